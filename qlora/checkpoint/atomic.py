@@ -1,0 +1,71 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora.errors import CheckpointError
+
+
+@contextmanager
+def write_aside(target: Path, error: type[Exception] = CheckpointError) -> Iterator[Path]:
+    """Gives a folder beside `target` to write into; at the end it is synced and takes the target's place.
+
+    If anything fails, the new folder is removed and the old one is untouched.
+
+    Args:
+        target: A folder, there or not.
+        error: Raised in place of an `OSError`, naming the target and the space left.
+    """
+    aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            _sync(path)
+        _sync(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        _sync(target.parent)
+    except OSError as problem:
+        raise error(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a text file aside, synced, and moves it into place.
+
+    Raises:
+        CheckpointError: The disk is full or the folder can't be written.
+    """
+    aside = target.with_name(f".{target.name}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(target)
+    except OSError as problem:
+        raise CheckpointError(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _space_left(target: Path) -> str:
+    folder = next((parent for parent in target.parents if parent.exists()), None)
+    return "" if folder is None else f" {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there."

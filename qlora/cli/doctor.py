@@ -1,0 +1,56 @@
+"""`qlora doctor`: what this machine has, what will be used, and why."""
+
+from typing import Any
+
+from qlora.cli.options import AsJson
+from qlora.cli.report import show_report
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Hardware, versions, what will be used and why."""
+    import torch
+
+    from qlora.model.base import resolve_compute_dtype, resolve_device
+    from qlora.nf4 import dequantize, quantize
+    from qlora.train.record import describe_hardware, package_versions
+
+    device = resolve_device()
+    dtype = resolve_compute_dtype("auto", device)
+    weight = torch.randn(64, 64, device=device)
+    error = (dequantize(*quantize(weight), torch.float32) - weight).abs().max().item()
+    in_use = {
+        "device": f"{device}: {_why_device(torch)}",
+        "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
+        "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
+        "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
+        "attention": "transformers' choice for the model; set model.attention to ask for another",
+        "plots": _extra("matplotlib", "plot"),
+    }
+    report: dict[str, Any] = {
+        "versions": package_versions(),
+        "hardware": describe_hardware(),
+        "in_use": in_use,
+    }
+    if as_json:
+        show_report(report, as_json)
+        return
+    for title, values in report.items():
+        show_report(values, as_json, title.replace("_", " "))
+
+
+def _why_device(torch: Any) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "torch sees no GPU" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
+
+
+def _why_dtype(device_type: str, is_bf16: bool) -> str:
+    if is_bf16:
+        return "the hardware multiplies bf16"
+    return "no bf16 here; the loss is scaled" if device_type == "cuda" else "this CPU has no bf16 instructions"
+
+
+def _extra(module: str, extra: str) -> str:
+    from importlib.util import find_spec
+
+    return "drawn" if find_spec(module) else f"not drawn: pip install 'qlora[{extra}]'"

@@ -1,0 +1,48 @@
+"""`qlora eval`: supervised loss of a run, or of the base that a config starts from."""
+
+from typing import Annotated
+
+import typer
+
+from qlora.cli.options import AsJson, Device
+from qlora.cli.report import show_report
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config's base, or a run with its adapter.")],
+    data: Annotated[str | None, typer.Option(help="A file to evaluate on, in place of the config's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Loss and perplexity per supervised token, and bits per byte."""
+    from qlora.checkpoint import RunDirectory
+    from qlora.config import load_config
+    from qlora.data import build_datasets, eval_batches, supervised_bytes
+    from qlora.errors import ConfigError
+    from qlora.model import base_from_section, load_run
+    from qlora.model import evaluate as run_evaluation
+
+    run = RunDirectory(target)
+    config = load_config(run.config if run.exists() else target)
+    model, tokenizer = load_run(target, device) if run.exists() else base_from_section(config.model, device)
+    settings = config.data.model_dump()
+    if run.exists():
+        settings["chat_template"] = "auto"  # the run's tokenizer was saved with its template
+    if data is not None:
+        settings |= {"train": data, "eval": None}
+    datasets = build_datasets(tokenizer, seed=config.train.seed, **settings)
+    examples = datasets.train if data is not None else datasets.eval
+    if not examples:
+        raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
+    result = run_evaluation(model, eval_batches(examples, batch_size))
+    num_bytes = supervised_bytes(tokenizer, examples)
+    report = {
+        "model": f"{config.model.base} with the adapter of {target}" if run.exists() else config.model.base,
+        "examples": len(examples),
+        "supervised_tokens": result.num_supervised,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits / num_bytes,
+    }
+    show_report(report, as_json)

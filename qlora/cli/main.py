@@ -1,0 +1,55 @@
+"""The `qlora` command: its verbs, and what their errors become."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from qlora.cli.chat import chat
+from qlora.cli.doctor import doctor
+from qlora.cli.evaluate import evaluate
+from qlora.cli.generate import generate
+from qlora.cli.init import init
+from qlora.cli.merge import merge
+from qlora.cli.train import train
+from qlora.cli.verify import verify
+from qlora.errors import ConfigError, QLoRAError
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Fine-tune language models in 4 bits on one GPU, and release merged weights that are verified.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("init")(init)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("merge")(merge)
+app.command("verify")(verify)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Runs a verb; a user's mistake becomes a message and an exit code, without a traceback."""
+    _quiet_libraries()
+    try:
+        app()
+    except QLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE if isinstance(error, ConfigError) else FAILED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _quiet_libraries() -> None:
+    """Keeps the screen for what a user can act on; an own setting of theirs wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It warns on import that an optional inference kernel is absent, which is never used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,51 @@
+"""`qlora train`: trains a run, or continues it."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qlora.cli.options import AsJson, Overrides
+from qlora.cli.report import show_report
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    overrides: Overrides = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Continue a run.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train; continues an unfinished run of the same output_dir."""
+    from qlora.config import load_config
+    from qlora.train import plan_run
+    from qlora.train import train as run_training
+
+    settings = load_config(config, overrides or ())
+    if dry_run:
+        show_report(_describe(plan_run(settings)), as_json, f"{config}: nothing was written")
+        return
+    result = run_training(settings, resume)
+    values = result.as_dict()
+    if not as_json:
+        values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
+        values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
+    show_report(values, as_json, f"Run {result.status}.")
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _describe(plan: Any) -> dict[str, Any]:
+    inventory = plan.inventory
+    return {
+        "total_steps": plan.total_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "train_examples": len(plan.datasets.train),
+        "eval_examples": len(plan.datasets.eval),
+        "data": [report.summary() for report in plan.datasets.reports],
+        "base_parameters": inventory.num_parameters,
+        "trained_parameters": inventory.num_trained,
+        "quantized_share": inventory.quantized_share,
+        "adapted_share": inventory.adapted_share,
+        "base_bytes": inventory.base_bytes,
+        **plan.in_use,
+    }

@@ -1,0 +1,22 @@
+"""Typed config sections, read from YAML with overrides."""
+
+from qlora.config.load import dump_config, load_config
+from qlora.config.sections import (
+    DataSection,
+    ExportSection,
+    LoraSection,
+    ModelSection,
+    RunConfig,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "ExportSection",
+    "LoraSection",
+    "ModelSection",
+    "RunConfig",
+    "TrainSection",
+    "dump_config",
+    "load_config",
+]

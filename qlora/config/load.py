@@ -1,0 +1,96 @@
+"""YAML and command-line overrides into a RunConfig; all problems told at once."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qlora.config.aliases import ALIASES
+from qlora.config.sections import RunConfig
+from qlora.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file. Precedence: overrides, then the file, then defaults.
+
+    Args:
+        path: A YAML file.
+        overrides: `section.key=value`, the value in YAML: `train.max_steps=100`.
+
+    Raises:
+        ConfigError: The file is absent or no YAML, or keys or values are wrong: all of them in one message.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "'qlora init' writes one" if path.suffix in (".yaml", ".yml") else "a config is a YAML file"
+        raise ConfigError(f"Config file not found: {path} ({hint}).") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r}.")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError("\n".join([f"{path}: {len(lines)} problem(s)", *lines])) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"Override '{override}' should read section.key=value, as train.max_steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override '{override}': the value can't be read as YAML: {error}") from None
+    group = values.get(section)
+    values[section] = {**(group if isinstance(group, dict) else {}), name: value}
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    # Below section.key pydantic names the members of a union, which a user never wrote.
+    key = ".".join(location[:2])
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: unknown key.{_suggest(location)}"
+    if problem["type"] == "missing" and len(location) <= 2:
+        return f"  {key}: missing; it has no default."
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"  {key}: {problem['input']!r} {message}"
+
+
+def _suggest(location: Sequence[str]) -> str:
+    name = location[-1]
+    if name in ALIASES:
+        return f" Here it is {ALIASES[name]}."
+    sections = {section: _keys_of(section) for section in RunConfig.model_fields}
+    if len(location) == 1:
+        near = difflib.get_close_matches(name, sections, n=1)
+    else:
+        near = [f"{location[0]}.{key}" for key in difflib.get_close_matches(name, sections[location[0]], n=1)]
+    near += [
+        f"{section}.{key}"
+        for section, keys in sections.items()
+        for key in difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+    ]
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _keys_of(section: str) -> list[str]:
+    annotation = RunConfig.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
+    return list(annotation.model_fields)

@@ -1,0 +1,128 @@
+"""What a config may say: the sections, their types, defaults and ranges."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown one is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _check_size(value: str) -> str:
+    parse_size(value)
+    return value
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB` or `500MB` (powers of ten).
+
+    Raises:
+        ValueError: It has another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ValueError("should be a size such as 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _check_share_or_steps(value: int | float | None) -> int | float | None:
+    if value is not None and (value <= 0 or (value > 1 and value != int(value))):
+        raise ValueError("should be a number of steps, or a share of the run between 0 and 1")
+    return value
+
+
+def _check_eval(value: object) -> object:
+    is_share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    if value is None or isinstance(value, str) or is_share:
+        return value
+    raise ValueError("should be a file or data set to evaluate on, or a share of the rows below 1")
+
+
+EvalSource = Annotated[str | float | None, BeforeValidator(_check_eval)]
+ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
+Size = Annotated[str, AfterValidator(_check_size)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelSection(Section):
+    """The base model and how it is held."""
+
+    base: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    recompute: Literal["auto", "full", "none"] = "auto"
+
+
+class LoraSection(Section):
+    """The adapters."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Share = 0.0
+    targets: str | list[str] = "all-linear"
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    rslora: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class DataSection(Section):
+    """The rows to learn from, and what becomes of them."""
+
+    train: str
+    eval: EvalSource = None
+    format: Literal["auto", "alpaca", "messages", "completion", "text"] = "auto"
+    chat_template: str = "auto"
+    loss_on: Literal["assistant", "all"] = "assistant"
+    max_seq_len: Annotated[int, Field(ge=8)] = 2048
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+
+
+class TrainSection(Section):
+    """The run."""
+
+    objective: Literal["sft"] = "sft"
+    output_dir: str
+    epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Annotated[int | None, Field(ge=1)] = None
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 16
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = "paged_adamw_8bit"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    rounding: Literal["stochastic", "master"] = "stochastic"
+    max_grad_norm: Annotated[float | None, Field(gt=0)] = 0.3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 1
+    eval_every: ShareOrSteps = 0.25
+    save_every: ShareOrSteps = 200
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    trackers: list[str] = []
+
+
+class ExportSection(Section):
+    """The merged weights."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    onto: Literal["dequantized", "original"] = "dequantized"
+    max_shard_size: Size = "5GB"
+
+
+class RunConfig(Section):
+    """A whole run: one YAML file."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    train: TrainSection
+    export: ExportSection = ExportSection()

@@ -1,0 +1,164 @@
+"""A training set and a held-out set from sources, with a report of what became of every row."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qlora.data.formats import FORMATS, detect_format, to_example
+from qlora.data.rows import Row, read_rows
+from qlora.data.template import apply_template
+from qlora.data.tokens import ExampleEncoder, TokenizedExample
+from qlora.errors import DataError
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of the rows of one source."""
+
+    source: str
+    format: str = ""
+    chat_template: str = ""
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    overlong: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for people."""
+        share = self.supervised_tokens / max(1, self.tokens)
+        overlong = "".join(f", {count} overlong {fate}" for fate, count in self.overlong.items())
+        return (
+            f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples, {self.tokens} tokens, "
+            f"{share:.0%} supervised{overlong}; chat template: {self.chat_template}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Datasets:
+    """The examples to learn from, those held out, and the reports, one per source."""
+
+    train: list[TokenizedExample]
+    eval: list[TokenizedExample]
+    reports: list[DataReport]
+
+
+def build_datasets(
+    tokenizer: Any,
+    train: str,
+    eval: str | float | None = None,
+    format: str = "auto",
+    chat_template: str = "auto",
+    loss_on: str = "assistant",
+    max_seq_len: int = 2048,
+    overlong: str = "drop",
+    seed: int = 0,
+) -> Datasets:
+    """Reads, formats and tokenizes the training and held-out examples.
+
+    Args:
+        tokenizer: Of transformers; gets the chat template.
+        train: See :func:`qlora.data.rows.read_rows`.
+        eval: A source too, or the share of the training examples to hold out, drawn by `seed`, or None.
+        format: `auto`, or one of `FORMATS`.
+        chat_template: See :func:`qlora.data.template.apply_template`.
+        loss_on: `assistant` or `all`.
+        max_seq_len: Tokens of the longest example.
+        overlong: What becomes of longer ones: `drop`, `truncate`, `split` or `error`. Always counted.
+        seed: Of the choice of held-out examples.
+
+    Raises:
+        DataError: A source can't be read, or there is nothing to learn from.
+    """
+    template = apply_template(tokenizer, chat_template)
+    encoder = ExampleEncoder(tokenizer, loss_on)
+
+    def build(source: str) -> tuple[list[TokenizedExample], DataReport]:
+        report = DataReport(source, chat_template=template)
+        return _build(read_rows(source), encoder, format, max_seq_len, overlong, report), report
+
+    examples, report = build(train)
+    if isinstance(eval, str):
+        held_out, eval_report = build(eval)
+        return Datasets(examples, held_out, [report, eval_report])
+    return Datasets(*_hold_out(examples, eval or 0.0, seed), [report])
+
+
+def _build(
+    rows: list[Row], encoder: ExampleEncoder, format: str, max_seq_len: int, overlong: str, report: DataReport
+) -> list[TokenizedExample]:
+    report.rows = len(rows)
+    report.format = detect_format(rows) if format == "auto" else format
+    encoded = _encode_all(rows, encoder, report.format)
+    examples = [part for example in encoded for part in _fit(example, max_seq_len, overlong, report.overlong)]
+    if not examples:
+        raise DataError(
+            f"{report.source}: no example of {len(rows)} rows is left to learn from ({report.overlong}); "
+            f"raise data.max_seq_len ({max_seq_len}) or set data.overlong to truncate or split."
+        )
+    report.examples = len(examples)
+    report.tokens = sum(map(len, examples))
+    report.supervised_tokens = sum(example.num_supervised for example in examples)
+    return examples
+
+
+def _encode_all(rows: list[Row], encoder: ExampleEncoder, format: str) -> list[TokenizedExample]:
+    """Encodes every row, and tells of all bad ones at once."""
+    examples, problems = [], []
+    for row in rows:
+        try:
+            example = encoder.encode(to_example(row, format))
+        except DataError as error:
+            message = str(error)
+            problems.append(message if message.startswith(row.origin) else f"{row.origin}: {message}")
+            continue
+        if example.num_supervised:
+            examples.append(example)
+        else:
+            problems.append(f"{row.origin}: no token of this row is supervised; {FORMATS[format]} needs an answer.")
+    if problems:
+        more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        shown = "\n".join(problems[:SHOWN_PROBLEMS])
+        raise DataError(f"{len(problems)} of {len(rows)} rows can't be used:\n{shown}{more}")
+    return examples
+
+
+def _fit(
+    example: TokenizedExample, max_seq_len: int, overlong: str, counts: dict[str, int]
+) -> Iterator[TokenizedExample]:
+    """The parts of an example that are trained on, none longer than `max_seq_len`; counts what was done."""
+    if len(example) <= max_seq_len:
+        yield example
+        return
+    if overlong == "error":
+        raise DataError(
+            f"An example has {len(example)} tokens, more than data.max_seq_len ({max_seq_len}); raise it, "
+            "or set data.overlong to drop, truncate or split."
+        )
+    starts = {"drop": [], "truncate": [0], "split": range(0, len(example), max_seq_len)}[overlong]
+    parts = [example[start : start + max_seq_len] for start in starts]
+    kept = [part for part in parts if part.num_supervised]
+    fate = {"truncate": "truncated", "split": "split"}[overlong] if kept else "dropped"
+    counts[fate] = counts.get(fate, 0) + 1
+    yield from kept
+
+
+def _hold_out(
+    examples: list[TokenizedExample], share: float, seed: int
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    if not share:
+        return examples, []
+    count = max(1, round(share * len(examples)))
+    if count >= len(examples):
+        raise DataError(f"data.eval: holding out {share} of {len(examples)} examples leaves none to train on.")
+    held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]

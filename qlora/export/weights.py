@@ -1,0 +1,155 @@
+"""The merged weights of a run, one tensor at a time, from the base's files and the adapter."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config, read_adapter_tensors
+from qlora.checkpoint.base_files import read_header
+from qlora.config import RunConfig, load_config
+from qlora.errors import ExportError
+from qlora.nf4 import QuantState, dequantize, from_checkpoint_tensors, quantize
+
+STATISTICS_MARK = ".weight."  # bitsandbytes stores a weight's statistics as `….weight.absmax` and so on
+
+
+class MergedWeights:
+    """Every tensor of the merged model by its name in the base's files, in fp32, computed when asked for.
+
+    Args:
+        run: A finished run.
+        onto: `dequantized`, the weights that the adapter was trained on, or `original`.
+
+    Raises:
+        ExportError: The base is not the one trained on, or the adapter's modules are not all in its files.
+        CheckpointError: The run or its adapter is damaged.
+        ModelError: The base can't be found.
+    """
+
+    def __init__(self, run: RunDirectory, onto: str) -> None:
+        self.record = run.read_record()
+        self.config: RunConfig = load_config(run.config)
+        self.files = BaseFiles.resolve(self.config.model.base, self.config.model.revision)
+        self._check_base()
+        if onto == "original" and self.files.is_bitsandbytes_4bit:
+            raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
+        self.onto = onto
+        self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
+        self._scaling = adapter_scaling(read_adapter_config(run.adapter))
+        skeleton = _build_skeleton(self.files, self.config.model.trust_remote_code)
+        self._transposed = _transposed_modules(skeleton)
+        factors = read_adapter_tensors(run.adapter)
+        self._factors = dict(zip(self._keys_of(factors, skeleton.base_model_prefix), factors.items(), strict=True))
+        quantized = self.record["parameters"]["quantized"]
+        self._quantized = dict(zip(self._keys_of(quantized, skeleton.base_model_prefix), quantized, strict=True))
+        self._handles: dict[Path, Any] = {}
+
+    @property
+    def num_adapted(self) -> int:
+        """Weights that the adapter changes."""
+        return len(self._factors)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors, in the order of the base's files."""
+        for path in self.files.weight_files:
+            header = read_header(path)
+            for name, entry in header.items():
+                if name == "__metadata__" or STATISTICS_MARK in name:
+                    continue
+                packed = self._read_packed(name)
+                yield name, tuple(entry["shape"] if packed is None else packed[1].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the merged model, fp32."""
+        module, factors = self._factors.get(name, (None, None))
+        weight = self._base_tensor(name)
+        if factors is None:
+            return weight
+        lora_A, lora_B = factors
+        delta = (lora_B.float() @ lora_A.float()).mul_(self._scaling)
+        if module in self._transposed:
+            delta = delta.T
+        if delta.shape != weight.shape:
+            raise ExportError(f"{name}: the adapter is for {tuple(delta.shape)}, the base has {tuple(weight.shape)}.")
+        return weight + delta
+
+    def _base_tensor(self, name: str) -> torch.Tensor:
+        """A tensor as the adapter saw it in training, or as it is in the files; fp32."""
+        packed = self._read_packed(name)
+        if packed is not None:
+            return dequantize(*packed, self._compute_dtype).float()
+        stored = self._read(name)
+        if self.onto == "original" or name not in self._quantized:
+            return stored.float()
+        is_transposed = self._quantized[name] in self._transposed
+        weight = (stored.T if is_transposed else stored).to(self._compute_dtype)
+        packed = quantize(weight, self.record["quantization"]["double_quant"])
+        weight = dequantize(*packed, self._compute_dtype).float()
+        return weight.T if is_transposed else weight
+
+    def _read_packed(self, name: str) -> tuple[torch.Tensor, QuantState] | None:
+        """A weight that the files hold in 4 bits."""
+        if f"{name}.absmax" not in self.files.tensors:
+            return None
+        prefix = name.removesuffix("weight")
+        parts = {key.removeprefix(prefix): self._read(key) for key in self.files.tensors if key.startswith(name)}
+        return from_checkpoint_tensors(parts)
+
+    def _read(self, name: str) -> torch.Tensor:
+        path = self.files.tensors[name]
+        if path not in self._handles:
+            self._handles = {path: safe_open(path, framework="pt")}
+        return self._handles[path].get_tensor(name)
+
+    def _check_base(self) -> None:
+        trained_on, here = self.record["base"]["files"], self.files.fingerprint()
+        differing = sorted(name for name in {*trained_on, *here} if trained_on.get(name) != here.get(name))
+        if differing:
+            raise ExportError(
+                f"{self.files.name} is not the base that was trained on: {', '.join(differing)} differ. "
+                "Put the files of that time back, or train on these."
+            )
+
+    def _keys_of(self, modules: Any, prefix: str) -> list[str]:
+        """Names in the files of modules' weights, which may lack the prefix of the inner model."""
+        keys, missing = [], []
+        for module in modules:
+            candidates = (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight")
+            key = next((candidate for candidate in candidates if candidate in self.files.tensors), None)
+            keys.append(key or "")
+            if key is None:
+                missing.append(module)
+        if missing:
+            near = difflib.get_close_matches(f"{missing[0]}.weight", self.files.tensors, n=1)
+            hint = f" The nearest name there is {near[0]}." if near else ""
+            raise ExportError(
+                f"{len(missing)} layers are not in the files of {self.files.name} by their names "
+                f"({', '.join(missing[:3])} …), so nothing was merged.{hint} "
+                "Load the base with transformers, save it, and train on that."
+            )
+        return keys
+
+
+def adapter_scaling(config: dict[str, Any]) -> float:
+    """The factor on B A that an adapter's config stands for."""
+    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
+def _build_skeleton(files: BaseFiles, trust_remote_code: bool) -> Any:
+    """The architecture without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _transposed_modules(skeleton: Any) -> set[str]:
+    """Layers of GPT-2's kind, whose weights are stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}

@@ -1,0 +1,86 @@
+"""Frozen head and cross-entropy in one, in chunks, so that the logits of a batch never exist at once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Logits held at a time, in elements: 64 MiB in fp32, and rows enough to fill a device at any vocabulary.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """Sum of the cross-entropy of `hidden @ weight.T` against `labels`.
+
+    The gradient of `hidden` is computed with the loss, chunk by chunk; the head is frozen and gets none.
+
+    Args:
+        hidden: (rows, features), in the compute dtype.
+        weight: (vocabulary, features), of the head.
+        labels: (rows,), int64, each a real token.
+        bias: (vocabulary,), of the head.
+        logit_scale: Factor on the logits (Cohere, Granite).
+        softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
+        chunk_elements: Logits held at a time.
+
+    Returns:
+        A scalar, fp32.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, chunk_elements)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        chunk_elements: int,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = max(1, chunk_elements // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight, bias).float()
+            if logit_scale != 1.0:
+                logits.mul_(logit_scale)
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            if grad_hidden is not None:
+                grad_logits = _grad_logits(logits, labels[rows], logit_scale, softcap)
+                torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 7
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None, None, None, None)
+
+
+def _grad_logits(logits: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """Gradient of the summed loss with respect to the head's raw product."""
+    grad = logits.softmax(dim=-1)
+    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
+    if softcap is not None:
+        grad *= 1 - (logits / softcap).square()
+    return grad.mul_(logit_scale)

@@ -1,0 +1,120 @@
+"""Which linear layers of a model get an adapter, and putting it there."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from qlora.errors import ModelError
+from qlora.lora.linear import LoraLinear
+
+ALL_LINEAR = "all-linear"
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted layers of a model, with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers that `targets` asks for, in the model's order.
+
+    Args:
+        model: Its linears are `nn.Linear` or any module with `dequantize`.
+        targets: `all-linear` (every linear but the output head), or one or more full names, last parts of
+            names (`q_proj`), or regular expressions that match a full name.
+
+    Raises:
+        ModelError: The model has no linear layer, or a target matches none; all such targets at once.
+    """
+    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no linear layer, so there is nothing to adapt.")
+    if targets == ALL_LINEAR:
+        head = _output_head(model)
+        return [name for name in linears if model.get_submodule(name) is not head]
+
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    matches = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in patterns}
+    problems = [_unmatched(model, linears, pattern) for pattern, names in matches.items() if not names]
+    if problems:
+        raise ModelError("\n".join(problems))
+    wanted = {name for names in matches.values() for name in names}
+    return [name for name in linears if name in wanted]
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    init: str = "kaiming",
+    rslora: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> list[str]:
+    """Freezes a model and wraps its linear layers in :class:`LoraLinear`, in place.
+
+    Args:
+        model: A causal language model, or any module with linear layers.
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank.
+        dropout: On the input of the low-rank branch.
+        targets: See :func:`match_targets`.
+        init: First values of A: `kaiming` or `gaussian`. B is zero.
+        rslora: Scale by alpha / sqrt(rank).
+        dtype: Of the factors.
+        seed: Of the first values.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ModelError: A target matches nothing, or the model has adapters already.
+    """
+    if any(lora_layers(model)):
+        raise ModelError("This model has adapters already; load the base anew to add others.")
+    names = match_targets(model, targets)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, dtype)
+        layer.reset(init, generator)
+        layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
+        model.set_submodule(name, layer)
+    return names
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # A transformers model has `dequantize` too, but no sizes.
+    return isinstance(module, nn.Linear) or (hasattr(module, "dequantize") and hasattr(module, "in_features"))
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    head = getattr(model, "get_output_embeddings", None)
+    return head() if head else None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _unmatched(model: nn.Module, linears: Sequence[str], pattern: str) -> str:
+    others = [name for name, _ in model.named_modules() if name and _matches(pattern, name)]
+    if others:
+        kind = type(model.get_submodule(others[0])).__name__
+        return f"lora.targets: '{pattern}' is {others[0]}, a {kind}; only linear layers can be adapted."
+    parts = sorted({name.rpartition(".")[2] for name in linears})
+    near = difflib.get_close_matches(pattern, parts, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"lora.targets: '{pattern}' matches no linear layer.{hint} This model has: {', '.join(parts)}."

@@ -1,0 +1,27 @@
+"""A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
+
+from qlora.model.base import load_base, resolve_compute_dtype
+from qlora.model.evaluate import Evaluation, evaluate
+from qlora.model.generate import end_token_ids, generate
+from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
+from qlora.model.loss import supervised_loss
+from qlora.model.recompute import apply_recompute
+from qlora.model.restore import adapt, base_from_section, load_model, load_run
+
+__all__ = [
+    "Evaluation",
+    "Inventory",
+    "adapt",
+    "apply_recompute",
+    "base_from_section",
+    "end_token_ids",
+    "evaluate",
+    "frozen_checksum",
+    "generate",
+    "load_base",
+    "load_model",
+    "load_run",
+    "resolve_compute_dtype",
+    "supervised_loss",
+    "take_inventory",
+]

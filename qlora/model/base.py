@@ -1,0 +1,107 @@
+"""Loading a base: each linear quantized to NF4 as it lands, and held in our own layer."""
+
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import BaseFiles
+from qlora.errors import ModelError
+from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
+
+
+def load_base(
+    base: str,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: str = "auto",
+    device: str | torch.device = "auto",
+    attention: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Loads a causal language model, frozen, and its tokenizer.
+
+    Every linear layer but the output head becomes an `NF4Linear`, one at a time as its file is read. All else
+    is held in the compute dtype: the checkpoint's own width where both have 16 bits, never wider than asked.
+
+    Args:
+        base: A folder, or a model id on the hub. Checkpoints in bitsandbytes-4-bit are taken as they are.
+        quantization: `nf4` or `none`.
+        double_quant: Quantize the blocks' statistics too.
+        compute_dtype: `bfloat16`, `float16`, `float32`, or `auto`: see :func:`resolve_compute_dtype`.
+        device: `cuda`, `cpu`, …; `auto` takes a GPU if there is one.
+        attention: An attention implementation of transformers, or `auto` for its choice.
+        revision: Of a model on the hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ModelError: The base can't be found or loaded, or its files lack weights that the model needs.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    files = BaseFiles.resolve(base, revision)
+    device = resolve_device(device)
+    dtype = resolve_compute_dtype(compute_dtype, device)
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
+    if attention != "auto":
+        arguments["attn_implementation"] = attention
+    if quantization == "nf4" and not files.is_bitsandbytes_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif quantization == "none" and files.is_bitsandbytes_4bit:
+        raise ModelError(f"model.quantization: none, but {base} is quantized to 4 bits already; leave it at nf4.")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.folder, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"{base} can't be loaded: {error}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        raise ModelError(f"{base} lacks weights of {len(names)} parameters: {', '.join(names[:4])} …")
+    _take_over_linears(model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The device asked for, or the GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
+def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations and of all that is not quantized.
+
+    `auto` is bf16 where the hardware multiplies it, else fp16 on GPUs (the loss is then scaled) and fp32 on CPUs.
+    """
+    if compute_dtype != "auto":
+        return getattr(torch, compute_dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _take_over_linears(model: Any) -> None:
+    """Puts `NF4Linear` in the place of bitsandbytes' own layers, and forgets that a quantizer was here."""
+    for name, module in list(model.named_modules()):
+        if is_bitsandbytes_linear(module):
+            model.set_submodule(name, NF4Linear.from_linear(module))
+    if getattr(model, "is_quantized", False):
+        # What transformers would save, move or cast by these no longer describes the layers.
+        model.is_quantized = model.is_loaded_in_4bit = False
+        model.hf_quantizer = None
+        del model.config.quantization_config

@@ -1,0 +1,61 @@
+"""Models from disk: a run (its base with its adapters), or a plain folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import RunDirectory, load_adapter
+from qlora.config import LoraSection, ModelSection, load_config
+from qlora.data import apply_template
+from qlora.lora import add_lora
+from qlora.model.base import load_base
+
+
+def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
+    """Loads the base that a config asks for."""
+    return load_base(device=device, **section.model_dump(exclude={"recompute"}))
+
+
+def adapt(model: Any, section: LoraSection, seed: int) -> list[str]:
+    """Adds the adapters that a config asks for."""
+    settings = section.model_dump(exclude={"dtype"})
+    return add_lora(model, dtype=getattr(torch, section.dtype), seed=seed, **settings)
+
+
+def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[Any, Any]:
+    """Loads a run's base with its trained adapters, ready to generate.
+
+    Args:
+        run_dir: The output_dir of a training run.
+        device: `auto` takes a GPU if there is one.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer with the run's chat template.
+
+    Raises:
+        CheckpointError: The folder holds no run, or no whole adapter.
+        ModelError: The base can't be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    run = RunDirectory.open(run_dir)
+    config = load_config(run.config)
+    model, _ = base_from_section(config.model, device)
+    adapt(model, config.lora, config.train.seed)
+    load_adapter(model, run.adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(run.adapter)
+
+
+def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:
+    """Loads a run, or any model folder or hub id in 16 or 32 bits, with a chat template in place.
+
+    Raises:
+        CheckpointError: A run is damaged.
+        ModelError: There is no such model.
+    """
+    if RunDirectory(path).exists():
+        return load_run(path, device)
+    model, tokenizer = load_base(path, quantization="none", device=device)
+    apply_template(tokenizer, "auto")
+    return model, tokenizer

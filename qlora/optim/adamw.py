@@ -1,0 +1,144 @@
+"""AdamW over flat buffers by bitsandbytes' update kernels: 8- or 32-bit state, paged on CUDA."""
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+from qlora.optim.flat import ALIGNMENT, FlatParameters
+from qlora.optim.rounding import stochastic_round
+
+# name -> (bits of state, paged)
+OPTIMIZERS = {
+    "paged_adamw_8bit": (8, True),
+    "paged_adamw_32bit": (32, True),
+    "adamw_8bit": (8, False),
+    "adamw_32bit": (32, False),
+}
+
+
+class FlatAdamW:
+    """AdamW (arXiv:1711.05101) on a flat buffer: one kernel a step, whatever the number of adapters.
+
+    The update is computed in fp32. Parameters in bf16 then take it without losing small updates: rounded
+    stochastically, or as a copy of an fp32 master.
+
+    Args:
+        flat: The parameters and their gradients.
+        name: One of `OPTIMIZERS`. Paged state lives in CUDA's managed memory, which the driver moves to the
+            host when the device is full; elsewhere it is plain memory, and `is_paged` says so.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; times the learning rate.
+        rounding: `stochastic`, `master` or `nearest`. Only for parameters below fp32.
+        seed: Of the stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        name: str = "paged_adamw_8bit",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        bits, paged = OPTIMIZERS[name]
+        device = flat.data.device
+        self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
+        self.is_paged = paged and device.type == "cuda"
+        self.rounding = "none" if flat.data.dtype == torch.float32 else rounding
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.step_count = 0
+        # torch's GradScaler finds gradients by this.
+        self.param_groups = [{"params": [_with_grad(flat)]}]
+
+        self._buffers = {name: self._state_buffer(bits) for name in ("state1", "state2")}
+        if self.rounding == "master":
+            self._buffers["master"] = self._allocate(torch.float32).copy_(flat.data)
+        self._quant_maps: list[torch.Tensor] = []
+        if bits == 8:
+            self._quant_maps = [bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+            for index in ("1", "2"):
+                blocks = flat.data.numel() // ALIGNMENT
+                self._buffers[f"absmax{index}"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Updates the parameters in place from the flat gradient.
+
+        Returns:
+            The share of trained elements with a gradient that kept their stored value: a scalar tensor.
+        """
+        self.step_count += 1
+        data, before = self.flat.data, self.flat.data.clone()
+        weights = self._buffers["master"] if self.rounding == "master" else data.float()
+        self._update(weights, learning_rate)
+        if self.rounding == "stochastic":
+            data.copy_(stochastic_round(weights, self.generator))
+        else:
+            data.copy_(weights)
+        with_grad = self.flat.grad != 0
+        return ((data == before) & with_grad).sum() / with_grad.sum().clamp(min=1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that a continued run needs, as tensors: moments, master, step count and rounding state."""
+        if self.is_paged:  # The host reads managed memory without waiting for the kernels that write it.
+            torch.cuda.synchronize(self.flat.data.device)
+        state = dict(self._buffers)
+        state["generator"] = self.generator.get_state()
+        state["step"] = torch.tensor(self.step_count)
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores :meth:`state_dict` by copying into the buffers at hand, which so remain paged.
+
+        Raises:
+            ValueError: The state has other buffers or sizes: it is from another optimizer or other adapters.
+        """
+        wanted = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
+        found = {name: tuple(value.shape) for name, value in state.items() if name not in ("generator", "step")}
+        if wanted != found:
+            raise ValueError(f"optimizer state has {found}, this run needs {wanted}")
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state[name])
+        self.generator.set_state(state["generator"].cpu())
+        self.step_count = int(state["step"])
+
+    def _update(self, weights: torch.Tensor, learning_rate: float) -> None:
+        state, (beta1, beta2) = self._buffers, self.betas
+        moments: dict[str, Any] = {"state1": state["state1"], "state2": state["state2"]}
+        common: dict[str, Any] = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": self.eps,
+            "step": self.step_count,
+            "lr": learning_rate,
+            "weight_decay": self.weight_decay,
+        }
+        if self._quant_maps:
+            signed, unsigned = self._quant_maps
+            bnb.optimizer_update_8bit_blockwise(
+                "adam", self.flat.grad, weights, **moments, **common, beta3=0.0, alpha=0.0,
+                qmap1=signed, qmap2=unsigned, absmax1=state["absmax1"], absmax2=state["absmax2"],
+            )  # fmt: skip
+        else:
+            bnb.optimizer_update_32bit("adam", self.flat.grad, weights, **moments, **common)
+
+    def _state_buffer(self, bits: int) -> torch.Tensor:
+        return self._allocate(torch.uint8 if bits == 8 else torch.float32)
+
+    def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
+        size, device = self.flat.data.numel(), self.flat.data.device
+        if not self.is_paged:
+            return torch.zeros(size, dtype=dtype, device=device)
+        buffer = bnb.get_paged(size, dtype=dtype, device=torch.device(device.type, device.index or 0))
+        return buffer.zero_()
+
+
+def _with_grad(flat: FlatParameters) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(flat.data)
+    parameter.grad_dtype = torch.float32
+    parameter.grad = flat.grad
+    return parameter

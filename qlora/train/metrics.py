@@ -1,0 +1,126 @@
+"""Where a run's numbers go: metrics.jsonl, a progress line, and accelerate's trackers."""
+
+import json
+import resource
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qlora.checkpoint import RunDirectory
+from qlora.model import Evaluation
+from qlora.train.loop import Progress as RunProgress
+from qlora.train.loop import StepReport
+
+# Lines printed over a run where there is no terminal to redraw one on.
+PLAIN_LINES = 20
+
+
+class MetricsLog:
+    """Records steps and evaluations; on every process but the first it does nothing.
+
+    Args:
+        run: Its metrics.jsonl is appended to.
+        accelerator: Of accelerate, with its trackers started.
+        total_steps: Of the run.
+        steps_per_epoch: To tell the epoch.
+        log_every: Steps between lines.
+        start_step: Where this session begins.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        accelerator: Any,
+        total_steps: int,
+        steps_per_epoch: int,
+        log_every: int,
+        start_step: int,
+    ) -> None:
+        self.accelerator, self.total_steps, self.steps_per_epoch = accelerator, total_steps, steps_per_epoch
+        self.log_every, self.is_main = log_every, accelerator.is_main_process
+        self._plain_every = max(1, total_steps // PLAIN_LINES)
+        self._since_line = {"tokens": 0, "seconds": 0.0}
+        self._file = run.metrics.open("a", encoding="utf-8") if self.is_main else None
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if self.is_main and self._console.is_terminal:
+            columns = (
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+            self._bar.start()
+
+    def log_step(self, progress: RunProgress, report: StepReport) -> None:
+        """Records an optimizer step, if it is one that is logged."""
+        self._since_line["tokens"] += report.tokens
+        self._since_line["seconds"] += report.seconds
+        if not self.is_main or (progress.step % self.log_every and progress.step < self.total_steps):
+            return
+        tokens_per_second = self._since_line["tokens"] / max(1e-9, self._since_line["seconds"])
+        self._since_line = {"tokens": 0, "seconds": 0.0}
+        self._write(
+            {
+                "step": progress.step,
+                "epoch": round(progress.step / self.steps_per_epoch, 6),
+                "loss": report.loss,
+                "grad_norm": report.grad_norm,
+                "learning_rate": report.learning_rate,
+                "tokens": progress.tokens,
+                "supervised_tokens": progress.supervised_tokens,
+                "tokens_per_second": round(tokens_per_second, 1),
+                "peak_memory": peak_memory_bytes(),
+                "zero_update_share": round(report.zero_update_share, 6),
+            }
+        )
+        line = f"loss {report.loss:.4f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.step, description=line)
+        elif progress.step % self._plain_every == 0 or progress.step == self.total_steps:
+            self._console.print(f"step {progress.step}/{self.total_steps}  {line}", highlight=False)
+
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Records an evaluation."""
+        if not self.is_main:
+            return
+        self._write(
+            {
+                "step": step,
+                "epoch": round(step / self.steps_per_epoch, 6),
+                "eval_loss": evaluation.loss,
+                "eval_perplexity": evaluation.perplexity,
+                "eval_supervised_tokens": evaluation.num_supervised,
+            }
+        )
+        self._console.print(f"step {step}/{self.total_steps}  held-out loss {evaluation.loss:.4f}", highlight=False)
+
+    def flush(self) -> None:
+        """Makes the lines so far survive the process."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Ends the progress line and the file."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(values) + "\n")
+        self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+def peak_memory_bytes() -> int:
+    """The most that was in use: of the GPU's memory by torch, or without a GPU of the host's by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,53 @@
+"""What run.json says of where a run came from."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import BaseFiles
+from qlora.config import RunConfig
+from qlora.nf4 import BLOCK_SIZE
+
+PACKAGES = ("qlora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
+
+
+def describe_run(config: RunConfig, files: BaseFiles) -> dict[str, Any]:
+    """Versions, hardware, the base's fingerprint, and how it was quantized."""
+    return {
+        "versions": package_versions(),
+        "hardware": describe_hardware(),
+        "seed": config.train.seed,
+        "base": {"name": config.model.base, "revision": config.model.revision, "files": files.fingerprint()},
+        "quantization": {
+            "kind": config.model.quantization,
+            "double_quant": config.model.double_quant,
+            "block_size": BLOCK_SIZE,
+            "from_4bit_checkpoint": files.is_bitsandbytes_4bit,
+        },
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that a run's numbers depend on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def describe_hardware() -> dict[str, Any]:
+    """The processor, and the GPUs by name and memory."""
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": sys.version.split()[0],
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,272 @@
+"""A training run: assembled from a config, trained, and left behind in its directory."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import (
+    BaseFiles,
+    RunDirectory,
+    drop_old_checkpoints,
+    load_state,
+    save_adapter,
+    save_checkpoint,
+    write_aside,
+    write_text,
+)
+from qlora.config import RunConfig, dump_config
+from qlora.data import BatchPlan, Datasets, build_datasets, eval_batches
+from qlora.lora import lora_layers
+from qlora.model import (
+    Evaluation,
+    Inventory,
+    adapt,
+    apply_recompute,
+    base_from_section,
+    evaluate,
+    frozen_checksum,
+    take_inventory,
+)
+from qlora.optim import FlatAdamW, FlatParameters
+from qlora.train.interrupt import Interruption
+from qlora.train.loop import Progress, StepReport, run_loop
+from qlora.train.metrics import MetricsLog, peak_memory_bytes
+from qlora.train.plot import draw_losses
+from qlora.train.record import describe_run
+from qlora.train.resume import find_start
+from qlora.train.schedule import learning_rate, resolve_interval, resolve_total_steps
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        run_dir: Its directory.
+        status: `finished`, or `interrupted` with the state saved.
+        steps: Optimizer steps done, in all sessions.
+        losses: Training loss of every logged step.
+        eval_losses: Held-out loss by step.
+        tokens_per_second: Mean over this session's steps.
+        peak_memory: Bytes, see :func:`qlora.train.metrics.peak_memory_bytes`.
+    """
+
+    run_dir: Path
+    status: str
+    steps: int
+    losses: list[float]
+    eval_losses: dict[int, float]
+    tokens_per_second: float
+    peak_memory: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"run_dir": str(self.run_dir)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run would do, known before its first step."""
+
+    total_steps: int
+    steps_per_epoch: int
+    inventory: Inventory
+    datasets: Datasets
+    in_use: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembly:
+    """A run's parts, put together and at rest."""
+
+    config: RunConfig
+    files: BaseFiles
+    model: Any
+    tokenizer: Any
+    optimizer: FlatAdamW
+    accelerator: Any
+    batches: BatchPlan
+    plan: RunPlan
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Assembles a run without training or writing anything: every error that can be had before step 1."""
+    return _assemble(config).plan
+
+
+def train(config: RunConfig, resume: str = "auto") -> RunResult:
+    """Trains a run, from its start or from where an earlier session stopped.
+
+    Args:
+        config: Of :func:`qlora.load_config`.
+        resume: `auto` continues an unfinished run of the same output_dir, `never` refuses one, and a path
+            starts from that checkpoint.
+
+    Raises:
+        QLoRAError: Of the kind that fits, before or during the run; what was saved stays.
+    """
+    run = RunDirectory(config.train.output_dir)
+    start = find_start(run, config, resume)
+    assembly = _assemble(config)
+    model, optimizer, accelerator = assembly.model, assembly.optimizer, assembly.accelerator
+    progress = Progress()
+    if start is not None:
+        progress = Progress(**load_state(start, model, optimizer))
+    if accelerator.is_main_process:
+        write_text(run.config, dump_config(config))
+        run.write_record(_record(assembly, "running", start))
+        run.keep_metrics_until(progress.step)
+    accelerator.wait_for_everyone()
+    checksum = frozen_checksum(model)
+    interruption = _run_session(assembly, run, progress)
+    assert frozen_checksum(model) == checksum, "the base was changed by training"
+
+    status = "interrupted" if interruption.requested and progress.step < assembly.plan.total_steps else "finished"
+    if accelerator.is_main_process:
+        if status == "finished":
+            save_final_adapter(assembly, run)
+        run.write_record(_record(assembly, status, start) | {"steps": progress.step})
+        draw_losses(run.read_metrics(), run.path / "loss.png")
+    accelerator.wait_for_everyone()
+    return _result(run, status, progress)
+
+
+def _assemble(config: RunConfig) -> _Assembly:
+    from accelerate import Accelerator
+
+    section = config.train
+    accelerator = Accelerator(log_with=section.trackers or None, project_dir=section.output_dir)
+    files = BaseFiles.resolve(config.model.base, config.model.revision)
+    model, tokenizer = base_from_section(config.model, accelerator.device)
+    datasets = build_datasets(tokenizer, seed=section.seed, **config.data.model_dump())
+    adapt(model, config.lora, section.seed)
+    recompute = apply_recompute(model, config.model.recompute)
+    model.train()
+    flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    optimizer = FlatAdamW(
+        flat, section.optimizer, section.betas, weight_decay=section.weight_decay,
+        rounding=section.rounding, seed=section.seed,
+    )  # fmt: skip
+    batches = BatchPlan(
+        len(datasets.train), section.micro_batch_size, section.gradient_accumulation_steps, section.seed,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    in_use = {
+        "device": str(accelerator.device),
+        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "recompute": recompute,
+        "optimizer": section.optimizer,
+        "optimizer_state_paged": optimizer.is_paged,
+        "rounding": optimizer.rounding,
+    }
+    total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
+    plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
+    return _Assembly(config, files, model, tokenizer, optimizer, accelerator, batches, plan)
+
+
+def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> Interruption:
+    """Trains until the end or Ctrl-C, evaluating and saving on the way."""
+    config, plan, accelerator = assembly.config.train, assembly.plan, assembly.accelerator
+    total = plan.total_steps
+    accelerator.init_trackers("qlora")
+    eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
+    log = MetricsLog(run, accelerator, total, plan.steps_per_epoch, config.log_every, progress.step)
+
+    def evaluate_now() -> None:
+        if plan.datasets.eval:
+            log.log_evaluation(progress.step, _evaluate_all(assembly))
+
+    def save_now() -> None:
+        log.flush()
+        if accelerator.is_main_process:
+            save_checkpoint(
+                run.checkpoint(progress.step),
+                assembly.model,
+                assembly.optimizer,
+                asdict(progress),
+                config_base,
+            )
+            drop_old_checkpoints(run.list_checkpoints(), config.keep_checkpoints)
+
+    config_base = assembly.config.model.base
+    with Interruption() as interruption:
+
+        def after_step(progress: Progress, report: StepReport) -> bool:
+            log.log_step(progress, report)
+            is_last = progress.step == total
+            stop = _any_process(accelerator, interruption.requested)
+            if is_last or (eval_every and progress.step % eval_every == 0):
+                evaluate_now()
+            if is_last or stop or (save_every and progress.step % save_every == 0):
+                save_now()
+            return not stop
+
+        try:
+            if progress.step == 0:
+                evaluate_now()
+            run_loop(
+                assembly.model, assembly.optimizer, plan.datasets.train, assembly.batches, accelerator,
+                progress, total, _rate_of(assembly), config.max_grad_norm, after_step,
+            )  # fmt: skip
+        finally:
+            log.close()
+            accelerator.end_training()
+    return interruption
+
+
+def _rate_of(assembly: _Assembly) -> Callable[[int], float]:
+    section, total = assembly.config.train, assembly.plan.total_steps
+    return lambda step: learning_rate(step, total, section.learning_rate, section.lr_scheduler, section.warmup_ratio)
+
+
+def _evaluate_all(assembly: _Assembly) -> Evaluation:
+    """Evaluates the held-out examples, each process a part of them."""
+    accelerator = assembly.accelerator
+    batches = list(eval_batches(assembly.plan.datasets.eval, assembly.config.train.micro_batch_size))
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    several = accelerator.num_processes > 1
+    return evaluate(assembly.model, share, accelerator.reduce if several else None)
+
+
+def _any_process(accelerator: Any, flag: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
+
+
+def save_final_adapter(assembly: _Assembly, run: RunDirectory) -> None:
+    """Writes the trained adapter with its tokenizer and chat template."""
+    with write_aside(run.adapter) as folder:
+        save_adapter(assembly.model, folder, assembly.config.model.base)
+        assembly.tokenizer.save_pretrained(folder)
+
+
+def _record(assembly: _Assembly, status: str, start: Path | None) -> dict[str, Any]:
+    plan = assembly.plan
+    return describe_run(assembly.config, assembly.files) | {
+        "status": status,
+        "total_steps": plan.total_steps,
+        "in_use": plan.in_use,
+        "continued_from": str(start) if start else None,
+        "parameters": plan.inventory.as_dict() | {"adapted": [name for name, _ in lora_layers(assembly.model)]},
+        "data": [report.as_dict() for report in plan.datasets.reports],
+        "examples": {"train": len(plan.datasets.train), "eval": len(plan.datasets.eval)},
+    }
+
+
+def _result(run: RunDirectory, status: str, progress: Progress) -> RunResult:
+    lines = run.read_metrics()
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return RunResult(
+        run_dir=run.path,
+        status=status,
+        steps=progress.step,
+        losses=[line["loss"] for line in lines if "loss" in line],
+        eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
+        tokens_per_second=sum(speeds) / max(1, len(speeds)),
+        peak_memory=peak_memory_bytes(),
+    )

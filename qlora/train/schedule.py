@@ -1,0 +1,34 @@
+"""Learning rates and intervals as functions of the step, so that nothing of them needs saving."""
+
+import math
+
+
+def learning_rate(step: int, total_steps: int, peak: float, kind: str, warmup_ratio: float) -> float:
+    """Learning rate of a step.
+
+    Args:
+        step: From 0.
+        total_steps: Of the run.
+        peak: Reached at the end of the warm-up.
+        kind: `cosine` and `linear` fall to zero at the end, `constant` stays.
+        warmup_ratio: Share of the run over which the rate rises linearly from zero.
+    """
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    if kind == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def resolve_interval(value: int | float | None, total_steps: int) -> int | None:
+    """Steps between two events, given as steps, as a share of the run, or None for never."""
+    if value is None:
+        return None
+    return max(1, round(value * total_steps)) if value < 1 else int(value)
+
+
+def resolve_total_steps(epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run; `max_steps` wins over `epochs`."""
+    return max_steps or max(1, math.ceil(epochs * steps_per_epoch))

@@ -1,0 +1,151 @@
+"""Head and loss in chunks: the same loss and gradient, and never all logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora.kernels import linear_cross_entropy
+from tests.reference.cross_entropy import linear_cross_entropy as reference
+
+
+def make_inputs(generator, rows, features, vocabulary, dtype=torch.float32):
+    hidden = torch.randn(rows, features, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, features, generator=generator) * features**-0.5).to(dtype)
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype)
+    return hidden.requires_grad_(), weight, labels, bias
+
+
+def run(hidden, *args, **kwargs):
+    loss = linear_cross_entropy(hidden, *args, **kwargs)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), grad
+
+
+def relative(found, wanted):
+    return ((found.float() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    rows=st.integers(1, 40),
+    features=st.integers(1, 24),
+    vocabulary=st.integers(2, 70),
+    # One row at a time, some, or all at once; also less than one row's logits.
+    chunk_rows=st.sampled_from([0, 1, 3, 7, 40]),
+    with_bias=st.booleans(),
+    logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
+    softcap=st.sampled_from([None, 1.5, 30.0]),
+)
+def test_loss_and_gradient_are_torchs(seed, rows, features, vocabulary, chunk_rows, with_bias, logit_scale, softcap):
+    hidden, weight, labels, bias = make_inputs(torch.Generator().manual_seed(seed), rows, features, vocabulary)
+    options = {"bias": bias if with_bias else None, "logit_scale": logit_scale, "softcap": softcap}
+    chunk = max(1, chunk_rows * vocabulary)
+    loss, grad = run(hidden, weight, labels, chunk_elements=chunk, **options)
+    wanted_loss, wanted_grad = reference(hidden, weight, labels, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted_loss, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_bf16_stays_within_its_rounding(softcap, generator):
+    hidden, weight, labels, bias = make_inputs(generator, 64, 48, 300, torch.bfloat16)
+    options = {"bias": bias, "softcap": softcap, "logit_scale": 0.5}
+    loss, grad = run(hidden, weight, labels, chunk_elements=7 * 300, **options)
+    wanted_loss, wanted_grad = reference(hidden, weight, labels, **options)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == torch.bfloat16
+    # A logit is rounded by 2^-9 of itself at most, and those of the label and of the largest count: below 2^-8 · 16
+    # a row. The gradient's probabilities move by as much, and are rounded once, and so is the product.
+    assert abs(loss - wanted_loss) < 64 * 2**-8 * 4
+    assert relative(grad, wanted_grad) < 2**-6
+
+
+def test_a_chunk_of_any_size_gives_the_same_gradient(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 37, 16, 50)
+    whole_loss, whole_grad = run(hidden, weight, labels)
+    for chunk_elements in (1, 50, 149, 36 * 50, 37 * 50):
+        loss, grad = run(hidden, weight, labels, chunk_elements=chunk_elements)
+        torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, whole_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_scales_with_the_loss(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 9, 16, 50)
+    _, whole = run(hidden, weight, labels)
+    loss = linear_cross_entropy(hidden, weight, labels) / 7
+    (grad,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(grad, whole / 7, rtol=1e-6, atol=0)
+    assert torch.equal(grad, again)
+
+
+def test_the_head_gets_no_gradient_and_hidden_is_left_alone(generator):
+    hidden, weight, labels, bias = make_inputs(generator, 9, 16, 50)
+    before = hidden.detach().clone()
+    linear_cross_entropy(hidden, weight, labels, bias=bias).backward()
+    assert weight.grad is None
+    assert torch.equal(hidden, before)
+
+
+def test_evaluation_gives_the_loss_of_training(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 9, 16, 50)
+    trained = linear_cross_entropy(hidden, weight, labels)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight, labels)
+    assert not evaluated.requires_grad
+    assert torch.equal(evaluated, trained)
+
+
+def test_no_rows_give_a_loss_of_zero_and_an_empty_gradient(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 0, 16, 50)
+    loss, grad = run(hidden, weight, labels)
+    assert loss.item() == 0
+    assert grad.shape == (0, 16)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that any operation gave, in elements."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.size = max(self.size, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(softcap, train, generator):
+    rows, features, vocabulary, chunk_elements = 512, 4, 256, 8 * 1024
+    hidden, weight, labels, bias = make_inputs(generator, rows, features, vocabulary)
+    # Nothing but logits is as large as a chunk.
+    assert max(hidden.numel(), weight.numel()) < chunk_elements < rows * vocabulary
+    with LargestTensor() as largest, torch.set_grad_enabled(train):
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=softcap, chunk_elements=chunk_elements)
+        if train:
+            loss.backward()
+    assert largest.size == chunk_elements
+
+
+def test_the_head_is_read_once_a_chunk_in_full_chunks(generator):
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, labels, _ = make_inputs(generator, 10, 16, 50)
+    with Count(), torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, chunk_elements=4 * 50 + 49)
+    products = [call for call in calls if call in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)]
+    assert len(products) == 3  # Rows by four: 4, 4 and 2.

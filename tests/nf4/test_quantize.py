@@ -1,0 +1,146 @@
+"""NF4 and back: equal to the paper's definition, for any shape and dtype."""
+
+import bitsandbytes
+import pytest
+import torch
+
+from qlora.nf4 import dequantize, from_checkpoint_tensors, is_bitsandbytes_linear, nf4_num_bytes, quantize
+from tests.reference import nf4 as reference
+
+# Whole blocks, then sizes that are no multiple of 64, of 32 or of 2.
+SHAPES = [(128, 512), (172, 64), (64, 172), (33, 50), (7, 13), (1, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_weight(shape, generator, dtype=torch.float32):
+    # The size of weights in a language model; rows of unlike scale give blocks of unlike absmax.
+    scale = torch.rand(shape[0], 1, generator=generator) + 0.1
+    return (torch.randn(shape, generator=generator) * scale * 0.02).to(dtype)
+
+
+def codes_that_differ(weight, packed):
+    """How many codes are not the nearest, leaving out weights that sit on a boundary within fp32's rounding."""
+    found, wanted = reference.unpack(packed, weight.numel()), reference.quantize(weight)
+    scaled = weight.float().flatten() / reference.absmax_per_value(weight)
+    boundaries = (reference.CODE[1:] + reference.CODE[:-1]) / 2
+    on_boundary = (scaled[:, None] - boundaries).abs().amin(dim=1) < 1e-6
+    return ((found != wanted) & ~on_boundary).sum().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_weight_gets_the_nearest_code(shape, dtype, generator):
+    weight = random_weight(shape, generator, dtype)
+    packed, _ = quantize(weight, double_quant=False)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == -(-weight.numel() // 2)
+    assert codes_that_differ(weight, packed) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_double_quant_the_result_is_the_references_bit_for_bit(shape, dtype, generator):
+    weight = random_weight(shape, generator, dtype)
+    packed, state = quantize(weight, double_quant=False)
+    codes = reference.unpack(packed, weight.numel())
+    wanted = reference.dequantize(codes, reference.absmax_per_value(weight), weight.shape)
+    assert torch.equal(dequantize(packed, state, torch.float32), wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_double_quant_moves_a_weight_no_more_than_its_bound(shape, generator):
+    weight = random_weight(shape, generator)
+    packed, state = quantize(weight, double_quant=True)
+    plain = quantize(weight, double_quant=False)
+    assert torch.equal(packed, plain[0])
+    distance = (dequantize(packed, state, torch.float32) - dequantize(*plain, torch.float32)).abs()
+    absmax = reference.absmax_per_value(weight)
+    bound = torch.cat([part.expand(64) for part in reference.double_quant_bound(absmax[::64])[:, None]])[
+        : weight.numel()
+    ]
+    # A code value is at most 1, and scales the error of its block.
+    share = reference.CODE[reference.unpack(packed, weight.numel())].abs()
+    assert (distance.flatten() <= share * bound).all()
+    if weight.numel() > 64:
+        assert distance.max() > 0, "the statistics were not quantized"
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_dtype_is_one_rounding_of_the_fp32_result(shape, dtype, double_quant, generator):
+    weight = random_weight(shape, generator, torch.bfloat16)
+    packed, state = quantize(weight, double_quant)
+    found = dequantize(packed, state, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, dequantize(packed, state, torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(128, 512), (33, 50), (7, 13)])
+def test_out_is_written_in_place(shape, dtype, generator):
+    packed, state = quantize(random_weight(shape, generator))
+    out = torch.full(shape, float("nan"), dtype=dtype)
+    address = out.data_ptr()
+    result = dequantize(packed, state, dtype, out=out)
+    assert result.data_ptr() == out.data_ptr() == address
+    assert torch.equal(out, dequantize(packed, state, dtype))
+
+
+def test_a_transposed_weight_is_quantized_by_its_values(generator):
+    weight = random_weight((64, 96), generator)
+    packed, state = quantize(weight.T, double_quant=False)
+    copied, copied_state = quantize(weight.T.contiguous(), double_quant=False)
+    assert torch.equal(packed, copied)
+    assert torch.equal(dequantize(packed, state, torch.float32), dequantize(copied, copied_state, torch.float32))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_block_of_zeros_stays_zero(double_quant, generator):
+    weight = random_weight((16, 64), generator)
+    weight[3] = 0
+    restored = dequantize(*quantize(weight, double_quant), torch.float32)
+    assert restored.isfinite().all()
+    assert torch.equal(restored[3], torch.zeros(64))
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (172, 64)])
+def test_bytes_are_codes_and_statistics_and_no_more(shape, generator):
+    weight = random_weight(shape, generator)
+    packed, state = quantize(weight)
+    size, blocks = weight.numel(), -(-weight.numel() // 64)
+    # 4 bits a weight, 8 a block, 32 for each 256 blocks, and the mean.
+    assert nf4_num_bytes(packed, state) == size // 2 + blocks + 4 * -(-blocks // 256) + 4
+
+
+def test_a_large_weight_costs_the_papers_bytes_per_parameter(generator):
+    weight = random_weight((1024, 1024), generator, torch.bfloat16)
+    assert nf4_num_bytes(*quantize(weight)) / weight.numel() == pytest.approx(0.516, abs=5e-4)
+    # 32 bits a block without the second quantization.
+    assert nf4_num_bytes(*quantize(weight, double_quant=False)) / weight.numel() == pytest.approx(0.5625)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(96, 128), (33, 50)])
+def test_a_checkpoint_of_bitsandbytes_is_read_and_left_whole(shape, double_quant, generator):
+    weight = random_weight(shape, generator)
+    layer = bitsandbytes.nn.Linear4bit(
+        shape[1], shape[0], bias=False, quant_type="nf4", compress_statistics=double_quant
+    )
+    layer.weight.data.copy_(weight)
+    layer = layer.to("cpu")
+    assert is_bitsandbytes_linear(layer)
+    tensors = dict(layer.state_dict())
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    packed, state = from_checkpoint_tensors(tensors)
+
+    assert torch.equal(
+        dequantize(packed, state, torch.float32), dequantize(*quantize(weight, double_quant), torch.float32)
+    )
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_a_plain_linear_is_not_taken_for_bitsandbytes():
+    assert not is_bitsandbytes_linear(torch.nn.Linear(2, 2))

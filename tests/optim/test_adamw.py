@@ -1,0 +1,249 @@
+"""FlatAdamW: the paper's update, bitsandbytes' bits, and a state that continues where it stopped."""
+
+import io
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters
+from tests.reference.adamw import AdamW
+
+NAMES = list(OPTIMIZERS)
+ROUNDINGS = ["stochastic", "master", "nearest"]
+
+
+def make_flat(values):
+    parameter = nn.Parameter(values.clone())
+    return parameter, FlatParameters([("p", parameter)])
+
+
+def random_grads(generator, steps, shape):
+    """Gradients of sizes that differ between elements by orders of magnitude, with a direction that lasts."""
+    direction = torch.randn(shape, generator=generator)
+    scale = 10 ** (4 * torch.rand(shape, generator=generator) - 5)
+    return [(direction + torch.randn(shape, generator=generator)) * scale for _ in range(steps)]
+
+
+def run(parameter, optimizer, grads, learning_rate=1e-3):
+    for grad in grads:
+        optimizer.flat.zero_grad()
+        parameter.grad.copy_(grad)
+        share = optimizer.step(learning_rate)
+    return share
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["adamw_32bit", "paged_adamw_32bit"])
+def test_32_bit_updates_are_the_papers(name, weight_decay, generator):
+    values = torch.randn(33, 17, generator=generator)
+    grads = random_grads(generator, 20, values.shape)
+    parameter, flat = make_flat(values)
+    run(parameter, FlatAdamW(flat, name, weight_decay=weight_decay), grads)
+    wanted = values.clone()
+    reference = AdamW(wanted, weight_decay=weight_decay)
+    for grad in grads:
+        reference.step(grad, 1e-3)
+    # Twenty steps of 1e-3, each within fp32's rounding of values near 1.
+    torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=4e-6)
+    assert (wanted - values).abs().max() > 5e-3
+
+
+def test_betas_eps_and_a_changing_learning_rate_are_followed(generator):
+    values = torch.randn(300, generator=generator)
+    grads = random_grads(generator, 10, values.shape)
+    settings = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.05}
+    parameter, flat = make_flat(values)
+    optimizer = FlatAdamW(flat, "adamw_32bit", **settings)
+    wanted = values.clone()
+    reference = AdamW(wanted, **settings)
+    for step, grad in enumerate(grads):
+        run(parameter, optimizer, [grad], learning_rate=1e-3 * (step + 1))
+        reference.step(grad, 1e-3 * (step + 1))
+    torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_updates_stay_close_to_32_bit_ones(name, weight_decay, generator):
+    values = torch.randn(64, 64, generator=generator)
+    # Gradients of like size, as within one factor: a block of 8-bit state has one scale.
+    direction = torch.randn(64, 64, generator=generator)
+    grads = [direction + torch.randn(64, 64, generator=generator) for _ in range(20)]
+    results = {}
+    for each in (name, "adamw_32bit"):
+        parameter, flat = make_flat(values)
+        run(parameter, FlatAdamW(flat, each, weight_decay=weight_decay), grads)
+        results[each] = parameter.detach() - values
+    eight, full = results[name], results["adamw_32bit"]
+    assert not torch.equal(eight, full)
+    assert (eight - full).norm() / full.norm() < 0.05
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_updates_are_bitsandbytes_own_bit_for_bit(bits, weight_decay, generator):
+    values = torch.randn(8, 256, generator=generator)
+    grads = random_grads(generator, 6, values.shape)
+    parameter, flat = make_flat(values)
+    run(parameter, FlatAdamW(flat, f"adamw_{bits}bit", weight_decay=weight_decay), grads)
+    other = nn.Parameter(values.clone())
+    theirs = bitsandbytes.optim.AdamW([other], lr=1e-3, weight_decay=weight_decay, optim_bits=bits, min_8bit_size=1)
+    for grad in grads:
+        other.grad = grad.clone()
+        theirs.step()
+    dtype = torch.uint8 if bits == 8 else torch.float32
+    assert theirs.state[other]["state1"].dtype == dtype
+    assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_takes_the_bits_it_is_named_for_whatever_the_size(name, generator):
+    _, flat = make_flat(torch.randn(3, 5, generator=generator))
+    state = FlatAdamW(flat, name).state_dict()
+    bits, _ = OPTIMIZERS[name]
+    assert {state[key].element_size() * 8 for key in ("state1", "state2")} == {bits}
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, seed):
+    values = torch.randn(33, 17, generator=generator).to(dtype)
+    grads = random_grads(generator, 8, values.shape)
+    parameter, flat = make_flat(values)
+    optimizer = FlatAdamW(flat, name, weight_decay=0.1, rounding=rounding, seed=seed)
+    run(parameter, optimizer, grads[:4])
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), parameter.detach().clone()), file)
+    run(parameter, optimizer, grads[4:])
+
+    file.seek(0)
+    state, stopped_at = torch.load(file)
+    # Another seed and other values at first: all must come from the state.
+    restored, restored_flat = make_flat(torch.zeros_like(values))
+    other = FlatAdamW(restored_flat, name, weight_decay=0.1, rounding=rounding, seed=seed + 1)
+    with torch.no_grad():
+        restored.copy_(stopped_at)
+    other.load_state_dict(state)
+    run(restored, other, grads[4:])
+
+    assert torch.equal(restored, parameter)
+    for key, value in optimizer.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_loading_copies_and_shares_nothing_with_the_state_given(generator):
+    values = torch.randn(300, generator=generator)
+    grads = random_grads(generator, 2, values.shape)
+    parameter, flat = make_flat(values)
+    optimizer = FlatAdamW(flat, "adamw_32bit")
+    run(parameter, optimizer, grads)
+    state = {key: value.clone() for key, value in optimizer.state_dict().items()}
+    kept = {key: value.clone() for key, value in state.items()}
+    other_parameter, other_flat = make_flat(values)
+    other = FlatAdamW(other_flat, "adamw_32bit")
+    buffers = {key: value.data_ptr() for key, value in other.state_dict().items() if key.startswith("state")}
+    other.load_state_dict(state)
+    run(other_parameter, other, grads)
+    assert all(torch.equal(state[key], kept[key]) for key in kept)
+    assert buffers == {key: other.state_dict()[key].data_ptr() for key in buffers}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [
+        ({"name": "adamw_8bit"}, {"name": "adamw_32bit"}),
+        ({"name": "adamw_32bit"}, {"name": "adamw_8bit"}),
+        ({"rounding": "master"}, {"rounding": "stochastic"}),
+        ({"rounding": "stochastic"}, {"rounding": "master"}),
+        ({"size": 300}, {"size": 600}),
+    ],
+    ids=["8-in-32", "32-in-8", "master-in-none", "none-in-master", "size"],
+)
+def test_a_state_of_another_optimizer_is_refused_and_nothing_changed(saved, loading, generator):
+    def build(name="adamw_8bit", rounding="stochastic", size=300):
+        parameter, flat = make_flat(torch.randn(size, generator=generator).bfloat16())
+        optimizer = FlatAdamW(flat, name, rounding=rounding)
+        run(parameter, optimizer, random_grads(generator, 2, (size,)))
+        return optimizer
+
+    state, optimizer = build(**saved).state_dict(), build(**loading)
+    before = {key: value.clone() for key, value in optimizer.state_dict().items()}
+    with pytest.raises(ValueError, match="optimizer state"):
+        optimizer.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_share_of_lost_updates_is_told(rounding, generator):
+    # Elements of 1, 2^-6 and 2^-20 lose an update of 1e-4 in bf16 at the first only: half a step there is 2e-3.
+    values = torch.cat([torch.full((600,), 1.0), torch.full((300,), 2.0**-20), torch.full((100,), 1.0)])
+    parameter, flat = make_flat(values.bfloat16())
+    optimizer = FlatAdamW(flat, "adamw_32bit", rounding=rounding)
+    grad = torch.ones(1000)
+    grad[900:] = 0  # No gradient: not counted.
+    before = parameter.detach().clone()
+    share = run(parameter, optimizer, [grad], learning_rate=1e-4).item()
+    kept = (parameter == before)[:900].double().mean().item()
+    assert share == pytest.approx(kept, abs=1e-6)
+    if rounding == "stochastic":
+        assert share < 600 / 900
+    else:
+        assert share == pytest.approx(600 / 900, abs=1e-6)
+
+
+@pytest.mark.parametrize(("learning_rate", "share"), [(0.0, 1.0), (1e-2, 0.0)])
+def test_fp32_parameters_lose_no_update_but_one_of_zero(learning_rate, share, generator):
+    parameter, flat = make_flat(torch.randn(300, generator=generator))
+    grad = torch.randn(300, generator=generator)
+    assert run(parameter, FlatAdamW(flat, "adamw_32bit"), [grad], learning_rate).item() == share
+
+
+def test_without_any_gradient_the_share_is_a_number(generator):
+    parameter, flat = make_flat(torch.randn(300, generator=generator))
+    before = parameter.detach().clone()
+    assert run(parameter, FlatAdamW(flat), [torch.zeros(300)]).isfinite()
+    assert torch.equal(parameter, before)
+
+
+def test_a_gradient_scaler_finds_and_unscales_the_flat_gradient(generator):
+    parameter, flat = make_flat(torch.randn(300, generator=generator).bfloat16())
+    optimizer = FlatAdamW(flat)
+    grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    assert [grad.data_ptr() for grad in grads] == [flat.grad.data_ptr()]
+    (parameter * 4).sum().backward()
+    grads[0].div_(4)
+    assert torch.equal(parameter.grad, torch.ones(300))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_called_paged_only_where_it_is(name, generator):
+    _, flat = make_flat(torch.randn(300, generator=generator))
+    assert not FlatAdamW(flat, name).is_paged
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_state_on_cuda_is_paged_whatever_the_size_and_after_resume(name, rounding, generator):
+    _, paged = OPTIMIZERS[name]
+    values = torch.randn(3, 5, generator=generator).bfloat16().cuda()
+    grads = [grad.cuda() for grad in random_grads(generator, 4, values.shape)]
+    parameter, flat = make_flat(values)
+    optimizer = FlatAdamW(flat, name, rounding=rounding)
+    run(parameter, optimizer, grads[:2])
+    state = {key: value.cpu().clone() for key, value in optimizer.state_dict().items()}
+    restored, restored_flat = make_flat(parameter.detach())
+    other = FlatAdamW(restored_flat, name, rounding=rounding, seed=1)
+    other.load_state_dict(state)
+    keys = ["state1", "state2"] + (["master"] if rounding == "master" else [])
+    for each in (optimizer, other):
+        assert each.is_paged == paged
+        # bitsandbytes marks the tensors that it allocated in managed memory.
+        assert {getattr(each.state_dict()[key], "is_paged", False) for key in keys} == {paged}
+    run(parameter, optimizer, grads[2:])
+    run(restored, other, grads[2:])
+    assert torch.equal(restored, parameter)

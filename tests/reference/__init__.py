@@ -1,0 +1,1 @@
+"""Slow, obvious versions, in plain fp32 torch, that the fast code is held against."""

@@ -1,0 +1,24 @@
+"""Head and summed cross-entropy in fp32, with all logits at once."""
+
+import torch
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, a scalar, and the gradient of `hidden`, both fp32."""
+    hidden = hidden.detach().float().requires_grad_()
+    logits = hidden @ weight.detach().float().T
+    if bias is not None:
+        logits = logits + bias.detach().float()
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), grad
