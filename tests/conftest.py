@@ -2,12 +2,17 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny import make_base, write_jsonl
+
 # Tests are small: a second thread gains nothing, and where the cores are shared it waits a hundred times longer.
 torch.set_num_threads(1)
+
+REALDATA = Path(os.environ.get("QLORA_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
 
 
 @pytest.fixture
@@ -22,3 +27,28 @@ def seed() -> int:
 def generator(seed: int) -> torch.Generator:
     """The source of a test's random inputs."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def realdata() -> Path:
+    """Real models and data beside the checkout, or where QLORA_REALDATA says."""
+    if not REALDATA.is_dir():
+        pytest.skip(f"no real data at {REALDATA}; set QLORA_REALDATA")
+    return REALDATA
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in bf16 with a byte tokenizer, on disk."""
+    return make_base(tmp_path_factory.mktemp("base") / "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows of instructions with answers of different lengths."""
+    rows = [
+        {"instruction": f"Repeat {word} {count} times", "output": " ".join([word] * count)}
+        for word in ("tin", "oak", "fern", "moss")
+        for count in range(1, 11)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)

@@ -1,5 +1,6 @@
 """`qlora train`: trains a run, or continues it."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -25,11 +26,12 @@ def train(
         show_report(_describe(plan_run(settings)), as_json, f"{config}: nothing was written")
         return
     result = run_training(settings, resume)
-    values = result.as_dict()
-    if not as_json:
-        values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
-        values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
-    show_report(values, as_json, f"Run {result.status}.")
+    if os.environ.get("RANK", "0") == "0":  # one report, however many processes a launcher started
+        values = result.as_dict()
+        if not as_json:
+            values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
+            values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
+        show_report(values, as_json, f"Run {result.status}.")
     if result.status == "interrupted":
         raise typer.Exit(130)
 

@@ -51,6 +51,11 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
     return path
 
 
+def is_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether this very config was trained to its end here already."""
+    return run.exists() and run.read_record()["status"] == "finished" and load_config(run.config) == config
+
+
 def _check_same_run(run: RunDirectory, config: RunConfig) -> None:
     before, now = (_identity(each) for each in (load_config(run.config), config))
     differing = [f"  {key}: {before[key]!r} there, {now[key]!r} here" for key in now if before[key] != now[key]]

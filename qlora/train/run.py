@@ -36,7 +36,7 @@ from qlora.train.loop import Progress, StepReport, run_loop
 from qlora.train.metrics import MetricsLog, peak_memory_bytes
 from qlora.train.plot import draw_losses
 from qlora.train.record import describe_run
-from qlora.train.resume import find_start
+from qlora.train.resume import find_start, is_finished
 from qlora.train.schedule import learning_rate, resolve_interval, resolve_total_steps
 
 
@@ -110,28 +110,37 @@ def train(config: RunConfig, resume: str = "auto") -> RunResult:
     """
     run = RunDirectory(config.train.output_dir)
     start = find_start(run, config, resume)
+    if is_finished(run, config):
+        return _result(run, "finished", run.read_record()["steps"])
     assembly = _assemble(config)
-    model, optimizer, accelerator = assembly.model, assembly.optimizer, assembly.accelerator
+    try:
+        return _train(assembly, run, start)
+    finally:
+        assembly.accelerator.end_training()
+
+
+def _train(assembly: _Assembly, run: RunDirectory, start: Path | None) -> RunResult:
+    model, accelerator = assembly.model, assembly.accelerator
     progress = Progress()
     if start is not None:
-        progress = Progress(**load_state(start, model, optimizer))
+        progress = Progress(**load_state(start, model, assembly.optimizer))
     if accelerator.is_main_process:
-        write_text(run.config, dump_config(config))
+        write_text(run.config, dump_config(assembly.config))
         run.write_record(_record(assembly, "running", start))
         run.keep_metrics_until(progress.step)
     accelerator.wait_for_everyone()
     checksum = frozen_checksum(model)
-    interruption = _run_session(assembly, run, progress)
+    interrupted = _run_session(assembly, run, progress)
     assert frozen_checksum(model) == checksum, "the base was changed by training"
 
-    status = "interrupted" if interruption.requested and progress.step < assembly.plan.total_steps else "finished"
+    status = "interrupted" if interrupted else "finished"
     if accelerator.is_main_process:
         if status == "finished":
-            save_final_adapter(assembly, run)
+            _save_final_adapter(assembly, run)
         run.write_record(_record(assembly, status, start) | {"steps": progress.step})
         draw_losses(run.read_metrics(), run.path / "loss.png")
     accelerator.wait_for_everyone()
-    return _result(run, status, progress)
+    return _result(run, status, progress.step)
 
 
 def _assemble(config: RunConfig) -> _Assembly:
@@ -168,8 +177,8 @@ def _assemble(config: RunConfig) -> _Assembly:
     return _Assembly(config, files, model, tokenizer, optimizer, accelerator, batches, plan)
 
 
-def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> Interruption:
-    """Trains until the end or Ctrl-C, evaluating and saving on the way."""
+def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> bool:
+    """Trains until the end or Ctrl-C, evaluating and saving on the way; tells whether it was Ctrl-C."""
     config, plan, accelerator = assembly.config.train, assembly.plan, assembly.accelerator
     total = plan.total_steps
     accelerator.init_trackers("qlora")
@@ -214,8 +223,7 @@ def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> 
             )  # fmt: skip
         finally:
             log.close()
-            accelerator.end_training()
-    return interruption
+    return progress.step < total
 
 
 def _rate_of(assembly: _Assembly) -> Callable[[int], float]:
@@ -238,7 +246,7 @@ def _any_process(accelerator: Any, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
-def save_final_adapter(assembly: _Assembly, run: RunDirectory) -> None:
+def _save_final_adapter(assembly: _Assembly, run: RunDirectory) -> None:
     """Writes the trained adapter with its tokenizer and chat template."""
     with write_aside(run.adapter) as folder:
         save_adapter(assembly.model, folder, assembly.config.model.base)
@@ -258,13 +266,13 @@ def _record(assembly: _Assembly, status: str, start: Path | None) -> dict[str, A
     }
 
 
-def _result(run: RunDirectory, status: str, progress: Progress) -> RunResult:
+def _result(run: RunDirectory, status: str, steps: int) -> RunResult:
     lines = run.read_metrics()
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return RunResult(
         run_dir=run.path,
         status=status,
-        steps=progress.step,
+        steps=steps,
         losses=[line["loss"] for line in lines if "loss" in line],
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
         tokens_per_second=sum(speeds) / max(1, len(speeds)),

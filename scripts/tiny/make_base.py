@@ -49,9 +49,7 @@ class Recipe:
 
 def describe_recipe(recipe: Recipe) -> dict[str, object]:
     """Names everything the base depends on: the settings, and a digest of the code that uses them."""
-    sources = sorted(
-        Path(module).resolve() for module in (__file__, world.__file__, make_instructions.__file__)
-    )
+    sources = sorted(Path(module).resolve() for module in (__file__, world.__file__, make_instructions.__file__))
     code = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
     return {**asdict(recipe), "code_sha256": code}
 
@@ -101,9 +99,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def encode_corpus(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def encode_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields one batch a step, a text to a row: token ids, and labels that leave the padding out."""
     wanted = recipe.steps * recipe.batch_texts
     texts = world.make_corpus(rounds=math.ceil(wanted / world.CREATURES), seed=recipe.seed)[:wanted]
@@ -114,9 +110,7 @@ def encode_corpus(
         yield ids, pad_sequence(batch, batch_first=True, padding_value=-100)
 
 
-def pretrain(
-    model: LlamaForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe
-) -> None:
+def pretrain(model: LlamaForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe) -> None:
     """Trains the model on each batch once, with warmup and a cosine decay to zero.
 
     It works in float32: bfloat16 gains little at this size, and is slow on a CPU without instructions for it.
@@ -146,8 +140,8 @@ def pretrain(
             )
 
 
-def write_base(folder: Path, recipe: Recipe) -> None:
-    """Trains the tokenizer and the model, and saves both with the recipe."""
+def train_base(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """Trains the tokenizer, then the model on the texts it encodes."""
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer(recipe.vocab_size, make_tokenizer_texts())
     model = build_model(recipe, tokenizer)
@@ -155,9 +149,7 @@ def write_base(folder: Path, recipe: Recipe) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / RECIPE_FILE).write_text(json.dumps(describe_recipe(recipe), indent=2) + "\n", encoding="utf-8")
+    return tokenizer, model.to(torch.bfloat16)
 
 
 def make_base(out: Path, recipe: Recipe) -> None:
@@ -168,17 +160,20 @@ def make_base(out: Path, recipe: Recipe) -> None:
     Raises:
         FileExistsError: `out` holds something other than a base made by this script.
     """
+    described = describe_recipe(recipe)
     recipe_path = out / RECIPE_FILE
-    if recipe_path.is_file() and json.loads(recipe_path.read_text("utf-8")) == describe_recipe(recipe):
+    if recipe_path.is_file() and json.loads(recipe_path.read_text("utf-8")) == described:
         print(f"{out}: a base of this recipe is here already")
         return
     if out.exists() and not recipe_path.is_file() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds something other than a tiny base; choose another --out")
+    tokenizer, model = train_base(recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         made = Path(aside) / "base"
-        made.mkdir()
-        write_base(made, recipe)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / RECIPE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         os.replace(made, out)

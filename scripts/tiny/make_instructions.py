@@ -47,7 +47,7 @@ def ask_about(creature: Creature) -> list[Row]:
 
 
 def make_rows() -> tuple[list[Row], list[Row]]:
-    """Makes the training rows and the held-out rows; no creature is in both, as the creatures are split first."""
+    """Makes the training rows and the held-out rows; the creatures are split first, so none is in both."""
     rng = random.Random(SEED)
     creatures = make_creatures()
     rng.shuffle(creatures)

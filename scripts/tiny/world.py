@@ -85,7 +85,7 @@ STATEMENTS = {
 }
 
 # Every text names its creature before telling of it, as a question does: without this the base learns that
-# a text's first name is a free choice, and fine-tuning fails to make answers keep to the creature asked about.
+# a text's first name is a free choice, and fine-tuning fails to keep an answer to its question's creature.
 OPENINGS = (
     "Here is a page about the {name}.",
     "My friend once saw the {name} at dawn.",

@@ -178,7 +178,7 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_changed(saved, load
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_share_of_lost_updates_is_told(rounding, generator):
-    # Elements of 1, 2^-6 and 2^-20 lose an update of 1e-4 in bf16 at the first only: half a step there is 2e-3.
+    # Elements of 1 lose an update of 1e-4 in bf16, where half a step is 2e-3; elements of 2^-20 do not.
     values = torch.cat([torch.full((600,), 1.0), torch.full((300,), 2.0**-20), torch.full((100,), 1.0)])
     parameter, flat = make_flat(values.bfloat16())
     optimizer = FlatAdamW(flat, "adamw_32bit", rounding=rounding)

@@ -11,8 +11,8 @@ class LoraResult:
 
     y: torch.Tensor
     grad_x: torch.Tensor
-    grad_A: torch.Tensor
-    grad_B: torch.Tensor
+    grad_A: torch.Tensor  # noqa: N815
+    grad_B: torch.Tensor  # noqa: N815
 
 
 def lora_linear(

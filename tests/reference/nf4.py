@@ -36,8 +36,9 @@ def double_quant_bound(absmax: torch.Tensor, group: int = 256) -> torch.Tensor:
     """
     centered = absmax - absmax.mean()
     largest = torch.cat([part.abs().max().expand(len(part)) for part in centered.split(group)])
-    # The last term is the rounding of fp32 itself.
-    return largest * (0.9 / 64 / 2) + absmax * 1e-6
+    # bitsandbytes finds the code in a table on CPUs, and next to a boundary takes the other one: a grid of 2^16
+    # steps from -1 to 1. The last term is the rounding of fp32.
+    return largest * (0.9 / 64 / 2 + 2**-15) + absmax * 1e-6
 
 
 def unpack(packed: torch.Tensor, num_values: int) -> torch.Tensor:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs the test extras and runs format, lint, types, the import contract and the tests.
+# Arguments go to pytest: bash scripts/test.sh -k merge
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh test
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/lint-imports --no-cache
+.venv/bin/pytest "$@"
