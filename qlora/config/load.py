@@ -77,6 +77,9 @@ def _suggest(location: Sequence[str]) -> str:
     if name in ALIASES:
         return f" Here it is {ALIASES[name]}."
     sections = {section: _keys_of(section) for section in RunConfig.model_fields}
+    exact = [f"{section}.{name}" for section, keys in sections.items() if name in keys]
+    if exact:
+        return f" Did you mean {' or '.join(exact)}?"
     if len(location) == 1:
         near = difflib.get_close_matches(name, sections, n=1)
     else:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class Section(BaseModel):
     """A frozen group of keys; an unknown one is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _check_size(value: str) -> str:
@@ -36,8 +36,13 @@ def _check_share_or_steps(value: int | float | None) -> int | float | None:
 
 
 def _check_eval(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML takes 2e-2, without a dot, for text
+        except ValueError:
+            return value
     is_share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    if value is None or isinstance(value, str) or is_share:
+    if value is None or is_share:
         return value
     raise ValueError("should be a file or data set to evaluate on, or a share of the rows below 1")
 
@@ -67,7 +72,7 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Share = 0.0
-    targets: str | list[str] = "all-linear"
+    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rslora: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -51,11 +51,9 @@ def render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt
     Raises:
         DataError: The template refuses it; its reason is told.
     """
-    from jinja2.exceptions import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: besides its own refusals it can fail in any way
         raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 

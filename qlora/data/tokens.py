@@ -68,7 +68,9 @@ class ExampleEncoder:
         self.loss_on = loss_on
         self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self._end_ids = np.array(sorted({*tokenizer.all_special_ids, *added}))
+        # What starts a text ends none, unless one token does both.
+        starts = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+        self._end_ids = np.array(sorted({*tokenizer.all_special_ids, *added} - starts))
 
     def encode(self, example: Example) -> TokenizedExample:
         """Encodes one example.

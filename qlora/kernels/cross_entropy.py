@@ -74,7 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grad_output.to(grad_hidden.dtype), None, None, None, None, None, None)
+        # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
+        grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
+        return (grad_hidden, None, None, None, None, None, None)
 
 
 def _grad_logits(logits: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:

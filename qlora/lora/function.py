@@ -45,7 +45,8 @@ class LoraLinearFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
         v = dropped @ lora_A.to(x.dtype).T
-        y = F.linear(rows, base_weight(base, x.dtype), base.bias)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        y = F.linear(rows, base_weight(base, x.dtype), bias)
         y.addmm_(v, lora_B.to(x.dtype).T, alpha=scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,16 +35,18 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so there is nothing to adapt.")
-    if targets == ALL_LINEAR:
-        head = _output_head(model)
-        return [name for name in linears if model.get_submodule(name) is not head]
-
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    matches = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in patterns}
+    head = _output_head(model)
+    matches = {}
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        if pattern == ALL_LINEAR:
+            matches[pattern] = [name for name in linears if model.get_submodule(name) is not head]
+        else:
+            matches[pattern] = [name for name in linears if _matches(pattern, name)]
     problems = [_unmatched(model, linears, pattern) for pattern, names in matches.items() if not names]
-    if problems:
-        raise ModelError("\n".join(problems))
+    if problems or not matches:
+        raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in matches.values() for name in names}
+    _check_head(model, head, wanted)
     return [name for name in linears if name in wanted]
 
 
@@ -100,6 +103,16 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head() if head else None
 
 
+def _check_head(model: Any, head: Any, wanted: set[str]) -> None:
+    embeddings = model.get_input_embeddings() if head is not None else None
+    for name in wanted:
+        if model.get_submodule(name) is head and head.weight is getattr(embeddings, "weight", None):
+            raise ModelError(
+                f"lora.targets: {name} shares its weight with the input embeddings, so an adapter on it could not be "
+                "merged; leave it out."
+            )
+
+
 def _matches(pattern: str, name: str) -> bool:
     if name == pattern or name.endswith(f".{pattern}"):
         return True
@@ -115,6 +128,6 @@ def _unmatched(model: nn.Module, linears: Sequence[str], pattern: str) -> str:
         kind = type(model.get_submodule(others[0])).__name__
         return f"lora.targets: '{pattern}' is {others[0]}, a {kind}; only linear layers can be adapted."
     parts = sorted({name.rpartition(".")[2] for name in linears})
-    near = difflib.get_close_matches(pattern, parts, n=1)
+    near = difflib.get_close_matches(pattern, [*parts, *linears], n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"lora.targets: '{pattern}' matches no linear layer.{hint} This model has: {', '.join(parts)}."

@@ -59,7 +59,11 @@ def load_base(
         raise ModelError(f"model.quantization: none, but {base} is quantized to 4 bits already; leave it at nf4.")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            files.folder, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+            files.folder,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are told of below; transformers' own error names none of them.
+            **arguments,
         )
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:

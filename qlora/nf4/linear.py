@@ -17,7 +17,8 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
         ctx.linear = linear
-        return F.linear(x, linear.dequantize(x.dtype), linear.bias)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.dequantize(x.dtype), bias)
 
     @staticmethod
     @once_differentiable

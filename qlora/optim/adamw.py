@@ -44,6 +44,7 @@ class FlatAdamW:
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
+        assert rounding in ("stochastic", "master", "nearest"), rounding
         bits, paged = OPTIMIZERS[name]
         device = flat.data.device
         self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
@@ -83,7 +84,7 @@ class FlatAdamW:
         return ((data == before) & with_grad).sum() / with_grad.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that a continued run needs, as tensors: moments, master, step count and rounding state."""
+        """All that a continued run needs: moments, master, step count and rounding state; the live buffers."""
         if self.is_paged:  # The host reads managed memory without waiting for the kernels that write it.
             torch.cuda.synchronize(self.flat.data.device)
         state = dict(self._buffers)
@@ -97,8 +98,8 @@ class FlatAdamW:
         Raises:
             ValueError: The state has other buffers or sizes: it is from another optimizer or other adapters.
         """
-        wanted = {name: tuple(buffer.shape) for name, buffer in self._buffers.items()}
-        found = {name: tuple(value.shape) for name, value in state.items() if name not in ("generator", "step")}
+        wanted = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
         if wanted != found:
             raise ValueError(f"optimizer state has {found}, this run needs {wanted}")
         for name, buffer in self._buffers.items():

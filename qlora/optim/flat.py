@@ -20,7 +20,7 @@ class FlatParameters:
         parameters: Names and parameters, all of one dtype on one device.
 
     Attributes:
-        data: (size,), in the parameters' dtype; zero between parameters.
+        data: (size,), in the parameters' dtype, with padding between them that no one reads.
         grad: (size,), fp32. Micro-batches add up here without losing small terms to bf16.
         names: Of the parameters, in the buffer's order.
     """

@@ -1,0 +1,110 @@
+"""Evaluation: the training loss over held-out examples, and no trace of it afterwards."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora.data import collate, eval_batches
+from qlora.data.tokens import make_example
+from qlora.lora import add_lora
+from qlora.model import Evaluation, apply_recompute, evaluate, load_base, supervised_loss
+from qlora.optim import FlatAdamW, FlatParameters
+
+
+@pytest.fixture
+def model(tiny_base):
+    return load_base(str(tiny_base), compute_dtype="float32")[0]
+
+
+def random_examples(generator, count=7):
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(3, 24, (), generator=generator))
+        ids = torch.randint(256, (length,), generator=generator).numpy()
+        examples.append(make_example(ids, (torch.arange(length) > length // 2).numpy()))
+    return examples
+
+
+def test_the_loss_is_the_mean_over_all_supervised_tokens(model, generator):
+    examples = random_examples(generator)
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.from_numpy(example.input_ids).long()
+        log_probabilities = F.log_softmax(model(input_ids=ids[None]).logits[0].float(), dim=-1)
+        for position in range(1, len(ids)):
+            if example.loss_mask[position]:
+                total -= log_probabilities[position - 1, ids[position]].item()
+                count += 1
+    found = evaluate(model, eval_batches(examples, 2))
+    assert found.num_supervised == count
+    assert found.loss == pytest.approx(total / count, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found.bits == pytest.approx(total / math.log(2), rel=1e-5)
+
+
+def test_the_batch_size_changes_nothing(model, generator):
+    examples = random_examples(generator)
+    losses = [evaluate(model, eval_batches(examples, size)).loss for size in (1, 3, 7)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(model, training, generator):
+    model.train(training)
+    evaluate(model, eval_batches(random_examples(generator, 2), 2))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_dropout_does_not_act(model, generator):
+    add_lora(model, rank=4, dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator)
+    model.train()
+    batches = list(eval_batches(random_examples(generator), 3))
+    assert evaluate(model, batches) == evaluate(model, batches)
+
+
+def test_shares_of_processes_are_added_up(model, generator):
+    batches = list(eval_batches(random_examples(generator), 1))
+    shares = [evaluate(model, batches[rank::2]) for rank in (0, 1)]
+    other = torch.tensor([shares[1].loss * shares[1].num_supervised, shares[1].num_supervised])
+    together = evaluate(model, batches[0::2], reduce=lambda totals: totals + other)
+    whole = evaluate(model, batches)
+    assert together.num_supervised == whole.num_supervised
+    assert together.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_nothing_to_evaluate_is_no_division_by_zero(model):
+    assert evaluate(model, []) == Evaluation(0.0, 0)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_training_after_an_evaluation_is_training_without_one(compute_dtype, tiny_base, generator):
+    """On CPUs with avx512_bf16, bitsandbytes' own layer repacks its weight in the first evaluation."""
+    examples = random_examples(generator)
+    batch = collate(examples)
+    results = []
+    for with_evaluation in (True, False):
+        model, _ = load_base(str(tiny_base), compute_dtype=compute_dtype)
+        add_lora(model, rank=4, dropout=0.2)
+        apply_recompute(model, "full")
+        model.train()
+        flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
+        optimizer = FlatAdamW(flat, "adamw_8bit")
+        frozen = copy.deepcopy([value.detach() for value in model.parameters() if not value.requires_grad])
+        for step in range(4):
+            torch.manual_seed(step)
+            flat.zero_grad()
+            supervised_loss(model, batch).backward()
+            optimizer.step(1e-2)
+            if with_evaluation:
+                evaluate(model, eval_batches(examples, 3))
+        after = [value.detach() for value in model.parameters() if not value.requires_grad]
+        assert all(torch.equal(one, other) for one, other in zip(frozen, after, strict=True))
+        results.append(flat.data.clone())
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)

@@ -1,0 +1,88 @@
+"""Generation: the template's prompt, the likeliest tokens, and an end at any end token."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from qlora.data import apply_template, encode_prompt
+from qlora.model import end_token_ids, generate, load_base
+
+MESSAGES = [{"role": "user", "content": "Say moss."}]
+
+
+@pytest.fixture
+def loaded(tiny_base):
+    model, tokenizer = load_base(str(tiny_base), compute_dtype="float32")
+    apply_template(tokenizer, "auto")
+    return model, tokenizer
+
+
+def greedy(model, prompt, count):
+    """One token after another, without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_the_answer_is_the_greedy_continuation_of_the_templates_prompt(loaded):
+    model, tokenizer = loaded
+    tokens = greedy(model, encode_prompt(tokenizer, MESSAGES), 12)
+    assert 257 not in tokens
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert generate(model, tokenizer, MESSAGES, max_new_tokens=12) == expected
+
+
+def force_tokens(model, prompt_length, tokens):
+    """Makes the head's answer one token after another, by position."""
+
+    def choose(_module, _inputs, logits):
+        force_tokens.calls += 1
+        logits = torch.full_like(logits, -1e4)
+        logits[..., tokens[min(force_tokens.calls, len(tokens)) - 1]] = 0
+        return logits
+
+    force_tokens.calls = 0
+    return model.lm_head.register_forward_hook(choose)
+
+
+@pytest.mark.parametrize("end", [257, 258])
+def test_it_stops_at_the_tokenizers_and_at_the_models_end_token(end, loaded):
+    model, tokenizer = loaded
+    model.generation_config.eos_token_id = 258  # as of a chat model whose tokenizer says otherwise
+    letters = tokenizer("abcdef", add_special_tokens=False).input_ids
+    force_tokens(model, 0, [*letters[:3], end, *letters[3:]])
+    assert generate(model, tokenizer, MESSAGES, max_new_tokens=20) == "abc"
+    assert force_tokens.calls == 4
+
+
+def test_no_more_tokens_than_asked_for_come(loaded):
+    model, tokenizer = loaded
+    letters = tokenizer("abcdef", add_special_tokens=False).input_ids
+    force_tokens(model, 0, letters)
+    assert generate(model, tokenizer, MESSAGES, max_new_tokens=5) == "abcde"
+
+
+def test_a_temperature_samples(loaded, seed):
+    model, tokenizer = loaded
+    answers = set()
+    for offset in range(3):
+        torch.manual_seed(seed + offset)
+        answers.add(generate(model, tokenizer, MESSAGES, max_new_tokens=12, temperature=5.0))
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(loaded, training):
+    model, tokenizer = loaded
+    model.train(training)
+    generate(model, tokenizer, MESSAGES, max_new_tokens=2)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [(None, [257]), (257, [257]), (9, [9, 257]), ([9, 257, 8], [8, 9, 257])],
+)
+def test_end_tokens_are_those_of_tokenizer_and_model_together(configured, expected, loaded):
+    assert end_token_ids(GenerationConfig(eos_token_id=configured), loaded[1]) == expected

@@ -1,0 +1,89 @@
+"""The supervised loss: cross-entropy of the model's own logits, whatever the architecture does to them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+
+from qlora.data import IGNORE_INDEX, collate
+from qlora.data.tokens import make_example
+from qlora.model import load_base, supervised_loss
+from qlora.model.loss import logit_transform
+from tests.tiny import make_base
+
+ARCHITECTURES = {
+    "llama": {},
+    "gemma2 with a low cap": {"config_class": Gemma2Config, "final_logit_softcapping": 2.0},
+    "cohere": {"config_class": CohereConfig, "logit_scale": 0.3},
+    "granite": {"config_class": GraniteConfig, "logits_scaling": 3.0},
+    "gpt2": {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+}
+
+
+def random_batch(generator, lengths=(17, 5, 11)):
+    """Rows of different lengths, so that there is padding, with different shares supervised."""
+    return collate([
+        make_example(
+            torch.randint(256, (length,), generator=generator).numpy(),
+            (torch.rand(length, generator=generator) < 0.6).numpy() | ([False] * (length - 1) + [True]),
+        )
+        for length in lengths
+    ])  # fmt: skip
+
+
+def reference_loss(model, batch):
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@pytest.mark.parametrize("sizes", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_it_is_the_cross_entropy_of_the_models_logits(sizes, tmp_path, seed, generator):
+    model, _ = load_base(str(make_base(tmp_path / "base", seed, **sizes)), compute_dtype="float32")
+    batch = random_batch(generator)
+    assert (batch.attention_mask == 0).any()
+    loss = supervised_loss(model, batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference_loss(model, batch).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_its_gradient_is_that_of_the_models_logits(sizes, tmp_path, seed, generator):
+    model, _ = load_base(str(make_base(tmp_path / "base", seed, **sizes)), compute_dtype="float32")
+    embeddings = model.get_input_embeddings()
+    batch = random_batch(generator)
+    gradients = []
+    for loss_of in (supervised_loss, reference_loss):
+        seen = []
+
+        def keep(_module, _inputs, output, seen=seen):
+            seen.append(output.detach().requires_grad_())
+            return seen[0]
+
+        handle = embeddings.register_forward_hook(keep)
+        loss_of(model, batch).backward()
+        handle.remove()
+        gradients.append(seen[0].grad)
+    assert gradients[1].abs().max() > 0
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[1].abs().max().item())
+
+
+def test_a_batch_costs_what_its_rows_cost_alone(tiny_base, generator):
+    model, _ = load_base(str(tiny_base), compute_dtype="float32")
+    rows = [
+        make_example(torch.randint(256, (length,), generator=generator).numpy(), [True] * length)
+        for length in (4, 19, 9)
+    ]
+    together = supervised_loss(model, collate(rows)).item()
+    assert together == pytest.approx(sum(supervised_loss(model, collate([row])).item() for row in rows), rel=1e-5)
+
+
+def test_a_batch_without_supervised_positions_costs_nothing(tiny_base):
+    model, _ = load_base(str(tiny_base), compute_dtype="float32")
+    assert supervised_loss(model, collate([make_example([1, 2, 3], [False] * 3)])).item() == 0
+
+
+def test_the_factor_and_the_cap_are_read_off_the_config():
+    assert logit_transform(LlamaConfig()) == (1.0, None)
+    assert logit_transform(CohereConfig(logit_scale=0.25)) == (0.25, None)
+    assert logit_transform(GraniteConfig(logits_scaling=8.0)) == (0.125, None)
+    assert logit_transform(Gemma2Config(final_logit_softcapping=30.0)) == (1.0, 30.0)
