@@ -7,7 +7,9 @@ step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 step "1. Install into .venv"
 bash scripts/setup.sh plot
-export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv/bin:$PATH"
+# Waiting threads sleep: on shared cores a spinning one costs several times the step.
+export OMP_WAIT_POLICY=PASSIVE
 out=.cache/quickstart
 started=$SECONDS
 

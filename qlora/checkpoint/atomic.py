@@ -3,8 +3,10 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError
 
@@ -17,7 +19,8 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError) -> Itera
 
     Args:
         target: A folder, there or not.
-        error: Raised in place of an `OSError`, naming the target and the space left.
+        error: Raised in place of an `OSError`, or safetensors' own error on a full disk, naming the target and
+            the space left.
     """
     aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     try:
@@ -33,10 +36,12 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError) -> Itera
             target.rename(old)
         aside.rename(target)
         _sync(target.parent)
-    except OSError as problem:
+    except (OSError, SafetensorError) as problem:
         raise error(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not target.exists():  # the new folder could not take the place
+            old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -55,7 +60,8 @@ def write_text(target: Path, text: str) -> None:
     except OSError as problem:
         raise CheckpointError(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -47,9 +47,16 @@ def _check_eval(value: object) -> object:
     raise ValueError("should be a file or data set to evaluate on, or a share of the rows below 1")
 
 
+def _check_targets(value: str | list[str]) -> str | list[str]:
+    if not value:
+        raise ValueError("should name a layer at least, or be all-linear")
+    return value
+
+
 EvalSource = Annotated[str | float | None, BeforeValidator(_check_eval)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
+Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -72,7 +79,7 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Share = 0.0
-    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    targets: Targets = "all-linear"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rslora: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -72,7 +72,10 @@ def to_example(row: Row, format: str) -> Example:
         return Conversation(_messages(row, values.get("messages")))
     if format == "completion":
         if isinstance(values.get("prompt"), list):
-            return Conversation(_messages(row, [*values["prompt"], *values.get("completion", [])]))
+            completion = values.get("completion")
+            if not isinstance(completion, list):
+                raise DataError(f"{row.origin}: 'completion' should be turns, as 'prompt' is, not {completion!r:.80}.")
+            return Conversation(_messages(row, [*values["prompt"], *completion]))
         return Completion(_text(row, "prompt"), _text(row, "completion"))
     return Completion("", _text(row, "text"))
 

@@ -30,7 +30,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             names (`q_proj`), or regular expressions that match a full name.
 
     Raises:
-        ModelError: The model has no linear layer, or a target matches none; all such targets at once.
+        ModelError: The model has no linear layer, a target matches none (all such targets at once), or the head.
     """
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     if not linears:
@@ -46,7 +46,11 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     if problems or not matches:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in matches.values() for name in names}
-    _check_head(model, head, wanted)
+    if any(model.get_submodule(name) is head for name in wanted):
+        raise ModelError(
+            "lora.targets: the output head can't be adapted: its loss is computed in chunks from a frozen weight, and "
+            "where it shares that with the embeddings no merge could hold the update. Leave it out."
+        )
     return [name for name in linears if name in wanted]
 
 
@@ -101,16 +105,6 @@ def _is_linear(module: nn.Module) -> bool:
 def _output_head(model: nn.Module) -> nn.Module | None:
     head = getattr(model, "get_output_embeddings", None)
     return head() if head else None
-
-
-def _check_head(model: Any, head: Any, wanted: set[str]) -> None:
-    embeddings = model.get_input_embeddings() if head is not None else None
-    for name in wanted:
-        if model.get_submodule(name) is head and head.weight is getattr(embeddings, "weight", None):
-            raise ModelError(
-                f"lora.targets: {name} shares its weight with the input embeddings, so an adapter on it could not be "
-                "merged; leave it out."
-            )
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -68,10 +68,12 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"{base} can't be loaded: {error}") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        raise ModelError(f"{base} lacks weights of {len(names)} parameters: {', '.join(names[:4])} …")
+    _check_complete(base, info)
     _take_over_linears(model)
+    if device.type == "cpu":
+        # Else these are views of the mapped files, which would change with them.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -97,6 +99,18 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
 def _cpu_multiplies_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _check_complete(base: str, info: dict[str, Any]) -> None:
+    """Sees that every parameter came from the files, in its shape."""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [
+        f"{name} is {tuple(found)}, its config.json asks for {tuple(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ModelError(f"{base} does not hold all weights of the model: {'; '.join(problems[:4])}{more}.")
 
 
 def _take_over_linears(model: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora.checkpoint import RunDirectory
+from qlora.errors import ConfigError
 from qlora.model import Evaluation
 from qlora.train.loop import Progress as RunProgress
 from qlora.train.loop import StepReport
@@ -116,6 +118,22 @@ class MetricsLog:
         assert self._file is not None
         self._file.write(json.dumps(values) + "\n")
         self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Sees that accelerate has every tracker asked for; it would leave out the others without a word.
+
+    Raises:
+        ConfigError: One is unknown or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available, known = set(map(str, get_available_trackers())), set(map(str, LOGGER_TYPE_TO_CLASS))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"train.trackers: '{name}' is unknown; accelerate has {', '.join(sorted(known))}.")
+        if name not in available:
+            raise ConfigError(f"train.trackers: {name} is not installed here; pip install {name}.")
 
 
 def peak_memory_bytes() -> int:

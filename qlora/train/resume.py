@@ -51,6 +51,22 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
     return path
 
 
+def check_same_inputs(run: RunDirectory, base: dict[str, str], data: list[dict[str, object]]) -> None:
+    """Sees that base and data are still those that the run began with.
+
+    Raises:
+        ConfigError: A file of the base, or what the data came to, has changed.
+    """
+    record = run.read_record()
+    before = record["base"]["files"]
+    differing = sorted(name for name in {*before, *base} if before.get(name) != base.get(name))
+    if differing:
+        raise ConfigError(f"{run.path} was begun with other files of the base: {', '.join(differing)} have changed.")
+    if record["data"] != data:
+        sources = [now["source"] for then, now in zip(record["data"], data, strict=True) if then != now]
+        raise ConfigError(f"{run.path} was begun with other data: {', '.join(map(str, sources))} have changed.")
+
+
 def is_finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether this very config was trained to its end here already."""
     return run.exists() and run.read_record()["status"] == "finished" and load_config(run.config) == config

@@ -33,10 +33,10 @@ from qlora.model import (
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.train.interrupt import Interruption
 from qlora.train.loop import Progress, StepReport, run_loop
-from qlora.train.metrics import MetricsLog, peak_memory_bytes
+from qlora.train.metrics import MetricsLog, check_trackers, peak_memory_bytes
 from qlora.train.plot import draw_losses
 from qlora.train.record import describe_run
-from qlora.train.resume import find_start, is_finished
+from qlora.train.resume import check_same_inputs, find_start, is_finished
 from qlora.train.schedule import learning_rate, resolve_interval, resolve_total_steps
 
 
@@ -122,12 +122,16 @@ def train(config: RunConfig, resume: str = "auto") -> RunResult:
 def _train(assembly: _Assembly, run: RunDirectory, start: Path | None) -> RunResult:
     model, accelerator = assembly.model, assembly.accelerator
     progress = Progress()
+    if run.exists():
+        reports = [report.as_dict() for report in assembly.plan.datasets.reports]
+        check_same_inputs(run, assembly.files.fingerprint(), reports)
+    accelerator.wait_for_everyone()
     if start is not None:
         progress = Progress(**load_state(start, model, assembly.optimizer))
     if accelerator.is_main_process:
         write_text(run.config, dump_config(assembly.config))
         run.write_record(_record(assembly, "running", start))
-        run.keep_metrics_until(progress.step)
+        run.keep_metrics_until(-1 if start is None else progress.step)
     accelerator.wait_for_everyone()
     checksum = frozen_checksum(model)
     interrupted = _run_session(assembly, run, progress)
@@ -147,6 +151,7 @@ def _assemble(config: RunConfig) -> _Assembly:
     from accelerate import Accelerator
 
     section = config.train
+    check_trackers(section.trackers)
     accelerator = Accelerator(log_with=section.trackers or None, project_dir=section.output_dir)
     files = BaseFiles.resolve(config.model.base, config.model.revision)
     model, tokenizer = base_from_section(config.model, accelerator.device)

@@ -48,7 +48,7 @@ OUT_OF_RANGE = {
     "lora.rank": [0, -4, 1.5, "many"],
     "lora.alpha": [0, -1, INF, NAN],
     "lora.dropout": [-0.1, 1, 1.5],
-    "lora.targets": [[], [3], 3],
+    "lora.targets": [[], "", [3], 3],
     "data.eval": [1, 1.0, -0.1, True, NAN, "1.5", ["a"]],
     "data.max_seq_len": [7, 0, -1],
     "train.epochs": [0, -1, INF],
@@ -286,8 +286,8 @@ def test_a_value_out_of_range_is_told_with_its_key(write, key, value):
     message = problems(write({key: value}))
     assert f"  {key}: " in message
     assert "should" in message or "required" in message
-    value = value[0] if isinstance(value, list) and value else value
-    assert repr(value) in message
+    parts = value if isinstance(value, list) else []
+    assert any(repr(shown) in message for shown in (value, *parts))
 
 
 @pytest.mark.parametrize("key", CHOICES)

@@ -277,7 +277,7 @@ print(json.dumps({
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_loading_holds_the_4bit_model_and_little_more(tiny_base, tmp_path, generator):
     """Pages of the mapped file are not counted: the system takes them back when it needs them."""
-    base, num_layers = tmp_path / "large", 12
+    base, num_layers = tmp_path / "large", 10
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
     config = LlamaConfig(vocab_size=259, num_hidden_layers=num_layers, architectures=["LlamaForCausalLM"], **sizes)
     config.save_pretrained(base)

@@ -1,0 +1,350 @@
+"""What users get wrong: each is one message with the thing, its value and the remedy, and leaves nothing behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora.errors import ModelError
+from qlora.lora import match_targets
+from tests.cli import run
+from tests.tiny import run_config, write_jsonl
+
+GOOD = {"instruction": "Say it", "output": "it"}
+
+
+@pytest.fixture
+def try_training(tmp_path, tiny_base, alpaca_file):
+    """Trains a config with one thing wrong; returns the exit code and the message, and sees that nothing was left."""
+
+    def try_training(*overrides, base=tiny_base, data=alpaca_file, **changes):
+        config = run_config(base, data, tmp_path / "run", **changes)
+        before = sorted(tmp_path.rglob("*"))
+        done = run("train", config, *overrides)
+        assert sorted(tmp_path.rglob("*")) == before
+        return done.code, done.error()
+
+    return try_training
+
+
+@pytest.fixture(scope="module")
+def own_base(tmp_path_factory, tiny_base):
+    """A base of this file's own, which its tests may change."""
+    return shutil.copytree(tiny_base, tmp_path_factory.mktemp("bad") / "base")
+
+
+@pytest.fixture(scope="module")
+def config(own_base, alpaca_file):
+    return run_config(own_base, alpaca_file, own_base.with_name("run"), train__max_steps=2, train__save_every=None)
+
+
+@pytest.fixture(scope="module")
+def run_dir(config):
+    """A finished run."""
+    assert run("train", config).code == 0
+    return config.with_suffix("")
+
+
+@pytest.fixture
+def base(tmp_path, tiny_base):
+    """A copy of the base, to damage."""
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora__rnak": 8}, "lora.rnak: unknown key. Did you mean lora.rank?"),
+        ({"data__banana": 8}, "data.banana: unknown key."),
+        ({"train__per_device_train_batch_size": 8}, "Here it is train.micro_batch_size."),
+        ({"train__rank": 8}, "train.rank: unknown key. Did you mean lora.rank?"),
+        ({"train__learning_rate": -3}, "train.learning_rate: -3 should be greater than 0"),
+        ({"lora__rank": 0}, "lora.rank: 0 should be greater than or equal to 1"),
+        ({"lora__targets": []}, "lora.targets: [] should name a layer"),
+        ({"model__quantization": "int8"}, "model.quantization: 'int8' should be 'nf4' or 'none'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_config(try_training, changes, told):
+    code, message = try_training(**changes)
+    assert code == 2
+    assert "run.yaml: 1 problem(s)" in message
+    assert told in message
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.max_stepz=3", "train.max_stepz: unknown key. Did you mean train.max_steps?"),
+        ("train.epochs=.inf", "train.epochs: inf should be a finite number"),
+        ("train.max_steps", "'train.max_steps' should read section.key=value"),
+    ],
+)
+def test_a_wrong_override(try_training, override, told):
+    code, message = try_training(override)
+    assert code == 2
+    assert told in message
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_missing_config(tmp_path, verb):
+    done = run(verb, tmp_path / "none.yaml")
+    assert done.code == 2
+    assert f"{tmp_path / 'none.yaml'}" in done.error()
+    assert "qlora init" in done.error()
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none", "none.csv"])
+def test_a_missing_data_file(try_training, tmp_path, name):
+    code, message = try_training(data=tmp_path / name)
+    assert code == 1
+    assert f"not found: {tmp_path / name}" in message
+
+
+def test_a_missing_eval_file(try_training, tmp_path):
+    code, message = try_training(data__eval=str(tmp_path / "none.jsonl"))
+    assert code == 1
+    assert f"not found: {tmp_path / 'none.jsonl'}" in message
+
+
+def test_an_empty_data_file(try_training, tmp_path):
+    code, message = try_training(data=write_jsonl(tmp_path / "empty.jsonl", []))
+    assert code == 1
+    assert message == f"{tmp_path / 'empty.jsonl'} holds no rows."
+
+
+def test_a_half_broken_data_file(try_training, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [GOOD] * 9)
+    data.write_text(data.read_text() + '{"instruction": "cut off he')
+    code, message = try_training(data=data)
+    assert code == 1
+    assert f"{data}:10: broken JSON" in message
+
+
+def test_rows_with_nothing_to_learn(try_training, tmp_path):
+    silent = {"messages": [{"role": "user", "content": "Hi"}]}
+    spoken = {"messages": [*silent["messages"], {"role": "assistant", "content": "Ho"}]}
+    data = write_jsonl(tmp_path / "rows.jsonl", [spoken, silent, spoken, *[silent] * 30])
+    code, message = try_training(data=data)
+    assert code == 1
+    assert message.startswith("31 of 33 rows can't be used:")
+    assert f"{data}:2: no token of this row is supervised" in message
+    assert message.endswith("and 11 more")
+
+
+def test_columns_of_no_format(try_training, tmp_path):
+    code, message = try_training(data=write_jsonl(tmp_path / "rows.jsonl", [{"question": "?", "answer": "!"}]))
+    assert code == 1
+    assert "['answer', 'question']" in message
+    assert "instruction, [input], output or response" in message
+
+
+def test_rows_that_are_all_too_long(try_training):
+    code, message = try_training(data__max_seq_len=8)
+    assert code == 1
+    assert "data.max_seq_len (8)" in message
+    assert "data.overlong" in message
+
+
+def test_an_unknown_chat_template(try_training):
+    code, message = try_training(data__chat_template="chatlm")
+    assert code == 1
+    assert "data.chat_template: 'chatlm'" in message
+    assert "chatml" in message
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("q_porj", "'q_porj' matches no linear layer. Did you mean 'q_proj'?"),
+        (["q_proj", "banana"], "'banana' matches no linear layer."),
+        (["embed_tokens"], "only linear layers can be adapted"),
+    ],
+    ids=str,
+)
+def test_a_target_that_is_no_linear(try_training, targets, told):
+    code, message = try_training(lora__targets=targets)
+    assert code == 1
+    assert f"lora.targets: {told}" in message or (message.startswith("lora.targets:") and told in message)
+
+
+def test_a_base_without_linear_layers():
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4))
+    with pytest.raises(ModelError, match="Sequential has no linear layer"):
+        match_targets(model, "all-linear")
+
+
+@pytest.mark.parametrize("verb", ["train", "generate"])
+def test_a_missing_base(try_training, tmp_path, verb):
+    missing = tmp_path / "no" / "base"
+    if verb == "train":
+        code, message = try_training(base=missing)
+    else:
+        done = run("generate", missing, "--prompt", "Hi")
+        code, message = done.code, done.error()
+    assert code == 1
+    assert message == f"model.base: there is no folder {missing}."
+
+
+def test_a_base_without_a_config(try_training, base):
+    (base / "config.json").unlink()
+    code, message = try_training(base=base)
+    assert code == 1
+    assert f"{base} has no config.json" in message
+
+
+def test_a_base_without_safetensors(try_training, base):
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    code, message = try_training(base=base)
+    assert code == 1
+    assert f"{base} holds no *.safetensors" in message
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.3, 0.999])
+def test_a_base_file_that_is_cut_short(try_training, base, share):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    code, message = try_training(base=base)
+    assert code == 1
+    assert str(path) in message
+    assert str(path.stat().st_size) in message
+    assert "download it anew" in message
+
+
+def test_a_base_file_that_is_no_safetensors(try_training, base):
+    path = base / "model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    code, message = try_training(base=base)
+    assert code == 1
+    assert f"{path} is no safetensors file" in message
+
+
+def test_a_base_that_lacks_a_shard(try_training, base):
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    code, message = try_training(base=base)
+    assert code == 1
+    assert "lacks model-1.safetensors" in message
+
+
+def test_a_base_that_lacks_weights(try_training, base):
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, message = try_training(base=base)
+    assert code == 1
+    assert str(base) in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_the_output_directory_of_another_run(config, run_dir, tmp_path):
+    before = contents(run_dir)
+    data = write_jsonl(tmp_path / "other.jsonl", [GOOD] * 9)
+    done = run("train", config, "lora.rank=7", "train.seed=3", "train.max_steps=4", f"data.train={data}")
+    assert done.code == 2
+    told = done.error()
+    assert str(run_dir) in told
+    assert "train.output_dir" in told
+    assert "lora.rank: 4 there, 7 here" in told
+    assert "train.seed: 0 there, 3 here" in told
+    assert str(data) in told
+    assert "max_steps" not in told  # a run may go on for longer
+    assert contents(run_dir) == before
+
+
+def test_resume_never_on_a_run_that_is_there(config, run_dir):
+    before = contents(run_dir)
+    done = run("train", config, "--resume", "never")
+    assert done.code == 2
+    assert f"{run_dir} holds a run already" in done.error()
+    assert "train.output_dir" in done.error()
+    assert "--resume auto" in done.error()
+    assert contents(run_dir) == before
+
+
+def test_a_checkpoint_to_resume_from_that_is_not_there(config, run_dir, tmp_path):
+    done = run("train", config, "--resume", tmp_path / "step-000007")
+    assert done.code == 1
+    assert f"--resume {tmp_path / 'step-000007'}" in done.error()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_merge_onto_what_is_there(run_dir, tmp_path, kind):
+    folder = tmp_path / "out"
+    if kind == "folder":
+        folder.mkdir()
+    (folder / "mine.txt" if kind == "folder" else folder).write_text("mine")
+    before = contents(tmp_path)
+    done = run("merge", run_dir, "-o", folder)
+    assert done.code == 1
+    assert f"{folder} exists already; choose another folder" in done.error()
+    assert contents(tmp_path) == before
+
+
+def test_a_merge_with_a_wrong_size(run_dir, tmp_path):
+    done = run("merge", run_dir, "-o", tmp_path / "out", "--max-shard-size", "big")
+    assert done.code == 2
+    assert "export.max_shard_size: 'big' should be a size such as 5GB" in done.error()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify"])
+def test_a_run_that_is_none(tmp_path, verb):
+    arguments = ["-o", tmp_path / "out"] if verb == "merge" else [tmp_path]
+    done = run(verb, tmp_path / "no-run", *arguments)
+    assert done.code == 1
+    assert f"{tmp_path / 'no-run'} is no run directory" in done.error()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_merge_onto_another_base_than_was_trained_on(run_dir, own_base, tmp_path, seed, file):
+    path = own_base / file
+    whole = path.read_bytes()
+    if file == "config.json":
+        changed = whole.replace(b"{", b"{ ", 1)
+    else:
+        place = len(whole) - 1 - seed % 30_000
+        changed = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    path.write_bytes(changed)
+    try:
+        done = run("merge", run_dir, "-o", tmp_path / "out")
+    finally:
+        path.write_bytes(whole)
+    assert done.code == 1
+    assert f"{own_base} is not the base that was trained on: {file} differ" in done.error()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_whose_base_is_gone(run_dir, own_base, tmp_path):
+    moved = own_base.rename(own_base.with_name("moved"))
+    try:
+        done = run("merge", run_dir, "-o", tmp_path / "out")
+    finally:
+        moved.rename(own_base)
+    assert done.code == 1
+    assert str(own_base) in done.error()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_of_a_run_without_an_adapter(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(copy / "adapter")
+    done = run("merge", copy, "-o", tmp_path / "out")
+    assert done.code == 1
+    assert f"{copy / 'adapter'} holds no adapter" in done.error()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
+    before = contents(own_base)
+    done = run("verify", run_dir, own_base)
+    assert done.code == 1
+    assert f"{own_base} was not written by qlora merge" in done.error()
+    assert contents(own_base) == before

@@ -1,0 +1,114 @@
+"""The command itself: quick help, exit codes, and errors without a traceback."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
+from tests.cli import run
+
+HELP = "import sys; sys.argv = ['qlora', *sys.argv[1:]]; from qlora.cli.main import main; main()"
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy")
+VERBS = ("init", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
+
+
+def cpu_seconds(*arguments):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", HELP, *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_answers_at_once():
+    # The processor's time: what the clock shows where nothing else runs.
+    assert min(cpu_seconds("--help") for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init"]], ids=" ".join)
+def test_what_needs_no_model_imports_no_heavy_package(arguments):
+    code = f"import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); {HELP}"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    modules = done.stdout.rpartition("MODULES ")[2].split()
+    assert "qlora.cli.main" in modules
+    assert [name for name in HEAVY if name in modules] == []
+
+
+def test_help_names_every_verb():
+    done = run("--help")
+    assert done.code == 0
+    assert [verb for verb in VERBS if f" {verb} " not in done.out] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_verb_has_help(verb, option):
+    done = run(verb, option)
+    assert done.code == 0
+    assert f"qlora {verb}" in done.out
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trane"], "trane"),
+        (["train"], "CONFIG"),
+        (["train", "a.yaml", "--resum", "x"], "--resum"),
+        (["merge", "run"], "--output"),
+        (["merge", "run", "-o", "x", "--dtype", "int8"], "int8"),
+        (["merge", "run", "-o", "x", "--onto", "air"], "air"),
+        (["generate", "run"], "--prompt"),
+        (["generate", "run", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "run", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["eval", "run", "--batch-size", "0"], "--batch-size"),
+        (["verify", "run"], "DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_use_exits_with_2_and_names_the_mistake(arguments, told):
+    done = run(*arguments)
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_no_verb_shows_the_help():
+    done = run()
+    assert done.code == 2
+    assert "Usage:" in done.out
+    assert [verb for verb in VERBS if f" {verb} " not in done.out] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (DataError, 1), (ModelError, 1), (CheckpointError, 1), (ExportError, 1)],
+)
+def test_a_users_mistake_is_a_message_and_an_exit_code(monkeypatch, error, code):
+    def fail(*_):
+        raise error("the thing, its value, the remedy")
+
+    monkeypatch.setattr("qlora.export.verify", fail)
+    done = run("verify", "run", "folder")
+    assert done.code == code
+    assert done.err == "error: the thing, its value, the remedy\n"
+    assert done.out == ""
+
+
+def test_our_own_mistake_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qlora.export.verify", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("verify", "run", "folder")
+
+
+def test_in_a_shell_an_error_is_one_message_on_standard_error():
+    done = subprocess.run([sys.executable, "-c", HELP, "init", "gpt9"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: There is no recipe 'gpt9'; ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,325 @@
+"""Every verb, end to end on a tiny base: what it writes, reports and refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.checkpoint import RunDirectory
+from qlora.cli.init import recipe_folder
+from qlora.data import encode_prompt
+from qlora.model import load_run
+from tests.cli import run
+from tests.tiny import run_config, write_jsonl
+
+RECIPES = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_base, alpaca_file):
+    """A config that trains the tiny base."""
+    return run_config(tiny_base, alpaca_file, tmp_path_factory.mktemp("verbs") / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    """What `train --json` reported."""
+    return run("train", config, "train.seed=5", "--json").json()
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, trained):
+    """The run that the other verbs use."""
+    return config.with_suffix("")
+
+
+@pytest.fixture(scope="module")
+def merged(run_dir):
+    """The run, merged; and what `merge --json` reported."""
+    folder = run_dir.with_name("merged")
+    return folder, run("merge", run_dir, "-o", folder, "--json").json()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The conversations that the model was to answer; it answers with their number."""
+    seen = []
+
+    def generate(model, tokenizer, messages, *settings):
+        seen.append(([dict(message) for message in messages], settings[:2]))
+        return f"answer {len(seen)}"
+
+    monkeypatch.setattr("qlora.model.generate", generate)
+    return seen
+
+
+def files_of(folder):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_init_lists_every_recipe_with_its_first_line():
+    done = run("init")
+    assert done.code == 0
+    assert RECIPES
+    for name in RECIPES:
+        line = next(line for line in done.out.splitlines() if line.split() and line.split()[0] == name)
+        first = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        assert line.removeprefix(name).strip() == first.removeprefix("# ")
+
+
+@pytest.mark.parametrize("option", ["-o", "--output"])
+def test_init_writes_a_recipe_as_it_is(tmp_path, option):
+    target = tmp_path / "new" / "mine.yaml"
+    done = run("init", RECIPES[0], option, target)
+    assert done.code == 0
+    assert str(target) in done.out
+    assert target.read_bytes() == (recipe_folder() / f"{RECIPES[0]}.yaml").read_bytes()
+
+
+def test_init_writes_here_by_the_recipes_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("init", RECIPES[-1]).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == [f"{RECIPES[-1]}.yaml"]
+
+
+def test_init_overwrites_nothing(tmp_path):
+    target = tmp_path / "mine.yaml"
+    target.write_text("mine")
+    done = run("init", RECIPES[0], "-o", target)
+    assert done.code == 2
+    assert str(target) in done.error()
+    assert "-o" in done.error()
+    assert target.read_text() == "mine"
+
+
+def test_init_names_the_recipes_when_asked_for_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("init", "gpt9")
+    assert done.code == 2
+    assert "'gpt9'" in done.error()
+    assert [name for name in RECIPES if name not in done.error()] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_reports_what_the_run_came_to(trained, run_dir):
+    assert (trained["run_dir"], trained["status"], trained["steps"]) == (str(run_dir), "finished", STEPS)
+    lines = RunDirectory(run_dir).read_metrics()
+    assert trained["losses"] == [line["loss"] for line in lines if "loss" in line]
+    assert len(trained["losses"]) == STEPS
+    assert sorted(map(int, trained["eval_losses"])) == [0, 3, 6]
+    assert trained["eval_losses"]["6"] < trained["eval_losses"]["0"]
+
+
+def test_train_leaves_a_whole_run_behind(trained, run_dir):
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["seed"] == 5
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (run_dir / "adapter").iterdir()
+    }
+    assert [path.name for path in RunDirectory(run_dir).list_checkpoints()] == ["step-000003", "step-000006"]
+
+
+def test_train_again_does_nothing_more(config, trained, run_dir):
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    again = run("train", config, "train.seed=5", "--json").json()
+    assert (again["status"], again["steps"], again["losses"]) == ("finished", STEPS, trained["losses"])
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    assert (run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_train_tells_people_the_first_and_last_loss(config, trained):
+    done = run("train", config, "train.seed=5")
+    assert done.code == 0
+    assert "Run finished." in done.out
+    assert f"{trained['losses'][0]:.4f} → {trained['losses'][-1]:.4f}" in done.out
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny_base, alpaca_file):
+    path = run_config(tiny_base, alpaca_file, tmp_path / "run")
+    before = files_of(tmp_path)
+    plan = run("train", path, "--dry-run", "--json").json()
+    assert (plan["total_steps"], plan["steps_per_epoch"]) == (STEPS, 8)
+    assert (plan["train_examples"], plan["eval_examples"]) == (32, 8)
+    assert plan["base_parameters"] > plan["trained_parameters"] > 0
+    assert plan["compute_dtype"] in ("bfloat16", "float32")
+    done = run("train", path, "--dry-run")
+    assert done.code == 0
+    assert "nothing was written" in done.out
+    assert "40 rows as alpaca" in done.out
+    assert files_of(tmp_path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_eval_of_a_run_is_the_loss_that_training_ended_with(run_dir, trained):
+    report = run("eval", run_dir, "--json").json()
+    assert report["loss"] == pytest.approx(trained["eval_losses"]["6"], rel=1e-3)
+    assert report["perplexity"] == pytest.approx(torch.tensor(report["loss"]).exp().item(), rel=1e-4)
+    assert report["examples"] == 8
+    assert str(run_dir) in report["model"]
+
+
+def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
+    # The run's rows were held out by its own seed.
+    seeded = config.with_name("seeded.yaml")
+    values = json.loads(config.read_text())
+    values["train"]["seed"] = 5
+    seeded.write_text(json.dumps(values))
+    report = run("eval", seeded, "--json").json()
+    assert report["loss"] == pytest.approx(trained["eval_losses"]["0"], rel=1e-3)
+    assert report["model"] == values["model"]["base"]
+
+
+@pytest.mark.parametrize("target", ["run", "config"])
+def test_eval_takes_another_file(config, run_dir, tmp_path, target):
+    answers = ["tin tin", "moss", "é漢"]
+    data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
+    report = run("eval", run_dir if target == "run" else config, "--data", data, "--batch-size", 2, "--json").json()
+    num_bytes = sum(len(answer.encode()) for answer in answers)
+    assert report["examples"] == 3
+    assert report["supervised_tokens"] == num_bytes + 3
+    bits = report["loss"] * report["supervised_tokens"] / torch.tensor(2.0).log().item()
+    assert report["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
+
+
+def test_eval_tells_people_the_same_numbers(run_dir):
+    report = run("eval", run_dir, "--json").json()
+    done = run("eval", run_dir)
+    assert f"{report['perplexity']:.6g}" in done.out
+    assert f"{report['loss']:.6g}" in done.out
+
+
+def test_eval_with_nothing_held_out_names_the_remedy(tmp_path, tiny_base, alpaca_file):
+    path = run_config(tiny_base, alpaca_file, tmp_path / "run", data__eval=None)
+    done = run("eval", path)
+    assert done.code == 2
+    assert "data.eval" in done.error()
+    assert "--data" in done.error()
+
+
+def test_merge_writes_a_folder_that_transformers_loads_alone(merged, run_dir):
+    folder, report = merged
+    assert (report["out_dir"], report["run_dir"]) == (str(folder), str(run_dir))
+    assert (report["dtype"], report["onto"], report["merged"]) == ("float16", "dequantized", 14)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float16
+    assert sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values()) == model.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run_dir / "adapter").chat_template
+
+
+def test_merge_follows_its_options(run_dir, tmp_path):
+    folder = tmp_path / "out"
+    options = ["--dtype", "float32", "--onto", "original", "--max-shard-size", "200KB"]
+    done = run("merge", run_dir, "-o", folder, *options)
+    assert done.code == 0
+    assert f"Merged 14 layers into {folder}." in done.out
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert {tensor.dtype for shard in shards for tensor in load_file(shard).values()} == {torch.float32}
+    assert json.loads((folder / "merge_report.json").read_text())["onto"] == "original"
+
+
+def test_merge_takes_its_defaults_from_the_runs_config(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("dtype: float16", "dtype: bfloat16"))
+    assert run("merge", copy, "-o", tmp_path / "out", "--json").json()["dtype"] == "bfloat16"
+
+
+def test_verify_finds_the_merged_model_to_be_the_runs(merged, run_dir):
+    report = run("verify", run_dir, merged[0], "--json").json()
+    assert report["matches"]
+    assert report["problems"] == []
+    assert report["tensors_checked"] == merged[1]["tensors"]
+    assert report["mean_kl"] < 0.01
+    done = run("verify", run_dir, merged[0])
+    assert done.code == 0
+    assert f"{merged[0]} is what {run_dir} trained." in done.out
+
+
+def test_verify_exits_with_1_when_a_weight_is_another(merged, run_dir, tmp_path, seed):
+    copy = tmp_path / "copy"
+    shutil.copytree(merged[0], copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = sorted(tensors)[seed % len(tensors)]
+    tensors[name].view(-1)[seed % tensors[name].numel()] += 0.5
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    done = run("verify", run_dir, copy, "--json")
+    assert done.code == 1
+    report = json.loads(done.out)
+    assert not report["matches"]
+    assert any(name in problem for problem in report["problems"])
+    assert "is NOT" in run("verify", run_dir, copy).out
+
+
+def test_generate_answers_as_the_model_does(run_dir):
+    model, tokenizer = load_run(run_dir)
+    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": "Repeat tin 3 times"}])])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    options = ["--prompt", "Repeat tin 3 times", "--max-new-tokens", 12]
+    assert run("generate", run_dir, *options, "--json").json() == {"prompt": "Repeat tin 3 times", "answer": answer}
+    assert run("generate", run_dir, *options).out == answer + "\n"
+
+
+def test_generate_takes_a_model_folder(merged):
+    report = run("generate", merged[0], "--prompt", "Repeat tin 3 times", "--max-new-tokens", 4, "--json").json()
+    assert report["prompt"] == "Repeat tin 3 times"
+    assert isinstance(report["answer"], str)
+
+
+def test_generate_samples_by_its_seed(tiny_base):
+    options = ["--prompt", "Hi", "--temperature", 1, "--max-new-tokens", 24]
+    first, again, other = (run("generate", tiny_base, *options, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_generate_puts_the_system_message_first(run_dir, asked):
+    report = run("generate", run_dir, "--prompt", "Hi", "--system", "Be short.", "--temperature", 0.5, "--json").json()
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert asked == [(messages, (256, 0.5))]
+    assert report["answer"] == "answer 1"
+
+
+def test_chat_keeps_what_was_said_and_ends_on_an_empty_line(run_dir, asked):
+    done = run("chat", run_dir, "--max-new-tokens", 7, stdin="One\n  Two \n\nThree\n")
+    assert done.code == 0
+    first, second, third = ({"role": "user", "content": text} for text in ("One", "Two", "Three"))
+    assert asked == [
+        ([first], (7, 0.7)),
+        ([first, {"role": "assistant", "content": "answer 1"}, second], (7, 0.7)),
+    ]
+    assert third not in [message for messages, _ in asked for message in messages]
+
+
+def test_chat_forgets_on_new_and_ends_with_its_input(run_dir, asked):
+    done = run("chat", run_dir, stdin="One\n/new\nTwo")
+    assert done.code == 0
+    assert [messages for messages, _ in asked] == [[{"role": "user", "content": text}] for text in ("One", "Two")]
+
+
+def test_chat_shows_the_answer_without_the_prompt(run_dir):
+    options = ["--max-new-tokens", 12, "--temperature", 0]
+    answer = run("generate", run_dir, "--prompt", "Repeat tin 3 times", *options).out
+    done = run("chat", run_dir, *options, stdin="Repeat tin 3 times\n\n")
+    assert done.code == 0
+    assert done.out.replace("> ", "").strip() == answer.strip()
+
+
+def test_doctor_tells_versions_hardware_and_what_is_used():
+    report = run("doctor", "--json").json()
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["in_use"]["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
+    done = run("doctor")
+    assert done.code == 0
+    # In parentheses is the error of a weight that is drawn each time.
+    told = [torch.__version__, *(text.partition(" (")[0] for text in report["in_use"].values())]
+    assert [text for text in told if text not in done.out] == []

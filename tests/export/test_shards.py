@@ -1,0 +1,93 @@
+"""Shards: what safetensors and transformers read, in files as large as asked for."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora.config import load_config
+from qlora.export import merge
+from qlora.export.shards import ShardWriter
+from qlora.train import train
+from tests.tiny import run_config
+
+
+@pytest.fixture
+def tensors(generator):
+    shapes = {"a": (7, 3), "b": (5,), "c": (), "d": (40, 10), "e": (2, 3, 4)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def write(folder, tensors, dtype, max_bytes):
+    writer = ShardWriter(folder, [(name, tuple(value.shape)) for name, value in tensors.items()], dtype, max_bytes)
+    for name, value in tensors.items():
+        writer.write(name, value.to(dtype))
+    writer.close()
+    return writer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_safetensors_reads_back_every_bit(dtype, tensors, tmp_path):
+    writer = write(tmp_path, tensors, dtype, 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].shape == value.shape
+        assert torch.equal(found[name], value.to(dtype))
+    assert writer.num_bytes == sum(value.nbytes for value in found.values())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 200, 1700, 1800])
+def test_no_file_is_larger_than_asked_for_but_for_one_tensor(max_bytes, tensors, tmp_path):
+    writer = write(tmp_path, tensors, torch.float32, max_bytes)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = {}
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        part = load_file(path)
+        assert part
+        assert len(part) == 1 or sum(value.nbytes for value in part.values()) <= max_bytes
+        assert all(index["weight_map"][name] == path.name for name in part)
+        found |= part
+    assert found.keys() == index["weight_map"].keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    count = len(list(tmp_path.glob("*.safetensors")))
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
+    }
+    assert index["metadata"]["total_size"] == writer.num_bytes
+
+
+def test_tensors_that_do_not_lie_in_order_are_written_as_they_read(tmp_path, generator):
+    value = torch.randn(6, 4, generator=generator).T
+    write(tmp_path, {"transposed": value}, torch.float32, 10**9)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["transposed"], value)
+
+
+def test_another_order_or_dtype_than_announced_is_a_mistake_of_ours(tmp_path):
+    writer = ShardWriter(tmp_path, [("a", (2,)), ("b", (2,))], torch.float16, 100)
+    with pytest.raises(AssertionError, match="b came where the layout has a"):
+        writer.write("b", torch.zeros(2, dtype=torch.float16))
+    with pytest.raises(AssertionError, match="float32"):
+        ShardWriter(tmp_path, [("a", (2,))], torch.float16, 100).write("a", torch.zeros(2))
+
+
+def test_a_sharded_model_is_the_unsharded_one(tiny_base, alpaca_file, tmp_path):
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2, data__eval=None)))
+    merge(tmp_path / "run", tmp_path / "one")
+    merge(tmp_path / "run", tmp_path / "several", max_shard_size="60KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) >= 4
+    models = []
+    for name in ("one", "several"):
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

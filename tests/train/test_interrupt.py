@@ -1,0 +1,44 @@
+"""Ctrl-C once: the step at hand is finished; twice: at once."""
+
+import os
+import signal
+
+import pytest
+
+from qlora.train.interrupt import Interruption
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_is_a_wish():
+    with Interruption() as interruption:
+        assert not interruption.requested
+        press_ctrl_c()
+        assert interruption.requested
+
+
+def test_the_second_stops_at_once():
+    with Interruption() as interruption:
+        press_ctrl_c()
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+
+
+@pytest.mark.parametrize("presses", [0, 1])
+def test_afterwards_ctrl_c_is_what_it_was(presses):
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption():
+        assert signal.getsignal(signal.SIGINT) != before
+        for _ in range(presses):
+            press_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_afterwards_ctrl_c_is_what_it_was_even_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="on the way"), Interruption():
+        raise ValueError("on the way")
+    assert signal.getsignal(signal.SIGINT) == before

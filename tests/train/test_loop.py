@@ -1,0 +1,216 @@
+"""The loop: gradients of the whole window, adapters alone changed, and errors instead of silent failure."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from qlora.data import IGNORE_INDEX, BatchPlan, collate
+from qlora.data.tokens import make_example
+from qlora.errors import ModelError
+from qlora.lora import add_lora, lora_layers
+from qlora.model import frozen_checksum, load_base
+from qlora.optim import FlatAdamW, FlatParameters
+from qlora.train.loop import Progress, run_loop
+
+
+def random_examples(generator, count):
+    """Of different lengths, with different shares supervised."""
+    examples = []
+    for index in range(count):
+        length = int(torch.randint(6, 40, (), generator=generator))
+        ids = torch.randint(256, (length,), generator=generator).numpy()
+        examples.append(make_example(ids, (torch.arange(length) >= (1 + 3 * index) % length).numpy()))
+    return examples
+
+
+class Trainer:
+    """A model with adapters and all that the loop takes; keeps reports and each step's gradient."""
+
+    def __init__(self, base, examples, micro=2, accumulation=2, compute_dtype="float32", **settings):
+        self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
+        add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
+        self.model.train()
+        self.flat = FlatParameters((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.optimizer = FlatAdamW(self.flat, "adamw_32bit")
+        self.examples, self.plan = examples, BatchPlan(len(examples), micro, accumulation)
+        self.progress, self.reports, self.grads = Progress(), [], []
+
+    def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None):
+        def after_step(progress, report):
+            self.reports.append(report)
+            self.grads.append(self.flat.grad.clone())
+            return progress.step != stop
+
+        run_loop(
+            self.model, self.optimizer, self.examples, self.plan, Accelerator(), self.progress, steps,
+            lambda step: rate, max_grad_norm, after_step,
+        )  # fmt: skip
+        return self
+
+    @property
+    def losses(self):
+        return [report.loss for report in self.reports]
+
+
+def reference_gradient(model, examples):
+    """Mean cross-entropy over all supervised tokens of the window, as one batch, by plain autograd."""
+    batch = collate(examples)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+    layers = [parameter for _, layer in lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
+    return loss.item(), torch.autograd.grad(loss, layers)
+
+
+def test_a_steps_gradient_is_that_of_its_whole_window_as_one_batch(tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 8), micro=1, accumulation=4)
+    for _, layer in lora_layers(trainer.model):
+        layer.lora_B.data.normal_(std=0.05, generator=generator)
+    window = [trainer.examples[index] for index in trainer.plan.window(0)]
+    assert len({example.num_supervised for example in window}) > 1
+    loss, expected = reference_gradient(copy.deepcopy(trainer.model), window)
+    trainer.run(1)
+    assert trainer.losses == pytest.approx([loss], rel=1e-5)
+    found = [p.grad for _, layer in lora_layers(trainer.model) for p in (layer.lora_A, layer.lora_B)]
+    for one, other in zip(found, expected, strict=True):
+        assert other.abs().max() > 0
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
+    norm = torch.cat([grad.flatten() for grad in expected]).norm().item()
+    assert trainer.reports[0].grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [8, 7], ids=["even", "a short last window"])
+def test_four_micro_batches_of_one_are_one_of_four(count, tiny_base, generator):
+    examples = random_examples(generator, count)
+    one, other = (Trainer(tiny_base, examples, micro, 4 // micro).run(4) for micro in (1, 4))
+    assert one.losses == pytest.approx(other.losses, rel=1e-4)
+    for grad, expected in zip(one.grads, other.grads, strict=True):
+        assert (grad - expected).norm() < 1e-3 * expected.norm()
+    assert one.progress.supervised_tokens == other.progress.supervised_tokens
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before(tiny_base, generator):
+    examples = random_examples(generator, 4)
+    free, clipped = (Trainer(tiny_base, examples).run(1, max_grad_norm=limit) for limit in (None, 1e-3))
+    assert clipped.reports[0].grad_norm == pytest.approx(free.reports[0].grad_norm)
+    assert clipped.grads[0].norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_only_the_adapters_change(compute_dtype, tiny_base, generator):
+    trainer = Trainer(
+        tiny_base, random_examples(generator, 8), compute_dtype=compute_dtype, dtype=torch.bfloat16, dropout=0.1
+    )
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    checksum = frozen_checksum(trainer.model)
+    trainer.run(3)
+    assert frozen_checksum(trainer.model) == checksum
+    changed = {n for n, value in trainer.model.named_parameters() if not torch.equal(before[n], value)}
+    assert changed == {name for name in before if ".lora_" in name}
+
+
+def test_the_loss_decreases(tiny_base, generator):
+    losses = Trainer(tiny_base, random_examples(generator, 4)).run(12).losses
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_first_loss_is_the_bases_own(tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 4))
+    plain, _ = load_base(str(tiny_base), compute_dtype="float32")
+    batch = collate(trainer.examples)
+    logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+    assert trainer.run(1).losses == pytest.approx([expected.item()], rel=1e-5)
+
+
+def test_progress_counts_steps_and_tokens(tiny_base, generator):
+    examples = random_examples(generator, 6)
+    trainer = Trainer(tiny_base, examples, 2, 1).run(3)
+    assert trainer.progress.step == 3
+    assert trainer.progress.tokens == sum(map(len, examples))
+    assert trainer.progress.supervised_tokens == sum(example.num_supervised for example in examples)
+    assert sum(report.tokens for report in trainer.reports) == trainer.progress.tokens
+    assert all(report.seconds > 0 for report in trainer.reports)
+
+
+def test_it_stops_when_it_is_told_and_goes_on_from_there(tiny_base, generator):
+    examples = random_examples(generator, 8)
+    whole = Trainer(tiny_base, examples, dropout=0.2).run(5)
+    parts = Trainer(tiny_base, examples, dropout=0.2).run(5, stop=2)
+    assert parts.progress.step == 2
+    parts.run(5)
+    assert parts.losses == whole.losses
+    assert torch.equal(parts.flat.data, whole.flat.data)
+
+
+def test_every_step_drops_other_inputs(tiny_base, generator):
+    """The rate is so low that only dropout can make the same window's loss another."""
+    trainer = Trainer(tiny_base, random_examples(generator, 4), dropout=0.5)
+    for _, layer in lora_layers(trainer.model):
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    losses = trainer.run(3, rate=1e-12).losses
+    assert len({round(loss, 5) for loss in losses}) == 3
+
+
+def test_an_adapter_that_the_forward_never_uses_is_named(tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 4))
+    layer = trainer.model.model.layers[1]
+    layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    before = trainer.flat.data.clone()
+    with pytest.raises(ModelError, match=r"4 of 14 adapters .*model\.layers\.1\.self_attn\.q_proj"):
+        trainer.run(2)
+    assert torch.equal(trainer.flat.data, before)
+    assert trainer.reports == []
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(value, tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 8)).run(4, stop=2)
+    trainer.model.model.layers[0].mlp.up_proj.lora_A.data[0, 0] = value
+    before = trainer.flat.data.clone()
+    with pytest.raises(ModelError, match=r"Step 3: the loss is nan.* Nothing was updated"):
+        trainer.run(4)
+    assert torch.equal(trainer.flat.data.nan_to_num(9.0), before.nan_to_num(9.0))
+    assert trainer.optimizer.step_count == 2
+    assert trainer.progress.step == 2
+
+
+def test_processes_share_a_window_and_add_up_its_gradient(tiny_base, generator):
+    """Two processes one after the other, each handed the sum of both gradients, as an all-reduce would."""
+    examples = random_examples(generator, 8)
+    single = Trainer(tiny_base, examples, micro=1, accumulation=4).run(1)
+    ranks = [Trainer(tiny_base, examples) for _ in range(2)]
+    local = []
+    for collect in (True, False):
+        for rank, trainer in enumerate(ranks):
+            trainer.plan = BatchPlan(8, 1, 2, rank=rank, world_size=2)
+            seen = []
+
+            def reduce(tensor, reduction="sum", rank=rank, seen=seen, collect=collect):
+                seen.append(tensor.clone())
+                return tensor if collect else sum(values[len(seen) - 1] for values in local)
+
+            accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, reduce=reduce)
+            if collect:
+                trainer = Trainer(tiny_base, examples)
+                trainer.plan = BatchPlan(8, 1, 2, rank=rank, world_size=2)
+            reports = trainer.reports
+
+            def after_step(progress, report, reports=reports):
+                reports.append(report)
+                return True
+
+            run_loop(
+                trainer.model, trainer.optimizer, examples, trainer.plan, accelerator, trainer.progress, 1,
+                lambda step: 1e-2, None, after_step,
+            )  # fmt: skip
+            if collect:
+                local.append(seen)
+    assert not torch.allclose(local[0][0], local[1][0])
+    for trainer in ranks:
+        assert trainer.losses == pytest.approx(single.losses, rel=1e-5)
+        assert (trainer.flat.grad - single.grads[0]).norm() < 1e-3 * single.grads[0].norm()
+    assert torch.equal(ranks[0].flat.data, ranks[1].flat.data)
