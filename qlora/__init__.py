@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlora.lora import LoraLinear, add_lora
     from qlora.model import load_base, load_run
     from qlora.nf4 import NF4Linear
-    from qlora.train import RunResult, train
+    from qlora.training import RunResult, train
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
 _HOMES = {
@@ -19,14 +19,14 @@ _HOMES = {
     "MergeReport": "qlora.export",
     "NF4Linear": "qlora.nf4",
     "RunConfig": "qlora.config",
-    "RunResult": "qlora.train",
+    "RunResult": "qlora.training",
     "VerifyReport": "qlora.export",
     "add_lora": "qlora.lora",
     "load_base": "qlora.model",
     "load_config": "qlora.config",
     "load_run": "qlora.model",
     "merge": "qlora.export",
-    "train": "qlora.train",
+    "train": "qlora.training",
     "verify": "qlora.export",
 }
 

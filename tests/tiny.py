@@ -83,3 +83,9 @@ def run_config(base: Path, data: Path, output_dir: Path, **overrides: Any) -> Pa
     path = output_dir.with_suffix(".yaml")
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def only(items: list[Any]) -> Any:
+    """The one item that there should be."""
+    (item,) = items
+    return item

@@ -55,7 +55,10 @@ class BaseFiles:
         """The safetensors files that make up the model."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ModelError(f"{index} is damaged; download it anew.") from None
             missing = sorted(name for name in names if not (self.folder / name).is_file())
             if missing:
                 raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it anew.")

@@ -10,9 +10,9 @@ def doctor(as_json: AsJson = False) -> None:
     """Hardware, versions, what will be used and why."""
     import torch
 
-    from qlora.model.base import resolve_compute_dtype, resolve_device
+    from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, quantize
-    from qlora.train.record import describe_hardware, package_versions
+    from qlora.training.record import describe_hardware, package_versions
 
     device = resolve_device()
     dtype = resolve_compute_dtype("auto", device)

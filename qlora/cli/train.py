@@ -18,10 +18,12 @@ def train(
 ) -> None:
     """Train; continues an unfinished run of the same output_dir."""
     from qlora.config import load_config
-    from qlora.train import plan_run
-    from qlora.train import train as run_training
 
     settings = load_config(config, overrides or ())
+
+    from qlora.training import plan_run  # after the config: a typo there is told at once, without loading torch
+    from qlora.training import train as run_training
+
     if dry_run:
         show_report(_describe(plan_run(settings)), as_json, f"{config}: nothing was written")
         return

@@ -55,3 +55,6 @@ ALIASES = {
     "report_to": "train.trackers",
     "resume_from_checkpoint": "the option --resume auto|never|PATH",
 }
+
+# What they have and this one has not, and what is done instead.
+ABSENT = dict.fromkeys(("packing", "sample_packing", "neat_packing"), "examples are padded to the longest of a batch")

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qlora.config.aliases import ALIASES
+from qlora.config.aliases import ABSENT, ALIASES
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
@@ -33,6 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r}.")
+    values = {section: keys for section, keys in values.items() if keys is not None}  # all its keys commented out
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -76,6 +77,8 @@ def _suggest(location: Sequence[str]) -> str:
     name = location[-1]
     if name in ALIASES:
         return f" Here it is {ALIASES[name]}."
+    if name in ABSENT:
+        return f" There is no such thing here: {ABSENT[name]}."
     sections = {section: _keys_of(section) for section in RunConfig.model_fields}
     exact = [f"{section}.{name}" for section, keys in sections.items() if name in keys]
     if exact:

@@ -24,9 +24,10 @@ def parse_size(text: str) -> int:
         ValueError: It has another form.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if not size:
         raise ValueError("should be a size such as 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return size
 
 
 def _check_share_or_steps(value: int | float | None) -> int | float | None:
@@ -76,7 +77,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The adapters."""
 
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Annotated[int, Field(ge=1, strict=True)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Share = 0.0
     targets: Targets = "all-linear"
@@ -93,7 +94,7 @@ class DataSection(Section):
     format: Literal["auto", "alpaca", "messages", "completion", "text"] = "auto"
     chat_template: str = "auto"
     loss_on: Literal["assistant", "all"] = "assistant"
-    max_seq_len: Annotated[int, Field(ge=8)] = 2048
+    max_seq_len: Annotated[int, Field(ge=8, strict=True)] = 2048
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
 
 
@@ -103,9 +104,9 @@ class TrainSection(Section):
     objective: Literal["sft"] = "sft"
     output_dir: str
     epochs: Annotated[float, Field(gt=0)] = 1
-    max_steps: Annotated[int | None, Field(ge=1)] = None
-    micro_batch_size: Annotated[int, Field(ge=1)] = 1
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 16
+    max_steps: Annotated[int | None, Field(ge=1, strict=True)] = None
+    micro_batch_size: Annotated[int, Field(ge=1, strict=True)] = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, strict=True)] = 16
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03
@@ -114,11 +115,11 @@ class TrainSection(Section):
     rounding: Literal["stochastic", "master"] = "stochastic"
     max_grad_norm: Annotated[float | None, Field(gt=0)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
-    log_every: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    log_every: Annotated[int, Field(ge=1, strict=True)] = 1
     eval_every: ShareOrSteps = 0.25
     save_every: ShareOrSteps = 200
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=1, strict=True)] = 2
     trackers: list[str] = []
 
 

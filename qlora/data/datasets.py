@@ -17,7 +17,12 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of the rows of one source."""
+    """What became of the rows of one source.
+
+    Attributes:
+        per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
+        overlong: What was done with examples that were too long, and how often.
+    """
 
     source: str
     format: str = ""
@@ -26,6 +31,7 @@ class DataReport:
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    per_answer: int = 0
     overlong: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,10 +41,11 @@ class DataReport:
     def summary(self) -> str:
         """One line for people."""
         share = self.supervised_tokens / max(1, self.tokens)
+        per_answer = f", {self.per_answer} conversations trained answer by answer" if self.per_answer else ""
         overlong = "".join(f", {count} overlong {fate}" for fate, count in self.overlong.items())
         return (
             f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples, {self.tokens} tokens, "
-            f"{share:.0%} supervised{overlong}; chat template: {self.chat_template}"
+            f"{share:.0%} supervised{per_answer}{overlong}; chat template: {self.chat_template}"
         )
 
 
@@ -97,7 +104,7 @@ def _build(
 ) -> list[TokenizedExample]:
     report.rows = len(rows)
     report.format = detect_format(rows) if format == "auto" else format
-    encoded = _encode_all(rows, encoder, report.format)
+    encoded = _encode_all(rows, encoder, report)
     examples = [part for example in encoded for part in _fit(example, max_seq_len, overlong, report.overlong)]
     if not examples:
         raise DataError(
@@ -110,20 +117,22 @@ def _build(
     return examples
 
 
-def _encode_all(rows: list[Row], encoder: ExampleEncoder, format: str) -> list[TokenizedExample]:
+def _encode_all(rows: list[Row], encoder: ExampleEncoder, report: DataReport) -> list[TokenizedExample]:
     """Encodes every row, and tells of all bad ones at once."""
     examples, problems = [], []
     for row in rows:
         try:
-            example = encoder.encode(to_example(row, format))
+            encoded = encoder.encode(to_example(row, report.format))
         except DataError as error:
             message = str(error)
             problems.append(message if message.startswith(row.origin) else f"{row.origin}: {message}")
             continue
-        if example.num_supervised:
-            examples.append(example)
+        report.per_answer += len(encoded) > 1
+        if any(example.num_supervised for example in encoded):
+            examples += encoded
         else:
-            problems.append(f"{row.origin}: no token of this row is supervised; {FORMATS[format]} needs an answer.")
+            form = FORMATS[report.format]
+            problems.append(f"{row.origin}: no token of this row is supervised; {form} needs an answer.")
     if problems:
         more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         shown = "\n".join(problems[:SHOWN_PROBLEMS])

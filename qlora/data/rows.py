@@ -9,6 +9,8 @@ from typing import Any
 from qlora.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".txt")
+# A name that ends so is meant as a file, even where there is none.
+OTHER_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".yaml", ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ def read_rows(source: str) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         rows = list(_read_file(path))
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise DataError(f"Data file not found: {source}")
+    elif path.suffix in SUFFIXES + OTHER_SUFFIXES or source.startswith((".", "/", "~")):
+        raise DataError(f"Data file not found: {source}; data.train and data.eval name files here or on the hub.")
     else:
         rows = _read_hub(source)
     if not rows:

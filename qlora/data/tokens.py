@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.formats import Completion, Conversation, Example
+from qlora.data.formats import Completion, Example
 from qlora.data.template import adds_bos, render
 from qlora.errors import DataError
+
+# Put before a text that continues another, and cut off again: the first that does not merge with it serves.
+LEADS = ("a", "\n", ".", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,54 +75,86 @@ class ExampleEncoder:
         starts = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
         self._end_ids = np.array(sorted({*tokenizer.all_special_ids, *added} - starts))
 
-    def encode(self, example: Example) -> TokenizedExample:
-        """Encodes one example.
+    def encode(self, example: Example) -> list[TokenizedExample]:
+        """Encodes one example: as one document, or as one per answer where a template asks for that.
 
         Raises:
-            DataError: The template refuses it, or rewrites earlier turns.
+            DataError: The template refuses it, or an answer can't be told from its prompt.
         """
         if isinstance(example, Completion):
-            return self._encode_completion(example)
-        return self._encode_conversation(example)
+            return [self._encode_completion(example)]
+        return self._encode_conversation(example.messages)
 
     def _encode_completion(self, example: Completion) -> TokenizedExample:
-        prompt = self._ids(example.prompt)
-        ids = self._ids(example.prompt + example.completion)
-        if ids[: len(prompt)] != prompt:
-            # A token would straddle the border; whoever serves the prompt alone never sees that token.
-            ids = prompt + self._ids(example.completion)
-        ids = [*self._bos, *ids, self.tokenizer.eos_token_id]
-        masked = len(self._bos) + len(prompt) if self.loss_on == "assistant" else 0
-        return make_example(ids, [position >= masked for position in range(len(ids))])
+        border = len(example.prompt) if self.loss_on == "assistant" else 0
+        ids, starts = self._tokens(example.prompt + example.completion, [len(example.prompt)])
+        mask = [*(False for _ in self._bos), *(starts >= border), True]
+        return make_example([*self._bos, *ids, self.tokenizer.eos_token_id], mask)
 
-    def _encode_conversation(self, example: Conversation) -> TokenizedExample:
-        messages = example.messages
+    def _encode_conversation(self, messages: list[dict[str, str]]) -> list[TokenizedExample]:
         text = render(self.tokenizer, messages)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = encoding.input_ids, np.array([start for start, _ in encoding.offset_mapping])
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [self._answer_span(messages, turn, text) for turn in turns]
+        if all(spans) or self.loss_on == "all":
+            return [self._encode_text(text, [span for span in spans if span], turns[-1:] == [len(messages) - 1])]
+        # The template writes earlier turns anew, as those that drop past reasoning do. A server then asks for each
+        # answer with its own rendering of what came before, so each becomes a document.
+        return [self._encode_answer(messages[: turn + 1]) for turn in turns]
+
+    def _encode_answer(self, messages: list[dict[str, str]]) -> TokenizedExample:
+        text = render(self.tokenizer, messages)
+        span = self._answer_span(messages, len(messages) - 1, text)
+        if span is None:
+            raise DataError(
+                "the chat template's prompt is not how its rendering of the answer begins, so the answer's place can't "
+                "be told; set data.chat_template to chatml, or to a jinja file made for training."
+            )
+        return self._encode_text(text, [span], ends_with_answer=True)
+
+    def _encode_text(self, text: str, answers: list[tuple[int, int]], ends_with_answer: bool) -> TokenizedExample:
+        """Encodes a rendered conversation whose answers take the given spans of characters."""
+        ids, starts = self._tokens(text, [begin for begin, _ in answers])
         mask = np.full(len(ids), self.loss_on == "all")
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant" and self.loss_on == "assistant":
-                begin, end = self._turn_span(messages, turn, text)
-                mask |= self._until_end_token(np.asarray(ids), (starts >= begin) & (starts < end))
-        if mask.any() and not np.isin(np.asarray(ids)[mask], self._end_ids).any():
+        for begin, end in answers:
+            mask |= self._until_end_token(ids, (starts >= begin) & (starts < end))
+        if ends_with_answer and not np.isin(ids[mask], self._end_ids).any():
             # The template ends no answer; without this the model would never stop.
-            ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, True)
+            return make_example([*ids, self.tokenizer.eos_token_id], [*mask, True])
         return make_example(ids, mask)
 
-    def _turn_span(self, messages: list[dict[str, str]], turn: int, text: str) -> tuple[int, int]:
-        """Characters of the whole text that a turn's answer takes."""
+    def _answer_span(self, messages: list[dict[str, str]], turn: int, text: str) -> tuple[int, int] | None:
+        """Characters of the whole text that an answer takes; None if the template rewrites what is before it."""
         before = render(self.tokenizer, messages[:turn], add_generation_prompt=True)
         until = text if turn == len(messages) - 1 else render(self.tokenizer, messages[: turn + 1])
-        for shorter, longer in pairwise((before, until, text)):
-            if not longer.startswith(shorter):
-                raise DataError("the chat template rewrites earlier turns, so an answer's place can't be told.")
-        return len(before), len(until)
+        grows = until.startswith(before) and text.startswith(until)
+        return (len(before), len(until)) if grows else None
 
     def _until_end_token(self, ids: np.ndarray, span: np.ndarray) -> np.ndarray:
         """Cuts what a template writes behind the end token of a turn: a server stops before it."""
         ends = np.flatnonzero(span & np.isin(ids, self._end_ids))
         return span & (np.arange(len(ids)) <= ends[-1]) if len(ends) else span
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _tokens(self, text: str, borders: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text and where each starts, no token reaching over a border.
+
+        Whoever serves a prompt alone never sees a token that also holds the first characters of the answer.
+        """
+        ids, spans = self._encode_piece(text)
+        crossed = [border for border in borders if any(start < border < end for start, end in spans)]
+        if crossed:
+            ids, spans = [], []
+            for begin, end in pairwise([0, *crossed, len(text)]):
+                piece_ids, piece_spans = self._encode_piece(text[begin:end], continues=begin > 0)
+                ids += piece_ids
+                spans += [(begin + first, begin + last) for first, last in piece_spans]
+        return np.array(ids, dtype=np.int64), np.array([start for start, _ in spans], dtype=np.int64)
+
+    def _encode_piece(self, text: str, continues: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and spans of a text; one that continues another gets no mark of a text's beginning."""
+        for lead in LEADS if continues else ("",):
+            encoding = self.tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            skipped = self.tokenizer(lead, add_special_tokens=False).input_ids if lead else []
+            if encoding.input_ids[: len(skipped)] == skipped:
+                spans = [(start - len(lead), end - len(lead)) for start, end in encoding.offset_mapping[len(skipped) :]]
+                return encoding.input_ids[len(skipped) :], spans
+        return self._encode_piece(text)

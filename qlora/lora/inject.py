@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn

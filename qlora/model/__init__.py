@@ -1,6 +1,6 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
-from qlora.model.base import load_base, resolve_compute_dtype
+from qlora.model.base import load_base, load_tokenizer, resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
@@ -20,8 +20,10 @@ __all__ = [
     "generate",
     "load_base",
     "load_model",
+    "load_tokenizer",
     "load_run",
     "resolve_compute_dtype",
+    "resolve_device",
     "supervised_loss",
     "take_inventory",
 ]

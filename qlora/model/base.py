@@ -40,7 +40,7 @@ def load_base(
     Raises:
         ModelError: The base can't be found or loaded, or its files lack weights that the model needs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     files = BaseFiles.resolve(base, revision)
     device = resolve_device(device)
@@ -65,7 +65,6 @@ def load_base(
             ignore_mismatched_sizes=True,  # They are told of below; transformers' own error names none of them.
             **arguments,
         )
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info)
@@ -74,14 +73,31 @@ def load_base(
         # Else these are views of the mapped files, which would change with them.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    return model.requires_grad_(False).eval(), tokenizer
+    return model.requires_grad_(False).eval(), load_tokenizer(files, trust_remote_code)
+
+
+def load_tokenizer(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+    """Loads a base's tokenizer alone.
+
+    Raises:
+        ModelError: The base has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{files.name}: the tokenizer can't be loaded: {error}") from error
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device asked for, or the GPU if there is one."""
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"Device '{device}' can't be used here: {str(error).splitlines()[0]}") from None
 
 
 def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:

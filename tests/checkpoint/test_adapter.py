@@ -200,7 +200,7 @@ def test_a_damaged_config_is_told(tmp_path):
 def test_peft_reads_an_adapter_of_a_real_model_after_training(realdata, tmp_path):
     from qlora.config import load_config
     from qlora.model import load_run
-    from qlora.train import train
+    from qlora.training import train
     from tests.tiny import run_config
 
     base = realdata / "models" / "stories260K-hf"

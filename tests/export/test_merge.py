@@ -13,7 +13,7 @@ from qlora.errors import CheckpointError, ExportError
 from qlora.export import merge
 from qlora.lora import lora_layers
 from qlora.model import load_base, load_run
-from qlora.train import train
+from qlora.training import train
 from tests.tiny import make_base, make_tokenizer, run_config
 
 GPT2 = {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}

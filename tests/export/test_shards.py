@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qlora.config import load_config
 from qlora.export import merge
 from qlora.export.shards import ShardWriter
-from qlora.train import train
+from qlora.training import train
 from tests.tiny import run_config
 
 

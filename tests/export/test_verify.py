@@ -11,7 +11,7 @@ from qlora.config import load_config
 from qlora.errors import ExportError, ModelError
 from qlora.export import merge, verify
 from qlora.model import load_base
-from qlora.train import train
+from qlora.training import train
 from tests.tiny import make_base, run_config
 
 UP = "model.layers.{}.mlp.up_proj.weight"

@@ -52,8 +52,19 @@ def test_all_linear_takes_everything_of_a_model_without_an_output_head():
     assert len(match_targets(LlamaModel(tiny_config()), "all-linear")) == 2 * len(PROJECTIONS)
 
 
-def test_the_output_head_is_adapted_when_it_is_named(model):
-    assert match_targets(model, "lm_head") == ["lm_head"]
+@pytest.mark.parametrize("targets", ["lm_head", [".*"], ["all-linear", "lm_head"]])
+def test_an_adapter_on_the_output_head_is_refused(model, targets):
+    with pytest.raises(ModelError, match="head can't be adapted"):
+        match_targets(model, targets)
+
+
+def test_all_linear_in_a_list_means_the_same(model):
+    assert match_targets(model, ["all-linear"]) == match_targets(model, "all-linear")
+
+
+def test_no_target_is_refused(model):
+    with pytest.raises(ModelError, match="empty"):
+        match_targets(model, [])
 
 
 @pytest.mark.parametrize(

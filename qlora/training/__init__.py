@@ -1,5 +1,5 @@
 """Training runs."""
 
-from qlora.train.run import RunResult, plan_run, train
+from qlora.training.run import RunResult, plan_run, train
 
 __all__ = ["RunResult", "plan_run", "train"]

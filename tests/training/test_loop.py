@@ -14,7 +14,7 @@ from qlora.errors import ModelError
 from qlora.lora import add_lora, lora_layers
 from qlora.model import frozen_checksum, load_base
 from qlora.optim import FlatAdamW, FlatParameters
-from qlora.train.loop import Progress, run_loop
+from qlora.training.loop import Progress, run_loop
 
 
 def random_examples(generator, count):

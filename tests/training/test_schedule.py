@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from qlora.train.schedule import learning_rate, resolve_interval, resolve_total_steps
+from qlora.training.schedule import learning_rate, resolve_interval, resolve_total_steps
 
 
 def rates(kind, total, warmup_ratio, peak=1.0):

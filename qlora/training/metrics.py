@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora.checkpoint import RunDirectory
 from qlora.errors import ConfigError
 from qlora.model import Evaluation
-from qlora.train.loop import Progress as RunProgress
-from qlora.train.loop import StepReport
+from qlora.training.loop import Progress as RunProgress
+from qlora.training.loop import StepReport
 
 # Lines printed over a run where there is no terminal to redraw one on.
 PLAIN_LINES = 20

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qlora.train.interrupt import Interruption
+from qlora.training.interrupt import Interruption
 
 
 def press_ctrl_c():

@@ -11,8 +11,8 @@ from qlora.checkpoint import BaseFiles
 from qlora.config import load_config
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.model import load_base, load_run, take_inventory
-from qlora.train import plan_run, train
-from qlora.train import run as run_module
+from qlora.training import plan_run, train
+from qlora.training import run as run_module
 from tests.tiny import make_base, run_config
 
 STEP_KEYS = {
@@ -185,7 +185,7 @@ def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(tiny_base, alpaca_f
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_before_it(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    from qlora.train import loop
+    from qlora.training import loop
 
     original = loop.supervised_loss
     calls = []
@@ -243,13 +243,6 @@ def test_subsets_of_layers_are_trained_alone(tied, alpaca_file, tmp_path, seed):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="the loss reads the head's weight, which an adapted head has not")
-def test_the_head_can_be_trained(tiny_base, alpaca_file, tmp_path):
-    config = run_config(tiny_base, alpaca_file, tmp_path / "run", lora__targets=["q_proj", "lm_head"])
-    assert train(load_config(config)).status == "finished"
-
-
-@pytest.mark.xfail(strict=True, reason="importing the package qlora.train puts it in the function's place")
 def test_the_public_train_stays_a_function():
     """`qlora.train` is a package too, and Python sets that name on its first import."""
     import qlora

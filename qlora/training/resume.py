@@ -31,6 +31,8 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
         ConfigError: The directory holds another run, or one that `resume` does not allow for.
         CheckpointError: The path holds no checkpoint.
     """
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"train.output_dir: {run.path} is a file; name a folder.")
     checkpoints = run.list_checkpoints()
     if run.exists():
         if resume == "never":

@@ -28,16 +28,17 @@ from qlora.model import (
     base_from_section,
     evaluate,
     frozen_checksum,
+    load_tokenizer,
     take_inventory,
 )
 from qlora.optim import FlatAdamW, FlatParameters
-from qlora.train.interrupt import Interruption
-from qlora.train.loop import Progress, StepReport, run_loop
-from qlora.train.metrics import MetricsLog, check_trackers, peak_memory_bytes
-from qlora.train.plot import draw_losses
-from qlora.train.record import describe_run
-from qlora.train.resume import check_same_inputs, find_start, is_finished
-from qlora.train.schedule import learning_rate, resolve_interval, resolve_total_steps
+from qlora.training.interrupt import Interruption
+from qlora.training.loop import Progress, StepReport, run_loop
+from qlora.training.metrics import MetricsLog, check_trackers, peak_memory_bytes
+from qlora.training.plot import draw_losses
+from qlora.training.record import describe_run
+from qlora.training.resume import check_same_inputs, find_start, is_finished
+from qlora.training.schedule import learning_rate, resolve_interval, resolve_total_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class RunResult:
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
         tokens_per_second: Mean over this session's steps.
-        peak_memory: Bytes, see :func:`qlora.train.metrics.peak_memory_bytes`.
+        peak_memory: Bytes, see :func:`qlora.training.metrics.peak_memory_bytes`.
     """
 
     run_dir: Path
@@ -154,8 +155,10 @@ def _assemble(config: RunConfig) -> _Assembly:
     check_trackers(section.trackers)
     accelerator = Accelerator(log_with=section.trackers or None, project_dir=section.output_dir)
     files = BaseFiles.resolve(config.model.base, config.model.revision)
-    model, tokenizer = base_from_section(config.model, accelerator.device)
+    # The data first: what is wrong with it should not be told after loading tens of gigabytes.
+    tokenizer = load_tokenizer(files, config.model.trust_remote_code)
     datasets = build_datasets(tokenizer, seed=section.seed, **config.data.model_dump())
+    model, _ = base_from_section(config.model, accelerator.device)
     adapt(model, config.lora, section.seed)
     recompute = apply_recompute(model, config.model.recompute)
     model.train()
