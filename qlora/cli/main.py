@@ -37,7 +37,7 @@ app.command("doctor")(doctor)
 
 def main() -> None:
     """Runs a verb; a user's mistake becomes a message and an exit code, without a traceback."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         app()
     except QLoRAError as error:
@@ -48,7 +48,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keeps the screen for what a user can act on; an own setting of theirs wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # It warns on import that an optional inference kernel is absent, which is never used here.

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora.model import generate, load_model
+from qlora.cli.main import quiet_libraries
 
 
 def main() -> None:
@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument("--at-least", type=float, default=0.0, help="share that has to be right")
     parser.add_argument("--at-most", type=float, default=1.0, help="share that may be right")
     arguments = parser.parse_args()
+    quiet_libraries()
+
+    from qlora.model import load_model
 
     model, tokenizer = load_model(arguments.model)
     rows = [json.loads(line) for line in arguments.questions.read_text(encoding="utf-8").splitlines()]
@@ -34,6 +37,8 @@ def main() -> None:
 
 def ask(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
     """The model's greedy answer to a row's instruction."""
+    from qlora.model import generate
+
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
     return generate(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=32)
 
