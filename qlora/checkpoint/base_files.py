@@ -41,8 +41,7 @@ class BaseFiles:
         files = cls(folder, base)
         if not files.weight_files:
             raise ModelError(f"{base} holds no *.safetensors; pickled weights are not read, as they can run code.")
-        for path in files.weight_files:
-            read_header(path)
+        assert files.headers  # read now, so that a damaged file is told before anything is loaded
         return files
 
     @cached_property
@@ -69,7 +68,22 @@ class BaseFiles:
     @cached_property
     def tensors(self) -> dict[str, Path]:
         """Tensor names and the files they are in, in the files' order."""
-        return {name: path for path in self.weight_files for name in read_header(path) if name != "__metadata__"}
+        return {name: path for path, header in self.headers.items() for name in header}
+
+    @cached_property
+    def headers(self) -> dict[Path, dict[str, Any]]:
+        """What each weight file says of its tensors: dtype, shape and place.
+
+        Raises:
+            ModelError: A file is cut short or damaged.
+        """
+        return {path: read_header(path) for path in self.weight_files}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor as stored; None if it is not there by this name, or there in 4 bits."""
+        if name not in self.tensors or f"{name}.absmax" in self.tensors:
+            return None
+        return tuple(self.headers[self.tensors[name]][name]["shape"])
 
     @property
     def is_bitsandbytes_4bit(self) -> bool:
@@ -86,7 +100,7 @@ class BaseFiles:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file.
+    """What a safetensors file says of its tensors, by name.
 
     Raises:
         ModelError: The file is cut short or is no safetensors file.
@@ -100,7 +114,8 @@ def read_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
         except ValueError:
             raise ModelError(f"{path} has a damaged header; download it anew.") from None
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + end:
         raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it anew.")
     return header

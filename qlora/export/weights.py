@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config, read_adapter_tensors
-from qlora.checkpoint.base_files import read_header
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
+from qlora.model import build_skeleton
 from qlora.nf4 import QuantState, dequantize, from_checkpoint_tensors, quantize
 
 STATISTICS_MARK = ".weight."  # bitsandbytes stores a weight's statistics as `….weight.absmax` and so on
@@ -40,7 +40,7 @@ class MergedWeights:
         self.onto = onto
         self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
         self._scaling = adapter_scaling(read_adapter_config(run.adapter))
-        skeleton = _build_skeleton(self.files, self.config.model.trust_remote_code)
+        skeleton = build_skeleton(self.files, self.config.model.trust_remote_code)
         self._transposed = _transposed_modules(skeleton)
         factors = read_adapter_tensors(run.adapter)
         self._factors = dict(zip(self._keys_of(factors, skeleton.base_model_prefix), factors.items(), strict=True))
@@ -55,13 +55,10 @@ class MergedWeights:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors, in the order of the base's files."""
-        for path in self.files.weight_files:
-            header = read_header(path)
-            for name, entry in header.items():
-                if name == "__metadata__" or STATISTICS_MARK in name:
-                    continue
-                packed = self._read_packed(name)
-                yield name, tuple(entry["shape"] if packed is None else packed[1].shape)
+        for name in self.files.tensors:
+            if STATISTICS_MARK not in name:
+                shape = self.files.shape(name)
+                yield name, self._packed_shape(name) if shape is None else shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the merged model, fp32."""
@@ -90,6 +87,11 @@ class MergedWeights:
         packed = quantize(weight, self.record["quantization"]["double_quant"])
         weight = dequantize(*packed, self._compute_dtype).float()
         return weight.T if is_transposed else weight
+
+    def _packed_shape(self, name: str) -> tuple[int, ...]:
+        packed = self._read_packed(name)
+        assert packed is not None
+        return tuple(packed[1].shape)
 
     def _read_packed(self, name: str) -> tuple[torch.Tensor, QuantState] | None:
         """A weight that the files hold in 4 bits."""
@@ -137,15 +139,6 @@ class MergedWeights:
 def adapter_scaling(config: dict[str, Any]) -> float:
     """The factor on B A that an adapter's config stands for."""
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-
-
-def _build_skeleton(files: BaseFiles, trust_remote_code: bool) -> Any:
-    """The architecture without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _transposed_modules(skeleton: Any) -> set[str]:

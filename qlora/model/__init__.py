@@ -1,6 +1,6 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
-from qlora.model.base import load_base, load_tokenizer, resolve_compute_dtype, resolve_device
+from qlora.model.base import build_skeleton, load_base, load_tokenizer, resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
@@ -14,6 +14,7 @@ __all__ = [
     "adapt",
     "apply_recompute",
     "base_from_section",
+    "build_skeleton",
     "end_token_ids",
     "evaluate",
     "frozen_checksum",

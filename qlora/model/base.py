@@ -57,17 +57,17 @@ def load_base(
         )
     elif quantization == "none" and files.is_bitsandbytes_4bit:
         raise ModelError(f"model.quantization: none, but {base} is quantized to 4 bits already; leave it at nf4.")
+    _check_shapes(files, build_skeleton(files, trust_remote_code))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             files.folder,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # They are told of below; transformers' own error names none of them.
             **arguments,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"{base} can't be loaded: {error}") from error
-    _check_complete(base, info)
+    _check_complete(base, info["missing_keys"])
     _take_over_linears(model)
     if device.type == "cpu":
         # Else these are views of the mapped files, which would change with them.
@@ -117,16 +117,41 @@ def _cpu_multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
-def _check_complete(base: str, info: dict[str, Any]) -> None:
-    """Sees that every parameter came from the files, in its shape."""
-    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [
-        f"{name} is {tuple(found)}, its config.json asks for {tuple(wanted)}"
-        for name, found, wanted in sorted(info["mismatched_keys"])
-    ]
+def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+    """Builds a base's architecture without weights, on the meta device.
+
+    Raises:
+        ModelError: transformers does not know it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{files.name}: the architecture can't be built: {error}") from error
+
+
+def _check_shapes(files: BaseFiles, skeleton: Any) -> None:
+    """Sees that the files hold what their config describes; not every transformers does, and none names them."""
+    problems = []
+    for name, parameter in skeleton.state_dict().items():
+        shape = files.shape(name)
+        if shape is not None and shape != tuple(parameter.shape):
+            problems.append(f"{name} is {shape} where config.json asks for {tuple(parameter.shape)}")
     if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ModelError(f"{base} does not hold all weights of the model: {'; '.join(problems[:4])}{more}.")
+        raise ModelError(f"{files.name}: weights and config do not belong together: {_first(problems)}.")
+
+
+def _check_complete(base: str, missing: set[str]) -> None:
+    """Sees that every parameter came from the files: transformers fills in random values with a warning."""
+    if missing:
+        raise ModelError(f"{base} lacks weights of the model: {_first(sorted(missing))}.")
+
+
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def _take_over_linears(model: Any) -> None:

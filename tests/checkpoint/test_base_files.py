@@ -36,7 +36,6 @@ def sharded(base):
 def test_a_header_names_shapes_and_dtypes(base):
     tensors = load_file(base / WEIGHTS)
     header = read_header(base / WEIGHTS)
-    assert header.pop("__metadata__") == {"format": "pt"}
     assert {name: entry["shape"] for name, entry in header.items()} == {
         name: list(value.shape) for name, value in tensors.items()
     }
