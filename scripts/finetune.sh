@@ -11,6 +11,10 @@ launch=(qlora)
 if [ "$gpus" -gt 1 ]; then
   launch=(accelerate launch --num_processes "$gpus" -m qlora)
 fi
-report=$("${launch[@]}" train "$config" "$@" --json)
+report=$("${launch[@]}" train "$config" "$@" --json | tail -n 1)
 run=$(python -c 'import json, sys; print(json.loads(sys.argv[1])["run_dir"])' "$report")
-bash "$(dirname "$0")/export.sh" "$run" "$merged"
+if [ -f "$merged/merge_report.json" ]; then
+  qlora verify "$run" "$merged"
+else
+  bash "$(dirname "$0")/export.sh" "$run" "$merged"
+fi

@@ -53,11 +53,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no adapter: {CONFIG_FILE} is missing.") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
+        raise CheckpointError(f"{path} names no r and lora_alpha, so the adapter's scale is unknown.")
+    return config
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

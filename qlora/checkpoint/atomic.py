@@ -22,6 +22,7 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError) -> Itera
         error: Raised in place of an `OSError`, or safetensors' own error on a full disk, naming the target and
             the space left.
     """
+    target = target.expanduser().absolute()
     aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

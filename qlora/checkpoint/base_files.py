@@ -10,6 +10,7 @@ from typing import Any
 from qlora.errors import ModelError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
 SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
 
@@ -27,15 +28,20 @@ class BaseFiles:
     name: str
 
     @classmethod
-    def resolve(cls, base: str, revision: str | None = None) -> "BaseFiles":
+    def resolve(cls, base: str, revision: str | None = None, with_code: bool = False) -> "BaseFiles":
         """Finds a base by folder or hub id; downloads what is not in the hub's cache.
+
+        Args:
+            base: A folder, or an id on the hub.
+            revision: On the hub.
+            with_code: Download the Python files that come with it, too.
 
         Raises:
             ModelError: It is neither, has no config or safetensors, or a weight file is cut short.
         """
         folder = Path(base).expanduser()
         if not folder.is_dir():
-            folder = _download(base, revision)
+            folder = _download(base, revision, HUB_PATTERNS + ["*.py"] * with_code)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{base} has no config.json, so it is no model folder of transformers.")
         files = cls(folder, base)
@@ -86,6 +92,16 @@ class BaseFiles:
         return tuple(self.headers[self.tensors[name]][name]["shape"])
 
     @property
+    def commit(self) -> str | None:
+        """The commit on the hub, for files in its cache."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
+
+    def differing(self, fingerprint: dict[str, str]) -> list[str]:
+        """Names of the files that are not those of an earlier fingerprint."""
+        here = self.fingerprint()
+        return sorted(name for name in {*fingerprint, *here} if fingerprint.get(name) != here.get(name))
+
+    @property
     def is_bitsandbytes_4bit(self) -> bool:
         """Whether the weights are in bitsandbytes' 4-bit format already."""
         return any(".quant_state.bitsandbytes__" in name for name in self.tensors)
@@ -121,13 +137,13 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _download(base: str, revision: str | None) -> Path:
+def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise ModelError(f"model.base: there is no folder {base}.")
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model.base: {base} is no folder here, and can't be had from the hub: {reason}") from error

@@ -1,11 +1,15 @@
 """The directory of a run: what lies where, and its records."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint.atomic import write_text
 from qlora.errors import CheckpointError
+
+# Without these a record tells too little to continue, merge or verify.
+RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")
 
 
 class RunDirectory:
@@ -16,7 +20,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -45,7 +49,8 @@ class RunDirectory:
 
     def list_checkpoints(self) -> list[Path]:
         """Checkpoints, the oldest first."""
-        return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        numbers = {path: re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.glob("step-*")}
+        return sorted((path for path, match in numbers.items() if match), key=lambda path: int(path.name[5:]))
 
     def read_record(self) -> dict[str, Any]:
         """What run.json says.
@@ -54,19 +59,33 @@ class RunDirectory:
             CheckpointError: It is broken.
         """
         try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
+            record = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.record} can't be read: {error}") from error
+        missing = [key for key in RECORD_KEYS if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise CheckpointError(f"{self.record} lacks {', '.join(missing)}; it was not written by qlora train.")
+        return record
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replaces run.json."""
         write_text(self.record, json.dumps(record, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        if not self.metrics.is_file():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
+
+        Raises:
+            CheckpointError: Another line is broken.
+        """
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        values = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise CheckpointError(f"{self.metrics}:{number} is damaged: {error}") from None
+        return values
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines after a step: what was logged after the checkpoint that a run continues from."""

@@ -43,6 +43,6 @@ def evaluate(
         "supervised_tokens": result.num_supervised,
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_byte": result.bits / num_bytes,
+        "bits_per_byte": result.bits / num_bytes if num_bytes else None,
     }
     show_report(report, as_json)

@@ -25,8 +25,11 @@ def init(
     target = Path(output or f"{recipe}.yaml")
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file with -o.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(recipes[recipe].read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(recipes[recipe].read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{target} can't be written: {error.strerror}.") from None
     print(f"Wrote {target}. Next: qlora train {target}")
 
 

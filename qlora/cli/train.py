@@ -1,6 +1,7 @@
 """`qlora train`: trains a run, or continues it."""
 
 import os
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,7 @@ def train(
             values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
         show_report(values, as_json, f"Run {result.status}.")
     if result.status == "interrupted":
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (result.signal or signal.SIGINT))
 
 
 def _describe(plan: Any) -> dict[str, Any]:

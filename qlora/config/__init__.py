@@ -1,6 +1,6 @@
 """Typed config sections, read from YAML with overrides."""
 
-from qlora.config.load import dump_config, load_config
+from qlora.config.load import absolute_paths, dump_config, load_config
 from qlora.config.sections import (
     DataSection,
     ExportSection,
@@ -17,6 +17,7 @@ __all__ = [
     "ModelSection",
     "RunConfig",
     "TrainSection",
+    "absolute_paths",
     "dump_config",
     "load_config",
 ]

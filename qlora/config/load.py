@@ -43,6 +43,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError("\n".join([f"{path}: {len(lines)} problem(s)", *lines])) from None
 
 
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with every path that is here made absolute, so that a run is found again from another folder."""
+
+    def resolved(value: object) -> object:
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        return str(path.absolute()) if path is not None and path.exists() else value
+
+    model = config.model.model_copy(update={"base": resolved(config.model.base)})
+    paths = {key: resolved(getattr(config.data, key)) for key in ("train", "eval", "chat_template")}
+    return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
+
+
 def dump_config(config: RunConfig) -> str:
     """The config as YAML, every key written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,5 +1,6 @@
 """A training set and a held-out set from sources, with a report of what became of every row."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ class DataReport:
     Attributes:
         per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
         overlong: What was done with examples that were too long, and how often.
+        digest: Of all ids and masks: equal when the same is learnt from.
     """
 
     source: str
@@ -33,6 +35,7 @@ class DataReport:
     supervised_tokens: int = 0
     per_answer: int = 0
     overlong: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -88,38 +91,50 @@ def build_datasets(
     template = apply_template(tokenizer, chat_template)
     encoder = ExampleEncoder(tokenizer, loss_on)
 
-    def build(source: str) -> tuple[list[TokenizedExample], DataReport]:
+    def build(source: str) -> tuple[list[list[TokenizedExample]], DataReport]:
         report = DataReport(source, chat_template=template)
         return _build(read_rows(source), encoder, format, max_seq_len, overlong, report), report
 
-    examples, report = build(train)
+    documents, report = build(train)
     if isinstance(eval, str):
         held_out, eval_report = build(eval)
-        return Datasets(examples, held_out, [report, eval_report])
-    return Datasets(*_hold_out(examples, eval or 0.0, seed), [report])
+        return Datasets(_flatten(documents), _flatten(held_out), [report, eval_report])
+    return Datasets(*_hold_out(documents, eval or 0.0, seed), [report])
 
 
 def _build(
     rows: list[Row], encoder: ExampleEncoder, format: str, max_seq_len: int, overlong: str, report: DataReport
-) -> list[TokenizedExample]:
+) -> list[list[TokenizedExample]]:
+    """The examples of each row that has any left."""
     report.rows = len(rows)
     report.format = detect_format(rows) if format == "auto" else format
-    encoded = _encode_all(rows, encoder, report)
-    examples = [part for example in encoded for part in _fit(example, max_seq_len, overlong, report.overlong)]
-    if not examples:
+    documents = [
+        [part for example in examples for part in _fit(row, example, max_seq_len, overlong, report.overlong)]
+        for row, examples in _encode_all(rows, encoder, report)
+    ]
+    documents = [examples for examples in documents if examples]
+    if not documents:
         raise DataError(
             f"{report.source}: no example of {len(rows)} rows is left to learn from ({report.overlong}); "
             f"raise data.max_seq_len ({max_seq_len}) or set data.overlong to truncate or split."
         )
+    examples = _flatten(documents)
     report.examples = len(examples)
     report.tokens = sum(map(len, examples))
     report.supervised_tokens = sum(example.num_supervised for example in examples)
-    return examples
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    report.digest = digest.hexdigest()
+    return documents
 
 
-def _encode_all(rows: list[Row], encoder: ExampleEncoder, report: DataReport) -> list[TokenizedExample]:
+def _encode_all(
+    rows: list[Row], encoder: ExampleEncoder, report: DataReport
+) -> list[tuple[Row, list[TokenizedExample]]]:
     """Encodes every row, and tells of all bad ones at once."""
-    examples, problems = [], []
+    documents, problems = [], []
     for row in rows:
         try:
             encoded = encoder.encode(to_example(row, report.format))
@@ -129,7 +144,7 @@ def _encode_all(rows: list[Row], encoder: ExampleEncoder, report: DataReport) ->
             continue
         report.per_answer += len(encoded) > 1
         if any(example.num_supervised for example in encoded):
-            examples += encoded
+            documents.append((row, encoded))
         else:
             form = FORMATS[report.format]
             problems.append(f"{row.origin}: no token of this row is supervised; {form} needs an answer.")
@@ -137,11 +152,11 @@ def _encode_all(rows: list[Row], encoder: ExampleEncoder, report: DataReport) ->
         more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         shown = "\n".join(problems[:SHOWN_PROBLEMS])
         raise DataError(f"{len(problems)} of {len(rows)} rows can't be used:\n{shown}{more}")
-    return examples
+    return documents
 
 
 def _fit(
-    example: TokenizedExample, max_seq_len: int, overlong: str, counts: dict[str, int]
+    row: Row, example: TokenizedExample, max_seq_len: int, overlong: str, counts: dict[str, int]
 ) -> Iterator[TokenizedExample]:
     """The parts of an example that are trained on, none longer than `max_seq_len`; counts what was done."""
     if len(example) <= max_seq_len:
@@ -149,7 +164,7 @@ def _fit(
         return
     if overlong == "error":
         raise DataError(
-            f"An example has {len(example)} tokens, more than data.max_seq_len ({max_seq_len}); raise it, "
+            f"{row.origin}: {len(example)} tokens, more than data.max_seq_len ({max_seq_len}); raise it, "
             "or set data.overlong to drop, truncate or split."
         )
     starts = {"drop": [], "truncate": [0], "split": range(0, len(example), max_seq_len)}[overlong]
@@ -161,13 +176,19 @@ def _fit(
 
 
 def _hold_out(
-    examples: list[TokenizedExample], share: float, seed: int
+    documents: list[list[TokenizedExample]], share: float, seed: int
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """Draws whole rows, so that no part of one is trained on; of a single row, a long text, its parts."""
     if not share:
-        return examples, []
-    count = max(1, round(share * len(examples)))
-    if count >= len(examples):
-        raise DataError(f"data.eval: holding out {share} of {len(examples)} examples leaves none to train on.")
-    held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
-    train = [example for index, example in enumerate(examples) if index not in held_out]
-    return train, [examples[index] for index in sorted(held_out)]
+        return _flatten(documents), []
+    units = documents if len(documents) > 1 else [[example] for example in documents[0]]
+    count = max(1, round(share * len(units)))
+    if count >= len(units):
+        raise DataError(f"data.eval: holding out {share} of {len(units)} examples leaves none to train on.")
+    held_out = set(np.random.default_rng(seed).permutation(len(units))[:count].tolist())
+    train = [unit for index, unit in enumerate(units) if index not in held_out]
+    return _flatten(train), _flatten([units[index] for index in sorted(held_out)])
+
+
+def _flatten(documents: list[list[TokenizedExample]]) -> list[TokenizedExample]:
+    return [example for examples in documents for example in examples]

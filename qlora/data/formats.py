@@ -84,7 +84,16 @@ def _text(row: Row, column: str) -> str:
     value = row.values.get(column)
     if not isinstance(value, str):
         raise DataError(f"{row.origin}: column '{column}' should be text, not {value!r:.80}.")
-    return value
+    return _check_unicode(row, value)
+
+
+def _check_unicode(row: Row, text: str) -> str:
+    """JSON can hold halves of a surrogate pair, which are no characters and break tokenizers."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row.origin}: character {error.start} of {text!r:.40} is half a surrogate pair.") from None
+    return text
 
 
 def _messages(row: Row, messages: Any) -> list[dict[str, str]]:
@@ -95,4 +104,4 @@ def _messages(row: Row, messages: Any) -> list[dict[str, str]]:
             raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {message!r:.80}.")
         if message.get("role") not in ROLES:
             raise DataError(f"{row.origin}: role {message.get('role')!r} is none of {', '.join(ROLES)}.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{"role": message["role"], "content": _check_unicode(row, message["content"])} for message in messages]

@@ -71,7 +71,7 @@ def merge(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
     run = RunDirectory.open(run_dir)

@@ -70,11 +70,8 @@ def verify(run_dir: str | Path, out_dir: str | Path, device: str = "auto") -> Ve
         ExportError: The folder is no merged model.
         QLoRAError: The run, its base or its data can't be read.
     """
-    run, out_dir = RunDirectory.open(run_dir), Path(out_dir)
-    report_path = out_dir / REPORT_FILE
-    if not report_path.is_file():
-        raise ExportError(f"{out_dir} was not written by qlora merge: it has no {REPORT_FILE}.")
-    written = json.loads(report_path.read_text(encoding="utf-8"))
+    run, out_dir = RunDirectory.open(run_dir), Path(out_dir).expanduser()
+    written = _read_report(out_dir)
     problems, tensors_checked = _compare_tensors(run, out_dir, written)
 
     adapter_model, tokenizer = load_run(run_dir, device)
@@ -105,6 +102,17 @@ def verify(run_dir: str | Path, out_dir: str | Path, device: str = "auto") -> Ve
     )
 
 
+def _read_report(out_dir: Path) -> dict[str, Any]:
+    path = out_dir / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {key: report[key] for key in ("dtype", "onto")}
+    except FileNotFoundError:
+        raise ExportError(f"{out_dir} was not written by qlora merge: it has no {REPORT_FILE}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is damaged: {error!r}") from None
+
+
 def _compare_tensors(run: RunDirectory, out_dir: Path, written: dict[str, Any]) -> tuple[list[str], int]:
     """Computes every merged tensor anew and compares it with the file's."""
     weights, dtype = MergedWeights(run, written["onto"]), getattr(torch, written["dtype"])
@@ -115,7 +123,7 @@ def _compare_tensors(run: RunDirectory, out_dir: Path, written: dict[str, Any]) 
         if name in files.tensors:
             with safe_open(files.tensors[name], framework="pt") as file:
                 found = file.get_tensor(name)
-            if not torch.equal(found, cast_checked(name, weights.tensor(name), dtype)):
+            if found.dtype != dtype or not torch.equal(found, cast_checked(name, weights.tensor(name), dtype)):
                 problems.append(f"tensor {name} is not base + scaling·B·A")
     return problems, len(names)
 

@@ -25,7 +25,7 @@ class MergedWeights:
         onto: `dequantized`, the weights that the adapter was trained on, or `original`.
 
     Raises:
-        ExportError: The base is not the one trained on, or the adapter's modules are not all in its files.
+        ExportError: The run is not finished, the base is not the one trained on, or its files lack adapted modules.
         CheckpointError: The run or its adapter is damaged.
         ModelError: The base can't be found.
     """
@@ -33,8 +33,16 @@ class MergedWeights:
     def __init__(self, run: RunDirectory, onto: str) -> None:
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
-        self.files = BaseFiles.resolve(self.config.model.base, self.config.model.revision)
-        self._check_base()
+        if self.record["status"] != "finished":
+            raise ExportError(f"{run.path} is {self.record['status']}, not finished; qlora train continues it.")
+        model = self.config.model
+        self.files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
+        differing = self.files.differing(self.record["base"]["files"])
+        if differing:
+            raise ExportError(
+                f"{self.files.name} is not the base that was trained on: {', '.join(differing)} differ. "
+                "Put the files of that time back, or train on these."
+            )
         if onto == "original" and self.files.is_bitsandbytes_4bit:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
         self.onto = onto
@@ -106,15 +114,6 @@ class MergedWeights:
         if path not in self._handles:
             self._handles = {path: safe_open(path, framework="pt")}
         return self._handles[path].get_tensor(name)
-
-    def _check_base(self) -> None:
-        trained_on, here = self.record["base"]["files"], self.files.fingerprint()
-        differing = sorted(name for name in {*trained_on, *here} if trained_on.get(name) != here.get(name))
-        if differing:
-            raise ExportError(
-                f"{self.files.name} is not the base that was trained on: {', '.join(differing)} differ. "
-                "Put the files of that time back, or train on these."
-            )
 
     def _keys_of(self, modules: Any, prefix: str) -> list[str]:
         """Names in the files of modules' weights, which may lack the prefix of the inner model."""

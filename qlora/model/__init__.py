@@ -4,7 +4,7 @@ from qlora.model.base import build_skeleton, load_base, load_tokenizer, resolve_
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
-from qlora.model.loss import supervised_loss
+from qlora.model.loss import check_loss, supervised_loss
 from qlora.model.recompute import apply_recompute
 from qlora.model.restore import adapt, base_from_section, load_model, load_run
 
@@ -15,6 +15,7 @@ __all__ = [
     "apply_recompute",
     "base_from_section",
     "build_skeleton",
+    "check_loss",
     "end_token_ids",
     "evaluate",
     "frozen_checksum",

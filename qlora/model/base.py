@@ -42,7 +42,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    files = BaseFiles.resolve(base, revision)
+    files = BaseFiles.resolve(base, revision, trust_remote_code)
     device = resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
@@ -69,6 +69,7 @@ def load_base(
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _take_over_linears(model)
+    _check_finite(base, model)
     if device.type == "cpu":
         # Else these are views of the mapped files, which would change with them.
         for parameter in model.parameters():
@@ -148,6 +149,17 @@ def _check_complete(base: str, missing: set[str]) -> None:
     """Sees that every parameter came from the files: transformers fills in random values with a warning."""
     if missing:
         raise ModelError(f"{base} lacks weights of the model: {_first(sorted(missing))}.")
+
+
+def _check_finite(base: str, model: Any) -> None:
+    """Sees that no value was lost in the cast to the compute dtype, as large ones are in fp16."""
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.isfinite().all()
+    ]
+    if broken:
+        raise ModelError(f"{base}: values are not finite in {model.dtype}: {_first(broken)}; set model.compute_dtype.")
 
 
 def _first(items: list[str]) -> str:

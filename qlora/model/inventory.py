@@ -65,9 +65,10 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def frozen_checksum(model: nn.Module) -> int:
-    """A sum over the bytes of all frozen parameters: equal before and after training, or something wrote there."""
+    """A sum over the bytes of all frozen weights and their statistics: it differs if training wrote to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            total += parameter.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    frozen += [module.quant_state.absmax for module in model.modules() if isinstance(module, NF4Linear)]
+    for tensor in frozen:
+        total += tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)
     return int(total)

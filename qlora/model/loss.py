@@ -3,9 +3,14 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora.data import IGNORE_INDEX, Batch
+from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy
+
+# Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
+TOLERANCE = 0.01
 
 
 def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -33,3 +38,30 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite divides
     return scale, getattr(text_config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_loss(model: Any, batch: Batch) -> None:
+    """Holds the loss against the model's own logits: some architectures do more on the way to them.
+
+    Args:
+        model: With or without adapters, in evaluation mode.
+        batch: A small one, with supervised positions.
+
+    Raises:
+        ModelError: They differ, or the model can't run with its layers replaced.
+    """
+    try:
+        loss = supervised_loss(model, batch).item()
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "
+            "Some architectures use weights of layers directly; model.quantization=none or other lora.targets may help."
+        ) from error
+    expected = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
+    if not abs(loss - expected) <= TOLERANCE * abs(expected):
+        raise ModelError(
+            f"{type(model).__name__} does more between its hidden states and its logits than is known here (loss "
+            f"{loss:.4f} in chunks, {expected:.4f} by its own logits), so it can't be trained rightly."
+        )

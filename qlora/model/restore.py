@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, load_adapter
+from qlora.checkpoint import BaseFiles, RunDirectory, load_adapter
 from qlora.config import LoraSection, ModelSection, load_config
 from qlora.data import apply_template
 from qlora.lora import add_lora
@@ -48,7 +48,7 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
 
 
 def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Loads a run, or any model folder or hub id in 16 or 32 bits, with a chat template in place.
+    """Loads a run, or any model folder or hub id as it is stored, with a chat template in place.
 
     Raises:
         CheckpointError: A run is damaged.
@@ -56,6 +56,7 @@ def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any
     """
     if RunDirectory(path).exists():
         return load_run(path, device)
-    model, tokenizer = load_base(path, quantization="none", device=device)
+    quantization = "nf4" if BaseFiles.resolve(path).is_bitsandbytes_4bit else "none"
+    model, tokenizer = load_base(path, quantization=quantization, device=device)
     apply_template(tokenizer, "auto")
     return model, tokenizer

@@ -57,7 +57,8 @@ class FlatAdamW:
 
         self._buffers = {name: self._state_buffer(bits) for name in ("state1", "state2")}
         if self.rounding == "master":
-            self._buffers["master"] = self._allocate(torch.float32).copy_(flat.data)
+            # Not paged: every step reads all of it, to round it into the parameters.
+            self._buffers["master"] = flat.data.float()
         self._quant_maps: list[torch.Tensor] = []
         if bits == 8:
             self._quant_maps = [bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]

@@ -1,4 +1,4 @@
-"""Ctrl-C: the step at hand is finished and the state saved; a second one stops at once."""
+"""Ctrl-C and SIGTERM: the step at hand is finished and the state saved; a second one stops at once."""
 
 import signal
 from types import FrameType
@@ -6,19 +6,33 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, takes SIGINT as a wish to stop after the current step."""
+    """While entered, takes SIGINT and SIGTERM as a wish to stop after the current step.
+
+    Attributes:
+        signal: The one that came, or None.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        self._previous = signal.signal(signal.SIGINT, self._request)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self._restore()
 
-    def _request(self, _signal: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def run_loop(
     total_steps: int,
     learning_rate: Callable[[int], float],
     max_grad_norm: float | None,
-    after_step: Callable[[Progress, StepReport], bool],
+    after_step: Callable[[StepReport], bool],
 ) -> None:
     """Trains from `progress` on until `total_steps`, or until `after_step` returns False.
 
@@ -78,7 +79,7 @@ def run_loop(
         total_steps: Of the run.
         learning_rate: Of a step, from 0.
         max_grad_norm: Gradients are clipped to it, if given.
-        after_step: Called with the progress and what the step did; logs, evaluates, saves.
+        after_step: Called with what the step did; logs, evaluates, saves, and says whether to go on.
 
     Raises:
         ModelError: The loss is not finite, or an adapter got no gradient in the first step.
@@ -105,12 +106,14 @@ def run_loop(
             flat.grad.copy_(accelerator.reduce(flat.grad, reduction="sum"))
             loss = accelerator.reduce(loss, reduction="sum")
         scaler.unscale_(optimizer)
-        if first_step:
-            check_gradients(model)
-            first_step = False
         norm = flat.clip_grad_norm(max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm]).tolist()
-        _check_finite(step, loss_value, norm_value, scaler.is_enabled())
+        # An overflow of scaled fp16 gradients skips the step and lowers the scale, until that can't help any more.
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        _check_finite(step, loss_value, norm_value, may_overflow)
+        if first_step and math.isfinite(norm_value):
+            check_gradients(model)
+            first_step = False
         rate = learning_rate(step)
         unchanged = scaler.step(optimizer, rate)
         scaler.update()
@@ -122,7 +125,7 @@ def run_loop(
         share = 1.0 if unchanged is None else unchanged.item()
         seconds = time.perf_counter() - started
         report = StepReport(loss_value, norm_value, rate, share, seconds, sum(map(len, window)))
-        if not after_step(progress, report):
+        if not after_step(report):
             return
 
 
@@ -147,9 +150,8 @@ def _grad_norm(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad.norm()
 
 
-def _check_finite(step: int, loss: float, norm: float, is_scaled: bool) -> None:
-    finite = torch.tensor([loss] if is_scaled else [loss, norm]).isfinite().all()
-    if not finite:
+def _check_finite(step: int, loss: float, norm: float, may_overflow: bool) -> None:
+    if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
         raise ModelError(
             f"Step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Nothing was updated; lower "
             "train.learning_rate, or set model.compute_dtype to bfloat16 or float32 if it is float16."

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, a progress line, and accelerate's trackers."""
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ class MetricsLog:
         self.log_every, self.is_main = log_every, accelerator.is_main_process
         self._plain_every = max(1, total_steps // PLAIN_LINES)
         self._since_line = {"tokens": 0, "seconds": 0.0}
-        self._file = run.metrics.open("a", encoding="utf-8") if self.is_main else None
+        # By lines, so that a killed process leaves all that it logged.
+        self._file = run.metrics.open("a", buffering=1, encoding="utf-8") if self.is_main else None
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if self.is_main and self._console.is_terminal:
@@ -72,7 +74,7 @@ class MetricsLog:
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 6),
                 "loss": report.loss,
-                "grad_norm": report.grad_norm,
+                "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
                 "learning_rate": report.learning_rate,
                 "tokens": progress.tokens,
                 "supervised_tokens": progress.supervised_tokens,
@@ -101,11 +103,6 @@ class MetricsLog:
             }
         )
         self._console.print(f"step {step}/{self.total_steps}  held-out loss {evaluation.loss:.4f}", highlight=False)
-
-    def flush(self) -> None:
-        """Makes the lines so far survive the process."""
-        if self._file is not None:
-            self._file.flush()
 
     def close(self) -> None:
         """Ends the progress line and the file."""

@@ -1,7 +1,6 @@
 """What run.json says of where a run came from."""
 
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,7 +19,12 @@ def describe_run(config: RunConfig, files: BaseFiles) -> dict[str, Any]:
         "versions": package_versions(),
         "hardware": describe_hardware(),
         "seed": config.train.seed,
-        "base": {"name": config.model.base, "revision": config.model.revision, "files": files.fingerprint()},
+        "base": {
+            "name": config.model.base,
+            "revision": config.model.revision,
+            "commit": files.commit,
+            "files": files.fingerprint(),
+        },
         "quantization": {
             "kind": config.model.quantization,
             "double_quant": config.model.double_quant,
@@ -40,7 +44,6 @@ def describe_hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "python": sys.version.split()[0],
         "cpu_threads": torch.get_num_threads(),
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
+from qlora.training.assemble import Assembly
 
 # Keys of `train` that a run may be continued with other values of.
 FREE_KEYS = {
@@ -17,6 +18,10 @@ FREE_KEYS = {
     "keep_checkpoints",
     "trackers",
 }
+
+
+# What was in use and may not change within a run: batches and roundings depend on it.
+KEPT_IN_USE = ("processes", "compute_dtype", "rounding")
 
 
 def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None:
@@ -38,6 +43,11 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
         if resume == "never":
             raise ConfigError(f"{run.path} holds a run already; choose another train.output_dir, or --resume auto.")
         _check_same_run(run, config)
+    elif any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
+        raise ConfigError(
+            f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is no run "
+            "and they would be overwritten. Choose another folder."
+        )
     if resume in ("auto", "never"):
         return checkpoints[-1] if checkpoints else None
 
@@ -53,20 +63,27 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
     return path
 
 
-def check_same_inputs(run: RunDirectory, base: dict[str, str], data: list[dict[str, object]]) -> None:
-    """Sees that base and data are still those that the run began with.
+def check_same_inputs(run: RunDirectory, assembly: Assembly) -> None:
+    """Sees that base, data and what `auto` became are still those that the run began with.
 
     Raises:
-        ConfigError: A file of the base, or what the data came to, has changed.
+        ConfigError: They are not, so the steps to come would not be those of one run.
     """
     record = run.read_record()
-    before = record["base"]["files"]
-    differing = sorted(name for name in {*before, *base} if before.get(name) != base.get(name))
-    if differing:
-        raise ConfigError(f"{run.path} was begun with other files of the base: {', '.join(differing)} have changed.")
-    if record["data"] != data:
-        sources = [now["source"] for then, now in zip(record["data"], data, strict=True) if then != now]
-        raise ConfigError(f"{run.path} was begun with other data: {', '.join(map(str, sources))} have changed.")
+    changes = [f"{assembly.files.name}: {name}" for name in assembly.files.differing(record["base"]["files"])]
+    for before, now in zip(record["data"], assembly.plan.datasets.reports, strict=True):
+        if before["digest"] != now.digest:
+            changes.append(f"{now.source}: what is learnt from it")
+    changes += [
+        f"{key}: {record['in_use'].get(key)} before, {assembly.plan.in_use[key]} now"
+        for key in KEPT_IN_USE
+        if record["in_use"].get(key) != assembly.plan.in_use[key]
+    ]
+    if changes:
+        raise ConfigError(
+            f"{run.path} was begun otherwise; choose another train.output_dir, or undo what has changed:\n"
+            + "\n".join(f"  {change}" for change in changes)
+        )
 
 
 def is_finished(run: RunDirectory, config: RunConfig) -> bool:

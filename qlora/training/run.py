@@ -1,5 +1,6 @@
-"""A training run: assembled from a config, trained, and left behind in its directory."""
+"""A training run: started or continued, driven, and left behind in its directory."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import (
-    BaseFiles,
     RunDirectory,
     drop_old_checkpoints,
     load_state,
@@ -17,28 +17,19 @@ from qlora.checkpoint import (
     write_aside,
     write_text,
 )
-from qlora.config import RunConfig, dump_config
-from qlora.data import BatchPlan, Datasets, build_datasets, eval_batches
+from qlora.config import RunConfig, absolute_paths, dump_config
+from qlora.data import eval_batches
+from qlora.errors import ConfigError, ModelError
 from qlora.lora import lora_layers
-from qlora.model import (
-    Evaluation,
-    Inventory,
-    adapt,
-    apply_recompute,
-    base_from_section,
-    evaluate,
-    frozen_checksum,
-    load_tokenizer,
-    take_inventory,
-)
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.model import Evaluation, evaluate, frozen_checksum
+from qlora.training.assemble import Assembly, RunPlan, assemble
 from qlora.training.interrupt import Interruption
 from qlora.training.loop import Progress, StepReport, run_loop
-from qlora.training.metrics import MetricsLog, check_trackers, peak_memory_bytes
+from qlora.training.metrics import MetricsLog, peak_memory_bytes
 from qlora.training.plot import draw_losses
 from qlora.training.record import describe_run
 from qlora.training.resume import check_same_inputs, find_start, is_finished
-from qlora.training.schedule import learning_rate, resolve_interval, resolve_total_steps
+from qlora.training.schedule import learning_rate, resolve_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +42,9 @@ class RunResult:
         steps: Optimizer steps done, in all sessions.
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
-        tokens_per_second: Mean over this session's steps.
+        tokens_per_second: Mean over the logged steps.
         peak_memory: Bytes, see :func:`qlora.training.metrics.peak_memory_bytes`.
+        signal: That interrupted this session, if one did.
     """
 
     run_dir: Path
@@ -62,40 +54,18 @@ class RunResult:
     eval_losses: dict[int, float]
     tokens_per_second: float
     peak_memory: int
+    signal: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"run_dir": str(self.run_dir)}
 
 
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """What a run would do, known before its first step."""
-
-    total_steps: int
-    steps_per_epoch: int
-    inventory: Inventory
-    datasets: Datasets
-    in_use: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Assembly:
-    """A run's parts, put together and at rest."""
-
-    config: RunConfig
-    files: BaseFiles
-    model: Any
-    tokenizer: Any
-    optimizer: FlatAdamW
-    accelerator: Any
-    batches: BatchPlan
-    plan: RunPlan
-
-
 def plan_run(config: RunConfig) -> RunPlan:
     """Assembles a run without training or writing anything: every error that can be had before step 1."""
-    return _assemble(config).plan
+    config = absolute_paths(config)
+    find_start(RunDirectory(config.train.output_dir), config, "auto")
+    return assemble(config).plan
 
 
 def train(config: RunConfig, resume: str = "auto") -> RunResult:
@@ -109,84 +79,53 @@ def train(config: RunConfig, resume: str = "auto") -> RunResult:
     Raises:
         QLoRAError: Of the kind that fits, before or during the run; what was saved stays.
     """
+    config = absolute_paths(config)
     run = RunDirectory(config.train.output_dir)
     start = find_start(run, config, resume)
     if is_finished(run, config):
         return _result(run, "finished", run.read_record()["steps"])
-    assembly = _assemble(config)
+    assembly = assemble(config)
     try:
         return _train(assembly, run, start)
     finally:
         assembly.accelerator.end_training()
 
 
-def _train(assembly: _Assembly, run: RunDirectory, start: Path | None) -> RunResult:
+def _train(assembly: Assembly, run: RunDirectory, start: Path | None) -> RunResult:
     model, accelerator = assembly.model, assembly.accelerator
-    progress = Progress()
     if run.exists():
-        reports = [report.as_dict() for report in assembly.plan.datasets.reports]
-        check_same_inputs(run, assembly.files.fingerprint(), reports)
+        check_same_inputs(run, assembly)
     accelerator.wait_for_everyone()
+    progress = Progress()
     if start is not None:
         progress = Progress(**load_state(start, model, assembly.optimizer))
+    if progress.step > assembly.plan.total_steps:
+        raise ConfigError(
+            f"{run.path} has done {progress.step} steps already, more than the {assembly.plan.total_steps} asked for; "
+            "raise train.max_steps or train.epochs, or choose another train.output_dir."
+        )
     if accelerator.is_main_process:
         write_text(run.config, dump_config(assembly.config))
         run.write_record(_record(assembly, "running", start))
         run.keep_metrics_until(-1 if start is None else progress.step)
     accelerator.wait_for_everyone()
     checksum = frozen_checksum(model)
-    interrupted = _run_session(assembly, run, progress)
-    assert frozen_checksum(model) == checksum, "the base was changed by training"
+    received = _run_session(assembly, run, progress)
+    if frozen_checksum(model) != checksum:
+        raise ModelError("The frozen base was changed during training, so the run can't be trusted.")
 
-    status = "interrupted" if interrupted else "finished"
+    status = "finished" if progress.step == assembly.plan.total_steps else "interrupted"
     if accelerator.is_main_process:
         if status == "finished":
             _save_final_adapter(assembly, run)
         run.write_record(_record(assembly, status, start) | {"steps": progress.step})
         draw_losses(run.read_metrics(), run.path / "loss.png")
     accelerator.wait_for_everyone()
-    return _result(run, status, progress.step)
+    return _result(run, status, progress.step, received)
 
 
-def _assemble(config: RunConfig) -> _Assembly:
-    from accelerate import Accelerator
-
-    section = config.train
-    check_trackers(section.trackers)
-    accelerator = Accelerator(log_with=section.trackers or None, project_dir=section.output_dir)
-    files = BaseFiles.resolve(config.model.base, config.model.revision)
-    # The data first: what is wrong with it should not be told after loading tens of gigabytes.
-    tokenizer = load_tokenizer(files, config.model.trust_remote_code)
-    datasets = build_datasets(tokenizer, seed=section.seed, **config.data.model_dump())
-    model, _ = base_from_section(config.model, accelerator.device)
-    adapt(model, config.lora, section.seed)
-    recompute = apply_recompute(model, config.model.recompute)
-    model.train()
-    flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    optimizer = FlatAdamW(
-        flat, section.optimizer, section.betas, weight_decay=section.weight_decay,
-        rounding=section.rounding, seed=section.seed,
-    )  # fmt: skip
-    batches = BatchPlan(
-        len(datasets.train), section.micro_batch_size, section.gradient_accumulation_steps, section.seed,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
-    in_use = {
-        "device": str(accelerator.device),
-        "compute_dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "recompute": recompute,
-        "optimizer": section.optimizer,
-        "optimizer_state_paged": optimizer.is_paged,
-        "rounding": optimizer.rounding,
-    }
-    total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
-    plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
-    return _Assembly(config, files, model, tokenizer, optimizer, accelerator, batches, plan)
-
-
-def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> bool:
-    """Trains until the end or Ctrl-C, evaluating and saving on the way; tells whether it was Ctrl-C."""
+def _run_session(assembly: Assembly, run: RunDirectory, progress: Progress) -> signal.Signals | None:
+    """Trains until the end or a signal, evaluating and saving on the way; returns the signal."""
     config, plan, accelerator = assembly.config.train, assembly.plan, assembly.accelerator
     total = plan.total_steps
     accelerator.init_trackers("qlora")
@@ -198,30 +137,22 @@ def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> 
             log.log_evaluation(progress.step, _evaluate_all(assembly))
 
     def save_now() -> None:
-        log.flush()
         if accelerator.is_main_process:
-            save_checkpoint(
-                run.checkpoint(progress.step),
-                assembly.model,
-                assembly.optimizer,
-                asdict(progress),
-                config_base,
-            )
+            folder, base = run.checkpoint(progress.step), assembly.config.model.base
+            save_checkpoint(folder, assembly.model, assembly.optimizer, asdict(progress), base)
             drop_old_checkpoints(run.list_checkpoints(), config.keep_checkpoints)
 
-    config_base = assembly.config.model.base
+    def after_step(report: StepReport) -> bool:
+        log.log_step(progress, report)
+        is_last = progress.step == total
+        stop = _any_process(accelerator, interruption.requested)
+        if is_last or (eval_every and progress.step % eval_every == 0):
+            evaluate_now()
+        if is_last or stop or (save_every and progress.step % save_every == 0):
+            save_now()
+        return not stop
+
     with Interruption() as interruption:
-
-        def after_step(progress: Progress, report: StepReport) -> bool:
-            log.log_step(progress, report)
-            is_last = progress.step == total
-            stop = _any_process(accelerator, interruption.requested)
-            if is_last or (eval_every and progress.step % eval_every == 0):
-                evaluate_now()
-            if is_last or stop or (save_every and progress.step % save_every == 0):
-                save_now()
-            return not stop
-
         try:
             if progress.step == 0:
                 evaluate_now()
@@ -231,15 +162,15 @@ def _run_session(assembly: _Assembly, run: RunDirectory, progress: Progress) -> 
             )  # fmt: skip
         finally:
             log.close()
-    return progress.step < total
+    return interruption.signal
 
 
-def _rate_of(assembly: _Assembly) -> Callable[[int], float]:
+def _rate_of(assembly: Assembly) -> Callable[[int], float]:
     section, total = assembly.config.train, assembly.plan.total_steps
     return lambda step: learning_rate(step, total, section.learning_rate, section.lr_scheduler, section.warmup_ratio)
 
 
-def _evaluate_all(assembly: _Assembly) -> Evaluation:
+def _evaluate_all(assembly: Assembly) -> Evaluation:
     """Evaluates the held-out examples, each process a part of them."""
     accelerator = assembly.accelerator
     batches = list(eval_batches(assembly.plan.datasets.eval, assembly.config.train.micro_batch_size))
@@ -254,14 +185,14 @@ def _any_process(accelerator: Any, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
-def _save_final_adapter(assembly: _Assembly, run: RunDirectory) -> None:
+def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
     """Writes the trained adapter with its tokenizer and chat template."""
     with write_aside(run.adapter) as folder:
         save_adapter(assembly.model, folder, assembly.config.model.base)
         assembly.tokenizer.save_pretrained(folder)
 
 
-def _record(assembly: _Assembly, status: str, start: Path | None) -> dict[str, Any]:
+def _record(assembly: Assembly, status: str, start: Path | None) -> dict[str, Any]:
     plan = assembly.plan
     return describe_run(assembly.config, assembly.files) | {
         "status": status,
@@ -274,7 +205,7 @@ def _record(assembly: _Assembly, status: str, start: Path | None) -> dict[str, A
     }
 
 
-def _result(run: RunDirectory, status: str, steps: int) -> RunResult:
+def _result(run: RunDirectory, status: str, steps: int, received: signal.Signals | None = None) -> RunResult:
     lines = run.read_metrics()
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return RunResult(
@@ -285,4 +216,5 @@ def _result(run: RunDirectory, status: str, steps: int) -> RunResult:
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=peak_memory_bytes(),
+        signal=received,
     )

@@ -26,7 +26,8 @@ def resolve_interval(value: int | float | None, total_steps: int) -> int | None:
     """Steps between two events, given as steps, as a share of the run, or None for never."""
     if value is None:
         return None
-    return max(1, round(value * total_steps)) if value < 1 else int(value)
+    is_share = isinstance(value, float) and value <= 1
+    return max(1, round(value * total_steps)) if is_share else int(value)
 
 
 def resolve_total_steps(epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:

@@ -40,10 +40,10 @@ class Trainer:
         self.progress, self.reports, self.grads = Progress(), [], []
 
     def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None):
-        def after_step(progress, report):
+        def after_step(report):
             self.reports.append(report)
             self.grads.append(self.flat.grad.clone())
-            return progress.step != stop
+            return self.progress.step != stop
 
         run_loop(
             self.model, self.optimizer, self.examples, self.plan, Accelerator(), self.progress, steps,
@@ -199,7 +199,7 @@ def test_processes_share_a_window_and_add_up_its_gradient(tiny_base, generator):
                 trainer.plan = BatchPlan(8, 1, 2, rank=rank, world_size=2)
             reports = trainer.reports
 
-            def after_step(progress, report, reports=reports):
+            def after_step(report, reports=reports):
                 reports.append(report)
                 return True
 

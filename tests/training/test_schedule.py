@@ -50,10 +50,10 @@ def test_a_run_of_few_steps_has_a_rate_in_each(kind, total, warmup_ratio):
     (0.001, 100, 1),
     (0.999, 1, 1),
     (1, 100, 1),
-    (1.0, 100, 1),
+    (1.0, 100, 100),
     (200, 100, 200),
 ])  # fmt: skip
-def test_an_interval_is_a_share_below_one_and_steps_from_one_on(value, total, expected):
+def test_an_interval_is_a_share_up_to_one_point_zero_and_else_steps(value, total, expected):
     assert resolve_interval(value, total) == expected
 
 

@@ -1,0 +1,134 @@
+"""A run's parts, put together from its config and checked, before anything is trained or written."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.checkpoint import BaseFiles
+from qlora.config import RunConfig
+from qlora.data import BatchPlan, Datasets, TokenizedExample, build_datasets, collate
+from qlora.errors import ConfigError, DataError
+from qlora.model import (
+    Inventory,
+    adapt,
+    apply_recompute,
+    base_from_section,
+    check_loss,
+    load_tokenizer,
+    resolve_device,
+    take_inventory,
+)
+from qlora.optim import FlatAdamW, FlatParameters
+from qlora.training.metrics import check_trackers
+from qlora.training.schedule import resolve_total_steps
+
+# Tokens that the loss is tried on.
+TRIED_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run would do, known before its first step.
+
+    Attributes:
+        total_steps: Optimizer steps of the whole run.
+        steps_per_epoch: That see every example once.
+        inventory: What of the model is quantized and adapted.
+        datasets: To learn from and to evaluate on.
+        in_use: What `auto` became, and what this machine has of what was asked for.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    inventory: Inventory
+    datasets: Datasets
+    in_use: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A run's parts, at rest."""
+
+    config: RunConfig
+    files: BaseFiles
+    model: Any
+    tokenizer: Any
+    optimizer: FlatAdamW
+    accelerator: Any
+    batches: BatchPlan
+    plan: RunPlan
+
+
+def assemble(config: RunConfig) -> Assembly:
+    """Loads base and data, adds adapters and optimizer.
+
+    Raises:
+        QLoRAError: Whatever is wrong that can be told before the first step.
+    """
+    section, model_section = config.train, config.model
+    check_trackers(section.trackers)
+    accelerator = _start_processes(section.trackers, section.output_dir)
+    files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+    # The data first: what is wrong with it should not be told after loading tens of gigabytes.
+    tokenizer = load_tokenizer(files, model_section.trust_remote_code)
+    datasets = build_datasets(tokenizer, seed=section.seed, **config.data.model_dump())
+    model, _ = base_from_section(model_section, accelerator.device)
+    _check_fit(model, [*datasets.train, *datasets.eval])
+    adapt(model, config.lora, section.seed)
+    check_loss(model, collate([datasets.train[0][:TRIED_TOKENS]]).to(accelerator.device))
+    recompute = apply_recompute(model, model_section.recompute)
+    model.train()
+    flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    optimizer = FlatAdamW(
+        flat, section.optimizer, section.betas, weight_decay=section.weight_decay,
+        rounding=section.rounding, seed=section.seed,
+    )  # fmt: skip
+    batches = BatchPlan(
+        len(datasets.train), section.micro_batch_size, section.gradient_accumulation_steps, section.seed,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    in_use = {
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "recompute": recompute,
+        "optimizer": section.optimizer,
+        "optimizer_state_paged": optimizer.is_paged,
+        "rounding": optimizer.rounding,
+    }
+    total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
+    plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
+    return Assembly(config, files, model, tokenizer, optimizer, accelerator, batches, plan)
+
+
+def _start_processes(trackers: list[str], output_dir: str) -> Any:
+    from accelerate import Accelerator
+
+    on_cpu = resolve_device().type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=output_dir)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"A launcher started {launched} processes, but accelerate joined {accelerator.num_processes}: they would "
+            "train apart in one directory. Launch with torchrun, or set up accelerate config for this machine."
+        )
+    return accelerator
+
+
+def _check_fit(model: Any, examples: list[TokenizedExample]) -> None:
+    """Sees that every id has an embedding and every position a place; on a GPU a missing one ends the process."""
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(int(example.input_ids.max()) for example in examples)
+    if largest >= num_embeddings:
+        raise DataError(
+            f"The tokenizer gives id {largest}, but the model embeds {num_embeddings} tokens: they do not belong "
+            "together, or tokens were added without rows for them."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, examples))
+    if positions and longest > positions:
+        raise DataError(
+            f"The longest example has {longest} tokens, but the model's config has positions for {positions}; lower "
+            "data.max_seq_len, or raise max_position_embeddings there if its rotary embedding can go further."
+        )
