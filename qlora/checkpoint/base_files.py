@@ -91,6 +91,10 @@ class BaseFiles:
             return None
         return tuple(self.headers[self.tensors[name]][name]["shape"])
 
+    def dtype_name(self, name: str) -> str:
+        """Dtype of a tensor as safetensors writes it: F16, BF16, I64, …"""
+        return self.headers[self.tensors[name]][name]["dtype"]
+
     @property
     def commit(self) -> str | None:
         """The commit on the hub, for files in its cache."""

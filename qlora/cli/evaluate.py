@@ -1,6 +1,6 @@
 """`qlora eval`: supervised loss of a run, or of the base that a config starts from."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,20 +18,18 @@ def evaluate(
     """Loss and perplexity per supervised token, and bits per byte."""
     from qlora.checkpoint import RunDirectory
     from qlora.config import load_config
-    from qlora.data import build_datasets, eval_batches, supervised_bytes
+    from qlora.data import eval_batches, supervised_bytes
     from qlora.errors import ConfigError
-    from qlora.model import base_from_section, load_run
+    from qlora.model import base_from_section, load_run, run_datasets
     from qlora.model import evaluate as run_evaluation
 
     run = RunDirectory(target)
     config = load_config(run.config if run.exists() else target)
     model, tokenizer = load_run(target, device) if run.exists() else base_from_section(config.model, device)
-    settings = config.data.model_dump()
-    if run.exists():
-        settings["chat_template"] = "auto"  # the run's tokenizer was saved with its template
+    changes: dict[str, Any] = {} if run.exists() else {"chat_template": config.data.chat_template}
     if data is not None:
-        settings |= {"train": data, "eval": None}
-    datasets = build_datasets(tokenizer, seed=config.train.seed, **settings)
+        changes |= {"train": data, "eval": None}
+    datasets = run_datasets(config, tokenizer, **changes)
     examples = datasets.train if data is not None else datasets.eval
     if not examples:
         raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")

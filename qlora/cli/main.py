@@ -16,7 +16,7 @@ from qlora.cli.train import train
 from qlora.cli.verify import verify
 from qlora.errors import ConfigError, QLoRAError
 
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USE = 1, 2
 
 app = typer.Typer(
     help="Fine-tune language models in 4 bits on one GPU, and release merged weights that are verified.",
@@ -43,9 +43,6 @@ def main() -> None:
     except QLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE if isinstance(error, ConfigError) else FAILED)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 def quiet_libraries() -> None:

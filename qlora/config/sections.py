@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
 
 
 def _check_share_or_steps(value: int | float | None) -> int | float | None:
-    if value is not None and (value <= 0 or (value > 1 and value != int(value))):
+    if isinstance(value, bool) or value is not None and (value <= 0 or (value > 1 and value != int(value))):
         raise ValueError("should be a number of steps, or a share of the run between 0 and 1")
     return value
 

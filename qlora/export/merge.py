@@ -76,11 +76,11 @@ def merge(
         raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
     run = RunDirectory.open(run_dir)
     weights = MergedWeights(run, onto)
-    layout, target = list(weights.shapes()), getattr(torch, dtype)
+    layout = weights.layout(getattr(torch, dtype))
     with write_aside(out_dir, ExportError) as folder:
-        writer = ShardWriter(folder, layout, target, parse_size(max_shard_size))
-        for name, _ in layout:
-            writer.write(name, cast_checked(name, weights.tensor(name), target))
+        writer = ShardWriter(folder, layout, parse_size(max_shard_size))
+        for entry in layout:
+            writer.write(entry.name, cast_checked(entry.name, weights.tensor(entry.name), entry.dtype))
         writer.close()
         _write_companions(folder, run, weights, dtype)
         seconds = round(time.perf_counter() - started, 3)

@@ -2,13 +2,39 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
@@ -19,26 +45,22 @@ class ShardWriter:
 
     Args:
         folder: For the files and, if there are several, their index.
-        layout: Names and shapes, in the order in which they will be written.
-        dtype: Of all tensors.
+        layout: The tensors, in the order in which they will be written.
         max_bytes: Of tensors per file; one that is larger has a file to itself.
     """
 
-    def __init__(
-        self, folder: Path, layout: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_bytes: int
-    ) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._shards = self._split(layout, max_bytes)
-        self._order = iter([(name, shard) for shard, part in enumerate(self._shards) for name, _ in part])
+    def __init__(self, folder: Path, layout: Sequence[TensorLayout], max_bytes: int) -> None:
+        self.folder = folder
+        self.num_bytes = sum(tensor.num_bytes for tensor in layout)
+        self._shards = _split(layout, max_bytes)
+        self._order = iter([(tensor, shard) for shard, part in enumerate(self._shards) for tensor in part])
         self._file: BinaryIO | None = None
         self._current = -1
-        self.num_bytes = sum(self._num_bytes(shape) for _, shape in layout)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes the next tensor of the layout."""
         expected, shard = next(self._order)
-        assert name == expected, f"{name} came where the layout has {expected}"
-        assert tensor.dtype == self.dtype, f"{name} is {tensor.dtype}"
+        assert (name, tensor.dtype) == (expected.name, expected.dtype), f"{name} came in place of {expected}"
         if shard != self._current:
             self._open(shard)
         assert self._file is not None
@@ -49,7 +71,7 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
         if len(self._shards) > 1:
-            weight_map = {name: self._name(shard) for shard, part in enumerate(self._shards) for name, _ in part}
+            weight_map = {tensor.name: self._name(shard) for shard, part in enumerate(self._shards) for tensor in part}
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -58,9 +80,10 @@ class ShardWriter:
             self._file.close()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name, shape in self._shards[shard]:
-            end = offset + self._num_bytes(shape)
-            header[name] = {"dtype": DTYPE_NAMES[self.dtype], "shape": shape, "data_offsets": [offset, end]}
+        for tensor in self._shards[shard]:
+            end = offset + tensor.num_bytes
+            dtype = DTYPE_NAMES[tensor.dtype]
+            header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -68,24 +91,19 @@ class ShardWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._current = shard
 
-    def _split(
-        self, layout: Sequence[tuple[str, tuple[int, ...]]], max_bytes: int
-    ) -> list[list[tuple[str, tuple[int, ...]]]]:
-        shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-        size = 0
-        for name, shape in layout:
-            num_bytes = self._num_bytes(shape)
-            if shards[-1] and size + num_bytes > max_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append((name, shape))
-            size += num_bytes
-        return shards
-
-    def _num_bytes(self, shape: tuple[int, ...]) -> int:
-        return prod(shape) * self.dtype.itemsize
-
     def _name(self, shard: int) -> str:
         if len(self._shards) == 1:
             return "model.safetensors"
         return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+
+def _split(layout: Sequence[TensorLayout], max_bytes: int) -> list[list[TensorLayout]]:
+    shards: list[list[TensorLayout]] = [[]]
+    size = 0
+    for tensor in layout:
+        if shards[-1] and size + tensor.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards

@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import load_config
-from qlora.data import TokenizedExample, build_datasets, eval_batches
+from qlora.data import TokenizedExample, eval_batches
 from qlora.errors import ExportError
 from qlora.export.merge import REPORT_FILE, cast_checked
 from qlora.export.weights import MergedWeights
-from qlora.model import evaluate, load_base, load_run
+from qlora.model import evaluate, load_base, load_run, run_datasets
 
 # Mean KL divergence and difference of losses, in nats, above which two models are not the same: ten times
 # what bf16 against fp16 arithmetic was seen to make.
@@ -75,7 +75,8 @@ def verify(run_dir: str | Path, out_dir: str | Path, device: str = "auto") -> Ve
     problems, tensors_checked = _compare_tensors(run, out_dir, written)
 
     adapter_model, tokenizer = load_run(run_dir, device)
-    examples = _examples(run, tokenizer)
+    datasets = run_datasets(load_config(run.config), tokenizer)
+    examples = (datasets.eval or datasets.train)[:NUM_EXAMPLES]
     adapter_logits, adapter_loss = _predictions(adapter_model, examples)
     del adapter_model
     gc.collect()
@@ -115,17 +116,18 @@ def _read_report(out_dir: Path) -> dict[str, Any]:
 
 def _compare_tensors(run: RunDirectory, out_dir: Path, written: dict[str, Any]) -> tuple[list[str], int]:
     """Computes every merged tensor anew and compares it with the file's."""
-    weights, dtype = MergedWeights(run, written["onto"]), getattr(torch, written["dtype"])
-    files = BaseFiles.resolve(str(out_dir))
-    names = [name for name, _ in weights.shapes()]
-    problems = [f"tensor {name} is in only one of the two" for name in sorted({*names} ^ {*files.tensors})]
-    for name in names:
-        if name in files.tensors:
-            with safe_open(files.tensors[name], framework="pt") as file:
-                found = file.get_tensor(name)
-            if found.dtype != dtype or not torch.equal(found, cast_checked(name, weights.tensor(name), dtype)):
-                problems.append(f"tensor {name} is not base + scaling·B·A")
-    return problems, len(names)
+    weights, files = MergedWeights(run, written["onto"]), BaseFiles.resolve(str(out_dir))
+    layout = weights.layout(getattr(torch, written["dtype"]))
+    names = {entry.name for entry in layout}
+    problems = [f"tensor {name} is in only one of the two" for name in sorted(names ^ {*files.tensors})]
+    for entry in layout:
+        if entry.name in files.tensors:
+            with safe_open(files.tensors[entry.name], framework="pt") as file:
+                found = file.get_tensor(entry.name)
+            expected = cast_checked(entry.name, weights.tensor(entry.name), entry.dtype)
+            if found.dtype != entry.dtype or not torch.equal(found, expected):
+                problems.append(f"tensor {entry.name} is not base + scaling·B·A")
+    return problems, len(layout)
 
 
 def _compare_predictions(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
@@ -140,14 +142,6 @@ def _compare_predictions(onto: str, mean_kl: float, adapter_loss: float, merged_
     if not abs(adapter_loss - merged_loss) <= MAX_LOSS_DIFFERENCE:
         problems.append(f"losses {adapter_loss:.4f} and {merged_loss:.4f} differ by more than {MAX_LOSS_DIFFERENCE}")
     return problems
-
-
-def _examples(run: RunDirectory, tokenizer: Any) -> list[TokenizedExample]:
-    config = load_config(run.config)
-    # The tokenizer was saved with the run's template, which may have come from a file that is gone.
-    settings = config.data.model_dump() | {"chat_template": "auto"}
-    datasets = build_datasets(tokenizer, seed=config.train.seed, **settings)
-    return (datasets.eval or datasets.train)[:NUM_EXAMPLES]
 
 
 @torch.no_grad()

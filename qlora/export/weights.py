@@ -1,7 +1,6 @@
 """The merged weights of a run, one tensor at a time, from the base's files and the adapter."""
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from safetensors import safe_open
 from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config, read_adapter_tensors
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
+from qlora.export.shards import DTYPE_NAMES, TensorLayout
 from qlora.model import build_skeleton
 from qlora.nf4 import QuantState, dequantize, from_checkpoint_tensors, quantize
 
-STATISTICS_MARK = ".weight."  # bitsandbytes stores a weight's statistics as `….weight.absmax` and so on
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class MergedWeights:
@@ -61,15 +61,21 @@ class MergedWeights:
         """Weights that the adapter changes."""
         return len(self._factors)
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors, in the order of the base's files."""
+    def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
+        """All tensors in the order of the base's files; what is no floating-point number keeps its dtype."""
+        layout = []
         for name in self.files.tensors:
-            if STATISTICS_MARK not in name:
-                shape = self.files.shape(name)
-                yield name, self._packed_shape(name) if shape is None else shape
+            if f"{name.rpartition('.weight.')[0]}.weight.absmax" in self.files.tensors:
+                continue  # statistics of a weight in 4 bits
+            shape, stored = self.files.shape(name), self.files.dtype_name(name)
+            if shape is None:
+                layout.append(TensorLayout(name, self._packed_shape(name), dtype))
+            else:
+                layout.append(TensorLayout(name, shape, dtype if "F" in stored else DTYPES[stored]))
+        return layout
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model, fp32."""
+        """One tensor of the merged model, fp32; what is no floating-point number as it is stored."""
         module, factors = self._factors.get(name, (None, None))
         weight = self._base_tensor(name)
         if factors is None:
@@ -89,7 +95,7 @@ class MergedWeights:
             return dequantize(*packed, self._compute_dtype).float()
         stored = self._read(name)
         if self.onto == "original" or name not in self._quantized:
-            return stored.float()
+            return stored.float() if stored.is_floating_point() else stored
         is_transposed = self._quantized[name] in self._transposed
         weight = (stored.T if is_transposed else stored).to(self._compute_dtype)
         packed = quantize(weight, self.record["quantization"]["double_quant"])

@@ -6,7 +6,7 @@ from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_loss, supervised_loss
 from qlora.model.recompute import apply_recompute
-from qlora.model.restore import adapt, base_from_section, load_model, load_run
+from qlora.model.restore import adapt, base_from_section, load_model, load_run, run_datasets
 
 __all__ = [
     "Evaluation",
@@ -26,6 +26,7 @@ __all__ = [
     "load_run",
     "resolve_compute_dtype",
     "resolve_device",
+    "run_datasets",
     "supervised_loss",
     "take_inventory",
 ]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import BaseFiles, RunDirectory, load_adapter
-from qlora.config import LoraSection, ModelSection, load_config
-from qlora.data import apply_template
+from qlora.config import LoraSection, ModelSection, RunConfig, load_config
+from qlora.data import Datasets, apply_template, build_datasets
 from qlora.lora import add_lora
 from qlora.model.base import load_base
 
@@ -21,6 +21,18 @@ def adapt(model: Any, section: LoraSection, seed: int) -> list[str]:
     """Adds the adapters that a config asks for."""
     settings = section.model_dump(exclude={"dtype"})
     return add_lora(model, dtype=getattr(torch, section.dtype), seed=seed, **settings)
+
+
+def run_datasets(config: RunConfig, tokenizer: Any, **changes: Any) -> Datasets:
+    """Builds the data of a run, through the template that its tokenizer was saved with.
+
+    Args:
+        config: Of the run.
+        tokenizer: As :func:`load_run` gives it. A template's file may be gone by now.
+        changes: To the config's `data` section.
+    """
+    settings = config.data.model_dump() | {"chat_template": "auto"} | changes
+    return build_datasets(tokenizer, seed=config.train.seed, **settings)
 
 
 def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[Any, Any]:

@@ -78,6 +78,12 @@ class NF4Linear(nn.Module):
         """Sizes, as `nn.Linear` prints them."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Without the statistics, under bitsandbytes' names, the codes of a saved model would be lost.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.quant_state.as_dict(packed=True).items():
+            destination[f"{prefix}weight.{name}"] = tensor
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
         # The statistics follow the weight to its device, and never its dtype: they are what undoes it.
         super()._apply(fn, recurse)

@@ -5,16 +5,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
-from qlora.nf4 import BLOCK_SIZE
+from qlora.nf4 import NF4Linear
 
 PACKAGES = ("qlora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
 
 
-def describe_run(config: RunConfig, files: BaseFiles) -> dict[str, Any]:
-    """Versions, hardware, the base's fingerprint, and how it was quantized."""
+def describe_run(config: RunConfig, files: BaseFiles, model: nn.Module) -> dict[str, Any]:
+    """Versions, hardware, the base's fingerprint, and how it is quantized."""
+    states = (module.quant_state for module in model.modules() if isinstance(module, NF4Linear))
+    state = next(states, None)
     return {
         "versions": package_versions(),
         "hardware": describe_hardware(),
@@ -26,9 +29,9 @@ def describe_run(config: RunConfig, files: BaseFiles) -> dict[str, Any]:
             "files": files.fingerprint(),
         },
         "quantization": {
-            "kind": config.model.quantization,
-            "double_quant": config.model.double_quant,
-            "block_size": BLOCK_SIZE,
+            "kind": "none" if state is None else state.quant_type,
+            "double_quant": state is not None and state.nested,
+            "block_size": None if state is None else state.blocksize,
             "from_4bit_checkpoint": files.is_bitsandbytes_4bit,
         },
     }

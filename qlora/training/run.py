@@ -194,7 +194,7 @@ def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
 
 def _record(assembly: Assembly, status: str, start: Path | None) -> dict[str, Any]:
     plan = assembly.plan
-    return describe_run(assembly.config, assembly.files) | {
+    return describe_run(assembly.config, assembly.files, assembly.model) | {
         "status": status,
         "total_steps": plan.total_steps,
         "in_use": plan.in_use,

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ExportError
-from qlora.export import merge
+from qlora.export import merge, verify
 from qlora.lora import lora_layers
 from qlora.model import load_base, load_run
 from qlora.training import train
 from tests.tiny import make_base, make_tokenizer, run_config
 
 GPT2 = {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+WEIGHTS = "model.safetensors"
 DTYPES = ["float16", "bfloat16", "float32"]
 # Largest difference over largest logit: one rounding of every weight and of every activation in two layers, by
 # 2^-11, 2^-8 and 2^-24, which the attention of a random model makes larger.
@@ -305,3 +306,13 @@ def test_a_merged_folder_can_be_trained_and_merged_again(run, alpaca_file, tmp_p
         tensors_of(tmp_path / "twice")["model.layers.0.mlp.up_proj.weight"].float(),
         tensors_of(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].float(),
     )
+
+
+def test_a_tensor_that_is_no_floating_point_number_is_kept_as_it_is(tiny_base, alpaca_file, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    counts = torch.tensor([2**40 + 1, -3])
+    save_file(load_file(base / WEIGHTS) | {"model.counts": counts}, base / WEIGHTS, metadata={"format": "pt"})
+    train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
+    merge(tmp_path / "run", tmp_path / "merged")
+    assert torch.equal(load_file(tmp_path / "merged" / WEIGHTS)["model.counts"], counts)
+    assert verify(tmp_path / "run", tmp_path / "merged").matches

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora.config import load_config
 from qlora.export import merge
-from qlora.export.shards import ShardWriter
+from qlora.export.shards import ShardWriter, TensorLayout
 from qlora.training import train
 from tests.tiny import run_config
 
@@ -22,7 +22,8 @@ def tensors(generator):
 
 
 def write(folder, tensors, dtype, max_bytes):
-    writer = ShardWriter(folder, [(name, tuple(value.shape)) for name, value in tensors.items()], dtype, max_bytes)
+    layout = [TensorLayout(name, tuple(value.shape), dtype) for name, value in tensors.items()]
+    writer = ShardWriter(folder, layout, max_bytes)
     for name, value in tensors.items():
         writer.write(name, value.to(dtype))
     writer.close()
@@ -70,11 +71,12 @@ def test_tensors_that_do_not_lie_in_order_are_written_as_they_read(tmp_path, gen
 
 
 def test_another_order_or_dtype_than_announced_is_a_mistake_of_ours(tmp_path):
-    writer = ShardWriter(tmp_path, [("a", (2,)), ("b", (2,))], torch.float16, 100)
+    layout = [TensorLayout(name, (2,), torch.float16) for name in "ab"]
+    writer = ShardWriter(tmp_path, layout, 100)
     with pytest.raises(AssertionError, match="b came where the layout has a"):
         writer.write("b", torch.zeros(2, dtype=torch.float16))
     with pytest.raises(AssertionError, match="float32"):
-        ShardWriter(tmp_path, [("a", (2,))], torch.float16, 100).write("a", torch.zeros(2))
+        ShardWriter(tmp_path, layout, 100).write("a", torch.zeros(2))
 
 
 def test_a_sharded_model_is_the_unsharded_one(tiny_base, alpaca_file, tmp_path):

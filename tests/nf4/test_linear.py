@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Linear, dequantize, from_checkpoint_tensors
 from tests.reference.held import saved_tensors, tensors_on_ctx
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -166,3 +166,13 @@ def test_all_tensors_that_a_layer_holds_are_counted(generator):
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_on_ctx(layer)}
     # Besides: the code tables, 16 and 256 fp32 values.
     assert layer.num_bytes <= sum(held.values()) <= layer.num_bytes + 4 * (16 + 256)
+
+
+def test_a_state_dict_holds_what_undoes_the_codes(generator):
+    linear = torch.nn.Linear(172, 64)
+    torch.nn.init.normal_(linear.weight, generator=generator)
+    layer = NF4Linear.from_linear(linear)
+    state = layer.state_dict()
+    parts = {name: tensor for name, tensor in state.items() if name.startswith("weight")}
+    assert torch.equal(dequantize(*from_checkpoint_tensors(parts), torch.float32), layer.dequantize(torch.float32))
+    assert torch.equal(state["bias"], linear.bias)

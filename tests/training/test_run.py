@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from qlora.checkpoint import BaseFiles
 from qlora.config import load_config
 from qlora.errors import ConfigError, DataError, ModelError
+from qlora.export import merge, verify
 from qlora.model import load_base, load_run, take_inventory
 from qlora.training import plan_run, train
 from qlora.training import run as run_module
-from tests.tiny import make_base, run_config
+from qlora.training.metrics import MetricsLog
+from tests.tiny import make_base, run_config, write_jsonl
 
 STEP_KEYS = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_second",
@@ -249,3 +251,130 @@ def test_the_public_train_stays_a_function():
 
     for _ in range(2):
         assert callable(qlora.train)
+
+
+def test_processes_that_accelerate_did_not_join_are_told(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    """They would each train the whole run, and write it into one directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="started 2 processes, but accelerate joined 1"):
+        train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_steps_than_were_done_are_refused(finished):
+    before = contents(finished[1])
+    with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 asked for"):
+        train(load_config(finished[1] / "config.yaml", ["train.max_steps=4"]))
+    assert contents(finished[1]) == before
+
+
+def test_an_id_without_an_embedding_is_told_before_training(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, vocab_size=257)  # the end token's id is 257
+    with pytest.raises(DataError, match="gives id 257, but the model embeds 257 tokens"):
+        train(load_config(run_config(base, alpaca_file, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_an_example_longer_than_the_models_positions_is_told_before_training(where, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, max_position_embeddings=40)
+    fitting = write_jsonl(tmp_path / "fitting.jsonl", [{"text": "a" * 38}] * 4)
+    longer = write_jsonl(tmp_path / "longer.jsonl", [{"text": "a"}, {"text": "a" * 39}])
+    sources = {"data__train": str(fitting), "data__eval": str(fitting), f"data__{where}": str(longer)}
+    config = run_config(base, fitting, tmp_path / "run", **sources, train__max_steps=1)
+    with pytest.raises(DataError, match="longest example has 41 tokens, .* has positions for 40"):
+        train(load_config(config))
+    assert not (tmp_path / "run").exists()
+    assert plan_run(load_config(config, [f"data.{where}={fitting}"])).total_steps == 1
+
+
+@pytest.mark.parametrize(("installed", "name", "told"), [
+    (["tensorboard"], "tensorbord", "'tensorbord' is unknown; accelerate has .*tensorboard"),
+    ([], "tensorboard", "tensorboard is not installed here; pip install tensorboard"),
+])  # fmt: skip
+def test_a_tracker_that_can_not_be_had_is_told(installed, name, told, tiny_base, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: installed)
+    with pytest.raises(ConfigError, match=rf"train\.trackers: {told}"):
+        train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__trackers=[name])))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("call", [train, plan_run])
+@pytest.mark.parametrize("mine", ["config.yaml", "adapter/adapter_config.json", "checkpoints/mine"])
+def test_a_folder_with_something_else_in_it_is_not_taken_for_a_run(mine, call, tiny_base, alpaca_file, tmp_path):
+    path = tmp_path / "run" / mine
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=r"no run\.json, so it is no run"):
+        call(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
+    assert contents(tmp_path / "run") == {path: b"mine"}
+
+
+def test_an_output_directory_that_is_a_file_is_told(tiny_base, alpaca_file, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ConfigError, match=r"train\.output_dir: .*run is a file"):
+        train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_plan_for_the_directory_of_another_run_is_refused(finished):
+    before = contents(finished[1])
+    with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 8 here"):
+        plan_run(load_config(finished[1] / "config.yaml", ["lora.rank=8"]))
+    assert contents(finished[1]) == before
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    """A killed process has written all that it logged."""
+    original, found = MetricsLog._write, []
+
+    def write(self, values):
+        original(self, values)
+        found.append(metrics(tmp_path / "run")[-1] == values)
+
+    monkeypatch.setattr(MetricsLog, "_write", write)
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2)))
+    assert found == [True] * 4  # two steps, and an evaluation before and after
+
+
+def test_a_run_with_relative_paths_is_found_again_from_another_folder(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    (here / "base").symlink_to(tiny_base)
+    (here / "rows.jsonl").symlink_to(alpaca_file)
+    (here / "mine.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+                                     "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    settings = {
+        "model__base": "base", "data__train": "rows.jsonl", "data__eval": "rows.jsonl",
+        "data__chat_template": "mine.jinja", "train__output_dir": "run", "train__max_steps": 1,
+    }  # fmt: skip
+    config = load_config(run_config(tiny_base, alpaca_file, here / "run", **settings))
+    monkeypatch.chdir(here)
+    train(config)
+    monkeypatch.chdir(elsewhere)
+    values = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    assert values["model"]["base"] == str(here / "base")
+    assert values["data"]["train"] == values["data"]["eval"] == str(here / "rows.jsonl")
+    assert values["data"]["chat_template"] == str(here / "mine.jinja")
+    assert load_run("../here/run")[1].chat_template.startswith("{% for m in messages %}<{{ m.role }}>")
+    merge("../here/run", "out")
+    assert verify("../here/run", "out").matches
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["out"]
+
+
+def test_a_tilde_is_the_home(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    (home / "base").symlink_to(tiny_base)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    settings = {"model__base": "~/base", "train__output_dir": "~/run", "train__max_steps": 1}
+    result = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    assert result.run_dir == home / "run"
+    assert yaml.safe_load((home / "run" / "config.yaml").read_text())["model"]["base"] == str(home / "base")
+    merge("~/run", "~/out")
+    assert verify("~/run", "~/out").matches
+    assert {path.name for path in home.iterdir()} == {"base", "run", "out"}
+    assert list(elsewhere.iterdir()) == []
