@@ -60,7 +60,9 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes the next tensor of the layout."""
         expected, shard = next(self._order)
-        assert (name, tensor.dtype) == (expected.name, expected.dtype), f"{name} came in place of {expected}"
+        assert (name, tensor.dtype) == (expected.name, expected.dtype), (
+            f"{name} in {tensor.dtype} came in place of {expected}"
+        )
         if shard != self._current:
             self._open(shard)
         assert self._file is not None

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from qlora.checkpoint import BaseFiles
@@ -255,6 +256,7 @@ def test_the_public_train_stays_a_function():
 
 def test_processes_that_accelerate_did_not_join_are_told(tiny_base, alpaca_file, tmp_path, monkeypatch):
     """They would each train the whole run, and write it into one directory."""
+    Accelerator(cpu=True)  # has looked at the environment already, and found one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="started 2 processes, but accelerate joined 1"):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
