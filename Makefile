@@ -11,3 +11,4 @@ test-gpu:  ## what needs CUDA
 
 bench:  ## what this machine can measure; appends to docs/benchmarks/
 	python scripts/bench/beside_peft.py
+	python scripts/bench/loading.py

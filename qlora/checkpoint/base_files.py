@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from qlora.errors import ModelError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -84,6 +86,16 @@ class BaseFiles:
             ModelError: A file is cut short or damaged.
         """
         return {path: read_header(path) for path in self.weight_files}
+
+    def open_tensors(self) -> dict[str, Any]:
+        """All tensors by name, each read from its file when it is indexed, and not before."""
+        # Read and not mapped: pages of a mapped file count as this process's memory until the system wants them back.
+        return {
+            name: file.get_slice(name)
+            for path, header in self.headers.items()
+            for file in [safe_open(path, framework="pt", backend="pread")]
+            for name in header
+        }
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor as stored; None if it is not there by this name, or there in 4 bits."""

@@ -6,6 +6,7 @@ import torch
 
 from qlora.checkpoint import BaseFiles
 from qlora.errors import ModelError
+from qlora.model.host_memory import returned_to_system
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
 
@@ -40,7 +41,7 @@ def load_base(
     Raises:
         ModelError: The base can't be found or loaded, or its files lack weights that the model needs.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
 
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     device = resolve_device(device)
@@ -57,23 +58,20 @@ def load_base(
         )
     elif quantization == "none" and files.is_bitsandbytes_4bit:
         raise ModelError(f"model.quantization: none, but {base} is quantized to 4 bits already; leave it at nf4.")
-    _check_shapes(files, build_skeleton(files, trust_remote_code))
+    skeleton = build_skeleton(files, trust_remote_code)
+    _check_shapes(files, skeleton)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        with returned_to_system():
+            model, info = type(skeleton).from_pretrained(
+                None, config=skeleton.config, state_dict=files.open_tensors(), output_loading_info=True, **arguments
+            )
+            _take_over_linears(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
-    _take_over_linears(model)
     _check_finite(base, model)
-    if device.type == "cpu":
-        # Else these are views of the mapped files, which would change with them.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+    if (files.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return model.requires_grad_(False).eval(), load_tokenizer(files, trust_remote_code)
 
 

@@ -220,3 +220,13 @@ def test_peft_reads_an_adapter_of_a_real_model_after_training(realdata, tmp_path
     assert (found - expected).abs().max() < TOLERANCE["float32"] * expected.abs().max()
     with peft_model.disable_adapter():
         assert (logits_of(peft_model, ids) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lost", ["lora_alpha", "r"])
+def test_an_adapter_config_without_its_scale_is_refused(lost, tiny_base, tmp_path, generator):
+    folder = save(adapted_model(tiny_base, generator), tmp_path / "adapter")
+    config = read_adapter_config(folder)
+    del config[lost]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json names no r and lora_alpha"):
+        read_adapter_config(folder)

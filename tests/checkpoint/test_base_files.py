@@ -77,6 +77,13 @@ def test_a_missing_shard_is_named(sharded):
         BaseFiles.resolve(str(sharded))
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'])
+def test_a_damaged_index_is_named(text, sharded):
+    (sharded / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is damaged; download it anew"):
+        BaseFiles.resolve(str(sharded))
+
+
 def test_a_shard_that_is_cut_short_is_named(sharded):
     path = sharded / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -258,6 +258,14 @@ def test_the_output_directory_of_another_run(config, run_dir, tmp_path):
     assert contents(run_dir) == before
 
 
+def test_a_dry_run_into_the_output_directory_of_another_run(config, run_dir):
+    before = contents(run_dir)
+    done = run("train", config, "lora.rank=7", "--dry-run")
+    assert done.code == 2
+    assert "lora.rank: 4 there, 7 here" in done.error()
+    assert contents(run_dir) == before
+
+
 def test_resume_never_on_a_run_that_is_there(config, run_dir):
     before = contents(run_dir)
     done = run("train", config, "--resume", "never")
@@ -333,6 +341,15 @@ def test_a_merge_whose_base_is_gone(run_dir, own_base, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merge_of_a_run_whose_record_says_nothing(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    (copy / "run.json").write_text("{}")
+    done = run("merge", copy, "-o", tmp_path / "out")
+    assert done.code == 1
+    assert f"{copy / 'run.json'} lacks status" in done.error()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_merge_of_a_run_without_an_adapter(run_dir, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(copy / "adapter")
@@ -348,3 +365,13 @@ def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
     assert done.code == 1
     assert f"{own_base} was not written by qlora merge" in done.error()
     assert contents(own_base) == before
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "verify"])
+def test_a_device_that_is_not_there(run_dir, own_base, tmp_path, verb):
+    rest = {"generate": ["--prompt", "Hi"], "eval": [], "verify": [tmp_path / "out"]}[verb]
+    if verb == "verify":
+        assert run("merge", run_dir, "-o", tmp_path / "out").code == 0
+    done = run(verb, run_dir, *rest, "--device", "banana")
+    assert done.code == 1
+    assert "Device 'banana' can't be used here: " in done.error()

@@ -1,7 +1,9 @@
 """Every verb, end to end on a tiny base: what it writes, reports and refuses."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.cli.init import recipe_folder
 from qlora.data import encode_prompt
 from qlora.model import load_run
+from qlora.training.metrics import MetricsLog
 from tests.cli import run
 from tests.tiny import run_config, write_jsonl
 
@@ -97,6 +100,16 @@ def test_init_overwrites_nothing(tmp_path):
     assert target.read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["mine.yaml", "sub/mine.yaml"])
+def test_init_into_a_place_that_can_not_be_written_is_told(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    target = tmp_path / "file" / place
+    done = run("init", RECIPES[0], "-o", target)
+    assert done.code == 2
+    assert f"{target} can't be written: " in done.error()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_init_names_the_recipes_when_asked_for_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("init", "gpt9")
@@ -138,6 +151,21 @@ def test_train_tells_people_the_first_and_last_loss(config, trained):
     assert done.code == 0
     assert "Run finished." in done.out
     assert f"{trained['losses'][0]:.4f} → {trained['losses'][-1]:.4f}" in done.out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_exits_as_a_shell_tells_a_signal(tmp_path, tiny_base, alpaca_file, monkeypatch, number, code):
+    original = MetricsLog.log_step
+
+    def log_step(self, progress, report):
+        original(self, progress, report)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "log_step", log_step)
+    done = run("train", run_config(tiny_base, alpaca_file, tmp_path / "run", data__eval=None), "--json")
+    assert done.code == code
+    report = json.loads(done.out)
+    assert (report["status"], report["steps"], report["signal"]) == ("interrupted", 1, number)
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny_base, alpaca_file):
@@ -185,6 +213,14 @@ def test_eval_takes_another_file(config, run_dir, tmp_path, target):
     assert report["supervised_tokens"] == num_bytes + 3
     bits = report["loss"] * report["supervised_tokens"] / torch.tensor(2.0).log().item()
     assert report["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
+
+
+def test_eval_of_answers_without_text_has_no_bits_per_byte(run_dir, tmp_path):
+    data = write_jsonl(tmp_path / "silent.jsonl", [{"instruction": "Say nothing", "output": ""}])
+    report = run("eval", run_dir, "--data", data, "--json").json()
+    assert (report["examples"], report["supervised_tokens"]) == (1, 1)  # the end token
+    assert report["loss"] > 0
+    assert report["bits_per_byte"] is None
 
 
 def test_eval_tells_people_the_same_numbers(run_dir):

@@ -6,7 +6,7 @@ import string
 import pytest
 import yaml
 
-from qlora.config import RunConfig, dump_config, load_config
+from qlora.config import RunConfig, absolute_paths, dump_config, load_config
 from qlora.config.sections import parse_size
 from qlora.errors import ConfigError
 
@@ -399,3 +399,47 @@ def test_a_size_is_read_in_powers_of_ten(text, num_bytes):
 def test_a_size_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="5GB"):
         parse_size(text)
+
+
+def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    for path in (tmp_path / "rows.jsonl", tmp_path / "mine.jinja", home / "base"):
+        path.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    here = RunConfig.model_validate(
+        {
+            "model": {"base": "~/base"},
+            "data": {"train": "rows.jsonl", "eval": 0.1, "chat_template": "mine.jinja"},
+            "train": {"output_dir": "run"},
+        }
+    )
+    found = absolute_paths(here)
+    assert found.model.base == str(home / "base")
+    assert (found.data.train, found.data.eval) == (str(tmp_path / "rows.jsonl"), 0.1)
+    assert found.data.chat_template == str(tmp_path / "mine.jinja")
+    assert absolute_paths(found) == found
+    (tmp_path / "rows.jsonl").unlink()
+    elsewhere = RunConfig.model_validate(MINIMAL)
+    assert absolute_paths(elsewhere) == elsewhere  # ids on the hub
+
+
+@pytest.mark.xfail(strict=True, reason="absolute_paths takes a built-in name for a path")
+@pytest.mark.parametrize("name", ["auto", "alpaca", "chatml"])
+def test_a_built_in_template_stays_one_beside_a_folder_of_its_name(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.model_validate({**MINIMAL, "data": {"train": "rows.jsonl", "chat_template": name}})
+    assert absolute_paths(config).data.chat_template == name
+
+
+@pytest.mark.parametrize("key", ["eval_every", "save_every"])
+def test_one_point_zero_stays_a_share_and_one_a_number_of_steps(key, tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, kind in (("1.0", float), ("1", int), ("0.5", float), ("7", int)):
+        path.write_text(yaml.safe_dump(MINIMAL))
+        once = load_config(path, [f"train.{key}={text}"])
+        path.write_text(dump_config(once))
+        for config in (once, load_config(path)):
+            assert type(getattr(config.train, key)) is kind

@@ -9,6 +9,7 @@ import pytest
 from qlora.data import build_datasets
 from qlora.data.datasets import SHOWN_PROBLEMS
 from qlora.errors import DataError
+from tests.data.test_tokens import REWRITING
 from tests.tiny import make_tokenizer, write_jsonl
 
 MAX = 20
@@ -95,6 +96,7 @@ def test_overlong_examples_are_split_and_counted(path, lengths):
 def test_an_overlong_example_is_an_error_where_asked_for(path):
     assert build(path, text_rows([MAX, 5]), overlong="error").reports[0].examples == 2
     message = refusal(path, text_rows([5, MAX + 3]), overlong="error")
+    assert message.startswith(f"{path}:2: ")
     assert f"{MAX + 3} tokens" in message
     assert f"data.max_seq_len ({MAX})" in message
     assert "data.overlong" in message
@@ -231,3 +233,70 @@ def test_loss_on_reaches_the_examples(path):
     assert of_answer.num_supervised == 2
     assert of_all.num_supervised == len(of_all) - 1
     assert np.array_equal(of_answer.input_ids, of_all.input_ids)
+
+
+@pytest.fixture
+def rewriting(tmp_path):
+    """A template that trains a conversation answer by answer."""
+    template = tmp_path / "rewriting.jinja"
+    template.write_text(REWRITING)
+    return str(template)
+
+
+def conversations(count, answers):
+    """Rows whose every token run tells the row: the letter is in each of its contents."""
+    return [
+        {
+            "messages": [
+                {"role": role, "content": chr(ord("A") + number) * 3} for role in ("user", "assistant") * answers
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def test_a_row_with_a_document_per_answer_is_counted_once(path, rewriting):
+    rows = [*conversations(3, answers=3), *conversations(2, answers=1)]
+    datasets = build(path, rows, max_seq_len=500, chat_template=rewriting)
+    assert len(datasets.train) == 3 * 3 + 2
+    report = datasets.reports[0]
+    assert (report.rows, report.per_answer, report.examples) == (5, 3, 11)
+    assert "3 conversations trained answer by answer" in report.summary()
+    plain = build(path, None, max_seq_len=500).reports[0]
+    assert (plain.per_answer, plain.examples) == (0, 5)
+    assert "answer by answer" not in plain.summary()
+
+
+@pytest.mark.parametrize("kind", ["split", "rewritten"])
+def test_no_row_is_learnt_from_and_held_out(path, rewriting, rng, kind):
+    num_rows = rng.randrange(6, 20)
+    if kind == "split":
+        rows = [{"text": chr(ord("A") + number) * (3 * MAX - 2)} for number in range(num_rows)]
+        datasets = build(path, rows, overlong="split", eval=0.4, seed=rng.randrange(10**6))
+    else:
+        settings = {"max_seq_len": 500, "chat_template": rewriting, "eval": 0.4, "seed": rng.randrange(10**6)}
+        datasets = build(path, conversations(num_rows, answers=3), **settings)
+    decode = make_tokenizer().decode
+    learnt, held_out = (
+        [frozenset(filter(str.isupper, decode(example.input_ids, skip_special_tokens=True))) for example in examples]
+        for examples in (datasets.train, datasets.eval)
+    )
+    assert {len(letters) for letters in learnt + held_out} == {1}
+    assert set(learnt).isdisjoint(held_out)
+    assert len(set(held_out)) == round(0.4 * num_rows)
+    assert len(held_out) == 3 * round(0.4 * num_rows)
+    assert len(learnt) == 3 * (num_rows - round(0.4 * num_rows))
+
+
+def test_a_single_long_text_is_held_out_by_its_parts(path):
+    datasets = build(path, text_rows([10 * MAX]), overlong="split", eval=0.3)
+    assert (len(datasets.train), len(datasets.eval)) == (7, 3)
+
+
+def test_the_digest_tells_data_of_equal_counts_apart(path):
+    digests = []
+    for rows in ([{"text": "one"}], [{"text": "one"}], [{"text": "two"}]):
+        digests.append(build(path, rows).reports[0].digest)
+    assert digests[0] == digests[1] != digests[2]
+    rows = [{"prompt": "one", "completion": "two"}]
+    assert build(path, rows).reports[0].digest != build(path, rows, loss_on="all").reports[0].digest

@@ -172,6 +172,23 @@ def test_a_prompt_and_a_completion_of_two_kinds_are_refused(prompt, completion):
 
 
 @pytest.mark.parametrize(
+    ("format", "values"),
+    [
+        ("text", {"text": "a\ud83d"}),
+        ("completion", {"prompt": "ok", "completion": "a\ud83d"}),
+        ("alpaca", {"instruction": "a\ud83d", "output": "ok"}),
+        ("messages", {"messages": [{"role": "user", "content": "a\ud83d"}]}),
+    ],
+)
+def test_half_a_surrogate_pair_is_told_with_its_row(format, values):
+    message = refusal(format, **values)
+    assert message.startswith("rows.jsonl:7: character 1 of ")
+    assert "half a surrogate pair" in message
+    message.encode()  # and can be printed
+    assert read(text="a\U0001f642") == Completion("", "a🙂")
+
+
+@pytest.mark.parametrize(
     ("file", "format", "count"),
     [
         ("llama_factory_demo/alpaca_en_demo.json", "alpaca", 999),

@@ -286,6 +286,15 @@ def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):
         merge(own_run[1], tmp_path / "out")
 
 
+@pytest.mark.parametrize("status", ["interrupted", "running"])
+def test_a_run_that_has_not_finished_is_refused(status, own_run, tmp_path):
+    path = own_run[1] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
+    with pytest.raises(ExportError, match=f"{own_run[1]} is {status}, not finished; qlora train continues it"):
+        merge(own_run[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_for_layers_that_the_base_lacks_is_refused_by_name(own_run, tmp_path):
     _, run = own_run
     path = run / "adapter" / "adapter_model.safetensors"

@@ -159,6 +159,22 @@ def test_a_folder_that_merge_did_not_write_is_refused(merged, tiny_base):
         verify(merged / "run", tiny_base)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"dtype": "float16"}', '{"onto": "original"}', "\xff"])
+def test_a_damaged_report_of_the_merge_is_told(text, merged, tmp_path):
+    (tmp_path / "merge_report.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ExportError, match=r"merge_report\.json is damaged"):
+        verify(merged / "run", tmp_path)
+
+
+def test_a_tensor_stored_in_another_dtype_is_told(own):
+    """Its values are the same; but whoever loads it by its file gets another model."""
+    name = "model.norm.weight"
+    change_tensors(own, lambda tensors: tensors.update({name: tensors[name].float()}))
+    report = verify(own / "run", own / "out")
+    assert not report.matches
+    assert report.problems == [f"tensor {name} is not base + scaling·B·A"]
+
+
 def test_another_run_than_the_one_merged_is_told(merged, tiny_base, alpaca_file, tmp_path):
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__seed=1)))
     report = verify(tmp_path / "run", merged / "out")

@@ -3,11 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+)
 
 from qlora.data import IGNORE_INDEX, collate
 from qlora.data.tokens import make_example
-from qlora.model import load_base, supervised_loss
+from qlora.errors import ModelError
+from qlora.lora import add_lora
+from qlora.model import check_loss, load_base, supervised_loss
 from qlora.model.loss import logit_transform
 from tests.tiny import make_base
 
@@ -87,3 +97,31 @@ def test_the_factor_and_the_cap_are_read_off_the_config():
     assert logit_transform(CohereConfig(logit_scale=0.25)) == (0.25, None)
     assert logit_transform(GraniteConfig(logits_scaling=8.0)) == (0.125, None)
     assert logit_transform(Gemma2Config(final_logit_softcapping=30.0)) == (1.0, 30.0)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_the_check_passes_where_the_loss_is_right(sizes, compute_dtype, tmp_path, seed, generator):
+    model, _ = load_base(str(make_base(tmp_path / "base", seed, **sizes)), compute_dtype=compute_dtype)
+    add_lora(model, rank=4)
+    check_loss(model, random_batch(generator, [16]))
+
+
+def test_logits_that_are_scaled_in_an_unknown_way_are_told(tmp_path, seed, generator):
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    sizes["initializer_range"] = 0.5  # logits that a factor is seen in, as a trained model's are
+    for multiplier in (1.0, 0.25):
+        base = make_base(tmp_path / str(multiplier), seed, FalconH1Config, lm_head_multiplier=multiplier, **sizes)
+        model, _ = load_base(str(base), compute_dtype="float32")
+        if multiplier == 1.0:
+            check_loss(model, random_batch(generator, [16]))
+            continue
+        with pytest.raises(ModelError, match="FalconH1ForCausalLM does more between its hidden states and its logits"):
+            check_loss(model, random_batch(generator, [16]))
+
+
+def test_a_model_that_uses_a_layers_weight_directly_is_told(tmp_path, seed, generator):
+    model, _ = load_base(str(make_base(tmp_path / "base", seed, MambaConfig, state_size=8)), compute_dtype="float32")
+    add_lora(model, rank=4)
+    with pytest.raises(ModelError, match="MambaForCausalLM can't be run .*no attribute 'weight'"):
+        check_loss(model, random_batch(generator, [16]))

@@ -42,3 +42,14 @@ def test_afterwards_ctrl_c_is_what_it_was_even_after_an_error():
     with pytest.raises(ValueError, match="on the way"), Interruption():
         raise ValueError("on the way")
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sigterm_is_a_wish_too_and_told():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as interruption:
+        assert interruption.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested
+        assert interruption.signal is signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one stops at once
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -214,3 +214,31 @@ def test_processes_share_a_window_and_add_up_its_gradient(tiny_base, generator):
         assert trainer.losses == pytest.approx(single.losses, rel=1e-5)
         assert (trainer.flat.grad - single.grads[0]).norm() < 1e-3 * single.grads[0].norm()
     assert torch.equal(ranks[0].flat.data, ranks[1].flat.data)
+
+
+def test_gradients_that_overflow_whatever_the_scale_stop_the_run(tiny_base, generator):
+    """The scale is halved at each, from 65536; below 1 the gradients themselves are at fault."""
+    trainer = Trainer(tiny_base, random_examples(generator, 4), micro=1, accumulation=1, compute_dtype="float16")
+    layer = next(layer for _, layer in lora_layers(trainer.model))
+    layer.lora_B.register_hook(lambda grad: torch.full_like(grad, float("inf")))
+    before = trainer.flat.data.clone()
+    with pytest.raises(ModelError, match=r"Step 18: the loss is \d.* norm (inf|nan)\. Nothing was updated"):
+        trainer.run(40)
+    assert [report.zero_update_share for report in trainer.reports] == [1.0] * 17
+    assert torch.equal(trainer.flat.data, before)
+    assert trainer.optimizer.step_count == 0
+
+
+def test_a_gradient_that_overflows_once_halves_the_scale_and_is_skipped(tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 4), micro=1, accumulation=1, compute_dtype="float16")
+    layer = next(layer for _, layer in lora_layers(trainer.model))
+    trainer.run(3, stop=1)
+    before = trainer.flat.data.clone()
+    handle = layer.lora_B.register_hook(lambda grad: torch.full_like(grad, float("inf")))
+    trainer.run(3, stop=2)
+    assert torch.equal(trainer.flat.data, before)
+    assert trainer.progress.loss_scale["scale"] == 2**15
+    handle.remove()
+    trainer.run(3)
+    assert not torch.equal(trainer.flat.data, before)
+    assert trainer.optimizer.step_count == 2

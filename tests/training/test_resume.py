@@ -10,10 +10,12 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from qlora.config import load_config
+from qlora.checkpoint import RunDirectory
+from qlora.config import dump_config, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training import train
 from qlora.training.metrics import MetricsLog
+from qlora.training.resume import find_start
 from tests.tiny import run_config
 
 TIMINGS = ("tokens_per_second", "peak_memory")
@@ -37,15 +39,15 @@ def assert_same_run(folder, expected):
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """Sends this process SIGINT while the given step is at hand."""
+    """Sends this process a signal while the given step is at hand."""
 
-    def arrange(step):
+    def arrange(step, number=signal.SIGINT):
         original = MetricsLog.log_step
 
         def log_step(self, progress, report):
             original(self, progress, report)
             if progress.step == step:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
         monkeypatch.setattr(MetricsLog, "log_step", log_step)
 
@@ -189,6 +191,96 @@ def test_other_data_under_the_same_name_is_no_continuation(tiny_base, alpaca_fil
         file.write('{"instruction": "One more", "output": "row"}\n')
     with pytest.raises(ConfigError, match=r"rows\.jsonl"):
         train(config)
+
+
+def test_other_data_of_equal_counts_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
+    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
+    interrupt_after(2)
+    train(config)
+    data.write_text(data.read_text().replace("moss", "mist"))
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learnt from it"):
+        train(config)
+
+
+def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
+    interrupt_after(2)
+    train(configure())
+    monkeypatch.undo()
+    path = tmp_path / "run" / "run.json"
+    whole = path.read_text()
+    for key, value in (("processes", 2), ("compute_dtype", "float16"), ("rounding", "master")):
+        record = json.loads(whole)
+        now = record["in_use"][key]
+        record["in_use"][key] = value
+        path.write_text(json.dumps(record))
+        with pytest.raises(ConfigError, match=rf"  {key}: {value} before, {now} now$"):
+            train(configure())
+        assert json.loads(path.read_text()) == record
+    path.write_text(whole)
+    assert train(configure()).status == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_is_told(number, configure, interrupt_after, tmp_path):
+    interrupt_after(2, number)
+    result = train(configure())
+    assert (result.status, result.steps, result.signal) == ("interrupted", 2, number)
+    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_an_unfinished_last_line_is_passed_over(configure, interrupt_after, tmp_path, monkeypatch):
+    train(configure("whole"))
+    interrupt_after(3)
+    train(configure())
+    monkeypatch.undo()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')
+    assert train(configure()).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_broken_line_in_the_middle_is_named(configure, interrupt_after, tmp_path, monkeypatch):
+    interrupt_after(3)
+    train(configure())
+    monkeypatch.undo()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2 is damaged"):
+        train(configure())
+    assert path.read_bytes() == before
+
+
+def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
+    configure, interrupt_after, tmp_path, monkeypatch
+):
+    interrupt_after(2)
+    train(configure(train__save_every=1))
+    monkeypatch.undo()
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step-000001", folder / "step-000200-backup")
+    result = train(configure(train__save_every=1, train__keep_checkpoints=1))
+    assert (result.status, result.steps) == ("finished", 6)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"].endswith("step-000002")
+    assert {path.name for path in folder.iterdir()} == {"step-000006", "step-000200-backup"}
+
+
+@pytest.mark.xfail(strict=True, reason="find_start compares names, not numbers")
+def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step-999999", "step-1000000"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "manifest.json").write_text("{}")
+    config = configure()
+    run = RunDirectory(tmp_path / "run")
+    run.config.write_text(dump_config(config))
+    run.record.write_text("{}")
+    assert find_start(run, config, "auto") == folder / "step-1000000"
+    with pytest.raises(ConfigError, match="newer than step-999999"):
+        find_start(run, config, str(folder / "step-999999"))
 
 
 @pytest.mark.slow

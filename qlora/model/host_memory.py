@@ -1,0 +1,27 @@
+"""Keeps the host's memory small while a base is loaded."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SMALL, LARGE = 1 << 20, 32 << 20
+
+
+@contextmanager
+def returned_to_system() -> Iterator[None]:
+    """Has buffers over 1 MiB go back to the system as soon as they are freed.
+
+    glibc keeps them for itself once a few were freed; between the weights that stay, what is left of the tensors
+    that were quantized then adds up to more than the 4-bit model. Afterwards it keeps them again, as it would have
+    learnt to, since training frees and takes the same sizes each step. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, SMALL)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
