@@ -3,7 +3,7 @@
 from qlora.checkpoint.adapter import load_adapter, read_adapter_config, read_adapter_tensors, save_adapter
 from qlora.checkpoint.atomic import write_aside, write_text
 from qlora.checkpoint.base_files import BaseFiles
-from qlora.checkpoint.run_dir import RunDirectory
+from qlora.checkpoint.run_dir import RunDirectory, step_of
 from qlora.checkpoint.state import drop_old_checkpoints, load_state, save_checkpoint
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "read_adapter_tensors",
     "save_adapter",
     "save_checkpoint",
+    "step_of",
     "write_aside",
     "write_text",
 ]

@@ -63,7 +63,7 @@ class BaseFiles:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                names = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ModelError(f"{index} is damaged; download it anew.") from None
             missing = sorted(name for name in names if not (self.folder / name).is_file())
@@ -144,10 +144,10 @@ def read_header(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is no safetensors file, or cut short at {size} bytes; download it anew.")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
             raise ModelError(f"{path} has a damaged header; download it anew.") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + end:
         raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it anew.")
     return header

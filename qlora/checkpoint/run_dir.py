@@ -49,8 +49,8 @@ class RunDirectory:
 
     def list_checkpoints(self) -> list[Path]:
         """Checkpoints, the oldest first."""
-        numbers = {path: re.fullmatch(r"step-(\d+)", path.name) for path in self.checkpoints.glob("step-*")}
-        return sorted((path for path, match in numbers.items() if match), key=lambda path: int(path.name[5:]))
+        steps = {path: step_of(path) for path in self.checkpoints.glob("step-*")}
+        return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
 
     def read_record(self) -> dict[str, Any]:
         """What run.json says.
@@ -91,3 +91,9 @@ class RunDirectory:
         """Drops the lines after a step: what was logged after the checkpoint that a run continues from."""
         lines = [line for line in self.read_metrics() if line["step"] <= step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's folder is named after, if it is named so."""
+    match = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    return int(match[1]) if match else None

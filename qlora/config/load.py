@@ -51,7 +51,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return str(path.absolute()) if path is not None and path.exists() else value
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
-    paths = {key: resolved(getattr(config.data, key)) for key in ("train", "eval", "chat_template")}
+    paths = {key: resolved(getattr(config.data, key)) for key in ("train", "eval")}
+    if Path(config.data.chat_template).suffix:  # a bare word is a built-in name, whatever lies here
+        paths["chat_template"] = resolved(config.data.chat_template)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
 
 

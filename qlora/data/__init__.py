@@ -3,7 +3,7 @@
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
 from qlora.data.datasets import DataReport, Datasets, build_datasets
 from qlora.data.template import apply_template, encode_prompt
-from qlora.data.tokens import TokenizedExample, supervised_bytes
+from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
 __all__ = [
     "IGNORE_INDEX",
@@ -17,5 +17,6 @@ __all__ = [
     "collate",
     "encode_prompt",
     "eval_batches",
+    "make_example",
     "supervised_bytes",
 ]

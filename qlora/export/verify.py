@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from qlora.checkpoint import BaseFiles, RunDirectory
-from qlora.config import load_config
+from qlora.config import ExportSection, load_config
 from qlora.data import TokenizedExample, eval_batches
 from qlora.errors import ExportError
 from qlora.export.merge import REPORT_FILE, cast_checked
@@ -107,7 +107,7 @@ def _read_report(out_dir: Path) -> dict[str, Any]:
     path = out_dir / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return {key: report[key] for key in ("dtype", "onto")}
+        return ExportSection(dtype=report["dtype"], onto=report["onto"]).model_dump()
     except FileNotFoundError:
         raise ExportError(f"{out_dir} was not written by qlora merge: it has no {REPORT_FILE}.") from None
     except (ValueError, KeyError, TypeError) as error:

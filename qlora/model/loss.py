@@ -1,5 +1,6 @@
 """The supervised loss of a causal language model, without ever holding the logits of a batch."""
 
+import math
 from typing import Any
 
 import torch
@@ -45,13 +46,16 @@ def check_loss(model: Any, batch: Batch) -> None:
     """Holds the loss against the model's own logits: some architectures do more on the way to them.
 
     Args:
-        model: With or without adapters, in evaluation mode.
+        model: With or without adapters; left in evaluation mode.
         batch: A small one, with supervised positions.
 
     Raises:
-        ModelError: They differ, or the model can't run with its layers replaced.
+        ModelError: They differ or are not finite, or the model can't run with its layers replaced.
     """
     try:
+        model.train()  # some architectures have another path there; what it gives may differ by their dropout
+        supervised_loss(model, batch)
+        model.eval()
         loss = supervised_loss(model, batch).item()
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
@@ -60,6 +64,11 @@ def check_loss(model: Any, batch: Batch) -> None:
             "Some architectures use weights of layers directly; model.quantization=none or other lora.targets may help."
         ) from error
     expected = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"The loss of {type(model).__name__} is {loss} before any training: its weights or activations do not fit "
+            f"{model.dtype}; set model.compute_dtype to bfloat16 or float32."
+        )
     if not abs(loss - expected) <= TOLERANCE * abs(expected):
         raise ModelError(
             f"{type(model).__name__} does more between its hidden states and its logits than is known here (loss "

@@ -2,11 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, TokenizedExample, build_datasets, collate
+from qlora.data import BatchPlan, Datasets, TokenizedExample, build_datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.model import (
     Inventory,
@@ -75,7 +76,8 @@ def assemble(config: RunConfig) -> Assembly:
     model, _ = base_from_section(model_section, accelerator.device)
     _check_fit(model, [*datasets.train, *datasets.eval])
     adapt(model, config.lora, section.seed)
-    check_loss(model, collate([datasets.train[0][:TRIED_TOKENS]]).to(accelerator.device))
+    tried = datasets.train[0].input_ids[:TRIED_TOKENS]
+    check_loss(model, collate([make_example(tried, [True] * len(tried))]).to(accelerator.device))
     recompute = apply_recompute(model, model_section.recompute)
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -106,8 +108,11 @@ def _start_processes(trackers: list[str], output_dir: str) -> Any:
     from accelerate import Accelerator
 
     on_cpu = resolve_device().type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=output_dir)
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=Path(output_dir).expanduser())
+    except ValueError as error:
+        raise ConfigError(f"accelerate can't join the {launched} processes of WORLD_SIZE: {error}") from error
     if launched != accelerator.num_processes:
         raise ConfigError(
             f"A launcher started {launched} processes, but accelerate joined {accelerator.num_processes}: they would "

@@ -127,6 +127,11 @@ def run_loop(
         report = StepReport(loss_value, norm_value, rate, share, seconds, sum(map(len, window)))
         if not after_step(report):
             return
+    if optimizer.step_count == 0:
+        raise ModelError(
+            "The fp16 gradients of every step overflowed, so nothing was learnt; set model.compute_dtype to bfloat16 "
+            "or float32."
+        )
 
 
 def check_gradients(model: Any) -> None:

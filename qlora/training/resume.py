@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, step_of
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.assemble import Assembly
@@ -51,10 +51,11 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
     if resume in ("auto", "never"):
         return checkpoints[-1] if checkpoints else None
 
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not (path / "manifest.json").is_file():
         raise CheckpointError(f"--resume {resume}: there is no checkpoint there.")
-    newer = [other.name for other in checkpoints if other.name > path.name]
+    step = step_of(path) or 0
+    newer = [other.name for other in checkpoints if (step_of(other) or 0) > step]
     if newer:
         raise ConfigError(
             f"{run.path} holds checkpoints newer than {path.name} ({', '.join(newer)}); to start from an older one, "
@@ -72,7 +73,7 @@ def check_same_inputs(run: RunDirectory, assembly: Assembly) -> None:
     record = run.read_record()
     changes = [f"{assembly.files.name}: {name}" for name in assembly.files.differing(record["base"]["files"])]
     for before, now in zip(record["data"], assembly.plan.datasets.reports, strict=True):
-        if before["digest"] != now.digest:
+        if before.get("digest") != now.digest:
             changes.append(f"{now.source}: what is learnt from it")
     changes += [
         f"{key}: {record['in_use'].get(key)} before, {assembly.plan.in_use[key]} now"

@@ -64,8 +64,12 @@ class RunResult:
 def plan_run(config: RunConfig) -> RunPlan:
     """Assembles a run without training or writing anything: every error that can be had before step 1."""
     config = absolute_paths(config)
-    find_start(RunDirectory(config.train.output_dir), config, "auto")
-    return assemble(config).plan
+    run = RunDirectory(config.train.output_dir)
+    find_start(run, config, "auto")
+    assembly = assemble(config)
+    if run.exists():
+        check_same_inputs(run, assembly)
+    return assembly.plan
 
 
 def train(config: RunConfig, resume: str = "auto") -> RunResult:
@@ -105,9 +109,9 @@ def _train(assembly: Assembly, run: RunDirectory, start: Path | None) -> RunResu
             "raise train.max_steps or train.epochs, or choose another train.output_dir."
         )
     if accelerator.is_main_process:
+        run.keep_metrics_until(-1 if start is None else progress.step)
         write_text(run.config, dump_config(assembly.config))
         run.write_record(_record(assembly, "running", start))
-        run.keep_metrics_until(-1 if start is None else progress.step)
     accelerator.wait_for_everyone()
     checksum = frozen_checksum(model)
     received = _run_session(assembly, run, progress)

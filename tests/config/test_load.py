@@ -425,7 +425,6 @@ def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkey
     assert absolute_paths(elsewhere) == elsewhere  # ids on the hub
 
 
-@pytest.mark.xfail(strict=True, reason="absolute_paths takes a built-in name for a path")
 @pytest.mark.parametrize("name", ["auto", "alpaca", "chatml"])
 def test_a_built_in_template_stays_one_beside_a_folder_of_its_name(name, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()

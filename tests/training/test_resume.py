@@ -268,7 +268,6 @@ def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
     assert {path.name for path in folder.iterdir()} == {"step-000006", "step-000200-backup"}
 
 
-@pytest.mark.xfail(strict=True, reason="find_start compares names, not numbers")
 def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step-999999", "step-1000000"):
