@@ -45,6 +45,16 @@ class RunPlan:
     datasets: Datasets
     in_use: dict[str, Any]
 
+    def summary(self) -> str:
+        """One line for people."""
+        inventory, in_use = self.inventory, self.in_use
+        return (
+            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
+            f"{inventory.num_trained:,} for {self.total_steps} steps on {in_use['device']} in "
+            f"{in_use['compute_dtype']}, recompute {in_use['recompute']}, {in_use['optimizer']}, "
+            f"state {'' if in_use['optimizer_state_paged'] else 'not '}paged"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Assembly:

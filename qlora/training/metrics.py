@@ -61,6 +61,12 @@ class MetricsLog:
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
             self._bar.start()
 
+    def announce(self, lines: Sequence[str]) -> None:
+        """Tells what is about to happen."""
+        if self.is_main:
+            for line in lines:
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def log_step(self, progress: RunProgress, report: StepReport) -> None:
         """Records an optimizer step, if it is one that is logged."""
         self._since_line["tokens"] += report.tokens

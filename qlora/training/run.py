@@ -135,6 +135,7 @@ def _run_session(assembly: Assembly, run: RunDirectory, progress: Progress) -> s
     accelerator.init_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
     log = MetricsLog(run, accelerator, total, plan.steps_per_epoch, config.log_every, progress.step)
+    log.announce([*(report.summary() for report in plan.datasets.reports), plan.summary()])
 
     def evaluate_now() -> None:
         if plan.datasets.eval:

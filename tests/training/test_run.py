@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import FalconH1Config
 
-from qlora.checkpoint import BaseFiles
+from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import load_config
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.export import merge, verify
@@ -446,3 +446,15 @@ def test_a_run_whose_every_step_overflows_is_no_finished_one(tiny_base, alpaca_f
     settings = {"model__compute_dtype": "float16", "train__max_steps": 3, "data__eval": None}
     with pytest.raises(ModelError):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+
+
+def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_file, tmp_path, capsys):
+    settings = {"data__max_seq_len": 60, "train__max_steps": 1, "data__eval": None}
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    told = capsys.readouterr().err
+    report = RunDirectory(tmp_path / "run").read_record()["data"][0]
+    assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40
+    assert f"40 rows as alpaca, {report['examples']} examples" in told
+    assert f"{report['overlong']['dropped']} overlong dropped" in told
+    assert "in 4 bits" in told
+    assert "not paged" in told
