@@ -33,6 +33,7 @@ def train(
         values = result.as_dict()
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
+            del values["signal"]  # the exit code tells
             values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
         show_report(values, as_json, f"Run {result.status}.")
     if result.status == "interrupted":
