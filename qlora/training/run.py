@@ -108,10 +108,11 @@ def _train(assembly: Assembly, run: RunDirectory, start: Path | None) -> RunResu
             f"{run.path} has done {progress.step} steps already, more than the {assembly.plan.total_steps} asked for; "
             "raise train.max_steps or train.epochs, or choose another train.output_dir."
         )
+    record = _record(assembly, start)
     if accelerator.is_main_process:
         run.keep_metrics_until(-1 if start is None else progress.step)
         write_text(run.config, dump_config(assembly.config))
-        run.write_record(_record(assembly, "running", start))
+        run.write_record(record | {"status": "running"})
     accelerator.wait_for_everyone()
     checksum = frozen_checksum(model)
     received = _run_session(assembly, run, progress)
@@ -122,7 +123,7 @@ def _train(assembly: Assembly, run: RunDirectory, start: Path | None) -> RunResu
     if accelerator.is_main_process:
         if status == "finished":
             _save_final_adapter(assembly, run)
-        run.write_record(_record(assembly, status, start) | {"steps": progress.step})
+        run.write_record(record | {"status": status, "steps": progress.step})
         draw_losses(run.read_metrics(), run.path / "loss.png")
     accelerator.wait_for_everyone()
     return _result(run, status, progress.step, received)
@@ -197,10 +198,10 @@ def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
         assembly.tokenizer.save_pretrained(folder)
 
 
-def _record(assembly: Assembly, status: str, start: Path | None) -> dict[str, Any]:
+def _record(assembly: Assembly, start: Path | None) -> dict[str, Any]:
+    """What run.json says, but for how far the run is."""
     plan = assembly.plan
     return describe_run(assembly.config, assembly.files, assembly.model) | {
-        "status": status,
         "total_steps": plan.total_steps,
         "in_use": plan.in_use,
         "continued_from": str(start) if start else None,
