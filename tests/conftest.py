@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 REALDATA = Path(os.environ.get("QLORA_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps tokenized data out of the user's cache; processes that tests start inherit it."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def seed() -> int:
     """A fresh seed for each test; a failure shows it, and QLORA_TEST_SEED brings it back."""

@@ -1,6 +1,6 @@
 """`qlora eval`: supervised loss of a run, or of the base that a config starts from."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,23 +17,24 @@ def evaluate(
 ) -> None:
     """Loss and perplexity per supervised token, and bits per byte."""
     from qlora.checkpoint import RunDirectory
-    from qlora.config import load_config
+    from qlora.config import SourceSection, load_config
     from qlora.data import eval_batches, supervised_bytes
     from qlora.errors import ConfigError
-    from qlora.model import base_from_section, load_run, run_datasets
+    from qlora.model import base_from_section, datasets_from_section, load_run
     from qlora.model import evaluate as run_evaluation
 
     run = RunDirectory(target)
     config = load_config(run.config if run.exists() else target)
     model, tokenizer = load_run(target, device) if run.exists() else base_from_section(config.model, device)
-    changes: dict[str, Any] = {} if run.exists() else {"chat_template": config.data.chat_template}
+    section = config.data
     if data is not None:
-        changes |= {"train": data, "eval": None}
-    datasets = run_datasets(config, tokenizer, **changes)
+        section = section.model_copy(update={"train": [SourceSection(path=data)], "eval": None})
+    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run.exists())
     examples = datasets.train if data is not None else datasets.eval
-    if not examples:
+    if not len(examples):
         raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
-    result = run_evaluation(model, eval_batches(examples, batch_size))
+    capacity = section.max_seq_len if section.packing else None
+    result = run_evaluation(model, eval_batches(examples, batch_size, capacity))
     num_bytes = supervised_bytes(tokenizer, examples)
     report = {
         "model": f"{config.model.base} with the adapter of {target}" if run.exists() else config.model.base,

@@ -7,6 +7,7 @@ from qlora.config.sections import (
     LoraSection,
     ModelSection,
     RunConfig,
+    SourceSection,
     TrainSection,
 )
 
@@ -16,6 +17,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "RunConfig",
+    "SourceSection",
     "TrainSection",
     "absolute_paths",
     "dump_config",

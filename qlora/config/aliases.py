@@ -53,8 +53,14 @@ ALIASES = {
     "save_steps": "train.save_every",
     "save_total_limit": "train.keep_checkpoints",
     "report_to": "train.trackers",
+    "sample_packing": "data.packing",
+    "neat_packing": "data.packing",
+    "roles_to_train": "data.loss_on",
+    "mask_history": "data.loss_on",
+    "assistant_only_loss": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "dataset_prepared_path": "data.cache_dir",
+    "field_messages": "data.columns",
+    "message_property_mappings": "data.columns",
     "resume_from_checkpoint": "the option --resume auto|never|PATH",
 }
-
-# What they have and this one has not, and what is done instead.
-ABSENT = dict.fromkeys(("packing", "sample_packing", "neat_packing"), "examples are padded to the longest of a batch")

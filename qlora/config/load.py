@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qlora.config.aliases import ABSENT, ALIASES
+from qlora.config.aliases import ALIASES
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
@@ -51,7 +51,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return str(path.absolute()) if path is not None and path.exists() else value
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
-    paths = {key: resolved(getattr(config.data, key)) for key in ("train", "eval")}
+    paths: dict[str, object] = {}
+    for key in ("train", "eval"):
+        sources = getattr(config.data, key)
+        if isinstance(sources, list):
+            paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
     if Path(config.data.chat_template).suffix:  # a bare word is a built-in name, whatever lies here
         paths["chat_template"] = resolved(config.data.chat_template)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
@@ -91,8 +95,6 @@ def _suggest(location: Sequence[str]) -> str:
     name = location[-1]
     if name in ALIASES:
         return f" Here it is {ALIASES[name]}."
-    if name in ABSENT:
-        return f" There is no such thing here: {ABSENT[name]}."
     sections = {section: _keys_of(section) for section in RunConfig.model_fields}
     exact = [f"{section}.{name}" for section, keys in sections.items() if name in keys]
     if exact:

@@ -36,16 +36,23 @@ def _check_share_or_steps(value: int | float | None) -> int | float | None:
     return value
 
 
+def _list_sources(value: object) -> object:
+    """A path, a source or a list of them, as a list of sources."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str | dict | SourceSection) for one in values):
+        raise ValueError("should be a path, a source (path, weight, format, …) or a list of them")
+    return [{"path": one} if isinstance(one, str) else one for one in values]
+
+
 def _check_eval(value: object) -> object:
     if isinstance(value, str):
         try:
             value = float(value)  # YAML takes 2e-2, without a dot, for text
         except ValueError:
-            return value
-    is_share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    if value is None or is_share:
-        return value
-    raise ValueError("should be a file or data set to evaluate on, or a share of the rows below 1")
+            return _list_sources(value)
+    if isinstance(value, bool) or isinstance(value, int | float) and not 0 <= value < 1:
+        raise ValueError("should be a file or data set to evaluate on, or a share of the rows below 1")
+    return value if value is None or isinstance(value, int | float) else _list_sources(value)
 
 
 def _check_targets(value: str | list[str]) -> str | list[str]:
@@ -54,7 +61,10 @@ def _check_targets(value: str | list[str]) -> str | list[str]:
     return value
 
 
-EvalSource = Annotated[str | float | None, BeforeValidator(_check_eval)]
+Format = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "kto", "classification",
+    "oasst",
+]  # fmt: skip
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
@@ -86,16 +96,39 @@ class LoraSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
+class SourceSection(Section):
+    """Rows somewhere, and how to read them; what is not said here is taken from `data`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0, le=100)] = 1
+    split: str | None = None
+    revision: str | None = None
+    type: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "lines"] = "auto"
+    encoding: str = "utf-8"
+    format: Format | None = None
+    columns: dict[str, str] | None = None
+    roles: dict[str, str] | None = None
+
+
+Sources = Annotated[list[SourceSection], BeforeValidator(_list_sources)]
+EvalSources = Annotated[list[SourceSection] | float | None, BeforeValidator(_check_eval)]
+
+
 class DataSection(Section):
     """The rows to learn from, and what becomes of them."""
 
-    train: str
-    eval: EvalSource = None
-    format: Literal["auto", "alpaca", "messages", "completion", "text"] = "auto"
+    train: Sources
+    eval: EvalSources = None
+    format: Format = "auto"
+    columns: dict[str, str] = {}
+    roles: dict[str, str] = {}
     chat_template: str = "auto"
-    loss_on: Literal["assistant", "all"] = "assistant"
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=8, strict=True)] = 2048
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    packing: bool = True
+    on_bad_row: Literal["error", "drop"] = "error"
+    cache_dir: str | None = None
 
 
 class TrainSection(Section):

@@ -1,7 +1,11 @@
-"""Rows to examples, to tokens with a loss mask, to batches."""
+"""Rows to examples, to tokens with the weight of each, to packed rows, to batches."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
-from qlora.data.datasets import DataReport, Datasets, build_datasets
+from qlora.data.datasets import Datasets, Treatment, build_datasets
+from qlora.data.encode import answer_end_id
+from qlora.data.report import DataReport
+from qlora.data.rows import Source
+from qlora.data.store import ExampleSet
 from qlora.data.template import apply_template, encode_prompt
 from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
@@ -11,7 +15,11 @@ __all__ = [
     "BatchPlan",
     "DataReport",
     "Datasets",
+    "ExampleSet",
+    "Source",
     "TokenizedExample",
+    "Treatment",
+    "answer_end_id",
     "apply_template",
     "build_datasets",
     "collate",

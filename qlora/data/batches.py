@@ -1,12 +1,14 @@
 """Examples to batches, in a seeded order that a step number alone continues."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
+from qlora.data.packing import pack_best_fit
 from qlora.data.tokens import TokenizedExample
 
 IGNORE_INDEX = -100
@@ -14,99 +16,162 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, padded on the right.
+    """One micro-batch: a document per row, padded on the right, or all documents behind one another in one row.
 
     Attributes:
         input_ids: (batch, seq), int64.
-        attention_mask: (batch, seq), int64: 1 for tokens, 0 for padding; by length, never by pad id.
-        labels: (batch, seq), int64: the token that follows, or `IGNORE_INDEX` where it is not supervised.
+        position_ids: (batch, seq), int64: from 0 in every document; in a row of several this is what keeps them apart.
+        attention_mask: (batch, seq), int64: 1 for tokens, 0 for padding, by length and never by pad id; None if there
+            is no padding.
+        labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learnt.
+        weights: (batch, seq), fp32, of each label's loss; None where all count alike.
         num_supervised: Labels that count, known without asking the device.
+        total_weight: Of them all.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
+    weights: torch.Tensor | None
     num_supervised: int
+    total_weight: float
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.num_supervised,
-        )
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value.to(device, non_blocking=True)
+        return Batch(**values)
 
 
-def collate(examples: Sequence[TokenizedExample]) -> Batch:
-    """Pads examples to the longest and shifts the labels by one."""
-    shape = (len(examples), max(map(len, examples)))
-    input_ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE_INDEX)
+def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch:
+    """Puts documents into one batch, their labels shifted by one.
+
+    Args:
+        examples: One document each.
+        packed: All in one row, without padding; else a row each, padded to the longest.
+    """
+    lengths = [len(example) for example in examples]
+    shape = (1, sum(lengths)) if packed else (len(examples), max(lengths))
+    begins = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(examples)) * shape[1]
+    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels, weights = torch.full(shape, IGNORE_INDEX), torch.zeros(shape)
     attention_mask = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids = torch.from_numpy(example.input_ids).long()
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        supervised = torch.from_numpy(example.loss_mask[1:])
-        labels[row, : len(ids) - 1] = torch.where(supervised, ids[1:], IGNORE_INDEX)
-    return Batch(input_ids, attention_mask, labels, sum(example.num_supervised for example in examples))
+    for begin, example in zip(begins.tolist(), examples, strict=True):
+        whole, shifted = slice(begin, begin + len(example)), slice(begin, begin + len(example) - 1)
+        ids = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
+        input_ids.view(-1)[whole] = ids
+        position_ids.view(-1)[whole] = torch.arange(len(example))
+        attention_mask.view(-1)[whole] = 1
+        following = torch.from_numpy(example.weights[1:].astype(np.float32))
+        weights.view(-1)[shifted] = following
+        labels.view(-1)[shifted] = torch.where(following > 0, ids[1:], IGNORE_INDEX)
+    num_supervised = sum(example.num_supervised for example in examples)
+    total_weight = sum(example.total_weight for example in examples)
+    is_plain = all(((example.weights == 0) | (example.weights == 1)).all() for example in examples)
+    return Batch(
+        input_ids,
+        position_ids,
+        None if packed or len(set(lengths)) == 1 else attention_mask,
+        labels,
+        None if is_plain else weights,
+        num_supervised,
+        total_weight,
+    )
 
 
-def eval_batches(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:
-    """All examples once, the longest first, so that a batch which does not fit fails at once."""
-    ordered = sorted(examples, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size])
+def eval_batches(examples: Sequence[TokenizedExample], batch_size: int, capacity: int | None = None) -> Iterator[Batch]:
+    """All examples once, the longest first, so that a batch which does not fit fails at once.
+
+    Args:
+        examples: To evaluate on.
+        batch_size: Examples at a time; of packed ones, rows.
+        capacity: Tokens of a row that examples are packed into; None gives each a row of its own.
+    """
+    lengths = _lengths_of(examples)
+    rows = _rows_of(lengths, capacity)
+    if capacity is None:
+        rows.sort(key=lambda row: -lengths[row[0]])
+    for start in range(0, len(rows), batch_size):
+        chosen = [examples[index] for row in rows[start : start + batch_size] for index in row]
+        yield collate(chosen, packed=capacity is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchPlan:
     """Which examples go into which optimizer step, on which process.
 
-    Every epoch is a new permutation drawn from (seed, epoch). A step takes `micro_batch_size ·
-    gradient_accumulation_steps` examples per process, the last one of an epoch what is left. All follows
-    from the step number, so that a run continues anywhere without replaying.
+    Examples are first packed into rows of up to `capacity` tokens, or each is a row of its own. Every epoch is a
+    new permutation of the rows, drawn from (seed, epoch). A step takes `micro_batch_size ·
+    gradient_accumulation_steps` rows per process, the last one of an epoch what is left; within a step, rows of
+    like length share a micro-batch, so that little is padded and yet no step is of long ones alone. All follows from
+    the step number, so that a run continues anywhere without replaying.
 
     Args:
-        num_examples: In the training set.
-        micro_batch_size: Examples of a micro-batch.
+        lengths: (examples,), int, in tokens.
+        micro_batch_size: Rows of a micro-batch.
         gradient_accumulation_steps: Micro-batches of a step, on each process.
+        capacity: Tokens of a row that examples are packed into; None gives each a row of its own.
         seed: Of the order.
         rank: This process.
         world_size: Number of processes.
     """
 
-    num_examples: int
+    lengths: np.ndarray
     micro_batch_size: int
     gradient_accumulation_steps: int
+    capacity: int | None = None
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    rows: list[list[int]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", _rows_of(self.lengths, self.capacity))
 
     @property
-    def examples_per_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Over all processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that see every example once."""
-        return -(-self.num_examples // self.examples_per_step)
+        return -(-len(self.rows) // self.rows_per_step)
+
+    @property
+    def fill(self) -> float:
+        """Share of the packed rows' room that tokens take; 1 where nothing is packed."""
+        return float(np.sum(self.lengths)) / (len(self.rows) * self.capacity) if self.capacity else 1.0
 
     def window(self, step: int) -> list[int]:
         """Indices of all examples of a step, over all processes; steps count from 0 over the whole run."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.examples_per_step
-        order = _epoch_order(self.num_examples, self.seed, epoch)
-        return order[start : start + self.examples_per_step].tolist()
+        return [index for row in self._rows(step) for index in self.rows[row]]
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Indices of this process's micro-batches of a step."""
-        window, size = self.window(step), self.micro_batch_size
-        batches = [window[start : start + size] for start in range(0, len(window), size)]
-        return batches[self.rank :: self.world_size]
+        rows, size = self._rows(step), self.micro_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [[index for row in batch for index in self.rows[row]] for batch in batches[self.rank :: self.world_size]]
+
+    def _rows(self, step: int) -> list[int]:
+        """Rows of a step, the longest first."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.rows_per_step
+        drawn = _epoch_order(len(self.rows), self.seed, epoch)[start : start + self.rows_per_step].tolist()
+        return sorted(drawn, key=lambda row: -sum(int(self.lengths[index]) for index in self.rows[row]))
+
+
+def _rows_of(lengths: np.ndarray, capacity: int | None) -> list[list[int]]:
+    return [[index] for index in range(len(lengths))] if capacity is None else pack_best_fit(lengths, capacity)
+
+
+def _lengths_of(examples: Sequence[TokenizedExample]) -> np.ndarray:
+    return np.array([len(example) for example in examples])
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)

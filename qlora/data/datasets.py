@@ -1,194 +1,332 @@
-"""A training set and a held-out set from sources, with a report of what became of every row."""
+"""A training set and a held-out set from sources, each tokenized once and then kept, with a report on every row."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora.data.formats import FORMATS, detect_format, to_example
-from qlora.data.rows import Row, read_rows
+from qlora.data.encode import Encoded, ExampleEncoder
+from qlora.data.formats import FORMATS, Conversation, Example, Labelled, RowReader
+from qlora.data.report import SHOWN_PROBLEMS, DataReport
+from qlora.data.rows import BadRow, Row, Source, find_files, load_hub, read_rows
+from qlora.data.serving import tokenizer_notes
+from qlora.data.store import ExampleSet, ExampleStore, ExampleWriter, cache_folder, find_entry, new_entry
 from qlora.data.template import apply_template
-from qlora.data.tokens import ExampleEncoder, TokenizedExample
+from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
-SHOWN_PROBLEMS = 20
-
-
-@dataclass(slots=True)
-class DataReport:
-    """What became of the rows of one source.
-
-    Attributes:
-        per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
-        overlong: What was done with examples that were too long, and how often.
-        digest: Of all ids and masks: equal when the same is learnt from.
-    """
-
-    source: str
-    format: str = ""
-    chat_template: str = ""
-    rows: int = 0
-    examples: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    per_answer: int = 0
-    overlong: dict[str, int] = field(default_factory=dict)
-    digest: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """One line for people."""
-        share = self.supervised_tokens / max(1, self.tokens)
-        per_answer = f", {self.per_answer} conversations trained answer by answer" if self.per_answer else ""
-        overlong = "".join(f", {count} overlong {fate}" for fate, count in self.overlong.items())
-        return (
-            f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples, {self.tokens} tokens, "
-            f"{share:.0%} supervised{per_answer}{overlong}; chat template: {self.chat_template}"
-        )
+# Rows tokenized together: as many as hold so much text.
+BATCH_CHARACTERS, BATCH_ROWS = 1 << 20, 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """The examples to learn from, those held out, and the reports, one per source."""
+    """The examples to learn from, those held out, and the reports, one per source: of training, then of evaluation."""
 
-    train: list[TokenizedExample]
-    eval: list[TokenizedExample]
+    train: ExampleSet
+    eval: ExampleSet
     reports: list[DataReport]
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What is done with examples; with the tokenizer and the source, all that decides what is learnt.
+
+    Attributes:
+        loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
+        max_seq_len: Tokens of the longest example.
+        overlong: What becomes of longer ones: `drop`, `truncate`, `split` or `error`. Always counted.
+        on_bad_row: `error`, or `drop`, which is counted.
+    """
+
+    loss_on: str = "assistant"
+    max_seq_len: int = 2048
+    overlong: str = "drop"
+    on_bad_row: str = "error"
 
 
 def build_datasets(
     tokenizer: Any,
-    train: str,
-    eval: str | float | None = None,
-    format: str = "auto",
+    train: Sequence[Source],
+    eval: Sequence[Source] | float = 0.0,
+    treatment: Treatment = Treatment(),
     chat_template: str = "auto",
-    loss_on: str = "assistant",
-    max_seq_len: int = 2048,
-    overlong: str = "drop",
+    cache_dir: str | None = None,
     seed: int = 0,
 ) -> Datasets:
-    """Reads, formats and tokenizes the training and held-out examples.
+    """Reads, formats and tokenizes the training and held-out examples, or finds them as they were kept.
 
     Args:
         tokenizer: Of transformers; gets the chat template.
-        train: See :func:`qlora.data.rows.read_rows`.
-        eval: A source too, or the share of the training examples to hold out, drawn by `seed`, or None.
-        format: `auto`, or one of `FORMATS`.
+        train: Where the rows to learn from are.
+        eval: Sources too, or the share of each training source's rows to hold out, drawn by `seed`.
+        treatment: What is done with examples.
         chat_template: See :func:`qlora.data.template.apply_template`.
-        loss_on: `assistant` or `all`.
-        max_seq_len: Tokens of the longest example.
-        overlong: What becomes of longer ones: `drop`, `truncate`, `split` or `error`. Always counted.
-        seed: Of the choice of held-out examples.
+        cache_dir: Where tokenized examples are kept; the user's cache if None.
+        seed: Of the choice of held-out examples, and of what a weight below 1 leaves out.
 
     Raises:
-        DataError: A source can't be read, or there is nothing to learn from.
+        DataError: A source can't be read, or there is nothing to learn from: all such errors in one.
     """
     template = apply_template(tokenizer, chat_template)
-    encoder = ExampleEncoder(tokenizer, loss_on)
-
-    def build(source: str) -> tuple[list[list[TokenizedExample]], DataReport]:
-        report = DataReport(source, chat_template=template)
-        return _build(read_rows(source), encoder, format, max_seq_len, overlong, report), report
-
-    documents, report = build(train)
-    if isinstance(eval, str):
-        held_out, eval_report = build(eval)
-        return Datasets(_flatten(documents), _flatten(held_out), [report, eval_report])
-    return Datasets(*_hold_out(documents, eval or 0.0, seed), [report])
-
-
-def _build(
-    rows: list[Row], encoder: ExampleEncoder, format: str, max_seq_len: int, overlong: str, report: DataReport
-) -> list[list[TokenizedExample]]:
-    """The examples of each row that has any left."""
-    report.rows = len(rows)
-    report.format = detect_format(rows) if format == "auto" else format
-    documents = [
-        [part for example in examples for part in _fit(row, example, max_seq_len, overlong, report.overlong)]
-        for row, examples in _encode_all(rows, encoder, report)
-    ]
-    documents = [examples for examples in documents if examples]
-    if not documents:
-        raise DataError(
-            f"{report.source}: no example of {len(rows)} rows is left to learn from ({report.overlong}); "
-            f"raise data.max_seq_len ({max_seq_len}) or set data.overlong to truncate or split."
-        )
-    examples = _flatten(documents)
-    report.examples = len(examples)
-    report.tokens = sum(map(len, examples))
-    report.supervised_tokens = sum(example.num_supervised for example in examples)
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.loss_mask.tobytes())
-    report.digest = digest.hexdigest()
-    return documents
-
-
-def _encode_all(
-    rows: list[Row], encoder: ExampleEncoder, report: DataReport
-) -> list[tuple[Row, list[TokenizedExample]]]:
-    """Encodes every row, and tells of all bad ones at once."""
-    documents, problems = [], []
-    for row in rows:
+    encoder = ExampleEncoder(tokenizer, treatment.loss_on)
+    cache = cache_folder(cache_dir)
+    held_out_sources = [] if isinstance(eval, float | int) else list(eval)
+    stores, reports, errors = [], [], []
+    for source in (*train, *held_out_sources):
         try:
-            encoded = encoder.encode(to_example(row, report.format))
+            store, report = _prepare(source, encoder, treatment, cache)
         except DataError as error:
-            message = str(error)
-            problems.append(message if message.startswith(row.origin) else f"{row.origin}: {message}")
+            errors.append(str(error))
             continue
-        report.per_answer += len(encoded) > 1
-        if any(example.num_supervised for example in encoded):
-            documents.append((row, encoded))
-        else:
-            form = FORMATS[report.format]
-            problems.append(f"{row.origin}: no token of this row is supervised; {form} needs an answer.")
-    if problems:
-        more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        shown = "\n".join(problems[:SHOWN_PROBLEMS])
-        raise DataError(f"{len(problems)} of {len(rows)} rows can't be used:\n{shown}{more}")
-    return documents
+        stores.append(store)
+        reports.append(replace(report, chat_template=template))
+    if errors:
+        raise DataError("\n".join(errors))
+
+    share = float(eval) if isinstance(eval, float | int) else 0.0
+    learnt, held_out = [], []
+    for number, source in enumerate(train):
+        kept, out = _hold_out(stores[number], share, seed)
+        kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
+        reports[number] = replace(reports[number], drawn=len(kept))
+        learnt.append(_places(number, kept))
+        held_out.append(_places(number, out))
+    for number in range(len(train), len(stores)):
+        held_out.append(_places(number, np.arange(len(stores[number]))))
+    return Datasets(
+        ExampleSet(stores, np.concatenate(learnt)),
+        ExampleSet(stores, np.concatenate(held_out)),
+        reports,
+    )
 
 
-def _fit(
-    row: Row, example: TokenizedExample, max_seq_len: int, overlong: str, counts: dict[str, int]
-) -> Iterator[TokenizedExample]:
-    """The parts of an example that are trained on, none longer than `max_seq_len`; counts what was done."""
-    if len(example) <= max_seq_len:
+def _prepare(
+    source: Source, encoder: ExampleEncoder, treatment: Treatment, cache: Path
+) -> tuple[ExampleStore, DataReport]:
+    """The tokenized examples of a source: found, or made and kept."""
+    key = _key(source, encoder.tokenizer, treatment)
+    about = find_entry(cache, key)
+    if about is None:
+        with new_entry(cache, key) as folder:
+            report = _Build(source, encoder, treatment, folder).run()
+        about = find_entry(cache, key)
+        if about is None:
+            raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
+    else:
+        report = DataReport(**about["report"])
+    return ExampleStore(cache / key), report
+
+
+class _Build:
+    """Reads and tokenizes one source into a folder, a batch of rows at a time."""
+
+    def __init__(self, source: Source, encoder: ExampleEncoder, treatment: Treatment, folder: Path) -> None:
+        self.source, self.encoder, self.treatment, self.folder = source, encoder, treatment, folder
+        self.report = DataReport(source.path)
+        self._hashes: list[int] = []
+        self._lengths: list[int] = []
+
+    def run(self) -> DataReport:
+        started = time.perf_counter()
+        report, treatment = self.report, self.treatment
+        reader = RowReader(self.source.format, self.source.columns, self.source.roles)
+        writer = ExampleWriter(self.folder)
+        try:
+            for batch in _batches(read_rows(self.source)):
+                self._add(batch, reader, writer)
+        except BaseException:
+            writer.abandon()
+            raise
+        about = writer.close()
+        report.format = reader.format
+        if report.bad_rows and treatment.on_bad_row == "error":
+            raise DataError(self._describe_problems())
+        if not report.examples:
+            because = f":\n{self._describe_problems()}" if report.bad_rows else "."
+            overlong = f" {sum(report.overlong.values())} were too long; " if report.overlong else " "
+            raise DataError(
+                f"{report.source}: of {report.rows} rows no example is left to learn from.{overlong}"
+                f"data.max_seq_len is {treatment.max_seq_len}, data.overlong {treatment.overlong}{because}"
+            )
+        hashes = np.array(self._hashes, dtype=np.uint64)
+        report.duplicates = len(hashes) - len(np.unique(hashes))
+        report.measure(self._lengths, treatment.max_seq_len)
+        report.unread_columns = sorted(reader.unread)
+        report.notes = tokenizer_notes(self.encoder.tokenizer)
+        if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "kto"):
+            report.notes += self.encoder.facts.notes()
+        report.digest = about["digest"]
+        report.seconds = time.perf_counter() - started
+        (self.folder / "about.json").write_text(json.dumps(about | {"report": report.as_dict()}), encoding="utf-8")
+        return report
+
+    def _add(self, batch: list[Row | BadRow], reader: RowReader, writer: ExampleWriter) -> None:
+        """Encodes a batch of rows and writes their examples."""
+        read: list[tuple[int, Row, Example]] = []
+        for row in batch:
+            number = self.report.rows
+            self.report.rows += 1
+            if isinstance(row, BadRow):
+                self._refuse(row.origin, row.problem)
+                continue
+            try:
+                read.append((number, row, reader.read(row)))
+            except DataError as error:
+                self._refuse(row.origin, str(error))
+        encoded = self.encoder.encode([example for _, _, example in read])
+        for (number, row, example), result in zip(read, encoded, strict=True):
+            if isinstance(result, DataError):
+                self._refuse(row.origin, str(result))
+            elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
+                form = FORMATS[reader.format]
+                self._refuse(row.origin, f"no token of this row is supervised; {reader.format} is {form}.")
+            else:
+                self._write(number, row, example, result, writer)
+
+    def _write(self, number: int, row: Row, example: Example, result: Encoded, writer: ExampleWriter) -> None:
+        report, treatment = self.report, self.treatment
+        if treatment.overlong == "error":
+            longest = max(map(len, result.documents))
+            if longest > treatment.max_seq_len:
+                what = f"{longest} tokens, more than data.max_seq_len ({treatment.max_seq_len}); raise it, or set "
+                self._refuse(row.origin, what + "data.overlong to drop, truncate or split.")
+                return
+        report.per_answer += result.per_answer
+        report.eos_added += result.eos_added
+        report.empty_answers += isinstance(example, Conversation) and _has_empty_answer(example)
+        content = b"".join(document.input_ids.tobytes() for document in result.documents)
+        self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+        for document in result.documents:
+            self._lengths.append(len(document))
+            for part in _fit(document, treatment, report.overlong):
+                writer.append(part, number)
+                report.examples += 1
+                report.tokens += len(part)
+                report.supervised_tokens += part.num_supervised
+
+    def _refuse(self, origin: str, problem: str) -> None:
+        self.report.bad_rows += 1
+        if len(self.report.problems) < SHOWN_PROBLEMS:
+            self.report.problems.append(problem if problem.startswith(origin) else f"{origin}: {problem}")
+
+    def _describe_problems(self) -> str:
+        report = self.report
+        more = f"\n… and {report.bad_rows - SHOWN_PROBLEMS} more" if report.bad_rows > SHOWN_PROBLEMS else ""
+        shown = "\n".join(report.problems)
+        remedy = "" if self.treatment.on_bad_row == "drop" else "\ndata.on_bad_row: drop leaves such rows out."
+        return f"{report.bad_rows} of {report.rows} rows of {report.source} can't be used:\n{shown}{more}{remedy}"
+
+
+def _batches(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    """Rows in groups that hold so much text that tokenizing them together pays, and no more."""
+    batch: list[Row | BadRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += _characters(row.values) if isinstance(row, Row) else 0
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 1
+
+
+def _fit(example: TokenizedExample, treatment: Treatment, counts: dict[str, int]) -> Iterator[TokenizedExample]:
+    """The parts of an example that are trained on, none longer than allowed; counts what was done."""
+    limit, overlong = treatment.max_seq_len, treatment.overlong
+    if len(example) <= limit:
         yield example
         return
-    if overlong == "error":
-        raise DataError(
-            f"{row.origin}: {len(example)} tokens, more than data.max_seq_len ({max_seq_len}); raise it, "
-            "or set data.overlong to drop, truncate or split."
-        )
-    starts = {"drop": [], "truncate": [0], "split": range(0, len(example), max_seq_len)}[overlong]
-    parts = [example[start : start + max_seq_len] for start in starts]
+    starts = {"drop": [], "truncate": [0], "split": range(0, len(example), limit)}[overlong]
+    parts = [example[start : start + limit] for start in starts]
     kept = [part for part in parts if part.num_supervised]
     fate = {"truncate": "truncated", "split": "split"}[overlong] if kept else "dropped"
     counts[fate] = counts.get(fate, 0) + 1
     yield from kept
 
 
-def _hold_out(
-    documents: list[list[TokenizedExample]], share: float, seed: int
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+def _has_empty_answer(example: Conversation) -> bool:
+    return any(
+        turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
+        for turn in example.messages
+    )
+
+
+def _hold_out(store: ExampleStore, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws whole rows, so that no part of one is trained on; of a single row, a long text, its parts."""
+    everything = np.arange(len(store))
     if not share:
-        return _flatten(documents), []
-    units = documents if len(documents) > 1 else [[example] for example in documents[0]]
-    count = max(1, round(share * len(units)))
-    if count >= len(units):
-        raise DataError(f"data.eval: holding out {share} of {len(units)} examples leaves none to train on.")
-    held_out = set(np.random.default_rng(seed).permutation(len(units))[:count].tolist())
-    train = [unit for index, unit in enumerate(units) if index not in held_out]
-    return _flatten(train), _flatten([units[index] for index in sorted(held_out)])
+        return everything, everything[:0]
+    rows, unit_of = np.unique(store.rows, return_inverse=True)
+    if len(rows) == 1:
+        unit_of = everything
+    num_units = int(unit_of[-1]) + 1
+    count = max(1, round(share * num_units))
+    if count >= num_units:
+        raise DataError(f"data.eval: holding out {share} of {num_units} examples leaves none to train on.")
+    is_out = np.isin(unit_of, np.random.default_rng(seed).permutation(num_units)[:count])
+    return everything[~is_out], everything[is_out]
 
 
-def _flatten(documents: list[list[TokenizedExample]]) -> list[TokenizedExample]:
-    return [example for examples in documents for example in examples]
+def _draw(examples: np.ndarray, weight: float, generator: np.random.Generator) -> np.ndarray:
+    """Examples as often as a weight says: all of them so many times, and for the rest of it a part of them."""
+    part = np.sort(generator.permutation(len(examples))[: round(weight % 1 * len(examples))])
+    drawn = np.concatenate([*[examples] * int(weight), examples[part]])
+    return drawn if len(drawn) else examples[:1]
+
+
+def _places(store: int, examples: np.ndarray) -> np.ndarray:
+    return np.stack([np.full_like(examples, store), examples], axis=1)
+
+
+def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
+    """A name for all that decides what a source's tokenized examples are."""
+    paths = find_files(source)
+    if paths:
+        content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
+    else:
+        content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
+    about = [
+        _hash_of_code(),
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        asdict(treatment),
+        asdict(replace(source, weight=1.0)),
+        content,
+    ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _hash_of_code() -> str:
+    """Of what reads, renders and tokenizes: a change there may change what comes of it."""
+    digest = hashlib.sha256()
+    for file in sorted(files("qlora.data").iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
+    for package in ("transformers", "tokenizers", "datasets"):
+        digest.update(version(package).encode())
+    return digest.hexdigest()

@@ -1,26 +1,62 @@
 """Rows to examples: what the columns mean."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.rows import Row
-from qlora.errors import DataError
+from qlora.data.turns import TurnReader, check_unicode, read_tools
+from qlora.errors import ConfigError, DataError
 
 FORMATS = {
-    "messages": "messages: [{role, content}, …]",
-    "alpaca": "instruction, [input], output or response",
+    "alpaca": "instruction, [input], output or response, [system], [history]",
+    "sharegpt": "conversations: [{from, value}, …], [system], [tools]",
+    "messages": "messages: [{role, content, [tool_calls], [weight]}, …], [tools]",
     "completion": "prompt, completion",
     "text": "text",
+    "tokenized": "input_ids, [labels or loss_mask]",
+    "preference": "chosen, rejected, and prompt, instruction, conversations or messages unless they hold it",
+    "kto": "label (true or false), and a conversation in any of the forms above",
+    "classification": "text, label",
+    "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
 }
-ROLES = ("system", "user", "assistant")
+TURN_COLUMNS = ("messages", "conversations", "conversation")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+# Every column that some format reads; a mapping may give any of them.
+READ_COLUMNS = {
+    "alpaca": {"instruction", "input", "output", "response", "system", "history", "tools"},
+    "sharegpt": {*TURN_COLUMNS, "system", "tools"},
+    "messages": {*TURN_COLUMNS, "system", "tools"},
+    "completion": {"prompt", "completion", "tools"},
+    "text": {"text"},
+    "tokenized": {"input_ids", "labels", "loss_mask", "attention_mask"},
+    "preference": {
+        "chosen", "rejected", "chosen_messages", "rejected_messages", "prompt", "instruction", "input", "system",
+        "history", "tools", *TURN_COLUMNS,
+    },
+    "kto": {
+        "label", "prompt", "completion", "instruction", "input", "output", "response", "system", "history", "tools",
+        *TURN_COLUMNS,
+    },
+    "classification": {"text", "label"},
+    "oasst": {"message_tree_id", "prompt", "message_id", "text", "role", "replies"},
+}  # fmt: skip
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns for a chat template: `{"role": …, "content": …}` each."""
+    """Turns for a chat template.
 
-    messages: list[dict[str, str]]
+    Attributes:
+        messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
+        tools: That the assistant may call, described as templates read them.
+        weights: Of each turn's loss, or None where all count alike.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,77 +67,290 @@ class Completion:
     completion: str
 
 
-Example = Conversation | Completion
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids that are tokens already, with the weight of each one's loss."""
+
+    input_ids: list[int]
+    weights: list[float]
 
 
-def detect_format(rows: Sequence[Row]) -> str:
-    """The format that the columns of the first row stand for.
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two ways to go on from the same turns, the first one preferred."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A conversation whose last answer was found good or bad."""
+
+    conversation: Conversation
+    is_good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text of a class."""
+
+    text: str
+    label: str
+
+
+Example = Conversation | Completion | Tokens | Preference | Rated | Labelled
+
+
+def detect_format(columns: Mapping[str, Any], origin: str) -> str:
+    """The format that the columns of a row stand for.
+
+    Args:
+        columns: Of the row, with their values, under our names.
+        origin: Of the row.
 
     Raises:
         DataError: They stand for none; the columns and the formats are told.
     """
-    columns = set(rows[0].values)
-    if "messages" in columns:
-        return "messages"
-    if "instruction" in columns and columns & {"output", "response"}:
+    names = columns.keys()
+    if "input_ids" in names:
+        return "tokenized"
+    if names >= {"chosen", "rejected"} or names >= {"chosen_messages", "rejected_messages"}:
+        return "preference"
+    if names >= {"message_tree_id", "prompt"} or names >= {"message_id", "replies"}:
+        return "oasst"
+    turns = next((columns[name] for name in TURN_COLUMNS if name in names), None)
+    is_alpaca = "instruction" in names and not names.isdisjoint({"output", "response"})
+    is_completion = names >= {"prompt", "completion"}
+    if (turns is not None or is_alpaca or is_completion) and _is_verdict(columns.get("label")):
+        return "kto"
+    if turns is not None:
+        first = turns[0] if isinstance(turns, list) and turns else {}
+        return "sharegpt" if isinstance(first, dict) and "from" in first else "messages"
+    if is_alpaca:
         return "alpaca"
-    if {"prompt", "completion"} <= columns:
+    if is_completion:
         return "completion"
-    if "text" in columns:
-        return "text"
+    if "text" in names:
+        return "classification" if "label" in names else "text"
     known = "\n".join(f"  {name}: {form}" for name, form in FORMATS.items())
-    raise DataError(f"{rows[0].origin}: columns {sorted(columns)} are none of the formats known:\n{known}")
+    raise DataError(
+        f"{origin}: columns {sorted(names)} are none of the formats known; map them with data.columns, "
+        f"as {{instruction: question, output: answer}}:\n{known}"
+    )
 
 
-def to_example(row: Row, format: str) -> Example:
-    """Reads one row.
+class RowReader:
+    """Reads the rows of one source.
+
+    Args:
+        format: One of `FORMATS`, or `auto`, which the first row decides.
+        columns: Our name of a column, or of a turn's key, to theirs.
+        roles: Their name of a speaker to ours.
 
     Raises:
-        DataError: A column is absent or of the wrong type; the row is named.
+        ConfigError: A mapping gives a column or a role that no format has.
     """
-    values = row.values
-    if format == "alpaca":
+
+    def __init__(self, format: str = "auto", columns: Mapping[str, str] = {}, roles: Mapping[str, str] = {}) -> None:  # noqa: B006 (never changed)
+        known = {"role", "content"}.union(*READ_COLUMNS.values())
+        for name in columns.keys() - known:
+            raise ConfigError(f"data.columns: no format has a column '{name}'; there are {', '.join(sorted(known))}.")
+        for name, role in roles.items():
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
+        self.format = format
+        self.unread: set[str] = set()
+        self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
+        self._turns = TurnReader(columns, roles)
+
+    def read(self, row: Row) -> Example:
+        """Reads one row.
+
+        Raises:
+            DataError: A column is absent or of the wrong type; the row is named.
+        """
+        if self._columns:
+            others = {name: value for name, value in row.values.items() if name not in self._columns.values()}
+            mapped = {ours: row.values[theirs] for ours, theirs in self._columns.items() if theirs in row.values}
+            row = Row(others | mapped, row.origin)
+        if self.format == "auto":
+            self.format = detect_format(row.values, row.origin)
+        media = [name for name in MEDIA_COLUMNS if row.values.get(name)]
+        if media:
+            raise DataError(f"{row.origin}: it has {', '.join(media)}; only text can be learnt here.")
+        self.unread |= row.values.keys() - READ_COLUMNS[self.format]
+        return _READERS[self.format](self, row)
+
+    def _read_alpaca(self, row: Row) -> Conversation:
+        answer = _text(row, "output" if "output" in row.values else "response")
+        return Conversation([*self._alpaca_prompt(row), _turn("assistant", answer)], self._tools(row))
+
+    def _alpaca_prompt(self, row: Row) -> list[dict[str, Any]]:
+        values = row.values
+        messages = self._system(row)
+        for pair in values.get("history") or []:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise DataError(f"{row.origin}: 'history' should hold pairs of question and answer, not {pair!r:.80}.")
+            question, answer = (check_unicode(row, text) for text in pair)
+            messages += [_turn("user", question), _turn("assistant", answer)]
         instruction = _text(row, "instruction")
         extra = _text(row, "input") if values.get("input") else ""
-        answer = _text(row, "output" if "output" in values else "response")
-        turns = [("user", f"{instruction}\n\n{extra}" if extra else instruction), ("assistant", answer)]
-        if values.get("system"):
-            turns.insert(0, ("system", _text(row, "system")))
-        return Conversation([{"role": role, "content": content} for role, content in turns])
-    if format == "messages":
-        return Conversation(_messages(row, values.get("messages")))
-    if format == "completion":
-        if isinstance(values.get("prompt"), list):
-            completion = values.get("completion")
-            if not isinstance(completion, list):
-                raise DataError(f"{row.origin}: 'completion' should be turns, as 'prompt' is, not {completion!r:.80}.")
-            return Conversation(_messages(row, [*values["prompt"], *completion]))
-        return Completion(_text(row, "prompt"), _text(row, "completion"))
-    return Completion("", _text(row, "text"))
+        return [*messages, _turn("user", f"{instruction}\n\n{extra}" if extra else instruction)]
+
+    def _read_turns(self, row: Row) -> Conversation:
+        column = next((name for name in TURN_COLUMNS if name in row.values), "messages")
+        messages, weights = self._turns.read_all(row, column, row.values.get(column))
+        system = self._system(row)
+        if system and weights:
+            weights = [1.0, *weights]
+        return Conversation(system + messages, self._tools(row), weights)
+
+    def _read_completion(self, row: Row) -> Conversation | Completion:
+        prompt, completion = row.values.get("prompt"), row.values.get("completion")
+        if not isinstance(prompt, list):
+            return Completion(_text(row, "prompt"), _text(row, "completion"))
+        if not isinstance(completion, list):
+            raise DataError(f"{row.origin}: 'completion' should be turns, as 'prompt' is, not {completion!r:.80}.")
+        messages, weights = self._turns.read_all(row, "prompt", [*prompt, *completion])
+        return Conversation(messages, self._tools(row), weights)
+
+    def _read_text(self, row: Row) -> Completion:
+        return Completion("", _text(row, "text"))
+
+    def _read_tokenized(self, row: Row) -> Tokens:
+        ids = _numbers(row, "input_ids")
+        if not ids:
+            raise DataError(f"{row.origin}: 'input_ids' is empty.")
+        weights = [1.0] * len(ids)
+        if row.values.get("loss_mask") is not None:
+            weights = _numbers(row, "loss_mask", len(ids))
+        elif row.values.get("labels") is not None:
+            labels = _numbers(row, "labels", len(ids))
+            for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
+                if label not in (IGNORED_LABEL, token):
+                    raise DataError(
+                        f"{row.origin}: label {place} is {label}, neither input id {token} nor {IGNORED_LABEL}; labels "
+                        "should be the ids themselves, not shifted."
+                    )
+            weights = [float(label != IGNORED_LABEL) for label in labels]
+        is_padding = [False] * len(ids)
+        if row.values.get("attention_mask") is not None:
+            is_padding = [not attended for attended in _numbers(row, "attention_mask", len(ids))]
+        kept = [place for place in range(len(ids)) if not is_padding[place]]
+        return Tokens([ids[place] for place in kept], [weights[place] for place in kept])
+
+    def _read_preference(self, row: Row) -> Preference:
+        tools = self._tools(row)
+        return Preference(*(Conversation(self._answered(row, name), tools) for name in ("chosen", "rejected")))
+
+    def _answered(self, row: Row, name: str) -> list[dict[str, Any]]:
+        values = row.values
+        answer = values.get(f"{name}_messages", values.get(name))
+        if isinstance(answer, str):
+            turns = [_turn("assistant", check_unicode(row, answer))]
+        else:
+            turns, _ = self._turns.read_all(row, name, answer)
+        return [*self._prompt(row, required=isinstance(answer, str)), *turns]
+
+    def _prompt(self, row: Row, required: bool) -> list[dict[str, Any]]:
+        """The turns before an answer."""
+        values = row.values
+        column = next((name for name in (*TURN_COLUMNS, "prompt") if isinstance(values.get(name), list)), None)
+        if column is not None:
+            return self._system(row) + self._turns.read_all(row, column, values[column])[0]
+        if isinstance(values.get("prompt"), str):
+            return [*self._system(row), _turn("user", _text(row, "prompt"))]
+        return self._alpaca_prompt(row) if required or "instruction" in values else self._system(row)
+
+    def _read_kto(self, row: Row) -> Rated:
+        label = row.values.get("label")
+        if not _is_verdict(label):
+            raise DataError(f"{row.origin}: 'label' should be true or false, not {label!r:.80}.")
+        if any(name in row.values for name in TURN_COLUMNS):
+            conversation = self._read_turns(row)
+        elif isinstance(row.values.get("completion"), str):
+            answer = _turn("assistant", _text(row, "completion"))
+            conversation = Conversation([*self._prompt(row, required=True), answer])
+        elif "completion" in row.values:
+            read = self._read_completion(row)
+            assert isinstance(read, Conversation)
+            conversation = read
+        else:
+            conversation = self._read_alpaca(row)
+        return Rated(conversation, bool(label))
+
+    def _read_classification(self, row: Row) -> Labelled:
+        label = row.values.get("label")
+        if not isinstance(label, str | int):
+            raise DataError(f"{row.origin}: 'label' should be a name or a number, not {label!r:.80}.")
+        return Labelled(_text(row, "text"), str(label))
+
+    def _read_oasst(self, row: Row) -> Conversation:
+        """The best-ranked path through a tree of replies, down to its last answer."""
+        node = row.values.get("prompt", row.values)
+        path = []
+        while node is not None:
+            if not isinstance(node, dict):
+                raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
+            path.append(self._turns.read(row, node))
+            replies = [reply for reply in node.get("replies") or [] if not _is_removed(reply)]
+            node = min(replies, key=_rank, default=None)
+        while path and path[-1]["role"] != "assistant":
+            path.pop()
+        if not path:
+            raise DataError(f"{row.origin}: no message of this tree has an answer.")
+        return Conversation(path)
+
+    def _system(self, row: Row) -> list[dict[str, Any]]:
+        return [_turn("system", _text(row, "system"))] if row.values.get("system") else []
+
+    def _tools(self, row: Row) -> list[dict[str, Any]] | None:
+        return read_tools(row, row.values.get("tools"))
+
+
+_READERS: dict[str, Any] = {
+    "alpaca": RowReader._read_alpaca,
+    "sharegpt": RowReader._read_turns,
+    "messages": RowReader._read_turns,
+    "completion": RowReader._read_completion,
+    "text": RowReader._read_text,
+    "tokenized": RowReader._read_tokenized,
+    "preference": RowReader._read_preference,
+    "kto": RowReader._read_kto,
+    "classification": RowReader._read_classification,
+    "oasst": RowReader._read_oasst,
+}
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def _text(row: Row, column: str) -> str:
     value = row.values.get(column)
     if not isinstance(value, str):
         raise DataError(f"{row.origin}: column '{column}' should be text, not {value!r:.80}.")
-    return _check_unicode(row, value)
+    return check_unicode(row, value)
 
 
-def _check_unicode(row: Row, text: str) -> str:
-    """JSON can hold halves of a surrogate pair, which are no characters and break tokenizers."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.origin}: character {error.start} of {text!r:.40} is half a surrogate pair.") from None
-    return text
+def _numbers(row: Row, column: str, length: int | None = None) -> list[Any]:
+    values = row.values.get(column)
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise DataError(f"{row.origin}: '{column}' should be a list of numbers, not {values!r:.80}.")
+    if length is not None and len(values) != length:
+        raise DataError(f"{row.origin}: '{column}' has {len(values)} entries, but there are {length} input_ids.")
+    return values
 
 
-def _messages(row: Row, messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{row.origin}: 'messages' should be a list of turns, not {messages!r:.80}.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {message!r:.80}.")
-        if message.get("role") not in ROLES:
-            raise DataError(f"{row.origin}: role {message.get('role')!r} is none of {', '.join(ROLES)}.")
-    return [{"role": message["role"], "content": _check_unicode(row, message["content"])} for message in messages]
+def _is_verdict(label: Any) -> bool:
+    return isinstance(label, bool) or isinstance(label, int) and label in (0, 1)
+
+
+def _is_removed(reply: Any) -> bool:
+    return isinstance(reply, dict) and (reply.get("deleted") is True or reply.get("review_result") is False)
+
+
+def _rank(reply: Any) -> float:
+    rank = reply.get("rank") if isinstance(reply, dict) else None
+    return rank if isinstance(rank, int | float) else float("inf")

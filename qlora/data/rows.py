@@ -1,16 +1,68 @@
-"""Files and data sets to rows, each of which knows where it came from."""
+"""Files, folders and data sets to rows, each of which knows where it came from. Nothing is held but the row at hand."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import csv
+import gzip
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from qlora.data.json_rows import json_lines, json_values, starts_lines
 from qlora.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".txt")
+# What a file holds, by the end of its name.
+TYPES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
 # A name that ends so is meant as a file, even where there is none.
-OTHER_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".yaml", ".md")
+OTHER_SUFFIXES = (".gz", ".zip", ".yaml", ".md", ".xlsx", ".zst", ".bz2", ".xz")
+# Names of the parts that data sets are usually cut into.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "heldout"),
+    "test": ("test", "testing"),
+}
+# A text file is one document; a tokenizer needs about a hundred bytes for each of its bytes.
+MAX_TEXT_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows somewhere, and how to read them.
+
+    Attributes:
+        path: A file, a folder of files, or a data set on the hub as `owner/name` or `owner/name:split`. Files are
+            `.json` (an array, objects or lines), `.jsonl`, `.csv`, `.tsv`, `.parquet`, `.arrow` or `.txt` (one
+            row of text), the textual ones also with `.gz`.
+        weight: How often an epoch sees its examples: 2 is twice, 0.5 every other one.
+        split: Of a folder or a data set; `train` where it has parts of such names.
+        revision: Of a data set on the hub.
+        type: What a file holds if its name does not tell: one of `TYPES`, or `lines`: a row of text each.
+        encoding: Of textual files.
+        format: How the columns are read: one of :data:`qlora.data.formats.FORMATS`, or `auto`.
+        columns: Our name of a column to theirs.
+        roles: Their name of a speaker to ours.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+    revision: str | None = None
+    type: str = "auto"
+    encoding: str = "utf-8"
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,77 +78,231 @@ class Row:
     origin: str
 
 
-def read_rows(source: str) -> list[Row]:
-    """Reads all rows of a source.
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that can't be read, and why."""
 
-    Args:
-        source: A `.json` (array or JSON lines), `.jsonl` or `.txt` file (one row of text), or a data set on
-            the hub as `owner/name` or `owner/name:split`; the split is `train` unless given.
+    origin: str
+    problem: str
+
+
+def find_files(source: Source) -> list[Path]:
+    """The files of a source, in order; none if it is a data set on the hub.
 
     Raises:
-        DataError: The source is absent, empty, of another kind, or broken; the line is named.
+        DataError: It names a file or folder that is absent or holds nothing to read.
     """
-    path = Path(source).expanduser()
+    path = Path(source.path).expanduser()
     if path.is_file():
-        rows = list(_read_file(path))
-    elif path.suffix in SUFFIXES + OTHER_SUFFIXES or source.startswith((".", "/", "~")):
-        raise DataError(f"Data file not found: {source}; data.train and data.eval name files here or on the hub.")
-    else:
-        rows = _read_hub(source)
-    if not rows:
-        raise DataError(f"{source} holds no rows.")
-    return rows
+        return [path]
+    if path.is_dir():
+        return _files_of_folder(path, source.split)
+    if path.suffix in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
+        raise DataError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
+    return []
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: can't read '{path.suffix}' files; use one of {', '.join(SUFFIXES)}.")
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """Reads a source row by row.
+
+    Raises:
+        DataError: The source is absent, empty, of a kind that can't be read, or broken beyond a row.
+    """
+    files = find_files(source)
+    num_rows = 0
+    for row in _read_hub(source) if not files else (row for file in files for row in _read_file(file, source)):
+        num_rows += 1
+        yield row
+    if not num_rows:
+        raise DataError(f"{source.path} holds no rows.")
+
+
+def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
+    """The data files below a folder that belong to a split; without such names, all are taken for training data."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _type_of(path)]
+    if any(path.name in ("state.json", "dataset_info.json") for path in files):
+        files = [path for path in files if path.suffix == ".arrow"]  # saved by datasets, which describes them in JSON
+    splits = {path: _splits_of(path.relative_to(folder)) for path in files}
+    wanted = split or "train"
+    chosen = [path for path in files if wanted in splits[path]]
+    if not chosen and wanted == "train":
+        chosen = [path for path in files if not splits[path] & set(SPLITS)]
+    if not chosen:
+        there = ", ".join(path.name for path in files[:4]) or "nothing"
+        raise DataError(
+            f"{folder} holds no data of the split '{wanted}' (there is {there}); set split, or name a file."
+        )
+    return chosen
+
+
+def _splits_of(path: Path) -> set[str]:
+    """The words in a path, with the usual names of the splits that they stand for."""
+    words = set(re.split(r"[^a-z0-9]+", str(path).lower()))
+    return words | {name for name, names in SPLITS.items() if words & set(names)}
+
+
+def _type_of(path: Path) -> str | None:
+    return TYPES.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+
+
+def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
+    kind = _type_of(path) if source.type == "auto" else source.type
+    if kind is None:
+        raise DataError(
+            f"{path}: '{path.suffix}' files can't be read; use one of {', '.join(TYPES)} (textual ones also with .gz), "
+            f"or tell what it holds with type: {', '.join(sorted({*TYPES.values(), 'lines'}))}."
+        )
+    if kind in ("parquet", "arrow"):
+        yield from _read_columns(path, kind)
+        return
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None
-    if path.suffix == ".txt":
-        if text.strip():
-            yield Row({"text": text}, str(path))
-    elif path.suffix == ".json" and text.lstrip().startswith("["):
-        yield from _parse_array(text, path)
-    else:
-        yield from _parse_lines(text, path)
+        if kind == "json":
+            with _open(path, source.encoding) as stream:
+                kind = "jsonl" if starts_lines(stream) else "json"
+        with _open(path, source.encoding) as stream:
+            yield from _READERS[kind](stream, path)
+    except UnicodeError:
+        raise DataError(f"{path}{_undecodable(path, source.encoding)}") from None
 
 
-def _parse_array(text: str, path: Path) -> Iterator[Row]:
+@contextmanager
+def _open(path: Path, encoding: str) -> Iterator[TextIO]:
+    """Opens a textual file, with line ends as they are and without its byte-order mark."""
+    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg}.") from None
-    for number, value in enumerate(values, start=1):
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding=name, newline="") as stream:
+            yield stream
+    except LookupError:
+        raise DataError(f"encoding: '{encoding}' is unknown; utf-8, latin-1 and utf-16 are usual.") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: broken gzip file: {error}.") from None
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
+
+
+def _undecodable(path: Path, encoding: str) -> str:
+    """Where the first character is that has no meaning in an encoding."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as stream:
+        head = stream.read(2)
+        if head in (b"\xff\xfe", b"\xfe\xff"):
+            return " is UTF-16; set encoding: utf-16 for this source."
+        stream.seek(0)
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError as error:
+                where = f"byte 0x{line[error.start]:02x}, the {error.start + 1}th of the line"
+                return f":{number}: this is not {encoding} ({where}); convert it, or set encoding for this source."
+    return f" is not {encoding}; set encoding for this source."
+
+
+def _read_json(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
+    for number, value in enumerate(json_values(stream, path), start=1):
         yield _row(value, f"{path} row {number}")
 
 
-def _parse_lines(text: str, path: Path) -> Iterator[Row]:
-    # Only \n ends a line: JSON strings may hold the other separators that str.splitlines() cuts at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno}).") from None
-        yield _row(value, f"{path}:{number}")
+def _read_json_lines(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
+    for number, value, problem in json_lines(stream):
+        yield BadRow(f"{path}:{number}", problem) if problem else _row(value, f"{path}:{number}")
 
 
-def _row(value: Any, origin: str) -> Row:
+def _row(value: Any, origin: str) -> Row | BadRow:
+    if isinstance(value, str):
+        return Row({"text": value}, origin)
     if not isinstance(value, dict):
-        raise DataError(f"{origin}: a row should be an object with named columns, not {value!r:.80}.")
+        return BadRow(origin, f"a row should be an object with named columns, not {value!r:.80}.")
     return Row(value, origin)
 
 
-def _read_hub(source: str) -> list[Row]:
+def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | BadRow]:
+    csv.field_size_limit(sys.maxsize)  # documents are longer than its 128 KB
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadRow(f"{path}:{reader.line_num}", f"broken CSV: {error}.")
+            continue
+        origin = f"{path}:{reader.line_num}"
+        if not fields:
+            continue
+        if header is None:
+            header = fields
+            if len(set(header)) < len(header):
+                raise DataError(f"{origin}: the header names a column twice: {', '.join(header)}.")
+        elif len(fields) != len(header):
+            yield BadRow(origin, f"{len(fields)} fields, but the header names {len(header)}.")
+        else:
+            yield Row(dict(zip(header, fields, strict=True)), origin)
+
+
+def _read_text(stream: TextIO, path: Path) -> Iterator[Row]:
+    text = stream.read(MAX_TEXT_BYTES + 1)
+    if len(text) > MAX_TEXT_BYTES:
+        raise DataError(
+            f"{path} is one document of more than {MAX_TEXT_BYTES >> 20} MiB; set type: lines to make each line a row, "
+            "or make it a .jsonl of documents."
+        )
+    if text.strip():
+        yield Row({"text": text.replace("\r\n", "\n")}, str(path))
+
+
+def _read_lines(stream: TextIO, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
+
+
+_READERS: dict[str, Any] = {
+    "json": _read_json,
+    "jsonl": _read_json_lines,
+    "csv": lambda stream, path: _read_table(stream, path, ","),
+    "tsv": lambda stream, path: _read_table(stream, path, "\t"),
+    "text": _read_text,
+    "lines": _read_lines,
+}
+
+
+def _read_columns(path: Path, kind: str) -> Iterator[Row]:
+    """Rows of a parquet or arrow file, in whose nested columns an absent key is a None."""
     from datasets import load_dataset
 
-    name, _, split = source.partition(":")
     try:
-        dataset = load_dataset(name, split=split or "train")
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
+            yield Row(_without_nones(values), f"{path} row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise errors of many kinds
+        raise DataError(f"{path} can't be read as {kind}: {error}") from error
+
+
+def _read_hub(source: Source) -> Iterator[Row]:
+    for number, values in enumerate(load_hub(source), start=1):
+        yield Row(_without_nones(values), f"{source.path} row {number}")
+
+
+def load_hub(source: Source) -> Any:
+    """A data set on the hub, downloaded once by datasets.
+
+    Raises:
+        DataError: It can't be had.
+    """
+    from datasets import load_dataset
+
+    name, _, split = source.path.partition(":")
+    try:
+        return load_dataset(name, split=source.split or split or "train", revision=source.revision)
     except Exception as error:  # the hub's client raises errors of many libraries
-        raise DataError(f"{source} is no file here, and can't be read from the hub: {error}") from error
-    return [Row(values, f"{source} row {number}") for number, values in enumerate(dataset, start=1)]
+        raise DataError(f"{source.path} is no file here, and can't be read from the hub: {error}") from error
+
+
+def _without_nones(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nones(item) for key, item in value.items() if item is not None}
+    return [_without_nones(item) for item in value] if isinstance(value, list) else value

@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import ExportSection, load_config
-from qlora.data import TokenizedExample, eval_batches
+from qlora.data import ExampleSet, eval_batches
 from qlora.errors import ExportError
 from qlora.export.merge import REPORT_FILE, cast_checked
 from qlora.export.weights import MergedWeights
-from qlora.model import evaluate, load_base, load_run, run_datasets
+from qlora.model import datasets_from_section, evaluate, load_base, load_run
 
 # Mean KL divergence and difference of losses, in nats, above which two models are not the same: ten times
 # what bf16 against fp16 arithmetic was seen to make.
@@ -75,7 +75,8 @@ def verify(run_dir: str | Path, out_dir: str | Path, device: str = "auto") -> Ve
     problems, tensors_checked = _compare_tensors(run, out_dir, written)
 
     adapter_model, tokenizer = load_run(run_dir, device)
-    datasets = run_datasets(load_config(run.config), tokenizer)
+    config = load_config(run.config)
+    datasets = datasets_from_section(config.data, tokenizer, config.train.seed, own_template=True)
     examples = (datasets.eval or datasets.train)[:NUM_EXAMPLES]
     adapter_logits, adapter_loss = _predictions(adapter_model, examples)
     del adapter_model
@@ -145,7 +146,7 @@ def _compare_predictions(onto: str, mean_kl: float, adapter_loss: float, merged_
 
 
 @torch.no_grad()
-def _predictions(model: Any, examples: list[TokenizedExample]) -> tuple[torch.Tensor, float]:
+def _predictions(model: Any, examples: ExampleSet) -> tuple[torch.Tensor, float]:
     """Logits of the first positions, (positions, vocabulary) in fp32 on the CPU, and the loss of all examples."""
     logits: list[torch.Tensor] = []
     missing = NUM_POSITIONS

@@ -17,9 +17,10 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    row_weights: torch.Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """Sum of the cross-entropy of `hidden @ weight.T` against `labels`.
+    """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, each row's by its weight.
 
     The gradient of `hidden` is computed with the loss, chunk by chunk; the head is frozen and gets none.
 
@@ -30,12 +31,13 @@ def linear_cross_entropy(
         bias: (vocabulary,), of the head.
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
+        row_weights: (rows,), fp32; None where every row counts once.
         chunk_elements: Logits held at a time.
 
     Returns:
         A scalar, fp32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, chunk_elements)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, row_weights, chunk_elements)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -48,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         logit_scale: float,
         softcap: float | None,
+        row_weights: torch.Tensor | None,
         chunk_elements: int,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -60,9 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.mul_(logit_scale)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            losses = F.cross_entropy(logits, labels[rows], reduction="none")
+            total += losses.sum() if row_weights is None else losses @ row_weights[rows]
             if grad_hidden is not None:
                 grad_logits = _grad_logits(logits, labels[rows], logit_scale, softcap)
+                if row_weights is not None:
+                    grad_logits.mul_(row_weights[rows, None])
                 torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
@@ -72,11 +78,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 7
+            return (None,) * 8
         (grad_hidden,) = ctx.saved_tensors
         # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
         grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return (grad_hidden, None, None, None, None, None, None)
+        return (grad_hidden, *(None,) * 7)
 
 
 def _grad_logits(logits: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:

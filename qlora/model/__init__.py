@@ -4,9 +4,9 @@ from qlora.model.base import build_skeleton, load_base, load_tokenizer, resolve_
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
-from qlora.model.loss import check_loss, supervised_loss
+from qlora.model.loss import check_isolation, check_loss, supervised_loss
 from qlora.model.recompute import apply_recompute
-from qlora.model.restore import adapt, base_from_section, load_model, load_run, run_datasets
+from qlora.model.restore import adapt, base_from_section, datasets_from_section, load_model, load_run
 
 __all__ = [
     "Evaluation",
@@ -15,7 +15,9 @@ __all__ = [
     "apply_recompute",
     "base_from_section",
     "build_skeleton",
+    "check_isolation",
     "check_loss",
+    "datasets_from_section",
     "end_token_ids",
     "evaluate",
     "frozen_checksum",
@@ -26,7 +28,6 @@ __all__ = [
     "load_run",
     "resolve_compute_dtype",
     "resolve_device",
-    "run_datasets",
     "supervised_loss",
     "take_inventory",
 ]

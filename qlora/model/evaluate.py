@@ -16,12 +16,14 @@ class Evaluation:
     """Loss over supervised tokens.
 
     Attributes:
-        loss: Mean over supervised tokens, in nats.
+        loss: Mean over supervised tokens by their weights, in nats.
         num_supervised: Tokens that it is the mean of.
+        total_weight: Of them.
     """
 
     loss: float
     num_supervised: int
+    total_weight: float
 
     @property
     def perplexity(self) -> float:
@@ -31,7 +33,7 @@ class Evaluation:
     @property
     def bits(self) -> float:
         """What all supervised tokens cost together."""
-        return self.loss * self.num_supervised / math.log(2)
+        return self.loss * self.total_weight / math.log(2)
 
 
 @torch.no_grad()
@@ -48,10 +50,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
         totals[0] += supervised_loss(model, batch.to(device))
         totals[1] += batch.num_supervised
+        totals[2] += batch.total_weight
     model.train(was_training)
-    loss, num_supervised = (totals if reduce is None else reduce(totals)).tolist()
-    return Evaluation(loss / max(1.0, num_supervised), int(num_supervised))
+    loss, num_supervised, total_weight = (totals if reduce is None else reduce(totals)).tolist()
+    return Evaluation(loss / (total_weight or 1.0), int(num_supervised), total_weight)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qlora.data import encode_prompt
+from qlora.data import answer_end_id, encode_prompt
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def generate(
 
 
 def end_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the tokenizer's EOS, which training taught, and the model's own."""
+    """Every id that ends an answer: what training teaches through the chat template, EOS, and the model's own."""
     configured = generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *ids} - {None})
+    return sorted({answer_end_id(tokenizer), tokenizer.eos_token_id, *ids} - {None})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import IGNORE_INDEX, Batch
+from qlora.data import IGNORE_INDEX, Batch, TokenizedExample, collate
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy
 
@@ -15,22 +15,32 @@ TOLERANCE = 0.01
 
 
 def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum over the batch of -log p(label), over supervised positions alone.
+    """Sum over the batch of -log p(label), each by its weight, over supervised positions alone.
 
     Args:
         model: A causal language model of transformers whose head is frozen.
         batch: On the model's device.
 
     Returns:
-        A scalar, fp32, to be divided by the supervised tokens of whatever is averaged over.
+        A scalar, fp32, to be divided by the supervised tokens' weight of whatever is averaged over.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
+    hidden = model.base_model(**_inputs(batch)).last_hidden_state
     supervised = batch.labels != IGNORE_INDEX
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    return linear_cross_entropy(hidden[supervised], head.weight, batch.labels[supervised], head.bias, scale, softcap)
+    weights = None if batch.weights is None else batch.weights[supervised]
+    labels = batch.labels[supervised]
+    return linear_cross_entropy(hidden[supervised], head.weight, labels, head.bias, scale, softcap, weights)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """A batch for a model; positions that begin anew in a row, and no mask, keep its documents apart."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
@@ -39,6 +49,31 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite divides
     return scale, getattr(text_config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExample) -> None:
+    """Sees that documents packed into one row don't see each other: what comes before one must not change it.
+
+    Args:
+        model: With or without adapters; left in evaluation mode.
+        first: A document.
+        second: Another.
+
+    Raises:
+        ModelError: They do, as in architectures that carry a state from token to token.
+    """
+    model.eval()
+    hidden = []
+    for before in (first, second):
+        batch = collate([before, second], packed=True).to(model.device)
+        hidden.append(model.base_model(**_inputs(batch)).last_hidden_state[0, len(before) :].float())
+    difference = ((hidden[0] - hidden[1]).norm() / hidden[0].norm()).item()
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"{type(model).__name__} lets documents packed into one row see each other (what comes before one changes "
+            f"it by {difference:.0%}), so they would learn from one another; set data.packing: false."
+        )
 
 
 @torch.no_grad()
@@ -57,7 +92,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**_inputs(batch)).logits
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import BaseFiles, RunDirectory, load_adapter
-from qlora.config import LoraSection, ModelSection, RunConfig, load_config
-from qlora.data import Datasets, apply_template, build_datasets
+from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, load_config
+from qlora.data import Datasets, Source, Treatment, apply_template, build_datasets
 from qlora.lora import add_lora
 from qlora.model.base import load_base
 
@@ -23,16 +23,32 @@ def adapt(model: Any, section: LoraSection, seed: int) -> list[str]:
     return add_lora(model, dtype=getattr(torch, section.dtype), seed=seed, **settings)
 
 
-def run_datasets(config: RunConfig, tokenizer: Any, **changes: Any) -> Datasets:
-    """Builds the data of a run, through the template that its tokenizer was saved with.
+def datasets_from_section(section: DataSection, tokenizer: Any, seed: int, own_template: bool = False) -> Datasets:
+    """Builds the data that a config asks for.
 
     Args:
-        config: Of the run.
-        tokenizer: As :func:`load_run` gives it. A template's file may be gone by now.
-        changes: To the config's `data` section.
+        section: Of the config.
+        tokenizer: Gets the chat template.
+        seed: Of the run.
+        own_template: The tokenizer is a run's and has the template that it was trained with, whose file may be gone.
     """
-    settings = config.data.model_dump() | {"chat_template": "auto"} | changes
-    return build_datasets(tokenizer, seed=config.train.seed, **settings)
+    return build_datasets(
+        tokenizer,
+        [_source(section, source) for source in section.train],
+        [_source(section, source) for source in section.eval]
+        if isinstance(section.eval, list)
+        else section.eval or 0.0,
+        Treatment(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        "auto" if own_template else section.chat_template,
+        section.cache_dir,
+        seed,
+    )
+
+
+def _source(section: DataSection, source: SourceSection) -> Source:
+    """A source with what it leaves open filled in from the section."""
+    shared = {key: getattr(section, key) for key in ("format", "columns", "roles")}
+    return Source(**shared | source.model_dump(exclude_none=True))
 
 
 def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[Any, Any]:

@@ -7,14 +7,16 @@ from typing import Any
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, TokenizedExample, build_datasets, collate, make_example
+from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.model import (
     Inventory,
     adapt,
     apply_recompute,
     base_from_section,
+    check_isolation,
     check_loss,
+    datasets_from_section,
     load_tokenizer,
     resolve_device,
     take_inventory,
@@ -25,6 +27,12 @@ from qlora.training.schedule import resolve_total_steps
 
 # Tokens that the loss is tried on.
 TRIED_TOKENS = 16
+# Formats of rows that plain fine-tuning can't learn from as they are, and how it can.
+OTHER_OBJECTIVES = {
+    "preference": "map the preferred one with data.columns, as {output: chosen}, and set data.format: alpaca",
+    "kto": "set data.format to messages, alpaca or completion",
+    "classification": "set data.format: text",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +90,17 @@ def assemble(config: RunConfig) -> Assembly:
     files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
     # The data first: what is wrong with it should not be told after loading tens of gigabytes.
     tokenizer = load_tokenizer(files, model_section.trust_remote_code)
-    datasets = build_datasets(tokenizer, seed=section.seed, **config.data.model_dump())
+    with accelerator.main_process_first():  # the others find what it has tokenized
+        datasets = datasets_from_section(config.data, tokenizer, section.seed)
+    _check_objective(section.objective, datasets)
     model, _ = base_from_section(model_section, accelerator.device)
-    _check_fit(model, [*datasets.train, *datasets.eval])
+    _check_fit(model, datasets)
     adapt(model, config.lora, section.seed)
     tried = datasets.train[0].input_ids[:TRIED_TOKENS]
-    check_loss(model, collate([make_example(tried, [True] * len(tried))]).to(accelerator.device))
+    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, tried[::-1]))
+    check_loss(model, collate([example]).to(accelerator.device))
+    if config.data.packing:
+        check_isolation(model, example, other)
     recompute = apply_recompute(model, model_section.recompute)
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -96,7 +109,8 @@ def assemble(config: RunConfig) -> Assembly:
         rounding=section.rounding, seed=section.seed,
     )  # fmt: skip
     batches = BatchPlan(
-        len(datasets.train), section.micro_batch_size, section.gradient_accumulation_steps, section.seed,
+        datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
+        config.data.max_seq_len if config.data.packing else None, section.seed,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     in_use = {
@@ -108,6 +122,7 @@ def assemble(config: RunConfig) -> Assembly:
         "optimizer": section.optimizer,
         "optimizer_state_paged": optimizer.is_paged,
         "rounding": optimizer.rounding,
+        "packing_fill": round(batches.fill, 4) if config.data.packing else None,
     }
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
     plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
@@ -131,17 +146,28 @@ def _start_processes(trackers: list[str], output_dir: str) -> Any:
     return accelerator
 
 
-def _check_fit(model: Any, examples: list[TokenizedExample]) -> None:
+def _check_objective(objective: str, datasets: Datasets) -> None:
+    """Sees that the rows are of a kind that the objective learns from."""
+    for report in datasets.reports:
+        if report.format in OTHER_OBJECTIVES:
+            raise ConfigError(
+                f"train.objective: {objective} can't learn from the {report.format} rows of {report.source}; to learn "
+                f"their answers alone, {OTHER_OBJECTIVES[report.format]}."
+            )
+
+
+def _check_fit(model: Any, datasets: Datasets) -> None:
     """Sees that every id has an embedding and every position a place; on a GPU a missing one ends the process."""
     num_embeddings = model.get_input_embeddings().num_embeddings
-    largest = max(int(example.input_ids.max()) for example in examples)
+    stores = datasets.train.stores
+    largest = max(store.largest_id() for store in stores)
     if largest >= num_embeddings:
         raise DataError(
             f"The tokenizer gives id {largest}, but the model embeds {num_embeddings} tokens: they do not belong "
             "together, or tokens were added without rows for them."
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, examples))
+    longest = max(int(store.lengths.max()) for store in stores)
     if positions and longest > positions:
         raise DataError(
             f"The longest example has {longest} tokens, but the model's config has positions for {positions}; lower "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora.data import Batch, BatchPlan, TokenizedExample, collate
+from qlora.data import BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
 from qlora.lora import lora_layers
 from qlora.model import supervised_loss
@@ -66,8 +66,8 @@ def run_loop(
 ) -> None:
     """Trains from `progress` on until `total_steps`, or until `after_step` returns False.
 
-    Every step's gradient is the sum over its micro-batches and processes, divided by the supervised tokens of
-    the whole window: how a window is cut into micro-batches or spread over processes makes no difference.
+    Every step's gradient is the sum over its micro-batches and processes, divided by the weight of the supervised
+    tokens of the whole window: how a window is cut into micro-batches or spread over processes makes no difference.
 
     Args:
         model: With adapters, in training mode, on the accelerator's device.
@@ -92,14 +92,14 @@ def run_loop(
     while progress.step < total_steps:
         started, step = time.perf_counter(), progress.step
         window = [examples[index] for index in plan.window(step)]
-        num_supervised = sum(example.num_supervised for example in window)
+        total_weight = sum(example.total_weight for example in window)
         # Dropout follows from seed, step and process, so that a resumed run draws the same.
         torch.manual_seed(hash((plan.seed, step, plan.rank)))
         flat.zero_grad()
         loss = torch.zeros((), device=device)
         for indices in plan.micro_batches(step):
-            batch: Batch = collate([examples[index] for index in indices]).to(device)
-            micro_loss = supervised_loss(model, batch) / num_supervised
+            batch = collate([examples[index] for index in indices], packed=plan.capacity is not None).to(device)
+            micro_loss = supervised_loss(model, batch) / total_weight
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         if accelerator.num_processes > 1:
@@ -120,7 +120,7 @@ def run_loop(
 
         progress.step += 1
         progress.tokens += sum(map(len, window))
-        progress.supervised_tokens += num_supervised
+        progress.supervised_tokens += sum(example.num_supervised for example in window)
         progress.loss_scale = scaler.state_dict()
         share = 1.0 if unchanged is None else unchanged.item()
         seconds = time.perf_counter() - started

@@ -179,7 +179,8 @@ def _rate_of(assembly: Assembly) -> Callable[[int], float]:
 def _evaluate_all(assembly: Assembly) -> Evaluation:
     """Evaluates the held-out examples, each process a part of them."""
     accelerator = assembly.accelerator
-    batches = list(eval_batches(assembly.plan.datasets.eval, assembly.config.train.micro_batch_size))
+    examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity
+    batches = list(eval_batches(examples, assembly.config.train.micro_batch_size, capacity))
     share = batches[accelerator.process_index :: accelerator.num_processes]
     several = accelerator.num_processes > 1
     return evaluate(assembly.model, share, accelerator.reduce if several else None)

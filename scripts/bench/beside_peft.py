@@ -75,17 +75,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Trains with one of the two, on batches made by the same code."""
     import torch
 
-    from qlora.data import BatchPlan, build_datasets, collate, eval_batches
+    from qlora.data import BatchPlan, Source, Treatment, build_datasets, collate, eval_batches
     from qlora.model import evaluate
 
     model, tokenizer, parameters = BUILDERS[arguments.trainer](arguments)
     datasets = build_datasets(
-        tokenizer, arguments.text, eval=0.02, max_seq_len=arguments.seq_len, overlong="split", seed=0
+        tokenizer, [Source(arguments.text)], 0.02, Treatment(max_seq_len=arguments.seq_len, overlong="split")
     )
-    batches = [
-        collate([datasets.train[index] for index in BatchPlan(len(datasets.train), arguments.batch, 1).window(step)])
-        for step in range(arguments.steps)
-    ]
+    plan = BatchPlan(datasets.train.lengths, arguments.batch, 1)
+    batches = [collate([datasets.train[index] for index in plan.window(step)]) for step in range(arguments.steps)]
     unwrapped = model.base_model.model if arguments.trainer == "peft" else model
     before = evaluate(unwrapped, eval_batches(datasets.eval, arguments.batch)).loss
     model.train()

@@ -1,0 +1,112 @@
+"""What became of the rows of a source, in numbers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+QUANTILES = {"shortest": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "longest": 1.0}
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of the rows of one source.
+
+    Attributes:
+        format: As which the rows were read.
+        rows: That were read, bad ones among them.
+        bad_rows: That can't be used, and were left out.
+        problems: Of the first bad rows.
+        unread_columns: That the format does not read.
+        duplicates: Rows that an earlier one says already, token for token.
+        examples: Documents to learn from.
+        drawn: Of those, how many an epoch sees, by the source's weight and without those held out.
+        per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
+        eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
+        empty_answers: Conversations with an answer of no text.
+        overlong: What was done with examples that were too long, and how often.
+        lengths: Quantiles of the documents' lengths in tokens, before any was cut or left out.
+        histogram: Of these lengths: the longest of each bin, and how many documents it has.
+        notes: What else a user should know.
+        seconds: That reading and tokenizing took, when it was done.
+        digest: Of all ids and weights: equal when the same is learnt from.
+    """
+
+    source: str
+    format: str = ""
+    chat_template: str = ""
+    rows: int = 0
+    bad_rows: int = 0
+    problems: list[str] = field(default_factory=list)
+    unread_columns: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    examples: int = 0
+    drawn: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    per_answer: int = 0
+    eos_added: int = 0
+    empty_answers: int = 0
+    overlong: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    histogram: list[tuple[int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    digest: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def supervised_share(self) -> float:
+        """Of all tokens, those that are learnt."""
+        return self.supervised_tokens / max(1, self.tokens)
+
+    def measure(self, lengths: Sequence[int], max_seq_len: int) -> None:
+        """Fills in quantiles and histogram of documents' lengths."""
+        self.lengths = {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()}
+        self.histogram = histogram(lengths, max_seq_len)
+
+    def remarks(self) -> list[str]:
+        """Everything that is not as in a plain case, a line each."""
+        counted = {
+            "bad rows left out": self.bad_rows,
+            "rows that repeat an earlier one": self.duplicates,
+            "conversations trained answer by answer, as the template rewrites earlier turns": self.per_answer,
+            "conversations got EOS added, as the template ends no answer": self.eos_added,
+            "conversations with an empty answer": self.empty_answers,
+        }
+        counted |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
+        lines = [f"{count} {what}" for what, count in counted.items() if count]
+        if self.unread_columns:
+            lines.append(f"columns not read: {', '.join(self.unread_columns)}")
+        return lines + self.notes
+
+    def summary(self) -> str:
+        """One line for people, and one more for each remark."""
+        drawn = f", {self.drawn} of them an epoch" if self.drawn != self.examples else ""
+        head = (
+            f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples{drawn}, {self.tokens} tokens, "
+            f"{self.supervised_share:.0%} supervised; chat template: {self.chat_template}"
+        )
+        return "\n".join([head, *(f"  {remark}" for remark in self.remarks())])
+
+
+def histogram(lengths: Sequence[int], max_seq_len: int) -> list[tuple[int, int]]:
+    """Counts lengths in bins that double, one of which ends at `max_seq_len`.
+
+    Returns:
+        The longest length of each bin, and how many are in it and in none before; empty bins at the ends left out.
+    """
+    longest = int(max(lengths, default=0))
+    edges = [8]
+    while edges[-1] < longest:
+        edges.append(edges[-1] * 2)
+    edges = sorted({*edges, max_seq_len} if longest > max_seq_len else {*edges})
+    places = np.searchsorted(edges, lengths)
+    counts = np.bincount(places, minlength=len(edges))[: len(edges)]
+    filled = np.flatnonzero(counts)
+    return [(edges[bin_], int(counts[bin_])) for bin_ in range(filled[0], filled[-1] + 1)] if len(filled) else []

@@ -1,0 +1,100 @@
+"""What of a tokenizer or its chat template would make a server feed other ids than were trained on."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora.data.template import adds_bos, render
+from qlora.errors import ConfigError, DataError
+
+PROBE = "qwxzk"
+QUESTION = {"role": "user", "content": "a"}
+# Texts on whose leading spaces two readings of one tokenizer file may differ.
+SPACED = (" Hello", "  Hello", "\n Hello")
+
+
+class TemplateFacts:
+    """What a tokenizer's chat template does, found out by rendering probes with it when it is first needed."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def check(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+        """Sees that nothing of a conversation would be left out in silence.
+
+        Raises:
+            ConfigError: The template begins with BOS twice.
+            DataError: The template does not write what the conversation has.
+        """
+        self._check_bos()
+        lost = [] if not tools or self._writes_tools else ["tools"]
+        if not self._writes_calls and any("tool_calls" in message for message in messages):
+            lost.append("tool calls")
+        if not self._writes_reasoning and any("reasoning_content" in message for message in messages):
+            lost.append("reasoning")
+        if lost:
+            raise DataError(
+                f"the chat template leaves out this conversation's {' and '.join(lost)}; set data.chat_template to one "
+                "that writes them (the built-in chatml does), or take them out of the data."
+            )
+
+    def notes(self) -> list[str]:
+        """What a user should know of the template."""
+        ids = self._prompt_ids
+        if ids is not None and adds_bos(self._tokenizer) and ids[:1] != [self._tokenizer.bos_token_id]:
+            return ["the chat template writes no BOS, though the tokenizer starts texts with it; so do servers of it"]
+        return []
+
+    @cached_property
+    def _prompt_ids(self) -> list[int] | None:
+        try:
+            text = render(self._tokenizer, [QUESTION], add_generation_prompt=True)
+        except DataError:
+            return None
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def _check_bos(self) -> None:
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and self._prompt_ids is not None and self._prompt_ids[:2] == [bos, bos]:
+            raise ConfigError("data.chat_template: the template begins a conversation with BOS twice; take one out.")
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        function = {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        return self._writes([QUESTION], [{"type": "function", "function": function}])
+
+    @cached_property
+    def _writes_calls(self) -> bool:
+        call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+        return self._writes([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+
+    @cached_property
+    def _writes_reasoning(self) -> bool:
+        return self._writes([QUESTION, {"role": "assistant", "content": "a", "reasoning_content": PROBE}])
+
+    def _writes(self, messages: list[dict[str, Any]], tools: Any = None) -> bool:
+        try:
+            return PROBE in render(self._tokenizer, messages, tools)
+        except DataError:
+            return True  # it refuses the probe for another reason; a row's own refusal tells it
+
+
+def tokenizer_notes(tokenizer: Any) -> list[str]:
+    """What a user should know of a tokenizer: where transformers reads its file otherwise than other tools do."""
+    from tokenizers import Tokenizer
+
+    path = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if not path.is_file():
+        return []
+    own = Tokenizer.from_file(str(path))
+    for text in SPACED:
+        here, there = (
+            tokenizer(text, add_special_tokens=False).input_ids,
+            own.encode(text, add_special_tokens=False).ids,
+        )
+        if here != there:
+            return [
+                f"transformers turns {text!r} into {here}, the tokenizer.json itself (and llama.cpp) into {there}: "
+                "begin no completion and no answer with a space"
+            ]
+    return []

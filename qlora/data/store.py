@@ -1,0 +1,178 @@
+"""Tokenized examples on disk: written once, mapped by whoever trains on them, kept under a key of what made them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora.data.tokens import TokenizedExample
+from qlora.errors import DataError
+
+# Entries that no run used for so long are removed when a new one is written.
+KEPT_SECONDS = 30 * 24 * 3600
+DTYPES = {"input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64}
+
+
+class ExampleWriter:
+    """Appends examples to files; no more is held than their lengths.
+
+    Args:
+        folder: To write into.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
+        self._digest = hashlib.sha256()
+
+    def append(self, example: TokenizedExample, row: int) -> None:
+        """Adds an example.
+
+        Args:
+            example: To add.
+            row: Number of the row that it comes from.
+        """
+        values = {
+            "input_ids": example.input_ids,
+            "weights": example.weights,
+            "lengths": len(example),
+            "rows": row,
+        }
+        for name, dtype in DTYPES.items():
+            data = np.ascontiguousarray(values[name], dtype=dtype).tobytes()
+            self._files[name].write(data)
+            if name != "rows":
+                self._digest.update(data)
+
+    def close(self) -> dict[str, Any]:
+        """Syncs the files.
+
+        Returns:
+            `digest`, of all ids and weights, and `bytes` by file.
+        """
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        sizes = {name: Path(file.name).stat().st_size for name, file in self._files.items()}
+        return {"digest": self._digest.hexdigest(), "bytes": sizes}
+
+    def abandon(self) -> None:
+        """Closes the files as they are."""
+        for file in self._files.values():
+            file.close()
+
+
+class ExampleStore:
+    """The examples of one source, read from disk as they are asked for.
+
+    Args:
+        folder: That an `ExampleWriter` wrote.
+
+    Attributes:
+        lengths: (examples,), int64, in tokens.
+        rows: (examples,), int64: the row that each comes from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        read = {name: np.fromfile(folder / f"{name}.bin", dtype=DTYPES[name]) for name in ("lengths", "rows")}
+        self.lengths, self.rows = read["lengths"], read["rows"]
+        self._input_ids = np.memmap(folder / "input_ids.bin", dtype=DTYPES["input_ids"], mode="r")
+        self._weights = np.memmap(folder / "weights.bin", dtype=DTYPES["weights"], mode="r")
+        self._ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        span = slice(self._ends[index] - self.lengths[index], self._ends[index])
+        return TokenizedExample(np.asarray(self._input_ids[span]), np.asarray(self._weights[span]))
+
+    def largest_id(self) -> int:
+        """Of all tokens."""
+        return int(self._input_ids.max())
+
+
+class ExampleSet(Sequence[TokenizedExample]):
+    """Examples chosen from stores, in a fixed order; one may be chosen several times.
+
+    Args:
+        stores: To choose from.
+        places: (examples, 2), int64: the store and the example in it.
+    """
+
+    def __init__(self, stores: Sequence[ExampleStore], places: np.ndarray) -> None:
+        self.stores, self.places = stores, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return ExampleSet(self.stores, self.places[index])
+        store, place = self.places[index]
+        return self.stores[store][place]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(examples,), int64, in tokens."""
+        lengths = np.zeros(len(self.places), dtype=np.int64)
+        for number, store in enumerate(self.stores):
+            here = self.places[:, 0] == number
+            lengths[here] = store.lengths[self.places[here, 1]]
+        return lengths
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where tokenized data is kept: as told, or in the user's cache."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora" / "data"
+
+
+def find_entry(cache: Path, key: str) -> dict[str, Any] | None:
+    """What is known of the entry of a key, or None if there is none that is whole."""
+    entry = cache / key
+    try:
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        sizes = {name: (entry / f"{name}.bin").stat().st_size for name in DTYPES}
+        if sizes != about["bytes"]:
+            return None
+        os.utime(entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return about
+
+
+@contextmanager
+def new_entry(cache: Path, key: str) -> Iterator[Path]:
+    """Gives a folder to write an entry into, which takes its place in the cache at the end, whole or not at all.
+
+    Raises:
+        DataError: The cache can't be written, or the disk is full.
+    """
+    aside: Path | None = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for other in cache.iterdir():
+            if time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=cache))
+        yield aside
+        if find_entry(cache, key) is None:  # another run may have been faster
+            shutil.rmtree(cache / key, ignore_errors=True)
+            aside.rename(cache / key)
+    except OSError as error:
+        raise DataError(
+            f"Tokenized data can't be kept in {cache}: {error.strerror or error}; set data.cache_dir elsewhere."
+        ) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)

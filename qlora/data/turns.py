@@ -1,0 +1,170 @@
+"""Turns of a conversation in the dialects there are, to the one that chat templates read."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.data.rows import Row
+from qlora.errors import DataError
+
+# Names of speakers in files, by the role that a chat template knows.
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+# Turns of these speakers are calls in JSON, as ShareGPT writes them.
+CALLERS = ("function_call", "tool_call")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
+
+
+class TurnReader:
+    """Reads the turns of rows.
+
+    Args:
+        columns: Our name of a turn's key, `role` or `content`, to theirs.
+        roles: Their name of a speaker to ours.
+    """
+
+    def __init__(self, columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
+        self._role_keys = (columns["role"],) if "role" in columns else ROLE_KEYS
+        self._content_keys = (columns["content"],) if "content" in columns else CONTENT_KEYS
+        self._role_of = ROLE_OF | dict(roles)
+
+    def read_all(self, row: Row, column: str, turns: Any) -> tuple[list[dict[str, Any]], list[float] | None]:
+        """Reads a list of turns.
+
+        Returns:
+            The turns with `role`, `content` and, where there are such, `reasoning_content`, `tool_calls`, `name` and
+            `tool_call_id`; and the weight of each, or None if no turn has one.
+
+        Raises:
+            DataError: They are no turns; the row and the turn are told.
+        """
+        if isinstance(turns, str):  # a table holds lists as JSON
+            turns = parse_json(row, column, turns)
+        if isinstance(turns, dict):
+            turns = [turns]
+        if not isinstance(turns, list) or not turns:
+            raise DataError(f"{row.origin}: '{column}' should be a list of turns, not {turns!r:.80}.")
+        messages = [self.read(row, turn) for turn in turns]
+        weights = [_weight(row, turn) for turn in turns]
+        for message, weight in zip(messages, weights, strict=True):
+            if weight and message["role"] != "assistant":
+                raise DataError(f"{row.origin}: a {message['role']} turn has weight {weight}; only answers are learnt.")
+        return messages, None if weights == [None] * len(weights) else [1.0 if w is None else w for w in weights]
+
+    def read(self, row: Row, turn: Any) -> dict[str, Any]:
+        """Reads one turn."""
+        if not isinstance(turn, dict):
+            raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
+        name = next((turn[key] for key in self._role_keys if key in turn), None)
+        role = self._role_of.get(name) if isinstance(name, str) else None
+        if role not in ROLES:
+            known = ", ".join(sorted(self._role_of))
+            raise DataError(f"{row.origin}: role {name!r} is none of {known}; map it with data.roles.")
+        content = next((turn[key] for key in self._content_keys if key in turn), None)
+        calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+        if name in CALLERS and isinstance(content, str):
+            calls, content = parse_json(row, f"{name} turn", content), None
+        if content is None and not calls:
+            raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {turn!r:.80}.")
+        message: dict[str, Any] = {"role": role, "content": ""}
+        if isinstance(content, list):
+            message |= _join_parts(row, content)
+            calls = message.pop("calls", None) or calls
+        elif content is not None:
+            message["content"] = check_unicode(row, content)
+        reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
+        if reasoning is not None:
+            message["reasoning_content"] = check_unicode(row, reasoning)
+        if calls:
+            message["tool_calls"] = [_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+        if role == "tool":
+            message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+        return message
+
+
+def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
+    """The descriptions of tools that a conversation may use, as chat templates read them; None if there are none."""
+    if isinstance(tools, str) and tools.strip():
+        tools = parse_json(row, "tools", tools)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{row.origin}: 'tools' should be a list of objects, not {tools!r:.80}.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def parse_json(row: Row, name: str, text: str) -> Any:
+    """Parses JSON inside a column.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{row.origin}: '{name}' should be JSON, not {text!r:.80} ({error}).") from None
+
+
+def check_unicode(row: Row, text: Any) -> str:
+    """Sees that a value is text that can be encoded: JSON can hold halves of a surrogate pair, which break tokenizers.
+
+    Raises:
+        DataError: It is not.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{row.origin}: a turn's content should be text or parts, not {text!r:.80}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row.origin}: character {error.start} of {text!r:.40} is half a surrogate pair.") from None
+    return text
+
+
+def _join_parts(row: Row, parts: list[Any]) -> dict[str, Any]:
+    """Joins the parts of a content by lines, as servers do for templates that read text."""
+    texts, reasoning, calls = [], [], []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        value = (
+            part if isinstance(part, str) else next((part[key] for key in ("text", "value", kind) if key in part), None)
+        )
+        if kind == "tool_call":
+            calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)
+        elif kind in ("reasoning", "thinking"):
+            reasoning.append(check_unicode(row, value))
+        elif kind == "text":
+            texts.append(check_unicode(row, value))
+        else:
+            raise DataError(f"{row.origin}: a part of a turn is of type '{kind}'; only text can be learnt here.")
+    joined: dict[str, Any] = {"content": "\n".join(texts)}
+    if reasoning:
+        joined["reasoning_content"] = "\n".join(reasoning)
+    return joined | ({"calls": calls} if calls else {})
+
+
+def _call(row: Row, call: Any) -> dict[str, Any]:
+    """A call with its arguments as an object: templates write a string of JSON as a string."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = parse_json(row, "arguments", arguments or "{}")
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _weight(row: Row, turn: dict[str, Any]) -> float | None:
+    weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), None)
+    if weight is None:
+        return None
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1000:
+        raise DataError(f"{row.origin}: a turn's weight should be a number from 0 to 1000, not {weight!r}.")
+    return float(weight)
