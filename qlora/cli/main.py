@@ -12,6 +12,7 @@ from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
 from qlora.cli.init import init
 from qlora.cli.merge import merge
+from qlora.cli.preview import preview
 from qlora.cli.train import train
 from qlora.cli.verify import verify
 from qlora.errors import ConfigError, QLoRAError
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("init")(init)
+app.command("preview")(preview)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qlora.config.aliases import ALIASES
-from qlora.config.sections import RunConfig
+from qlora.config.sections import RunConfig, SourceSection
 from qlora.errors import ConfigError
 
 
@@ -56,6 +57,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         sources = getattr(config.data, key)
         if isinstance(sources, list):
             paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
+    if config.data.cache_dir is not None:  # it is made if it is not there
+        paths["cache_dir"] = str(Path(config.data.cache_dir).expanduser().absolute())
     if Path(config.data.chat_template).suffix:  # a bare word is a built-in name, whatever lies here
         paths["chat_template"] = resolved(config.data.chat_template)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
@@ -80,19 +83,32 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    # Below section.key pydantic names the members of a union, which a user never wrote.
-    key = ".".join(location[:2])
+    location = problem["loc"]
+    key = _key_of(location)
     if problem["type"] == "extra_forbidden":
         return f"  {key}: unknown key.{_suggest(location)}"
-    if problem["type"] == "missing" and len(location) <= 2:
+    if problem["type"] == "missing" and isinstance(location[-1], str):
         return f"  {key}: missing; it has no default."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return f"  {key}: {problem['input']!r} {message}"
 
 
-def _suggest(location: Sequence[str]) -> str:
-    name = location[-1]
+def _key_of(location: Sequence[str | int]) -> str:
+    """What a user wrote: `section.key`, and of a source in a list `data.train[0].path`."""
+    key = ".".join(map(str, location[:2]))
+    # Below section.key pydantic also names the members of a union, which a user never wrote.
+    for place, (part, name) in enumerate(pairwise(location)):
+        if isinstance(part, int):
+            return ".".join([f"{key}[{part}]", str(name), *map(str, location[place + 2 :])])
+    return key
+
+
+def _suggest(location: Sequence[str | int]) -> str:
+    name = str(location[-1])
+    if len(location) > 2:  # of a source
+        near = difflib.get_close_matches(name, SourceSection.model_fields, n=1)
+        if near:
+            return f" Did you mean {near[0]}?"
     if name in ALIASES:
         return f" Here it is {ALIASES[name]}."
     sections = {section: _keys_of(section) for section in RunConfig.model_fields}
@@ -102,7 +118,8 @@ def _suggest(location: Sequence[str]) -> str:
     if len(location) == 1:
         near = difflib.get_close_matches(name, sections, n=1)
     else:
-        near = [f"{location[0]}.{key}" for key in difflib.get_close_matches(name, sections[location[0]], n=1)]
+        section = str(location[0])
+        near = [f"{section}.{key}" for key in difflib.get_close_matches(name, sections[section], n=1)]
     near += [
         f"{section}.{key}"
         for section, keys in sections.items()

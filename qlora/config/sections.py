@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 
 class Section(BaseModel):
@@ -111,7 +111,11 @@ class SourceSection(Section):
 
 
 Sources = Annotated[list[SourceSection], BeforeValidator(_list_sources)]
-EvalSources = Annotated[list[SourceSection] | float | None, BeforeValidator(_check_eval)]
+EvalSources = Annotated[
+    Annotated[list[SourceSection], Tag("sources")] | Annotated[float | None, Tag("share")],
+    Discriminator(lambda value: "sources" if isinstance(value, list) else "share"),
+    BeforeValidator(_check_eval),
+]
 
 
 class DataSection(Section):

@@ -5,6 +5,7 @@ from qlora.data.datasets import Datasets, Treatment, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.report import DataReport
 from qlora.data.rows import Source
+from qlora.data.samples import Piece, pieces
 from qlora.data.store import ExampleSet
 from qlora.data.template import apply_template, encode_prompt
 from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "DataReport",
     "Datasets",
     "ExampleSet",
+    "Piece",
     "Source",
     "TokenizedExample",
     "Treatment",
@@ -26,5 +28,6 @@ __all__ = [
     "encode_prompt",
     "eval_batches",
     "make_example",
+    "pieces",
     "supervised_bytes",
 ]

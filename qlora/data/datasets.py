@@ -95,12 +95,13 @@ def build_datasets(
     share = float(eval) if isinstance(eval, float | int) else 0.0
     learnt, held_out = [], []
     for number, source in enumerate(train):
-        kept, out = _hold_out(stores[number], share, seed)
+        kept, out = _hold_out(stores[number], share, seed, source.path)
         kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
         reports[number] = replace(reports[number], drawn=len(kept))
         learnt.append(_places(number, kept))
         held_out.append(_places(number, out))
     for number in range(len(train), len(stores)):
+        reports[number] = replace(reports[number], drawn=len(stores[number]))
         held_out.append(_places(number, np.arange(len(stores[number]))))
     return Datasets(
         ExampleSet(stores, np.concatenate(learnt)),
@@ -117,13 +118,11 @@ def _prepare(
     about = find_entry(cache, key)
     if about is None:
         with new_entry(cache, key) as folder:
-            report = _Build(source, encoder, treatment, folder).run()
+            _Build(source, encoder, treatment, folder).run()
         about = find_entry(cache, key)
-        if about is None:
-            raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
-    else:
-        report = DataReport(**about["report"])
-    return ExampleStore(cache / key), report
+    if about is None:
+        raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
+    return ExampleStore(cache / key), DataReport(**about["report"])
 
 
 class _Build:
@@ -135,7 +134,12 @@ class _Build:
         self._hashes: list[int] = []
         self._lengths: list[int] = []
 
-    def run(self) -> DataReport:
+    def run(self) -> None:
+        """Writes examples and report.
+
+        Raises:
+            DataError: Rows are bad, or none is left.
+        """
         started = time.perf_counter()
         report, treatment = self.report, self.treatment
         reader = RowReader(self.source.format, self.source.columns, self.source.roles)
@@ -167,7 +171,6 @@ class _Build:
         report.digest = about["digest"]
         report.seconds = time.perf_counter() - started
         (self.folder / "about.json").write_text(json.dumps(about | {"report": report.as_dict()}), encoding="utf-8")
-        return report
 
     def _add(self, batch: list[Row | BadRow], reader: RowReader, writer: ExampleWriter) -> None:
         """Encodes a batch of rows and writes their examples."""
@@ -269,7 +272,7 @@ def _has_empty_answer(example: Conversation) -> bool:
     )
 
 
-def _hold_out(store: ExampleStore, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(store: ExampleStore, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Draws whole rows, so that no part of one is trained on; of a single row, a long text, its parts."""
     everything = np.arange(len(store))
     if not share:
@@ -280,7 +283,9 @@ def _hold_out(store: ExampleStore, share: float, seed: int) -> tuple[np.ndarray,
     num_units = int(unit_of[-1]) + 1
     count = max(1, round(share * num_units))
     if count >= num_units:
-        raise DataError(f"data.eval: holding out {share} of {num_units} examples leaves none to train on.")
+        raise DataError(
+            f"data.eval: holding out {share} of the {num_units} examples of {name} leaves none to train on."
+        )
     is_out = np.isin(unit_of, np.random.default_rng(seed).permutation(num_units)[:count])
     return everything[~is_out], everything[is_out]
 
@@ -316,8 +321,11 @@ def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
 
 
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
 
 
 @cache

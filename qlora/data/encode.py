@@ -1,20 +1,28 @@
 """Examples to tokens with the weight of each, many at a time."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from qlora.data.formats import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
-from qlora.data.serving import QUESTION, TemplateFacts
+from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
 from qlora.data.template import adds_bos, render
 from qlora.data.tokens import TokenizedExample, make_example
 from qlora.errors import DataError
 
 # Put before a text that continues another, and cut off again: the first that does not merge with it serves.
 LEADS = ("a", "\n", ".", "0")
+
+# Tokens before a border that are held against those of the text before it alone.
+COMPARED = 2
+
+# Where the text of each token begins and ends.
+Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,8 @@ class Encoded:
 
     Attributes:
         documents: Its tokens; of a preference two, and of a conversation one per answer where its template asks for it.
-        per_answer: The template writes earlier turns anew, so every answer became a document.
+        per_answer: The template writes earlier turns anew, or a token would join an earlier answer to its prompt, so
+            every answer became a document.
         eos_added: The template ends no answer, so the tokenizer's EOS was put behind the last one.
     """
 
@@ -51,13 +60,22 @@ class _Draft:
     needs_end: bool = False
     starts: list[int] = field(default_factory=list)
 
+    def by_answer(self) -> "list[_Draft]":
+        """Each of its answers that is learnt as a document that ends with it."""
+        return [
+            _Draft(self.text[:end], [(begin, end, weight)], 0.0, needs_end=True)
+            for begin, end, weight in self.answers
+            if weight
+        ]
+
 
 class ExampleEncoder:
     """Turns examples into tokens with one tokenizer, whose template is in place.
 
     Args:
         tokenizer: A fast tokenizer of transformers, with an EOS token.
-        loss_on: `assistant`, its turns with their end tokens; `last`, the last of them; or `all`, prompts too.
+        loss_on: `assistant`, its turns with their end tokens; `last`, the last of them; or `all`, prompts too. Of what
+            was judged, as preferences are, it is the last turn in any case.
 
     Raises:
         DataError: The tokenizer has no EOS token, so nothing would teach the model to stop, or is no fast one.
@@ -96,7 +114,7 @@ class ExampleEncoder:
             elif isinstance(example, Tokens):
                 results.append(_take(example))
             else:
-                finished = [self._finish(draft, next(encodings)) for draft in group]
+                finished = [document for draft in group for document in self._finish(draft, next(encodings))]
                 documents = [document for document, _ in finished]
                 per_answer = len(documents) > 1 and not isinstance(example, Preference)
                 results.append(Encoded(documents, per_answer, any(added for _, added in finished)))
@@ -110,20 +128,21 @@ class ExampleEncoder:
         if isinstance(example, Labelled):
             return [_Draft(example.text, [], 0.0, is_chat=False, starts=self._bos)]
         if isinstance(example, Preference):
-            return self._draft_pair(example)
+            return [*self._draft_verdict(example.chosen), *self._draft_verdict(example.rejected)]
         if isinstance(example, Rated):
-            return self._draft_conversation(example.conversation)
-        return [] if isinstance(example, Tokens) else self._draft_conversation(example)
+            return self._draft_verdict(example.conversation)
+        return [] if isinstance(example, Tokens) else self._draft_conversation(example, float(self.loss_on == "all"))
 
-    def _draft_pair(self, example: Preference) -> list[_Draft]:
-        """Both ways to go on; what they share is no answer to choose, so the last turn alone is learnt."""
-        pair = []
-        for conversation in (example.chosen, example.rejected):
-            weights = [0.0] * (len(conversation.messages) - 1) + [1.0]
-            pair += self._draft_conversation(Conversation(conversation.messages, conversation.tools, weights))
-        return pair
+    def _draft_verdict(self, conversation: Conversation) -> list[_Draft]:
+        """A conversation of which the last turn was judged: it alone is learnt, whatever the loss is on."""
+        messages = conversation.messages
+        if messages[-1]["role"] != "assistant":
+            raise DataError(f"it should end with the answer that was judged, not with a {messages[-1]['role']} turn.")
+        weights = [0.0] * (len(messages) - 1) + [1.0]
+        return self._draft_conversation(Conversation(messages, conversation.tools, weights))
 
-    def _draft_conversation(self, conversation: Conversation) -> list[_Draft]:
+    def _draft_conversation(self, conversation: Conversation, base: float = 0.0) -> list[_Draft]:
+        """Drafts of a conversation; the base is the weight of all that is no answer."""
         messages, tools = conversation.messages, conversation.tools
         self.facts.check(messages, tools)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -131,7 +150,6 @@ class ExampleEncoder:
         weights = {turn: given[turn] for turn in turns}
         if self.loss_on == "last":
             weights = {turn: weight if turn == turns[-1] else 0.0 for turn, weight in weights.items()}
-        base = float(self.loss_on == "all")
         sought = [turn for turn in turns if weights[turn] or base]
         if sought[:1] == [0] and not base:
             raise DataError("the conversation begins with an answer, which nothing asks for; take that turn out.")
@@ -162,50 +180,81 @@ class ExampleEncoder:
         grows = until.startswith(before) and text.startswith(until)
         return (len(before), len(until)) if grows else None
 
-    def _finish(self, draft: _Draft, encoding: Any) -> tuple[TokenizedExample, bool]:
-        """Tokens of a draft, and whether EOS was added to them for want of an end token."""
+    def _finish(self, draft: _Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
+        """Documents of a draft, and whether EOS was added to each for want of an end token."""
+        ids, spans = np.array(encoding.ids, dtype=np.int32), encoding.offsets
         borders = [begin for begin, _, _ in draft.answers]
-        if any(_is_crossed(encoding, draft.text, border) for border in borders):
-            ids, first_token = self._tokens_by_pieces(draft.text, borders)
-        else:
-            ids, first_token = np.array(encoding.ids, dtype=np.int32), _FirstToken(encoding, len(draft.text))
-        weights = np.full(len(ids), draft.weight, dtype=np.float16)
-        for begin, end, weight in draft.answers:
-            span = slice(first_token(begin), first_token(end))
-            if draft.is_chat:
-                # What a template writes behind the end token of a turn is not learnt: a server stops before it.
-                ends = np.flatnonzero(np.isin(ids[span], self._end_ids))
-                if len(ends):
-                    span = slice(span.start, span.start + int(ends[-1]) + 1)
-            weights[span] = weight
-        has_end = draft.is_chat and bool(np.isin(ids[weights > 0], self._end_ids).any())
+        stretches = pairwise([0, *borders])
+        crossed = [border for start, border in stretches if self._is_crossed(draft.text, start, border, encoding)]
+        if crossed and crossed[0] < borders[-1] and not draft.weight:
+            # A server that tokenizes the whole prompt of a later answer merges what is cut before an earlier one.
+            parts = draft.by_answer()
+            encodings = self._tokenize([part.text for part in parts]).encodings
+            return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]
+        if crossed:
+            ids, spans = self._tokens_by_pieces(draft.text, crossed)
+        weights, has_end = self._weights(draft, ids, spans)
         last = [draft.answers[-1][2] if draft.answers else 1.0] if draft.needs_end and not has_end else []
         ids = np.concatenate([draft.starts, ids, [self.tokenizer.eos_token_id] * len(last)])
         weights = np.concatenate([[0.0] * len(draft.starts), weights, last])
-        return make_example(ids, weights), draft.is_chat and bool(last)
+        return [(make_example(ids, weights), draft.is_chat and bool(last))]
 
-    def _tokens_by_pieces(self, text: str, borders: Sequence[int]) -> tuple[np.ndarray, Any]:
-        """Ids of a text cut at borders, no token reaching over one, and a function from a character to its token.
+    def _weights(self, draft: _Draft, ids: np.ndarray, spans: Spans) -> tuple[np.ndarray, bool]:
+        """The weight of each token, and whether what is learnt ends with an end token."""
+        weights = np.full(len(ids), draft.weight, dtype=np.float16)
+        is_end = np.isin(ids, self._end_ids) if draft.is_chat else np.zeros(len(ids), dtype=bool)
+        has_end = False
+        for begin, end, weight in draft.answers or [(0, len(draft.text), draft.weight)]:
+            first, stop = _first_token(spans, begin), _first_token(spans, end)
+            ends = first + np.flatnonzero(is_end[first:stop])
+            # A special token with text of the answer behind it, as a tag around a call, ends nothing.
+            has_end = len(ends) > 0 and not draft.text[spans[ends[-1]][1] : end].strip()
+            # What a template writes behind the end token of a turn is not learnt: a server stops before it.
+            weights[first : ends[-1] + 1 if has_end else stop] = weight
+        return weights, has_end
+
+    def _is_crossed(self, text: str, start: int, border: int, encoding: Any) -> bool:
+        """Whether the text before a border has other tokens by itself, as a server feeds it; start is in front of it.
+
+        Either a token holds characters of both sides, or the tokenizer treats blanks at the end of a text otherwise
+        than between words.
+        """
+        if not 0 < border < len(text):
+            return False
+        here, before = encoding.char_to_token(border), encoding.char_to_token(border - 1)
+        if here is not None and encoding.token_to_chars(here)[0] < border:
+            return True
+        blanks = len(text[start:border]) - len(text[start:border].rstrip())
+        # Byte-level tokenizers may leave blanks out of the characters that they say a token stands for.
+        if here is not None and before is not None and encoding.token_to_chars(before)[0] <= border - blanks:
+            return False
+        alone = self._tokenize([text[start:border]]).encodings[0].ids
+        whole = encoding.ids[: _first_token(encoding.offsets, border)]
+        return alone[-COMPARED:] != whole[-COMPARED:][-len(alone) :]
+
+    def _tokens_by_pieces(self, text: str, borders: Sequence[int]) -> tuple[np.ndarray, Spans]:
+        """Ids of a text cut at borders, no token reaching over one, and their spans.
 
         Whoever serves a prompt alone never sees a token that also holds the first characters of the answer.
         """
         ids: list[int] = []
-        starts: list[int] = []
+        spans: list[tuple[int, int]] = []
         for begin, end in pairwise(sorted({0, *borders, len(text)})):
-            piece_ids, piece_starts = self._encode_piece(text[begin:end], continues=begin > 0)
+            piece_ids, piece_spans = self._encode_piece(text[begin:end], continues=begin > 0)
             ids += piece_ids
-            starts += [begin + start for start in piece_starts]
-        places = np.array(starts, dtype=np.int64)
-        return np.array(ids, dtype=np.int32), lambda char: int(np.searchsorted(places, char))
+            spans += [(begin + first, begin + last) for first, last in piece_spans]
+        return np.array(ids, dtype=np.int32), spans
 
-    def _encode_piece(self, text: str, continues: bool = False) -> tuple[list[int], list[int]]:
-        """Ids of a text and where each starts; one that continues another gets no mark of a text's beginning."""
+    def _encode_piece(self, text: str, continues: bool = False) -> tuple[list[int], Spans]:
+        """Ids of a text and their spans; one that continues another gets no mark of a text's beginning."""
         for lead in LEADS if continues else ("",):
             encoding = self._tokenize([lead + text]).encodings[0]
             skipped = self._tokenize([lead]).encodings[0].ids if lead else []
             if encoding.ids[: len(skipped)] == skipped:
-                starts = [max(0, start - len(lead)) for start, _ in encoding.offsets[len(skipped) :]]
-                return encoding.ids[len(skipped) :], starts
+                spans = [
+                    (max(0, begin - len(lead)), end - len(lead)) for begin, end in encoding.offsets[len(skipped) :]
+                ]
+                return encoding.ids[len(skipped) :], spans
         return self._encode_piece(text)
 
     def _tokenize(self, texts: list[str]) -> Any:
@@ -214,7 +263,7 @@ class ExampleEncoder:
 
 def answer_end_id(tokenizer: Any) -> int:
     """The id that ends an answer through the tokenizer's chat template: what training teaches to stop with."""
-    conversation = Conversation([QUESTION, {"role": "assistant", "content": "b"}])
+    conversation = Conversation([QUESTION, ANSWER])
     (encoded,) = ExampleEncoder(tokenizer).encode([conversation])
     if isinstance(encoded, DataError):
         return int(tokenizer.eos_token_id)
@@ -222,29 +271,11 @@ def answer_end_id(tokenizer: Any) -> int:
     return int(example.input_ids[example.loss_mask][-1])
 
 
-class _FirstToken:
-    """From a character of a text to the first token that begins at it or behind it."""
-
-    def __init__(self, encoding: Any, length: int) -> None:
-        self._encoding, self._length = encoding, length
-
-    def __call__(self, char: int) -> int:
-        for place in range(char, self._length):  # a normalizer may have left out a few characters
-            token = self._encoding.char_to_token(place)
-            if token is not None:
-                return token if self._encoding.token_to_chars(token)[0] >= char else token + 1
-        return len(self._encoding.ids)
-
-
-def _is_crossed(encoding: Any, text: str, border: int) -> bool:
-    """Whether a token holds characters from both sides of a border."""
-    if not 0 < border < len(text):
-        return False
-    token = encoding.char_to_token(border)
-    if token is not None and encoding.token_to_chars(token)[0] < border:
-        return True
-    # Byte-level tokenizers leave a word's leading space out of the characters that they say its token stands for.
-    return text[border - 1] == " " and encoding.char_to_token(border - 1) is None
+def _first_token(spans: Spans, char: int) -> int:
+    """The first token that begins at a character or behind it."""
+    # Sought by their ends: where blanks are left out of a token's span, it seems to begin behind them.
+    token = bisect_right(spans, char, key=itemgetter(1))
+    return token + (token < len(spans) and spans[token][0] < char)
 
 
 def _take(example: Tokens) -> Encoded | DataError:

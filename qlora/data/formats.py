@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.rows import Row
-from qlora.data.turns import TurnReader, check_unicode, read_tools
+from qlora.data.turns import TurnReader, check_unicode, parse_json, read_tools
 from qlora.errors import ConfigError, DataError
 
 FORMATS = {
@@ -122,7 +122,7 @@ def detect_format(columns: Mapping[str, Any], origin: str) -> str:
     turns = next((columns[name] for name in TURN_COLUMNS if name in names), None)
     is_alpaca = "instruction" in names and not names.isdisjoint({"output", "response"})
     is_completion = names >= {"prompt", "completion"}
-    if (turns is not None or is_alpaca or is_completion) and _is_verdict(columns.get("label")):
+    if (turns is not None or is_alpaca or is_completion) and _verdict(columns.get("label")) is not None:
         return "kto"
     if turns is not None:
         first = turns[0] if isinstance(turns, list) and turns else {}
@@ -149,10 +149,12 @@ class RowReader:
         roles: Their name of a speaker to ours.
 
     Raises:
-        ConfigError: A mapping gives a column or a role that no format has.
+        ConfigError: There is no such format, or a mapping gives a column or a role that no format has.
     """
 
     def __init__(self, format: str = "auto", columns: Mapping[str, str] = {}, roles: Mapping[str, str] = {}) -> None:  # noqa: B006 (never changed)
+        if format not in ("auto", *FORMATS):
+            raise ConfigError(f"data.format: '{format}' is unknown; there are auto, {', '.join(FORMATS)}.")
         known = {"role", "content"}.union(*READ_COLUMNS.values())
         for name in columns.keys() - known:
             raise ConfigError(f"data.columns: no format has a column '{name}'; there are {', '.join(sorted(known))}.")
@@ -189,7 +191,10 @@ class RowReader:
     def _alpaca_prompt(self, row: Row) -> list[dict[str, Any]]:
         values = row.values
         messages = self._system(row)
-        for pair in values.get("history") or []:
+        history = values.get("history") or []
+        if isinstance(history, str):  # a table holds lists as JSON
+            history = parse_json(row, "history", history)
+        for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise DataError(f"{row.origin}: 'history' should hold pairs of question and answer, not {pair!r:.80}.")
             question, answer = (check_unicode(row, text) for text in pair)
@@ -225,6 +230,9 @@ class RowReader:
         weights = [1.0] * len(ids)
         if row.values.get("loss_mask") is not None:
             weights = _numbers(row, "loss_mask", len(ids))
+            wrong = [weight for weight in weights if not 0 <= weight <= 1000]
+            if wrong:
+                raise DataError(f"{row.origin}: 'loss_mask' should hold numbers from 0 to 1000, not {wrong[0]!r:.80}.")
         elif row.values.get("labels") is not None:
             labels = _numbers(row, "labels", len(ids))
             for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
@@ -248,43 +256,49 @@ class RowReader:
         values = row.values
         answer = values.get(f"{name}_messages", values.get(name))
         if isinstance(answer, str):
-            turns = [_turn("assistant", check_unicode(row, answer))]
-        else:
-            turns, _ = self._turns.read_all(row, name, answer)
-        return [*self._prompt(row, required=isinstance(answer, str)), *turns]
+            return [*self._prompt(row), _turn("assistant", check_unicode(row, answer))]
+        turns, _ = self._turns.read_all(row, name, answer)
+        if turns[0]["role"] == "assistant":
+            return [*self._prompt(row), *turns]
+        # It holds the whole conversation; the other columns then give its prompt once more.
+        return turns if turns[0]["role"] == "system" else [*self._system(row), *turns]
 
-    def _prompt(self, row: Row, required: bool) -> list[dict[str, Any]]:
+    def _prompt(self, row: Row) -> list[dict[str, Any]]:
         """The turns before an answer."""
         values = row.values
-        column = next((name for name in (*TURN_COLUMNS, "prompt") if isinstance(values.get(name), list)), None)
-        if column is not None:
+        column = next((name for name in TURN_COLUMNS if values.get(name)), "prompt")
+        if column != "prompt" or isinstance(values.get("prompt"), list):
             return self._system(row) + self._turns.read_all(row, column, values[column])[0]
-        if isinstance(values.get("prompt"), str):
+        if "prompt" in values:
             return [*self._system(row), _turn("user", _text(row, "prompt"))]
-        return self._alpaca_prompt(row) if required or "instruction" in values else self._system(row)
+        if "instruction" in values:
+            return self._alpaca_prompt(row)
+        columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))
+        raise DataError(f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}.")
 
     def _read_kto(self, row: Row) -> Rated:
         label = row.values.get("label")
-        if not _is_verdict(label):
+        is_good = _verdict(label)
+        if is_good is None:
             raise DataError(f"{row.origin}: 'label' should be true or false, not {label!r:.80}.")
         if any(name in row.values for name in TURN_COLUMNS):
             conversation = self._read_turns(row)
         elif isinstance(row.values.get("completion"), str):
             answer = _turn("assistant", _text(row, "completion"))
-            conversation = Conversation([*self._prompt(row, required=True), answer])
+            conversation = Conversation([*self._prompt(row), answer], self._tools(row))
         elif "completion" in row.values:
             read = self._read_completion(row)
             assert isinstance(read, Conversation)
             conversation = read
         else:
             conversation = self._read_alpaca(row)
-        return Rated(conversation, bool(label))
+        return Rated(conversation, is_good)
 
     def _read_classification(self, row: Row) -> Labelled:
         label = row.values.get("label")
         if not isinstance(label, str | int):
             raise DataError(f"{row.origin}: 'label' should be a name or a number, not {label!r:.80}.")
-        return Labelled(_text(row, "text"), str(label))
+        return Labelled(_text(row, "text"), check_unicode(row, str(label)))
 
     def _read_oasst(self, row: Row) -> Conversation:
         """The best-ranked path through a tree of replies, down to its last answer."""
@@ -294,7 +308,10 @@ class RowReader:
             if not isinstance(node, dict):
                 raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
             path.append(self._turns.read(row, node))
-            replies = [reply for reply in node.get("replies") or [] if not _is_removed(reply)]
+            replies = node.get("replies") or []
+            if not isinstance(replies, list):
+                raise DataError(f"{row.origin}: 'replies' should be a list of messages, not {replies!r:.80}.")
+            replies = [reply for reply in replies if not _is_removed(reply)]
             node = min(replies, key=_rank, default=None)
         while path and path[-1]["role"] != "assistant":
             path.pop()
@@ -343,8 +360,11 @@ def _numbers(row: Row, column: str, length: int | None = None) -> list[Any]:
     return values
 
 
-def _is_verdict(label: Any) -> bool:
-    return isinstance(label, bool) or isinstance(label, int) and label in (0, 1)
+def _verdict(label: Any) -> bool | None:
+    """What a label says of an answer, None if it is no verdict; a table holds truths as words."""
+    if isinstance(label, str):
+        return {"true": True, "false": False}.get(label.lower())
+    return bool(label) if isinstance(label, int) and label in (0, 1) else None
 
 
 def _is_removed(reply: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,17 +10,38 @@ from qlora.errors import DataError
 
 # Characters read at a time; doubled while a single value does not fit.
 BLOCK = 1 << 20
-SEPARATORS = " \t\r\n,"
+WHITESPACE = " \t\r\n"
+SEPARATORS = WHITESPACE + ","
+# Deeper values are nobody's data, and break whatever walks through them by recursion.
+MAX_DEPTH = 100
+# A value that a block cuts off breaks no further from its end than this: "-Infinity" and "\ud83d" are shorter.
+LONGEST_ATOM = 12
+_DECODER = json.JSONDecoder()
+
+
+def parse_value(text: str) -> Any:
+    """Parses the one value that a text holds.
+
+    Raises:
+        JSONDecodeError: It does not, or its value is one that can't be worked with.
+    """
+    value, end = _decode(text, len(text) - len(text.lstrip(WHITESPACE)))
+    if text[end:].strip(WHITESPACE):
+        raise JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def starts_lines(stream: TextIO) -> bool:
     """Whether a JSON file has a value on each line: no array, and the first line is whole."""
-    line = next((line for line in stream if line.strip()), "")
+    parts = iter(lambda: stream.readline(BLOCK), "")  # the one line of an array may be the whole file
+    line = next((part for part in parts if part.strip()), "")
     if line.lstrip().startswith("["):
         return False
+    if not line.endswith(("\r", "\n")):
+        line += stream.readline()
     try:
-        json.loads(line)
-    except json.JSONDecodeError:
+        parse_value(line)
+    except JSONDecodeError:
         # A broken first line among others is told as such; an object laid out over lines breaks off at the line's end.
         return line.strip() not in ("{", "") and line.rstrip().endswith("}")
     return True
@@ -27,16 +49,14 @@ def starts_lines(stream: TextIO) -> bool:
 
 def json_lines(stream: TextIO) -> Iterator[tuple[int, Any, str]]:
     """Line number, value and problem of every line that is not blank."""
-    # Only \n ends a line: JSON strings may hold the other separators that str.splitlines() cuts at.
+    # Only \n and \r end a line: JSON strings may hold the other separators that str.splitlines() cuts at.
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line), ""
-        except json.JSONDecodeError as error:
+            yield number, parse_value(line), ""
+        except JSONDecodeError as error:
             yield number, None, f"broken JSON: {error.msg} (column {error.colno})."
-        except RecursionError:
-            yield number, None, "broken JSON: it is nested too deeply."
 
 
 def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
@@ -45,42 +65,72 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
     Raises:
         DataError: The JSON is broken; the line is told.
     """
-    decoder, block = json.JSONDecoder(), BLOCK
-    text, lines_before, closed = stream.read(block), 0, False
-    position = len(text) - len(text.lstrip())
-    in_array = text.startswith("[", position)
-    position += in_array
+    block, text, position, lines_before = BLOCK, "", 0, 0
+    started = in_array = closed = at_end = False
     while True:
         while position < len(text) and text[position] in SEPARATORS:
             position += 1
-        if in_array and text[position : position + 1] == "]":
+        mark = text[position : position + 1]
+        if mark == "[" and not started:
+            started = in_array = True
+            position += 1
+            continue
+        if mark == "]" and in_array and not closed:
             closed = True
             position += 1
             continue
-        problem = None
-        if position < len(text):
-            if closed:
-                raise _broken(path, text, position, lines_before, "something follows the end of the array")
+        if mark and closed:
+            raise _broken(path, text, position, lines_before, "something follows the end of the array")
+        if mark:
+            started = True
             try:
-                value, end = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as error:
-                problem = error
-            except RecursionError:
-                raise DataError(f"{path}: broken JSON: it is nested too deeply.") from None
+                value, end = _decode(text, position)
+            except JSONDecodeError as error:
+                if at_end or not _is_cut_off(error):
+                    raise _broken(path, text, error.pos, lines_before, error.msg) from None
             else:
-                yield value
-                position = end
-                continue
-        more = stream.read(block)
-        if not more:
-            if problem is not None:
-                raise _broken(path, text, problem.pos, lines_before, problem.msg) from None
+                if at_end or len(text) - end > 2:  # "1." and "1e+" are numbers that go on in the next block
+                    yield value
+                    position = end
+                    continue
+        elif at_end:
             if in_array and not closed:
                 raise _broken(path, text, position, lines_before, "the array does not end")
             return
         lines_before += text.count("\n", 0, position)
+        more = stream.read(block)
+        at_end = not more
         text, position = text[position:] + more, 0
         block = max(BLOCK, len(text))
+
+
+def _decode(text: str, position: int) -> tuple[Any, int]:
+    """A value and where it ends; whatever is wrong with it is a JSONDecodeError."""
+    try:
+        value, end = _DECODER.raw_decode(text, position)
+    except RecursionError:
+        raise JSONDecodeError("it is nested too deeply", text, position) from None
+    except JSONDecodeError:
+        raise
+    except ValueError:
+        raise JSONDecodeError("a number has too many digits", text, position) from None
+    brackets = text.count("[", position, end) + text.count("{", position, end)
+    if brackets > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise JSONDecodeError("it is nested too deeply", text, position)
+    return value, end
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return not depth or any(
+        _is_deeper(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def _is_cut_off(error: JSONDecodeError) -> bool:
+    """Whether the rest of the file may mend it: without this, a mistake early on would have all of it read."""
+    return error.msg.startswith("Unterminated string") or len(error.doc) - error.pos < LONGEST_ATOM
 
 
 def _broken(path: Path, text: str, position: int, lines_before: int, message: str) -> DataError:

@@ -22,7 +22,8 @@ class DataReport:
         unread_columns: That the format does not read.
         duplicates: Rows that an earlier one says already, token for token.
         examples: Documents to learn from.
-        drawn: Of those, how many an epoch sees, by the source's weight and without those held out.
+        drawn: Of those, how many an epoch sees, by the source's weight and without those held out; of a source to
+            evaluate on all.
         per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
         eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
         empty_answers: Conversations with an answer of no text.
@@ -51,7 +52,7 @@ class DataReport:
     empty_answers: int = 0
     overlong: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
-    histogram: list[tuple[int, int]] = field(default_factory=list)
+    histogram: list[list[int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     digest: str = ""
@@ -69,6 +70,12 @@ class DataReport:
         """Fills in quantiles and histogram of documents' lengths."""
         self.lengths = {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()}
         self.histogram = histogram(lengths, max_seq_len)
+
+    def bars(self) -> list[tuple[int, int, int, float]]:
+        """The histogram to draw: first and last length of each bin, its documents, and its share of the fullest bin."""
+        starts = [1, *(high + 1 for high, _ in self.histogram)]
+        fullest = max((count for _, count in self.histogram), default=1)
+        return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
 
     def remarks(self) -> list[str]:
         """Everything that is not as in a plain case, a line each."""
@@ -95,7 +102,7 @@ class DataReport:
         return "\n".join([head, *(f"  {remark}" for remark in self.remarks())])
 
 
-def histogram(lengths: Sequence[int], max_seq_len: int) -> list[tuple[int, int]]:
+def histogram(lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
     """Counts lengths in bins that double, one of which ends at `max_seq_len`.
 
     Returns:
@@ -109,4 +116,4 @@ def histogram(lengths: Sequence[int], max_seq_len: int) -> list[tuple[int, int]]
     places = np.searchsorted(edges, lengths)
     counts = np.bincount(places, minlength=len(edges))[: len(edges)]
     filled = np.flatnonzero(counts)
-    return [(edges[bin_], int(counts[bin_])) for bin_ in range(filled[0], filled[-1] + 1)] if len(filled) else []
+    return [[edges[bin_], int(counts[bin_])] for bin_ in range(filled[0], filled[-1] + 1)] if len(filled) else []

@@ -1,11 +1,13 @@
 """Files, folders and data sets to rows, each of which knows where it came from. Nothing is held but the row at hand."""
 
+import codecs
 import csv
 import gzip
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +34,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval", "heldout"),
     "test": ("test", "testing"),
 }
+# Files that describe others: of data sets saved by datasets, and of folders of LLaMA-Factory.
+DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
 # A text file is one document; a tokenizer needs about a hundred bytes for each of its bytes.
 MAX_TEXT_BYTES = 64 * 1024**2
 
@@ -92,10 +96,14 @@ def find_files(source: Source) -> list[Path]:
     Raises:
         DataError: It names a file or folder that is absent or holds nothing to read.
     """
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source.path).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is nobody's
+        raise DataError(f"{source.path} can't be read: {error}") from None
+    if is_file:
         return [path]
-    if path.is_dir():
+    if is_folder:
         return _files_of_folder(path, source.split)
     if path.suffix in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
         raise DataError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
@@ -119,9 +127,7 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
 
 def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
     """The data files below a folder that belong to a split; without such names, all are taken for training data."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _type_of(path)]
-    if any(path.name in ("state.json", "dataset_info.json") for path in files):
-        files = [path for path in files if path.suffix == ".arrow"]  # saved by datasets, which describes them in JSON
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_data(path.relative_to(folder))]
     splits = {path: _splits_of(path.relative_to(folder)) for path in files}
     wanted = split or "train"
     chosen = [path for path in files if wanted in splits[path]]
@@ -133,6 +139,13 @@ def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
             f"{folder} holds no data of the split '{wanted}' (there is {there}); set split, or name a file."
         )
     return chosen
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a folder holds rows: none that is hidden, describes others, or was left behind by datasets."""
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    is_left = path.name in DESCRIPTIONS or path.match("cache-*.arrow")
+    return not is_hidden and not is_left and _type_of(path) is not None
 
 
 def _splits_of(path: Path) -> set[str]:
@@ -147,35 +160,45 @@ def _type_of(path: Path) -> str | None:
 
 def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
     kind = _type_of(path) if source.type == "auto" else source.type
+    kinds = sorted({*TYPES.values(), "lines"})
     if kind is None:
         raise DataError(
             f"{path}: '{path.suffix}' files can't be read; use one of {', '.join(TYPES)} (textual ones also with .gz), "
-            f"or tell what it holds with type: {', '.join(sorted({*TYPES.values(), 'lines'}))}."
+            f"or tell what it holds with type: {', '.join(kinds)}."
         )
+    if kind not in kinds:
+        raise DataError(f"{path}: type '{kind}' is unknown; there are auto, {', '.join(kinds)}.")
     if kind in ("parquet", "arrow"):
         yield from _read_columns(path, kind)
         return
     try:
         if kind == "json":
-            with _open(path, source.encoding) as stream:
+            with _open_text(path, source.encoding) as stream:
                 kind = "jsonl" if starts_lines(stream) else "json"
-        with _open(path, source.encoding) as stream:
+        with _open_text(path, source.encoding) as stream:
             yield from _READERS[kind](stream, path)
     except UnicodeError:
         raise DataError(f"{path}{_undecodable(path, source.encoding)}") from None
 
 
-@contextmanager
-def _open(path: Path, encoding: str) -> Iterator[TextIO]:
+def _open_text(path: Path, encoding: str) -> AbstractContextManager[TextIO]:
     """Opens a textual file, with line ends as they are and without its byte-order mark."""
-    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding=name, newline="") as stream:
-            yield stream
-    except LookupError:
+        "".encode(encoding)
+    except (LookupError, ValueError):
         raise DataError(f"encoding: '{encoding}' is unknown; utf-8, latin-1 and utf-16 are usual.") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    return _open(path, "rt", encoding=name, newline="")
+
+
+@contextmanager
+def _open(path: Path, mode: str, **how: str) -> Iterator[Any]:
+    """Opens a file, unpacking it by its name, and tells what is wrong with it."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, mode, **how) as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file: {error}.") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
@@ -183,8 +206,10 @@ def _open(path: Path, encoding: str) -> Iterator[TextIO]:
 
 def _undecodable(path: Path, encoding: str) -> str:
     """Where the first character is that has no meaning in an encoding."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
+    wholly = f" is not {encoding}; convert it, or set encoding for this source."
+    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
+        return wholly  # its lines can't be told apart by their bytes
+    with _open(path, "rb") as stream:
         head = stream.read(2)
         if head in (b"\xff\xfe", b"\xfe\xff"):
             return " is UTF-16; set encoding: utf-16 for this source."
@@ -193,9 +218,11 @@ def _undecodable(path: Path, encoding: str) -> str:
             try:
                 line.decode(encoding)
             except UnicodeDecodeError as error:
-                where = f"byte 0x{line[error.start]:02x}, the {error.start + 1}th of the line"
+                where = f"byte 0x{line[error.start]:02x}, byte {error.start + 1} of the line"
                 return f":{number}: this is not {encoding} ({where}); convert it, or set encoding for this source."
-    return f" is not {encoding}; set encoding for this source."
+            except UnicodeError:  # of encodings that tell no place
+                break
+    return wholly
 
 
 def _read_json(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
@@ -221,14 +248,16 @@ def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | Ba
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
+        origin = f"{path}:{reader.line_num + 1}"  # where it begins: a quote that is not closed runs to the file's end
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadRow(f"{path}:{reader.line_num}", f"broken CSV: {error}.")
+            if header is None:
+                raise DataError(f"{origin}: broken CSV header: {error}.") from None
+            yield BadRow(origin, f"broken CSV: {error}.")
             continue
-        origin = f"{path}:{reader.line_num}"
         if not fields:
             continue
         if header is None:

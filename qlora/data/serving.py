@@ -9,6 +9,8 @@ from qlora.errors import ConfigError, DataError
 
 PROBE = "qwxzk"
 QUESTION = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+CALL_ID = "abcdefgh1"  # of the length that Mistral's templates demand
 # Texts on whose leading spaces two readings of one tokenizer file may differ.
 SPACED = (" Hello", "  Hello", "\n Hello")
 
@@ -27,10 +29,21 @@ class TemplateFacts:
             DataError: The template does not write what the conversation has.
         """
         self._check_bos()
-        lost = [] if not tools or self._writes_tools else ["tools"]
-        if not self._writes_calls and any("tool_calls" in message for message in messages):
+        if not self._writes_text:
+            raise DataError(
+                "the chat template writes no plain text, as some that are made for images; set data.chat_template to "
+                "chatml, or to a jinja file made for text."
+            )
+        roles = {message["role"] for message in messages}
+        keys = {key for message in messages for key in message}
+        lost = [] if "system" not in roles or self._writes_system else ["system turn"]
+        if tools and not self._writes_tools:
+            lost.append("tools")
+        if "tool_calls" in keys and not self._writes_calls:
             lost.append("tool calls")
-        if not self._writes_reasoning and any("reasoning_content" in message for message in messages):
+        if "tool" in roles and not self._writes_results:
+            lost.append("tool results")
+        if "reasoning_content" in keys and not self._writes_reasoning:
             lost.append("reasoning")
         if lost:
             raise DataError(
@@ -59,14 +72,26 @@ class TemplateFacts:
             raise ConfigError("data.chat_template: the template begins a conversation with BOS twice; take one out.")
 
     @cached_property
+    def _writes_text(self) -> bool:
+        return self._writes([{"role": "user", "content": PROBE}, ANSWER])
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        return self._writes([{"role": "system", "content": PROBE}, QUESTION])
+
+    @cached_property
     def _writes_tools(self) -> bool:
         function = {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
         return self._writes([QUESTION], [{"type": "function", "function": function}])
 
     @cached_property
     def _writes_calls(self) -> bool:
-        call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
-        return self._writes([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        return self._writes([QUESTION, _call(PROBE)])
+
+    @cached_property
+    def _writes_results(self) -> bool:
+        result = {"role": "tool", "name": "f", "tool_call_id": CALL_ID, "content": PROBE}
+        return self._writes([QUESTION, _call("f"), result])
 
     @cached_property
     def _writes_reasoning(self) -> bool:
@@ -77,6 +102,12 @@ class TemplateFacts:
             return PROBE in render(self._tokenizer, messages, tools)
         except DataError:
             return True  # it refuses the probe for another reason; a row's own refusal tells it
+
+
+def _call(name: str) -> dict[str, Any]:
+    """A turn that calls a function."""
+    call = {"type": "function", "id": CALL_ID, "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def tokenizer_notes(tokenizer: Any) -> list[str]:

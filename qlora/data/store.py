@@ -1,13 +1,15 @@
 """Tokenized examples on disk: written once, mapped by whoever trains on them, kept under a key of what made them."""
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from qlora.errors import DataError
 
 # Entries that no run used for so long are removed when a new one is written.
 KEPT_SECONDS = 30 * 24 * 3600
+# What an entry is called, and what is not one yet; a cache may lie among files of other kinds.
+OUR_NAMES = re.compile(r"[0-9a-f]{32}|\.qlora-new-\w+")
 DTYPES = {"input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64}
 
 
@@ -67,7 +71,8 @@ class ExampleWriter:
     def abandon(self) -> None:
         """Closes the files as they are."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what is still to be written may not fit on the disk either
+                file.close()
 
 
 class ExampleStore:
@@ -93,7 +98,7 @@ class ExampleStore:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         span = slice(self._ends[index] - self.lengths[index], self._ends[index])
-        return TokenizedExample(np.asarray(self._input_ids[span]), np.asarray(self._weights[span]))
+        return TokenizedExample(np.array(self._input_ids[span]), np.array(self._weights[span]))
 
     def largest_id(self) -> int:
         """Of all tokens."""
@@ -143,11 +148,12 @@ def find_entry(cache: Path, key: str) -> dict[str, Any] | None:
     try:
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         sizes = {name: (entry / f"{name}.bin").stat().st_size for name in DTYPES}
-        if sizes != about["bytes"]:
+        if sizes != about["bytes"] or not isinstance(about["report"], dict):
             return None
-        os.utime(entry)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    with suppress(OSError):  # a cache shared for reading serves too
+        os.utime(entry)
     return about
 
 
@@ -161,14 +167,10 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
     aside: Path | None = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for other in cache.iterdir():
-            if time.time() - other.stat().st_mtime > KEPT_SECONDS:
-                shutil.rmtree(other, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=cache))
+        _remove_unused(cache)
+        aside = Path(tempfile.mkdtemp(prefix=".qlora-new-", dir=cache))
         yield aside
-        if find_entry(cache, key) is None:  # another run may have been faster
-            shutil.rmtree(cache / key, ignore_errors=True)
-            aside.rename(cache / key)
+        _put_in_place(aside, cache, key)
     except OSError as error:
         raise DataError(
             f"Tokenized data can't be kept in {cache}: {error.strerror or error}; set data.cache_dir elsewhere."
@@ -176,3 +178,30 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_unused(cache: Path) -> None:
+    for other in cache.iterdir():
+        with suppress(FileNotFoundError):  # another run may have been faster
+            if OUR_NAMES.fullmatch(other.name) and time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, cache: Path, key: str) -> None:
+    """Makes a folder the entry of a key, unless another run was faster; a damaged entry gives way."""
+    with _lock(cache):
+        if find_entry(cache, key) is None:
+            shutil.rmtree(cache / key, ignore_errors=True)
+            aside.rename(cache / key)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes out that lock the same folder, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qlora.data.json_rows import parse_value
 from qlora.data.rows import Row
 from qlora.errors import DataError
 
@@ -19,6 +20,7 @@ ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 CALLERS = ("function_call", "tool_call")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
 WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
 
 
@@ -62,15 +64,19 @@ class TurnReader:
         """Reads one turn."""
         if not isinstance(turn, dict):
             raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
-        name = next((turn[key] for key in self._role_keys if key in turn), None)
+        if turn.keys().isdisjoint(self._role_keys):
+            keys = " or ".join(f"'{key}'" for key in self._role_keys)
+            raise DataError(f"{row.origin}: a turn has no {keys}: {turn!r:.80}; map its keys with data.columns.")
+        name = next(turn[key] for key in self._role_keys if key in turn)
         role = self._role_of.get(name) if isinstance(name, str) else None
         if role not in ROLES:
             known = ", ".join(sorted(self._role_of))
-            raise DataError(f"{row.origin}: role {name!r} is none of {known}; map it with data.roles.")
+            raise DataError(f"{row.origin}: role {name!r:.80} is none of {known}; map it with data.roles.")
         content = next((turn[key] for key in self._content_keys if key in turn), None)
         calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-        if name in CALLERS and isinstance(content, str):
-            calls, content = parse_json(row, f"{name} turn", content), None
+        if name in CALLERS and isinstance(content, str | dict):
+            calls = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
+            content = None
         if content is None and not calls:
             raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {turn!r:.80}.")
         message: dict[str, Any] = {"role": role, "content": ""}
@@ -85,7 +91,8 @@ class TurnReader:
         if calls:
             message["tool_calls"] = [_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
         if role == "tool":
-            message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+            known_keys = [key for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)]
+            message |= {key: check_unicode(row, turn[key]) for key in known_keys}
         return message
 
 
@@ -97,6 +104,7 @@ def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{row.origin}: 'tools' should be a list of objects, not {tools!r:.80}.")
+    _check_nested(row, tools)
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -107,8 +115,8 @@ def parse_json(row: Row, name: str, text: str) -> Any:
         DataError: It is none.
     """
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_value(text)
+    except json.JSONDecodeError as error:
         raise DataError(f"{row.origin}: '{name}' should be JSON, not {text!r:.80} ({error}).") from None
 
 
@@ -127,22 +135,29 @@ def check_unicode(row: Row, text: Any) -> str:
     return text
 
 
+def _check_nested(row: Row, value: Any) -> None:
+    """Sees that all text in a value can be encoded, wherever it is."""
+    check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
+
+
 def _join_parts(row: Row, parts: list[Any]) -> dict[str, Any]:
     """Joins the parts of a content by lines, as servers do for templates that read text."""
     texts, reasoning, calls = [], [], []
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        value = (
-            part if isinstance(part, str) else next((part[key] for key in ("text", "value", kind) if key in part), None)
-        )
+        if isinstance(part, str):
+            part = {"text": part}
+        if not isinstance(part, dict):
+            raise DataError(f"{row.origin}: a part of a turn should be text or an object, not {part!r:.80}.")
+        kind = part.get("type", "text")
+        if kind not in PART_KINDS:
+            raise DataError(f"{row.origin}: a part of a turn is of type {kind!r:.80}; only text can be learnt here.")
+        value = next((part[key] for key in ("text", "value", kind) if key in part), None)
         if kind == "tool_call":
             calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)
-        elif kind in ("reasoning", "thinking"):
-            reasoning.append(check_unicode(row, value))
         elif kind == "text":
             texts.append(check_unicode(row, value))
         else:
-            raise DataError(f"{row.origin}: a part of a turn is of type '{kind}'; only text can be learnt here.")
+            reasoning.append(check_unicode(row, value))
     joined: dict[str, Any] = {"content": "\n".join(texts)}
     if reasoning:
         joined["reasoning_content"] = "\n".join(reasoning)
@@ -157,8 +172,12 @@ def _call(row: Row, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = parse_json(row, "arguments", arguments or "{}")
+    if not isinstance(arguments, dict | None):
+        raise DataError(f"{row.origin}: a tool call's arguments should be an object, not {arguments!r:.80}.")
     named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    _check_nested(row, read)
+    return read
 
 
 def _weight(row: Row, turn: dict[str, Any]) -> float | None:
@@ -166,5 +185,5 @@ def _weight(row: Row, turn: dict[str, Any]) -> float | None:
     if weight is None:
         return None
     if not isinstance(weight, int | float) or not 0 <= weight <= 1000:
-        raise DataError(f"{row.origin}: a turn's weight should be a number from 0 to 1000, not {weight!r}.")
+        raise DataError(f"{row.origin}: a turn's weight should be a number from 0 to 1000, not {weight!r:.80}.")
     return float(weight)

@@ -12,7 +12,7 @@ from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
 from qlora.export.shards import DTYPE_NAMES, TensorLayout
 from qlora.model import build_skeleton
-from qlora.nf4 import QuantState, dequantize, from_checkpoint_tensors, quantize
+from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -107,7 +107,7 @@ class MergedWeights:
         assert packed is not None
         return tuple(packed[1].shape)
 
-    def _read_packed(self, name: str) -> tuple[torch.Tensor, QuantState] | None:
+    def _read_packed(self, name: str) -> tuple[torch.Tensor, Any] | None:
         """A weight that the files hold in 4 bits."""
         if f"{name}.absmax" not in self.files.tensors:
             return None

@@ -3,7 +3,6 @@
 from qlora.nf4.linear import NF4Linear
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
-    QuantState,
     dequantize,
     from_checkpoint_tensors,
     is_bitsandbytes_linear,
@@ -14,7 +13,6 @@ from qlora.nf4.quantize import (
 __all__ = [
     "BLOCK_SIZE",
     "NF4Linear",
-    "QuantState",
     "dequantize",
     "from_checkpoint_tensors",
     "is_bitsandbytes_linear",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.nf4.quantize import QuantState, dequantize, nf4_num_bytes, quantize
+from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -43,7 +43,7 @@ class NF4Linear(nn.Module):
     in_features: int
     out_features: int
 
-    def __init__(self, packed: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, packed: torch.Tensor, quant_state: Any, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.quant_state = quant_state

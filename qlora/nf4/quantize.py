@@ -1,18 +1,22 @@
-"""Weights to NF4 and back, on bitsandbytes' kernels and in its state format."""
+"""Weights to NF4 and back, on bitsandbytes' kernels and in its state format.
+
+bitsandbytes brings torch's compiler with it, a second and a half, so it is imported when a weight is at hand.
+"""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.functional import QuantState as QuantState
-from bitsandbytes.nn import Linear4bit
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64
 
 
 def quantize(
     weight: torch.Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE
-) -> tuple[torch.Tensor, QuantState]:
+) -> tuple[torch.Tensor, "QuantState"]:
     """Quantizes a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
 
     Args:
@@ -23,13 +27,13 @@ def quantize(
     Returns:
         The packed codes, (ceil(out * in / 2), 1) uint8, and what is needed to undo it.
     """
-    return bnb.quantize_4bit(
-        weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
-    )
+    from bitsandbytes.functional import quantize_4bit
+
+    return quantize_4bit(weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
 
 
 def dequantize(
-    packed: torch.Tensor, state: QuantState, dtype: torch.dtype, out: torch.Tensor | None = None
+    packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Undoes :func:`quantize`, with one rounding from fp32 to `dtype`.
 
@@ -42,9 +46,11 @@ def dequantize(
     Returns:
         The weight, (out, in).
     """
+    from bitsandbytes.functional import dequantize_blockwise
+
     absmax = state.absmax
     if state.nested:
-        absmax = bnb.dequantize_blockwise(absmax, state.state2).float() + state.offset
+        absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
     arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
     if out is None:
         return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
@@ -54,7 +60,7 @@ def dequantize(
     return out
 
 
-def nf4_num_bytes(packed: torch.Tensor, state: QuantState) -> int:
+def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
     """Bytes that a quantized weight holds, its statistics included."""
     tensors = [packed, state.absmax]
     if state.nested:
@@ -62,7 +68,7 @@ def nf4_num_bytes(packed: torch.Tensor, state: QuantState) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, QuantState]:
+def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, "QuantState"]:
     """Reads a weight out of a checkpoint that bitsandbytes wrote.
 
     Args:
@@ -71,6 +77,8 @@ def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.
     Returns:
         The packed codes and their state, as :func:`quantize` gives them.
     """
+    from bitsandbytes.functional import QuantState
+
     # `from_dict` empties the mapping that it is given.
     statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
     packed = tensors["weight"]
@@ -79,4 +87,6 @@ def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.
 
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:
     """Whether transformers put one of bitsandbytes' own 4-bit linears here."""
+    from bitsandbytes.nn import Linear4bit
+
     return isinstance(module, Linear4bit)

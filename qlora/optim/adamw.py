@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 
 from qlora.optim.flat import ALIGNMENT, FlatParameters
@@ -44,7 +43,10 @@ class FlatAdamW:
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
+        import bitsandbytes.functional as kernels  # here: it brings torch's compiler with it, a second and a half
+
         assert rounding in ("stochastic", "master", "nearest"), rounding
+        self._kernels = kernels
         bits, paged = OPTIMIZERS[name]
         device = flat.data.device
         self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
@@ -61,7 +63,7 @@ class FlatAdamW:
             self._buffers["master"] = flat.data.float()
         self._quant_maps: list[torch.Tensor] = []
         if bits == 8:
-            self._quant_maps = [bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+            self._quant_maps = [kernels.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
             for index in ("1", "2"):
                 blocks = flat.data.numel() // ALIGNMENT
                 self._buffers[f"absmax{index}"] = torch.zeros(blocks, dtype=torch.float32, device=device)
@@ -121,12 +123,12 @@ class FlatAdamW:
         }
         if self._quant_maps:
             signed, unsigned = self._quant_maps
-            bnb.optimizer_update_8bit_blockwise(
+            self._kernels.optimizer_update_8bit_blockwise(
                 "adam", self.flat.grad, weights, **moments, **common, beta3=0.0, alpha=0.0,
                 qmap1=signed, qmap2=unsigned, absmax1=state["absmax1"], absmax2=state["absmax2"],
             )  # fmt: skip
         else:
-            bnb.optimizer_update_32bit("adam", self.flat.grad, weights, **moments, **common)
+            self._kernels.optimizer_update_32bit("adam", self.flat.grad, weights, **moments, **common)
 
     def _state_buffer(self, bits: int) -> torch.Tensor:
         return self._allocate(torch.uint8 if bits == 8 else torch.float32)
@@ -135,7 +137,7 @@ class FlatAdamW:
         size, device = self.flat.data.numel(), self.flat.data.device
         if not self.is_paged:
             return torch.zeros(size, dtype=dtype, device=device)
-        buffer = bnb.get_paged(size, dtype=dtype, device=torch.device(device.type, device.index or 0))
+        buffer = self._kernels.get_paged(size, dtype=dtype, device=torch.device(device.type, device.index or 0))
         return buffer.zero_()
 
 

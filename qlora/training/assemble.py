@@ -23,16 +23,11 @@ from qlora.model import (
 )
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.training.metrics import check_trackers
+from qlora.training.objective import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
 
 # Tokens that the loss is tried on.
 TRIED_TOKENS = 16
-# Formats of rows that plain fine-tuning can't learn from as they are, and how it can.
-OTHER_OBJECTIVES = {
-    "preference": "map the preferred one with data.columns, as {output: chosen}, and set data.format: alpaca",
-    "kto": "set data.format to messages, alpaca or completion",
-    "classification": "set data.format: text",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +87,15 @@ def assemble(config: RunConfig) -> Assembly:
     tokenizer = load_tokenizer(files, model_section.trust_remote_code)
     with accelerator.main_process_first():  # the others find what it has tokenized
         datasets = datasets_from_section(config.data, tokenizer, section.seed)
-    _check_objective(section.objective, datasets)
+    for report in datasets.reports:
+        if problem := why_not_learnt(section.objective, report):
+            raise ConfigError(problem)
     model, _ = base_from_section(model_section, accelerator.device)
     _check_fit(model, datasets)
     adapt(model, config.lora, section.seed)
     tried = datasets.train[0].input_ids[:TRIED_TOKENS]
-    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, tried[::-1]))
+    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
+    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
     check_loss(model, collate([example]).to(accelerator.device))
     if config.data.packing:
         check_isolation(model, example, other)
@@ -144,16 +142,6 @@ def _start_processes(trackers: list[str], output_dir: str) -> Any:
             "train apart in one directory. Launch with torchrun, or set up accelerate config for this machine."
         )
     return accelerator
-
-
-def _check_objective(objective: str, datasets: Datasets) -> None:
-    """Sees that the rows are of a kind that the objective learns from."""
-    for report in datasets.reports:
-        if report.format in OTHER_OBJECTIVES:
-            raise ConfigError(
-                f"train.objective: {objective} can't learn from the {report.format} rows of {report.source}; to learn "
-                f"their answers alone, {OTHER_OBJECTIVES[report.format]}."
-            )
 
 
 def _check_fit(model: Any, datasets: Datasets) -> None:

@@ -104,5 +104,5 @@ def _check_same_run(run: RunDirectory, config: RunConfig) -> None:
 
 def _identity(config: RunConfig) -> dict[str, object]:
     """What makes two runs the same one, by dotted key."""
-    sections = config.model_dump(exclude={"export": True, "train": FREE_KEYS})
+    sections = config.model_dump(exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}})
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -133,9 +133,9 @@ def test_rows_with_nothing_to_learn(try_training, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [spoken, silent, spoken, *[silent] * 30])
     code, message = try_training(data=data)
     assert code == 1
-    assert message.startswith("31 of 33 rows can't be used:")
+    assert message.startswith(f"31 of 33 rows of {data} can't be used:")
     assert f"{data}:2: no token of this row is supervised" in message
-    assert message.endswith("and 11 more")
+    assert message.endswith("and 11 more\ndata.on_bad_row: drop leaves such rows out.")
 
 
 def test_columns_of_no_format(try_training, tmp_path):
@@ -148,8 +148,8 @@ def test_columns_of_no_format(try_training, tmp_path):
 def test_rows_that_are_all_too_long(try_training):
     code, message = try_training(data__max_seq_len=8)
     assert code == 1
-    assert "data.max_seq_len (8)" in message
-    assert "data.overlong" in message
+    assert "data.max_seq_len is 8" in message
+    assert "data.overlong drop" in message
 
 
 def test_an_unknown_chat_template(try_training):

@@ -168,11 +168,14 @@ def test_train_exits_as_a_shell_tells_a_signal(tmp_path, tiny_base, alpaca_file,
     assert (report["status"], report["steps"], report["signal"]) == ("interrupted", 1, number)
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, tiny_base, alpaca_file):
-    path = run_config(tiny_base, alpaca_file, tmp_path / "run")
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_dry_run_tells_the_plan_and_writes_nothing(packing, tmp_path, tiny_base, alpaca_file):
+    path = run_config(tiny_base, alpaca_file, tmp_path / "run", data__packing=packing)
     before = files_of(tmp_path)
     plan = run("train", path, "--dry-run", "--json").json()
-    assert (plan["total_steps"], plan["steps_per_epoch"]) == (STEPS, 8)
+    assert plan["total_steps"] == STEPS
+    # Four of 32 examples a step; packed, a row of 128 tokens holds one or two.
+    assert (4 <= plan["steps_per_epoch"] < 8) if packing else (plan["steps_per_epoch"] == 8)
     assert (plan["train_examples"], plan["eval_examples"]) == (32, 8)
     assert plan["base_parameters"] > plan["trained_parameters"] > 0
     assert plan["compute_dtype"] in ("bfloat16", "float32")

@@ -40,8 +40,13 @@ PEERS = {
     "val_size": "data.eval",
     "excess_length_strategy": "data.overlong",
     "resume_from_checkpoint": "--resume auto|never|PATH",
+    "sample_packing": "data.packing",
+    "packing": "data.packing",
+    "neat_packing": "data.packing",
+    "roles_to_train": "data.loss_on",
+    "mask_history": "data.loss_on",
+    "dataset_prepared_path": "data.cache_dir",
 }
-PACKING = ("sample_packing", "packing", "neat_packing")
 
 INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {
@@ -49,7 +54,7 @@ OUT_OF_RANGE = {
     "lora.alpha": [0, -1, INF, NAN],
     "lora.dropout": [-0.1, 1, 1.5],
     "lora.targets": [[], "", [3], 3],
-    "data.eval": [1, 1.0, -0.1, True, NAN, "1.5", ["a"]],
+    "data.eval": [1, 1.0, -0.1, True, NAN, "1.5", [3]],
     "data.max_seq_len": [7, 0, -1],
     "train.epochs": [0, -1, INF],
     "train.max_steps": [0, -1, 2.5],
@@ -182,8 +187,44 @@ def test_a_number_needs_no_dot(tmp_path, rate):
     assert config.data.eval == 2e-4
 
 
-def test_a_held_out_file_stays_a_name(write):
-    assert load_config(write({"data.eval": "held/out.jsonl"})).data.eval == "held/out.jsonl"
+@pytest.mark.parametrize("key", ["train", "eval"])
+@pytest.mark.parametrize(("written", "paths"), [
+    ("rows.jsonl", ["rows.jsonl"]),
+    ("owner/name:split", ["owner/name:split"]),
+    (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+    ({"path": "a.jsonl", "weight": 2}, ["a.jsonl"]),
+    (["a.jsonl", {"path": "b.csv", "weight": 0.5, "format": "text"}], ["a.jsonl", "b.csv"]),
+], ids=str)  # fmt: skip
+def test_sources_are_a_path_a_source_or_a_list_of_them(write, key, written, paths):
+    sources = getattr(load_config(write({f"data.{key}": written})).data, key)
+    assert [source.path for source in sources] == paths
+    told = [one for one in (written if isinstance(written, list) else [written]) if isinstance(one, dict)]
+    kept = [source.model_dump(include=set(one)) for one in told for source in sources if source.path == one["path"]]
+    assert kept == told
+
+
+def test_what_a_source_does_not_say_is_left_open(write):
+    source = load_config(write({"data.train": "rows.jsonl", "data.format": "text"})).data.train[0]
+    assert (source.weight, source.format, source.columns, source.roles) == (1, None, None, None)
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+@pytest.mark.parametrize(("sources", "told"), [
+    ({"path": "a", "wieght": 2}, "[0].wieght: unknown key. Did you mean weight?"),
+    (["a", {"path": "b", "max_seq_len": 2}], "[1].max_seq_len: unknown key. Did you mean data.max_seq_len?"),
+    (["a", {"weight": 2}], "[1].path: missing; it has no default."),
+    ({"path": "a", "weight": 0}, "[0].weight: 0 should be greater than 0"),
+    ({"path": "a", "weight": 101}, "[0].weight: 101 should be less than or equal to 100"),
+    ({"path": ""}, "[0].path: '' "),
+    ({"path": "a", "type": "pdf"}, "[0].type: 'pdf' should be 'auto', 'json', "),
+    ({"path": "a", "format": "x"}, "[0].format: 'x' should be 'auto', 'alpaca', "),
+    ([], ": [] should be a path, a source (path, weight, format, …) or a list of them"),
+    (["a", 3], ": ['a', 3] should be a path, "),
+], ids=str)  # fmt: skip
+def test_what_is_wrong_with_a_source_is_told_once_with_its_place(write, key, sources, told):
+    message = problems(write({f"data.{key}": sources}))
+    assert f"  data.{key}{told}" in message
+    assert "1 problem(s)" in message
 
 
 def test_all_problems_are_told_in_one_error(write):
@@ -250,12 +291,6 @@ def test_a_top_level_name_of_another_trainer_is_told_ours(write, name):
 def test_another_trainers_name_inside_a_section_is_told_ours(write, name):
     for section in (section for section in SECTIONS if name not in SECTIONS[section]):
         assert PEERS[name] in problems(write({f"{section}.{name}": 1}))
-
-
-@pytest.mark.parametrize("name", PACKING)
-def test_what_another_trainer_has_and_this_one_not_is_told(write, name):
-    for key in (name, f"data.{name}"):
-        assert f"  {key}: unknown key. There is no such thing here: examples are padded" in problems(write({key: True}))
 
 
 def test_a_key_in_the_wrong_section_is_told_the_right_one(write):
@@ -354,6 +389,7 @@ def test_a_dumped_config_loads_as_the_same(write, tmp_path, seed):
         "lora.alpha": rng.choice([8, 0.1 + rng.random()]),
         "lora.targets": rng.choice(["all-linear", ["q_proj", "v_proj"], r".*\.[qk]_proj"]),
         "data.eval": rng.choice([None, rng.random() * 0.9, "held-out.jsonl", "größe: 5 # no comment"]),
+        "data.train": rng.choice(["a", ["a", {"path": "b", "weight": rng.random() + 0.1, "roles": {"me": "user"}}]]),
         "train.learning_rate": rng.random() * 1e-5 + 1e-12,
         "train.betas": [rng.random(), rng.random()],
         "train.max_steps": rng.choice([None, rng.randrange(1, 10**6)]),
@@ -411,13 +447,20 @@ def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkey
     here = RunConfig.model_validate(
         {
             "model": {"base": "~/base"},
-            "data": {"train": "rows.jsonl", "eval": 0.1, "chat_template": "mine.jinja"},
+            "data": {
+                "train": ["rows.jsonl", "owner/name"],
+                "eval": 0.1,
+                "chat_template": "mine.jinja",
+                "cache_dir": "kept",
+            },
             "train": {"output_dir": "run"},
         }
     )
     found = absolute_paths(here)
     assert found.model.base == str(home / "base")
-    assert (found.data.train, found.data.eval) == (str(tmp_path / "rows.jsonl"), 0.1)
+    assert [source.path for source in found.data.train] == [str(tmp_path / "rows.jsonl"), "owner/name"]
+    assert found.data.eval == 0.1
+    assert found.data.cache_dir == str(tmp_path / "kept")
     assert found.data.chat_template == str(tmp_path / "mine.jinja")
     assert absolute_paths(found) == found
     (tmp_path / "rows.jsonl").unlink()

@@ -1,18 +1,27 @@
 """What becomes of every row: kept, cut, held out or told."""
 
+import errno
 import json
+import os
 import random
+from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from qlora.data import build_datasets
-from qlora.data.datasets import SHOWN_PROBLEMS
+from qlora.data import Source, Treatment, build_datasets, datasets
+from qlora.data.report import SHOWN_PROBLEMS
 from qlora.errors import DataError
-from tests.data.test_tokens import REWRITING
-from tests.tiny import make_tokenizer, write_jsonl
+from tests.tiny import make_tokenizer, only, write_jsonl
 
 MAX = 20
+# Trains a conversation answer by answer, as it writes earlier answers anew.
+REWRITING = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{{ '<gone>' if m.role == 'assistant' and not loop.last else m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -25,10 +34,13 @@ def text_rows(lengths):
     return [{"text": chr(ord("a") + number % 26) * (length - 2)} for number, length in enumerate(lengths)]
 
 
-def build(path, rows, **settings):
+def build(path, rows, eval=0.0, source=None, template="auto", cache=None, seed=0, **treatment):
+    """Data of one file; `source` is how to read it, `treatment` what is done with it."""
     if rows is not None:
         write_jsonl(path, rows)
-    return build_datasets(make_tokenizer(), str(path), **{"max_seq_len": MAX, **settings})
+    sources = [Source(str(path), **(source or {}))]
+    treatment = Treatment(**{"max_seq_len": MAX, **treatment})
+    return build_datasets(make_tokenizer(), sources, eval, treatment, template, cache and str(cache), seed)
 
 
 def refusal(path, rows, **settings):
@@ -95,11 +107,13 @@ def test_overlong_examples_are_split_and_counted(path, lengths):
 
 def test_an_overlong_example_is_an_error_where_asked_for(path):
     assert build(path, text_rows([MAX, 5]), overlong="error").reports[0].examples == 2
-    message = refusal(path, text_rows([5, MAX + 3]), overlong="error")
-    assert message.startswith(f"{path}:2: ")
-    assert f"{MAX + 3} tokens" in message
-    assert f"data.max_seq_len ({MAX})" in message
-    assert "data.overlong" in message
+    message = refusal(path, text_rows([5, MAX + 3, MAX, MAX + 1]), overlong="error")
+    lines = message.splitlines()
+    assert lines[0].startswith("2 of 4 rows")
+    for line, number, length in ((lines[1], 2, MAX + 3), (lines[2], 4, MAX + 1)):
+        assert line.startswith(f"{path}:{number}: {length} tokens")
+        assert f"data.max_seq_len ({MAX})" in line
+        assert "data.overlong" in line
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
@@ -115,9 +129,9 @@ def test_nothing_left_is_an_error_with_the_remedy(path):
     message = refusal(path, text_rows([MAX + 1, MAX + 9, MAX + 2]))
     assert str(path) in message
     assert "3 rows" in message
-    assert "'dropped': 3" in message
-    assert f"data.max_seq_len ({MAX})" in message
-    assert "data.overlong" in message
+    assert "3 were too long" in message
+    assert f"data.max_seq_len is {MAX}" in message
+    assert "data.overlong drop" in message
 
 
 def test_the_report_adds_up(path, rng):
@@ -139,9 +153,10 @@ def test_the_report_adds_up(path, rng):
 def test_the_summary_tells_the_numbers(path):
     rows = [{"prompt": "abc", "completion": "defg"}, *[{"prompt": "a" * MAX, "completion": "b"}] * 3]
     summary = build(path, rows).reports[0].summary()
-    assert str(path) in summary
-    assert "4 rows as completion, 1 examples, 9 tokens, 56% supervised, 3 overlong dropped" in summary
-    assert "alpaca (the tokenizer has none)" in summary
+    lines = summary.splitlines()
+    assert lines[0].startswith(f"{path}: 4 rows as completion, 1 examples, 9 tokens, 56% supervised; ")
+    assert lines[0].endswith("chat template: alpaca (the tokenizer has none)")
+    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents longer than max_seq_len dropped"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, SHOWN_PROBLEMS, SHOWN_PROBLEMS + 1, 3 * SHOWN_PROBLEMS])
@@ -150,10 +165,51 @@ def test_rows_with_nothing_to_learn_are_told_and_counted(path, num_rows):
     bad = [{"messages": [{"role": "user", "content": "Hi"}]}]
     lines = refusal(path, good + bad * num_rows + good, max_seq_len=500).splitlines()
     shown = min(num_rows, SHOWN_PROBLEMS)
-    assert lines[0] == f"{num_rows} of {num_rows + 2} rows can't be used:"
+    assert lines[0] == f"{num_rows} of {num_rows + 2} rows of {path} can't be used:"
     assert [line.partition(" ")[0] for line in lines[1 : shown + 1]] == [f"{path}:{n + 2}:" for n in range(shown)]
     assert all("no token of this row is supervised" in line for line in lines[1 : shown + 1])
-    assert lines[shown + 1 :] == ([f"… and {num_rows - shown} more"] if num_rows > shown else [])
+    more = [f"… and {num_rows - shown} more"] if num_rows > shown else []
+    assert lines[shown + 1 :] == [*more, "data.on_bad_row: drop leaves such rows out."]
+
+
+@pytest.mark.parametrize("num_bad", [1, SHOWN_PROBLEMS + 5])
+def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_bad):
+    """Lines that are no JSON, rows that are no objects, columns that are wrong, and answers that are absent."""
+    good = [json.dumps({"instruction": f"Q{number}", "output": "A" * rng.randrange(1, 9)}) for number in range(5)]
+    kinds = ['{"instruction": "cut o', "[1, 2]", '{"instruction": "Q", "output": 3}', '{"instruction": "Q"}']
+    lines = [good[0], *rng.sample([*good[1:], *rng.choices(kinds, k=num_bad)], k=num_bad + 4)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = build(path, None, max_seq_len=500, on_bad_row="drop")
+    assert len(found.train) == 5
+    report = found.reports[0]
+    assert (report.rows, report.bad_rows, report.examples) == (5 + num_bad, num_bad, 5)
+    bad = [f"{path}:{number}: " for number, line in enumerate(lines, start=1) if line not in good]
+    assert len(report.problems) == min(num_bad, SHOWN_PROBLEMS)
+    for problem, where in zip(report.problems, bad, strict=False):
+        assert problem.startswith(where)
+    assert f"  {num_bad} bad rows left out" in report.summary().splitlines()
+
+
+def test_bad_rows_alone_leave_nothing_to_learn_from(path):
+    message = refusal(path, [{"instruction": "Q"}, {"instruction": "Q", "output": 3}], on_bad_row="drop")
+    assert "of 2 rows no example is left to learn from" in message
+    assert f"{path}:1: " in message
+    assert f"{path}:2: " in message
+    assert "data.on_bad_row" not in message  # it is set already
+
+
+def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", text_rows([5, 6]))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": 3}])
+    long = write_jsonl(tmp_path / "long.jsonl", text_rows([MAX + 1]))
+    train = [Source(str(each)) for each in (tmp_path / "none.jsonl", good, bad)]
+    with pytest.raises(DataError) as caught:
+        build_datasets(make_tokenizer(), train, [Source(str(long))], Treatment(max_seq_len=MAX))
+    message = str(caught.value)
+    assert f"not found: {tmp_path / 'none.jsonl'}" in message
+    assert f"1 of 2 rows of {bad}" in message
+    assert f"{long}: of 1 rows no example" in message
+    assert str(good) not in message
 
 
 def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
@@ -165,7 +221,7 @@ def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
     ]
     lines = refusal(path, rows, max_seq_len=500).splitlines()
     assert lines[0].startswith("3 of 4 rows")
-    for line, number, column in zip(lines[1:], (2, 3, 4), ("instruction", "response", "output"), strict=True):
+    for line, number, column in zip(lines[1:-1], (2, 3, 4), ("instruction", "response", "output"), strict=True):
         assert line.startswith(f"{path}:{number}: ")
         assert f"'{column}'" in line
 
@@ -174,7 +230,7 @@ def test_what_a_template_refuses_is_told_with_the_row(path, tmp_path):
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('only one turn') }}")
     rows = [{"instruction": "A", "output": "B"}]
-    message = refusal(path, rows, chat_template=str(template))
+    message = refusal(path, rows, template=str(template))
     assert f"{path}:1: " in message
     assert "only one turn" in message
 
@@ -187,7 +243,7 @@ def test_a_share_is_held_out_disjoint_and_complete(path, rng):
     assert len(split.eval) == round(share * num_rows)
     assert sorted(keys(split.train) + keys(split.eval)) == sorted(keys(everything.train))
     assert set(keys(split.train)).isdisjoint(keys(split.eval))
-    assert everything.eval == []
+    assert len(everything.eval) == 0
 
 
 def test_the_seed_alone_decides_what_is_held_out(path, rng):
@@ -207,22 +263,24 @@ def test_a_small_share_still_holds_out_one(path):
 def test_holding_out_everything_is_refused(path, num_rows):
     message = refusal(path, [{"text": f"row {number}"} for number in range(num_rows)], eval=0.9)
     assert "data.eval" in message
-    assert "0.9" in message
+    assert f"0.9 of the {num_rows} examples of {path}" in message
 
 
 def test_an_eval_file_is_held_out_whole(path, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "completion": f"c{n}"} for n in range(3)])
-    datasets = build(path, [{"text": f"row {number}"} for number in range(7)], eval=str(other))
+    datasets = build(path, [{"text": f"row {number}"} for number in range(7)], eval=[Source(str(other))])
     assert (len(datasets.train), len(datasets.eval)) == (7, 3)
     assert [(report.source, report.format, report.rows) for report in datasets.reports] == [
         (str(path), "text", 7),
         (str(other), "completion", 3),
     ]
+    assert [report.drawn for report in datasets.reports] == [7, 3]
+    assert all("an epoch" not in report.summary() for report in datasets.reports)
 
 
 def test_a_given_format_beats_the_columns(path):
     rows = [{"instruction": "A", "output": "B", "text": "raw"}]
-    datasets = build(path, rows, format="text", max_seq_len=500)
+    datasets = build(path, rows, source={"format": "text"}, max_seq_len=500)
     assert datasets.reports[0].format == "text"
     assert make_tokenizer().decode(datasets.train[0].input_ids) == "<s>raw</s>"
 
@@ -257,7 +315,7 @@ def conversations(count, answers):
 
 def test_a_row_with_a_document_per_answer_is_counted_once(path, rewriting):
     rows = [*conversations(3, answers=3), *conversations(2, answers=1)]
-    datasets = build(path, rows, max_seq_len=500, chat_template=rewriting)
+    datasets = build(path, rows, max_seq_len=500, template=rewriting)
     assert len(datasets.train) == 3 * 3 + 2
     report = datasets.reports[0]
     assert (report.rows, report.per_answer, report.examples) == (5, 3, 11)
@@ -274,7 +332,7 @@ def test_no_row_is_learnt_from_and_held_out(path, rewriting, rng, kind):
         rows = [{"text": chr(ord("A") + number) * (3 * MAX - 2)} for number in range(num_rows)]
         datasets = build(path, rows, overlong="split", eval=0.4, seed=rng.randrange(10**6))
     else:
-        settings = {"max_seq_len": 500, "chat_template": rewriting, "eval": 0.4, "seed": rng.randrange(10**6)}
+        settings = {"max_seq_len": 500, "template": rewriting, "eval": 0.4, "seed": rng.randrange(10**6)}
         datasets = build(path, conversations(num_rows, answers=3), **settings)
     decode = make_tokenizer().decode
     learnt, held_out = (
@@ -286,6 +344,148 @@ def test_no_row_is_learnt_from_and_held_out(path, rewriting, rng, kind):
     assert len(set(held_out)) == round(0.4 * num_rows)
     assert len(held_out) == 3 * round(0.4 * num_rows)
     assert len(learnt) == 3 * (num_rows - round(0.4 * num_rows))
+
+
+def weighted(tmp_path, rng, weights, **settings):
+    """Sources of rows that are all different, and what is drawn from each, by row."""
+    sources, rows = [], []
+    for number, weight in enumerate(weights):
+        texts = [f"{chr(ord('A') + number)}{row}" for row in range(rng.randrange(20, 40))]
+        file = write_jsonl(tmp_path / f"{number}.jsonl", [{"text": text} for text in texts])
+        sources.append(Source(str(file), weight=weight))
+        rows.append(texts)
+    built = build_datasets(make_tokenizer(), sources, **{"treatment": Treatment(max_seq_len=MAX), **settings})
+    decode = make_tokenizer().decode
+    drawn, out = ([Counter() for _ in weights] for _ in range(2))
+    for counts, examples in ((drawn, built.train), (out, built.eval)):
+        for example in examples:
+            text = decode(example.input_ids, skip_special_tokens=True)
+            counts[ord(text[0]) - ord("A")][text] += 1
+    return rows, drawn, out, built
+
+
+def test_an_epoch_sees_a_source_as_often_as_its_weight_says(tmp_path, rng):
+    weights = [1, 3, 0.5, 2.25]
+    rows, drawn, _, built = weighted(tmp_path, rng, weights)
+    for texts, counts, weight, report in zip(rows, drawn, weights, built.reports, strict=True):
+        whole, part = int(weight), round(weight % 1 * len(texts))
+        assert set(counts) <= set(texts)
+        times = Counter(counts[text] for text in texts)
+        assert times == Counter({whole: len(texts) - part, whole + 1: part}) - Counter()
+        assert (report.examples, report.drawn) == (len(texts), counts.total())
+    assert len(built.train) == sum(report.drawn for report in built.reports)
+    assert f", {built.reports[1].drawn} of them an epoch, " in built.reports[1].summary()
+    assert built.train.lengths.tolist() == [len(example) for example in built.train]
+
+
+def test_the_seed_decides_what_a_weight_leaves_out(tmp_path, rng):
+    once, again, other = (weighted(tmp_path, random.Random(1), [0.5, 0.5], seed=seed)[1] for seed in (3, 3, 4))
+    assert once == again
+    assert once != other
+
+
+def test_a_weight_repeats_nothing_that_is_held_out(tmp_path, rng):
+    rows, drawn, out, _ = weighted(tmp_path, rng, [2, 0.5], eval=0.25)
+    for texts, learnt, held_out, weight in zip(rows, drawn, out, (2, 0.5), strict=True):
+        assert set(held_out.values()) == {1}
+        assert len(held_out) == round(0.25 * len(texts))
+        assert set(learnt).isdisjoint(held_out)
+        assert learnt.total() == round(weight * (len(texts) - len(held_out)))
+
+
+def test_a_small_weight_still_draws_one(tmp_path, rng):
+    _, drawn, _, _ = weighted(tmp_path, rng, [1, 0.001])
+    assert drawn[1].total() == 1
+
+
+def test_sources_are_read_each_in_its_own_way(tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", [{"question": "Q", "answer": "A"}])
+    second = tmp_path / "second.txt"
+    second.write_text("one\ntwo\n", encoding="utf-16")
+    sources = [
+        Source(str(first), format="alpaca", columns={"instruction": "question", "output": "answer"}),
+        Source(str(second), type="lines", encoding="utf-16"),
+    ]
+    built = build_datasets(make_tokenizer(), sources, treatment=Treatment(max_seq_len=500))
+    decode = make_tokenizer().decode
+    assert [report.format for report in built.reports] == ["alpaca", "text"]
+    assert decode(built.train[0].input_ids[built.train[0].loss_mask]) == "A</s>"
+    assert [decode(example.input_ids) for example in built.train[1:]] == ["<s>one</s>", "<s>two</s>"]
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split", "error"])
+def test_what_is_done_with_overlong_examples_never_goes_uncounted(path, lengths, overlong):
+    """Every row is kept whole, or counted as what became of it."""
+    built = build(path, text_rows(lengths), overlong=overlong, on_bad_row="drop")
+    report, num_long = built.reports[0], sum(length > MAX for length in lengths)
+    counted = sum(report.overlong.values()) + report.bad_rows
+    assert counted == num_long
+    assert report.rows == len(lengths)
+    if overlong != "error":  # before any was cut
+        assert report.lengths["longest"] == max(lengths)
+        assert sum(count for _, count in report.histogram) == len(lengths)
+        assert sum(count for edge, count in report.histogram if edge > MAX) == num_long
+
+
+def test_rows_that_say_the_same_are_counted_and_kept(path, rng):
+    texts = [f"text {number}" for number in range(rng.randrange(3, 9))]
+    repeats = rng.choices(texts, k=rng.randrange(1, 9))
+    built = build(path, [{"text": text} for text in texts + repeats])
+    assert built.reports[0].duplicates == len(repeats)
+    assert len(built.train) == len(texts) + len(repeats)
+
+
+def test_rows_of_one_prompt_and_different_answers_are_no_duplicates(path):
+    rows = [{"prompt": "p", "completion": answer} for answer in ("a", "b", "a")]
+    assert build(path, rows).reports[0].duplicates == 1
+
+
+def test_columns_that_are_not_read_are_told(path):
+    report = build(path, [{"text": "a", "source": "web"}, {"text": "b", "id": 3}]).reports[0]
+    assert report.unread_columns == ["id", "source"]
+    assert "  columns not read: id, source" in report.summary().splitlines()
+
+
+def test_answers_without_text_are_counted(path):
+    rows = [{"instruction": "Q", "output": answer} for answer in ("A", "", " ", "B")]
+    assert build(path, rows, max_seq_len=500).reports[0].empty_answers == 2
+
+
+def test_only_the_last_answer_is_learnt_where_asked_for(path):
+    rows = conversations(1, answers=3)
+    of_all, of_last = (only(list(build(path, rows, max_seq_len=500, loss_on=on).train)) for on in ("assistant", "last"))
+    assert np.array_equal(of_all.input_ids, of_last.input_ids)
+    assert of_all.num_supervised == 3 * of_last.num_supervised
+    assert of_last.loss_mask[-of_last.num_supervised :].all()
+
+
+def test_the_weights_of_turns_reach_the_tokens(path):
+    turns = [
+        {"role": "user", "content": "Q"}, {"role": "assistant", "content": "AAAA", "weight": 0},
+        {"role": "user", "content": "Q"}, {"role": "assistant", "content": "BBBB", "weight": 0.5},
+    ]  # fmt: skip
+    example = only(list(build(path, [{"messages": turns}], max_seq_len=500).train))
+    learnt = make_tokenizer().decode(example.input_ids[example.loss_mask])
+    assert learnt == "BBBB</s>"
+    assert example.total_weight == 0.5 * example.num_supervised
+
+
+def test_many_rows_are_tokenized_in_batches_in_their_order(path, rng, monkeypatch):
+    monkeypatch.setattr(datasets, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(datasets, "BATCH_ROWS", 7)
+    sizes, original = [], datasets.ExampleEncoder.encode
+
+    def encode(self, examples):
+        sizes.append(len(examples))
+        return original(self, examples)
+
+    monkeypatch.setattr(datasets.ExampleEncoder, "encode", encode)
+    texts = ["x" * rng.choice([1, 5, 14]) + str(number) for number in range(40)]
+    built = build(path, [{"text": text} for text in texts])
+    assert max(sizes) <= 7
+    assert sum(sizes) == 40
+    decode = make_tokenizer().decode
+    assert [decode(example.input_ids, skip_special_tokens=True) for example in built.train] == texts
 
 
 def test_a_single_long_text_is_held_out_by_its_parts(path):
@@ -300,3 +500,108 @@ def test_the_digest_tells_data_of_equal_counts_apart(path):
     assert digests[0] == digests[1] != digests[2]
     rows = [{"prompt": "one", "completion": "two"}]
     assert build(path, rows).reports[0].digest != build(path, rows, loss_on="all").reports[0].digest
+
+
+@pytest.fixture
+def no_tokenizing(monkeypatch):
+    """Makes every attempt to encode an example fail."""
+    return lambda: monkeypatch.setattr(datasets.ExampleEncoder, "encode", None)
+
+
+def test_what_is_kept_is_found_again_and_not_tokenized_anew(path, tmp_path, rng, no_tokenizing):
+    rows = [{"text": f"row {number}" * rng.randrange(1, 9)} for number in range(30)]
+    first = build(path, rows, cache=tmp_path / "cache", eval=0.2, overlong="split")
+    no_tokenizing()
+    again = build(path, None, cache=tmp_path / "cache", eval=0.2, overlong="split")
+    for before, now in ((first.train, again.train), (first.eval, again.eval)):
+        assert [(one.input_ids.tobytes(), one.weights.tobytes()) for one in before] == [
+            (one.input_ids.tobytes(), one.weights.tobytes()) for one in now
+        ]
+    assert [asdict(report) for report in again.reports] == [asdict(report) for report in first.reports]
+    with pytest.raises(TypeError):  # what is not kept can't be had without
+        build(path, [{"text": "other"}], cache=tmp_path / "cache")
+
+
+CHANGES = {
+    "loss_on": {"loss_on": "all"},
+    "max_seq_len": {"max_seq_len": MAX + 1},
+    "overlong": {"overlong": "truncate"},
+    "on_bad_row": {"on_bad_row": "drop"},
+    "format": {"source": {"format": "completion"}},
+    "columns": {"source": {"columns": {"completion": "answer"}}},
+    "roles": {"source": {"roles": {"bot": "assistant"}}},
+    "encoding": {"source": {"encoding": "latin-1"}},
+    "template": {"template": "chatml"},
+}
+ROWS = [{"prompt": "p", "completion": "c"}]
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_setting_makes_an_entry_of_its_own(path, tmp_path, change):
+    cache = tmp_path / "cache"
+    build(path, ROWS, cache=cache)
+    before = entries(cache)
+    build(path, None, cache=cache)
+    assert entries(cache) == before
+    build(path, None, cache=cache, **change)
+    assert len(entries(cache)) == 2
+    assert set(before) < set(entries(cache))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"eval": 0.5}, {"source": {"weight": 2}}], ids=str)
+def test_what_is_drawn_makes_no_entry_of_its_own(path, tmp_path, change, no_tokenizing):
+    build(path, ROWS * 4, cache=tmp_path / "cache")
+    no_tokenizing()
+    build(path, None, cache=tmp_path / "cache", **change)
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_another_file_or_another_content_makes_an_entry_of_its_own(path, tmp_path):
+    cache = tmp_path / "cache"
+    build(path, [{"text": "one"}], cache=cache)
+    learnt = only(list(build(path, [{"text": "two"}], cache=cache).train))
+    assert make_tokenizer().decode(learnt.input_ids) == "<s>two</s>"
+    build(tmp_path / "other.jsonl", [{"text": "two"}], cache=cache)
+    assert len(entries(cache)) == 3
+
+
+def test_another_tokenizer_makes_an_entry_of_its_own(path, tmp_path):
+    write_jsonl(path, ROWS)
+    own_eos, own_template = make_tokenizer(), make_tokenizer(chat_template=REWRITING)
+    own_eos.eos_token = "<|im_end|>"
+    for count, tokenizer in enumerate((make_tokenizer(), make_tokenizer(add_bos=False), own_eos, own_template), 1):
+        build_datasets(tokenizer, [Source(str(path))], cache_dir=str(tmp_path / "cache"))
+        assert len(entries(tmp_path / "cache")) == count
+
+
+def test_another_version_of_what_tokenizes_makes_an_entry_of_its_own(path, tmp_path, monkeypatch):
+    build(path, ROWS, cache=tmp_path / "cache")
+    monkeypatch.setattr(datasets, "_hash_of_code", lambda: "other")
+    build(path, None, cache=tmp_path / "cache")
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_a_source_that_is_refused_leaves_nothing_in_the_cache(path, tmp_path):
+    assert "can't be used" in refusal(path, [{"text": "a"}, {"text": 3}], cache=tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+    build(path, None, cache=tmp_path / "cache", on_bad_row="drop")
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_without_a_folder_of_its_own_the_users_cache_is_taken(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    build(path, ROWS)
+    assert len(entries(tmp_path / "xdg" / "qlora" / "data")) == 1
+
+
+def test_a_file_that_can_not_be_read_is_told(path, tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(datasets.hashlib, "file_digest", refuse)
+    assert refusal(path, ROWS, cache=tmp_path / "cache") == f"{path} can't be read: {os.strerror(errno.EIO)}."
+    assert not (tmp_path / "cache").exists()

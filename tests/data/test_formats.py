@@ -1,86 +1,199 @@
 """What columns mean, and what is said of those that mean nothing."""
 
-import random
+import json
+from collections import Counter
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlora.data.formats import FORMATS, Completion, Conversation, detect_format, to_example
-from qlora.data.rows import Row, read_rows
-from qlora.errors import DataError
+from qlora.data.formats import (
+    FORMATS,
+    MEDIA_COLUMNS,
+    READ_COLUMNS,
+    Completion,
+    Conversation,
+    Labelled,
+    Preference,
+    Rated,
+    RowReader,
+    Tokens,
+    detect_format,
+)
+from qlora.data.rows import Row, Source, read_rows
+from qlora.data.turns import CONTENT_KEYS, REASONING_KEYS, ROLE_KEYS, ROLE_OF, WEIGHT_KEYS
+from qlora.errors import ConfigError, DataError
 
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+HALF = "a\ud83d"
 
 
-def row(**values):
-    return Row(values, "rows.jsonl:7")
+def system(content):
+    return {"role": "system", "content": content}
 
 
-def read(format="auto", **values):
-    one = row(**values)
-    return to_example(one, detect_format([one]) if format == "auto" else format)
+def user(content):
+    return {"role": "user", "content": content}
 
 
-def refusal(format, **values):
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+HI, HO, HM = user("Hi"), assistant("Ho"), assistant("Hm")
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+TOOL = {"name": "add", "parameters": {}}
+WRAPPED = {"type": "function", "function": TOOL}
+
+
+def read(format="auto", columns={}, roles={}, **values):  # noqa: B006 (never changed)
+    return RowReader(format, columns, roles).read(Row(values, "rows.jsonl:7"))
+
+
+def refusal(format="auto", **values):
     with pytest.raises(DataError) as caught:
-        to_example(row(**values), format)
-    return str(caught.value)
+        read(format, **values)
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl:7: ")
+    message.encode()  # it can be printed
+    return message
+
+
+def detected(values):
+    return detect_format(values, "rows.jsonl:7")
+
+
+# Telling formats apart.
 
 
 @pytest.mark.parametrize(
-    ("columns", "format"),
+    ("values", "format"),
     [
-        ({"messages"}, "messages"),
-        ({"messages", "text", "instruction", "output"}, "messages"),
-        ({"instruction", "output"}, "alpaca"),
-        ({"instruction", "input", "output", "text"}, "alpaca"),
-        ({"instruction", "response", "context"}, "alpaca"),
-        ({"prompt", "completion"}, "completion"),
-        ({"prompt", "text"}, "text"),
-        ({"text", "meta"}, "text"),
+        ({"instruction": "x", "output": "x"}, "alpaca"),
+        ({"instruction": "x", "input": "x", "output": "x", "text": "x"}, "alpaca"),
+        ({"instruction": "x", "response": "x", "context": "x"}, "alpaca"),
+        ({"instruction": "x", "output": "x", "label": "x"}, "alpaca"),
+        ({"conversations": SHAREGPT}, "sharegpt"),
+        ({"conversation": SHAREGPT, "id": "x"}, "sharegpt"),
+        ({"messages": SHAREGPT}, "sharegpt"),
+        ({"messages": [HI, HO]}, "messages"),
+        ({"messages": [HI, HO], "text": "x", "instruction": "x", "output": "x", "prompt": "x"}, "messages"),
+        ({"conversations": [HI, HO]}, "messages"),
+        ({"messages": "[]"}, "messages"),
+        ({"messages": None, "instruction": "x", "output": "x"}, "alpaca"),
+        ({"prompt": "x", "completion": "x"}, "completion"),
+        ({"prompt": [HI], "completion": [HO]}, "completion"),
+        ({"prompt": "x", "text": "x"}, "text"),
+        ({"text": "x", "meta": "x"}, "text"),
+        ({"input_ids": [1], "labels": [1], "text": "x"}, "tokenized"),
+        ({"chosen": "x", "rejected": "x"}, "preference"),
+        ({"chosen": [HO], "rejected": [HM], "messages": [HI]}, "preference"),
+        ({"chosen_messages": [HI, HO], "rejected_messages": [HI, HM]}, "preference"),
+        ({"messages": [HI, HO], "label": True}, "kto"),
+        ({"prompt": "x", "completion": "x", "label": 0}, "kto"),
+        ({"prompt": "x", "completion": "x", "label": "False"}, "kto"),
+        ({"instruction": "x", "output": "x", "label": 1}, "kto"),
+        ({"messages": [HI, HO], "label": 3}, "messages"),
+        ({"text": "x", "label": 1}, "classification"),
+        ({"text": "x", "label": "joy"}, "classification"),
+        ({"message_tree_id": "x", "prompt": {}}, "oasst"),
+        ({"message_id": "x", "replies": [], "text": "x", "role": "prompter"}, "oasst"),
     ],
+    ids=str,
 )
-def test_a_format_is_told_by_its_columns(columns, format):
-    assert detect_format([row(**dict.fromkeys(columns, "x"))]) == format
+def test_a_format_is_told_by_its_columns(values, format):
+    assert detected(values) == format
 
 
-@pytest.mark.parametrize("columns", [{"instruction"}, {"prompt"}, {"completion"}, {"question", "answer"}, set()])
+@pytest.mark.parametrize(
+    "columns", [{"instruction"}, {"prompt"}, {"completion"}, {"question", "answer"}, {"label"}, {"chosen"}, set()]
+)
 def test_unknown_columns_are_told_with_the_formats(columns):
     with pytest.raises(DataError) as caught:
-        detect_format([row(**dict.fromkeys(columns, "x"))])
+        detected(dict.fromkeys(columns, "x"))
     message = str(caught.value)
-    assert message.startswith("rows.jsonl:7")
-    assert str(sorted(columns)) in message
+    assert message.startswith(f"rows.jsonl:7: columns {sorted(columns)} are none")
+    assert "data.columns" in message
     assert [form for form in FORMATS.values() if form not in message] == []
+
+
+def test_the_first_row_decides_the_format():
+    reader = RowReader()
+    assert reader.read(Row({"text": "x"}, "a:1")) == Completion("", "x")
+    assert reader.format == "text"
+    with pytest.raises(DataError, match=r"^a:2: column 'text' should be text, not None"):
+        reader.read(Row({"instruction": "x", "output": "x"}, "a:2"))
+
+
+def test_a_first_row_of_no_format_leaves_the_choice_to_the_next():
+    reader = RowReader()
+    with pytest.raises(DataError, match="none of the formats"):
+        reader.read(Row({"words": "x"}, "a:1"))
+    assert reader.read(Row({"text": "x"}, "a:2")) == Completion("", "x")
+
+
+# Questions and answers.
 
 
 @pytest.mark.parametrize("answer", ["output", "response"])
 def test_alpaca_is_a_question_and_an_answer(answer):
-    example = read(instruction="Add 2 and 3.", **{answer: "5"})
-    assert example == Conversation([{"role": "user", "content": "Add 2 and 3."}, {"role": "assistant", "content": "5"}])
+    assert read(instruction="Add 2 and 3.", **{answer: "5"}) == Conversation([user("Add 2 and 3."), assistant("5")])
 
 
 @pytest.mark.parametrize("nothing", ["", None])
 def test_an_empty_alpaca_input_or_system_adds_nothing(nothing):
-    assert read(instruction="A", output="B", input=nothing, system=nothing) == read(instruction="A", output="B")
+    extra = dict.fromkeys(["input", "system", "history", "tools"], nothing)
+    assert read(instruction="A", output="B", **extra) == read(instruction="A", output="B")
 
 
-def test_alpaca_input_follows_the_instruction_and_system_comes_first():
-    example = read(instruction="Add.", input="2 3", output="5", system="Be short.")
-    assert example.messages == [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "Add.\n\n2 3"},
-        {"role": "assistant", "content": "5"},
+@pytest.mark.parametrize("form", [list, json.dumps], ids=["list", "json"])
+def test_alpaca_puts_system_and_history_first_and_input_behind_the_instruction(form):
+    history = form([["Hi", "Ho"], ["How?", "So."]])
+    example = read(instruction="Add.", input="2 3", output="5", system="Be short.", history=history, tools=[TOOL])
+    turns = [system("Be short."), HI, HO, user("How?"), assistant("So."), user("Add.\n\n2 3"), assistant("5")]
+    assert example == Conversation(turns, [WRAPPED])
+
+
+@pytest.mark.parametrize("history", [3, {"a": 1}, "3", ["Hi"], [["Hi"]], [["Hi", 3]], [["Hi", "Ho", "Hm"]]], ids=str)
+def test_a_history_that_is_no_pairs_is_refused(history):
+    assert "'history' should hold pairs" in refusal(instruction="A", output="B", history=history)
+
+
+# Turns.
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+@pytest.mark.parametrize("turns", [SHAREGPT, [HI, HO], json.dumps(SHAREGPT)], ids=["sharegpt", "messages", "json"])
+def test_turns_are_read_from_every_column_and_dialect(column, turns):
+    example = read(**{column: turns}, system="Be short.", tools=json.dumps([TOOL]))
+    assert example == Conversation([system("Be short."), HI, HO], [WRAPPED])
+
+
+def test_sharegpt_turns_may_call_and_observe():
+    turns = [
+        SHAREGPT[0],
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "5"},
+        SHAREGPT[1],
     ]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = {**assistant(""), "tool_calls": [call]}
+    assert read(conversations=turns).messages == [HI, called, {"role": "tool", "content": "5"}, HO]
 
 
-def test_messages_keep_their_turns_and_order(seed):
-    rng = random.Random(seed)
-    turns = [{"role": rng.choice(["system", "user", "assistant"]), "content": f"turn {n}"} for n in range(9)]
-    assert read(messages=turns) == Conversation(turns)
+def test_weights_belong_to_their_turns():
+    turns = [HI, {**HO, "weight": 0}, HI, {**HM, "weight": 2}]
+    assert read(messages=turns) == Conversation([HI, HO, HI, HM], weights=[1.0, 0.0, 1.0, 2.0])
+    assert read(messages=turns, system="S").weights == [1.0, 1.0, 0.0, 1.0, 2.0]
 
 
-def test_other_keys_of_a_turn_are_left_out():
-    assert read(messages=[{**TURNS[0], "name": "Ann", "weight": 0}]).messages == [TURNS[0]]
+@pytest.mark.parametrize("turns", [[], 3, {"a": 1}, "[3]", None], ids=str)
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_turns_that_are_none_are_refused(format, turns):
+    assert "turn" in refusal(format, messages=turns)
+
+
+# Texts and tokens.
 
 
 def test_prompt_and_completion_are_raw_text():
@@ -88,11 +201,229 @@ def test_prompt_and_completion_are_raw_text():
 
 
 def test_prompt_and_completion_of_turns_are_a_conversation():
-    assert read(prompt=[TURNS[0]], completion=[TURNS[1]]) == Conversation(TURNS)
+    assert read(prompt=[HI], completion=[HO], tools=[TOOL]) == Conversation([HI, HO], [WRAPPED])
+    assert read(prompt=[HI], completion=[{**HO, "weight": 0.5}]).weights == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "problem"),
+    [
+        ([HI], None, "'completion' should be turns, as 'prompt' is, not None"),
+        ([HI], 3, "'completion' should be turns, as 'prompt' is, not 3"),
+        ("Hi", [HO], f"column 'completion' should be text, not {[HO]}"),
+        ([3], [HO], "a turn should have 'role' and 'content', not 3"),
+        ([], [], "'prompt' should be a list of turns, not []"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label", [{}, {"label": True}], ids=["completion", "kto"])
+def test_a_prompt_and_a_completion_of_two_kinds_are_refused(prompt, completion, problem, label):
+    assert problem in refusal(prompt=prompt, completion=completion, **label)
+
+
+def test_a_prompt_of_turns_needs_a_completion_of_turns():
+    assert "'completion' should be turns, as 'prompt' is, not 'Ho'" in refusal(prompt=[HI], completion="Ho")
 
 
 def test_text_is_a_completion_of_nothing():
     assert read(text="Some words.") == Completion("", "Some words.")
+
+
+@pytest.mark.parametrize(
+    ("columns", "weights"),
+    [
+        ({}, [1.0, 1.0, 1.0]),
+        ({"labels": [-100, 6, 7]}, [0.0, 1.0, 1.0]),
+        ({"loss_mask": [0, 1, 0.5]}, [0, 1, 0.5]),
+        ({"loss_mask": [False, True, True], "labels": [-100, -100, -100]}, [0, 1, 1]),
+        ({"labels": None, "loss_mask": None, "attention_mask": None}, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_tokens_are_taken_with_their_weights(columns, weights):
+    assert read(input_ids=[5, 6, 7], **columns) == Tokens([5, 6, 7], weights)
+
+
+def test_padding_is_left_out():
+    example = read(input_ids=[0, 5, 6, 0], attention_mask=[0, 1, 1, 0], labels=[-100, -100, 6, -100])
+    assert example == Tokens([5, 6], [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"input_ids": []}, "'input_ids' is empty"),
+        ({"input_ids": "5 6"}, "'input_ids' should be a list of numbers, not '5 6'"),
+        ({"input_ids": [5, "6"]}, "'input_ids' should be a list of numbers"),
+        ({"labels": [6, 7, -100]}, "label 0 is 6, neither input id 5 nor -100; labels should be the ids themselves"),
+        ({"labels": [5]}, "'labels' has 1 entries, but there are 3 input_ids"),
+        ({"labels": [[5, 6, 7]]}, "'labels' should be a list of numbers"),
+        ({"loss_mask": [1, 1]}, "'loss_mask' has 2 entries"),
+        ({"loss_mask": [1, -1, 1]}, "'loss_mask' should hold numbers from 0 to 1000, not -1"),
+        ({"loss_mask": [1, float("nan"), 1]}, "'loss_mask' should hold numbers from 0 to 1000, not nan"),
+        ({"attention_mask": [1, 1, 1, 1]}, "'attention_mask' has 4 entries"),
+    ],
+    ids=str,
+)
+def test_tokens_that_do_not_fit_are_refused(columns, problem):
+    assert problem in refusal(**{"input_ids": [5, 6, 7], **columns})
+
+
+# Preferences.
+
+TEXTS = {"chosen": "Ho", "rejected": "Hm"}
+TURNS = {"chosen": [HO], "rejected": [HM]}
+WHOLE = {"chosen": [HI, HO], "rejected": [HI, HM]}
+PAIR = Preference(Conversation([HI, HO]), Conversation([HI, HM]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Hi", **TEXTS},
+        {"prompt": [HI], **TEXTS},
+        {"instruction": "Hi", "input": "", "output": "Ho", **TEXTS},
+        {"conversations": SHAREGPT[:1], **TEXTS},
+        {"prompt": "Hi", **TURNS},
+        {"prompt": [HI], **TURNS},
+        {"instruction": "Hi", **TURNS},
+        {"messages": [HI], **TURNS},
+        {"messages": json.dumps([HI]), **TURNS},
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "Hm"}},
+        WHOLE,
+        {"chosen_messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"]},
+        {"prompt": "Hi", **WHOLE},
+        {"prompt": "Hi", "messages": [HI, HO], **WHOLE},
+    ],
+    ids=str,
+)
+def test_a_preference_is_a_prompt_and_two_answers(values):
+    assert read(**values) == PAIR
+
+
+@pytest.mark.parametrize("values", [{"prompt": "Hi", **TEXTS}, {"prompt": [HI], **TURNS}, WHOLE], ids=str)
+def test_a_preference_may_have_a_system_prompt_and_tools(values):
+    example = read(**values, system="S", tools=[TOOL])
+    assert example.chosen == Conversation([system("S"), HI, HO], [WRAPPED])
+    assert example.rejected == Conversation([system("S"), HI, HM], [WRAPPED])
+
+
+def test_a_whole_conversation_keeps_its_own_system_prompt():
+    turns = {"chosen": [system("mine"), HI, HO], "rejected": [system("mine"), HI, HM]}
+    assert read(system="S", **turns).chosen.messages == turns["chosen"]
+
+
+def test_a_preference_goes_on_from_a_history():
+    example = read(instruction="Hi", history=[["A", "B"]], **TEXTS)
+    assert example.rejected.messages == [user("A"), assistant("B"), HI, HM]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (TEXTS, "nothing is before the answer; its prompt should be in one of prompt, instruction, messages"),
+        (TURNS, "nothing is before the answer"),
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": None}, "'rejected' should be a list of turns, not None"),
+        ({"prompt": "Hi", "chosen": 3, "rejected": "Hm"}, "'chosen' should be a list of turns, not 3"),
+        ({"prompt": 3, **TEXTS}, "column 'prompt' should be text, not 3"),
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": HALF}, "half a surrogate pair"),
+    ],
+)
+def test_a_preference_that_lacks_a_side_is_refused(values, problem):
+    assert problem in refusal(**values)
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [HI, HO]},
+        {"conversations": SHAREGPT},
+        {"prompt": "Hi", "completion": "Ho"},
+        {"prompt": [HI], "completion": "Ho"},
+        {"prompt": [HI], "completion": [HO]},
+        {"instruction": "Hi", "output": "Ho"},
+        {"instruction": "Hi", "response": "Ho"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("label", "is_good"), [(True, True), (0, False), ("true", True), ("False", False)])
+def test_a_verdict_may_be_on_any_conversation(values, label, is_good):
+    if values.get("prompt") == [HI] and values["completion"] == "Ho":
+        values = {**values, "tools": [TOOL]}
+    tools = [WRAPPED] if "tools" in values else None
+    assert read(**values, label=label) == Rated(Conversation([HI, HO], tools), is_good)
+
+
+@pytest.mark.parametrize("label", [None, 2, "good", "1", [], 1.0], ids=repr)
+def test_a_label_that_is_no_verdict_is_refused(label):
+    message = refusal("kto", messages=[HI, HO], label=label)
+    assert f"'label' should be true or false, not {label!r}" in message
+
+
+# Classes.
+
+
+@pytest.mark.parametrize(("label", "name"), [("joy", "joy"), (3, "3"), ("", "")])
+def test_a_text_may_have_a_class(label, name):
+    assert read(text="Some words.", label=label) == Labelled("Some words.", name)
+
+
+@pytest.mark.parametrize("label", [None, [1], {"a": 1}, 1.5], ids=repr)
+def test_a_class_that_is_no_name_is_refused(label):
+    assert f"'label' should be a name or a number, not {label!r}" in refusal("classification", text="x", label=label)
+
+
+# Trees.
+
+
+def node(text, role="prompter", *replies, **keys):
+    return {"message_id": text, "text": text, "role": role, "replies": list(replies), **keys}
+
+
+def tree(*replies):
+    return {"message_tree_id": "x", "prompt": node("Hi", "prompter", *replies)}
+
+
+@pytest.mark.parametrize(
+    ("replies", "answers"),
+    [
+        ([node("Ho", "assistant")], ["Ho"]),
+        ([node("Hm", "assistant", rank=1), node("Ho", "assistant", rank=0)], ["Ho"]),
+        ([node("Hm", "assistant", rank=None), node("Ho", "assistant", rank=2)], ["Ho"]),
+        ([node("Ho", "assistant"), node("Hm", "assistant")], ["Ho"]),
+        ([node("Hm", "assistant", rank=0, deleted=True), node("Ho", "assistant", rank=1)], ["Ho"]),
+        ([node("Hm", "assistant", rank=0, review_result=False), node("Ho", "assistant", rank=1)], ["Ho"]),
+        ([node("Ho", "assistant", node("And?"))], ["Ho"]),
+        ([node("Ho", "assistant", node("And?", "prompter", node("So.", "assistant")))], ["Ho", "And?", "So."]),
+    ],
+)
+def test_the_best_path_through_a_tree_ends_with_an_answer(replies, answers):
+    example = read(**tree(*replies))
+    assert [turn["content"] for turn in example.messages] == ["Hi", *answers]
+    assert [turn["role"] for turn in example.messages] == ["user", "assistant", "user", "assistant"][: len(answers) + 1]
+    assert read(**tree(*replies)["prompt"]) == example
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (tree(), "no message of this tree has an answer"),
+        ({"message_tree_id": "x", "prompt": None}, "no message of this tree has an answer"),
+        ({"message_tree_id": "x", "prompt": "Hi"}, "should be an object, not 'Hi'"),
+        (tree("Ho"), "should be an object, not 'Ho'"),
+        (node("Hi") | {"replies": 3}, "'replies' should be a list of messages, not 3"),
+        (node("Hi") | {"replies": {"a": 1}}, "'replies' should be a list of messages, not {'a': 1}"),
+        (node("Hi", "narrator"), "role 'narrator' is none of"),
+        (node(HALF), "half a surrogate pair"),
+    ],
+)
+def test_a_tree_that_is_none_is_refused(values, problem):
+    assert problem in refusal(**values)
+
+
+# Columns of the wrong type, or none.
 
 
 @pytest.mark.parametrize(
@@ -105,13 +436,16 @@ def test_text_is_a_completion_of_nothing():
         ("alpaca", {"instruction": "A", "response": "B"}, "response"),
         ("completion", {"prompt": "A", "completion": "B"}, "prompt"),
         ("completion", {"prompt": "A", "completion": "B"}, "completion"),
+        ("messages", {"messages": [HI, HO], "system": "C"}, "system"),
+        ("messages", {"messages": [HI, HO]}, "tools"),
+        ("preference", {"prompt": "Hi", **TEXTS}, "prompt"),
+        ("classification", {"text": "A", "label": "B"}, "text"),
         ("text", {"text": "A"}, "text"),
     ],
 )
 @pytest.mark.parametrize("value", [3, {"a": 1}, True], ids=str)
 def test_a_column_of_the_wrong_type_is_named_with_its_row(format, good, column, value):
     message = refusal(format, **{**good, column: value})
-    assert message.startswith("rows.jsonl:7")
     assert f"'{column}'" in message
     assert repr(value) in message
 
@@ -126,77 +460,234 @@ def test_a_column_of_the_wrong_type_is_named_with_its_row(format, good, column, 
         ("completion", {"prompt": "A"}, "completion"),
         ("text", {"texts": "A"}, "text"),
         ("messages", {"text": "A"}, "messages"),
+        ("sharegpt", {"text": "A"}, "messages"),
+        ("tokenized", {"text": "A"}, "input_ids"),
+        ("preference", {"prompt": "A", "chosen": "B"}, "rejected"),
+        ("kto", {"messages": [HI, HO]}, "label"),
+        ("classification", {"text": "A"}, "label"),
     ],
 )
 def test_an_absent_column_is_named_with_its_row(format, values, column):
-    message = refusal(format, **values)
-    assert message.startswith("rows.jsonl:7")
-    assert f"'{column}'" in message
-
-
-@pytest.mark.parametrize("messages", [[], "Hi", {"role": "user", "content": "Hi"}, None, 3], ids=str)
-def test_messages_that_are_no_turns_are_named(messages):
-    message = refusal("messages", messages=messages)
-    assert message.startswith("rows.jsonl:7")
-    assert "list of turns" in message
+    assert f"'{column}'" in refusal(format, **values)
 
 
 @pytest.mark.parametrize(
-    "turn",
-    ["Hi", {"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": [{"type": "text"}]}],
-    ids=str,
-)
-def test_a_turn_without_text_is_named(turn):
-    message = refusal("messages", messages=[*TURNS, turn])
-    assert message.startswith("rows.jsonl:7")
-    assert "'content'" in message
-
-
-@pytest.mark.parametrize("role", ["human", "gpt", "tool", "User", "", None])
-def test_an_unknown_role_is_named_with_the_known_ones(role):
-    message = refusal("messages", messages=[{"role": role, "content": "Hi"}])
-    assert message.startswith("rows.jsonl:7")
-    assert f"role {role!r}" in message
-    assert "system, user, assistant" in message
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [([TURNS[0]], "Ho"), ([TURNS[0]], None), ([TURNS[0]], 3), ("Hi", [TURNS[1]]), ([3], [TURNS[1]])],
-    ids=str,
-)
-def test_a_prompt_and_a_completion_of_two_kinds_are_refused(prompt, completion):
-    message = refusal("completion", prompt=prompt, completion=completion)
-    assert message.startswith("rows.jsonl:7")
-    assert repr(completion) in message or repr(prompt[0]) in message
-
-
-@pytest.mark.parametrize(
-    ("format", "values"),
+    "values",
     [
-        ("text", {"text": "a\ud83d"}),
-        ("completion", {"prompt": "ok", "completion": "a\ud83d"}),
-        ("alpaca", {"instruction": "a\ud83d", "output": "ok"}),
-        ("messages", {"messages": [{"role": "user", "content": "a\ud83d"}]}),
+        {"text": HALF},
+        {"prompt": "ok", "completion": HALF},
+        {"instruction": HALF, "output": "ok"},
+        {"instruction": "ok", "output": "ok", "history": [[HALF, "ok"]]},
+        {"messages": [user(HALF)]},
+        {"messages": [HI, HO], "system": HALF},
+        {"messages": [HI, HO], "tools": [{"name": HALF}]},
+        {"text": HALF, "label": "ok"},
+        {"text": "ok", "label": HALF},
     ],
+    ids=str,
 )
-def test_half_a_surrogate_pair_is_told_with_its_row(format, values):
-    message = refusal(format, **values)
-    assert message.startswith("rows.jsonl:7: character 1 of ")
-    assert "half a surrogate pair" in message
-    message.encode()  # and can be printed
+def test_half_a_surrogate_pair_is_told_with_its_row(values):
+    assert "half a surrogate pair" in refusal(**values)
     assert read(text="a\U0001f642") == Completion("", "a🙂")
 
 
+@pytest.mark.parametrize("column", MEDIA_COLUMNS)
+def test_media_are_refused(column):
+    assert f"it has {column}; only text" in refusal(messages=[HI, HO], **{column: ["a.png"]})
+    assert read(messages=[HI, HO], **{column: []}) == Conversation([HI, HO])
+
+
+# Mappings.
+
+
+def test_columns_are_mapped_before_the_format_is_told():
+    columns = {"instruction": "question", "output": "answer"}
+    assert read(columns=columns, question="Hi", answer="Ho") == Conversation([HI, HO])
+    assert read(columns={"label": "category"}, text="x", category="joy") == Labelled("x", "joy")
+
+
+def test_a_mapped_column_comes_before_one_of_its_name():
+    assert read(columns={"text": "body"}, text="wrong", body="right") == Completion("", "right")
+
+
+def test_keys_and_roles_of_turns_can_be_mapped():
+    columns = {"messages": "dialog", "role": "speaker", "content": "says"}
+    turns = [{"speaker": "Ann", "says": "Hi"}, {"speaker": "Bob", "says": "Ho"}]
+    assert read(columns=columns, roles={"Ann": "user", "Bob": "assistant"}, dialog=turns) == Conversation([HI, HO])
+
+
+def test_a_mapping_is_no_unread_column():
+    reader = RowReader(columns={"text": "body"})
+    reader.read(Row({"body": "x", "id": 3, "text": "y"}, "a:1"))
+    reader.read(Row({"body": "x", "url": "z"}, "a:2"))
+    assert reader.unread == {"id", "url"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_columns_that_a_format_reads_are_no_unread_ones(format):
+    reader = RowReader(format)
+    with pytest.raises(DataError):
+        reader.read(Row(dict.fromkeys([*READ_COLUMNS[format], "other"]), "a:1"))
+    assert reader.unread == {"other"}
+
+
 @pytest.mark.parametrize(
-    ("file", "format", "count"),
+    ("settings", "named"),
     [
-        ("llama_factory_demo/alpaca_en_demo.json", "alpaca", 999),
-        ("llama_factory_demo/identity.json", "alpaca", 91),
-        ("mlx_wikisql_lora/train.jsonl", "text", 1000),
+        ({"format": "chatml"}, "data.format: 'chatml' is unknown; there are auto, alpaca"),
+        ({"columns": {"question": "instruction"}}, "data.columns: no format has a column 'question'; there are "),
+        ({"roles": {"Ann": "human"}}, "data.roles: Ann: 'human' should be system, user, assistant or tool"),
     ],
 )
+def test_a_mapping_to_what_does_not_exist_is_refused(settings, named):
+    with pytest.raises(ConfigError) as caught:
+        RowReader(**settings)
+    assert named in str(caught.value)
+
+
+def test_every_format_says_what_it_reads():
+    assert FORMATS.keys() == READ_COLUMNS.keys()
+
+
+# Anything.
+
+WORDS = [*ROLE_OF, *FORMATS, "", "x", HALF, "é🙂", "tool_use", "image_url", "true", "null", "[]", "{}", "[3]", "{"]
+TURNS_AS_JSON = [json.dumps([HI, HO]), json.dumps([TOOL]), json.dumps({"name": "add", "arguments": "{}"})]
+KEYS = [*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *WEIGHT_KEYS, "tool_calls", "function_call", "function", "name"]
+KEYS += ["arguments", "parameters", "type", "tool_call", "tool_call_id", "id", "replies", "rank", "deleted", HALF]
+COLUMNS = sorted({*MEDIA_COLUMNS, "other", HALF}.union(*READ_COLUMNS.values()))
+texts = st.sampled_from([*WORDS, *TURNS_AS_JSON]) | st.text(max_size=3)
+numbers = st.integers(-2, 2) | st.floats() | st.sampled_from([10**30, -100, 2**63])
+leaves = st.deferred(lambda: st.none() | st.booleans() | numbers | texts)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(sorted(ROLE_OF)), "content": texts | st.none()},
+    optional={key: leaves | st.lists(leaves, max_size=2) for key in KEYS if key not in ("role", "content")},
+)
+values = st.recursive(
+    leaves | turns | st.just(HI) | st.just(HO),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+# Columns that belong together, so that rows get beyond the telling of their format.
+forms = st.sampled_from([*READ_COLUMNS.values(), set(COLUMNS)]).map(sorted)
+any_row = forms.flatmap(lambda names: st.dictionaries(st.sampled_from(names), values, max_size=6))
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=any_row, format=st.sampled_from(["auto", *FORMATS]))
+def test_whatever_a_row_holds_it_is_read_or_refused(row, format):
+    reader = RowReader(format)
+    try:
+        told = "rows.jsonl:7: " + json.dumps(asdict(reader.read(Row(row, "rows.jsonl:7"))), ensure_ascii=False)
+    except DataError as error:
+        told = str(error)
+    assert told.encode().startswith(b"rows.jsonl:7: ")
+    assert reader.format in ("auto", *FORMATS)
+
+
+# Real files.
+
+REAL_FILES = {
+    "axolotl_fixtures/alpaca.json": ("alpaca", 2),
+    "axolotl_fixtures/conversation.json": ("sharegpt", 1),
+    "axolotl_fixtures/conversation.missingturns.json": ("sharegpt", 1),
+    "axolotl_fixtures/conversation.tokenized.json": ("tokenized", 1),
+    "axolotl_fixtures/conversation.tokenized_llama2chat.json": ("tokenized", 1),
+    "banking77/categories.json": ("text", 77),
+    "banking77/test.csv": ("classification", 3080),
+    "banking77/train.csv": ("classification", 10003),
+    "fastchat/data/dummy_conversation.json": ("sharegpt", 500),
+    "llama_factory_demo/alpaca_en_demo.json": ("alpaca", 999),
+    "llama_factory_demo/alpaca_zh_demo.json": ("alpaca", 1000),
+    "llama_factory_demo/c4_demo.jsonl": ("text", 300),
+    "llama_factory_demo/dpo_en_demo.json": ("preference", 300),
+    "llama_factory_demo/dpo_zh_demo.json": ("preference", 300),
+    "llama_factory_demo/glaive_toolcall_en_demo.json": ("sharegpt", 300),
+    "llama_factory_demo/glaive_toolcall_zh_demo.json": ("sharegpt", 300),
+    "llama_factory_demo/identity.json": ("alpaca", 91),
+    "llama_factory_demo/kto_en_demo.json": ("kto", 300),
+    "llama_factory_demo/reason_tool_use_demo_50.jsonl": ("messages", 50),
+    "llama_factory_demo/v1_dpo_demo.jsonl": ("preference", 10),
+    "llama_factory_demo/v1_sft_demo.jsonl": ("messages", 500),
+    "llms_from_scratch/instruction-data-with-preference.json": ("preference", 1100),
+    "llms_from_scratch/instruction-data.json": ("alpaca", 1100),
+    "mlx_wikisql_lora/test.jsonl": ("text", 100),
+    "mlx_wikisql_lora/train.jsonl": ("text", 1000),
+    "mlx_wikisql_lora/valid.jsonl": ("text", 100),
+    "mlx_wwdc25_completions/train.jsonl": ("completion", 1800),
+    "mlx_wwdc25_completions/valid.jsonl": ("completion", 144),
+    "oasst_samples/en_100_message.jsonl": ("oasst", 100),
+    "oasst_samples/en_100_text.jsonl": ("text", 100),
+    "oasst_samples/en_100_tree.jsonl": ("oasst", 100),
+    "oasst_samples/prompt_lottery_en_250_text.jsonl": ("text", 250),
+    "torchtune_tiny/alpaca_tiny.json": ("alpaca", 100),
+    "torchtune_tiny/chat_tiny.json": ("sharegpt", 1),
+    "torchtune_tiny/hh_rlhf_tiny.json": ("preference", 1),
+    "torchtune_tiny/instruct_tiny.json": ("alpaca", 2),
+    "humaneval/HumanEval.jsonl.gz": ("completion", 164),
+    "humaneval/example_problem.jsonl": ("completion", 1),
+    "torchtune_tiny/stack_exchange_paired_tiny.json": ("preference", 25),
+}
+MAPPINGS = {
+    "banking77/test.csv": {"label": "category"},
+    "banking77/train.csv": {"label": "category"},
+    "humaneval/HumanEval.jsonl.gz": {"completion": "canonical_solution"},
+    "humaneval/example_problem.jsonl": {"completion": "canonical_solution"},
+    "torchtune_tiny/stack_exchange_paired_tiny.json": {
+        "prompt": "question",
+        "chosen": "response_j",
+        "rejected": "response_k",
+    },
+}
+# What is no training data, or none of text.
+OTHER_FILES = {
+    "fastchat/fastchat/llm_judge/data/judge_prompts.jsonl": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/question.jsonl": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/reference_answer/gpt-4.jsonl": "none of the formats",
+    "humaneval/example_samples.jsonl": "none of the formats",
+    "llama_factory_demo/dataset_info.json": "none of the formats",
+    "llama_factory_demo/mllm_demo.json": "it has images",
+    "torchtune_tiny/vqa_tiny.json": "none of the formats",
+}
+
+
+@pytest.mark.parametrize(("file", "format", "count"), [(name, *expected) for name, expected in REAL_FILES.items()])
 def test_real_rows_are_understood(realdata, file, format, count):
-    rows = read_rows(str(realdata / "data" / file))
-    assert detect_format(rows) == format
-    assert len([to_example(one, format) for one in rows]) == count
+    reader = RowReader(columns=MAPPINGS.get(file, {}))
+    found = list(read_rows(Source(str(realdata / "data" / file))))
+    assert Counter(map(type, found)) == {Row: count}
+    examples = [reader.read(row) for row in found]
+    assert reader.format == format
+    assert len({type(example) for example in examples}) == 1
+
+
+@pytest.mark.parametrize(("file", "problem"), OTHER_FILES.items())
+def test_real_rows_that_are_no_texts_to_learn_are_refused(realdata, file, problem):
+    row = next(read_rows(Source(str(realdata / "data" / file))))
+    with pytest.raises(DataError, match=problem):
+        RowReader().read(row)
+
+
+def test_every_real_file_is_expected(realdata):
+    folder = realdata / "data"
+    there = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".csv", ".gz")
+    }
+    assert there - {*REAL_FILES, *OTHER_FILES} == set()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_real_calls_are_objects_with_the_tools_that_they_call(realdata, language):
+    path = realdata / "data" / "llama_factory_demo" / f"glaive_toolcall_{language}_demo.json"
+    reader = RowReader()
+    calls = [
+        (call["function"], {tool["function"]["name"] for tool in example.tools or []})
+        for example in map(reader.read, read_rows(Source(str(path))))
+        for turn in example.messages
+        for call in turn.get("tool_calls", [])
+    ]
+    assert len(calls) > 100
+    assert all(isinstance(function["arguments"], dict) for function, _ in calls)
+    assert sum(function["name"] in known for function, known in calls) > 0.9 * len(calls)

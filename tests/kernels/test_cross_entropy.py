@@ -19,6 +19,11 @@ def make_inputs(generator, rows, features, vocabulary, dtype=torch.float32):
     return hidden.requires_grad_(), weight, labels, bias
 
 
+def random_weights(generator, rows):
+    """Some of them zero."""
+    return torch.rand(rows, generator=generator) * 3 * (torch.rand(rows, generator=generator) < 0.8)
+
+
 def run(hidden, *args, **kwargs):
     loss = linear_cross_entropy(hidden, *args, **kwargs)
     (grad,) = torch.autograd.grad(loss, hidden)
@@ -40,10 +45,15 @@ def relative(found, wanted):
     with_bias=st.booleans(),
     logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
     softcap=st.sampled_from([None, 1.5, 30.0]),
+    weighted=st.booleans(),
 )
-def test_loss_and_gradient_are_torchs(seed, rows, features, vocabulary, chunk_rows, with_bias, logit_scale, softcap):
-    hidden, weight, labels, bias = make_inputs(torch.Generator().manual_seed(seed), rows, features, vocabulary)
+def test_loss_and_gradient_are_torchs(
+    seed, rows, features, vocabulary, chunk_rows, with_bias, logit_scale, softcap, weighted
+):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, labels, bias = make_inputs(generator, rows, features, vocabulary)
     options = {"bias": bias if with_bias else None, "logit_scale": logit_scale, "softcap": softcap}
+    options["row_weights"] = random_weights(generator, rows) if weighted else None
     chunk = max(1, chunk_rows * vocabulary)
     loss, grad = run(hidden, weight, labels, chunk_elements=chunk, **options)
     wanted_loss, wanted_grad = reference(hidden, weight, labels, **options)
@@ -52,10 +62,12 @@ def test_loss_and_gradient_are_torchs(seed, rows, features, vocabulary, chunk_ro
     torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_bf16_stays_within_its_rounding(softcap, generator):
+def test_bf16_stays_within_its_rounding(softcap, weighted, generator):
     hidden, weight, labels, bias = make_inputs(generator, 64, 48, 300, torch.bfloat16)
     options = {"bias": bias, "softcap": softcap, "logit_scale": 0.5}
+    options["row_weights"] = torch.rand(64, generator=generator) if weighted else None
     loss, grad = run(hidden, weight, labels, chunk_elements=7 * 300, **options)
     wanted_loss, wanted_grad = reference(hidden, weight, labels, **options)
     assert loss.dtype == torch.float32
@@ -64,6 +76,27 @@ def test_bf16_stays_within_its_rounding(softcap, generator):
     # a row. The gradient's probabilities move by as much, and are rounded once, and so is the product.
     assert abs(loss - wanted_loss) < 64 * 2**-8 * 4
     assert relative(grad, wanted_grad) < 2**-6
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 7 * 50, 1 << 24])
+def test_a_weight_is_as_many_rows(chunk_elements, generator):
+    hidden, weight, labels, bias = make_inputs(generator, 23, 16, 50)
+    times = torch.randint(4, (23,), generator=generator)
+    repeated = hidden.detach().repeat_interleave(times, dim=0).requires_grad_()
+    loss, grad = run(hidden, weight, labels, bias=bias, row_weights=times.float(), chunk_elements=chunk_elements)
+    wanted_loss, wanted = run(repeated, weight, labels.repeat_interleave(times), bias=bias)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
+    owners = torch.arange(23).repeat_interleave(times)
+    torch.testing.assert_close(grad, torch.zeros_like(grad).index_add(0, owners, wanted), rtol=1e-4, atol=1e-5)
+    assert (grad[times == 0] == 0).all()
+
+
+def test_weights_of_one_change_nothing(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 23, 16, 50)
+    loss, grad = run(hidden, weight, labels, row_weights=torch.ones(23), chunk_elements=5 * 50)
+    plain_loss, plain_grad = run(hidden, weight, labels, chunk_elements=5 * 50)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=0)
+    assert torch.equal(grad, plain_grad)
 
 
 def test_a_chunk_of_any_size_gives_the_same_gradient(generator):
@@ -124,13 +157,17 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_no_more_logits_exist_at_once_than_a_chunk_holds(softcap, train, generator):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(softcap, train, weighted, generator):
     rows, features, vocabulary, chunk_elements = 512, 4, 256, 8 * 1024
     hidden, weight, labels, bias = make_inputs(generator, rows, features, vocabulary)
     # Nothing but logits is as large as a chunk.
     assert max(hidden.numel(), weight.numel()) < chunk_elements < rows * vocabulary
     with LargestTensor() as largest, torch.set_grad_enabled(train):
-        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=softcap, chunk_elements=chunk_elements)
+        loss = linear_cross_entropy(
+            hidden, weight, labels, bias=bias, softcap=softcap, chunk_elements=chunk_elements,
+            row_weights=torch.ones(rows) if weighted else None,
+        )  # fmt: skip
         if train:
             loss.backward()
     assert largest.size == chunk_elements

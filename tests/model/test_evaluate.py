@@ -51,6 +51,31 @@ def test_the_batch_size_changes_nothing(model, generator):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("capacity", [24, 100])
+def test_packing_changes_nothing(model, generator, capacity):
+    examples = random_examples(generator, 12)
+    apart = evaluate(model, eval_batches(examples, 2))
+    packed = evaluate(model, eval_batches(examples, 2, capacity))
+    assert packed.num_supervised == apart.num_supervised
+    assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
+
+
+def test_weights_count_in_the_mean_and_in_the_bits(model, generator):
+    examples = random_examples(generator, 6)
+    weighted = [
+        make_example(each.input_ids, each.weights * weight)
+        for each, weight in zip(examples, [0.5, 1, 2] * 2, strict=True)
+    ]
+    alone = [evaluate(model, eval_batches([each], 1)) for each in examples]
+    total = sum(weight * one.num_supervised for one, weight in zip(alone, [0.5, 1, 2] * 2, strict=True))
+    loss = sum(one.loss * one.num_supervised * weight for one, weight in zip(alone, [0.5, 1, 2] * 2, strict=True))
+    found = evaluate(model, eval_batches(weighted, 2))
+    assert found.num_supervised == sum(one.num_supervised for one in alone)
+    assert found.total_weight == total
+    assert found.loss == pytest.approx(loss / total, rel=1e-5)
+    assert found.bits == pytest.approx(loss / math.log(2), rel=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_in_the_mode_it_was_in(model, training, generator):
     model.train(training)
@@ -71,7 +96,8 @@ def test_dropout_does_not_act(model, generator):
 def test_shares_of_processes_are_added_up(model, generator):
     batches = list(eval_batches(random_examples(generator), 1))
     shares = [evaluate(model, batches[rank::2]) for rank in (0, 1)]
-    other = torch.tensor([shares[1].loss * shares[1].num_supervised, shares[1].num_supervised])
+    share = shares[1]
+    other = torch.tensor([share.loss * share.total_weight, share.num_supervised, share.total_weight])
     together = evaluate(model, batches[0::2], reduce=lambda totals: totals + other)
     whole = evaluate(model, batches)
     assert together.num_supervised == whole.num_supervised
@@ -79,7 +105,7 @@ def test_shares_of_processes_are_added_up(model, generator):
 
 
 def test_nothing_to_evaluate_is_no_division_by_zero(model):
-    assert evaluate(model, []) == Evaluation(0.0, 0)
+    assert evaluate(model, []) == Evaluation(0.0, 0, 0.0)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""Head and summed cross-entropy in fp32, with all logits at once."""
+"""Head and summed cross-entropy, each row by its weight, in fp32, with all logits at once."""
 
 import torch
 
@@ -10,6 +10,7 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, a scalar, and the gradient of `hidden`, both fp32."""
     hidden = hidden.detach().float().requires_grad_()
@@ -19,6 +20,7 @@ def linear_cross_entropy(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    loss = losses.sum() if row_weights is None else (losses * row_weights).sum()
     (grad,) = torch.autograd.grad(loss, hidden)
     return loss.detach(), grad

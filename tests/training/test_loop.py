@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,16 +28,24 @@ def random_examples(generator, count):
     return examples
 
 
+def lengths_of(examples):
+    return np.array(list(map(len, examples)))
+
+
+# Rows of one document each, and of several.
+CAPACITIES = pytest.mark.parametrize("capacity", [None, 80], ids=["apart", "packed"])
+
+
 class Trainer:
     """A model with adapters and all that the loop takes; keeps reports and each step's gradient."""
 
-    def __init__(self, base, examples, micro=2, accumulation=2, compute_dtype="float32", **settings):
+    def __init__(self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, **settings):
         self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
         self.model.train()
         self.flat = FlatParameters((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = FlatAdamW(self.flat, "adamw_32bit")
-        self.examples, self.plan = examples, BatchPlan(len(examples), micro, accumulation)
+        self.examples, self.plan = examples, BatchPlan(lengths_of(examples), micro, accumulation, capacity)
         self.progress, self.reports, self.grads = Progress(), [], []
 
     def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None):
@@ -65,8 +74,9 @@ def reference_gradient(model, examples):
     return loss.item(), torch.autograd.grad(loss, layers)
 
 
-def test_a_steps_gradient_is_that_of_its_whole_window_as_one_batch(tiny_base, generator):
-    trainer = Trainer(tiny_base, random_examples(generator, 8), micro=1, accumulation=4)
+@CAPACITIES
+def test_a_steps_gradient_is_that_of_its_whole_window_as_one_batch(capacity, tiny_base, generator):
+    trainer = Trainer(tiny_base, random_examples(generator, 16), micro=1, accumulation=4, capacity=capacity)
     for _, layer in lora_layers(trainer.model):
         layer.lora_B.data.normal_(std=0.05, generator=generator)
     window = [trainer.examples[index] for index in trainer.plan.window(0)]
@@ -82,14 +92,30 @@ def test_a_steps_gradient_is_that_of_its_whole_window_as_one_batch(tiny_base, ge
     assert trainer.reports[0].grad_norm == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [8, 7], ids=["even", "a short last window"])
-def test_four_micro_batches_of_one_are_one_of_four(count, tiny_base, generator):
+@CAPACITIES
+@pytest.mark.parametrize("count", [16, 15], ids=["even", "a short last window"])
+def test_four_micro_batches_of_one_are_one_of_four(count, capacity, tiny_base, generator):
     examples = random_examples(generator, count)
-    one, other = (Trainer(tiny_base, examples, micro, 4 // micro).run(4) for micro in (1, 4))
+    one, other = (Trainer(tiny_base, examples, micro, 4 // micro, capacity=capacity).run(4) for micro in (1, 4))
     assert one.losses == pytest.approx(other.losses, rel=1e-4)
     for grad, expected in zip(one.grads, other.grads, strict=True):
         assert (grad - expected).norm() < 1e-3 * expected.norm()
     assert one.progress.supervised_tokens == other.progress.supervised_tokens
+
+
+def test_a_weighted_token_counts_as_often_as_its_weight_says(tiny_base, generator):
+    """Weights of 1 and 0.5 are the mean over tokens that count twice and once."""
+    examples = random_examples(generator, 4)
+    weighted = [make_example(each.input_ids, each.weights * (1 if number % 2 else 0.5)) for number, each in
+                enumerate(examples)]  # fmt: skip
+    trainer = Trainer(tiny_base, weighted, 4, 1)
+    twice = [each for number, each in enumerate(examples) for _ in range(1 + number % 2)]
+    loss, expected = reference_gradient(copy.deepcopy(trainer.model), twice)
+    trainer.run(1)
+    assert trainer.losses == pytest.approx([loss], rel=1e-5)
+    found = [p.grad for _, layer in lora_layers(trainer.model) for p in (layer.lora_A, layer.lora_B)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * max(1e-3, other.abs().max().item()))
 
 
 def test_clipping_scales_the_gradient_and_reports_the_norm_before(tiny_base, generator):
@@ -136,10 +162,11 @@ def test_progress_counts_steps_and_tokens(tiny_base, generator):
     assert all(report.seconds > 0 for report in trainer.reports)
 
 
-def test_it_stops_when_it_is_told_and_goes_on_from_there(tiny_base, generator):
-    examples = random_examples(generator, 8)
-    whole = Trainer(tiny_base, examples, dropout=0.2).run(5)
-    parts = Trainer(tiny_base, examples, dropout=0.2).run(5, stop=2)
+@CAPACITIES
+def test_it_stops_when_it_is_told_and_goes_on_from_there(capacity, tiny_base, generator):
+    examples = random_examples(generator, 16)
+    whole = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5)
+    parts = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5, stop=2)
     assert parts.progress.step == 2
     parts.run(5)
     assert parts.losses == whole.losses
@@ -178,15 +205,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(value, tiny_b
     assert trainer.progress.step == 2
 
 
-def test_processes_share_a_window_and_add_up_its_gradient(tiny_base, generator):
+@CAPACITIES
+def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, generator):
     """Two processes one after the other, each handed the sum of both gradients, as an all-reduce would."""
-    examples = random_examples(generator, 8)
-    single = Trainer(tiny_base, examples, micro=1, accumulation=4).run(1)
+    examples = random_examples(generator, 24)
+    single = Trainer(tiny_base, examples, micro=1, accumulation=4, capacity=capacity).run(1)
     ranks = [Trainer(tiny_base, examples) for _ in range(2)]
     local = []
     for collect in (True, False):
         for rank, trainer in enumerate(ranks):
-            trainer.plan = BatchPlan(8, 1, 2, rank=rank, world_size=2)
+            trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
             seen = []
 
             def reduce(tensor, reduction="sum", rank=rank, seen=seen, collect=collect):
@@ -196,7 +224,7 @@ def test_processes_share_a_window_and_add_up_its_gradient(tiny_base, generator):
             accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, reduce=reduce)
             if collect:
                 trainer = Trainer(tiny_base, examples)
-                trainer.plan = BatchPlan(8, 1, 2, rank=rank, world_size=2)
+                trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
             reports = trainer.reports
 
             def after_step(report, reports=reports):
@@ -230,7 +258,9 @@ def test_gradients_that_overflow_whatever_the_scale_stop_the_run(tiny_base, gene
 
 
 def test_a_gradient_that_overflows_once_halves_the_scale_and_is_skipped(tiny_base, generator):
-    trainer = Trainer(tiny_base, random_examples(generator, 4), micro=1, accumulation=1, compute_dtype="float16")
+    # The mean over many tokens: that of one or two may overflow by itself.
+    examples = [make_example(each.input_ids, [True] * len(each)) for each in random_examples(generator, 4)]
+    trainer = Trainer(tiny_base, examples, micro=4, accumulation=1, compute_dtype="float16")
     layer = next(layer for _, layer in lora_layers(trainer.model))
     trainer.run(3, stop=1)
     before = trainer.flat.data.clone()

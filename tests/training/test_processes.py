@@ -14,8 +14,10 @@ from tests.tiny import run_config
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_two_processes_train_what_one_trains_with_twice_the_batch(packing, tiny_base, alpaca_file, tmp_path):
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "train__optimizer": "adamw_32bit"}
+    settings["data__packing"] = packing
     one = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "one", **settings)))
     config = run_config(tiny_base, alpaca_file, tmp_path / "two", train__micro_batch_size=1, **settings)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "qlora"]

@@ -64,12 +64,14 @@ def configure(tiny_base, alpaca_file, tmp_path):
     return build
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])
 @pytest.mark.parametrize("rounding", ["stochastic", "master"])
 def test_an_interrupted_run_goes_on_as_if_it_never_stopped(
-    optimizer, rounding, configure, interrupt_after, tmp_path, monkeypatch
+    optimizer, rounding, packing, configure, interrupt_after, tmp_path, monkeypatch
 ):
     settings = {"train__optimizer": optimizer, "train__rounding": rounding, "train__max_steps": 10}
+    settings["data__packing"] = packing
     train(configure("whole", **settings))
     interrupt_after(3)
     first = train(configure(**settings))
@@ -161,6 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(configure, interrupt_
     ("train__learning_rate", 2e-2),
     ("train__seed", 1),
     ("data__max_seq_len", 96),
+    ("data__packing", False),
     ("model__double_quant", False),
 ])  # fmt: skip
 def test_another_setting_is_no_continuation(key, value, configure, interrupt_after):
@@ -168,6 +171,16 @@ def test_another_setting_is_no_continuation(key, value, configure, interrupt_aft
     train(configure())
     with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
         train(configure(**{key: value}))
+
+
+def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
+    """A run whose disk filled up goes on with its cache on another."""
+    train(configure("whole"))
+    interrupt_after(3)
+    train(configure(data__cache_dir=str(tmp_path / "one")))
+    monkeypatch.undo()
+    assert train(configure(data__cache_dir=str(tmp_path / "other"))).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_base_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import FalconH1Config
+from transformers import FalconH1Config, OPTConfig
 
 from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import load_config
@@ -26,11 +26,11 @@ STEP_KEYS = {
 EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_supervised_tokens"}
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_base, alpaca_file, tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
+def finished(request, tiny_base, alpaca_file, tmp_path_factory):
     """A run of six steps, its result, and its directory."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    return train(load_config(run_config(tiny_base, alpaca_file, folder))), folder
+    return train(load_config(run_config(tiny_base, alpaca_file, folder, data__packing=request.param))), folder
 
 
 def metrics(folder):
@@ -64,20 +64,27 @@ def test_every_step_and_evaluation_has_a_line_with_all_keys(finished):
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     assert {frozenset(line) for line in steps} == {frozenset(STEP_KEYS)}
     assert {frozenset(line) for line in evaluations} == {frozenset(EVAL_KEYS)}
-    assert steps[-1]["epoch"] == 6 / 8  # 32 examples, 4 a step
+    config = load_config(finished[1] / "config.yaml")
+    plan = plan_run(config)
+    # 32 examples, 4 a step; packed, they are fewer rows.
+    assert (plan.steps_per_epoch < 8) if config.data.packing else (plan.steps_per_epoch == 8)
+    assert steps[-1]["epoch"] == pytest.approx(6 / plan.steps_per_epoch, abs=1e-6)
     assert steps[-1]["tokens"] > steps[-1]["supervised_tokens"] > steps[0]["supervised_tokens"] > 0
     assert all(0 <= line["zero_update_share"] < 0.5 for line in steps)
     assert steps[0]["learning_rate"] < steps[1]["learning_rate"] > steps[5]["learning_rate"] > 0
 
 
 def test_the_first_evaluation_is_that_of_the_bare_base(finished, tiny_base):
-    from qlora.data import build_datasets, eval_batches
-    from qlora.model import evaluate
+    from qlora.data import eval_batches
+    from qlora.model import datasets_from_section, evaluate
 
     model, tokenizer = load_base(str(tiny_base))
     config = load_config(finished[1] / "config.yaml")
-    examples = build_datasets(tokenizer, seed=config.train.seed, **config.data.model_dump()).eval
-    assert evaluate(model, eval_batches(examples, 2)).loss == pytest.approx(finished[0].eval_losses[0], rel=1e-6)
+    examples = datasets_from_section(config.data, tokenizer, config.train.seed).eval
+    capacity = config.data.max_seq_len if config.data.packing else None
+    assert evaluate(model, eval_batches(examples, 2, capacity)).loss == pytest.approx(
+        finished[0].eval_losses[0], rel=1e-6
+    )
 
 
 def test_run_json_tells_where_the_run_came_from(finished, tiny_base):
@@ -97,6 +104,9 @@ def test_run_json_tells_where_the_run_came_from(finished, tiny_base):
     assert values["in_use"]["optimizer"] == "paged_adamw_8bit"
     assert values["in_use"]["rounding"] == "stochastic"
     assert values["in_use"]["recompute"] == "full"
+    packing = load_config(finished[1] / "config.yaml").data.packing
+    fill = values["in_use"]["packing_fill"]
+    assert 0.5 < fill <= 1 if packing else fill is None
 
 
 def test_run_json_tells_the_share_that_is_quantized_and_all_that_is_not_by_name(finished, tiny_base):
@@ -166,11 +176,13 @@ def test_lines_are_as_far_apart_as_asked_for_and_the_last_step_has_one(tiny_base
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 5]
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_accumulation_makes_no_difference_to_a_run(dtype, tiny_base, alpaca_file, tmp_path):
+def test_accumulation_makes_no_difference_to_a_run(dtype, packing, tiny_base, alpaca_file, tmp_path):
     losses = []
     for micro in (1, 4):
         settings = {"train__micro_batch_size": micro, "train__gradient_accumulation_steps": 4 // micro}
+        settings["data__packing"] = packing
         config = run_config(
             tiny_base, alpaca_file, tmp_path / str(micro), model__compute_dtype=dtype, lora__dtype="float32",
             train__optimizer="adamw_32bit", **settings,
@@ -180,9 +192,13 @@ def test_accumulation_makes_no_difference_to_a_run(dtype, tiny_base, alpaca_file
     assert losses[0] == pytest.approx(losses[1], rel={"float32": 1e-4, "bfloat16": 2**-7}[dtype])
 
 
-def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(tiny_base, alpaca_file, tmp_path):
-    plan = plan_run(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=None)))
-    assert (plan.total_steps, plan.steps_per_epoch) == (8, 8)
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(packing, tiny_base, alpaca_file, tmp_path):
+    settings = {"train__max_steps": None, "data__packing": packing}
+    plan = plan_run(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    # Of 128 tokens a row holds one document or two.
+    assert plan.total_steps == plan.steps_per_epoch
+    assert (4 <= plan.steps_per_epoch < 8) if packing else (plan.steps_per_epoch == 8)
     assert (len(plan.datasets.train), len(plan.datasets.eval)) == (32, 8)
     assert plan.in_use["compute_dtype"] in ("bfloat16", "float32")
     assert not (tmp_path / "run").exists()
@@ -350,7 +366,8 @@ def test_a_run_with_relative_paths_is_found_again_from_another_folder(tiny_base,
                                      "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
     settings = {
         "model__base": "base", "data__train": "rows.jsonl", "data__eval": "rows.jsonl",
-        "data__chat_template": "mine.jinja", "train__output_dir": "run", "train__max_steps": 1,
+        "data__chat_template": "mine.jinja", "data__cache_dir": "cache",
+        "train__output_dir": "run", "train__max_steps": 1,
     }  # fmt: skip
     config = load_config(run_config(tiny_base, alpaca_file, here / "run", **settings))
     monkeypatch.chdir(here)
@@ -358,7 +375,9 @@ def test_a_run_with_relative_paths_is_found_again_from_another_folder(tiny_base,
     monkeypatch.chdir(elsewhere)
     values = yaml.safe_load((here / "run" / "config.yaml").read_text())
     assert values["model"]["base"] == str(here / "base")
-    assert values["data"]["train"] == values["data"]["eval"] == str(here / "rows.jsonl")
+    assert values["data"]["train"] == values["data"]["eval"]
+    assert [source["path"] for source in values["data"]["train"]] == [str(here / "rows.jsonl")]
+    assert values["data"]["cache_dir"] == str(here / "cache")
     assert values["data"]["chat_template"] == str(here / "mine.jinja")
     assert load_run("../here/run")[1].chat_template.startswith("{% for m in messages %}<{{ m.role }}>")
     merge("../here/run", "out")
@@ -455,6 +474,57 @@ def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_
     report = RunDirectory(tmp_path / "run").read_record()["data"][0]
     assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40
     assert f"40 rows as alpaca, {report['examples']} examples" in told
-    assert f"{report['overlong']['dropped']} overlong dropped" in told
+    assert f"{report['overlong']['dropped']} documents longer than max_seq_len dropped" in told
     assert "in 4 bits" in told
     assert "not paged" in told
+
+
+def test_packed_and_apart_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_path):
+    """Rows are as long as all examples together, so that a step is an epoch: the same window, packed or not."""
+    results = []
+    for packing in (True, False):
+        config = run_config(
+            tiny_base, alpaca_file, tmp_path / str(packing), data__packing=packing, data__max_seq_len=128,
+            train__gradient_accumulation_steps=20, train__max_steps=3, model__compute_dtype="float32",
+            lora__dtype="float32", train__optimizer="adamw_32bit",
+        )  # fmt: skip
+        results.append(train(load_config(config)))
+    packed, apart = results
+    assert packed.losses == pytest.approx(apart.losses, rel=1e-4)
+    assert list(packed.eval_losses.values()) == pytest.approx(list(apart.eval_losses.values()), rel=1e-4)
+    lines = [metrics(tmp_path / str(packing))[-1] for packing in (True, False)]
+    assert lines[0]["eval_supervised_tokens"] == lines[1]["eval_supervised_tokens"]
+
+
+@pytest.mark.parametrize("text", ["aaaaaaaa", "abcddcba"])
+def test_a_base_that_mixes_packed_documents_is_refused_whatever_the_first_one_says(text, tmp_path, seed):
+    """A text that reads the same backwards too must not hide it."""
+    sizes = {"ffn_dim": 128, "word_embed_proj_dim": 64}
+    base = make_base(tmp_path / "base", seed, OPTConfig, **sizes)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}] * 4)
+    config = run_config(base, data, tmp_path / "run", data__eval=None, train__max_steps=1)
+    with pytest.raises(ModelError, match=r"OPTForCausalLM lets documents .* set data\.packing: false"):
+        train(load_config(config))
+    assert not (tmp_path / "run").exists()
+    assert train(load_config(config, ["data.packing=false"])).status == "finished"
+
+
+def test_several_sources_are_trained_on_by_their_weights(tiny_base, alpaca_file, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"row {number}"} for number in range(8)])
+    sources = [{"path": str(alpaca_file), "weight": 0.5}, {"path": str(other), "weight": 2, "format": "text"}]
+    config = run_config(
+        tiny_base, alpaca_file, tmp_path / "run", data__train=sources, data__eval=str(other), train__max_steps=1
+    )
+    assert train(load_config(config)).status == "finished"
+    values = record(tmp_path / "run")
+    assert [(each["format"], each["examples"], each["drawn"]) for each in values["data"]] == [
+        ("alpaca", 40, 20), ("text", 8, 16), ("text", 8, 8),
+    ]  # fmt: skip
+    assert values["examples"] == {"train": 36, "eval": 8}
+
+
+def test_rows_of_another_objective_are_refused_with_the_remedy(tiny_base, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B"}] * 4)
+    with pytest.raises(ConfigError, match=r"can't learn from the preference rows of .*output: chosen"):
+        train(load_config(run_config(tiny_base, data, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,94 @@
+"""`qlora preview`: samples with what is learnt of them in colour, and what became of the rows, without a model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlora.cli.options import AsJson, Overrides
+from qlora.cli.report import show_report
+
+BAR_WIDTH = 40
+
+
+def preview(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    overrides: Overrides = None,
+    num_samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Examples to show.")] = 5,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write it as a page, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be learnt: samples in colour, and what became of the rows; no model is loaded."""
+    from qlora.config import load_config
+
+    settings = load_config(config, overrides or ())
+
+    from qlora.training import preview as look
+
+    result = look(settings, num_samples)
+    if html is not None:
+        from qlora.cli.preview_page import write_page
+
+        write_page(Path(html), result, config)
+    if as_json:
+        show_report(result.as_dict(), as_json)
+    else:
+        _show(result)
+    if result.problems:
+        raise typer.Exit(1)
+
+
+def _show(result: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    coloured = console.is_terminal and not console.no_color
+    key = "green is learnt, dim is not, reversed are control tokens" if coloured else "what is learnt stands in ⟦ ⟧"
+    for sample in result.samples:
+        title = f"example {sample.number}: {sample.num_tokens} tokens, {sample.num_supervised} learnt ({key})"
+        console.rule(Text(title), align="left")
+        console.print(_text_of(sample.pieces, coloured))
+    for report in result.reports:
+        console.rule(Text(report.source), align="left")
+        for line in report.summary().splitlines():
+            console.print(Text(line))
+        for problem in report.problems:
+            console.print(Text(f"  {problem}", style="red"))
+        console.print(Text(f"  length in tokens: {', '.join(f'{name} {n}' for name, n in report.lengths.items())}"))
+        for low, high, count, share in report.bars():
+            over = high > result.max_seq_len
+            bar = "█" * max(1, round(share * BAR_WIDTH)) if count else ""
+            label = f"  {low:>7}–{high:<7} {bar} {count}{'  longer than max_seq_len' if over and count else ''}"
+            console.print(Text(label, style="yellow" if over else ""))
+    console.rule(Text("an epoch"), align="left")
+    packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
+    console.print(
+        Text(
+            f"{result.train_examples} examples, {result.tokens_per_epoch} tokens in {result.rows_per_epoch} rows "
+            f"of up to {result.max_seq_len} ({packing}): {result.steps_per_epoch} steps; {result.total_steps} in the "
+            f"whole run; {result.eval_examples} examples held out"
+        )
+    )
+    for problem in result.problems:
+        console.print(Text(f"this config can't be trained: {problem}", style="bold red"))
+
+
+def _text_of(pieces: list[Any], coloured: bool) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for before, piece in zip([None, *pieces], pieces, strict=False):
+        if not coloured:
+            was_learnt = before is not None and before.weight > 0
+            if (piece.weight > 0) != was_learnt:
+                text.append("⟦" if piece.weight > 0 else "⟧")
+            text.append(piece.text)
+            continue
+        style = "green" if piece.weight > 0 else "dim"
+        text.append(piece.text, style=f"{style} reverse" if piece.is_special else style)
+        if piece.weight not in (0, 1):
+            text.append(f"×{piece.weight:g}", style="yellow")
+    if not coloured and pieces and pieces[-1].weight > 0:
+        text.append("⟧")
+    return text

@@ -1,0 +1,41 @@
+"""Examples as text again, in pieces that tell what of them is learnt."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from qlora.data.tokens import TokenizedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of tokens of one kind.
+
+    Attributes:
+        text: As it decodes where it stands.
+        weight: Of the loss of each of its tokens; 0 where it is not learnt.
+        is_special: It is a control token.
+    """
+
+    text: str
+    weight: float
+    is_special: bool
+
+
+def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:
+    """Cuts an example where what is learnt begins or ends, and around every control token."""
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids, weights = example.input_ids.tolist(), example.weights.tolist()
+
+    def kind(place: int) -> tuple[float, bool, int]:
+        is_special = ids[place] in special
+        return weights[place], is_special, place if is_special else -1
+
+    cut, before = [], ""
+    for (weight, is_special, _), places in groupby(range(len(ids)), key=kind):
+        # By the whole text so far: a piece on its own may decode without its leading space.
+        text = tokenizer.decode(ids[: max(places) + 1], clean_up_tokenization_spaces=False)
+        cut.append(Piece(text[len(before) :], weight, is_special))
+        before = text
+    return cut
