@@ -33,8 +33,7 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
-    capacity = section.max_seq_len if section.packing else None
-    result = run_evaluation(model, eval_batches(examples, batch_size, capacity))
+    result = run_evaluation(model, eval_batches(examples, batch_size))
     num_bytes = supervised_bytes(tokenizer, examples)
     report = {
         "model": f"{config.model.base} with the adapter of {target}" if run.exists() else config.model.base,

@@ -1,8 +1,9 @@
 """Rows to examples, to tokens with the weight of each, to packed rows, to batches."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
-from qlora.data.datasets import Datasets, Treatment, build_datasets
+from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
+from qlora.data.prepare import Treatment
 from qlora.data.report import DataReport
 from qlora.data.rows import Source
 from qlora.data.samples import Piece, pieces

@@ -1,30 +1,18 @@
-"""A training set and a held-out set from sources, each tokenized once and then kept, with a report on every row."""
+"""A training set and a held-out set from sources."""
 
-import hashlib
-import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from qlora.data.encode import Encoded, ExampleEncoder
-from qlora.data.formats import FORMATS, Conversation, Example, Labelled, RowReader
-from qlora.data.report import SHOWN_PROBLEMS, DataReport
-from qlora.data.rows import BadRow, Row, Source, find_files, load_hub, read_rows
-from qlora.data.serving import tokenizer_notes
-from qlora.data.store import ExampleSet, ExampleStore, ExampleWriter, cache_folder, find_entry, new_entry
+from qlora.data.encode import ExampleEncoder
+from qlora.data.prepare import Treatment, prepare
+from qlora.data.report import DataReport
+from qlora.data.rows import Source
+from qlora.data.store import ExampleSet, ExampleStore, cache_folder
 from qlora.data.template import apply_template
-from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
-
-# Rows tokenized together: as many as hold so much text.
-BATCH_CHARACTERS, BATCH_ROWS = 1 << 20, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +24,11 @@ class Datasets:
     reports: list[DataReport]
 
 
-@dataclass(frozen=True, slots=True)
-class Treatment:
-    """What is done with examples; with the tokenizer and the source, all that decides what is learnt.
-
-    Attributes:
-        loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
-        max_seq_len: Tokens of the longest example.
-        overlong: What becomes of longer ones: `drop`, `truncate`, `split` or `error`. Always counted.
-        on_bad_row: `error`, or `drop`, which is counted.
-    """
-
-    loss_on: str = "assistant"
-    max_seq_len: int = 2048
-    overlong: str = "drop"
-    on_bad_row: str = "error"
-
-
 def build_datasets(
     tokenizer: Any,
     train: Sequence[Source],
     eval: Sequence[Source] | float = 0.0,
-    treatment: Treatment = Treatment(),
+    treatment: Treatment | None = None,
     chat_template: str = "auto",
     cache_dir: str | None = None,
     seed: int = 0,
@@ -68,7 +39,7 @@ def build_datasets(
         tokenizer: Of transformers; gets the chat template.
         train: Where the rows to learn from are.
         eval: Sources too, or the share of each training source's rows to hold out, drawn by `seed`.
-        treatment: What is done with examples.
+        treatment: What is done with examples; by default as :class:`Treatment` says.
         chat_template: See :func:`qlora.data.template.apply_template`.
         cache_dir: Where tokenized examples are kept; the user's cache if None.
         seed: Of the choice of held-out examples, and of what a weight below 1 leaves out.
@@ -76,6 +47,7 @@ def build_datasets(
     Raises:
         DataError: A source can't be read, or there is nothing to learn from: all such errors in one.
     """
+    treatment = treatment or Treatment()
     template = apply_template(tokenizer, chat_template)
     encoder = ExampleEncoder(tokenizer, treatment.loss_on)
     cache = cache_folder(cache_dir)
@@ -83,7 +55,7 @@ def build_datasets(
     stores, reports, errors = [], [], []
     for source in (*train, *held_out_sources):
         try:
-            store, report = _prepare(source, encoder, treatment, cache)
+            store, report = prepare(source, encoder, treatment, cache)
         except DataError as error:
             errors.append(str(error))
             continue
@@ -107,168 +79,6 @@ def build_datasets(
         ExampleSet(stores, np.concatenate(learnt)),
         ExampleSet(stores, np.concatenate(held_out)),
         reports,
-    )
-
-
-def _prepare(
-    source: Source, encoder: ExampleEncoder, treatment: Treatment, cache: Path
-) -> tuple[ExampleStore, DataReport]:
-    """The tokenized examples of a source: found, or made and kept."""
-    key = _key(source, encoder.tokenizer, treatment)
-    about = find_entry(cache, key)
-    if about is None:
-        with new_entry(cache, key) as folder:
-            _Build(source, encoder, treatment, folder).run()
-        about = find_entry(cache, key)
-    if about is None:
-        raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
-    return ExampleStore(cache / key), DataReport(**about["report"])
-
-
-class _Build:
-    """Reads and tokenizes one source into a folder, a batch of rows at a time."""
-
-    def __init__(self, source: Source, encoder: ExampleEncoder, treatment: Treatment, folder: Path) -> None:
-        self.source, self.encoder, self.treatment, self.folder = source, encoder, treatment, folder
-        self.report = DataReport(source.path)
-        self._hashes: list[int] = []
-        self._lengths: list[int] = []
-
-    def run(self) -> None:
-        """Writes examples and report.
-
-        Raises:
-            DataError: Rows are bad, or none is left.
-        """
-        started = time.perf_counter()
-        report, treatment = self.report, self.treatment
-        reader = RowReader(self.source.format, self.source.columns, self.source.roles)
-        writer = ExampleWriter(self.folder)
-        try:
-            for batch in _batches(read_rows(self.source)):
-                self._add(batch, reader, writer)
-        except BaseException:
-            writer.abandon()
-            raise
-        about = writer.close()
-        report.format = reader.format
-        if report.bad_rows and treatment.on_bad_row == "error":
-            raise DataError(self._describe_problems())
-        if not report.examples:
-            because = f":\n{self._describe_problems()}" if report.bad_rows else "."
-            overlong = f" {sum(report.overlong.values())} were too long; " if report.overlong else " "
-            raise DataError(
-                f"{report.source}: of {report.rows} rows no example is left to learn from.{overlong}"
-                f"data.max_seq_len is {treatment.max_seq_len}, data.overlong {treatment.overlong}{because}"
-            )
-        hashes = np.array(self._hashes, dtype=np.uint64)
-        report.duplicates = len(hashes) - len(np.unique(hashes))
-        report.measure(self._lengths, treatment.max_seq_len)
-        report.unread_columns = sorted(reader.unread)
-        report.notes = tokenizer_notes(self.encoder.tokenizer)
-        if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "kto"):
-            report.notes += self.encoder.facts.notes()
-        report.digest = about["digest"]
-        report.seconds = time.perf_counter() - started
-        (self.folder / "about.json").write_text(json.dumps(about | {"report": report.as_dict()}), encoding="utf-8")
-
-    def _add(self, batch: list[Row | BadRow], reader: RowReader, writer: ExampleWriter) -> None:
-        """Encodes a batch of rows and writes their examples."""
-        read: list[tuple[int, Row, Example]] = []
-        for row in batch:
-            number = self.report.rows
-            self.report.rows += 1
-            if isinstance(row, BadRow):
-                self._refuse(row.origin, row.problem)
-                continue
-            try:
-                read.append((number, row, reader.read(row)))
-            except DataError as error:
-                self._refuse(row.origin, str(error))
-        encoded = self.encoder.encode([example for _, _, example in read])
-        for (number, row, example), result in zip(read, encoded, strict=True):
-            if isinstance(result, DataError):
-                self._refuse(row.origin, str(result))
-            elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
-                form = FORMATS[reader.format]
-                self._refuse(row.origin, f"no token of this row is supervised; {reader.format} is {form}.")
-            else:
-                self._write(number, row, example, result, writer)
-
-    def _write(self, number: int, row: Row, example: Example, result: Encoded, writer: ExampleWriter) -> None:
-        report, treatment = self.report, self.treatment
-        if treatment.overlong == "error":
-            longest = max(map(len, result.documents))
-            if longest > treatment.max_seq_len:
-                what = f"{longest} tokens, more than data.max_seq_len ({treatment.max_seq_len}); raise it, or set "
-                self._refuse(row.origin, what + "data.overlong to drop, truncate or split.")
-                return
-        report.per_answer += result.per_answer
-        report.eos_added += result.eos_added
-        report.empty_answers += isinstance(example, Conversation) and _has_empty_answer(example)
-        content = b"".join(document.input_ids.tobytes() for document in result.documents)
-        self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-        for document in result.documents:
-            self._lengths.append(len(document))
-            for part in _fit(document, treatment, report.overlong):
-                writer.append(part, number)
-                report.examples += 1
-                report.tokens += len(part)
-                report.supervised_tokens += part.num_supervised
-
-    def _refuse(self, origin: str, problem: str) -> None:
-        self.report.bad_rows += 1
-        if len(self.report.problems) < SHOWN_PROBLEMS:
-            self.report.problems.append(problem if problem.startswith(origin) else f"{origin}: {problem}")
-
-    def _describe_problems(self) -> str:
-        report = self.report
-        more = f"\n… and {report.bad_rows - SHOWN_PROBLEMS} more" if report.bad_rows > SHOWN_PROBLEMS else ""
-        shown = "\n".join(report.problems)
-        remedy = "" if self.treatment.on_bad_row == "drop" else "\ndata.on_bad_row: drop leaves such rows out."
-        return f"{report.bad_rows} of {report.rows} rows of {report.source} can't be used:\n{shown}{more}{remedy}"
-
-
-def _batches(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    """Rows in groups that hold so much text that tokenizing them together pays, and no more."""
-    batch: list[Row | BadRow] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += _characters(row.values) if isinstance(row, Row) else 0
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 1
-
-
-def _fit(example: TokenizedExample, treatment: Treatment, counts: dict[str, int]) -> Iterator[TokenizedExample]:
-    """The parts of an example that are trained on, none longer than allowed; counts what was done."""
-    limit, overlong = treatment.max_seq_len, treatment.overlong
-    if len(example) <= limit:
-        yield example
-        return
-    starts = {"drop": [], "truncate": [0], "split": range(0, len(example), limit)}[overlong]
-    parts = [example[start : start + limit] for start in starts]
-    kept = [part for part in parts if part.num_supervised]
-    fate = {"truncate": "truncated", "split": "split"}[overlong] if kept else "dropped"
-    counts[fate] = counts.get(fate, 0) + 1
-    yield from kept
-
-
-def _has_empty_answer(example: Conversation) -> bool:
-    return any(
-        turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
-        for turn in example.messages
     )
 
 
@@ -299,42 +109,3 @@ def _draw(examples: np.ndarray, weight: float, generator: np.random.Generator) -
 
 def _places(store: int, examples: np.ndarray) -> np.ndarray:
     return np.stack([np.full_like(examples, store), examples], axis=1)
-
-
-def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
-    """A name for all that decides what a source's tokenized examples are."""
-    paths = find_files(source)
-    if paths:
-        content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
-    else:
-        content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
-    about = [
-        _hash_of_code(),
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        asdict(treatment),
-        asdict(replace(source, weight=1.0)),
-        content,
-    ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
-
-
-@cache
-def _hash_of_code() -> str:
-    """Of what reads, renders and tokenizes: a change there may change what comes of it."""
-    digest = hashlib.sha256()
-    for file in sorted(files("qlora.data").iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".py"):
-            digest.update(file.read_bytes())
-    for package in ("transformers", "tokenizers", "datasets"):
-        digest.update(version(package).encode())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.formats import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
 from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
 from qlora.data.template import adds_bos, render
 from qlora.data.tokens import TokenizedExample, make_example
@@ -279,6 +279,7 @@ def _first_token(spans: Spans, char: int) -> int:
 
 
 def _take(example: Tokens) -> Encoded | DataError:
-    if min(example.input_ids, default=0) < 0 or not all(isinstance(token, int) for token in example.input_ids):
-        return DataError("input_ids should be whole numbers from 0.")
+    wrong = [token for token in example.input_ids if not isinstance(token, int) or not 0 <= token < 2**31]
+    if wrong:
+        return DataError(f"input_ids should be ids of tokens, whole numbers from 0, not {wrong[0]!r}.")
     return Encoded([make_example(example.input_ids, example.weights)])

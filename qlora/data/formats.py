@@ -1,9 +1,9 @@
 """Rows to examples: what the columns mean."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
 from qlora.data.rows import Row
 from qlora.data.turns import TurnReader, check_unicode, parse_json, read_tools
 from qlora.errors import ConfigError, DataError
@@ -42,64 +42,6 @@ READ_COLUMNS = {
     "oasst": {"message_tree_id", "prompt", "message_id", "text", "role", "replies"},
 }  # fmt: skip
 IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns for a chat template.
-
-    Attributes:
-        messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
-        tools: That the assistant may call, described as templates read them.
-        weights: Of each turn's loss, or None where all count alike.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    weights: list[float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Raw text after raw text, without a template; an empty prompt is continued pretraining."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Ids that are tokens already, with the weight of each one's loss."""
-
-    input_ids: list[int]
-    weights: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Two ways to go on from the same turns, the first one preferred."""
-
-    chosen: Conversation
-    rejected: Conversation
-
-
-@dataclass(frozen=True, slots=True)
-class Rated:
-    """A conversation whose last answer was found good or bad."""
-
-    conversation: Conversation
-    is_good: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text of a class."""
-
-    text: str
-    label: str
-
-
-Example = Conversation | Completion | Tokens | Preference | Rated | Labelled
 
 
 def detect_format(columns: Mapping[str, Any], origin: str) -> str:
@@ -166,23 +108,44 @@ class RowReader:
         self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
         self._turns = TurnReader(columns, roles)
 
+    def detect(self, rows: Iterable[Row]) -> None:
+        """Takes the format of the first row whose columns stand for one.
+
+        Raises:
+            DataError: No row's do; those of the first are told.
+        """
+        refusal: DataError | None = None
+        for row in rows:
+            try:
+                self.format = detect_format(self._mapped(row).values, row.origin)
+                return
+            except DataError as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
+
     def read(self, row: Row) -> Example:
         """Reads one row.
 
         Raises:
             DataError: A column is absent or of the wrong type; the row is named.
         """
-        if self._columns:
-            others = {name: value for name, value in row.values.items() if name not in self._columns.values()}
-            mapped = {ours: row.values[theirs] for ours, theirs in self._columns.items() if theirs in row.values}
-            row = Row(others | mapped, row.origin)
         if self.format == "auto":
-            self.format = detect_format(row.values, row.origin)
+            self.detect([row])
+        row = self._mapped(row)
         media = [name for name in MEDIA_COLUMNS if row.values.get(name)]
         if media:
             raise DataError(f"{row.origin}: it has {', '.join(media)}; only text can be learnt here.")
         self.unread |= row.values.keys() - READ_COLUMNS[self.format]
         return _READERS[self.format](self, row)
+
+    def _mapped(self, row: Row) -> Row:
+        """The row under our names of its columns."""
+        if not self._columns:
+            return row
+        others = {name: value for name, value in row.values.items() if name not in self._columns.values()}
+        mapped = {ours: row.values[theirs] for ours, theirs in self._columns.items() if theirs in row.values}
+        return Row(others | mapped, row.origin)
 
     def _read_alpaca(self, row: Row) -> Conversation:
         answer = _text(row, "output" if "output" in row.values else "response")

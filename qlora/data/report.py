@@ -1,6 +1,5 @@
 """What became of the rows of a source, in numbers."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,7 +65,7 @@ class DataReport:
         """Of all tokens, those that are learnt."""
         return self.supervised_tokens / max(1, self.tokens)
 
-    def measure(self, lengths: Sequence[int], max_seq_len: int) -> None:
+    def measure(self, lengths: np.ndarray, max_seq_len: int) -> None:
         """Fills in quantiles and histogram of documents' lengths."""
         self.lengths = {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()}
         self.histogram = histogram(lengths, max_seq_len)
@@ -77,12 +76,18 @@ class DataReport:
         fullest = max((count for _, count in self.histogram), default=1)
         return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
 
+    def describe_problems(self) -> str:
+        """The first bad rows, and how many there are."""
+        more = [f"… and {self.bad_rows - SHOWN_PROBLEMS} more"] if self.bad_rows > SHOWN_PROBLEMS else []
+        head = f"{self.bad_rows} of {self.rows} rows of {self.source} can't be used:"
+        return "\n".join([head, *self.problems, *more])
+
     def remarks(self) -> list[str]:
         """Everything that is not as in a plain case, a line each."""
         counted = {
             "bad rows left out": self.bad_rows,
             "rows that repeat an earlier one": self.duplicates,
-            "conversations trained answer by answer, as the template rewrites earlier turns": self.per_answer,
+            "conversations trained answer by answer, as a server would show each another history": self.per_answer,
             "conversations got EOS added, as the template ends no answer": self.eos_added,
             "conversations with an empty answer": self.empty_answers,
         }
@@ -102,13 +107,13 @@ class DataReport:
         return "\n".join([head, *(f"  {remark}" for remark in self.remarks())])
 
 
-def histogram(lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
+def histogram(lengths: np.ndarray, max_seq_len: int) -> list[list[int]]:
     """Counts lengths in bins that double, one of which ends at `max_seq_len`.
 
     Returns:
         The longest length of each bin, and how many are in it and in none before; empty bins at the ends left out.
     """
-    longest = int(max(lengths, default=0))
+    longest = int(np.max(lengths, initial=0))
     edges = [8]
     while edges[-1] < longest:
         edges.append(edges[-1] * 2)

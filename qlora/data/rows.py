@@ -133,6 +133,8 @@ def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
     chosen = [path for path in files if wanted in splits[path]]
     if not chosen and wanted == "train":
         chosen = [path for path in files if not splits[path] & set(SPLITS)]
+    if any(_type_of(path) != "text" for path in chosen):
+        chosen = [path for path in chosen if _type_of(path) != "text"]  # a licence or a description beside the data
     if not chosen:
         there = ", ".join(path.name for path in files[:4]) or "nothing"
         raise DataError(

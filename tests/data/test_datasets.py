@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets, datasets
+from qlora.data import Source, Treatment, build_datasets, prepare
 from qlora.data.report import SHOWN_PROBLEMS
 from qlora.errors import DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
@@ -471,15 +471,15 @@ def test_the_weights_of_turns_reach_the_tokens(path):
 
 
 def test_many_rows_are_tokenized_in_batches_in_their_order(path, rng, monkeypatch):
-    monkeypatch.setattr(datasets, "BATCH_CHARACTERS", 50)
-    monkeypatch.setattr(datasets, "BATCH_ROWS", 7)
-    sizes, original = [], datasets.ExampleEncoder.encode
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(prepare, "BATCH_ROWS", 7)
+    sizes, original = [], prepare.ExampleEncoder.encode
 
     def encode(self, examples):
         sizes.append(len(examples))
         return original(self, examples)
 
-    monkeypatch.setattr(datasets.ExampleEncoder, "encode", encode)
+    monkeypatch.setattr(prepare.ExampleEncoder, "encode", encode)
     texts = ["x" * rng.choice([1, 5, 14]) + str(number) for number in range(40)]
     built = build(path, [{"text": text} for text in texts])
     assert max(sizes) <= 7
@@ -505,7 +505,7 @@ def test_the_digest_tells_data_of_equal_counts_apart(path):
 @pytest.fixture
 def no_tokenizing(monkeypatch):
     """Makes every attempt to encode an example fail."""
-    return lambda: monkeypatch.setattr(datasets.ExampleEncoder, "encode", None)
+    return lambda: monkeypatch.setattr(prepare.ExampleEncoder, "encode", None)
 
 
 def test_what_is_kept_is_found_again_and_not_tokenized_anew(path, tmp_path, rng, no_tokenizing):
@@ -526,7 +526,6 @@ CHANGES = {
     "loss_on": {"loss_on": "all"},
     "max_seq_len": {"max_seq_len": MAX + 1},
     "overlong": {"overlong": "truncate"},
-    "on_bad_row": {"on_bad_row": "drop"},
     "format": {"source": {"format": "completion"}},
     "columns": {"source": {"columns": {"completion": "answer"}}},
     "roles": {"source": {"roles": {"bot": "assistant"}}},
@@ -580,16 +579,35 @@ def test_another_tokenizer_makes_an_entry_of_its_own(path, tmp_path):
 
 def test_another_version_of_what_tokenizes_makes_an_entry_of_its_own(path, tmp_path, monkeypatch):
     build(path, ROWS, cache=tmp_path / "cache")
-    monkeypatch.setattr(datasets, "_hash_of_code", lambda: "other")
+    monkeypatch.setattr(prepare, "_hash_of_code", lambda: "other")
     build(path, None, cache=tmp_path / "cache")
     assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_a_source_that_is_refused_leaves_nothing_in_the_cache(path, tmp_path):
-    assert "can't be used" in refusal(path, [{"text": "a"}, {"text": 3}], cache=tmp_path / "cache")
+def test_a_source_that_holds_nothing_to_learn_leaves_nothing_in_the_cache(path, tmp_path):
+    assert "no example is left" in refusal(path, [{"text": 2}, {"text": 3}], cache=tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
-    build(path, None, cache=tmp_path / "cache", on_bad_row="drop")
-    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_bad_rows_are_told_again_and_let_pass_without_tokenizing_again(path, tmp_path, no_tokenizing):
+    cache = tmp_path / "cache"
+    first = refusal(path, [{"text": "a"}, {"text": 3}], cache=cache)
+    assert "1 of 2 rows" in first
+    no_tokenizing()
+    assert refusal(path, None, cache=cache) == first
+    assert build(path, None, cache=cache, on_bad_row="drop").reports[0].bad_rows == 1
+
+
+def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(path):
+    rows = [{"question": str(number), "answer": "a"} for number in range(9)]
+    for on_bad_row in ("error", "drop"):
+        message = refusal(path, rows, on_bad_row=on_bad_row)
+        assert message.count("['answer', 'question'] are none of the formats known") == 1
+
+
+def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
+    report = build(path, [{"id": 1}, {"text": "a"}, {"text": "b"}], on_bad_row="drop").reports[0]
+    assert (report.format, report.bad_rows, report.examples) == ("text", 1, 2)
 
 
 def test_without_a_folder_of_its_own_the_users_cache_is_taken(path, tmp_path, monkeypatch):
@@ -602,6 +620,6 @@ def test_a_file_that_can_not_be_read_is_told(path, tmp_path, monkeypatch):
     def refuse(*_arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(datasets.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(prepare.hashlib, "file_digest", refuse)
     assert refusal(path, ROWS, cache=tmp_path / "cache") == f"{path} can't be read: {os.strerror(errno.EIO)}."
     assert not (tmp_path / "cache").exists()

@@ -305,9 +305,9 @@ def test_ids_that_are_tokens_already_are_taken_as_they_are(rng):
     assert document.weights.tolist() == [0.0, *weights[1:]]
 
 
-@pytest.mark.parametrize("ids", [[1, -1], [1, 2.5], [-100]])
+@pytest.mark.parametrize("ids", [[1, -1], [1, 2.5], [-100], [2**40]])
 def test_what_is_no_id_is_refused(ids):
-    with pytest.raises(DataError, match="input_ids should be whole numbers from 0"):
+    with pytest.raises(DataError, match="input_ids should be ids of tokens, whole numbers from 0"):
         encode(encoder(), Tokens(ids, [1.0] * len(ids)))
 
 

@@ -69,7 +69,7 @@ def test_a_plain_report_is_one_line():
 @pytest.mark.parametrize(("changes", "line"), [
     ({"bad_rows": 2}, "2 bad rows left out"),
     ({"duplicates": 4}, "4 rows that repeat an earlier one"),
-    ({"per_answer": 5}, "5 conversations trained answer by answer, as the template rewrites earlier turns"),
+    ({"per_answer": 5}, "5 conversations trained answer by answer, as a server would show each another history"),
     ({"eos_added": 6}, "6 conversations got EOS added, as the template ends no answer"),
     ({"empty_answers": 7}, "7 conversations with an empty answer"),
     ({"overlong": {"truncated": 8}}, "8 documents longer than max_seq_len truncated"),

@@ -1,0 +1,62 @@
+"""What a row says, whatever its columns were."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns for a chat template.
+
+    Attributes:
+        messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
+        tools: That the assistant may call, described as templates read them.
+        weights: Of each turn's loss, or None where all count alike.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    weights: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Raw text after raw text, without a template; an empty prompt is continued pretraining."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids that are tokens already, with the weight of each one's loss."""
+
+    input_ids: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two ways to go on from the same turns, the first one preferred."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A conversation whose last answer was found good or bad."""
+
+    conversation: Conversation
+    is_good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text of a class."""
+
+    text: str
+    label: str
+
+
+Example = Conversation | Completion | Tokens | Preference | Rated | Labelled
