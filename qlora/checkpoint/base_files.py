@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from qlora.errors import ModelError
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
+HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "README.md"]
 HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
 SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
@@ -41,9 +42,7 @@ class BaseFiles:
         Raises:
             ModelError: It is neither, has no config or safetensors, or a weight file is cut short.
         """
-        folder = Path(base).expanduser()
-        if not folder.is_dir():
-            folder = _download(base, revision, HUB_PATTERNS + ["*.py"] * with_code)
+        folder = _find_folder(base, revision, HUB_PATTERNS, with_code)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{base} has no config.json, so it is no model folder of transformers.")
         files = cls(folder, base)
@@ -151,6 +150,16 @@ def read_header(path: Path) -> dict[str, Any]:
     if size != 8 + length + end:
         raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it anew.")
     return header
+
+
+def find_tokenizer(base: str, revision: str | None = None, with_code: bool = False) -> Path:
+    """The folder of a base's tokenizer, without downloading its weights; see :meth:`BaseFiles.resolve`."""
+    return _find_folder(base, revision, TOKENIZER_PATTERNS, with_code)
+
+
+def _find_folder(base: str, revision: str | None, patterns: list[str], with_code: bool) -> Path:
+    folder = Path(base).expanduser()
+    return folder if folder.is_dir() else _download(base, revision, patterns + ["*.py"] * with_code)
 
 
 def _download(base: str, revision: str | None, patterns: list[str]) -> Path:

@@ -35,7 +35,10 @@ def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:
     cut, before = [], ""
     for (weight, is_special, _), places in groupby(range(len(ids)), key=kind):
         # By the whole text so far: a piece on its own may decode without its leading space.
-        text = tokenizer.decode(ids[: max(places) + 1], clean_up_tokenization_spaces=False)
+        end = max(places) + 1
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if end < len(ids):
+            text = text.rstrip("\ufffd")  # a character that its next token completes
         cut.append(Piece(text[len(before) :], weight, is_special))
         before = text
     return cut

@@ -1,5 +1,6 @@
 """Loading a base: each linear quantized to NF4 as it lands, and held in our own layer."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,11 +73,15 @@ def load_base(
     _check_finite(base, model)
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.folder)
-    return model.requires_grad_(False).eval(), load_tokenizer(files, trust_remote_code)
+    return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)
 
 
-def load_tokenizer(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """Loads a base's tokenizer alone.
+
+    Args:
+        folder: Where it is.
+        trust_remote_code: Run code that comes with it.
 
     Raises:
         ModelError: The base has none.
@@ -84,9 +89,9 @@ def load_tokenizer(files: BaseFiles, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{files.name}: the tokenizer can't be loaded: {error}") from error
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {error}") from error
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

@@ -84,7 +84,7 @@ def assemble(config: RunConfig) -> Assembly:
     accelerator = _start_processes(section.trackers, section.output_dir)
     files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
     # The data first: what is wrong with it should not be told after loading tens of gigabytes.
-    tokenizer = load_tokenizer(files, model_section.trust_remote_code)
+    tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
     with accelerator.main_process_first():  # the others find what it has tokenized
         datasets = datasets_from_section(config.data, tokenizer, section.seed)
     for report in datasets.reports:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.checkpoint import BaseFiles
+from qlora.checkpoint import find_tokenizer
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
 from qlora.model import datasets_from_section, load_tokenizer
@@ -76,8 +76,9 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
         QLoRAError: The tokenizer or a source can't be read, or nothing is left to learn from.
     """
     section = config.train
-    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    tokenizer = load_tokenizer(files, config.model.trust_remote_code)
+    model = config.model
+    folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     datasets = datasets_from_section(data, tokenizer, section.seed)
     problems = [problem for report in datasets.reports if (problem := why_not_learnt(section.objective, report))]

@@ -1,0 +1,151 @@
+"""`qlora preview`: what it shows, as text, as JSON and as a page in a real browser."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora.config import load_config
+from qlora.training import train
+from tests.cli import run
+from tests.tiny import run_config, write_jsonl
+
+CHROMIUM = shutil.which("chromium")
+HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_base, alpaca_file):
+    return run_config(tiny_base, alpaca_file, tmp_path / "run")
+
+
+def rows_file(tmp_path, *rows):
+    return write_jsonl(tmp_path / "mine.jsonl", list(rows))
+
+
+def test_what_is_learnt_stands_in_brackets(config, tmp_path):
+    data = rows_file(tmp_path, {"instruction": "How?", "output": "So [it] is."})
+    shown = run("preview", config, f"data.train={data}", "data.eval=null", "-n", "1").out
+    assert "### Response:\n⟦So [it] is.</s>⟧" in shown
+    assert shown.count("⟦") == shown.count("⟧") == 1 + 1  # the key, and the answer
+
+
+def test_samples_join_to_what_is_trained(config):
+    report = run("preview", config, "-n", "3", "--json").json()
+    assert len(report["samples"]) == 3
+    for sample in report["samples"]:
+        text = "".join(piece["text"] for piece in sample["pieces"])
+        learnt = "".join(piece["text"] for piece in sample["pieces"] if piece["weight"])
+        word, count = re.search(r"Repeat (\w+) (\d+) times", text).groups()
+        assert learnt == " ".join([word] * int(count)) + "</s>"
+        assert sample["num_supervised"] == len(learnt.encode()) - len("</s>") + 1
+
+
+def test_it_tells_the_run_that_training_makes(config):
+    report = run("preview", config, "--json").json()
+    settings = load_config(config)
+    train(settings)
+    record = json.loads((config.with_suffix("") / "run.json").read_text())
+    assert report["total_steps"] == record["total_steps"]
+    assert [report["train_examples"], report["eval_examples"]] == [
+        record["examples"]["train"],
+        record["examples"]["eval"],
+    ]
+    assert [one["digest"] for one in report["reports"]] == [one["digest"] for one in record["data"]]
+    assert round(report["packing_fill"], 4) == record["in_use"]["packing_fill"]
+
+
+def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
+    data = rows_file(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3})
+    arguments = ("preview", config, f"data.train={data}", "data.eval=null")
+    refused = run(*arguments)
+    assert refused.code == 1
+    assert f"{data}:2: column 'output' should be text, not 3." in refused.out
+    assert "this config can't be trained: data.on_bad_row: error, and 1 rows can't be used." in refused.out
+    assert "⟦b</s>⟧" in refused.out
+    assert "1 bad rows left out" in run(*arguments, "data.on_bad_row=drop").out
+
+
+def test_rows_for_another_objective_are_shown_and_told(config, tmp_path):
+    data = rows_file(tmp_path, {"prompt": "Say", "chosen": "yes", "rejected": "no"})
+    shown = run("preview", config, f"data.train={data}", "data.eval=null")
+    assert "⟦yes</s>⟧" in shown.out
+    assert "⟦no</s>⟧" in shown.out
+    assert "train.objective: sft can't learn from the preference rows" in shown.out
+
+
+def test_the_lengths_are_drawn_and_those_too_long_marked(config, tmp_path):
+    data = rows_file(tmp_path, *({"text": "x" * length} for length in (5, 20, 21, 40, 500)))
+    arguments = ("preview", config, f"data.train={data}", "data.eval=null", "data.max_seq_len=64")
+    lines = run(*arguments).out.splitlines()
+    bars = [line.split() for line in lines if "█" in line]
+    assert [int(bar[2]) for bar in bars] == [1, 2, 1, 1]
+    assert len(bars[1][1]) == max(len(bar[1]) for bar in bars)
+    assert [line for line in lines if "longer than max_seq_len" in line and "█" in line] == [
+        line for line in lines if "257–512" in line
+    ]
+    assert "1 documents longer than max_seq_len dropped" in "\n".join(lines)
+
+
+def test_no_model_is_loaded(config, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    for weights in base.glob("*.safetensors*"):
+        weights.unlink()
+    report = run("preview", config, f"model.base={base}", "--json").json()
+    assert report["steps_per_epoch"] > 0
+
+
+@pytest.mark.slow
+def test_a_thousand_rows_are_shown_within_five_seconds(config, tmp_path):
+    word = random.Random(0)
+    rows = [
+        {"instruction": "a" * word.randrange(10, 400), "output": "b" * word.randrange(10, 800)} for _ in range(1000)
+    ]
+    data = write_jsonl(tmp_path / "many.jsonl", rows)
+    command = [sys.executable, "-m", "qlora", "preview", str(config), f"data.train={data}"]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    assert time.perf_counter() - started < 5
+
+
+@pytest.fixture
+def page(config, tmp_path):
+    """A page about rows that look like markup."""
+    data = rows_file(
+        tmp_path,
+        {"instruction": "<script>document.title = 'run'</script>", "output": "<b>bold</b> & so"},
+        {"instruction": "a", "output": "x" * 30},
+    )
+    target = tmp_path / "page.html"
+    run("preview", config, f"data.train={data}", "data.eval=null", "--html", target, "--json")
+    return target
+
+
+def test_the_page_needs_nothing_but_itself_and_escapes_all_text(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"\b(src|href|url)\s*[=(]", text)
+    assert "<script" not in text
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; so" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_the_page(page, tmp_path):
+    command = [CHROMIUM, *HEADLESS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    assert "<title>run.yaml: what is learnt</title>" in shown  # and no script has changed it
+    answers = re.findall(r'<span class="learnt">([^<]*)</span>', shown)
+    assert answers == ["&lt;b&gt;bold&lt;/b&gt; &amp; so", "x" * 30]
+    widths = [float(width) for width in re.findall(r'class="bar" style="width: ([\d.]+)%"', shown)]
+    assert widths
+    assert max(widths) == 100
+
+
+def test_a_page_that_can_not_be_written_is_told(config, tmp_path):
+    refused = run("preview", config, "--html", tmp_path / "absent" / "page.html")
+    assert "page.html: can't be written: No such file or directory" in refused.error()
