@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
@@ -69,6 +70,21 @@ class _Draft:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Examples on their way: rendered, and being tokenized.
+
+    Attributes:
+        examples: As they were given.
+        drafts: Of each, or why there are none.
+        encodings: Of the drafts' texts, when they are done.
+    """
+
+    examples: Sequence[Example]
+    drafts: list[list[_Draft] | DataError]
+    encodings: Future[list[Any]]
+
+
 class ExampleEncoder:
     """Turns examples into tokens with one tokenizer, whose template is in place.
 
@@ -95,10 +111,15 @@ class ExampleEncoder:
         added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
         # What starts a text ends none, unless one token does both.
         starts = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-        self._end_ids = np.array(sorted({*tokenizer.all_special_ids, *added} - starts))
+        self._end_ids = {*tokenizer.all_special_ids, *added} - starts
+        self._beside = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
         """Encodes examples, each to its documents or to the reason why it can't be."""
+        return self.finish(self.begin(examples))
+
+    def begin(self, examples: Sequence[Example]) -> Begun:
+        """Renders examples and has their texts tokenized while the caller goes on; see :meth:`finish`."""
         drafts: list[list[_Draft] | DataError] = []
         for example in examples:
             try:
@@ -106,9 +127,13 @@ class ExampleEncoder:
             except DataError as error:
                 drafts.append(error)
         texts = [draft.text for group in drafts if not isinstance(group, DataError) for draft in group]
-        encodings = iter(self._tokenize(texts).encodings if texts else ())
+        return Begun(examples, drafts, self._beside.submit(self._tokenize, texts))
+
+    def finish(self, begun: Begun) -> list[Encoded | DataError]:
+        """What :meth:`encode` gives, for examples that were begun."""
+        encodings = iter(begun.encodings.result())
         results: list[Encoded | DataError] = []
-        for example, group in zip(examples, drafts, strict=True):
+        for example, group in zip(begun.examples, begun.drafts, strict=True):
             if isinstance(group, DataError):
                 results.append(group)
             elif isinstance(example, Tokens):
@@ -182,35 +207,37 @@ class ExampleEncoder:
 
     def _finish(self, draft: _Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
         """Documents of a draft, and whether EOS was added to each for want of an end token."""
-        ids, spans = np.array(encoding.ids, dtype=np.int32), encoding.offsets
+        spans: Spans = _Spans(encoding)
+        ids = encoding.ids
         borders = [begin for begin, _, _ in draft.answers]
         stretches = pairwise([0, *borders])
         crossed = [border for start, border in stretches if self._is_crossed(draft.text, start, border, encoding)]
         if crossed and crossed[0] < borders[-1] and not draft.weight:
             # A server that tokenizes the whole prompt of a later answer merges what is cut before an earlier one.
             parts = draft.by_answer()
-            encodings = self._tokenize([part.text for part in parts]).encodings
+            encodings = self._tokenize([part.text for part in parts])
             return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]
         if crossed:
             ids, spans = self._tokens_by_pieces(draft.text, crossed)
         weights, has_end = self._weights(draft, ids, spans)
         last = [draft.answers[-1][2] if draft.answers else 1.0] if draft.needs_end and not has_end else []
-        ids = np.concatenate([draft.starts, ids, [self.tokenizer.eos_token_id] * len(last)])
-        weights = np.concatenate([[0.0] * len(draft.starts), weights, last])
+        ids = [*draft.starts, *ids, *[self.tokenizer.eos_token_id] * len(last)]
+        if draft.starts or last:
+            weights = np.concatenate([[0.0] * len(draft.starts), weights, last])
         return [(make_example(ids, weights), draft.is_chat and bool(last))]
 
-    def _weights(self, draft: _Draft, ids: np.ndarray, spans: Spans) -> tuple[np.ndarray, bool]:
+    def _weights(self, draft: _Draft, ids: list[int], spans: Spans) -> tuple[np.ndarray, bool]:
         """The weight of each token, and whether what is learnt ends with an end token."""
         weights = np.full(len(ids), draft.weight, dtype=np.float16)
-        is_end = np.isin(ids, self._end_ids) if draft.is_chat else np.zeros(len(ids), dtype=bool)
         has_end = False
         for begin, end, weight in draft.answers or [(0, len(draft.text), draft.weight)]:
             first, stop = _first_token(spans, begin), _first_token(spans, end)
-            ends = first + np.flatnonzero(is_end[first:stop])
+            backwards = range(stop - 1, first - 1, -1) if draft.is_chat else ()
+            last = next((place for place in backwards if ids[place] in self._end_ids), None)
             # A special token with text of the answer behind it, as a tag around a call, ends nothing.
-            has_end = len(ends) > 0 and not draft.text[spans[ends[-1]][1] : end].strip()
+            has_end = last is not None and not draft.text[spans[last][1] : end].strip()
             # What a template writes behind the end token of a turn is not learnt: a server stops before it.
-            weights[first : ends[-1] + 1 if has_end else stop] = weight
+            weights[first : last + 1 if has_end and last is not None else stop] = weight
         return weights, has_end
 
     def _is_crossed(self, text: str, start: int, border: int, encoding: Any) -> bool:
@@ -228,11 +255,11 @@ class ExampleEncoder:
         # Byte-level tokenizers may leave blanks out of the characters that they say a token stands for.
         if here is not None and before is not None and encoding.token_to_chars(before)[0] <= border - blanks:
             return False
-        alone = self._tokenize([text[start:border]]).encodings[0].ids
-        whole = encoding.ids[: _first_token(encoding.offsets, border)]
+        alone = self._tokenize([text[start:border]])[0].ids
+        whole = encoding.ids[: _first_token(_Spans(encoding), border)]
         return alone[-COMPARED:] != whole[-COMPARED:][-len(alone) :]
 
-    def _tokens_by_pieces(self, text: str, borders: Sequence[int]) -> tuple[np.ndarray, Spans]:
+    def _tokens_by_pieces(self, text: str, borders: Sequence[int]) -> tuple[list[int], Spans]:
         """Ids of a text cut at borders, no token reaching over one, and their spans.
 
         Whoever serves a prompt alone never sees a token that also holds the first characters of the answer.
@@ -243,13 +270,13 @@ class ExampleEncoder:
             piece_ids, piece_spans = self._encode_piece(text[begin:end], continues=begin > 0)
             ids += piece_ids
             spans += [(begin + first, begin + last) for first, last in piece_spans]
-        return np.array(ids, dtype=np.int32), spans
+        return ids, spans
 
     def _encode_piece(self, text: str, continues: bool = False) -> tuple[list[int], Spans]:
         """Ids of a text and their spans; one that continues another gets no mark of a text's beginning."""
         for lead in LEADS if continues else ("",):
-            encoding = self._tokenize([lead + text]).encodings[0]
-            skipped = self._tokenize([lead]).encodings[0].ids if lead else []
+            (encoding,) = self._tokenize([lead + text])
+            skipped = self._tokenize([lead])[0].ids if lead else []
             if encoding.ids[: len(skipped)] == skipped:
                 spans = [
                     (max(0, begin - len(lead)), end - len(lead)) for begin, end in encoding.offsets[len(skipped) :]
@@ -257,8 +284,12 @@ class ExampleEncoder:
                 return encoding.ids[len(skipped) :], spans
         return self._encode_piece(text)
 
-    def _tokenize(self, texts: list[str]) -> Any:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    def _tokenize(self, texts: list[str]) -> list[Any]:
+        """Encodings of tokenizers itself: transformers would make lists of all that they can tell."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend.encode_batch(texts, add_special_tokens=False)
 
 
 def answer_end_id(tokenizer: Any) -> int:
@@ -269,6 +300,19 @@ def answer_end_id(tokenizer: Any) -> int:
         return int(tokenizer.eos_token_id)
     (example,) = encoded.documents
     return int(example.input_ids[example.loss_mask][-1])
+
+
+class _Spans(Sequence[tuple[int, int]]):
+    """Characters that each token of an encoding stands for, told one at a time: few are asked for."""
+
+    def __init__(self, encoding: Any) -> None:
+        self._encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self._encoding)
+
+    def __getitem__(self, token: Any) -> Any:
+        return self._encoding.token_to_chars(token)
 
 
 def _first_token(spans: Spans, char: int) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.encode import Encoded, ExampleEncoder
+from qlora.data.encode import Begun, Encoded, ExampleEncoder
 from qlora.data.examples import Conversation, Example, Labelled
-from qlora.data.formats import FORMATS, RowReader
+from qlora.data.formats import RowReader
 from qlora.data.report import SHOWN_PROBLEMS, DataReport
 from qlora.data.rows import BadRow, Row, Source, find_files, load_hub, read_rows
 from qlora.data.serving import tokenizer_notes
@@ -24,8 +24,8 @@ from qlora.data.store import ExampleStore, ExampleWriter, find_entry, new_entry
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
-# Rows tokenized together: as many as hold so much text.
-BATCH_CHARACTERS, BATCH_ROWS = 1 << 20, 1024
+# Rows tokenized together: as many as hold so much text. Two such batches are in memory at a time.
+BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,21 @@ def prepare(
     return ExampleStore(cache / key), report
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows on their way.
+
+    Attributes:
+        rows: As they were read.
+        read: What each says, or why it says nothing.
+        begun: Those that say something.
+    """
+
+    rows: list[Row | BadRow]
+    read: list[Example | str]
+    begun: Begun
+
+
 class _Build:
     """Reads and tokenizes one source into a folder, a batch of rows at a time."""
 
@@ -87,8 +102,15 @@ class _Build:
         reader = RowReader(self.source.format, self.source.columns, self.source.roles)
         writer = ExampleWriter(self.folder)
         try:
-            for batch in _batches(read_rows(self.source)):
-                self._add(batch, reader, writer)
+            under_way: _Batch | None = None
+            for rows in _batches(read_rows(self.source)):
+                # One batch is tokenized while the next is read and rendered.
+                begun = self._begin(rows, reader)
+                if under_way is not None:
+                    self._finish(under_way, writer)
+                under_way = begun
+            if under_way is not None:
+                self._finish(under_way, writer)
         except BaseException:
             writer.abandon()
             raise
@@ -106,38 +128,39 @@ class _Build:
         report.seconds = time.perf_counter() - started
         (self.folder / "about.json").write_text(json.dumps(about | {"report": report.as_dict()}), encoding="utf-8")
 
-    def _add(self, batch: list[Row | BadRow], reader: RowReader, writer: ExampleWriter) -> None:
-        """Encodes a batch of rows and writes their examples."""
+    def _begin(self, rows: list[Row | BadRow], reader: RowReader) -> _Batch:
+        """Reads a batch of rows and has it tokenized."""
         if reader.format == "auto":
-            reader.detect(row for row in batch if isinstance(row, Row))
-        read: list[tuple[int, Row, Example]] = []
-        for row in batch:
+            reader.detect(row for row in rows if isinstance(row, Row))
+        read: list[Example | str] = []
+        for row in rows:
+            try:
+                read.append(row.problem if isinstance(row, BadRow) else reader.read(row))
+            except DataError as error:
+                read.append(str(error))
+        return _Batch(rows, read, self.encoder.begin([example for example in read if not isinstance(example, str)]))
+
+    def _finish(self, batch: _Batch, writer: ExampleWriter) -> None:
+        """Writes the examples of a batch that was begun."""
+        encoded = iter(self.encoder.finish(batch.begun))
+        for row, example in zip(batch.rows, batch.read, strict=True):
             number = self.report.rows
             self.report.rows += 1
-            if isinstance(row, BadRow):
-                self._refuse(row.origin, row.problem)
-                continue
-            try:
-                read.append((number, row, reader.read(row)))
-            except DataError as error:
-                self._refuse(row.origin, str(error))
-        encoded = self.encoder.encode([example for _, _, example in read])
-        for (number, row, example), result in zip(read, encoded, strict=True):
-            if isinstance(result, DataError):
+            result = example if isinstance(example, str) else next(encoded)
+            if isinstance(example, str) or isinstance(result, str | DataError):
                 self._refuse(row.origin, str(result))
             elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
-                form = FORMATS[reader.format]
-                self._refuse(row.origin, f"no token of this row is supervised; {reader.format} is {form}.")
+                self._refuse(row.origin, "no token of this row is supervised; it needs an answer that is learnt.")
             else:
-                self._write(number, row, example, result, writer)
+                self._write(number, row.origin, example, result, writer)
 
-    def _write(self, number: int, row: Row, example: Example, result: Encoded, writer: ExampleWriter) -> None:
+    def _write(self, number: int, origin: str, example: Example, result: Encoded, writer: ExampleWriter) -> None:
         report, treatment = self.report, self.treatment
         if treatment.overlong == "error":
             longest = max(map(len, result.documents))
             if longest > treatment.max_seq_len:
                 what = f"{longest} tokens, more than data.max_seq_len ({treatment.max_seq_len}); raise it, or set "
-                self._refuse(row.origin, what + "data.overlong to drop, truncate or split.")
+                self._refuse(origin, what + "data.overlong to drop, truncate or split.")
                 return
         report.per_answer += result.per_answer
         report.eos_added += result.eos_added

@@ -473,13 +473,13 @@ def test_the_weights_of_turns_reach_the_tokens(path):
 def test_many_rows_are_tokenized_in_batches_in_their_order(path, rng, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 50)
     monkeypatch.setattr(prepare, "BATCH_ROWS", 7)
-    sizes, original = [], prepare.ExampleEncoder.encode
+    sizes, original = [], prepare.ExampleEncoder.begin
 
-    def encode(self, examples):
+    def begin(self, examples):
         sizes.append(len(examples))
         return original(self, examples)
 
-    monkeypatch.setattr(prepare.ExampleEncoder, "encode", encode)
+    monkeypatch.setattr(prepare.ExampleEncoder, "begin", begin)
     texts = ["x" * rng.choice([1, 5, 14]) + str(number) for number in range(40)]
     built = build(path, [{"text": text} for text in texts])
     assert max(sizes) <= 7
@@ -505,7 +505,7 @@ def test_the_digest_tells_data_of_equal_counts_apart(path):
 @pytest.fixture
 def no_tokenizing(monkeypatch):
     """Makes every attempt to encode an example fail."""
-    return lambda: monkeypatch.setattr(prepare.ExampleEncoder, "encode", None)
+    return lambda: monkeypatch.setattr(prepare.ExampleEncoder, "begin", None)
 
 
 def test_what_is_kept_is_found_again_and_not_tokenized_anew(path, tmp_path, rng, no_tokenizing):
