@@ -25,6 +25,8 @@ class Batch:
             is no padding.
         labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learnt.
         weights: (batch, seq), fp32, of each label's loss; None where all count alike.
+        cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
+        max_length: Tokens of the longest document.
         num_supervised: Labels that count, known without asking the device.
         total_weight: Of them all.
     """
@@ -34,6 +36,8 @@ class Batch:
     attention_mask: torch.Tensor | None
     labels: torch.Tensor
     weights: torch.Tensor | None
+    cu_seq_lens: torch.Tensor | None
+    max_length: int
     num_supervised: int
     total_weight: float
 
@@ -77,6 +81,8 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
         None if packed or len(set(lengths)) == 1 else attention_mask,
         labels,
         None if is_plain else weights,
+        torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
+        max(lengths),
         num_supervised,
         total_weight,
     )

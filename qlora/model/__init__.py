@@ -1,5 +1,6 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
+from qlora.model.attention import use_document_attention
 from qlora.model.base import build_skeleton, load_base, load_tokenizer, resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
@@ -30,4 +31,5 @@ __all__ = [
     "resolve_device",
     "supervised_loss",
     "take_inventory",
+    "use_document_attention",
 ]

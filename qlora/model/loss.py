@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from qlora.data import IGNORE_INDEX, Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy
+from qlora.model.attention import document_arguments
 
 # Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
 TOLERANCE = 0.01
@@ -26,7 +27,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32, to be divided by the supervised tokens' weight of whatever is averaged over.
     """
-    hidden = model.base_model(**_inputs(batch)).last_hidden_state
+    hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
     supervised = batch.labels != IGNORE_INDEX
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
@@ -35,13 +36,14 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     return linear_cross_entropy(hidden[supervised], head.weight, labels, head.bias, scale, softcap, weights)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """A batch for a model; positions that begin anew in a row, and no mask, keep its documents apart."""
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
         "use_cache": False,
+        **document_arguments(model, batch.cu_seq_lens, batch.max_length),
     }
 
 
@@ -105,7 +107,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()
-        logits = model(**_inputs(batch)).logits
+        logits = model(**_inputs(model, batch)).logits
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "

@@ -20,6 +20,7 @@ from qlora.model import (
     load_tokenizer,
     resolve_device,
     take_inventory,
+    use_document_attention,
 )
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.training.metrics import check_trackers
@@ -97,6 +98,9 @@ def assemble(config: RunConfig) -> Assembly:
     others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
     example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
     check_loss(model, collate([example]).to(accelerator.device))
+    attention = model.config._attn_implementation
+    if config.data.packing and model_section.attention == "auto":
+        attention = use_document_attention(model)
     if config.data.packing:
         check_isolation(model, example, other)
     recompute = apply_recompute(model, model_section.recompute)
@@ -115,7 +119,7 @@ def assemble(config: RunConfig) -> Assembly:
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "compute_dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "attention": attention,
         "recompute": recompute,
         "optimizer": section.optimizer,
         "optimizer_state_paged": optimizer.is_paged,

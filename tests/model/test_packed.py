@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BloomConfig,
     CohereConfig,
@@ -25,7 +27,7 @@ from transformers import (
 from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.lora import add_lora, lora_layers
-from qlora.model import apply_recompute, check_isolation, load_base, supervised_loss
+from qlora.model import apply_recompute, check_isolation, load_base, supervised_loss, use_document_attention
 from tests.tiny import make_base
 
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -46,6 +48,7 @@ KEEPS_APART = {
     "granite": (GraniteConfig, {}),
     "gpt2": (GPT2Config, GPT2),
 }
+NOT_BY_DOCUMENTS = ("gemma2 with a window", "gpt2")  # one caps its scores, the other drops some
 MIXES = {
     "opt, whose positions a mask tells": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
     "bloom, which has none": (BloomConfig, {"n_layer": 2, "n_head": 4}),
@@ -105,10 +108,58 @@ def test_a_packed_row_learns_what_its_documents_do_apart(
     documents = random_documents(generator)
     packed_loss, packed = loss_and_gradients(model, [collate(documents, packed=True)])
     loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
+    assert_same(packed_loss, packed, loss, apart)
+
+
+def assert_same(packed_loss, packed, loss, apart):
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     for found, expected in zip(packed, apart, strict=True):
         assert expected.abs().max() > 0
         assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@families({name: family for name, family in KEEPS_APART.items() if name not in NOT_BY_DOCUMENTS})
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, recompute, tmp_path, seed, generator):
+    model = load(tmp_path, seed, config_class, sizes)
+    add_lora(model, rank=4, dtype=torch.float32)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    apply_recompute(model, recompute)
+    model.train()
+    documents = random_documents(generator)
+    loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
+    assert "by documents" in use_document_attention(model)
+    assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, apart)
+    assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, apart)
+    assert_same(*loss_and_gradients(model, [collate(documents)]), loss, apart)
+    check_isolation(model, *documents[-2:])
+
+
+@families({name: KEEPS_APART[name] for name in ("gemma2 with a window", "gpt2")})
+def test_an_architecture_whose_attention_is_another_keeps_its_own(config_class, sizes, tmp_path, seed):
+    model = load(tmp_path, seed, config_class, sizes)
+    before = model.config._attn_implementation
+    assert use_document_attention(model).startswith(f"{before}, with a mask over all documents of a row: ")
+    assert model.config._attn_implementation == before
+
+
+def test_attention_by_documents_makes_no_tensor_of_all_tokens_squared(tiny_base, generator):
+    model, _ = load_base(str(tiny_base), compute_dtype="float32")
+    use_document_attention(model)
+    batch = collate(random_documents(generator, lengths=(20, 30, 25, 35)), packed=True)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            result = function(*arguments, **(kwargs or {}))
+            sizes.extend(one.shape for one in tree_leaves(result) if isinstance(one, torch.Tensor))
+            return result
+
+    with Sizes(), torch.no_grad():
+        supervised_loss(model, batch)
+    assert sizes
+    assert not [shape for shape in sizes if list(shape).count(110) > 1]
 
 
 @families(KEEPS_APART)

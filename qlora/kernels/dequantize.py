@@ -1,0 +1,184 @@
+"""4-bit codes and their block statistics to a weight in one pass, if asked for with the LoRA term added.
+
+Both functions here take the same arguments and do the same arithmetic in the same order, bitsandbytes' own: absmax is
+`nested_code[absmax] · nested_absmax + nested_offset`, a weight is `code[its 4 bits] · absmax`, each operation rounded
+to fp32, and the sum is rounded once to the dtype asked for. Without the LoRA term they agree bit for bit; the product
+B A is summed in fp32 in an order of its own.
+"""
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch brings it with CUDA alone.
+    triton = None
+
+HAS_TRITON = triton is not None
+
+# A program's tile: long enough for whole cache lines of the result, and no wider than a block of weights may be, so
+# that a row of it has one absmax.
+TILE_ROWS, TILE_COLUMNS = 64, 64
+
+
+def dequantize_4bit_plain(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    block_size: int = 64,
+    *,
+    nested_code: torch.Tensor | None = None,
+    nested_absmax: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    nested_block_size: int = 256,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dequantizes a weight in plain torch, on any device.
+
+    Args:
+        packed: Codes, uint8, two to a byte with the first in the upper half: ceil(out · in / 2) of them.
+        code: (16,), fp32, what each code stands for.
+        absmax: (blocks,), fp32; or uint8 where it is quantized itself, with the `nested_` arguments.
+        shape: (out, in) of the weight.
+        dtype: Of the result: fp32, bf16 or fp16.
+        block_size: Weights in a row that share one absmax; a power of 2.
+        nested_code: (256,), fp32, what each code of `absmax` stands for.
+        nested_absmax: (ceil(blocks / nested_block_size),), fp32.
+        nested_offset: A scalar, fp32, the mean that was taken off every absmax.
+        nested_block_size: Blocks that share one nested absmax; a power of 2.
+        lora_A: (rank, in), bf16, fp16 or fp32; with `lora_B`, `scaling · B A` is added before the rounding.
+        lora_B: (out, rank), of the dtype of `lora_A`.
+        scaling: Factor on the product of the two.
+        out: (out, in) of `dtype`, contiguous, written in place if given.
+
+    Returns:
+        The weight, (out, in).
+    """
+    pairs, size = packed.flatten(), shape[0] * shape[1]
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:size]
+    if nested_code is not None:
+        assert nested_absmax is not None
+        groups = nested_absmax.repeat_interleave(nested_block_size)[: absmax.numel()]
+        absmax = nested_code[absmax.long()] * groups + nested_offset
+    weight = (code[codes.long()] * absmax.repeat_interleave(block_size)[:size]).view(shape)
+    if lora_A is not None:
+        assert lora_B is not None
+        weight += scaling * (lora_B.float() @ lora_A.float())
+    if out is None:
+        return weight.to(dtype)
+    return out.copy_(weight)
+
+
+def dequantize_4bit_triton(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    block_size: int = 64,
+    *,
+    nested_code: torch.Tensor | None = None,
+    nested_absmax: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    nested_block_size: int = 256,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As :func:`dequantize_4bit_plain`, in one kernel, which reads each code and writes each weight once."""
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    assert out.is_contiguous()
+    assert (out.shape, out.dtype) == (tuple(shape), dtype)
+    total, tile_columns = out.numel(), min(TILE_COLUMNS, block_size)
+    if lora_A is None:
+        # Blocks follow the flat order, so rows as wide as a tile do for a weight of any shape.
+        rows, columns, rank = triton.cdiv(total, tile_columns), tile_columns, 0
+    else:
+        assert lora_B is not None
+        (rows, columns), rank = shape, lora_A.shape[0]
+        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, tile_columns),)
+    with torch.cuda.device_of(packed):
+        _dequantize_kernel[grid](
+            packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, out,
+            columns, total, rank, scaling,
+            BLOCK=block_size, NESTED_BLOCK=nested_block_size,
+            PAIRED=columns % 2 == 0, ONE_ABSMAX=columns % tile_columns == 0,
+            ROWS=TILE_ROWS, COLUMNS=tile_columns, RANKS=16 if rank <= 16 else 32,
+            # Else code · absmax + offset becomes one operation with one rounding, and is not bitsandbytes' absmax.
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _dequantize_kernel(
+        packed: Any,
+        code: Any,
+        absmax: Any,
+        nested_code: Any,
+        nested_absmax: Any,
+        nested_offset: Any,
+        lora_A: Any,
+        lora_B: Any,
+        out: Any,
+        columns: Any,
+        total: Any,
+        rank: Any,
+        scaling: Any,
+        BLOCK: tl.constexpr,
+        NESTED_BLOCK: tl.constexpr,
+        PAIRED: tl.constexpr,  # Both codes of a byte are in the same row.
+        ONE_ABSMAX: tl.constexpr,  # A row of a tile is within one block.
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        RANKS: tl.constexpr,
+    ) -> None:
+        tiles = (columns + COLUMNS - 1) // COLUMNS
+        first_column = tl.program_id(0) % tiles * COLUMNS
+        # In 64 bits, as the places that are counted from it: the weights may be more than 2^31.
+        row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = first_column + tl.arange(0, COLUMNS)[None, :]
+        start = row * columns + first_column
+        place = row * columns + column
+        inside = (column < columns) & (place < total)
+
+        if PAIRED:
+            pair = tl.arange(0, COLUMNS // 2)[None, :]
+            inside_pair = (first_column + 2 * pair < columns) & (start + 2 * pair < total)
+            byte = tl.load(packed + (start // 2 + pair), mask=inside_pair, other=0)
+            index = tl.reshape(tl.join(byte >> 4, byte & 15), (ROWS, COLUMNS))
+        else:
+            byte = tl.load(packed + place // 2, mask=inside, other=0)
+            index = tl.where(place % 2 == 0, byte >> 4, byte & 15)
+
+        block = (start if ONE_ABSMAX else place) // BLOCK
+        inside_block = block * BLOCK < total
+        largest = tl.load(absmax + block, mask=inside_block, other=0)
+        if nested_code is not None:
+            group = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside_block, other=0)
+            largest = tl.load(nested_code + largest.to(tl.int32)) * group + tl.load(nested_offset)
+        weight = tl.load(code + index.to(tl.int32)) * largest
+
+        if lora_A is not None:
+            update = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+            for first_rank in range(0, rank, RANKS):
+                ranks = first_rank + tl.arange(0, RANKS)
+                inside_B = (row * columns < total) & (ranks[None, :] < rank)
+                inside_A = (ranks[:, None] < rank) & (column < columns)
+                B = tl.load(lora_B + row * rank + ranks[None, :], mask=inside_B, other=0.0)
+                A = tl.load(lora_A + ranks[:, None] * columns + column, mask=inside_A, other=0.0)
+                update = tl.dot(B, A, update, input_precision="ieee")
+            weight += scaling * update
+        tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,171 @@
+"""Attention of packed documents, each to itself: no mask over all of them is ever made.
+
+Registered with transformers under a name of its own, which :func:`use_document_attention` gives to a model.
+"""
+
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+NAME = "qlora_documents"
+# What an attention layer may ask for that is not done here, so that it never gets something else in silence.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def use_document_attention(model: Any) -> str:
+    """Has a model attend to packed documents one by one, if its architecture allows for it.
+
+    Args:
+        model: Of transformers, on its device.
+
+    Returns:
+        What is used, and where it is not this, why.
+    """
+    current = model.config._attn_implementation
+    reason = _why_not(model)
+    if reason is not None:
+        return f"{current}, with a mask over all documents of a row: {reason}"
+    _register()
+    model.set_attn_implementation(NAME)
+    kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
+    return f"{current} by documents ({kernel})"
+
+
+def document_arguments(model: Any, cu_seq_lens: torch.Tensor | None, max_length: int) -> dict[str, Any]:
+    """What a model's layers are told of a packed batch, once for all of them; nothing if they do not ask.
+
+    Args:
+        model: Of transformers.
+        cu_seq_lens: (documents + 1,), int32: where each document begins, and the end.
+        max_length: Tokens of the longest.
+    """
+    name = model.config._attn_implementation
+    if cu_seq_lens is None or not (name == NAME or name.startswith("flash_attention")):
+        return {}
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+    }
+
+
+def document_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document.
+
+    Args:
+        module: The attention layer.
+        query: (1, heads, seq, head_dim); (batch, …) if there is a document per row.
+        key: (1, kv_heads, seq, head_dim).
+        value: (1, kv_heads, seq, head_dim).
+        attention_mask: Of a padded batch or of generation, which transformers' own function is left to.
+        dropout: Of attention weights; none is supported.
+        scaling: Of the scores.
+        sliding_window: Tokens that each one sees, itself included.
+        cu_seq_lens_q: (documents + 1,), int32, see :func:`document_arguments`.
+        max_length_q: Tokens of the longest document.
+        kwargs: What else the layer asks for.
+
+    Returns:
+        (1, seq, heads, head_dim), and None for the weights.
+    """
+    asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
+    if asked:
+        raise NotImplementedError(f"attention by documents has no {', '.join(asked)}; set data.packing: false")
+    if cu_seq_lens_q is None:
+        if attention_mask is None and query.shape[2] == key.shape[2]:
+            return _attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.is_cuda:
+        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    documents = zip(queries, keys, values, strict=True)
+    attended = [_attend(*document, scaling, sliding_window) for document in documents]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    length = query.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    near = ones.tril().triu(1 - window)
+    return F.scaled_dot_product_attention(query, key, value, near, scale=scaling, enable_gqa=True)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch below 2.12 takes as many heads of keys as of queries
+            groups = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    seen = (-1 if window is None else window - 1, 0)
+    attended: Any = varlen_attn(
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=seen, **grouped
+    )
+    return attended[None]
+
+
+def _why_not(model: Any) -> str | None:
+    """Why a model can't attend by documents, or None if it can."""
+    config = model.config.get_text_config()
+    if model.config._attn_implementation != "sdpa":
+        return "it was asked for or is the architecture's own"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return "the architecture has layers of another kind of attention"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "the architecture attends in chunks"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the architecture caps attention scores"
+    if any(getattr(config, name, 0.0) for name in DROPOUTS):
+        return "the architecture drops attention weights"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the architecture takes no attention function from outside"
+    return None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        # None where every row begins with a document: they are told apart by where they begin.
+        if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+            return None
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+    AttentionInterface.register(NAME, document_attention)
+    AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,273 @@
+"""Counts of a training step that are the same on every run and every machine, so that a test can hold them.
+
+Needs torch alone. It lives beside the scripts that print the counts, since a script can't import from tests; a test
+loads it by its path.
+"""
+
+import functools
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+# Each makes the host wait for a device: it asks for a value, or for a size that depends on values.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive"}
+READS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes held between forward and backward, each storage once, whole.
+
+    Attributes:
+        saved: By autograd, as its hooks see it.
+        hung: On the attributes of custom functions, where no hook sees it.
+        alive: Of all storages that the forward made: what is held in any way, closures too; the loss is among them.
+    """
+
+    saved: int
+    hung: int
+    alive: int
+
+
+@dataclass(slots=True)
+class Work:
+    """What was executed.
+
+    Attributes:
+        flops: Of matrix products and attention; of causal attention, the half that is not masked.
+        base_gemms: Products with a weight dequantized from 4 bits.
+        dequantized: Weights.
+        dequantized_statistics: The weights' absmax, with double quantization.
+        syncs: Reasons for the host to wait, by name. On a CPU nothing waits, and what never leaves the host counts too.
+    """
+
+    flops: int = 0
+    base_gemms: int = 0
+    dequantized: int = 0
+    dequantized_statistics: int = 0
+    syncs: Counter[str] = field(default_factory=Counter)
+
+
+def held_for_backward(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> Held:
+    """Runs a forward and counts what is held until its backward.
+
+    Args:
+        forward: Gives the loss.
+        model: What it owns before the forward, parameters, buffers and 4-bit statistics, is left out.
+    """
+    owned = {_key(tensor) for tensor in tensors_in(model)}
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> _Kept:
+        kept.add(box := _Kept(tensor))
+        return box
+
+    with _Storages() as storages, torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        loss = forward()
+    saved = _by_storage(box.tensor for box in kept)
+    hung = _by_storage(tensor for node in _nodes(loss.grad_fn) for tensor in tensors_in(getattr(node, "__dict__", {})))
+    return Held(
+        saved=sum(size for key, size in saved.items() if key not in owned),
+        hung=sum(size for key, size in hung.items() if key not in owned and key not in saved),
+        alive=storages.alive_bytes(),
+    )
+
+
+class Watch:
+    """Counts the work that is done while it is entered, in custom autograd functions and recomputation too.
+
+    Operations are counted where they are dispatched, so what a kernel of Triton does is not seen.
+
+    Args:
+        device: Whose values are waited for.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.work = Work()
+        self._modes = (_Operations(self.work, torch.device(device).type), _Reads(self.work))
+
+    def __enter__(self) -> Work:
+        for mode in self._modes:
+            mode.__enter__()
+        return self.work
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+def tensors_in(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
+    """All tensors that can be reached from an object: by attributes, containers, closures and partial calls."""
+    seen = {} if seen is None else seen
+    stack = [thing]
+    while stack:
+        one = stack.pop()
+        if one is None or isinstance(one, (str, bytes, int, float, type, types.ModuleType)) or id(one) in seen:
+            continue
+        seen[id(one)] = one  # kept, so that no other object gets its id
+        if isinstance(one, torch.Tensor):
+            yield one
+        if isinstance(one, dict):
+            stack += one.values()
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            stack += one
+        elif isinstance(one, functools.partial):
+            stack += [one.func, one.args, one.keywords]
+        elif isinstance(one, types.MethodType):
+            stack += [one.__self__, one.__func__]
+        elif isinstance(one, types.FunctionType):
+            stack += [cell.cell_contents for cell in one.__closure__ or () if _is_filled(cell)]
+        else:
+            stack += [getattr(one, name, None) for name in getattr(type(one), "__slots__", ()) if name[:2] != "__"]
+            stack += getattr(one, "__dict__", {}).values()
+
+
+class _Kept:
+    """A saved tensor; it is gone when autograd lets go of it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Storages(TorchDispatchMode):
+    """Notes the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, StorageWeakRef | None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors(args, kwargs):
+            self._made.setdefault(_key(tensor), None)  # not made here: of the model or the batch
+        result = func(*args, **kwargs or {})
+        for tensor in _tensors(result):
+            if _key(tensor) not in self._made:
+                # The weak reference also keeps the address from being given to another storage.
+                self._made[_key(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        return result
+
+    def alive_bytes(self) -> int:
+        """Of those that are still there."""
+        weak = (reference for reference in self._made.values() if reference is not None)
+        storages = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in weak)
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, work: Work, device_type: str) -> None:
+        super().__init__()
+        self.work, self.device_type = work, device_type
+        self._weights: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name, work = func.overloadpacket.__name__, self.work
+        work.flops += _flops(func, name, args, kwargs, result)
+        if name == "dequantize_4bit":
+            work.dequantized += 1
+            weight = kwargs.get("out", result)
+            self._weights[_key(weight)] = StorageWeakRef(weight.untyped_storage())
+        elif name == "dequantize_blockwise":
+            work.dequantized_statistics += 1
+        elif name == "gemm_4bit":  # bitsandbytes' forward: both, and the product, in one
+            work.dequantized += 1
+            work.dequantized_statistics += kwargs.get("absmax_8bit") is not None
+            work.base_gemms += 1
+        elif name in MATRIX_PRODUCTS:
+            factors = args[-2:]  # what is added to, in addmm, is no factor
+            work.base_gemms += any(_key(factor) in self._weights for factor in factors)
+        else:
+            self._count_sync(name, args, kwargs, result)
+        return result
+
+    def _count_sync(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        devices = {tensor.device.type for tensor in _tensors(args, kwargs)}
+        if self.device_type not in devices:
+            return
+        if name in WAITING:
+            self.work.syncs[name] += 1
+        elif name.startswith("index") and isinstance(args[1], (list, tuple)):
+            # Its number of rows is only known once the mask is; a long index is not waited for.
+            masks = sum(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+            self.work.syncs.update({"boolean mask": masks} if masks else {})
+        elif self.device_type != "cpu" and name in ("_to_copy", "copy_") and _tensors(result)[0].device.type == "cpu":
+            self.work.syncs["copy to the host"] += 1
+
+
+class _Reads(TorchFunctionMode):
+    """Counts what only shows in the call: on a CPU these dispatch nothing."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.work.syncs.copy() if func in READS else None
+        result = func(*args, **kwargs or {})
+        if before is not None:
+            self.work.syncs.clear()  # on a GPU the same read was dispatched as a copy
+            self.work.syncs.update(before)
+            self.work.syncs[READS[func]] += 1
+        return result
+
+
+def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
+    """Floating-point operations, by the formulas of torch's own counter where it has one."""
+    if "scaled_dot_product" in name:
+        # Its own formulas leave out the kernel for CPUs, and count what a causal mask skips.
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        shapes = [given[key].shape for key in ("query", "key", "value")]
+        is_backward = name.endswith("_backward")
+        gradient = given.get("grad_out", given.get("grad_out_"))
+        flops = sdpa_backward_flop_count(gradient.shape, *shapes) if is_backward else sdpa_flop_count(*shapes)
+        return flops // 2 if given.get("is_causal") else flops
+    if name == "gemm_4bit":
+        rows, out = result.numel() // result.shape[-1], result.shape[-1]
+        return 2 * rows * out * args[0].shape[-1]
+    formula = flop_registry.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """All nodes of an autograd graph."""
+    seen, stack = set(), [root]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    return {_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(*things: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(things) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
