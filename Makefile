@@ -9,6 +9,11 @@ test:  ## everything that runs without a GPU
 test-gpu:  ## what needs CUDA
 	pytest -m gpu
 
+has = $(shell python -c "import importlib.util as u; print(u.find_spec('$(1)') and 1 or '')")
+
 bench:  ## what this machine can measure; appends to docs/benchmarks/
-	python scripts/bench/beside_peft.py
+	python scripts/bench/memory.py --out docs/benchmarks/memory.md
 	python scripts/bench/loading.py
+	$(if $(call has,peft),python scripts/bench/train_step.py --peer peft --out docs/benchmarks/train_step.md)
+	$(if $(call has,peft),python scripts/bench/beside_peft.py)
+	$(if $(call has,trl),python scripts/bench/tokenizing.py)

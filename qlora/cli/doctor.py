@@ -11,17 +11,18 @@ def doctor(as_json: AsJson = False) -> None:
     import torch
 
     from qlora.model import resolve_compute_dtype, resolve_device
-    from qlora.nf4 import dequantize, quantize
+    from qlora.nf4 import dequantize, dequantize_path, quantize
     from qlora.training.record import describe_hardware, package_versions
 
     device = resolve_device()
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
-    error = (dequantize(*quantize(weight), torch.float32) - weight).abs().max().item()
+    error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
     in_use = {
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
+        "dequantize": dequantize_path(device),
         "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
         "attention": "transformers' choice for the model; set model.attention to ask for another",
         "plots": _extra("matplotlib", "plot"),

@@ -35,12 +35,13 @@ def evaluate(
         raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
     result = run_evaluation(model, eval_batches(examples, batch_size))
     num_bytes = supervised_bytes(tokenizer, examples)
+    is_plain = result.total_weight == result.num_supervised  # of weighted tokens there are no bits
     report = {
         "model": f"{config.model.base} with the adapter of {target}" if run.exists() else config.model.base,
         "examples": len(examples),
         "supervised_tokens": result.num_supervised,
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_byte": result.bits / num_bytes if num_bytes else None,
+        "bits_per_byte": result.bits / num_bytes if num_bytes and is_plain else None,
     }
     show_report(report, as_json)

@@ -9,6 +9,8 @@ from qlora.cli.options import AsJson, Overrides
 from qlora.cli.report import show_report
 
 BAR_WIDTH = 40
+# Control characters of data, by their pictures: a terminal would obey them.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
 def preview(
@@ -79,14 +81,15 @@ def _text_of(pieces: list[Any], coloured: bool) -> Any:
 
     text = Text()
     for before, piece in zip([None, *pieces], pieces, strict=False):
+        shown = piece.text.translate(VISIBLE)
         if not coloured:
             was_learnt = before is not None and before.weight > 0
             if (piece.weight > 0) != was_learnt:
                 text.append("⟦" if piece.weight > 0 else "⟧")
-            text.append(piece.text)
+            text.append(shown)
             continue
         style = "green" if piece.weight > 0 else "dim"
-        text.append(piece.text, style=f"{style} reverse" if piece.is_special else style)
+        text.append(shown, style=f"{style} reverse" if piece.is_special else style)
         if piece.weight not in (0, 1):
             text.append(f"×{piece.weight:g}", style="yellow")
     if not coloured and pieces and pieces[-1].weight > 0:

@@ -62,8 +62,8 @@ def _check_targets(value: str | list[str]) -> str | list[str]:
 
 
 Format = Literal[
-    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "kto", "classification",
-    "oasst",
+    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
+    "classification", "oasst",
 ]  # fmt: skip
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
@@ -102,6 +102,7 @@ class SourceSection(Section):
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0, le=100)] = 1
     split: str | None = None
+    subset: str | None = None
     revision: str | None = None
     type: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "lines"] = "auto"
     encoding: str = "utf-8"

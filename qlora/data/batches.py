@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qlora.data.packing import pack_best_fit
+from qlora.data.store import ExampleSet
 from qlora.data.tokens import TokenizedExample
 
 IGNORE_INDEX = -100
@@ -175,7 +176,7 @@ def _rows_of(lengths: np.ndarray, capacity: int | None) -> list[list[int]]:
 
 
 def _lengths_of(examples: Sequence[TokenizedExample]) -> np.ndarray:
-    return np.array([len(example) for example in examples])
+    return examples.lengths if isinstance(examples, ExampleSet) else np.array([len(example) for example in examples])
 
 
 @lru_cache(maxsize=2)

@@ -67,7 +67,15 @@ def build_datasets(
     share = float(eval) if isinstance(eval, float | int) else 0.0
     learnt, held_out = [], []
     for number, source in enumerate(train):
-        kept, out = _hold_out(stores[number], share, seed, source.path)
+        kept, out = _hold_out(stores[number], share, seed)
+        if not len(kept):
+            if len(train) == 1:
+                raise DataError(
+                    f"data.eval: holding out {share} of the {len(stores[number])} examples of {source.path} "
+                    "leaves none to train on."
+                )
+            kept, out = np.arange(len(stores[number])), out[:0]
+            reports[number].notes.append("nothing of it is held out: it has too few examples")
         kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
         reports[number] = replace(reports[number], drawn=len(kept))
         learnt.append(_places(number, kept))
@@ -82,7 +90,7 @@ def build_datasets(
     )
 
 
-def _hold_out(store: ExampleStore, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(store: ExampleStore, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws whole rows, so that no part of one is trained on; of a single row, a long text, its parts."""
     everything = np.arange(len(store))
     if not share:
@@ -92,10 +100,6 @@ def _hold_out(store: ExampleStore, share: float, seed: int, name: str) -> tuple[
         unit_of = everything
     num_units = int(unit_of[-1]) + 1
     count = max(1, round(share * num_units))
-    if count >= num_units:
-        raise DataError(
-            f"data.eval: holding out {share} of the {num_units} examples of {name} leaves none to train on."
-        )
     is_out = np.isin(unit_of, np.random.default_rng(seed).permutation(num_units)[:count])
     return everything[~is_out], everything[is_out]
 

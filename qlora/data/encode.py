@@ -178,18 +178,27 @@ class ExampleEncoder:
         sought = [turn for turn in turns if weights[turn] or base]
         if sought[:1] == [0] and not base:
             raise DataError("the conversation begins with an answer, which nothing asks for; take that turn out.")
+        if sought and not base:
+            messages = messages[: sought[-1] + 1]  # nothing is learnt from what follows
         text = render(self.tokenizer, messages, tools)
+        self.facts.check_written([message for message in messages if message["role"] != "assistant"], text)
         spans = {turn: self._answer_span(messages, tools, turn, text) for turn in sought}
+        for turn, span in spans.items():
+            if span is not None:
+                self.facts.check_written([messages[turn]], text[slice(*span)])
         if all(span or weights[turn] == base for turn, span in spans.items()):
             answers = [(*span, weights[turn]) for turn, span in spans.items() if span]
             ends_with_answer = turns[-1:] == [len(messages) - 1] and weights[turns[-1]] > 0
             return [_Draft(text, answers, base, needs_end=ends_with_answer)]
+        if base:
+            raise DataError("data.loss_on: all can't weigh single turns where the template writes earlier ones anew.")
         # The template writes earlier turns anew, as those that drop past reasoning do. A server then asks for each
         # answer with its own rendering of what came before, so each becomes a document.
         return [self._draft_answer(messages[: turn + 1], tools, weights[turn]) for turn in sought if weights[turn]]
 
     def _draft_answer(self, messages: list[dict[str, Any]], tools: Any, weight: float) -> _Draft:
         text = render(self.tokenizer, messages, tools)
+        self.facts.check_written(messages[-1:], text)
         span = self._answer_span(messages, tools, len(messages) - 1, text)
         if span is None:
             raise DataError(
@@ -220,10 +229,13 @@ class ExampleEncoder:
         if crossed:
             ids, spans = self._tokens_by_pieces(draft.text, crossed)
         weights, has_end = self._weights(draft, ids, spans)
+        # A text may have its marks already.
+        starts = [] if ids[: len(draft.starts)] == draft.starts else draft.starts
+        has_end = has_end or not draft.is_chat and ids[-1:] == [self.tokenizer.eos_token_id]
         last = [draft.answers[-1][2] if draft.answers else 1.0] if draft.needs_end and not has_end else []
-        ids = [*draft.starts, *ids, *[self.tokenizer.eos_token_id] * len(last)]
-        if draft.starts or last:
-            weights = np.concatenate([[0.0] * len(draft.starts), weights, last])
+        ids = [*starts, *ids, *[self.tokenizer.eos_token_id] * len(last)]
+        if starts or last:
+            weights = np.concatenate([[0.0] * len(starts), weights, last])
         return [(make_example(ids, weights), draft.is_chat and bool(last))]
 
     def _weights(self, draft: _Draft, ids: list[int], spans: Spans) -> tuple[np.ndarray, bool]:
@@ -236,7 +248,7 @@ class ExampleEncoder:
             last = next((place for place in backwards if ids[place] in self._end_ids), None)
             # A special token with text of the answer behind it, as a tag around a call, ends nothing.
             has_end = last is not None and not draft.text[spans[last][1] : end].strip()
-            # What a template writes behind the end token of a turn is not learnt: a server stops before it.
+            # What a template writes behind the last end token of a turn is not learnt: every server has stopped there.
             weights[first : last + 1 if has_end and last is not None else stop] = weight
         return weights, has_end
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
 from qlora.data.rows import Row
-from qlora.data.turns import TurnReader, check_unicode, parse_json, read_tools
+from qlora.data.turns import MEDIA_KEYS, TurnReader, check_unicode, check_weight, parse_json, read_tools
 from qlora.errors import ConfigError, DataError
 
 FORMATS = {
@@ -16,30 +16,17 @@ FORMATS = {
     "text": "text",
     "tokenized": "input_ids, [labels or loss_mask]",
     "preference": "chosen, rejected, and prompt, instruction, conversations or messages unless they hold it",
+    "chosen": "as preference, of which the chosen answer alone is learnt",
     "kto": "label (true or false), and a conversation in any of the forms above",
     "classification": "text, label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
 }
 TURN_COLUMNS = ("messages", "conversations", "conversation")
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
-# Every column that some format reads; a mapping may give any of them.
-READ_COLUMNS = {
-    "alpaca": {"instruction", "input", "output", "response", "system", "history", "tools"},
-    "sharegpt": {*TURN_COLUMNS, "system", "tools"},
-    "messages": {*TURN_COLUMNS, "system", "tools"},
-    "completion": {"prompt", "completion", "tools"},
-    "text": {"text"},
-    "tokenized": {"input_ids", "labels", "loss_mask", "attention_mask"},
-    "preference": {
-        "chosen", "rejected", "chosen_messages", "rejected_messages", "prompt", "instruction", "input", "system",
-        "history", "tools", *TURN_COLUMNS,
-    },
-    "kto": {
-        "label", "prompt", "completion", "instruction", "input", "output", "response", "system", "history", "tools",
-        *TURN_COLUMNS,
-    },
-    "classification": {"text", "label"},
-    "oasst": {"message_tree_id", "prompt", "message_id", "text", "role", "replies"},
+# What a mapping may give: every column that some format reads, and the keys of a turn.
+COLUMNS = {
+    "instruction", "input", "output", "response", "system", "history", "tools", *TURN_COLUMNS, "prompt", "completion",
+    "text", "input_ids", "labels", "loss_mask", "attention_mask", "chosen", "rejected", "chosen_messages",
+    "rejected_messages", "label", "message_tree_id", "message_id", "replies", "role", "content",
 }  # fmt: skip
 IGNORED_LABEL = -100
 
@@ -97,9 +84,8 @@ class RowReader:
     def __init__(self, format: str = "auto", columns: Mapping[str, str] = {}, roles: Mapping[str, str] = {}) -> None:  # noqa: B006 (never changed)
         if format not in ("auto", *FORMATS):
             raise ConfigError(f"data.format: '{format}' is unknown; there are auto, {', '.join(FORMATS)}.")
-        known = {"role", "content"}.union(*READ_COLUMNS.values())
-        for name in columns.keys() - known:
-            raise ConfigError(f"data.columns: no format has a column '{name}'; there are {', '.join(sorted(known))}.")
+        for name in columns.keys() - COLUMNS:
+            raise ConfigError(f"data.columns: no format has a column '{name}'; there are {', '.join(sorted(COLUMNS))}.")
         for name, role in roles.items():
             if role not in ("system", "user", "assistant", "tool"):
                 raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
@@ -133,11 +119,13 @@ class RowReader:
         if self.format == "auto":
             self.detect([row])
         row = self._mapped(row)
-        media = [name for name in MEDIA_COLUMNS if row.values.get(name)]
+        media = [name for name in MEDIA_KEYS if row.values.get(name)]
         if media:
             raise DataError(f"{row.origin}: it has {', '.join(media)}; only text can be learnt here.")
-        self.unread |= row.values.keys() - READ_COLUMNS[self.format]
-        return _READERS[self.format](self, row)
+        values = _Watched(row.values)
+        example = _READERS[self.format](self, Row(values, row.origin))
+        self.unread |= values.keys() - values.read
+        return example
 
     def _mapped(self, row: Row) -> Row:
         """The row under our names of its columns."""
@@ -145,9 +133,12 @@ class RowReader:
             return row
         others = {name: value for name, value in row.values.items() if name not in self._columns.values()}
         mapped = {ours: row.values[theirs] for ours, theirs in self._columns.items() if theirs in row.values}
+        self.unread |= others.keys() & mapped.keys()
         return Row(others | mapped, row.origin)
 
     def _read_alpaca(self, row: Row) -> Conversation:
+        if row.values.keys().isdisjoint({"output", "response"}):
+            raise DataError(f"{row.origin}: there is neither 'output' nor 'response'.")
         answer = _text(row, "output" if "output" in row.values else "response")
         return Conversation([*self._alpaca_prompt(row), _turn("assistant", answer)], self._tools(row))
 
@@ -192,10 +183,7 @@ class RowReader:
             raise DataError(f"{row.origin}: 'input_ids' is empty.")
         weights = [1.0] * len(ids)
         if row.values.get("loss_mask") is not None:
-            weights = _numbers(row, "loss_mask", len(ids))
-            wrong = [weight for weight in weights if not 0 <= weight <= 1000]
-            if wrong:
-                raise DataError(f"{row.origin}: 'loss_mask' should hold numbers from 0 to 1000, not {wrong[0]!r:.80}.")
+            weights = [check_weight(row, weight) for weight in _numbers(row, "loss_mask", len(ids))]
         elif row.values.get("labels") is not None:
             labels = _numbers(row, "labels", len(ids))
             for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
@@ -214,6 +202,9 @@ class RowReader:
     def _read_preference(self, row: Row) -> Preference:
         tools = self._tools(row)
         return Preference(*(Conversation(self._answered(row, name), tools) for name in ("chosen", "rejected")))
+
+    def _read_chosen(self, row: Row) -> Conversation:
+        return Conversation(self._answered(row, "chosen"), self._tools(row))
 
     def _answered(self, row: Row, name: str) -> list[dict[str, Any]]:
         values = row.values
@@ -297,10 +288,28 @@ _READERS: dict[str, Any] = {
     "text": RowReader._read_text,
     "tokenized": RowReader._read_tokenized,
     "preference": RowReader._read_preference,
+    "chosen": RowReader._read_chosen,
     "kto": RowReader._read_kto,
     "classification": RowReader._read_classification,
     "oasst": RowReader._read_oasst,
 }
+
+
+class _Watched(dict[str, Any]):
+    """A row's values, which remembers those that were read."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or the default."""
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

@@ -43,8 +43,3 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
                 by_room[left] = []
             by_room[left].append(row)
     return rows
-
-
-def fill_share(lengths: np.ndarray, rows: list[list[int]], capacity: int) -> float:
-    """Share of the rows' room that tokens take."""
-    return float(np.sum(lengths)) / max(1, len(rows) * capacity)

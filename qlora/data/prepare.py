@@ -18,7 +18,7 @@ from qlora.data.encode import Begun, Encoded, ExampleEncoder
 from qlora.data.examples import Conversation, Example, Labelled
 from qlora.data.formats import RowReader
 from qlora.data.report import SHOWN_PROBLEMS, DataReport
-from qlora.data.rows import BadRow, Row, Source, find_files, load_hub, read_rows
+from qlora.data.rows import BadRow, Row, Source, files_left_out, find_files, load_hub, read_rows
 from qlora.data.serving import tokenizer_notes
 from qlora.data.store import ExampleStore, ExampleWriter, find_entry, new_entry
 from qlora.data.tokens import TokenizedExample
@@ -26,6 +26,7 @@ from qlora.errors import DataError
 
 # Rows tokenized together: as many as hold so much text. Two such batches are in memory at a time.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
+SHOWN_FILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,11 @@ class _Build:
         report.measure(np.asarray(self._lengths), self.treatment.max_seq_len)
         report.unread_columns = sorted(reader.unread)
         report.notes = tokenizer_notes(self.encoder.tokenizer)
-        if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "kto"):
+        left_out = files_left_out(self.source)
+        if left_out:
+            more = f" and {len(left_out) - SHOWN_FILES} more" if len(left_out) > SHOWN_FILES else ""
+            report.notes.append(f"files left out: {', '.join(left_out[:SHOWN_FILES])}{more}")
+        if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
             report.notes += self.encoder.facts.notes()
         report.digest = about["digest"]
         report.seconds = time.perf_counter() - started
@@ -149,6 +154,8 @@ class _Build:
             result = example if isinstance(example, str) else next(encoded)
             if isinstance(example, str) or isinstance(result, str | DataError):
                 self._refuse(row.origin, str(result))
+            elif not all(map(len, result.documents)):
+                self._refuse(row.origin, "it has no tokens.")
             elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
                 self._refuse(row.origin, "no token of this row is supervised; it needs an answer that is learnt.")
             else:

@@ -50,6 +50,7 @@ class Source:
             row of text), the textual ones also with `.gz`.
         weight: How often an epoch sees its examples: 2 is twice, 0.5 every other one.
         split: Of a folder or a data set; `train` where it has parts of such names.
+        subset: Of a data set on the hub that has several.
         revision: Of a data set on the hub.
         type: What a file holds if its name does not tell: one of `TYPES`, or `lines`: a row of text each.
         encoding: Of textual files.
@@ -61,6 +62,7 @@ class Source:
     path: str
     weight: float = 1.0
     split: str | None = None
+    subset: str | None = None
     revision: str | None = None
     type: str = "auto"
     encoding: str = "utf-8"
@@ -105,7 +107,7 @@ def find_files(source: Source) -> list[Path]:
         return [path]
     if is_folder:
         return _files_of_folder(path, source.split)
-    if path.suffix in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
+    if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
         raise DataError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
     return []
 
@@ -125,14 +127,24 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
         raise DataError(f"{source.path} holds no rows.")
 
 
+def files_left_out(source: Source) -> list[str]:
+    """Names of the files in a source's folder that are not read: of another split, of no known type, beside data."""
+    folder = Path(source.path).expanduser()
+    if not folder.is_dir():
+        return []
+    read = set(find_files(source))
+    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in read)
+    return [str(path.relative_to(folder)) for path in others if not _is_hidden(path.relative_to(folder))]
+
+
 def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
     """The data files below a folder that belong to a split; without such names, all are taken for training data."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_data(path.relative_to(folder))]
-    splits = {path: _splits_of(path.relative_to(folder)) for path in files}
-    wanted = split or "train"
-    chosen = [path for path in files if wanted in splits[path]]
+    wanted = next((name for name, words in SPLITS.items() if split in words), split) or "train"
+    splits = {path: _split_of(path.relative_to(folder), wanted) for path in files}
+    chosen = [path for path in files if splits[path] == wanted]
     if not chosen and wanted == "train":
-        chosen = [path for path in files if not splits[path] & set(SPLITS)]
+        chosen = [path for path in files if splits[path] is None]
     if any(_type_of(path) != "text" for path in chosen):
         chosen = [path for path in chosen if _type_of(path) != "text"]  # a licence or a description beside the data
     if not chosen:
@@ -145,19 +157,30 @@ def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
 
 def _is_data(path: Path) -> bool:
     """Whether a file of a folder holds rows: none that is hidden, describes others, or was left behind by datasets."""
-    is_hidden = any(part.startswith(".") for part in path.parts)
     is_left = path.name in DESCRIPTIONS or path.match("cache-*.arrow")
-    return not is_hidden and not is_left and _type_of(path) is not None
+    return not _is_hidden(path) and not is_left and _type_of(path) is not None
 
 
-def _splits_of(path: Path) -> set[str]:
-    """The words in a path, with the usual names of the splits that they stand for."""
-    words = set(re.split(r"[^a-z0-9]+", str(path).lower()))
-    return words | {name for name, names in SPLITS.items() if words & set(names)}
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _split_of(path: Path, wanted: str) -> str | None:
+    """The split that a file's name tells first, or else the folder nearest to it that tells one."""
+    for part in (path.name.lower(), *(part.lower() for part in reversed(path.parts[:-1]))):
+        words = re.split(r"[^a-z0-9]+", part)
+        if wanted not in SPLITS and (wanted in words or part.startswith(wanted)):
+            return wanted
+        for word in words:
+            named = next((name for name, words in SPLITS.items() if word in words), None)
+            if named is not None:
+                return named
+    return None
 
 
 def _type_of(path: Path) -> str | None:
-    return TYPES.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+    name = Path(path.name.lower())
+    return TYPES.get(name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix)
 
 
 def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
@@ -215,6 +238,8 @@ def _undecodable(path: Path, encoding: str) -> str:
         head = stream.read(2)
         if head in (b"\xff\xfe", b"\xfe\xff"):
             return " is UTF-16; set encoding: utf-16 for this source."
+        if head == b"\x1f\x8b":
+            return " is compressed by gzip; its name should end in .gz."
         stream.seek(0)
         for number, line in enumerate(stream, start=1):
             try:
@@ -267,7 +292,8 @@ def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | Ba
             if len(set(header)) < len(header):
                 raise DataError(f"{origin}: the header names a column twice: {', '.join(header)}.")
         elif len(fields) != len(header):
-            yield BadRow(origin, f"{len(fields)} fields, but the header names {len(header)}.")
+            lines = f" (up to line {reader.line_num})" if "\n" in "".join(fields) else ""
+            yield BadRow(origin, f"{len(fields)} fields{lines}, but the header names {len(header)}.")
         else:
             yield Row(dict(zip(header, fields, strict=True)), origin)
 
@@ -327,8 +353,9 @@ def load_hub(source: Source) -> Any:
     from datasets import load_dataset
 
     name, _, split = source.path.partition(":")
+    subset = {"name": source.subset} if source.subset else {}
     try:
-        return load_dataset(name, split=source.split or split or "train", revision=source.revision)
+        return load_dataset(name, **subset, split=source.split or split or "train", revision=source.revision)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise DataError(f"{source.path} is no file here, and can't be read from the hub: {error}") from error
 

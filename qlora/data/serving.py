@@ -1,5 +1,6 @@
 """What of a tokenizer or its chat template would make a server feed other ids than were trained on."""
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class TemplateFacts:
             lost.append("tools")
         if "tool_calls" in keys and not self._writes_calls:
             lost.append("tool calls")
+        elif any(len(message.get("tool_calls", ())) > 1 for message in messages) and not self._writes_second_call:
+            lost.append("second call of a turn")
         if "tool" in roles and not self._writes_results:
             lost.append("tool results")
         if "reasoning_content" in keys and not self._writes_reasoning:
@@ -51,12 +54,33 @@ class TemplateFacts:
                 "that writes them (the built-in chatml does), or take them out of the data."
             )
 
+    def check_written(self, messages: list[dict[str, Any]], text: str) -> None:
+        """Sees that what turns say is in what was made of them.
+
+        Raises:
+            DataError: A turn's text is not.
+        """
+        for message in messages:
+            said = message["content"]
+            if message["role"] == "assistant":
+                said = said.rpartition("</think>")[2]  # templates may drop or move what was thought
+            if message["role"] != "tool" and said.strip() not in text:
+                raise DataError(
+                    f"the chat template leaves out or changes what a turn of {message['role']} says, "
+                    f"{said.strip()!r:.60}; set data.chat_template to one that writes it (the built-in chatml does)."
+                )
+
     def notes(self) -> list[str]:
         """What a user should know of the template."""
-        ids = self._prompt_ids
+        notes, ids = [], self._prompt_ids
         if ids is not None and adds_bos(self._tokenizer) and ids[:1] != [self._tokenizer.bos_token_id]:
-            return ["the chat template writes no BOS, though the tokenizer starts texts with it; so do servers of it"]
-        return []
+            notes.append(
+                "the chat template writes no BOS, though the tokenizer starts plain text with it: transformers and "
+                "vLLM feed conversations without, llama.cpp with it"
+            )
+        if re.search("strftime_now|date_string", str(self._tokenizer.chat_template)):
+            notes.append("the chat template writes a date: that of the day on which the data was tokenized")
+        return notes
 
     @cached_property
     def _prompt_ids(self) -> list[int] | None:
@@ -87,6 +111,11 @@ class TemplateFacts:
     @cached_property
     def _writes_calls(self) -> bool:
         return self._writes([QUESTION, _call(PROBE)])
+
+    @cached_property
+    def _writes_second_call(self) -> bool:
+        first, second = _call("f"), _call(PROBE)
+        return self._writes([QUESTION, first | {"tool_calls": [*first["tool_calls"], *second["tool_calls"]]}])
 
     @cached_property
     def _writes_results(self) -> bool:

@@ -20,8 +20,11 @@ from qlora.errors import DataError
 
 # Entries that no run used for so long are removed when a new one is written.
 KEPT_SECONDS = 30 * 24 * 3600
+# What a killed process was writing is removed sooner: it has not been written to for so long.
+ABANDONED_SECONDS = 24 * 3600
 # What an entry is called, and what is not one yet; a cache may lie among files of other kinds.
-OUR_NAMES = re.compile(r"[0-9a-f]{32}|\.qlora-new-\w+")
+ASIDE = ".qlora-new-"
+OUR_NAMES = re.compile(rf"[0-9a-f]{{32}}|{re.escape(ASIDE)}\w+")
 DTYPES = {"input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64}
 
 
@@ -168,7 +171,7 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_unused(cache)
-        aside = Path(tempfile.mkdtemp(prefix=".qlora-new-", dir=cache))
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=cache))
         yield aside
         _put_in_place(aside, cache, key)
     except OSError as error:
@@ -183,7 +186,13 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
 def _remove_unused(cache: Path) -> None:
     for other in cache.iterdir():
         with suppress(FileNotFoundError):  # another run may have been faster
-            if OUR_NAMES.fullmatch(other.name) and time.time() - other.stat().st_mtime > KEPT_SECONDS:
+            if not OUR_NAMES.fullmatch(other.name):
+                continue
+            if other.name.startswith(ASIDE):
+                touched, kept = max(path.stat().st_mtime for path in (other, *other.iterdir())), ABANDONED_SECONDS
+            else:
+                touched, kept = other.stat().st_mtime, KEPT_SECONDS
+            if time.time() - touched > kept:
                 shutil.rmtree(other, ignore_errors=True)
 
 

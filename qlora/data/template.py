@@ -35,7 +35,10 @@ def apply_template(tokenizer: Any, chat_template: str) -> str:
     if not path.is_file():
         known = ", ".join(("auto", *BUILT_IN))
         raise DataError(f"data.chat_template: '{name}' is neither a jinja file nor one of {known}.")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template: {path} can't be read as UTF-8: {error}.") from None
     return str(path)
 
 

@@ -21,6 +21,7 @@ CALLERS = ("function_call", "tool_call")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
 
 
@@ -72,9 +73,12 @@ class TurnReader:
         if role not in ROLES:
             known = ", ".join(sorted(self._role_of))
             raise DataError(f"{row.origin}: role {name!r:.80} is none of {known}; map it with data.roles.")
+        media = [key for key in MEDIA_KEYS if turn.get(key)]
+        if media:
+            raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text can be learnt here.")
         content = next((turn[key] for key in self._content_keys if key in turn), None)
         calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-        if name in CALLERS and isinstance(content, str | dict):
+        if name in CALLERS and isinstance(content, str | dict | list):
             calls = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
             content = None
         if content is None and not calls:
@@ -140,6 +144,17 @@ def _check_nested(row: Row, value: Any) -> None:
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
 
 
+def check_weight(row: Row, weight: Any) -> float:
+    """Sees that a weight can be held: 0, or from 0.001 to 1000.
+
+    Raises:
+        DataError: It can't.
+    """
+    if not isinstance(weight, int | float) or not (weight == 0 or 0.001 <= weight <= 1000):
+        raise DataError(f"{row.origin}: a weight should be 0, or a number from 0.001 to 1000, not {weight!r:.80}.")
+    return float(weight)
+
+
 def _join_parts(row: Row, parts: list[Any]) -> dict[str, Any]:
     """Joins the parts of a content by lines, as servers do for templates that read text."""
     texts, reasoning, calls = [], [], []
@@ -184,6 +199,4 @@ def _weight(row: Row, turn: dict[str, Any]) -> float | None:
     weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), None)
     if weight is None:
         return None
-    if not isinstance(weight, int | float) or not 0 <= weight <= 1000:
-        raise DataError(f"{row.origin}: a turn's weight should be a number from 0 to 1000, not {weight!r:.80}.")
-    return float(weight)
+    return check_weight(row, weight)

@@ -1,5 +1,6 @@
 """Frozen head and cross-entropy in one, in chunks, so that the logits of a batch never exist at once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     row_weights: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, each row's by its weight.
@@ -32,12 +34,15 @@ def linear_cross_entropy(
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
         row_weights: (rows,), fp32; None where every row counts once.
+        norm: Applied to `hidden` first, row by row; its gradient is computed here too, so that its output is not kept.
         chunk_elements: Logits held at a time.
 
     Returns:
         A scalar, fp32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, row_weights, chunk_elements)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, bias, logit_scale, softcap, row_weights, norm, chunk_elements
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -51,6 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         row_weights: torch.Tensor | None,
+        norm: Callable[[torch.Tensor], torch.Tensor] | None,
         chunk_elements: int,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -58,7 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, chunk_elements // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], weight, bias).float()
+            normed = inputs = hidden[rows]
+            if norm is not None:
+                with torch.enable_grad():
+                    inputs = inputs.detach().requires_grad_(grad_hidden is not None)
+                    normed = norm(inputs)
+            logits = F.linear(normed.detach(), weight, bias).float()
             if logit_scale != 1.0:
                 logits.mul_(logit_scale)
             if softcap is not None:
@@ -70,6 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if row_weights is not None:
                     grad_logits.mul_(row_weights[rows, None])
                 torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
+                if norm is not None:
+                    (grad_hidden[rows],) = torch.autograd.grad(normed, inputs, grad_hidden[rows])
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return total
@@ -78,11 +91,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 8
+            return (None,) * 9
         (grad_hidden,) = ctx.saved_tensors
         # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
         grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return (grad_hidden, *(None,) * 7)
+        return (grad_hidden, *(None,) * 8)
 
 
 def _grad_logits(logits: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:

@@ -6,8 +6,6 @@ to fp32, and the sum is rounded once to the dtype asked for. Without the LoRA te
 B A is summed in fp32 in an order of its own.
 """
 
-from typing import Any
-
 import torch
 
 try:
@@ -21,6 +19,8 @@ HAS_TRITON = triton is not None
 # A program's tile: long enough for whole cache lines of the result, and no wider than a block of weights may be, so
 # that a row of it has one absmax.
 TILE_ROWS, TILE_COLUMNS = 64, 64
+# With fusion, code · absmax + offset would be one operation with one rounding, and not bitsandbytes' absmax.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def dequantize_4bit_plain(
@@ -65,6 +65,7 @@ def dequantize_4bit_plain(
     codes = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:size]
     if nested_code is not None:
         assert nested_absmax is not None
+        assert nested_offset is not None
         groups = nested_absmax.repeat_interleave(nested_block_size)[: absmax.numel()]
         absmax = nested_code[absmax.long()] * groups + nested_offset
     weight = (code[codes.long()] * absmax.repeat_interleave(block_size)[:size]).view(shape)
@@ -110,12 +111,11 @@ def dequantize_4bit_triton(
     with torch.cuda.device_of(packed):
         _dequantize_kernel[grid](
             packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, out,
-            columns, total, rank, scaling,
+            columns, total, packed.numel(), rank, scaling,
             BLOCK=block_size, NESTED_BLOCK=nested_block_size,
-            PAIRED=columns % 2 == 0, ONE_ABSMAX=columns % tile_columns == 0,
+            PAIRED=columns % 2 == 0, WHOLE_TILES=columns % tile_columns == 0,
             ROWS=TILE_ROWS, COLUMNS=tile_columns, RANKS=16 if rank <= 16 else 32,
-            # Else code · absmax + offset becomes one operation with one rounding, and is not bitsandbytes' absmax.
-            enable_fp_fusion=False,
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -123,47 +123,52 @@ def dequantize_4bit_triton(
 if HAS_TRITON:
 
     @triton.jit
-    def _dequantize_kernel(
-        packed: Any,
-        code: Any,
-        absmax: Any,
-        nested_code: Any,
-        nested_absmax: Any,
-        nested_offset: Any,
-        lora_A: Any,
-        lora_B: Any,
-        out: Any,
-        columns: Any,
-        total: Any,
-        rank: Any,
-        scaling: Any,
+    def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as code.
+        packed,
+        code,
+        absmax,
+        nested_code,
+        nested_absmax,
+        nested_offset,
+        lora_A,
+        lora_B,
+        out,
+        columns,
+        total,
+        num_bytes,
+        rank,
+        scaling,
         BLOCK: tl.constexpr,
         NESTED_BLOCK: tl.constexpr,
         PAIRED: tl.constexpr,  # Both codes of a byte are in the same row.
-        ONE_ABSMAX: tl.constexpr,  # A row of a tile is within one block.
+        WHOLE_TILES: tl.constexpr,  # No tile sticks out on the right, so that each of its rows is within one block.
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         RANKS: tl.constexpr,
-    ) -> None:
+    ):
         tiles = (columns + COLUMNS - 1) // COLUMNS
         first_column = tl.program_id(0) % tiles * COLUMNS
         # In 64 bits, as the places that are counted from it: the weights may be more than 2^31.
         row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         column = first_column + tl.arange(0, COLUMNS)[None, :]
         start = row * columns + first_column
-        place = row * columns + column
-        inside = (column < columns) & (place < total)
+        place = start + tl.arange(0, COLUMNS)[None, :]
+        inside = place < total
+        if not WHOLE_TILES:
+            inside &= column < columns
 
         if PAIRED:
-            pair = tl.arange(0, COLUMNS // 2)[None, :]
-            inside_pair = (first_column + 2 * pair < columns) & (start + 2 * pair < total)
-            byte = tl.load(packed + (start // 2 + pair), mask=inside_pair, other=0)
+            half = tl.arange(0, COLUMNS // 2)[None, :]
+            inside_half = start // 2 + half < num_bytes
+            if not WHOLE_TILES:
+                inside_half &= first_column + 2 * half < columns
+            byte = tl.load(packed + (start // 2 + half), mask=inside_half, other=0)
             index = tl.reshape(tl.join(byte >> 4, byte & 15), (ROWS, COLUMNS))
         else:
             byte = tl.load(packed + place // 2, mask=inside, other=0)
             index = tl.where(place % 2 == 0, byte >> 4, byte & 15)
 
-        block = (start if ONE_ABSMAX else place) // BLOCK
+        block = (start if WHOLE_TILES else place) // BLOCK
         inside_block = block * BLOCK < total
         largest = tl.load(absmax + block, mask=inside_block, other=0)
         if nested_code is not None:

@@ -1,4 +1,4 @@
-"""The autograd function of a LoRA linear: it saves x, and not the dequantized weight."""
+"""The autograd function of a LoRA linear: it saves x, or what x is built from, and not the dequantized weight."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from qlora.kernels import Recipe
 
 
 def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -38,9 +40,11 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout: float,
         seed: int,
+        recipe: Recipe | None,
     ) -> torch.Tensor:
         """Computes y; see the class."""
-        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.source = None if recipe is None else recipe.source.add_user()
+        ctx.save_for_backward(lora_A, lora_B, *((x,) if recipe is None else recipe.inputs))
         ctx.base, ctx.scaling, ctx.dropout, ctx.seed = base, scaling, dropout, seed
         rows = x.reshape(-1, x.shape[-1])
         dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
@@ -54,7 +58,8 @@ class LoraLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, A and B; see the class."""
-        x, lora_A, lora_B = ctx.saved_tensors
+        lora_A, lora_B, *inputs = ctx.saved_tensors
+        x = inputs[0] if ctx.source is None else ctx.source.build(*inputs)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         rows = x.reshape(-1, x.shape[-1])
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
@@ -74,4 +79,4 @@ class LoraLinearFunction(torch.autograd.Function):
             grad_A = u.T @ dropped
         if ctx.needs_input_grad[2]:
             grad_B = grad.T @ (dropped @ A.T).mul_(ctx.scaling)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_A, grad_B, *(None,) * 5

@@ -75,7 +75,8 @@ class LoraLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores; no device is waited for.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return LoraLinearFunction.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout, seed)
+        recipe = getattr(x, "recipe", None)
+        return LoraLinearFunction.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout, seed, recipe)
 
     def extra_repr(self) -> str:
         """The numbers that tell one adapter from another."""

@@ -4,6 +4,7 @@ from qlora.nf4.linear import NF4Linear
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
     dequantize,
+    dequantize_path,
     from_checkpoint_tensors,
     is_bitsandbytes_linear,
     nf4_num_bytes,
@@ -14,6 +15,7 @@ __all__ = [
     "BLOCK_SIZE",
     "NF4Linear",
     "dequantize",
+    "dequantize_path",
     "from_checkpoint_tensors",
     "is_bitsandbytes_linear",
     "nf4_num_bytes",

@@ -1,17 +1,24 @@
-"""Weights to NF4 and back, on bitsandbytes' kernels and in its state format.
+"""Weights to NF4 and back, in bitsandbytes' state format: on its kernels, or on a fused one that gives its bits.
 
 bitsandbytes brings torch's compiler with it, a second and a half, so it is imported when a weight is at hand.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from qlora.kernels import HAS_TRITON, dequantize_4bit_triton
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64
+
+# What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
+# bitsandbytes' bits, and why it was given up.
+_proven: set[tuple[torch.device, torch.dtype, str, int, bool]] = set()
+_given_up: dict[torch.device, str] = {}
 
 
 def quantize(
@@ -46,18 +53,90 @@ def dequantize(
     Returns:
         The weight, (out, in).
     """
+    device = packed.device
+    if _why_not_fused(device) is not None:
+        return _dequantize_bitsandbytes(packed, state, dtype, out)
+    kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
+    if kind in _proven:
+        return _dequantize_fused(packed, state, dtype, out)
+    # The first of its kind on this device is computed by both, and bitsandbytes' is the one that counts.
+    wanted = _dequantize_bitsandbytes(packed, state, dtype, out)
+    try:
+        is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
+    except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
+        message = " ".join(str(error).split())[:200]
+        _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
+        return wanted
+    if is_same:
+        _proven.add(kind)
+    else:
+        shape = " × ".join(map(str, wanted.shape))
+        _given_up[device] = f"the fused kernel gave other bits for a {shape} weight in {dtype}"
+    return wanted
+
+
+def dequantize_path(device: torch.device) -> str:
+    """Which kernel :func:`dequantize` uses on a device, and why."""
+    device = torch.empty(0, device=device).device  # With its index, as tensors have it.
+    reason = _why_not_fused(device)
+    if reason is not None:
+        return f"bitsandbytes: {reason}"
+    if any(kind[0] == device for kind in _proven):
+        return "fused kernel: it gave bitsandbytes' bits here"
+    return "fused kernel, if it gives bitsandbytes' bits for the first weight"
+
+
+def _why_not_fused(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "the fused kernel is for CUDA"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    return _given_up.get(device)
+
+
+def _dequantize_fused(
+    packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    nested: dict[str, Any] = {}
+    if state.nested:
+        nested = {
+            "nested_code": state.state2.code,
+            "nested_absmax": state.state2.absmax,
+            "nested_offset": state.offset,
+            "nested_block_size": state.state2.blocksize,
+        }
+    return dequantize_4bit_triton(
+        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **nested, out=out
+    )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # As integers: -0 is not 0, and NaN is itself.
+    integers = torch.int32 if one.dtype == torch.float32 else torch.int16
+    return torch.equal(one.view(integers), other.view(integers))
+
+
+def _dequantize_bitsandbytes(
+    packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
-    arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
-    if out is None:
-        return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
-    if not out.is_cuda:  # bitsandbytes has this kernel's `out` variant for CUDA alone.
-        return out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments))
-    torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
-    return out
+    if packed.is_cuda:
+        arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
+        if out is None:
+            return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
+        return out
+    # As one row: blocks run on from row to row, which bitsandbytes' AVX-512 kernel forgets where a row is no whole
+    # number of them. Nor has it an `out` on CPUs.
+    flat = (1, state.shape.numel())
+    weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax, state.blocksize, state.quant_type, flat, dtype
+    ).view(state.shape)
+    return weight if out is None else out.copy_(weight)
 
 
 def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:

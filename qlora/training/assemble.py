@@ -1,14 +1,16 @@
 """A run's parts, put together from its config and checked, before anything is trained or written."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, Datasets, collate, make_example
-from qlora.errors import ConfigError, DataError
+from qlora.errors import ConfigError, DataError, QLoRAError
 from qlora.model import (
     Inventory,
     adapt,
@@ -18,6 +20,7 @@ from qlora.model import (
     check_loss,
     datasets_from_section,
     load_tokenizer,
+    rebuild_activations,
     resolve_device,
     take_inventory,
     use_document_attention,
@@ -29,6 +32,8 @@ from qlora.training.schedule import resolve_total_steps
 
 # Tokens that the loss is tried on.
 TRIED_TOKENS = 16
+# Processes wait for the first one while it tokenizes, however large the data.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +91,7 @@ def assemble(config: RunConfig) -> Assembly:
     files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
     # The data first: what is wrong with it should not be told after loading tens of gigabytes.
     tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-    with accelerator.main_process_first():  # the others find what it has tokenized
-        datasets = datasets_from_section(config.data, tokenizer, section.seed)
+    datasets = _build_first(accelerator, lambda: datasets_from_section(config.data, tokenizer, section.seed))
     for report in datasets.reports:
         if problem := why_not_learnt(section.objective, report):
             raise ConfigError(problem)
@@ -103,6 +107,7 @@ def assemble(config: RunConfig) -> Assembly:
         attention = use_document_attention(model)
     if config.data.packing:
         check_isolation(model, example, other)
+    rebuild_activations(model)
     recompute = apply_recompute(model, model_section.recompute)
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -132,12 +137,17 @@ def assemble(config: RunConfig) -> Assembly:
 
 
 def _start_processes(trackers: list[str], output_dir: str) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     on_cpu = resolve_device().type == "cpu"
     launched = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        accelerator = Accelerator(cpu=on_cpu, log_with=trackers or None, project_dir=Path(output_dir).expanduser())
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            log_with=trackers or None,
+            project_dir=Path(output_dir).expanduser(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     except ValueError as error:
         raise ConfigError(f"accelerate can't join the {launched} processes of WORLD_SIZE: {error}") from error
     if launched != accelerator.num_processes:
@@ -146,6 +156,24 @@ def _start_processes(trackers: list[str], output_dir: str) -> Any:
             "train apart in one directory. Launch with torchrun, or set up accelerate config for this machine."
         )
     return accelerator
+
+
+def _build_first(accelerator: Any, build: Callable[[], Datasets]) -> Datasets:
+    """Builds data on the first process, then on the others, which find what it kept; its error is the error of all."""
+    problem: list[QLoRAError | None] = [None]
+    built = None
+    if accelerator.is_main_process:
+        try:
+            built = build()
+        except QLoRAError as error:
+            problem[0] = error
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+    return build() if built is None else built
 
 
 def _check_fit(model: Any, datasets: Datasets) -> None:

@@ -4,8 +4,8 @@ from qlora.data import DataReport
 
 # Formats of rows that plain fine-tuning can't learn from as they are, and how their answers alone are learnt.
 REMEDIES = {
-    "preference": "map the preferred answer with data.columns, as {output: chosen}, and set data.format: alpaca",
-    "kto": "set data.format to messages, alpaca or completion",
+    "preference": "set data.format: chosen",
+    "kto": "take out the rows whose label is false, and set data.format to messages, alpaca or completion",
     "classification": "set data.format: text",
 }
 

@@ -1,6 +1,8 @@
 """What a config would train on, without its model."""
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,9 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
     lengths = datasets.train.lengths
+    positions, longest = _num_positions(folder), int(lengths.max())
+    if positions is not None and longest > positions:
+        problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         data.max_seq_len if data.packing else None,
@@ -103,6 +108,15 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
         problems=problems,
         samples=_samples(tokenizer, datasets.train, num_samples),
     )
+
+
+def _num_positions(folder: Path) -> int | None:
+    """Tokens that the model's config has positions for, if there is one that says."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _samples(tokenizer: Any, examples: ExampleSet, count: int) -> list[Sample]:

@@ -21,7 +21,7 @@ FREE_KEYS = {
 
 
 # What was in use and may not change within a run: batches and roundings depend on it.
-KEPT_IN_USE = ("processes", "compute_dtype", "rounding")
+KEPT_IN_USE = ("processes", "compute_dtype", "attention", "rounding")
 
 
 def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None:

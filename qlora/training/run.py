@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ def _evaluate_all(assembly: Assembly) -> Evaluation:
     """Evaluates the held-out examples, each process a part of them."""
     accelerator = assembly.accelerator
     examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity
-    batches = list(eval_batches(examples, assembly.config.train.micro_batch_size, capacity))
-    share = batches[accelerator.process_index :: accelerator.num_processes]
+    batches = eval_batches(examples, assembly.config.train.micro_batch_size, capacity)
+    share = islice(batches, accelerator.process_index, None, accelerator.num_processes)
     several = accelerator.num_processes > 1
     return evaluate(assembly.model, share, accelerator.reduce if several else None)
 

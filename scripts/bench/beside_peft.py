@@ -8,26 +8,27 @@ recomputation and with it. A table is appended to docs/benchmarks/beside_peft.md
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "beside_peft.md"
+from common import BENCHMARKS, REALDATA, append, build_peft, build_qlora, heading, run_child
+
+TARGET = BENCHMARKS / "beside_peft.md"
+TITLE = """# Beside PEFT + bitsandbytes
+
+The same batches, seed, rank and learning rate, a process each in the order A B B A:
+`python scripts/bench/beside_peft.py`.
+"""
 ORDER = ("qlora", "peft", "peft", "qlora")
 
 
 def main() -> None:
     """Measures, prints and appends the table; called with --trainer it is one of the measured processes."""
-    realdata = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(realdata / "models" / "stories260K-hf"))
-    parser.add_argument("--text", default=str(realdata / "data" / "tinyshakespeare" / "input.txt"))
+    parser.add_argument("--base", default=str(REALDATA / "models" / "stories260K-hf"))
+    parser.add_argument("--text", default=str(REALDATA / "data" / "tinyshakespeare" / "input.txt"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=384)
@@ -40,29 +41,25 @@ def main() -> None:
         return
     lines = table(arguments)
     print("\n".join(lines))
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    with TARGET.open("a", encoding="utf-8") as file:
-        file.write("\n".join([*lines, "", ""]))
+    append(TARGET, TITLE, lines)
 
 
 def table(arguments: argparse.Namespace) -> list[str]:
     """Runs both trainers twice at each level of recomputation."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "bitsandbytes", "transformers", "peft"))
+    title = (
+        f"{Path(arguments.base).name}, {arguments.steps} steps of {arguments.batch} × {arguments.seq_len} tokens, "
+        f"rank 8, alpha 16, lr {arguments.learning_rate:g}"
+    )
     lines = [
-        f"## {date.today()}: {Path(arguments.base).name}, {arguments.steps} steps of {arguments.batch} × "
-        f"{arguments.seq_len} tokens, rank 8, alpha 16, lr {arguments.learning_rate:g}",
-        "",
-        f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}; {packages}",
-        "",
+        *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
         "| recompute | trainer | held-out loss before | after | seconds of training (two runs) |",
         "|---|---|---|---|---|",
     ]
     for recompute in ("none", "full"):
         results: dict[str, list[dict[str, Any]]] = {"qlora": [], "peft": []}
         for trainer in ORDER:
-            command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer, "--recompute", recompute]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[trainer].append(json.loads(output.splitlines()[-1]))
+            given = [*sys.argv[1:], "--trainer", trainer, "--recompute", recompute]
+            results[trainer].append(run_child(__file__, *given))
         for trainer, runs in results.items():
             seconds = ", ".join(f"{run['seconds']:.1f}" for run in runs)
             lines.append(f"| {recompute} | {trainer} | {runs[0]['before']:.4f} | {runs[0]['after']:.4f} | {seconds} |")
@@ -78,7 +75,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     from qlora.data import BatchPlan, Source, Treatment, build_datasets, collate, eval_batches
     from qlora.model import evaluate
 
-    model, tokenizer, parameters = BUILDERS[arguments.trainer](arguments)
+    build, train = SIDES[arguments.trainer]
+    model, tokenizer = build(arguments.base, 8, 16, arguments.recompute)
     datasets = build_datasets(
         tokenizer, [Source(arguments.text)], 0.02, Treatment(max_seq_len=arguments.seq_len, overlong="split")
     )
@@ -87,9 +85,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     unwrapped = model.base_model.model if arguments.trainer == "peft" else model
     before = evaluate(unwrapped, eval_batches(datasets.eval, arguments.batch)).loss
     model.train()
-    train = train_qlora if arguments.trainer == "qlora" else train_peft
     started = time.perf_counter()
-    train(model, parameters, batches, arguments.learning_rate)
+    train(model, batches, arguments.learning_rate)
     seconds = time.perf_counter() - started
     assert torch.isfinite(torch.tensor(before))
     return {
@@ -99,23 +96,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def build_qlora(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Our base with our adapters, and their flat buffer."""
-    from qlora.lora import add_lora
-    from qlora.model import apply_recompute, load_base
-    from qlora.optim import FlatParameters
-
-    model, tokenizer = load_base(arguments.base)
-    add_lora(model, rank=8, alpha=16, seed=0)
-    apply_recompute(model, arguments.recompute)
-    return model, tokenizer, FlatParameters((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def train_qlora(model: Any, flat: Any, batches: list[Any], learning_rate: float) -> None:
+def train_qlora(model: Any, batches: list[Any], learning_rate: float) -> None:
     """Our step."""
     from qlora.model import supervised_loss
-    from qlora.optim import FlatAdamW
+    from qlora.optim import FlatAdamW, FlatParameters
 
+    flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimizer = FlatAdamW(flat, "adamw_32bit")
     for batch in batches:
         flat.zero_grad()
@@ -124,37 +110,12 @@ def train_qlora(model: Any, flat: Any, batches: list[Any], learning_rate: float)
         optimizer.step(learning_rate)
 
 
-def build_peft(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """PEFT's adapters on bitsandbytes' own layers, as transformers loads them."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    torch.manual_seed(0)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.bfloat16, quantization_config=quantization)
-    for module in model.modules():
-        # Else its first evaluation repacks the weights in place, and no gradient comes back.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    if arguments.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, AutoTokenizer.from_pretrained(arguments.base), trained
-
-
-def train_peft(model: Any, parameters: Any, batches: list[Any], learning_rate: float) -> None:
+def train_peft(model: Any, batches: list[Any], learning_rate: float) -> None:
     """The step that transformers' trainer makes."""
     import torch
     import torch.nn.functional as F
 
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     for batch in batches:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -165,7 +126,7 @@ def train_peft(model: Any, parameters: Any, batches: list[Any], learning_rate: f
         optimizer.zero_grad()
 
 
-BUILDERS = {"qlora": build_qlora, "peft": build_peft}
+SIDES = {"qlora": (build_qlora, train_qlora), "peft": (build_peft, train_peft)}
 
 if __name__ == "__main__":
     main()

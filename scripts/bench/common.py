@@ -72,6 +72,12 @@ def make_base(folder: Path, shape: str | dict[str, Any], tokenizer: Path | None 
         PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
 
 
+def shape_name(shape: str) -> str:
+    """A shape as a table names it: of a config.json, its folder."""
+    path = Path(shape)
+    return shape if shape in SHAPES else path.name if path.is_dir() else path.parent.name
+
+
 def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
     """Rows of token ids, small ones far more often, so that there is something to learn from the first step on."""
     import torch
@@ -102,7 +108,7 @@ def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) 
         rank: Of the adapters.
         alpha: Of the adapters.
         setting: Words joined by `+`: `none` or `full` for gradient checkpointing; `prepare` for PEFT's
-            `prepare_model_for_kbit_training`. Others are for the caller.
+            `prepare_model_for_kbit_training`; `bf16` for factors in bf16 and not fp32. Others are for the caller.
         seed: Of the first values of A.
     """
     import torch
@@ -127,7 +133,8 @@ def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) 
     model.requires_grad_(False)
     if "prepare" in words:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
+    adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    model = get_peft_model(model, adapters, autocast_adapter_dtype="bf16" not in words)
     set_peft_values(model, seed)
     if "full" in words:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,7 +144,7 @@ def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) 
 def set_peft_values(model: Any, seed: int) -> None:
     """Gives PEFT's factors the first values that ours have."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_A", None), dict) or hasattr(getattr(module, "lora_A", None), "keys"):
+        if hasattr(module, "lora_A"):
             for key in module.lora_A:
                 weight = module.lora_A[key].weight
                 weight.data.copy_(first_values(name.removeprefix("base_model.model."), weight.shape, seed))
@@ -215,16 +222,20 @@ def _versions(packages: tuple[str, ...]) -> Iterator[str]:
 
 
 def commit() -> str:
-    """The checkout's, and whether qlora has changed since."""
+    """Of the checkout that qlora is imported from, and whether its code has changed since."""
+    spec = find_spec("qlora")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
     try:
-        name = _git("rev-parse", "--short", "HEAD")
-        return f"commit {name}{' with changes' if _git('status', '--porcelain', '--', 'qlora') else ''}"
+        name = _git(package, "rev-parse", "--short", "HEAD")
+        return f"commit {name}{' with changes' if _git(package, 'status', '--porcelain', '.') else ''}"
     except (OSError, subprocess.CalledProcessError):
         return "no commit"
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -185,7 +185,7 @@ class _Operations(TorchDispatchMode):
             work.dequantized_statistics += 1
         elif name == "gemm_4bit":  # bitsandbytes' forward: both, and the product, in one
             work.dequantized += 1
-            work.dequantized_statistics += kwargs.get("absmax_8bit") is not None
+            work.dequantized_statistics += _given(func, args, kwargs).get("absmax_8bit") is not None
             work.base_gemms += 1
         elif name in MATRIX_PRODUCTS:
             factors = args[-2:]  # what is added to, in addmm, is no factor
@@ -229,7 +229,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     """Floating-point operations, by the formulas of torch's own counter where it has one."""
     if "scaled_dot_product" in name:
         # Its own formulas leave out the kernel for CPUs, and count what a causal mask skips.
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        given = _given(func, args, kwargs)
         shapes = [given[key].shape for key in ("query", "key", "value")]
         is_backward = name.endswith("_backward")
         gradient = given.get("grad_out", given.get("grad_out_"))
@@ -240,6 +240,11 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
         return 2 * rows * out * args[0].shape[-1]
     formula = flop_registry.get(func.overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """An operation's arguments by name, however they were passed."""
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
 
 
 def _nodes(root: Any) -> Iterator[Any]:

@@ -8,15 +8,14 @@ a line to docs/benchmarks/loading.md: the highest resident memory during the loa
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-TARGET = Path(__file__).parents[2] / "docs" / "benchmarks" / "loading.md"
+from common import BENCHMARKS, make_base, run_child, versions
+
+TARGET = BENCHMARKS / "loading.md"
 TITLE = """# Host memory while a base is loaded
 
 Random Llama checkpoints in bf16, loaded on a CPU: `python scripts/bench/loading.py`. The bound is the 4-bit model, two
@@ -39,15 +38,19 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return
+    sizes = {
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden // 128,
+        "vocab_size": arguments.vocabulary,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-c", MAKE, folder, json.dumps(vars(arguments))], check=True)
+        make_base(Path(folder), sizes)
         checkpoint = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
-        command = [sys.executable, __file__, "--measure", folder]
-        found = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        )
+        found = run_child(__file__, "--measure", folder)
     largest = 2 * arguments.hidden * max(arguments.intermediate, arguments.vocabulary) / 1e6
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
+    packages = versions("torch", "transformers", "bitsandbytes")
     row = (
         f"| {date.today()} | {checkpoint:.0f} | {found['base']:.0f} | {largest:.0f} "
         f"| {found['base'] + 2 * largest + 400:.0f} | {found['peak']:.0f} | {found['seconds']:.1f} | {packages} |"
@@ -79,22 +82,6 @@ def resident(key: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / 1e6
 
-
-MAKE = """
-import json, sys, torch
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sizes = json.loads(sys.argv[2])
-config = LlamaConfig(
-    hidden_size=sizes["hidden"], intermediate_size=sizes["intermediate"], num_hidden_layers=sizes["layers"],
-    vocab_size=sizes["vocabulary"], num_attention_heads=sizes["hidden"] // 128,
-)
-torch.set_default_dtype(torch.bfloat16)
-LlamaForCausalLM(config).save_pretrained(sys.argv[1])
-tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(sys.argv[1])
-"""
 
 if __name__ == "__main__":
     main()

@@ -54,6 +54,11 @@ def byte_level(request, realdata):
     return real_tokenizer(realdata, request.param)
 
 
+def same(one, other):
+    """The ids and weights of two documents are equal."""
+    return one.input_ids.tolist() == other.input_ids.tolist() and one.weights.tolist() == other.weights.tolist()
+
+
 def documents(encoder, example):
     return encode(encoder, example).documents
 
@@ -180,11 +185,55 @@ def test_an_end_token_is_appended_under_loss_on_all_where_only_questions_end_wit
     assert only(encoded.documents).input_ids[-1] == EOS
 
 
-def test_an_end_token_is_never_learnt_behind_a_question(rng):
-    endless = encoder(WITHOUT_END)
-    encoded = encode(endless, Conversation(turns(words(rng), words(rng), words(rng))))
-    assert not encoded.eos_added
-    assert EOS not in only(encoded.documents).input_ids
+@pytest.mark.parametrize("template", [WITHOUT_END, "alpaca", "chatml"])
+def test_what_follows_the_last_learnt_answer_is_left_out_so_that_it_ends(rng, template):
+    messages = turns(words(rng), words(rng), words(rng))
+    asked, answered = encoder(template), Conversation(messages[:2])
+    encoded, expected = encode(asked, Conversation(messages)), encode(asked, answered)
+    assert same(only(encoded.documents), only(expected.documents))
+    assert encoded.eos_added == expected.eos_added == (template == WITHOUT_END)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chatml"])
+def test_under_loss_on_all_what_follows_the_last_answer_is_learnt_too(rng, template):
+    messages = turns(words(rng), words(rng), "and then?")
+    asked = encoder(template, "all")
+    document = only(encode(asked, Conversation(messages)).documents)
+    assert "and then?" in asked.tokenizer.decode(document.input_ids[document.loss_mask])
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_text_that_has_its_marks_gets_no_others(loss_on):
+    marked = encoder(loss_on=loss_on)
+    plain, with_marks = Completion("ask ", "answer"), Completion("<s>ask ", "answer</s>")
+    assert same(only(encode(marked, plain).documents), only(encode(marked, with_marks).documents))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_what_a_template_leaves_out_of_a_turn_is_refused(role):
+    forgetful = encoder(
+        "{% for m in messages %}{% if m.role != '" + role + "' %}{{ m.content }}|{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "s1"}, *turns("q1", "a1", "q2", "a2")]
+    with pytest.raises(DataError, match=f"leaves out .*{role}|writes no plain text"):
+        encode(forgetful, Conversation(messages))
+
+
+def test_text_beside_a_call_that_a_template_leaves_out_is_refused():
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    question, answer = turns("q", "Let me see.")
+    assert only(
+        encode(encoder(template), Conversation([question, answer | {"content": "", "tool_calls": [call]}])).documents
+    )
+    with pytest.raises(DataError, match="leaves out or changes .*Let me see"):
+        encode(encoder(template), Conversation([question, answer | {"tool_calls": [call]}]))
+    with pytest.raises(DataError, match="second call of a turn"):
+        encode(encoder(template), Conversation([question, answer | {"content": "", "tool_calls": [call, call]}]))
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml"])

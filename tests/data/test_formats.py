@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora.data import formats
 from qlora.data.formats import (
     FORMATS,
-    MEDIA_COLUMNS,
-    READ_COLUMNS,
     Completion,
     Conversation,
     Labelled,
@@ -22,7 +21,7 @@ from qlora.data.formats import (
     detect_format,
 )
 from qlora.data.rows import Row, Source, read_rows
-from qlora.data.turns import CONTENT_KEYS, REASONING_KEYS, ROLE_KEYS, ROLE_OF, WEIGHT_KEYS
+from qlora.data.turns import CONTENT_KEYS, MEDIA_KEYS, REASONING_KEYS, ROLE_KEYS, ROLE_OF, WEIGHT_KEYS
 from qlora.errors import ConfigError, DataError
 
 HALF = "a\ud83d"
@@ -258,8 +257,8 @@ def test_padding_is_left_out():
         ({"labels": [5]}, "'labels' has 1 entries, but there are 3 input_ids"),
         ({"labels": [[5, 6, 7]]}, "'labels' should be a list of numbers"),
         ({"loss_mask": [1, 1]}, "'loss_mask' has 2 entries"),
-        ({"loss_mask": [1, -1, 1]}, "'loss_mask' should hold numbers from 0 to 1000, not -1"),
-        ({"loss_mask": [1, float("nan"), 1]}, "'loss_mask' should hold numbers from 0 to 1000, not nan"),
+        ({"loss_mask": [1, -1, 1]}, "a weight should be 0, or a number from 0.001 to 1000, not -1"),
+        ({"loss_mask": [1, float("nan"), 1]}, "a weight should be 0, or a number from 0.001 to 1000, not nan"),
         ({"attention_mask": [1, 1, 1, 1]}, "'attention_mask' has 4 entries"),
     ],
     ids=str,
@@ -491,7 +490,7 @@ def test_half_a_surrogate_pair_is_told_with_its_row(values):
     assert read(text="a\U0001f642") == Completion("", "a🙂")
 
 
-@pytest.mark.parametrize("column", MEDIA_COLUMNS)
+@pytest.mark.parametrize("column", MEDIA_KEYS)
 def test_media_are_refused(column):
     assert f"it has {column}; only text" in refusal(messages=[HI, HO], **{column: ["a.png"]})
     assert read(messages=[HI, HO], **{column: []}) == Conversation([HI, HO])
@@ -520,15 +519,34 @@ def test_a_mapping_is_no_unread_column():
     reader = RowReader(columns={"text": "body"})
     reader.read(Row({"body": "x", "id": 3, "text": "y"}, "a:1"))
     reader.read(Row({"body": "x", "url": "z"}, "a:2"))
-    assert reader.unread == {"id", "url"}
+    assert reader.unread == {"id", "url", "text"}  # their own `text` gave way to what was mapped to it
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_columns_that_a_format_reads_are_no_unread_ones(format):
-    reader = RowReader(format)
-    with pytest.raises(DataError):
-        reader.read(Row(dict.fromkeys([*READ_COLUMNS[format], "other"]), "a:1"))
-    assert reader.unread == {"other"}
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"instruction": "a", "output": "b", "input": "", "system": "", "history": [], "tools": ""}, set()),
+        ({"instruction": "a", "output": "b", "response": "c"}, {"response"}),
+        ({"prompt": "a", "completion": "b", "tools": "[]"}, {"tools"}),
+        ({"prompt": [HI], "completion": [HO], "tools": "[]"}, set()),
+        ({"messages": [HI, HO], "conversations": [HI, HO]}, {"conversations"}),
+        ({"text": "a", "meta": {}}, {"meta"}),
+        ({"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}, set()),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, {"score"}),
+    ],
+    ids=str,
+)
+def test_a_column_that_is_not_read_is_known(row, unread):
+    reader = RowReader()
+    reader.read(Row(row, "a:1"))
+    assert reader.unread == unread
+
+
+def test_of_a_preference_the_chosen_answer_alone_can_be_read():
+    reader = RowReader("chosen")
+    example = reader.read(Row({"prompt": "a", "chosen": "b", "rejected": "c"}, "a:1"))
+    assert example == Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert reader.unread == {"rejected"}
 
 
 @pytest.mark.parametrize(
@@ -545,17 +563,13 @@ def test_a_mapping_to_what_does_not_exist_is_refused(settings, named):
     assert named in str(caught.value)
 
 
-def test_every_format_says_what_it_reads():
-    assert FORMATS.keys() == READ_COLUMNS.keys()
-
-
 # Anything.
 
 WORDS = [*ROLE_OF, *FORMATS, "", "x", HALF, "é🙂", "tool_use", "image_url", "true", "null", "[]", "{}", "[3]", "{"]
 TURNS_AS_JSON = [json.dumps([HI, HO]), json.dumps([TOOL]), json.dumps({"name": "add", "arguments": "{}"})]
 KEYS = [*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *WEIGHT_KEYS, "tool_calls", "function_call", "function", "name"]
 KEYS += ["arguments", "parameters", "type", "tool_call", "tool_call_id", "id", "replies", "rank", "deleted", HALF]
-COLUMNS = sorted({*MEDIA_COLUMNS, "other", HALF}.union(*READ_COLUMNS.values()))
+COLUMNS = sorted({*MEDIA_KEYS, "other", HALF, *formats.COLUMNS})
 texts = st.sampled_from([*WORDS, *TURNS_AS_JSON]) | st.text(max_size=3)
 numbers = st.integers(-2, 2) | st.floats() | st.sampled_from([10**30, -100, 2**63])
 leaves = st.deferred(lambda: st.none() | st.booleans() | numbers | texts)
@@ -569,7 +583,17 @@ values = st.recursive(
     max_leaves=8,
 )
 # Columns that belong together, so that rows get beyond the telling of their format.
-forms = st.sampled_from([*READ_COLUMNS.values(), set(COLUMNS)]).map(sorted)
+GROUPS = [
+    ["instruction", "input", "output", "response", "system", "history", "tools", "label"],
+    ["messages", "conversations", "conversation", "system", "tools", "label", "chosen", "rejected"],
+    ["prompt", "completion", "tools", "label", "chosen", "rejected"],
+    ["text", "label"],
+    ["input_ids", "labels", "loss_mask", "attention_mask"],
+    ["chosen_messages", "rejected_messages", "prompt", "instruction", "input"],
+    ["message_tree_id", "prompt", "message_id", "text", "role", "replies"],
+    COLUMNS,
+]
+forms = st.sampled_from(GROUPS)
 any_row = forms.flatmap(lambda names: st.dictionaries(st.sampled_from(names), values, max_size=6))
 
 

@@ -20,7 +20,7 @@ KINDS = ("single", "multi", "system", "reasoning", "tools")
 PLACE, LEFT_OUT, NO_TEXT, REFUSED = "place", "left out", "no text", "refused"
 REFUSALS = {
     PLACE: "is not how its rendering of the answer begins",
-    LEFT_OUT: "leaves out this conversation's",
+    LEFT_OUT: "the chat template leaves out",
     NO_TEXT: "writes no plain text",
     REFUSED: "the chat template refuses this conversation",
 }
@@ -123,7 +123,7 @@ SERVED = {
     "meta-llama-Llama-3.3-70B-Instruct": "www-w",
     "microsoft-Phi-3.5-mini-instruct": "waa--",
     "mistralai-Ministral-3-14B-Reasoning-2512": "www-w",
-    "mistralai-Mistral-Nemo-Instruct-2407": "ww?-a",
+    "mistralai-Mistral-Nemo-Instruct-2407": "ww--a",
     "moonshotai-Kimi-K2": "www-w",
     "openai-gpt-oss-120b": "waaaa",
     "stepfun-ai-Step-3.5-Flash": "waaaa",

@@ -275,8 +275,13 @@ def test_entries_that_were_not_used_for_long_are_removed(path, cache, tmp_path):
     for name, seconds in names.items():
         (cache / name).mkdir(parents=True)
         (cache / name / "input_ids.bin").write_bytes(b"1234")
+        age(cache / name / "input_ids.bin", seconds)
         age(cache / name, seconds)
+    (cache / ".qlora-new-abc_2").mkdir()
+    (cache / ".qlora-new-abc_2" / "input_ids.bin").write_bytes(b"1234")  # is being written by another run
+    age(cache / ".qlora-new-abc_2", KEPT_SECONDS + 60)
     build(path, cache)
+    assert (cache / ".qlora-new-abc_2").is_dir()
     assert {entry.name for entry in cache.iterdir()} & set(names) == {"b" * 32}
 
 

@@ -272,7 +272,9 @@ def test_a_prompt_that_should_be_learnt_is_refused(role):
     "weight", [-1, 1001, "1", [], float("nan"), float("inf"), 10**400, [1] * 1000], ids=lambda weight: repr(weight)[:9]
 )
 def test_a_weight_that_is_none_is_refused(weight):
-    assert "weight should be a number from 0 to 1000, not " in refusal([assistant(content="Ho", weight=weight)])
+    assert "weight should be 0, or a number from 0.001 to 1000, not " in refusal(
+        [assistant(content="Ho", weight=weight)]
+    )
 
 
 # Tools.

@@ -76,12 +76,14 @@ def test_every_step_and_evaluation_has_a_line_with_all_keys(finished):
 
 def test_the_first_evaluation_is_that_of_the_bare_base(finished, tiny_base):
     from qlora.data import eval_batches
-    from qlora.model import datasets_from_section, evaluate
+    from qlora.model import datasets_from_section, evaluate, use_document_attention
 
     model, tokenizer = load_base(str(tiny_base))
     config = load_config(finished[1] / "config.yaml")
     examples = datasets_from_section(config.data, tokenizer, config.train.seed).eval
     capacity = config.data.max_seq_len if config.data.packing else None
+    if config.data.packing:
+        use_document_attention(model)
     assert evaluate(model, eval_batches(examples, 2, capacity)).loss == pytest.approx(
         finished[0].eval_losses[0], rel=1e-6
     )

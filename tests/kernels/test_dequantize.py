@@ -1,0 +1,376 @@
+"""Dequantization in one pass: bitsandbytes' bits, and the LoRA term added before the one rounding."""
+
+import importlib.util
+import re
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora.kernels import HAS_TRITON, dequantize_4bit_plain
+from qlora.nf4 import dequantize, dequantize_path, quantize
+from tests.reference import nf4 as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (out, in): whole blocks; a small model's down and up projections; one and a half blocks a row; more than 256 blocks;
+# an even width that is no multiple of a tile; an odd width; an odd number of weights; a single one.
+SHAPES = [(64, 128), (64, 172), (172, 64), (64, 96), (130, 190), (33, 50), (12, 75), (7, 13), (1, 1)]
+# By this name the package gives the function.
+door = sys.modules["qlora.nf4.quantize"]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> ModuleType:
+    """The module of the kernel once more, for Triton's interpreter, which runs on a CPU.
+
+    Triton looks at the variable where a kernel is defined, so that the module imported already stays compiled.
+    """
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed: pip install triton")
+    spec = importlib.util.find_spec("qlora.kernels.dequantize")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+def random_weight(shape, generator):
+    """Rows of unlike scale; where there is room, a block and a half of zeros."""
+    weight = torch.randn(shape, generator=generator) * (torch.rand(shape[0], 1, generator=generator) + 0.1) * 0.02
+    if weight.numel() > 512:
+        weight.view(-1)[128:320] = 0
+    return weight
+
+
+def random_factors(shape, rank, dtype, generator):
+    A, B = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
+    return {"lora_A": (A * 0.1).to(dtype), "lora_B": (B * 0.1).to(dtype), "scaling": 0.3}
+
+
+def arguments(packed, state, dtype):
+    """What the kernels take, out of bitsandbytes' state."""
+    positional = (packed, state.code, state.absmax, tuple(state.shape), dtype, state.blocksize)
+    if not state.nested:
+        return positional, {}
+    nested = state.state2
+    return positional, {
+        "nested_code": nested.code,
+        "nested_absmax": nested.absmax,
+        "nested_offset": state.offset,
+        "nested_block_size": nested.blocksize,
+    }
+
+
+def bits(tensor):
+    """Where -0 is not 0."""
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def as_interpreted(weight, dtype):
+    """An fp32 weight in `dtype` as Triton's interpreter casts it: to bf16 it cuts, where every device rounds."""
+    if dtype != torch.bfloat16:
+        return weight.to(dtype)
+    return (weight.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def assert_one_rounding(found, packed, state, factors):
+    """Each weight is what fp32 arithmetic gives, up to its error, in the nearest number of the dtype.
+
+    The exact sum of products is taken in fp64. fp32 errs by 2^-24 of each product's and sum's magnitude, of which a
+    rank's worth adds up; the dtype then by half the distance of its numbers.
+    """
+    positional, nested = arguments(packed, state, torch.float32)
+    weight = dequantize_4bit_plain(*positional, **nested).double()
+    A, B = factors["lora_A"].double(), factors["lora_B"].double()
+    exact = weight + factors["scaling"] * (B @ A)
+    magnitude = weight.abs() + factors["scaling"] * (B.abs() @ A.abs())
+    error_fp32 = magnitude * (len(A) + 4) * 2**-24
+    info = torch.finfo(found.dtype)
+    rounding = (exact.abs() + error_fp32) * info.eps / 2 + info.smallest_normal * info.eps
+    assert ((found.double() - exact).abs() <= error_fp32 + rounding).all()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_twin_gives_the_bits_of_bitsandbytes(shape, dtype, double_quant, block_size, generator):
+    packed, state = quantize(random_weight(shape, generator), double_quant, block_size)
+    positional, nested = arguments(packed, state, dtype)
+    found = dequantize_4bit_plain(*positional, **nested)
+    assert found.dtype == dtype
+    assert torch.equal(bits(found), bits(dequantize(packed, state, dtype)))
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_twin_is_the_papers_definition(shape, block_size, generator):
+    weight = random_weight(shape, generator)
+    packed, state = quantize(weight, double_quant=False, block_size=block_size)
+    codes = reference.unpack(packed, weight.numel())
+    wanted = reference.dequantize(codes, reference.absmax_per_value(weight, block_size), weight.shape)
+    assert torch.equal(dequantize_4bit_plain(*arguments(packed, state, torch.float32)[0]), wanted)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_gives_the_bits_of_the_twin(shape, dtype, double_quant, block_size, generator, interpreted):
+    packed, state = quantize(random_weight(shape, generator), double_quant, block_size)
+    positional, nested = arguments(packed, state, torch.float32)
+    wanted = as_interpreted(dequantize_4bit_plain(*positional, **nested), dtype)
+    positional, nested = arguments(packed, state, dtype)
+    found = interpreted.dequantize_4bit_triton(*positional, **nested)
+    assert found.dtype == dtype
+    assert torch.equal(bits(found), bits(wanted))
+
+
+@needs_triton
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    shape=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    block_size=st.sampled_from([32, 64, 128, 256]),
+    double_quant=st.booleans(),
+    with_lora=st.booleans(),
+)
+def test_the_kernel_is_the_twin_for_any_shape(interpreted, seed, shape, block_size, double_quant, with_lora):
+    generator = torch.Generator().manual_seed(seed)
+    packed, state = quantize(random_weight(shape, generator), double_quant, block_size)
+    positional, nested = arguments(packed, state, torch.float32)
+    # Of rank 1, whose sums leave no choice of order.
+    factors = random_factors(shape, 1, torch.float32, generator) if with_lora else {}
+    found = interpreted.dequantize_4bit_triton(*positional, **nested, **factors)
+    assert torch.equal(bits(found), bits(dequantize_4bit_plain(*positional, **nested, **factors)))
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 20, 256])
+@pytest.mark.parametrize("factor_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 172), (7, 13)])
+def test_the_twin_adds_the_lora_term_before_the_one_rounding(shape, dtype, factor_dtype, rank, generator):
+    packed, state = quantize(random_weight(shape, generator))
+    factors = random_factors(shape, rank, factor_dtype, generator)
+    positional, nested = arguments(packed, state, dtype)
+    assert_one_rounding(dequantize_4bit_plain(*positional, **nested, **factors), packed, state, factors)
+
+
+# Without bf16: the interpreter multiplies its bit patterns, and cuts instead of rounding to it.
+@pytest.mark.parametrize("rank", [1, 8, 16, 20, 256])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(70, 128), (64, 172), (7, 13)])
+def test_the_kernel_adds_the_lora_term_before_the_one_rounding(
+    shape, dtype, factor_dtype, rank, generator, interpreted
+):
+    packed, state = quantize(random_weight(shape, generator))
+    factors = random_factors(shape, rank, factor_dtype, generator)
+    positional, nested = arguments(packed, state, dtype)
+    found = interpreted.dequantize_4bit_triton(*positional, **nested, **factors)
+    assert_one_rounding(found, packed, state, factors)
+
+
+def test_a_lora_term_of_zero_changes_no_bit(generator):
+    packed, state = quantize(random_weight((64, 172), generator))
+    factors = random_factors((64, 172), 8, torch.bfloat16, generator)
+    factors["lora_B"].zero_()
+    positional, nested = arguments(packed, state, torch.bfloat16)
+    assert torch.equal(
+        dequantize_4bit_plain(*positional, **nested, **factors), dequantize(packed, state, torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["plain", "triton"])
+def test_out_is_written_in_place(name, dtype, with_lora, generator, request):
+    function = dequantize_4bit_plain
+    if name == "triton":
+        function = request.getfixturevalue("interpreted").dequantize_4bit_triton
+    shape = (33, 50)
+    packed, state = quantize(random_weight(shape, generator))
+    positional, nested = arguments(packed, state, dtype)
+    factors = random_factors(shape, 8, torch.float32, generator) if with_lora else {}
+    out = torch.full(shape, float("nan"), dtype=dtype)
+    assert function(*positional, **nested, **factors, out=out) is out
+    assert torch.equal(out, function(*positional, **nested, **factors))
+
+
+def test_nothing_is_written_beside_out(generator, interpreted):
+    shape = (33, 51)
+    packed, state = quantize(random_weight(shape, generator))
+    positional, nested = arguments(packed, state, torch.float32)
+    around = torch.full((33 * 51 + 400,), 7.0)
+    for factors in ({}, random_factors(shape, 8, torch.float32, generator)):
+        interpreted.dequantize_4bit_triton(*positional, **nested, **factors, out=around[200:-200].view(shape))
+        assert (around[:200] == 7).all()
+        assert (around[-200:] == 7).all()
+
+
+def compile_kernel(capability, nested, factor_dtype):
+    """The kernel's assembly for a GPU that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qlora.kernels.dequantize import LAUNCH_OPTIONS, _dequantize_kernel
+
+    types = {
+        "packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "nested_code": "*fp32",
+        "nested_absmax": "*fp32", "nested_offset": "*fp32", "lora_A": f"*{factor_dtype}", "lora_B": f"*{factor_dtype}",
+        "out": "*bf16", "columns": "i32", "total": "i32", "num_bytes": "i32", "rank": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    constants = {
+        "BLOCK": 64, "NESTED_BLOCK": 256, "PAIRED": True, "WHOLE_TILES": True, "ROWS": 64, "COLUMNS": 64, "RANKS": 16,
+    }  # fmt: skip
+    constants |= {name: None for name in types if name.startswith("nested_") and not nested}
+    constants |= {name: None for name in types if name.startswith("lora_") and not factor_dtype}
+    names = _dequantize_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    source = ASTSource(
+        _dequantize_kernel, signature, {(names.index(name),): value for name, value in constants.items()}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH_OPTIONS).asm["ptx"]
+
+
+# What the interpreter can't see: that the kernel compiles, rounds, and makes no two operations into one.
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 80, 89, 90])
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_kernel_compiles_to_separate_multiplications_and_additions(capability, nested):
+    assembly = compile_kernel(capability, nested, None)
+    assert re.search(r"\bmul\.(rn\.)?f32", assembly)
+    assert "fma" not in assembly
+    if capability >= 80:
+        assert re.search(r"\bcvt\.rn\.bf16", assembly)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
+    assembly = compile_kernel(capability, True, "bf16")
+    assert re.search(r"\bw?g?mma\S*\.f32\.bf16\.bf16", assembly)
+    assert "fma." not in assembly
+
+
+@pytest.fixture
+def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
+    """The door as on a device that the kernel is for, with the twin in the kernel's place and nothing shown yet."""
+    monkeypatch.setattr(door, "_proven", set())
+    monkeypatch.setattr(door, "_given_up", {})
+    monkeypatch.setattr(door, "_why_not_fused", lambda device: door._given_up.get(device))
+    calls = []
+
+    def use(kernel):
+        def counted(*args, **kwargs):
+            calls.append(kernel)
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(door, "dequantize_4bit_triton", counted)
+        return calls
+
+    return use
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_first_weight_of_a_kind_is_computed_by_both_and_then_by_the_kernel(
+    double_quant, fused_on_cpu, monkeypatch, generator
+):
+    calls = fused_on_cpu(dequantize_4bit_plain)
+    by_bitsandbytes = []
+    inner = door._dequantize_bitsandbytes
+    monkeypatch.setattr(door, "_dequantize_bitsandbytes", lambda *a: by_bitsandbytes.append(a) or inner(*a))
+    packed, state = quantize(random_weight((64, 172), generator), double_quant)
+    assert dequantize_path(CPU) == "fused kernel, if it gives bitsandbytes' bits for the first weight"
+    first = dequantize(packed, state, torch.bfloat16)
+    assert (len(calls), len(by_bitsandbytes)) == (1, 1)
+    assert dequantize_path(CPU) == "fused kernel: it gave bitsandbytes' bits here"
+    out = torch.empty(64, 172, dtype=torch.bfloat16)
+    assert dequantize(packed, state, torch.bfloat16, out=out) is out
+    assert torch.equal(out, first)
+    assert (len(calls), len(by_bitsandbytes)) == (2, 1)
+    # Another dtype is another kernel, compiled apart.
+    dequantize(packed, state, torch.float32)
+    assert (len(calls), len(by_bitsandbytes)) == (3, 2)
+
+
+def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
+    def wrong(*args, **kwargs):
+        weight = dequantize_4bit_plain(*args, **kwargs)
+        weight.view(-1)[weight.flatten().eq(0).nonzero()[0]] = -0.0
+        return weight
+
+    calls = fused_on_cpu(wrong)
+    packed, state = quantize(random_weight((64, 172), generator), double_quant=False)
+    wanted = dequantize_4bit_plain(*arguments(packed, state, torch.bfloat16)[0])
+    out = torch.empty(64, 172, dtype=torch.bfloat16)
+    for _ in range(2):
+        dequantize(packed, state, torch.bfloat16, out=out)
+        assert torch.equal(bits(out), bits(wanted))
+    assert len(calls) == 1
+    assert dequantize_path(CPU) == (
+        "bitsandbytes: the fused kernel gave other bits for a 64 × 172 weight in torch.bfloat16"
+    )
+
+
+def test_a_kernel_that_fails_is_given_up_and_says_so(fused_on_cpu, generator):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    calls = fused_on_cpu(fail)
+    packed, state = quantize(random_weight((33, 50), generator))
+    for _ in range(2):
+        assert dequantize(packed, state, torch.float16).isfinite().all()
+    assert len(calls) == 1
+    assert dequantize_path(CPU) == (
+        "bitsandbytes: the fused kernel failed on its first weight: "
+        "RuntimeError: Failed to find C compiler. Please specify via CC."
+    )
+
+
+def test_a_cpu_uses_bitsandbytes():
+    assert dequantize_path(CPU) == "bitsandbytes: the fused kernel is for CUDA"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and HAS_TRITON), reason="needs CUDA and Triton")
+class TestOnADevice:
+    @pytest.mark.parametrize("block_size", [64, 128])
+    @pytest.mark.parametrize("double_quant", [True, False])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [*SHAPES, (1024, 4096)])
+    def test_the_kernel_gives_the_bits_of_bitsandbytes(self, shape, dtype, double_quant, block_size, generator):
+        packed, state = quantize(random_weight(shape, generator).cuda(), double_quant, block_size)
+        found = door._dequantize_fused(packed, state, dtype)
+        assert torch.equal(bits(found), bits(door._dequantize_bitsandbytes(packed, state, dtype, None)))
+        out = torch.full_like(found, float("nan"))
+        door._dequantize_fused(packed, state, dtype, out)
+        assert torch.equal(bits(out), bits(found))
+
+    @pytest.mark.parametrize("rank", [1, 8, 16, 64, 256])
+    @pytest.mark.parametrize("factor_dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(512, 1024), (70, 128), (64, 172), (7, 13)])
+    def test_the_kernel_adds_the_lora_term_before_the_one_rounding(self, shape, dtype, factor_dtype, rank, generator):
+        from qlora.kernels import dequantize_4bit_triton
+
+        packed, state = quantize(random_weight(shape, generator).cuda())
+        factors = random_factors(shape, rank, factor_dtype, generator)
+        factors |= {name: factors[name].cuda() for name in ("lora_A", "lora_B")}
+        positional, nested = arguments(packed, state, dtype)
+        found = dequantize_4bit_triton(*positional, **nested, **factors)
+        assert_one_rounding(found, packed, state, factors)
+
+    def test_the_door_takes_the_kernel(self, generator):
+        packed, state = quantize(random_weight((64, 172), generator).cuda())
+        dequantize(packed, state, torch.bfloat16)
+        assert dequantize_path(torch.device("cuda")) == "fused kernel: it gave bitsandbytes' bits here"
