@@ -19,7 +19,7 @@ from qlora.errors import DataError
 # Put before a text that continues another, and cut off again: the first that does not merge with it serves.
 LEADS = ("a", "\n", ".", "0")
 
-# Tokens before a border that are held against those of the text before it alone.
+# Tokens before the blanks in front of a border that are held against those of the text before it alone.
 COMPARED = 2
 
 # Where the text of each token begins and ends.
@@ -269,7 +269,8 @@ class ExampleEncoder:
             return False
         alone = self._tokenize([text[start:border]])[0].ids
         whole = encoding.ids[: _first_token(_Spans(encoding), border)]
-        return alone[-COMPARED:] != whole[-COMPARED:][-len(alone) :]
+        count = blanks + COMPARED  # as many tokens as the blanks may be, and those before
+        return alone[-count:] != whole[-count:][-len(alone) :]
 
     def _tokens_by_pieces(self, text: str, borders: Sequence[int]) -> tuple[list[int], Spans]:
         """Ids of a text cut at borders, no token reaching over one, and their spans.

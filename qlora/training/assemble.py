@@ -25,6 +25,7 @@ from qlora.model import (
     take_inventory,
     use_document_attention,
 )
+from qlora.nf4 import dequantize_path
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.training.metrics import check_trackers
 from qlora.training.objective import why_not_learnt
@@ -125,6 +126,7 @@ def assemble(config: RunConfig) -> Assembly:
         "processes": accelerator.num_processes,
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "attention": attention,
+        "dequantize": dequantize_path(accelerator.device) if model_section.quantization == "nf4" else None,
         "recompute": recompute,
         "optimizer": section.optimizer,
         "optimizer_state_paged": optimizer.is_paged,

@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--qlora-only", action="store_true")
     parser.add_argument("--out", type=Path, help="page to append the table to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +84,8 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     tokens = arguments.batch * arguments.seq_len
     for level in recompute_levels():
         lines.append(row("qlora", level, tokens, *count_qlora(arguments, base, level)))
+    if arguments.qlora_only:
+        return lines
     if not installed("peft"):
         return [*lines, "", "peft is not installed, so its rows are missing."]
     for setting in PEFT_SETTINGS:

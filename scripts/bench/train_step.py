@@ -56,12 +56,16 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
 TITLE = """# Training steps beside other trainers
 
 `python scripts/bench/train_step.py --peer peft --out docs/benchmarks/train_step.md`: a process per run in the order
-A B B A; the same random weights, tokens, rank, targets and first values of the factors on both sides. Tokens/s are of
-the median step after warm-up, of two runs. MFU takes the operations that the model needs without recomputation
-(4 · linear weights + 7 · sequence · width · layers + 6 · LoRA weights per token), HFU those that were dispatched, both
-of the best bf16 matrix product measured beside them. Peak memory is the allocator's on a GPU, and on a CPU how far
-resident memory rose during training above what it was with the model loaded. Where losses of the first steps differ by
-more than the tolerance, the row is void. **Not yet run on a GPU.**
+A B B A; the same random weights, tokens, rank, targets and first values of the factors on both sides.
+
+Tokens/s are of the median step after warm-up, of two runs. CPU seconds of a step are the host's over all threads; with
+one thread they tell more than the clock does where other programs ran too, with more they count waiting as well. MFU
+takes the operations that the model needs without recomputation (4 · linear weights + 7 · sequence · width · layers +
+6 · LoRA weights per token), HFU those that were dispatched, both of the best bf16 matrix product measured beside them.
+Peak memory is the allocator's on a GPU, and on a CPU how far resident memory rose during training above what it was
+with the model loaded. Where losses of the first steps differ by more than the tolerance, the row is void.
+
+**Not yet run on a GPU.**
 """
 
 
@@ -138,8 +142,8 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         f"{arguments.steps} steps, the first {arguments.warm_up} not timed; bf16 matrix product {peak / 1e12:.2f} "
         f"TFLOP/s; learning rate {LEARNING_RATE:g}; {arguments.threads or 'all'} threads.",
         "",
-        "| recompute | side | tokens/s (two runs) | step, s | MFU | HFU | peak memory, MB | optimizer | losses |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recompute | side | tokens/s (two runs) | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     best: dict[str, float] = {}
     for sides, results in measured:
@@ -150,9 +154,11 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
                 best[side] = max(best.get(side, 0.0), *(speed(run) for run in runs))
         if len(results) == 2 and not is_void:
             ratio = statistics.mean(map(speed, results["qlora"])) / statistics.mean(map(speed, results["peer"]))
-            lines.append(f"| {sides['qlora']} | ours ÷ {peer}'s | {ratio:.2f} | | | | | | |")
+            ours, theirs = (min(run["cpu"] for run in results[side]) for side in ("qlora", "peer"))
+            cells = f"{ratio:.2f} | | {theirs / ours:.2f} | | | | | |"
+            lines.append(f"| {sides['qlora']} | ours ÷ {peer}'s speed | {cells}")
     if len(best) == 2:
-        lines.append(f"| best of each | ours ÷ {peer}'s | {best['qlora'] / best['peer']:.2f} | | | | | | |")
+        lines.append(f"| best of each | ours ÷ {peer}'s speed | {best['qlora'] / best['peer']:.2f} | | | | | | | |")
     if not has_peer:
         lines += ["", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows; they are left out."]
     return lines
@@ -175,9 +181,10 @@ def row(setting: str, side: str, runs: list[dict[str, Any]], peak: float, losses
     speeds = [speed(run) for run in runs]
     best, first = max(speeds), runs[0]
     seconds = ", ".join(f"{run['seconds']:.3f}" for run in runs)
+    cpu = ", ".join(f"{run['cpu']:.3f}" for run in runs)
     shares = [f"{best * first[key] / peak:.0%}" for key in ("model_flops", "executed_flops")]
     memory = ", ".join(f"{run['memory'] / 1e6:,.0f}" for run in runs)
-    cells = [setting, side, ", ".join(f"{one:,.0f}" for one in speeds), seconds, *shares, memory]
+    cells = [setting, side, ", ".join(f"{one:,.0f}" for one in speeds), seconds, cpu, *shares, memory]
     return f"| {' | '.join(cells)} | {first['optimizer']} | {losses} |"
 
 
@@ -198,7 +205,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with train(arguments) as (model, optimizer, run):
         clock = Clock(model.device)
         run(arguments.steps, clock.tick)
-        seconds, memory = clock.seconds(arguments.warm_up), clock.peak_bytes()
+        seconds, cpu, memory = (
+            clock.seconds(arguments.warm_up),
+            clock.cpu_seconds(arguments.warm_up),
+            clock.peak_bytes(),
+        )
         with Watch(model.device) as work:
             run(1, lambda _: True)
     layers = model.config.num_hidden_layers
@@ -209,6 +220,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     assert all(torch.isfinite(torch.tensor(clock.losses)))
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "tokens": tokens,
         "losses": clock.losses,
         "memory": memory,
@@ -242,6 +254,7 @@ class Clock:
         self._cuda = torch.cuda if device.type == "cuda" else None
         self.losses: list[float] = []
         self._marks: list[Any] = []
+        self._used: list[float] = []
         if self._cuda:
             self._cuda.reset_peak_memory_stats()
         else:
@@ -270,7 +283,12 @@ class Clock:
         """Highest memory since the clock was made."""
         return self._cuda.max_memory_allocated() if self._cuda else resident("VmHWM") - self._resident
 
+    def cpu_seconds(self, warm_up: int) -> float:
+        """Median of the host's CPU seconds of a step, over all threads; other programs hardly change that."""
+        return statistics.median([after - before for before, after in pairwise(self._used)][warm_up:])
+
     def _mark(self) -> None:
+        self._used.append(time.process_time())
         if self._cuda:
             event = self._cuda.Event(enable_timing=True)
             event.record()

@@ -70,7 +70,7 @@ def chat(rng: Random, kind: str) -> Conversation:
         messages = [
             turn | ({"reasoning_content": phrase(rng)} if turn["role"] == "assistant" else {}) for turn in messages
         ]
-    return Conversation([{"role": "system", "content": phrase(rng)}] * (kind == "system") + messages)
+    return Conversation([{"role": "system", "content": f"Obey {phrase(rng)}"}] * (kind == "system") + messages)
 
 
 def answers(conversation: Conversation) -> list[int]:

@@ -299,8 +299,8 @@ def test_prompts_are_fed_as_a_server_does_whatever_blanks_answers_begin_and_end_
 
 def test_a_completion_is_what_its_parts_are_by_themselves(rng, byte_level):
     raw = ExampleEncoder(byte_level)
-    for _ in range(40):
-        prompt, completion = words(rng, RUNS), words(rng, RUNS)
+    pairs = [(words(rng, RUNS), words(rng, RUNS)) for _ in range(40)]
+    for prompt, completion in [*pairs, ("a (" + " " * 3, "("), ("a" + " " * 5, "b")]:
         document = only(documents(raw, Completion(prompt, completion)))
         wanted = served.completion(byte_level, prompt, completion)
         assert (document.input_ids.tolist(), document.loss_mask.tolist()) == wanted
