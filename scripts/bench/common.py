@@ -90,12 +90,13 @@ def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list
 def build_qlora(base: str, rank: int, alpha: float, recompute: str, seed: int = 0) -> tuple[Any, Any]:
     """Our base with our adapters, in training mode, and its tokenizer."""
     from qlora.lora import add_lora, lora_layers
-    from qlora.model import apply_recompute, load_base
+    from qlora.model import apply_recompute, load_base, rebuild_activations
 
     model, tokenizer = load_base(base)
     add_lora(model, rank=rank, alpha=alpha)
     for name, layer in lora_layers(model):
         layer.lora_A.data.copy_(first_values(name, layer.lora_A.shape, seed))
+    rebuild_activations(model)
     apply_recompute(model, recompute)
     return model.train(), tokenizer
 
