@@ -25,7 +25,8 @@ class Batch:
         attention_mask: (batch, seq), int64: 1 for tokens, 0 for padding, by length and never by pad id; None if there
             is no padding.
         labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learnt.
-        weights: (batch, seq), fp32, of each label's loss; None where all count alike.
+        supervised: (labels that count,), int64: where they are in the flattened batch, so that no device is asked.
+        weights: (labels that count,), fp32, of their losses; None where all count alike.
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
         max_length: Tokens of the longest document.
         num_supervised: Labels that count, known without asking the device.
@@ -36,6 +37,7 @@ class Batch:
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     labels: torch.Tensor
+    supervised: torch.Tensor
     weights: torch.Tensor | None
     cu_seq_lens: torch.Tensor | None
     max_length: int
@@ -73,7 +75,7 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
         following = torch.from_numpy(example.weights[1:].astype(np.float32))
         weights.view(-1)[shifted] = following
         labels.view(-1)[shifted] = torch.where(following > 0, ids[1:], IGNORE_INDEX)
-    num_supervised = sum(example.num_supervised for example in examples)
+    (supervised,) = torch.nonzero(labels.view(-1) != IGNORE_INDEX, as_tuple=True)
     total_weight = sum(example.total_weight for example in examples)
     is_plain = all(((example.weights == 0) | (example.weights == 1)).all() for example in examples)
     return Batch(
@@ -81,10 +83,11 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
         position_ids,
         None if packed or len(set(lengths)) == 1 else attention_mask,
         labels,
-        None if is_plain else weights,
+        supervised,
+        None if is_plain else weights.view(-1)[supervised],
         torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
         max(lengths),
-        num_supervised,
+        len(supervised),
         total_weight,
     )
 

@@ -74,10 +74,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.mul_(logit_scale)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            losses = F.cross_entropy(logits, labels[rows], reduction="none")
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            places = labels[rows, None]
+            losses = (log_sum - logits.gather(1, places)).squeeze(1)
             total += losses.sum() if row_weights is None else losses @ row_weights[rows]
             if grad_hidden is not None:
-                grad_logits = _grad_logits(logits, labels[rows], logit_scale, softcap)
+                grad_logits = _grad_logits(logits, log_sum, places, logit_scale, softcap)
                 if row_weights is not None:
                     grad_logits.mul_(row_weights[rows, None])
                 torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
@@ -98,10 +100,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (grad_hidden, *(None,) * 8)
 
 
-def _grad_logits(logits: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
-    """Gradient of the summed loss with respect to the head's raw product."""
-    grad = logits.softmax(dim=-1)
-    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
-    if softcap is not None:
-        grad *= 1 - (logits / softcap).square()
-    return grad.mul_(logit_scale)
+def _grad_logits(
+    logits: torch.Tensor, log_sum: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Gradient of the summed loss with respect to the head's raw product; takes the place of the logits."""
+    slope = None if softcap is None else 1 - (logits / softcap).square()
+    grad = logits.sub_(log_sum).exp_()
+    grad.scatter_add_(1, labels, grad.new_full((1, 1), -1.0).expand(labels.shape))
+    if slope is not None:
+        grad.mul_(slope)
+    return grad if logit_scale == 1.0 else grad.mul_(logit_scale)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import IGNORE_INDEX, Batch, TokenizedExample, collate, make_example
+from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy
 from qlora.model.attention import document_arguments
@@ -32,13 +32,11 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     recipe = getattr(hidden, "recipe", None)  # of the last norm, whose input is all that is needed of it
     if recipe is not None:
         (hidden,) = recipe.inputs
-    supervised = batch.labels != IGNORE_INDEX
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    weights = None if batch.weights is None else batch.weights[supervised]
-    labels = batch.labels[supervised]
+    rows, labels = (tensor.flatten(0, 1).index_select(0, batch.supervised) for tensor in (hidden, batch.labels))
     norm = None if recipe is None else recipe.source.function
-    return linear_cross_entropy(hidden[supervised], head.weight, labels, head.bias, scale, softcap, weights, norm)
+    return linear_cross_entropy(rows, head.weight, labels, head.bias, scale, softcap, batch.weights, norm)
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def test_every_label_has_the_weight_of_its_token(rng, packed):
     supervised = batch.labels != IGNORE_INDEX
     expected = [weight for example in examples for weight in example.weights[1:].tolist() if weight]
     assert batch.weights.dtype == torch.float32
-    assert batch.weights[supervised].tolist() == expected
+    assert batch.weights.tolist() == expected
+    assert torch.equal(batch.supervised, supervised.flatten().nonzero().squeeze(1))
     assert batch.num_supervised == len(expected)
     assert batch.total_weight == sum(expected) == sum(example.total_weight for example in examples)
 

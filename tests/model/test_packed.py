@@ -136,6 +136,18 @@ def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, r
     check_isolation(model, *documents[-2:])
 
 
+def test_attention_by_documents_keeps_apart_what_a_mask_would_not(tmp_path, seed, generator):
+    """OPT's own mask is made from padding alone, whatever the positions say."""
+    model = load(tmp_path, seed, *MIXES["opt, whose positions a mask tells"])
+    documents = random_documents(generator)
+    with torch.no_grad():
+        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
+        use_document_attention(model)
+        packed = supervised_loss(model, collate(documents, packed=True)).item()
+    assert packed == pytest.approx(apart, rel=1e-5)
+    check_isolation(model, *documents[-2:])
+
+
 @families({name: KEEPS_APART[name] for name in ("gemma2 with a window", "gpt2")})
 def test_an_architecture_whose_attention_is_another_keeps_its_own(config_class, sizes, tmp_path, seed):
     model = load(tmp_path, seed, config_class, sizes)
