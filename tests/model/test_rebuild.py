@@ -8,6 +8,7 @@ from qlora.data import collate, make_example
 from qlora.lora import add_lora, lora_layers
 from qlora.model import apply_recompute, load_base, rebuild_activations, supervised_loss, use_document_attention
 from qlora.model.rebuild import GatedMLP, RebuiltNorm
+from tests.model.test_packed import loss_and_gradients
 from tests.tiny import make_base
 
 # Norms and gated MLPs that are replaced in two layers.
@@ -29,13 +30,6 @@ def batch(generator, packed):
     return collate(documents, packed)
 
 
-def loss_and_gradients(model, one):
-    model.zero_grad()
-    loss = supervised_loss(model, one)
-    loss.backward()
-    return loss.item(), [p.grad.clone() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
-
-
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(("config_class", "sizes", "expected"), FAMILIES.values(), ids=FAMILIES)
 def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path, seed, generator):
@@ -51,11 +45,11 @@ def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path
             module.p = 0.0
     one = batch(generator, packed=True)
     names = [name for name, _ in model.named_parameters()]
-    loss, gradients = loss_and_gradients(model, one)
+    loss, gradients = loss_and_gradients(model, [one])
     assert rebuild_activations(model) == sum(expected)
     assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in (RebuiltNorm, GatedMLP)) == expected
     assert [name for name, _ in model.named_parameters()] == names
-    again, found = loss_and_gradients(model, one)
+    again, found = loss_and_gradients(model, [one])
     assert again == pytest.approx(loss, rel=1e-6)
     assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(found, gradients, strict=True))
     with torch.no_grad():
