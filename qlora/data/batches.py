@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora.data.packing import pack_best_fit
+from qlora.data.packing import Rows, one_per_row, pack_best_fit
 from qlora.data.store import ExampleSet
 from qlora.data.tokens import TokenizedExample
 
@@ -101,9 +101,8 @@ def eval_batches(examples: Sequence[TokenizedExample], batch_size: int, capacity
         capacity: Tokens of a row that examples are packed into; None gives each a row of its own.
     """
     lengths = _lengths_of(examples)
-    rows = _rows_of(lengths, capacity)
-    if capacity is None:
-        rows.sort(key=lambda row: -lengths[row[0]])
+    longest_first = np.argsort(-lengths, kind="stable")
+    rows = one_per_row(longest_first) if capacity is None else pack_best_fit(lengths, capacity)
     for start in range(0, len(rows), batch_size):
         chosen = [examples[index] for row in rows[start : start + batch_size] for index in row]
         yield collate(chosen, packed=capacity is not None)
@@ -136,10 +135,12 @@ class BatchPlan:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    rows: list[list[int]] = field(init=False, repr=False)
+    rows: Rows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", _rows_of(self.lengths, self.capacity))
+        everything, capacity = np.arange(len(self.lengths)), self.capacity
+        rows = one_per_row(everything) if capacity is None else pack_best_fit(self.lengths, capacity)
+        object.__setattr__(self, "rows", rows)
 
     @property
     def rows_per_step(self) -> int:
@@ -172,10 +173,6 @@ class BatchPlan:
         start = step_in_epoch * self.rows_per_step
         drawn = _epoch_order(len(self.rows), self.seed, epoch)[start : start + self.rows_per_step].tolist()
         return sorted(drawn, key=lambda row: -sum(int(self.lengths[index]) for index in self.rows[row]))
-
-
-def _rows_of(lengths: np.ndarray, capacity: int | None) -> list[list[int]]:
-    return [[index] for index in range(len(lengths))] if capacity is None else pack_best_fit(lengths, capacity)
 
 
 def _lengths_of(examples: Sequence[TokenizedExample]) -> np.ndarray:
