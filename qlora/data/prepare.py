@@ -54,11 +54,14 @@ def prepare(
     Raises:
         DataError: The source can't be read, rows are bad, or none is left to learn from.
     """
+    stamps = _stamps(source)
     key = _key(source, encoder.tokenizer, treatment)
     about = find_entry(cache, key)
     if about is None:
         with new_entry(cache, key) as folder:
             _Build(source, encoder, treatment, folder).run()
+            if _stamps(source) != stamps:  # the key would name what the files held before
+                raise DataError(f"{source.path} was changed while it was read; start again when it is written.")
         about = find_entry(cache, key)
     if about is None:
         raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
@@ -260,6 +263,11 @@ def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
         content,
     ]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _stamps(source: Source) -> list[tuple[int, int]]:
+    """Size and time of change of each file of a source."""
+    return [(about.st_size, about.st_mtime_ns) for about in (path.stat() for path in find_files(source))]
 
 
 def _hash_file(path: Path) -> str:

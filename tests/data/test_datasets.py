@@ -598,6 +598,19 @@ def test_bad_rows_are_told_again_and_let_pass_without_tokenizing_again(path, tmp
     assert build(path, None, cache=cache, on_bad_row="drop").reports[0].bad_rows == 1
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(path, tmp_path, monkeypatch):
+    original = prepare.ExampleEncoder.begin
+
+    def begin(self, examples):
+        with path.open("a") as file:
+            file.write('{"text": "more"}\n')
+        return original(self, examples)
+
+    monkeypatch.setattr(prepare.ExampleEncoder, "begin", begin)
+    assert "was changed while it was read" in refusal(path, [{"text": "a"}], cache=tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
 def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(path):
     rows = [{"question": str(number), "answer": "a"} for number in range(9)]
     for on_bad_row in ("error", "drop"):
