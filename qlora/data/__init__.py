@@ -5,8 +5,8 @@ from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.prepare import Treatment
 from qlora.data.report import DataReport
-from qlora.data.rows import Source
 from qlora.data.samples import Piece, pieces
+from qlora.data.sources import Source
 from qlora.data.store import ExampleSet
 from qlora.data.template import apply_template, encode_prompt
 from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes

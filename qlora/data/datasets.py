@@ -9,7 +9,7 @@ import numpy as np
 from qlora.data.encode import ExampleEncoder
 from qlora.data.prepare import Treatment, prepare
 from qlora.data.report import DataReport
-from qlora.data.rows import Source
+from qlora.data.sources import Source
 from qlora.data.store import ExampleSet, ExampleStore, cache_folder
 from qlora.data.template import apply_template
 from qlora.errors import DataError

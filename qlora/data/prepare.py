@@ -18,8 +18,9 @@ from qlora.data.encode import Begun, Encoded, ExampleEncoder
 from qlora.data.examples import Conversation, Example, Labelled
 from qlora.data.formats import RowReader
 from qlora.data.report import SHOWN_PROBLEMS, DataReport
-from qlora.data.rows import BadRow, Row, Source, files_left_out, find_files, load_hub, read_rows
+from qlora.data.rows import BadRow, Row, load_hub, read_rows
 from qlora.data.serving import tokenizer_notes
+from qlora.data.sources import Source, files_left_out, find_files
 from qlora.data.store import ExampleStore, ExampleWriter, find_entry, new_entry
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError

@@ -1,74 +1,22 @@
-"""Files, folders and data sets to rows, each of which knows where it came from. Nothing is held but the row at hand."""
+"""Sources to rows, each of which knows where it came from. Nothing is held but the row at hand."""
 
 import codecs
 import csv
 import gzip
-import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from qlora.data.json_rows import json_lines, json_values, starts_lines
+from qlora.data.sources import TYPES, Source, find_files, type_of
 from qlora.errors import DataError
 
-# What a file holds, by the end of its name.
-TYPES = {
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-# A name that ends so is meant as a file, even where there is none.
-OTHER_SUFFIXES = (".gz", ".zip", ".yaml", ".md", ".xlsx", ".zst", ".bz2", ".xz")
-# Names of the parts that data sets are usually cut into.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "heldout"),
-    "test": ("test", "testing"),
-}
-# Files that describe others: of data sets saved by datasets, and of folders of LLaMA-Factory.
-DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
 # A text file is one document; a tokenizer needs about a hundred bytes for each of its bytes.
 MAX_TEXT_BYTES = 64 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Rows somewhere, and how to read them.
-
-    Attributes:
-        path: A file, a folder of files, or a data set on the hub as `owner/name` or `owner/name:split`. Files are
-            `.json` (an array, objects or lines), `.jsonl`, `.csv`, `.tsv`, `.parquet`, `.arrow` or `.txt` (one
-            row of text), the textual ones also with `.gz`.
-        weight: How often an epoch sees its examples: 2 is twice, 0.5 every other one.
-        split: Of a folder or a data set; `train` where it has parts of such names.
-        subset: Of a data set on the hub that has several.
-        revision: Of a data set on the hub.
-        type: What a file holds if its name does not tell: one of `TYPES`, or `lines`: a row of text each.
-        encoding: Of textual files.
-        format: How the columns are read: one of :data:`qlora.data.formats.FORMATS`, or `auto`.
-        columns: Our name of a column to theirs.
-        roles: Their name of a speaker to ours.
-    """
-
-    path: str
-    weight: float = 1.0
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    type: str = "auto"
-    encoding: str = "utf-8"
-    format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +40,6 @@ class BadRow:
     problem: str
 
 
-def find_files(source: Source) -> list[Path]:
-    """The files of a source, in order; none if it is a data set on the hub.
-
-    Raises:
-        DataError: It names a file or folder that is absent or holds nothing to read.
-    """
-    try:
-        path = Path(source.path).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a home that is nobody's
-        raise DataError(f"{source.path} can't be read: {error}") from None
-    if is_file:
-        return [path]
-    if is_folder:
-        return _files_of_folder(path, source.split)
-    if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
-        raise DataError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
-    return []
-
-
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
     """Reads a source row by row.
 
@@ -127,64 +55,8 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
         raise DataError(f"{source.path} holds no rows.")
 
 
-def files_left_out(source: Source) -> list[str]:
-    """Names of the files in a source's folder that are not read: of another split, of no known type, beside data."""
-    folder = Path(source.path).expanduser()
-    if not folder.is_dir():
-        return []
-    read = set(find_files(source))
-    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in read)
-    return [str(path.relative_to(folder)) for path in others if not _is_hidden(path.relative_to(folder))]
-
-
-def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
-    """The data files below a folder that belong to a split; without such names, all are taken for training data."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_data(path.relative_to(folder))]
-    wanted = next((name for name, words in SPLITS.items() if split in words), split) or "train"
-    splits = {path: _split_of(path.relative_to(folder), wanted) for path in files}
-    chosen = [path for path in files if splits[path] == wanted]
-    if not chosen and wanted == "train":
-        chosen = [path for path in files if splits[path] is None]
-    if any(_type_of(path) != "text" for path in chosen):
-        chosen = [path for path in chosen if _type_of(path) != "text"]  # a licence or a description beside the data
-    if not chosen:
-        there = ", ".join(path.name for path in files[:4]) or "nothing"
-        raise DataError(
-            f"{folder} holds no data of the split '{wanted}' (there is {there}); set split, or name a file."
-        )
-    return chosen
-
-
-def _is_data(path: Path) -> bool:
-    """Whether a file of a folder holds rows: none that is hidden, describes others, or was left behind by datasets."""
-    is_left = path.name in DESCRIPTIONS or path.match("cache-*.arrow")
-    return not _is_hidden(path) and not is_left and _type_of(path) is not None
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _split_of(path: Path, wanted: str) -> str | None:
-    """The split that a file's name tells first, or else the folder nearest to it that tells one."""
-    for part in (path.name.lower(), *(part.lower() for part in reversed(path.parts[:-1]))):
-        words = re.split(r"[^a-z0-9]+", part)
-        if wanted not in SPLITS and (wanted in words or part.startswith(wanted)):
-            return wanted
-        for word in words:
-            named = next((name for name, words in SPLITS.items() if word in words), None)
-            if named is not None:
-                return named
-    return None
-
-
-def _type_of(path: Path) -> str | None:
-    name = Path(path.name.lower())
-    return TYPES.get(name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix)
-
-
 def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
-    kind = _type_of(path) if source.type == "auto" else source.type
+    kind = type_of(path) if source.type == "auto" else source.type
     kinds = sorted({*TYPES.values(), "lines"})
     if kind is None:
         raise DataError(

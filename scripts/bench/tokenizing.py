@@ -114,7 +114,8 @@ def run(arguments: argparse.Namespace, tokenizer: str, form: str, folder: Path) 
 def write_rows(source: str, target: Path, repeat: int, form: str) -> None:
     """Writes the conversations of a file, each several times with a number behind its question."""
     from qlora.data.formats import RowReader
-    from qlora.data.rows import Source, read_rows
+    from qlora.data.rows import read_rows
+    from qlora.data.sources import Source
 
     reader = RowReader()
     conversations = [reader.read(row).messages for row in read_rows(Source(source))]

@@ -20,7 +20,8 @@ from qlora.data.formats import (
     Tokens,
     detect_format,
 )
-from qlora.data.rows import Row, Source, read_rows
+from qlora.data.rows import Row, read_rows
+from qlora.data.sources import Source
 from qlora.data.turns import CONTENT_KEYS, MEDIA_KEYS, REASONING_KEYS, ROLE_KEYS, ROLE_OF, WEIGHT_KEYS
 from qlora.errors import ConfigError, DataError
 

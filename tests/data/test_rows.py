@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data import rows as rows_module
-from qlora.data.rows import BadRow, Row, Source, find_files, read_rows
+from qlora.data.rows import BadRow, Row, read_rows
+from qlora.data.sources import Source, find_files
 from qlora.errors import DataError
 from tests.tiny import write_jsonl
 
