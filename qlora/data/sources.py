@@ -126,7 +126,7 @@ def _split_of(path: Path, wanted: str) -> str | None:
         if wanted not in SPLITS and (wanted in words or part.startswith(wanted)):
             return wanted
         for word in words:
-            named = next((name for name, words in SPLITS.items() if word in words), None)
+            named = next((name for name, names in SPLITS.items() if word in names), None)
             if named is not None:
                 return named
     return None
