@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -94,6 +94,16 @@ class LoraSection(Section):
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rslora: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    form: Literal["auto", "separate", "folded"] = "auto"
+
+    @model_validator(mode="after")
+    def _check_form(self) -> "LoraSection":
+        if self.form == "folded" and self.dropout:
+            raise ValueError(
+                f"form: folded has no input of its own to drop, so dropout {self.dropout:g} can't be had with it; "
+                "set lora.form: auto or lora.dropout: 0"
+            )
+        return self
 
 
 class SourceSection(Section):

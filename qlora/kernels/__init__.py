@@ -3,6 +3,7 @@
 from qlora.kernels.cross_entropy import linear_cross_entropy
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain, dequantize_4bit_triton
 from qlora.kernels.rebuild import Recipe, rebuilt
+from qlora.kernels.scratch import scratch
 
 __all__ = [
     "HAS_TRITON",
@@ -11,4 +12,5 @@ __all__ = [
     "dequantize_4bit_triton",
     "linear_cross_entropy",
     "rebuilt",
+    "scratch",
 ]

@@ -4,11 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in elements: 64 MiB in fp32, and rows enough to fill a device at any vocabulary.
-CHUNK_ELEMENTS = 1 << 24
+# Logits held at a time, in elements: on a GPU 64 MiB in fp32, and rows enough to fill it at any vocabulary; on a CPU
+# what stays in its caches from pass to pass (docs/benchmarks/loss.md).
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 22
+
+
+def default_chunk(device: torch.device) -> int:
+    """Logits held at a time on a device, in elements."""
+    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
 
 
 def linear_cross_entropy(
@@ -20,7 +25,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     row_weights: torch.Tensor | None = None,
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, each row's by its weight.
 
@@ -35,14 +40,15 @@ def linear_cross_entropy(
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
         row_weights: (rows,), fp32; None where every row counts once.
         norm: Applied to `hidden` first, row by row; its gradient is computed here too, so that its output is not kept.
-        chunk_elements: Logits held at a time.
+        chunk_elements: Logits held at a time; :func:`default_chunk` of the device if not given.
 
     Returns:
         A scalar, fp32.
     """
-    return _LinearCrossEntropy.apply(
-        hidden, weight, labels, bias, logit_scale, softcap, row_weights, norm, chunk_elements
-    )
+    if not torch.is_grad_enabled():
+        hidden = hidden.detach()  # or its gradient is computed for nobody
+    chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
+    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, row_weights, norm, chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -61,7 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, chunk_elements // weight.shape[0])
+        chunk = min(max(1, chunk_elements // weight.shape[0]), max(1, hidden.shape[0]))
+        # One pair for all chunks: on a CPU, fresh memory costs more than what is done with it.
+        products = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        all_logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             normed = inputs = hidden[rows]
@@ -69,20 +78,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 with torch.enable_grad():
                     inputs = inputs.detach().requires_grad_(grad_hidden is not None)
                     normed = norm(inputs)
-            logits = F.linear(normed.detach(), weight, bias).float()
+            product = products[: len(normed)]
+            if bias is None:
+                torch.mm(normed.detach(), weight.T, out=product)
+            else:
+                torch.addmm(bias, normed.detach(), weight.T, out=product)
+            logits = all_logits[: len(normed)].copy_(product)
             if logit_scale != 1.0:
                 logits.mul_(logit_scale)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
             places = labels[rows, None]
-            losses = (log_sum - logits.gather(1, places)).squeeze(1)
+            of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
+            slope = None if softcap is None or grad_hidden is None else 1 - (logits / softcap).square()
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(dim=1, keepdim=True)
+            losses = (largest + sums.log() - of_labels).squeeze(1)
             total += losses.sum() if row_weights is None else losses @ row_weights[rows]
             if grad_hidden is not None:
-                grad_logits = _grad_logits(logits, log_sum, places, logit_scale, softcap)
+                grad_logits = exponentials.div_(sums)
+                grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
+                if slope is not None:
+                    grad_logits.mul_(slope)
+                if logit_scale != 1.0:
+                    grad_logits.mul_(logit_scale)
                 if row_weights is not None:
                     grad_logits.mul_(row_weights[rows, None])
-                torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
+                torch.mm(product.copy_(grad_logits), weight, out=grad_hidden[rows])
                 if norm is not None:
                     (grad_hidden[rows],) = torch.autograd.grad(normed, inputs, grad_hidden[rows])
         if grad_hidden is not None:
@@ -98,15 +120,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
         grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
         return (grad_hidden, *(None,) * 8)
-
-
-def _grad_logits(
-    logits: torch.Tensor, log_sum: torch.Tensor, labels: torch.Tensor, logit_scale: float, softcap: float | None
-) -> torch.Tensor:
-    """Gradient of the summed loss with respect to the head's raw product; takes the place of the logits."""
-    slope = None if softcap is None else 1 - (logits / softcap).square()
-    grad = logits.sub_(log_sum).exp_()
-    grad.scatter_add_(1, labels, grad.new_full((1, 1), -1.0).expand(labels.shape))
-    if slope is not None:
-        grad.mul_(slope)
-    return grad if logit_scale == 1.0 else grad.mul_(logit_scale)

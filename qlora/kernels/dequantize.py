@@ -2,8 +2,9 @@
 
 Both functions here take the same arguments and do the same arithmetic in the same order, bitsandbytes' own: absmax is
 `nested_code[absmax] · nested_absmax + nested_offset`, a weight is `code[its 4 bits] · absmax`, each operation rounded
-to fp32, and the sum is rounded once to the dtype asked for. Without the LoRA term they agree bit for bit; the product
-B A is summed in fp32 in an order of its own.
+to fp32, and the weight once to the dtype asked for. The LoRA term is added to that, to the weight that is used without
+it too, in fp32, and the sum rounded once. Without the LoRA term the functions agree bit for bit; the product B A is
+summed in an order of its own.
 """
 
 import torch
@@ -53,7 +54,7 @@ def dequantize_4bit_plain(
         nested_absmax: (ceil(blocks / nested_block_size),), fp32.
         nested_offset: A scalar, fp32, the mean that was taken off every absmax.
         nested_block_size: Blocks that share one nested absmax; a power of 2.
-        lora_A: (rank, in), bf16, fp16 or fp32; with `lora_B`, `scaling · B A` is added before the rounding.
+        lora_A: (rank, in), bf16, fp16 or fp32; with `lora_B`, `scaling · B A` is added to the rounded weight.
         lora_B: (out, rank), of the dtype of `lora_A`.
         scaling: Factor on the product of the two.
         out: (out, in) of `dtype`, contiguous, written in place if given.
@@ -71,7 +72,7 @@ def dequantize_4bit_plain(
     weight = (code[codes.long()] * absmax.repeat_interleave(block_size)[:size]).view(shape)
     if lora_A is not None:
         assert lora_B is not None
-        weight += scaling * (lora_B.float() @ lora_A.float())
+        weight = weight.to(dtype).float() + scaling * (lora_B.float() @ lora_A.float())
     if out is None:
         return weight.to(dtype)
     return out.copy_(weight)
@@ -185,5 +186,5 @@ if HAS_TRITON:
                 B = tl.load(lora_B + row * rank + ranks[None, :], mask=inside_B, other=0.0)
                 A = tl.load(lora_A + ranks[:, None] * columns + column, mask=inside_A, other=0.0)
                 update = tl.dot(B, A, update, input_precision="ieee")
-            weight += scaling * update
+            weight = weight.to(out.dtype.element_ty).to(tl.float32) + scaling * update
         tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)

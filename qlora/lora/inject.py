@@ -62,6 +62,7 @@ def add_lora(
     init: str = "kaiming",
     rslora: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    form: str = "auto",
     seed: int = 0,
 ) -> list[str]:
     """Freezes a model and wraps its linear layers in :class:`LoraLinear`, in place.
@@ -75,6 +76,7 @@ def add_lora(
         init: First values of A: `kaiming` or `gaussian`. B is zero.
         rslora: Scale by alpha / sqrt(rank).
         dtype: Of the factors.
+        form: How products are computed: `separate`, `folded`, or `auto` for the faster one.
         seed: Of the first values.
 
     Returns:
@@ -89,7 +91,7 @@ def add_lora(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, dtype)
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, dtype, form)
         layer.reset(init, generator)
         layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
         model.set_submodule(name, layer)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.lora.function import LoraLinearFunction
+from qlora.lora.function import lora_linear
 
 
 class LoraLinear(nn.Module):
@@ -21,6 +21,7 @@ class LoraLinear(nn.Module):
         dropout: Probability of dropping an input of the low-rank branch while training.
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank.
         dtype: Of A and B.
+        form: Of the product, see :func:`qlora.lora.function.lora_linear`.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class LoraLinear(nn.Module):
         dropout: float = 0.0,
         rslora: bool = False,
         dtype: torch.dtype = torch.bfloat16,
+        form: str = "auto",
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.form = base, form
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         device = base.weight.device
@@ -75,8 +77,7 @@ class LoraLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores; no device is waited for.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        recipe = getattr(x, "recipe", None)
-        return LoraLinearFunction.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout, seed, recipe)
+        return lora_linear(x, self.lora_A, self.lora_B, self.base, self.scaling, self.form, dropout, seed)
 
     def extra_repr(self) -> str:
         """The numbers that tell one adapter from another."""

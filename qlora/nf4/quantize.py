@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64
+# A, (rank, in), and B, (out, rank), in the dtype of the weight asked for, and the factor on their product B A.
+LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
 # What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
 # bitsandbytes' bits, and why it was given up.
-_proven: set[tuple[torch.device, torch.dtype, str, int, bool]] = set()
+_proven: set[tuple[torch.device, torch.dtype, str, int, bool, bool]] = set()
 _given_up: dict[torch.device, str] = {}
 
 
@@ -40,7 +42,11 @@ def quantize(
 
 
 def dequantize(
-    packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None = None
+    packed: torch.Tensor,
+    state: "QuantState",
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    update: LoraUpdate | None = None,
 ) -> torch.Tensor:
     """Undoes :func:`quantize`, with one rounding from fp32 to `dtype`.
 
@@ -49,20 +55,22 @@ def dequantize(
         state: The blocks' statistics.
         dtype: Of the result: fp32, bf16 or fp16, whatever the weight had before.
         out: (out, in) of `dtype`, written in place if given.
+        update: Added to the weight in `dtype`; the sum is rounded once more.
 
     Returns:
         The weight, (out, in).
     """
     device = packed.device
     if _why_not_fused(device) is not None:
-        return _dequantize_bitsandbytes(packed, state, dtype, out)
-    kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
+        return _dequantize_bitsandbytes(packed, state, dtype, out, update)
+    kind = (device, dtype, state.quant_type, state.blocksize, state.nested, update is not None)
     if kind in _proven:
-        return _dequantize_fused(packed, state, dtype, out)
+        return _dequantize_fused(packed, state, dtype, out, update)
     # The first of its kind on this device is computed by both, and bitsandbytes' is the one that counts.
-    wanted = _dequantize_bitsandbytes(packed, state, dtype, out)
+    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, update)
     try:
-        is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
+        found = _dequantize_fused(packed, state, dtype, update=update)
+        is_same = _same_bits(found, wanted) if update is None else _close(found, wanted)
     except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
         message = " ".join(str(error).split())[:200]
         _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
@@ -95,18 +103,24 @@ def _why_not_fused(device: torch.device) -> str | None:
 
 
 def _dequantize_fused(
-    packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None = None
+    packed: torch.Tensor,
+    state: "QuantState",
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    update: LoraUpdate | None = None,
 ) -> torch.Tensor:
-    nested: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if update is not None:
+        options = dict(zip(("lora_A", "lora_B", "scaling"), update, strict=True))
     if state.nested:
-        nested = {
+        options |= {
             "nested_code": state.state2.code,
             "nested_absmax": state.state2.absmax,
             "nested_offset": state.offset,
             "nested_block_size": state.state2.blocksize,
         }
     return dequantize_4bit_triton(
-        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **nested, out=out
+        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **options, out=out
     )
 
 
@@ -116,7 +130,26 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(integers), other.view(integers))
 
 
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # Sums in two orders may round to neighbours; a wrong one is further away.
+    return torch.allclose(one, other, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-6)
+
+
 def _dequantize_bitsandbytes(
+    packed: torch.Tensor,
+    state: "QuantState",
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    update: LoraUpdate | None,
+) -> torch.Tensor:
+    weight = _dequantize_bitsandbytes_alone(packed, state, dtype, out)
+    if update is not None:
+        lora_A, lora_B, scaling = update
+        weight.addmm_(lora_B, lora_A, alpha=scaling)
+    return weight
+
+
+def _dequantize_bitsandbytes_alone(
     packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_blockwise

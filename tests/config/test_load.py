@@ -227,6 +227,12 @@ def test_what_is_wrong_with_a_source_is_told_once_with_its_place(write, key, sou
     assert "1 problem(s)" in message
 
 
+def test_folding_with_dropout_is_refused_with_both_ways_out(write):
+    with pytest.raises(ConfigError, match=r"dropout 0\.1 .*lora\.form: auto or lora\.dropout: 0"):
+        load_config(write(), ["lora.form=folded", "lora.dropout=0.1"])
+    assert load_config(write(), ["lora.form=auto", "lora.dropout=0.1"]).lora.form == "auto"
+
+
 def test_all_problems_are_told_in_one_error(write):
     path = write({"lora.rank": 0, "lora.alfa": 1, "train.optim": "x", "data.overlong": "cut", "modle": {}})
     path.write_text(path.read_text().replace("output_dir: runs/x", ""))

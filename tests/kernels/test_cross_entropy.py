@@ -178,11 +178,11 @@ def test_the_head_is_read_once_a_chunk_in_full_chunks(generator):
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(func)
+            calls.append(func.overloadpacket)
             return func(*args, **(kwargs or {}))
 
     hidden, weight, labels, _ = make_inputs(generator, 10, 16, 50)
     with Count(), torch.no_grad():
         linear_cross_entropy(hidden, weight, labels, chunk_elements=4 * 50 + 49)
-    products = [call for call in calls if call in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)]
+    products = [call for call in calls if call in (torch.ops.aten.mm, torch.ops.aten.addmm)]
     assert len(products) == 3  # Rows by four: 4, 4 and 2.

@@ -84,7 +84,7 @@ def assert_one_rounding(found, packed, state, factors):
     The exact sum of products is taken in fp64. fp32 errs by 2^-24 of each product's and sum's magnitude, of which a
     rank's worth adds up; the dtype then by half the distance of its numbers.
     """
-    positional, nested = arguments(packed, state, torch.float32)
+    positional, nested = arguments(packed, state, found.dtype)
     weight = dequantize_4bit_plain(*positional, **nested).double()
     A, B = factors["lora_A"].double(), factors["lora_B"].double()
     exact = weight + factors["scaling"] * (B @ A)
@@ -154,7 +154,7 @@ def test_the_kernel_is_the_twin_for_any_shape(interpreted, seed, shape, block_si
 @pytest.mark.parametrize("factor_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 172), (7, 13)])
-def test_the_twin_adds_the_lora_term_before_the_one_rounding(shape, dtype, factor_dtype, rank, generator):
+def test_the_twin_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(shape, dtype, factor_dtype, rank, generator):
     packed, state = quantize(random_weight(shape, generator))
     factors = random_factors(shape, rank, factor_dtype, generator)
     positional, nested = arguments(packed, state, dtype)
@@ -166,7 +166,7 @@ def test_the_twin_adds_the_lora_term_before_the_one_rounding(shape, dtype, facto
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(70, 128), (64, 172), (7, 13)])
-def test_the_kernel_adds_the_lora_term_before_the_one_rounding(
+def test_the_kernel_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(
     shape, dtype, factor_dtype, rank, generator, interpreted
 ):
     packed, state = quantize(random_weight(shape, generator))
@@ -360,7 +360,9 @@ class TestOnADevice:
     @pytest.mark.parametrize("factor_dtype", DTYPES)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(512, 1024), (70, 128), (64, 172), (7, 13)])
-    def test_the_kernel_adds_the_lora_term_before_the_one_rounding(self, shape, dtype, factor_dtype, rank, generator):
+    def test_the_kernel_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(
+        self, shape, dtype, factor_dtype, rank, generator
+    ):
         from qlora.kernels import dequantize_4bit_triton
 
         packed, state = quantize(random_weight(shape, generator).cuda())

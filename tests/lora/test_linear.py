@@ -1,6 +1,7 @@
 """LoraLinear: the base bit for bit at first, exact gradients, and x alone kept."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.lora import LoraLinear
-from qlora.lora.function import dropout_mask
+from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask, weights_kept
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
 from tests.reference.lora import lora_linear
@@ -57,13 +58,14 @@ def error(found, wanted):
     return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["nf4", "linear"])
-def test_a_fresh_layer_gives_what_its_base_gives_bit_for_bit(kind, dtype, bias, lead, generator):
+def test_a_fresh_layer_gives_what_its_base_gives_bit_for_bit(kind, dtype, bias, lead, form, generator):
     base = make_base(kind, generator, dtype, bias)
-    layer = LoraLinear(base, RANK, 32)
+    layer = LoraLinear(base, RANK, 32, form=form)
     layer.reset("kaiming", generator)
     x = normal(generator, *lead, IN).to(dtype)
     y = layer(x)
@@ -72,13 +74,14 @@ def test_a_fresh_layer_gives_what_its_base_gives_bit_for_bit(kind, dtype, bias, 
     assert torch.equal(y, base(x))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("factors", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["nf4", "linear"])
-def test_output_and_gradients_are_the_references(kind, dtype, factors, bias, lead, generator):
-    layer = make_layer(kind, generator, dtype, bias, factors)
+def test_output_and_gradients_are_the_references(kind, dtype, factors, bias, lead, form, generator):
+    layer = make_layer(kind, generator, dtype, bias, factors, form=form)
     x = normal(generator, *lead, IN).to(dtype).requires_grad_()
     grad_output = normal(generator, *lead, OUT).to(dtype)
     # The weight as the layer uses it, rounded to the dtype it computes in: rounding is not under test.
@@ -168,6 +171,78 @@ def test_x_and_the_factors_are_all_that_is_saved(kind, dropout, generator):
     own = {tensor.data_ptr() for tensor in tensors_on_ctx(layer.base)}
     others = [tensor for tensor in tensors_on_ctx(y.grad_fn) if tensor.data_ptr() not in own]
     assert others == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "linear"])
+def test_folding_rounds_the_sum_of_weight_and_update_once(kind, dtype, generator):
+    layer = make_layer(kind, generator, dtype, bias=False, form="folded")
+    found = layer(torch.eye(IN, dtype=dtype)).T
+    update = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+    wanted = (weight_of(layer, dtype).double() + update).to(dtype)
+    # Only where fp32 sums in another order lie on the other side of a rounding's edge do they differ.
+    assert (found == wanted).double().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
+    assert error(found, wanted) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_held_weight_changes_no_bit(dtype, form, generator):
+    layer = make_layer("nf4", generator, dtype, form=form)
+    x = normal(generator, 6, IN).to(dtype).requires_grad_()
+    grad_output = normal(generator, 6, OUT).to(dtype)
+    wanted = [layer(x).detach(), *gradients(layer, x, grad_output)]
+    layer.base.hold(dtype)
+    assert all(map(torch.equal, wanted, [layer(x).detach(), *gradients(layer, x, grad_output)]))
+    layer.base.release()
+    assert all(map(torch.equal, wanted, [layer(x).detach(), *gradients(layer, x, grad_output)]))
+
+
+def test_the_form_follows_the_tokens_unless_one_is_asked_for():
+    cpu = torch.device("cpu")
+    assert choose_form("auto", FOLD_FROM_TOKENS["cpu"] - 1, cpu, 0.0) == "separate"
+    assert choose_form("auto", FOLD_FROM_TOKENS["cpu"], cpu, 0.0) == "folded"
+    assert choose_form("auto", 1 << 20, torch.device("meta"), 0.0) == "separate"
+    for form in FORMS:
+        assert choose_form(form, 1, cpu, 0.0) == choose_form(form, 1 << 20, cpu, 0.0) == form
+        assert choose_form(form, 1 << 20, cpu, 0.1) == "separate"  # dropped inputs are not the base's
+
+
+class Counted:
+    """A base that counts the weights it is asked for."""
+
+    def __init__(self, base):
+        self.base, self.bias, self.count = base, base.bias, 0
+
+    def weight_for_product(self, *arguments, **named):
+        self.count += 1
+        return self.base.weight_for_product(*arguments, **named)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recomputation_stops_before_the_last_product_and_keeps_the_weights_before_it(form, generator):
+    layers = [make_layer("nf4", generator, bias=False, form=form) for _ in range(2)]
+    bases = [layer.base for layer in layers]
+
+    def run(**options):
+        for layer, base in zip(layers, bases, strict=True):
+            layer.__dict__["_modules"].pop("base", None)
+            layer.base = Counted(base)
+        x = normal(torch.Generator().manual_seed(1), 4, IN).requires_grad_()
+        y = checkpoint(lambda x: layers[1](layers[0](x) @ torch.ones(OUT, IN)), x, use_reentrant=False, **options)
+        y.square().sum().backward()
+        counts = [layer.base.count for layer in layers]
+        results = [x.grad, *(factor.grad for layer in layers for factor in (layer.lora_A, layer.lora_B))]
+        for layer in layers:
+            layer.lora_A.grad = layer.lora_B.grad = None
+        return counts, results
+
+    # Forward and backward; the first is recomputed besides, the second is not.
+    counts, wanted = run()
+    assert counts == [3, 2]
+    counts, found = run(context_fn=lambda: (nullcontext(), weights_kept()))
+    assert counts == [2, 2]
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_layers_on_the_same_x_save_it_once(generator):
