@@ -28,7 +28,7 @@ class Batch:
         supervised: (labels that count,), int64: where they are in the flattened batch, so that no device is asked.
         weights: (labels that count,), fp32, of their losses; None where all count alike.
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
-        max_length: Tokens of the longest document.
+        lengths: Tokens of each document.
         num_supervised: Labels that count, known without asking the device.
         total_weight: Of them all.
     """
@@ -40,7 +40,7 @@ class Batch:
     supervised: torch.Tensor
     weights: torch.Tensor | None
     cu_seq_lens: torch.Tensor | None
-    max_length: int
+    lengths: tuple[int, ...]
     num_supervised: int
     total_weight: float
 
@@ -63,30 +63,27 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
     lengths = [len(example) for example in examples]
     shape = (1, sum(lengths)) if packed else (len(examples), max(lengths))
     begins = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(examples)) * shape[1]
-    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, weights = torch.full(shape, IGNORE_INDEX), torch.zeros(shape)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
+    input_ids, position_ids, attention_mask = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    labels, weights = np.full(shape, IGNORE_INDEX), np.zeros(shape, dtype=np.float32)
     for begin, example in zip(begins.tolist(), examples, strict=True):
         whole, shifted = slice(begin, begin + len(example)), slice(begin, begin + len(example) - 1)
-        ids = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
-        input_ids.view(-1)[whole] = ids
-        position_ids.view(-1)[whole] = torch.arange(len(example))
-        attention_mask.view(-1)[whole] = 1
-        following = torch.from_numpy(example.weights[1:].astype(np.float32))
-        weights.view(-1)[shifted] = following
-        labels.view(-1)[shifted] = torch.where(following > 0, ids[1:], IGNORE_INDEX)
-    (supervised,) = torch.nonzero(labels.view(-1) != IGNORE_INDEX, as_tuple=True)
+        input_ids.flat[whole] = example.input_ids
+        position_ids.flat[whole] = np.arange(len(example))
+        attention_mask.flat[whole] = 1
+        weights.flat[shifted] = following = example.weights[1:]
+        labels.flat[shifted] = np.where(following > 0, example.input_ids[1:], IGNORE_INDEX)
+    supervised = np.flatnonzero(labels != IGNORE_INDEX)
     total_weight = sum(example.total_weight for example in examples)
     is_plain = all(((example.weights == 0) | (example.weights == 1)).all() for example in examples)
     return Batch(
-        input_ids,
-        position_ids,
-        None if packed or len(set(lengths)) == 1 else attention_mask,
-        labels,
-        supervised,
-        None if is_plain else weights.view(-1)[supervised],
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        None if packed or len(set(lengths)) == 1 else torch.from_numpy(attention_mask),
+        torch.from_numpy(labels),
+        torch.from_numpy(supervised),
+        None if is_plain else torch.from_numpy(weights.flat[supervised]),
         torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
-        max(lengths),
+        tuple(lengths),
         len(supervised),
         total_weight,
     )

@@ -1,13 +1,14 @@
 """Memory that every next product's weight is written into, so that none is allocated for it."""
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
 _local = threading.local()
 
 
-def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor for a product that is started at once: the next call with this device may give the same memory.
 
     There is a buffer for each thread, stream and dtype, as long as the longest tensor asked for. Work of one stream is
@@ -15,7 +16,7 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     streams, and threads that start work in between, have buffers of their own.
 
     Args:
-        shape: Of the tensor.
+        shape: (rows, columns) of the tensor.
         dtype: Of the tensor.
         device: Of the tensor.
 

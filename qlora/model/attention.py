@@ -3,6 +3,7 @@
 Registered with transformers under a name of its own, which :func:`use_document_attention` gives to a model.
 """
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 NAME = "qlora_documents"
 # What an attention layer may ask for that is not done here, so that it never gets something else in silence.
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+# Shape of a mask that says nothing: one of four dimensions is taken as it is.
+NO_MASK = (1, 1, 0, 0)
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -34,23 +37,28 @@ def use_document_attention(model: Any) -> str:
     return f"{current} by documents ({kernel})"
 
 
-def document_arguments(model: Any, cu_seq_lens: torch.Tensor | None, max_length: int) -> dict[str, Any]:
-    """What a model's layers are told of a packed batch, once for all of them; nothing if they do not ask.
+def mask_arguments(
+    model: Any, attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, lengths: Sequence[int]
+) -> dict[str, Any]:
+    """What a model's layers are told of who attends to whom, once for all of them.
 
     Args:
         model: Of transformers.
-        cu_seq_lens: (documents + 1,), int32: where each document begins, and the end.
-        max_length: Tokens of the longest.
+        attention_mask: (batch, seq) of a padded batch.
+        cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end.
+        lengths: Tokens of each.
     """
     name = model.config._attn_implementation
-    if cu_seq_lens is None or not (name == NAME or name.startswith("flash_attention")):
-        return {}
-    return {
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": max_length,
-        "max_length_k": max_length,
-    }
+    arguments: dict[str, Any] = {"attention_mask": attention_mask}
+    if name == NAME and attention_mask is None:
+        # Without a mask transformers looks for documents in the positions, for which the host waits for the device.
+        arguments["attention_mask"] = torch.empty(NO_MASK, device=model.device)
+    if cu_seq_lens is not None and (name == NAME or name.startswith("flash_attention")):
+        arguments |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+        arguments |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    if cu_seq_lens is not None and name == NAME:
+        arguments["document_lengths"] = lengths
+    return arguments
 
 
 def document_attention(
@@ -64,6 +72,7 @@ def document_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
+    document_lengths: Sequence[int] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document.
@@ -77,8 +86,9 @@ def document_attention(
         dropout: Of attention weights; none is supported.
         scaling: Of the scores.
         sliding_window: Tokens that each one sees, itself included.
-        cu_seq_lens_q: (documents + 1,), int32, see :func:`document_arguments`.
+        cu_seq_lens_q: (documents + 1,), int32, see :func:`mask_arguments`.
         max_length_q: Tokens of the longest document.
+        document_lengths: Tokens of each, known to the host.
         kwargs: What else the layer asks for.
 
     Returns:
@@ -87,6 +97,8 @@ def document_attention(
     asked = [name for name in UNSUPPORTED if kwargs.get(name) is not None] + ["dropout"] * bool(dropout)
     if asked:
         raise NotImplementedError(f"attention by documents has no {', '.join(asked)}; set data.packing: false")
+    if attention_mask is not None and attention_mask.shape == NO_MASK:
+        attention_mask = None
     if cu_seq_lens_q is None:
         if attention_mask is None and query.shape[2] == key.shape[2]:
             return _attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
@@ -95,8 +107,7 @@ def document_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.is_cuda:
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
     attended = [_attend(*document, scaling, sliding_window) for document in documents]
     return torch.cat(attended, dim=2).transpose(1, 2), None

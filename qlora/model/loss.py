@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy
-from qlora.model.attention import document_arguments
+from qlora.model.attention import mask_arguments
 
 # Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
 TOLERANCE = 0.01
@@ -45,9 +45,8 @@ def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        "attention_mask": batch.attention_mask,
         "use_cache": False,
-        **document_arguments(model, batch.cu_seq_lens, batch.max_length),
+        **mask_arguments(model, batch.attention_mask, batch.cu_seq_lens, batch.lengths),
     }
 
 

@@ -31,6 +31,10 @@ class FlatAdamW:
         weight_decay: Decoupled; times the learning rate.
         rounding: `stochastic`, `master` or `nearest`. Only for parameters below fp32.
         seed: Of the stochastic rounding.
+
+    Attributes:
+        zero_update_share: Of the trained elements with a gradient, those that kept their stored value in the last
+            step: a scalar tensor, fp32.
     """
 
     def __init__(
@@ -54,10 +58,8 @@ class FlatAdamW:
         self.rounding = "none" if flat.data.dtype == torch.float32 else rounding
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.step_count = 0
-        # torch's GradScaler finds gradients by this.
-        self.param_groups = [{"params": [_with_grad(flat)]}]
-
         self._buffers = {name: self._state_buffer(bits) for name in ("state1", "state2")}
+        self._buffers["zero_update_share"] = torch.zeros((), device=device)
         if self.rounding == "master":
             # Not paged: every step reads all of it, to round it into the parameters.
             self._buffers["master"] = flat.data.float()
@@ -69,12 +71,8 @@ class FlatAdamW:
                 self._buffers[f"absmax{index}"] = torch.zeros(blocks, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> torch.Tensor:
-        """Updates the parameters in place from the flat gradient.
-
-        Returns:
-            The share of trained elements with a gradient that kept their stored value: a scalar tensor.
-        """
+    def step(self, learning_rate: float) -> None:
+        """Updates the parameters in place from the flat gradient."""
         self.step_count += 1
         data, before = self.flat.data, self.flat.data.clone()
         weights = self._buffers["master"] if self.rounding == "master" else data.float()
@@ -84,7 +82,12 @@ class FlatAdamW:
         else:
             data.copy_(weights)
         with_grad = self.flat.grad != 0
-        return ((data == before) & with_grad).sum() / with_grad.sum().clamp(min=1)
+        self.zero_update_share.copy_(((data == before) & with_grad).sum() / with_grad.sum().clamp(min=1))
+
+    @property
+    def zero_update_share(self) -> torch.Tensor:
+        """See the class."""
+        return self._buffers["zero_update_share"]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that a continued run needs: moments, master, step count and rounding state; the live buffers."""
@@ -139,10 +142,3 @@ class FlatAdamW:
             return torch.zeros(size, dtype=dtype, device=device)
         buffer = self._kernels.get_paged(size, dtype=dtype, device=torch.device(device.type, device.index or 0))
         return buffer.zero_()
-
-
-def _with_grad(flat: FlatParameters) -> torch.nn.Parameter:
-    parameter = torch.nn.Parameter(flat.data)
-    parameter.grad_dtype = torch.float32
-    parameter.grad = flat.grad
-    return parameter

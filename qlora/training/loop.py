@@ -14,6 +14,9 @@ from qlora.lora import lora_layers
 from qlora.model import supervised_loss
 from qlora.optim import FlatAdamW
 
+# Steps without an overflow after which a larger loss scale is tried.
+SCALE_GROWTH_STEPS = 2000
+
 
 @dataclass(slots=True)
 class Progress:
@@ -23,13 +26,23 @@ class Progress:
         step: Optimizer steps done.
         tokens: Trained on so far, over all processes.
         supervised_tokens: Of those, the ones with a loss.
-        loss_scale: State of the fp16 loss scaling; empty elsewhere.
+        loss_scale: Factor on the loss, which keeps small fp16 gradients from vanishing; of no effect elsewhere.
+        steps_at_scale: Without an overflow since it last changed.
     """
 
     step: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    loss_scale: dict[str, Any] | None = None
+    loss_scale: float = 2.0**16
+    steps_at_scale: int = 0
+
+    def adapt_loss_scale(self, overflowed: bool) -> None:
+        """Halves the scale after gradients that overflowed, and tries the double after many that did not."""
+        self.steps_at_scale = 0 if overflowed else self.steps_at_scale + 1
+        if overflowed:
+            self.loss_scale /= 2
+        elif self.steps_at_scale == SCALE_GROWTH_STEPS:
+            self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +52,20 @@ class StepReport:
     Attributes:
         loss: Mean over the window's supervised tokens, before the update.
         grad_norm: Before clipping.
-        zero_update_share: Of the trained elements with a gradient, those whose stored value stayed the same.
+        zero_update_share: Of the trained elements with a gradient, those whose stored value the update before this
+            step left the same: read with this step's loss, so that the host waits once. None before the first.
         seconds: That the step took.
         tokens: Of the step, over all processes.
+        stop_asked: Whether any process wanted to stop when its gradient was ready.
     """
 
     loss: float
     grad_norm: float
     learning_rate: float
-    zero_update_share: float
+    zero_update_share: float | None
     seconds: float
     tokens: int
+    stop_asked: bool
 
 
 def run_loop(
@@ -63,11 +79,13 @@ def run_loop(
     learning_rate: Callable[[int], float],
     max_grad_norm: float | None,
     after_step: Callable[[StepReport], bool],
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains from `progress` on until `total_steps`, or until `after_step` returns False.
 
     Every step's gradient is the sum over its micro-batches and processes, divided by the weight of the supervised
     tokens of the whole window: how a window is cut into micro-batches or spread over processes makes no difference.
+    The host waits for the device once a step, between the gradient and its use.
 
     Args:
         model: With adapters, in training mode, on the accelerator's device.
@@ -79,15 +97,15 @@ def run_loop(
         total_steps: Of the run.
         learning_rate: Of a step, from 0.
         max_grad_norm: Gradients are clipped to it, if given.
-        after_step: Called with what the step did; logs, evaluates, saves, and says whether to go on.
+        after_step: Called with what the step did; logs, evaluates, saves, and says whether to go on, the same on
+            every process.
+        stop_asked: Whether this process wants to stop; what any of them says is in the step's report.
 
     Raises:
         ModelError: The loss is not finite, or an adapter got no gradient in the first step.
     """
     flat, device = optimizer.flat, accelerator.device
-    scaler: Any = torch.amp.GradScaler(device.type, enabled=next(model.base_model.parameters()).dtype == torch.float16)
-    if progress.loss_scale:
-        scaler.load_state_dict(progress.loss_scale)
+    is_scaled = next(model.base_model.parameters()).dtype == torch.float16
     first_step = True
     while progress.step < total_steps:
         started, step = time.perf_counter(), progress.step
@@ -96,35 +114,41 @@ def run_loop(
         # Dropout follows from seed, step and process, so that a resumed run draws the same.
         torch.manual_seed(hash((plan.seed, step, plan.rank)))
         flat.zero_grad()
-        loss = torch.zeros((), device=device)
+        scale = progress.loss_scale if is_scaled else 1.0
+        # The loss, and how many processes want to stop.
+        sums = torch.zeros(2, device=device)
         for indices in plan.micro_batches(step):
             batch = collate([examples[index] for index in indices], packed=plan.capacity is not None).to(device)
             micro_loss = supervised_loss(model, batch) / total_weight
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            (micro_loss * scale).backward()
+            sums[0] += micro_loss.detach()
+        sums[1] += stop_asked()
         if accelerator.num_processes > 1:
             flat.grad.copy_(accelerator.reduce(flat.grad, reduction="sum"))
-            loss = accelerator.reduce(loss, reduction="sum")
-        scaler.unscale_(optimizer)
+            sums = accelerator.reduce(sums, reduction="sum")
+        if is_scaled:
+            flat.grad.div_(scale)
         norm = flat.clip_grad_norm(max_grad_norm)
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        loss, stops, norm_value, share = torch.stack([*sums, norm, optimizer.zero_update_share]).tolist()
+        is_first_update = optimizer.step_count == 0
         # An overflow of scaled fp16 gradients skips the step and lowers the scale, until that can't help any more.
-        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
-        _check_finite(step, loss_value, norm_value, may_overflow)
-        if first_step and math.isfinite(norm_value):
+        overflowed = is_scaled and scale >= 1 and not math.isfinite(norm_value)
+        _check_finite(step, loss, norm_value, overflowed)
+        if first_step and not overflowed:
             check_gradients(model)
             first_step = False
         rate = learning_rate(step)
-        unchanged = scaler.step(optimizer, rate)
-        scaler.update()
+        if not overflowed:
+            optimizer.step(rate)
+        if is_scaled:
+            progress.adapt_loss_scale(overflowed)
 
         progress.step += 1
         progress.tokens += sum(map(len, window))
         progress.supervised_tokens += sum(example.num_supervised for example in window)
-        progress.loss_scale = scaler.state_dict()
-        share = 1.0 if unchanged is None else unchanged.item()
         seconds = time.perf_counter() - started
-        report = StepReport(loss_value, norm_value, rate, share, seconds, sum(map(len, window)))
+        last_share = None if is_first_update else share
+        report = StepReport(loss, norm_value, rate, last_share, seconds, sum(map(len, window)), stops > 0)
         if not after_step(report):
             return
     if optimizer.step_count == 0:
@@ -155,8 +179,8 @@ def _grad_norm(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad.norm()
 
 
-def _check_finite(step: int, loss: float, norm: float, may_overflow: bool) -> None:
-    if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+def _check_finite(step: int, loss: float, norm: float, overflowed: bool) -> None:
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
         raise ModelError(
             f"Step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Nothing was updated; lower "
             "train.learning_rate, or set model.compute_dtype to bfloat16 or float32 if it is float16."

@@ -86,7 +86,7 @@ class MetricsLog:
                 "supervised_tokens": progress.supervised_tokens,
                 "tokens_per_second": round(tokens_per_second, 1),
                 "peak_memory": peak_memory_bytes(),
-                "zero_update_share": round(report.zero_update_share, 6),
+                "zero_update_share": None if report.zero_update_share is None else round(report.zero_update_share, 6),
             }
         )
         line = f"loss {report.loss:.4f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB"

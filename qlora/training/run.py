@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora.checkpoint import (
     RunDirectory,
     drop_old_checkpoints,
@@ -152,7 +150,8 @@ def _run_session(assembly: Assembly, run: RunDirectory, progress: Progress) -> s
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
         is_last = progress.step == total
-        stop = _any_process(accelerator, interruption.requested)
+        # Several must stop after the same step, so they go by what they last told each other.
+        stop = interruption.requested if accelerator.num_processes == 1 else report.stop_asked
         if is_last or (eval_every and progress.step % eval_every == 0):
             evaluate_now()
         if is_last or stop or (save_every and progress.step % save_every == 0):
@@ -166,6 +165,7 @@ def _run_session(assembly: Assembly, run: RunDirectory, progress: Progress) -> s
             run_loop(
                 assembly.model, assembly.optimizer, plan.datasets.train, assembly.batches, accelerator,
                 progress, total, _rate_of(assembly), config.max_grad_norm, after_step,
+                lambda: interruption.requested,
             )  # fmt: skip
         finally:
             log.close()
@@ -185,12 +185,6 @@ def _evaluate_all(assembly: Assembly) -> Evaluation:
     share = islice(batches, accelerator.process_index, None, accelerator.num_processes)
     several = accelerator.num_processes > 1
     return evaluate(assembly.model, share, accelerator.reduce if several else None)
-
-
-def _any_process(accelerator: Any, flag: bool) -> bool:
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
