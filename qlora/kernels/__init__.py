@@ -2,15 +2,26 @@
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain, dequantize_4bit_triton
+from qlora.kernels.gated import ACTIVATIONS, GatedProduct
+from qlora.kernels.liger import liger_twin, liger_version, why_not_liger
+from qlora.kernels.norm import RMSNorm
 from qlora.kernels.rebuild import Recipe, rebuilt
+from qlora.kernels.saved import save_first
 from qlora.kernels.scratch import scratch
 
 __all__ = [
+    "ACTIVATIONS",
     "HAS_TRITON",
+    "GatedProduct",
+    "RMSNorm",
     "Recipe",
     "dequantize_4bit_plain",
     "dequantize_4bit_triton",
+    "liger_twin",
+    "liger_version",
     "linear_cross_entropy",
     "rebuilt",
+    "save_first",
     "scratch",
+    "why_not_liger",
 ]

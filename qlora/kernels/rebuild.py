@@ -1,6 +1,7 @@
 """Tensors that are cheap to compute: built again in the backward pass instead of being kept for it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ class Source:
 def rebuilt(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """Calls a function whose result need not be kept: it gets the recipe for it as its attribute `recipe`.
 
-    The function's own backward keeps the inputs alone and runs the function again. An operation in between that gives
-    a new tensor loses the recipe, and so nothing but the saving.
+    The function's backward keeps the inputs alone. It calls the function's method `gradients(grad_output, *inputs)`,
+    which gives the gradient of each input, or runs a function without one again under autograd. An operation in between
+    that gives a new tensor loses the recipe, and so nothing but the saving.
 
     Args:
         function: Without randomness and without parameters that are trained.
@@ -65,7 +67,8 @@ def rebuilt(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tor
     if not torch.is_grad_enabled():
         return function(*inputs)
     result = _Rebuilt.apply(function, *inputs)
-    result.recipe = Recipe(function, inputs)
+    # With these gradients for whoever runs the recipe under autograd, as the loss does with the last norm.
+    result.recipe = Recipe(partial(_Rebuilt.apply, function), inputs)
     return result
 
 
@@ -80,6 +83,9 @@ class _Rebuilt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
+        if hasattr(ctx.function, "gradients"):
+            grads = ctx.function.gradients(grad_output, *ctx.saved_tensors)
+            return (None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)))
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad():
             result = ctx.function(*inputs)

@@ -1,15 +1,13 @@
 """The autograd function of a LoRA linear, in two forms: it saves x, or what x is built from, and no weight."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Recipe, scratch
+from qlora.kernels import Recipe, save_first, scratch
 
 FORMS = ("separate", "folded")
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
@@ -33,17 +31,6 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         return form
     from_tokens = FOLD_FROM_TOKENS.get(device.type)
     return "separate" if from_tokens is None or num_tokens < from_tokens else "folded"
-
-
-@contextmanager
-def weights_kept() -> Iterator[None]:
-    """While a layer is recomputed: the weights that its linears dequantize are kept until their backward asks."""
-    _kept.clear()  # of a layer whose backward did not need them all
-    _kept.is_on = True
-    try:
-        yield
-    finally:
-        _kept.is_on = False
 
 
 def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
@@ -81,46 +68,37 @@ def lora_linear(
     """
     form = choose_form(form, x.numel() // x.shape[-1], x.device, dropout)
     recipe: Recipe | None = getattr(x, "recipe", None)
-    saved = _Saved.apply(lora_A, lora_B, *((x,) if recipe is None else recipe.inputs))
+    # First, so that a recomputation ends here where this product is the last of its region.
+    saved = save_first(lora_A, lora_B, *((x,) if recipe is None else recipe.inputs))
     return _LoraLinear.apply(x, lora_A, lora_B, saved, base, scaling, form, dropout, seed, recipe)
 
 
-class _Kept:
-    """Weights between a layer's recomputation and its backward, by the id of their base layer."""
+class WeightsKept:
+    """Entered while a layer is recomputed: the weights that its linears use are kept until their backward asks."""
 
-    def __init__(self) -> None:
-        self.is_on = False
-        self._weights: dict[int, torch.Tensor] = {}
+    _depth = 0
+    _weights: ClassVar[dict[int, torch.Tensor]] = {}  # by the id of the base layer
 
-    def put(self, base: Any, weight: torch.Tensor) -> None:
-        self._weights[id(base)] = weight
+    def __enter__(self) -> None:
+        WeightsKept._depth += 1
 
-    def take(self, base: Any) -> torch.Tensor | None:
-        return self._weights.pop(id(base), None)
+    def __exit__(self, *error: object) -> None:
+        WeightsKept._depth -= 1
 
-    def clear(self) -> None:
-        self._weights.clear()
+    @classmethod
+    def is_on(cls) -> bool:
+        """Whether a recomputation is under way."""
+        return cls._depth > 0
 
+    @classmethod
+    def put(cls, base: Any, weight: torch.Tensor) -> None:
+        """Keeps a base layer's weight."""
+        cls._weights[id(base)] = weight
 
-_kept = _Kept()
-
-
-class _Saved(torch.autograd.Function):
-    """Saves what :class:`_LoraLinear` needs in its backward, before that one's product is computed.
-
-    Recomputation stops with the last tensor that is saved, and so without the last product of its region.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return tensors[0].new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[None, ...]:
-        return (None,) * len(ctx.needs_input_grad)
+    @classmethod
+    def take(cls, base: Any) -> torch.Tensor | None:
+        """A base layer's weight, kept no longer."""
+        return cls._weights.pop(id(base), None)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -149,10 +127,11 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        keeps = _kept.is_on and ctx.needs_input_grad[0]
+        keeps = WeightsKept.is_on() and ctx.needs_input_grad[0]
+        WeightsKept.take(base)  # of a backward that was given up
         weight = _weight(base, x.dtype, (A, B, scaling) if form == "folded" else None, lasting=keeps)
         if keeps:
-            _kept.put(base, weight)
+            WeightsKept.put(base, weight)
         y = F.linear(rows, weight, bias)
         if form == "separate":
             dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
@@ -173,7 +152,7 @@ class _LoraLinear(torch.autograd.Function):
         u = (grad @ B).mul_(ctx.scaling)
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            weight = _kept.take(ctx.base)
+            weight = WeightsKept.take(ctx.base)
             if weight is None:
                 weight = _weight(ctx.base, x.dtype, (A, B, ctx.scaling) if ctx.form == "folded" else None)
             grad_x = grad @ weight

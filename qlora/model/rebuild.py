@@ -1,88 +1,180 @@
 """Norms and gated products of a model, built again in the backward pass instead of being kept for it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora.kernels import rebuilt
+from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, liger_twin, liger_version, rebuilt, why_not_liger
 
-PROBE_ROWS = 4
+PROBE_ROWS = 64
+# How far two functions that are the same may be apart, as a share of a row's size: a last bit here and there, by the
+# order of a sum. A rounding in another place is hundreds of times that.
+TOLERANCE = 1e-5
+
+Function = Callable[..., torch.Tensor]
 
 
 class RebuiltNorm(nn.Module):
-    """A norm whose output is not kept; its parameters keep their names."""
+    """A norm whose output is not kept; its parameters keep their names.
 
-    def __init__(self, norm: nn.Module) -> None:
+    Args:
+        norm: The norm.
+        function: That computes it; the norm itself, if nothing does so faster.
+    """
+
+    def __init__(self, norm: nn.Module, function: Function) -> None:
         super().__init__()
         for name, parameter in norm.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self._norm = (norm,)  # in a tuple, so that its parameters do not get a second name
+        self._function = (function,)  # in a tuple, so that the norm's parameters do not get a second name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, features) -> (…, features)."""
-        return rebuilt(self._norm[0], x)
+        return rebuilt(self._function[0], x)
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)), of which the product is not kept (SwiGLU, arXiv:2002.05202)."""
+    """down(act(gate(x)) · up(x)), of which the product is not kept (SwiGLU, arXiv:2002.05202).
 
-    def __init__(self, mlp: Any) -> None:
+    Args:
+        mlp: A module with these linear layers and `act_fn`.
+        product: That computes act(gate) · up.
+    """
+
+    def __init__(self, mlp: Any, product: Function) -> None:
         super().__init__()
+        self._product = product
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             mlp.gate_proj,
             mlp.up_proj,
             mlp.down_proj,
             mlp.act_fn,
         )
+        # How a level of recomputation calls `compute` while the model is trained.
+        self.run: Callable[[GatedMLP, torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden) -> (…, hidden)."""
+        return self.compute(x) if self.run is None or not self.training else self.run(self, x)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The forward, as it is without recomputation."""
         return self.down_proj(rebuilt(self._product, self.gate_proj(x), self.up_proj(x)))
 
-    def _product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(gate) * up
 
+def rebuild_activations(model: Any) -> str:
+    """Replaces a model's norms and gated MLPs by ones that keep less and compute the same.
 
-def rebuild_activations(model: nn.Module) -> int:
-    """Replaces a model's norms and gated MLPs by ones that keep less and compute the same, bit for bit.
-
-    What computes something else on a few random rows, or has parameters that are trained, is left as it is.
+    What computes something else on a few random rows, or has parameters that are trained, is left as it is. So is the
+    rotary embedding: attention calls it as a function of its own Python module, out of reach of anything that belongs
+    to this model alone.
 
     Args:
         model: Of transformers.
 
     Returns:
-        How many were replaced.
+        What computes them now: `liger-kernel <version>`, `plain torch`, or both, and why.
     """
-    num_replaced = 0
+    chooser = _Chooser(model.device, model.dtype)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            replacement = _replacement(child)
+            replacement = _replacement(child, chooser)
             if replacement is not None:
                 setattr(parent, name, replacement.train(child.training))
-                num_replaced += 1
-    return num_replaced
+    return chooser.report()
 
 
-def _replacement(module: Any) -> nn.Module | None:
+def _replacement(module: Any, chooser: "_Chooser") -> nn.Module | None:
     if any(parameter.requires_grad for name, parameter in module.named_parameters() if "lora_" not in name):
         return None
     if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not list(module.children()):
-        return RebuiltNorm(module)
+        return RebuiltNorm(module, chooser.norm(module))
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} == set(dict(module.named_children())):
-        replacement = GatedMLP(module)
-        return replacement if _same(module, replacement) else None
+        x = chooser.random_rows(module.gate_proj.in_features)
+        with torch.no_grad():
+            product = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
+            is_all = _close(module(x), module.down_proj(product), 0.0)
+        return GatedMLP(module, chooser.product(module.act_fn, product.shape[-1])) if is_all else None
     return None
 
 
-@torch.no_grad()
-def _same(module: Any, replacement: nn.Module) -> bool:
-    """Whether two modules give the same for a few random rows: an MLP of these names may still do more with them."""
-    linear = module.gate_proj
-    features = linear.in_features
-    generator = torch.Generator().manual_seed(0)
-    reference = next(module.parameters())
-    dtype = torch.float32 if not reference.dtype.is_floating_point else reference.dtype
-    x = torch.randn(PROBE_ROWS, features, generator=generator).to(reference.device, dtype)
-    return torch.equal(module(x), replacement(x))
+class _Chooser:
+    """Finds what computes norms and products fast, by trying it on random rows, and remembers why it was chosen."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._generator = torch.Generator().manual_seed(0)
+        self._why_never = why_not_liger(device)
+        self._why_plain = dict[str, None]()  # an ordered set
+        self._liger_used = False
+
+    def report(self) -> str:
+        """Of all that was chosen."""
+        plain = self._why_never or ", ".join(self._why_plain)
+        parts = [f"liger-kernel {liger_version()}"] if self._liger_used else []
+        if plain or not parts:
+            parts.append(f"plain torch: {plain or 'there is nothing to compute'}")
+        return "; ".join(parts)
+
+    def norm(self, norm: Any) -> Function:
+        """A function for a norm; the norm itself, if it has no form that is known here."""
+        weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if weight is None or weight.dim() != 1 or eps is None or getattr(norm, "bias", None) is not None:
+            return norm
+        sizes = torch.logspace(-3, 1, PROBE_ROWS)[:, None]  # the first are so small that eps can be seen
+        x = self.random_rows(weight.shape[0], sizes).to(weight)
+        forms = [RMSNorm(weight, eps, rounds_first=True), RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0)]
+        return self._choose(type(norm).__name__, norm, forms, x)
+
+    def product(self, act_fn: Function, features: int) -> Function:
+        """A function for act_fn(gate) · up."""
+
+        def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return act_fn(gate) * up
+
+        forms = [GatedProduct(activation) for activation in ACTIVATIONS]
+        gate, up = self.random_rows(features), self.random_rows(features)
+        return self._choose(type(act_fn).__name__, product, forms, gate, up)
+
+    def random_rows(self, features: int, sizes: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """(rows, features), of the model's dtype and on its device."""
+        rows = torch.randn(PROBE_ROWS, features, generator=self._generator) * sizes
+        return rows.to(self._device, self._dtype)
+
+    def _choose(self, name: str, own: Function, forms: list[Any], *inputs: torch.Tensor) -> Function:
+        plain = next((form for form in forms if _same(form, own, *inputs)), own)
+        if self._why_never is not None:
+            return plain
+        try:
+            liger = liger_twin(plain)
+            if liger is not None and _same(liger, own, *inputs):
+                self._liger_used = True
+                return liger
+            reason = "has no" if liger is None else "gives something else for"
+        except Exception as error:  # A compiler of kernels can fail in any way, and nothing is lost without them.
+            reason = f"fails ({type(error).__name__}: {error}) for"
+        self._why_plain[f"liger-kernel {reason} {name}"] = None
+        return plain
+
+
+def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:
+    """Whether a function gives what a model's own gives, and its gradients as well as its dtype lets them be."""
+    inputs = tuple(each.detach().requires_grad_() for each in inputs)
+    with torch.enable_grad():
+        found, expected = rebuilt(function, *inputs), own(*inputs)
+    if found.dtype != expected.dtype or not _close(found, expected, TOLERANCE):
+        return False
+    grad_output = inputs[-1].detach().flip(0, 1)
+    gradients = (torch.autograd.grad(result, inputs, grad_output) for result in (found, expected))
+    tolerance = max(TOLERANCE, torch.finfo(expected.dtype).eps)
+    return all(_close(one, other, tolerance) for one, other in zip(*gradients, strict=True))
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    if found.is_meta:  # There are no values to compare, and none will be computed.
+        return True
+    found, expected = found.detach().float(), expected.detach().float()
+    sizes = expected.abs().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)
+    return ((found - expected).abs().sum(-1) / sizes).mean().item() <= tolerance

@@ -36,6 +36,29 @@ def test_values_and_gradients_are_those_of_the_function(generator):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+class Doubling:
+    """A function that says of itself what its gradient is: 5, to be told from what autograd would find."""
+
+    def __call__(self, x):
+        return 2 * x
+
+    def gradients(self, grad_output, x):
+        return (5 * grad_output,)
+
+
+def test_a_function_that_knows_its_gradients_is_asked_for_them(generator):
+    x = torch.randn(3, 4, generator=generator, requires_grad=True)
+    result = rebuilt(Doubling(), x)
+    assert torch.equal(result, 2 * x)
+    assert torch.equal(torch.autograd.grad(result.sum(), x)[0], torch.full_like(x, 5))
+
+
+def test_who_runs_a_recipe_under_autograd_gets_these_gradients_too(generator):
+    x = torch.randn(3, 4, generator=generator, requires_grad=True)
+    function = rebuilt(Doubling(), x).recipe.source.function
+    assert torch.equal(torch.autograd.grad(function(x).sum(), x)[0], torch.full_like(x, 5))
+
+
 def test_an_input_without_gradient_gets_none(generator):
     gate, up = torch.randn(5, generator=generator), torch.randn(5, generator=generator, requires_grad=True)
     rebuilt(gated, gate, up).sum().backward()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora.lora import LoraLinear
-from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask, weights_kept
+from qlora.lora import LoraLinear, WeightsKept
+from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
 from tests.reference.lora import lora_linear
@@ -240,7 +240,7 @@ def test_recomputation_stops_before_the_last_product_and_keeps_the_weights_befor
     # Forward and backward; the first is recomputed besides, the second is not.
     counts, wanted = run()
     assert counts == [3, 2]
-    counts, found = run(context_fn=lambda: (nullcontext(), weights_kept()))
+    counts, found = run(context_fn=lambda: (nullcontext(), WeightsKept()))
     assert counts == [2, 2]
     assert all(map(torch.equal, found, wanted))
 

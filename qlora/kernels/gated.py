@@ -1,0 +1,44 @@
+"""Gated products act(gate) · up, as in SwiGLU and GeGLU (arXiv:2002.05202), and their gradients, in few passes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Each with the operation that writes its gradient, given that of its result, into `grad_input`.
+ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward.grad_input),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GatedProduct:
+    """act(gate) · up, each operation rounded to the dtype of its inputs: the bits that autograd gives, gradients too.
+
+    Attributes:
+        activation: A key of `ACTIVATIONS`.
+    """
+
+    activation: str
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """(…, features) and the same -> (…, features)."""
+        activate, _ = ACTIVATIONS[self.activation]
+        return activate(gate).mul_(up)
+
+    def gradients(
+        self, grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of gate and up; no more is allocated than these two."""
+        activate, activate_backward = ACTIVATIONS[self.activation]
+        grad_gate = grad_output * up
+        activate_backward(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, activate(gate).mul_(grad_output)

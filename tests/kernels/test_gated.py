@@ -1,0 +1,44 @@
+"""Gated products: the bits of plain torch, values and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from qlora.kernels import ACTIVATIONS, GatedProduct, rebuilt
+from tests.reference.activations import gated, with_gradients
+
+NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def random_inputs(dtype, generator):
+    return [(3 * torch.randn(2, 33, 172, generator=generator)).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_and_gradients_are_plain_torchs_bit_for_bit(activation, dtype, generator):
+    *inputs, grad = random_inputs(dtype, generator)
+    before = [tensor.clone() for tensor in (*inputs, grad)]
+    act_fn = ACT2FN[NAMES[activation]]
+    expected = with_gradients(lambda gate, up: act_fn(gate) * up, inputs, grad, dtype)
+    found = with_gradients(partial(rebuilt, GatedProduct(activation)), inputs, grad, dtype)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip((*inputs, grad), before, strict=True))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_they_are_those_of_the_formula(activation, generator):
+    *inputs, grad = random_inputs(torch.float32, generator)
+    expected = with_gradients(partial(gated, activation), inputs, grad, torch.float64)
+    found = with_gradients(partial(rebuilt, GatedProduct(activation)), inputs, grad, torch.float32)
+    assert all((one - other).norm() <= 1e-6 * other.norm() for one, other in zip(found, expected, strict=True))
+
+
+def test_an_input_without_gradient_gets_none(generator):
+    gate, up, _ = random_inputs(torch.float32, generator)
+    up.requires_grad_()
+    rebuilt(GatedProduct("silu"), gate, up).sum().backward()
+    assert gate.grad is None
+    assert torch.equal(up.grad, torch.nn.functional.silu(gate))
