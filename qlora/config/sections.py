@@ -81,7 +81,7 @@ class ModelSection(Section):
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    recompute: Literal["auto", "full", "none"] = "auto"
+    recompute: Literal["auto", "none", "mlp", "attention", "full", "offload", "offload+tiled"] = "auto"
 
 
 class LoraSection(Section):

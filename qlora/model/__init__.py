@@ -7,7 +7,7 @@ from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_isolation, check_loss, supervised_loss
 from qlora.model.rebuild import rebuild_activations
-from qlora.model.recompute import apply_recompute
+from qlora.model.recompute import apply_recompute, recompute_levels
 from qlora.model.restore import adapt, base_from_section, datasets_from_section, load_model, load_run
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "load_run",
     "rebuild_activations",
+    "recompute_levels",
     "resolve_compute_dtype",
     "resolve_device",
     "supervised_loss",

@@ -104,11 +104,11 @@ def assemble(config: RunConfig) -> Assembly:
     example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
     check_loss(model, collate([example]).to(accelerator.device))
     attention = model.config._attn_implementation
-    if config.data.packing and model_section.attention == "auto":
+    if model_section.attention == "auto":
         attention = use_document_attention(model)
     if config.data.packing:
         check_isolation(model, example, other)
-    rebuild_activations(model)
+    activations = rebuild_activations(model)
     recompute = apply_recompute(model, model_section.recompute)
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -126,6 +126,7 @@ def assemble(config: RunConfig) -> Assembly:
         "processes": accelerator.num_processes,
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "attention": attention,
+        "activations": activations,
         "dequantize": dequantize_path(accelerator.device) if model_section.quantization == "nf4" else None,
         "recompute": recompute,
         "optimizer": section.optimizer,

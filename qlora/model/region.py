@@ -1,0 +1,107 @@
+"""A region of the forward that is computed again in the backward, around its attention or with it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from qlora.lora import WeightsKept
+
+# By name, as not every version of torch has all of them.
+KERNELS = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+}
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any, keep_attention: bool = False) -> Any:
+    """Calls a function, of which only the inputs are kept for the backward.
+
+    Not reentrant: recomputation stops with the last tensor that the backward needs, and regions may be nested.
+
+    Args:
+        function: What to call. Tensors that it gets in another way than by its inputs are not kept for it.
+        inputs: Its arguments.
+        keep_attention: Keep, too, what attention kernels in it give; none is called again.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, keep_attention))
+
+
+def _contexts(keep_attention: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What a region's forward, and its recomputation, run in."""
+    forward, again = _attention_kept() if keep_attention else (nullcontext(), nullcontext())
+    return forward, _Both(again, WeightsKept())
+
+
+class _Both(AbstractContextManager[None]):
+    """Two contexts, which may be entered again."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self._contexts, self._entered = contexts, ExitStack()
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            self._entered.enter_context(context)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.close()
+
+
+def _attention_kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For a forward, and for its recomputation, which gets the kernels' results instead of calling them.
+
+    torch's own selective checkpointing demands that the recomputation calls no operation more often than the forward
+    did. Ours may: a thread whose first backward this is takes memory for dequantized weights.
+    """
+    results: list[Any] = []
+    return _Keep(results), _Give(results)
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, results: list[Any]) -> None:
+        super().__init__()
+        self._results = results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if _is_kept(func, args, kwargs):
+            self._results.append(_detach(result))
+        return result
+
+
+class _Give(TorchDispatchMode):
+    def __init__(self, results: list[Any]) -> None:
+        super().__init__()
+        self._results, self._num_given = results, 0
+
+    def __enter__(self) -> "_Give":
+        self._num_given = 0  # a graph that is retained is recomputed more than once
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_kept(func, args, kwargs):
+            return func(*args, **kwargs or {})
+        result = self._results[self._num_given]
+        self._num_given += 1
+        return _detach(result)
+
+
+def _is_kept(func: Any, args: Any, kwargs: Any) -> bool:
+    if func.name() not in KERNELS:
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+    # A kernel that drops weights draws from the device's generator, which must come out of it the same.
+    return not given.get("dropout_p")
+
+
+def _detach(result: Any) -> Any:
+    # Autograd marks what a kernel returned with the graph it belongs to; that would keep the graph, and be kept by it.
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
