@@ -74,15 +74,15 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """Updates the parameters in place from the flat gradient."""
         self.step_count += 1
-        data, before = self.flat.data, self.flat.data.clone()
-        weights = self._buffers["master"] if self.rounding == "master" else data.float()
+        data = self.flat.data
+        # A copy: where nothing is rounded, the update would else be made in the parameters themselves.
+        weights = self._buffers["master"] if self.rounding == "master" else data.to(torch.float32, copy=True)
         self._update(weights, learning_rate)
-        if self.rounding == "stochastic":
-            data.copy_(stochastic_round(weights, self.generator))
-        else:
-            data.copy_(weights)
+        new = stochastic_round(weights, self.generator) if self.rounding == "stochastic" else weights.to(data.dtype)
         with_grad = self.flat.grad != 0
-        self.zero_update_share.copy_(((data == before) & with_grad).sum() / with_grad.sum().clamp(min=1))
+        num_kept = torch.count_nonzero(with_grad & (new == data))
+        self.zero_update_share.copy_(num_kept / torch.count_nonzero(with_grad).clamp(min=1))
+        data.copy_(new)
 
     @property
     def zero_update_share(self) -> torch.Tensor:

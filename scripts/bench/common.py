@@ -90,12 +90,13 @@ def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list
 def build_qlora(base: str, rank: int, alpha: float, recompute: str, seed: int = 0) -> tuple[Any, Any]:
     """Our base with our adapters, in training mode, and its tokenizer."""
     from qlora.lora import add_lora, lora_layers
-    from qlora.model import apply_recompute, load_base, rebuild_activations
+    from qlora.model import apply_recompute, load_base, rebuild_activations, use_document_attention
 
     model, tokenizer = load_base(base)
     add_lora(model, rank=rank, alpha=alpha)
     for name, layer in lora_layers(model):
         layer.lora_A.data.copy_(first_values(name, layer.lora_A.shape, seed))
+    use_document_attention(model)
     rebuild_activations(model)
     apply_recompute(model, recompute)
     return model.train(), tokenizer
@@ -175,12 +176,16 @@ def peft_loss(model: Any, batch: Any) -> Any:
 
 
 def recompute_levels() -> list[str]:
-    """The levels that a config may name; `auto` is one of the others."""
+    """The levels that a config may name and a model on this machine's device can have."""
     from typing import get_args
+
+    import torch
 
     from qlora.config import ModelSection
 
-    return [level for level in get_args(ModelSection.model_fields["recompute"].annotation) if level != "auto"]
+    named = get_args(ModelSection.model_fields["recompute"].annotation)
+    lacking = ("auto",) if torch.cuda.is_available() else ("auto", "offload", "offload+tiled")
+    return [level for level in named if level not in lacking]
 
 
 def installed(*packages: str) -> bool:

@@ -175,7 +175,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        name, work = func.overloadpacket.__name__, self.work
+        name, work = func.overloadpacket.__name__.rstrip("_"), self.work  # in place or not
         work.flops += _flops(func, name, args, kwargs, result)
         if name == "dequantize_4bit":
             work.dequantized += 1
@@ -204,7 +204,7 @@ class _Operations(TorchDispatchMode):
             # Its number of rows is only known once the mask is; a long index is not waited for.
             masks = sum(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
             self.work.syncs.update({"boolean mask": masks} if masks else {})
-        elif self.device_type != "cpu" and name in ("_to_copy", "copy_") and _tensors(result)[0].device.type == "cpu":
+        elif self.device_type != "cpu" and name in ("_to_copy", "copy") and _tensors(result)[0].device.type == "cpu":
             self.work.syncs["copy to the host"] += 1
 
 
@@ -238,7 +238,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     if name == "gemm_4bit":
         rows, out = result.numel() // result.shape[-1], result.shape[-1]
         return 2 * rows * out * args[0].shape[-1]
-    formula = flop_registry.get(func.overloadpacket)
+    formula = flop_registry.get(getattr(torch.ops.aten, name, None))
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
 

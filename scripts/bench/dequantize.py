@@ -33,7 +33,7 @@ TITLE = """# Dequantization as a share of a copy
 blocks of 64. A time is a CUDA graph's, of as many weights in turn as no cache holds, so launches on the host are not in
 it; the median of ten. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
 two buffers on the same device, of which both the bytes read and those written count. The factors of the LoRA term are
-not counted. With the term, bitsandbytes' weight is rounded twice, once before the addition; the fused kernel's once.
+not counted.
 """
 
 
