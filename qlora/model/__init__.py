@@ -9,6 +9,7 @@ from qlora.model.loss import check_isolation, check_loss, supervised_loss
 from qlora.model.rebuild import rebuild_activations
 from qlora.model.recompute import apply_recompute, recompute_levels
 from qlora.model.restore import adapt, base_from_section, datasets_from_section, load_model, load_run
+from qlora.model.weight_cache import hold_weights
 
 __all__ = [
     "Evaluation",
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "frozen_checksum",
     "generate",
+    "hold_weights",
     "load_base",
     "load_model",
     "load_tokenizer",

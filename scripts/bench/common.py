@@ -87,10 +87,12 @@ def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list
     return drawn.long().tolist()
 
 
-def build_qlora(base: str, rank: int, alpha: float, recompute: str, seed: int = 0) -> tuple[Any, Any]:
-    """Our base with our adapters, in training mode, and its tokenizer."""
+def build_qlora(
+    base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False
+) -> tuple[Any, Any]:
+    """Our base with our adapters, in training mode, and its tokenizer; `holds` keeps its dequantized weights."""
     from qlora.lora import add_lora, lora_layers
-    from qlora.model import apply_recompute, load_base, rebuild_activations, use_document_attention
+    from qlora.model import apply_recompute, hold_weights, load_base, rebuild_activations, use_document_attention
 
     model, tokenizer = load_base(base)
     add_lora(model, rank=rank, alpha=alpha)
@@ -99,6 +101,8 @@ def build_qlora(base: str, rank: int, alpha: float, recompute: str, seed: int = 
     use_document_attention(model)
     rebuild_activations(model)
     apply_recompute(model, recompute)
+    if holds:
+        hold_weights(model, math.inf)
     return model.train(), tokenizer
 
 

@@ -51,6 +51,8 @@ PEERS = {
 }
 # Beside `none` and `full` with autocast, which is how transformers' trainer runs with bf16=True.
 OTHER_SETTINGS = {"peft": ("none", "full"), "peft-liger": (), "unsloth": ("unsloth+autocast",), "trl": ()}
+# Ours with the dequantized weights kept, as `auto` does where memory is free.
+HELD = "+held"
 COMPARED = 20
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
 TITLE = """# Training steps beside other trainers
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=PEERS, default="peft")
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="saved with the random model")
-    parser.add_argument("--recompute", nargs="+", choices=recompute_levels(), default=["none", "full"])
+    parser.add_argument("--recompute", nargs="+", choices=settings(), default=[f"none{HELD}", "none", "full"])
     parser.add_argument("--equal-only", action="store_true", help="leave out the other settings of each")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
@@ -104,10 +106,11 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     """Runs both sides at all settings."""
     peer = arguments.peer
     if has_peer := installed(*PEERS[peer]):
-        pairs = [(level, f"{level}+autocast" if level in ("none", "full") else None) for level in arguments.recompute]
+        both = {level: f"{level.removesuffix(HELD)}+autocast" for level in (f"none{HELD}", "none", "full")}
+        pairs = [(level, both.get(level)) for level in arguments.recompute]
     else:
         pairs = [(level, None) for level in arguments.recompute]
-    others = [] if arguments.equal_only else [level for level in recompute_levels() if level not in arguments.recompute]
+    others = [] if arguments.equal_only else [level for level in settings() if level not in arguments.recompute]
     peer_others = OTHER_SETTINGS[peer] if has_peer and not arguments.equal_only else ()
 
     def run(side: str, setting: str) -> dict[str, Any]:
@@ -162,6 +165,11 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     if not has_peer:
         lines += ["", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows; they are left out."]
     return lines
+
+
+def settings() -> list[str]:
+    """Ours: the levels of recomputation, and the cheapest with weights that are kept."""
+    return [f"none{HELD}", *recompute_levels()]
 
 
 def compare(results: dict[str, list[dict[str, Any]]], tolerance: float) -> tuple[str, bool]:
@@ -337,7 +345,8 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     from qlora.optim import FlatAdamW, FlatParameters
     from qlora.training.loop import Progress, run_loop
 
-    model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, arguments.setting)
+    level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
+    model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
     examples, plan = make_examples(arguments, model.config.vocab_size)
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)

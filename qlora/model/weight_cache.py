@@ -1,0 +1,25 @@
+"""Dequantized weights that are kept where memory is free."""
+
+from torch import nn
+
+from qlora.nf4 import NF4Linear
+
+
+def hold_weights(model: nn.Module, num_bytes: float) -> int:
+    """Keeps the dequantized weights of as many linear layers as fit, in the model's order; the results are the same.
+
+    Args:
+        model: With `NF4Linear`s.
+        num_bytes: That may be taken.
+
+    Returns:
+        The number of weights that are kept.
+    """
+    num_held = 0
+    for linear in (module for module in model.modules() if isinstance(module, NF4Linear)):
+        num_bytes -= linear.in_features * linear.out_features * model.dtype.itemsize
+        if num_bytes < 0:
+            break
+        linear.hold(model.dtype)
+        num_held += 1
+    return num_held

@@ -1,0 +1,106 @@
+"""What an optimizer step does, counted: a lost saving or one more wait of the host fails here, on any machine."""
+
+import math
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import Gemma2Config, LlamaConfig, Qwen3Config
+
+from qlora.data import BatchPlan, make_example
+from qlora.lora import add_lora
+from qlora.model import (
+    apply_recompute,
+    hold_weights,
+    load_base,
+    rebuild_activations,
+    recompute_levels,
+    use_document_attention,
+)
+from qlora.optim import FlatAdamW, FlatParameters
+from qlora.training.loop import Progress, run_loop
+from tests.tiny import make_base
+
+counts = SimpleNamespace(**run_path(str(Path(__file__).parents[2] / "scripts" / "bench" / "counts.py")))
+
+LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
+
+
+@pytest.fixture
+def step(tmp_path, seed, generator):
+    """A model, and a function that counts the work of its second optimizer step; the first one checks gradients."""
+
+    def build(config_class, optimizer="paged_adamw_8bit", capacity=None):
+        base = make_base(tmp_path / "base", seed, config_class, num_hidden_layers=LAYERS)
+        model, _ = load_base(str(base), compute_dtype="bfloat16")
+        add_lora(model, rank=4)
+        use_document_attention(model)
+        rebuild_activations(model)
+        lengths = [LENGTH] * 8 if capacity is None else torch.randint(8, LENGTH, (24,), generator=generator).tolist()
+        ids = [torch.randint(256, (length,), generator=generator).numpy() for length in lengths]
+        examples = [make_example(one, [True] * len(one)) for one in ids]
+
+        def count():
+            flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            plan = BatchPlan(np.array(lengths), 1, MICRO_BATCHES, capacity)
+            done = [counts.Work()]
+            with counts.Watch() as work:
+
+                def after_step(report):
+                    assert math.isfinite(report.loss)
+                    done.append(counts.Work(syncs=work.syncs.copy(), dequantized=work.dequantized))
+                    return True
+
+                run_loop(
+                    model.train(), FlatAdamW(flat, optimizer), examples, plan, Accelerator(), Progress(), 2,
+                    lambda _: 1e-4, 1.0, after_step,
+                )  # fmt: skip
+            return done[2].syncs - done[1].syncs, done[2].dequantized - done[1].dequantized
+
+        return model, count
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("capacity", "optimizer"), [(None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")], ids=["apart", "packed"]
+)
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
+def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
+    model, count = step(config_class, optimizer, capacity)
+    for level in recompute_levels(model):
+        apply_recompute(model, level)
+        syncs, _ = count()
+        if config_class is Gemma2Config:  # its attention is transformers', whose mask is made from the positions
+            syncs.pop("_local_scalar_dense", None)
+        assert syncs == {"tolist": 1}, level
+
+
+def test_weights_are_dequantized_no_more_often_than_their_products_need(step):
+    model, count = step(LlamaConfig)
+    # The first layer's q, k and v get no gradient of their input. What is recomputed is kept for the backward.
+    once = LAYERS * 7 + LAYERS * 7 - 3
+    wanted = {"none": once, "mlp": once, "attention": once + 3, "full": once + 3}
+    for level in recompute_levels(model):
+        apply_recompute(model, level)
+        assert count()[1] == MICRO_BATCHES * wanted[level], level
+    num_weights, num_bytes = LAYERS * 7, sum(
+        2 * module.in_features * module.out_features for module in model.modules() if hasattr(module, "quant_state")
+    )  # fmt: skip
+    assert hold_weights(model, num_bytes) == num_weights
+    assert count()[1] == 0
+
+
+def test_as_many_weights_are_held_as_fit(step):
+    model, count = step(LlamaConfig)
+    apply_recompute(model, "none")
+    _, all_dequantized = count()
+    first = next(module for module in model.modules() if hasattr(module, "quant_state"))
+    num_bytes = 2 * first.in_features * first.out_features
+    assert hold_weights(model, num_bytes - 1) == 0
+    assert hold_weights(model, num_bytes) == 1
+    assert count()[1] == all_dequantized - MICRO_BATCHES  # the first layer's q, which has a forward alone
