@@ -8,6 +8,7 @@ import typer
 
 from qlora.cli.chat import chat
 from qlora.cli.doctor import doctor
+from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
 from qlora.cli.init import init
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("init")(init)
 app.command("preview")(preview)
+app.command("estimate")(estimate)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -18,13 +18,14 @@ def _check_size(value: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB` or `500MB` (powers of ten).
+    """Bytes of a size such as `5GB` or `500MB` (powers of ten) or `24GiB` (of two).
 
     Raises:
         ValueError: It has another form.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
     if not size:
         raise ValueError("should be a size such as 5GB or 500MB")
     return size
@@ -81,6 +82,7 @@ class ModelSection(Section):
     double_quant: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    weight_cache: Literal["auto", "none"] = "auto"
     recompute: Literal["auto", "none", "mlp", "attention", "full", "offload", "offload+tiled"] = "auto"
 
 

@@ -164,6 +164,11 @@ class BatchPlan:
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [[index for row in batch for index in self.rows[row]] for batch in batches[self.rank :: self.world_size]]
 
+    def largest_micro_batch(self) -> list[int]:
+        """Indices of a micro-batch as large as any step's: its longest rows."""
+        longest = np.argsort(-self.rows.num_tokens(self.lengths), kind="stable")[: self.micro_batch_size]
+        return [index for row in longest for index in self.rows[row]]
+
     def _rows(self, step: int) -> list[int]:
         """Rows of a step, the longest first."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -24,6 +24,10 @@ class Rows(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def num_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """(rows,), of each, given those of every document."""
+        return np.add.reduceat(lengths[self._documents], self._starts[:-1])
+
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[index] for index in range(*row.indices(len(self)))]

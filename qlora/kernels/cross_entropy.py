@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 # Logits held at a time, in elements: on a GPU 64 MiB in fp32, and rows enough to fill it at any vocabulary; on a CPU
 # what stays in its caches from pass to pass (docs/benchmarks/loss.md).
-CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 22
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
 
 
 def default_chunk(device: torch.device) -> int:
@@ -100,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
                 if slope is not None:
                     grad_logits.mul_(slope)
+                    del slope  # or the next chunk's is made while it is there
                 if logit_scale != 1.0:
                     grad_logits.mul_(logit_scale)
                 if row_weights is not None:

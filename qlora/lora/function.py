@@ -35,7 +35,8 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
 
 def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """The scaled mask of inverted dropout, like `x`; the same for the same seed, so it need not be saved."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+    device = "cpu" if x.is_meta else x.device  # no numbers are drawn where there are none
+    generator = torch.Generator(device=device).manual_seed(seed)
     return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 

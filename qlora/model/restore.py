@@ -14,7 +14,7 @@ from qlora.model.base import load_base
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
     """Loads the base that a config asks for."""
-    return load_base(device=device, **section.model_dump(exclude={"recompute"}))
+    return load_base(device=device, **section.model_dump(exclude={"recompute", "weight_cache"}))
 
 
 def adapt(model: Any, section: LoraSection, seed: int) -> list[str]:

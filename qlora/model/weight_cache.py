@@ -1,11 +1,11 @@
 """Dequantized weights that are kept where memory is free."""
 
-from torch import nn
+from typing import Any
 
 from qlora.nf4 import NF4Linear
 
 
-def hold_weights(model: nn.Module, num_bytes: float) -> int:
+def hold_weights(model: Any, num_bytes: float) -> int:
     """Keeps the dequantized weights of as many linear layers as fit, in the model's order; the results are the same.
 
     Args:

@@ -80,16 +80,19 @@ class NF4Linear(nn.Module):
         Returns:
             (out_features, in_features).
         """
-        shape, device = self.quant_state.shape, self.weight.device
-        out = None if lasting else scratch(shape, dtype, device)
-        if self._held is not None and self._held.dtype == dtype:
-            if update is None:
-                return self._held
-            if not self.weight.is_cuda:  # There the fused kernel reads fewer bytes of codes than of a held weight.
-                lora_A, lora_B, scaling = update
-                return torch.addmm(self._held, lora_B, lora_A, alpha=scaling, out=out)
+        on_cpu, held = not self.weight.is_cuda, self._held
+        if held is not None and held.dtype != dtype:
+            held = None
+        if held is not None and update is None:
+            return held
         # bitsandbytes gives a new tensor on CPUs, whatever `out` is.
-        return dequantize(self.weight, self.quant_state, dtype, out if self.weight.is_cuda else None, update)
+        is_new = lasting or (on_cpu and held is None)
+        out = None if is_new else scratch(self.quant_state.shape, dtype, self.weight.device)
+        if held is not None and update is not None and on_cpu:
+            lora_A, lora_B, scaling = update
+            return torch.addmm(held, lora_B, lora_A, alpha=scaling, out=out)
+        # On a GPU the fused kernel reads fewer bytes of codes than of a held weight.
+        return dequantize(self.weight, self.quant_state, dtype, out, update)
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keeps the dequantized weight from now on, for products in `dtype`: 2 bytes per parameter in 16 bits."""

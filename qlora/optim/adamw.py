@@ -7,6 +7,8 @@ import torch
 from qlora.optim.flat import ALIGNMENT, FlatParameters
 from qlora.optim.rounding import stochastic_round
 
+# Parameters rounded at a time, which takes 15 bytes of each for a moment.
+BLOCK = 1 << 22
 # name -> (bits of state, paged)
 OPTIMIZERS = {
     "paged_adamw_8bit": (8, True),
@@ -74,15 +76,23 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """Updates the parameters in place from the flat gradient."""
         self.step_count += 1
-        data = self.flat.data
         # A copy: where nothing is rounded, the update would else be made in the parameters themselves.
-        weights = self._buffers["master"] if self.rounding == "master" else data.to(torch.float32, copy=True)
+        is_master = self.rounding == "master"
+        weights = self._buffers["master"] if is_master else self.flat.data.to(torch.float32, copy=True)
         self._update(weights, learning_rate)
-        new = stochastic_round(weights, self.generator) if self.rounding == "stochastic" else weights.to(data.dtype)
-        with_grad = self.flat.grad != 0
+        counts = torch.zeros(2, dtype=torch.long, device=weights.device)
+        for start in range(0, weights.numel(), BLOCK):
+            counts += self._take_over(weights, slice(start, start + BLOCK))
+        self.zero_update_share.copy_(counts[0] / counts[1].clamp(min=1))
+
+    def _take_over(self, weights: torch.Tensor, block: slice) -> torch.Tensor:
+        """Rounds new values into some of the parameters; how many with a gradient stayed, and how many have one."""
+        data, values = self.flat.data[block], weights[block]
+        new = stochastic_round(values, self.generator) if self.rounding == "stochastic" else values.to(data.dtype)
+        with_grad = self.flat.grad[block] != 0
         num_kept = torch.count_nonzero(with_grad & (new == data))
-        self.zero_update_share.copy_(num_kept / torch.count_nonzero(with_grad).clamp(min=1))
         data.copy_(new)
+        return torch.stack([num_kept, torch.count_nonzero(with_grad)])
 
     @property
     def zero_update_share(self) -> torch.Tensor:

@@ -14,7 +14,6 @@ from qlora.errors import ConfigError, DataError, QLoRAError
 from qlora.model import (
     Inventory,
     adapt,
-    apply_recompute,
     base_from_section,
     check_isolation,
     check_loss,
@@ -27,6 +26,7 @@ from qlora.model import (
 )
 from qlora.nf4 import dequantize_path
 from qlora.optim import FlatAdamW, FlatParameters
+from qlora.training.fit import fit_memory
 from qlora.training.metrics import check_trackers
 from qlora.training.objective import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
@@ -61,8 +61,9 @@ class RunPlan:
         return (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
             f"{inventory.num_trained:,} for {self.total_steps} steps on {in_use['device']} in "
-            f"{in_use['compute_dtype']}, recompute {in_use['recompute']}, {in_use['optimizer']}, "
-            f"state {'' if in_use['optimizer_state_paged'] else 'not '}paged"
+            f"{in_use['compute_dtype']}, {in_use['optimizer']}, "
+            f"state {'' if in_use['optimizer_state_paged'] else 'not '}paged; recompute {in_use['recompute']} "
+            f"({in_use['recompute_why']}), {in_use['weights_kept']} dequantized weights kept"
         )
 
 
@@ -109,7 +110,6 @@ def assemble(config: RunConfig) -> Assembly:
     if config.data.packing:
         check_isolation(model, example, other)
     activations = rebuild_activations(model)
-    recompute = apply_recompute(model, model_section.recompute)
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     optimizer = FlatAdamW(
@@ -121,6 +121,8 @@ def assemble(config: RunConfig) -> Assembly:
         config.data.max_seq_len if config.data.packing else None, section.seed,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
+    largest = [datasets.train[index] for index in batches.largest_micro_batch()]
+    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(accelerator.device))
     in_use = {
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
@@ -128,7 +130,10 @@ def assemble(config: RunConfig) -> Assembly:
         "attention": attention,
         "activations": activations,
         "dequantize": dequantize_path(accelerator.device) if model_section.quantization == "nf4" else None,
-        "recompute": recompute,
+        "recompute": fit.level,
+        "recompute_why": fit.why,
+        "weights_kept": fit.num_held,
+        "memory": {"available": fit.available, "estimated": fit.estimated, "measured": fit.measured},
         "optimizer": section.optimizer,
         "optimizer_state_paged": optimizer.is_paged,
         "rounding": optimizer.rounding,

@@ -431,13 +431,15 @@ def test_a_config_can_not_be_changed(write):
         (" 2 TB ", 2 * 10**12),
         ("3G", 3 * 10**9),
         ("12B", 12),
+        ("24GiB", 24 * 2**30),
+        ("1.5kib", 1536),
     ],
 )
-def test_a_size_is_read_in_powers_of_ten(text, num_bytes):
+def test_a_size_is_read_in_powers_of_ten_or_with_an_i_of_two(text, num_bytes):
     assert parse_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 5GB", "5GiB", "-1MB", "0", "0.0KB", "5PB", "five"])
+@pytest.mark.parametrize("text", ["", "GB", "5 5GB", "5Gi5B", "-1MB", "0", "0.0KB", "5PB", "five"])
 def test_a_size_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="5GB"):
         parse_size(text)

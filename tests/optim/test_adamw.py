@@ -194,6 +194,20 @@ def test_the_share_of_lost_updates_is_told(rounding, generator):
         assert share == pytest.approx(600 / 900, abs=1e-6)
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_rounding_in_blocks_changes_nothing(rounding, generator, monkeypatch):
+    values = torch.randn(3000, generator=generator).bfloat16()
+    grads = random_grads(generator, 3, values.shape)
+    results = []
+    for block in (1 << 22, 700):
+        monkeypatch.setattr("qlora.optim.adamw.BLOCK", block)
+        parameter, flat = make_flat(values.clone())
+        share = run(parameter, FlatAdamW(flat, "adamw_32bit", rounding=rounding), grads)
+        results.append((parameter.detach().clone(), share))
+    assert not torch.equal(results[0][0], values)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize(("learning_rate", "share"), [(0.0, 1.0), (1e-2, 0.0)])
 def test_fp32_parameters_lose_no_update_but_one_of_zero(learning_rate, share, generator):
     parameter, flat = make_flat(torch.randn(300, generator=generator))

@@ -106,7 +106,7 @@ def test_run_json_tells_where_the_run_came_from(finished, tiny_base):
     assert values["continued_from"] is None
     assert values["in_use"]["optimizer"] == "paged_adamw_8bit"
     assert values["in_use"]["rounding"] == "stochastic"
-    assert values["in_use"]["recompute"] == "full"
+    assert values["in_use"]["recompute"] == "none"
     packing = load_config(finished[1] / "config.yaml").data.packing
     fill = values["in_use"]["packing_fill"]
     assert 0.5 < fill <= 1 if packing else fill is None

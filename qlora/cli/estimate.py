@@ -1,0 +1,145 @@
+"""`qlora estimate`: the memory of a run by kind and level, and what fits, without loading a model."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from qlora.cli.options import AsJson, Overrides
+from qlora.cli.report import show_report
+
+BAR_WIDTH, TABLE_WIDTH = 60, 124
+STYLES = {
+    "weights": "blue", "adapters": "cyan", "optimizer": "magenta", "activations": "green", "loss": "yellow",
+    "buffers": "red", "context": "white",
+}  # fmt: skip
+FREE = "·"
+
+
+def estimate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For a GPU with so much free, as 24GB or 24GiB; else what is here."),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and measure a step, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run will hold, by kind and level of recomputation, and what fits; no model is loaded.
+
+    The base's config.json is enough. Exit code 1 if the run does not fit.
+    """
+    if probe and gpu is not None:
+        raise typer.BadParameter("--probe measures what is here; leave --gpu out.")
+    size = None if gpu is None else _parse_size(gpu)
+
+    from qlora.config import load_config
+
+    settings = load_config(config, overrides or ())
+    with _without_collecting():
+        from qlora.model.estimate import available_bytes, estimate
+        from qlora.model.estimate import report as report_of
+
+        result = estimate(settings, "auto" if size is None else "cuda")
+    free = available_bytes(result.device) if size is None else size
+    report = report_of(result, free, settings.model.recompute)
+    if probe:
+        from qlora.model.probe import measure_step, prepare
+
+        level = report["level"] or result.levels[-1]
+        expected = report["levels"][level]["total"] - report["levels"][level]["bytes"]["context"]
+        measured = measure_step(prepare(settings, result.device), settings, level)
+        report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
+    if as_json:
+        show_report(report, as_json)
+    else:
+        _show(report, settings.model.base)
+    if report["level"] is None:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Keeps Python from looking for garbage in all that is imported, which takes longer than the estimate does."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what there is now stays until the end, and is not looked through then
+        gc.enable()
+
+
+def _parse_size(text: str) -> int:
+    from qlora.config.sections import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--gpu {text}: {error}") from None
+
+
+def _show(report: dict[str, Any], base: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    coloured = console.is_terminal and not console.no_color
+    levels, free = report["levels"], report["free_bytes"]
+    largest = max(level["total"] for level in levels.values())
+    unit, scale = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    console.print(
+        Text(
+            f"{base} on {report['device']} in {report['compute_dtype']}: {report['micro_batch_size']} × "
+            f"{report['max_seq_len']} tokens, {free / scale:.2f} {unit} free; all in {unit}"
+        )
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ["recompute", *STYLES, "total", "rows that fit", "longest row"]:
+        table.add_column(title, justify="left" if title == "recompute" else "right", no_wrap=True)
+    for name, level in levels.items():
+        cells = [f"{number / scale:.2f}" for number in [*level["bytes"].values(), level["total"]]]
+        cells += [str(level["largest_micro_batch"]), str(level["longest_context"])]
+        style = "bold" if name == report["level"] else "" if level["fits"] else "dim"
+        table.add_row(name, *cells, style=style)
+    # As wide as it is, where nothing is known of a screen's width, too.
+    Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)
+    shown = report["level"] or list(levels)[-1]
+    console.print(_bar(levels[shown]["bytes"], free, coloured))
+    console.print(Text(report["why"], style="" if report["level"] else "bold red"))
+    if not levels[shown]["bytes"]["activations"]:
+        console.print(Text("fullest in the optimizer's step, when there are no activations"))
+    if levels[shown]["bytes"]["context"]:
+        console.print(Text(f"context: {levels[shown]['bytes']['context'] / scale:.2f} {unit} for CUDA itself, assumed"))
+    if "probe" in report:
+        measured = report["probe"]
+        console.print(
+            Text(
+                f"measured at {measured['level']}: {measured['measured'] / scale:.2f} {unit}, estimated "
+                f"{measured['estimated'] / scale:.2f} ({measured['ratio']:.1%}), both without context"
+            )
+        )
+
+
+def _bar(bytes_by_kind: dict[str, int], free: int, coloured: bool) -> Any:
+    """What is held by kind, and what is left of what is free; by letters where there are no colours."""
+    from rich.text import Text
+
+    text, key = Text(), Text("\n")
+    whole = max(free, sum(bytes_by_kind.values()))
+    so_far = drawn = 0
+    for kind, number in bytes_by_kind.items():
+        so_far += number
+        cells = round(so_far / whole * BAR_WIDTH) - drawn
+        drawn += cells
+        letter = "█" if coloured else "X" if kind == "activations" else kind[0].upper()
+        text.append(letter * cells, style=STYLES[kind] if coloured else "")
+        if number:
+            key.append(f"{letter} {kind}  ", style=STYLES[kind] if coloured else "")
+    text.append(FREE * (BAR_WIDTH - drawn))
+    over = sum(bytes_by_kind.values()) - free
+    key.append(f"{FREE} free" if over <= 0 else f"{over / 2**30:.2f} GiB too much")
+    return text.append_text(key)

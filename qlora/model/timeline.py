@@ -1,0 +1,222 @@
+"""What a step holds at every moment, as polynomials in its tokens: the step itself, run on the meta device."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HEAD = -1
+
+
+class Bytes(NamedTuple):
+    """Bytes as a polynomial: constant + linear · tokens + quadratic · tokens · (tokens of a row)."""
+
+    constant: float = 0.0
+    linear: float = 0.0
+    quadratic: float = 0.0
+
+    def plus(self, other: "Bytes", times: float = 1) -> "Bytes":
+        """The sum with so many times another."""
+        return Bytes(*(one + times * another for one, another in zip(self, other, strict=True)))
+
+    def at(self, tokens: int, row: int) -> float:
+        """Bytes of so many tokens in rows of so many."""
+        return self.constant + self.linear * tokens + self.quadratic * tokens * row
+
+
+class Held(NamedTuple):
+    """Bytes by kind.
+
+    Attributes:
+        activations: Of the layers, kept or in use, with their gradients.
+        loss: Of the head and the loss.
+        buffers: Of any size that does not depend on the tokens: dequantized weights.
+    """
+
+    activations: Bytes = Bytes()
+    loss: Bytes = Bytes()
+    buffers: Bytes = Bytes()
+
+    def plus(self, other: "Held", times: float = 1) -> "Held":
+        """The sum with so many times another."""
+        return Held(*(one.plus(another, times) for one, another in zip(self, other, strict=True)))
+
+    @property
+    def total(self) -> Bytes:
+        """Of all kinds."""
+        return self.activations.plus(self.loss).plus(self.buffers)
+
+
+class Moment(NamedTuple):
+    """What is held after an operation.
+
+    Attributes:
+        place: Index of the layer that is computed, forward or backward; `HEAD` behind the last.
+        held: By then.
+    """
+
+    place: int
+    held: Held
+
+
+class Timeline(TorchDispatchMode):
+    """Records the bytes of all storages that are made while it is entered, until they are freed.
+
+    Sizes are told apart by what they are multiples of, so that one run tells of any number of tokens. Who asks for
+    values gets zeros, and yes: two functions are no distance apart, and a row is one document.
+
+    Args:
+        tokens: Of the step that is run, in one row; a prime that divides no other size.
+        known: Tensors that were there before.
+
+    Attributes:
+        place: Given to moments.
+    """
+
+    def __init__(self, tokens: int, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.place = 0
+        self._tokens = tokens
+        # By place in Held and by power of the tokens; plain numbers, as there are thousands of changes.
+        self._bytes = [0] * len(Held._fields) * len(Bytes._fields)
+        self._moments: dict[tuple[int, ...], None] = {}
+        self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
+
+    @property
+    def held(self) -> Held:
+        """What is held now."""
+        return _as_held(self._bytes)
+
+    def moments(self) -> list[Moment]:
+        """Those behind the operations that made a storage."""
+        return [Moment(place, _as_held(numbers)) for place, *numbers in self._moments]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        shortcut = _shortcut(func)
+        result = NotImplemented if shortcut is None else shortcut(args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        leaves = result if isinstance(result, tuple | list) else (result,)
+        added = [self._is_new(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(added):
+            self._moments[self.place, *self._bytes] = None
+        return result
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return False
+        number, size = self._sort(storage.nbytes())
+
+        def free(_reference: Any) -> None:
+            del self._alive[key]
+            self._bytes[number] -= size
+
+        self._alive[key] = weakref.ref(storage, free)
+        self._bytes[number] += size
+        return True
+
+    def _sort(self, size: int) -> tuple[int, int]:
+        """Which of the numbers a storage belongs to, and what it adds."""
+        power = 0
+        while power < 2 and size and size % self._tokens == 0:
+            size, power = size // self._tokens, power + 1
+        kind = "loss" if self.place == HEAD else "activations" if power else "buffers"
+        return Held._fields.index(kind) * len(Bytes._fields) + power, size
+
+
+def _as_held(numbers: Sequence[int]) -> Held:
+    powers = len(Bytes._fields)
+    return Held(*(Bytes(*numbers[start : start + powers]) for start in range(0, len(numbers), powers)))
+
+
+Shortcut = Callable[[Any, Any], Any]
+
+
+@cache
+def _shortcut(func: Any) -> Shortcut | None:
+    """What gives the result of an operation on meta tensors where torch's own way is slow or there is none."""
+    if func in ANSWERS:
+        return ANSWERS[func]
+    mutated = [each.name for each in func._schema.arguments if each.is_write]
+    if len(mutated) == 1 and len(func._schema.returns) == 1:
+        name = mutated[0]
+        return partial(_written, name)
+    if torch.Tag.pointwise in func.tags and not mutated and len(func._schema.returns) == 1:
+        is_bool = func._schema.name.removeprefix("aten::") in COMPARISONS
+        return partial(_like_inputs, is_bool)
+    return None
+
+
+def _written(name: str, args: Any, kwargs: Any) -> Any:
+    """The tensor that an operation writes into, without doing it."""
+    tensor = kwargs[name] if name in kwargs else args[0]
+    return tensor if tensor.is_meta else NotImplemented
+
+
+def _like_inputs(is_bool: bool, args: Any, kwargs: Any) -> Any:
+    """A tensor of the shape, strides and dtype of those that an operation takes element by element."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    largest = max(tensors, key=torch.Tensor.numel)
+    if not (largest.is_meta and largest.is_contiguous()):
+        return NotImplemented
+    for tensor in tensors:
+        same = tensor.shape == largest.shape and tensor.stride() == largest.stride()
+        if not tensor.is_floating_point() or not (same or tensor.numel() < largest.numel() == _joint_size(tensors)):
+            return NotImplemented
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor.dim()), largest.dtype)
+    return torch.empty_like(largest, dtype=torch.bool if is_bool else dtype)
+
+
+def _joint_size(tensors: Sequence[torch.Tensor]) -> int:
+    return torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel()
+
+
+def _equal(args: Any, _kwargs: Any) -> Any:
+    return True if args[0].is_meta else NotImplemented
+
+
+def _value(args: Any, _kwargs: Any) -> Any:
+    if not args[0].is_meta:
+        return NotImplemented
+    return True if args[0].dtype == torch.bool else 0.0
+
+
+def _copy(args: Any, kwargs: Any) -> Any:
+    tensor, device = args[0], kwargs.get("device")
+    if not tensor.is_meta or device is None or device.type == "meta":
+        return NotImplemented
+    return torch.zeros(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype, device=device)
+
+
+ANSWERS: dict[Any, Shortcut] = {
+    torch.ops.aten.equal.default: _equal,
+    torch.ops.aten._local_scalar_dense.default: _value,
+    torch.ops.aten._to_copy.default: _copy,
+}
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isinf", "isnan"}
+
+
+# Meta tensors have attention in parts alone, with all scores. With one kernel, as on every device, nothing but inputs,
+# output and logsumexp is kept.
+_meta = torch.library.Library("aten", "IMPL")
+
+
+@torch.library.impl(_meta, "scaled_dot_product_attention", "AutogradMeta")
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

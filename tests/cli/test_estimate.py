@@ -1,0 +1,73 @@
+"""`qlora estimate`: its report for people and programs, and its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli import run
+from tests.tiny import run_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+KINDS = ["weights", "adapters", "optimizer", "activations", "loss", "buffers", "context"]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_base):
+    return run_config(tiny_base, tmp_path / "none.jsonl", tmp_path / "run")
+
+
+def test_the_report_adds_up(config):
+    report = run("estimate", config, "--gpu", "24GB", "--json").json()
+    assert report["free_bytes"] == 24 * 10**9
+    assert report["level"] == "none"
+    for level in report["levels"].values():
+        assert list(level["bytes"]) == KINDS
+        assert sum(level["bytes"].values()) == level["total"]
+        assert level["fits"]
+        assert level["largest_micro_batch"] > 0 < level["longest_context"]
+
+
+def test_the_table_and_the_bar_show_it(config):
+    shown = run("estimate", config, "--gpu", "1GiB").out
+    for word in ["offload+tiled", *KINDS, "longest row", "W weights", "· free", "none takes"]:
+        assert word in shown
+
+
+def test_what_does_not_fit_is_told_and_fails(config):
+    result = run("estimate", config, "--gpu", "1MB")
+    assert result.code == 1
+    assert "too much" in result.out
+    assert "train.micro_batch_size" in result.out
+
+
+def test_a_level_that_is_asked_for_is_the_one_shown(config):
+    report = run("estimate", config, "model.recompute=full", "--gpu", "8GB", "--json").json()
+    assert report["level"] == "full"
+
+
+def test_a_probe_measures_what_was_reckoned(config):
+    # In a process of its own: what other models took for products is kept, and would be measured.
+    command = [sys.executable, "-m", "qlora", "estimate", str(config), "--probe", "--json"]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert report["probe"]["ratio"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("size", "problem"), [("lots", "should be a size"), ("-3GB", "should be a size")])
+def test_a_wrong_size_is_wrong_use(config, size, problem):
+    result = run("estimate", config, f"--gpu={size}")
+    assert result.code == 2
+    assert problem in " ".join(result.err.replace("│", "").split())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_is_estimated_for_its_gpu(path, tiny_base, realdata):
+    base = tiny_base if path.stem == "tiny" else realdata / "configs" / "executorch_llama3-8B-instruct"
+    report = run("estimate", path, f"model.base={base}", "model.recompute=auto", "--gpu", "96GB", "--json").json()
+    levels = report["levels"]
+    assert report["level"] == next(name for name, level in levels.items() if level["fits"])
+    totals = [level["total"] for level in levels.values()]
+    assert max(totals) == totals[0]
+    assert min(totals) == totals[-1]
