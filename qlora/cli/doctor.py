@@ -10,7 +10,9 @@ def doctor(as_json: AsJson = False) -> None:
     """Hardware, versions, what will be used and why."""
     import torch
 
+    from qlora.kernels import liger_version, why_not_liger
     from qlora.model import resolve_compute_dtype, resolve_device
+    from qlora.model.estimate import available_bytes
     from qlora.nf4 import dequantize, dequantize_path, quantize
     from qlora.training.record import describe_hardware, package_versions
 
@@ -24,7 +26,9 @@ def doctor(as_json: AsJson = False) -> None:
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
         "dequantize": dequantize_path(device),
         "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
-        "attention": "transformers' choice for the model; set model.attention to ask for another",
+        "attention": "by documents, where the architecture allows for it; set model.attention to ask for another",
+        "activations": f"plain torch: {why}" if (why := why_not_liger(device)) else f"liger-kernel {liger_version()}",
+        "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate tells what a config takes of it",
         "plots": _extra("matplotlib", "plot"),
     }
     report: dict[str, Any] = {

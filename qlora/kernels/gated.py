@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+# Elements that are activated at a time where their gradients are written over.
+BLOCK = 1 << 22
 # Each with the operation that writes its gradient, given that of its result, into `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
@@ -25,9 +27,12 @@ class GatedProduct:
 
     Attributes:
         activation: A key of `ACTIVATIONS`.
+        overwrites: Whether the gradient of the result may be written over, as nobody else needs it: a tensor as wide as
+            the MLP less, where a layer's memory is fullest.
     """
 
     activation: str
+    overwrites: bool = False
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """(…, features) and the same -> (…, features)."""
@@ -41,4 +46,9 @@ class GatedProduct:
         activate, activate_backward = ACTIVATIONS[self.activation]
         grad_gate = grad_output * up
         activate_backward(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate, activate(gate).mul_(grad_output)
+        if not (self.overwrites and grad_output.is_contiguous() and gate.is_contiguous()):
+            return grad_gate, activate(gate).mul_(grad_output)
+        for rows in range(0, gate.numel(), BLOCK):  # or the activation is another such tensor
+            block = slice(rows, rows + BLOCK)
+            grad_output.view(-1)[block].mul_(activate(gate.view(-1)[block]))
+        return grad_gate, grad_output

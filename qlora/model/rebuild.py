@@ -1,6 +1,7 @@
 """Norms and gated products of a model, built again in the backward pass instead of being kept for it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: Any, product: Function) -> None:
         super().__init__()
-        self._product = product
+        # The gradient of the product comes from down_proj alone, and goes nowhere else.
+        self._product = replace(product, overwrites=True) if isinstance(product, GatedProduct) else product
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             mlp.gate_proj,
             mlp.up_proj,

@@ -2,7 +2,7 @@
 
 A base with random weights is made, of a shape or of so many of its layers, as a step of all may take too long.
 
-    python scripts/bench/estimate.py --shape llama3-8b --layers 2 data.max_seq_len=256
+    python scripts/bench/estimate.py --shape llama3-8b --layers 2 --out docs/benchmarks/estimate.md data.max_seq_len=256
 """
 
 import argparse
@@ -10,7 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, SHAPES, heading, make_base
+from common import ROOT, SHAPES, append, heading, make_base
+
+TITLE = """# A run's memory, reckoned and measured
+
+`python scripts/bench/estimate.py --out docs/benchmarks/estimate.md`. What `qlora estimate` reckons from a config alone,
+and the most that all tensors of a real optimizer step took at once on this machine, by level of recomputation. What
+CUDA itself takes is left out on both sides.
+"""
 
 
 def main() -> None:
@@ -19,6 +26,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="limits")
     parser.add_argument("--layers", type=int, help="of the shape, as a step of all may take too long")
     parser.add_argument("--config", default=str(ROOT / "configs" / "llama3_8b_24gb.yaml"))
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     sizes = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
@@ -26,7 +34,10 @@ def main() -> None:
         make_base(Path(folder), sizes)
         lines = compare(arguments.config, [f"model.base={folder}", *arguments.overrides])
     title = f"memory reckoned and measured, {arguments.shape} with {sizes['num_hidden_layers']} layers"
-    print("\n".join([*heading(title, "torch", "transformers", "bitsandbytes"), *lines]))
+    lines = [*heading(title, "torch", "transformers", "bitsandbytes"), *lines]
+    print("\n".join(lines))
+    if arguments.out:
+        append(arguments.out, TITLE, lines)
 
 
 def compare(config: str, overrides: list[str]) -> list[str]:

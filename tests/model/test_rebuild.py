@@ -103,7 +103,7 @@ def test_what_norms_and_products_are_is_found_out(config_class, form, activation
     rebuild_activations(model)
     norms, products = chosen(model)
     assert {(norm.offset, norm.rounds_first) for norm in norms} == {form}
-    assert set(products) == {GatedProduct(activation)}
+    assert set(products) == {GatedProduct(activation, overwrites=True)}
 
 
 def test_what_is_none_that_is_known_runs_as_it_is(tmp_path, seed, generator):
