@@ -1,12 +1,22 @@
 """The main job on CUDA; what is special there, and the rest as on a CPU."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import qlora
-from qlora.lora import LoraLinear
+from qlora.data import collate, make_example
+from qlora.lora import LoraLinear, add_lora, lora_layers
+from qlora.model import (
+    apply_recompute,
+    load_base,
+    rebuild_activations,
+    recompute_levels,
+    supervised_loss,
+    use_document_attention,
+)
 from qlora.nf4 import NF4Linear, dequantize, quantize
 from tests.tiny import run_config
 
@@ -44,3 +54,46 @@ def test_a_run_learns_merges_and_verifies(tmp_path: Path, tiny_base: Path, alpac
     assert result.eval_losses[6] < result.eval_losses[0]
     qlora.merge(result.run_dir, tmp_path / "merged")
     assert qlora.verify(result.run_dir, tmp_path / "merged").matches
+
+
+@pytest.mark.parametrize("form", ["separate", "folded"])
+def test_every_level_of_recomputation_gives_the_same_gradients(tiny_base: Path, generator: torch.Generator, form: str):
+    model, _ = load_base(str(tiny_base), compute_dtype="bfloat16")
+    add_lora(model, rank=4, form=form)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.05)
+    use_document_attention(model)
+    rebuild_activations(model)
+    model.train()
+    ids = [torch.randint(256, (length,), generator=generator).numpy() for length in (40, 200, 90)]
+    batch = collate([make_example(one, [True] * len(one)) for one in ids], packed=True).to(model.device)
+    assert recompute_levels(model) == ["none", "mlp", "attention", "full", "offload", "offload+tiled"]
+    found = {}
+    for level in recompute_levels(model):
+        apply_recompute(model, level)
+        for _ in range(3):  # memory of the host and of the allocator is used again
+            model.zero_grad()
+            supervised_loss(model, batch).backward()
+        grads = [p.grad.float() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
+        found[level] = torch.cat([grad.flatten() for grad in grads])
+    for level, grad in found.items():
+        # Attention's backward may add up in any order there.
+        assert (grad - found["none"]).norm() <= 1e-2 * found["none"].norm(), level
+
+
+def test_the_largest_micro_batch_is_tried_before_the_first_step(tmp_path: Path, tiny_base: Path, alpaca_file: Path):
+    config = qlora.load_config(run_config(tiny_base, alpaca_file, tmp_path / "run"))
+    qlora.train(config)
+    in_use = json.loads((tmp_path / "run" / "run.json").read_text())["in_use"]
+    assert 0 < in_use["memory"]["measured"] < in_use["memory"]["available"]
+    assert in_use["memory"]["estimated"] == pytest.approx(in_use["memory"]["measured"], rel=0.5)
+
+
+@pytest.mark.parametrize("level", ["offload", "offload+tiled"])
+def test_a_run_with_its_layers_inputs_on_the_host_learns(
+    tmp_path: Path, tiny_base: Path, alpaca_file: Path, level: str
+):
+    result = qlora.train(
+        qlora.load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", model__recompute=level))
+    )
+    assert result.eval_losses[6] < result.eval_losses[0]
