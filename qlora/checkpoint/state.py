@@ -58,7 +58,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: FlatAdamW) -> dict[str
     try:
         optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(
+            f"{folder} was not saved by a run of this kind, or by another version of qlora: {error}. Continue it with "
+            "that version, or choose another train.output_dir."
+        ) from None
     return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
 
 

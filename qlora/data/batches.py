@@ -49,7 +49,9 @@ class Batch:
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                values[name] = value.to(device, non_blocking=True)
+                # From pinned memory, or the host may wait for the copy.
+                source = value.pin_memory() if device.type == "cuda" else value
+                values[name] = source.to(device, non_blocking=True)
         return Batch(**values)
 
 

@@ -17,10 +17,11 @@ class Recipe:
     Attributes:
         inputs: That the tensor is built from. Only there in the forward pass.
         source: What builds it.
+        version: Of the tensor: one that was changed in place since is not what the recipe gives.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
-        self.inputs, self.source = inputs, Source(function)
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], version: int) -> None:
+        self.inputs, self.source, self.version = inputs, Source(function), version
 
 
 class Source:
@@ -68,8 +69,14 @@ def rebuilt(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tor
         return function(*inputs)
     result = _Rebuilt.apply(function, *inputs)
     # With these gradients for whoever runs the recipe under autograd, as the loss does with the last norm.
-    result.recipe = Recipe(partial(_Rebuilt.apply, function), inputs)
+    result.recipe = Recipe(partial(_Rebuilt.apply, function), inputs, result._version)
     return result
+
+
+def recipe_of(tensor: torch.Tensor) -> Recipe | None:
+    """The recipe of a tensor, if it has one and is still what that gives."""
+    recipe: Recipe | None = getattr(tensor, "recipe", None)
+    return recipe if recipe is not None and recipe.version == tensor._version else None
 
 
 class _Rebuilt(torch.autograd.Function):

@@ -29,5 +29,6 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < size:
         buffers.pop(key, None)  # freed before the longer one is made
-        buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a buffer made in it could not be written outside of it
+            buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(shape)

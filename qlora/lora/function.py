@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Recipe, save_first, scratch
+from qlora.kernels import Recipe, recipe_of, save_first, scratch
 
 FORMS = ("separate", "folded")
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
@@ -67,11 +67,14 @@ def lora_linear(
     Returns:
         (..., out), in the dtype of `x`, in which all products are computed.
     """
-    form = choose_form(form, x.numel() // x.shape[-1], x.device, dropout)
-    recipe: Recipe | None = getattr(x, "recipe", None)
+    rows = x.reshape(-1, x.shape[-1])
+    form = choose_form(form, len(rows), x.device, dropout)
+    recipe = recipe_of(x)
     # First, so that a recomputation ends here where this product is the last of its region.
     saved = save_first(lora_A, lora_B, *((x,) if recipe is None else recipe.inputs))
-    return _LoraLinear.apply(x, lora_A, lora_B, saved, base, scaling, form, dropout, seed, recipe)
+    y = _LoraLinear.apply(rows, lora_A, lora_B, saved, base, scaling, form, dropout, seed, recipe)
+    # Outside of the function, as models that add to an output in place may not do so to a view made inside of one.
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class WeightsKept:
@@ -97,6 +100,11 @@ class WeightsKept:
         cls._weights[id(base)] = weight
 
     @classmethod
+    def clear(cls) -> None:
+        """Keeps nothing any longer, after a backward that was given up."""
+        cls._weights.clear()
+
+    @classmethod
     def take(cls, base: Any) -> torch.Tensor | None:
         """A base layer's weight, kept no longer."""
         return cls._weights.pop(id(base), None)
@@ -112,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        rows: torch.Tensor,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         saved: torch.Tensor,
@@ -125,26 +133,25 @@ class _LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.saved, ctx.source = saved.grad_fn, None if recipe is None else recipe.source.add_user()
         ctx.base, ctx.scaling, ctx.form, ctx.dropout, ctx.seed = base, scaling, form, dropout, seed
-        rows = x.reshape(-1, x.shape[-1])
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        bias = None if base.bias is None else base.bias.to(x.dtype)
+        dtype = rows.dtype
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
         keeps = WeightsKept.is_on() and ctx.needs_input_grad[0]
         WeightsKept.take(base)  # of a backward that was given up
-        weight = _weight(base, x.dtype, (A, B, scaling) if form == "folded" else None, lasting=keeps)
+        weight = _weight(base, dtype, (A, B, scaling) if form == "folded" else None, lasting=keeps)
         if keeps:
             WeightsKept.put(base, weight)
         y = F.linear(rows, weight, bias)
         if form == "separate":
             dropped = rows * dropout_mask(rows, dropout, seed) if dropout else rows
             y.addmm_(dropped @ A.T, B.T, alpha=scaling)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         lora_A, lora_B, *inputs = ctx.saved.saved_tensors
         x = inputs[0] if ctx.source is None else ctx.source.build(*inputs)
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
         rows = x.reshape(-1, x.shape[-1])
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
@@ -161,7 +168,6 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x.addcmul_(u @ A, mask)
             elif ctx.form == "separate":
                 grad_x.addmm_(u, A)
-            grad_x = grad_x.view_as(x)
         if ctx.needs_input_grad[1]:
             grad_A = u.T @ dropped
         if ctx.needs_input_grad[2]:

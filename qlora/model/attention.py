@@ -101,7 +101,7 @@ def document_attention(
         attention_mask = None
     if cu_seq_lens_q is None:
         if attention_mask is None and query.shape[2] == key.shape[2]:
-            return _attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
+            return _attend(query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -110,7 +110,7 @@ def document_attention(
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
     attended = [_attend(*document, scaling, sliding_window) for document in documents]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(

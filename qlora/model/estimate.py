@@ -1,5 +1,6 @@
 """What a run will hold on its device, whether it fits, and the level of recomputation that does."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ class Estimate:
     def total_bytes(self, level: str, tokens: int, row: int | None = None) -> int:
         """The sum of :meth:`bytes_by_kind`."""
         return sum(self.bytes_by_kind(level, tokens, row).values())
+
+    @property
+    def update_bytes(self) -> int:
+        """Of the optimizer's step, when there are no activations, with all that is there then."""
+        footprint, context = self.footprint, CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
+        return footprint.weights + footprint.adapters + footprint.optimizer + footprint.update + context
 
     def largest_micro_batch(self, level: str, free_bytes: int) -> int:
         """Rows of `max_seq_len` tokens that fit, safely; 0 if not one does."""
@@ -187,8 +194,22 @@ def available_bytes(device: torch.device, loaded_bytes: int = 0) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES  # asking has made the context
-    values = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return int(values["MemAvailable"].split()[0]) * 1024 + loaded_bytes
+    return _host_bytes() + loaded_bytes
+
+
+def _host_bytes() -> int:
+    """Memory of the host that is free, or of the container that this runs in."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    values = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))
 
 
 def _gib(num_bytes: int) -> str:

@@ -88,9 +88,9 @@ def take_footprint(
     stack = Stack(model, adapted, quantized)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
-    set_attention(model, config, device, row)
-    stack.reduce(config, device, tokens)
     try:
+        set_attention(model, config, device, row)
+        stack.reduce(config, device, tokens)
         held = trace_levels(stack, device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
-from qlora.kernels import linear_cross_entropy
+from qlora.kernels import linear_cross_entropy, recipe_of
 from qlora.model.attention import mask_arguments
 
 # Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
@@ -30,7 +30,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
         A scalar, fp32, to be divided by the supervised tokens' weight of whatever is averaged over.
     """
     hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
-    recipe = getattr(hidden, "recipe", None)  # of the last norm, whose input is all that is needed of it
+    recipe = recipe_of(hidden)  # of the last norm, whose input is all that is needed of it
     if recipe is not None:
         (hidden,) = recipe.inputs
     head = model.get_output_embeddings()

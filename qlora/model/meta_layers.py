@@ -71,7 +71,9 @@ class Stack:
         largest = self._largest_scratch(form, device)
         dtype = model.get_output_embeddings().weight.dtype
         self.scratch = scratch((1, largest), dtype, torch.device("meta"))
-        self.always = Held(buffers=Bytes(largest * dtype.itemsize))
+        # On a GPU the backward has a thread of its own, and so memory of its own for it.
+        times = 2 if device.type == "cuda" else 1
+        self.always = Held(buffers=Bytes(times * largest * dtype.itemsize))
 
     def _largest_scratch(self, form: str, device: torch.device) -> int:
         """Elements of the longest weight that is written into memory for every next one."""

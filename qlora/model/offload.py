@@ -66,9 +66,18 @@ class HostStore:
         """Chunks for so many bytes."""
         count = -(-num_bytes // self._chunk_bytes)
         while len(self._free) < count:
-            self._free.append(torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda"))
+            self._free.append(self._new_chunk())
             self.num_chunks += 1
         return [self._free.pop() for _ in range(count)]
+
+    def _new_chunk(self) -> torch.Tensor:
+        try:
+            return torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        except RuntimeError as error:
+            taken = self.num_chunks * self._chunk_bytes / 2**30
+            raise torch.OutOfMemoryError(
+                f"The host has no more memory for layer inputs than {taken:.1f} GiB."
+            ) from error
 
     def give_back(self, chunks: list[torch.Tensor]) -> None:
         """Frees chunks for other tensors."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qlora.kernels import Recipe, save_first
+from qlora.kernels import Recipe, recipe_of, save_first
 from qlora.model.rebuild import GatedMLP
 from qlora.model.region import recomputed
 
@@ -28,14 +28,14 @@ def recompute_mlp(mlp: GatedMLP, x: torch.Tensor) -> torch.Tensor:
         (…, hidden).
     """
     build, origin = _origin(x)
-    has_recipe, needs_grad, given = hasattr(x, "recipe"), x.requires_grad, [x]
+    has_recipe, needs_grad, given = recipe_of(x) is not None, x.requires_grad, [x]
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
         if given:  # the forward
             return mlp.compute(given.pop())
         again = _build_again(build, inputs, needs_grad)
         if has_recipe:
-            again.recipe = Recipe(build, inputs)  # type: ignore[attr-defined]
+            again.recipe = Recipe(build, inputs, again._version)  # type: ignore[attr-defined]
         return mlp.compute(again)
 
     return recomputed(compute, *origin)
@@ -65,7 +65,9 @@ def tile_mlp(mlp: GatedMLP, x: torch.Tensor, num_tokens: int = TILE_TOKENS) -> t
     node: Any = save_first(*(tensor.flatten(0, -2) for tensor in origin), *parameters).grad_fn
     # Once for all tiles: in the recomputation of a layer, a saved tensor can be unpacked only once.
     inputs = cache(lambda: node.saved_tensors[: len(origin)])
-    tiles = [_tile(mlp, rows[start : start + num_tokens], start, build, inputs) for start in starts]
+    # Split at once: the gradient of a slice is as long as all rows.
+    parts = zip(rows.split(num_tokens), starts, strict=True)
+    tiles = [_tile(mlp, part, start, build, inputs) for part, start in parts]
     return torch.cat(tiles).view(*x.shape[:-1], -1)
 
 
@@ -84,7 +86,7 @@ def _tile(
 
 def _origin(x: torch.Tensor) -> tuple[Build, tuple[torch.Tensor, ...]]:
     """What builds x, and what of."""
-    recipe: Recipe | None = getattr(x, "recipe", None)
+    recipe = recipe_of(x)
     return (_same, (x,)) if recipe is None else (recipe.source.function, recipe.inputs)
 
 

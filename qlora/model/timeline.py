@@ -2,10 +2,13 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HEAD = -1
@@ -84,6 +87,17 @@ class Timeline(TorchDispatchMode):
         self._bytes = [0] * len(Held._fields) * len(Bytes._fields)
         self._moments: dict[tuple[int, ...], None] = {}
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self._scope = ExitStack()
+
+    def __enter__(self) -> "Timeline":
+        # Meta tensors have attention in parts alone, with all scores. Here they get it of one kernel, as elsewhere.
+        library = self._scope.enter_context(_scoped_library("aten", "IMPL"))
+        library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._scope.close()
 
     @property
     def held(self) -> Held:
@@ -202,12 +216,6 @@ ANSWERS: dict[Any, Shortcut] = {
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isinf", "isnan"}
 
 
-# Meta tensors have attention in parts alone, with all scores. With one kernel, as on every device, nothing but inputs,
-# output and logsumexp is kept.
-_meta = torch.library.Library("aten", "IMPL")
-
-
-@torch.library.impl(_meta, "scaled_dot_product_attention", "AutogradMeta")
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -218,5 +226,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    """Keeps nothing but inputs, output and logsumexp."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    width = value.shape[-1]
+    if width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :width]

@@ -19,7 +19,7 @@ LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
 # What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
 # bitsandbytes' bits, and why it was given up.
-_proven: set[tuple[torch.device, torch.dtype, str, int, bool, bool]] = set()
+_proven: set[tuple[object, ...]] = set()
 _given_up: dict[torch.device, str] = {}
 
 
@@ -63,14 +63,20 @@ def dequantize(
     device = packed.device
     if _why_not_fused(device) is not None:
         return _dequantize_bitsandbytes(packed, state, dtype, out, update)
-    kind = (device, dtype, state.quant_type, state.blocksize, state.nested, update is not None)
+    kind = _kind(device, dtype, state, update)
     if kind in _proven:
         return _dequantize_fused(packed, state, dtype, out, update)
     # The first of its kind on this device is computed by both, and bitsandbytes' is the one that counts.
     wanted = _dequantize_bitsandbytes(packed, state, dtype, out, update)
     try:
-        found = _dequantize_fused(packed, state, dtype, update=update)
-        is_same = _same_bits(found, wanted) if update is None else _close(found, wanted)
+        if update is None:
+            is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
+        else:  # not with its own values: B is zero at first, and shows nothing
+            trial = _random_update(update)
+            is_same = _close(
+                _dequantize_fused(packed, state, dtype, update=trial),
+                _dequantize_bitsandbytes(packed, state, dtype, None, trial),
+            )
     except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
         message = " ".join(str(error).split())[:200]
         _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
@@ -92,6 +98,22 @@ def dequantize_path(device: torch.device) -> str:
     if any(kind[0] == device for kind in _proven):
         return "fused kernel: it gave bitsandbytes' bits here"
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
+
+
+def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", update: LoraUpdate | None) -> tuple:
+    """What is compiled apart from the others."""
+    kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
+    if update is None:
+        return kind
+    width, rank = state.shape[1], update[0].shape[0]
+    return (*kind, width % 2 == 0, width % state.blocksize == 0, rank <= 16)
+
+
+def _random_update(update: LoraUpdate) -> LoraUpdate:
+    generator = torch.Generator().manual_seed(0)  # of its own, as a run's must not move
+    lora_A, lora_B, scaling = update
+    trial_A, trial_B = (torch.randn(one.shape, generator=generator).to(one) * 0.1 for one in (lora_A, lora_B))
+    return trial_A, trial_B, scaling
 
 
 def _why_not_fused(device: torch.device) -> str | None:

@@ -110,6 +110,7 @@ def assemble(config: RunConfig) -> Assembly:
     if config.data.packing:
         check_isolation(model, example, other)
     activations = rebuild_activations(model)
+    check_loss(model, collate([example]).to(accelerator.device))  # again, as it will be trained
     model.train()
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     optimizer = FlatAdamW(
@@ -122,7 +123,7 @@ def assemble(config: RunConfig) -> Assembly:
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     largest = [datasets.train[index] for index in batches.largest_micro_batch()]
-    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(accelerator.device))
+    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(accelerator.device), accelerator)
     in_use = {
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
@@ -132,6 +133,7 @@ def assemble(config: RunConfig) -> Assembly:
         "dequantize": dequantize_path(accelerator.device) if model_section.quantization == "nf4" else None,
         "recompute": fit.level,
         "recompute_why": fit.why,
+        "tiled": fit.level == "offload+tiled",
         "weights_kept": fit.num_held,
         "memory": {"available": fit.available, "estimated": fit.estimated, "measured": fit.measured},
         "optimizer": section.optimizer,

@@ -1,5 +1,7 @@
 """A run fitted into its device's memory: what is computed again, and which dequantized weights are kept."""
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +11,9 @@ import torch
 from qlora.config import RunConfig
 from qlora.data import Batch
 from qlora.errors import ModelError
-from qlora.lora import choose_form
+from qlora.lora import WeightsKept, choose_form
 from qlora.model import apply_recompute, hold_weights, recompute_levels, supervised_loss
-from qlora.model.estimate import MARGIN, Estimate, available_bytes, choose_level, estimate
+from qlora.model.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.model.probe import measure_peak
 
 # Of the host's memory, which others want too, the share of what is left that weights may be kept in.
@@ -39,22 +41,27 @@ class Fit:
     available: int
 
 
-def fit_memory(config: RunConfig, model: Any, largest: Batch) -> Fit:
-    """Chooses and sets what costs least time and fits; the results are the same, whatever it is.
+def fit_memory(config: RunConfig, model: Any, largest: Batch, accelerator: Any) -> Fit:
+    """Chooses and sets what costs least time and fits.
 
-    Where memory is the device's own, the largest micro-batch is tried, so that what does not fit fails before the
-    first step, and what was estimated is corrected.
+    Results are the same bits at every level, but for tiles. Where memory is the device's own, the largest micro-batch
+    is tried, so that what does not fit fails before the first step, and what was estimated is corrected. Several
+    processes go by the one that has the least memory.
 
     Args:
         config: Of the run.
         model: With adapters, in training mode.
         largest: Micro-batch of the run, on the model's device.
+        accelerator: Of accelerate; used for its processes.
 
     Raises:
-        ModelError: Nothing fits, or the level that is asked for does not.
+        ModelError: Nothing fits, or the level that is asked for does not; on all processes.
     """
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
+    if device.type == "cpu":  # which the processes of a machine share
+        available //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = int(-_most(accelerator, -available))
     try:
         expected, unknown = estimate(config, device), ""
     except ModelError as error:
@@ -70,12 +77,20 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch) -> Fit:
         why = f"what a step takes is not known: {unknown}"
     else:
         levels = [level for level in levels if level in expected.levels]
-        level, why = choose_level(expected, available, tokens, levels)
+        try:
+            level, why = choose_level(expected, available, tokens, levels)
+        except ModelError as error:
+            if device.type != "cuda":
+                raise
+            level, why = levels[-1], str(error)  # it can be tried
     measured = None
     if device.type == "cuda":
         level, measured, why = settle_level(
-            levels, level, why, (1 - MARGIN) * available, expected, tokens, lambda level: _try(model, largest, level)
-        )
+            levels, level, why, (1 - MARGIN) * available, expected, tokens,
+            lambda level: _most(accelerator, _try(model, largest, level)),
+        )  # fmt: skip
+        # The optimizer's step was not tried.
+        measured = max(measured, 0 if expected is None else expected.update_bytes)
     apply_recompute(model, level)
     estimated = None if expected is None else expected.total_bytes(level, tokens)
     num_held = 0
@@ -93,7 +108,7 @@ def settle_level(
     limit: float,
     expected: Estimate | None,
     tokens: int,
-    measure: Callable[[str], int | None],
+    measure: Callable[[str], float],
 ) -> tuple[str, int, str]:
     """Corrects the choice of a level by trying it.
 
@@ -104,7 +119,7 @@ def settle_level(
         limit: Bytes that may be taken.
         expected: What was expected of every level; None if nothing was.
         tokens: Of the largest micro-batch.
-        measure: Bytes that a level takes; None if they are not there.
+        measure: Bytes that a level takes, or infinity if they are not there.
 
     Returns:
         The level, what it takes, and why it is this one.
@@ -115,42 +130,50 @@ def settle_level(
     failed = []
     for candidate in levels[levels.index(level) :]:
         measured = measure(candidate)
-        if measured is not None and measured <= limit:
+        if measured <= limit:
             break
-        failed.append(f"{candidate} {'ran out of memory' if measured is None else f'took {_gib(measured)}'}")
+        failed.append(f"{candidate} {'ran out of memory' if math.isinf(measured) else f'took {_gib(measured)}'}")
     else:
         raise ModelError(
             f"A micro-batch of {tokens} tokens does not fit into {_gib(limit)}: {', '.join(failed)}. Lower "
             "train.micro_batch_size, data.max_seq_len or lora.rank, or take a smaller base."
         )
     if failed:
-        return candidate, measured, f"{candidate} took {_gib(measured)} of {_gib(limit)} when tried; {failed[-1]}"
+        return candidate, int(measured), f"{candidate} took {_gib(measured)} of {_gib(limit)} when tried; {failed[-1]}"
     if expected is not None:
         # What is wrong with the estimate of one level is likely wrong with that of another.
         correction = measured / expected.total_bytes(candidate, tokens)
         for cheaper in levels[: levels.index(candidate)]:
             if correction * expected.total_bytes(cheaper, tokens) <= limit:
                 taken = measure(cheaper)
-                if taken is not None and taken <= limit:
-                    return (
-                        cheaper,
-                        taken,
-                        f"{cheaper} took {_gib(taken)} of {_gib(limit)} when tried, less than expected",
-                    )
+                if taken <= limit:
+                    told = f"{_gib(taken)} of {_gib(limit)} when tried, less than expected"
+                    return cheaper, int(taken), f"{cheaper} took {told}"
                 break
-    return candidate, measured, why
+    return candidate, int(measured), why
 
 
-def _try(model: Any, batch: Batch, level: str) -> int | None:
-    """Bytes that forward and backward take; None if there are not as many."""
+def _try(model: Any, batch: Batch, level: str) -> float:
+    """Bytes that forward and backward take, with CUDA's own; infinity if there are not as many."""
     apply_recompute(model, level)
     try:
-        return measure_peak(lambda: supervised_loss(model, batch).backward(), model.device)
+        return measure_peak(lambda: supervised_loss(model, batch).backward(), model.device) + CUDA_CONTEXT_BYTES
     except torch.OutOfMemoryError:
-        return None
+        return math.inf
     finally:
+        WeightsKept.clear()
         model.zero_grad()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
+
+
+def _most(accelerator: Any, number: float) -> float:
+    """The largest of all processes' numbers."""
+    if accelerator.num_processes == 1:
+        return number
+    # In fp32, as not every device has more: a few hundred bytes of gigabytes are within the margin.
+    own = torch.tensor([number], dtype=torch.float32, device=accelerator.device)
+    return accelerator.gather(own).max().item()
 
 
 def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool:

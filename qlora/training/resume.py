@@ -21,7 +21,9 @@ FREE_KEYS = {
 
 
 # What was in use and may not change within a run: batches and roundings depend on it.
-KEPT_IN_USE = ("processes", "compute_dtype", "attention", "rounding")
+KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
+# Keys of a model that may change within a run, as results don't depend on them; but for tiles, which are in use or not.
+FREE_MODEL_KEYS = {"recompute", "weight_cache"}
 
 
 def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None:
@@ -82,8 +84,8 @@ def check_same_inputs(run: RunDirectory, assembly: Assembly) -> None:
     ]
     if changes:
         raise ConfigError(
-            f"{run.path} was begun otherwise; choose another train.output_dir, or undo what has changed:\n"
-            + "\n".join(f"  {change}" for change in changes)
+            f"{run.path} was begun otherwise; choose another train.output_dir, or undo what has changed (tiles follow "
+            "from model.recompute):\n" + "\n".join(f"  {change}" for change in changes)
         )
 
 
@@ -104,5 +106,7 @@ def _check_same_run(run: RunDirectory, config: RunConfig) -> None:
 
 def _identity(config: RunConfig) -> dict[str, object]:
     """What makes two runs the same one, by dotted key."""
-    sections = config.model_dump(exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}})
+    sections = config.model_dump(
+        exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}, "model": FREE_MODEL_KEYS}
+    )
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -322,6 +322,17 @@ def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
     )
 
 
+def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fused_on_cpu, generator):
+    def forgetful(*arguments, lora_A=None, lora_B=None, scaling=1.0, **named):
+        return dequantize_4bit_plain(*arguments, **named)
+
+    fused_on_cpu(forgetful)
+    packed, state = quantize(random_weight((64, 172), generator))
+    update = (torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
+    dequantize(packed, state, torch.float32, update=update)
+    assert "other bits" in door._given_up[packed.device]
+
+
 def test_a_kernel_that_fails_is_given_up_and_says_so(fused_on_cpu, generator):
     def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora import kernels
 from qlora.lora import LoraLinear, WeightsKept
 from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
@@ -169,7 +170,8 @@ def test_x_and_the_factors_are_all_that_is_saved(kind, dropout, generator):
     # Nothing past the hooks either, where recomputation and offloading could not see it: what hangs on ctx is the
     # base layer and its own tensors.
     own = {tensor.data_ptr() for tensor in tensors_on_ctx(layer.base)}
-    others = [tensor for tensor in tensors_on_ctx(y.grad_fn) if tensor.data_ptr() not in own]
+    (function, _), *_ = y.grad_fn.next_functions  # y is a view of what it gave
+    others = [tensor for tensor in tensors_on_ctx(function) if tensor.data_ptr() not in own]
     assert others == []
 
 
@@ -385,3 +387,33 @@ def test_only_the_factors_get_gradients(kind, generator):
     layer(normal(generator, 4, IN)).sum().backward()
     with_grad = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
     assert with_grad == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_an_output_may_be_added_to_in_place(lead, generator):
+    layer = make_layer("nf4", generator)
+    x = normal(generator, *lead, IN).requires_grad_()
+    grad_output, other = normal(generator, *lead, OUT), normal(generator, *lead, OUT)
+    y = layer(x)
+    y += other
+    found = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), grad_output)
+    assert all(map(torch.equal, found, gradients(layer, x, grad_output)))
+
+
+def test_a_forward_in_inference_mode_leaves_training_possible(generator):
+    layer = make_layer("linear", generator, torch.bfloat16, form="folded")
+    x = normal(generator, 6, IN).bfloat16()
+    kernels.scratch.__globals__["_local"].__dict__.clear()
+    with torch.inference_mode():
+        expected = layer(x)
+    assert torch.equal(layer(x.clone().requires_grad_()), expected)
+
+
+def test_an_input_that_was_changed_in_place_is_saved_and_not_built_again(generator):
+    layer = make_layer("nf4", generator)
+    source, grad_output = normal(generator, 4, IN).requires_grad_(), normal(generator, 4, OUT)
+    x = kernels.rebuilt(torch.tanh, source)
+    x.mul_(3)
+    found = torch.autograd.grad(layer(x), (layer.lora_A, layer.lora_B), grad_output)
+    _, *wanted = gradients(layer, (3 * torch.tanh(source)).detach().requires_grad_(), grad_output)
+    assert all(error(one, other) < 1e-6 for one, other in zip(found, wanted, strict=True))

@@ -1,5 +1,7 @@
 """A run takes the cheapest level that fits, corrected by what a step takes, and keeps weights in what is left."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from qlora.nf4 import NF4Linear
 from qlora.training import fit
 from tests.tiny import run_config
 
+ALONE = SimpleNamespace(num_processes=1)
 LEVELS = ["none", "mlp", "attention", "full"]
 
 
@@ -31,7 +34,7 @@ def settle(level, limit, real, expected):
     def measure(level):
         tried.append(level)
         taken = dict(zip(LEVELS, real, strict=True))[level]
-        return taken if taken <= 1.1 * limit else None
+        return taken if taken <= 1.1 * limit else float("inf")
 
     return *fit.settle_level(LEVELS, level, "it fits", limit, expected, 64, measure), tried
 
@@ -89,7 +92,7 @@ def held(model):
 
 def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prepared):
     config, model, batch = prepared()
-    found = fit.fit_memory(config, model, batch)
+    found = fit.fit_memory(config, model, batch, ALONE)
     linears = sum(isinstance(module, NF4Linear) for module in model.modules())
     assert (found.level, found.num_held, held(model)) == ("none", linears, linears)
     assert not model.model.layers[0].gradient_checkpointing
@@ -101,14 +104,14 @@ def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
     chosen = []
     for level in LEVELS:
         monkeypatch.setattr(fit, "available_bytes", lambda *_, level=level: total(level, 64) / (1 - fit.MARGIN) + 1)
-        found = fit.fit_memory(config, model, batch)
+        found = fit.fit_memory(config, model, batch, ALONE)
         chosen.append(found.level)
         assert (found.num_held, found.estimated) == (0, total(level, 64))
     assert chosen == LEVELS
     assert model.model.layers[0].gradient_checkpointing
     monkeypatch.setattr(fit, "available_bytes", lambda *_: total("full", 64))
     with pytest.raises(ModelError, match=r"64 tokens takes .* at least"):
-        fit.fit_memory(config, model, batch)
+        fit.fit_memory(config, model, batch, ALONE)
 
 
 def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, monkeypatch):
@@ -118,12 +121,12 @@ def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, mo
         two = sum(model.dtype.itemsize * linear.in_features * linear.out_features for linear in linears[:2])
         needed = fit.estimate(config, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
         monkeypatch.setattr(fit, "available_bytes", lambda *_, needed=needed: needed / (1 - fit.MARGIN) + 4)
-        assert fit.fit_memory(config, model, batch).num_held == held(model) == expected
+        assert fit.fit_memory(config, model, batch, ALONE).num_held == held(model) == expected
 
 
 def test_a_level_that_is_asked_for_is_used(prepared):
     config, model, batch = prepared(model__recompute="full")
-    found = fit.fit_memory(config, model, batch)
+    found = fit.fit_memory(config, model, batch, ALONE)
     assert (found.level, found.why) == ("full", "it was asked for")
 
 
@@ -133,6 +136,6 @@ def test_a_model_whose_memory_can_not_be_told_is_recomputed_as_far_as_it_can_be(
 
     config, model, batch = prepared()
     monkeypatch.setattr(fit, "estimate", unknown)
-    found = fit.fit_memory(config, model, batch)
+    found = fit.fit_memory(config, model, batch, ALONE)
     assert (found.level, found.num_held, found.estimated) == ("full", 0, None)
     assert "Odd has no layers" in found.why
