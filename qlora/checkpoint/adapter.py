@@ -20,7 +20,8 @@ PREFIX = "base_model.model."
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into a folder.
 
-    Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse what they do not know.
+    Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse what they do not know. The scaling is
+    written as alpha / rank, however training had it: llama.cpp reads no other, and does not say so.
     """
     layers = dict(lora_layers(model))
     first = next(iter(layers.values()))
@@ -29,9 +30,9 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": first.rank,
-        "lora_alpha": first.alpha,
+        "lora_alpha": first.scaling * first.rank if first.rslora else first.alpha,
         "lora_dropout": first.dropout,
-        "use_rslora": first.rslora,
+        "use_rslora": False,
         "target_modules": _target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,

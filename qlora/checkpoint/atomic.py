@@ -29,16 +29,14 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError) -> Itera
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         yield aside
-        for path in sorted(aside.rglob("*")):
-            _sync(path)
-        _sync(aside)
+        sync_folder(aside)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         aside.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as problem:
-        raise error(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
+        raise error(f"{target} can't be written: {problem}.{space_left(target)}") from problem
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not target.exists():  # the new folder could not take the place
@@ -59,10 +57,17 @@ def write_text(target: Path, text: str) -> None:
         _sync(aside)
         aside.replace(target)
     except OSError as problem:
-        raise CheckpointError(f"{target} can't be written: {problem}.{_space_left(target)}") from problem
+        raise CheckpointError(f"{target} can't be written: {problem}.{space_left(target)}") from problem
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the disk hold all that is in a folder before anything else happens."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:
@@ -73,6 +78,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _space_left(target: Path) -> str:
+def space_left(target: Path) -> str:
+    """A sentence for an error's end: what is free where a target was to be written."""
     folder = next((parent for parent in target.parents if parent.exists()), None)
     return "" if folder is None else f" {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there."

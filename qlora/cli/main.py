@@ -14,6 +14,7 @@ from qlora.cli.generate import generate
 from qlora.cli.init import init
 from qlora.cli.merge import merge
 from qlora.cli.preview import preview
+from qlora.cli.quantize import quantize
 from qlora.cli.train import train
 from qlora.cli.verify import verify
 from qlora.errors import ConfigError, QLoRAError
@@ -36,6 +37,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge)
 app.command("verify")(verify)
+app.command("quantize")(quantize)
 app.command("doctor")(doctor)
 
 

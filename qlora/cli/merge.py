@@ -1,31 +1,103 @@
 """`qlora merge`: release weights from a run."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import AsJson, RunDir
+from qlora.cli.options import AsJson, Device, RunDir
 from qlora.cli.report import show_report
+
+INTERRUPTED = 130
 
 
 def merge(
     run: RunDir,
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Of the weights.")] = None,
-    onto: Annotated[
-        Literal["dequantized", "original"] | None,
-        typer.Option(help="Base weights: as the adapter was trained on, or as in the files."),
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "q8_0"] | None,
+        typer.Option(help="Of the weights; q8_0 for GGUF alone, which has no float32."),
     ] = None,
+    onto: Annotated[
+        Literal["dequantized", "original", "best"] | None,
+        typer.Option(
+            help="Base weights: as the adapter was trained on, as in the files, or whichever evaluates better "
+            "(both are written meanwhile: twice the disk)."
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["safetensors", "gguf"], typer.Option(help="A folder for transformers, or a file for llama.cpp.")
+    ] = "safetensors",
     max_shard_size: Annotated[str | None, typer.Option(help="Of a weight file: 5GB, 500MB.")] = None,
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Merge into a base other than the one trained on.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the folder to owner/name, private if it is new.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push-to-hub: merge, say what would be uploaded, send nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge into weights that load with transformers alone; defaults come from the run's config."""
+    """Merge into weights that load with transformers alone; defaults come from the run's config.
+
+    A merge that was interrupted is continued by the same command.
+    """
+    if dtype == "q8_0" and format != "gguf":
+        raise typer.BadParameter("--dtype q8_0 is of --format gguf.")
+    if push_to_hub is None and (dry_run or public):
+        raise typer.BadParameter("--dry-run and --public go with --push-to-hub.")
+
+    from pathlib import Path
+
     from qlora.checkpoint import RunDirectory
     from qlora.config import load_config
     from qlora.export import merge as run_merge
+    from qlora.export.merge_gguf import merge_to_gguf
+    from qlora.export.push import check_repo, push
 
-    given: dict[str, Any] = {"dtype": dtype, "onto": onto, "max_shard_size": max_shard_size}
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
+    given: dict[str, Any] = {
+        "dtype": None if dtype == "q8_0" else dtype,
+        "onto": onto,
+        "max_shard_size": max_shard_size,
+    }
     overrides = [f"export.{key}={value}" for key, value in given.items() if value is not None]
     settings = load_config(RunDirectory.open(run).config, overrides).export
-    report = run_merge(run, output, **settings.model_dump())
-    show_report(report.as_dict(), as_json, f"Merged {report.merged} layers into {report.out_dir}.")
+    try:
+        with _progress_bar(shown=not as_json) as on_progress:
+            if format == "gguf":
+                report = merge_to_gguf(run, output, dtype or settings.dtype, settings.onto, device, force, on_progress)
+            else:
+                report = run_merge(
+                    run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
+                )
+    except KeyboardInterrupt:
+        again = "begins anew" if format == "gguf" else "continues"
+        print(f"Interrupted; the same command {again}.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    values = report.as_dict()
+    if push_to_hub is not None:
+        pushed = push(Path(output).expanduser(), push_to_hub, not public, dry_run)
+        values["pushed"] = pushed.as_dict()
+    show_report(values, as_json, f"Merged {report.merged} layers into {report.out_dir}.")
+
+
+@contextmanager
+def _progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A line on a terminal that says how much is written; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield None
+        return
+    columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""`qlora verify`: is a merged model what the run trained?"""
+"""`qlora verify`: is a merged model what the run trained, and would other tools load its adapter?"""
 
 from typing import Annotated
 
@@ -14,11 +14,21 @@ def verify(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a merged model with the run that it came from; exit 1 when they are apart."""
+    """Compare a merged model with the run that it came from; exit 1 when they are apart.
+
+    Told as well, whatever the merged model is: whether PEFT, vLLM and llama.cpp would load the run's adapter.
+    """
     from qlora.export import verify as run_verification
 
     report = run_verification(run, folder, device)
+    values = report.as_dict()
+    if not as_json:  # a line for each client and each problem
+        values = {
+            key: value for key, value in values.items() if value is not None and key not in ("problems", "clients")
+        }
+        values |= {client: str(verdict) for client, verdict in report.clients.items()}
     verdict = "is" if report.matches else "is NOT"
-    show_report(report.as_dict(), as_json, f"{folder} {verdict} what {run} trained.")
+    title = f"{folder} {verdict} what {run} trained."
+    show_report(values, as_json, "\n".join([title, *(f"- {problem}" for problem in report.problems)]))
     if not report.matches:
         raise typer.Exit(1)

@@ -177,7 +177,7 @@ class ExportSection(Section):
     """The merged weights."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    onto: Literal["dequantized", "original"] = "dequantized"
+    onto: Literal["dequantized", "original", "best"] = "dequantized"
     max_shard_size: Size = "5GB"
 
 

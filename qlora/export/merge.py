@@ -1,23 +1,32 @@
 """Adapters merged into the base's weights, written as a plain model folder."""
 
+import hashlib
 import json
+import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, write_aside
+from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
+from qlora.export.aside import continued_aside, put_in_place
+from qlora.export.card import write_card
+from qlora.export.held_out import written_loss
 from qlora.export.shards import ShardWriter
 from qlora.export.weights import MergedWeights
 from qlora.model import end_token_ids
 
 REPORT_FILE = "merge_report.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Bytes written and bytes in all.
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +37,30 @@ class MergeReport:
         out_dir: The model folder.
         dtype: Of its weights.
         onto: `dequantized` or `original` base weights.
+        losses: Of the model on either, on the run's held-out examples, where the better one was asked for.
         merged: Layers that an adapter was added to: all that the run adapted.
         tensors: In the folder.
         num_bytes: Of its tensors.
+        continued_bytes: Of what was written, those taken over from an interrupted merge.
+        device: That it was computed on.
+        base_differs: Files of the base that are not those trained on, where that was asked for all the same.
         seconds: Taken.
+        notes: Where what was written is not quite the model.
     """
 
     out_dir: str
     run_dir: str
     dtype: str
     onto: str
+    losses: dict[str, float] | None
     merged: int
     tensors: int
     num_bytes: int
+    continued_bytes: int
+    device: str
+    base_differs: list[str]
     seconds: float
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -54,17 +73,26 @@ def merge(
     dtype: str = "float16",
     onto: str = "dequantized",
     max_shard_size: str = "5GB",
+    device: str = "cpu",
+    force: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> MergeReport:
     """Merges a run's adapter into its base and writes a folder that transformers loads alone.
 
-    Each tensor is read, merged in fp32, cast once, checked and written before the next is read.
+    Each tensor is read in blocks of rows, merged in fp32, cast once, checked and written before the next is read.
+    An interrupted merge is continued by the same call.
 
     Args:
         run_dir: A finished run.
         out_dir: A folder that is not there yet; written aside and renamed when whole.
         dtype: `float16`, `bfloat16` or `float32`.
-        onto: `dequantized`, the weights that the adapter was trained on, or `original`, those of the files.
+        onto: `dequantized`, the weights that the adapter was trained on; `original`, those of the files; or `best`,
+            whichever has the lower loss on the run's held-out examples. For that both are written, so the disk
+            holds twice the model meanwhile, and loaded whole, one after the other.
         max_shard_size: Of a weight file.
+        device: To merge and evaluate on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        force: Merge into a base other than the one trained on; the report says what differs.
+        on_progress: Told of the bytes written, and of all.
 
     Raises:
         ExportError: The folder exists, the base is another, a value does not fit the dtype, the disk is full.
@@ -75,26 +103,40 @@ def merge(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
     run = RunDirectory.open(run_dir)
-    weights = MergedWeights(run, onto)
+    bases = ["dequantized", "original"] if onto == "best" else [onto]
+    candidates = {base: MergedWeights(run, base, device, force) for base in bases}
+    weights = candidates[bases[0]]
     layout = weights.layout(getattr(torch, dtype))
-    with write_aside(out_dir, ExportError) as folder:
-        writer = ShardWriter(folder, layout, parse_size(max_shard_size))
-        for entry in layout:
-            writer.write(entry.name, cast_checked(entry.name, weights.tensor(entry.name), entry.dtype))
-        writer.close()
-        _write_companions(folder, run, weights, dtype)
-        seconds = round(time.perf_counter() - started, 3)
+    max_bytes = parse_size(max_shard_size)
+    key = _key(run, weights, dtype, onto, max_bytes)
+    progress = _Progress(on_progress, sum(tensor.num_bytes for tensor in layout) * len(candidates))
+    losses: dict[str, float] = {}
+    with continued_aside(out_dir, key) as aside:
+        for base, candidate in candidates.items():
+            _write_weights(aside / base, candidate, dtype, max_bytes, progress)
+            write_companions(aside / base, run, candidate, dtype)
+            if onto == "best":
+                losses[base] = written_loss(aside / base, dtype, candidate.config, candidate.device)
+        chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
-            str(out_dir),
-            str(run.path),
-            dtype,
-            onto,
-            weights.num_adapted,
-            len(layout),
-            writer.num_bytes,
-            seconds,
+            out_dir=str(out_dir),
+            run_dir=str(run.path),
+            dtype=dtype,
+            onto=chosen,
+            losses=losses or None,
+            merged=weights.num_adapted,
+            tensors=len(layout),
+            num_bytes=sum(tensor.num_bytes for tensor in layout),
+            continued_bytes=progress.continued,
+            device=weights.device.type,
+            base_differs=weights.base_differs,
+            seconds=round(time.perf_counter() - started, 3),
         )
-        (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        # What is released says nothing of this machine.
+        released = report.as_dict() | {"out_dir": out_dir.name, "run_dir": run.path.name}
+        (aside / chosen / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
+        write_card(aside / chosen, out_dir.name, run, weights.files.folder, released)
+        put_in_place(aside / chosen, out_dir)
     return report
 
 
@@ -105,7 +147,8 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
         ExportError: A value is not finite there.
     """
     cast = tensor.to(dtype)
-    if not cast.isfinite().all():
+    # A sum is finite only where all are, and much faster than looking at each; it may overflow by itself.
+    if cast.is_floating_point() and not cast.sum().isfinite() and not cast.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
         raise ExportError(
             f"{name}: a value of {tensor.abs().max().item():.6g} does not fit {kind} (largest "
@@ -114,13 +157,68 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
     return cast
 
 
-def _write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dtype: str) -> None:
+def _better(losses: dict[str, float], dtype: str) -> str:
+    """The base with the lower loss; the first of equals."""
+    finite = {base: loss for base, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise ExportError(f"Neither base has a finite loss in {dtype}; merge with --dtype bfloat16 or float32.")
+    return min(finite, key=lambda base: finite[base])
+
+
+class _Progress:
+    """Bytes written so far, over all that is to be written.
+
+    Args:
+        tell: Is told of every step.
+        total: Bytes in all.
+    """
+
+    def __init__(self, tell: OnProgress | None, total: int) -> None:
+        self._tell, self._total, self._done = tell, total, 0
+        self.continued = 0
+
+    def add(self, num_bytes: int, continued: bool = False) -> None:
+        """Counts what was written, or taken over."""
+        self._done += num_bytes
+        self.continued += num_bytes * continued
+        if self._tell is not None:
+            self._tell(self._done, self._total)
+
+
+def _key(run: RunDirectory, weights: MergedWeights, dtype: str, onto: str, max_bytes: int) -> str:
+    """Tells apart merges that would not write the same bytes."""
+    digest = hashlib.sha256()
+    for path in (run.record, *(run.adapter / name for name in ADAPTER_FILES)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    settings = [weights.files.fingerprint(), dtype, onto, max_bytes, weights.device.type]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: int, progress: _Progress) -> None:
+    """Writes the tensors that are not in the folder yet."""
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, weights.layout(getattr(torch, dtype)), max_bytes)
+    remaining = list(writer.remaining)
+    progress.add(writer.num_bytes - sum(entry.num_bytes for entry in remaining), continued=True)
+    for entry in remaining:
+        blocks = (cast_checked(entry.name, block, entry.dtype) for block in weights.blocks(entry.name))
+        writer.write_blocks(entry.name, blocks)
+        progress.add(entry.num_bytes)
+    writer.close()
+
+
+def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dtype: str) -> None:
     """Config, tokenizer with its template, and generation config, beside the weights."""
     from transformers import AutoTokenizer, GenerationConfig
 
     config = dict(weights.files.config)
     config.pop("quantization_config", None)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if _has_own_head(weights):
+        # Of a file's head that differs from the embedding transformers takes notice all the same, others do not.
+        config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in run.adapter.iterdir():
         if path.name not in ADAPTER_FILES:
@@ -133,3 +231,11 @@ def _write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, d
     generation = GenerationConfig.from_pretrained(source.parent) if source.is_file() else GenerationConfig()
     generation.eos_token_id = end_token_ids(generation, AutoTokenizer.from_pretrained(run.adapter))
     generation.save_pretrained(folder)
+
+
+def _has_own_head(weights: MergedWeights) -> bool:
+    """Whether the files hold a head that is not the embedding again."""
+    if not {EMBEDDING, HEAD} <= weights.files.tensors.keys():
+        return False
+    pairs = zip(weights.blocks(EMBEDDING), weights.blocks(HEAD), strict=True)
+    return not all(torch.equal(*pair) for pair in pairs)

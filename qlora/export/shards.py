@@ -1,8 +1,10 @@
 """Safetensors shards written tensor by tensor, so that no shard is ever held in memory."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,60 +45,114 @@ class ShardWriter:
     The format is a length, a JSON header and the tensors' bytes (github.com/huggingface/safetensors); its own
     library writes a file only from tensors that are all in memory.
 
+    What an interrupted writer of the same layout left in the folder is taken over: files by their header and size,
+    and of the first that is not whole the tensors that are.
+
     Args:
         folder: For the files and, if there are several, their index.
         layout: The tensors, in the order in which they will be written.
         max_bytes: Of tensors per file; one that is larger has a file to itself.
+
+    Attributes:
+        num_bytes: Of all tensors.
+        remaining: The tensors that are still to be written, in order.
     """
 
     def __init__(self, folder: Path, layout: Sequence[TensorLayout], max_bytes: int) -> None:
         self.folder = folder
         self.num_bytes = sum(tensor.num_bytes for tensor in layout)
         self._shards = _split(layout, max_bytes)
-        self._order = iter([(tensor, shard) for shard, part in enumerate(self._shards) for tensor in part])
+        self._headers = [_header(part) for part in self._shards]
+        self._shard_of = {tensor.name: shard for shard, part in enumerate(self._shards) for tensor in part}
         self._file: BinaryIO | None = None
         self._current = -1
+        self.remaining = list(layout[self._num_written() :])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes the next tensor of the layout."""
-        expected, shard = next(self._order)
-        assert (name, tensor.dtype) == (expected.name, expected.dtype), (
-            f"{name} in {tensor.dtype} came in place of {expected}"
-        )
-        if shard != self._current:
-            self._open(shard)
+        self.write_blocks(name, [tensor])
+
+    def write_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Writes the next tensor of the layout from blocks of its rows, the first ones first."""
+        expected = self.remaining[0]
+        assert name == expected.name, f"{name} came in place of {expected}"
+        if self._shard_of[name] != self._current:
+            self._open(self._shard_of[name])
         assert self._file is not None
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        num_bytes = 0
+        for block in blocks:
+            assert block.dtype == expected.dtype, f"{name} in {block.dtype} came in place of {expected}"
+            num_bytes += self._file.write(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        assert num_bytes == expected.num_bytes, f"{num_bytes} bytes came for {expected}"
+        del self.remaining[0]
 
     def close(self) -> None:
         """Ends the last file and writes the index."""
-        if self._file is not None:
-            self._file.close()
+        self._end()
         if len(self._shards) > 1:
-            weight_map = {tensor.name: self._name(shard) for shard, part in enumerate(self._shards) for tensor in part}
+            weight_map = {name: self._name(shard) for name, shard in self._shard_of.items()}
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _open(self, shard: int) -> None:
-        if self._file is not None:
-            self._file.close()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in self._shards[shard]:
-            end = offset + tensor.num_bytes
-            dtype = DTYPE_NAMES[tensor.dtype]
-            header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = (self.folder / self._name(shard)).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        """Begins a file, or goes on with one after the tensors that are in it."""
+        self._end()
+        path, header = self.folder / self._name(shard), self._headers[shard]
+        num_written = self._num_whole(shard)
+        self._file = path.open("r+b" if num_written else "wb")
         self._current = shard
+        if not num_written:
+            self._file.write(header)
+        self._file.truncate(len(header) + sum(tensor.num_bytes for tensor in self._shards[shard][:num_written]))
+        self._file.seek(0, os.SEEK_END)
+
+    def _end(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a file that is whole stays so, whatever happens while the next is written
+            self._file.close()
+            self._file = None
+
+    def _num_written(self) -> int:
+        """Tensors that are in the folder, up to the first that is not."""
+        count = 0
+        for shard, part in enumerate(self._shards):
+            num_whole = self._num_whole(shard)
+            count += num_whole
+            if num_whole < len(part):
+                break
+        return count
+
+    def _num_whole(self, shard: int) -> int:
+        """Tensors that a file holds to their last byte; none in a file that is not of this layout."""
+        path, header = self.folder / self._name(shard), self._headers[shard]
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return 0
+        ends = accumulate(tensor.num_bytes for tensor in self._shards[shard])
+        size = path.stat().st_size - len(header)
+        return sum(end <= size for end in ends)
 
     def _name(self, shard: int) -> str:
         if len(self._shards) == 1:
             return "model.safetensors"
         return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+
+def _header(part: Sequence[TensorLayout]) -> bytes:
+    """What a file begins with: its header's length, and the header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in part:
+        end = offset + tensor.num_bytes
+        dtype = DTYPE_NAMES[tensor.dtype]
+        header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _split(layout: Sequence[TensorLayout], max_bytes: int) -> list[list[TensorLayout]]:

@@ -1,149 +1,212 @@
 """The merged weights of a run, one tensor at a time, from the base's files and the adapter."""
 
 import difflib
-from pathlib import Path
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config, read_adapter_tensors
+from qlora.checkpoint.adapter import PREFIX, WEIGHTS_FILE
+from qlora.checkpoint.base_files import read_header
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
-from qlora.export.shards import DTYPE_NAMES, TensorLayout
-from qlora.model import build_skeleton
+from qlora.export.names import names_in_files
+from qlora.export.shards import TensorLayout
+from qlora.export.stored import StoredTensors, row_blocks
+from qlora.model import build_skeleton, resolve_device
 from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 class MergedWeights:
     """Every tensor of the merged model by its name in the base's files, in fp32, computed when asked for.
 
+    Quantizing is a device's own: a GPU's kernel may give other bits than the CPU's, so a run's weights are had
+    again, bit for bit, on the kind of device that it was trained on.
+
     Args:
         run: A finished run.
         onto: `dequantized`, the weights that the adapter was trained on, or `original`.
+        device: To compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        force: Take a base other than the one trained on, if the adapter's shapes are its own.
+
+    Attributes:
+        base_differs: Files of the base that are not those trained on; none but with `force`.
 
     Raises:
         ExportError: The run is not finished, the base is not the one trained on, or its files lack adapted modules.
         CheckpointError: The run or its adapter is damaged.
-        ModelError: The base can't be found.
+        ModelError: The base can't be found, or there is no such device.
     """
 
-    def __init__(self, run: RunDirectory, onto: str) -> None:
+    def __init__(self, run: RunDirectory, onto: str, device: str | torch.device = "cpu", force: bool = False) -> None:
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
+        self.device = resolve_device(device)
         if self.record["status"] != "finished":
             raise ExportError(f"{run.path} is {self.record['status']}, not finished; qlora train continues it.")
         model = self.config.model
         self.files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
-        differing = self.files.differing(self.record["base"]["files"])
-        if differing:
+        self.base_differs = self.files.differing(self.record["base"]["files"])
+        if self.base_differs and not force:
             raise ExportError(
-                f"{self.files.name} is not the base that was trained on: {', '.join(differing)} differ. "
-                "Put the files of that time back, or train on these."
+                f"{self.files.name} is not the base that was trained on: {', '.join(self.base_differs)} differ. "
+                "Put the files of that time back, train on these, or merge all the same with --force."
             )
         if onto == "original" and self.files.is_bitsandbytes_4bit:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
-        self.onto = onto
         self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
         self._scaling = adapter_scaling(read_adapter_config(run.adapter))
-        skeleton = build_skeleton(self.files, self.config.model.trust_remote_code)
+        self._stored = StoredTensors(self.files.headers)
+        self._shapes = {name: self._shape(name) for name in self.files.tensors if not self._is_statistic(name)}
+        skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = _transposed_modules(skeleton)
-        factors = read_adapter_tensors(run.adapter)
-        self._factors = dict(zip(self._keys_of(factors, skeleton.base_model_prefix), factors.items(), strict=True))
-        quantized = self.record["parameters"]["quantized"]
-        self._quantized = dict(zip(self._keys_of(quantized, skeleton.base_model_prefix), quantized, strict=True))
-        self._handles: dict[Path, Any] = {}
+        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
+        path = run.adapter / WEIGHTS_FILE
+        self._factors = StoredTensors({path: read_header(path)})
+        self._adapted = self._by_name_in_files(adapted, skeleton)
+        quantized = self.record["parameters"]["quantized"] if onto == "dequantized" else ()
+        self._quantized = self._by_name_in_files(quantized, skeleton)
+        self._check_factors()
 
     @property
     def num_adapted(self) -> int:
         """Weights that the adapter changes."""
-        return len(self._factors)
+        return len(self._adapted)
 
     def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
         """All tensors in the order of the base's files; what is no floating-point number keeps its dtype."""
         layout = []
-        for name in self.files.tensors:
-            if f"{name.rpartition('.weight.')[0]}.weight.absmax" in self.files.tensors:
-                continue  # statistics of a weight in 4 bits
-            shape, stored = self.files.shape(name), self.files.dtype_name(name)
-            if shape is None:
-                layout.append(TensorLayout(name, self._packed_shape(name), dtype))
-            else:
-                layout.append(TensorLayout(name, shape, dtype if "F" in stored else DTYPES[stored]))
+        for name, shape in self._shapes.items():
+            stored = self._stored.dtype(name)
+            is_weight = stored.is_floating_point or self._is_packed(name)
+            layout.append(TensorLayout(name, shape, dtype if is_weight else stored))
         return layout
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """One tensor of the merged model in blocks of its rows, the first ones first.
+
+        Yields:
+            Rows in fp32 on the device; of what is no floating-point number, as they are stored.
+        """
+        base = self._dequantized(name)
+        update = self._update(name)
+        for rows in row_blocks(self._shapes[name]):
+            stored = self._stored.read(name, rows) if base is None else base[rows]
+            block = stored.to(self.device)
+            if block.is_floating_point():
+                block = block.float()
+            if update is not None:
+                lora_A, lora_B = update
+                if self._adapted[name] in self._transposed:
+                    delta = (lora_B @ lora_A[:, rows]).T
+                else:
+                    delta = lora_B[rows] @ lora_A
+                block += delta.mul_(self._scaling)
+            yield block
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the merged model, fp32; what is no floating-point number as it is stored."""
-        module, factors = self._factors.get(name, (None, None))
-        weight = self._base_tensor(name)
-        if factors is None:
-            return weight
-        lora_A, lora_B = factors
-        delta = (lora_B.float() @ lora_A.float()).mul_(self._scaling)
-        if module in self._transposed:
-            delta = delta.T
-        if delta.shape != weight.shape:
-            raise ExportError(f"{name}: the adapter is for {tuple(delta.shape)}, the base has {tuple(weight.shape)}.")
-        return weight + delta
+        whole = torch.empty(0)
+        for rows, block in zip(row_blocks(self._shapes[name]), self.blocks(name), strict=True):
+            if block.shape == self._shapes[name]:
+                return block
+            if not whole.numel():
+                whole = block.new_empty(self._shapes[name])
+            whole[rows] = block
+        return whole
 
-    def _base_tensor(self, name: str) -> torch.Tensor:
-        """A tensor as the adapter saw it in training, or as it is in the files; fp32."""
-        packed = self._read_packed(name)
-        if packed is not None:
-            return dequantize(*packed, self._compute_dtype).float()
-        stored = self._read(name)
-        if self.onto == "original" or name not in self._quantized:
-            return stored.float() if stored.is_floating_point() else stored
+    def _dequantized(self, name: str) -> torch.Tensor | None:
+        """A weight as training saw it, in the compute dtype; None where that is what the files hold.
+
+        Whole, as in training: with double quantization the statistics of a block hang on those of all others.
+        """
+        if self._is_packed(name):
+            return dequantize(*self._read_packed(name), self._compute_dtype)
+        if name not in self._quantized:
+            return None
         is_transposed = self._quantized[name] in self._transposed
-        weight = (stored.T if is_transposed else stored).to(self._compute_dtype)
-        packed = quantize(weight, self.record["quantization"]["double_quant"])
-        weight = dequantize(*packed, self._compute_dtype).float()
+        weight = self._stored.read(name).to(self.device).to(self._compute_dtype)
+        settings = self.record["quantization"]
+        packed = quantize(weight.T if is_transposed else weight, settings["double_quant"], settings["block_size"])
+        del weight
+        weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
 
-    def _packed_shape(self, name: str) -> tuple[int, ...]:
-        packed = self._read_packed(name)
-        assert packed is not None
-        return tuple(packed[1].shape)
-
-    def _read_packed(self, name: str) -> tuple[torch.Tensor, Any] | None:
-        """A weight that the files hold in 4 bits."""
-        if f"{name}.absmax" not in self.files.tensors:
+    def _update(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A, (rank, in), and B, (out, rank), of an adapted weight in fp32."""
+        if name not in self._adapted:
             return None
+        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(self._adapted[name]))
+        return lora_A, lora_B
+
+    def _is_statistic(self, name: str) -> bool:
+        """Whether a tensor belongs to a weight in 4 bits."""
+        return f"{name.rpartition('.weight.')[0]}.weight.absmax" in self.files.tensors
+
+    def _is_packed(self, name: str) -> bool:
+        return f"{name}.absmax" in self.files.tensors
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if not self._is_packed(name):
+            return self._stored.shape(name)
+        state = next(key for key in self.files.tensors if key.startswith(f"{name}{QUANT_STATE}"))
+        return tuple(json.loads(bytes(self._stored.read(state).tolist()))["shape"])
+
+    def _read_packed(self, name: str) -> tuple[torch.Tensor, Any]:
+        """A weight that the files hold in 4 bits."""
         prefix = name.removesuffix("weight")
-        parts = {key.removeprefix(prefix): self._read(key) for key in self.files.tensors if key.startswith(name)}
-        return from_checkpoint_tensors(parts)
+        keys = [name, *(key for key in self.files.tensors if key.startswith(f"{name}."))]
+        return from_checkpoint_tensors(
+            {key.removeprefix(prefix): self._stored.read(key).to(self.device) for key in keys}
+        )
 
-    def _read(self, name: str) -> torch.Tensor:
-        path = self.files.tensors[name]
-        if path not in self._handles:
-            self._handles = {path: safe_open(path, framework="pt")}
-        return self._handles[path].get_tensor(name)
+    def _check_factors(self) -> None:
+        """Sees that every update has its weight's shape, before anything is written."""
+        for name, module in self._adapted.items():
+            (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
+            shape = (columns, rows) if module in self._transposed else (rows, columns)
+            if shape != self._shapes[name]:
+                raise ExportError(f"{name}: the adapter is for {shape}, the base has {self._shapes[name]}.")
 
-    def _keys_of(self, modules: Any, prefix: str) -> list[str]:
-        """Names in the files of modules' weights, which may lack the prefix of the inner model."""
-        keys, missing = [], []
-        for module in modules:
-            candidates = (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight")
-            key = next((candidate for candidate in candidates if candidate in self.files.tensors), None)
-            keys.append(key or "")
-            if key is None:
-                missing.append(module)
+    def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
+        """Modules by the names that their weights have in the files.
+
+        Raises:
+            ExportError: Some are not there, or not as tensors of their own.
+        """
+        single, made = names_in_files(skeleton, self._shapes)
+        modules = list(modules)
+        fused = [module for module in modules if f"{module}.weight" in made]
+        if fused:
+            sources = ", ".join(made[f"{fused[0]}.weight"][:3])
+            raise ExportError(
+                f"{len(fused)} layers are not tensors of their own in the files of {self.files.name} "
+                f"({', '.join(fused[:3])} …; the first is made of {sources}), so nothing was merged. "
+                "Train without them in lora.targets, and merge --onto original if they are quantized."
+            )
+        missing = [module for module in modules if f"{module}.weight" not in single]
         if missing:
-            near = difflib.get_close_matches(f"{missing[0]}.weight", self.files.tensors, n=1)
+            near = difflib.get_close_matches(f"{missing[0]}.weight", self._shapes, n=1)
             hint = f" The nearest name there is {near[0]}." if near else ""
             raise ExportError(
                 f"{len(missing)} layers are not in the files of {self.files.name} by their names "
                 f"({', '.join(missing[:3])} …), so nothing was merged.{hint} "
                 "Load the base with transformers, save it, and train on that."
             )
-        return keys
+        return {single[f"{module}.weight"]: module for module in modules}
 
 
 def adapter_scaling(config: dict[str, Any]) -> float:
     """The factor on B A that an adapter's config stands for."""
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
+def _factor_names(module: str) -> tuple[str, str]:
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def _transposed_modules(skeleton: Any) -> set[str]:

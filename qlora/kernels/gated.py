@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Elements that are activated at a time where their gradients are written over.
-BLOCK = 1 << 22
+# Of the features, which are activated one after the other where gradients are written over.
+PARTS = 8
 # Each with the operation that writes its gradient, given that of its result, into `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
@@ -46,9 +46,9 @@ class GatedProduct:
         activate, activate_backward = ACTIVATIONS[self.activation]
         grad_gate = grad_output * up
         activate_backward(grad_gate, gate, grad_input=grad_gate)
-        if not (self.overwrites and grad_output.is_contiguous() and gate.is_contiguous()):
+        if not self.overwrites:
             return grad_gate, activate(gate).mul_(grad_output)
-        for rows in range(0, gate.numel(), BLOCK):  # or the activation is another such tensor
-            block = slice(rows, rows + BLOCK)
-            grad_output.view(-1)[block].mul_(activate(gate.view(-1)[block]))
+        # In parts, or the activation is another such tensor.
+        for grad_up, part in zip(grad_output.chunk(PARTS, dim=-1), gate.chunk(PARTS, dim=-1), strict=True):
+            grad_up.mul_(activate(part))
         return grad_gate, grad_output

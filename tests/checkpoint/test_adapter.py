@@ -75,6 +75,23 @@ def test_peft_computes_the_same(compute_dtype, rslora, tiny_base, tmp_path, gene
     assert (bare - expected).abs().max() > 4 * limit  # without the adapter it would be seen
 
 
+@pytest.mark.parametrize("rank", [4, 3])
+def test_a_scaling_by_the_root_of_the_rank_is_saved_as_alpha_over_rank(rank, tiny_base, tmp_path, generator):
+    """llama.cpp reads no other; and a run's own loader gets the same update."""
+    model = adapted_model(tiny_base, generator, rank=rank, rslora=True)
+    adapter = save(model, tmp_path / "adapter")
+    config, factors = read_adapter_config(adapter), read_adapter_tensors(adapter)
+    assert not config["use_rslora"]
+    other = adapted_model(tiny_base, generator, rank=rank, rslora=True)
+    load_adapter(other, adapter)
+    loaded = dict(lora_layers(other))
+    for name, layer in lora_layers(model):
+        lora_A, lora_B = factors[name]
+        served = (lora_B.float() @ lora_A.float()) * (config["lora_alpha"] / config["r"])
+        assert torch.equal(served, layer.delta_weight())
+        assert torch.equal(loaded[name].delta_weight(), layer.delta_weight())
+
+
 def test_peft_computes_the_same_for_gpt2s_transposed_layers(tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, **GPT2)
     model = adapted_model(base, generator)

@@ -2,15 +2,34 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    NemotronHConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ExportError
 from qlora.export import merge, verify
+from qlora.export.merge import cast_checked
+from qlora.export.stored import BLOCK_NUMEL
 from qlora.lora import lora_layers
 from qlora.model import load_base, load_run
 from qlora.training import train
@@ -22,6 +41,20 @@ DTYPES = ["float16", "bfloat16", "float32"]
 # Largest difference over largest logit: one rounding of every weight and of every activation in two layers, by
 # 2^-11, 2^-8 and 2^-24, which the attention of a random model makes larger.
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.1, "float32": 1e-4}
+
+# Prints the most bytes that merges held beyond those of the libraries that it imports. (A process begins with its
+# parent's ru_maxrss, but not with its VmHWM.)
+PEAK = """
+import sys
+import bitsandbytes, transformers.models.llama.modeling_llama
+from qlora.export import merge
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+for onto in ("dequantized", "original"):
+    merge(sys.argv[1], sys.argv[2] + onto, onto=onto)
+print(peak() - before)
+"""
 
 
 def train_on(base, data, folder, **settings):
@@ -130,10 +163,11 @@ def test_it_loads_with_transformers_alone_and_predicts_what_the_adapter_does(dty
 def test_a_scaling_by_the_root_of_the_rank_is_merged_as_such(tiny_base, alpaca_file, tmp_path):
     run = train_on(tiny_base, alpaca_file, tmp_path / "run", lora__rslora=True)
     merge(run, tmp_path / "out", "float32")
-    name, merged = "model.layers.0.mlp.up_proj.weight", tensors_of(tmp_path / "out")
-    expected = dequantized_of(tiny_base)[name] + deltas_of(run)[name] * 2  # 8/√4 and not 8/4
-    assert torch.allclose(merged[name], expected, rtol=0, atol=1e-7)
-    assert not torch.allclose(merged[name], expected - deltas_of(run)[name], rtol=0, atol=1e-4)
+    name, factors = "model.layers.0.mlp.up_proj", load_file(run / "adapter" / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{name}.lora_{factor}.weight"].float() for factor in "AB")
+    weight, merged = dequantized_of(tiny_base)[f"{name}.weight"], tensors_of(tmp_path / "out")[f"{name}.weight"]
+    assert torch.allclose(merged, weight + 4 * (B @ A), rtol=0, atol=1e-7)  # 8/√4
+    assert not torch.allclose(merged, weight + 2 * (B @ A), rtol=0, atol=1e-4)  # and not 8/4
 
 
 def test_layers_without_an_adapter_are_the_dequantized_ones(tiny_base, alpaca_file, tmp_path):
@@ -190,6 +224,19 @@ def test_a_base_in_bitsandbytes_4bit_is_merged(tiny_base, alpaca_file, tmp_path)
         merge(run, tmp_path / "other", onto="original")
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_the_config_says_tied_where_the_files_head_is_the_embedding(repeats, alpaca_file, tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, tie_word_embeddings=True)
+    tensors = load_file(base / WEIGHTS)
+    other = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=generator).bfloat16()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() if repeats else other
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    merge(train_on(base, alpaca_file, tmp_path / "run"), tmp_path / "out", "bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == repeats
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(merged.lm_head.weight, tensors["lm_head.weight"])
+
+
 def test_a_tied_head_stays_tied(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=True)
     run = train_on(base, alpaca_file, tmp_path / "run")
@@ -217,8 +264,8 @@ def test_end_tokens_are_those_of_the_base_and_of_the_tokenizer(own_run, tmp_path
 def test_the_report_is_in_the_folder(run, tmp_path):
     report = merge(run, tmp_path / "out", "bfloat16", onto="original")
     written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert written == report.as_dict()
-    assert (written["dtype"], written["onto"], written["run_dir"]) == ("bfloat16", "original", str(run))
+    assert written == report.as_dict() | {"out_dir": "out", "run_dir": run.name}  # and no path of this machine
+    assert (written["dtype"], written["onto"]) == ("bfloat16", "original")
     assert not any((tmp_path / "out" / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
@@ -235,6 +282,19 @@ def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(own_run, tmp_pat
         merge(run, tmp_path / "out", "float16")
     assert sorted(tmp_path.iterdir()) == before
     assert merge(run, tmp_path / "out", "bfloat16").merged == 14
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_values_fit_and_one_beyond_among_them_does_not(dtype, generator):
+    kind = getattr(torch, dtype)
+    largest = torch.finfo(kind).max
+    values = torch.full((1000,), largest)
+    assert torch.equal(cast_checked("weight", values, kind), values.to(kind))
+    for beyond in (float("inf"), float("-inf"), float("nan"), *([1e5] if dtype == "float16" else [])):
+        values = torch.randn(1000, generator=generator)
+        values[torch.randint(1000, (), generator=generator)] = beyond
+        with pytest.raises(ExportError, match=f"weight: a value of .* does not fit {dtype}"):
+            cast_checked("weight", values, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,6 +336,194 @@ def test_a_folder_with_something_in_it_is_never_written_over(run, tmp_path):
     (tmp_path / "empty").mkdir()
     merge(run, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def contents(folder):
+    named_after_it = ("merge_report.json", "README.md")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in named_after_it}
+
+
+class Interruption:
+    """Stops a merge as Ctrl-C does, once so many bytes are written."""
+
+    def __init__(self, num_bytes):
+        self.num_bytes, self.calls = num_bytes, []
+
+    def __call__(self, done, total):
+        self.calls.append((done, total))
+        if done >= self.num_bytes:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+def test_an_interrupted_merge_is_continued_where_it_stopped(max_shard_size, run, tmp_path):
+    merge(run, tmp_path / "whole", max_shard_size=max_shard_size)
+    for stop_at in (1, 100_000, 200_000):
+        with pytest.raises(KeyboardInterrupt):
+            merge(run, tmp_path / "out", max_shard_size=max_shard_size, on_progress=Interruption(stop_at))
+        assert not (tmp_path / "out").exists()
+    steps = Interruption(10**12)
+    report = merge(run, tmp_path / "out", max_shard_size=max_shard_size, on_progress=steps)
+    assert report.continued_bytes >= 200_000
+    assert steps.calls[0] == (report.continued_bytes, report.num_bytes)
+    assert steps.calls[-1] == (report.num_bytes, report.num_bytes)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_what_another_merge_left_is_refused_and_not_touched(run, exact_run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        merge(run, tmp_path / "out", on_progress=Interruption(100_000))
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for other, settings in ((run, {"dtype": "bfloat16"}), (run, {"onto": "original"}), (exact_run, {})):
+        with pytest.raises(ExportError, match="with other settings, or of another run"):
+            merge(other, tmp_path / "out", **settings)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+    assert merge(run, tmp_path / "out").continued_bytes > 0
+
+
+def test_a_second_merge_into_the_same_folder_is_refused_while_one_writes(run, tmp_path):
+    refused = []
+
+    def merge_beside(done, total):
+        with pytest.raises(ExportError, match="being written by another qlora merge") as raised:
+            merge(run, tmp_path / "out")
+        refused.append(raised)
+
+    merge(run, tmp_path / "out", on_progress=merge_beside)
+    assert refused
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_with_force_another_base_is_merged_into_and_the_report_says_what_differs(own_run, tmp_path):
+    base, run = own_run
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(base / WEIGHTS)
+    tensors[name] += 1
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="merge all the same with --force"):
+        merge(run, tmp_path / "out")
+    report = merge(run, tmp_path / "out", "float32", onto="original", force=True)
+    assert report.base_differs == [WEIGHTS]
+    assert torch.equal(tensors_of(tmp_path / "out")[name], tensors[name].float() + deltas_of(run)[name])
+
+
+def test_an_adapter_of_another_shape_is_refused_before_anything_is_written(own_run, tmp_path):
+    base, run = own_run
+    shutil.rmtree(base)
+    make_base(base, 0, intermediate_size=180)
+    with pytest.raises(ExportError, match=r"down_proj.*: the adapter is for \(64, 172\), the base has \(64, 180\)"):
+        merge(run, tmp_path / "out", force=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("held_out", [0.2, None])
+def test_of_both_bases_the_better_one_is_written(held_out, tiny_base, alpaca_file, tmp_path):
+    run = train_on(tiny_base, alpaca_file, tmp_path / "run", data__eval=held_out)
+    report = merge(run, tmp_path / "out", "float32", onto="best")
+    losses = {}
+    for onto in ("dequantized", "original"):
+        merge(run, tmp_path / onto, "float32", onto=onto)
+        losses[onto] = verify(run, tmp_path / onto).merged_loss
+    assert report.losses == pytest.approx(losses, rel=1e-5)
+    assert report.onto == min(losses, key=losses.get)
+    assert contents(tmp_path / "out") == contents(tmp_path / report.onto)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["losses"] == report.losses
+
+
+def test_a_choice_that_was_interrupted_is_continued(run, tmp_path):
+    whole = merge(run, tmp_path / "whole", onto="best")
+    with pytest.raises(KeyboardInterrupt):
+        merge(run, tmp_path / "out", onto="best", on_progress=Interruption(int(whole.num_bytes * 1.5)))
+    report = merge(run, tmp_path / "out", onto="best")
+    assert report.continued_bytes > whole.num_bytes
+    assert (report.onto, report.losses) == (whole.onto, whole.losses)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_weights_of_many_blocks_have_every_bit_too(alpaca_file, tmp_path, seed):
+    sizes = {"hidden_size": 384, "intermediate_size": 1100, "num_hidden_layers": 1, "vocab_size": 1000}
+    base = make_base(tmp_path / "base", seed, **sizes)
+    run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
+    merge(run, tmp_path / "out", "float32")
+    source, dequantized, deltas = load_file(base / WEIGHTS), dequantized_of(base), deltas_of(run)
+    for name, value in tensors_of(tmp_path / "out").items():
+        assert torch.equal(value, dequantized[name] + deltas[name] if name in deltas else source[name].float()), name
+    assert max(value.numel() for value in source.values()) > BLOCK_NUMEL
+
+
+@pytest.mark.parametrize(
+    ("config_class", "sizes"),
+    [
+        (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 93}),
+        (MistralConfig, {"intermediate_size": 130, "tie_word_embeddings": True}),
+        (Qwen2Config, {}),  # biases of its own
+        (Qwen3Config, {"tie_word_embeddings": True, "hidden_size": 60}),
+        (Gemma2Config, {}),  # tied of its own, with a norm that is 1 + w
+        (Gemma3TextConfig, {"tie_word_embeddings": False}),
+    ],
+)
+def test_families_and_odd_sizes_have_every_bit(config_class, sizes, alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, config_class, **sizes)
+    run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
+    source, deltas = load_file(base / WEIGHTS), deltas_of(run)
+    expected = {"dequantized": source | dequantized_of(base), "original": source}
+    for onto, weights in expected.items():
+        assert merge(run, tmp_path / onto, "float32", onto=onto).merged == len(deltas) == 14
+        merged = tensors_of(tmp_path / onto)
+        assert merged.keys() == source.keys()
+        for name, value in merged.items():
+            assert torch.equal(value, weights[name].float() + deltas.get(name, 0)), name
+        _, info = AutoModelForCausalLM.from_pretrained(tmp_path / onto, output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"]
+
+
+def test_where_neither_base_has_a_loss_nothing_is_written(own_run, tmp_path):
+    base, run = own_run
+    tensors = load_file(base / WEIGHTS)
+    for name in ("model.norm.weight", "lm_head.weight"):
+        tensors[name] *= 1e30  # each fits bf16, and what they make together does not
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="Neither base has a finite loss in bfloat16"):
+        merge(run, tmp_path / "out", "bfloat16", onto="best", force=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_weights_that_transformers_renames_are_merged(alpaca_file, tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, NemotronHConfig, layers_block_type=["attention", "mlp"])
+    run = train_on(base, alpaca_file, tmp_path / "run", model__compute_dtype="float32")
+    report = merge(run, tmp_path / "out", "float32")
+    merged, source = tensors_of(tmp_path / "out"), load_file(base / WEIGHTS)
+    assert report.merged == 6
+    assert merged.keys() == source.keys()
+    assert "backbone.layers.0.mixer.q_proj.weight" in merged
+    ids = torch.randint(256, (2, 30), generator=generator)
+    expected = logits_of(load_run(run)[0], ids)
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), ids)
+    assert (found - expected).abs().max() < TOLERANCE["float32"] * expected.abs().max()
+    assert verify(run, tmp_path / "out").matches
+
+
+def test_weights_that_are_no_tensors_of_their_own_are_refused_by_name(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, HrmTextConfig, num_hidden_layers=1, L_cycles=1, H_cycles=1)
+    run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
+    with pytest.raises(ExportError, match=r"12 layers are not tensors of their own .*made of .*mlp\.gate_up_proj"):
+        merge(run, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    run = train_on(base, alpaca_file, tmp_path / "own", train__max_steps=1, lora__targets=["o_proj"])
+    assert merge(run, tmp_path / "out", onto="original").merged == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(alpaca_file, tmp_path, seed):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}
+    base = make_base(tmp_path / "base", seed, **sizes)
+    bound = 4 * 4 * 512 * 2048 + 60e6
+    assert bound < 0.6 * (base / WEIGHTS).stat().st_size
+    once = {"train__max_steps": 1, "train__gradient_accumulation_steps": 1, "train__micro_batch_size": 1}
+    run = train_on(base, alpaca_file, tmp_path / "run", **once)
+    arguments = [sys.executable, "-c", PEAK, str(run), str(tmp_path / "out-")]
+    assert int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) < bound
 
 
 def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):

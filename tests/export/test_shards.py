@@ -1,6 +1,7 @@
 """Shards: what safetensors and transformers read, in files as large as asked for."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def tensors(generator):
 def write(folder, tensors, dtype, max_bytes):
     layout = [TensorLayout(name, tuple(value.shape), dtype) for name, value in tensors.items()]
     writer = ShardWriter(folder, layout, max_bytes)
-    for name, value in tensors.items():
-        writer.write(name, value.to(dtype))
+    for entry in list(writer.remaining):
+        writer.write(entry.name, tensors[entry.name].to(dtype))
     writer.close()
     return writer
 
@@ -73,10 +74,72 @@ def test_tensors_that_do_not_lie_in_order_are_written_as_they_read(tmp_path, gen
 def test_another_order_or_dtype_than_announced_is_a_mistake_of_ours(tmp_path):
     layout = [TensorLayout(name, (2,), torch.float16) for name in "ab"]
     writer = ShardWriter(tmp_path, layout, 100)
-    with pytest.raises(AssertionError, match="b in torch.float16 came in place of .*'a'"):
+    with pytest.raises(AssertionError, match="b came in place of .*'a'"):
         writer.write("b", torch.zeros(2, dtype=torch.float16))
     with pytest.raises(AssertionError, match="float32"):
         ShardWriter(tmp_path, layout, 100).write("a", torch.zeros(2))
+
+
+def layout_of(tensors):
+    return [TensorLayout(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_blocks_of_rows_make_the_file_that_the_whole_makes(tensors, tmp_path):
+    for name in ("whole", "blocks"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "whole", tensors, torch.float32, 10**9)
+    writer = ShardWriter(tmp_path / "blocks", layout_of(tensors), 10**9)
+    for name, value in tensors.items():
+        writer.write_blocks(name, value.split(2) if value.dim() else [value])
+    writer.close()
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+
+
+def test_rows_that_are_missing_are_a_mistake_of_ours(tmp_path):
+    writer = ShardWriter(tmp_path, [TensorLayout("a", (4,), torch.float32)], 100)
+    with pytest.raises(AssertionError, match="8 bytes came for .*'a'"):
+        writer.write_blocks("a", [torch.zeros(2)])
+
+
+@pytest.mark.parametrize("max_bytes", [100, 1700, 10**9])
+def test_what_an_interrupted_writer_left_is_gone_on_with(max_bytes, tensors, tmp_path, seed):
+    write(tmp_path, tensors, torch.float32, max_bytes)
+    expected = contents(tmp_path)
+    weight_files = sorted(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
+    draw = random.Random(seed)
+    for _ in range(20):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        num_whole = draw.randrange(len(weight_files))
+        for path in weight_files[:num_whole]:
+            path.write_bytes(expected[path.name])
+        cut = weight_files[num_whole]
+        cut.write_bytes(expected[cut.name][: draw.randrange(len(expected[cut.name]))])
+        size_left = sum(path.stat().st_size for path in tmp_path.iterdir())
+        writer = ShardWriter(tmp_path, layout_of(tensors), max_bytes)
+        num_left = sum(tensor.num_bytes for tensor in writer.remaining)
+        assert writer.num_bytes - num_left <= size_left
+        # No more is done again than the tensor that was cut.
+        assert size_left < writer.num_bytes - num_left + writer.remaining[0].num_bytes + 2000
+        assert [entry.name for entry in writer.remaining] == list(tensors)[-len(writer.remaining) :]
+        for entry in list(writer.remaining):
+            writer.write(entry.name, tensors[entry.name])
+        writer.close()
+        assert contents(tmp_path) == expected
+
+
+def test_a_file_of_another_layout_is_written_anew(tensors, tmp_path):
+    write(tmp_path, tensors, torch.float32, 10**9)
+    expected = contents(tmp_path)
+    other = {"z": torch.zeros(7), **tensors}
+    write(tmp_path, other, torch.float32, 10**9)
+    assert ShardWriter(tmp_path, layout_of(tensors), 10**9).remaining == layout_of(tensors)
+    write(tmp_path, tensors, torch.float32, 10**9)
+    assert contents(tmp_path) == expected
 
 
 def test_a_sharded_model_is_the_unsharded_one(tiny_base, alpaca_file, tmp_path):

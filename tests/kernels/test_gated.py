@@ -45,15 +45,10 @@ def test_an_input_without_gradient_gets_none(generator):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_gradient_that_is_given_is_written_over_where_that_is_allowed(activation, generator, monkeypatch):
-    monkeypatch.setattr("qlora.kernels.gated.BLOCK", 100)
+def test_the_gradient_that_is_given_is_written_over_where_that_is_allowed(activation, generator):
     grad, gate, up = (torch.randn(7, 33, generator=generator).bfloat16() for _ in range(3))
     wanted = GatedProduct(activation).gradients(grad.clone(), gate, up)
     given = grad.clone()
     found = GatedProduct(activation, overwrites=True).gradients(given, gate, up)
     assert all(map(torch.equal, found, wanted))
     assert found[1].data_ptr() == given.data_ptr()
-    columns = grad.T.contiguous().T  # in another order in memory than gate
-    found = GatedProduct(activation, overwrites=True).gradients(columns, gate, up)
-    assert all(map(torch.equal, found, wanted))
-    assert torch.equal(columns, grad)

@@ -1,0 +1,36 @@
+"""`qlora quantize`: a model in bitsandbytes' 4 bits, on disk."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from qlora.cli.options import AsJson, Device
+from qlora.cli.report import show_report
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a model id on the hub.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the blocks' statistics too.")
+    ] = True,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of what is not quantized, and of the weights before they are; auto is the model's own."),
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file: 5GB, 500MB.")] = "5GB",
+    device: Device = "cpu",
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model in 4 bits, which transformers and qlora train load as it is."""
+    from qlora.config.sections import parse_size
+    from qlora.export.quantize import quantize_model
+
+    try:
+        parse_size(max_shard_size)
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-shard-size {max_shard_size}: {error}") from None
+    report = quantize_model(model, output, double_quant, dtype, max_shard_size, device, revision, trust_remote_code)
+    show_report(report.as_dict(), as_json, f"Quantized {report.quantized} layers into {report.out_dir}.")

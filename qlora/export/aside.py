@@ -1,0 +1,82 @@
+"""A folder beside the target that an interrupted merge goes on in, and that one process at a time writes into."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from safetensors import SafetensorError
+
+from qlora.checkpoint.atomic import space_left, sync_folder
+from qlora.errors import ExportError
+
+# What is being written, as a key; locked by the process that writes.
+STATE_FILE = "merge_state"
+
+
+@contextmanager
+def continued_aside(target: Path, key: str) -> Iterator[Path]:
+    """Gives a folder beside `target` to write into: new, or as an interrupted writer of the same key left it.
+
+    It is removed at the end, from which :func:`put_in_place` saves what is to stay, and when writing fails. What a
+    killed or interrupted process wrote is kept, and so it is when something else fails.
+
+    Args:
+        target: A folder that is not there yet, or empty.
+        key: Tells what is written; whoever has the same writes the same bytes.
+
+    Raises:
+        ExportError: Something else lies there, another process writes there, or the disk refuses.
+    """
+    target = target.expanduser().absolute()
+    aside = target.with_name(f".{target.name}.merging")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with (aside / STATE_FILE).open("a+", encoding="utf-8") as state:
+            _claim(aside, state, key)
+            try:
+                yield aside
+            except (OSError, SafetensorError, ExportError):
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as problem:
+        raise ExportError(f"{target} can't be written: {problem}.{space_left(target)}") from problem
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Syncs a folder and gives it the target's name, unless something came to be there meanwhile.
+
+    Raises:
+        OSError: The target is not empty, or the disk refuses.
+    """
+    target = target.expanduser().absolute()
+    sync_folder(folder)
+    with suppress(FileNotFoundError):
+        target.rmdir()
+    folder.rename(target)
+
+
+def _claim(aside: Path, state: TextIO, key: str) -> None:
+    """Locks the folder for as long as the state file is open, and sees that it is ours to go on in."""
+    try:
+        fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.path.samestat(os.fstat(state.fileno()), (aside / STATE_FILE).stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_there = False
+    if not is_there:
+        raise ExportError(f"{aside} is being written by another qlora merge; wait for it, or choose another folder.")
+    state.seek(0)
+    found = state.read()
+    if found == key:
+        return
+    if found or any(path.name != STATE_FILE for path in aside.iterdir()):
+        raise ExportError(
+            f"{aside} holds what a merge with other settings, or of another run, left when it was interrupted; the "
+            f"same command as then goes on with it. Remove {aside}, or choose another folder."
+        )
+    state.write(key)
+    state.flush()

@@ -1,0 +1,170 @@
+"""The model card: what a release was made from and how, from the run's own records, without a word of this machine."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import RunConfig, load_config
+
+CARD_FILE = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+LICENSE_KEYS = ("license", "license_name", "license_link")
+# How the text of a licence begins, and the hub's name for it.
+LICENSES = {
+    "MIT License": "mit",
+    "The MIT License": "mit",
+    "Apache License": "apache-2.0",
+    "BSD 3-Clause License": "bsd-3-clause",
+    "BSD 2-Clause License": "bsd-2-clause",
+    "Mozilla Public License Version 2.0": "mpl-2.0",
+}
+FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
+
+
+def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes a release's README.md.
+
+    A base or a data file given by its path is named by the last part of it alone.
+
+    Args:
+        folder: The release.
+        name: Of the release.
+        run: What it was made from.
+        base_folder: The base's files, for its licence.
+        report: Of the merge.
+    """
+    record, config = run.read_record(), load_config(run.config)
+    base, base_on_hub = public_name(record["base"]["name"])
+    license = read_license(base_folder)
+    front: dict[str, Any] = {key: value for key, value in license.items() if value}
+    if base_on_hub:
+        front |= {"base_model": base, "base_model_relation": "finetune"}
+    datasets = [source for source, on_hub in map(public_name, _sources(config)) if on_hub]
+    if datasets:
+        front["datasets"] = datasets
+    library = "gguf" if any(folder.glob("*.gguf")) else "transformers"
+    front |= {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qlora", "lora"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {name}",
+        f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, the adapter merged into its weights.",
+        "## Data",
+        _table(["source", "format", "documents", "tokens", "learnt from"], _data_rows(record)),
+        f"{record['examples']['train']} documents were trained on, {record['examples']['eval']} held out.",
+        "## Training",
+        _table(["setting", ""], _settings(record, config).items()),
+        "## Losses",
+        _table(["step", "loss"], _losses(run)),
+        "## Merge",
+        _table(["", ""], _merge_rows(report).items()),
+        "## Licence",
+        _license_text(base, license),
+    ]
+    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def public_name(source: str) -> tuple[str, bool]:
+    """A name that says nothing of this machine, and whether it is one on the hub."""
+    name = source.rpartition(":")[0] if HUB_ID.fullmatch(source.rpartition(":")[0]) else source
+    is_path = Path(name).expanduser().exists() or name.endswith(FILE_SUFFIXES)
+    if HUB_ID.fullmatch(name) and not is_path:
+        return name, True
+    return Path(name).expanduser().resolve().name, False
+
+
+def read_license(base_folder: Path) -> dict[str, str]:
+    """A model's licence as the hub writes it: what its card says, or else its licence file."""
+    card = base_folder / CARD_FILE
+    match = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    try:
+        front = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        front = {}
+    if isinstance(front, dict) and front.get("license"):
+        return {key: str(front[key]) for key in LICENSE_KEYS if front.get(key)}
+    for path in sorted(base_folder.glob("LICENSE*")):
+        start = " ".join(path.read_text(encoding="utf-8", errors="replace")[:200].split())
+        known = next((name for text, name in LICENSES.items() if start.startswith(text)), None)
+        if known:
+            return {"license": known}
+        return {"license": "other", "license_name": "of-the-base", "license_link": path.name}
+    return {}
+
+
+def _license_text(base: str, license: Mapping[str, str]) -> str:
+    if not license:
+        return f"{base} names no licence; ask those who made it."
+    return f"That of {base}: {license.get('license_name', license['license'])}. The data may ask for more."
+
+
+def _sources(config: RunConfig) -> list[str]:
+    return [source.path for source in config.data.train]
+
+
+def _data_rows(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            _link(*public_name(report["source"]), "datasets/"),
+            report["format"],
+            report["examples"],
+            report["tokens"],
+            report["supervised_tokens"],
+        )
+        for report in record["data"]
+    ]
+
+
+def _settings(record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    lora, train, data = config.lora, config.train, config.data
+    quantization, in_use = record["quantization"], record["in_use"]
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use['processes']}"
+    return {
+        "steps": record["steps"],
+        "rows per step": f"{rows} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
+        "base in training": f"{quantization['kind']}, double quantization: {quantization['double_quant']}",
+        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}",
+        "adapted layers": targets,
+        "learnt from": data.loss_on,
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
+        f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients clipped at {train.max_grad_norm}",
+        "compute dtype": in_use["compute_dtype"],
+        "seed": train.seed,
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+    }
+
+
+def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
+    """The last training loss, and the held-out ones."""
+    lines = run.read_metrics()
+    held_out = [(line["step"], f"{line['eval_loss']:.4f} held out") for line in lines if "eval_loss" in line]
+    last = [(line["step"], f"{line['loss']:.4f} in training") for line in lines if "loss" in line][-1:]
+    return held_out + last
+
+
+def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {
+        "weights": report["dtype"],
+        "merged into": f"the {report['onto']} base" if report.get("onto") else None,
+        "layers with an adapter": report.get("merged"),
+        "tensors": report.get("tensors"),
+        "bytes": report.get("num_bytes"),
+        "held-out loss by base": ", ".join(f"{base} {loss:.4f}" for base, loss in (report.get("losses") or {}).items()),
+        "base's files that are not those trained on": ", ".join(report.get("base_differs") or []),
+        "notes": "; ".join(report.get("notes") or []),
+    }
+    return {key: value for key, value in rows.items() if value not in (None, "")}
+
+
+def _link(name: str, on_hub: bool, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if on_hub else name
+
+
+def _table(head: list[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '¦') for cell in line)} |" for line in lines)

@@ -1,0 +1,185 @@
+"""Whether PEFT, vLLM and llama.cpp would load an adapter and compute with it what it was trained as."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora.checkpoint import read_adapter_config
+from qlora.checkpoint.adapter import PREFIX, WEIGHTS_FILE
+from qlora.checkpoint.base_files import read_header
+from qlora.errors import CheckpointError, ModelError
+
+# What `--max-lora-rank` of vLLM can be; it is 16 if not given (vllm/config/lora.py).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+# Copies of the base's own weights that PEFT saves beside an adapter of these; vLLM passes over them.
+VLLM_SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+# First values that change the base's weights, so that a server's own base is not the one trained on.
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva")
+FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+@dataclass(slots=True)
+class Verdict:
+    """On one client.
+
+    Attributes:
+        loads: Whether it would load the adapter, and scale it rightly.
+        reasons: Why not.
+        needs: What it has to be given, or what could not be seen from here.
+    """
+
+    loads: bool = True
+    reasons: list[str] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        """Adds a reason against."""
+        self.loads = False
+        self.reasons.append(reason)
+
+    def __str__(self) -> str:
+        verdict = "loads it" if self.loads else "does not: " + "; ".join(self.reasons)
+        return verdict + "".join(f" ({need})" for need in self.needs)
+
+
+def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
+    """Holds an adapter's folder against the rules of the tools that load adapters, without running them.
+
+    Rules: peft/tuners/lora; vllm/lora/peft_helper.py; convert_lora_to_gguf.py and src/llama-adapter.h of llama.cpp.
+
+    Args:
+        adapter: With `adapter_config.json` and `adapter_model.safetensors`.
+        base: The architecture that it is for, without weights.
+
+    Returns:
+        A verdict for each of `peft`, `vllm` and `llama.cpp`.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, or a damaged one.
+    """
+    config = read_adapter_config(adapter)
+    try:
+        header = read_header(adapter / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise CheckpointError(f"{adapter} holds no adapter: {WEIGHTS_FILE} is missing.") from None
+    except ModelError as error:
+        raise CheckpointError(str(error)) from None
+    matches = [match for name in header if (match := FACTOR.fullmatch(name))]
+    ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
+    others = sorted({*header} - {match[0] for match in matches})
+    return {
+        "peft": _check_peft(config, ranks, others, base),
+        "vllm": _check_vllm(config, ranks, others),
+        "llama.cpp": _check_llama_cpp(config, ranks, others, base),
+    }
+
+
+def trained_scaling(config: dict[str, Any], module: str) -> float:
+    """The factor on a module's B A as PEFT has it, patterns and all."""
+    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: list[str], base: Any) -> Verdict:
+    verdict = Verdict()
+    if config.get("peft_type") != "LORA":
+        verdict.refuse(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
+    foreign = [name for name in others if not name.startswith(PREFIX)]
+    if foreign:
+        verdict.refuse(f"it passes over {foreign[0]}, whose name does not begin with {PREFIX}")
+    modules = {name for name, module in base.named_modules() if hasattr(module, "weight")}
+    absent = sorted({*ranks} - modules)
+    if absent:
+        verdict.refuse(f"the base has no layer {absent[0]}")
+    wrong = [
+        module for module, rank in ranks.items() if rank != _by_pattern(config.get("rank_pattern"), module, config["r"])
+    ]
+    if wrong:
+        verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, which is not what the config says")
+    meant = _meant(config, modules)
+    if meant is None:
+        verdict.needs.append("which layers target_modules means was not checked")
+    elif meant != {*ranks} and not absent:
+        verdict.refuse(f"target_modules and the tensors differ in {sorted(meant ^ {*ranks})[0]}")
+    return verdict
+
+
+def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> Verdict:
+    verdict = Verdict(needs=["whether it takes adapters for this architecture was not checked"])
+    if not config.get("target_modules"):
+        verdict.refuse("target_modules is not set")
+    for key, what in {
+        "use_dora": "DoRA",
+        "lora_bias": "biases of the factors",
+        "layer_replication": "replicated layers",
+        "modules_to_save": "modules trained in full",
+        "trainable_token_indices": "embeddings of single tokens",
+    }.items():
+        if config.get(key):
+            verdict.refuse(f"it refuses {what} ({key})")
+    if config.get("bias", "none") != "none":
+        verdict.refuse(f"it refuses trained biases (bias: {config['bias']})")
+    if str(config.get("init_lora_weights")).startswith(CHANGING_INITS):
+        verdict.refuse(f"init_lora_weights: {config['init_lora_weights']} has changed the base that it adds to")
+    unknown = [name for name in others if not name.endswith(VLLM_SKIPPED)]
+    if unknown:
+        verdict.refuse(f"{unknown[0]} is no factor of a layer")
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    _check_scaling(verdict, config, dict.fromkeys(ranks, config["lora_alpha"] / root))
+    rank = max([config["r"], *ranks.values()])
+    if rank > VLLM_RANKS[-1]:
+        verdict.refuse(f"rank {rank} is above {VLLM_RANKS[-1]}")
+    elif rank > VLLM_DEFAULT_RANK:
+        verdict.needs.append(f"--max-lora-rank {next(limit for limit in VLLM_RANKS if limit >= rank)}")
+    return verdict
+
+
+def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list[str], base: Any) -> Verdict:
+    verdict = Verdict(needs=["whether its converter knows this architecture was not checked"])
+    unknown = [
+        name for name in others if not re.search(r"\.lora_embedding_[AB]|_layernorm|\.norm|\.base_layer\.weight", name)
+    ]
+    if unknown:
+        verdict.refuse(f"its converter stops at {unknown[0]}, which is neither lora_A nor lora_B")
+    modules = dict(base.named_modules())
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    for module in ranks:
+        if modules.get(module) is head and head is not None and head.weight is embeddings.weight:
+            verdict.refuse(f"{module} shares its weight with the embeddings, where it has no place for an update")
+        if type(modules.get(module)).__name__ == "Conv1D":
+            verdict.refuse(
+                f"its converter turns the weight of {module} over, and so the factors, which lie the right way"
+            )
+            break
+    alpha = config["lora_alpha"]
+    _check_scaling(verdict, config, {module: alpha / rank if alpha else 1.0 for module, rank in ranks.items()})
+    return verdict
+
+
+def _check_scaling(verdict: Verdict, config: dict[str, Any], scalings: dict[str, float]) -> None:
+    """Whether a client scales every module as it was trained."""
+    for module, scaling in scalings.items():
+        trained = trained_scaling(config, module)
+        if not math.isclose(scaling, trained, rel_tol=1e-6):
+            keys = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
+            because = f", as it does not read {' and '.join(keys)}" if keys else ""
+            verdict.refuse(f"it would scale {module} by {scaling:g} and not {trained:g}{because}, and not say so")
+            return
+
+
+def _meant(config: dict[str, Any], modules: set[str]) -> set[str] | None:
+    """The modules that target_modules selects; None where other keys have a say in that."""
+    targets = config.get("target_modules") or []
+    if targets == "all-linear" or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
+        return None
+    if isinstance(targets, str):
+        return {name for name in modules if re.fullmatch(targets, name)}
+    return {name for name in modules for target in targets if name == target or name.endswith(f".{target}")}

@@ -1,0 +1,45 @@
+"""What a run's weights are judged by: its held-out examples, and the loss that a written model has on them."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.config import RunConfig
+from qlora.data import ExampleSet, eval_batches
+from qlora.model import datasets_from_section, evaluate, load_base
+
+# Training examples that stand in where a run held none out.
+NUM_TRAIN_EXAMPLES = 64
+
+
+def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
+    """The examples that a run was evaluated on; without those, some that it was trained on.
+
+    Args:
+        config: Of the run.
+        tokenizer: The run's own, with its template.
+    """
+    datasets = datasets_from_section(config.data, tokenizer, config.train.seed, own_template=True)
+    return datasets.eval or datasets.train[:NUM_TRAIN_EXAMPLES]
+
+
+def written_loss(folder: Path, dtype: str, config: RunConfig, device: str | torch.device) -> float:
+    """Loads a merged model and computes its loss on a run's held-out examples.
+
+    Args:
+        folder: With weights, config and the run's tokenizer.
+        dtype: Of the weights, and to compute in.
+        config: Of the run.
+        device: To compute on.
+
+    Raises:
+        ModelError: The model can't be loaded.
+        DataError: The run's data can't be read.
+    """
+    model, tokenizer = load_base(str(folder), quantization="none", compute_dtype=dtype, device=device)
+    loss = evaluate(model, eval_batches(held_out_examples(config, tokenizer), 1)).loss
+    del model
+    gc.collect()
+    return loss

@@ -1,0 +1,87 @@
+"""A run's merged model as one GGUF file, from the base's files and the adapter."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from qlora.checkpoint import RunDirectory, write_aside
+from qlora.errors import ExportError
+from qlora.export.card import write_card
+from qlora.export.gguf import write_gguf
+from qlora.export.merge import MergeReport, OnProgress, write_companions
+from qlora.export.weights import MergedWeights
+
+GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+
+
+def merge_to_gguf(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    dtype: str = "float16",
+    onto: str = "dequantized",
+    device: str = "cpu",
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> MergeReport:
+    """Merges a run's adapter into its base and writes a GGUF file, with tokenizer and config beside it.
+
+    Each tensor is merged in fp32 and written before the next is read.
+
+    Args:
+        run_dir: A finished run.
+        out_dir: A folder that is not there yet; written aside and renamed when whole.
+        dtype: `float16`, `bfloat16` or `q8_0`.
+        onto: `dequantized`, the weights that the adapter was trained on, or `original`, those of the files.
+        device: To merge on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        force: Merge into a base other than the one trained on; the report says what differs.
+        on_progress: Told of the bytes merged, and of all.
+
+    Raises:
+        ExportError: As `merge` does, or the model can't be written as GGUF.
+        CheckpointError: The run is damaged.
+    """
+    started = time.perf_counter()
+    out_dir = Path(out_dir).expanduser()
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
+    if dtype not in GGUF_DTYPES or onto == "best":
+        raise ExportError(
+            f"GGUF is written in {', '.join(GGUF_DTYPES)}, onto dequantized or original weights; "
+            f"not in {dtype} onto {onto}."
+        )
+    run = RunDirectory.open(run_dir)
+    weights = MergedWeights(run, onto, device, force)
+    layout = weights.layout(torch.float32)
+    sizes = {entry.name: entry.num_bytes for entry in layout}
+    total, done = sum(sizes.values()), 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal done
+        value = weights.tensor(name).cpu()
+        done += sizes[name]
+        if on_progress is not None:
+            on_progress(done, total)
+        return value
+
+    with write_aside(out_dir, ExportError) as folder:
+        write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
+        out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
+        written = write_gguf(folder, layout, read, out_file, GGUF_DTYPES[dtype], out_dir.name)
+        report = MergeReport(
+            out_dir=str(out_dir),
+            run_dir=str(run.path),
+            dtype=dtype,
+            onto=onto,
+            losses=None,
+            merged=weights.num_adapted,
+            tensors=written.tensors,
+            num_bytes=written.num_bytes,
+            continued_bytes=0,
+            device=weights.device.type,
+            base_differs=weights.base_differs,
+            seconds=round(time.perf_counter() - started, 3),
+            notes=written.notes,
+        )
+        write_card(folder, out_dir.name, run, weights.files.folder, report.as_dict())
+    return report

@@ -1,0 +1,133 @@
+"""Model cards: what the run's records say, in a form that the hub takes, and nothing of this machine."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
+from qlora.export import merge
+from qlora.export.card import public_name, read_license, write_card
+from qlora.training import train
+from tests.tiny import run_config
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, alpaca_file, tmp_path_factory):
+    """A trained run; not to be changed."""
+    folder = tmp_path_factory.mktemp("card") / "run"
+    train(load_config(run_config(tiny_base, alpaca_file, folder)))
+    return RunDirectory.open(folder)
+
+
+@pytest.fixture(scope="module")
+def report(run, tmp_path_factory):
+    """What merging it reported."""
+    return merge(run.path, tmp_path_factory.mktemp("card") / "out").as_dict()
+
+
+def card_of(folder, run, base, report):
+    write_card(folder, "my-release", run, base, report)
+    return (folder / "README.md").read_text()
+
+
+def test_it_tells_base_data_settings_losses_and_merge(run, report, tiny_base, alpaca_file, tmp_path):
+    text = card_of(tmp_path, run, tiny_base, report)
+    record, metrics = run.read_record(), run.read_metrics()
+    assert text.split("---\n")[2].startswith("\n# my-release\n")
+    assert f"{tiny_base.name}, fine-tuned with QLoRA" in text
+    data = record["data"][0]
+    assert f"| {alpaca_file.name} | alpaca | {data['examples']} | {data['tokens']} |" in text
+    assert f"{record['examples']['train']} documents were trained on, {record['examples']['eval']} held out" in text
+    assert "rank 4, alpha 8" in text
+    assert "learning rate 0.01" in text
+    for line in metrics:
+        if "eval_loss" in line:
+            assert f"| {line['step']} | {line['eval_loss']:.4f} held out |" in text
+    last = [line for line in metrics if "loss" in line][-1]
+    assert f"| {last['step']} | {last['loss']:.4f} in training |" in text
+    assert "| layers with an adapter | 14 |" in text
+    assert "the dequantized base" in text
+
+
+def test_the_hub_takes_its_front_matter(run, report, tiny_base, tmp_path):
+    front = ModelCard(card_of(tmp_path, run, tiny_base, report)).data.to_dict()
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "text-generation"
+    assert "base_model" not in front  # a folder is none
+
+
+def test_nothing_of_this_machine_is_in_it(run, report, tiny_base, tmp_path):
+    text = card_of(tmp_path, run, tiny_base, report)
+    for path in (tiny_base, run.path, tmp_path):
+        assert str(path.parent) not in text
+    assert not re.search(r"(?<![\w/:])/\w+/\w+", text.replace("https://", ""))
+
+
+def test_a_base_and_data_of_the_hub_are_linked(run, report, tiny_base, tmp_path):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    record = copy.read_record()
+    record["base"] |= {"name": "owner/base-7B", "commit": "a" * 40}
+    record["data"][0]["source"] = "owner/rows:train_sft"
+    copy.write_record(record)
+    config = yaml.safe_load(copy.config.read_text())
+    config["data"]["train"][0]["path"] = "owner/rows:train_sft"
+    copy.config.write_text(json.dumps(config))
+    text = card_of(tmp_path, copy, tiny_base, report)
+    front = ModelCard(text).data.to_dict()
+    assert (front["base_model"], front["datasets"]) == ("owner/base-7B", ["owner/rows"])
+    assert "[owner/rows](https://huggingface.co/datasets/owner/rows)" in text
+    assert "[owner/base-7B](https://huggingface.co/owner/base-7B), fine-tuned" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/name", ("owner/name", True)),
+        ("owner/name:split", ("owner/name", True)),
+        ("/home/me/secret/rows.jsonl", ("rows.jsonl", False)),
+        ("secret/rows.jsonl", ("rows.jsonl", False)),
+        ("secret/rows.jsonl.gz", ("rows.jsonl.gz", False)),
+        ("~/models/base", ("base", False)),
+        ("../base", ("base", False)),
+        ("a/b/c", ("c", False)),
+    ],
+)
+def test_names_that_are_not_of_the_hub_lose_their_folders(name, expected):
+    assert public_name(name) == expected
+
+
+def test_a_folder_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("owner/name") == ("name", False)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, {}),
+        ({"README.md": "---\nlicense: llama3.1\ntags: [a]\n---\n# Base"}, {"license": "llama3.1"}),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: own\nlicense_link: https://a.b\n---\n", "LICENSE": "MIT"},
+            {"license": "other", "license_name": "own", "license_link": "https://a.b"},
+        ),
+        ({"README.md": "# no front matter", "LICENSE": "MIT License\n\nCopyright"}, {"license": "mit"}),
+        ({"README.md": "---\n: [\n---\n", "LICENSE": "  Apache License\n  Version 2.0"}, {"license": "apache-2.0"}),
+        (
+            {"LICENSE.txt": "Ask me first."},
+            {"license": "other", "license_name": "of-the-base", "license_link": "LICENSE.txt"},
+        ),
+    ],
+)
+def test_the_licence_is_what_the_base_says(files, expected, tmp_path, run, report):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert read_license(tmp_path) == expected
+    (tmp_path / "out").mkdir()
+    front = ModelCard(card_of(tmp_path / "out", run, tmp_path, report)).data.to_dict()
+    assert {key: front[key] for key in ("license", "license_name", "license_link") if key in front} == expected

@@ -1,0 +1,89 @@
+"""A run merged into GGUF is the run merged into safetensors, rounded otherwise."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.config import load_config
+from qlora.errors import ExportError
+from qlora.export import merge
+from qlora.export.merge_gguf import merge_to_gguf
+from qlora.training import train
+from tests.cli import run as run_command
+from tests.tiny import run_config
+
+pytest.importorskip("gguf", reason="gguf is not installed: pip install 'qlora[gguf]'")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, alpaca_file, tmp_path_factory):
+    """A trained run; not to be changed."""
+    folder = tmp_path_factory.mktemp("gguf") / "run"
+    train(load_config(run_config(tiny_base, alpaca_file, folder, train__max_steps=3)))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_every_value_is_the_merged_one_rounded_once(dtype, onto, run, tmp_path):
+    seen = []
+    report = merge_to_gguf(run, tmp_path / "out", dtype, onto, on_progress=lambda *steps: seen.append(steps))
+    merge(run, tmp_path / "exact", "float32", onto)
+    file = {"float16": "out-f16.gguf", "bfloat16": "out-bf16.gguf"}[dtype]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32).state_dict()
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float32).state_dict()
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        expected = value if value.dim() == 1 else value.to(getattr(torch, dtype)).float()
+        assert torch.equal(found[name], expected), name
+    assert (report.merged, report.tensors) == (14, len(exact))
+    assert seen[-1][0] == seen[-1][1] == 4 * sum(value.numel() for value in exact.values())
+    own = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert own("a b").input_ids == AutoTokenizer.from_pretrained(tmp_path / "exact")("a b").input_ids
+
+
+@pytest.mark.parametrize(("dtype", "onto"), [("float32", "dequantized"), ("float16", "best")])
+def test_what_gguf_is_not_written_in_is_refused(dtype, onto, run, tmp_path):
+    with pytest.raises(ExportError, match=f"not in {dtype} onto {onto}"):
+        merge_to_gguf(run, tmp_path / "out", dtype, onto)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_writes_the_file_and_a_card_and_says_what_it_would_upload(run, tmp_path):
+    out = tmp_path / "mine"
+    report = run_command(
+        "merge",
+        run,
+        "-o",
+        out,
+        "--format",
+        "gguf",
+        "--dtype",
+        "q8_0",
+        "--push-to-hub",
+        "me/mine",
+        "--dry-run",
+        "--json",
+    ).json()
+    assert report["pushed"]["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert {"mine-q8_0.gguf", "README.md", "config.json"} <= report["pushed"]["files"].keys()
+    assert report["num_bytes"] == (out / "mine-q8_0.gguf").stat().st_size
+    card = (out / "README.md").read_text()
+    assert "library_name: gguf" in card
+    assert "| weights | q8_0 |" in card
+
+
+def test_a_release_in_safetensors_could_be_uploaded_too(run, tmp_path):
+    out = tmp_path / "mine"
+    report = run_command("merge", run, "-o", out, "--push-to-hub", "me/mine", "--dry-run", "--json").json()
+    assert {"model.safetensors", "README.md", "merge_report.json"} <= report["pushed"]["files"].keys()
+    assert str(tmp_path) not in (out / "merge_report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [["--dtype", "q8_0"], ["--dry-run"], ["--public"], ["--push-to-hub", "a/b/c"]], ids=" ".join
+)
+def test_options_that_do_not_go_together_are_told_before_anything_is_written(options, run, tmp_path):
+    done = run_command("merge", run, "-o", tmp_path / "out", *options)
+    assert done.code in (1, 2)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,53 @@
+"""Names in files: the tensor found for a parameter is the one that transformers loads into it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, NemotronHConfig, Qwen3Config
+from transformers.models.hrm_text import HrmTextConfig
+
+from qlora.checkpoint import BaseFiles
+from qlora.export.names import names_in_files
+from qlora.model import build_skeleton
+from tests.tiny import make_base
+
+NEMOTRON = {"layers_block_type": ["attention", "mlp"]}
+
+
+def names_of(folder):
+    files = BaseFiles.resolve(str(folder))
+    return names_in_files(build_skeleton(files), files.tensors)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "sizes", "num_renamed", "num_made"),
+    [
+        (LlamaConfig, {}, 0, 0),
+        (Qwen3Config, {"tie_word_embeddings": True}, 0, 0),
+        (NemotronHConfig, NEMOTRON, 10, 0),  # all but the head: backbone. is model.
+        (MixtralConfig, {"num_local_experts": 2}, 2, 4),  # experts lie apart in the files
+        (HrmTextConfig, {}, 4, 24),  # queries, keys and values lie together
+    ],
+)
+def test_the_tensor_found_is_the_one_that_is_loaded(config_class, sizes, num_renamed, num_made, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, config_class, **sizes)
+    single, made = names_of(base)
+    stored = load_file(base / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    tied = {"lm_head.weight"} if sizes.get("tie_word_embeddings") else set()
+    assert {*single, *made} == set(loaded) - tied
+    for parameter, name in single.items():
+        assert torch.equal(loaded[parameter], stored[name]), parameter
+    for parameter, names in made.items():
+        assert all(loaded[parameter].numel() != stored[name].numel() for name in names), parameter
+    assert sum(parameter != name for parameter, name in single.items()) == num_renamed
+    assert len(made) == num_made
+
+
+def test_files_of_the_inner_model_alone_lack_its_prefix(tiny_base, tmp_path):
+    stored = load_file(tiny_base / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in stored.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    single, made = names_of(tmp_path)
+    assert single == {name: name.removeprefix("model.") for name in stored}
+    assert not made
