@@ -13,7 +13,7 @@ FORMS = ("separate", "folded")
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
 # (docs/benchmarks/forms.md). For CUDA derived, not measured: folding costs as much as `rank` tokens more and no pass
 # over activations, so that little but the launches of small batches speaks against it.
-FOLD_FROM_TOKENS = {"cpu": 1024, "cuda": 512}
+FOLD_FROM_TOKENS = {"cpu": 2048, "cuda": 512}
 
 
 def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float) -> str:
