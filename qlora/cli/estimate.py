@@ -135,7 +135,7 @@ def _bar(bytes_by_kind: dict[str, int], free: int, coloured: bool) -> Any:
         so_far += number
         cells = round(so_far / whole * BAR_WIDTH) - drawn
         drawn += cells
-        letter = "█" if coloured else "X" if kind == "activations" else kind[0].upper()
+        letter = "█" if coloured else "a" if kind == "activations" else kind[0].upper()
         text.append(letter * cells, style=STYLES[kind] if coloured else "")
         if number:
             key.append(f"{letter} {kind}  ", style=STYLES[kind] if coloured else "")

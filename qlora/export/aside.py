@@ -17,6 +17,18 @@ from qlora.errors import ExportError
 STATE_FILE = "merge_state"
 
 
+def new_folder(path: str | Path) -> Path:
+    """Where a folder may be written.
+
+    Raises:
+        ExportError: Something is there already.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists already; choose another folder or remove it.")
+    return folder
+
+
 @contextmanager
 def continued_aside(target: Path, key: str) -> Iterator[Path]:
     """Gives a folder beside `target` to write into: new, or as an interrupted writer of the same key left it.

@@ -15,7 +15,7 @@ import torch
 from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
-from qlora.export.aside import continued_aside, put_in_place
+from qlora.export.aside import continued_aside, new_folder, put_in_place
 from qlora.export.card import write_card
 from qlora.export.held_out import written_loss
 from qlora.export.shards import ShardWriter
@@ -99,9 +99,7 @@ def merge(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
-    out_dir = Path(out_dir).expanduser()
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
+    out_dir = new_folder(out_dir)
     run = RunDirectory.open(run_dir)
     bases = ["dequantized", "original"] if onto == "best" else [onto]
     candidates = {base: MergedWeights(run, base, device, force) for base in bases}

@@ -7,6 +7,7 @@ import torch
 
 from qlora.checkpoint import RunDirectory, write_aside
 from qlora.errors import ExportError
+from qlora.export.aside import new_folder
 from qlora.export.card import write_card
 from qlora.export.gguf import write_gguf
 from qlora.export.merge import MergeReport, OnProgress, write_companions
@@ -42,9 +43,7 @@ def merge_to_gguf(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
-    out_dir = Path(out_dir).expanduser()
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
+    out_dir = new_folder(out_dir)
     if dtype not in GGUF_DTYPES or onto == "best":
         raise ExportError(
             f"GGUF is written in {', '.join(GGUF_DTYPES)}, onto dequantized or original weights; "

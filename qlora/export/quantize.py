@@ -13,6 +13,7 @@ import torch
 from qlora.checkpoint import BaseFiles, write_aside
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
+from qlora.export.aside import new_folder
 from qlora.export.names import names_in_files
 from qlora.export.shards import ShardWriter, TensorLayout
 from qlora.export.stored import StoredTensors
@@ -88,9 +89,7 @@ def quantize_model(
         ModelError: The model can't be found or its architecture is not known.
     """
     started = time.perf_counter()
-    out_dir = Path(out_dir).expanduser()
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ExportError(f"{out_dir} exists already; choose another folder or remove it.")
+    out_dir = new_folder(out_dir)
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     if files.is_bitsandbytes_4bit or "quantization_config" in files.config:
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")

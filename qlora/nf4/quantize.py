@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora.kernels import HAS_TRITON, dequantize_4bit_triton
+from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -106,7 +107,7 @@ def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", update:
     if update is None:
         return kind
     width, rank = state.shape[1], update[0].shape[0]
-    return (*kind, width % 2 == 0, width % state.blocksize == 0, rank <= 16)
+    return (*kind, width % 2 == 0, width % min(TILE_COLUMNS, state.blocksize) == 0, rank <= 16)
 
 
 def _random_update(update: LoraUpdate) -> LoraUpdate:
