@@ -1,7 +1,7 @@
 """Fast operations, each beside its plain-torch twin."""
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
-from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain, dequantize_4bit_triton
+from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.liger import liger_twin, liger_version, why_not_liger
 from qlora.kernels.norm import RMSNorm
@@ -16,7 +16,6 @@ __all__ = [
     "RMSNorm",
     "Recipe",
     "dequantize_4bit_plain",
-    "dequantize_4bit_triton",
     "liger_twin",
     "liger_version",
     "linear_cross_entropy",

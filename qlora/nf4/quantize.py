@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON, dequantize_4bit_triton
+from qlora.kernels import HAS_TRITON
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def _dequantize_fused(
     out: torch.Tensor | None = None,
     update: LoraUpdate | None = None,
 ) -> torch.Tensor:
+    from qlora.kernels.dequantize_triton import dequantize_4bit_triton
+
     options: dict[str, Any] = {}
     if update is not None:
         options = dict(zip(("lora_A", "lora_B", "scaling"), update, strict=True))

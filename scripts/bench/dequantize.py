@@ -88,7 +88,7 @@ def measure(shape: tuple[int, int], rank: int) -> tuple[float, float]:
     """Seconds for a weight: by the fused kernel, and by bitsandbytes."""
     from bitsandbytes.functional import dequantize_4bit
 
-    from qlora.kernels import dequantize_4bit_triton
+    from qlora.kernels.dequantize_triton import dequantize_4bit_triton
     from qlora.nf4 import quantize
 
     per_weight = shape[0] * shape[1] * (BYTES_READ + torch.bfloat16.itemsize)

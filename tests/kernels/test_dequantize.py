@@ -25,13 +25,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """The module of the kernel once more, for Triton's interpreter, which runs on a CPU.
+    """The module of the kernel, for Triton's interpreter, which runs on a CPU.
 
-    Triton looks at the variable where a kernel is defined, so that the module imported already stays compiled.
+    Triton looks at the variable where a kernel is defined, so that the module that others import stays compiled.
     """
     if not HAS_TRITON:
         pytest.skip("Triton is not installed: pip install triton")
-    spec = importlib.util.find_spec("qlora.kernels.dequantize")
+    spec = importlib.util.find_spec("qlora.kernels.dequantize_triton")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -219,7 +219,7 @@ def compile_kernel(capability, nested, factor_dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qlora.kernels.dequantize import LAUNCH_OPTIONS, _dequantize_kernel
+    from qlora.kernels.dequantize_triton import LAUNCH_OPTIONS, _dequantize_kernel
 
     types = {
         "packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "nested_code": "*fp32",
@@ -262,6 +262,7 @@ def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
 @pytest.fixture
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
     """The door as on a device that the kernel is for, with the twin in the kernel's place and nothing shown yet."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     monkeypatch.setattr(door, "_proven", set())
     monkeypatch.setattr(door, "_given_up", {})
     monkeypatch.setattr(door, "_why_not_fused", lambda device: door._given_up.get(device))
@@ -272,7 +273,7 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
             calls.append(kernel)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(door, "dequantize_4bit_triton", counted)
+        monkeypatch.setattr("qlora.kernels.dequantize_triton.dequantize_4bit_triton", counted)
         return calls
 
     return use
@@ -374,7 +375,7 @@ class TestOnADevice:
     def test_the_kernel_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(
         self, shape, dtype, factor_dtype, rank, generator
     ):
-        from qlora.kernels import dequantize_4bit_triton
+        from qlora.kernels.dequantize_triton import dequantize_4bit_triton
 
         packed, state = quantize(random_weight(shape, generator).cuda())
         factors = random_factors(shape, rank, factor_dtype, generator)

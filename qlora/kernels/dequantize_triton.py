@@ -1,0 +1,121 @@
+"""The kernel of :func:`qlora.kernels.dequantize.dequantize_4bit_plain`; importing this imports Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora.kernels.dequantize import TILE_COLUMNS
+
+TILE_ROWS = 64
+# With fusion, code · absmax + offset would be one operation with one rounding, and not bitsandbytes' absmax.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def dequantize_4bit_triton(
+    packed: torch.Tensor,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    block_size: int = 64,
+    *,
+    nested_code: torch.Tensor | None = None,
+    nested_absmax: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    nested_block_size: int = 256,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As :func:`dequantize_4bit_plain`, in one kernel, which reads each code and writes each weight once."""
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    assert out.is_contiguous()
+    assert (out.shape, out.dtype) == (tuple(shape), dtype)
+    total, tile_columns = out.numel(), min(TILE_COLUMNS, block_size)
+    if lora_A is None:
+        # Blocks follow the flat order, so rows as wide as a tile do for a weight of any shape.
+        rows, columns, rank = triton.cdiv(total, tile_columns), tile_columns, 0
+    else:
+        assert lora_B is not None
+        (rows, columns), rank = shape, lora_A.shape[0]
+        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, tile_columns),)
+    with torch.cuda.device_of(packed):
+        _dequantize_kernel[grid](
+            packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, out,
+            columns, total, packed.numel(), rank, scaling,
+            BLOCK=block_size, NESTED_BLOCK=nested_block_size,
+            PAIRED=columns % 2 == 0, WHOLE_TILES=columns % tile_columns == 0,
+            ROWS=TILE_ROWS, COLUMNS=tile_columns, RANKS=16 if rank <= 16 else 32,
+            **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as code.
+    packed,
+    code,
+    absmax,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    lora_A,
+    lora_B,
+    out,
+    columns,
+    total,
+    num_bytes,
+    rank,
+    scaling,
+    BLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,  # Both codes of a byte are in the same row.
+    WHOLE_TILES: tl.constexpr,  # No tile sticks out on the right, so that each of its rows is within one block.
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    tiles = (columns + COLUMNS - 1) // COLUMNS
+    first_column = tl.program_id(0) % tiles * COLUMNS
+    # In 64 bits, as the places that are counted from it: the weights may be more than 2^31.
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    start = row * columns + first_column
+    place = start + tl.arange(0, COLUMNS)[None, :]
+    inside = place < total
+    if not WHOLE_TILES:
+        inside &= column < columns
+
+    if PAIRED:
+        half = tl.arange(0, COLUMNS // 2)[None, :]
+        inside_half = start // 2 + half < num_bytes
+        if not WHOLE_TILES:
+            inside_half &= first_column + 2 * half < columns
+        byte = tl.load(packed + (start // 2 + half), mask=inside_half, other=0)
+        index = tl.reshape(tl.join(byte >> 4, byte & 15), (ROWS, COLUMNS))
+    else:
+        byte = tl.load(packed + place // 2, mask=inside, other=0)
+        index = tl.where(place % 2 == 0, byte >> 4, byte & 15)
+
+    block = (start if WHOLE_TILES else place) // BLOCK
+    inside_block = block * BLOCK < total
+    largest = tl.load(absmax + block, mask=inside_block, other=0)
+    if nested_code is not None:
+        group = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside_block, other=0)
+        largest = tl.load(nested_code + largest.to(tl.int32)) * group + tl.load(nested_offset)
+    weight = tl.load(code + index.to(tl.int32)) * largest
+
+    if lora_A is not None:
+        update = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+        for first_rank in range(0, rank, RANKS):
+            ranks = first_rank + tl.arange(0, RANKS)
+            inside_B = (row * columns < total) & (ranks[None, :] < rank)
+            inside_A = (ranks[:, None] < rank) & (column < columns)
+            B = tl.load(lora_B + row * rank + ranks[None, :], mask=inside_B, other=0.0)
+            A = tl.load(lora_A + ranks[:, None] * columns + column, mask=inside_A, other=0.0)
+            update = tl.dot(B, A, update, input_precision="ieee")
+        weight = weight.to(out.dtype.element_ty).to(tl.float32) + scaling * update
+    tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)
