@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, minimal enough for every tool that reads it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora.checkpoint.base_files import read_header
+from qlora.checkpoint.adapter_rows import (
+    PREFIX,
+    StoredRows,
+    check_rows_config,
+    load_rows,
+    read_rows,
+    rows_config,
+    rows_tensors,
+)
+from qlora.checkpoint.base_files import describe_pickles
+from qlora.checkpoint.headers import read_header
+from qlora.checkpoint.json_files import read_object
 from qlora.errors import CheckpointError, ModelError
 from qlora.lora import lora_layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+# More than any layer is wide.
+MAX_RANK = 1 << 20
+LARGEST_ALPHA = 1e30
+FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
@@ -37,8 +52,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-    }
-    tensors = {}
+    } | rows_config(model)
+    tensors = rows_tensors(model)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
@@ -50,50 +65,87 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's config.
 
     Raises:
-        CheckpointError: It is absent or broken.
+        CheckpointError: It is absent, broken, or tells no scale.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no adapter: {CONFIG_FILE} is missing.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= set(config):
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no adapter: {CONFIG_FILE} is missing.")
+    config = read_object(path, CheckpointError, "save or download it anew")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    is_scale = isinstance(alpha, int | float) and abs(alpha) < LARGEST_ALPHA
+    if type(rank) is not int or not 0 < rank <= MAX_RANK or not is_scale:
         raise CheckpointError(f"{path} names no r and lora_alpha, so the adapter's scale is unknown.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(
+            _is_pattern(pattern) and type(value) in (int, float) and 0 < value < LARGEST_ALPHA
+            for pattern, value in patterns.items()
+        ):
+            raise CheckpointError(f"{path}: {key} holds no regular expressions with a number above 0 each.")
+    targets = config.get("target_modules") or []
+    if not isinstance(targets, list) and not (isinstance(targets, str) and _is_pattern(targets)):
+        raise CheckpointError(f"{path}: target_modules is no list of names and no regular expression.")
+    check_rows_config(config, path)
     return config
+
+
+def read_adapter_header(folder: Path) -> dict[str, Any]:
+    """Dtype, shape and place of an adapter's tensors, by name.
+
+    Raises:
+        CheckpointError: The file is absent or damaged, or factors in it are no matrices.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
+    try:
+        header = read_header(path)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from None
+    for name, entry in header.items():
+        is_factor = name.endswith((".lora_A.weight", ".lora_B.weight"))
+        if is_factor and (len(entry["shape"]) != 2 or entry["dtype"] not in FACTOR_DTYPES):
+            raise CheckpointError(f"{path}: {name} is no LoRA factor: {entry['dtype']} {entry['shape']}.")
+    return header
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The factors by module name: A (rank, in) and B (out, rank).
 
     Raises:
-        CheckpointError: The file is absent, damaged, or holds other tensors than pairs of factors.
+        CheckpointError: The file is absent, damaged, or holds other tensors than pairs of factors and trained rows.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no adapter: {WEIGHTS_FILE} is missing.")
-    try:
-        read_header(path)
-    except ModelError as error:
-        raise CheckpointError(str(error)) from None
-    tensors = load_file(path)
-    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    path, header = folder / WEIGHTS_FILE, read_adapter_header(folder)
+    for name, rows in read_adapter_rows(folder).items():
+        header.pop(rows.tensor)
+        header.pop(f"{PREFIX}{name}.bias", None)
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in header}
     wanted = {f"{PREFIX}{name}.lora_{factor}.weight" for name in names for factor in "AB"}
-    if wanted != set(tensors):
-        raise CheckpointError(f"{path}: not pairs of LoRA factors: {sorted(wanted ^ set(tensors))[:4]}")
-    return {
-        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
-        for name in sorted(names)
-    }
+    if wanted != set(header):
+        raise CheckpointError(f"{path}: not pairs of LoRA factors: {sorted(wanted ^ set(header))[:4]}")
+    pairs = {name: [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"] for name in sorted(names)}
+    for name, (key_A, key_B) in pairs.items():
+        if header[key_A]["shape"][0] != header[key_B]["shape"][1]:
+            raise CheckpointError(f"{path}: {name} has factors {header[key_A]['shape']} and {header[key_B]['shape']}.")
+    tensors = load_file(path)
+    return {name: (tensors[key_A], tensors[key_B]) for name, (key_A, key_B) in pairs.items()}
+
+
+def read_adapter_rows(folder: Path) -> dict[str, StoredRows]:
+    """Where the file has rows that were trained in full, by module name.
+
+    Raises:
+        CheckpointError: The adapter is absent or damaged, or config and file differ in them.
+    """
+    return read_rows(read_adapter_config(folder), read_adapter_header(folder))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copies an adapter's factors into the layers of a model that has matching ones.
+    """Copies an adapter's factors and trained rows into the layers of a model that has matching ones.
 
     Raises:
-        CheckpointError: The adapter has other modules or shapes than the model; they are named.
+        CheckpointError: The adapter has other modules, shapes or rows than the model; they are named.
     """
     factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
     if set(factors) != set(layers):
@@ -108,6 +160,14 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             )
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
+    load_rows(model, read_adapter_rows(folder), load_file(folder / WEIGHTS_FILE))
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
+from qlora.data.new_tokens import add_new_tokens, new_token_ids
 from qlora.data.prepare import Treatment
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
@@ -22,6 +23,7 @@ __all__ = [
     "Source",
     "TokenizedExample",
     "Treatment",
+    "add_new_tokens",
     "answer_end_id",
     "apply_template",
     "build_datasets",
@@ -29,6 +31,7 @@ __all__ = [
     "encode_prompt",
     "eval_batches",
     "make_example",
+    "new_token_ids",
     "pieces",
     "supervised_bytes",
 ]

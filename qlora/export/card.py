@@ -1,4 +1,4 @@
-"""The model card: what a release was made from and how, from the run's own records, without a word of this machine."""
+"""The model card: what a release was made from and how, without a word of this machine."""
 
 import re
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import yaml
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, load_config
+from qlora.config.plain_yaml import parse_yaml
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -68,6 +69,33 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, rows: Mapping[str, Any]) -> None:
+    """Writes the README.md of a model in 4 bits.
+
+    Args:
+        folder: The model in 4 bits.
+        name: Of it.
+        base: Folder or hub id of what it was made from; a folder is named by the last part of its path alone.
+        base_folder: Its files, for its licence.
+        rows: What was done, by its name.
+    """
+    base, is_on_hub = public_name(base)
+    license = read_license(base_folder)
+    front: dict[str, Any] = dict(license)
+    if is_on_hub:
+        front |= {"base_model": base, "base_model_relation": "quantized"}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bitsandbytes", "nf4"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {name}",
+        f"{_link(base, is_on_hub)} in bitsandbytes' 4 bits, which transformers loads as it is.",
+        _table(["", ""], rows.items()),
+        "## Licence",
+        _license_text(base, license),
+    ]
+    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
 def public_name(source: str) -> tuple[str, bool]:
     """A name that says nothing of this machine, and whether it is one on the hub."""
     name = source.rpartition(":")[0] if HUB_ID.fullmatch(source.rpartition(":")[0]) else source
@@ -82,11 +110,11 @@ def read_license(base_folder: Path) -> dict[str, str]:
     card = base_folder / CARD_FILE
     match = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     try:
-        front = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
+        front = parse_yaml(match[1]) if match else {}
+    except ValueError:
         front = {}
-    if isinstance(front, dict) and front.get("license"):
-        return {key: str(front[key]) for key in LICENSE_KEYS if front.get(key)}
+    if isinstance(front, dict) and isinstance(front.get("license"), str):
+        return {key: front[key] for key in LICENSE_KEYS if isinstance(front.get(key), str)}
     for path in sorted(base_folder.glob("LICENSE*")):
         start = " ".join(path.read_text(encoding="utf-8", errors="replace")[:200].split())
         known = next((name for text, name in LICENSES.items() if start.startswith(text)), None)
@@ -130,6 +158,7 @@ def _settings(record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
         "base in training": f"{quantization['kind']}, double quantization: {quantization['double_quant']}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}",
         "adapted layers": targets,
+        **_rows_trained(record, config),
         "learnt from": data.loss_on,
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
         f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients clipped at {train.max_grad_norm}",
@@ -137,6 +166,14 @@ def _settings(record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
         "seed": train.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
     }
+
+
+def _rows_trained(record: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """What of embedding and head was trained in full, if anything was."""
+    rows = record["parameters"].get("trained_rows") or {}
+    lines = {"rows trained in full": ", ".join(f"{stop - start} of {name}" for name, (start, stop) in rows.items())}
+    lines["new tokens"] = " ".join(f"`{token}`" for token in config.data.new_tokens)
+    return {key: value for key, value in lines.items() if value}
 
 
 def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:

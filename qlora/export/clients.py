@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
-from qlora.checkpoint.adapter import PREFIX, WEIGHTS_FILE
-from qlora.checkpoint.base_files import read_header
-from qlora.errors import CheckpointError, ModelError
+from qlora.checkpoint.adapter import read_adapter_header
+from qlora.checkpoint.adapter_rows import PREFIX
 
 # What `--max-lora-rank` of vLLM can be; it is 16 if not given (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -61,17 +60,12 @@ def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
         CheckpointError: The folder holds no adapter, or a damaged one.
     """
     config = read_adapter_config(adapter)
-    try:
-        header = read_header(adapter / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise CheckpointError(f"{adapter} holds no adapter: {WEIGHTS_FILE} is missing.") from None
-    except ModelError as error:
-        raise CheckpointError(str(error)) from None
+    header = read_adapter_header(adapter)
     matches = [match for name in header if (match := FACTOR.fullmatch(name))]
     ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
     others = sorted({*header} - {match[0] for match in matches})
     return {
-        "peft": _check_peft(config, ranks, others, base),
+        "peft": _check_peft(config, ranks, {name: header[name]["shape"] for name in others}, base),
         "vllm": _check_vllm(config, ranks, others),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
@@ -88,8 +82,9 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: list[str], base: Any) -> Verdict:
+def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str, list[int]], base: Any) -> Verdict:
     verdict = Verdict()
+    _check_rows(verdict, config, others, base)
     if config.get("peft_type") != "LORA":
         verdict.refuse(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
     foreign = [name for name in others if not name.startswith(PREFIX)]
@@ -110,6 +105,21 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: list[str]
     elif meant != {*ranks} and not absent:
         verdict.refuse(f"target_modules and the tensors differ in {sorted(meant ^ {*ranks})[0]}")
     return verdict
+
+
+def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list[int]], base: Any) -> None:
+    """Whether PEFT has a place for rows that were trained in full, and computes with them what was trained."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    names = {name: module for name, module in base.named_modules() if module in (head, embeddings)}
+    by_ids = config.get("trainable_token_indices") or {}
+    ids = [id_ for given in (by_ids.values() if isinstance(by_ids, dict) else [by_ids]) for id_ in given]
+    whole = [others[f"{PREFIX}{name}.weight"][0] for name in names if f"{PREFIX}{name}.weight" in others]
+    size = max([*whole, *(id_ + 1 for id_ in ids)], default=0)
+    if size > len(embeddings.weight):
+        verdict.needs.append(f"after resize_token_embeddings({size}) of the base, and the adapter's tokenizer")
+    biased = [name for name in by_ids if getattr(names.get(name), "bias", None) is not None]
+    if biased:
+        verdict.refuse(f"it leaves out the bias of {biased[0]} where single rows of it are trained")
 
 
 def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> Verdict:

@@ -20,7 +20,7 @@ from qlora.export.card import write_card
 from qlora.export.held_out import written_loss
 from qlora.export.shards import ShardWriter
 from qlora.export.weights import MergedWeights
-from qlora.model import end_token_ids
+from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 
 REPORT_FILE = "merge_report.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -130,10 +130,7 @@ def merge(
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
         )
-        # What is released says nothing of this machine.
-        released = report.as_dict() | {"out_dir": out_dir.name, "run_dir": run.path.name}
-        (aside / chosen / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
-        write_card(aside / chosen, out_dir.name, run, weights.files.folder, released)
+        write_papers(aside / chosen, report, run, weights.files.folder)
         put_in_place(aside / chosen, out_dir)
     return report
 
@@ -153,6 +150,14 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
             f"{torch.finfo(dtype).max:g}); merge with --dtype bfloat16 or float32."
         )
     return cast
+
+
+def write_papers(folder: Path, report: MergeReport, run: RunDirectory, base_folder: Path) -> None:
+    """Writes a release's report and card, which say nothing of this machine."""
+    name = Path(report.out_dir).name
+    released = report.as_dict() | {"out_dir": name, "run_dir": run.path.name}
+    (folder / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
+    write_card(folder, name, run, base_folder, released)
 
 
 def _better(losses: dict[str, float], dtype: str) -> str:
@@ -209,26 +214,37 @@ def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: 
 
 def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dtype: str) -> None:
     """Config, tokenizer with its template, and generation config, beside the weights."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     config = dict(weights.files.config)
     config.pop("quantization_config", None)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if weights.num_embeddings is not None:
+        _set_vocab_size(config, weights.num_embeddings)
     if _has_own_head(weights):
         # Of a file's head that differs from the embedding transformers takes notice all the same, others do not.
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in run.adapter.iterdir():
-        if path.name not in ADAPTER_FILES:
+        if path.is_dir():  # of chat templates, where there are several
+            shutil.copytree(path, folder / path.name)
+        elif path.name not in ADAPTER_FILES:
             shutil.copyfile(path, folder / path.name)
     for pattern in ("tokenizer.model", "LICENSE*"):
         for path in weights.files.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
 
-    source = weights.files.folder / "generation_config.json"
-    generation = GenerationConfig.from_pretrained(source.parent) if source.is_file() else GenerationConfig()
-    generation.eos_token_id = end_token_ids(generation, AutoTokenizer.from_pretrained(run.adapter))
+    generation = load_generation_config(weights.files.folder)
+    tokenizer = load_tokenizer(run.adapter, weights.config.model.trust_remote_code)
+    generation.eos_token_id = end_token_ids(generation, tokenizer)
     generation.save_pretrained(folder)
+
+
+def _set_vocab_size(config: dict[str, Any], size: int) -> None:
+    """Says how many rows embedding and head have, where a config says it: of models with images in a part of it."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = text | {"vocab_size": size}
+    if "vocab_size" in config or not isinstance(text, dict):
+        config["vocab_size"] = size
 
 
 def _has_own_head(weights: MergedWeights) -> bool:

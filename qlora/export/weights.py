@@ -1,15 +1,24 @@
 """The merged weights of a run, one tensor at a time, from the base's files and the adapter."""
 
 import difflib
-import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config, read_adapter_tensors
-from qlora.checkpoint.adapter import PREFIX, WEIGHTS_FILE
-from qlora.checkpoint.base_files import read_header
+from qlora.checkpoint import (
+    BaseFiles,
+    RunDirectory,
+    StoredRows,
+    read_adapter_config,
+    read_adapter_rows,
+    read_adapter_tensors,
+)
+from qlora.checkpoint.adapter import WEIGHTS_FILE
+from qlora.checkpoint.adapter_rows import PREFIX
+from qlora.checkpoint.headers import read_header
+from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
 from qlora.export.names import names_in_files
@@ -68,6 +77,14 @@ class MergedWeights:
         path = run.adapter / WEIGHTS_FILE
         self._factors = StoredTensors({path: read_header(path)})
         self._adapted = self._by_name_in_files(adapted, skeleton)
+        self._rows = self._rows_by_name_in_files(read_adapter_rows(run.adapter), skeleton)
+        for name, rows in self._rows.items():
+            (size, features), given = self._shapes[name], self._factors.shape(rows.tensor)
+            if given[1] != features or rows.ids.start > size:
+                raise ExportError(
+                    f"{name}: the adapter has rows {rows.ids} of {given[1]} features for {size, features}."
+                )
+            self._shapes[name] = (max(size, rows.ids.stop), features)
         quantized = self.record["parameters"]["quantized"] if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
@@ -76,6 +93,12 @@ class MergedWeights:
     def num_adapted(self) -> int:
         """Weights that the adapter changes."""
         return len(self._adapted)
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of embedding and head where tokens were added behind the base's; None where they are the base's."""
+        longer = [self._shapes[name][0] for name in self._rows if self._shapes[name] != self._stored.shape(name)]
+        return longer[0] if longer else None
 
     def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
         """All tensors in the order of the base's files; what is no floating-point number keeps its dtype."""
@@ -95,17 +118,16 @@ class MergedWeights:
         base = self._dequantized(name)
         update = self._update(name)
         for rows in row_blocks(self._shapes[name]):
-            stored = self._stored.read(name, rows) if base is None else base[rows]
+            stored = self._read_rows(name, rows) if base is None else base[rows]
             block = stored.to(self.device)
             if block.is_floating_point():
                 block = block.float()
             if update is not None:
                 lora_A, lora_B = update
                 if self._adapted[name] in self._transposed:
-                    delta = (lora_B @ lora_A[:, rows]).T
+                    block.addmm_(lora_A[:, rows].T, lora_B.T, alpha=self._scaling)
                 else:
-                    delta = lora_B[rows] @ lora_A
-                block += delta.mul_(self._scaling)
+                    block.addmm_(lora_B[rows], lora_A, alpha=self._scaling)
             yield block
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -143,6 +165,20 @@ class MergedWeights:
         lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(self._adapted[name]))
         return lora_A, lora_B
 
+    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a tensor that went through no 4 bits: the trained ones of the adapter, the others of the base."""
+        if name not in self._rows:
+            return self._stored.read(name, rows)
+        tensor, ids = self._rows[name].tensor, self._rows[name].ids
+        first, last, _ = rows.indices(self._shapes[name][0])
+        start, stop = (min(max(bound, first), last) for bound in (ids.start, ids.stop))
+        parts = [
+            self._stored.read(name, slice(first, start)),
+            self._factors.read(tensor, slice(start - ids.start, stop - ids.start)),
+            self._stored.read(name, slice(stop, last)),
+        ]
+        return torch.cat([part.float() for part in parts])
+
     def _is_statistic(self, name: str) -> bool:
         """Whether a tensor belongs to a weight in 4 bits."""
         return f"{name.rpartition('.weight.')[0]}.weight.absmax" in self.files.tensors
@@ -153,8 +189,15 @@ class MergedWeights:
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self._is_packed(name):
             return self._stored.shape(name)
-        state = next(key for key in self.files.tensors if key.startswith(f"{name}{QUANT_STATE}"))
-        return tuple(json.loads(bytes(self._stored.read(state).tolist()))["shape"])
+        try:
+            state = next(key for key in self.files.tensors if key.startswith(f"{name}{QUANT_STATE}"))
+            shape = tuple(parse_object(bytes(self._stored.read(state).tolist()))["shape"])
+            packed = 2 * math.prod(self._stored.shape(name)) * self._stored.dtype(name).itemsize
+            if any(type(number) is not int or number < 1 for number in shape) or packed < math.prod(shape):
+                raise ValueError(f"a shape of {shape}")
+        except (StopIteration, ValueError, TypeError, KeyError) as error:
+            raise ExportError(f"{self.files.name}: {name} has a damaged state: {error!r}.") from None
+        return shape
 
     def _read_packed(self, name: str) -> tuple[torch.Tensor, Any]:
         """A weight that the files hold in 4 bits."""
@@ -171,6 +214,22 @@ class MergedWeights:
             shape = (columns, rows) if module in self._transposed else (rows, columns)
             if shape != self._shapes[name]:
                 raise ExportError(f"{name}: the adapter is for {shape}, the base has {self._shapes[name]}.")
+
+    def _rows_by_name_in_files(self, rows: dict[str, StoredRows], skeleton: Any) -> dict[str, StoredRows]:
+        """Trained rows by the names in the files; those of a shared weight also by the name of a copy of it there."""
+        modules = list(self.record["parameters"].get("trained_rows", {}))
+        if rows and self.record["parameters"].get("shared_rows"):
+            shared = next(iter(rows.values()))
+            rows = {module: rows.get(module, shared) for module in modules}
+        if {*rows} != {*modules}:
+            raise ExportError(
+                f"The adapter has rows of {', '.join(sorted(rows)) or 'nothing'} that were trained in full, and by "
+                f"run.json it should have those of {', '.join(modules) or 'nothing'}; take the run's own adapter."
+            )
+        if self.record["parameters"].get("shared_rows"):
+            single, _ = names_in_files(skeleton, self._shapes)
+            modules = [module for module in modules if f"{module}.weight" in single]
+        return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
         """Modules by the names that their weights have in the files.
@@ -201,7 +260,17 @@ class MergedWeights:
 
 
 def adapter_scaling(config: dict[str, Any]) -> float:
-    """The factor on B A that an adapter's config stands for."""
+    """The factor on B A that an adapter's config stands for, in all layers.
+
+    Raises:
+        ExportError: It stands for another in some.
+    """
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    if patterns:
+        raise ExportError(
+            f"adapter_config.json has a {patterns[0]}: read is plain LoRA alone, of one rank and one alpha, as runs "
+            "leave it. Merge an adapter from elsewhere with the tool that made it."
+        )
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 

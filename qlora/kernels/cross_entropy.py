@@ -1,6 +1,7 @@
-"""Frozen head and cross-entropy in one, in chunks, so that the logits of a batch never exist at once."""
+"""Head and cross-entropy in one, in chunks, so that the logits of a batch never exist at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def default_chunk(device: torch.device) -> int:
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
@@ -29,11 +30,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, each row's by its weight.
 
-    The gradient of `hidden` is computed with the loss, chunk by chunk; the head is frozen and gets none.
+    The gradient of `hidden` is computed with the loss, chunk by chunk, and so is that of what is trained of the head,
+    summed in fp32; what is frozen of it gets none.
 
     Args:
         hidden: (rows, features), in the compute dtype.
-        weight: (vocabulary, features), of the head.
+        weight: (vocabulary, features), of the head; or consecutive blocks of its rows, some of them trained.
         labels: (rows,), int64, each a real token.
         bias: (vocabulary,), of the head.
         logit_scale: Factor on the logits (Cohere, Granite).
@@ -45,10 +47,11 @@ def linear_cross_entropy(
     Returns:
         A scalar, fp32.
     """
-    if not torch.is_grad_enabled():
-        hidden = hidden.detach()  # or its gradient is computed for nobody
+    blocks = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
+    if not torch.is_grad_enabled():  # or gradients are computed for nobody
+        hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
-    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, logit_scale, softcap, row_weights, norm, chunk)
+    return _LinearCrossEntropy.apply(hidden, labels, bias, logit_scale, softcap, row_weights, norm, chunk, *blocks)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,7 +59,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
         labels: torch.Tensor,
         bias: torch.Tensor | None,
         logit_scale: float,
@@ -64,12 +66,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         row_weights: torch.Tensor | None,
         norm: Callable[[torch.Tensor], torch.Tensor] | None,
         chunk_elements: int,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = min(max(1, chunk_elements // weight.shape[0]), max(1, hidden.shape[0]))
+        head = _Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
+        chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         # One pair for all chunks: on a CPU, fresh memory costs more than what is done with it.
-        products = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         all_logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -79,10 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     inputs = inputs.detach().requires_grad_(grad_hidden is not None)
                     normed = norm(inputs)
             product = products[: len(normed)]
-            if bias is None:
-                torch.mm(normed.detach(), weight.T, out=product)
-            else:
-                torch.addmm(bias, normed.detach(), weight.T, out=product)
+            head.multiply(normed.detach(), product)
             logits = all_logits[: len(normed)].copy_(product)
             if logit_scale != 1.0:
                 logits.mul_(logit_scale)
@@ -90,34 +92,87 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.div_(softcap).tanh_().mul_(softcap)
             places = labels[rows, None]
             of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
-            slope = None if softcap is None or grad_hidden is None else 1 - (logits / softcap).square()
+            slope = None if softcap is None or not needs_grad else 1 - (logits / softcap).square()
             exponentials = logits.sub_(largest).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
             losses = (largest + sums.log() - of_labels).squeeze(1)
             total += losses.sum() if row_weights is None else losses @ row_weights[rows]
+            if not needs_grad:
+                continue
+            grad_logits = exponentials.div_(sums)
+            grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
+            if slope is not None:
+                grad_logits.mul_(slope)
+                del slope  # or the next chunk's is made while it is there
+            if logit_scale != 1.0:
+                grad_logits.mul_(logit_scale)
+            if row_weights is not None:
+                grad_logits.mul_(row_weights[rows, None])
+            head.add_grad(grad_logits, normed.detach())
             if grad_hidden is not None:
-                grad_logits = exponentials.div_(sums)
-                grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
-                if slope is not None:
-                    grad_logits.mul_(slope)
-                    del slope  # or the next chunk's is made while it is there
-                if logit_scale != 1.0:
-                    grad_logits.mul_(logit_scale)
-                if row_weights is not None:
-                    grad_logits.mul_(row_weights[rows, None])
-                torch.mm(product.copy_(grad_logits), weight, out=grad_hidden[rows])
+                head.multiply_back(product.copy_(grad_logits), grad_hidden[rows])
                 if norm is not None:
                     (grad_hidden[rows],) = torch.autograd.grad(normed, inputs, grad_hidden[rows])
-        if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden)
+        ctx.save_for_backward(grad_hidden, *head.grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 9
-        (grad_hidden,) = ctx.saved_tensors
-        # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
-        grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return (grad_hidden, *(None,) * 8)
+        grad_hidden, *grads = ctx.saved_tensors
+        if grad_hidden is not None:
+            # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
+            grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
+        return grad_hidden, *(None,) * 7, *(None if grad is None else grad * grad_output for grad in grads)
+
+
+class _Head:
+    """A head's weight in blocks of rows, and the gradients of those that are trained.
+
+    Args:
+        weights: (rows, features) each, consecutive.
+        bias: (size,), of all.
+        dtype: To multiply in.
+        trained: Of each block, whether it gets a gradient.
+
+    Attributes:
+        size: Rows in all.
+        grads: Of each block, fp32; None of frozen ones.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        trained: Sequence[bool],
+    ) -> None:
+        self._weights, self._bias = [weight.to(dtype) for weight in weights], bias
+        bounds = list(accumulate(map(len, weights), initial=0))
+        self._columns = [slice(*pair) for pair in pairwise(bounds)]
+        self.size = bounds[-1]
+        self.grads = [
+            torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
+            for weight, is_trained in zip(weights, trained, strict=True)
+        ]
+
+    def multiply(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Logits of (rows, features) into (rows, size)."""
+        for weight, columns in zip(self._weights, self._columns, strict=True):
+            if self._bias is None:
+                torch.mm(hidden, weight.T, out=out[:, columns])
+            else:
+                torch.addmm(self._bias[columns], hidden, weight.T, out=out[:, columns])
+
+    def multiply_back(self, grad_logits: torch.Tensor, out: torch.Tensor) -> None:
+        """The gradient of (rows, features), from that of their logits."""
+        first, *others = zip(self._weights, self._columns, strict=True)
+        torch.mm(grad_logits[:, first[1]], first[0], out=out)
+        for weight, columns in others:
+            out.addmm_(grad_logits[:, columns], weight)
+
+    def add_grad(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Adds to the gradients of trained blocks what (rows, size), fp32, and the rows' features make of them."""
+        for grad, columns in zip(self.grads, self._columns, strict=True):
+            if grad is not None:
+                grad.addmm_(grad_logits[:, columns].T, hidden.float())

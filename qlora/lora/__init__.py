@@ -1,7 +1,21 @@
-"""LoraLinear over any linear layer, and its injection into a model."""
+"""LoraLinear over any linear layer, its injection into a model, and embeddings and heads trained in full."""
 
 from qlora.lora.function import WeightsKept, choose_form
 from qlora.lora.inject import add_lora, lora_layers, match_targets
 from qlora.lora.linear import LoraLinear
+from qlora.lora.rows import TrainedEmbedding, TrainedHead, TrainedRows, head_blocks, train_rows, trained_rows
 
-__all__ = ["LoraLinear", "WeightsKept", "add_lora", "choose_form", "lora_layers", "match_targets"]
+__all__ = [
+    "LoraLinear",
+    "TrainedEmbedding",
+    "TrainedHead",
+    "TrainedRows",
+    "WeightsKept",
+    "add_lora",
+    "choose_form",
+    "head_blocks",
+    "lora_layers",
+    "match_targets",
+    "train_rows",
+    "trained_rows",
+]

@@ -8,9 +8,10 @@ from torch import nn
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig, TrainSection
+from qlora.data import add_new_tokens
 from qlora.errors import ModelError
-from qlora.lora import match_targets
-from qlora.model.base import build_skeleton
+from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
+from qlora.model.base import build_skeleton, load_tokenizer
 from qlora.model.meta_layers import Stack, set_attention
 from qlora.model.meta_step import trace_levels
 from qlora.model.timeline import Held, Timeline
@@ -31,7 +32,7 @@ class Footprint:
 
     Attributes:
         weights: Of the base.
-        adapters: Factors and their flat gradient.
+        adapters: Factors and rows trained in full, and their flat gradient.
         optimizer: State.
         update: What an optimizer step takes on top, when no activations are there.
         held: For each level, the cheapest in time first, what is held at moments of which any may be the largest.
@@ -75,14 +76,18 @@ def take_footprint(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(False)
     names = match_targets(model, config.lora.targets)
     adapted = {name: model.get_submodule(name) for name in names}
     quantized = {} if quantization is None else {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
+    lora_dtype = getattr(torch, config.lora.dtype)
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
     size = sum(_aligned(config.lora.rank * n) for one in adapted.values() for n in (one.in_features, one.out_features))
-    itemsize = getattr(torch, config.lora.dtype).itemsize
+    size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
+    itemsize = lora_dtype.itemsize
     optimizer, update = _optimizer_bytes(config.train, size, itemsize)
 
     stack = Stack(model, adapted, quantized)
@@ -105,7 +110,7 @@ def take_footprint(
         held,
         [numel * dtype.itemsize for numel in by_layer],
         model.config._attn_implementation == "eager",
-        head.weight.shape[0],
+        sum(map(len, head_blocks(model.get_output_embeddings()))),
     )
 
 
@@ -115,6 +120,13 @@ def _check_task(files: BaseFiles) -> None:
         _, is_named, task = name.rpartition("For")
         if is_named and task not in CAUSAL_TASKS:
             raise ModelError(f"{files.name} is a {name}, not a causal language model; set model.base to one.")
+
+
+def _new_ids(config: RunConfig, files: BaseFiles) -> range:
+    """Of the tokens that a config adds; without any, no tokenizer is needed."""
+    if not config.data.new_tokens:
+        return range(0)
+    return add_new_tokens(load_tokenizer(files.folder, config.model.trust_remote_code), config.data.new_tokens)
 
 
 def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
@@ -147,6 +159,7 @@ def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: boo
     total = sum(
         nf4_bytes(parameter.numel(), double_quant) if id(parameter) in in_4bit else parameter.nbytes
         for parameter in model.parameters()  # each once, however often it is used
+        if not parameter.requires_grad
     )
     return total + sum(buffer.nbytes for buffer in model.buffers())
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.lora import LoraLinear
+from qlora.lora import LoraLinear, trained_rows
 from qlora.nf4 import NF4Linear
 
 
@@ -16,12 +16,14 @@ class Inventory:
 
     Attributes:
         num_parameters: Of the base, each counted once.
-        num_trained: Elements of the adapters.
+        num_trained: Elements of the adapters, and of rows trained in full.
         quantized_share: Of the base's parameters, those in 4 bits.
         adapted_share: Of the base's parameters, those in layers with an adapter.
-        base_bytes: Held by the base.
+        base_bytes: Held by the base; rows that all are trained are not.
         quantized: Names of the quantized layers.
         unquantized: Names of all parameters that are not.
+        trained_rows: First row and the one behind the last of those trained in full, by the module's name.
+        shared_rows: Whether embedding and head are one, and so are their trained rows.
     """
 
     num_parameters: int
@@ -31,17 +33,31 @@ class Inventory:
     base_bytes: int
     quantized: list[str]
     unquantized: list[str]
+    trained_rows: dict[str, list[int]]
+    shared_rows: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
         return asdict(self)
 
+    def describe_rows(self) -> str:
+        """What is trained beside the adapters, for people; empty if nothing is."""
+        if not self.trained_rows:
+            return ""
+        rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
+        return f" ({', '.join(rows)} among them{', which share their weight' if self.shared_rows else ''})"
+
 
 def take_inventory(model: nn.Module) -> Inventory:
     """Counts a model with or without adapters; names are those without."""
-    trained = in_4bit = adapted = plain = num_bytes = 0
+    in_4bit = adapted = num_bytes = 0
     quantized, unquantized = [], []
-    seen: set[nn.Parameter] = set()
+    with_rows = dict(trained_rows(model))
+    all_rows = {*with_rows.values()}  # one, where embedding and head share them
+    trained = sum(rows.weight.numel() for rows in all_rows)
+    # The base's weight is gone where all its rows are trained, but was a part of it.
+    plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
+    seen = {rows.weight for rows in all_rows}
     for name, module in model.named_modules():
         name = name.removesuffix(".base")
         parameters = dict(module.named_parameters(recurse=False))
@@ -61,7 +77,17 @@ def take_inventory(model: nn.Module) -> Inventory:
                 plain += parameter.numel()
                 num_bytes += parameter.nbytes
     total = max(1, in_4bit + plain)
-    return Inventory(total, trained, in_4bit / total, adapted / total, num_bytes, quantized, unquantized)
+    return Inventory(
+        num_parameters=total,
+        num_trained=trained,
+        quantized_share=in_4bit / total,
+        adapted_share=adapted / total,
+        base_bytes=num_bytes,
+        quantized=quantized,
+        unquantized=unquantized,
+        trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
+        shared_rows=len(all_rows) < len(with_rows),
+    )
 
 
 def frozen_checksum(model: nn.Module) -> int:

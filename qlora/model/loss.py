@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy, recipe_of
+from qlora.lora import head_blocks
 from qlora.model.attention import mask_arguments
 
 # Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
@@ -23,7 +24,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Sum over the batch of -log p(label), each by its weight, over supervised positions alone.
 
     Args:
-        model: A causal language model of transformers whose head is frozen.
+        model: A causal language model of transformers.
         batch: On the model's device.
 
     Returns:
@@ -37,7 +38,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     scale, softcap = logit_transform(model.config)
     rows, labels = (tensor.flatten(0, 1).index_select(0, batch.supervised) for tensor in (hidden, batch.labels))
     norm = None if recipe is None else recipe.source.function
-    return linear_cross_entropy(rows, head.weight, labels, head.bias, scale, softcap, batch.weights, norm)
+    return linear_cross_entropy(rows, head_blocks(head), labels, head.bias, scale, softcap, batch.weights, norm)
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:

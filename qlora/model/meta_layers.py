@@ -50,7 +50,6 @@ class Stack:
     def reduce(self, config: RunConfig, device: torch.device, tokens: int) -> None:
         """Leaves the model the layers that are kept, quantized and adapted."""
         model, lora = self.model, config.lora
-        model.requires_grad_(False)
         form = choose_form(lora.form, tokens, device, lora.dropout)
         dtype = getattr(torch, lora.dtype)
         prefixes = tuple(self.prefixes[index] for index in self.kept)
@@ -69,7 +68,7 @@ class Stack:
         text.num_hidden_layers = len(self.kept)
         model.train()
         largest = self._largest_scratch(form, device)
-        dtype = model.get_output_embeddings().weight.dtype
+        dtype = model.dtype
         self.scratch = scratch((1, largest), dtype, torch.device("meta"))
         # On a GPU the backward has a thread of its own, and so memory of its own for it.
         times = 2 if device.type == "cuda" else 1

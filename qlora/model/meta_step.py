@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora.data import Batch
 from qlora.kernels.cross_entropy import default_chunk
+from qlora.lora import head_blocks, trained_rows
 from qlora.model.loss import supervised_loss
 from qlora.model.meta_layers import Stack
 from qlora.model.rebuild import GatedMLP, rebuild_activations
@@ -35,7 +36,7 @@ def trace_levels(stack: Stack, device: torch.device) -> dict[str, list[Held]]:
         rebuild_activations(model)
     levels = recompute_levels(model)
     whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
-    short = _prime(2 * whole // model.get_output_embeddings().weight.shape[0], model)
+    short = _prime(2 * whole // sum(map(len, head_blocks(model.get_output_embeddings()))), model)
     long = _prime(TILE_TOKENS, model)
     held: dict[str, list[Held]] = {}
     head: list[Held] = []
@@ -102,7 +103,9 @@ def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Tra
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     known = [*model.parameters(), *model.buffers(), ids, batch.supervised, batch.cu_seq_lens, stack.scratch]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    timeline, starts = Timeline(told_by or tokens, known), []
+    rows = {rows.weight.numel() for _, rows in trained_rows(model)}
+    sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
+    timeline, starts = Timeline(told_by or tokens, known, sizes), []
     is_backward = False
 
     def move(place: int) -> None:

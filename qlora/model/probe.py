@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.config import RunConfig
-from qlora.data import collate, make_example
+from qlora.data import add_new_tokens, collate, make_example
 from qlora.model.attention import use_document_attention
 from qlora.model.loss import supervised_loss
 from qlora.model.rebuild import rebuild_activations
@@ -39,15 +39,26 @@ def measure_peak(function: Callable[[], object], device: torch.device, held: Ite
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    with _Storages(device, held) as storages:
+    with Storages(device, held) as storages:
         function()
     return storages.peak
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
+    """While entered, counts the bytes of all storages that operations give, as long as they live.
+
+    Args:
+        device: To look at.
+        held: Tensors there before.
+
+    Attributes:
+        now: Bytes that are alive.
+        peak: When they were most.
+    """
+
     def __init__(self, device: torch.device, held: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.peak = self._now = 0
+        self.peak = self.now = 0
         self._device = device
         self._alive: dict[int, Any] = {}
         for tensor in held:
@@ -68,11 +79,11 @@ class _Storages(TorchDispatchMode):
 
         def free(_reference: Any) -> None:
             del self._alive[key]
-            self._now -= size
+            self.now -= size
 
         self._alive[key] = weakref.ref(storage, free)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def prepare(config: RunConfig, device: torch.device) -> Any:
@@ -81,8 +92,8 @@ def prepare(config: RunConfig, device: torch.device) -> Any:
     Raises:
         ModelError: The base can't be loaded.
     """
-    model, _ = base_from_section(config.model, device)
-    adapt(model, config.lora, config.train.seed)
+    model, tokenizer = base_from_section(config.model, device)
+    adapt(model, config.lora, config.train.seed, add_new_tokens(tokenizer, config.data.new_tokens))
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)

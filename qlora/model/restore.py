@@ -7,9 +7,9 @@ import torch
 
 from qlora.checkpoint import BaseFiles, RunDirectory, load_adapter
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, load_config
-from qlora.data import Datasets, Source, Treatment, apply_template, build_datasets
-from qlora.lora import add_lora
-from qlora.model.base import load_base
+from qlora.data import Datasets, Source, Treatment, apply_template, build_datasets, new_token_ids
+from qlora.lora import add_lora, train_rows
+from qlora.model.base import load_base, load_tokenizer
 
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
@@ -17,13 +17,27 @@ def base_from_section(section: ModelSection, device: str | torch.device = "auto"
     return load_base(device=device, **section.model_dump(exclude={"recompute", "weight_cache"}))
 
 
-def adapt(model: Any, section: LoraSection, seed: int) -> list[str]:
-    """Adds the adapters that a config asks for."""
-    settings = section.model_dump(exclude={"dtype"})
-    return add_lora(model, dtype=getattr(torch, section.dtype), seed=seed, **settings)
+def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)) -> list[str]:
+    """Adds the adapters that a config asks for, and rows to train of embedding and head.
+
+    Args:
+        model: A frozen base.
+        section: Of the config.
+        seed: Of the run.
+        new_ids: Of the tokens that the config adds.
+
+    Returns:
+        The names of the adapted layers.
+    """
+    settings, dtype = section.model_dump(exclude={"dtype", "modules_to_save"}), getattr(torch, section.dtype)
+    names = add_lora(model, dtype=dtype, seed=seed, **settings)
+    train_rows(model, section.modules_to_save, new_ids, dtype)
+    return names
 
 
-def datasets_from_section(section: DataSection, tokenizer: Any, seed: int, own_template: bool = False) -> Datasets:
+def datasets_from_section(
+    section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
+) -> Datasets:
     """Builds the data that a config asks for.
 
     Args:
@@ -31,8 +45,9 @@ def datasets_from_section(section: DataSection, tokenizer: Any, seed: int, own_t
         tokenizer: Gets the chat template.
         seed: Of the run.
         own_template: The tokenizer is a run's and has the template that it was trained with, whose file may be gone.
+        new_ids: Of tokens that were added; of those that are in no training example the first report tells.
     """
-    return build_datasets(
+    datasets = build_datasets(
         tokenizer,
         [_source(section, source) for source in section.train],
         [_source(section, source) for source in section.eval]
@@ -43,6 +58,13 @@ def datasets_from_section(section: DataSection, tokenizer: Any, seed: int, own_t
         section.cache_dir,
         seed,
     )
+    counts = datasets.train.count_ids(new_ids) if new_ids else []
+    ids = [id_ for id_, count in zip(new_ids, counts, strict=True) if not count]
+    if ids:
+        absent = map(repr, tokenizer.convert_ids_to_tokens(ids))
+        told = f"new tokens that are in no training example, so nothing is learnt of their use: {', '.join(absent)}"
+        datasets.reports[0].notes.append(told)
+    return datasets
 
 
 def _source(section: DataSection, source: SourceSection) -> Source:
@@ -65,14 +87,13 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
         CheckpointError: The folder holds no run, or no whole adapter.
         ModelError: The base can't be loaded.
     """
-    from transformers import AutoTokenizer
-
     run = RunDirectory.open(run_dir)
     config = load_config(run.config)
+    tokenizer = load_tokenizer(run.adapter, config.model.trust_remote_code)
     model, _ = base_from_section(config.model, device)
-    adapt(model, config.lora, config.train.seed)
+    adapt(model, config.lora, config.train.seed, new_token_ids(tokenizer, config.data.new_tokens))
     load_adapter(model, run.adapter)
-    return model.eval(), AutoTokenizer.from_pretrained(run.adapter)
+    return model.eval(), tokenizer
 
 
 def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:

@@ -74,15 +74,16 @@ class Timeline(TorchDispatchMode):
     Args:
         tokens: Of the step that is run, in one row; a prime that divides no other size.
         known: Tensors that were there before.
+        fixed: Sizes, in bytes, of what hangs on no tokens wherever it is made: trained rows and their gradients.
 
     Attributes:
         place: Given to moments.
     """
 
-    def __init__(self, tokens: int, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, tokens: int, known: Iterable[torch.Tensor] = (), fixed: Iterable[int] = ()) -> None:
         super().__init__()
         self.place = 0
-        self._tokens = tokens
+        self._tokens, self._fixed = tokens, {*fixed}
         # By place in Held and by power of the tokens; plain numbers, as there are thousands of changes.
         self._bytes = [0] * len(Held._fields) * len(Bytes._fields)
         self._moments: dict[tuple[int, ...], None] = {}
@@ -137,6 +138,8 @@ class Timeline(TorchDispatchMode):
 
     def _sort(self, size: int) -> tuple[int, int]:
         """Which of the numbers a storage belongs to, and what it adds."""
+        if size in self._fixed:
+            return Held._fields.index("buffers") * len(Bytes._fields), size
         power = 0
         while power < 2 and size and size % self._tokens == 0:
             size, power = size // self._tokens, power + 1

@@ -186,3 +186,71 @@ def test_the_head_is_read_once_a_chunk_in_full_chunks(generator):
         linear_cross_entropy(hidden, weight, labels, chunk_elements=4 * 50 + 49)
     products = [call for call in calls if call in (torch.ops.aten.mm, torch.ops.aten.addmm)]
     assert len(products) == 3  # Rows by four: 4, 4 and 2.
+
+
+def split_at(weight, bounds, trained):
+    """Blocks of a weight's rows, those at the places `trained` with a gradient."""
+    blocks = weight.tensor_split(sorted(bounds))
+    return [block.clone().requires_grad_(place in trained) for place, block in enumerate(blocks)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    rows=st.integers(1, 40),
+    bounds=st.lists(st.integers(1, 49), max_size=3, unique=True),
+    trained=st.sets(st.integers(0, 3)),
+    chunk_rows=st.sampled_from([1, 3, 40]),
+    with_bias=st.booleans(),
+    logit_scale=st.sampled_from([1.0, 3.0]),
+    softcap=st.sampled_from([None, 1.5]),
+    weighted=st.booleans(),
+    frozen_hidden=st.booleans(),
+)
+def test_trained_blocks_of_the_head_get_torchs_gradient(
+    seed, rows, bounds, trained, chunk_rows, with_bias, logit_scale, softcap, weighted, frozen_hidden
+):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, labels, bias = make_inputs(generator, rows, 16, 50)
+    hidden.requires_grad_(not frozen_hidden)
+    options = {"bias": bias if with_bias else None, "logit_scale": logit_scale, "softcap": softcap}
+    options["row_weights"] = random_weights(generator, rows) if weighted else None
+    blocks = split_at(weight, bounds, trained)
+    loss = linear_cross_entropy(hidden, blocks, labels, chunk_elements=chunk_rows * 50, **options)
+    wanted_loss, _ = reference(hidden, weight, labels, **options)
+    torch.testing.assert_close(loss.detach(), wanted_loss, rtol=2e-5, atol=1e-5)
+    wanted = torch.cat(blocks).double().detach().requires_grad_()
+    logits = hidden.detach().double() @ wanted.T + (bias.double() if with_bias else 0)
+    logits = logits * logit_scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    (losses * (1 if options["row_weights"] is None else options["row_weights"])).sum().backward()
+    if loss.requires_grad:
+        (loss / 7).backward()
+    for block, grad in zip(blocks, wanted.grad.split([len(block) for block in blocks]), strict=True):
+        if block.requires_grad:
+            torch.testing.assert_close(block.grad, grad.float() / 7, rtol=1e-4, atol=1e-5)
+        else:
+            assert block.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_head_are_the_whole_of_it(dtype, generator):
+    hidden, weight, labels, bias = make_inputs(generator, 23, 16, 50, dtype)
+    loss, grad = run(hidden, split_at(weight, [7, 40], {}), labels, bias=bias, chunk_elements=5 * 50)
+    wanted_loss, wanted = run(hidden, weight, labels, bias=bias, chunk_elements=5 * 50)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    assert relative(grad, wanted.float()) < 2 * torch.finfo(dtype).eps
+    assert torch.equal(run(hidden, [weight], labels)[1], run(hidden, weight, labels)[1])
+
+
+def test_the_gradient_of_16_bit_rows_is_summed_in_fp32(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 4000, 16, 50)
+    rows = weight.bfloat16().requires_grad_()
+    rows.grad_dtype = torch.float32
+    linear_cross_entropy(hidden.bfloat16(), [rows], labels, chunk_elements=50).backward()
+    exact = rows.detach().double().requires_grad_()
+    logits = hidden.detach().bfloat16().double() @ exact.T
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    # Of each of 4,000 terms a logit is rounded to bf16; sums in bf16 would be off by 30 times as much.
+    assert relative(rows.grad, exact.grad) < 2**-8

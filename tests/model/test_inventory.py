@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora.lora import add_lora
+from qlora.lora import add_lora, train_rows, trained_rows
 from qlora.model import frozen_checksum, load_base, take_inventory
 from qlora.nf4 import NF4Linear
 from tests.tiny import make_base
@@ -47,6 +47,27 @@ def test_adapters_change_no_name_and_no_count_of_the_base(base):
     assert after.adapted_share == pytest.approx(2 * (64 * 64 + 64 * 172) / after.num_parameters)
 
 
+@pytest.mark.parametrize("modules", [[], ["lm_head"]], ids=["new rows", "head in full"])
+def test_trained_rows_are_counted_once_and_the_base_as_before(modules, base):
+    model, _ = load_base(str(base))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before = take_inventory(model)
+    size = model.get_input_embeddings().weight.numel()
+    train_rows(model, modules, range(257, 262))
+    after = take_inventory(model)
+    assert after.num_parameters == before.num_parameters
+    assert after.quantized_share == before.quantized_share
+    whole, new = 262 * 64, 5 * 64
+    assert after.num_trained == (new * (2 - tied) if not modules else whole if tied else whole + new)
+    assert after.trained_rows == {
+        "model.embed_tokens": [0, 262] if modules and tied else [257, 262],
+        "lm_head": [0, 262] if modules else [257, 262],
+    }
+    assert after.shared_rows == tied
+    assert after.base_bytes == before.base_bytes - (size * model.dtype.itemsize if modules else 0)
+    assert set(before.unquantized) <= set(after.unquantized)
+
+
 def test_bytes_are_those_of_the_tensors_that_are_held(base):
     model, _ = load_base(str(base), compute_dtype="bfloat16")
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
@@ -70,6 +91,9 @@ def test_the_checksum_sees_a_changed_byte_of_the_base_and_not_the_adapters(base,
     add_lora(model, rank=4)
     before = frozen_checksum(model)
     model.model.layers[1].mlp.up_proj.lora_B.data.fill_(1.0)
+    train_rows(model, [], range(255, 259))
+    for _, rows in trained_rows(model):
+        rows.weight.data.fill_(1.0)
     assert frozen_checksum(model) == before
     packed = model.model.layers[seed % 2].mlp.up_proj.base.weight
     packed.data[seed % len(packed)] ^= 1

@@ -17,7 +17,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 from qlora.data import collate
 from qlora.data.tokens import make_example
 from qlora.errors import ModelError
-from qlora.lora import add_lora, lora_layers
+from qlora.lora import add_lora, lora_layers, train_rows
 from qlora.model import apply_recompute, load_base, rebuild_activations, supervised_loss, use_document_attention
 from qlora.model.rebuild import GatedMLP
 from qlora.model.recompute import recompute_levels
@@ -101,6 +101,21 @@ def test_gradients_are_those_without_it_bit_for_bit(
     assert all(grad.abs().max() > 0 for name, grad in expected.items())
     for level in [*levels, "full", "none"]:
         assert apply_recompute(model, level) == level
+        loss_again, found = gradients(model, batch, seed)
+        assert loss == loss_again, level
+        assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level
+
+
+@pytest.mark.parametrize("new_ids", [range(0), range(250, 254)], ids=["in full", "new rows"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apart, tmp_path, generator, seed):
+    base = make_base(tmp_path / "base", seed, tie_word_embeddings=tied)
+    model, batch = make_model(base, generator), random_batch(generator, (40, 23, 250))
+    train_rows(model, [] if new_ids else ["embed_tokens", "lm_head"], new_ids)
+    loss, expected = gradients(model, batch, seed)
+    assert sum(".rows." in name and bool(grad.any()) for name, grad in expected.items()) == (1 if tied else 2)
+    for level in ALL[:5]:
+        apply_recompute(model, level)
         loss_again, found = gradients(model, batch, seed)
         assert loss == loss_again, level
         assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level

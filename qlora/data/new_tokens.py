@@ -1,0 +1,56 @@
+"""Tokens added to a tokenizer, and the ids that they get."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qlora.errors import DataError
+
+
+def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
+    """Adds tokens behind all others; text that holds one is cut there, and they stay in what is decoded.
+
+    They are no special tokens, which decoding leaves out: a program that reads answers looks for such tokens in them.
+
+    Args:
+        tokenizer: Of transformers; changed in place.
+        tokens: As they stand in the text.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        DataError: The tokenizer has one already, or can't write one.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab() if tokens else {}
+    there = [f"{token!r} (id {known[token]})" for token in tokens if token in known]
+    if there:
+        raise DataError(
+            f"data.new_tokens: the base's tokenizer has {', '.join(there)} already; leave out what it has, or train "
+            "all rows with lora.modules_to_save."
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    ids = new_token_ids(tokenizer, tokens)
+    for token, id_ in zip(tokens, ids, strict=True):
+        written = tokenizer.decode([id_])
+        if written.strip() != token.strip():  # decoders over bytes take letters such as å for one
+            raise DataError(
+                f"data.new_tokens: the tokenizer writes {token!r} as {written!r}; name it in ASCII letters."
+            )
+    return ids
+
+
+def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
+    """The ids of tokens that were added, which lie behind one another.
+
+    Raises:
+        DataError: They don't, or the tokenizer has not all of them.
+    """
+    if not tokens:
+        return range(0)
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary.get(token, -1) for token in tokens]
+    if ids[0] < 0 or ids != list(range(ids[0], ids[0] + len(ids))):
+        raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which do not follow on one another.")
+    return range(ids[0], ids[-1] + 1)

@@ -1,0 +1,240 @@
+"""Rows of an embedding or an output head that are trained in full: all of them, or those of new tokens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from qlora.errors import ModelError
+
+
+class TrainedRows(nn.Module):
+    """Rows of a weight that are trained, all or some behind one another.
+
+    Args:
+        values: (rows, features), that they begin with.
+        ids: That they are for.
+        num_frozen: Rows of the base's weight.
+    """
+
+    def __init__(self, values: torch.Tensor, ids: range, num_frozen: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+        self.ids, self.num_frozen = ids, num_frozen
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row is trained."""
+        return self.ids.start == 0 and self.ids.stop >= self.num_frozen
+
+    @property
+    def num_rows(self) -> int:
+        """Of base and new tokens together."""
+        return max(self.num_frozen, self.ids.stop)
+
+    def release(self, base: Any) -> None:
+        """Lets go of a base's weight where nothing reads it any more, but not of its dtype and device."""
+        if self.is_whole:
+            base.weight = nn.Parameter(base.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        """What tells one from another."""
+        return f"{self.ids.start} to {self.ids.stop - 1} of {self.num_rows}"
+
+
+class TrainedEmbedding(nn.Module):
+    """An embedding of which some rows are trained; whatever else its class does to a row it does to these, too.
+
+    Args:
+        base: The frozen one.
+        rows: In the place of the base's.
+    """
+
+    def __init__(self, base: nn.Embedding, rows: TrainedRows) -> None:
+        super().__init__()
+        self.base = base  # before the rows, as the dtype of its weight is taken for the model's
+        self.rows = rows
+        rows.release(base)
+        padding = -1 if base.padding_idx is None else base.padding_idx
+        self._padding = padding - rows.ids.start if padding in rows.ids else -1
+        base.padding_idx = None  # it gets tables with other rows in that place
+
+    @property
+    def num_embeddings(self) -> int:
+        """Ids that there are rows for."""
+        return self.rows.num_rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) -> (..., features), in the base's dtype."""
+        flat, frozen, own_ids = ids.flatten(), self.base.weight, self.rows.ids
+        # No id lies outside where all rows are trained, and elsewhere those rows are not taken.
+        places = (flat - own_ids.start).clamp(0, len(own_ids) - 1) if not self.rows.is_whole else flat
+        table = _LookUp.apply(self.rows.weight, places, self._padding, frozen.dtype)
+        if not self.rows.is_whole:
+            is_own = (flat >= own_ids.start) & (flat < own_ids.stop)
+            others = F.embedding(flat.masked_fill(is_own, 0), frozen)  # which may have no row for the own ones
+            table = torch.where(is_own[:, None], table, others)
+        # Its class may do more than look rows up: Gemma 3 scales them, in the dtype of its weight.
+        in_table = torch.arange(len(flat), device=flat.device).view(ids.shape)
+        return torch.func.functional_call(self.base, {"weight": table}, (in_table,))
+
+
+class TrainedHead(nn.Module):
+    """An output head of which some rows are trained.
+
+    Args:
+        base: The frozen one.
+        rows: In the place of the base's.
+    """
+
+    def __init__(self, base: nn.Linear, rows: TrainedRows) -> None:
+        super().__init__()
+        self.base, self.rows = base, rows
+        rows.release(base)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(rows,), frozen."""
+        return self.base.bias
+
+    def blocks(self) -> tuple[torch.Tensor, ...]:
+        """The weight as consecutive blocks of its rows, trained and frozen."""
+        if self.rows.is_whole:
+            return (self.rows.weight,)
+        before, behind = self.base.weight[: self.rows.ids.start], self.base.weight[self.rows.ids.stop :]
+        return tuple(block for block in (before, self.rows.weight, behind) if len(block))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., features) -> (..., rows), in the dtype of `x`."""
+        logits = torch.cat([F.linear(x, block.to(x.dtype)) for block in self.blocks()], dim=-1)
+        return logits if self.bias is None else logits + self.bias
+
+
+def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
+    """The weight of an output head as consecutive blocks of its rows, (rows, features) each."""
+    return head.blocks() if isinstance(head, TrainedHead) else (head.weight,)
+
+
+def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
+    """Rows that are trained of a model's embedding and head, with the modules' names; one that they share, twice."""
+    for name, module in model.named_modules():
+        if isinstance(module, TrainedEmbedding | TrainedHead):
+            yield name, module.rows
+
+
+@torch.no_grad()
+def train_rows(
+    model: Any, modules: Sequence[str] = (), new_ids: range = range(0), dtype: torch.dtype = torch.bfloat16
+) -> dict[str, range]:
+    """Wraps the embedding and the head of a frozen model so that rows of them are trained, in place.
+
+    Rows of new tokens begin as the mean of those before them: their logits then are the mean of the others, and what
+    the model predicts hardly changes (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+
+    Args:
+        model: A causal language model of transformers.
+        modules: Names, or their last parts, of those trained in full. Where embedding and head are one, both are.
+        new_ids: Of tokens added to the vocabulary; their rows are trained in any case, and made where there are none.
+        dtype: Of trained rows.
+
+    Returns:
+        The ids whose rows are trained, by the names of the modules.
+
+    Raises:
+        ModelError: A name is neither the embedding's nor the head's, or one can't be trained or made longer.
+    """
+    if not modules and not new_ids:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = {names[id(layer)]: layer for layer in (embedding, head) if layer is not None}
+    is_tied = head is not None and head.weight is embedding.weight
+    whole = _match(model, modules, list(layers))
+    if is_tied and whole:
+        whole = set(layers)
+    spans = {
+        name: range(max(len(layer.weight), new_ids.stop)) if name in whole else new_ids
+        for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
+        if spans[name]:
+            _check(name, layer, new_ids)
+    rows: TrainedRows | None = None
+    for name, layer in layers.items():
+        if spans[name]:
+            if rows is None or not is_tied:
+                values = _first_values(layer.weight, spans[name], new_ids, dtype)
+                rows = TrainedRows(values, spans[name], len(layer.weight))
+            wrapped = TrainedEmbedding(layer, rows) if layer is embedding else TrainedHead(layer, rows)
+            model.set_submodule(name, wrapped.train(model.training))
+    return {name: span for name, span in spans.items() if span}
+
+
+def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:
+    """The layers that are named.
+
+    Raises:
+        ModelError: A name is none of theirs.
+    """
+    matches = {asked: [name for name in allowed if f".{name}".endswith(f".{asked}")] for asked in modules}
+    unknown = [asked for asked, found in matches.items() if not found]
+    if unknown:
+        raise ModelError(
+            f"lora.modules_to_save: {', '.join(map(repr, unknown))} can't be trained in full: only the input "
+            f"embeddings and the output head can, in {type(model).__name__} {' and '.join(allowed)}. Linear layers are "
+            "adapted by lora.targets."
+        )
+    return {name for found in matches.values() for name in found}
+
+
+def _check(name: str, layer: Any, new_ids: range) -> None:
+    if not isinstance(layer, nn.Embedding | nn.Linear):
+        raise ModelError(
+            f"{name} is a {type(layer).__name__}, whose rows can't be trained; leave lora.modules_to_save and "
+            "data.new_tokens empty."
+        )
+    size = len(layer.weight)
+    if new_ids and new_ids.start > size:
+        raise ModelError(
+            f"data.new_tokens: their first id is {new_ids.start}, but {name} has {size} rows: the tokenizer has tokens "
+            "without rows already. Take the tokenizer that the base was published with."
+        )
+    if new_ids.stop > size and getattr(layer, "bias", None) is not None:
+        raise ModelError(
+            f"data.new_tokens: {name} has {size} rows, each with a bias, and can't be made longer; resize the base "
+            "with transformers' resize_token_embeddings, save it, and train on that."
+        )
+
+
+def _first_values(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch.dtype) -> torch.Tensor:
+    values = weight.new_empty(len(ids), weight.shape[1], dtype=dtype)
+    stored = weight[ids.start : ids.stop]
+    values[: len(stored)] = stored
+    if new_ids:
+        values[new_ids.start - ids.start : new_ids.stop - ids.start] = weight[: new_ids.start].mean(
+            dim=0, dtype=torch.float32
+        )
+    return values
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows by their places, cast; the one in the place `padding` gets no gradient.
+
+    A row's gradients are summed in fp32: a frequent token's, in 16 bits one after the other, would lose digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, padding: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows, ctx.padding = len(rows), padding
+        return F.embedding(places, rows).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        summed = torch.ops.aten.embedding_dense_backward(grad.float(), places, ctx.num_rows, ctx.padding, False)
+        return summed, None, None, None
