@@ -1,4 +1,4 @@
-"""`qlora verify`: is a merged model what the run trained, and would other tools load its adapter?"""
+"""`qlora verify`: is an adapter, or a merged model, what the run trained, and would other tools load the adapter?"""
 
 from typing import Annotated
 
@@ -10,13 +10,15 @@ from qlora.cli.report import show_report
 
 def verify(
     run: RunDir,
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="What qlora merge wrote.")],
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="What qlora merge wrote; without it, the run's adapter.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a merged model with the run that it came from; exit 1 when they are apart.
+    """Compare a merged model, or the adapter by itself, with the run that it came from; exit 1 when they are apart.
 
-    Told as well, whatever the merged model is: whether PEFT, vLLM and llama.cpp would load the run's adapter.
+    Told as well, whatever is compared: whether PEFT, vLLM and llama.cpp would load the run's adapter.
     """
     from qlora.export import verify as run_verification
 
@@ -28,7 +30,9 @@ def verify(
         }
         values |= {client: str(verdict) for client, verdict in report.clients.items()}
     verdict = "is" if report.matches else "is NOT"
-    title = f"{folder} {verdict} what {run} trained."
+    title = f"{folder or 'The adapter'} {verdict} what {run} trained."
+    if folder is not None and report.base_differs:
+        title += f"\n- on another base than the one trained on: {', '.join(report.base_differs)} differ"
     show_report(values, as_json, "\n".join([title, *(f"- {problem}" for problem in report.problems)]))
     if not report.matches:
         raise typer.Exit(1)

@@ -47,6 +47,8 @@ def continued_aside(target: Path, key: str) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}.merging")
     try:
         aside.mkdir(parents=True, exist_ok=True)
+        if aside.is_symlink() or aside.stat().st_uid != os.geteuid():  # in a folder that others may write to
+            raise ExportError(f"{aside} was put there by someone else; choose another folder.")
         with (aside / STATE_FILE).open("a+", encoding="utf-8") as state:
             _claim(aside, state, key)
             try:

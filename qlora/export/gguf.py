@@ -12,7 +12,7 @@ import torch
 from qlora.errors import ExportError
 from qlora.export.gguf_vocabulary import OTHER_WAY, read_vocabulary
 from qlora.export.shards import TensorLayout
-from qlora.model import end_token_ids, load_tokenizer
+from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 
 # llama.cpp's architectures by transformers' model types.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -91,7 +91,7 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_hyperparameters(writer, config)
     tokenizer = load_tokenizer(folder)
-    ends = end_token_ids(_read_generation_config(folder), tokenizer)
+    ends = end_token_ids(load_generation_config(folder), tokenizer)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, ends, config.bos_token_id)
     vocabulary.add_to(writer)
 
@@ -141,7 +141,7 @@ def _read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise ExportError(f"GGUF is written for {', '.join(FAMILIES)}, and not for {config.model_type}. {OTHER_WAY}")
     rope = config.rope_parameters
@@ -156,13 +156,6 @@ def _read_config(folder: Path) -> Any:
         if value is not None:
             raise ExportError(f"{key}: {value} can't be said in a GGUF file of {config.model_type}. {OTHER_WAY}")
     return config
-
-
-def _read_generation_config(folder: Path) -> Any:
-    from transformers import GenerationConfig
-
-    is_there = (folder / "generation_config.json").is_file()
-    return GenerationConfig.from_pretrained(folder) if is_there else GenerationConfig()
 
 
 def _has_pairs(config: Any) -> bool:

@@ -8,9 +8,8 @@ import torch
 from qlora.checkpoint import RunDirectory, write_aside
 from qlora.errors import ExportError
 from qlora.export.aside import new_folder
-from qlora.export.card import write_card
 from qlora.export.gguf import write_gguf
-from qlora.export.merge import MergeReport, OnProgress, write_companions
+from qlora.export.merge import MergeReport, OnProgress, write_companions, write_papers
 from qlora.export.weights import MergedWeights
 
 GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -82,5 +81,5 @@ def merge_to_gguf(
             seconds=round(time.perf_counter() - started, 3),
             notes=written.notes,
         )
-        write_card(folder, out_dir.name, run, weights.files.folder, report.as_dict())
+        write_papers(folder, report, run, weights.files.folder)
     return report

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora.errors import ExportError
+from qlora.errors import ExportError, find_secrets
 
 REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 RELEASED = (
@@ -16,13 +16,6 @@ RELEASED = (
 WEIGHTS = ("*.safetensors", "*.gguf", "*.model")
 # Words of a vocabulary look like anything.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-SECRETS = {
-    "a token of the hub": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
-    "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
-    "a token of GitHub": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
-    "a key of AWS": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-}
 PATH = re.compile(r"(?<![\w./:])/(?:[\w.+@-]+/)+[\w.+@-]+")
 
 
@@ -119,7 +112,7 @@ def list_release(folder: Path) -> dict[str, int]:
     problems = []
     for path in paths:
         name = str(path.relative_to(folder))
-        if not _is_one(path, RELEASED) or name.startswith("."):
+        if not _is_one(path, RELEASED) or name.startswith(".") or path.is_symlink():
             problems.append(f"{name} is no part of a release")
         elif not _is_one(path, WEIGHTS):
             problems += [f"{name} holds {what}" for what in _findings(path)]
@@ -135,7 +128,7 @@ def _is_one(path: Path, patterns: tuple[str, ...]) -> bool:
 def _findings(path: Path) -> list[str]:
     """What should not be public; secrets are named by their kind and not shown."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = [what for what, pattern in SECRETS.items() if pattern.search(text)]
+    found = find_secrets(text)
     if not _is_one(path, VOCABULARIES):
         here = next((match for match in PATH.findall(text) if Path(match).parent.is_dir()), None)
         if here:

@@ -14,6 +14,7 @@ from qlora.checkpoint import BaseFiles, write_aside
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
 from qlora.export.aside import new_folder
+from qlora.export.card import write_quantized_card
 from qlora.export.names import names_in_files
 from qlora.export.shards import ShardWriter, TensorLayout
 from qlora.export.stored import StoredTensors
@@ -111,6 +112,13 @@ def quantize_model(
                 writer.write(name, value)
         writer.close()
         _write_companions(folder, files, settings, target)
+        rows = {
+            "layers in 4 bits": len(is_transposed),
+            "quantization": f"NF4 in blocks of {BLOCK_SIZE}, double quantization: {double_quant}",
+            "all else, and compute": _name(target),
+            "bytes": writer.num_bytes,
+        }
+        write_quantized_card(folder, out_dir.name, base, files.folder, rows)
     return QuantizeReport(
         str(out_dir),
         _name(target),
@@ -126,7 +134,10 @@ def _own_dtype(files: BaseFiles) -> torch.dtype:
     """What the config says, or else the first weight is in."""
     said = files.config.get("dtype") or files.config.get("torch_dtype")
     if isinstance(said, str) and said != "auto":
-        return getattr(torch, said.removeprefix("torch."))
+        dtype = getattr(torch, said.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ExportError(f"{files.name}: config.json names the dtype {said!r:.40}, which is none; give --dtype.")
+        return dtype
     return StoredTensors(files.headers).dtype(next(iter(files.tensors)))
 
 

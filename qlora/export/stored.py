@@ -23,7 +23,7 @@ class StoredTensors:
     safetensors' own slices map the file, whose pages then count as this process's memory, or read the whole tensor.
 
     Args:
-        headers: What each file says of its tensors, as :func:`qlora.checkpoint.base_files.read_header` gives it.
+        headers: What each file says of its tensors, as :func:`qlora.checkpoint.headers.read_header` gives it.
     """
 
     def __init__(self, headers: Mapping[Path, Mapping[str, Any]]) -> None:

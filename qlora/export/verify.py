@@ -1,26 +1,40 @@
-"""The merged model held against the adapter model: tensors, files, and what the two predict."""
+"""A run's adapter, or what was merged from it, held against the run: tensors, files, and what they predict."""
 
 import gc
-import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_config
-from qlora.config import ExportSection, load_config
+from qlora.checkpoint import BaseFiles, RunDirectory
+from qlora.checkpoint.json_files import parse_object
+from qlora.config import load_config
+from qlora.data import eval_batches
 from qlora.errors import ExportError, ModelError
 from qlora.export.clients import Verdict, check_clients
 from qlora.export.held_out import held_out_examples
 from qlora.export.merge import REPORT_FILE
+from qlora.export.merge_gguf import GGUF_DTYPES
+from qlora.export.verify_adapter import check_adapter_files, check_layers
+from qlora.export.verify_expected import ExpectedWeights
 from qlora.export.verify_files import check_head, check_tokenizer
+from qlora.export.verify_gguf import check_gguf
 from qlora.export.verify_predictions import compare, predict
-from qlora.export.verify_tensors import ExpectedWeights, check_tensors, true_scaling
-from qlora.export.weights import adapter_scaling
-from qlora.model import build_skeleton, load_base, load_run, load_tokenizer, resolve_device
+from qlora.export.verify_tensors import WrittenFolder, check_tensors
+from qlora.model import (
+    build_skeleton,
+    end_token_ids,
+    evaluate,
+    load_base,
+    load_generation_config,
+    load_run,
+    load_tokenizer,
+    resolve_device,
+)
 
+DTYPES = ("float16", "bfloat16", "float32")
+ONTO = ("dequantized", "original")
 # Mean KL divergence and difference of losses, in nats, above which two models are not the same: ten times
 # what bf16 against fp16 arithmetic was seen to make.
 MAX_KL = 0.01
@@ -31,14 +45,16 @@ NUM_EXAMPLES = 64
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """How far apart adapter model and merged model are; what they predict is None where the folder can't be loaded.
+    """How far apart adapter model and merged model are; None is what was not or could not be compared.
 
     Attributes:
         matches: Whether they are the same within the bounds.
         problems: Why not.
-        onto: The base weights that were merged into.
+        onto: The base weights that were merged into; None where the adapter was verified by itself.
         base_differs: Files of the base that are not those trained on.
         clients: Whether other tools would load the adapter itself.
+        layers_checked: Adapted layers whose outputs were computed a second time, from weights that were too.
+        max_layer_difference: Of these outputs, in shares of them.
         tensors_checked: Written tensors compared with a second computation, within half a unit of the last place.
         max_weight_difference: Of a written value from the one before rounding.
         positions: Whose logits were compared.
@@ -53,12 +69,14 @@ class VerifyReport:
 
     matches: bool
     problems: list[str]
-    onto: str
+    onto: str | None
     base_differs: list[str]
     clients: dict[str, Verdict]
-    tensors_checked: int = 0
+    layers_checked: int | None = None
+    max_layer_difference: float | None = None
+    tensors_checked: int | None = None
     max_weight_difference: float | None = None
-    positions: int = 0
+    positions: int | None = None
     max_logit_difference: float | None = None
     mean_logit_difference: float | None = None
     mean_kl: float | None = None
@@ -72,78 +90,146 @@ class VerifyReport:
         return asdict(self)
 
 
-def verify(run_dir: str | Path, out_dir: str | Path, device: str = "auto") -> VerifyReport:
-    """Compares a merged folder with the run that it came from.
+def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto") -> VerifyReport:
+    """Compares what was merged with the run that it came from; without it, the run's adapter with the run.
 
     Args:
         run_dir: The run.
-        out_dir: What :func:`qlora.merge` wrote.
-        device: To run both models on, one after the other.
+        out_dir: What :func:`qlora.merge` wrote. A GGUF file's tensors, sizes and vocabulary are compared; what it
+            predicts is llama.cpp's to say.
+        device: To run models on, one after the other.
 
     Raises:
-        ExportError: The folder is no merged model.
+        ExportError: The folder holds nothing merged.
         QLoRAError: The run, its base or its data can't be read.
     """
-    run, out_dir = RunDirectory.open(run_dir), Path(out_dir).expanduser()
-    settings, merge_report = _read_report(out_dir)
+    run = RunDirectory.open(run_dir)
+    merged = None if out_dir is None else _read_merged(Path(out_dir).expanduser())
     resolve_device(device)  # told now rather than after the tensors
     model = load_config(run.config).model
     base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
     skeleton = build_skeleton(base, model.trust_remote_code)
     base_differs = base.differing(run.read_record()["base"]["files"])
-    problems = _check_origins(run, base, base_differs, merge_report)
-    found: dict[str, Any] = {}
-    try:
-        written = BaseFiles.resolve(str(out_dir))
-        merged_skeleton = build_skeleton(written, model.trust_remote_code)
-    except ModelError as error:
-        problems.append(str(error))
+    problems = check_adapter_files(run)
+    problems += _check_base(base, base_differs, [] if merged is None else merged.base_differs)
+    if merged is None:
+        found = _compare_layers(run, base, device, problems)
+    elif {*merged.base_differs} - {*base_differs}:
+        found = {}  # the base that was merged into is not here, and from another all would differ
+    elif merged.gguf is not None:
+        found = _compare_gguf(run, base, merged, skeleton, problems)
     else:
-        on = resolve_device(merge_report.get("device", "cpu"))
-        tensors = check_tensors(ExpectedWeights(run, base, settings.onto, on), written, getattr(torch, settings.dtype))
-        problems += tensors.problems + check_head(skeleton, base, merged_skeleton, written)
-        problems += check_tokenizer(base, written, load_tokenizer(run.adapter, model.trust_remote_code))
-        found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
-        found |= _compare_predictions(run, written, settings, device, problems)
+        found = _compare_folder(run, base, merged, skeleton, device, problems)
     return VerifyReport(
         matches=not problems,
         problems=problems,
-        onto=settings.onto,
+        onto=None if merged is None else merged.onto,
         base_differs=base_differs,
         clients=check_clients(run.adapter, skeleton),
         **found,
     )
 
 
-def _read_report(out_dir: Path) -> tuple[ExportSection, dict[str, Any]]:
-    """What merge said of a folder: its dtype and base weights, and all of it."""
-    path = out_dir / REPORT_FILE
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """What merge wrote, and what it said of it.
+
+    Attributes:
+        gguf: The file, if it is one for llama.cpp.
+    """
+
+    folder: Path
+    dtype: str
+    onto: str
+    device: str
+    base_differs: list[str]
+    gguf: Path | None
+
+
+def _read_merged(folder: Path) -> _Merged:
+    path = folder / REPORT_FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return ExportSection(dtype=report["dtype"], onto=report["onto"]), report
+        report = parse_object(path.read_bytes())
+        gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+        device, base_differs = report.get("device", "cpu"), report.get("base_differs", [])
+        if not isinstance(device, str) or not isinstance(base_differs, list):
+            raise TypeError("device or base_differs")
+        if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
+            raise ValueError(f"{report['dtype']} onto {report['onto']}")
+        return _Merged(folder, report["dtype"], report["onto"], device, base_differs, gguf)
     except FileNotFoundError:
-        raise ExportError(f"{out_dir} was not written by qlora merge: it has no {REPORT_FILE}.") from None
+        raise ExportError(f"{folder} was not written by qlora merge: it has no {REPORT_FILE}.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None
 
 
-def _check_origins(
-    run: RunDirectory, base: BaseFiles, base_differs: list[str], merge_report: dict[str, Any]
-) -> list[str]:
-    """Whether base and adapter are those of the run."""
-    problems, taken = [], merge_report.get("base_differs", [])
-    if {*base_differs} - {*taken}:
-        problems.append(f"{base.name} is not the base that was trained on: {', '.join(base_differs)} differ")
-    elif {*taken} - {*base_differs}:
-        problems.append(f"what was merged into is not the base that was trained on: {', '.join(taken)} differed")
-    own, saved = true_scaling(load_config(run.config).lora), adapter_scaling(read_adapter_config(run.adapter))
-    if not math.isclose(own, saved):
-        problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
-    return problems
+def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[str]:
+    """Whether the base is the one trained on, or else the other one that merge was forced to take."""
+    if {*differs} - {*taken}:
+        return [f"{base.name} is not the base that was trained on: {', '.join(differs)} differ"]
+    if {*taken} - {*differs}:
+        return [
+            f"merged into another base than the one trained on ({', '.join(taken)} differed), and {base.name} is not "
+            "that base; so the tensors were not compared"
+        ]
+    return []
+
+
+def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
+    """Loads the run, and computes its adapted layers a second time."""
+    model, tokenizer = load_run(run.path, device)
+    examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
+    layers = check_layers(model, ExpectedWeights(run, base, "dequantized", model.device), examples)
+    problems += layers.problems
+    loss = evaluate(model, eval_batches(examples, 1)).loss
+    return {
+        "layers_checked": layers.checked,
+        "max_layer_difference": layers.max_difference,
+        "adapter_loss": loss,
+    }
+
+
+def _compare_gguf(
+    run: RunDirectory, base: BaseFiles, merged: _Merged, skeleton: Any, problems: list[str]
+) -> dict[str, Any]:
+    """Reads a GGUF file back."""
+    assert merged.gguf is not None
+    trust_remote_code = load_config(run.config).model.trust_remote_code
+    tokenizer = load_tokenizer(run.adapter, trust_remote_code)
+    ends = end_token_ids(load_generation_config(base.folder), tokenizer)
+    expected = ExpectedWeights(run, base, merged.onto, resolve_device(merged.device))
+    try:
+        check = check_gguf(merged.gguf, expected, merged.dtype, skeleton.config, tokenizer, ends)
+    except ExportError as error:
+        problems.append(str(error))
+        return {}
+    written = BaseFiles(merged.folder, str(merged.folder))
+    problems += check.problems + check_tokenizer(base, written, tokenizer, trust_remote_code)
+    return {"tensors_checked": check.checked, "max_weight_difference": check.max_difference}
+
+
+def _compare_folder(
+    run: RunDirectory, base: BaseFiles, merged: _Merged, skeleton: Any, device: str, problems: list[str]
+) -> dict[str, Any]:
+    """Reads a folder of safetensors back, and runs it and the run."""
+    trust_remote_code = load_config(run.config).model.trust_remote_code
+    try:
+        written = BaseFiles.resolve(str(merged.folder))
+        merged_skeleton = build_skeleton(written, trust_remote_code)
+    except ModelError as error:
+        problems.append(str(error))
+        return {}
+    expected = ExpectedWeights(run, base, merged.onto, resolve_device(merged.device))
+    tensors = check_tensors(expected, WrittenFolder(written, getattr(torch, merged.dtype)))
+    problems += tensors.problems + check_head(skeleton, base, merged_skeleton, written)
+    tokenizer = load_tokenizer(run.adapter, trust_remote_code)
+    problems += check_tokenizer(base, written, tokenizer, trust_remote_code)
+    found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
+    return found | _compare_predictions(run, written, merged, device, problems)
 
 
 def _compare_predictions(
-    run: RunDirectory, written: BaseFiles, settings: ExportSection, device: str, problems: list[str]
+    run: RunDirectory, written: BaseFiles, merged: _Merged, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Runs both models, one after the other; adds what is apart to the problems."""
     config = load_config(run.config)
@@ -153,14 +239,14 @@ def _compare_predictions(
     del model
     gc.collect()
     try:
-        model, _ = load_base(str(written.folder), "none", compute_dtype=settings.dtype, device=device)
+        model, _ = load_base(str(written.folder), "none", compute_dtype=merged.dtype, device=device)
     except ModelError as error:
         problems.append(str(error))
         return {"adapter_loss": adapter.loss}
-    merged = predict(model, tokenizer, examples)
-    distance = compare(adapter, merged)
-    problems += _apart(settings.onto, distance.mean_kl, adapter.loss, merged.loss)
-    return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": merged.loss}
+    other = predict(model, tokenizer, examples)
+    distance = compare(adapter, other)
+    problems += _apart(merged.onto, distance.mean_kl, adapter.loss, other.loss)
+    return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
 def _apart(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:

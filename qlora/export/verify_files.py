@@ -7,7 +7,7 @@ import torch
 from qlora.checkpoint import BaseFiles
 from qlora.export.names import names_in_files
 from qlora.export.stored import StoredTensors, row_blocks
-from qlora.model import end_token_ids
+from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 
 GENERATION_FILE = "generation_config.json"
 # Prose, code, numbers, spaces, scripts and signs that tokenizers part ways on.
@@ -43,18 +43,17 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
     return problems
 
 
-def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any) -> list[str]:
+def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, trust_remote_code: bool = False) -> list[str]:
     """Whether the folder's tokenizer gives the run's ids, and its template and end tokens are those trained with.
 
     Args:
         base: The base's files.
         written: The merged folder.
         expected: The run's tokenizer.
+        trust_remote_code: Run code that comes with the folder's.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer, problems = AutoTokenizer.from_pretrained(written.folder), []
-    for text in SAMPLE_TEXTS:
+    tokenizer, problems = load_tokenizer(written.folder, trust_remote_code), []
+    for text in (*SAMPLE_TEXTS, "".join(expected.get_added_vocab())):
         if tokenizer(text).input_ids != expected(text).input_ids:
             problems.append(f"the tokenizer gives other ids for {text!r}")
             break
@@ -68,13 +67,10 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any) -> list[
 
 def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> list[str]:
     """Whether generation ends where the base's did, and where training taught it to."""
-    from transformers import GenerationConfig
-
     if not (written.folder / GENERATION_FILE).is_file():
         return [f"{GENERATION_FILE} is missing"]
-    has_own = (base.folder / GENERATION_FILE).is_file()
-    own = GenerationConfig.from_pretrained(base.folder) if has_own else GenerationConfig()
-    ids = GenerationConfig.from_pretrained(written.folder).eos_token_id
+    own = load_generation_config(base.folder)
+    ids = load_generation_config(written.folder).eos_token_id
     found, wanted = {*(ids if isinstance(ids, list) else [ids])} - {None}, {*end_token_ids(own, tokenizer)}
     lost = [f"{GENERATION_FILE} lacks the end token {_show(tokenizer, id_)}" for id_ in sorted(wanted - found)]
     return lost + [f"{GENERATION_FILE} ends at {_show(tokenizer, id_)}" for id_ in sorted(found - wanted)]

@@ -98,8 +98,9 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     writer = ShardWriter(base, [TensorLayout(name, one, torch.bfloat16) for name, one in shapes.items()], 5 * 10**9)
     values = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
-    for name, one in shapes.items():
-        writer.write_blocks(name, repeated(values, torch.Size(one).numel()))
+    for number, (name, one) in enumerate(shapes.items()):
+        # Each tensor from another place on, so that the head is not the embedding again.
+        writer.write_blocks(name, repeated(values.roll(number), torch.Size(one).numel()))
     writer.close()
 
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -113,11 +114,13 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
     adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     record = {
         "status": "finished",
-        "base": {"files": BaseFiles.resolve(str(base)).fingerprint()},
+        "steps": 0,
+        "base": {"name": str(base), "files": BaseFiles.resolve(str(base)).fingerprint()},
         "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64},
-        "in_use": {"compute_dtype": "bfloat16"},
+        "in_use": {"compute_dtype": "bfloat16", "processes": 1},
         "parameters": {"quantized": linears},
-        "data": {},
+        "data": [],
+        "examples": {"train": 0, "eval": 0},
     }
     settings = {"model": {"base": str(base)}, "data": {"train": "none"}, "train": {"output_dir": str(run)}}
     for path, content in (("adapter/adapter_config.json", adapter), ("run.json", record), ("config.yaml", settings)):

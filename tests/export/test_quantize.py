@@ -157,3 +157,17 @@ def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(tmp_path, seed):
     with pytest.raises(ExportError, match=r"layers\.0\.mlp\.up_proj\.weight: a value does not fit float16"):
         quantize_model(str(base), tmp_path / "4bit", dtype="float16")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.parametrize("license", ["apache-2.0", None])
+def test_its_card_says_what_it_was_made_from_and_nothing_of_this_machine(license, tmp_path):
+    base = make_base(tmp_path / "my-base", 1)
+    if license:
+        (base / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    report = quantize_model(str(base), tmp_path / "my-4bit")
+    card = (tmp_path / "my-4bit" / "README.md").read_text()
+    assert "# my-4bit\n\nmy-base in bitsandbytes' 4 bits" in card
+    assert f"| layers in 4 bits | {report.quantized} |" in card
+    assert (f"license: {license}" in card) == (license is not None)
+    assert "base_model" not in card  # which is for models on the hub
+    assert str(tmp_path) not in card

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora.checkpoint.base_files import read_header
+from qlora.checkpoint.headers import read_header
 from qlora.errors import ExportError
 from qlora.export.stored import StoredTensors, row_blocks
 

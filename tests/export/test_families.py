@@ -1,0 +1,26 @@
+"""Every family's shapes, released: merged both ways, verified, and read by PEFT as the merge reads."""
+
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+
+from tests.tiny import make_base
+
+families = SimpleNamespace(**run_path(str(Path(__file__).parents[2] / "scripts" / "bench" / "proof_families.py")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_release_is_the_run_and_what_peft_computes(name, alpaca_file, tmp_path, seed):
+    pytest.importorskip("peft")
+    config_class, sizes = families.FAMILIES[name]
+    sizes = families.SIZES | {"vocab_size": 264, "initializer_range": 0.02} | sizes
+    base = make_base(tmp_path / "base", seed, getattr(transformers, config_class), **sizes)
+    proof = families.prove(base, families.train_run(base, alpaca_file, tmp_path / "run"), tmp_path)
+    assert proof.problems == {"dequantized": [], "original": []}
+    assert proof.tensors >= 20
+    assert abs(proof.max_kl) < 1e-6
+    assert proof.peft_difference < 1e-5 < proof.update / 100

@@ -1,0 +1,112 @@
+"""Verification of an adapter by itself: it passes what a run left, and tells what is not the run's."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qlora.checkpoint import BaseFiles, RunDirectory
+from qlora.config import load_config
+from qlora.errors import CheckpointError, ExportError
+from qlora.export import merge, verify
+from qlora.export.held_out import held_out_examples
+from qlora.export.verify_adapter import check_layers
+from qlora.export.verify_expected import ExpectedWeights
+from qlora.model import load_run
+from qlora.training import train
+from tests.cli import run as run_command
+from tests.tiny import run_config
+
+UP = "model.layers.{}.mlp.up_proj"
+
+
+def change_config(folder, **values):
+    path = folder / "run" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def loaded(folder):
+    """A run's model, its weights computed a second time, and its held-out examples."""
+    run = RunDirectory.open(folder)
+    config = load_config(run.config)
+    model, tokenizer = load_run(folder, "cpu")
+    expected = ExpectedWeights(run, BaseFiles.resolve(config.model.base), "dequantized", model.device)
+    return model, expected, held_out_examples(config, tokenizer)
+
+
+def test_what_a_run_left_passes(merged):
+    report = verify(merged / "run")
+    assert report.problems == []
+    assert (report.layers_checked, report.tensors_checked, report.onto) == (14, None, None)
+    assert 0 < report.max_layer_difference < 0.02
+    lines = [json.loads(line) for line in (merged / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert report.adapter_loss == pytest.approx(lines[-1]["eval_loss"], abs=2e-3)
+    assert report.clients["peft"].loads
+
+
+def test_in_fp32_the_layers_are_equal_but_for_their_sums(tiny_base, alpaca_file, tmp_path):
+    config = run_config(
+        tiny_base, alpaca_file, tmp_path / "run", model__compute_dtype="float32", lora__dtype="float32",
+        lora__rslora=True, train__max_steps=2,
+    )  # fmt: skip
+    train(load_config(config))
+    report = verify(tmp_path / "run")
+    assert report.problems == []
+    assert report.max_layer_difference < 1e-5
+
+
+def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
+    done = run_command("verify", own / "run", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["layers_checked"] == 14
+    change_config(own, lora_alpha=16)
+    done = run_command("verify", own / "run")
+    assert done.code == 1
+    assert done.out.startswith("The adapter is NOT what")
+    assert "has a scaling of 4, the run trained with 2" in done.out
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_an_adapter_with_a_scaling_for_each_layer_is_refused_rather_than_read_as_one_with_the_same(key, own):
+    change_config(own, **{key: {"up_proj": 3}})
+    with pytest.raises(ExportError, match=f"{key}: .*plain LoRA"):
+        verify(own / "run")
+    with pytest.raises(ExportError, match=f"{key}: .*plain LoRA"):
+        merge(own / "run", own / "other")
+
+
+def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):
+    path = own / "run" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[seed % len(tensors)]
+    flat = tensors[name].view(-1)
+    flat[seed % len(flat)] += 1
+    save_file(tensors, path)
+    assert verify(own / "run").problems == [f"{path.parent}: {name} is not what the run saved after its last step"]
+
+
+def test_an_adapter_that_lacks_a_layer_does_not_load(own):
+    path = own / "run" / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)
+    with pytest.raises(CheckpointError, match="differ in 1 modules"):
+        verify(own / "run")
+
+
+@pytest.mark.parametrize("times", [0.0, 0.5, 2.0])
+def test_a_layer_with_another_scaling_is_told(times, merged):
+    model, expected, examples = loaded(merged / "run")
+    model.get_submodule(UP.format(1)).scaling *= times
+    assert check_layers(model, expected, examples).problems == [
+        f"{UP.format(1)} computes with {times:g} times its update"
+    ]
+
+
+def test_layers_that_changed_places_are_told(merged):
+    model, expected, examples = loaded(merged / "run")
+    one, other = (model.get_submodule(UP.format(layer)) for layer in (0, 1))
+    one.base, other.base = other.base, one.base
+    check = check_layers(model, expected, examples)
+    assert [problem.partition(" puts out something else")[0] for problem in check.problems] == [
+        UP.format(layer) for layer in (0, 1)
+    ]
+    assert check.max_difference > 0.5
