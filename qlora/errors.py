@@ -1,8 +1,31 @@
-"""The errors a user can cause; each names the thing, its value and the remedy."""
+"""The errors a user can cause; each names the thing, its value and the remedy, and shows no secret."""
+
+import os
+import re
+
+# What a secret looks like, by what it is.
+SECRETS = {
+    "a token of the hub": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
+    "a token of GitHub": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
+    "a key of AWS": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "a private key": re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END|\Z)"),
+    "a password in a URL": re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"),
+}
+# Variables of the environment that hold one, whatever it looks like.
+SECRET_NAMES = re.compile(r".*_(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)")
+LEAST_SECRET_CHARACTERS = 8
 
 
 class QLoRAError(Exception):
-    """Base of every error that qlora raises for a user's mistake."""
+    """Base of every error that qlora raises for a user's mistake.
+
+    Args:
+        message: Secrets in it are left out: what reads a file or asks the hub may tell more than should be seen.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_secrets(str(message)))
 
 
 class ConfigError(QLoRAError):
@@ -23,3 +46,18 @@ class CheckpointError(QLoRAError):
 
 class ExportError(QLoRAError):
     """Merged weights can't be written, or would be wrong."""
+
+
+def find_secrets(text: str) -> list[str]:
+    """The kinds of secret in a text, by their looks."""
+    return [kind for kind, pattern in SECRETS.items() if pattern.search(text)]
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for what looks like a secret, or is one of the environment's."""
+    for name, value in os.environ.items():
+        if SECRET_NAMES.fullmatch(name) and len(value) >= LEAST_SECRET_CHARACTERS:
+            text = text.replace(value, "***")
+    for pattern in SECRETS.values():
+        text = pattern.sub("***", text)
+    return text

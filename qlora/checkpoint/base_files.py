@@ -1,19 +1,24 @@
 """The files of a base model: found, checked to be whole, and told apart by a fingerprint."""
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from qlora.checkpoint.headers import read_header
+from qlora.checkpoint.json_files import read_object
 from qlora.errors import ModelError
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "README.md"]
 HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
+# Python objects, which are programs to whoever reads them.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
 
@@ -40,31 +45,43 @@ class BaseFiles:
             with_code: Download the Python files that come with it, too.
 
         Raises:
-            ModelError: It is neither, has no config or safetensors, or a weight file is cut short.
+            ModelError: It is neither, has no config or safetensors, a file is damaged or leads elsewhere.
         """
         folder = _find_folder(base, revision, HUB_PATTERNS, with_code)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{base} has no config.json, so it is no model folder of transformers.")
         files = cls(folder, base)
         if not files.weight_files:
-            raise ModelError(f"{base} holds no *.safetensors; pickled weights are not read, as they can run code.")
+            raise ModelError(f"{base} holds no *.safetensors{describe_pickles(folder)}.")
         assert files.headers  # read now, so that a damaged file is told before anything is loaded
+        assert files.config is not None
         return files
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """The model's config.json.
+
+        Raises:
+            ModelError: It is no JSON object.
+        """
+        return read_object(self.folder / "config.json", ModelError, "download it anew")
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files that make up the model."""
+        """The safetensors files that make up the model.
+
+        Raises:
+            ModelError: The index is damaged, or names what is not there or no weight file of this folder.
+        """
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                names = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ModelError(f"{index} is damaged; download it anew.") from None
+            weight_map = read_object(index, ModelError, "download it anew").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelError(f"{index} is damaged; download it anew (it has no weight_map).")
+            names = set(map(str, weight_map.values()))
+            wrong = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+            if wrong:
+                raise ModelError(f"{index} names {wrong[0]!r:.80}, which is no *.safetensors of its folder.")
             missing = sorted(name for name in names if not (self.folder / name).is_file())
             if missing:
                 raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it anew.")
@@ -107,6 +124,14 @@ class BaseFiles:
         return self.headers[self.tensors[name]][name]["dtype"]
 
     @property
+    def most_parameters(self) -> int:
+        """That the weight files can hold: their values, or as many as a bit each would make where they are packed."""
+        entries = [entry for header in self.headers.values() for entry in header.values()]
+        if "quantization_config" in self.config or self.is_bitsandbytes_4bit:
+            return 8 * sum(last - first for first, last in (entry["data_offsets"] for entry in entries))
+        return sum(prod(entry["shape"]) for entry in entries)
+
+    @property
     def commit(self) -> str | None:
         """The commit on the hub, for files in its cache."""
         return self.folder.name if self.folder.parent.name == "snapshots" else None
@@ -130,36 +155,42 @@ class BaseFiles:
         return hashes | {path.name: _sampled_sha256(path) for path in self.weight_files}
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by name.
-
-    Raises:
-        ModelError: The file is cut short or is no safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ModelError(f"{path} is no safetensors file, or cut short at {size} bytes; download it anew.")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-            raise ModelError(f"{path} has a damaged header; download it anew.") from None
-    if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it anew.")
-    return header
-
-
 def find_tokenizer(base: str, revision: str | None = None, with_code: bool = False) -> Path:
     """The folder of a base's tokenizer, without downloading its weights; see :meth:`BaseFiles.resolve`."""
     return _find_folder(base, revision, TOKENIZER_PATTERNS, with_code)
 
 
+def describe_pickles(folder: Path) -> str:
+    """What an error says of the pickled files in a folder that lacks others: nothing where there are none."""
+    names = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not names:
+        return ""
+    return (
+        f"; pickled weights are not read, as they can run code ({', '.join(names[:4])}): take a revision in "
+        "safetensors, or, where you trust them, load them with transformers and save them"
+    )
+
+
 def _find_folder(base: str, revision: str | None, patterns: list[str], with_code: bool) -> Path:
     folder = Path(base).expanduser()
-    return folder if folder.is_dir() else _download(base, revision, patterns + ["*.py"] * with_code)
+    if not folder.is_dir():
+        return _download(base, revision, patterns + ["*.py"] * with_code)
+    _check_links(folder)
+    return folder
+
+
+def _check_links(folder: Path) -> None:
+    """Sees that no file is a link out of the folder: what is found there is read, and released with what is made of it.
+
+    In the hub's cache, links lead to the model's blobs, and from there to wherever its client keeps those.
+    """
+    here = folder.resolve()
+    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else None
+    for path in (*here.glob("*"), *here.glob("*/*")):
+        if not path.is_symlink() or path.resolve().is_relative_to(here):
+            continue
+        if Path(os.path.normpath(path.parent / path.readlink())).parent != blobs:
+            raise ModelError(f"{path} is a link to {path.readlink()}, outside of {folder}; put the file itself there.")
 
 
 def _download(base: str, revision: str | None, patterns: list[str]) -> Path:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qlora.config.aliases import ALIASES
+from qlora.config.plain_yaml import parse_yaml
 from qlora.config.sections import RunConfig, SourceSection
 from qlora.errors import ConfigError
 
@@ -26,14 +27,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "'qlora init' writes one" if path.suffix in (".yaml", ".yml") else "a config is a YAML file"
         raise ConfigError(f"Config file not found: {path} ({hint}).") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r}.")
+        raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r:.80}.")
     values = {section: keys for section, keys in values.items() if keys is not None}  # all its keys commented out
     for override in overrides:
         _apply_override(values, override)
@@ -75,8 +76,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not dot:
         raise ConfigError(f"Override '{override}' should read section.key=value, as train.max_steps=100.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"Override '{override}': the value can't be read as YAML: {error}") from None
     group = values.get(section)
     values[section] = {**(group if isinstance(group, dict) else {}), name: value}
@@ -90,7 +91,7 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing" and isinstance(location[-1], str):
         return f"  {key}: missing; it has no default."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"  {key}: {problem['input']!r} {message}"
+    return f"  {key}: {problem['input']!r:.200} {message}"
 
 
 def _key_of(location: Sequence[str | int]) -> str:

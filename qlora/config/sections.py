@@ -3,13 +3,40 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from qlora.errors import find_secrets
+
+# NUL, and halves of characters, which no file can be named by.
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown one is an error."""
+    """A frozen group of keys; an unknown one is an error, and so is a secret: a config is kept with its run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: object) -> object:
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        texts = [text for text in values if isinstance(text, str)]
+        if any(map(UNUSABLE.search, texts)):
+            raise ValueError("holds a character that no name and no text can have")
+        kinds = [kind for text in texts for kind in find_secrets(text)]
+        if kinds:
+            raise ValueError(f"holds {kinds[0]}, which would be kept with the run; log in with hf auth login instead")
+        return value
 
 
 def _check_size(value: str) -> str:
@@ -23,7 +50,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: It has another form.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
     power = " KMGT".index((match[2] or " ").upper()) if match else 0
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
     if not size:
@@ -62,6 +89,12 @@ def _check_targets(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def _check_new_tokens(value: list[str]) -> list[str]:
+    if not all(token.strip() for token in value) or len(set(value)) < len(value):
+        raise ValueError("should name each token once, and none that is empty or a space")
+    return value
+
+
 Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
     "classification", "oasst",
@@ -69,6 +102,7 @@ Format = Literal[
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
+NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -97,6 +131,7 @@ class LoraSection(Section):
     rslora: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     form: Literal["auto", "separate", "folded"] = "auto"
+    modules_to_save: list[str] = []
 
     @model_validator(mode="after")
     def _check_form(self) -> "LoraSection":
@@ -140,6 +175,7 @@ class DataSection(Section):
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
     chat_template: str = "auto"
+    new_tokens: NewTokens = []
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=8, strict=True)] = 2048
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
@@ -165,6 +201,8 @@ class TrainSection(Section):
     rounding: Literal["stochastic", "master"] = "stochastic"
     max_grad_norm: Annotated[float | None, Field(gt=0)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    deterministic: bool = False
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     log_every: Annotated[int, Field(ge=1, strict=True)] = 1
     eval_every: ShareOrSteps = 0.25

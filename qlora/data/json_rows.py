@@ -1,6 +1,7 @@
 """JSON files to values one at a time, however they are laid out."""
 
 import json
+import re
 from collections.abc import Iterator
 from json import JSONDecodeError
 from pathlib import Path
@@ -10,8 +11,10 @@ from qlora.errors import DataError
 
 # Characters read at a time; doubled while a single value does not fit.
 BLOCK = 1 << 20
+# Of the longest row: a tokenizer needs about a hundred bytes for each of them, and a few KB of gzip may be any number.
+MAX_CHARACTERS = 1 << 26
 WHITESPACE = " \t\r\n"
-SEPARATORS = WHITESPACE + ","
+NO_SEPARATOR = re.compile(rf"[^{WHITESPACE},]")
 # Deeper values are nobody's data, and break whatever walks through them by recursion.
 MAX_DEPTH = 100
 # A value that a block cuts off breaks no further from its end than this: "-Infinity" and "\ud83d" are shorter.
@@ -38,7 +41,7 @@ def starts_lines(stream: TextIO) -> bool:
     if line.lstrip().startswith("["):
         return False
     if not line.endswith(("\r", "\n")):
-        line += stream.readline()
+        line += stream.readline(MAX_CHARACTERS)
     try:
         parse_value(line)
     except JSONDecodeError:
@@ -47,10 +50,28 @@ def starts_lines(stream: TextIO) -> bool:
     return True
 
 
-def json_lines(stream: TextIO) -> Iterator[tuple[int, Any, str]]:
-    """Line number, value and problem of every line that is not blank."""
+def lines_of(stream: Any, path: Path) -> Iterator[Any]:
+    """The lines of a textual or binary stream.
+
+    Raises:
+        DataError: One is too long to be a row.
+    """
+    number = 0
     # Only \n and \r end a line: JSON strings may hold the other separators that str.splitlines() cuts at.
-    for number, line in enumerate(stream, start=1):
+    while line := stream.readline(MAX_CHARACTERS):
+        number += 1
+        if len(line) >= MAX_CHARACTERS:
+            raise _too_long(path, number)
+        yield line
+
+
+def json_lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any, str]]:
+    """Line number, value and problem of every line that is not blank.
+
+    Raises:
+        DataError: A line is too long to be a row.
+    """
+    for number, line in enumerate(lines_of(stream, path), start=1):
         if not line.strip():
             continue
         try:
@@ -63,13 +84,13 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
     """The items of an array, or the values that follow one another, without ever holding the whole file.
 
     Raises:
-        DataError: The JSON is broken; the line is told.
+        DataError: The JSON is broken, or a value too long to be a row; the line is told.
     """
     block, text, position, lines_before = BLOCK, "", 0, 0
     started = in_array = closed = at_end = False
     while True:
-        while position < len(text) and text[position] in SEPARATORS:
-            position += 1
+        begin = NO_SEPARATOR.search(text, position)
+        position = begin.start() if begin else len(text)
         mark = text[position : position + 1]
         if mark == "[" and not started:
             started = in_array = True
@@ -98,6 +119,8 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
                 raise _broken(path, text, position, lines_before, "the array does not end")
             return
         lines_before += text.count("\n", 0, position)
+        if len(text) - position > MAX_CHARACTERS:
+            raise _too_long(path, lines_before + 1)
         more = stream.read(block)
         at_end = not more
         text, position = text[position:] + more, 0
@@ -131,6 +154,10 @@ def _is_deeper(value: Any, depth: int) -> bool:
 def _is_cut_off(error: JSONDecodeError) -> bool:
     """Whether the rest of the file may mend it: without this, a mistake early on would have all of it read."""
     return error.msg.startswith("Unterminated string") or len(error.doc) - error.pos < LONGEST_ATOM
+
+
+def _too_long(path: Path, number: int) -> DataError:
+    return DataError(f"{path}:{number}: a row of more than {MAX_CHARACTERS >> 20} Mi characters; cut it into several.")
 
 
 def _broken(path: Path, text: str, position: int, lines_before: int, message: str) -> DataError:

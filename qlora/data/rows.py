@@ -3,7 +3,6 @@
 import codecs
 import csv
 import gzip
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from qlora.data.json_rows import json_lines, json_values, starts_lines
+from qlora.data.json_rows import MAX_CHARACTERS, json_lines, json_values, lines_of, starts_lines
 from qlora.data.sources import TYPES, Source, find_files, type_of
 from qlora.errors import DataError
-
-# A text file is one document; a tokenizer needs about a hundred bytes for each of its bytes.
-MAX_TEXT_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +109,7 @@ def _undecodable(path: Path, encoding: str) -> str:
         if head == b"\x1f\x8b":
             return " is compressed by gzip; its name should end in .gz."
         stream.seek(0)
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(lines_of(stream, path), start=1):
             try:
                 line.decode(encoding)
             except UnicodeDecodeError as error:
@@ -130,7 +126,7 @@ def _read_json(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _read_json_lines(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
-    for number, value, problem in json_lines(stream):
+    for number, value, problem in json_lines(stream, path):
         yield BadRow(f"{path}:{number}", problem) if problem else _row(value, f"{path}:{number}")
 
 
@@ -143,8 +139,8 @@ def _row(value: Any, origin: str) -> Row | BadRow:
 
 
 def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | BadRow]:
-    csv.field_size_limit(sys.maxsize)  # documents are longer than its 128 KB
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    csv.field_size_limit(MAX_CHARACTERS)  # documents are longer than its 128 KB
+    reader = csv.reader(lines_of(stream, path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         origin = f"{path}:{reader.line_num + 1}"  # where it begins: a quote that is not closed runs to the file's end
@@ -171,18 +167,18 @@ def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | Ba
 
 
 def _read_text(stream: TextIO, path: Path) -> Iterator[Row]:
-    text = stream.read(MAX_TEXT_BYTES + 1)
-    if len(text) > MAX_TEXT_BYTES:
+    text = stream.read(MAX_CHARACTERS + 1)
+    if len(text) > MAX_CHARACTERS:
         raise DataError(
-            f"{path} is one document of more than {MAX_TEXT_BYTES >> 20} MiB; set type: lines to make each line a row, "
-            "or make it a .jsonl of documents."
+            f"{path} is one document of more than {MAX_CHARACTERS >> 20} Mi characters; set type: lines to make each "
+            "line a row, or make it a .jsonl of documents."
         )
     if text.strip():
         yield Row({"text": text.replace("\r\n", "\n")}, str(path))
 
 
 def _read_lines(stream: TextIO, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(lines_of(stream, path), start=1):
         if line.strip():
             yield Row({"text": line.rstrip("\r\n")}, f"{path}:{number}")
 
@@ -202,7 +198,7 @@ def _read_columns(path: Path, kind: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        rows = _undecoded(load_dataset(kind, data_files=str(path), split="train", streaming=True))
         for number, values in enumerate(rows, start=1):
             yield Row(_without_nones(values), f"{path} row {number}")
     except DataError:
@@ -212,7 +208,7 @@ def _read_columns(path: Path, kind: str) -> Iterator[Row]:
 
 
 def _read_hub(source: Source) -> Iterator[Row]:
-    for number, values in enumerate(load_hub(source), start=1):
+    for number, values in enumerate(_undecoded(load_hub(source).to_iterable_dataset()), start=1):
         yield Row(_without_nones(values), f"{source.path} row {number}")
 
 
@@ -230,6 +226,11 @@ def load_hub(source: Source) -> Any:
         return load_dataset(name, **subset, split=source.split or split or "train", revision=source.revision)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise DataError(f"{source.path} is no file here, and can't be read from the hub: {error}") from error
+
+
+def _undecoded(rows: Any) -> Any:
+    """Rows as they are stored: decoding would open whatever file or address they say that an image or sound is at."""
+    return rows.decode(False)
 
 
 def _without_nones(value: Any) -> Any:

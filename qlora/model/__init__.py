@@ -1,7 +1,14 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
 from qlora.model.attention import use_document_attention
-from qlora.model.base import build_skeleton, load_base, load_tokenizer, resolve_compute_dtype, resolve_device
+from qlora.model.base import (
+    build_skeleton,
+    load_base,
+    load_generation_config,
+    load_tokenizer,
+    resolve_compute_dtype,
+    resolve_device,
+)
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
@@ -27,6 +34,7 @@ __all__ = [
     "generate",
     "hold_weights",
     "load_base",
+    "load_generation_config",
     "load_model",
     "load_tokenizer",
     "load_run",

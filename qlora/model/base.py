@@ -1,5 +1,7 @@
 """Loading a base: each linear quantized to NF4 as it lands, and held in our own layer."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,15 @@ from qlora.checkpoint import BaseFiles
 from qlora.errors import ModelError
 from qlora.model.host_memory import returned_to_system
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
+
+GENERATION_FILE = "generation_config.json"
+# Keys of a config that count modules, which may be this many; those that may name a kernel to be had from the hub; and
+# the ids that a tokenizer may have.
+COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
+MAX_COUNT = 10_000
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+MAX_VOCABULARY = 1 << 24
+TEMPLATE_NAME = re.compile(r"\w[\w.-]*")
 
 
 def load_base(
@@ -42,7 +53,7 @@ def load_base(
     Raises:
         ModelError: The base can't be found or loaded, or its files lack weights that the model needs.
     """
-    from transformers import BitsAndBytesConfig, GenerationConfig
+    from transformers import BitsAndBytesConfig
 
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     device = resolve_device(device)
@@ -71,8 +82,8 @@ def load_base(
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
-    if (files.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(files.folder)
+    if (files.folder / GENERATION_FILE).is_file():
+        model.generation_config = load_generation_config(files.folder)
     return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)
 
 
@@ -84,14 +95,36 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Run code that comes with it.
 
     Raises:
-        ModelError: The base has none.
+        ModelError: The base has none, it needs code that may not be run, or it would be no use.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: the tokenizer can't be loaded: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever is wrong with one of its files
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {_told(error, trust_remote_code)}") from error
+    _check_tokenizer(folder, tokenizer)
+    return tokenizer
+
+
+def load_generation_config(folder: Path) -> Any:
+    """Loads how a model generates by default; transformers' own defaults where its folder does not say.
+
+    Raises:
+        ModelError: The file is damaged, or its end tokens are no ids.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION_FILE).is_file():
+        return GenerationConfig()
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever its values make transformers do
+        raise ModelError(f"{folder / GENERATION_FILE} can't be read: {error}; download it anew.") from error
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(end is None or type(end) is int for end in ends):
+        raise ModelError(f"{folder / GENERATION_FILE}: eos_token_id {config.eos_token_id!r:.80} is no id.")
+    return config
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -125,21 +158,68 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
     """Builds a base's architecture without weights, on the meta device.
 
     Raises:
-        ModelError: transformers does not know it.
+        ModelError: transformers does not know it, it needs code that may not be run, or its sizes can't be.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_config(files)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{files.name}: the architecture can't be built: {error}") from error
+    except Exception as error:  # whatever its values make an architecture do
+        reason = _told(error, trust_remote_code)
+        raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+
+
+def _check_config(files: BaseFiles) -> None:
+    """Sees that a config asks neither for code from the hub nor for more modules than any model has.
+
+    Each module takes memory by itself, even on the meta device, where weights take none.
+    """
+    for key, value in _walk(files.config):
+        if key.endswith(KERNEL_KEYS) and isinstance(value, str) and "/" in value:
+            raise ModelError(
+                f"{files.name}: config.json asks for code from the hub, {key}: {value!r:.80}; take it out."
+            )
+        if COUNT_KEYS.search(key) and isinstance(value, int | float) and value > MAX_COUNT:
+            raise ModelError(f"{files.name}: config.json asks for {key}: {value}, and no model has over {MAX_COUNT}.")
+
+
+def _walk(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, those of the sections within too."""
+    for key, value in values.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _walk(value)
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Sees that its ids can be those of a model, and that its templates have names that they can be saved by."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MAX_VOCABULARY:
+        raise ModelError(f"{folder}: the tokenizer has the id {largest}, and no model has {MAX_VOCABULARY} tokens.")
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not TEMPLATE_NAME.fullmatch(name):
+            raise ModelError(f"{folder}: the tokenizer has a chat template named {name!r:.80}, which is no file name.")
+
+
+def _told(error: Exception, trust_remote_code: bool) -> str:
+    """What transformers said, and the setting by its name here where it wants to run code."""
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return (
+            "it comes with code of its own, which runs with all your rights; read it, and set model.trust_remote_code: "
+            "true (--trust-remote-code) if you trust it"
+        )
+    return str(error) or type(error).__name__
 
 
 def _check_shapes(files: BaseFiles, skeleton: Any) -> None:
     """Sees that the files hold what their config describes; not every transformers does, and none names them."""
     problems = []
+    described, held = sum(value.numel() for value in skeleton.parameters()), files.most_parameters
+    if described > 2 * held:  # a tied head may be there twice; what no file has would take memory before it is missed
+        problems.append(f"config.json asks for {described:,} parameters, and there are {held:,}")
     for name, parameter in skeleton.state_dict().items():
         shape = files.shape(name)
         if shape is not None and shape != tuple(parameter.shape):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.checkpoint import BaseFiles
-from qlora.checkpoint.base_files import read_header
+from qlora.checkpoint.headers import read_header
 from qlora.errors import ModelError
 
 WEIGHTS = "model.safetensors"

@@ -233,6 +233,14 @@ def test_folding_with_dropout_is_refused_with_both_ways_out(write):
     assert load_config(write(), ["lora.form=auto", "lora.dropout=0.1"]).lora.form == "auto"
 
 
+@pytest.mark.parametrize("tokens", [["<a>", "<b>", "<a>"], ["<a>", " "], [""]])
+def test_new_tokens_are_named_once_and_none_is_empty(write, tokens):
+    told = problems(write({"data.new_tokens": tokens}))
+    assert "data.new_tokens: " in told
+    assert "should name each token once" in told
+    assert load_config(write({"data.new_tokens": ["<a>", "a b"]})).data.new_tokens == ["<a>", "a b"]
+
+
 def test_all_problems_are_told_in_one_error(write):
     path = write({"lora.rank": 0, "lora.alfa": 1, "train.optim": "x", "data.overlong": "cut", "modle": {}})
     path.write_text(path.read_text().replace("output_dir: runs/x", ""))

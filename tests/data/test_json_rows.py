@@ -120,7 +120,7 @@ def test_broken_json_is_told_with_its_line(block, text, line, problem):
 @pytest.mark.parametrize("value", ["[" * 100_000, '{"a":' * 100_000, "[" * 200 + "]" * 200, "1" * 10_000])
 def test_values_that_break_what_walks_through_them_are_refused(value):
     assert "rows.json:2: broken JSON" in refusal(f'[\n{{"a": {value}}}]')
-    ((number, _, problem),) = json_lines(io.StringIO(f'{{"a": {value}}}'))
+    ((number, _, problem),) = json_lines(io.StringIO(f'{{"a": {value}}}'), FILE)
     assert number == 1
     assert "nested too deeply" in problem or "too many digits" in problem
 
@@ -188,7 +188,7 @@ def test_lines_are_read_each_for_itself(rng):
     lines = [json.dumps(value) for value in values]
     broken = rng.randrange(len(lines))
     text = "\n\n".join([*lines[:broken], "{oops}", *lines[broken:]])
-    found = list(json_lines(io.StringIO(text)))
+    found = list(json_lines(io.StringIO(text), FILE))
     assert [value for _, value, problem in found if not problem] == values
     assert [number for number, _, _ in found] == list(range(1, 2 * len(found), 2))
     assert found[broken] == (

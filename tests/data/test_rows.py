@@ -6,9 +6,9 @@ import io
 import json
 import random
 import sys
-from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,7 +216,7 @@ def test_a_text_file_is_one_row(tmp_path, name, mark, newline):
 
 
 def test_a_text_too_large_for_one_document_is_refused_with_a_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(rows_module, "MAX_CHARACTERS", 100)
     assert values(write(tmp_path / "book.txt", "x" * 100)) == [{"text": "x" * 100}]
     message = refusal(write(tmp_path / "book.txt", "x" * 101))
     assert str(tmp_path / "book.txt") in message
@@ -456,10 +456,11 @@ def hub(tmp_path, monkeypatch):
         calls.append((name, split, revision))
         if name == "owner/secret":
             raise RuntimeError(f"no {name} for you")
-        return [{"text": "one", "turns": [{"a": None, "b": 0}]}, {"text": "two", "turns": None}]
+        rows = [{"text": "one", "turns": [{"a": None, "b": 0}]}, {"text": "two", "turns": None}]
+        return Dataset.from_list(rows)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     return calls
 
 

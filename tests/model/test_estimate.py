@@ -1,18 +1,20 @@
 """The estimate of a run's memory, against what its step takes, and its choice of a level."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qlora.config import load_config
+from qlora.data import add_new_tokens, collate, make_example
 from qlora.errors import ModelError
-from qlora.model import adapt, base_from_section, take_inventory
+from qlora.model import adapt, apply_recompute, base_from_section, supervised_loss, take_inventory
 from qlora.model.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.model.footprint import nf4_bytes
 from qlora.model.probe import measure_peak, measure_step, prepare
 from qlora.model.recompute import recompute_levels
-from qlora.nf4 import quantize
+from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
 from qlora.optim import FlatAdamW, FlatParameters
 from tests.tiny import make_base, run_config
@@ -73,6 +75,8 @@ def test_every_level_is_what_its_step_takes(base, tmp_path):
         ["data.max_seq_len=192", "lora.dropout=0.1"],
         ["data.max_seq_len=192", "model.attention=eager"],
         ["data.max_seq_len=192", "model.quantization=none", "lora.targets=[q_proj, down_proj]"],
+        ["data.max_seq_len=192", "data.new_tokens=[<tool>, </tool>]"],
+        ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32"],
     ],
     ids=" ".join,
 )
@@ -81,13 +85,39 @@ def test_every_setting_is_what_its_step_takes(base, tmp_path, overrides):
     assert max(map(abs, found.values())) <= TOLERANCE, found
 
 
-def test_what_always_stays_is_counted_to_the_byte(tmp_path, tiny_base):
-    config = settings(tiny_base, tmp_path, "train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed):
+    """Of forward and backward alone: the optimizer's step takes more."""
+    if tied:
+        base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
+    overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
+    config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
+    reckoned, model = estimate(config, CPU), prepare(config, CPU)
+    reckoned = replace(reckoned, footprint=replace(reckoned.footprint, update=0, optimizer=0))
+    flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(32_000, (2, 160), generator=generator).numpy()
+    batch = collate([make_example(row, [True] * len(row)) for row in rows], packed=True)
+    held = [*model.parameters(), *model.buffers(), flat.data, flat.grad]
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            held += [module.quant_state.absmax, module.quant_state.state2.absmax]
+    for level in reckoned.levels:
+        apply_recompute(model, level)
+        measured = measure_peak(lambda: supervised_loss(model, batch).backward(), CPU, held)
+        assert reckoned.total_bytes(level, 320) == pytest.approx(measured, rel=0.01), level
+
+
+@pytest.mark.parametrize("modules", ["[]", "[lm_head]"])
+def test_what_always_stays_is_counted_to_the_byte(modules, tmp_path, tiny_base):
+    overrides = ["train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3"]
+    overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
+    config = settings(tiny_base, tmp_path, *overrides)
     footprint = estimate(config, CPU).footprint
-    model, _ = base_from_section(config.model, CPU)
+    model, tokenizer = base_from_section(config.model, CPU)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
+    adapt(model, config.lora, 0, add_new_tokens(tokenizer, config.data.new_tokens))
     assert footprint.weights == take_inventory(model).base_bytes + buffers
-    adapt(model, config.lora, 0)
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     assert footprint.adapters == flat.data.nbytes + flat.grad.nbytes
     state = FlatAdamW(flat, config.train.optimizer, rounding=config.train.rounding).state_dict()
@@ -166,7 +196,7 @@ def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
     ("name", "problem"),
     [
         ("Llama-3.1-8B-Instruct_int8", "quantized already"),
-        ("Molmo-7B-D_nf4", "custom code"),
+        ("Molmo-7B-D_nf4", "code of its own"),
         ("pythia-410m_seqcls", "not a causal language model"),
     ],
 )
