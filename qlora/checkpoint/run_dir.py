@@ -5,11 +5,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint.atomic import write_text
+from qlora.checkpoint.atomic import discard, settle, write_text
+from qlora.checkpoint.json_files import parse_object, read_object
 from qlora.errors import CheckpointError
 
 # Without these a record tells too little to continue, merge or verify.
 RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")
+# What of them is used without a further look.
+RECORD_TYPES = {
+    "status": str, "base.name": str, "base.files": dict, "quantization.double_quant": bool,
+    "in_use.compute_dtype": str, "parameters.quantized": list, "data": list,
+}  # fmt: skip
+# Of a line in metrics.jsonl, beside the step that each has.
+NUMBERS = ("loss", "eval_loss", "tokens_per_second")
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class RunDirectory:
@@ -26,6 +35,8 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
+        self.trial = self.checkpoints / "trial"
+        self.lock = self.path / "run.lock"
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -47,10 +58,24 @@ class RunDirectory:
         """Where the state after a step lies."""
         return self.checkpoints / f"step-{step:06d}"
 
+    def replay(self, step: int) -> Path:
+        """Where a step is kept that went wrong."""
+        return self.path / "replay" / f"step-{step:06d}.safetensors"
+
     def list_checkpoints(self) -> list[Path]:
         """Checkpoints, the oldest first."""
         steps = {path: step_of(path) for path in self.checkpoints.glob("step-*")}
         return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
+
+    def clear_leftovers(self) -> None:
+        """Puts right what a killed process left half-written here; for the one process that holds the lock."""
+        for target in (self.config, self.record, self.metrics, self.adapter, self.trial):
+            settle(target)
+        if self.trial.exists():
+            discard(self.trial)
+        for leftover in self.checkpoints.glob(".step-*"):
+            if match := re.fullmatch(r"\.(step-\d+)\.(new|old|gone)", leftover.name):
+                settle(self.checkpoints / match[1])
 
     def read_record(self) -> dict[str, Any]:
         """What run.json says.
@@ -58,39 +83,58 @@ class RunDirectory:
         Raises:
             CheckpointError: It is broken.
         """
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.record} can't be read: {error}") from error
-        missing = [key for key in RECORD_KEYS if not isinstance(record, dict) or key not in record]
+        record = read_object(self.record, CheckpointError, "it was not written by qlora train")
+        missing = [key for key in RECORD_KEYS if key not in record]
         if missing:
             raise CheckpointError(f"{self.record} lacks {', '.join(missing)}; it was not written by qlora train.")
+        wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(_value_at(record, key), kind)]
+        if not wrong and record["in_use"]["compute_dtype"] not in COMPUTE_DTYPES:
+            wrong = ["in_use.compute_dtype"]
+        if wrong:
+            raise CheckpointError(f"{self.record}: {', '.join(wrong)} can't be; it was not written by qlora train.")
         return record
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replaces run.json."""
         write_text(self.record, json.dumps(record, indent=2) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self, until: int | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
+
+        Args:
+            until: The last step to read; what was logged after it may be damaged.
 
         Raises:
             CheckpointError: Another line is broken.
         """
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        values = []
+        lines = (
+            self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.is_file() else []
+        )
+        values: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
             try:
-                values.append(json.loads(line))
-            except ValueError as error:
+                value = parse_object(line.encode())
+                if not all(isinstance(value[key], int | float) for key in {"step", *NUMBERS} & {"step", *value}):
+                    raise ValueError("no numbers")
+            except (ValueError, KeyError) as error:
                 if number < len(lines):
                     raise CheckpointError(f"{self.metrics}:{number} is damaged: {error}") from None
+                break
+            if until is not None and value["step"] > until:
+                break
+            values.append(value)
         return values
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines after a step: what was logged after the checkpoint that a run continues from."""
-        lines = [line for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
+
+
+def _value_at(record: Any, key: str) -> Any:
+    """What a dotted key leads to, or None."""
+    for part in key.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -1,13 +1,25 @@
 """`qlora doctor`: what this machine has, what will be used, and why."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from qlora.cli.options import AsJson
 from qlora.cli.report import show_report
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    check_resume: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="Try whether its run, stopped and continued, is the same; exit 1 if not."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Hardware, versions, what will be used and why."""
+    if check_resume is not None:
+        _check_resume(check_resume, as_json)
+        return
+
     import torch
 
     from qlora.kernels import liger_version, why_not_liger
@@ -41,6 +53,27 @@ def doctor(as_json: AsJson = False) -> None:
         return
     for title, values in report.items():
         show_report(values, as_json, title.replace("_", " "))
+
+
+def _check_resume(path: str, as_json: bool) -> None:
+    from qlora.config import load_config
+
+    config = load_config(path)
+
+    from qlora.training import check_resume  # after the config: a typo there is told at once, without loading torch
+
+    check = check_resume(config)
+    what = f"a run of {check.steps} steps, stopped after {check.stopped_after} and continued,"
+    title = f"{path}: {what} is the one that was not stopped, bit for bit."
+    if not check.matches:
+        cause = (
+            "its resume is not exact; please report it"
+            if check.repeats
+            else "neither is a second one that was not stopped: this machine does not repeat its own results"
+        )
+        title = f"{path}: {what} is not the one that was not stopped; {cause}."
+    show_report(check.as_dict(), as_json, title)
+    raise typer.Exit(0 if check.matches else 1)
 
 
 def _why_device(torch: Any) -> str:

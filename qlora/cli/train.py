@@ -15,12 +15,23 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Continue a run.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train and write nothing.")] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Run a step again that was kept as its numbers broke; no training."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train; continues an unfinished run of the same output_dir."""
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
+
+    if replay is not None:
+        from qlora.training import replay as replay_step
+
+        report = replay_step(settings, replay)
+        show_report(report.as_dict(), as_json, f"Step {report.step}, run again: {report.describe()}")
+        raise typer.Exit(0 if report.is_finite else 1)
 
     from qlora.training import plan_run  # after the config: a typo there is told at once, without loading torch
     from qlora.training import train as run_training

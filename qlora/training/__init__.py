@@ -1,7 +1,20 @@
 """Training runs."""
 
 from qlora.training.assemble import RunPlan
+from qlora.training.check_resume import ResumeCheck, check_resume
 from qlora.training.preview import Preview, preview
+from qlora.training.replay import ReplayReport, replay
 from qlora.training.run import RunResult, plan_run, train
 
-__all__ = ["Preview", "RunPlan", "RunResult", "plan_run", "preview", "train"]
+__all__ = [
+    "Preview",
+    "ReplayReport",
+    "ResumeCheck",
+    "RunPlan",
+    "RunResult",
+    "check_resume",
+    "plan_run",
+    "preview",
+    "replay",
+    "train",
+]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step at hand is finished and the state saved; a second one stops at once."""
+"""Signals to a run: Ctrl-C and SIGTERM save and stop it after the step at hand, SIGUSR1 saves it and goes on."""
 
 import signal
 from types import FrameType
@@ -6,33 +6,45 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, takes SIGINT and SIGTERM as a wish to stop after the current step.
+    """While entered, takes SIGINT and SIGTERM as a wish to stop after the current step, and SIGUSR1 to save then.
+
+    A second SIGINT or SIGTERM does what it did before: it stops at once.
 
     Attributes:
-        signal: The one that came, or None.
+        signal: The one to stop that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._save_asked = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
+            self._previous[number] = signal.signal(number, self._request_stop)
+        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._request_save)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     @property
     def requested(self) -> bool:
         """Whether to stop."""
         return self.signal is not None
 
-    def _request(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+    def take_save_request(self) -> bool:
+        """Whether to save; each request is told once."""
+        asked, self._save_asked = self._save_asked, False
+        return asked
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore(signal.SIGINT, signal.SIGTERM)
+
+    def _request_save(self, _number: int, _frame: FrameType | None) -> None:
+        self._save_asked = True
+
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            signal.signal(number, self._previous[number])

@@ -1,11 +1,13 @@
 """Where a run starts: at the beginning, or from a checkpoint; and that the directory is its own."""
 
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from qlora.checkpoint import RunDirectory, step_of
+from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
-from qlora.training.assemble import Assembly
 
 # Keys of `train` that a run may be continued with other values of.
 FREE_KEYS = {
@@ -18,16 +20,34 @@ FREE_KEYS = {
     "keep_checkpoints",
     "trackers",
 }
-
-
 # What was in use and may not change within a run: batches and roundings depend on it.
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
 # Keys of a model that may change within a run, as results don't depend on them; but for tiles, which are in use or not.
 FREE_MODEL_KEYS = {"recompute", "weight_cache"}
 
 
-def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None:
-    """The checkpoint to start from, or None for a fresh run.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: To continue from, or None for the beginning.
+        origins: What run and checkpoint followed from, see :func:`describe_origin`, by who tells.
+        damaged: Newer checkpoints that are passed over, and what is wrong with each.
+    """
+
+    checkpoint: Path | None
+    origins: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+    def describe_damage(self) -> list[str]:
+        """A line for each checkpoint that is passed over."""
+        start = self.checkpoint and self.checkpoint.name
+        return [f"{path.name} is passed over, and {start} continued: {what}" for path, what in self.damaged.items()]
+
+
+def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Start:
+    """Finds the newest whole checkpoint, or the one that is asked for.
 
     Args:
         run: The output directory.
@@ -36,26 +56,108 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
 
     Raises:
         ConfigError: The directory holds another run, or one that `resume` does not allow for.
-        CheckpointError: The path holds no checkpoint.
+        CheckpointError: The path holds no whole checkpoint, or none of the run's is whole.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"train.output_dir: {run.path} is a file; name a folder.")
-    checkpoints = run.list_checkpoints()
+    check_folder(run)
+    origins = {}
     if run.exists():
         if resume == "never":
             raise ConfigError(f"{run.path} holds a run already; choose another train.output_dir, or --resume auto.")
-        _check_same_run(run, config)
+        origins[run.path] = describe_origin(load_config(run.config), run.read_record())
     elif any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
         raise ConfigError(
             f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is no run "
             "and they would be overwritten. Choose another folder."
         )
+    checkpoints = run.list_checkpoints()
     if resume in ("auto", "never"):
-        return checkpoints[-1] if checkpoints else None
+        checkpoint, damaged = newest_whole(checkpoints)
+        if damaged and checkpoint is None:
+            raise CheckpointError(
+                f"No checkpoint of {run.path} is whole; remove {run.checkpoints} to begin anew:\n"
+                + "\n".join(f"  {what}" for what in damaged.values())
+            )
+    else:
+        checkpoint, damaged = _named(run, resume, checkpoints), {}
+    if checkpoint is not None:
+        origins[checkpoint] = read_origin(checkpoint)
+    for place, origin in origins.items():
+        _check_same_settings(place, origin, config)
+    return Start(checkpoint, origins, damaged)
 
+
+def check_folder(run: RunDirectory) -> None:
+    """Sees that a run can have its directory.
+
+    Raises:
+        ConfigError: It is a file, or holds a link to one, which would be written to wherever it is.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"train.output_dir: {run.path} is a file; name a folder.")
+    for path in run.path.glob("*"):
+        if path.is_symlink() and not path.is_dir():
+            raise ConfigError(f"train.output_dir: {path} is a link to {path.readlink()}; put the file itself there.")
+
+
+def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """What the steps of a run follow from, as plain values: its settings, base and data, and what `auto` became.
+
+    Args:
+        config: Of the run.
+        record: As in run.json.
+    """
+    origin = {
+        "settings": _identity(config),
+        "base": record["base"]["files"],
+        "data": [[report["source"], report["digest"]] for report in record["data"]],
+        "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
+    }
+    return json.loads(json.dumps(origin))  # as it is read back
+
+
+def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -> None:
+    """Sees that base, data and what `auto` became are still those that the run began with.
+
+    Raises:
+        ConfigError: They are not, so the steps to come would not be those of one run.
+    """
+    now = describe_origin(config, record)
+    for place, before in start.origins.items():
+        changes = [
+            f"{record['base']['name']}: {name}"
+            for name in sorted({*before["base"], *now["base"]})
+            if before["base"].get(name) != now["base"].get(name)
+        ]
+        digests = [digest for _, digest in before["data"]]
+        changes += [
+            f"{source}: what is learnt from it"
+            for index, (source, digest) in enumerate(now["data"])
+            if digests[index : index + 1] != [digest]
+        ]
+        changes += [
+            f"{key}: {before['in_use'].get(key)} before, {value} now"
+            for key, value in now["in_use"].items()
+            if before["in_use"].get(key) != value
+        ]
+        if changes:
+            raise ConfigError(
+                f"{place} was begun otherwise; choose another train.output_dir, or undo what has changed (tiles follow "
+                "from model.recompute):\n" + "\n".join(f"  {change}" for change in changes)
+            )
+
+
+def is_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether this very config was trained to its end here already."""
+    if not run.exists() or run.read_record()["status"] != "finished":
+        return False
+    return run.adapter.is_dir() and load_config(run.config) == config
+
+
+def _named(run: RunDirectory, resume: str, checkpoints: list[Path]) -> Path:
     path = Path(resume).expanduser()
     if not (path / "manifest.json").is_file():
         raise CheckpointError(f"--resume {resume}: there is no checkpoint there.")
+    check_whole(path)
     step = step_of(path) or 0
     newer = [other.name for other in checkpoints if (step_of(other) or 0) > step]
     if newer:
@@ -66,47 +168,26 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Path | None
     return path
 
 
-def check_same_inputs(run: RunDirectory, assembly: Assembly) -> None:
-    """Sees that base, data and what `auto` became are still those that the run began with.
-
-    Raises:
-        ConfigError: They are not, so the steps to come would not be those of one run.
-    """
-    record = run.read_record()
-    changes = [f"{assembly.files.name}: {name}" for name in assembly.files.differing(record["base"]["files"])]
-    for before, now in zip(record["data"], assembly.plan.datasets.reports, strict=True):
-        if before.get("digest") != now.digest:
-            changes.append(f"{now.source}: what is learnt from it")
-    changes += [
-        f"{key}: {record['in_use'].get(key)} before, {assembly.plan.in_use[key]} now"
-        for key in KEPT_IN_USE
-        if record["in_use"].get(key) != assembly.plan.in_use[key]
-    ]
-    if changes:
-        raise ConfigError(
-            f"{run.path} was begun otherwise; choose another train.output_dir, or undo what has changed (tiles follow "
-            "from model.recompute):\n" + "\n".join(f"  {change}" for change in changes)
-        )
-
-
-def is_finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether this very config was trained to its end here already."""
-    return run.exists() and run.read_record()["status"] == "finished" and load_config(run.config) == config
-
-
-def _check_same_run(run: RunDirectory, config: RunConfig) -> None:
-    before, now = (_identity(each) for each in (load_config(run.config), config))
-    differing = [f"  {key}: {before[key]!r} there, {now[key]!r} here" for key in now if before[key] != now[key]]
+def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig) -> None:
+    before, now = origin["settings"], json.loads(json.dumps(_identity(config)))
+    differing = [f"  {key}: {before.get(key)!r} there, {now[key]!r} here" for key in now if before.get(key) != now[key]]
     if differing:
         raise ConfigError(
-            f"{run.path} holds a run with other settings; choose another train.output_dir, or undo:\n"
+            f"{place} holds a run with other settings; choose another train.output_dir, or undo:\n"
             + "\n".join(differing)
         )
 
 
 def _identity(config: RunConfig) -> dict[str, object]:
-    """What makes two runs the same one, by dotted key."""
+    """What makes two runs the same one, by dotted key.
+
+    Of paths only the last part: base and data are told apart by what they hold, and may be moved.
+    """
     sections = config.model_dump(
-        exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}, "model": FREE_MODEL_KEYS}
+        mode="json", exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}, "model": FREE_MODEL_KEYS}
     )
+    sections["model"]["base"] = Path(config.model.base).name
+    for sources in (sections["data"]["train"], sections["data"]["eval"]):
+        for source in sources if isinstance(sources, list) else ():
+            source["path"] = Path(source["path"]).name
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

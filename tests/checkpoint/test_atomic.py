@@ -1,6 +1,8 @@
 """Folders and files: there whole or not at all, whatever happens on the way."""
 
+import os
 import resource
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora.checkpoint import write_aside, write_text
+from qlora.checkpoint import discard, free_bytes, write_aside, write_text
+from qlora.checkpoint.atomic import make_folder, settle
 from qlora.errors import CheckpointError, ExportError
 
 
@@ -88,7 +91,7 @@ def write_tensors(folder):
 
 @pytest.mark.parametrize("write", [write_plain, write_tensors])
 def test_a_full_disk_is_told_with_the_space_left_and_the_old_folder_stays(write, target):
-    with no_room_for(10_000), pytest.raises(CheckpointError, match=r"target can't be written.* \d+ MB are free"):  # noqa: SIM117
+    with no_room_for(10_000), pytest.raises(CheckpointError, match=r"target can't be written.* \d+\.\d MB are free"):  # noqa: SIM117
         with write_aside(target) as folder:
             write(folder)
     assert_only_old(target)
@@ -123,6 +126,86 @@ def test_what_a_killed_process_left_beside_is_cleared_away(target):
         (folder / "file").write_text("new")
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(target):
+    """The old folder is out of its place then, and the new one not in it yet."""
+    target.rename(target.with_name(f".{target.name}.old"))
+    new = target.with_name(f".{target.name}.new")
+    new.mkdir()
+    (new / "file").write_text("new")
+    settle(target)
+    assert_only_old(target)
+    settle(target)
+    assert_only_old(target)
+
+
+def test_a_kill_between_the_two_renames_is_made_up_for_even_if_the_next_write_fails(target):
+    target.rename(target.with_name(f".{target.name}.old"))
+    with pytest.raises(ValueError, match="on the way"):
+        write_half(target, ValueError)
+    assert_only_old(target)
+
+
+def test_a_kill_after_both_renames_leaves_the_new_one(target):
+    shutil.copytree(target, target.with_name(f".{target.name}.old"))
+    (target / "file").write_text("new")
+    settle(target)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert (target / "file").read_text() == "new"
+
+
+def test_a_folder_that_is_being_removed_is_not_found_by_its_name(target, monkeypatch):
+    def stop(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            discard(target)
+    assert not target.exists()
+    settle(target)  # and does not come back
+    assert list(target.parent.iterdir()) == []
+
+
+def test_nothing_is_written_where_there_is_no_room(target):
+    needed = free_bytes(target) + 10**12
+    with (
+        pytest.raises(
+            CheckpointError, match=rf"target can't be .*It takes {needed / 1e6:.1f} MB\. \d+\.\d MB are free"
+        ),
+        write_aside(target, needed=needed),
+    ):
+        pytest.fail("there is no room to write into")
+    assert_only_old(target)
+
+
+def test_files_and_folders_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    synced, target = [], tmp_path / "a" / "target"
+    sync, rename = os.fsync, Path.rename
+
+    def record_sync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def record_rename(self, other):
+        synced.append(f"{self.name} becomes {other.name}")
+        return rename(self, other)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    with write_aside(target) as folder:
+        (folder / "nested").mkdir()
+        (folder / "nested" / "file").write_text("new")
+    aside = tmp_path / "a" / ".target.new"
+    before = synced[: synced.index(".target.new becomes target")]
+    assert {str(tmp_path), str(aside), str(aside / "nested"), str(aside / "nested" / "file")} <= set(before)
+    assert synced[-1] == str(target.parent)
+
+
+def test_folders_that_are_made_are_told(tmp_path):
+    assert make_folder(tmp_path / "a" / "b") == [tmp_path / "a" / "b", tmp_path / "a"]
+    assert make_folder(tmp_path / "a" / "b") == []
 
 
 def test_a_text_is_replaced_whole(tmp_path):

@@ -23,19 +23,39 @@ def test_checkpoints_are_those_with_a_step_alone_the_oldest_first(run):
     assert run.checkpoint(1_000_000).name == "step-1000000"
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"status": "finished"}'])
+RECORD = {
+    "status": "finished",
+    "base": {"name": "base", "files": {}},
+    "quantization": {"double_quant": True},
+    "in_use": {"compute_dtype": "bfloat16"},
+    "parameters": {"quantized": []},
+    "data": [],
+}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"status": "finished"}', "[" * 9999, "", '{"status": 1'])
 def test_a_record_of_something_else_is_refused(run, text):
     run.path.mkdir()
     run.record.write_text(text)
-    with pytest.raises(CheckpointError, match=r"run\.json lacks .*base, .*not written by qlora train"):
+    with pytest.raises(CheckpointError, match=r"run\.json (lacks .*base|is damaged).*not written by qlora train"):
+        run.read_record()
+
+
+@pytest.mark.parametrize("section", RECORD)
+@pytest.mark.parametrize(
+    "value", [None, 3, {"files": 3, "quantized": "x", "double_quant": "no", "compute_dtype": "load"}]
+)
+def test_a_record_with_values_that_can_not_be_is_refused_by_their_keys(run, section, value):
+    run.write_record(RECORD | {section: value})
+    with pytest.raises(CheckpointError, match=rf"run\.json: {section}[.a-z_, ]* can't be"):
         run.read_record()
 
 
 @pytest.mark.parametrize("lost", RECORD_KEYS)
 def test_a_record_without_a_key_is_refused_by_it(run, lost):
-    run.write_record({key: {} for key in RECORD_KEYS})
-    assert set(run.read_record()) == set(RECORD_KEYS)
-    run.write_record({key: {} for key in RECORD_KEYS if key != lost})
+    run.write_record(RECORD)
+    assert run.read_record() == RECORD
+    run.write_record({key: value for key, value in RECORD.items() if key != lost})
     with pytest.raises(CheckpointError, match=rf"run\.json lacks {lost};"):
         run.read_record()
 
@@ -47,3 +67,26 @@ def test_lines_after_a_step_are_dropped_with_the_unfinished_one(run):
     assert run.read_metrics() == lines
     run.keep_metrics_until(1)
     assert run.metrics.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1}\n'
+
+
+def test_what_a_killed_process_left_is_put_right_and_nothing_else_is_touched(run):
+    for name in ("step-000002", ".step-000004.new", ".step-000001.gone", ".step-000003.old", "trial", ".trial.new"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "file").write_text(name)
+    mine = [run.path / ".mine.new", run.path / ".old", run.checkpoints / ".step-mine.new"]
+    for path in [*mine, run.path / ".run.json.new", run.path / ".metrics.jsonl.new"]:
+        path.write_text("")
+    (run.path / ".adapter.old").mkdir()
+    run.clear_leftovers()
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-000002", "step-000003", ".step-mine.new"}
+    assert (run.checkpoints / "step-000003" / "file").read_text() == ".step-000003.old"
+    assert {path.name for path in run.path.iterdir()} == {"checkpoints", "adapter", ".mine.new", ".old"}
+
+
+def test_what_was_logged_after_a_checkpoint_may_be_damaged(run):
+    run.path.mkdir()
+    run.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n{"step": 4}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:4 is damaged"):
+        run.read_metrics()
+    run.keep_metrics_until(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -6,15 +6,24 @@ import shutil
 import pytest
 import torch
 
-from qlora.checkpoint import drop_old_checkpoints, load_state, save_checkpoint
-from qlora.checkpoint.state import check_whole
+from qlora.checkpoint import (
+    check_whole,
+    checkpoint_bytes,
+    drop_old_checkpoints,
+    load_state,
+    newest_whole,
+    read_origin,
+    save_checkpoint,
+    set_aside,
+)
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora
 from qlora.model import load_base
 from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters
 from tests.checkpoint.test_atomic import no_room_for
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "progress.json"]
+FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "origin.json", "progress.json"]
+ORIGIN = {"settings": {"lora.rank": 4}, "base": {"config.json": "ab"}}
 PROGRESS = {"step": 3, "tokens": 40, "supervised_tokens": 7, "loss_scale": {}}
 
 
@@ -42,7 +51,7 @@ def saved(tiny_base, tmp_path, generator):
     for _ in range(3):
         take_step(optimizer, generator)
     folder = tmp_path / "checkpoints" / "step-000003"
-    save_checkpoint(folder, model, optimizer, PROGRESS, "base")
+    save_checkpoint(folder, model, optimizer, PROGRESS, "base", ORIGIN)
     return folder, model, optimizer
 
 
@@ -52,7 +61,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name, rounding, tiny_base, tmp
     model, optimizer = make_parts(tiny_base, name, rounding)
     for _ in range(3):
         take_step(optimizer, generator)
-    save_checkpoint(tmp_path / "state", model, optimizer, PROGRESS, "base")
+    save_checkpoint(tmp_path / "state", model, optimizer, PROGRESS, "base", ORIGIN)
 
     other_model, other = make_parts(tiny_base, name, rounding, seed=9)
     assert not torch.equal(trained(other_model), trained(model))
@@ -116,7 +125,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_so(tiny_base, tmp_path, saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for target in (folder, folder.with_name("step-000004")):
         with no_room_for(8_000), pytest.raises(CheckpointError, match=rf"{target.name} can't be written.*MB are free"):
-            save_checkpoint(target, model, optimizer, PROGRESS, "base")
+            save_checkpoint(target, model, optimizer, PROGRESS, "base", ORIGIN)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -129,3 +138,54 @@ def test_only_the_newest_checkpoints_are_kept(saved):
     assert sorted(path.name for path in saved[0].parent.iterdir()) == ["step-000009", "step-000012"]
     drop_old_checkpoints(folders[2:], 5)
     assert len(list(saved[0].parent.iterdir())) == 2
+
+
+def copies(saved, *steps):
+    folders = [saved[0].with_name(f"step-{step:06d}") for step in steps]
+    for folder in folders:
+        shutil.copytree(saved[0], folder)
+    return folders
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(name, saved):
+    older, newer, newest = copies(saved, 6, 9, 12)
+    (newest / name).unlink()
+    (newer / name).write_bytes(b"\0" * 100)
+    found, damaged = newest_whole([saved[0], older, newer, newest])
+    assert found == older
+    assert list(damaged) == [newest, newer]
+    assert all(name in what for what in damaged.values())
+    shutil.rmtree(older)
+    shutil.rmtree(saved[0])
+    assert newest_whole([newer, newest])[0] is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"progress.json": 3}'])
+def test_a_manifest_that_names_too_little_is_no_whole_checkpoint(text, saved):
+    (saved[0] / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        check_whole(saved[0])
+
+
+def test_a_damaged_checkpoint_gets_another_name_again_and_again(saved):
+    first, second = copies(saved, 6, 9)
+    set_aside(first)
+    second.rename(first)
+    (first / "progress.json").unlink()
+    assert set_aside(first).name == "step-000006.damaged"
+    assert {path.name for path in saved[0].parent.iterdir()} == {"step-000003", "step-000006.damaged"}
+    assert not (saved[0].parent / "step-000006.damaged" / "progress.json").exists()
+
+
+def test_a_checkpoint_tells_where_it_is_from(saved):
+    assert read_origin(saved[0]) == ORIGIN
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "master"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_save_takes_no_more_than_is_asked_for_before(name, rounding, tiny_base, tmp_path):
+    model, optimizer = make_parts(tiny_base, name, rounding)
+    save_checkpoint(tmp_path / "state", model, optimizer, PROGRESS, "base", ORIGIN)
+    taken = sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
+    assert taken <= checkpoint_bytes(model, optimizer) <= taken + (1 << 20)

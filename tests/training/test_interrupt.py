@@ -44,6 +44,21 @@ def test_afterwards_ctrl_c_is_what_it_was_even_after_an_error():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_sigusr1_is_a_wish_to_save_and_to_go_on():
+    before = signal.getsignal(signal.SIGUSR1)
+    with Interruption() as interruption:
+        assert not interruption.take_save_request()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.take_save_request()
+        assert not interruption.take_save_request()
+        assert not interruption.requested
+        press_ctrl_c()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.take_save_request()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_sigterm_is_a_wish_too_and_told():
     before = signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:

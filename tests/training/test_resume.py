@@ -2,76 +2,47 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from qlora.checkpoint import RunDirectory
-from qlora.config import dump_config, load_config
-from qlora.errors import CheckpointError, ConfigError
-from qlora.training import train
+from qlora.checkpoint import hold_lock
+from qlora.errors import CheckpointError
+from qlora.optim import OPTIMIZERS
+from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog
-from qlora.training.resume import find_start
-from tests.tiny import run_config
-
-TIMINGS = ("tokens_per_second", "peak_memory")
+from tests.training.same_run import assert_same_run, damage, lines_of
 
 
-def lines_of(folder):
-    """What was logged, without what a clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def assert_same_run(folder, expected):
-    assert lines_of(folder) == lines_of(expected)
-    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-        assert (folder / name).read_bytes() == (expected / name).read_bytes()
-    newest, other = (sorted((run / "checkpoints").iterdir())[-1] for run in (folder, expected))
-    assert newest.name == other.name
-    states = [load_file(checkpoint / "optimizer.safetensors") for checkpoint in (newest, other)]
-    assert all(states[0][key].equal(states[1][key]) for key in states[1])
-
-
-@pytest.fixture
-def interrupt_after(monkeypatch):
-    """Sends this process a signal while the given step is at hand."""
-
-    def arrange(step, number=signal.SIGINT):
-        original = MetricsLog.log_step
-
-        def log_step(self, progress, report):
-            original(self, progress, report)
-            if progress.step == step:
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(MetricsLog, "log_step", log_step)
-
-    yield arrange
-    monkeypatch.undo()
-
-
-@pytest.fixture
-def configure(tiny_base, alpaca_file, tmp_path):
-    def build(name="run", **settings):
-        settings = {"lora__dropout": 0.1, "train__eval_every": 2, "train__save_every": 100, **settings}
-        return load_config(run_config(tiny_base, alpaca_file, tmp_path / name, **settings))
-
-    return build
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])
-@pytest.mark.parametrize("rounding", ["stochastic", "master"])
-def test_an_interrupted_run_goes_on_as_if_it_never_stopped(
-    optimizer, rounding, packing, configure, interrupt_after, tmp_path, monkeypatch
+@pytest.mark.parametrize(("packing", "dropout", "evaluation"), [
+    (True, 0.0, 0.2),
+    (False, 0.1, 0.2),
+    (True, 0.1, None),
+    (False, 0.0, None),
+])  # fmt: skip
+@pytest.mark.parametrize(("optimizer", "rounding"), [*zip(OPTIMIZERS, 2 * ["stochastic", "master"], strict=True)])
+def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
+    optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
 ):
-    settings = {"train__optimizer": optimizer, "train__rounding": rounding, "train__max_steps": 10}
-    settings["data__packing"] = packing
+    steps = 5
+    settings = {"train__optimizer": optimizer, "train__rounding": rounding, "train__max_steps": steps}
+    settings |= {"data__packing": packing, "data__eval": evaluation, "lora__dropout": dropout}
+    train(configure("whole", **settings))
+    first = 1 + seed % (steps - 1)
+    assert train(configure(**settings), stop_at=first).steps == first
+    assert train(configure(**settings)).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupted_run_goes_on_as_if_it_never_stopped(configure, interrupt_after, tmp_path, monkeypatch):
+    settings = {"train__max_steps": 10}
     train(configure("whole", **settings))
     interrupt_after(3)
     first = train(configure(**settings))
@@ -122,116 +93,77 @@ def test_an_interruption_in_the_last_step_is_the_end(configure, interrupt_after,
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(configure, interrupt_after, tmp_path, monkeypatch):
-    train(configure("whole"))
-    interrupt_after(3)
-    train(configure("first"))
-    monkeypatch.undo()
-    checkpoint = shutil.move(tmp_path / "first" / "checkpoints" / "step-000003", tmp_path / "kept")
-    result = train(configure(), resume=str(checkpoint))
-    assert result.steps == 6
-    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoint)
-
-
-def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
-    with pytest.raises(CheckpointError, match="there is no checkpoint there"):
-        train(configure(), resume=str(tmp_path))
-
-
-def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrupt_after, tmp_path):
-    interrupt_after(5)
-    train(configure(train__save_every=2))
-    older = tmp_path / "run" / "checkpoints" / "step-000004"
-    with pytest.raises(ConfigError, match="newer than step-000004"):
-        train(configure(train__save_every=2), resume=str(older))
-
-
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(configure, interrupt_after, tmp_path):
-    interrupt_after(3)
-    train(configure())
-    path = tmp_path / "run" / "checkpoints" / "step-000003" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+def test_a_run_without_any_whole_checkpoint_is_told_of_and_nothing_is_lost(configure, tmp_path):
+    train(configure(train__save_every=1), stop_at=2)
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        damage(checkpoint)
     before = lines_of(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing or damaged"):
-        train(configure())
+    with pytest.raises(CheckpointError, match=r"No checkpoint .* is whole(.|\n)*step-000002/opt(.|\n)*step-000001/opt"):
+        train(configure(train__save_every=1))
     assert lines_of(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("lora__rank", 8),
-    ("train__learning_rate", 2e-2),
-    ("train__seed", 1),
-    ("data__max_seq_len", 96),
-    ("data__packing", False),
-    ("model__double_quant", False),
-])  # fmt: skip
-def test_another_setting_is_no_continuation(key, value, configure, interrupt_after):
-    interrupt_after(2)
-    train(configure())
-    with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
-        train(configure(**{key: value}))
-
-
-def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
-    """A run whose disk filled up goes on with its cache on another."""
-    train(configure("whole"))
-    interrupt_after(3)
-    train(configure(data__cache_dir=str(tmp_path / "one")))
-    monkeypatch.undo()
-    assert train(configure(data__cache_dir=str(tmp_path / "other"))).status == "finished"
+def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(configure, tmp_path, capsys):
+    """Log and record go back with it, and the damaged one stays out of the way of what is saved and dropped."""
+    settings = {"train__save_every": 1, "train__keep_checkpoints": 1}
+    train(configure("whole", **settings))
+    train(configure(**settings | {"train__keep_checkpoints": 3}), stop_at=4)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    damage(checkpoints / "step-000004")
+    (checkpoints / "step-000003" / "manifest.json").unlink()
+    assert train(configure(**settings), stop_at=3).steps == 3
+    told = capsys.readouterr().err
+    assert "step-000004 is passed over, and step-000002 continued: " in told
+    assert "optimizer.safetensors is missing or damaged" in told
+    assert "step-000003 is passed over" in told
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoints / "step-000002")
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"step-000003", "step-000003.damaged", "step-000004.damaged"}
+    assert train(configure(**settings)).status == "finished"
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_base_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    config = load_config(run_config(base, alpaca_file, tmp_path / "run"))
-    interrupt_after(2)
-    train(config)
-    content = bytearray((base / "model.safetensors").read_bytes())
-    content[-1000] ^= 1
-    (base / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors"):
-        train(config)
+def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_goes_on(configure, tmp_path, monkeypatch, seed):
+    """Every sync, rename and removal is such a moment."""
+    settings = {"train__save_every": 2, "train__keep_checkpoints": 1, "train__max_steps": 4, "data__eval": None}
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(moment):
+        moments = count()
+
+        def passing(original):
+            def call(*arguments, **keywords):
+                if next(moments) >= moment:
+                    raise Killed  # and nothing is tidied up: what would is among the calls
+                return original(*arguments, **keywords)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
+                patched.setattr(owner, name, passing(getattr(owner, name)))
+            with suppress(Killed):
+                train(configure("run" if moment < 1e9 else "whole", **settings))
+        return next(moments)
+
+    num_moments = kill_at(1e9)
+    assert num_moments > 40
+    for moment in random.Random(seed).sample(range(num_moments), 6):
+        kill_at(moment)
+    assert train(configure(**settings)).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_other_data_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
-    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
-    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
-    interrupt_after(2)
-    train(config)
-    with data.open("a") as file:
-        file.write('{"instruction": "One more", "output": "row"}\n')
-    with pytest.raises(ConfigError, match=r"rows\.jsonl"):
-        train(config)
-
-
-def test_other_data_of_equal_counts_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
-    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
-    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
-    interrupt_after(2)
-    train(config)
-    data.write_text(data.read_text().replace("moss", "mist"))
-    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learnt from it"):
-        train(config)
-
-
-def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
-    interrupt_after(2)
-    train(configure())
-    monkeypatch.undo()
-    path = tmp_path / "run" / "run.json"
-    whole = path.read_text()
-    for key, value in (("processes", 2), ("compute_dtype", "float16"), ("rounding", "master")):
-        record = json.loads(whole)
-        now = record["in_use"][key]
-        record["in_use"][key] = value
-        path.write_text(json.dumps(record))
-        with pytest.raises(ConfigError, match=rf"  {key}: {value} before, {now} now$"):
-            train(configure())
-        assert json.loads(path.read_text()) == record
-    path.write_text(whole)
-    assert train(configure()).status == "finished"
+def test_a_run_in_use_is_left_alone(configure, tmp_path):
+    with hold_lock(tmp_path / "run" / "run.lock"), pytest.raises(CheckpointError, match=f"process {os.getpid()} on"):
+        train(configure())
+    assert not (tmp_path / "run").exists()
+    train(configure(), stop_at=2)
+    assert not (tmp_path / "run" / "run.lock").exists()
+    with hold_lock(tmp_path / "run" / "run.lock"):
+        assert plan_run(configure()).total_steps == 6  # which writes nothing
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -279,20 +211,6 @@ def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
     assert (result.status, result.steps) == ("finished", 6)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"].endswith("step-000002")
     assert {path.name for path in folder.iterdir()} == {"step-000006", "step-000200-backup"}
-
-
-def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
-    for name in ("step-999999", "step-1000000"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "manifest.json").write_text("{}")
-    config = configure()
-    run = RunDirectory(tmp_path / "run")
-    run.config.write_text(dump_config(config))
-    run.record.write_text("{}")
-    assert find_start(run, config, "auto") == folder / "step-1000000"
-    with pytest.raises(ConfigError, match="newer than step-999999"):
-        find_start(run, config, str(folder / "step-999999"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,96 @@
+"""Whether a config's run, stopped and continued on this machine, is the run that was never stopped: tried."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import RunConfig, absolute_paths
+from qlora.training.run import RunResult, train
+
+# Of the tried run; it is stopped in the middle.
+STEPS = 4
+# Logged values that a clock or the system gives, and no run repeats.
+VOLATILE = ("tokens_per_second", "peak_memory")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeCheck:
+    """What was found.
+
+    Attributes:
+        matches: The continued run left the same bytes and the same log.
+        steps: That were trained, and the one stopped after.
+        differing: Files and logged values that are not the same.
+        repeats: Whether a second run that was never stopped is the first one's equal; None if there was no need to ask.
+    """
+
+    matches: bool
+    steps: int
+    stopped_after: int
+    differing: list[str]
+    repeats: bool | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check_resume(config: RunConfig) -> ResumeCheck:
+    """Trains a few steps twice, once stopped and continued in another process, and compares what is left.
+
+    All is written into a temporary folder beside the config's output_dir, on the same disk, and removed; a run that is
+    there is not touched. Each session is a process of its own, as after a reboot.
+
+    Raises:
+        QLoRAError: The config's run can't be begun.
+    """
+    config = absolute_paths(config)
+    parents = Path(config.train.output_dir).expanduser().parents
+    with TemporaryDirectory(prefix=".check-resume-", dir=next(each for each in parents if each.is_dir())) as folder:
+        whole, stopped, again = (RunDirectory(Path(folder) / name) for name in ("whole", "stopped", "again"))
+        _train_apart(config, whole)
+        _train_apart(config, stopped, STEPS // 2)
+        _train_apart(config, stopped)
+        differing = _differing(stopped, whole)
+        repeats = None
+        if differing:
+            _train_apart(config, again)
+            repeats = not _differing(again, whole)
+    return ResumeCheck(not differing, STEPS, STEPS // 2, differing, repeats)
+
+
+def _train_apart(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
+    """Trains in a new process, which knows of the others only what is on the disk."""
+    values = {"output_dir": str(run.path), "max_steps": STEPS, "eval_every": 2, "save_every": None, "log_every": 1}
+    section = config.train.model_copy(update=values | {"trackers": []})
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(train, config.model_copy(update={"train": section}), "auto", stop_at).result()
+
+
+def _differing(run: RunDirectory, expected: RunDirectory) -> list[str]:
+    names = sorted(path.relative_to(expected.path) for path in _files(expected))
+    found = {path.relative_to(run.path) for path in _files(run)}
+    apart = [str(name) for name in names if name not in found or _bytes(run, name) != _bytes(expected, name)]
+    for line, other in zip(run.read_metrics(), expected.read_metrics(), strict=False):
+        apart += [
+            f"step {other['step']}, {key}: {line.get(key)!r}, and {value!r} in the run that was not stopped"
+            for key, value in other.items()
+            if key not in VOLATILE and line.get(key) != value
+        ]
+    if len(run.read_metrics()) != len(expected.read_metrics()):
+        apart.append("metrics.jsonl: its number of lines")
+    return apart
+
+
+def _files(run: RunDirectory) -> list[Path]:
+    """The trained adapter, and the state after the last step."""
+    return [path for folder in (run.adapter, run.checkpoint(STEPS)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _bytes(run: RunDirectory, name: Path) -> bytes:
+    return (run.path / name).read_bytes()

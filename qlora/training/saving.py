@@ -1,0 +1,117 @@
+"""A run's saves: room for them seen to, one tried before the first step, and what becomes of one that fails."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora.checkpoint import (
+    RunDirectory,
+    adapter_bytes,
+    checkpoint_bytes,
+    discard,
+    drop_old_checkpoints,
+    free_bytes,
+    save_checkpoint,
+    sync,
+)
+from qlora.errors import CheckpointError
+from qlora.training.assemble import Assembly
+from qlora.training.loop import Progress
+from qlora.training.metrics import MetricsLog
+from qlora.training.schedule import resolve_interval
+
+# Saves that may fail one after the other before the run stops.
+MAX_FAILURES = 3
+
+
+class Saver:
+    """Saves a run's state; on every process but the first it does nothing.
+
+    Args:
+        run: Its directory.
+        assembly: What is saved.
+        origin: What the run follows from, see :func:`qlora.training.resume.describe_origin`.
+        log: The run's; no checkpoint gets ahead of it, and it shows what the user is to know.
+    """
+
+    def __init__(self, run: RunDirectory, assembly: Assembly, origin: dict[str, Any], log: MetricsLog) -> None:
+        self.run, self.assembly, self.origin, self.log = run, assembly, origin, log
+        self._failures = 0
+
+    def try_save(self, progress: Progress) -> None:
+        """Saves once and removes it again: what a save needs should be missed now, and not after hours.
+
+        Raises:
+            CheckpointError: It can't be done.
+        """
+        if self.assembly.accelerator.is_main_process:
+            self._write(self.run.trial, progress)
+            discard(self.run.trial)
+
+    def save(self, progress: Progress, is_last: bool) -> None:
+        """Saves the state after a step, and then removes the oldest checkpoints.
+
+        A save that fails while there are steps to come is told, and the run goes on until the next one: it may find
+        room by then, and what was saved before stays.
+
+        Args:
+            progress: Of the run.
+            is_last: No step follows in this session.
+
+        Raises:
+            CheckpointError: It failed, and there is no later one, or the two before failed too.
+        """
+        if not self.assembly.accelerator.is_main_process:
+            return
+        try:
+            if not self.run.record.is_file():
+                raise CheckpointError(f"{self.run.path} was removed or unmounted while the run was on.")
+            self._write(self.run.checkpoint(progress.step), progress)
+            drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
+        except CheckpointError as problem:
+            self._failures += 1
+            checkpoints = self.run.list_checkpoints()
+            last = f"{checkpoints[-1].name} is the last one saved." if checkpoints else "Nothing is saved yet."
+            told = f"Step {progress.step} could not be saved, and {last} {problem}"
+            if is_last or self._failures == MAX_FAILURES:
+                raise CheckpointError(told) from problem
+            self.log.announce([f"{told} The run goes on and saves again at the next interval."])
+        else:
+            self._failures = 0
+
+    def _write(self, folder: Path, progress: Progress) -> None:
+        try:
+            self.log.write_out()
+            sync(self.run.metrics)  # or a power cut could leave a checkpoint without its log
+        except OSError as problem:
+            raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
+        model, optimizer = self.assembly.model, self.assembly.optimizer
+        save_checkpoint(folder, model, optimizer, asdict(progress), self.assembly.config.model.base, self.origin)
+
+
+def check_room(run: RunDirectory, assembly: Assembly) -> None:
+    """Sees that there is room for what the rest of a run writes.
+
+    Args:
+        run: Its directory.
+        assembly: What is saved.
+
+    Raises:
+        CheckpointError: There is not; the path, what is needed and what is free are named.
+    """
+    section = assembly.config.train
+    total = assembly.plan.total_steps
+    every = resolve_interval(section.save_every, total) or total
+    # The oldest goes after the newest is whole, so for a moment there is one more than are kept.
+    num_most = min(section.keep_checkpoints + 1, -(-total // every))
+    num_new = max(1, num_most - len(run.list_checkpoints()))
+    checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer)
+    tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))
+    needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer
+    free = free_bytes(run.path)
+    if needed > free:
+        raise CheckpointError(
+            f"train.output_dir: {run.path} has to hold {num_new} checkpoints of {checkpoint / 1e6:.1f} MB and the "
+            f"final adapter, {needed / 1e6:.1f} MB in all, and {free / 1e6:.1f} MB are free there. Make room, lower "
+            f"train.keep_checkpoints ({section.keep_checkpoints}), or choose another train.output_dir."
+        )

@@ -1,0 +1,84 @@
+"""`qlora doctor --check-resume`: proves that a config's run continues exactly, and finds one that does not."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from qlora.training import train
+from tests.cli import run
+from tests.tiny import run_config
+
+module = import_module("qlora.training.check_resume")
+
+
+@pytest.fixture
+def config(tiny_base, alpaca_file, tmp_path):
+    """Of a run that is there already, and is not to be touched."""
+    return run_config(tiny_base, alpaca_file, tmp_path / "run", train__trackers=["none-such"], lora__dropout=0.1)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Has the sessions run in this process, where a test can meddle with them."""
+
+    def arrange(meddle=lambda config, stop_at: config):
+        def train_here(config, run, stop_at=None):
+            values = {"output_dir": str(run.path), "max_steps": 4, "eval_every": 2, "trackers": []}
+            config = config.model_copy(update={"train": config.train.model_copy(update=values)})
+            return train(meddle(config, stop_at), stop_at=stop_at)
+
+        monkeypatch.setattr(module, "_train_apart", train_here)
+
+    return arrange
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("mine")
+    report = run("doctor", "--check-resume", config, "--json").json()
+    assert report == {"matches": True, "steps": 4, "stopped_after": 2, "differing": [], "repeats": None}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.yaml"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
+    restore = import_module("qlora.training.run").load_state
+
+    def forget(folder, model, optimizer):
+        progress = restore(folder, model, optimizer)
+        optimizer.generator.manual_seed(7)  # of the rounding
+        return progress
+
+    monkeypatch.setattr("qlora.training.run.load_state", forget)
+    here()
+    done = run("doctor", "--check-resume", config)
+    assert done.code == 1
+    assert "its resume is not exact" in done.out
+    assert "adapter/adapter_model.safetensors" in done.out
+    assert "checkpoints/step-000004/optimizer.safetensors" in done.out
+    assert "step 4, loss: " in done.out
+
+
+def test_a_machine_that_does_not_repeat_its_results_is_told_apart(config, here):
+    seeds = iter(range(9))
+
+    def meddle(config, stop_at):
+        return config.model_copy(
+            update={"train": config.train.model_copy(update={"learning_rate": 1e-3 + next(seeds) * 1e-5})}
+        )
+
+    here(lambda config, stop_at: config if "stopped" in config.train.output_dir else meddle(config, stop_at))
+    done = run("doctor", "--check-resume", config, "--json")
+    assert done.code == 1
+    report = json.loads(done.out)
+    assert (report["matches"], report["repeats"]) == (False, False)
+    assert not list(Path(config).parent.glob(".check-resume-*"))
+
+
+def test_a_config_that_can_not_be_run_is_told(tmp_path):
+    done = run("doctor", "--check-resume", tmp_path / "none.yaml")
+    assert done.code == 2
+    assert "none.yaml" in done.error()

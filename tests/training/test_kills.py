@@ -1,0 +1,24 @@
+"""Real processes, killed at random moments: a short form of scripts/kill_runs.py."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import run_config
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import kills
+
+sys.path.pop(0)
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_end_as_if_they_never_were(tiny_base, alpaca_file, tmp_path, seed):
+    config = run_config(tiny_base, alpaca_file, tmp_path / "config", train__max_steps=12, lora__dropout=0.1)
+    recipe = kills.Recipe("tiny", config, save_every=2)
+    counts = kills.kill_often(recipe, tmp_path, 2, random.Random(seed))
+    assert counts.kills == counts.continued == 2
+    assert counts.differing == 0
+    assert counts.most_lost <= 2

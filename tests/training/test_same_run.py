@@ -1,0 +1,171 @@
+"""A run goes on from its own checkpoints alone: with the same settings, base and data, wherever they lie."""
+
+import json
+import shutil
+
+import pytest
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
+from qlora.errors import CheckpointError, ConfigError
+from qlora.training import train
+from qlora.training.resume import find_start
+from tests.tiny import run_config
+from tests.training.same_run import assert_same_run, damage, lines_of
+
+
+def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(configure, interrupt_after, tmp_path, monkeypatch):
+    train(configure("whole"))
+    interrupt_after(3)
+    train(configure("first"))
+    monkeypatch.undo()
+    checkpoint = shutil.move(tmp_path / "first" / "checkpoints" / "step-000003", tmp_path / "kept")
+    for key, value in (("lora__dropout", 0.2), ("train__seed", 3), ("train__rounding", "master")):
+        with pytest.raises(ConfigError, match=rf"kept holds .* other settings(.|\n)*{key.replace('__', '.')}: "):
+            train(configure(**{key: value}), resume=str(checkpoint))
+    result = train(configure(), resume=str(checkpoint))
+    assert result.steps == 6
+    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("other", ["base", "rows"])
+def test_a_checkpoint_of_another_base_or_other_data_is_refused(other, tiny_base, alpaca_file, tmp_path):
+    base, rows = shutil.copytree(tiny_base, tmp_path / "base"), shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+    train(load_config(run_config(base, rows, tmp_path / "first")), stop_at=2)
+    if other == "base":
+        content = bytearray((base / "model.safetensors").read_bytes())
+        content[-1000] ^= 1
+        (base / "model.safetensors").write_bytes(content)
+    else:
+        rows.write_text(rows.read_text().replace("moss", "mist"))
+    config = load_config(run_config(base, rows, tmp_path / "run"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-000002"
+    with pytest.raises(ConfigError, match=r"model\.safetensors" if other == "base" else r"rows\.jsonl: what is learnt"):
+        train(config, resume=str(checkpoint))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(configure, tmp_path):
+    train(configure(), stop_at=2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing or damaged"):
+        train(configure(), resume=str(checkpoint))
+
+
+def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint there"):
+        train(configure(), resume=str(tmp_path))
+
+
+def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrupt_after, tmp_path):
+    interrupt_after(5)
+    train(configure(train__save_every=2))
+    older = tmp_path / "run" / "checkpoints" / "step-000004"
+    with pytest.raises(ConfigError, match="newer than step-000004"):
+        train(configure(train__save_every=2), resume=str(older))
+
+
+def test_a_moved_project_goes_on(tiny_base, alpaca_file, tmp_path):
+    """Base, data and run are told by what they hold, and not by where they are."""
+    place = tmp_path / "here"
+    for run in ("whole", "run"):
+        place.mkdir(exist_ok=True)
+        for source in (tiny_base, alpaca_file):
+            if not (place / source.name).exists():
+                (shutil.copytree if source.is_dir() else shutil.copy)(source, place / source.name)
+        config = run_config(place / tiny_base.name, place / alpaca_file.name, place / run)
+        train(load_config(config), stop_at=3 if run == "run" else None)
+    moved = place.rename(tmp_path / "there")
+    config = run_config(moved / tiny_base.name, moved / alpaca_file.name, moved / "run")
+    assert train(load_config(config)).status == "finished"
+    assert lines_of(moved / "run") == lines_of(moved / "whole")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("lora__rank", 8),
+    ("train__learning_rate", 2e-2),
+    ("train__seed", 1),
+    ("data__max_seq_len", 96),
+    ("data__packing", False),
+    ("model__double_quant", False),
+])  # fmt: skip
+def test_another_setting_is_no_continuation(key, value, configure, interrupt_after):
+    interrupt_after(2)
+    train(configure())
+    with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
+        train(configure(**{key: value}))
+
+
+def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
+    """A run whose disk filled up goes on with its cache on another."""
+    train(configure("whole"))
+    interrupt_after(3)
+    train(configure(data__cache_dir=str(tmp_path / "one")))
+    monkeypatch.undo()
+    assert train(configure(data__cache_dir=str(tmp_path / "other"))).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_base_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run"))
+    interrupt_after(2)
+    train(config)
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        train(config)
+
+
+def test_other_data_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
+    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
+    interrupt_after(2)
+    train(config)
+    with data.open("a") as file:
+        file.write('{"instruction": "One more", "output": "row"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl"):
+        train(config)
+
+
+def test_other_data_of_equal_counts_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
+    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
+    interrupt_after(2)
+    train(config)
+    data.write_text(data.read_text().replace("moss", "mist"))
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learnt from it"):
+        train(config)
+
+
+def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
+    interrupt_after(2)
+    train(configure())
+    monkeypatch.undo()
+    path = tmp_path / "run" / "run.json"
+    whole = path.read_text()
+    for key, value in (("processes", 2), ("compute_dtype", "float16"), ("rounding", "master")):
+        record = json.loads(whole)
+        now = record["in_use"][key]
+        record["in_use"][key] = value
+        path.write_text(json.dumps(record))
+        with pytest.raises(ConfigError, match=rf"  {key}: {value} before, {now} now$"):
+            train(configure())
+        assert json.loads(path.read_text()) == record
+    path.write_text(whole)
+    assert train(configure()).status == "finished"
+
+
+def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    config = configure()
+    train(config, stop_at=2)
+    (folder / "step-000002").rename(folder / "step-999999")
+    shutil.copytree(folder / "step-999999", folder / "step-1000000")
+    run = RunDirectory(tmp_path / "run")
+    assert find_start(run, config, "auto").checkpoint == folder / "step-1000000"
+    with pytest.raises(ConfigError, match="newer than step-999999"):
+        find_start(run, config, str(folder / "step-999999"))
