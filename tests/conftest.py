@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import make_base, write_jsonl
+from tests.tiny import make_base, make_poisoned_base, write_jsonl
 
 # Tests are small: a second thread gains nothing, and where the cores are shared it waits a hundred times longer.
 torch.set_num_threads(1)
@@ -47,6 +47,12 @@ def realdata() -> Path:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama in bf16 with a byte tokenizer, on disk."""
     return make_base(tmp_path_factory.mktemp("base") / "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def poisoned_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose loss is not finite where a row has the letter of `tests.tiny.POISON`."""
+    return make_poisoned_base(tmp_path_factory.mktemp("poisoned") / "gemma", seed=1)
 
 
 @pytest.fixture(scope="session")

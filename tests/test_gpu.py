@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import qlora
 from qlora.data import collate, make_example
@@ -17,8 +18,12 @@ from qlora.model import (
     supervised_loss,
     use_document_attention,
 )
+from qlora.model.probe import measure_peak
 from qlora.nf4 import NF4Linear, dequantize, quantize
-from tests.tiny import run_config
+from qlora.training.loop import run_loop
+from qlora.training.relief import MemoryRelief
+from tests.tiny import make_base, run_config
+from tests.training.test_loop import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -97,3 +102,48 @@ def test_a_run_with_its_layers_inputs_on_the_host_learns(
         qlora.load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", model__recompute=level))
     )
     assert result.eval_losses[6] < result.eval_losses[0]
+
+
+def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: int, generator: torch.Generator):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 2048}
+    base = make_base(tmp_path / "base", seed, **sizes)
+    ids = torch.randint(256, (8, 2048), generator=generator).numpy()
+    examples = [make_example(row, [True] * len(row)) for row in ids]
+
+    def prepare() -> Trainer:
+        trainer = Trainer(base, examples, 8, 1, compute_dtype="bfloat16")
+        apply_recompute(trainer.model, "none")
+        return trainer.run(1)
+
+    free = prepare()
+    needed = measure_peak(lambda: free.run(2), free.model.device)
+    apply_recompute(free.model, "full")
+    least = measure_peak(lambda: free.run(3), free.model.device)
+    assert least < 0.7 * needed
+    trainer, told = prepare(), []
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    others = torch.cuda.memory_allocated() - trainer.flat.data.nbytes  # of the first trainer, still there
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((others + (needed + least) / 2) / total)
+    try:
+        run_loop(
+            trainer.model, trainer.optimizer, examples, trainer.plan, Accelerator(), trainer.progress, 3,
+            lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
+            on_out_of_memory=lambda step: told.append(relief.give_up(step)),
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert told
+    assert relief.level != "none"
+    assert trainer.losses == free.losses
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_two_deterministic_runs_give_the_same_bytes(tmp_path: Path, tiny_base: Path, alpaca_file: Path, packing: bool):
+    found = []
+    for name in ("one", "other"):
+        settings = {"train__deterministic": True, "data__packing": packing, "lora__dropout": 0.1}
+        result = qlora.train(qlora.load_config(run_config(tiny_base, alpaca_file, tmp_path / name, **settings)))
+        found.append((result.losses, (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()))
+    assert found[0] == found[1]

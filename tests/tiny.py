@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
@@ -22,6 +23,9 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": None,
 }
+
+# A letter that no test writes by chance, see `make_poisoned_base`.
+POISON = "~"
 
 
 def make_tokenizer(add_bos: bool = True, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -53,6 +57,16 @@ def make_base(
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_poisoned_base(folder: Path, seed: int) -> Path:
+    """Saves a model that multiplies its embeddings, where that of POISON is the largest number that there is."""
+    base = make_base(folder, seed, GemmaConfig, tie_word_embeddings=False)
+    tensors = load_file(base / "model.safetensors")
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary[POISON]] = torch.finfo(torch.bfloat16).max
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -160,11 +160,22 @@ class BatchPlan:
         """Indices of all examples of a step, over all processes; steps count from 0 over the whole run."""
         return [index for row in self._rows(step) for index in self.rows[row]]
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Indices of this process's micro-batches of a step."""
+    def micro_batches(self, step: int, num_parts: int = 1) -> list[list[int]]:
+        """Indices of this process's micro-batches of a step.
+
+        Args:
+            step: From 0.
+            num_parts: That each is cut into, as far as it has examples, for less memory at the same sum of losses.
+        """
         rows, size = self._rows(step), self.micro_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return [[index for row in batch for index in self.rows[row]] for batch in batches[self.rank :: self.world_size]]
+        own = [[index for row in batch for index in self.rows[row]] for batch in batches[self.rank :: self.world_size]]
+        return [part.tolist() for batch in own for part in np.array_split(batch, min(num_parts, len(batch)))]
+
+    @property
+    def most_examples(self) -> int:
+        """That a micro-batch can have, on any process."""
+        return self.micro_batch_size * max(map(len, self.rows))
 
     def largest_micro_batch(self) -> list[int]:
         """Indices of a micro-batch as large as any step's: its longest rows."""

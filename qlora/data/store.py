@@ -25,6 +25,8 @@ ABANDONED_SECONDS = 24 * 3600
 # What an entry is called, and what is not one yet; a cache may lie among files of other kinds.
 ASIDE = ".qlora-new-"
 OUR_NAMES = re.compile(rf"[0-9a-f]{{32}}|{re.escape(ASIDE)}\w+")
+# Ids that are looked through together.
+COUNTED_AT_A_TIME = 1 << 22
 DTYPES = {"input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64}
 
 
@@ -107,6 +109,16 @@ class ExampleStore:
         """Of all tokens."""
         return int(self._input_ids.max())
 
+    def count_ids(self, ids: range) -> np.ndarray:
+        """How often each of some ids is in each example, (examples, ids), int64."""
+        counts = np.zeros((len(self), len(ids)), dtype=np.int64)
+        for start in range(0, len(self._input_ids), COUNTED_AT_A_TIME):
+            places = np.asarray(self._input_ids[start : start + COUNTED_AT_A_TIME]) - ids.start
+            found = np.flatnonzero((places >= 0) & (places < len(ids)))
+            examples = np.searchsorted(self._ends, start + found, side="right")
+            np.add.at(counts, (examples, places[found]), 1)
+        return counts
+
 
 class ExampleSet(Sequence[TokenizedExample]):
     """Examples chosen from stores, in a fixed order; one may be chosen several times.
@@ -127,6 +139,21 @@ class ExampleSet(Sequence[TokenizedExample]):
             return ExampleSet(self.stores, self.places[index])
         store, place = self.places[index]
         return self.stores[store][place]
+
+    def rows_of(self, indices: Sequence[int]) -> dict[int, list[int]]:
+        """Rows that examples come from, counted from 1, by the number of their store; each once, in order."""
+        rows: dict[int, set[int]] = {}
+        for store, place in self.places[list(indices)].tolist():
+            rows.setdefault(store, set()).add(int(self.stores[store].rows[place]) + 1)
+        return {store: sorted(rows[store]) for store in sorted(rows)}
+
+    def count_ids(self, ids: range) -> list[int]:
+        """How often each of some ids is in the examples, each as often as it was chosen."""
+        counts = np.zeros(len(ids), dtype=np.int64)
+        for number, store in enumerate(self.stores):
+            chosen = self.places[self.places[:, 0] == number, 1]
+            counts += np.bincount(chosen, minlength=len(store)) @ store.count_ids(ids)
+        return counts.tolist()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -102,6 +102,11 @@ class NF4Linear(nn.Module):
         """Undoes :meth:`hold`."""
         self._held = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the dequantized weight is kept."""
+        return self._held is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
         return _DequantizedLinear.apply(x, self)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, collate, make_example
+from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
 from qlora.errors import ConfigError, DataError, QLoRAError
 from qlora.model import (
     Inventory,
@@ -26,6 +26,7 @@ from qlora.model import (
 )
 from qlora.nf4 import dequantize_path
 from qlora.optim import FlatAdamW, FlatParameters
+from qlora.training.determinism import describe_determinism
 from qlora.training.fit import fit_memory
 from qlora.training.metrics import check_trackers
 from qlora.training.objective import why_not_learnt
@@ -60,8 +61,8 @@ class RunPlan:
         inventory, in_use = self.inventory, self.in_use
         return (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
-            f"{inventory.num_trained:,} for {self.total_steps} steps on {in_use['device']} in "
-            f"{in_use['compute_dtype']}, {in_use['optimizer']}, "
+            f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
+            f"{in_use['device']} in {in_use['compute_dtype']}, {in_use['optimizer']}, "
             f"state {'' if in_use['optimizer_state_paged'] else 'not '}paged; recompute {in_use['recompute']} "
             f"({in_use['recompute_why']}), {in_use['weights_kept']} dequantized weights kept"
         )
@@ -93,13 +94,16 @@ def assemble(config: RunConfig) -> Assembly:
     files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
     # The data first: what is wrong with it should not be told after loading tens of gigabytes.
     tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-    datasets = _build_first(accelerator, lambda: datasets_from_section(config.data, tokenizer, section.seed))
+    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+    datasets = _build_first(
+        accelerator, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
+    )
     for report in datasets.reports:
         if problem := why_not_learnt(section.objective, report):
             raise ConfigError(problem)
     model, _ = base_from_section(model_section, accelerator.device)
+    adapt(model, config.lora, section.seed, new_ids)
     _check_fit(model, datasets)
-    adapt(model, config.lora, section.seed)
     tried = datasets.train[0].input_ids[:TRIED_TOKENS]
     others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
     example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
@@ -139,6 +143,8 @@ def assemble(config: RunConfig) -> Assembly:
         "optimizer": section.optimizer,
         "optimizer_state_paged": optimizer.is_paged,
         "rounding": optimizer.rounding,
+        "micro_batch_parts": 1,
+        "deterministic": describe_determinism(section.deterministic, accelerator.device),
         "packing_fill": round(batches.fill, 4) if config.data.packing else None,
     }
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
@@ -194,7 +200,7 @@ def _check_fit(model: Any, datasets: Datasets) -> None:
     if largest >= num_embeddings:
         raise DataError(
             f"The tokenizer gives id {largest}, but the model embeds {num_embeddings} tokens: they do not belong "
-            "together, or tokens were added without rows for them."
+            "together, or tokens were added without rows for them; name those to add in data.new_tokens."
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(int(store.lengths.max()) for store in stores)

@@ -4,7 +4,8 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from qlora.training.loop import StepReport
 
 # Lines printed over a run where there is no terminal to redraw one on.
 PLAIN_LINES = 20
+# Rows of a source that are named on the screen.
+SHOWN_ROWS = 8
 
 
 class MetricsLog:
@@ -46,8 +49,9 @@ class MetricsLog:
         self.log_every, self.is_main = log_every, accelerator.is_main_process
         self._plain_every = max(1, total_steps // PLAIN_LINES)
         self._since_line = {"tokens": 0, "seconds": 0.0}
-        # By lines, so that a killed process leaves all that it logged.
-        self._file = run.metrics.open("a", buffering=1, encoding="utf-8") if self.is_main else None
+        # Without a buffer, so that a killed process leaves all that it logged.
+        self._file = run.metrics.open("ab", buffering=0) if self.is_main else None
+        self._unwritten = b""
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if self.is_main and self._console.is_terminal:
@@ -71,14 +75,15 @@ class MetricsLog:
         """Records an optimizer step, if it is one that is logged."""
         self._since_line["tokens"] += report.tokens
         self._since_line["seconds"] += report.seconds
-        if not self.is_main or (progress.step % self.log_every and progress.step < self.total_steps):
+        is_due = progress.step % self.log_every == 0 or progress.step == self.total_steps
+        if not self.is_main or not is_due or report.was_skipped:
             return
         tokens_per_second = self._since_line["tokens"] / max(1e-9, self._since_line["seconds"])
         self._since_line = {"tokens": 0, "seconds": 0.0}
         self._write(
             {
                 "step": progress.step,
-                "epoch": round(progress.step / self.steps_per_epoch, 6),
+                **self._epoch(progress.step),
                 "loss": report.loss,
                 "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
                 "learning_rate": report.learning_rate,
@@ -87,6 +92,7 @@ class MetricsLog:
                 "tokens_per_second": round(tokens_per_second, 1),
                 "peak_memory": peak_memory_bytes(),
                 "zero_update_share": None if report.zero_update_share is None else round(report.zero_update_share, 6),
+                "dead_adapters": report.dead_adapters,
             }
         )
         line = f"loss {report.loss:.4f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB"
@@ -95,6 +101,21 @@ class MetricsLog:
         elif progress.step % self._plain_every == 0 or progress.step == self.total_steps:
             self._console.print(f"step {progress.step}/{self.total_steps}  {line}", highlight=False)
 
+    def log_event(self, step: int, kind: str, told: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Records what happened at a step beside training, and tells it.
+
+        Args:
+            step: Done when it happened.
+            kind: `skipped`, `loss_spike` or `out_of_memory`: the key that it is recorded under.
+            told: What it was.
+            rows: Of the data, that it is about, by source.
+        """
+        if not self.is_main:
+            return
+        self._write({"step": step, **self._epoch(step), kind: told} | ({} if rows is None else {"rows": rows}))
+        about = "" if rows is None else f" Rows: {describe_rows(rows)}."
+        self._console.print(f"step {step}/{self.total_steps}  {told}{about}", highlight=False, markup=False)
+
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Records an evaluation."""
         if not self.is_main:
@@ -102,7 +123,7 @@ class MetricsLog:
         self._write(
             {
                 "step": step,
-                "epoch": round(step / self.steps_per_epoch, 6),
+                **self._epoch(step),
                 "eval_loss": evaluation.loss,
                 "eval_perplexity": evaluation.perplexity,
                 "eval_supervised_tokens": evaluation.num_supervised,
@@ -117,10 +138,33 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
 
+    def write_out(self) -> None:
+        """Writes lines that the disk had no room for when they were logged.
+
+        Raises:
+            OSError: It still has none.
+        """
+        while self._file is not None and self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        return {"epoch": round(step / self.steps_per_epoch, 6)}
+
     def _write(self, values: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(values) + "\n")
-        self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+        self._unwritten += (json.dumps(values) + "\n").encode()
+        with suppress(OSError):  # a full disk need not end the run; the next save tells of it
+            self.write_out()
+        numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=values["step"])
+
+
+def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
+    """Rows by source, the first of each."""
+    parts = []
+    for source, numbers in rows.items():
+        more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
+        parts.append(f"{', '.join(map(str, numbers[:SHOWN_ROWS]))}{more} of {source}")
+    return "; ".join(parts)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """What a config would train on, without its model."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from qlora.checkpoint import find_tokenizer
+from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
+from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, add_new_tokens, pieces
 from qlora.model import datasets_from_section, load_tokenizer
 from qlora.training.objective import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
@@ -81,8 +81,9 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
-    datasets = datasets_from_section(data, tokenizer, section.seed)
+    datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
     problems = [problem for report in datasets.reports if (problem := why_not_learnt(section.objective, report))]
     num_bad = sum(report.bad_rows for report in datasets.reports)
     if num_bad and config.data.on_bad_row == "error":
@@ -113,8 +114,9 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
 def _num_positions(folder: Path) -> int | None:
     """Tokens that the model's config has positions for, if there is one that says."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config.get("text_config", config).get("max_position_embeddings")
+        config = parse_object((folder / "config.json").read_bytes())
+        positions = config.get("text_config", config).get("max_position_embeddings")
+        return positions if isinstance(positions, int) else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -21,7 +21,7 @@ from tests.tiny import make_base, run_config, write_jsonl
 
 STEP_KEYS = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_second",
-    "peak_memory", "zero_update_share",
+    "peak_memory", "zero_update_share", "dead_adapters",
 }  # fmt: skip
 EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_supervised_tokens"}
 

@@ -1,0 +1,49 @@
+"""Runs that give the same bytes twice on one machine."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qlora.errors import ModelError
+
+# cuBLAS adds in a fixed order only with a workspace of a fixed size, which it looks for when it starts.
+WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Has torch take deterministic algorithms alone, if wanted.
+
+    Raises:
+        ModelError: An operation has none.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACE)
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ModelError(
+            f"train.deterministic: {str(error).splitlines()[0]} Set train.deterministic: false, or model.attention: "
+            "eager if it is the attention's."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+
+
+def describe_determinism(wanted: bool, device: torch.device) -> str | None:
+    """What is known of a run's giving the same bytes again; None if nothing was asked for."""
+    if not wanted:
+        return None
+    told = "torch takes deterministic algorithms alone"
+    if device.type == "cpu":
+        return told
+    return f"{told}; it does not watch the kernels of bitsandbytes, Triton and liger-kernel"

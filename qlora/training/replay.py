@@ -1,0 +1,232 @@
+"""A step kept in a file, with all that its loss and gradient follow from, and run again to see where they break."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from qlora.checkpoint import write_bytes
+from qlora.config import RunConfig
+from qlora.data import BatchPlan, TokenizedExample, collate
+from qlora.errors import CheckpointError
+from qlora.model import apply_recompute, resolve_device, supervised_loss
+from qlora.model.probe import prepare
+from qlora.optim import FlatParameters
+from qlora.training.loop import seed_step
+
+SUFFIX = ".safetensors"
+# Names of layers that a report shows.
+SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchReport:
+    """One micro-batch, run again.
+
+    Attributes:
+        process: That had it.
+        examples: Its documents, as they were numbered among the run's examples.
+        loss: Its share of the step's loss.
+        first_nonfinite: The first module whose output was not finite, if one was.
+        nonfinite_gradients: Trained parameters whose gradient was not finite.
+    """
+
+    process: int
+    examples: list[int]
+    loss: float
+    first_nonfinite: str | None
+    nonfinite_gradients: list[str]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it is."""
+        return math.isfinite(self.loss) and not self.nonfinite_gradients and self.first_nonfinite is None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """A step, run again.
+
+    Attributes:
+        step: Counted from 1, as in metrics.jsonl.
+        recorded_loss: When it was kept.
+        recorded_grad_norm: Before clipping.
+        loss: Now.
+        grad_norm: Now.
+        is_finite: Whether everything is, now.
+        broken: The micro-batches that are not.
+        rows: Of the data, that the step learnt from, by source.
+    """
+
+    step: int
+    recorded_loss: float
+    recorded_grad_norm: float
+    loss: float
+    grad_norm: float
+    is_finite: bool
+    broken: list[MicroBatchReport]
+    rows: dict[str, list[int]]
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.is_finite:
+            return "all its numbers are finite."
+        first = self.broken[0]
+        where = first.first_nonfinite or "the backward"
+        return f"{len(self.broken)} micro-batches are not finite; the first breaks in {where}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no numbers that are not finite: these are words."""
+        values = asdict(self)
+        for numbers in (values, *values["broken"]):
+            words = {
+                key: str(value) for key, value in numbers.items() if value in (math.inf, -math.inf) or value != value
+            }
+            numbers.update(words)
+        return values
+
+
+def save_step(
+    path: Path,
+    flat: FlatParameters,
+    examples: Sequence[TokenizedExample],
+    plan: BatchPlan,
+    step: int,
+    num_parts: int,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes a step's documents, how they were batched, and the trained values that it began with.
+
+    Args:
+        path: Of the file.
+        flat: The trained values.
+        examples: Of the run.
+        plan: Which of them the step takes.
+        step: From 0.
+        num_parts: That micro-batches were cut into.
+        about: `loss`, `grad_norm`, `loss_scale` and `rows`, for the report.
+
+    Raises:
+        CheckpointError: It can't be written.
+    """
+    indices = plan.window(step)
+    window = [examples[index] for index in indices]
+    processes = [replace(plan, rank=rank).micro_batches(step, num_parts) for rank in range(plan.world_size)]
+    settings = {
+        "step": step,
+        "seed": plan.seed,
+        "packed": plan.capacity is not None,
+        "indices": indices,
+        "processes": processes,
+        "trained": flat.names,
+        **about,
+    }
+    tensors = {
+        "trained": flat.data.cpu(),
+        "input_ids": torch.from_numpy(np.concatenate([each.input_ids for each in window])),
+        "weights": torch.from_numpy(np.concatenate([each.weights for each in window])),
+        "lengths": torch.tensor([len(each) for each in window]),
+    }
+    write_bytes(path, save(tensors, metadata={"step": json.dumps(settings)}))
+
+
+def replay(config: RunConfig, path: str | Path) -> ReplayReport:
+    """Runs a kept step again, micro-batch by micro-batch, and finds where its numbers stop being finite.
+
+    Nothing is updated or written. Settings may differ from the run's, to see whether they help.
+
+    Args:
+        config: With the base and adapters of the run.
+        path: Of a file that :func:`save_step` wrote.
+
+    Raises:
+        CheckpointError: The file is no such file, or belongs to other adapters.
+        ModelError: The base can't be loaded.
+    """
+    settings, tensors = _read(Path(path).expanduser())
+    model = prepare(config, resolve_device())
+    apply_recompute(model, config.model.recompute)
+    flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
+    if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):
+        raise CheckpointError(
+            f"{path}: its run trained {len(settings['trained'])} parameters, {tensors['trained'].numel()} values; this "
+            f"config trains {len(flat.names)}, {flat.data.numel()} values. Replay it with the config.yaml of its run."
+        )
+    flat.data.copy_(tensors["trained"])
+    spans = np.split(np.arange(len(tensors["input_ids"])), np.cumsum(tensors["lengths"].numpy())[:-1])
+    ids, weights = tensors["input_ids"].numpy(), tensors["weights"].numpy()
+    examples = dict(
+        zip(settings["indices"], (TokenizedExample(ids[span], weights[span]) for span in spans), strict=True)
+    )
+    total_weight = sum(example.total_weight for example in examples.values())
+    is_scaled = model.dtype == torch.float16
+    scale = settings["loss_scale"] if is_scaled else 1.0
+    reports, loss_sum = [], 0.0
+    step_grad = torch.zeros_like(flat.grad)
+    for process, micro_batches in enumerate(settings["processes"]):
+        seed_step(settings["seed"], settings["step"], process)
+        for indices in micro_batches:
+            batch = collate([examples[index] for index in indices], settings["packed"]).to(model.device)
+            flat.zero_grad()
+            with _watched(model) as first:
+                loss = supervised_loss(model, batch) / total_weight
+                (loss * scale).backward()  # which computes again what was watched, so the hooks must still be there
+            broken = [
+                name
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None and not parameter.grad.isfinite().all()
+            ]
+            step_grad += flat.grad / scale
+            loss_sum += loss.item()
+            reports.append(MicroBatchReport(process, indices, loss.item(), next(iter(first), None), broken[:SHOWN]))
+    broken_batches = [report for report in reports if not report.is_finite]
+    return ReplayReport(
+        step=settings["step"] + 1,
+        recorded_loss=settings["loss"],
+        recorded_grad_norm=settings["grad_norm"],
+        loss=loss_sum,
+        grad_norm=torch.linalg.vector_norm(step_grad).item(),
+        is_finite=not broken_batches,
+        broken=broken_batches,
+        rows=settings["rows"],
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})["step"])
+            return settings, {name: file.get_tensor(name) for name in ("trained", "input_ids", "weights", "lengths")}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"--replay {path}: no step that was kept by a run: {type(error).__name__}: {error}."
+        ) from error
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of modules whose outputs are not finite, in the order in which they come."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.detach().isfinite().all():
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,186 @@
+"""A step that goes wrong is told with its rows, kept, and skipped where that is asked for."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GemmaConfig
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
+from qlora.errors import CheckpointError, ModelError
+from qlora.model import load_run
+from qlora.training import replay, train
+from qlora.training.guard import MAX_SKIPPED
+from qlora.training.loop import WATCH_AFTER, Progress
+from tests.tiny import POISON, make_base, run_config, write_jsonl
+
+
+def write_rows(path, num_rows, poisoned_rows):
+    """Rows of text, some of which end in the poisoned letter."""
+    rows = [{"text": f"row {row} of the book{POISON * (row in poisoned_rows)} ends"} for row in range(1, num_rows + 1)]
+    return write_jsonl(path, rows)
+
+
+def config_of(base, folder, poisoned_rows=(17,), num_rows=24, name="run", **settings):
+    data = write_rows(folder / "rows.jsonl", num_rows, poisoned_rows)
+    defaults = {
+        "data__eval": None, "data__packing": False, "train__micro_batch_size": 2,
+        "train__gradient_accumulation_steps": 2, "train__max_steps": 6, "train__save_every": 1,
+    }  # fmt: skip
+    return load_config(run_config(base, data, folder / name, **(defaults | settings)))
+
+
+def lines_of(config):
+    return RunDirectory(config.train.output_dir).read_metrics()
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "apart"])
+def stopped(request, poisoned_base, tmp_path):
+    """A run that met its poisoned row, what it said, and the file that it left."""
+    config = config_of(poisoned_base, tmp_path, data__packing=request.param, data__max_seq_len=64)
+    with pytest.raises(ModelError) as raised:
+        train(config)
+    (kept,) = (tmp_path / "run" / "replay").iterdir()
+    return config, str(raised.value), kept
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(stopped):
+    config, told, kept = stopped
+    assert "the loss is nan" in told
+    assert "17" in told.partition("Learnt from were rows ")[2].partition(" of ")[0].replace(",", " ").split()
+    assert f"--replay {kept}." in told
+    step = int(kept.stem.removeprefix("step-"))
+    steps = [line["step"] for line in lines_of(config)]
+    assert steps == list(range(1, step))  # nothing was logged of the step itself
+    run = RunDirectory(config.train.output_dir)
+    assert run.read_record()["status"] != "finished"
+    if step > 1:  # what was saved is what the step before came to
+        assert run.list_checkpoints()[-1].name == f"step-{step - 1:06d}"
+
+
+def test_the_kept_step_shows_where_it_breaks(stopped):
+    config, _, kept = stopped
+    report = replay(config, kept)
+    assert not report.is_finite
+    assert math.isnan(report.loss)
+    assert math.isnan(report.recorded_loss)
+    (broken,) = report.broken  # one micro-batch has the row
+    assert broken.first_nonfinite == "model.embed_tokens"
+    assert 17 in next(iter(report.rows.values()))
+    json.loads(json.dumps(report.as_dict(), allow_nan=False))
+
+
+def test_a_kept_step_that_a_remedy_helps_is_finite(stopped, tmp_path):
+    config, _, kept = stopped
+    sound = make_base(tmp_path / "sound", 1, GemmaConfig, tie_word_embeddings=False)
+    remedied = config.model_copy(update={"model": config.model.model_copy(update={"base": str(sound)})})
+    report = replay(remedied, kept)
+    assert report.is_finite
+    assert report.broken == []
+    assert math.isfinite(report.loss)
+    assert report.grad_norm > 0
+
+
+def test_a_kept_step_begins_with_the_values_that_it_had(stopped, tmp_path):
+    config, _, kept = stopped
+    step = int(kept.stem.removeprefix("step-"))
+    checkpoint = RunDirectory(config.train.output_dir).checkpoint(step - 1)
+    if not checkpoint.exists():
+        pytest.skip("the first step was the poisoned one")
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    trained = load_file(kept)["trained"]
+    for tensor in saved.values():
+        assert any(
+            torch.equal(trained[at : at + tensor.numel()], tensor.flatten()) for at in range(0, len(trained), 256)
+        )
+
+
+def test_a_file_that_is_no_kept_step_is_refused(stopped, tmp_path):
+    config, _, kept = stopped
+    other = tmp_path / "other.safetensors"
+    save_file({"trained": torch.zeros(3)}, other)
+    for path in (other, tmp_path / "absent", tmp_path):
+        with pytest.raises(CheckpointError, match="no step that was kept"):
+            replay(config, path)
+    wider = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
+    with pytest.raises(CheckpointError, match=r"Replay it with the config\.yaml of its run"):
+        replay(wider, kept)
+
+
+def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path):
+    config = config_of(poisoned_base, tmp_path, train__on_nonfinite="skip")
+    result = train(config)
+    assert result.status == "finished"
+    assert result.steps == 6
+    lines = lines_of(config)
+    (skipped,) = (line for line in lines if "skipped" in line)
+    assert 17 in next(iter(skipped["rows"].values()))
+    assert len(next(iter(skipped["rows"].values()))) == 2  # the rows of its micro-batch, not of the whole step
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == [step for step in range(1, 7) if step != skipped["step"]]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in losses)
+    progress = json.loads((RunDirectory(tmp_path / "run").checkpoint(6) / "progress.json").read_text())
+    assert progress["skipped"] == 1
+    model, _ = load_run(tmp_path / "run")
+    assert all(value.isfinite().all() for name, value in model.named_parameters() if ".lora_" in name)
+
+
+def test_a_run_that_skips_all_the_time_stops(poisoned_base, tmp_path):
+    config = config_of(
+        poisoned_base, tmp_path, poisoned_rows=range(5, 25), train__on_nonfinite="skip", train__max_steps=40,
+        train__gradient_accumulation_steps=1,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=f"{MAX_SKIPPED} steps were skipped before it"):
+        train(config)
+    assert sum("skipped" in line for line in lines_of(config)) == MAX_SKIPPED
+
+
+def test_a_loss_that_leaps_is_told_with_its_rows(tiny_base, tmp_path, generator):
+    """Rows of one word are learnt by heart; one of noise among them is a leap."""
+    rows = [{"text": "tin " * 12} for _ in range(64)]
+    letters = torch.randint(33, 126, (48,), generator=generator).tolist()
+    rows[40] = {"text": "".join(map(chr, letters))}
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = {
+        "data__eval": None, "data__packing": False, "train__micro_batch_size": 1,
+        "train__gradient_accumulation_steps": 1, "train__save_every": None, "train__lr_scheduler": "constant",
+    }  # fmt: skip
+    config = load_config(run_config(tiny_base, data, tmp_path / "run", train__max_steps=2 * 64, **settings))
+    train(config)
+    leaps = [line for line in lines_of(config) if "loss_spike" in line]
+    assert leaps
+    assert leaps[-1]["step"] > 64
+    assert list(leaps[-1]["rows"].values()) == [[41]]
+
+
+def test_losses_that_scatter_are_no_leaps(generator):
+    progress = Progress()
+    losses = 2 + 0.3 * torch.randn(2000, generator=generator)
+    found = []
+    for progress.step, loss in enumerate(losses.tolist()):
+        found.append(progress.is_spike(loss))
+    assert sum(found) <= 2
+
+
+def test_a_loss_that_stays_high_is_told_at_first_alone(generator):
+    progress = Progress()
+    losses = torch.cat([torch.full((200,), 2.0), torch.full((400,), 4.0)]) + 0.05 * torch.randn(
+        600, generator=generator
+    )
+    found = []
+    for progress.step, loss in enumerate(losses.tolist()):
+        found.append(progress.is_spike(loss))
+    assert not any(found[:200])
+    assert found[200]
+    assert not any(found[400:])
+
+
+def test_the_first_steps_are_only_watched():
+    progress = Progress()
+    found = []
+    for progress.step in range(WATCH_AFTER):
+        found.append(progress.is_spike(100.0 if progress.step == WATCH_AFTER - 1 else 1.0))
+    assert not any(found)

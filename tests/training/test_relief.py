@@ -1,0 +1,164 @@
+"""A step that memory runs out in is repeated with less, to the same gradient."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora.errors import ModelError
+from qlora.model import apply_recompute, hold_weights, recompute_levels
+from qlora.model.probe import Storages, measure_peak
+from qlora.nf4 import NF4Linear
+from qlora.training.loop import run_loop
+from qlora.training.relief import MemoryRelief
+from tests.training.test_loop import Trainer, random_examples
+
+STEPS = 3
+
+
+class Limited(Storages):
+    """An allocator that has so many bytes for what is made from now on."""
+
+    def __init__(self, num_bytes):
+        super().__init__(torch.device("cpu"), ())
+        self.num_bytes = num_bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.now > self.num_bytes:
+            raise torch.OutOfMemoryError("no room")
+        return result
+
+
+def prepare(tiny_base, examples, **settings):
+    settings = {"micro": 4, "accumulation": 1, "compute_dtype": "bfloat16"} | settings
+    trainer = Trainer(tiny_base, examples, **settings)
+    apply_recompute(trainer.model, "none")
+    trainer.run(1)  # what is taken at first use stays
+    return trainer
+
+
+def step_bytes(trainer):
+    """What a step takes that is repeated in every one."""
+    steps = trainer.progress.step + 1
+    return measure_peak(lambda: trainer.run(steps), torch.device("cpu"))
+
+
+def run_limited(trainer, num_bytes, may_raise=True, level="none"):
+    """Trains on with an allocator of so many bytes; what was given up."""
+    relief, told = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
+
+    def after_step(report):
+        trainer.reports.append(report)
+        trainer.grads.append(trainer.flat.grad.clone())
+        return True
+
+    with Limited(num_bytes):
+        run_loop(
+            trainer.model, trainer.optimizer, trainer.examples, trainer.plan, Accelerator(), trainer.progress,
+            1 + STEPS, lambda step: 1e-2, None, after_step,
+            on_out_of_memory=lambda step: told.append((step, relief.give_up(step))),
+        )  # fmt: skip
+    return relief, told
+
+
+@pytest.fixture
+def examples(generator):
+    return random_examples(generator, 16)
+
+
+def test_more_is_computed_again_and_the_results_are_the_same_bits(tiny_base, examples):
+    needed = {}
+    for level in ("none", "full"):
+        trainer = prepare(tiny_base, examples)
+        apply_recompute(trainer.model, level)
+        needed[level] = max(step_bytes(trainer) for _ in range(STEPS))
+    assert needed["full"] < 0.9 * needed["none"]
+    free = prepare(tiny_base, examples).run(1 + STEPS)
+    trainer = prepare(tiny_base, examples)
+    relief, told = run_limited(trainer, (needed["full"] + needed["none"]) // 2)
+    assert relief.level in recompute_levels(trainer.model)[1:]
+    assert "model.recompute is" in told[-1][1]
+    assert trainer.progress.num_parts == 1
+    assert trainer.losses == free.losses
+    assert torch.equal(trainer.flat.data, free.flat.data)
+    assert trainer.progress.tokens == free.progress.tokens
+
+
+@pytest.mark.parametrize("capacity", [None, 80], ids=["apart", "packed"])
+def test_micro_batches_are_halved_at_the_same_gradient(capacity, tiny_base, examples):
+    settings = {"capacity": capacity, "compute_dtype": "float32"}
+    free = prepare(tiny_base, examples, **settings)
+    needed = max(step_bytes(free) for _ in range(STEPS))
+    trainer = prepare(tiny_base, examples, **settings)
+    relief, told = run_limited(trainer, int(0.7 * needed), may_raise=False)
+    assert relief.level == "none"
+    assert trainer.progress.num_parts in (2, 4)
+    assert f"{trainer.progress.num_parts} parts" in told[-1][1]
+    assert trainer.progress.step == 1 + STEPS
+    assert trainer.losses == pytest.approx(free.losses, rel=1e-4)
+    assert trainer.progress.supervised_tokens == free.progress.supervised_tokens
+    for grad, expected in zip(trainer.grads, free.grads, strict=True):
+        assert (grad - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_kept_weights_go_first(tiny_base, examples):
+    trainer = prepare(tiny_base, examples)
+    num_held = hold_weights(trainer.model, 2**30)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    assert relief.give_up(0) == f"{num_held} dequantized weights are no longer kept"
+    assert not any(module.is_held for module in trainer.model.modules() if isinstance(module, NF4Linear))
+    assert (relief.num_held, relief.level) == (0, "none")
+    assert "model.recompute is" in relief.give_up(0)
+
+
+def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
+    trainer = prepare(tiny_base, examples)
+    before = trainer.flat.data.clone()
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    levels = recompute_levels(trainer.model)[1:]
+    told = [relief.give_up(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
+    assert [f"is {level} in place" in what for level, what in zip(levels, told, strict=False)] == [True] * len(levels)
+    assert ["parts" in what for what in told[-2:]] == [True, True]
+    with pytest.raises(ModelError, match=r"Step 5: memory ran out with single examples at model\.recompute=full"):
+        relief.give_up(4)
+    assert trainer.progress.num_parts == 4
+    assert torch.equal(trainer.flat.data, before)
+
+
+def test_a_level_that_was_asked_for_stays(tiny_base, examples):
+    trainer = prepare(tiny_base, examples)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", False)
+    assert "2 parts" in relief.give_up(0)
+    assert relief.level == "none"
+
+
+def test_a_run_without_room_for_one_example_changes_nothing(tiny_base, examples):
+    trainer = prepare(tiny_base, examples)
+    before = trainer.flat.data.clone()
+    with pytest.raises(ModelError, match="memory ran out"):
+        run_limited(trainer, trainer.flat.data.nbytes + trainer.flat.grad.nbytes + 20_000)
+    assert torch.equal(trainer.flat.data, before)
+    assert trainer.progress.step == 1
+
+
+def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_base, examples):
+    """Else the processes would wait for each other with gradients of different steps."""
+    free = prepare(tiny_base, examples, compute_dtype="float32").run(1 + STEPS)
+    trainer, told = prepare(tiny_base, examples, compute_dtype="float32"), []
+
+    def reduce(tensor, reduction="sum"):
+        # Of the other process nothing is added but, in the first step, that it ran out.
+        is_first = tensor.shape == (3,) and not told
+        return tensor + tensor.new_tensor([0, 0, 1]) if is_first else tensor
+
+    run_loop(
+        trainer.model, trainer.optimizer, examples, trainer.plan,
+        SimpleNamespace(device=torch.device("cpu"), num_processes=2, reduce=reduce), trainer.progress, 1 + STEPS,
+        lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
+        on_out_of_memory=told.append,
+    )  # fmt: skip
+    assert told == [1]
+    assert trainer.losses == free.losses
+    assert torch.equal(trainer.flat.data, free.flat.data)
