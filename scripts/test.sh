@@ -8,4 +8,5 @@ bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache
-.venv/bin/pytest "$@"
+# A process per core; on a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
+.venv/bin/pytest -n auto "$@"
