@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from qlora.cli.report import show_report
 
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")] = "",
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Continue a run.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train and write nothing.")] = False,
@@ -24,6 +25,10 @@ def train(
     """Train; continues an unfinished run of the same output_dir."""
     from qlora.config import load_config
 
+    if not config:
+        if replay is None:
+            raise typer.BadParameter("a YAML file is needed; qlora init writes one.", param_hint="CONFIG")
+        config = str(Path(replay).expanduser().parent.parent / "config.yaml")  # of the run that kept it
     settings = load_config(config, overrides or ())
 
     if replay is not None:

@@ -83,7 +83,7 @@ class StepGuard:
                 save_step(path, flat, examples, plan, found.step, self._progress.num_parts, about)
         except CheckpointError as problem:  # what went wrong first is what is to be told
             return f"It is not kept for replay: {problem}"
-        return f"To see where it breaks: qlora train {self._run.config} --replay {path}."
+        return f"To see where it breaks: qlora train --replay {path}."
 
     def _rows(self, indices: Sequence[int]) -> dict[str, list[int]]:
         """Rows of the data that examples come from, by source."""

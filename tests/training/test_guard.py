@@ -15,6 +15,7 @@ from qlora.model import load_run
 from qlora.training import replay, train
 from qlora.training.guard import MAX_SKIPPED
 from qlora.training.loop import WATCH_AFTER, Progress
+from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 
 
@@ -184,3 +185,12 @@ def test_the_first_steps_are_only_watched():
     for progress.step in range(WATCH_AFTER):
         found.append(progress.is_spike(100.0 if progress.step == WATCH_AFTER - 1 else 1.0))
     assert not any(found)
+
+
+def test_the_command_replays_with_the_config_of_the_run_that_kept_the_step(stopped):
+    *_, kept = stopped
+    done = run("train", "--replay", kept)
+    assert done.code == 1
+    assert "the first breaks in model.embed_tokens" in done.out
+    report = run("train", kept.parent.parent / "config.yaml", "model.compute_dtype=float32", "--replay", kept, "--json")
+    assert json.loads(report.out)["recorded_loss"] == "nan"
