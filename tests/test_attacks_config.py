@@ -84,6 +84,15 @@ def test_a_size_of_more_digits_than_any_number_is_refused(config):
         load_config(config, [f"export.max_shard_size='{'9' * 400}GB'"])
 
 
+@pytest.mark.parametrize(
+    "key", ["model.base", "data.train", "data.chat_template", "data.cache_dir", "train.output_dir"]
+)
+@pytest.mark.parametrize(("value", "told"), [("", ""), ("~nobody-here/x", "home"), ("a" * 300, "too long")])
+def test_a_path_that_can_be_none_is_refused_by_its_key(config, key, value, told):
+    with pytest.raises(ConfigError, match=rf"{key}.*: '{value[:50]}.* .*{told}"):
+        load_config(config, [f"{key}='{value}'"])
+
+
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_a_name_that_no_file_can_have_is_refused_by_its_key(config, value):
     with pytest.raises(ConfigError, match="train.output_dir: .* holds a character that no name"):

@@ -15,7 +15,7 @@ from qlora.checkpoint.json_files import read_object
 from qlora.errors import ModelError
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
-HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "README.md"]
+HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
 HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
 # Python objects, which are programs to whoever reads them.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

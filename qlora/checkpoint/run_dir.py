@@ -16,6 +16,8 @@ RECORD_TYPES = {
     "status": str, "base.name": str, "base.files": dict, "quantization.double_quant": bool,
     "in_use.compute_dtype": str, "parameters.quantized": list, "data": list,
 }  # fmt: skip
+# Of each source of the data, in words.
+DATA_KEYS = ("source", "digest")
 # Of a line in metrics.jsonl, beside the step that each has.
 NUMBERS = ("loss", "eval_loss", "tokens_per_second")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
@@ -90,6 +92,10 @@ class RunDirectory:
         wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(_value_at(record, key), kind)]
         if not wrong and record["in_use"]["compute_dtype"] not in COMPUTE_DTYPES:
             wrong = ["in_use.compute_dtype"]
+        if not wrong and not all(isinstance(_value_at(each, key), str) for each in record["data"] for key in DATA_KEYS):
+            wrong = ["data"]
+        if record["status"] == "finished" and type(record.get("steps")) is not int:
+            wrong.append("steps")
         if wrong:
             raise CheckpointError(f"{self.record}: {', '.join(wrong)} can't be; it was not written by qlora train.")
         return record

@@ -1,5 +1,6 @@
 """`qlora merge`: release weights from a run."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def merge(
         "onto": onto,
         "max_shard_size": max_shard_size,
     }
-    overrides = [f"export.{key}={value}" for key, value in given.items() if value is not None]
+    overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     settings = load_config(RunDirectory.open(run).config, overrides).export
     try:
         with _progress_bar(shown=not as_json) as on_progress:

@@ -42,7 +42,7 @@ def train(
     from qlora.training import train as run_training
 
     if dry_run:
-        show_report(_describe(plan_run(settings)), as_json, f"{config}: nothing was written")
+        show_report(_describe(plan_run(settings, resume)), as_json, f"{config}: nothing was written")
         return
     result = run_training(settings, resume)
     if os.environ.get("RANK", "0") == "0":  # one report, however many processes a launcher started

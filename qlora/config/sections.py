@@ -1,6 +1,8 @@
 """What a config may say: the sections, their types, defaults and ranges."""
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -58,6 +60,20 @@ def parse_size(text: str) -> int:
     return size
 
 
+def _check_path(value: str) -> str:
+    if not value:
+        raise ValueError("should name a file or folder")
+    if UNUSABLE.search(value):
+        return value  # told with the other texts
+    try:
+        os.lstat(Path(value).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever needs it tells
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that no user has, no rights
+        raise ValueError(f"can't be a path: {getattr(error, 'strerror', None) or error}") from None
+    return value
+
+
 def _check_share_or_steps(value: int | float | None) -> int | float | None:
     if isinstance(value, bool) or value is not None and (value <= 0 or (value > 1 and value != int(value))):
         raise ValueError("should be a number of steps, or a share of the run between 0 and 1")
@@ -99,6 +115,7 @@ Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
     "classification", "oasst",
 ]  # fmt: skip
+PathText = Annotated[str, AfterValidator(_check_path)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
@@ -109,7 +126,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class ModelSection(Section):
     """The base model and how it is held."""
 
-    base: str
+    base: PathText
     revision: str | None = None
     trust_remote_code: bool = False
     quantization: Literal["nf4", "none"] = "nf4"
@@ -146,7 +163,7 @@ class LoraSection(Section):
 class SourceSection(Section):
     """Rows somewhere, and how to read them; what is not said here is taken from `data`."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     weight: Annotated[float, Field(gt=0, le=100)] = 1
     split: str | None = None
     subset: str | None = None
@@ -174,21 +191,21 @@ class DataSection(Section):
     format: Format = "auto"
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
-    chat_template: str = "auto"
+    chat_template: PathText = "auto"
     new_tokens: NewTokens = []
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=8, strict=True)] = 2048
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
     packing: bool = True
     on_bad_row: Literal["error", "drop"] = "error"
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
 
 
 class TrainSection(Section):
     """The run."""
 
     objective: Literal["sft"] = "sft"
-    output_dir: str
+    output_dir: PathText
     epochs: Annotated[float, Field(gt=0)] = 1
     max_steps: Annotated[int | None, Field(ge=1, strict=True)] = None
     micro_batch_size: Annotated[int, Field(ge=1, strict=True)] = 1
@@ -203,7 +220,7 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     deterministic: bool = False
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, strict=True)] = 0
     log_every: Annotated[int, Field(ge=1, strict=True)] = 1
     eval_every: ShareOrSteps = 0.25
     save_every: ShareOrSteps = 200

@@ -21,10 +21,10 @@ def new_folder(path: str | Path) -> Path:
     """Where a folder may be written.
 
     Raises:
-        ExportError: Something is there already.
+        ExportError: Something is there already, be it a link, which no folder can take the place of.
     """
     folder = Path(path).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ExportError(f"{folder} exists already; choose another folder or remove it.")
     return folder
 

@@ -115,7 +115,7 @@ def read_license(base_folder: Path) -> dict[str, str]:
         front = {}
     if isinstance(front, dict) and isinstance(front.get("license"), str):
         return {key: front[key] for key in LICENSE_KEYS if isinstance(front.get(key), str)}
-    for path in sorted(base_folder.glob("LICENSE*")):
+    for path in sorted(filter(Path.is_file, base_folder.glob("LICENSE*"))):
         start = " ".join(path.read_text(encoding="utf-8", errors="replace")[:200].split())
         known = next((name for text, name in LICENSES.items() if start.startswith(text)), None)
         if known:

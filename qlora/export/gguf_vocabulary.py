@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.data import answer_end_id
 from qlora.errors import ExportError
 
 SPACE = "▁"
@@ -205,7 +206,9 @@ def _special_ids(tokenizer: Any, bos: int | None, ends: list[int], with_unknown:
     """Ids by GGUF's names; of the tokens that end an answer it has room for three."""
     eos = tokenizer.eos_token_id
     ids = {"bos": bos, "eos": eos, "pad": tokenizer.pad_token_id}
-    ids |= dict(zip(("eot", "eom"), [token_id for token_id in ends if token_id != eos], strict=False))
+    taught = answer_end_id(tokenizer)  # without it, what was trained would not stop
+    others = sorted({*ends} - {eos}, key=lambda token_id: (token_id != taught, token_id))
+    ids |= dict(zip(("eot", "eom"), others, strict=False))
     if with_unknown:
         ids["unk"] = tokenizer.unk_token_id
     return {name: token_id for name, token_id in ids.items() if token_id is not None}

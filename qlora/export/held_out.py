@@ -38,7 +38,9 @@ def written_loss(folder: Path, dtype: str, config: RunConfig, device: str | torc
         ModelError: The model can't be loaded.
         DataError: The run's data can't be read.
     """
-    model, tokenizer = load_base(str(folder), quantization="none", compute_dtype=dtype, device=device)
+    model, tokenizer = load_base(
+        str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=config.model.trust_remote_code
+    )
     loss = evaluate(model, eval_batches(held_out_examples(config, tokenizer), 1)).loss
     del model
     gc.collect()

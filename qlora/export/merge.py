@@ -21,9 +21,9 @@ from qlora.export.held_out import written_loss
 from qlora.export.shards import ShardWriter
 from qlora.export.weights import MergedWeights
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
+from qlora.model.base import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Bytes written and bytes in all.
 OnProgress = Callable[[int, int], None]
@@ -219,23 +219,25 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     if weights.num_embeddings is not None:
         _set_vocab_size(config, weights.num_embeddings)
-    if _has_own_head(weights):
+    if weights.has_own_head:
         # Of a file's head that differs from the embedding transformers takes notice all the same, others do not.
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in run.adapter.iterdir():
         if path.is_dir():  # of chat templates, where there are several
-            shutil.copytree(path, folder / path.name)
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # an interrupted merge may have been here
         elif path.name not in ADAPTER_FILES:
             shutil.copyfile(path, folder / path.name)
-    for pattern in ("tokenizer.model", "LICENSE*"):
-        for path in weights.files.folder.glob(pattern):
+    has_code = weights.config.model.trust_remote_code
+    for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if has_code else [])):
+        for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
 
     generation = load_generation_config(weights.files.folder)
-    tokenizer = load_tokenizer(run.adapter, weights.config.model.trust_remote_code)
+    tokenizer = load_tokenizer(run.adapter, has_code)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
-    generation.save_pretrained(folder)
+    # transformers' own way to save refuses what many published models have: a temperature that they don't sample with.
+    generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
 
 
 def _set_vocab_size(config: dict[str, Any], size: int) -> None:
@@ -245,11 +247,3 @@ def _set_vocab_size(config: dict[str, Any], size: int) -> None:
         config["text_config"] = text | {"vocab_size": size}
     if "vocab_size" in config or not isinstance(text, dict):
         config["vocab_size"] = size
-
-
-def _has_own_head(weights: MergedWeights) -> bool:
-    """Whether the files hold a head that is not the embedding again."""
-    if not {EMBEDDING, HEAD} <= weights.files.tensors.keys():
-        return False
-    pairs = zip(weights.blocks(EMBEDDING), weights.blocks(HEAD), strict=True)
-    return not all(torch.equal(*pair) for pair in pairs)

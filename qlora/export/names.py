@@ -38,3 +38,19 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
         for target in converter.target_patterns:
             made.setdefault(parameter.replace(converter.target_patterns[0], target), []).append(name)
     return single, made
+
+
+def ends_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[str | None, str | None]:
+    """The tensors of a model's embedding and output head; None for one that has none of its own there.
+
+    Args:
+        skeleton: The model without weights.
+        stored: Names of the tensors in the files.
+    """
+    single, _ = names_in_files(skeleton, stored)
+    modules = {module: name for name, module in skeleton.named_modules()}
+    embedding, head = (
+        single.get(f"{modules.get(layer)}.weight")
+        for layer in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    )
+    return embedding, head

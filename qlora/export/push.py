@@ -86,7 +86,10 @@ def push(
         )
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f"{folder} is whole, but {repo} refused it: {reason}; see hf auth whoami.") from error
+        again = f"hf upload {repo} {folder}{' --private' * private}"
+        raise ExportError(
+            f"{folder} is whole, but {repo} refused it: {reason}; see hf auth whoami, and upload it with {again}"
+        ) from error
     return report
 
 

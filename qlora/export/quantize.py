@@ -27,8 +27,8 @@ STATE = "quant_state.bitsandbytes__nf4"
 # before the weight is.
 STATE_BYTES = 256
 COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model",
-    "generation_config.json", "*.py", "LICENSE*", "NOTICE*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "additional_chat_templates/*.jinja", "*.model", "generation_config.json", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -227,8 +227,10 @@ def _write_companions(folder: Path, files: BaseFiles, settings: Any, dtype: torc
     config |= {"dtype": _name(dtype), "quantization_config": settings.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for pattern in COPIED:
-        for path in files.folder.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+        for path in filter(Path.is_file, files.folder.glob(pattern)):
+            target = folder / path.relative_to(files.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _name(dtype: torch.dtype) -> str:

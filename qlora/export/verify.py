@@ -239,9 +239,19 @@ def _compare_predictions(
     del model
     gc.collect()
     try:
-        model, _ = load_base(str(written.folder), "none", compute_dtype=merged.dtype, device=device)
+        model, _ = load_base(
+            str(written.folder),
+            "none",
+            compute_dtype=merged.dtype,
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     except ModelError as error:
         problems.append(str(error))
+        return {"adapter_loss": adapter.loss}
+    sizes = len(model.get_output_embeddings().weight), adapter.logits[0].shape[1]
+    if sizes[0] != sizes[1]:
+        problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
         return {"adapter_loss": adapter.loss}
     other = predict(model, tokenizer, examples)
     distance = compare(adapter, other)

@@ -125,7 +125,7 @@ def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[st
     """The ids whose rows were trained, and the rows, by module; where embedding and head are one, of both."""
     tensors = load_file(run.adapter / WEIGHTS_FILE)
     trained = {module: (rows.ids, tensors[rows.tensor]) for module, rows in read_adapter_rows(run.adapter).items()}
-    if are_shared:
+    if are_shared and trained:
         both = {skeleton.get_input_embeddings(), skeleton.get_output_embeddings()}
         names = [name for name, module in skeleton.named_modules() if module in both]
         trained = {name: next(iter(trained.values())) for name in names}

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import BaseFiles
-from qlora.export.names import names_in_files
+from qlora.export.names import ends_in_files
 from qlora.export.stored import StoredTensors, row_blocks
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
+from qlora.model.base import GENERATION_FILE
 
-GENERATION_FILE = "generation_config.json"
 # Prose, code, numbers, spaces, scripts and signs that tokenizers part ways on.
 SAMPLE_TEXTS = (
     "Hello, world! It's the 3rd of May, 12:30.",
@@ -83,12 +83,7 @@ def _is_tied(skeleton: Any) -> bool:
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
     """The tensor that holds the head, unless it holds the embeddings once more."""
-    places = names_in_files(skeleton, files.tensors)[0]
-    modules = {module: name for name, module in skeleton.named_modules()}
-    head, embeddings = (
-        places.get(f"{modules.get(module)}.weight")
-        for module in (skeleton.get_output_embeddings(), skeleton.get_input_embeddings())
-    )
+    embeddings, head = ends_in_files(skeleton, files.tensors)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head
     stored = StoredTensors(files.headers)

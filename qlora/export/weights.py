@@ -21,7 +21,7 @@ from qlora.checkpoint.headers import read_header
 from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError
-from qlora.export.names import names_in_files
+from qlora.export.names import ends_in_files, names_in_files
 from qlora.export.shards import TensorLayout
 from qlora.export.stored import StoredTensors, row_blocks
 from qlora.model import build_skeleton, resolve_device
@@ -73,6 +73,7 @@ class MergedWeights:
         self._shapes = {name: self._shape(name) for name in self.files.tensors if not self._is_statistic(name)}
         skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = _transposed_modules(skeleton)
+        self._embedding, self._head = ends_in_files(skeleton, self._shapes)
         adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
         path = run.adapter / WEIGHTS_FILE
         self._factors = StoredTensors({path: read_header(path)})
@@ -93,6 +94,15 @@ class MergedWeights:
     def num_adapted(self) -> int:
         """Weights that the adapter changes."""
         return len(self._adapted)
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the files hold a head that is not the embedding again."""
+        if self._embedding is None or self._head is None:
+            return False
+        if self._shapes[self._embedding] != self._shapes[self._head]:
+            return True
+        return not all(map(torch.equal, self.blocks(self._embedding), self.blocks(self._head)))
 
     @property
     def num_embeddings(self) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, absolute_paths
+from qlora.errors import CheckpointError
 from qlora.training.run import RunResult, train
 
 # Of the tried run; it is stopped in the middle.
@@ -50,7 +51,12 @@ def check_resume(config: RunConfig) -> ResumeCheck:
     """
     config = absolute_paths(config)
     parents = Path(config.train.output_dir).expanduser().parents
-    with TemporaryDirectory(prefix=".check-resume-", dir=next(each for each in parents if each.is_dir())) as folder:
+    beside = next(each for each in parents if each.is_dir())
+    try:
+        temporary = TemporaryDirectory(prefix=".check-resume-", dir=beside)
+    except OSError as error:
+        raise CheckpointError(f"{beside} can't be written: {error}; choose another train.output_dir.") from error
+    with temporary as folder:
         whole, stopped, again = (RunDirectory(Path(folder) / name) for name in ("whole", "stopped", "again"))
         _train_apart(config, whole)
         _train_apart(config, stopped, STEPS // 2)

@@ -39,7 +39,8 @@ class StepGuard:
             ModelError: The run stops.
         """
         assembly, rows = self._assembly, self._rows(found.suspects)
-        told = f"{found.message} Learnt from were rows {describe_rows(rows)}. {self._keep(found, rows)}"
+        kept = self._keep(found, rows)
+        told = f"{found.message} Learnt from were rows {describe_rows(rows)}. {kept}"
         if assembly.config.train.on_nonfinite == "stop":
             raise ModelError(f"{told} To go on without such steps, set train.on_nonfinite: skip.")
         most = max(MAX_SKIPPED, int(MAX_SKIPPED_SHARE * assembly.plan.total_steps))
@@ -47,6 +48,7 @@ class StepGuard:
             raise ModelError(f"{told} {most} steps were skipped before it, and no more are.")
         numbers = f"skipped: the loss is {found.loss}, the gradient's norm {found.grad_norm}."
         self._log.log_event(found.step + 1, "skipped", numbers, rows)
+        self._log.announce([kept])
 
     def on_out_of_memory(self, step: int) -> None:
         """Gives up what takes memory, so that the step can be repeated.

@@ -1,6 +1,7 @@
 """Signals to a run: Ctrl-C and SIGTERM save and stop it after the step at hand, SIGUSR1 saves it and goes on."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -8,7 +9,8 @@ from typing import Any
 class Interruption:
     """While entered, takes SIGINT and SIGTERM as a wish to stop after the current step, and SIGUSR1 to save then.
 
-    A second SIGINT or SIGTERM does what it did before: it stops at once.
+    A second SIGINT or SIGTERM does what it did before: it stops at once. In a thread beside the main one, which alone
+    gets signals, they are left to whoever started it.
 
     Attributes:
         signal: The one to stop that came, or None.
@@ -20,6 +22,8 @@ class Interruption:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request_stop)
         self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._request_save)

@@ -68,8 +68,16 @@ class Progress:
         Raises:
             CheckpointError: The values are not those of a progress.
         """
-        kinds = {field.name: (int, float, type(field.default)) for field in fields(cls)}
-        if values.keys() != kinds.keys() or not all(type(values[name]) in kind for name, kind in kinds.items()):
+        kinds = {field.name: field.type for field in fields(cls)}
+
+        def can_be(name: str, value: Any) -> bool:
+            if kinds[name] is int:
+                return type(value) is int and value >= (name == "num_parts")
+            if value is None:
+                return name == "usual_loss"
+            return type(value) in (int, float) and math.isfinite(value) and (value > 0 or name != "loss_scale")
+
+        if values.keys() != kinds.keys() or not all(can_be(name, value) for name, value in values.items()):
             raise CheckpointError(f"The checkpoint's progress should be numbers of {', '.join(kinds)}, not {values}.")
         return cls(**values)
 

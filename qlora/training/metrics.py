@@ -66,7 +66,7 @@ class MetricsLog:
             self._bar.start()
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Tells what is about to happen."""
+        """Tells what happens."""
         if self.is_main:
             for line in lines:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -114,7 +114,7 @@ class MetricsLog:
             return
         self._write({"step": step, **self._epoch(step), kind: told} | ({} if rows is None else {"rows": rows}))
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
-        self._console.print(f"step {step}/{self.total_steps}  {told}{about}", highlight=False, markup=False)
+        self.announce([f"step {step}/{self.total_steps}  {told}{about}"])
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Records an evaluation."""

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from qlora.checkpoint import write_bytes
+from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, TokenizedExample, collate
 from qlora.errors import CheckpointError
@@ -161,6 +162,9 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
             f"{path}: its run trained {len(settings['trained'])} parameters, {tensors['trained'].numel()} values; this "
             f"config trains {len(flat.names)}, {flat.data.numel()} values. Replay it with the config.yaml of its run."
         )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if tensors["input_ids"].min() < 0 or tensors["input_ids"].max() >= vocabulary:
+        raise CheckpointError(f"{path} has ids that are none of the base's {vocabulary} tokens.")
     flat.data.copy_(tensors["trained"])
     spans = np.split(np.arange(len(tensors["input_ids"])), np.cumsum(tensors["lengths"].numpy())[:-1])
     ids, weights = tensors["input_ids"].numpy(), tensors["weights"].numpy()
@@ -204,12 +208,39 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})["step"])
-            return settings, {name: file.get_tensor(name) for name in ("trained", "input_ids", "weights", "lengths")}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            settings = parse_object((file.metadata() or {})["step"].encode())
+            tensors = {name: file.get_tensor(name) for name in ("trained", "input_ids", "weights", "lengths")}
+        _check(settings, tensors)
+        return settings, tensors
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"--replay {path}: no step that was kept by a run: {type(error).__name__}: {error}."
         ) from error
+
+
+def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Sees that a file's values are those of a step, as anyone may have written it.
+
+    Raises:
+        ValueError: They are not, which may be a `KeyError`, `TypeError` or `AttributeError` too.
+    """
+    lengths, indices, processes = tensors["lengths"].tolist(), settings["indices"], settings["processes"]
+    rows = [row for rows in settings["rows"].values() for row in rows]
+    integers = [settings["step"], settings["seed"], *indices, *rows]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in integers):
+        raise ValueError("its step, seed, documents or rows are no numbers")
+    numbers = [settings["loss"], settings["grad_norm"], settings["loss_scale"]]
+    if not all(type(number) in (int, float) for number in numbers) or not settings["loss_scale"] > 0:
+        raise ValueError("its loss, norm or scale is no number")
+    if not all(batch for batches in processes for batch in batches):
+        raise ValueError("a micro-batch is empty")
+    if sorted(index for batches in processes for batch in batches for index in batch) != sorted(indices):
+        raise ValueError("its documents are not those of its micro-batches")
+    if (tensors["input_ids"].dtype, tensors["weights"].dtype) != (torch.int32, torch.float16):
+        raise ValueError("its tokens are of another kind")
+    num_tokens = {len(tensors["input_ids"]), len(tensors["weights"]), sum(lengths)}
+    if len(indices) != len(lengths) or min(lengths) < 1 or len(num_tokens) != 1 or "packed" not in settings:
+        raise ValueError("its documents have other lengths than it tells")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ FREE_KEYS = {
     "save_every",
     "keep_checkpoints",
     "trackers",
+    "on_nonfinite",
 }
 # What was in use and may not change within a run: batches and roundings depend on it.
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
@@ -55,7 +56,8 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Start:
         resume: `auto`, `never`, or a checkpoint's path.
 
     Raises:
-        ConfigError: The directory holds another run, or one that `resume` does not allow for.
+        ConfigError: The directory holds another run, one that `resume` does not allow for, or a finished one that can't
+            be continued.
         CheckpointError: The path holds no whole checkpoint, or none of the run's is whole.
     """
     check_folder(run)
@@ -79,8 +81,13 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Start:
             )
     else:
         checkpoint, damaged = _named(run, resume, checkpoints), {}
+    if checkpoint is None and run.exists() and run.adapter.is_dir() and not is_finished(run, config):
+        raise ConfigError(
+            f"{run.path} holds the adapter of a finished run, and no checkpoint to continue: it would be trained anew, "
+            "and replaced. Choose another train.output_dir."
+        )
     if checkpoint is not None:
-        origins[checkpoint] = read_origin(checkpoint)
+        origins[checkpoint] = _checked(checkpoint, read_origin(checkpoint))
     for place, origin in origins.items():
         _check_same_settings(place, origin, config)
     return Start(checkpoint, origins, damaged)
@@ -90,10 +97,12 @@ def check_folder(run: RunDirectory) -> None:
     """Sees that a run can have its directory.
 
     Raises:
-        ConfigError: It is a file, or holds a link to one, which would be written to wherever it is.
+        ConfigError: It or one of its folders is a file, or it holds a link to one, which would be written to wherever
+            it is.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"train.output_dir: {run.path} is a file; name a folder.")
+    for folder in (run.path, run.adapter, run.checkpoints):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"train.output_dir: {folder} is a file, and should be a folder.")
     for path in run.path.glob("*"):
         if path.is_symlink() and not path.is_dir():
             raise ConfigError(f"train.output_dir: {path} is a link to {path.readlink()}; put the file itself there.")
@@ -166,6 +175,16 @@ def _named(run: RunDirectory, resume: str, checkpoints: list[Path]) -> Path:
             "choose another train.output_dir."
         )
     return path
+
+
+def _checked(checkpoint: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says that it followed from, if it can be that."""
+    data = origin.get("data")
+    if not all(isinstance(origin.get(key), dict) for key in ("settings", "base", "in_use")) or not (
+        isinstance(data, list) and all(isinstance(source, list) and len(source) == 2 for source in data)
+    ):
+        raise CheckpointError(f"{checkpoint} does not say what it followed from; it was not written by qlora train.")
+    return origin
 
 
 def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig) -> None:

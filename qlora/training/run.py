@@ -65,14 +65,20 @@ class RunResult:
         return asdict(self) | {"run_dir": str(self.run_dir)}
 
 
-def plan_run(config: RunConfig) -> RunPlan:
-    """Assembles a run without training or writing anything: every error that can be had before step 1."""
+def plan_run(config: RunConfig, resume: str = "auto") -> RunPlan:
+    """Assembles a run without training or writing anything: every error that can be had before step 1.
+
+    Args:
+        config: Of the run.
+        resume: As of :func:`train`.
+    """
     config = absolute_paths(config)
     run = RunDirectory(config.train.output_dir)
-    start = find_start(run, config, "auto")
+    start = find_start(run, config, resume)
     assembly = assemble(config)
     check_same_origin(start, config, _record(assembly, start))
     check_room(run, assembly)
+    _restore(assembly, run, start)
     return assembly.plan
 
 
@@ -115,14 +121,7 @@ def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | N
     check_same_origin(start, assembly.config, record)
     check_room(run, assembly)
     accelerator.wait_for_everyone()
-    progress = Progress()
-    if start.checkpoint is not None:
-        progress = Progress.restored(load_state(start.checkpoint, model, assembly.optimizer))
-    if progress.step > assembly.plan.total_steps:
-        raise ConfigError(
-            f"{run.path} has done {progress.step} steps already, more than the {assembly.plan.total_steps} asked for; "
-            "raise train.max_steps or train.epochs, or choose another train.output_dir."
-        )
+    progress = _restore(assembly, run, start)
     if accelerator.is_main_process:
         for folder in start.damaged:
             set_aside(folder)
@@ -145,6 +144,20 @@ def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | N
         draw_losses(run.read_metrics(), run.path / "loss.png")
     accelerator.wait_for_everyone()
     return _result(run, status, progress.step, received)
+
+
+def _restore(assembly: Assembly, run: RunDirectory, start: Start) -> Progress:
+    """Puts a run's parts where its checkpoint left them, if there is one; returns how far that is."""
+    if start.checkpoint is None:
+        return Progress()
+    progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
+    if progress.step > assembly.plan.total_steps:
+        raise ConfigError(
+            f"{run.path} has done {progress.step} steps already, more than the {assembly.plan.total_steps} asked for; "
+            "raise train.max_steps or train.epochs, or choose another train.output_dir."
+        )
+    assembly.plan.in_use["micro_batch_parts"] = progress.num_parts
+    return progress
 
 
 def _run_session(

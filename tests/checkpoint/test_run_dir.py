@@ -24,7 +24,7 @@ def test_checkpoints_are_those_with_a_step_alone_the_oldest_first(run):
 
 
 RECORD = {
-    "status": "finished",
+    "status": "running",
     "base": {"name": "base", "files": {}},
     "quantization": {"double_quant": True},
     "in_use": {"compute_dtype": "bfloat16"},
@@ -48,6 +48,19 @@ def test_a_record_of_something_else_is_refused(run, text):
 def test_a_record_with_values_that_can_not_be_is_refused_by_their_keys(run, section, value):
     run.write_record(RECORD | {section: value})
     with pytest.raises(CheckpointError, match=rf"run\.json: {section}[.a-z_, ]* can't be"):
+        run.read_record()
+
+
+@pytest.mark.parametrize(("values", "told"), [
+    ({"data": [3]}, "data"),
+    ({"data": [{"source": "rows.jsonl"}]}, "data"),
+    ({"data": [{"source": "rows.jsonl", "digest": 3}]}, "data"),
+    ({"status": "finished"}, "steps"),
+    ({"status": "finished", "steps": "6"}, "steps"),
+])  # fmt: skip
+def test_a_record_that_says_nothing_of_its_data_or_steps_is_refused(values, told, run):
+    run.write_record(RECORD | values)
+    with pytest.raises(CheckpointError, match=rf"run\.json: {told} can't be"):
         run.read_record()
 
 

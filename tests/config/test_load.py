@@ -65,7 +65,7 @@ OUT_OF_RANGE = {
     "train.betas": [[1, 0.9], [0.9, 1], [-0.1, 0.9], [0.9], 0.9],
     "train.max_grad_norm": [0, -1],
     "train.weight_decay": [-0.1, INF],
-    "train.seed": [-1, 0.5],
+    "train.seed": [-1, 0.5, 1 << 63],
     "train.log_every": [0, -1],
     "train.eval_every": [0, -1, 1.5, INF, NAN],
     "train.save_every": [0, -1, 2.5, INF, NAN],

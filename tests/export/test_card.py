@@ -122,10 +122,12 @@ def test_a_folder_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
             {"LICENSE.txt": "Ask me first."},
             {"license": "other", "license_name": "of-the-base", "license_link": "LICENSE.txt"},
         ),
+        ({"LICENSES/MIT.txt": "MIT License"}, {}),  # of the parts of it, and not for a program to choose from
     ],
 )
 def test_the_licence_is_what_the_base_says(files, expected, tmp_path, run, report):
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert read_license(tmp_path) == expected
     (tmp_path / "out").mkdir()

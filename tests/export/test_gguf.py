@@ -188,6 +188,18 @@ def test_template_and_end_tokens_are_in_the_file(tmp_path, seed):
     assert said["token_type"] == [int(gguf.TokenType.NORMAL)] * 256 + [int(gguf.TokenType.CONTROL)] * 3
 
 
+def test_of_too_many_end_tokens_the_one_that_was_taught_is_named(tmp_path, seed):
+    base = make_base(tmp_path / "base", seed)
+    template = "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+    make_tokenizer(chat_template=template).save_pretrained(base)
+    GenerationConfig(eos_token_id=[5, 6, 7, 257]).save_pretrained(base)
+    report = write(base, tmp_path / "model.gguf")
+    fields, _ = read(tmp_path / "model.gguf")
+    named = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+    assert named == [257, 258, 5]
+    assert "of the 5 tokens that end an answer 3 are named" in report.notes
+
+
 def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, vocab_size=264)
     write(base, tmp_path / "model.gguf")

@@ -224,12 +224,17 @@ def test_a_base_in_bitsandbytes_4bit_is_merged(tiny_base, alpaca_file, tmp_path)
         merge(run, tmp_path / "other", onto="original")
 
 
+@pytest.mark.parametrize(
+    ("settings", "embedding"), [({}, "model.embed_tokens.weight"), (GPT2, "transformer.wte.weight")]
+)
 @pytest.mark.parametrize("repeats", [True, False])
-def test_the_config_says_tied_where_the_files_head_is_the_embedding(repeats, alpaca_file, tmp_path, seed, generator):
-    base = make_base(tmp_path / "base", seed, tie_word_embeddings=True)
+def test_the_config_says_tied_where_the_files_head_is_the_embedding(
+    repeats, settings, embedding, alpaca_file, tmp_path, seed, generator
+):
+    base = make_base(tmp_path / "base", seed, tie_word_embeddings=True, **settings)
     tensors = load_file(base / WEIGHTS)
-    other = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=generator).bfloat16()
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() if repeats else other
+    other = torch.randn(tensors[embedding].shape, generator=generator).bfloat16()
+    tensors["lm_head.weight"] = tensors[embedding].clone() if repeats else other
     save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
     merge(train_on(base, alpaca_file, tmp_path / "run"), tmp_path / "out", "bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == repeats
@@ -259,6 +264,44 @@ def test_end_tokens_are_those_of_the_base_and_of_the_tokenizer(own_run, tmp_path
     (base / "generation_config.json").unlink()
     merge(run, tmp_path / "other")
     assert GenerationConfig.from_pretrained(tmp_path / "other").eos_token_id == [257]
+
+
+def test_generation_settings_that_transformers_refuses_to_save_are_kept(own_run, tmp_path):
+    base, run = own_run
+    published = {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "eos_token_id": 258}
+    (base / "generation_config.json").write_text(json.dumps(published))
+    merge(run, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert published | {"eos_token_id": [257, 258]} == {key: written[key] for key in published}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_bases_licence_and_notice_come_along(own_run, tmp_path):
+    base, run = own_run
+    for name in ("LICENSE", "NOTICE.txt"):
+        (base / name).write_text(name)
+    (base / "LICENSES").mkdir()
+    merge(run, tmp_path / "out")
+    assert [(tmp_path / "out" / name).read_text() for name in ("LICENSE", "NOTICE.txt")] == ["LICENSE", "NOTICE.txt"]
+
+
+def test_a_base_with_code_of_its_own_is_released_with_it(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed)
+    (base / "own_config.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (base / "own_model.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .own_config import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config))
+    run = train_on(base, alpaca_file, tmp_path / "run", model__trust_remote_code=True)
+    merge(run, tmp_path / "out", "bfloat16", onto="best")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert verify(run, tmp_path / "out").merged_loss is not None
 
 
 def test_the_report_is_in_the_folder(run, tmp_path):
@@ -333,7 +376,11 @@ def test_a_folder_with_something_in_it_is_never_written_over(run, tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ExportError, match="exists already"):
         merge(run, tmp_path / "file")
-    (tmp_path / "empty").mkdir()
+    for name, leads_to in (("dangling", "nowhere"), ("link", "empty")):
+        (tmp_path / name).symlink_to(tmp_path / leads_to)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ExportError, match="exists already"):
+            merge(run, tmp_path / name)
     merge(run, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
@@ -439,6 +486,18 @@ def test_a_choice_that_was_interrupted_is_continued(run, tmp_path):
     assert report.continued_bytes > whole.num_bytes
     assert (report.onto, report.losses) == (whole.onto, whole.losses)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_several_templates_do_not_stop_what_is_continued(own_run, tmp_path):
+    _, run = own_run
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    templates = {"default": turns, "tool_use": "{{ tools }}" + turns}
+    make_tokenizer(chat_template=templates).save_pretrained(run / "adapter")
+    whole = merge(run, tmp_path / "whole", onto="best")
+    with pytest.raises(KeyboardInterrupt):
+        merge(run, tmp_path / "out", onto="best", on_progress=Interruption(int(whole.num_bytes * 1.5)))
+    assert merge(run, tmp_path / "out", onto="best").continued_bytes > whole.num_bytes
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
 
 
 def test_weights_of_many_blocks_have_every_bit_too(alpaca_file, tmp_path, seed):

@@ -75,8 +75,10 @@ def test_the_verb_writes_the_file_and_a_card_and_says_what_it_would_upload(run, 
 
 def test_a_release_in_safetensors_could_be_uploaded_too(run, tmp_path):
     out = tmp_path / "mine"
-    report = run_command("merge", run, "-o", out, "--push-to-hub", "me/mine", "--dry-run", "--json").json()
-    assert {"model.safetensors", "README.md", "merge_report.json"} <= report["pushed"]["files"].keys()
+    options = ["--max-shard-size", "200000", "--push-to-hub", "me/mine", "--dry-run", "--json"]
+    report = run_command("merge", run, "-o", out, *options).json()
+    names = {"model.safetensors.index.json", "README.md", "merge_report.json"}
+    assert names <= report["pushed"]["files"].keys()
     assert str(tmp_path) not in (out / "merge_report.json").read_text()
 
 

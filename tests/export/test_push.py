@@ -96,5 +96,6 @@ def test_a_name_that_is_none_of_a_repository_is_refused(repo, release):
 
 
 def test_the_hubs_refusal_is_told_and_that_the_folder_is_whole(release):
-    with pytest.raises(ExportError, match=r"is whole, but me/x refused it: 401 no token; see hf auth whoami"):
+    with pytest.raises(ExportError, match=r"is whole, but me/x refused it: 401 no token; see hf auth whoami") as told:
         push(release, "me/x", client=FakeHub(ValueError("401 no token\nmore")))
+    assert str(told.value).endswith(f"hf upload me/x {release} --private")

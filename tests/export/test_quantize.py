@@ -119,6 +119,13 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, seed):
     assert AutoTokenizer.from_pretrained(tmp_path / "4bit").chat_template == "{{ messages[0].content }}"
 
 
+def test_all_of_several_templates_come_along(tmp_path, seed):
+    base, templates = make_base(tmp_path / "base", seed), {"default": "{{ bos_token }}", "tool_use": "{{ tools }}"}
+    make_tokenizer(chat_template=templates).save_pretrained(base)
+    quantize_model(str(base), tmp_path / "4bit")
+    assert AutoTokenizer.from_pretrained(tmp_path / "4bit").chat_template == templates
+
+
 def test_a_run_on_it_is_a_run_on_the_16_bit_model(tiny_base, alpaca_file, tmp_path):
     quantize_model(str(tiny_base), tmp_path / "4bit")
     losses = []

@@ -128,18 +128,21 @@ def test_a_spoilt_row_is_found(name, row, runs, tmp_path):
     assert problem.startswith(f"tensor {name} is not the base's with the rows that were trained")
 
 
-def test_an_adapter_that_has_lost_its_rows_is_not_merged(runs, tmp_path):
-    run = shutil.copytree(runs("new rows"), tmp_path / "run")
+@pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "tied, in full"])
+def test_an_adapter_that_has_lost_its_rows_is_refused(kind, runs, tmp_path):
+    merge(runs(kind), tmp_path / "whole")
+    run = shutil.copytree(runs(kind), tmp_path / "run")
     config, weights = (run / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     values = json.loads(config.read_text())
-    del values["trainable_token_indices"]
-    config.write_text(json.dumps(values))
+    kept = {key: value for key, value in values.items() if key not in ("modules_to_save", "trainable_token_indices")}
+    config.write_text(json.dumps(kept))
     factors = {name: value for name, value in load_file(weights).items() if ".lora_" in name}
     save_file(factors, weights, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"rows of nothing .* those of model\.embed_tokens, lm_head"):
+    with pytest.raises(ExportError, match="rows of nothing"):
         merge(run, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=f"the model for the ids {ROWS} to {ROWS + 1}"):
-        load_run(run)
+    for read in (load_run, lambda run: verify(run, tmp_path / "whole")):
+        with pytest.raises(CheckpointError, match="for no ids, the model for the ids"):
+            read(run)
 
 
 def test_a_release_without_the_new_rows_is_found(runs, tmp_path):
@@ -151,6 +154,15 @@ def test_a_release_without_the_new_rows_is_found(runs, tmp_path):
               path, metadata={"format": "pt"})  # fmt: skip
     problems = verify(run, tmp_path / "out").problems
     assert f"tensor {EMBEDDING} has the shape ({ROWS}, 64), not ({ROWS + 2}, 64)" in problems
+
+
+@pytest.mark.parametrize(("run", "other"), [("new rows", "in full"), ("in full", "new rows")])
+def test_a_release_of_a_run_with_another_vocabulary_is_found(run, other, runs, tmp_path):
+    merge(runs(other), tmp_path / "out", "float32")
+    report = verify(runs(run), tmp_path / "out")
+    sizes = {"new rows": ROWS + 2, "in full": ROWS}
+    assert report.problems[-1] == f"{tmp_path / 'out'} predicts {sizes[other]} tokens, the run {sizes[run]}"
+    assert report.adapter_loss is not None
 
 
 def test_a_tokenizer_without_the_new_tokens_is_found(runs, tmp_path):

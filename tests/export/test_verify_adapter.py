@@ -4,6 +4,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import load_config
@@ -15,7 +16,7 @@ from qlora.export.verify_expected import ExpectedWeights
 from qlora.model import load_run
 from qlora.training import train
 from tests.cli import run as run_command
-from tests.tiny import run_config
+from tests.tiny import make_base, run_config
 
 UP = "model.layers.{}.mlp.up_proj"
 
@@ -53,6 +54,15 @@ def test_in_fp32_the_layers_are_equal_but_for_their_sums(tiny_base, alpaca_file,
     report = verify(tmp_path / "run")
     assert report.problems == []
     assert report.max_layer_difference < 1e-5
+
+
+def test_layers_whose_weights_are_no_tensors_of_their_own_are_told(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, HrmTextConfig, num_hidden_layers=1, L_cycles=1, H_cycles=1)
+    train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
+    report = verify(tmp_path / "run")
+    assert report.layers_checked
+    assert len(report.problems) == 12
+    assert all("in no tensor of its own" in problem for problem in report.problems)
 
 
 def test_the_verb_exits_with_1_when_the_adapter_is_another(own):

@@ -1,5 +1,6 @@
-"""Whether two runs left the same, and a checkpoint that is not whole."""
+"""Whether two runs left the same, and checkpoints that are not whole, or not what they were."""
 
+import hashlib
 import json
 
 from safetensors.torch import load_file
@@ -26,3 +27,12 @@ def assert_same_run(folder, expected):
 def damage(checkpoint):
     path = checkpoint / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def rewrite(checkpoint, name, **values):
+    """Changes what one of a checkpoint's files says, and its manifest, as whoever can write it may."""
+    path, manifest = checkpoint / name, checkpoint / "manifest.json"
+    content = json.dumps(json.loads(path.read_text()) | values).encode()
+    path.write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {name: entry}))

@@ -82,3 +82,13 @@ def test_a_config_that_can_not_be_run_is_told(tmp_path):
     done = run("doctor", "--check-resume", tmp_path / "none.yaml")
     assert done.code == 2
     assert "none.yaml" in done.error()
+
+
+def test_a_folder_that_can_not_be_written_is_told(tiny_base, alpaca_file, tmp_path):
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run")
+    values = json.loads(config.read_text())
+    values["train"]["output_dir"] = "/proc/run"
+    config.write_text(json.dumps(values))
+    done = run("doctor", "--check-resume", config)
+    assert done.code == 1
+    assert "/proc can't be written" in done.error()

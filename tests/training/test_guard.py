@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig
 
@@ -111,9 +112,40 @@ def test_a_file_that_is_no_kept_step_is_refused(stopped, tmp_path):
         replay(wider, kept)
 
 
-def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path):
+@pytest.mark.parametrize("damage", [
+    lambda settings, tensors: settings.clear(),
+    lambda settings, tensors: settings.pop("rows"),
+    lambda settings, tensors: settings.pop("packed"),
+    lambda settings, tensors: settings.update(seed="0"),
+    lambda settings, tensors: settings.update(step=-1),
+    lambda settings, tensors: settings.update(loss_scale=0),
+    lambda settings, tensors: settings.update(processes=3),
+    lambda settings, tensors: settings.update(processes=[[[99]]]),
+    lambda settings, tensors: settings["processes"][0].append([]),
+    lambda settings, tensors: tensors.update(lengths=tensors["lengths"][:-1]),
+    lambda settings, tensors: tensors.update(lengths=-tensors["lengths"]),
+    lambda settings, tensors: tensors.update(input_ids=tensors["input_ids"].float()),
+    lambda settings, tensors: tensors["input_ids"].add_(10_000),
+])  # fmt: skip
+def test_a_kept_step_that_someone_else_wrote_is_refused_if_it_can_be_none(damage, stopped, tmp_path):
+    config, _, kept = stopped
+    tensors = load_file(kept)
+    with safe_open(kept, framework="pt") as file:
+        settings = json.loads(file.metadata()["step"])
+    damage(settings, tensors)
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path, metadata={"step": json.dumps(settings)})
+    with pytest.raises(CheckpointError, match=r"no step that was kept|ids that are none"):
+        replay(config, path)
+
+
+def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path, capsys):
     config = config_of(poisoned_base, tmp_path, train__on_nonfinite="skip")
     result = train(config)
+    told = capsys.readouterr().err.splitlines()
+    (kept,) = (tmp_path / "run" / "replay").iterdir()
+    assert f"To see where it breaks: qlora train --replay {kept}." in told
+    assert any("skipped: the loss is nan" in line and line.endswith("rows.jsonl.") for line in told)  # in one piece
     assert result.status == "finished"
     assert result.steps == 6
     lines = lines_of(config)
@@ -127,6 +159,14 @@ def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path):
     assert progress["skipped"] == 1
     model, _ = load_run(tmp_path / "run")
     assert all(value.isfinite().all() for name, value in model.named_parameters() if ".lora_" in name)
+
+
+def test_a_run_that_stopped_goes_on_when_it_may_skip_as_its_error_says(stopped):
+    config, told, _ = stopped
+    assert "set train.on_nonfinite: skip" in told
+    section = config.train.model_copy(update={"on_nonfinite": "skip"})
+    assert train(config.model_copy(update={"train": section})).status == "finished"
+    assert [line["step"] for line in lines_of(config)] == list(range(1, 7))
 
 
 def test_a_run_that_skips_all_the_time_stops(poisoned_base, tmp_path):

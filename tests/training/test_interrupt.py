@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -68,3 +69,14 @@ def test_sigterm_is_a_wish_too_and_told():
         assert interruption.signal is signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before  # a second one stops at once
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGINT)
+
+    def look():
+        with Interruption() as interruption:
+            return signal.getsignal(signal.SIGINT), interruption.requested, interruption.take_save_request()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(look).result() == (before, False, False)

@@ -18,7 +18,7 @@ from qlora.errors import CheckpointError
 from qlora.optim import OPTIMIZERS
 from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog
-from tests.training.same_run import assert_same_run, damage, lines_of
+from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
 
 @pytest.mark.parametrize(("packing", "dropout", "evaluation"), [
@@ -75,6 +75,33 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(configure, tmp_path, monk
     monkeypatch.undo()
     assert train(configure(train__save_every=2)).status == "finished"
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_parts_that_a_run_was_cut_into_are_told_when_it_goes_on(configure, tmp_path):
+    train(configure(), stop_at=2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    rewrite(checkpoint, "progress.json", num_parts=2)
+    train(configure())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["in_use"]["micro_batch_parts"] == 2
+
+
+@pytest.mark.parametrize("values", [
+    {"step": 1.5}, {"step": -1}, {"step": True}, {"num_parts": 0}, {"skipped": 0.5}, {"tokens": None},
+    {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"usual_loss": float("inf")}, {"more": 1},
+])  # fmt: skip
+def test_progress_that_can_not_be_is_refused(values, configure, tmp_path):
+    train(configure(), stop_at=2)
+    rewrite(tmp_path / "run" / "checkpoints" / "step-000002", "progress.json", **values)
+    with pytest.raises(CheckpointError, match="progress should be numbers"):
+        train(configure())
+
+
+@pytest.mark.parametrize("values", [{"settings": 3}, {"base": []}, {"data": [3]}, {"data": None}, {"in_use": None}])
+def test_an_origin_that_can_not_be_is_refused(values, configure, tmp_path):
+    train(configure(), stop_at=2)
+    rewrite(tmp_path / "run" / "checkpoints" / "step-000002", "origin.json", **values)
+    with pytest.raises(CheckpointError, match="does not say what it followed from"):
+        train(configure())
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(configure, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A whole run: what it trains, what it leaves behind, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -165,6 +166,18 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tiny_base, alpaca_fi
     assert record(tmp_path / "run")["continued_from"].endswith("step-000002")
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(finished, tmp_path):
+    _, folder = finished
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    config = load_config(folder / "config.yaml", [f"train.output_dir={copy}", "train.max_steps=8"])
+    before = contents(copy)
+    for start in (train, plan_run):
+        with pytest.raises(ConfigError, match="no checkpoint to continue"):
+            start(config)
+    assert contents(copy) == before
+
+
 @pytest.mark.parametrize(("keep", "expected"), [(1, [6]), (2, [4, 6]), (9, [2, 4, 6])])
 def test_as_many_checkpoints_are_kept_as_asked_for(keep, expected, tiny_base, alpaca_file, tmp_path):
     settings = {"train__save_every": 2, "train__keep_checkpoints": keep, "train__eval_every": None}
@@ -285,8 +298,9 @@ def test_processes_that_accelerate_did_not_join_are_told(tiny_base, alpaca_file,
 
 def test_fewer_steps_than_were_done_are_refused(finished):
     before = contents(finished[1])
-    with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 asked for"):
-        train(load_config(finished[1] / "config.yaml", ["train.max_steps=4"]))
+    for start in (train, plan_run):
+        with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 asked for"):
+            start(load_config(finished[1] / "config.yaml", ["train.max_steps=4"]))
     assert contents(finished[1]) == before
 
 
@@ -337,6 +351,15 @@ def test_an_output_directory_that_is_a_file_is_told(tiny_base, alpaca_file, tmp_
     with pytest.raises(ConfigError, match=r"train\.output_dir: .*run is a file"):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
     assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints"])
+def test_a_file_where_a_run_has_a_folder_is_told(name, finished, tmp_path):
+    folder = shutil.copytree(finished[1], tmp_path / "run", ignore=shutil.ignore_patterns(name))
+    (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"train\.output_dir: .*{name} is a file"):
+        train(load_config(folder / "config.yaml", [f"train.output_dir={folder}"]))
+    assert (folder / name).read_text() == "mine"
 
 
 def test_a_plan_for_the_directory_of_another_run_is_refused(finished):

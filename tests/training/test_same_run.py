@@ -8,7 +8,7 @@ import pytest
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
-from qlora.training import train
+from qlora.training import plan_run, train
 from qlora.training.resume import find_start
 from tests.tiny import run_config
 from tests.training.same_run import assert_same_run, damage, lines_of
@@ -57,6 +57,8 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(configure, tmp_path):
 def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint there"):
         train(configure(), resume=str(tmp_path))
+    with pytest.raises(CheckpointError, match="there is no checkpoint there"):
+        plan_run(configure(), resume=str(tmp_path))
 
 
 def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrupt_after, tmp_path):
