@@ -247,7 +247,8 @@ def _compare_predictions(
             trust_remote_code=config.model.trust_remote_code,
         )
     except ModelError as error:
-        problems.append(str(error))
+        if str(error) not in problems:
+            problems.append(str(error))
         return {"adapter_loss": adapter.loss}
     sizes = len(model.get_output_embeddings().weight), adapter.logits[0].shape[1]
     if sizes[0] != sizes[1]:

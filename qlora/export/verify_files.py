@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import BaseFiles
+from qlora.errors import ModelError
 from qlora.export.names import ends_in_files
 from qlora.export.stored import StoredTensors, row_blocks
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
@@ -52,7 +53,11 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, trust_re
         expected: The run's tokenizer.
         trust_remote_code: Run code that comes with the folder's.
     """
-    tokenizer, problems = load_tokenizer(written.folder, trust_remote_code), []
+    try:
+        tokenizer = load_tokenizer(written.folder, trust_remote_code)
+        problems = _check_end_tokens(base, written, expected)
+    except ModelError as error:
+        return [str(error)]
     for text in (*SAMPLE_TEXTS, "".join(expected.get_added_vocab())):
         if tokenizer(text).input_ids != expected(text).input_ids:
             problems.append(f"the tokenizer gives other ids for {text!r}")
@@ -62,7 +67,7 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, trust_re
             problems.append(f"the tokenizer's {kind} is {getattr(tokenizer, kind)}, not {getattr(expected, kind)}")
     if tokenizer.chat_template != expected.chat_template:
         problems.append("the chat template is another")
-    return problems + _check_end_tokens(base, written, expected)
+    return problems
 
 
 def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> list[str]:

@@ -272,7 +272,7 @@ def test_real_tokenizers_get_the_name_that_llama_cpp_knows_them_by(name, realdat
     if name == "gpt2":
         tokenizer = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     else:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     ids = tokenizer.encode(CHECK_TEXT)

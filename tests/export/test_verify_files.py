@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora.checkpoint import BaseFiles
@@ -96,3 +97,13 @@ def test_another_chat_template_is_told(own):
     report = verify(own / "run", own / "out")
     assert not report.matches
     assert report.problems == ["the chat template is another"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_file_beside_the_weights_that_is_cut_short_is_told_once(name, own):
+    path = own / "out" / name
+    path.write_bytes(path.read_bytes()[:50])
+    report = verify(own / "run", own / "out")
+    assert not report.matches
+    assert sum(str(own / "out") in problem for problem in report.problems) == 1
+    assert report.tensors_checked == 21
