@@ -4,14 +4,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.options import AsJson
+from qlora.cli.options import AsJson, expand_home
 from qlora.cli.report import show_report
 
 
 def doctor(
     check_resume: Annotated[
         str | None,
-        typer.Option(metavar="CONFIG", help="Try whether its run, stopped and continued, is the same; exit 1 if not."),
+        typer.Option(
+            metavar="CONFIG",
+            help="Try whether its run, stopped and continued, is the same; exit 1 if not.",
+            callback=expand_home,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

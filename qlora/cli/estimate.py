@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.options import AsJson, Overrides
+from qlora.cli.options import AsJson, ConfigFile, Overrides
 from qlora.cli.report import show_report
 
 BAR_WIDTH, TABLE_WIDTH = 60, 124
@@ -19,7 +19,7 @@ FREE = "·"
 
 
 def estimate(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,

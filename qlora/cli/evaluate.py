@@ -4,13 +4,18 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device
+from qlora.cli.options import AsJson, Device, expand_home
 from qlora.cli.report import show_report
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config's base, or a run with its adapter.")],
-    data: Annotated[str | None, typer.Option(help="A file to evaluate on, in place of the config's.")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|RUN", help="A config's base, or a run with its adapter.", callback=expand_home),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="A file to evaluate on, in place of the config's.", callback=expand_home)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device
+from qlora.cli.options import AsJson, Device, expand_home
 
-Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder or hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder or hub id.", callback=expand_home)
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 

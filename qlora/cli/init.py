@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from qlora.cli.options import expand_home
 from qlora.errors import ConfigError
 
 
 def init(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name; without one they are listed.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: RECIPE.yaml")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: RECIPE.yaml", callback=expand_home)
+    ] = None,
 ) -> None:
     """List the recipes, or write one as a commented starter config."""
     recipes = {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import AsJson, Device, RunDir
+from qlora.cli.options import AsJson, Device, NewFolder, RunDir
 from qlora.cli.report import show_report
 
 INTERRUPTED = 130
@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 def merge(
     run: RunDir,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
+    output: NewFolder,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "q8_0"] | None,
         typer.Option(help="Of the weights; q8_0 for GGUF alone, which has no float32."),
@@ -83,7 +83,7 @@ def merge(
         raise typer.Exit(INTERRUPTED) from None
     values = report.as_dict()
     if push_to_hub is not None:
-        pushed = push(Path(output).expanduser(), push_to_hub, not public, dry_run)
+        pushed = push(Path(output), push_to_hub, not public, dry_run)
         values["pushed"] = pushed.as_dict()
     show_report(values, as_json, f"Merged {report.merged} layers into {report.out_dir}.")
 

@@ -1,10 +1,24 @@
 """Options that several verbs share."""
 
+import os
 from typing import Annotated
 
 import typer
 
+
+def expand_home(path: str | None) -> str | None:
+    """Puts the home in for a leading ~, which a shell leaves in --option=~/… and for users that it does not know."""
+    if path is None:
+        return None
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise typer.BadParameter(f"{path!r} is in the home of a user that is not known here.")
+    return expanded
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.", callback=expand_home)]
 Device = Annotated[str, typer.Option(help="cuda, cpu, …; auto takes a GPU if there is one.")]
+NewFolder = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.", callback=expand_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value …")]
-RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run's output directory.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run's output directory.", callback=expand_home)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.options import AsJson, Overrides
+from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 
 BAR_WIDTH = 40
@@ -14,10 +14,12 @@ VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
 def preview(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     num_samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Examples to show.")] = 5,
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write it as a page, too.")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write it as a page, too.", callback=expand_home)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would be learnt: samples in colour, and what became of the rows; no model is loaded."""

@@ -24,6 +24,6 @@ def write_page(path: Path, result: Any, config: str) -> None:
     # All text comes from data, so all of it is escaped.
     page = Environment(autoescape=True).from_string(source).render(result=result, config=Path(config).name)
     try:
-        path.expanduser().write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise DataError(f"--html {path}: can't be written: {error.strerror or error}.") from None

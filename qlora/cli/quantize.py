@@ -4,13 +4,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora.cli.options import AsJson, Device
+from qlora.cli.options import AsJson, Device, NewFolder, expand_home
 from qlora.cli.report import show_report
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a model id on the hub.")],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, or a model id on the hub.", callback=expand_home)
+    ],
+    output: NewFolder,
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the blocks' statistics too.")
     ] = True,

@@ -7,18 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.options import AsJson, Overrides
+from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.")] = "",
+    config: ConfigFile = "",
     overrides: Overrides = None,
-    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Continue a run.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Continue a run.", callback=expand_home)
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train and write nothing.")] = False,
     replay: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Run a step again that was kept as its numbers broke; no training."),
+        typer.Option(
+            metavar="FILE",
+            help="Run a step again that was kept as its numbers broke; no training.",
+            callback=expand_home,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -28,7 +34,7 @@ def train(
     if not config:
         if replay is None:
             raise typer.BadParameter("a YAML file is needed; qlora init writes one.", param_hint="CONFIG")
-        config = str(Path(replay).expanduser().parent.parent / "config.yaml")  # of the run that kept it
+        config = str(Path(replay).parent.parent / "config.yaml")  # of the run that kept it
     settings = load_config(config, overrides or ())
 
     if replay is not None:

@@ -4,14 +4,17 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device, RunDir
+from qlora.cli.options import AsJson, Device, RunDir, expand_home
 from qlora.cli.report import show_report
 
 
 def verify(
     run: RunDir,
     folder: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="What qlora merge wrote; without it, the run's adapter.")
+        str | None,
+        typer.Argument(
+            metavar="[DIR]", help="What qlora merge wrote; without it, the run's adapter.", callback=expand_home
+        ),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -367,6 +367,29 @@ def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
     assert contents(own_base) == before
 
 
+@pytest.mark.parametrize("arguments", [
+    ["init", "tiny", "-o", "~nobody-here/x.yaml"],
+    ["train", "~nobody-here/x.yaml"],
+    ["train", "RUN", "--resume", "~nobody-here/checkpoint"],
+    ["train", "--replay", "~nobody-here/step"],
+    ["merge", "RUN", "-o", "~nobody-here/out"],
+    ["verify", "RUN", "~nobody-here/out"],
+])  # fmt: skip
+def test_a_home_of_a_user_that_is_not_here(arguments, run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(*(run_dir if argument == "RUN" else argument for argument in arguments))
+    assert done.code == 2
+    assert "is in the home of a user that is not known here" in " ".join(done.err.replace("│", " ").split())
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_own_home_that_the_shell_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("init", "tiny", "--output=~/mine.yaml").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 @pytest.mark.parametrize("verb", ["generate", "eval", "verify"])
 def test_a_device_that_is_not_there(run_dir, own_base, tmp_path, verb):
     rest = {"generate": ["--prompt", "Hi"], "eval": [], "verify": [tmp_path / "out"]}[verb]
