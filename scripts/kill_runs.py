@@ -140,12 +140,12 @@ def real_recipes(folder: Path) -> Iterator[Recipe]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int, options: str = "rw") -> Iterator[Path]:
-    """A disk of its own, mounted at a new folder.
+    """A disk of its own, mounted at a folder; what that held is there again afterwards.
 
     Raises:
         PermissionError: Mounting is not allowed here.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,{options}", "none", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         raise PermissionError("mounting a disk is not allowed here")
@@ -189,14 +189,24 @@ def full_disk(work: Path, makes_room: bool) -> Counts:
 
 
 def read_only_disk(work: Path) -> Counts:
-    """A disk that can't be written is told before the first step."""
+    """A disk that can't be written is told before the first step; one that becomes so, when saves go on failing."""
     with small_disk(work / "read-only", 24, "ro") as disk:
         process = start(TINY, disk / "run")
         assert process.wait(600) == 1
         told = log_of(disk / "run").read_text()
         assert "run can't be written" in told
         assert "Traceback" not in told
-    return Counts()
+    recipe, folder = replace(TINY, save_every=5), work / "run"
+    whole, _ = finish(recipe, work / "whole")
+    process = start(recipe, folder)
+    assert wait_until(lambda: saved_step(folder) > 0, process), log_of(folder)
+    with small_disk(folder / "checkpoints", 24, "ro"):
+        assert process.wait(600) == 1
+    told = log_of(folder).read_text()
+    assert told.count("could not be saved") == 3
+    assert "Read-only file system" in told
+    finish(recipe, folder)
+    return Counts(continued=1, runs=1, differing=len(differing(folder, whole)))
 
 
 def lost_directory(work: Path) -> Counts:

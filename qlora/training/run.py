@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora.checkpoint import (
     RunDirectory,
     hold_lock,
@@ -210,6 +212,12 @@ def _run_session(
                 progress, total, _rate_of(assembly), config.max_grad_norm, after_step,
                 lambda: interruption.requested, guard.on_nonfinite, guard.on_out_of_memory,
             )  # fmt: skip
+        except torch.OutOfMemoryError as problem:
+            raise ModelError(
+                f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where nothing can "
+                "be given up for it; free some, or lower train.micro_batch_size or data.max_seq_len. The same command "
+                f"goes on from what was last saved. {problem}"
+            ) from problem
         finally:
             log.close()
     return interruption.signal

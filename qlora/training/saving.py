@@ -67,7 +67,6 @@ class Saver:
             if not self.run.record.is_file():
                 raise CheckpointError(f"{self.run.path} was removed or unmounted while the run was on.")
             self._write(self.run.checkpoint(progress.step), progress)
-            drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
         except CheckpointError as problem:
             self._failures += 1
             checkpoints = self.run.list_checkpoints()
@@ -76,8 +75,12 @@ class Saver:
             if is_last or self._failures == MAX_FAILURES:
                 raise CheckpointError(told) from problem
             self.log.announce([f"{told} The run goes on and saves again at the next interval."])
-        else:
-            self._failures = 0
+            return
+        self._failures = 0
+        try:
+            drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
+        except CheckpointError as problem:  # the new one is whole, so nothing is at stake but room
+            self.log.announce([f"Step {progress.step} is saved. {problem} It is tried again at the next save."])
 
     def _write(self, folder: Path, progress: Progress) -> None:
         try:

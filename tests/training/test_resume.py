@@ -27,7 +27,8 @@ from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
     (True, 0.1, None),
     (False, 0.0, None),
 ])  # fmt: skip
-@pytest.mark.parametrize(("optimizer", "rounding"), [*zip(OPTIMIZERS, 2 * ["stochastic", "master"], strict=True)])
+@pytest.mark.parametrize("rounding", ["stochastic", "master"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
     optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
 ):

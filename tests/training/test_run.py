@@ -241,6 +241,30 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(tiny_base, alpaca_
     assert len(result.losses) == 6
 
 
+def test_memory_that_runs_out_in_an_evaluation_is_one_message_and_the_run_goes_on(
+    tiny_base, alpaca_file, tmp_path, monkeypatch
+):
+    config = load_config(
+        run_config(
+            tiny_base, alpaca_file, tmp_path / "run", train__max_steps=4, train__save_every=1, train__eval_every=2
+        )
+    )
+    original, calls = run_module.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    with pytest.raises(ModelError, match=r"Memory ran out after step 2, in an evaluation.*no room"):
+        train(config)
+    result = train(config)
+    assert result.status == "finished"
+    assert sorted(result.eval_losses) == [0, 2, 4]
+
+
 def test_a_quantized_and_a_plain_base_are_trained_alike(tiny_base, alpaca_file, tmp_path):
     config = run_config(tiny_base, alpaca_file, tmp_path / "run", model__quantization="none")
     result = train(load_config(config))

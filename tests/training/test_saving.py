@@ -139,6 +139,22 @@ def test_a_run_stops_when_saves_fail_again_and_again_or_the_last_one_does(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_an_old_checkpoint_that_can_not_be_removed_fails_no_save(configure, tmp_path, monkeypatch, capsys):
+    def refuse(checkpoints, keep):
+        raise CheckpointError("It can't be removed.")
+
+    settings = {"train__max_steps": 8, "train__keep_checkpoints": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(saving_module, "drop_old_checkpoints", refuse)
+        assert train(configure(**settings), stop_at=7).steps == 7
+    told = capsys.readouterr().err
+    assert "Step 2 is saved. It can't be removed. It is tried again at the next save." in told
+    assert "could not be saved" not in told
+    assert saved_steps(tmp_path) == ["step-000002", "step-000004", "step-000006", "step-000007"]
+    train(configure(**settings))
+    assert saved_steps(tmp_path) == ["step-000008"]
+
+
 def test_a_directory_that_is_lost_is_told_and_not_made_up(configure, after_step, tmp_path):
     after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="run was removed or unmounted while the run was on"):
