@@ -5,6 +5,7 @@ from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.liger import liger_twin, liger_version, why_not_liger
 from qlora.kernels.norm import RMSNorm
+from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
 from qlora.kernels.saved import save_first
 from qlora.kernels.scratch import scratch
@@ -19,6 +20,7 @@ __all__ = [
     "liger_twin",
     "liger_version",
     "linear_cross_entropy",
+    "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",
     "save_first",

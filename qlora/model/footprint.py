@@ -15,11 +15,11 @@ from qlora.model.base import build_skeleton, load_tokenizer
 from qlora.model.meta_layers import Stack, set_attention
 from qlora.model.meta_step import trace_levels
 from qlora.model.timeline import Held, Timeline
+from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import OPTIMIZERS, stochastic_round
 from qlora.optim.adamw import BLOCK as ROUNDED_AT_A_TIME
 from qlora.optim.flat import ALIGNMENT
 
-BLOCK, NESTED_BLOCK = 64, 256
 FP32_BYTES = 4
 # Per parameter, to count those that an optimizer step left as they were.
 COMPARING_BYTES = 3
@@ -149,8 +149,8 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:
     """Bytes of so many parameters in 4 bits, their statistics included."""
-    blocks = -(-numel // BLOCK)
-    statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK) + 1) if double_quant else FP32_BYTES * blocks
+    blocks = -(-numel // BLOCK_SIZE)
+    statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics
 
 

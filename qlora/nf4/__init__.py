@@ -3,6 +3,7 @@
 from qlora.nf4.linear import NF4Linear
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
     dequantize,
     dequantize_path,
     from_checkpoint_tensors,
@@ -13,6 +14,7 @@ from qlora.nf4.quantize import (
 
 __all__ = [
     "BLOCK_SIZE",
+    "NESTED_BLOCK_SIZE",
     "NF4Linear",
     "dequantize",
     "dequantize_path",

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON
+from qlora.kernels import HAS_TRITON, quantize_4bit_cpu
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64
+# Of these blocks, as many share a scale of their own in double quantization.
+NESTED_BLOCK_SIZE = 256
 # A, (rank, in), and B, (out, rank), in the dtype of the weight asked for, and the factor on their product B A.
 LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -37,9 +39,21 @@ def quantize(
     Returns:
         The packed codes, (ceil(out * in / 2), 1) uint8, and what is needed to undo it.
     """
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
-    return quantize_4bit(weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
+    if weight.device.type != "cpu" or weight.numel() % block_size:
+        kind = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
+        return quantize_4bit(weight.contiguous(), **kind)
+    code = get_4bit_type("nf4", device="cpu")
+    packed, absmax = quantize_4bit_cpu(weight, code, block_size)
+    nested: dict[str, Any] = {}
+    if double_quant:
+        offset = absmax.mean()
+        absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        nested = {"offset": offset, "state2": state2}
+    return packed, QuantState(
+        absmax, weight.shape, code, blocksize=block_size, quant_type="nf4", dtype=weight.dtype, **nested
+    )
 
 
 def dequantize(

@@ -1,5 +1,7 @@
 """NF4 and back: equal to the paper's definition, for any shape and dtype."""
 
+import math
+
 import bitsandbytes
 import pytest
 import torch
@@ -144,3 +146,37 @@ def test_a_checkpoint_of_bitsandbytes_is_read_and_left_whole(shape, double_quant
 
 def test_a_plain_linear_is_not_taken_for_bitsandbytes():
     assert not is_bitsandbytes_linear(torch.nn.Linear(2, 2))
+
+
+def with_odd_values(weight, generator):
+    """The weight with blocks that tell search and lookup apart: on boundaries and beside them, zero, tiny, huge."""
+    blocks = weight.view(-1, 64)
+    code = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+    boundaries = (code[1:] + code[:-1]) / 2
+    beside = [torch.nextafter(boundaries, torch.full((15,), end)) for end in (-math.inf, math.inf)]
+    blocks[0] = torch.cat([code, boundaries, *beside, torch.tensor([1.0, -1.0, -0.0])])
+    blocks[1] = blocks[0] * torch.rand(1, generator=generator)
+    blocks[2], blocks[3], blocks[4] = 0, blocks[5] * 1e-38, blocks[5] * 1e30
+    return weight
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("shape", "block_size"), [((64, 64), 64), ((100, 832), 128), ((832, 1024), 4096)])
+def test_codes_and_statistics_are_bitsandbytes_bit_for_bit(
+    shape, block_size, double_quant, dtype, is_finite, generator
+):
+    weight = with_odd_values(random_weight(shape, generator), generator).to(dtype)
+    if not is_finite:
+        weight[1, 3], weight[2, 5], weight[3, 7] = math.nan, math.inf, -math.inf
+    packed, state = quantize(weight, double_quant, block_size)
+    wanted, wanted_state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+    )
+    assert torch.equal(packed, wanted)
+    found, expected = state.as_dict(packed=True), wanted_state.as_dict(packed=True)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert (state.shape, state.dtype) == (wanted_state.shape, wanted_state.dtype)
