@@ -1,5 +1,6 @@
 """A folder beside the target that an interrupted merge goes on in, and that one process at a time writes into."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-from qlora.checkpoint.atomic import space_left, sync_folder
+from qlora.checkpoint.atomic import free_bytes, space_left, sync, sync_folder
 from qlora.errors import ExportError
 
 # What is being written, as a key; locked by the process that writes.
@@ -18,19 +19,19 @@ STATE_FILE = "merge_state"
 
 
 def new_folder(path: str | Path) -> Path:
-    """Where a folder may be written.
+    """Where a folder may be written, as an absolute path: what is beside it, and its name, are told by that alone.
 
     Raises:
         ExportError: Something is there already, be it a link, which no folder can take the place of.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.abspath(Path(path).expanduser()))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ExportError(f"{folder} exists already; choose another folder or remove it.")
     return folder
 
 
 @contextmanager
-def continued_aside(target: Path, key: str) -> Iterator[Path]:
+def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
     """Gives a folder beside `target` to write into: new, or as an interrupted writer of the same key left it.
 
     It is removed at the end, from which :func:`put_in_place` saves what is to stay, and when writing fails. What a
@@ -39,9 +40,11 @@ def continued_aside(target: Path, key: str) -> Iterator[Path]:
     Args:
         target: A folder that is not there yet, or empty.
         key: Tells what is written; whoever has the same writes the same bytes.
+        needed: Bytes that will have been written at the end.
 
     Raises:
-        ExportError: Something else lies there, another process writes there, or the disk refuses.
+        ExportError: Something else lies there, another process writes there, or the disk refuses or has too little
+            room, which is told before anything is written.
     """
     target = target.expanduser().absolute()
     aside = target.with_name(f".{target.name}.merging")
@@ -51,6 +54,8 @@ def continued_aside(target: Path, key: str) -> Iterator[Path]:
             raise ExportError(f"{aside} was put there by someone else; choose another folder.")
         with (aside / STATE_FILE).open("a+", encoding="utf-8") as state:
             _claim(aside, state, key)
+            if needed - _size(aside) > free_bytes(target):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
                 yield aside
             except (OSError, SafetensorError, ExportError):
@@ -58,7 +63,7 @@ def continued_aside(target: Path, key: str) -> Iterator[Path]:
                 raise
             shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
-        raise ExportError(f"{target} can't be written: {problem}.{space_left(target)}") from problem
+        raise ExportError(f"{target} can't be written: {problem}.{space_left(target, needed)}") from problem
 
 
 def put_in_place(folder: Path, target: Path) -> None:
@@ -72,6 +77,12 @@ def put_in_place(folder: Path, target: Path) -> None:
     with suppress(FileNotFoundError):
         target.rmdir()
     folder.rename(target)
+    sync(target.parent)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _claim(aside: Path, state: TextIO, key: str) -> None:

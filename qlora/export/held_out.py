@@ -20,28 +20,31 @@ def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
     Args:
         config: Of the run.
         tokenizer: The run's own, with its template.
+
+    Raises:
+        DataError: The run's data can't be read.
     """
     datasets = datasets_from_section(config.data, tokenizer, config.train.seed, own_template=True)
     return datasets.eval or datasets.train[:NUM_TRAIN_EXAMPLES]
 
 
-def written_loss(folder: Path, dtype: str, config: RunConfig, device: str | torch.device) -> float:
-    """Loads a merged model and computes its loss on a run's held-out examples.
+def written_loss(
+    folder: Path, dtype: str, examples: ExampleSet, device: str | torch.device, trust_remote_code: bool = False
+) -> float:
+    """Loads a merged model and computes its loss.
 
     Args:
         folder: With weights, config and the run's tokenizer.
         dtype: Of the weights, and to compute in.
-        config: Of the run.
+        examples: Of the run's data.
         device: To compute on.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
         ModelError: The model can't be loaded.
-        DataError: The run's data can't be read.
     """
-    model, tokenizer = load_base(
-        str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=config.model.trust_remote_code
-    )
-    loss = evaluate(model, eval_batches(held_out_examples(config, tokenizer), 1)).loss
+    model, _ = load_base(str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loss = evaluate(model, eval_batches(examples, 1)).loss
     del model
     gc.collect()
     return loss

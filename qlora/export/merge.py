@@ -17,13 +17,14 @@ from qlora.config.sections import parse_size
 from qlora.errors import ExportError
 from qlora.export.aside import continued_aside, new_folder, put_in_place
 from qlora.export.card import write_card
-from qlora.export.held_out import written_loss
+from qlora.export.held_out import held_out_examples, written_loss
 from qlora.export.shards import ShardWriter
-from qlora.export.weights import MergedWeights
+from qlora.export.weights import ONTO, MergedWeights
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 from qlora.model.base import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
+DTYPES = ("float16", "bfloat16", "float32")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Bytes written and bytes in all.
 OnProgress = Callable[[int, int], None]
@@ -37,7 +38,8 @@ class MergeReport:
         out_dir: The model folder.
         dtype: Of its weights.
         onto: `dequantized` or `original` base weights.
-        losses: Of the model on either, on the run's held-out examples, where the better one was asked for.
+        losses: Of the model on either, where the better one was asked for: on the run's held-out examples, or, which
+            the notes say, on training examples where it held none out.
         merged: Layers that an adapter was added to: all that the run adapted.
         tensors: In the folder.
         num_bytes: Of its tensors.
@@ -99,22 +101,30 @@ def merge(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
+    if dtype not in DTYPES:
+        raise ExportError(f"Weights are written in {', '.join(DTYPES)}, not in {dtype!r}.")
+    try:
+        max_bytes = parse_size(max_shard_size)
+    except (ValueError, TypeError):
+        raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     run = RunDirectory.open(run_dir)
-    bases = ["dequantized", "original"] if onto == "best" else [onto]
-    candidates = {base: MergedWeights(run, base, device, force) for base in bases}
-    weights = candidates[bases[0]]
+    candidates = {base: MergedWeights(run, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
+    weights = next(iter(candidates.values()))
     layout = weights.layout(getattr(torch, dtype))
-    max_bytes = parse_size(max_shard_size)
+    num_bytes = sum(tensor.num_bytes for tensor in layout)
     key = _key(run, weights, dtype, onto, max_bytes)
-    progress = _Progress(on_progress, sum(tensor.num_bytes for tensor in layout) * len(candidates))
+    progress = _Progress(on_progress, num_bytes * len(candidates))
+    has_code = weights.config.model.trust_remote_code
     losses: dict[str, float] = {}
-    with continued_aside(out_dir, key) as aside:
+    if onto == "best":  # read now, so that data that are gone are told before anything is written
+        examples = held_out_examples(weights.config, load_tokenizer(run.adapter, has_code))
+    with continued_aside(out_dir, key, num_bytes * len(candidates)) as aside:
         for base, candidate in candidates.items():
             _write_weights(aside / base, candidate, dtype, max_bytes, progress)
             write_companions(aside / base, run, candidate, dtype)
             if onto == "best":
-                losses[base] = written_loss(aside / base, dtype, candidate.config, candidate.device)
+                losses[base] = written_loss(aside / base, dtype, examples, candidate.device, has_code)
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
             out_dir=str(out_dir),
@@ -124,11 +134,12 @@ def merge(
             losses=losses or None,
             merged=weights.num_adapted,
             tensors=len(layout),
-            num_bytes=sum(tensor.num_bytes for tensor in layout),
+            num_bytes=num_bytes,
             continued_bytes=progress.continued,
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
+            notes=candidates[chosen].notes + _notes_on_losses(losses, weights.record),
         )
         write_papers(aside / chosen, report, run, weights.files.folder)
         put_in_place(aside / chosen, out_dir)
@@ -145,9 +156,10 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
     # A sum is finite only where all are, and much faster than looking at each; it may overflow by itself.
     if cast.is_floating_point() and not cast.sum().isfinite() and not cast.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
+        largest = tensor.abs().max().item()
+        remedy = "merge with --dtype bfloat16 or float32" if math.isfinite(largest) else "base or adapter is damaged"
         raise ExportError(
-            f"{name}: a value of {tensor.abs().max().item():.6g} does not fit {kind} (largest "
-            f"{torch.finfo(dtype).max:g}); merge with --dtype bfloat16 or float32."
+            f"{name}: a value of {largest:.6g} does not fit {kind} (largest {torch.finfo(dtype).max:g}); {remedy}."
         )
     return cast
 
@@ -166,6 +178,13 @@ def _better(losses: dict[str, float], dtype: str) -> str:
     if not finite:
         raise ExportError(f"Neither base has a finite loss in {dtype}; merge with --dtype bfloat16 or float32.")
     return min(finite, key=lambda base: finite[base])
+
+
+def _notes_on_losses(losses: dict[str, float], record: dict[str, Any]) -> list[str]:
+    """What the losses are of, where it is not what one takes them for."""
+    if not losses or record.get("examples", {}).get("eval"):
+        return []
+    return ["the run held nothing out: the losses by base are of examples that it was trained on"]
 
 
 class _Progress:

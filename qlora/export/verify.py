@@ -14,14 +14,15 @@ from qlora.data import eval_batches
 from qlora.errors import ExportError, ModelError
 from qlora.export.clients import Verdict, check_clients
 from qlora.export.held_out import held_out_examples
-from qlora.export.merge import REPORT_FILE
+from qlora.export.merge import DTYPES, REPORT_FILE
 from qlora.export.merge_gguf import GGUF_DTYPES
 from qlora.export.verify_adapter import check_adapter_files, check_layers
 from qlora.export.verify_expected import ExpectedWeights
-from qlora.export.verify_files import check_head, check_tokenizer
+from qlora.export.verify_files import check_config, check_head, check_tokenizer, check_weight_files
 from qlora.export.verify_gguf import check_gguf
 from qlora.export.verify_predictions import compare, predict
 from qlora.export.verify_tensors import WrittenFolder, check_tensors
+from qlora.export.weights import ONTO
 from qlora.model import (
     build_skeleton,
     end_token_ids,
@@ -33,8 +34,6 @@ from qlora.model import (
     resolve_device,
 )
 
-DTYPES = ("float16", "bfloat16", "float32")
-ONTO = ("dequantized", "original")
 # Mean KL divergence and difference of losses, in nats, above which two models are not the same: ten times
 # what bf16 against fp16 arithmetic was seen to make.
 MAX_KL = 0.01
@@ -147,12 +146,15 @@ class _Merged:
 
 
 def _read_merged(folder: Path) -> _Merged:
+    if folder.is_file():
+        raise ExportError(f"{folder} is a file; give the folder that qlora merge wrote it into.")
     path = folder / REPORT_FILE
     try:
         report = parse_object(path.read_bytes())
         gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
         device, base_differs = report.get("device", "cpu"), report.get("base_differs", [])
-        if not isinstance(device, str) or not isinstance(base_differs, list):
+        is_list = isinstance(base_differs, list) and all(isinstance(name, str) for name in base_differs)
+        if not isinstance(device, str) or not is_list:
             raise TypeError("device or base_differs")
         if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
             raise ValueError(f"{report['dtype']} onto {report['onto']}")
@@ -197,7 +199,7 @@ def _compare_gguf(
     trust_remote_code = load_config(run.config).model.trust_remote_code
     tokenizer = load_tokenizer(run.adapter, trust_remote_code)
     ends = end_token_ids(load_generation_config(base.folder), tokenizer)
-    expected = ExpectedWeights(run, base, merged.onto, resolve_device(merged.device))
+    expected = _expected_weights(run, base, merged)
     try:
         check = check_gguf(merged.gguf, expected, merged.dtype, skeleton.config, tokenizer, ends)
     except ExportError as error:
@@ -219,13 +221,27 @@ def _compare_folder(
     except ModelError as error:
         problems.append(str(error))
         return {}
-    expected = ExpectedWeights(run, base, merged.onto, resolve_device(merged.device))
+    expected = _expected_weights(run, base, merged)
     tensors = check_tensors(expected, WrittenFolder(written, getattr(torch, merged.dtype)))
-    problems += tensors.problems + check_head(skeleton, base, merged_skeleton, written)
+    problems += tensors.problems + check_weight_files(written)
+    problems += check_config(base, written, merged.dtype) + check_head(skeleton, base, merged_skeleton, written)
     tokenizer = load_tokenizer(run.adapter, trust_remote_code)
     problems += check_tokenizer(base, written, tokenizer, trust_remote_code)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
     return found | _compare_predictions(run, written, merged, device, problems)
+
+
+def _expected_weights(run: RunDirectory, base: BaseFiles, merged: _Merged) -> ExpectedWeights:
+    if merged.onto == "original":
+        return ExpectedWeights(run, base, merged.onto, torch.device("cpu"))
+    try:
+        device = resolve_device(merged.device)
+    except ModelError as error:
+        raise ExportError(
+            f"{merged.folder} was merged on {merged.device}, whose kernels are needed to quantize its weights a second "
+            f"time; verify it there. {error}"
+        ) from None
+    return ExpectedWeights(run, base, merged.onto, device)
 
 
 def _compare_predictions(
@@ -265,7 +281,10 @@ def _apart(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -
     if onto == "original":
         # On other base weights than it was trained on the model is another; it must only not be worse.
         is_as_good = merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE
-        return [] if is_as_good else [f"loss {merged_loss:.4f} is worse than the adapter's {adapter_loss:.4f}"]
+        told = (
+            f"loss {merged_loss:.4f} is worse than the adapter's {adapter_loss:.4f}; merge --onto dequantized or best"
+        )
+        return [] if is_as_good else [told]
     problems = []
     if not mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {mean_kl:.4g} is above {MAX_KL}")

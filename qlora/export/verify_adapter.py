@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from qlora.checkpoint import RunDirectory, read_adapter_config, read_adapter_tensors, step_of
-from qlora.checkpoint.adapter import WEIGHTS_FILE
+from qlora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
 from qlora.data import ExampleSet
+from qlora.errors import CheckpointError
 from qlora.export.verify_expected import ExpectedWeights, true_scaling
 from qlora.export.weights import adapter_scaling
 from qlora.lora import LoraLinear, lora_layers
@@ -50,11 +52,23 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
             problems.append(f"{run.adapter}: {name} has rank {len(lora_A)}, the run trained with {lora.rank}")
     checkpoints = run.list_checkpoints()
     if checkpoints and step_of(checkpoints[-1]) == record.get("steps"):
-        saved_then, here = (load_file(folder / WEIGHTS_FILE) for folder in (checkpoints[-1], run.adapter))
-        for name in sorted({*saved_then} & {*here}):
-            if not torch.equal(saved_then[name], here[name]):
-                problems.append(f"{run.adapter}: {name} is not what the run saved after its last step")
+        problems += _compare_saved(checkpoints[-1], run.adapter)
     return problems
+
+
+def _compare_saved(checkpoint: Path, adapter: Path) -> list[str]:
+    try:
+        read_adapter_header(checkpoint)
+    except CheckpointError as error:
+        return [
+            f"the adapter can't be compared with the last checkpoint; remove that, if the run needs it no more: {error}"
+        ]
+    saved_then, here = (load_file(folder / WEIGHTS_FILE) for folder in (checkpoint, adapter))
+    return [
+        f"{adapter}: {name} is not what the run saved after its last step"
+        for name in sorted({*saved_then} & {*here})
+        if not torch.equal(saved_then[name], here[name])
+    ]
 
 
 @torch.no_grad()

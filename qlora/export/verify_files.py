@@ -1,10 +1,11 @@
-"""What lies beside a merged model's weights: flags, tokenizer, template and end tokens, held against the run's."""
+"""What lies beside a merged model's tensors: index, config, tokenizer, template, end tokens; held against the run's."""
 
 from typing import Any
 
 import torch
 
 from qlora.checkpoint import BaseFiles
+from qlora.checkpoint.json_files import parse_object
 from qlora.errors import ModelError
 from qlora.export.names import ends_in_files
 from qlora.export.stored import StoredTensors, row_blocks
@@ -21,6 +22,43 @@ SAMPLE_TEXTS = (
     "🙂👍🏽 ∑ ≤ \u200b\ufeff\u0301e",
     "<s></s><|im_start|>user\n<|im_end|><|eot_id|><unk>[INST]",
 )
+
+# Of a config, what a merge may change (and other checks see), and what changes nothing.
+MERGED_KEYS = {"dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "vocab_size"}
+IDLE_KEYS = {"transformers_version", "_name_or_path"}
+
+
+def check_weight_files(written: BaseFiles) -> list[str]:
+    """Whether whoever loads the folder finds the same tensors, be it by its index or by the files that there are."""
+    own = {path.name for path in written.weight_files}
+    others = sorted({path.name for path in written.folder.glob("*.safetensors")} - own)
+    problems = [f"{name} is no file of the model, and may be loaded in its place or with it" for name in others]
+    index = written.folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = parse_object(index.read_bytes())["weight_map"]
+        wrong = sorted(name for name, path in written.tensors.items() if places.get(name) != path.name)
+        wrong += sorted({*places} - {*written.tensors})
+        if wrong:
+            problems.append(f"{index.name} names the wrong file for {len(wrong)} tensors, the first is {wrong[0]}")
+    return problems
+
+
+def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
+    """Whether config.json describes the base; a window or a scaling of positions would show in long texts alone.
+
+    Args:
+        base: Its files.
+        written: The merged folder.
+        dtype: Of the merge.
+    """
+    expected, found = _described(base.config), _described(written.config)
+    problems = [
+        f"config.json has {key}: {found.get(key)!r:.80}, the base {expected.get(key)!r:.80}"
+        for key in sorted({*expected, *found})
+        if expected.get(key) != found.get(key)
+    ]
+    own = written.config.get("dtype", written.config.get("torch_dtype"))
+    return problems if own == dtype else [*problems, f"config.json has dtype: {own!r}, the weights are {dtype}"]
 
 
 def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles) -> list[str]:
@@ -79,6 +117,15 @@ def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> li
     found, wanted = {*(ids if isinstance(ids, list) else [ids])} - {None}, {*end_token_ids(own, tokenizer)}
     lost = [f"{GENERATION_FILE} lacks the end token {_show(tokenizer, id_)}" for id_ in sorted(wanted - found)]
     return lost + [f"{GENERATION_FILE} ends at {_show(tokenizer, id_)}" for id_ in sorted(found - wanted)]
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of the architecture; of a model with images, in a part of it too."""
+    return {
+        key: _described(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in MERGED_KEYS | IDLE_KEYS
+    }
 
 
 def _is_tied(skeleton: Any) -> bool:

@@ -27,6 +27,7 @@ from qlora.export.stored import StoredTensors, row_blocks
 from qlora.model import build_skeleton, resolve_device
 from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
 
+ONTO = ("dequantized", "original")
 QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
@@ -46,12 +47,15 @@ class MergedWeights:
         base_differs: Files of the base that are not those trained on; none but with `force`.
 
     Raises:
-        ExportError: The run is not finished, the base is not the one trained on, or its files lack adapted modules.
+        ExportError: The run is not finished, the base is not the one trained on, or its files lack adapted modules; or
+            there are no such base weights.
         CheckpointError: The run or its adapter is damaged.
         ModelError: The base can't be found, or there is no such device.
     """
 
     def __init__(self, run: RunDirectory, onto: str, device: str | torch.device = "cpu", force: bool = False) -> None:
+        if onto not in ONTO:
+            raise ExportError(f"There are no {onto!r} weights to merge onto; take {' or '.join(ONTO)}.")
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
         self.device = resolve_device(device)
@@ -89,11 +93,28 @@ class MergedWeights:
         quantized = self.record["parameters"]["quantized"] if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
+        missing = sorted({*self.record["parameters"].get("adapted", ())} - {*adapted})
+        if missing:
+            raise ExportError(
+                f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
+                f"({', '.join(missing[:3])} …); take the run's own adapter."
+            )
 
     @property
     def num_adapted(self) -> int:
         """Weights that the adapter changes."""
         return len(self._adapted)
+
+    @property
+    def notes(self) -> list[str]:
+        """Where these may not be quite the weights that the adapter was trained on."""
+        here, then = self.device.type, self.record["in_use"].get("device", "").partition(":")[0]
+        if then in ("", here) or all(map(self._is_packed, self._quantized)):
+            return []
+        return [
+            f"quantized anew on {here}, where the run was trained on {then}: a few weights may have got other codes; "
+            f"--device {then} takes the same kernels"
+        ]
 
     @property
     def has_own_head(self) -> bool:

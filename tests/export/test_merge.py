@@ -1,6 +1,8 @@
 """Merged folders: they load with transformers alone, and hold base + scaling · B A in every bit."""
 
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.config import load_config
-from qlora.errors import CheckpointError, ExportError
+from qlora.errors import CheckpointError, DataError, ExportError
 from qlora.export import merge, verify
 from qlora.export.merge import cast_checked
 from qlora.export.stored import BLOCK_NUMEL
@@ -336,7 +338,8 @@ def test_the_largest_values_fit_and_one_beyond_among_them_does_not(dtype, genera
     for beyond in (float("inf"), float("-inf"), float("nan"), *([1e5] if dtype == "float16" else [])):
         values = torch.randn(1000, generator=generator)
         values[torch.randint(1000, (), generator=generator)] = beyond
-        with pytest.raises(ExportError, match=f"weight: a value of .* does not fit {dtype}"):
+        remedy = "merge with --dtype bfloat16 or float32" if math.isfinite(beyond) else "base or adapter is damaged"
+        with pytest.raises(ExportError, match=f"weight: a value of .* does not fit {dtype} .*; {remedy}"):
             cast_checked("weight", values, kind)
 
 
@@ -537,6 +540,82 @@ def test_families_and_odd_sizes_have_every_bit(config_class, sizes, alpaca_file,
         assert not info["missing_keys"] | info["unexpected_keys"]
 
 
+def test_that_the_losses_are_not_held_out_ones_is_told_in_the_report_and_on_the_card(run, own_run, tmp_path):
+    merge(run, tmp_path / "out", onto="best")
+    (note,) = json.loads((tmp_path / "out" / "merge_report.json").read_text())["notes"]
+    assert note.startswith("the run held nothing out")
+    assert note in (tmp_path / "out" / "README.md").read_text()
+    path = own_run[1] / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"examples": {"train": 32, "eval": 8}}))
+    assert merge(own_run[1], tmp_path / "other", onto="best").notes == []
+    assert merge(run, tmp_path / "third").notes == []
+
+
+def test_data_that_are_gone_are_told_before_anything_is_written(own_run, tmp_path):
+    _, run = own_run
+    path = run / "config.yaml"
+    path.write_text(re.sub(r"path: .*rows.jsonl", "path: /gone/rows.jsonl", path.read_text()))
+    with pytest.raises(DataError, match="/gone/rows.jsonl"):
+        merge(run, tmp_path / "out", onto="best")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("device", "onto", "is_told"),
+    [("cuda:0", "dequantized", True), ("cuda:0", "original", False), ("cpu", "dequantized", False)],
+)
+def test_weights_quantized_by_other_kernels_than_in_training_are_told(device, onto, is_told, own_run, tmp_path):
+    path = own_run[1] / "run.json"
+    record = json.loads(path.read_text())
+    record["in_use"]["device"] = device
+    path.write_text(json.dumps(record))
+    notes = merge(own_run[1], tmp_path / "out", onto=onto).notes
+    assert [note.partition(":")[0] for note in notes] == (
+        ["quantized anew on cpu, where the run was trained on cuda"] if is_told else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "bf16"}, "'bf16'"),
+        ({"dtype": "float64"}, "'float64'"),
+        ({"onto": "orignal"}, "no 'orignal' weights to merge onto"),
+        ({"onto": "Best"}, "no 'Best' weights to merge onto"),
+        ({"max_shard_size": "big"}, "'big' should be a size"),
+        ({"max_shard_size": 5}, "5 should be a size"),
+    ],
+)
+def test_settings_that_there_are_not_are_refused_and_taken_for_no_others(settings, message, run, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        merge(run, tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_working_directory_is_written_into_by_its_name(run, tmp_path, monkeypatch):
+    for name, given in (("mine", "."), ("other", "nowhere/..")):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert merge(run, given).out_dir == str(folder)
+        assert json.loads((folder / "merge_report.json").read_text())["out_dir"] == name
+        assert f"# {name}\n" in (folder / "README.md").read_text()
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
+    num_bytes = merge(run, tmp_path / "whole").num_bytes
+    with pytest.raises(KeyboardInterrupt):
+        merge(run, tmp_path / "out", on_progress=Interruption(100_000))
+    monkeypatch.setattr("qlora.export.aside.free_bytes", lambda target: num_bytes - 100_000)
+    written = []
+    with pytest.raises(
+        ExportError, match=rf"new can't be written: .*No space left.* It takes {num_bytes / 1e6:.1f} MB"
+    ):
+        merge(run, tmp_path / "new", on_progress=lambda *progress: written.append(progress))
+    assert not written
+    assert merge(run, tmp_path / "out").continued_bytes >= 100_000  # what is there already needs no room
+
+
 def test_where_neither_base_has_a_loss_nothing_is_written(own_run, tmp_path):
     base, run = own_run
     tensors = load_file(base / WEIGHTS)
@@ -598,6 +677,14 @@ def test_a_run_that_has_not_finished_is_refused(status, own_run, tmp_path):
     path = own_run[1] / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
     with pytest.raises(ExportError, match=f"{own_run[1]} is {status}, not finished; qlora train continues it"):
+        merge(own_run[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_lacks_a_layer_of_the_run_is_refused_by_name(own_run, tmp_path):
+    path = own_run[1] / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "layers.1.mlp.up_proj" not in name}, path)
+    with pytest.raises(ExportError, match=r"lacks the factors of 1 layers .*\(model\.layers\.1\.mlp\.up_proj "):
         merge(own_run[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -95,6 +95,19 @@ def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):
     assert verify(own / "run").problems == [f"{path.parent}: {name} is not what the run saved after its last step"]
 
 
+def test_a_checkpoint_that_is_damaged_is_told_and_the_rest_compared(own):
+    path = sorted((own / "run" / "checkpoints").iterdir())[-1] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    for damage in ("cut short", "is missing"):
+        report = verify(own / "run")
+        (problem,) = report.problems
+        assert problem.startswith("the adapter can't be compared with the last checkpoint")
+        assert damage in problem
+        assert str(path.parent) in problem
+        assert report.layers_checked == 14
+        path.unlink(missing_ok=True)
+
+
 def test_an_adapter_that_lacks_a_layer_does_not_load(own):
     path = own / "run" / "adapter" / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)

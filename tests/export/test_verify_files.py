@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qlora.checkpoint import BaseFiles
-from qlora.export import verify
+from qlora.export import merge, verify
 from qlora.export.verify_files import check_head
 from qlora.model import build_skeleton
 from tests.export import change_tensors
@@ -97,6 +98,46 @@ def test_another_chat_template_is_told(own):
     report = verify(own / "run", own / "out")
     assert not report.matches
     assert report.problems == ["the chat template is another"]
+
+
+@pytest.fixture
+def sharded(merged, tmp_path):
+    """A release of several files, to be spoilt."""
+    merge(merged / "run", tmp_path / "out", max_shard_size="60KB")
+    assert verify(merged / "run", tmp_path / "out").problems == []
+    return tmp_path / "out"
+
+
+def test_a_file_that_would_be_loaded_in_place_of_those_of_the_index_is_told(sharded, merged):
+    tensors = load_file(merged / "out" / "model.safetensors")
+    save_file({name: value * 0 for name, value in tensors.items()}, sharded / "model.safetensors", {"format": "pt"})
+    assert AutoModelForCausalLM.from_pretrained(sharded).lm_head.weight.abs().max() == 0
+    assert verify(merged / "run", sharded).problems == [
+        "model.safetensors is no file of the model, and may be loaded in its place or with it"
+    ]
+
+
+def test_files_that_changed_places_are_told(sharded, merged):
+    one, other = sorted(sharded.glob("*.safetensors"))[:2]
+    names = sorted({**load_file(one), **load_file(other)})
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert verify(merged / "run", sharded).problems == [
+        f"model.safetensors.index.json names the wrong file for {len(names)} tensors, the first is {names[0]}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_position_embeddings", 32), ("sliding_window", 8), ("dtype", "float32"), ("bos_token_id", 7)],
+)
+def test_a_config_that_describes_another_model_is_told(key, value, own):
+    """None of these changes what is predicted after a short text."""
+    path = own / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (problem,) = verify(own / "run", own / "out").problems
+    assert problem.startswith(f"config.json has {key}: {value!r}, ")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
