@@ -50,7 +50,10 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
     if not tokens:
         return range(0)
     vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary.get(token, -1) for token in tokens]
-    if ids[0] < 0 or ids != list(range(ids[0], ids[0] + len(ids))):
+    absent = [token for token in tokens if token not in vocabulary]
+    if absent:
+        raise DataError(f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; take the run's own.")
+    ids = [vocabulary[token] for token in tokens]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which do not follow on one another.")
     return range(ids[0], ids[-1] + 1)

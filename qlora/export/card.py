@@ -24,6 +24,7 @@ LICENSES = {
     "BSD 2-Clause License": "bsd-2-clause",
     "Mozilla Public License Version 2.0": "mpl-2.0",
 }
+PIPE = r"\|"  # in a cell of a table, in code too
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
 
@@ -161,7 +162,8 @@ def _settings(record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
         **_rows_trained(record, config),
         "learnt from": data.loss_on,
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
-        f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients clipped at {train.max_grad_norm}",
+        f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients "
+        f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
         "compute dtype": in_use["compute_dtype"],
         "seed": train.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
@@ -204,4 +206,4 @@ def _link(name: str, on_hub: bool, kind: str = "") -> str:
 
 def _table(head: list[str], rows: Any) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '¦') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', PIPE) for cell in line)} |" for line in lines)

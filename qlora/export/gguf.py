@@ -19,6 +19,8 @@ FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qw
 DTYPES = ("f16", "bf16", "q8_0")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# What llama.cpp computes YaRN with in these architectures, whatever a file says.
+YARN_CONSTANTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ def _read_config(folder: Path) -> Any:
         "partial_rotary_factor": rope["partial_rotary_factor"] if rope.get("partial_rotary_factor", 1) != 1 else None,
         "use_sliding_window": getattr(config, "use_sliding_window", False) or None,
     }
+    if rope["rope_type"] == "yarn":
+        unknown |= {key: rope[key] for key, value in YARN_CONSTANTS.items() if rope.get(key) not in (None, value)}
     for key, value in unknown.items():
         if value is not None:
             raise ExportError(f"{key}: {value} can't be said in a GGUF file of {config.model_type}. {OTHER_WAY}")
@@ -184,13 +188,7 @@ def _add_hyperparameters(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key, add in (
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(rope[key])
+        writer.add_rope_scaling_attn_factors(_yarn_attention_factor(config))
 
 
 def _head_dim(config: Any) -> int:
@@ -208,6 +206,14 @@ def _rope_factors(config: Any) -> torch.Tensor | None:
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     return plain / scaled
+
+
+def _yarn_attention_factor(config: Any) -> float:
+    """What YaRN multiplies sines and cosines by, over what llama.cpp does of itself: 1 + log(factor) / 10."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    return attention_factor / (1 + 0.1 * math.log(max(1.0, config.rope_parameters["factor"])))
 
 
 def _repeats_embedding(layout: Sequence[TensorLayout], read: Callable[[str], torch.Tensor]) -> bool:

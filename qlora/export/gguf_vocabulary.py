@@ -111,6 +111,8 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos
         raise ExportError(f"The tokenizer has ids up to {max(texts)}, the embedding {num_rows} rows.")
 
     is_sentencepiece = bool(model.get("byte_fallback"))
+    if is_sentencepiece:
+        _check_spaces_alone(description)
     pre = "default" if is_sentencepiece else _pre_tokenizer_name(description)
     tokens = [texts.get(token_id, f"[PAD{token_id}]") for token_id in range(num_rows)]
     types = [_token_type(token_id, texts, added, model.get("unk_token")) for token_id in range(num_rows)]
@@ -135,6 +137,25 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos
         template=tokenizer.chat_template,
         notes=_notes(tokenizer, description, is_sentencepiece, end_token_ids),
     )
+
+
+def _check_spaces_alone(description: dict[str, Any]) -> None:
+    """Sees that text is changed in its spaces alone before the merges, and not cut: llama.cpp does no more.
+
+    Raises:
+        ExportError: It is; llama.cpp would feed other tokens than were trained on.
+    """
+    parts = (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+    steps = [step for key, inner in parts if (whole := description[key]) for step in whole.get(inner, [whole])]
+    for step in steps:
+        match step:
+            case {"type": "Prepend", "prepend": "▁"} | {"type": "Metaspace", "replacement": "▁", "split": False}:
+                continue
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                continue
+        raise ExportError(
+            f"The tokenizer changes or cuts text as llama.cpp's SentencePiece does not: {json.dumps(step)}. {OTHER_WAY}"
+        )
 
 
 def _pre_tokenizer_name(description: dict[str, Any]) -> str:

@@ -51,15 +51,14 @@ def merge_to_gguf(
     run = RunDirectory.open(run_dir)
     weights = MergedWeights(run, onto, device, force)
     layout = weights.layout(torch.float32)
-    sizes = {entry.name: entry.num_bytes for entry in layout}
-    total, done = sum(sizes.values()), 0
+    remaining = {entry.name: entry.num_bytes for entry in layout}
+    total = sum(remaining.values())
 
     def read(name: str) -> torch.Tensor:
-        nonlocal done
         value = weights.tensor(name).cpu()
-        done += sizes[name]
+        remaining.pop(name, None)  # embedding and head of a tied model may be read twice
         if on_progress is not None:
-            on_progress(done, total)
+            on_progress(total - sum(remaining.values()), total)
         return value
 
     with write_aside(out_dir, ExportError) as folder:
@@ -79,7 +78,7 @@ def merge_to_gguf(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=written.notes,
+            notes=weights.notes + written.notes,
         )
         write_papers(folder, report, run, weights.files.folder)
     return report

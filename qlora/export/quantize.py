@@ -92,7 +92,7 @@ def quantize_model(
     started = time.perf_counter()
     out_dir = new_folder(out_dir)
     files = BaseFiles.resolve(base, revision, trust_remote_code)
-    if files.is_bitsandbytes_4bit or "quantization_config" in files.config:
+    if files.is_bitsandbytes_4bit or files.config.get("quantization_config"):
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")
     target = _own_dtype(files) if dtype == "auto" else getattr(torch, dtype)
     settings = _settings(double_quant, target)

@@ -172,7 +172,7 @@ def _name(name: str) -> str:
 def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
     """What the file should say of the model, by its keys."""
     architecture, head_dim, rope = ARCHITECTURES[config.model_type], _head_dim(config), config.rope_parameters
-    is_scaled = rope["rope_type"] in ("linear", "yarn")
+    is_scaled, is_yarn = rope["rope_type"] in ("linear", "yarn"), rope["rope_type"] == "yarn"
     values = {
         "vocab_size": num_rows,
         "block_count": config.num_hidden_layers,
@@ -188,6 +188,8 @@ def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
         "rope.freq_base": rope["rope_theta"],
         "rope.scaling.type": rope["rope_type"] if is_scaled else None,
         "rope.scaling.factor": rope["factor"] if is_scaled else None,
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"] if is_yarn else None,
+        "rope.scaling.attn_factor": _yarn_factor(rope) if is_yarn else None,
     }
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
 
@@ -214,6 +216,13 @@ def _vocabulary_fields(vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": vocabulary.adds["space"],
         "tokenizer.chat_template": template.get("default") if isinstance(template, dict) else template,
     }
+
+
+def _yarn_factor(rope: dict[str, Any]) -> float:
+    """The scale of YaRN's attention over the usual one, which llama.cpp multiplies by it."""
+    growth, mscale, of_all = 0.1 * math.log(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
+    asked = (1 + mscale * growth) / (1 + of_all * growth) if mscale and of_all else 1 + growth
+    return (rope.get("attention_factor") or asked) / (1 + growth)
 
 
 def _rope_factors(config: Any) -> list[float] | None:

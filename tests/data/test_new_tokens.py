@@ -47,8 +47,12 @@ def test_what_it_would_write_otherwise_is_refused():
 
 
 def test_tokens_that_another_tokenizer_lacks_are_told():
-    with pytest.raises(DataError, match="do not follow on one another"):
+    with pytest.raises(DataError, match=r"the tokenizer has no '<tool>', '</tool>', 'Angstrom'; take the run's own"):
         new_token_ids(make_tokenizer(), TOKENS)
+    tokenizer = make_tokenizer()
+    add_new_tokens(tokenizer, [*TOKENS[1:], TOKENS[0]])
+    with pytest.raises(DataError, match="do not follow on one another"):
+        new_token_ids(tokenizer, TOKENS)
 
 
 def test_examples_are_counted_as_often_as_they_are_chosen(tmp_path, seed, monkeypatch):

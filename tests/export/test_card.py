@@ -54,6 +54,17 @@ def test_it_tells_base_data_settings_losses_and_merge(run, report, tiny_base, al
     assert "the dequantized base" in text
 
 
+def test_a_bar_in_a_token_is_no_end_of_a_cell_and_no_limit_is_told_as_none(run, report, tiny_base, tmp_path):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    config = yaml.safe_load(copy.config.read_text())
+    config["data"]["new_tokens"] = ["<|call|>"]
+    config["train"]["max_grad_norm"] = None
+    copy.config.write_text(json.dumps(config))
+    text = card_of(tmp_path, copy, tiny_base, report)
+    assert r"| new tokens | `<\|call\|>` |" in text
+    assert "gradients not clipped |" in text
+
+
 def test_the_hub_takes_its_front_matter(run, report, tiny_base, tmp_path):
     front = ModelCard(card_of(tmp_path, run, tiny_base, report)).data.to_dict()
     assert front["library_name"] == "transformers"

@@ -1,6 +1,7 @@
 """GGUF files: transformers and llama.cpp read them back as the same model with the same tokens."""
 
 import hashlib
+import math
 import struct
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,6 +40,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 BASES = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
@@ -216,6 +218,8 @@ def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type: dynamic"),
         ({"config_class": Qwen2Config, "rope_parameters": LLAMA3_ROPE}, "rope_type in Qwen: llama3"),
         ({"config_class": Qwen2Config, "use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast: 16"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate: False"),
         ({"vocab_size": 258, "eos_token_id": 257}, "ids up to 258, the embedding 258 rows"),
     ],
 )
@@ -234,6 +238,33 @@ def test_a_way_of_splitting_text_that_llama_cpp_has_no_name_for_is_refused(tmp_p
     tokenizer.save_pretrained(base)
     with pytest.raises(ExportError, match=r"not known here.*q\+.*docs/release.md"):
         write(base, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Digits()),
+        lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Metaspace(split=True)),
+    ],
+)
+def test_a_sentencepiece_that_does_more_than_llama_cpps_is_refused(change, realdata):
+    backend = Tokenizer.from_file(str(realdata / "tokenizers/tinyllama_chat_hf/tokenizer.json"))
+    change(backend)
+    with pytest.raises(ExportError, match="changes or cuts text"):
+        read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 32000, [], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [({}, 1.0), ({"attention_factor": 1.0}, 1 / (1 + 0.1 * math.log(4)))],
+    ids=["the usual", "another"],
+)
+def test_yarns_attention_is_said_in_the_key_that_llama_cpp_reads(settings, factor, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, rope_parameters=YARN | settings)
+    write(base, tmp_path / "model.gguf")
+    fields, _ = read(tmp_path / "model.gguf")
+    assert fields["llama.rope.scaling.attn_factor"] == pytest.approx(factor)
 
 
 def test_values_that_do_not_fit_are_refused_by_name(tmp_path, seed):
@@ -349,21 +380,14 @@ def check_by_llama_cpp(llama_cpp, base, file, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*BASES, "llama with biases", "llama 3.1", "yarn"])
+@pytest.mark.parametrize("family", [*BASES, "llama with biases", "llama 3.1", "yarn", "yarn, own scale"])
 def test_llama_cpp_computes_the_same(family, llama_cpp, tmp_path, seed, realdata):
     text = (realdata / "data/tinyshakespeare/input.txt").read_text()[:20000]
     own = {  # which transformers does not read back from GGUF
         "llama with biases": {"attention_bias": True, "mlp_bias": True},
         "llama 3.1": {"rope_parameters": LLAMA3_ROPE},
-        "yarn": {
-            "config_class": Qwen2Config,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        },
+        "yarn": {"config_class": Qwen2Config, "rope_parameters": YARN},
+        "yarn, own scale": {"rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}},
     }
     base = make_base(tmp_path / "base", seed, dtype=torch.float16, **{**(BASES | own)[family], "vocab_size": 608})
     train_tokenizer(("a regex of its own",), False, text).save_pretrained(base)

@@ -1,7 +1,10 @@
 """A run merged into GGUF is the run merged into safetensors, rounded otherwise."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.config import load_config
@@ -40,6 +43,19 @@ def test_every_value_is_the_merged_one_rounded_once(dtype, onto, run, tmp_path):
     assert seen[-1][0] == seen[-1][1] == 4 * sum(value.numel() for value in exact.values())
     own = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert own("a b").input_ids == AutoTokenizer.from_pretrained(tmp_path / "exact")("a b").input_ids
+
+
+def test_progress_ends_at_the_whole_where_a_tied_model_holds_its_weight_twice(tied, tmp_path):
+    copy, base = (shutil.copytree(tied / name, tmp_path / name) for name in ("run", "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(tied / "base"), str(base)))
+    seen = []
+    merge_to_gguf(copy, tmp_path / "out", force=True, on_progress=lambda *steps: seen.append(steps))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
 
 
 @pytest.mark.parametrize(("dtype", "onto"), [("float32", "dequantized"), ("float16", "best")])

@@ -148,6 +148,14 @@ def test_what_is_quantized_already_is_refused(tiny_base, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_config_that_says_that_nothing_is_quantized_is_taken_at_its_word(tmp_path, seed):
+    base = make_base(tmp_path / "base", seed)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert quantize_model(str(base), tmp_path / "4bit").quantized == 14
+    load_base(str(tmp_path / "4bit"))
+
+
 def test_nothing_is_overwritten(tiny_base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

@@ -19,10 +19,14 @@ ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    "mscale": 1.5, "mscale_all_dim": 0.5,
+}  # fmt: skip
 BASES = {
     "llama": {"rope_parameters": ROPE},
     "mistral, tied": {"config_class": MistralConfig, "sliding_window": None, "tie_word_embeddings": True},
-    "qwen3": {"config_class": Qwen3Config, "vocab_size": 264, "head_dim": 32},
+    "qwen3": {"config_class": Qwen3Config, "vocab_size": 264, "head_dim": 32, "rope_parameters": YARN},
 }
 UP, QUERY = "blk.{}.ffn_up.weight", "blk.0.attn_q.weight"
 
