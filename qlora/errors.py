@@ -10,7 +10,7 @@ SECRETS = {
     "a token of GitHub": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
     "a key of AWS": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
     "a private key": re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END|\Z)"),
-    "a password in a URL": re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"),
+    "a password in a URL": re.compile(r"(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"),
 }
 # Variables of the environment that hold one, whatever it looks like.
 SECRET_NAMES = re.compile(r".*_(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)")

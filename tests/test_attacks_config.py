@@ -147,7 +147,7 @@ def test_an_error_tells_no_secret_of_the_environment(monkeypatch, name):
 
 def test_an_error_without_secrets_is_told_as_it_is(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "a")
-    told = "a@b.c: https://example.com:80/x@y is hf_short, sk-learn and ~/a@b"
+    told = "a@b.c: https://example.com:80/x@y is hf_short, sk-learn and ~/a@b, {'://':8,'@':9}"
     assert str(QLoRAError(told)) == told
 
 

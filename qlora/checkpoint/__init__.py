@@ -1,6 +1,7 @@
 """Files of a run: adapters in PEFT's format, training state, the run directory, and the base's files."""
 
 from qlora.checkpoint.adapter import (
+    adapter_scaling,
     load_adapter,
     read_adapter_config,
     read_adapter_rows,
@@ -29,6 +30,7 @@ __all__ = [
     "RunDirectory",
     "StoredRows",
     "adapter_bytes",
+    "adapter_scaling",
     "check_whole",
     "checkpoint_bytes",
     "discard",

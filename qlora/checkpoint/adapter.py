@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, minimal enough for every tool that reads it."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # More than any layer is wide.
 MAX_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
+# First values that change the base's weights: the adapter is for a base that is not the published one.
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva")
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -89,6 +92,23 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def adapter_scaling(folder: Path) -> float:
+    """The factor on B A that an adapter's config stands for, in all layers.
+
+    Raises:
+        CheckpointError: It stands for another in some, or is for a base of its own.
+    """
+    config = read_adapter_config(folder)
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    if patterns or str(config.get("init_lora_weights")).startswith(CHANGING_INITS):
+        what = f"a {patterns[0]}" if patterns else f"init_lora_weights: {config['init_lora_weights']}"
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has {what}: read is plain LoRA alone, of one rank and one alpha on the published "
+            "base, as runs leave it. Use an adapter from elsewhere with the tool that made it."
+        )
+    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+
+
 def read_adapter_header(folder: Path) -> dict[str, Any]:
     """Dtype, shape and place of an adapter's tensors, by name.
 
@@ -145,8 +165,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Copies an adapter's factors and trained rows into the layers of a model that has matching ones.
 
     Raises:
-        CheckpointError: The adapter has other modules, shapes or rows than the model; they are named.
+        CheckpointError: The adapter has other modules, shapes, rows or another scaling than the model; they are named.
     """
+    scaling = adapter_scaling(folder)
     factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
     if set(factors) != set(layers):
         apart = sorted(set(factors) ^ set(layers))
@@ -158,6 +179,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} has factors {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "
                 f"the model {tuple(layer.lora_A.shape)} and {tuple(layer.lora_B.shape)}."
             )
+        if not math.isclose(scaling, layer.scaling):
+            raise CheckpointError(f"{folder} has a scaling of {scaling:g}, the run trained with {layer.scaling:g}.")
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
     load_rows(model, read_adapter_rows(folder), load_file(folder / WEIGHTS_FILE))

@@ -73,7 +73,7 @@ class BaseFiles:
         Raises:
             ModelError: The index is damaged, or names what is not there or no weight file of this folder.
         """
-        index = self.folder / "model.safetensors.index.json"
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.is_file():
             weight_map = read_object(index, ModelError, "download it anew").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -85,8 +85,11 @@ class BaseFiles:
             missing = sorted(name for name in names if not (self.folder / name).is_file())
             if missing:
                 raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it anew.")
+            if single.is_file() and single.name not in names:
+                raise ModelError(
+                    f"{self.folder} has {single.name} and {index.name} for other files; remove one of them."
+                )
             return [self.folder / name for name in sorted(names)]
-        single = self.folder / "model.safetensors"
         return [single] if single.is_file() else []
 
     @cached_property
@@ -197,12 +200,12 @@ def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise ModelError(f"model.base: there is no folder {base}.")
+        raise ModelError(f"There is no model folder {base}.")
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"model.base: {base} is no folder here, and can't be had from the hub: {reason}") from error
+        raise ModelError(f"{base} is no model folder here, and can't be had from the hub: {reason}") from error
 
 
 def _sampled_sha256(path: Path) -> str:

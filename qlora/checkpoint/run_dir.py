@@ -14,7 +14,8 @@ RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")
 # What of them is used without a further look.
 RECORD_TYPES = {
     "status": str, "base.name": str, "base.files": dict, "quantization.double_quant": bool,
-    "in_use.compute_dtype": str, "parameters.quantized": list, "data": list,
+    "quantization.block_size": int | None, "in_use.compute_dtype": str, "in_use.device": str,
+    "parameters.quantized": list, "parameters.adapted": list, "data": list,
 }  # fmt: skip
 # Of each source of the data, in words.
 DATA_KEYS = ("source", "digest")

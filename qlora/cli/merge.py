@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import AsJson, Device, NewFolder, RunDir
+from qlora.cli.options import AsJson, NewFolder, RunDir
 from qlora.cli.report import show_report
 
 INTERRUPTED = 130
@@ -32,7 +32,9 @@ def merge(
         Literal["safetensors", "gguf"], typer.Option(help="A folder for transformers, or a file for llama.cpp.")
     ] = "safetensors",
     max_shard_size: Annotated[str | None, typer.Option(help="Of a weight file: 5GB, 500MB.")] = None,
-    device: Device = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cpu, …; default: as the run was trained on, if it is here, else cpu.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Merge into a base other than the one trained on.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the folder to owner/name, private if it is new.")
@@ -49,6 +51,8 @@ def merge(
     """
     if dtype == "q8_0" and format != "gguf":
         raise typer.BadParameter("--dtype q8_0 is of --format gguf.")
+    if max_shard_size is not None and format == "gguf":
+        raise typer.BadParameter("--max-shard-size is of --format safetensors: GGUF is one file.")
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public go with --push-to-hub.")
 

@@ -31,6 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         hint = "'qlora init' writes one" if path.suffix in (".yaml", ".yml") else "a config is a YAML file"
         raise ConfigError(f"Config file not found: {path} ({hint}).") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, and no run's: it has no config.yaml and run.json.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(values, dict):

@@ -1,5 +1,6 @@
 """What a config may say: the sections, their types, defaults and ranges."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -149,6 +150,11 @@ class LoraSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     form: Literal["auto", "separate", "folded"] = "auto"
     modules_to_save: list[str] = []
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @model_validator(mode="after")
     def _check_form(self) -> "LoraSection":

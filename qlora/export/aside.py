@@ -26,7 +26,9 @@ def new_folder(path: str | Path) -> Path:
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ExportError(f"{folder} exists already; choose another folder or remove it.")
+        left = _aside(folder)
+        also = f" {left} is left of a merge that was stopped as it ended; remove it too." if left.exists() else ""
+        raise ExportError(f"{folder} exists already; choose another folder or remove it.{also}")
     return folder
 
 
@@ -47,7 +49,7 @@ def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
             room, which is told before anything is written.
     """
     target = target.expanduser().absolute()
-    aside = target.with_name(f".{target.name}.merging")
+    aside = _aside(target)
     try:
         aside.mkdir(parents=True, exist_ok=True)
         if aside.is_symlink() or aside.stat().st_uid != os.geteuid():  # in a folder that others may write to
@@ -78,6 +80,10 @@ def put_in_place(folder: Path, target: Path) -> None:
         target.rmdir()
     folder.rename(target)
     sync(target.parent)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.merging")
 
 
 def _size(folder: Path) -> int:

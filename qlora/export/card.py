@@ -193,7 +193,7 @@ def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:
         "layers with an adapter": report.get("merged"),
         "tensors": report.get("tensors"),
         "bytes": report.get("num_bytes"),
-        "held-out loss by base": ", ".join(f"{base} {loss:.4f}" for base, loss in (report.get("losses") or {}).items()),
+        "loss by base": ", ".join(f"{base} {loss:.4f}" for base, loss in (report.get("losses") or {}).items()),
         "base's files that are not those trained on": ", ".join(report.get("base_differs") or []),
         "notes": "; ".join(report.get("notes") or []),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
-from qlora.checkpoint.adapter import read_adapter_header
+from qlora.checkpoint.adapter import CHANGING_INITS, read_adapter_header
 from qlora.checkpoint.adapter_rows import PREFIX
 
 # What `--max-lora-rank` of vLLM can be; it is 16 if not given (vllm/config/lora.py).
@@ -15,8 +15,6 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 # Copies of the base's own weights that PEFT saves beside an adapter of these; vLLM passes over them.
 VLLM_SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
-# First values that change the base's weights, so that a server's own base is not the one trained on.
-CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva")
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 

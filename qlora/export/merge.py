@@ -75,7 +75,7 @@ def merge(
     dtype: str = "float16",
     onto: str = "dequantized",
     max_shard_size: str = "5GB",
-    device: str = "cpu",
+    device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
@@ -92,7 +92,7 @@ def merge(
             whichever has the lower loss on the run's held-out examples. For that both are written, so the disk
             holds twice the model meanwhile, and loaded whole, one after the other.
         max_shard_size: Of a weight file.
-        device: To merge and evaluate on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        device: To merge and evaluate on, see :class:`qlora.export.weights.MergedWeights`.
         force: Merge into a base other than the one trained on; the report says what differs.
         on_progress: Told of the bytes written, and of all.
 

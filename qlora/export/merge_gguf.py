@@ -20,7 +20,7 @@ def merge_to_gguf(
     out_dir: str | Path,
     dtype: str = "float16",
     onto: str = "dequantized",
-    device: str = "cpu",
+    device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
@@ -33,7 +33,7 @@ def merge_to_gguf(
         out_dir: A folder that is not there yet; written aside and renamed when whole.
         dtype: `float16`, `bfloat16` or `q8_0`.
         onto: `dequantized`, the weights that the adapter was trained on, or `original`, those of the files.
-        device: To merge on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        device: To merge on, see :class:`qlora.export.weights.MergedWeights`.
         force: Merge into a base other than the one trained on; the report says what differs.
         on_progress: Told of the bytes merged, and of all.
 
@@ -61,7 +61,8 @@ def merge_to_gguf(
             on_progress(total - sum(remaining.values()), total)
         return value
 
-    with write_aside(out_dir, ExportError) as folder:
+    needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms, which stay in fp32, are little beside
+    with write_aside(out_dir, ExportError, needed) as folder:
         write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
         written = write_gguf(folder, layout, read, out_file, GGUF_DTYPES[dtype], out_dir.name)

@@ -1,4 +1,4 @@
-"""Parameters of a model by the names that its checkpoint has for them."""
+"""Parameters of a model by the names that its checkpoint has for them, and which way they lie there."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -38,6 +38,13 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
         for target in converter.target_patterns:
             made.setdefault(parameter.replace(converter.target_patterns[0], target), []).append(name)
     return single, made
+
+
+def transposed_modules(skeleton: Any) -> set[str]:
+    """Layers of GPT-2's kind, whose weights are stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
 
 
 def ends_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[str | None, str | None]:

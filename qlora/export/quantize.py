@@ -15,13 +15,12 @@ from qlora.config.sections import parse_size
 from qlora.errors import ExportError
 from qlora.export.aside import new_folder
 from qlora.export.card import write_quantized_card
-from qlora.export.names import names_in_files
+from qlora.export.names import names_in_files, transposed_modules
 from qlora.export.shards import ShardWriter, TensorLayout
 from qlora.export.stored import StoredTensors
 from qlora.model import build_skeleton, resolve_device
-from qlora.nf4 import is_bitsandbytes_linear, quantize
+from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, is_bitsandbytes_linear, quantize
 
-BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
 STATE = "quant_state.bitsandbytes__nf4"
 # The text of a weight's state holds a number of any length; spaces after JSON mean nothing, and so its size is known
 # before the weight is.
@@ -158,12 +157,11 @@ def _quantized_tensors(files: BaseFiles, settings: Any, trust_remote_code: bool)
     Raises:
         ExportError: Some are not tensors of their own in the files.
     """
-    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers import AutoHfQuantizer
 
     skeleton = build_skeleton(files, trust_remote_code)
     single, _ = names_in_files(skeleton, files.tensors)
-    transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+    transposed = transposed_modules(skeleton)
     AutoHfQuantizer.from_config(settings).preprocess_model(skeleton, device_map=None)
     modules = [name for name, module in skeleton.named_modules() if is_bitsandbytes_linear(module)]
     missing = [module for module in modules if f"{module}.weight" not in single]

@@ -11,7 +11,7 @@ from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.checkpoint.json_files import parse_object
 from qlora.config import load_config
 from qlora.data import eval_batches
-from qlora.errors import ExportError, ModelError
+from qlora.errors import CheckpointError, DataError, ExportError, ModelError
 from qlora.export.clients import Verdict, check_clients
 from qlora.export.held_out import held_out_examples
 from qlora.export.merge import DTYPES, REPORT_FILE
@@ -100,7 +100,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
 
     Raises:
         ExportError: The folder holds nothing merged.
-        QLoRAError: The run, its base or its data can't be read.
+        QLoRAError: The run or its base can't be read.
     """
     run = RunDirectory.open(run_dir)
     merged = None if out_dir is None else _read_merged(Path(out_dir).expanduser())
@@ -179,8 +179,12 @@ def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[s
 
 def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
     """Loads the run, and computes its adapted layers a second time."""
-    model, tokenizer = load_run(run.path, device)
-    examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
+    try:
+        model, tokenizer = load_run(run.path, device)
+        examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
+    except (CheckpointError, DataError) as error:  # its files were compared all the same
+        problems.append(f"what it computes was not compared: {error}")
+        return {}
     layers = check_layers(model, ExpectedWeights(run, base, "dequantized", model.device), examples)
     problems += layers.problems
     loss = evaluate(model, eval_batches(examples, 1)).loss
@@ -249,8 +253,12 @@ def _compare_predictions(
 ) -> dict[str, Any]:
     """Runs both models, one after the other; adds what is apart to the problems."""
     config = load_config(run.config)
-    model, tokenizer = load_run(run.path, device)
-    examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
+    try:
+        model, tokenizer = load_run(run.path, device)
+        examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
+    except (CheckpointError, DataError) as error:  # the tensors were compared all the same
+        problems.append(f"what it predicts was not compared: {error}")
+        return {}
     adapter = predict(model, tokenizer, examples)
     del model
     gc.collect()

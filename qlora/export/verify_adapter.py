@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qlora.checkpoint import RunDirectory, read_adapter_config, read_adapter_tensors, step_of
+from qlora.checkpoint import RunDirectory, adapter_scaling, read_adapter_tensors, step_of
 from qlora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
 from qlora.data import ExampleSet
 from qlora.errors import CheckpointError
-from qlora.export.verify_expected import ExpectedWeights, true_scaling
-from qlora.export.weights import adapter_scaling
+from qlora.export.verify_expected import ExpectedWeights
 from qlora.lora import LoraLinear, lora_layers
 
 # Tokens that go through the model; each layer's product with them is computed again in fp64.
@@ -39,9 +38,9 @@ class LayerCheck:
 def check_adapter_files(run: RunDirectory) -> list[str]:
     """Whether an adapter's scaling, layers and ranks are the run's, and its values those of the last checkpoint."""
     lora, record = load_config(run.config).lora, run.read_record()
-    config, factors = read_adapter_config(run.adapter), read_adapter_tensors(run.adapter)
+    factors = read_adapter_tensors(run.adapter)
     problems = []
-    own, saved = true_scaling(lora), adapter_scaling(config)
+    own, saved = lora.scaling, adapter_scaling(run.adapter)
     if not math.isclose(own, saved):
         problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
     adapted = {*record["parameters"]["adapted"]}

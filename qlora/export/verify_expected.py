@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
-from qlora.config import LoraSection, load_config
+from qlora.config import load_config
 from qlora.export.names import names_in_files
 from qlora.export.stored import StoredTensors
 from qlora.model import build_skeleton
@@ -36,7 +36,7 @@ class ExpectedWeights:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
         self.compute_dtype = getattr(torch, self._record["in_use"]["compute_dtype"])
-        self._scaling = true_scaling(config.lora)
+        self._scaling = config.lora.scaling
         self._stored = StoredTensors(base.headers)
         self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
         self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}
@@ -130,11 +130,6 @@ def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[st
         names = [name for name, module in skeleton.named_modules() if module in both]
         trained = {name: next(iter(trained.values())) for name in names}
     return trained
-
-
-def true_scaling(lora: LoraSection) -> float:
-    """The factor on B A that a run trained with."""
-    return lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
 
 
 def _module(skeleton: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from qlora.checkpoint import (
     BaseFiles,
     RunDirectory,
     StoredRows,
-    read_adapter_config,
+    adapter_scaling,
     read_adapter_rows,
     read_adapter_tensors,
 )
@@ -20,8 +20,8 @@ from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.headers import read_header
 from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig, load_config
-from qlora.errors import ExportError
-from qlora.export.names import ends_in_files, names_in_files
+from qlora.errors import ExportError, ModelError
+from qlora.export.names import ends_in_files, names_in_files, transposed_modules
 from qlora.export.shards import TensorLayout
 from qlora.export.stored import StoredTensors, row_blocks
 from qlora.model import build_skeleton, resolve_device
@@ -40,7 +40,8 @@ class MergedWeights:
     Args:
         run: A finished run.
         onto: `dequantized`, the weights that the adapter was trained on, or `original`.
-        device: To compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        device: To compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one. None is the kind that the run was
+            trained on, if it is here, and the CPU if not.
         force: Take a base other than the one trained on, if the adapter's shapes are its own.
 
     Attributes:
@@ -53,12 +54,15 @@ class MergedWeights:
         ModelError: The base can't be found, or there is no such device.
     """
 
-    def __init__(self, run: RunDirectory, onto: str, device: str | torch.device = "cpu", force: bool = False) -> None:
+    def __init__(
+        self, run: RunDirectory, onto: str, device: str | torch.device | None = None, force: bool = False
+    ) -> None:
         if onto not in ONTO:
             raise ExportError(f"There are no {onto!r} weights to merge onto; take {' or '.join(ONTO)}.")
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
-        self.device = resolve_device(device)
+        self._trained_on = self.record["in_use"]["device"].partition(":")[0]
+        self.device = _device_here(self._trained_on) if device is None else resolve_device(device)
         if self.record["status"] != "finished":
             raise ExportError(f"{run.path} is {self.record['status']}, not finished; qlora train continues it.")
         model = self.config.model
@@ -72,11 +76,16 @@ class MergedWeights:
         if onto == "original" and self.files.is_bitsandbytes_4bit:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
-        self._scaling = adapter_scaling(read_adapter_config(run.adapter))
+        self._scaling = adapter_scaling(run.adapter)
+        if not math.isclose(self._scaling, self.config.lora.scaling):
+            raise ExportError(
+                f"{run.adapter} has a scaling of {self._scaling:g}, the run trained with "
+                f"{self.config.lora.scaling:g}; take the run's own adapter."
+            )
         self._stored = StoredTensors(self.files.headers)
         self._shapes = {name: self._shape(name) for name in self.files.tensors if not self._is_statistic(name)}
         skeleton = build_skeleton(self.files, model.trust_remote_code)
-        self._transposed = _transposed_modules(skeleton)
+        self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = ends_in_files(skeleton, self._shapes)
         adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
         path = run.adapter / WEIGHTS_FILE
@@ -93,7 +102,7 @@ class MergedWeights:
         quantized = self.record["parameters"]["quantized"] if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
-        missing = sorted({*self.record["parameters"].get("adapted", ())} - {*adapted})
+        missing = sorted({*self.record["parameters"]["adapted"]} - {*adapted})
         if missing:
             raise ExportError(
                 f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
@@ -108,8 +117,8 @@ class MergedWeights:
     @property
     def notes(self) -> list[str]:
         """Where these may not be quite the weights that the adapter was trained on."""
-        here, then = self.device.type, self.record["in_use"].get("device", "").partition(":")[0]
-        if then in ("", here) or all(map(self._is_packed, self._quantized)):
+        here, then = self.device.type, self._trained_on
+        if then == here or all(map(self._is_packed, self._quantized)):
             return []
         return [
             f"quantized anew on {here}, where the run was trained on {then}: a few weights may have got other codes; "
@@ -290,27 +299,12 @@ class MergedWeights:
         return {single[f"{module}.weight"]: module for module in modules}
 
 
-def adapter_scaling(config: dict[str, Any]) -> float:
-    """The factor on B A that an adapter's config stands for, in all layers.
-
-    Raises:
-        ExportError: It stands for another in some.
-    """
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if patterns:
-        raise ExportError(
-            f"adapter_config.json has a {patterns[0]}: read is plain LoRA alone, of one rank and one alpha, as runs "
-            "leave it. Merge an adapter from elsewhere with the tool that made it."
-        )
-    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+def _device_here(kind: str) -> torch.device:
+    try:
+        return resolve_device(kind)
+    except ModelError:
+        return torch.device("cpu")
 
 
 def _factor_names(module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
-
-
-def _transposed_modules(skeleton: Any) -> set[str]:
-    """Layers of GPT-2's kind, whose weights are stored (in, out)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}

@@ -128,11 +128,18 @@ def load_generation_config(folder: Path) -> Any:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """The device asked for, or the GPU if there is one."""
+    """The device asked for, or the GPU if there is one.
+
+    Raises:
+        ModelError: It is not here, or is none that computes.
+    """
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return found
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"Device '{device}' can't be used here: {str(error).splitlines()[0]}") from None
 

@@ -117,8 +117,8 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
         "steps": 0,
         "base": {"name": str(base), "files": BaseFiles.resolve(str(base)).fingerprint()},
         "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64},
-        "in_use": {"compute_dtype": "bfloat16", "processes": 1},
-        "parameters": {"quantized": linears},
+        "in_use": {"compute_dtype": "bfloat16", "device": "cpu", "processes": 1},
+        "parameters": {"quantized": linears, "adapted": linears},
         "data": [],
         "examples": {"train": 0, "eval": 0},
     }

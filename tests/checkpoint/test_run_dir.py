@@ -26,9 +26,9 @@ def test_checkpoints_are_those_with_a_step_alone_the_oldest_first(run):
 RECORD = {
     "status": "running",
     "base": {"name": "base", "files": {}},
-    "quantization": {"double_quant": True},
-    "in_use": {"compute_dtype": "bfloat16"},
-    "parameters": {"quantized": []},
+    "quantization": {"double_quant": True, "block_size": None},
+    "in_use": {"compute_dtype": "bfloat16", "device": "cpu"},
+    "parameters": {"quantized": [], "adapted": []},
     "data": [],
 }
 

@@ -189,7 +189,7 @@ def test_a_missing_base(try_training, tmp_path, verb):
         done = run("generate", missing, "--prompt", "Hi")
         code, message = done.code, done.error()
     assert code == 1
-    assert message == f"model.base: there is no folder {missing}."
+    assert message == f"There is no model folder {missing}."
 
 
 def test_a_base_without_a_config(try_training, base):

@@ -140,9 +140,9 @@ def test_an_adapter_that_has_lost_its_rows_is_refused(kind, runs, tmp_path):
     save_file(factors, weights, metadata={"format": "pt"})
     with pytest.raises(ExportError, match="rows of nothing"):
         merge(run, tmp_path / "out")
-    for read in (load_run, lambda run: verify(run, tmp_path / "whole")):
-        with pytest.raises(CheckpointError, match="for no ids, the model for the ids"):
-            read(run)
+    with pytest.raises(CheckpointError, match="for no ids, the model for the ids"):
+        load_run(run)
+    assert "for no ids, the model for the ids" in verify(run, tmp_path / "whole").problems[-1]
 
 
 def test_a_release_without_the_new_rows_is_found(runs, tmp_path):

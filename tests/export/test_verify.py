@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
@@ -129,11 +130,15 @@ def test_a_single_changed_value_is_told(own, seed):
 
 
 def test_a_wrong_scaling_is_told_for_every_tensor(own):
-    path = own / "run" / "adapter" / "adapter_config.json"
-    right = path.read_text()
-    path.write_text(json.dumps(json.loads(right) | {"lora_alpha": 24}))
-    merge(own / "run", own / "wrong", "bfloat16")
-    path.write_text(right)
+    run_dir, kept = own / "run", shutil.copytree(own / "run", own / "kept")
+    adapter, settings = run_dir / "adapter" / "adapter_config.json", run_dir / "config.yaml"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_alpha": 24}))
+    config = yaml.safe_load(settings.read_text())
+    config["lora"]["alpha"] = 24
+    settings.write_text(yaml.safe_dump(config))
+    merge(run_dir, own / "wrong", "bfloat16")
+    shutil.rmtree(run_dir)
+    kept.rename(run_dir)
     report = verify(own / "run", own / "wrong")
     assert not report.matches
     assert (
@@ -146,7 +151,22 @@ def test_an_adapter_whose_config_has_another_scaling_than_the_run_is_told(own):
     path = own / "run" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 16}))
     report = verify(own / "run", own / "out")
-    assert report.problems == [f"{path.parent} has a scaling of 4, the run trained with 2"]
+    told = f"{path.parent} has a scaling of 4, the run trained with 2"
+    assert report.problems == [told, f"what it predicts was not compared: {told}."]
+    assert report.tensors_checked == 21
+
+
+def test_data_that_are_gone_cost_the_comparison_of_predictions_alone(own):
+    path = own / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["train"][0]["path"] = str(own / "gone.json")
+    path.write_text(yaml.safe_dump(config))
+    for folder in (own / "out", None):
+        report = verify(own / "run", folder)
+        (problem,) = report.problems
+        assert "was not compared: " in problem
+        assert "gone.json" in problem
+    assert verify(own / "run", own / "out").tensors_checked == 21
 
 
 def test_a_mistake_of_merge_itself_is_told(merged, tmp_path, monkeypatch):

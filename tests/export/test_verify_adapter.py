@@ -8,7 +8,7 @@ from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.checkpoint import BaseFiles, RunDirectory
 from qlora.config import load_config
-from qlora.errors import CheckpointError, ExportError
+from qlora.errors import CheckpointError, QLoRAError
 from qlora.export import merge, verify
 from qlora.export.held_out import held_out_examples
 from qlora.export.verify_adapter import check_layers
@@ -76,13 +76,21 @@ def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
     assert "has a scaling of 4, the run trained with 2" in done.out
 
 
-@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_an_adapter_with_a_scaling_for_each_layer_is_refused_rather_than_read_as_one_with_the_same(key, own):
-    change_config(own, **{key: {"up_proj": 3}})
-    with pytest.raises(ExportError, match=f"{key}: .*plain LoRA"):
-        verify(own / "run")
-    with pytest.raises(ExportError, match=f"{key}: .*plain LoRA"):
-        merge(own / "run", own / "other")
+@pytest.mark.parametrize("values", [
+    {"rank_pattern": {"up_proj": 3}}, {"alpha_pattern": {"up_proj": 3}}, {"init_lora_weights": "pissa_niter_4"},
+])  # fmt: skip
+@pytest.mark.parametrize("use", [load_run, verify, lambda run: merge(run, run.with_name("other"))])
+def test_an_adapter_that_is_no_plain_lora_is_refused_rather_than_read_as_one(use, values, own):
+    change_config(own, **values)
+    with pytest.raises(CheckpointError, match=f"has .*{next(iter(values))}.*plain LoRA"):
+        use(own / "run")
+
+
+def test_an_adapter_with_another_scaling_than_its_run_is_not_used(own):
+    change_config(own, lora_alpha=16)
+    for use in (load_run, lambda run: merge(run, run.with_name("other"))):
+        with pytest.raises(QLoRAError, match="has a scaling of 4, the run trained with 2"):
+            use(own / "run")
 
 
 def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):
@@ -108,11 +116,15 @@ def test_a_checkpoint_that_is_damaged_is_told_and_the_rest_compared(own):
         path.unlink(missing_ok=True)
 
 
-def test_an_adapter_that_lacks_a_layer_does_not_load(own):
+def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
     path = own / "run" / "adapter" / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)
+    lacks, not_compared = verify(own / "run").problems
+    assert lacks == f"{path.parent} lacks the factors of {UP.format(1)}"
+    assert "what it computes was not compared: " in not_compared
+    assert "differ in 1 modules" in not_compared
     with pytest.raises(CheckpointError, match="differ in 1 modules"):
-        verify(own / "run")
+        load_run(own / "run")
 
 
 @pytest.mark.parametrize("times", [0.0, 0.5, 2.0])

@@ -112,8 +112,11 @@ def test_a_file_that_would_be_loaded_in_place_of_those_of_the_index_is_told(shar
     tensors = load_file(merged / "out" / "model.safetensors")
     save_file({name: value * 0 for name, value in tensors.items()}, sharded / "model.safetensors", {"format": "pt"})
     assert AutoModelForCausalLM.from_pretrained(sharded).lm_head.weight.abs().max() == 0
+    (problem,) = verify(merged / "run", sharded).problems
+    assert "has model.safetensors and model.safetensors.index.json for other files" in problem
+    (sharded / "model.safetensors").rename(sharded / "more.safetensors")
     assert verify(merged / "run", sharded).problems == [
-        "model.safetensors is no file of the model, and may be loaded in its place or with it"
+        "more.safetensors is no file of the model, and may be loaded in its place or with it"
     ]
 
 
