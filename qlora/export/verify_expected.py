@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from qlora.checkpoint import BaseFiles, RunDirectory, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.config import load_config
-from qlora.export.names import names_in_files
+from qlora.export.names import names_in_files, transposed_modules
 from qlora.export.stored import StoredTensors
 from qlora.model import build_skeleton
 from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
@@ -55,9 +55,8 @@ class ExpectedWeights:
         self._trained = _trained_rows(run, skeleton, self._record["parameters"].get("shared_rows", False))
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
         self._quantized = {*self._record["parameters"]["quantized"]}
-        self._transposed = {
-            name for name, module in modules.items() if type(_module(skeleton, module)).__name__ == "Conv1D"
-        }
+        transposed = transposed_modules(skeleton)
+        self._transposed = {name for name, module in modules.items() if module in transposed}
 
     def adapted(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The base weight of an adapted layer and its update, (out, in) and fp64 each."""
@@ -130,8 +129,3 @@ def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[st
         names = [name for name, module in skeleton.named_modules() if module in both]
         trained = {name: next(iter(trained.values())) for name in names}
     return trained
-
-
-def _module(skeleton: Any, name: str) -> Any:
-    parent, _, last = name.rpartition(".")
-    return getattr(skeleton.get_submodule(parent), last, None)
