@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,10 +107,8 @@ def test_what_a_row_says_an_image_is_at_is_not_opened(tmp_path, kind, place):
 )
 def test_a_template_stays_in_its_sandbox(template):
     tokenizer, messages = make_tokenizer(chat_template=template), [dict(turn) for turn in TURNS]
-    started = time.monotonic()
     with pytest.raises(DataError, match="the chat template refuses this conversation"):
         render(tokenizer, messages)
-    assert time.monotonic() - started < 5
     assert messages == TURNS
 
 

@@ -39,7 +39,9 @@ def describe_run(config: RunConfig, files: BaseFiles, model: nn.Module) -> dict[
 
 def package_versions() -> dict[str, str]:
     """Of Python and the packages that a run's numbers depend on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    # torch names its build by itself alone: PyPI's has no +cu… in its metadata.
+    packages = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}
+    return {"python": platform.python_version()} | packages
 
 
 def describe_hardware() -> dict[str, Any]:

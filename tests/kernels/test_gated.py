@@ -44,11 +44,21 @@ def test_an_input_without_gradient_gets_none(generator):
     assert torch.equal(up.grad, torch.nn.functional.silu(gate))
 
 
+@pytest.mark.parametrize("shape", [(7, 33), (2, 4, 512), (1, 1376)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_gradient_that_is_given_is_written_over_where_that_is_allowed(activation, generator):
-    grad, gate, up = (torch.randn(7, 33, generator=generator).bfloat16() for _ in range(3))
+def test_the_gradient_that_is_given_is_written_over_where_that_is_allowed(activation, shape, generator):
+    grad, gate, up = (torch.randn(shape, generator=generator).bfloat16() for _ in range(3))
     wanted = GatedProduct(activation).gradients(grad.clone(), gate, up)
     given = grad.clone()
     found = GatedProduct(activation, overwrites=True).gradients(given, gate, up)
     assert all(map(torch.equal, found, wanted))
     assert found[1].data_ptr() == given.data_ptr()
+
+
+def test_a_gradient_that_is_not_contiguous_is_left_alone(generator):
+    gate, up = (torch.randn(4, 64, generator=generator) for _ in range(2))
+    grad = torch.ones(()).expand(4, 64)
+    found = GatedProduct("silu", overwrites=True).gradients(grad, gate, up)
+    wanted = GatedProduct("silu").gradients(grad, gate, up)
+    assert all(map(torch.equal, found, wanted))
+    assert torch.equal(grad, torch.ones(4, 64))
