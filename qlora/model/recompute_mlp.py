@@ -62,9 +62,10 @@ def tile_mlp(mlp: GatedMLP, x: torch.Tensor, num_tokens: int = TILE_TOKENS) -> t
     # Saved with the others so that there is a graph to save them in, whether or not x needs a gradient.
     parameters = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     starts = range(0, len(rows), num_tokens)
-    node: Any = save_first(*(tensor.flatten(0, -2) for tensor in origin), *parameters).grad_fn
-    # Once for all tiles: in the recomputation of a layer, a saved tensor can be unpacked only once.
-    inputs = cache(lambda: node.saved_tensors[: len(origin)])
+    saved: Any = save_first(*(tensor.flatten(0, -2) for tensor in origin), *parameters)
+    # Once for all tiles: in the recomputation of a layer, a saved tensor can be unpacked only once. By the
+    # tensor, without which torch 2.11 lets go of what its node has saved.
+    inputs = cache(lambda: saved.grad_fn.saved_tensors[: len(origin)])
     # Split at once: the gradient of a slice is as long as all rows.
     parts = zip(rows.split(num_tokens), starts, strict=True)
     tiles = [_tile(mlp, part, start, build, inputs) for part, start in parts]
