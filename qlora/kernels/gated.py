@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Of the rows, which are activated one after the other where gradients are written over.
+# Of the features, which are activated one after the other where gradients are written over.
 PARTS = 8
 # Each with the operation that writes its gradient, given that of its result, into `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
@@ -48,9 +48,8 @@ class GatedProduct:
         activate_backward(grad_gate, gate, grad_input=grad_gate)
         if not (self.overwrites and grad_output.is_contiguous()):
             return grad_gate, activate(gate).mul_(grad_output)
-        # In parts, or the activation is another such tensor; of whole rows, as torch has another GELU, whose bits
-        # differ at times, for what is not contiguous.
-        rows, gates = grad_output.view(-1, grad_output.shape[-1]), gate.reshape(-1, gate.shape[-1])
-        for grad_up, part in zip(rows.chunk(PARTS), gates.chunk(PARTS), strict=True):
-            grad_up.mul_(activate(part))
+        # In parts, or the activation is another such tensor; of copies, as torch has another GELU, whose bits differ
+        # at times, for what is not contiguous.
+        for grad_up, part in zip(grad_output.chunk(PARTS, dim=-1), gate.chunk(PARTS, dim=-1), strict=True):
+            grad_up.mul_(activate(part.contiguous()))
         return grad_gate, grad_output
