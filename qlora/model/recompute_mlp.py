@@ -45,7 +45,8 @@ def tile_mlp(mlp: GatedMLP, x: torch.Tensor, num_tokens: int = TILE_TOKENS) -> t
     """Calls an MLP tile by tile, in the backward again, so that one tile's activations are there at a time.
 
     What the tiles are built from is saved before the first one is computed. The recomputation of a layer around them
-    stops there, so that each tile is computed twice and not three times.
+    stops there, so that each tile is computed twice and not three times; but for torch 2.11, which saves something
+    before each tile.
 
     Args:
         mlp: Of each token for itself.

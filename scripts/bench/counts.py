@@ -231,6 +231,8 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
         # Its own formulas leave out the kernel for CPUs, and count what a causal mask skips.
         given = _given(func, args, kwargs)
         shapes = [given[key].shape for key in ("query", "key", "value")]
+        # Of as many heads each, as torch 2.11 has no formula for fewer keys than queries.
+        shapes = [(*shapes[0][:2], *shape[2:]) for shape in shapes]
         is_backward = name.endswith("_backward")
         gradient = given.get("grad_out", given.get("grad_out_"))
         flops = sdpa_backward_flop_count(gradient.shape, *shapes) if is_backward else sdpa_flop_count(*shapes)

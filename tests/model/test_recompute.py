@@ -32,7 +32,7 @@ NO_GATED_MLP = ["none", "attention", "full", "offload"]
 FAMILIES = {
     "llama": (LlamaConfig, {}, ALL),
     "qwen3": (Qwen3Config, {}, ALL),
-    "gemma2, whose attention is not torch's": (Gemma2Config, {}, [level for level in ALL if level != "attention"]),
+    "gemma2, whose attention may not be torch's": (Gemma2Config, {}, ALL),
     "gemma3 with a window": (Gemma3TextConfig, {"sliding_window": 5}, ALL),
     "phi3, gate and up in one": (Phi3Config, {}, NO_GATED_MLP),
     "mixtral, with experts": (MixtralConfig, {"num_local_experts": 4, "intermediate_size": 176}, NO_GATED_MLP),
@@ -96,6 +96,8 @@ def test_gradients_are_those_without_it_bit_for_bit(
 ):
     base = make_base(tmp_path / "base", seed, config_class, **sizes)
     model, batch = make_model(base, generator, dropout, compute_dtype, packed), random_batch(generator, packed=packed)
+    if model.config._attn_implementation == "eager":
+        levels = [level for level in levels if level != "attention"]
     assert recompute_levels(model) == levels
     loss, expected = gradients(model, batch, seed)
     assert all(grad.abs().max() > 0 for name, grad in expected.items())
@@ -215,15 +217,17 @@ def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
         with counts.Watch() as work[level]:
             loss.backward()
     extra = {level: (one.base_gemms - work["none"].base_gemms) / LAYERS for level, one in work.items()}
-    # Never down_proj, the last product of a region. Tiles are 4: each has its backward, and gate and up again.
-    assert extra == {
-        "none": 0, "mlp": 2, "attention": 6, "full": 6, "offload": 6, "offload+tiled": 4 + 3 * 3 + 4 * 2,
-    }  # fmt: skip
+    # Never down_proj, the last product of a region. Tiles are 4: each has its backward, and gate and up again. Before
+    # each, torch 2.11 saves a tensor of its own, so that a layer's recomputation does not stop at the first of them.
+    stops_early = hasattr(torch.utils.checkpoint._CheckpointFrame, "get_inputs")
+    tiled = 4 + 3 * 3 + 4 * 2 + (0 if stops_early else 3 * 3)
+    assert extra == {"none": 0, "mlp": 2, "attention": 6, "full": 6, "offload": 6, "offload+tiled": tiled}
     attention = LAYERS * 2 * (4 * 128 * 128 * HIDDEN) // 2  # of two documents, half of it behind the causal mask
     assert work["full"].flops - work["attention"].flops == attention
     gate_and_up = LAYERS * 2 * 256 * 2 * HIDDEN * FFN
     assert gate_and_up < work["mlp"].flops - work["none"].flops < 1.06 * gate_and_up  # with the adapters' share
-    assert work["offload"].flops == work["offload+tiled"].flops == work["full"].flops
+    assert work["offload"].flops == work["full"].flops
+    assert (work["offload+tiled"].flops == work["full"].flops) == stops_early
 
 
 class PeakOfStorages(TorchDispatchMode):
