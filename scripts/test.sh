@@ -8,5 +8,6 @@ bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache
-# A process per core; on a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
+# A process per core, of one thread each; on a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/pytest -n auto "$@"
