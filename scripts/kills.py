@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from qlora.training.metrics import VOLATILE
+
 ROOT = Path(__file__).parents[1]
-# What a clock or the system says, and no run repeats.
-VOLATILE = {"tokens_per_second", "peak_memory"}
 
 
 @dataclass(frozen=True, slots=True)

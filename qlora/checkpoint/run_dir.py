@@ -14,8 +14,8 @@ RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")
 # What of them is used without a further look.
 RECORD_TYPES = {
     "status": str, "base.name": str, "base.files": dict, "quantization.double_quant": bool,
-    "quantization.block_size": int | None, "in_use.compute_dtype": str, "in_use.device": str,
-    "parameters.quantized": list, "parameters.adapted": list, "data": list,
+    "in_use.compute_dtype": str, "in_use.device": str, "parameters.quantized": list, "parameters.adapted": list,
+    "data": list,
 }  # fmt: skip
 # Of each source of the data, in words.
 DATA_KEYS = ("source", "digest")
@@ -91,10 +91,15 @@ class RunDirectory:
         if missing:
             raise CheckpointError(f"{self.record} lacks {', '.join(missing)}; it was not written by qlora train.")
         wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(_value_at(record, key), kind)]
-        if not wrong and record["in_use"]["compute_dtype"] not in COMPUTE_DTYPES:
-            wrong = ["in_use.compute_dtype"]
-        if not wrong and not all(isinstance(_value_at(each, key), str) for each in record["data"] for key in DATA_KEYS):
-            wrong = ["data"]
+        if not wrong:
+            block_size = record["quantization"].get("block_size")
+            have_digests = all(isinstance(_value_at(each, key), str) for each in record["data"] for key in DATA_KEYS)
+            can_be = {
+                "in_use.compute_dtype": record["in_use"]["compute_dtype"] in COMPUTE_DTYPES,
+                "quantization.block_size": type(block_size) is int or not record["parameters"]["quantized"],
+                "data": have_digests,
+            }
+            wrong = [key for key, is_right in can_be.items() if not is_right]
         if record["status"] == "finished" and type(record.get("steps")) is not int:
             wrong.append("steps")
         if wrong:

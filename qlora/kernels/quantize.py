@@ -21,7 +21,7 @@ def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int)
     Args:
         weight: On a CPU, fp32, bf16 or fp16, of whole blocks.
         code: (16,) fp32, rising from -1 to 1.
-        block_size: Values that share an absmax, a power of two.
+        block_size: Values that share an absmax, a power of two up to 4096.
 
     Returns:
         The codes, (numel / 2, 1) uint8, the first of each pair in the upper half; and the absmax, (blocks,) fp32.
@@ -30,7 +30,7 @@ def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int)
     values = weight.reshape(-1)
     packed = torch.empty(len(values) // 2, dtype=torch.uint8)
     absmax = torch.empty(len(values) // block_size)
-    chunk = max(CHUNK, block_size) * torch.get_num_threads()
+    chunk = CHUNK * torch.get_num_threads()
     for start in range(0, len(values), chunk):
         blocks = values[start : start + chunk].float().view(-1, block_size)
         largest = absmax[start // block_size :][: len(blocks)]

@@ -10,12 +10,11 @@ from typing import Any
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, absolute_paths
 from qlora.errors import CheckpointError
+from qlora.training.metrics import VOLATILE
 from qlora.training.run import RunResult, train
 
 # Of the tried run; it is stopped in the middle.
 STEPS = 4
-# Logged values that a clock or the system gives, and no run repeats.
-VOLATILE = ("tokens_per_second", "peak_memory")
 
 
 @dataclass(frozen=True, slots=True)

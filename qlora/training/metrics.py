@@ -18,6 +18,8 @@ from qlora.model import Evaluation
 from qlora.training.loop import Progress as RunProgress
 from qlora.training.loop import StepReport
 
+# What a clock or the system gives of a line, and no run repeats.
+VOLATILE = ("tokens_per_second", "peak_memory")
 # Lines printed over a run where there is no terminal to redraw one on.
 PLAIN_LINES = 20
 # Rows of a source that are named on the screen.

@@ -91,7 +91,8 @@ class Samples:
 
 RECORD = {
     "status": "finished", "steps": 3, "base": {"name": "x", "revision": None, "files": {"config.json": "00"}},
-    "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64}, "in_use": {"compute_dtype": "bfloat16"},
+    "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64},
+    "in_use": {"compute_dtype": "bfloat16", "device": "cpu"},
     "parameters": {"quantized": ["a"], "adapted": ["a"]}, "data": [{"source": "a", "digest": "00"}],
 }  # fmt: skip
 

@@ -55,10 +55,11 @@ def test_a_record_with_values_that_can_not_be_is_refused_by_their_keys(run, sect
     ({"data": [3]}, "data"),
     ({"data": [{"source": "rows.jsonl"}]}, "data"),
     ({"data": [{"source": "rows.jsonl", "digest": 3}]}, "data"),
+    ({"parameters": {"quantized": ["up_proj"], "adapted": []}}, "quantization.block_size"),
     ({"status": "finished"}, "steps"),
     ({"status": "finished", "steps": "6"}, "steps"),
 ])  # fmt: skip
-def test_a_record_that_says_nothing_of_its_data_or_steps_is_refused(values, told, run):
+def test_a_record_that_says_nothing_of_its_data_blocks_or_steps_is_refused(values, told, run):
     run.write_record(RECORD | values)
     with pytest.raises(CheckpointError, match=rf"run\.json: {told} can't be"):
         run.read_record()

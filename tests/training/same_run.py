@@ -5,13 +5,13 @@ import json
 
 from safetensors.torch import load_file
 
-TIMINGS = ("tokens_per_second", "peak_memory")
+from qlora.training.metrics import VOLATILE
 
 
 def lines_of(folder):
     """What was logged, without what a clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
 
 def assert_same_run(folder, expected):

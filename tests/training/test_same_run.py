@@ -122,23 +122,17 @@ def test_another_base_under_the_same_name_is_no_continuation(tiny_base, alpaca_f
         train(config)
 
 
-def test_other_data_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
-    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("changed", [
+    lambda text: text + '{"instruction": "One more", "output": "row"}\n',
+    lambda text: text.replace("moss", "mist"),  # as many rows and tokens
+])  # fmt: skip
+def test_other_data_under_the_same_name_is_no_continuation(changed, tiny_base, alpaca_file, interrupt_after, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(alpaca_file.read_text())
     config = load_config(run_config(tiny_base, data, tmp_path / "run"))
     interrupt_after(2)
     train(config)
-    with data.open("a") as file:
-        file.write('{"instruction": "One more", "output": "row"}\n')
-    with pytest.raises(ConfigError, match=r"rows\.jsonl"):
-        train(config)
-
-
-def test_other_data_of_equal_counts_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
-    data = shutil.copy(alpaca_file, tmp_path / "rows.jsonl")
-    config = load_config(run_config(tiny_base, data, tmp_path / "run"))
-    interrupt_after(2)
-    train(config)
-    data.write_text(data.read_text().replace("moss", "mist"))
+    data.write_text(changed(data.read_text()))
     with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learnt from it"):
         train(config)
 
