@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 import qlora
 from qlora.data import collate, make_example
@@ -20,6 +19,7 @@ from qlora.model import (
 )
 from qlora.model.probe import measure_peak
 from qlora.nf4 import NF4Linear, dequantize, quantize
+from qlora.processes import Processes
 from qlora.training.loop import run_loop
 from qlora.training.relief import MemoryRelief
 from tests.tiny import make_base, run_config
@@ -128,7 +128,8 @@ def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: in
     torch.cuda.set_per_process_memory_fraction((others + (needed + least) / 2) / total)
     try:
         run_loop(
-            trainer.model, trainer.optimizer, examples, trainer.plan, Accelerator(), trainer.progress, 3,
+            trainer.model, trainer.optimizer, examples, trainer.plan,
+            Processes(device=trainer.model.device), trainer.progress, 3,
             lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
             on_out_of_memory=lambda step: told.append(relief.give_up(step)),
         )  # fmt: skip

@@ -34,6 +34,7 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError, needed: 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         aside.mkdir()
         yield aside
+        share_files(aside)
         sync_folder(aside)
         if target.exists():
             target.rename(old)
@@ -109,6 +110,14 @@ def make_folder(folder: Path) -> list[Path]:
         sync(each.parent)
     folder.mkdir(exist_ok=True)  # a file in its place is told
     return missing
+
+
+def share_files(folder: Path) -> None:
+    """Give the files of a new folder the rights that the umask gave the folder; safetensors writes them 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:

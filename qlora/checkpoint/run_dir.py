@@ -2,11 +2,13 @@
 
 import json
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint.atomic import discard, settle, write_text
+from qlora.checkpoint.atomic import discard, make_folder, settle, sync, write_text
 from qlora.checkpoint.json_files import parse_object, read_object
+from qlora.checkpoint.state import check_whole
 from qlora.errors import CheckpointError
 
 # Without these a record tells too little to continue, merge or verify.
@@ -29,6 +31,9 @@ class RunDirectory:
 
     Args:
         path: The run's output_dir.
+
+    Attributes:
+        adapter: Folder of the adapter to read: the final one, or the checkpoint that :meth:`open` was given.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,25 +41,52 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.adapter = self.path / "adapter"
+        self.final_adapter = self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.trial = self.checkpoints / "trial"
         self.lock = self.path / "run.lock"
 
     @classmethod
+    def find(cls, path: str | Path) -> "RunDirectory | None":
+        """The run that a path names: its output_dir, its final adapter or one of its checkpoints. None for others."""
+        path = Path(path).expanduser()
+        absolute = path.absolute()
+        if cls(path).exists():
+            return cls(path)
+        for folder in (absolute.parent, absolute.parent.parent):
+            run = cls(folder)
+            is_checkpoint = absolute.parent == run.checkpoints and step_of(absolute) is not None
+            if run.exists() and (absolute == run.adapter or is_checkpoint and absolute.is_dir()):
+                run.adapter = absolute
+                return run
+        return None
+
+    @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """A run that is there.
+        """The run that a path names, see :meth:`find`.
 
         Raises:
-            CheckpointError: The folder holds no run.
+            CheckpointError: There is no run, it is not finished and no checkpoint is named, or that is damaged.
         """
-        run = cls(path)
-        if not run.exists():
-            raise CheckpointError(f"{path} is no run directory: it has no config.yaml and run.json.")
+        run = cls.find(path)
+        if run is None:
+            raise CheckpointError(
+                f"{path} is not a run, its adapter/ or one of its checkpoints: a run has a config.yaml and a run.json."
+            )
+        if run.adapter == run.final_adapter:
+            run._check_finished()
+        else:
+            check_whole(run.adapter)
         return run
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the adapter was trained for."""
+        step = step_of(self.adapter)
+        return self.read_record()["steps"] if step is None else step
+
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether a run was started here."""
         return self.config.is_file() and self.record.is_file()
 
     def checkpoint(self, step: int) -> Path:
@@ -110,6 +142,27 @@ class RunDirectory:
         """Replaces run.json."""
         write_text(self.record, json.dumps(record, indent=2) + "\n")
 
+    def move_aside(self) -> Path:
+        """Move all that the directory holds, the lock aside, into a new folder next to it; returns that folder.
+
+        The record goes last: what a killed process leaves is still a run.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
+        target = next(name for name in names if not name.exists())
+        try:
+            make_folder(target)
+            for path in sorted(self.path.iterdir(), key=lambda path: path in (self.config, self.record)):
+                if path != self.lock:
+                    path.rename(target / path.name)
+            sync(target)
+            sync(self.path)
+        except OSError as problem:
+            raise CheckpointError(f"{self.path} can't be moved to {target}: {problem}.") from problem
+        return target
+
     def read_metrics(self, until: int | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
 
@@ -140,6 +193,16 @@ class RunDirectory:
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines after a step: what was logged after the checkpoint that a run continues from."""
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
+
+    def _check_finished(self) -> None:
+        status = self.read_record()["status"]
+        if status != "finished":
+            checkpoints = self.list_checkpoints()
+            instead = f", or name a checkpoint: {checkpoints[-1]}" if checkpoints else ""
+            raise CheckpointError(
+                f"{self.path} is {status}, not finished, so it has no final adapter. Continue it with qlora train"
+                f"{instead}."
+            )
 
 
 def _value_at(record: Any, key: str) -> Any:

@@ -28,13 +28,13 @@ def evaluate(
     from qlora.model import base_from_section, datasets_from_section, load_run
     from qlora.model import evaluate as run_evaluation
 
-    run = RunDirectory(target)
-    config = load_config(run.config if run.exists() else target)
-    model, tokenizer = load_run(target, device) if run.exists() else base_from_section(config.model, device)
+    run = RunDirectory.find(target)
+    config = load_config(target if run is None else run.config)
+    model, tokenizer = base_from_section(config.model, device) if run is None else load_run(target, device)
     section = config.data
     if data is not None:
         section = section.model_copy(update={"train": [SourceSection(path=data)], "eval": None})
-    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run.exists())
+    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
@@ -42,7 +42,7 @@ def evaluate(
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # of weighted tokens there are no bits
     report = {
-        "model": f"{config.model.base} with the adapter of {target}" if run.exists() else config.model.base,
+        "model": config.model.base if run is None else f"{config.model.base} with the adapter of {target}",
         "examples": len(examples),
         "supervised_tokens": result.num_supervised,
         "loss": result.loss,

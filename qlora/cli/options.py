@@ -21,4 +21,6 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; 
 Device = Annotated[str, typer.Option(help="cuda, cpu, …; auto takes a GPU if there is one.")]
 NewFolder = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.", callback=expand_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value …")]
-RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run's output directory.", callback=expand_home)]
+RunDir = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's output_dir, or one of its checkpoints.", callback=expand_home)
+]

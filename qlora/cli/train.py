@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,16 @@ def train(
     config: ConfigFile = "",
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|never|PATH", help="Continue a run.", callback=expand_home)
+        str,
+        typer.Option(
+            metavar="auto|PATH",
+            help="auto continues the run in output_dir; a path starts from that checkpoint or run.",
+            callback=expand_home,
+        ),
     ] = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; a run in output_dir is kept under another name.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train and write nothing.")] = False,
     replay: Annotated[
         str | None,
@@ -48,16 +57,22 @@ def train(
     from qlora.training import train as run_training
 
     if dry_run:
-        show_report(_describe(plan_run(settings, resume)), as_json, f"{config}: nothing was written")
+        show_report(_describe(plan_run(settings, resume, fresh)), as_json, f"{config}: nothing was written")
         return
-    result = run_training(settings, resume)
+    try:
+        result = run_training(settings, resume, fresh=fresh)
+    except KeyboardInterrupt:
+        print(
+            "Stopped at once. The same command continues the run from its last save, if there is one.", file=sys.stderr
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
     if os.environ.get("RANK", "0") == "0":  # one report, however many processes a launcher started
         values = result.as_dict()
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
-            del values["signal"]  # the exit code tells
+            del values["signal"], values["notes"]  # the exit code and the title have them
             values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
-        show_report(values, as_json, f"Run {result.status}.")
+        show_report(values, as_json, "\n".join([f"Run {result.status}.", *result.notes]))
     if result.status == "interrupted":
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
 

@@ -14,6 +14,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -218,6 +219,7 @@ class TrainSection(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, strict=True)] = 16
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    min_learning_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     warmup_ratio: Share = 0.03
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = "paged_adamw_8bit"
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -232,6 +234,14 @@ class TrainSection(Section):
     save_every: ShareOrSteps = 200
     keep_checkpoints: Annotated[int, Field(ge=1, strict=True)] = 2
     trackers: list[str] = []
+
+    @field_validator("min_learning_rate")
+    @classmethod
+    def _check_minimum(cls, value: float, info: ValidationInfo) -> float:
+        peak = info.data.get("learning_rate")  # absent if it is wrong itself
+        if peak is not None and value > peak:
+            raise ValueError(f"is above train.learning_rate ({peak:g}); lower it")
+        return value
 
 
 class ExportSection(Section):

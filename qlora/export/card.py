@@ -59,7 +59,7 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
         _table(["source", "format", "documents", "tokens", "learnt from"], _data_rows(record)),
         f"{record['examples']['train']} documents were trained on, {record['examples']['eval']} held out.",
         "## Training",
-        _table(["setting", ""], _settings(record, config).items()),
+        _table(["setting", ""], _settings(run, record, config).items()),
         "## Losses",
         _table(["step", "loss"], _losses(run)),
         "## Merge",
@@ -148,13 +148,13 @@ def _data_rows(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _settings(record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+def _settings(run: RunDirectory, record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     lora, train, data = config.lora, config.train, config.data
     quantization, in_use = record["quantization"], record["in_use"]
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use['processes']}"
     return {
-        "steps": record["steps"],
+        "steps": run.step,
         "rows per step": f"{rows} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization['kind']}, double quantization: {quantization['double_quant']}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}",
@@ -180,7 +180,7 @@ def _rows_trained(record: Mapping[str, Any], config: RunConfig) -> dict[str, str
 
 def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
     """The last training loss, and the held-out ones."""
-    lines = run.read_metrics()
+    lines = run.read_metrics(until=run.step)
     held_out = [(line["step"], f"{line['eval_loss']:.4f} held out") for line in lines if "eval_loss" in line]
     last = [(line["step"], f"{line['loss']:.4f} in training") for line in lines if "loss" in line][-1:]
     return held_out + last

@@ -20,7 +20,7 @@ from qlora.export.card import write_card
 from qlora.export.held_out import held_out_examples, written_loss
 from qlora.export.shards import ShardWriter
 from qlora.export.weights import ONTO, MergedWeights
-from qlora.model import end_token_ids, load_generation_config, load_tokenizer
+from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
 from qlora.model.base import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
@@ -36,6 +36,8 @@ class MergeReport:
 
     Attributes:
         out_dir: The model folder.
+        run_dir: The run.
+        step: Of the run, that the adapter was trained for.
         dtype: Of its weights.
         onto: `dequantized` or `original` base weights.
         losses: Of the model on either, where the better one was asked for: on the run's held-out examples, or, which
@@ -52,6 +54,7 @@ class MergeReport:
 
     out_dir: str
     run_dir: str
+    step: int
     dtype: str
     onto: str
     losses: dict[str, float] | None
@@ -85,7 +88,7 @@ def merge(
     An interrupted merge is continued by the same call.
 
     Args:
-        run_dir: A finished run.
+        run_dir: A finished run, or one of a run's checkpoints.
         out_dir: A folder that is not there yet; written aside and renamed when whole.
         dtype: `float16`, `bfloat16` or `float32`.
         onto: `dequantized`, the weights that the adapter was trained on; `original`, those of the files; or `best`,
@@ -118,7 +121,7 @@ def merge(
     has_code = weights.config.model.trust_remote_code
     losses: dict[str, float] = {}
     if onto == "best":  # read now, so that data that are gone are told before anything is written
-        examples = held_out_examples(weights.config, load_tokenizer(run.adapter, has_code))
+        examples = held_out_examples(weights.config, load_run_tokenizer(run))
     with continued_aside(out_dir, key, num_bytes * len(candidates)) as aside:
         for base, candidate in candidates.items():
             _write_weights(aside / base, candidate, dtype, max_bytes, progress)
@@ -129,6 +132,7 @@ def merge(
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(run.path),
+            step=run.step,
             dtype=dtype,
             onto=chosen,
             losses=losses or None,
@@ -242,21 +246,28 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
         # Of a file's head that differs from the embedding transformers takes notice all the same, others do not.
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in run.adapter.iterdir():
-        if path.is_dir():  # of chat templates, where there are several
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # an interrupted merge may have been here
-        elif path.name not in ADAPTER_FILES:
-            shutil.copyfile(path, folder / path.name)
+    tokenizer = load_run_tokenizer(run)
+    if run.final_adapter.is_dir():
+        _copy_tokenizer(run.final_adapter, folder)
+    else:
+        tokenizer.save_pretrained(folder)
     has_code = weights.config.model.trust_remote_code
     for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if has_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
 
     generation = load_generation_config(weights.files.folder)
-    tokenizer = load_tokenizer(run.adapter, has_code)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
     # transformers' own way to save refuses what many published models have: a temperature that they don't sample with.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+def _copy_tokenizer(adapter: Path, folder: Path) -> None:
+    for path in adapter.iterdir():
+        if path.is_dir():  # of chat templates, where there are several
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # an interrupted merge may have been here
+        elif path.name not in ADAPTER_FILES:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _set_vocab_size(config: dict[str, Any], size: int) -> None:

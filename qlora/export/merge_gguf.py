@@ -69,6 +69,7 @@ def merge_to_gguf(
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(run.path),
+            step=run.step,
             dtype=dtype,
             onto=onto,
             losses=None,

@@ -30,7 +30,7 @@ from qlora.model import (
     load_base,
     load_generation_config,
     load_run,
-    load_tokenizer,
+    load_run_tokenizer,
     resolve_device,
 )
 
@@ -93,7 +93,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
     """Compares what was merged with the run that it came from; without it, the run's adapter with the run.
 
     Args:
-        run_dir: The run.
+        run_dir: The run, or one of its checkpoints.
         out_dir: What :func:`qlora.merge` wrote. A GGUF file's tensors, sizes and vocabulary are compared; what it
             predicts is llama.cpp's to say.
         device: To run models on, one after the other.
@@ -113,6 +113,9 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
     problems += _check_base(base, base_differs, [] if merged is None else merged.base_differs)
     if merged is None:
         found = _compare_layers(run, base, device, problems)
+    elif merged.step not in (None, run.step):
+        problems.append(f"merged at step {merged.step}, the run is at step {run.step}; merge again")
+        found = {}
     elif {*merged.base_differs} - {*base_differs}:
         found = {}  # the base that was merged into is not here, and from another all would differ
     elif merged.gguf is not None:
@@ -134,6 +137,7 @@ class _Merged:
     """What merge wrote, and what it said of it.
 
     Attributes:
+        step: Of the run, where the report says it.
         gguf: The file, if it is one for llama.cpp.
     """
 
@@ -142,6 +146,7 @@ class _Merged:
     onto: str
     device: str
     base_differs: list[str]
+    step: int | None
     gguf: Path | None
 
 
@@ -152,13 +157,13 @@ def _read_merged(folder: Path) -> _Merged:
     try:
         report = parse_object(path.read_bytes())
         gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
-        device, base_differs = report.get("device", "cpu"), report.get("base_differs", [])
+        device, base_differs, step = report.get("device", "cpu"), report.get("base_differs", []), report.get("step")
         is_list = isinstance(base_differs, list) and all(isinstance(name, str) for name in base_differs)
-        if not isinstance(device, str) or not is_list:
-            raise TypeError("device or base_differs")
+        if not isinstance(device, str) or not is_list or not isinstance(step, int | None):
+            raise TypeError("device, step or base_differs")
         if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
             raise ValueError(f"{report['dtype']} onto {report['onto']}")
-        return _Merged(folder, report["dtype"], report["onto"], device, base_differs, gguf)
+        return _Merged(folder, report["dtype"], report["onto"], device, base_differs, step, gguf)
     except FileNotFoundError:
         raise ExportError(f"{folder} was not written by qlora merge: it has no {REPORT_FILE}.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -180,7 +185,7 @@ def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[s
 def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
     """Loads the run, and computes its adapted layers a second time."""
     try:
-        model, tokenizer = load_run(run.path, device)
+        model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
     except (CheckpointError, DataError) as error:  # its files were compared all the same
         problems.append(f"what it computes was not compared: {error}")
@@ -201,7 +206,7 @@ def _compare_gguf(
     """Reads a GGUF file back."""
     assert merged.gguf is not None
     trust_remote_code = load_config(run.config).model.trust_remote_code
-    tokenizer = load_tokenizer(run.adapter, trust_remote_code)
+    tokenizer = load_run_tokenizer(run)
     ends = end_token_ids(load_generation_config(base.folder), tokenizer)
     expected = _expected_weights(run, base, merged)
     try:
@@ -229,7 +234,7 @@ def _compare_folder(
     tensors = check_tensors(expected, WrittenFolder(written, getattr(torch, merged.dtype)))
     problems += tensors.problems + check_weight_files(written)
     problems += check_config(base, written, merged.dtype) + check_head(skeleton, base, merged_skeleton, written)
-    tokenizer = load_tokenizer(run.adapter, trust_remote_code)
+    tokenizer = load_run_tokenizer(run)
     problems += check_tokenizer(base, written, tokenizer, trust_remote_code)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
     return found | _compare_predictions(run, written, merged, device, problems)
@@ -254,7 +259,7 @@ def _compare_predictions(
     """Runs both models, one after the other; adds what is apart to the problems."""
     config = load_config(run.config)
     try:
-        model, tokenizer = load_run(run.path, device)
+        model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
     except (CheckpointError, DataError) as error:  # the tensors were compared all the same
         problems.append(f"what it predicts was not compared: {error}")

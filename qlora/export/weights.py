@@ -38,7 +38,7 @@ class MergedWeights:
     again, bit for bit, on the kind of device that it was trained on.
 
     Args:
-        run: A finished run.
+        run: A finished run, or one at a checkpoint.
         onto: `dequantized`, the weights that the adapter was trained on, or `original`.
         device: To compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one. None is the kind that the run was
             trained on, if it is here, and the CPU if not.
@@ -48,7 +48,7 @@ class MergedWeights:
         base_differs: Files of the base that are not those trained on; none but with `force`.
 
     Raises:
-        ExportError: The run is not finished, the base is not the one trained on, or its files lack adapted modules; or
+        ExportError: The base is not the one trained on, or its files lack adapted modules; or
             there are no such base weights.
         CheckpointError: The run or its adapter is damaged.
         ModelError: The base can't be found, or there is no such device.
@@ -63,8 +63,6 @@ class MergedWeights:
         self.config: RunConfig = load_config(run.config)
         self._trained_on = self.record["in_use"]["device"].partition(":")[0]
         self.device = _device_here(self._trained_on) if device is None else resolve_device(device)
-        if self.record["status"] != "finished":
-            raise ExportError(f"{run.path} is {self.record['status']}, not finished; qlora train continues it.")
         model = self.config.model
         self.files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
         self.base_differs = self.files.differing(self.record["base"]["files"])

@@ -15,7 +15,14 @@ from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_isolation, check_loss, supervised_loss
 from qlora.model.rebuild import rebuild_activations
 from qlora.model.recompute import apply_recompute, recompute_levels
-from qlora.model.restore import adapt, base_from_section, datasets_from_section, load_model, load_run
+from qlora.model.restore import (
+    adapt,
+    base_from_section,
+    datasets_from_section,
+    load_model,
+    load_run,
+    load_run_tokenizer,
+)
 from qlora.model.weight_cache import hold_weights
 
 __all__ = [
@@ -38,6 +45,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_run",
+    "load_run_tokenizer",
     "rebuild_activations",
     "recompute_levels",
     "resolve_compute_dtype",

@@ -7,7 +7,7 @@ import torch
 
 from qlora.checkpoint import BaseFiles, RunDirectory, load_adapter
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, load_config
-from qlora.data import Datasets, Source, Treatment, apply_template, build_datasets, new_token_ids
+from qlora.data import Datasets, Source, Treatment, add_new_tokens, apply_template, build_datasets, new_token_ids
 from qlora.lora import add_lora, train_rows
 from qlora.model.base import load_base, load_tokenizer
 
@@ -73,11 +73,31 @@ def _source(section: DataSection, source: SourceSection) -> Source:
     return Source(**shared | source.model_dump(exclude_none=True))
 
 
+def load_run_tokenizer(run: RunDirectory) -> Any:
+    """Load the tokenizer that a run trains with, with its chat template and new tokens.
+
+    The final adapter has it; before that it is made from the base's, as in training.
+
+    Raises:
+        ModelError: The base's tokenizer can't be loaded.
+        DataError: The chat template's file is gone.
+    """
+    config = load_config(run.config)
+    section = config.model
+    if run.final_adapter.is_dir():
+        return load_tokenizer(run.final_adapter, section.trust_remote_code)
+    files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
+    tokenizer = load_tokenizer(files.folder, section.trust_remote_code)
+    add_new_tokens(tokenizer, config.data.new_tokens)
+    apply_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
 def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Loads a run's base with its trained adapters, ready to generate.
+    """Load a run's base with its trained adapters, ready to generate.
 
     Args:
-        run_dir: The output_dir of a training run.
+        run_dir: The output_dir of a finished training run, or one of a run's checkpoints.
         device: `auto` takes a GPU if there is one.
 
     Returns:
@@ -89,7 +109,7 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
     """
     run = RunDirectory.open(run_dir)
     config = load_config(run.config)
-    tokenizer = load_tokenizer(run.adapter, config.model.trust_remote_code)
+    tokenizer = load_run_tokenizer(run)
     model, _ = base_from_section(config.model, device)
     adapt(model, config.lora, config.train.seed, new_token_ids(tokenizer, config.data.new_tokens))
     load_adapter(model, run.adapter)
@@ -97,13 +117,13 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
 
 
 def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Loads a run, or any model folder or hub id as it is stored, with a chat template in place.
+    """Load a run, one of its checkpoints, or any model folder or hub id as it is stored, with a chat template in place.
 
     Raises:
         CheckpointError: A run is damaged.
         ModelError: There is no such model.
     """
-    if RunDirectory(path).exists():
+    if RunDirectory.find(path) is not None:
         return load_run(path, device)
     quantization = "nf4" if BaseFiles.resolve(path).is_bitsandbytes_4bit else "none"
     model, tokenizer = load_base(path, quantization=quantization, device=device)

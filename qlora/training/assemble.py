@@ -1,16 +1,13 @@
 """A run's parts, put together from its config and checked, before anything is trained or written."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
-from qlora.errors import ConfigError, DataError, QLoRAError
+from qlora.errors import ConfigError, DataError
 from qlora.model import (
     Inventory,
     adapt,
@@ -20,22 +17,19 @@ from qlora.model import (
     datasets_from_section,
     load_tokenizer,
     rebuild_activations,
-    resolve_device,
     take_inventory,
     use_document_attention,
 )
 from qlora.nf4 import dequantize_path
 from qlora.optim import FlatAdamW, FlatParameters
+from qlora.processes import Processes
 from qlora.training.determinism import describe_determinism
 from qlora.training.fit import fit_memory
-from qlora.training.metrics import check_trackers
 from qlora.training.objective import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
 
 # Tokens that the loss is tried on.
 TRIED_TOKENS = 16
-# Processes wait for the first one while it tokenizes, however large the data.
-PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,45 +71,28 @@ class Assembly:
     model: Any
     tokenizer: Any
     optimizer: FlatAdamW
-    accelerator: Any
+    processes: Processes
     batches: BatchPlan
     plan: RunPlan
 
 
-def assemble(config: RunConfig) -> Assembly:
-    """Loads base and data, adds adapters and optimizer.
+def assemble(config: RunConfig, processes: Processes) -> Assembly:
+    """Load base and data, and add adapters and optimizer.
 
     Raises:
-        QLoRAError: Whatever is wrong that can be told before the first step.
+        QLoRAError: Anything wrong that shows before the first step, on every process.
     """
     section, model_section = config.train, config.model
-    check_trackers(section.trackers)
-    accelerator = _start_processes(section.trackers, section.output_dir)
-    files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
-    # The data first: what is wrong with it should not be told after loading tens of gigabytes.
-    tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+    with processes.raise_together():
+        files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+        # The data first: what is wrong with it should not be reported after loading tens of gigabytes.
+        tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
+        new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     datasets = _build_first(
-        accelerator, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
+        processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
-    for report in datasets.reports:
-        if problem := why_not_learnt(section.objective, report):
-            raise ConfigError(problem)
-    model, _ = base_from_section(model_section, accelerator.device)
-    adapt(model, config.lora, section.seed, new_ids)
-    _check_fit(model, datasets)
-    tried = datasets.train[0].input_ids[:TRIED_TOKENS]
-    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
-    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
-    check_loss(model, collate([example]).to(accelerator.device))
-    attention = model.config._attn_implementation
-    if model_section.attention == "auto":
-        attention = use_document_attention(model)
-    if config.data.packing:
-        check_isolation(model, example, other)
-    activations = rebuild_activations(model)
-    check_loss(model, collate([example]).to(accelerator.device))  # again, as it will be trained
-    model.train()
+    with processes.raise_together():
+        model, attention, activations = _load_checked(config, processes, datasets, new_ids)
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     optimizer = FlatAdamW(
         flat, section.optimizer, section.betas, weight_decay=section.weight_decay,
@@ -124,17 +101,17 @@ def assemble(config: RunConfig) -> Assembly:
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
-        accelerator.process_index, accelerator.num_processes,
+        processes.rank, processes.world_size,
     )  # fmt: skip
     largest = [datasets.train[index] for index in batches.largest_micro_batch()]
-    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(accelerator.device), accelerator)
+    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(processes.device), processes)
     in_use = {
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
+        "device": str(processes.device),
+        "processes": processes.world_size,
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "attention": attention,
         "activations": activations,
-        "dequantize": dequantize_path(accelerator.device) if model_section.quantization == "nf4" else None,
+        "dequantize": dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
         "recompute": fit.level,
         "recompute_why": fit.why,
         "tiled": fit.level == "offload+tiled",
@@ -144,52 +121,42 @@ def assemble(config: RunConfig) -> Assembly:
         "optimizer_state_paged": optimizer.is_paged,
         "rounding": optimizer.rounding,
         "micro_batch_parts": 1,
-        "deterministic": describe_determinism(section.deterministic, accelerator.device),
+        "deterministic": describe_determinism(section.deterministic, processes.device),
         "packing_fill": round(batches.fill, 4) if config.data.packing else None,
     }
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
     plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
-    return Assembly(config, files, model, tokenizer, optimizer, accelerator, batches, plan)
+    return Assembly(config, files, model, tokenizer, optimizer, processes, batches, plan)
 
 
-def _start_processes(trackers: list[str], output_dir: str) -> Any:
-    from accelerate import Accelerator, InitProcessGroupKwargs
+def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range) -> tuple[Any, str, str]:
+    """The base with its adapters, in training mode and tried on a few tokens; its attention and activations in use."""
+    for report in datasets.reports:
+        if problem := why_not_learnt(config.train.objective, report):
+            raise ConfigError(problem)
+    model, _ = base_from_section(config.model, processes.device)
+    adapt(model, config.lora, config.train.seed, new_ids)
+    _check_fit(model, datasets)
+    tried = datasets.train[0].input_ids[:TRIED_TOKENS]
+    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
+    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
+    check_loss(model, collate([example]).to(processes.device))
+    attention = model.config._attn_implementation
+    if config.model.attention == "auto":
+        attention = use_document_attention(model)
+    if config.data.packing:
+        check_isolation(model, example, other)
+    activations = rebuild_activations(model)
+    check_loss(model, collate([example]).to(processes.device))  # again, as it will be trained
+    return model.train(), attention, activations
 
-    on_cpu = resolve_device().type == "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            log_with=trackers or None,
-            project_dir=Path(output_dir).expanduser(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-    except ValueError as error:
-        raise ConfigError(f"accelerate can't join the {launched} processes of WORLD_SIZE: {error}") from error
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"A launcher started {launched} processes, but accelerate joined {accelerator.num_processes}: they would "
-            "train apart in one directory. Launch with torchrun, or set up accelerate config for this machine."
-        )
-    return accelerator
 
-
-def _build_first(accelerator: Any, build: Callable[[], Datasets]) -> Datasets:
-    """Builds data on the first process, then on the others, which find what it kept; its error is the error of all."""
-    problem: list[QLoRAError | None] = [None]
-    built = None
-    if accelerator.is_main_process:
-        try:
-            built = build()
-        except QLoRAError as error:
-            problem[0] = error
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise problem[0]
-    return build() if built is None else built
+def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:
+    """Builds data on the first process, then on the others, which find what it cached."""
+    with processes.raise_together():
+        datasets = build() if processes.is_first else None
+    with processes.raise_together():
+        return build() if datasets is None else datasets
 
 
 def _check_fit(model: Any, datasets: Datasets) -> None:

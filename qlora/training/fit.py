@@ -15,6 +15,7 @@ from qlora.lora import WeightsKept, choose_form
 from qlora.model import apply_recompute, hold_weights, recompute_levels, supervised_loss
 from qlora.model.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.model.probe import measure_peak
+from qlora.processes import Processes
 
 # Of the host's memory, which others want too, the share of what is left that weights may be kept in.
 HOST_SHARE = 0.5
@@ -41,7 +42,7 @@ class Fit:
     available: int
 
 
-def fit_memory(config: RunConfig, model: Any, largest: Batch, accelerator: Any) -> Fit:
+def fit_memory(config: RunConfig, model: Any, largest: Batch, processes: Processes) -> Fit:
     """Chooses and sets what costs least time and fits.
 
     Results are the same bits at every level, but for tiles. Where memory is the device's own, the largest micro-batch
@@ -52,7 +53,7 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, accelerator: Any) 
         config: Of the run.
         model: With adapters, in training mode.
         largest: Micro-batch of the run, on the model's device.
-        accelerator: Of accelerate; used for its processes.
+        processes: Of the run.
 
     Raises:
         ModelError: Nothing fits, or the level that is asked for does not; on all processes.
@@ -61,7 +62,7 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, accelerator: Any) 
     available = available_bytes(device, _num_bytes(model))
     if device.type == "cpu":  # which the processes of a machine share
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = int(-_most(accelerator, -available))
+    available = int(-processes.max(-available))
     try:
         expected, unknown = estimate(config, device), ""
     except ModelError as error:
@@ -87,7 +88,7 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, accelerator: Any) 
     if device.type == "cuda":
         level, measured, why = settle_level(
             levels, level, why, (1 - MARGIN) * available, expected, tokens,
-            lambda level: _most(accelerator, _try(model, largest, level)),
+            lambda level: processes.max(_try(model, largest, level)),
         )  # fmt: skip
         # The optimizer's step was not tried.
         measured = max(measured, 0 if expected is None else expected.update_bytes)
@@ -165,15 +166,6 @@ def _try(model: Any, batch: Batch, level: str) -> float:
         model.zero_grad()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
-
-
-def _most(accelerator: Any, number: float) -> float:
-    """The largest of all processes' numbers."""
-    if accelerator.num_processes == 1:
-        return number
-    # In fp32, as not every device has more: a few hundred bytes of gigabytes are within the margin.
-    own = torch.tensor([number], dtype=torch.float32, device=accelerator.device)
-    return accelerator.gather(own).max().item()
 
 
 def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool:

@@ -81,7 +81,7 @@ class StepGuard:
         }
         flat, examples, plan = assembly.optimizer.flat, assembly.plan.datasets.train, assembly.batches
         try:
-            if assembly.accelerator.is_main_process:
+            if assembly.processes.is_first:
                 save_step(path, flat, examples, plan, found.step, self._progress.num_parts, about)
         except CheckpointError as problem:  # what went wrong first is what is to be told
             return f"It is not kept for replay: {problem}"

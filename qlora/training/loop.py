@@ -13,6 +13,7 @@ from qlora.errors import CheckpointError, ModelError
 from qlora.lora import WeightsKept, lora_layers
 from qlora.model import supervised_loss
 from qlora.optim import FlatAdamW
+from qlora.processes import Processes
 
 # Steps without an overflow after which a larger loss scale is tried.
 SCALE_GROWTH_STEPS = 2000
@@ -161,7 +162,7 @@ def run_loop(
     optimizer: FlatAdamW,
     examples: Sequence[TokenizedExample],
     plan: BatchPlan,
-    accelerator: Any,
+    processes: Processes,
     progress: Progress,
     total_steps: int,
     learning_rate: Callable[[int], float],
@@ -179,11 +180,11 @@ def run_loop(
     changes nothing, and is repeated once something was given up.
 
     Args:
-        model: With adapters, in training mode, on the accelerator's device.
+        model: With adapters, in training mode, on the processes' device.
         optimizer: Over the adapters' flat buffer.
         examples: All of them, on every process.
         plan: Which of them a step takes.
-        accelerator: Of accelerate; used for its processes.
+        processes: That share each window.
         progress: Changed in place.
         total_steps: Of the run.
         learning_rate: Of a step, from 0.
@@ -212,11 +213,11 @@ def run_loop(
         losses: list[torch.Tensor] = []
         batches = (collate([examples[index] for index in each], plan.capacity is not None) for each in micro_batches)
         ran_out = not _accumulate(model, batches, total_weight, scale, losses)
-        loss_sum = sum(losses, torch.zeros((), device=accelerator.device))
+        loss_sum = sum(losses, torch.zeros((), device=processes.device))
         sums = torch.stack([loss_sum, *(torch.full_like(loss_sum, asked) for asked in (stop_asked(), ran_out))])
-        if accelerator.num_processes > 1:
-            flat.grad.copy_(accelerator.reduce(flat.grad, reduction="sum"))
-            sums = accelerator.reduce(sums, reduction="sum")
+        if processes.world_size > 1:
+            flat.grad.copy_(processes.sum(flat.grad))
+            sums = processes.sum(sums)
         if is_scaled:
             flat.grad.div_(scale)
         num_dead = torch.count_nonzero(_gradient_norms(model) == 0)
@@ -232,7 +233,7 @@ def run_loop(
         overflowed = is_scaled and scale >= 1 and math.isfinite(loss) and not is_finite
         was_skipped = not (is_finite or overflowed)
         if was_skipped:
-            suspects = _suspects(losses, micro_batches, accelerator) or plan.window(step)
+            suspects = _suspects(losses, micro_batches, processes) or plan.window(step)
             on_nonfinite(NonFinite(step, loss, norm_value, suspects))
             progress.skipped += 1
         if first_step and is_finite:
@@ -307,7 +308,7 @@ def _gradient_norms(model: Any) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(grads))
 
 
-def _suspects(losses: list[torch.Tensor], micro_batches: list[list[int]], accelerator: Any) -> list[int]:
+def _suspects(losses: list[torch.Tensor], micro_batches: list[list[int]], processes: Processes) -> list[int]:
     """Examples of the micro-batches, on any process, whose losses are not finite."""
     own = [
         index
@@ -315,8 +316,4 @@ def _suspects(losses: list[torch.Tensor], micro_batches: list[list[int]], accele
         if not math.isfinite(loss.item())
         for index in indices
     ]
-    if accelerator.num_processes == 1:
-        return own
-    from accelerate.utils import gather_object
-
-    return gather_object(own)
+    return [index for indices in processes.gather(own) for index in indices]

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora.checkpoint import RunDirectory
-from qlora.errors import ConfigError
 from qlora.model import Evaluation
+from qlora.processes import Processes
 from qlora.training.loop import Progress as RunProgress
 from qlora.training.loop import StepReport
 
@@ -31,7 +31,7 @@ class MetricsLog:
 
     Args:
         run: Its metrics.jsonl is appended to.
-        accelerator: Of accelerate, with its trackers started.
+        processes: Of the run, with their trackers started.
         total_steps: Of the run.
         steps_per_epoch: To tell the epoch.
         log_every: Steps between lines.
@@ -41,14 +41,14 @@ class MetricsLog:
     def __init__(
         self,
         run: RunDirectory,
-        accelerator: Any,
+        processes: Processes,
         total_steps: int,
         steps_per_epoch: int,
         log_every: int,
         start_step: int,
     ) -> None:
-        self.accelerator, self.total_steps, self.steps_per_epoch = accelerator, total_steps, steps_per_epoch
-        self.log_every, self.is_main = log_every, accelerator.is_main_process
+        self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
+        self.log_every, self.is_main = log_every, processes.is_first
         self._plain_every = max(1, total_steps // PLAIN_LINES)
         self._since_line = {"tokens": 0, "seconds": 0.0}
         # Without a buffer, so that a killed process leaves all that it logged.
@@ -157,7 +157,7 @@ class MetricsLog:
         with suppress(OSError):  # a full disk need not end the run; the next save tells of it
             self.write_out()
         numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
-        self.accelerator.log(numbers, step=values["step"])
+        self.processes.log(numbers, values["step"])
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
@@ -167,22 +167,6 @@ def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
         more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
         parts.append(f"{', '.join(map(str, numbers[:SHOWN_ROWS]))}{more} of {source}")
     return "; ".join(parts)
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Sees that accelerate has every tracker asked for; it would leave out the others without a word.
-
-    Raises:
-        ConfigError: One is unknown or not installed.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available, known = set(map(str, get_available_trackers())), set(map(str, LOGGER_TYPE_TO_CLASS))
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"train.trackers: '{name}' is unknown; accelerate has {', '.join(sorted(known))}.")
-        if name not in available:
-            raise ConfigError(f"train.trackers: {name} is not installed here; pip install {name}.")
 
 
 def peak_memory_bytes() -> int:

@@ -1,30 +1,30 @@
-"""Where a run starts: at the beginning, or from a checkpoint; and that the directory is its own."""
+"""Where a run starts: at the beginning or at a checkpoint, and whether directory and checkpoint belong to it."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
+from qlora.training.schedule import rate_of
 
-# Keys of `train` that a run may be continued with other values of.
+# Keys that a run may be continued with other values of: its steps don't depend on them. (With tiles they do, but a
+# change of those shows in what is in use.)
 FREE_KEYS = {
-    "output_dir",
-    "epochs",
-    "max_steps",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "trackers",
-    "on_nonfinite",
-}
+    "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
+    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "model.recompute",
+    "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
+}  # fmt: skip
+# Keys that more steps may be added with other values of: the learning rate changes with the number of steps anyway.
+SCHEDULE_KEYS = {"train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.warmup_ratio"}
+# How long a run is.
+LENGTH_KEYS = {"train.epochs", "train.max_steps"}
 # What was in use and may not change within a run: batches and roundings depend on it.
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
-# Keys of a model that may change within a run, as results don't depend on them; but for tiles, which are in use or not.
-FREE_MODEL_KEYS = {"recompute", "weight_cache"}
+WAYS_OUT = "start over with --fresh, which keeps the old run under another name, or choose another train.output_dir."
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,68 +33,114 @@ class Start:
 
     Attributes:
         checkpoint: To continue from, or None for the beginning.
-        origins: What run and checkpoint followed from, see :func:`describe_origin`, by who tells.
-        damaged: Newer checkpoints that are passed over, and what is wrong with each.
+        origins: What directory and checkpoint followed from, see :func:`describe_origin`, by their paths.
+        damaged: Newer checkpoints that are skipped, and what is wrong with each.
+        replaces: The directory holds a run that is moved aside before this one is written.
+        config: Of the run in the directory, if there is one.
+        total_steps: Of the run in the directory, if there is one.
+        finished_steps: Steps of the run in the directory, if it is finished.
     """
 
-    checkpoint: Path | None
+    checkpoint: Path | None = None
     origins: dict[Path, dict[str, Any]] = field(default_factory=dict)
     damaged: dict[Path, str] = field(default_factory=dict)
+    replaces: bool = False
+    config: RunConfig | None = None
+    total_steps: int | None = None
+    finished_steps: int | None = None
 
     def describe_damage(self) -> list[str]:
-        """A line for each checkpoint that is passed over."""
+        """A line for each checkpoint that is skipped."""
         start = self.checkpoint and self.checkpoint.name
-        return [f"{path.name} is passed over, and {start} continued: {what}" for path, what in self.damaged.items()]
+        return [f"{path.name} is skipped, and {start} continued: {problem}" for path, problem in self.damaged.items()]
+
+    def is_finished(self, config: RunConfig) -> bool:
+        """Whether the directory's run is finished, and the config asks for no other number of steps."""
+        return self.finished_steps is not None and not self.changes(config, LENGTH_KEYS)
+
+    def changes(self, config: RunConfig, keys: Iterable[str]) -> list[str]:
+        """Differences of a config from that of the directory's run, among some keys."""
+        if self.config is None:
+            return []
+        before, now = flatten(self.config), flatten(config)
+        return describe_changes({key: before[key] for key in keys}, {key: now[key] for key in keys})
+
+    def describe_extension(self, config: RunConfig, step: int, total_steps: int) -> list[str]:
+        """A line if the learning rate does not go on as it would have in the run's earlier sessions."""
+        if self.config is None or not self.total_steps or not 0 < step < total_steps:
+            return []
+        earlier, now = rate_of(self.config.train, self.total_steps), rate_of(config.train, total_steps)
+        expected = earlier(min(step, self.total_steps - 1))
+        if abs(now(step) - expected) <= 0.01 * expected:
+            return []
+        lengths = f" of {total_steps} steps in place of {self.total_steps}" if total_steps != self.total_steps else ""
+        return [
+            f"The learning rate jumps from {earlier(step - 1):.3g} at step {step} to {now(step):.3g} at step "
+            f"{step + 1}, as the {config.train.lr_scheduler} schedule is now one{lengths}. To go on without a jump, "
+            f"set train.lr_scheduler=constant and train.learning_rate={earlier(step - 1):.3g}; "
+            "train.min_learning_rate keeps a schedule from falling to zero."
+        ]
 
 
-def find_start(run: RunDirectory, config: RunConfig, resume: str) -> Start:
-    """Finds the newest whole checkpoint, or the one that is asked for.
+def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = False) -> Start:
+    """Find the newest whole checkpoint, or the one that is asked for.
 
     Args:
         run: The output directory.
         config: Of the run to be.
-        resume: `auto`, `never`, or a checkpoint's path.
+        resume: `auto`, or the path of a checkpoint or run.
+        fresh: Start at step 0, even if the directory holds a run.
 
     Raises:
-        ConfigError: The directory holds another run, one that `resume` does not allow for, or a finished one that can't
-            be continued.
+        ConfigError: The directory holds another run, or a finished one without a checkpoint to continue from, or the
+            arguments contradict each other.
         CheckpointError: The path holds no whole checkpoint, or none of the run's is whole.
     """
+    if resume == "never":
+        raise ConfigError("--resume never was replaced by --fresh, which keeps the old directory under another name.")
+    if fresh and resume != "auto":
+        raise ConfigError(f"--fresh starts at step 0, and --resume {resume} does not; leave one of them out.")
     check_folder(run)
-    origins = {}
-    if run.exists():
-        if resume == "never":
-            raise ConfigError(f"{run.path} holds a run already; choose another train.output_dir, or --resume auto.")
-        origins[run.path] = describe_origin(load_config(run.config), run.read_record())
-    elif any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
-        raise ConfigError(
-            f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is no run "
-            "and they would be overwritten. Choose another folder."
-        )
-    checkpoints = run.list_checkpoints()
-    if resume in ("auto", "never"):
-        checkpoint, damaged = newest_whole(checkpoints)
-        if damaged and checkpoint is None:
-            raise CheckpointError(
-                f"No checkpoint of {run.path} is whole; remove {run.checkpoints} to begin anew:\n"
-                + "\n".join(f"  {what}" for what in damaged.values())
+    if fresh and run.exists():
+        return Start(replaces=True)
+    if not run.exists():
+        if any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
+            raise ConfigError(
+                f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is "
+                "not a run and they would be overwritten. Choose another folder."
             )
-    else:
-        checkpoint, damaged = _named(run, resume, checkpoints), {}
-    if checkpoint is None and run.exists() and run.adapter.is_dir() and not is_finished(run, config):
-        raise ConfigError(
-            f"{run.path} holds the adapter of a finished run, and no checkpoint to continue: it would be trained anew, "
-            "and replaced. Choose another train.output_dir."
+        return Start() if resume == "auto" else _at_checkpoint(Start(), _named(run, resume), config, set())
+
+    before, record = load_config(run.config), run.read_record()
+    is_finished = record["status"] == "finished" and run.adapter.is_dir()
+    start = Start(
+        origins={run.path: describe_origin(before, record)},
+        config=before,
+        total_steps=record.get("total_steps"),
+        finished_steps=record["steps"] if is_finished else None,
+    )
+    may_change = SCHEDULE_KEYS if is_finished and start.changes(config, LENGTH_KEYS) else set()
+    _check_same_settings(run.path, start.origins[run.path], config, may_change)
+    if start.is_finished(config):
+        return start
+    checkpoint, damaged = newest_whole(run.list_checkpoints()) if resume == "auto" else (_named(run, resume), {})
+    if damaged and checkpoint is None:
+        raise CheckpointError(
+            f"No checkpoint of {run.path} is whole. Start over with --fresh, which keeps them:\n"
+            + "\n".join(f"  {problem}" for problem in damaged.values())
         )
-    if checkpoint is not None:
-        origins[checkpoint] = _checked(checkpoint, read_origin(checkpoint))
-    for place, origin in origins.items():
-        _check_same_settings(place, origin, config)
-    return Start(checkpoint, origins, damaged)
+    if checkpoint is None and run.adapter.is_dir():
+        raise ConfigError(
+            f"{run.path} holds the adapter of a finished run, but no checkpoint to continue from. Start over with "
+            "--fresh, which keeps it, or choose another train.output_dir."
+        )
+    # A run that was extended keeps checkpoints of its old schedule; its config, checked above, has the new one.
+    start = replace(start, damaged=damaged)
+    return start if checkpoint is None else _at_checkpoint(start, checkpoint, config, SCHEDULE_KEYS)
 
 
 def check_folder(run: RunDirectory) -> None:
-    """Sees that a run can have its directory.
+    """Check that a run can have its directory.
 
     Raises:
         ConfigError: It or one of its folders is a file, or it holds a link to one, which would be written to wherever
@@ -108,6 +154,24 @@ def check_folder(run: RunDirectory) -> None:
             raise ConfigError(f"train.output_dir: {path} is a link to {path.readlink()}; put the file itself there.")
 
 
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The config by dotted key, as plain JSON values.
+
+    Of the paths of base and data only the last part is kept: these are identified by what they hold, and may be moved.
+    """
+    sections = config.model_dump(mode="json")
+    sections["model"]["base"] = Path(config.model.base).name
+    for sources in (sections["data"]["train"], sections["data"]["eval"]):
+        for source in sources if isinstance(sources, list) else ():
+            source["path"] = Path(source["path"]).name
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line `key: old → new` for each value that differs."""
+    return [f"{key}: {before.get(key)} → {value}" for key, value in now.items() if before.get(key) != value]
+
+
 def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     """What the steps of a run follow from, as plain values: its settings, base and data, and what `auto` became.
 
@@ -116,7 +180,7 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
         record: As in run.json.
     """
     origin = {
-        "settings": _identity(config),
+        "settings": {key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
         "base": record["base"]["files"],
         "data": [[report["source"], report["digest"]] for report in record["data"]],
         "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
@@ -124,55 +188,62 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
     return json.loads(json.dumps(origin))  # as it is read back
 
 
+def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each difference between two origins, settings aside."""
+    files, other_files = before["base"], now["base"]
+    changes = [
+        f"model.base: {name} has other contents"
+        for name in sorted({*files, *other_files})
+        if files.get(name) != other_files.get(name)
+    ]
+    digests = [digest for _, digest in before["data"]]
+    changes += [
+        f"{source}: what is learned from it"
+        for index, (source, digest) in enumerate(now["data"])
+        if digests[index : index + 1] != [digest]
+    ]
+    if len(digests) > len(now["data"]):
+        changes.append(f"number of data sources: {len(digests)} → {len(now['data'])}")
+    return changes + describe_changes(before["in_use"], now["in_use"])
+
+
 def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -> None:
-    """Sees that base, data and what `auto` became are still those that the run began with.
+    """Check that base, data and what `auto` became are still those that the run began with.
 
     Raises:
         ConfigError: They are not, so the steps to come would not be those of one run.
     """
     now = describe_origin(config, record)
     for place, before in start.origins.items():
-        changes = [
-            f"{record['base']['name']}: {name}"
-            for name in sorted({*before["base"], *now["base"]})
-            if before["base"].get(name) != now["base"].get(name)
-        ]
-        digests = [digest for _, digest in before["data"]]
-        changes += [
-            f"{source}: what is learnt from it"
-            for index, (source, digest) in enumerate(now["data"])
-            if digests[index : index + 1] != [digest]
-        ]
-        changes += [
-            f"{key}: {before['in_use'].get(key)} before, {value} now"
-            for key, value in now["in_use"].items()
-            if before["in_use"].get(key) != value
-        ]
-        if changes:
+        if changes := compare_origins(before, now):
             raise ConfigError(
-                f"{place} was begun otherwise; choose another train.output_dir, or undo what has changed (tiles follow "
-                "from model.recompute):\n" + "\n".join(f"  {change}" for change in changes)
+                f"{place} was trained under other conditions (tiles follow from model.recompute):\n"
+                + "\n".join(f"  {change}" for change in changes)
+                + f"\nUndo these changes, {WAYS_OUT}"
             )
 
 
-def is_finished(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether this very config was trained to its end here already."""
-    if not run.exists() or run.read_record()["status"] != "finished":
-        return False
-    return run.adapter.is_dir() and load_config(run.config) == config
+def _at_checkpoint(start: Start, checkpoint: Path, config: RunConfig, may_change: set[str]) -> Start:
+    origin = _checked(checkpoint, read_origin(checkpoint))
+    _check_same_settings(checkpoint, origin, config, may_change)
+    return replace(start, checkpoint=checkpoint, origins=start.origins | {checkpoint: origin})
 
 
-def _named(run: RunDirectory, resume: str, checkpoints: list[Path]) -> Path:
-    path = Path(resume).expanduser()
-    if not (path / "manifest.json").is_file():
+def _named(run: RunDirectory, resume: str) -> Path:
+    """The checkpoint that a path names: itself, or the last one of a run."""
+    other = RunDirectory.find(resume)
+    path: Path | None = Path(resume).expanduser() if other is None else other.adapter
+    if other is not None and path == other.final_adapter:
+        path, _ = newest_whole(other.list_checkpoints())
+    if path is None or not (path / "manifest.json").is_file():
         raise CheckpointError(f"--resume {resume}: there is no checkpoint there.")
     check_whole(path)
     step = step_of(path) or 0
-    newer = [other.name for other in checkpoints if (step_of(other) or 0) > step]
+    newer = [each.name for each in run.list_checkpoints() if (step_of(each) or 0) > step]
     if newer:
         raise ConfigError(
-            f"{run.path} holds checkpoints newer than {path.name} ({', '.join(newer)}); to start from an older one, "
-            "choose another train.output_dir."
+            f"{run.path} holds checkpoints newer than {path.name} ({', '.join(newer)}). To go back to an older one, "
+            "choose another train.output_dir: the run there starts from it."
         )
     return path
 
@@ -187,26 +258,23 @@ def _checked(checkpoint: Path, origin: dict[str, Any]) -> dict[str, Any]:
     return origin
 
 
-def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig) -> None:
-    before, now = origin["settings"], json.loads(json.dumps(_identity(config)))
-    differing = [f"  {key}: {before.get(key)!r} there, {now[key]!r} here" for key in now if before.get(key) != now[key]]
-    if differing:
+def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig, may_change: set[str]) -> None:
+    settings = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS | may_change}
+    changes = describe_changes(_with_defaults(origin["settings"]), settings)
+    if changes:
         raise ConfigError(
-            f"{place} holds a run with other settings; choose another train.output_dir, or undo:\n"
-            + "\n".join(differing)
+            f"{place} was trained with other settings:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + f"\nUndo these changes, {WAYS_OUT}"
         )
 
 
-def _identity(config: RunConfig) -> dict[str, object]:
-    """What makes two runs the same one, by dotted key.
-
-    Of paths only the last part: base and data are told apart by what they hold, and may be moved.
-    """
-    sections = config.model_dump(
-        mode="json", exclude={"export": True, "train": FREE_KEYS, "data": {"cache_dir"}, "model": FREE_MODEL_KEYS}
-    )
-    sections["model"]["base"] = Path(config.model.base).name
-    for sources in (sections["data"]["train"], sections["data"]["eval"]):
-        for source in sources if isinstance(sources, list) else ():
-            source["path"] = Path(source["path"]).name
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, with the defaults of keys that its version of qlora did not have."""
+    least = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
+    defaults = flatten(RunConfig.model_validate(least))
+    completed, source = defaults | settings, defaults["data.train"][0]
+    for key in ("data.train", "data.eval"):
+        if isinstance(completed[key], list):
+            completed[key] = [source | each if isinstance(each, dict) else each for each in completed[key]]
+    return completed

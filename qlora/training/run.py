@@ -1,10 +1,8 @@
 """A training run: started or continued, driven, and left behind in its directory."""
 
-import os
 import signal
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,11 @@ from qlora.checkpoint import (
 )
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.data import eval_batches
-from qlora.errors import ConfigError, ModelError
+from qlora.errors import CheckpointError, ConfigError, ModelError
 from qlora.lora import lora_layers
-from qlora.model import Evaluation, evaluate, frozen_checksum
+from qlora.model import Evaluation, evaluate, frozen_checksum, resolve_device
+from qlora.processes import Processes
+from qlora.training.agreement import check_same_run
 from qlora.training.assemble import Assembly, RunPlan, assemble
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.guard import StepGuard
@@ -33,132 +33,167 @@ from qlora.training.loop import Progress, StepReport, run_loop
 from qlora.training.metrics import MetricsLog, peak_memory_bytes
 from qlora.training.plot import draw_losses
 from qlora.training.record import describe_run
-from qlora.training.resume import Start, check_folder, check_same_origin, describe_origin, find_start, is_finished
+from qlora.training.resume import Start, check_same_origin, describe_origin, find_start, flatten
 from qlora.training.saving import Saver, check_room
-from qlora.training.schedule import learning_rate, resolve_interval
+from qlora.training.schedule import rate_of, resolve_interval
+
+CONTINUES = "The same command continues the run from its last save."
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run came to.
+    """Where a run is after this session.
 
     Attributes:
         run_dir: Its directory.
         status: `finished`, or `interrupted` with the state saved.
         steps: Optimizer steps done, in all sessions.
+        trained_steps: Of those, the ones done in this session: 0 if the run was finished already.
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
         tokens_per_second: Mean over the logged steps.
-        peak_memory: Bytes, see :func:`qlora.training.metrics.peak_memory_bytes`.
+        peak_memory: Bytes, the most of all sessions; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: That interrupted this session, if one did.
+        notes: What to know or do next.
     """
 
     run_dir: Path
     status: str
     steps: int
+    trained_steps: int
     losses: list[float]
     eval_losses: dict[int, float]
     tokens_per_second: float
     peak_memory: int
     signal: int | None
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"run_dir": str(self.run_dir)}
 
 
-def plan_run(config: RunConfig, resume: str = "auto") -> RunPlan:
-    """Assembles a run without training or writing anything: every error that can be had before step 1.
+def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> RunPlan:
+    """Assemble a run without training or writing anything: raises every error that shows before step 1.
 
     Args:
         config: Of the run.
-        resume: As of :func:`train`.
+        resume: As for :func:`train`.
+        fresh: As for :func:`train`.
     """
     config = absolute_paths(config)
     run = RunDirectory(config.train.output_dir)
-    start = find_start(run, config, resume)
-    assembly = assemble(config)
-    check_same_origin(start, config, _record(assembly, start))
-    check_room(run, assembly)
+    processes = _start_processes(config)
+    with processes.raise_together():
+        start = find_start(run, config, resume, fresh) if processes.is_first else Start()
+    start = processes.broadcast(start)
+    assembly = assemble(config, processes)
     _restore(assembly, run, start)
     return assembly.plan
 
 
-def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None) -> RunResult:
-    """Trains a run, from its start or from where an earlier session stopped.
+def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, fresh: bool = False) -> RunResult:
+    """Train a run, from its start or from where an earlier session stopped.
 
-    Only one process at a time trains in a directory; see :func:`qlora.checkpoint.hold_lock`.
+    Only one run at a time trains in a directory; see :func:`qlora.checkpoint.hold_lock`. Of several processes the
+    first decides where the run starts, and it alone writes.
 
     Args:
         config: Of :func:`qlora.load_config`.
-        resume: `auto` continues an unfinished run of the same output_dir, `never` refuses one, and a path
-            starts from that checkpoint.
-        stop_at: The step to save and stop after, as at Ctrl-C.
+        resume: `auto` continues the run of the same output_dir; a path starts from that checkpoint, or from the last
+            checkpoint of that run.
+        stop_at: Step to save and stop after, as at Ctrl-C.
+        fresh: Start over. A run in output_dir is moved aside first, to a folder named `NAME.old-1` next to it.
 
     Raises:
         QLoRAError: Of the kind that fits, before or during the run; what was saved stays.
     """
     config = absolute_paths(config)
     run = RunDirectory(config.train.output_dir)
-    check_folder(run)
-    # Of several processes the first one writes; a launcher ends the others if it can't.
-    writes = os.environ.get("RANK", "0") == "0"
-    with hold_lock(run.lock) if writes else nullcontext() as warning:
-        if writes:
-            run.clear_leftovers()
-        start = find_start(run, config, resume)
-        if is_finished(run, config):
-            return _result(run, "finished", run.read_record()["steps"])
+    processes = _start_processes(config)
+    start, remarks = Start(), []
+    with ExitStack() as lock:
+        with processes.raise_together():
+            if processes.is_first:
+                if warning := lock.enter_context(hold_lock(run.lock)):
+                    remarks.append(warning)
+                run.clear_leftovers()
+                start = find_start(run, config, resume, fresh)
+        start = processes.broadcast(start)
+        if start.is_finished(config):
+            return _already_finished(run, start, config)
         with deterministic_algorithms(config.train.deterministic):
-            assembly = assemble(config)
+            assembly = assemble(config, processes)
             try:
-                return _train(assembly, run, start, stop_at, [warning] if warning else [])
+                return _train(assembly, run, start, stop_at, remarks)
             finally:
-                assembly.accelerator.end_training()
+                processes.end()
+
+
+def _start_processes(config: RunConfig) -> Processes:
+    return Processes.start(resolve_device().type == "cpu", config.train.trackers, config.train.output_dir)
 
 
 def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | None, remarks: list[str]) -> RunResult:
-    model, accelerator = assembly.model, assembly.accelerator
-    record = _record(assembly, start)
-    check_same_origin(start, assembly.config, record)
-    check_room(run, assembly)
-    accelerator.wait_for_everyone()
+    model, processes, total_steps = assembly.model, assembly.processes, assembly.plan.total_steps
     progress = _restore(assembly, run, start)
-    if accelerator.is_main_process:
+    first_step = progress.step
+    if start.finished_steps == first_step == total_steps:
+        return _already_finished(run, start, assembly.config)
+    record = _record(assembly, start)
+    if processes.is_first:
+        if start.replaces:
+            remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
         for folder in start.damaged:
             set_aside(folder)
-        run.keep_metrics_until(-1 if start.checkpoint is None else progress.step)
-        # Before the config: a config without a record is taken for something else's.
+        run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+        # Before the config: a config without a record is not taken for a run.
         run.write_record(record | {"status": "running"})
         write_text(run.config, dump_config(assembly.config))
-    accelerator.wait_for_everyone()
+    processes.wait()
+    remarks += start.describe_damage() + start.describe_extension(assembly.config, first_step, total_steps)
     checksum = frozen_checksum(model)
-    origin = describe_origin(assembly.config, record)
-    received = _run_session(assembly, run, progress, origin, stop_at, remarks + start.describe_damage())
+    received = _run_session(assembly, run, progress, describe_origin(assembly.config, record), stop_at, remarks)
     if frozen_checksum(model) != checksum:
         raise ModelError("The frozen base was changed during training, so the run can't be trusted.")
 
-    status = "finished" if progress.step == assembly.plan.total_steps else "interrupted"
-    if accelerator.is_main_process:
+    status = "finished" if progress.step == total_steps else "interrupted"
+    if processes.is_first:
         if status == "finished":
             _save_final_adapter(assembly, run)
         run.write_record(record | {"status": status, "steps": progress.step})
         draw_losses(run.read_metrics(), run.path / "loss.png")
-    accelerator.wait_for_everyone()
-    return _result(run, status, progress.step, received)
+    processes.wait()
+    notes = [] if status == "finished" else [f"Stopped at step {progress.step} of {total_steps}. {CONTINUES}"]
+    return _result(run, status, progress.step, progress.step - first_step, received, notes)
 
 
 def _restore(assembly: Assembly, run: RunDirectory, start: Start) -> Progress:
-    """Puts a run's parts where its checkpoint left them, if there is one; returns how far that is."""
-    if start.checkpoint is None:
-        return Progress()
-    progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
-    if progress.step > assembly.plan.total_steps:
-        raise ConfigError(
-            f"{run.path} has done {progress.step} steps already, more than the {assembly.plan.total_steps} asked for; "
-            "raise train.max_steps or train.epochs, or choose another train.output_dir."
-        )
-    assembly.plan.in_use["micro_batch_parts"] = progress.num_parts
+    """Put a run's parts where its checkpoint left them, if there is one; return how far that is.
+
+    Raises:
+        QLoRAError: Base, data or settings are not those that the run began with, the disk has too little room, or the
+            processes would not train the same run: on every process.
+    """
+    processes, plan = assembly.processes, assembly.plan
+    record = _record(assembly, start)
+    progress = Progress()
+    with processes.raise_together():
+        check_same_origin(start, assembly.config, record)
+        if processes.is_first:
+            check_room(run, assembly, [] if start.replaces else run.list_checkpoints())
+        if start.checkpoint is not None:
+            if not start.checkpoint.is_dir():
+                raise CheckpointError(f"{start.checkpoint} is not there; all processes have to share train.output_dir.")
+            progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
+        if progress.step > plan.total_steps:
+            raise ConfigError(
+                f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} asked for; raise "
+                "train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
+            )
+    origin = describe_origin(assembly.config, record)
+    check_same_run(processes, assembly.config, origin, progress.step, assembly.optimizer.flat)
+    plan.in_use["micro_batch_parts"] = progress.num_parts
     return progress
 
 
@@ -170,13 +205,15 @@ def _run_session(
     stop_at: int | None,
     remarks: list[str],
 ) -> signal.Signals | None:
-    """Trains until the end, a signal or `stop_at`, saving and evaluating on the way; returns the signal."""
-    config, plan, accelerator = assembly.config.train, assembly.plan, assembly.accelerator
+    """Train until the end, a signal or `stop_at`, saving and evaluating on the way; return the signal."""
+    config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     total = plan.total_steps
-    accelerator.init_trackers("qlora")
+    processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
-    is_evaluated = any(line["step"] == progress.step and "eval_loss" in line for line in run.read_metrics())
-    log = MetricsLog(run, accelerator, total, plan.steps_per_epoch, config.log_every, progress.step)
+    is_evaluated = processes.broadcast(
+        processes.is_first and any(line["step"] == progress.step and "eval_loss" in line for line in run.read_metrics())
+    )
+    log = MetricsLog(run, processes, total, plan.steps_per_epoch, config.log_every, progress.step)
     log.announce([*(report.summary() for report in plan.datasets.reports), plan.summary(), *remarks])
     saver, guard = Saver(run, assembly, origin, log), StepGuard(run, assembly, progress, log)
 
@@ -192,7 +229,7 @@ def _run_session(
         guard.note(report)
         is_last = progress.step == total
         # Several must stop after the same step, so they go by what they last told each other.
-        stop = interruption.requested if accelerator.num_processes == 1 else report.stop_asked
+        stop = interruption.requested if processes.world_size == 1 else report.stop_asked
         stop = stop or progress.step == stop_at
         is_asked = interruption.take_save_request()
         if is_last or stop or is_asked or (save_every and progress.step % save_every == 0):
@@ -208,38 +245,32 @@ def _run_session(
             if evaluates_at(progress.step) and not is_evaluated:
                 evaluate_now()
             run_loop(
-                assembly.model, assembly.optimizer, plan.datasets.train, assembly.batches, accelerator,
-                progress, total, _rate_of(assembly), config.max_grad_norm, after_step,
+                assembly.model, assembly.optimizer, plan.datasets.train, assembly.batches, processes,
+                progress, total, rate_of(config, total), config.max_grad_norm, after_step,
                 lambda: interruption.requested, guard.on_nonfinite, guard.on_out_of_memory,
             )  # fmt: skip
         except torch.OutOfMemoryError as problem:
             raise ModelError(
-                f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where nothing can "
-                "be given up for it; free some, or lower train.micro_batch_size or data.max_seq_len. The same command "
-                f"goes on from what was last saved. {problem}"
+                f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
+                "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
+                f"{CONTINUES} {problem}"
             ) from problem
         finally:
             log.close()
     return interruption.signal
 
 
-def _rate_of(assembly: Assembly) -> Callable[[int], float]:
-    section, total = assembly.config.train, assembly.plan.total_steps
-    return lambda step: learning_rate(step, total, section.learning_rate, section.lr_scheduler, section.warmup_ratio)
-
-
 def _evaluate_all(assembly: Assembly) -> Evaluation:
-    """Evaluates the held-out examples, each process a part of them."""
-    accelerator = assembly.accelerator
+    """Evaluate the held-out examples, each process a part of them."""
+    processes = assembly.processes
     examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity
     batches = eval_batches(examples, assembly.config.train.micro_batch_size, capacity)
-    share = islice(batches, accelerator.process_index, None, accelerator.num_processes)
-    several = accelerator.num_processes > 1
-    return evaluate(assembly.model, share, accelerator.reduce if several else None)
+    share = islice(batches, processes.rank, None, processes.world_size)
+    return evaluate(assembly.model, share, processes.sum)
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
-    """Writes the trained adapter with its tokenizer and chat template."""
+    """Write the trained adapter with its tokenizer and chat template."""
     with write_aside(run.adapter) as folder:
         save_adapter(assembly.model, folder, assembly.config.model.base)
         assembly.tokenizer.save_pretrained(folder)
@@ -258,16 +289,35 @@ def _record(assembly: Assembly, start: Start) -> dict[str, Any]:
     }
 
 
-def _result(run: RunDirectory, status: str, steps: int, received: signal.Signals | None = None) -> RunResult:
+def _already_finished(run: RunDirectory, start: Start, config: RunConfig) -> RunResult:
+    """The result of the session that finished the run, and what to do next."""
+    assert start.finished_steps is not None
+    notes = [
+        f"Already finished at step {start.finished_steps}; nothing was trained. To train on, raise train.max_steps or "
+        f"train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
+    ]
+    if ignored := start.changes(config, flatten(config)):
+        notes.append(f"Keys that changed since and were ignored: {'; '.join(ignored)}.")
+    return _result(run, "finished", start.finished_steps, 0, None, notes)
+
+
+def _result(
+    run: RunDirectory, status: str, steps: int, trained_steps: int, received: signal.Signals | None, notes: list[str]
+) -> RunResult:
     lines = run.read_metrics()
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    peaks = [line["peak_memory"] for line in lines if "peak_memory" in line]
+    if trained_steps or not peaks:
+        peaks.append(peak_memory_bytes())
     return RunResult(
         run_dir=run.path,
         status=status,
         steps=steps,
+        trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
-        peak_memory=peak_memory_bytes(),
+        peak_memory=max(peaks),
         signal=received,
+        notes=notes,
     )

@@ -44,7 +44,7 @@ class Saver:
         Raises:
             CheckpointError: It can't be done.
         """
-        if self.assembly.accelerator.is_main_process:
+        if self.assembly.processes.is_first:
             self._write(self.run.trial, progress)
             discard(self.run.trial)
 
@@ -61,7 +61,7 @@ class Saver:
         Raises:
             CheckpointError: It failed, and there is no later one, or the two before failed too.
         """
-        if not self.assembly.accelerator.is_main_process:
+        if not self.assembly.processes.is_first:
             return
         try:
             if not self.run.record.is_file():
@@ -92,12 +92,13 @@ class Saver:
         save_checkpoint(folder, model, optimizer, asdict(progress), self.assembly.config.model.base, self.origin)
 
 
-def check_room(run: RunDirectory, assembly: Assembly) -> None:
-    """Sees that there is room for what the rest of a run writes.
+def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -> None:
+    """Check that there is room for what the rest of a run writes.
 
     Args:
         run: Its directory.
         assembly: What is saved.
+        checkpoints: Of the run so far.
 
     Raises:
         CheckpointError: There is not; the path, what is needed and what is free are named.
@@ -107,7 +108,7 @@ def check_room(run: RunDirectory, assembly: Assembly) -> None:
     every = resolve_interval(section.save_every, total) or total
     # The oldest goes after the newest is whole, so for a moment there is one more than are kept.
     num_most = min(section.keep_checkpoints + 1, -(-total // every))
-    num_new = max(1, num_most - len(run.list_checkpoints()))
+    num_new = max(1, num_most - len(checkpoints))
     checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer)
     tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))
     needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer

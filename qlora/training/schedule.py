@@ -1,17 +1,23 @@
 """Learning rates and intervals as functions of the step, so that nothing of them needs saving."""
 
 import math
+from collections.abc import Callable
+
+from qlora.config import TrainSection
 
 
-def learning_rate(step: int, total_steps: int, peak: float, kind: str, warmup_ratio: float) -> float:
+def learning_rate(
+    step: int, total_steps: int, peak: float, kind: str, warmup_ratio: float, minimum: float = 0.0
+) -> float:
     """Learning rate of a step.
 
     Args:
         step: From 0.
         total_steps: Of the run.
         peak: Reached at the end of the warm-up.
-        kind: `cosine` and `linear` fall to zero at the end, `constant` stays.
+        kind: `cosine` and `linear` fall to the minimum at the end, `constant` stays at the peak.
         warmup_ratio: Share of the run over which the rate rises linearly from zero.
+        minimum: Rate that the schedule falls to.
     """
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -19,7 +25,15 @@ def learning_rate(step: int, total_steps: int, peak: float, kind: str, warmup_ra
     if kind == "constant":
         return peak
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    share = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * share
+
+
+def rate_of(section: TrainSection, total_steps: int) -> Callable[[int], float]:
+    """The learning rate by step of a run that a config describes."""
+    return lambda step: learning_rate(
+        step, total_steps, section.learning_rate, section.lr_scheduler, section.warmup_ratio, section.min_learning_rate
+    )
 
 
 def resolve_interval(value: int | float | None, total_steps: int) -> int | None:

@@ -110,11 +110,10 @@ def row(
 
 def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[int, Held, Work, Work, Counter[str]]:
     """Counts of our step at a level of recomputation."""
-    from accelerate import Accelerator
-
     from qlora.data import BatchPlan, collate
     from qlora.model import supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
+    from qlora.processes import Processes
     from qlora.training.loop import Progress, run_loop
 
     model, _ = build_qlora(base, arguments.rank, 2 * arguments.rank, level)
@@ -128,7 +127,7 @@ def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[i
     with Watch(model.device) as work:
         # The first step also looks whether the gradient reaches every adapter.
         run_loop(
-            model, FlatAdamW(flat), examples, plan, Accelerator(), Progress(), 2, lambda _: 1e-4, 1.0,
+            model, FlatAdamW(flat), examples, plan, Processes(device=model.device), Progress(), 2, lambda _: 1e-4, 1.0,
             lambda _: counted.append(work.syncs.copy()) is None,
         )  # fmt: skip
     return model.config.num_hidden_layers, held, forward, backward, counted[1] - counted[0]

@@ -340,9 +340,8 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 @contextmanager
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
     """Our model, the optimizer's name, and a function that goes on for some steps."""
-    from accelerate import Accelerator
-
     from qlora.optim import FlatAdamW, FlatParameters
+    from qlora.processes import Processes
     from qlora.training.loop import Progress, run_loop
 
     level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
@@ -350,11 +349,11 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     examples, plan = make_examples(arguments, model.config.vocab_size)
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer, progress, accelerator = FlatAdamW(flat, name), Progress(), Accelerator()
+    optimizer, progress, processes = FlatAdamW(flat, name), Progress(), Processes(device=model.device)
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
         run_loop(
-            model, optimizer, examples, plan, accelerator, progress, progress.step + steps,
+            model, optimizer, examples, plan, processes, progress, progress.step + steps,
             lambda _: LEARNING_RATE, MAX_GRAD_NORM, lambda report: tick(report.loss),
         )  # fmt: skip
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from qlora.data import BatchPlan, make_example
@@ -22,6 +21,7 @@ from qlora.model import (
     use_document_attention,
 )
 from qlora.optim import FlatAdamW, FlatParameters
+from qlora.processes import Processes
 from qlora.training.loop import Progress, run_loop
 from tests.tiny import make_base
 
@@ -56,7 +56,8 @@ def step(tmp_path, seed, generator):
                     return True
 
                 run_loop(
-                    model.train(), FlatAdamW(flat, optimizer), examples, plan, Accelerator(), Progress(), 2,
+                    model.train(), FlatAdamW(flat, optimizer), examples, plan,
+                    Processes(device=model.device), Progress(), 2,
                     lambda _: 1e-4, 1.0, after_step,
                 )  # fmt: skip
             return done[2].syncs - done[1].syncs, done[2].dequantized - done[1].dequantized

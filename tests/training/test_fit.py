@@ -1,7 +1,5 @@
 """A run takes the cheapest level that fits, corrected by what a step takes, and keeps weights in what is left."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -10,10 +8,11 @@ from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.model import adapt, base_from_section, rebuild_activations, use_document_attention
 from qlora.nf4 import NF4Linear
+from qlora.processes import Processes
 from qlora.training import fit
 from tests.tiny import run_config
 
-ALONE = SimpleNamespace(num_processes=1)
+ALONE = Processes()
 LEVELS = ["none", "mlp", "attention", "full"]
 
 

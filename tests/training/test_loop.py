@@ -1,13 +1,11 @@
 """The loop: gradients of the whole window, adapters alone changed, and errors instead of silent failure."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from qlora.data import IGNORE_INDEX, BatchPlan, collate
 from qlora.data.tokens import make_example
@@ -15,6 +13,7 @@ from qlora.errors import ModelError
 from qlora.lora import add_lora, lora_layers
 from qlora.model import frozen_checksum, load_base
 from qlora.optim import FlatAdamW, FlatParameters
+from qlora.processes import Processes
 from qlora.training.loop import Progress, run_loop
 
 
@@ -55,7 +54,8 @@ class Trainer:
             return not report.stop_asked
 
         run_loop(
-            self.model, self.optimizer, self.examples, self.plan, Accelerator(), self.progress, steps,
+            self.model, self.optimizer, self.examples, self.plan,
+            Processes(device=self.model.device), self.progress, steps,
             lambda step: rate, max_grad_norm, after_step, lambda: self.progress.step + 1 == stop,
         )  # fmt: skip
         return self
@@ -217,11 +217,12 @@ def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, g
             trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
             seen = []
 
-            def reduce(tensor, reduction="sum", rank=rank, seen=seen, collect=collect):
+            def reduce(tensor, rank=rank, seen=seen, collect=collect):
                 seen.append(tensor.clone())
                 return tensor if collect else sum(values[len(seen) - 1] for values in local)
 
-            accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, reduce=reduce)
+            processes = Processes(rank, 2)
+            processes.sum = reduce
             if collect:
                 trainer = Trainer(tiny_base, examples)
                 trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
@@ -232,7 +233,7 @@ def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, g
                 return True
 
             run_loop(
-                trainer.model, trainer.optimizer, examples, trainer.plan, accelerator, trainer.progress, 1,
+                trainer.model, trainer.optimizer, examples, trainer.plan, processes, trainer.progress, 1,
                 lambda step: 1e-2, None, after_step,
             )  # fmt: skip
             if collect:

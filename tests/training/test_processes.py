@@ -12,16 +12,71 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.export import merge, verify
 from qlora.training import train
-from tests.tiny import POISON, run_config, write_jsonl
+from tests.tiny import POISON, make_base, run_config, write_jsonl
+from tests.training.same_run import assert_same_run
+
+
+def run_in_two(*module):
+    """Standard output of a module that runs in two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *module], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def launch(verb, config):
     """Runs a verb in two processes; its report, of which there is one, not two."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "qlora"]
-    command = [sys.executable, *launcher, verb, str(config), "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment).stdout
-    return json.loads(output)
+    return json.loads(run_in_two("qlora", verb, str(config), "--json"))
+
+
+@pytest.mark.slow
+def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_file, tmp_path):
+    """Each process has its own config, as on machines that were set up one by one."""
+    other_base = make_base(tmp_path / "other" / tiny_base.name, seed=9)
+    other_rows = tmp_path / "other" / alpaca_file.name
+    other_rows.write_text("".join(alpaca_file.read_text().splitlines(keepends=True)[:-1]))
+
+    def config(name, base=tiny_base, rows=alpaca_file, **settings):
+        return str(run_config(base, rows, tmp_path / name, data__cache_dir=str(tmp_path / "cache"), **settings))
+
+    first, elsewhere = config("first"), config("elsewhere")
+    cases = {
+        "stopped": {"configs": [first, elsewhere], "stop_at": 2},
+        "continued": {"configs": [first, elsewhere]},
+        "whole": {"configs": [config("whole"), config("whole-too")]},
+        "rate": {"configs": [config("a"), config("b", train__learning_rate=1e-3)]},
+        "steps": {"configs": [config("c"), config("d", train__max_steps=7)]},
+        "base": {"configs": [config("e"), config("f", other_base)]},
+        "rows": {"configs": [config("g"), config("h", rows=other_rows)]},
+        "absent": {"configs": [config("i"), config("j", rows=tmp_path / "absent.jsonl")]},
+        "bad": {"configs": [config("k", rows=tmp_path / "absent.jsonl"), config("l")]},
+    }
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    lines = run_in_two("tests.training.ranks", str(tmp_path / "cases.json")).splitlines()
+    by_rank = {line["rank"]: line["found"] for line in map(json.loads, lines)}
+    assert by_rank[0] == by_rank[1]
+    found = by_rank[0]
+    assert found["stopped"] == ["interrupted", 2]
+    assert found["continued"] == found["whole"] == ["finished", 6]
+    assert_same_run(tmp_path / "first", tmp_path / "whole")
+    assert not (tmp_path / "elsewhere").exists()
+    for name, difference in {
+        "rate": "train.learning_rate: 0.01 → 0.001",
+        "steps": "train.max_steps: 6 → 7",
+        "base": "model.base: model.safetensors has other contents",
+        "rows": f"{other_rows}: what is learned from it",
+    }.items():
+        kind, message = found[name]
+        assert kind == "ConfigError"
+        assert "Processes 0 and 1 of 2 would not train the same run" in message
+        assert f"  {difference}\n" in message
+    assert found["absent"][0] == found["bad"][0] == "DataError"
+    assert found["absent"][1].startswith("Process 1 of 2: ")
+    assert not found["bad"][1].startswith("Process ")
+    assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"first", "whole"}
 
 
 @pytest.mark.slow

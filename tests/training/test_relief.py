@@ -1,15 +1,13 @@
 """A step that memory runs out in is repeated with less, to the same gradient."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from accelerate import Accelerator
 
 from qlora.errors import ModelError
 from qlora.model import apply_recompute, hold_weights, recompute_levels
 from qlora.model.probe import Storages, measure_peak
 from qlora.nf4 import NF4Linear
+from qlora.processes import Processes
 from qlora.training.loop import run_loop
 from qlora.training.relief import MemoryRelief
 from tests.training.test_loop import Trainer, random_examples
@@ -56,7 +54,8 @@ def run_limited(trainer, num_bytes, may_raise=True, level="none"):
 
     with Limited(num_bytes):
         run_loop(
-            trainer.model, trainer.optimizer, trainer.examples, trainer.plan, Accelerator(), trainer.progress,
+            trainer.model, trainer.optimizer, trainer.examples, trainer.plan,
+            Processes(device=trainer.model.device), trainer.progress,
             1 + STEPS, lambda step: 1e-2, None, after_step,
             on_out_of_memory=lambda step: told.append((step, relief.give_up(step))),
         )  # fmt: skip
@@ -148,14 +147,16 @@ def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_b
     free = prepare(tiny_base, examples, compute_dtype="float32").run(1 + STEPS)
     trainer, told = prepare(tiny_base, examples, compute_dtype="float32"), []
 
-    def reduce(tensor, reduction="sum"):
+    def add(tensor):
         # Of the other process nothing is added but, in the first step, that it ran out.
         is_first = tensor.shape == (3,) and not told
         return tensor + tensor.new_tensor([0, 0, 1]) if is_first else tensor
 
+    processes = Processes(world_size=2)
+    processes.sum = add
     run_loop(
         trainer.model, trainer.optimizer, examples, trainer.plan,
-        SimpleNamespace(device=torch.device("cpu"), num_processes=2, reduce=reduce), trainer.progress, 1 + STEPS,
+        processes, trainer.progress, 1 + STEPS,
         lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
         on_out_of_memory=told.append,
     )  # fmt: skip

@@ -1,0 +1,158 @@
+"""The processes of a run, under torchrun, accelerate or alone: the one door to accelerate's Accelerator."""
+
+import atexit
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qlora.errors import ConfigError, QLoRAError
+
+Value = TypeVar("Value")
+
+# Processes wait for the first one while it tokenizes, however large the data.
+PATIENCE = timedelta(hours=12)
+
+
+class Processes:
+    """One process among those that train together.
+
+    Collective methods (`sum`, `max`, `gather`, `broadcast`, `wait`, `raise_together`) must be called by every process
+    in the same order. Alone, they return what they are given.
+
+    Args:
+        rank: Of this process, from 0.
+        world_size: Number of processes.
+        device: That this process computes on.
+        accelerator: Of accelerate; needed where there are several processes or trackers.
+    """
+
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", accelerator: Any = None
+    ) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self._accelerator = accelerator
+
+    @classmethod
+    def start(cls, on_cpu: bool, trackers: Sequence[str] = (), folder: str | Path = ".") -> "Processes":
+        """Join the processes that a launcher started.
+
+        Args:
+            on_cpu: Compute on the CPU even if accelerate finds a GPU.
+            trackers: Names of accelerate's trackers to log to; they start on the first process.
+            folder: Where trackers write.
+
+        Raises:
+            ConfigError: A tracker is unknown or not installed, or accelerate joined another number of processes than
+                the launcher started.
+        """
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        check_trackers(trackers)
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                log_with=list(trackers) or None,
+                project_dir=Path(folder).expanduser(),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
+        except ValueError as error:
+            raise ConfigError(f"accelerate can't join the {launched} processes of WORLD_SIZE: {error}") from error
+        if launched != accelerator.num_processes:
+            raise ConfigError(
+                f"A launcher started {launched} processes, but accelerate joined {accelerator.num_processes}: they "
+                "would train separately in one directory. Launch with torchrun, or set up accelerate config for this "
+                "machine."
+            )
+        if launched > 1:
+            atexit.register(accelerator.state.destroy_process_group)
+        return cls(accelerator.process_index, launched, accelerator.device, accelerator)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides, writes and reports."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum of a tensor over all processes, on each of them."""
+        return tensor if self.world_size == 1 else self._accelerator.reduce(tensor, reduction="sum")
+
+    def max(self, number: float) -> float:
+        """The largest of the processes' numbers, on each of them, rounded to fp32."""
+        if self.world_size == 1:
+            return number
+        own = torch.tensor([number], dtype=torch.float32, device=self.device)  # MPS has no fp64
+        return self._accelerator.gather(own).max().item()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The processes' picklable values by rank, on each of them."""
+        if self.world_size == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def broadcast(self, value: Value) -> Value:
+        """The first process's picklable value, on all of them."""
+        if self.world_size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def raise_together(self) -> Iterator[None]:
+        """Raise a QLoRAError of the body on every process, so that none waits for one that has ended."""
+        problem = None
+        try:
+            yield
+        except QLoRAError as error:
+            problem = error
+        problems = {rank: error for rank, error in enumerate(self.gather(problem)) if error is not None}
+        if not problems:
+            return
+        rank, first = next(iter(problems.items()))
+        if len(problems) < self.world_size and rank > 0:
+            first = type(first)(f"Process {rank} of {self.world_size}: {first}")
+        raise first
+
+    def start_trackers(self, project: str) -> None:
+        """Start the trackers that were asked for."""
+        if self._accelerator is not None:
+            self._accelerator.init_trackers(project)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers to the trackers."""
+        if self._accelerator is not None:
+            self._accelerator.log(dict(values), step=step)
+
+    def end(self) -> None:
+        """End the trackers. The processes stay joined until they exit, so that they can train again."""
+        for tracker in self._accelerator.trackers if self._accelerator is not None else ():
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that accelerate has every tracker asked for; it would drop the others silently.
+
+    Raises:
+        ConfigError: One is unknown or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available, known = set(map(str, get_available_trackers())), set(map(str, LOGGER_TYPE_TO_CLASS))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"train.trackers: '{name}' is unknown; accelerate has {', '.join(sorted(known))}.")
+        if name not in available:
+            raise ConfigError(f"train.trackers: {name} is not installed; run pip install {name}.")
