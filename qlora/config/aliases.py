@@ -73,5 +73,5 @@ ALIASES = {
     "dataset_prepared_path": "data.cache_dir",
     "field_messages": "data.columns",
     "message_property_mappings": "data.columns",
-    "resume_from_checkpoint": "the option --resume auto|never|PATH",
+    "resume_from_checkpoint": "the option --resume auto|PATH",
 }

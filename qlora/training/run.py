@@ -33,7 +33,7 @@ from qlora.training.loop import Progress, StepReport, run_loop
 from qlora.training.metrics import MetricsLog, peak_memory_bytes
 from qlora.training.plot import draw_losses
 from qlora.training.record import describe_run
-from qlora.training.resume import Start, check_same_origin, describe_origin, find_start, flatten
+from qlora.training.resume import Start, check_folder, check_same_origin, describe_origin, find_start, flatten
 from qlora.training.saving import Saver, check_room
 from qlora.training.schedule import rate_of, resolve_interval
 
@@ -115,6 +115,7 @@ def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, f
     with ExitStack() as lock:
         with processes.raise_together():
             if processes.is_first:
+                check_folder(run)
                 if warning := lock.enter_context(hold_lock(run.lock)):
                     remarks.append(warning)
                 run.clear_leftovers()

@@ -251,8 +251,9 @@ def test_the_output_directory_of_another_run(config, run_dir, tmp_path):
     told = done.error()
     assert str(run_dir) in told
     assert "train.output_dir" in told
-    assert "lora.rank: 4 there, 7 here" in told
-    assert "train.seed: 0 there, 3 here" in told
+    assert "lora.rank: 4 → 7" in told
+    assert "train.seed: 0 → 3" in told
+    assert "--fresh" in told
     assert data.name in told
     assert "max_steps" not in told  # a run may go on for longer
     assert contents(run_dir) == before
@@ -262,7 +263,7 @@ def test_a_dry_run_into_the_output_directory_of_another_run(config, run_dir):
     before = contents(run_dir)
     done = run("train", config, "lora.rank=7", "--dry-run")
     assert done.code == 2
-    assert "lora.rank: 4 there, 7 here" in done.error()
+    assert "lora.rank: 4 → 7" in done.error()
     assert contents(run_dir) == before
 
 
@@ -270,9 +271,7 @@ def test_resume_never_on_a_run_that_is_there(config, run_dir):
     before = contents(run_dir)
     done = run("train", config, "--resume", "never")
     assert done.code == 2
-    assert f"{run_dir} holds a run already" in done.error()
-    assert "train.output_dir" in done.error()
-    assert "--resume auto" in done.error()
+    assert "--resume never was replaced by --fresh" in done.error()
     assert contents(run_dir) == before
 
 
@@ -307,7 +306,7 @@ def test_a_run_that_is_none(tmp_path, verb):
     arguments = ["-o", tmp_path / "out"] if verb == "merge" else [tmp_path]
     done = run(verb, tmp_path / "no-run", *arguments)
     assert done.code == 1
-    assert f"{tmp_path / 'no-run'} is no run directory" in done.error()
+    assert f"{tmp_path / 'no-run'} is not a run, its adapter/ or one of its checkpoints" in done.error()
     assert list(tmp_path.iterdir()) == []
 
 

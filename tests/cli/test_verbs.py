@@ -362,3 +362,52 @@ def test_doctor_tells_versions_hardware_and_what_is_used():
     # In parentheses is the error of a weight that is drawn each time.
     told = [torch.__version__, *(text.partition(" (")[0] for text in report["in_use"].values())]
     assert [text for text in told if text not in done.out] == []
+
+
+def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merged, tmp_path):
+    checkpoint = run_dir / "checkpoints" / "step-000003"
+    final = run("eval", run_dir, "--json").json()["loss"]
+    assert run("eval", run_dir / "adapter", "--json").json()["loss"] == final
+    assert run("eval", checkpoint, "--json").json()["loss"] > final
+    out = tmp_path / "merged"
+    assert run("merge", checkpoint, "-o", out, "--json").json()["step"] == 3
+    assert "| steps | 3 |" in (out / "README.md").read_text()
+    assert {path.name for path in out.iterdir()} == {path.name for path in merged[0].iterdir()}
+    assert run("verify", checkpoint, out, "--json").json()["matches"]
+    assert run("verify", run_dir / "adapter", merged[0], "--json").json()["matches"]
+
+    done = run("verify", run_dir, out, "--json")
+    assert done.code == 1
+    assert json.loads(done.out)["problems"] == ["merged at step 3, the run is at step 6; merge again"]
+
+
+def test_a_checkpoint_of_an_interrupted_run_is_tried_and_merged(config, run_dir, tmp_path):
+    """Its tokenizer is made as in training: no adapter/ has it yet."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    record = json.loads((folder / "run.json").read_text()) | {"status": "interrupted", "steps": 3}
+    (folder / "run.json").write_text(json.dumps(record))
+    checkpoint = folder / "checkpoints" / "step-000003"
+    for verb, *arguments in (("generate", "--prompt", "Repeat oak 2 times"), ("merge", "-o", tmp_path / "not")):
+        done = run(verb, folder, *arguments)
+        assert done.code == 1
+        assert (
+            f"is interrupted, not finished, so it has no final adapter. Continue it with qlora train, or name a "
+            f"checkpoint: {checkpoint}" in done.error()
+        )
+    then = run("generate", run_dir / "checkpoints" / "step-000003", "--prompt", "Repeat oak 2 times", "--json").json()
+    now = run("generate", checkpoint, "--prompt", "Repeat oak 2 times", "--json").json()
+    assert now["answer"] == then["answer"]
+    run("merge", checkpoint, "-o", tmp_path / "merged")
+    assert run("verify", checkpoint, tmp_path / "merged", "--json").json()["matches"]
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    assert "adapter_model.safetensors is missing or damaged" in run("merge", checkpoint, "-o", tmp_path / "no").error()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000009", "checkpoints/mine", "merged", "absent"])
+def test_a_folder_of_a_run_that_is_no_adapter_is_refused(name, run_dir, tmp_path):
+    done = run("verify", run_dir / name)
+    assert done.code == 1
+    assert f"{run_dir / name} is not a run, its adapter/ or one of its checkpoints" in done.error()

@@ -39,7 +39,7 @@ PEERS = {
     "val_set_size": "data.eval",
     "val_size": "data.eval",
     "excess_length_strategy": "data.overlong",
-    "resume_from_checkpoint": "--resume auto|never|PATH",
+    "resume_from_checkpoint": "--resume auto|PATH",
     "sample_packing": "data.packing",
     "packing": "data.packing",
     "neat_packing": "data.packing",

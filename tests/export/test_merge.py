@@ -665,7 +665,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(alpaca_fil
 
 
 def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):
-    with pytest.raises(CheckpointError, match="no run directory"):
+    with pytest.raises(CheckpointError, match="is not a run"):
         merge(tmp_path, tmp_path / "out")
     shutil.rmtree(own_run[1] / "adapter")
     with pytest.raises(CheckpointError, match="holds no adapter"):
@@ -676,7 +676,7 @@ def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):
 def test_a_run_that_has_not_finished_is_refused(status, own_run, tmp_path):
     path = own_run[1] / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
-    with pytest.raises(ExportError, match=f"{own_run[1]} is {status}, not finished; qlora train continues it"):
+    with pytest.raises(CheckpointError, match=f"{own_run[1]} is {status}, not finished.* name a checkpoint: .*/step-0"):
         merge(own_run[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -141,9 +141,9 @@ def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(conf
     (checkpoints / "step-000003" / "manifest.json").unlink()
     assert train(configure(**settings), stop_at=3).steps == 3
     told = capsys.readouterr().err
-    assert "step-000004 is passed over, and step-000002 continued: " in told
+    assert "step-000004 is skipped, and step-000002 continued: " in told
     assert "optimizer.safetensors is missing or damaged" in told
-    assert "step-000003 is passed over" in told
+    assert "step-000003 is skipped" in told
     assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoints / "step-000002")
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"step-000003", "step-000003.damaged", "step-000004.damaged"}

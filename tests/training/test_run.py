@@ -1,7 +1,9 @@
 """A whole run: what it trains, what it leaves behind, and what it refuses."""
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -273,10 +275,121 @@ def test_a_quantized_and_a_plain_base_are_trained_alike(tiny_base, alpaca_file, 
 
 
 def test_a_run_with_other_settings_is_not_written_over(finished):
-    with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 8 here"):
-        train(load_config(finished[1] / "config.yaml", ["lora.rank=8"]))
-    with pytest.raises(ConfigError, match="holds a run already"):
+    before = contents(finished[1])
+    changed = ["lora.rank=8", "train.learning_rate=0.02"]
+    told = r"lora\.rank: 4 → 8\n  train\.learning_rate: 0\.01 → 0\.02\n.*--fresh.*train\.output_dir"
+    with pytest.raises(ConfigError, match=told):
+        train(load_config(finished[1] / "config.yaml", changed))
+    with pytest.raises(ConfigError, match="--resume never was replaced by --fresh"):
         train(load_config(finished[1] / "config.yaml"), resume="never")
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        train(load_config(finished[1] / "config.yaml"), resume=str(finished[1]), fresh=True)
+    assert contents(finished[1]) == before
+
+
+def test_a_fresh_run_keeps_the_old_one_under_another_name(tiny_base, alpaca_file, tmp_path):
+    settings = {"train__max_steps": 2, "data__eval": None}
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    assert train(config, fresh=True).trained_steps == 2  # without an old run it just starts
+    kept = [contents(tmp_path / "run")]
+    other = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__learning_rate=2e-2, **settings))
+    with pytest.raises(ConfigError, match="more than the 1 asked for|other settings"):
+        train(other)
+    assert plan_run(other, fresh=True).total_steps == 2
+    assert contents(tmp_path / "run") == kept[0]  # a dry run moves nothing
+    assert train(other, fresh=True).trained_steps == 2
+    kept.append(contents(tmp_path / "run"))
+    assert train(other, fresh=True).trained_steps == 2
+    for number, files in enumerate(kept, start=1):
+        old = tmp_path / f"run.old-{number}"
+        assert {path.relative_to(old): data for path, data in contents(old).items()} == {
+            path.relative_to(tmp_path / "run"): data for path, data in files.items()
+        }
+        merge(old, tmp_path / f"merged-{number}")
+
+
+def test_a_fresh_run_that_can_not_start_leaves_the_old_one_in_place(tiny_base, alpaca_file, tmp_path):
+    settings = {"train__max_steps": 2, "data__eval": None}
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    before = contents(tmp_path / "run")
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", lora__targets=["q_prj"], **settings)
+    with pytest.raises(ModelError, match="q_prj"):
+        train(load_config(config), fresh=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_says_so_and_keeps_its_figures(finished):
+    first, folder = finished
+    before = contents(folder)
+    changed = ["train.keep_checkpoints=1", "export.dtype=bfloat16"]
+    result = train(load_config(folder / "config.yaml", changed))
+    assert (result.status, result.steps, result.trained_steps) == ("finished", 6, 0)
+    assert (result.losses, result.eval_losses) == (first.losses, first.eval_losses)
+    assert result.tokens_per_second == first.tokens_per_second
+    assert result.peak_memory == max(line.get("peak_memory", 0) for line in metrics(folder))
+    assert "Already finished at step 6; nothing was trained" in result.notes[0]
+    assert "train.max_steps" in result.notes[0]
+    assert "--fresh" in result.notes[0]
+    assert "train.keep_checkpoints: 2 → 1; export.dtype: float16 → bfloat16" in result.notes[1]
+    assert contents(folder) == before
+
+
+def test_a_run_that_is_extended_to_its_own_length_is_finished(tiny_base, alpaca_file, tmp_path):
+    """By epochs in place of steps: what the length comes to shows after the data are read."""
+    settings = {"data__eval": None, "data__packing": False, "train__micro_batch_size": 4}
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=5, **settings)))
+    before = contents(tmp_path / "run")
+    result = train(load_config(tmp_path / "run" / "config.yaml", ["train.max_steps=null"]))  # one epoch: 5 steps
+    assert result.trained_steps == 0
+    assert "Already finished at step 5" in result.notes[0]
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpaca_file, tmp_path, capsys):
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=4, data__eval=None)
+    train(load_config(config))
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run")]
+    shutil.copytree(tmp_path / "run", tmp_path / "constant")
+    capsys.readouterr()
+
+    train(load_config(config, ["train.max_steps=6"]))
+    lines = capsys.readouterr().err.splitlines()
+    after = metrics(tmp_path / "run")[4]["learning_rate"]
+    assert after > 1.3 * rates[-1]
+    (jump,) = (number for number, line in enumerate(lines) if "learning rate jumps" in line)
+    assert f"from {rates[-1]:.3g} at step 4 to {after:.3g} at step 5" in lines[jump]
+    assert "train.lr_scheduler=constant" in lines[jump]
+    assert "train.min_learning_rate" in lines[jump]
+    assert jump < min(number for number, line in enumerate(lines) if line.startswith("step "))
+
+    # The way out that it names.
+    constant = [f"train.output_dir={tmp_path / 'constant'}", "train.max_steps=6", "train.lr_scheduler=constant"]
+    overrides = [*constant, f"train.learning_rate={rates[-1]:.3g}", "train.warmup_ratio=0"]
+    assert train(load_config(config, overrides), stop_at=5).steps == 5
+    assert "jumps" not in capsys.readouterr().err
+    assert train(load_config(config, overrides)).status == "finished"
+    found = [line["learning_rate"] for line in metrics(tmp_path / "constant")]
+    assert found[4:] == pytest.approx([rates[-1]] * 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_follow_the_umask(mask, tiny_base, alpaca_file, tmp_path):
+    before = os.umask(mask)
+    try:
+        train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=1, data__eval=None)))
+        merge(tmp_path / "run", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "run", tmp_path / "merged"):
+        for path in folder.rglob("*"):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_an_interrupted_run_says_how_it_continues(tiny_base, alpaca_file, tmp_path):
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", data__eval=None))
+    result = train(config, stop_at=2)
+    assert result.notes == ["Stopped at step 2 of 6. The same command continues the run from its last save."]
+    assert result.as_dict()["trained_steps"] == 2
 
 
 def test_errors_come_before_anything_is_written(tiny_base, alpaca_file, tmp_path):
@@ -350,7 +463,7 @@ def test_an_example_longer_than_the_models_positions_is_told_before_training(whe
 
 @pytest.mark.parametrize(("installed", "name", "told"), [
     (["tensorboard"], "tensorbord", "'tensorbord' is unknown; accelerate has .*tensorboard"),
-    ([], "tensorboard", "tensorboard is not installed here; pip install tensorboard"),
+    ([], "tensorboard", "tensorboard is not installed; run pip install tensorboard"),
 ])  # fmt: skip
 def test_a_tracker_that_can_not_be_had_is_told(installed, name, told, tiny_base, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: installed)
@@ -365,7 +478,7 @@ def test_a_folder_with_something_else_in_it_is_not_taken_for_a_run(mine, call, t
     path = tmp_path / "run" / mine
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(ConfigError, match=r"no run\.json, so it is no run"):
+    with pytest.raises(ConfigError, match=r"no run\.json, so it is not a run"):
         call(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
     assert contents(tmp_path / "run") == {path: b"mine"}
 
@@ -388,7 +501,7 @@ def test_a_file_where_a_run_has_a_folder_is_told(name, finished, tmp_path):
 
 def test_a_plan_for_the_directory_of_another_run_is_refused(finished):
     before = contents(finished[1])
-    with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 8 here"):
+    with pytest.raises(ConfigError, match=r"lora\.rank: 4 → 8"):
         plan_run(load_config(finished[1] / "config.yaml", ["lora.rank=8"]))
     assert contents(finished[1]) == before
 

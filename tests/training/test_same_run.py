@@ -21,7 +21,9 @@ def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(configure, inter
     monkeypatch.undo()
     checkpoint = shutil.move(tmp_path / "first" / "checkpoints" / "step-000003", tmp_path / "kept")
     for key, value in (("lora__dropout", 0.2), ("train__seed", 3), ("train__rounding", "master")):
-        with pytest.raises(ConfigError, match=rf"kept holds .* other settings(.|\n)*{key.replace('__', '.')}: "):
+        with pytest.raises(
+            ConfigError, match=rf"kept was trained with other settings(.|\n)*{key.replace('__', '.')}: .* → "
+        ):
             train(configure(**{key: value}), resume=str(checkpoint))
     result = train(configure(), resume=str(checkpoint))
     assert result.steps == 6
@@ -41,7 +43,9 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(other, tiny_base,
         rows.write_text(rows.read_text().replace("moss", "mist"))
     config = load_config(run_config(base, rows, tmp_path / "run"))
     checkpoint = tmp_path / "first" / "checkpoints" / "step-000002"
-    with pytest.raises(ConfigError, match=r"model\.safetensors" if other == "base" else r"rows\.jsonl: what is learnt"):
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors" if other == "base" else r"rows\.jsonl: what is learned"
+    ):
         train(config, resume=str(checkpoint))
     assert not (tmp_path / "run").exists()
 
@@ -59,6 +63,16 @@ def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
         train(configure(), resume=str(tmp_path))
     with pytest.raises(CheckpointError, match="there is no checkpoint there"):
         plan_run(configure(), resume=str(tmp_path))
+
+
+def test_a_run_can_be_started_from_by_its_own_path(configure, tmp_path):
+    train(configure("whole"))
+    train(configure("first", train__save_every=2), stop_at=3)
+    result = train(configure(), resume=str(tmp_path / "first"))
+    assert (result.steps, result.trained_steps) == (6, 3)
+    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
+    final = train(configure("longer", train__max_steps=7), resume=str(tmp_path / "whole" / "adapter"))
+    assert (final.steps, final.trained_steps) == (7, 1)
 
 
 def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrupt_after, tmp_path):
@@ -133,7 +147,7 @@ def test_other_data_under_the_same_name_is_no_continuation(changed, tiny_base, a
     interrupt_after(2)
     train(config)
     data.write_text(changed(data.read_text()))
-    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learnt from it"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learned from it"):
         train(config)
 
 
@@ -148,7 +162,7 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after,
         now = record["in_use"][key]
         record["in_use"][key] = value
         path.write_text(json.dumps(record))
-        with pytest.raises(ConfigError, match=rf"  {key}: {value} before, {now} now$"):
+        with pytest.raises(ConfigError, match=rf"  {key}: {value} → {now}\n.* --fresh"):
             train(configure())
         assert json.loads(path.read_text()) == record
     path.write_text(whole)

@@ -28,6 +28,14 @@ def test_without_a_warm_up_the_first_step_has_the_peak(kind, expected):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_schedule_falls_to_its_minimum_in_the_shape_it_has_without_one(kind):
+    plain = [learning_rate(step, 20, 3.0, kind, 0.1) for step in range(20)]
+    found = [learning_rate(step, 20, 3.0, kind, 0.1, minimum=1.0) for step in range(20)]
+    assert found[:2] == plain[:2]  # the warm-up still begins at zero
+    assert found[2:] == pytest.approx([1.0 + rate * 2 / 3 for rate in plain[2:]])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5])
 def test_it_falls_to_zero_at_the_end_and_no_step_is_lost_to_zero(kind, warmup_ratio):
     found = rates(kind, 50, warmup_ratio)
