@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
-from qlora.config import RunConfig, load_config
+from qlora.config import RunConfig, SourceSection, load_config
 from qlora.errors import CheckpointError, ConfigError
 
 # Keys of `train` that a run may be continued with other values of.
@@ -25,6 +25,8 @@ FREE_KEYS = {
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
 # Keys of a model that may change within a run, as results don't depend on them; but for tiles, which are in use or not.
 FREE_MODEL_KEYS = {"recompute", "weight_cache"}
+# Settings that are lists of sources, or may be.
+SOURCE_KEYS = ("data.train", "data.eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
         "settings": _identity(config),
         "base": record["base"]["files"],
         "data": [[report["source"], report["digest"]] for report in record["data"]],
+        "examples": record["examples"],
         "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
     }
     return json.loads(json.dumps(origin))  # as it is read back
@@ -142,6 +145,12 @@ def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -
             f"{source}: what is learnt from it"
             for index, (source, digest) in enumerate(now["data"])
             if digests[index : index + 1] != [digest]
+        ]
+        # Earlier versions wrote no examples into checkpoints.
+        changes += [
+            f"data.{key}: {before['examples'].get(key)} examples before, {count} now"
+            for key, count in now["examples"].items()
+            if "examples" in before and before["examples"].get(key) != count
         ]
         changes += [
             f"{key}: {before['in_use'].get(key)} before, {value} now"
@@ -188,13 +197,24 @@ def _checked(checkpoint: Path, origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig) -> None:
-    before, now = origin["settings"], json.loads(json.dumps(_identity(config)))
+    before, now = _completed(origin["settings"]), json.loads(json.dumps(_identity(config)))
     differing = [f"  {key}: {before.get(key)!r} there, {now[key]!r} here" for key in now if before.get(key) != now[key]]
     if differing:
         raise ConfigError(
             f"{place} holds a run with other settings; choose another train.output_dir, or undo:\n"
             + "\n".join(differing)
         )
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of keys that the version of qlora that wrote the settings did not know."""
+    defaults = RunConfig.model_validate({"model": {"base": "-"}, "data": {"train": "-"}, "train": {"output_dir": "-"}})
+    settings = json.loads(json.dumps(_identity(defaults))) | settings
+    source_defaults = SourceSection(path="-").model_dump(mode="json")
+    for key in SOURCE_KEYS:
+        if isinstance(settings[key], list):
+            settings[key] = [source_defaults | source for source in settings[key] if isinstance(source, dict)]
+    return settings
 
 
 def _identity(config: RunConfig) -> dict[str, object]:
