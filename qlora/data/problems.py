@@ -8,6 +8,7 @@ from qlora.errors import without_secrets
 
 # Causes that are kept, rows shown of each, and characters shown of a row.
 KEPT_CAUSES, SHOWN_EXAMPLES, SHOWN_CHARACTERS = 20, 3, 100
+HIDDEN = "…"
 # What messages say of one row rather than of its kind: values after "not", a colon, "says" or "of", and numbers.
 VALUES = re.compile(
     r"(?<=, not )(?!with |shifted).*|(?<=: )[\[{].*(?=;)|(?<=says, ).*(?=;)|(?<=of )['\"].*['\"](?= )|(?<!')\b\d[\d.]*\b",
@@ -31,9 +32,25 @@ class Problem(TypedDict):
 
 @dataclass(slots=True)
 class _Group:
-    texts: set[str] = field(default_factory=set)
+    """Rows of one cause: the first one's text and its values, those that others do not share put out with …."""
+
+    text: str
+    values: list[str]
     count: int = 0
     examples: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def describe(self) -> Problem:
+        """The cause, with what each example shows: its own text where texts differ, else what the row holds."""
+        differ = HIDDEN in self.values
+        values = iter(self.values)
+        return {
+            "cause": VALUES.sub(lambda _: next(values), self.text),
+            "count": self.count,
+            "examples": [
+                ": ".join(filter(None, (origin, text if differ else excerpt)))
+                for origin, text, excerpt in self.examples
+            ],
+        }
 
 
 class ProblemLog:
@@ -50,22 +67,21 @@ class ProblemLog:
             problem: What is wrong; the origin in front is left out.
             values: What the row holds, or None if it can't be read.
         """
-        problem = problem.removeprefix(f"{origin}: ")
-        cause = VALUES.sub("…", problem)
-        if cause not in self._groups and len(self._groups) == KEPT_CAUSES:
+        text = problem.removeprefix(f"{origin}: ")
+        kind = VALUES.sub(HIDDEN, text)
+        if kind not in self._groups and len(self._groups) == KEPT_CAUSES:
             return
-        group = self._groups.setdefault(cause, _Group())
+        found = VALUES.findall(text)
+        group = self._groups.setdefault(kind, _Group(text, found))
         group.count += 1
-        if len(group.texts) < 2:
-            group.texts.add(problem)
+        group.values = [one if one == other else HIDDEN for one, other in zip(group.values, found, strict=True)]
         if len(group.examples) < SHOWN_EXAMPLES:
             excerpt = "" if values is None else without_secrets(f"{values!r:.{SHOWN_CHARACTERS}}")
-            group.examples.append((origin, problem, excerpt))
+            group.examples.append((origin, text, excerpt))
 
     def problems(self) -> list[Problem]:
         """The causes, the most frequent first."""
-        groups = sorted(self._groups.items(), key=lambda item: -item[1].count)
-        return [_describe(cause, group) for cause, group in groups]
+        return [group.describe() for group in sorted(self._groups.values(), key=lambda group: -group.count)]
 
 
 def problem_lines(problems: list[Problem]) -> list[str]:
@@ -76,12 +92,3 @@ def problem_lines(problems: list[Problem]) -> list[str]:
         lines.append(f"{count} {'row' if count == 1 else 'rows'}: {problem['cause']}")
         lines += [f"  {example}" for example in problem["examples"]]
     return lines
-
-
-def _describe(cause: str, group: _Group) -> Problem:
-    """One text for all rows where they share it; else each example shows its own."""
-    differ = len(group.texts) > 1
-    shown = [
-        ": ".join(filter(None, (origin, problem if differ else excerpt))) for origin, problem, excerpt in group.examples
-    ]
-    return {"cause": cause if differ else next(iter(group.texts)), "count": group.count, "examples": shown}

@@ -98,9 +98,8 @@ def assemble(config: RunConfig) -> Assembly:
     datasets = _build_first(
         accelerator, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
-    for report in datasets.reports:
-        if problem := why_not_learnt(section.objective, report):
-            raise ConfigError(problem)
+    if problems := [problem for report in datasets.reports if (problem := why_not_learnt(section.objective, report))]:
+        raise ConfigError("\n".join(problems))
     model, _ = base_from_section(model_section, accelerator.device)
     adapt(model, config.lora, section.seed, new_ids)
     _check_fit(model, datasets)

@@ -121,7 +121,7 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
         "settings": _identity(config),
         "base": record["base"]["files"],
         "data": [[report["source"], report["digest"]] for report in record["data"]],
-        "examples": record["examples"],
+        "examples": record.get("examples"),
         "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
     }
     return json.loads(json.dumps(origin))  # as it is read back
@@ -146,17 +146,14 @@ def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -
             for index, (source, digest) in enumerate(now["data"])
             if digests[index : index + 1] != [digest]
         ]
-        # Earlier versions wrote no examples into checkpoints.
-        changes += [
-            f"data.{key}: {before['examples'].get(key)} examples before, {count} now"
-            for key, count in now["examples"].items()
-            if "examples" in before and before["examples"].get(key) != count
-        ]
         changes += [
             f"{key}: {before['in_use'].get(key)} before, {value} now"
             for key, value in now["in_use"].items()
             if before["in_use"].get(key) != value
         ]
+        # A checkpoint of an earlier version does not say how many there were.
+        if before.get("examples") not in (None, now["examples"]):
+            changes.append(f"examples chosen from the data: {before['examples']} before, {now['examples']} now")
         if changes:
             raise ConfigError(
                 f"{place} was begun otherwise; choose another train.output_dir, or undo what has changed (tiles follow "

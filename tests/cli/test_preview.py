@@ -62,7 +62,8 @@ def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     arguments = ("preview", config, f"data.train={data}", "data.eval=null")
     refused = run(*arguments)
     assert refused.code == 1
-    assert f"{data}:2: column 'output' should be text, not 3." in refused.out
+    assert "1 row: column 'output' should be text, not 3." in refused.out
+    assert f"{data}:2: {{'instruction': 'a', 'output': 3}}" in refused.out
     assert "this config can't be trained: data.on_bad_row: error, and 1 rows can't be used." in refused.out
     assert "⟦b</s>⟧" in refused.out
     assert "1 bad rows left out" in run(*arguments, "data.on_bad_row=drop").out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qlora.data import Source, Treatment, build_datasets, prepare
-from qlora.data.report import SHOWN_PROBLEMS
+from qlora.data.problems import SHOWN_EXAMPLES
 from qlora.errors import DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
 
@@ -109,11 +109,13 @@ def test_an_overlong_example_is_an_error_where_asked_for(path):
     assert build(path, text_rows([MAX, 5]), overlong="error").reports[0].examples == 2
     message = refusal(path, text_rows([5, MAX + 3, MAX, MAX + 1]), overlong="error")
     lines = message.splitlines()
-    assert lines[0].startswith("2 of 4 rows")
-    for line, number, length in ((lines[1], 2, MAX + 3), (lines[2], 4, MAX + 1)):
-        assert line.startswith(f"{path}:{number}: {length} tokens")
-        assert f"data.max_seq_len ({MAX})" in line
-        assert "data.overlong" in line
+    remedy = f"more than data.max_seq_len ({MAX}); raise it, or set data.overlong to drop, truncate or split."
+    assert lines[:4] == [
+        f"2 of 4 rows of {path} can't be used:",
+        f"2 rows: … tokens, {remedy}",
+        f"  {path}:2: {MAX + 3} tokens, {remedy}",
+        f"  {path}:4: {MAX + 1} tokens, {remedy}",
+    ]
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
@@ -159,34 +161,44 @@ def test_the_summary_tells_the_numbers(path):
     assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents longer than max_seq_len dropped"]
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, SHOWN_PROBLEMS, SHOWN_PROBLEMS + 1, 3 * SHOWN_PROBLEMS])
-def test_rows_with_nothing_to_learn_are_told_and_counted(path, num_rows):
+@pytest.mark.parametrize("num_rows", [1, 2, 41])
+def test_a_cause_of_bad_rows_is_named_once_with_its_count_and_examples(path, num_rows):
     good = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
     bad = [{"messages": [{"role": "user", "content": "Hi"}]}]
     lines = refusal(path, good + bad * num_rows + good, max_seq_len=500).splitlines()
-    shown = min(num_rows, SHOWN_PROBLEMS)
-    assert lines[0] == f"{num_rows} of {num_rows + 2} rows of {path} can't be used:"
-    assert [line.partition(" ")[0] for line in lines[1 : shown + 1]] == [f"{path}:{n + 2}:" for n in range(shown)]
-    assert all("no token of this row is supervised" in line for line in lines[1 : shown + 1])
-    more = [f"… and {num_rows - shown} more"] if num_rows > shown else []
-    assert lines[shown + 1 :] == [*more, "data.on_bad_row: drop leaves such rows out."]
+    shown = [f"  {path}:{number + 2}: {bad[0]}" for number in range(min(num_rows, SHOWN_EXAMPLES))]
+    assert lines == [
+        f"{num_rows} of {num_rows + 2} rows of {path} can't be used:",
+        f"{num_rows} row{'s' * (num_rows > 1)}: no token of this row is supervised; it needs an answer that is learnt.",
+        *shown,
+        "data.on_bad_row: drop leaves such rows out.",
+    ]
 
 
-@pytest.mark.parametrize("num_bad", [1, SHOWN_PROBLEMS + 5])
+@pytest.mark.parametrize("num_bad", [1, 25])
 def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_bad):
     """Lines that are no JSON, rows that are no objects, columns that are wrong, and answers that are absent."""
     good = [json.dumps({"instruction": f"Q{number}", "output": "A" * rng.randrange(1, 9)}) for number in range(5)]
-    kinds = ['{"instruction": "cut o', "[1, 2]", '{"instruction": "Q", "output": 3}', '{"instruction": "Q"}']
-    lines = [good[0], *rng.sample([*good[1:], *rng.choices(kinds, k=num_bad)], k=num_bad + 4)]
+    kinds = {
+        '{"instruction": "cut o': "broken JSON",
+        "[1, 2]": "a row should be an object",
+        '{"instruction": "Q", "output": 3}': "column 'output' should be text",
+        '{"instruction": "Q"}': "there is neither",
+    }
+    bad = rng.choices(list(kinds), k=num_bad)
+    lines = [good[0], *rng.sample([*good[1:], *bad], k=num_bad + 4)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = build(path, None, max_seq_len=500, on_bad_row="drop")
     assert len(found.train) == 5
     report = found.reports[0]
     assert (report.rows, report.bad_rows, report.examples) == (5 + num_bad, num_bad, 5)
-    bad = [f"{path}:{number}: " for number, line in enumerate(lines, start=1) if line not in good]
-    assert len(report.problems) == min(num_bad, SHOWN_PROBLEMS)
-    for problem, where in zip(report.problems, bad, strict=False):
-        assert problem.startswith(where)
+    assert {problem["cause"][:9]: problem["count"] for problem in report.problems} == {
+        kinds[line][:9]: count for line, count in Counter(bad).items()
+    }
+    for problem in report.problems:
+        where = [number for number, line in enumerate(lines, 1) if kinds.get(line, "")[:9] == problem["cause"][:9]]
+        assert [text.startswith(f"{path}:{number}") for number, text in zip(where, problem["examples"], strict=False)]
+        assert len(problem["examples"]) == min(problem["count"], SHOWN_EXAMPLES)
     assert f"  {num_bad} bad rows left out" in report.summary().splitlines()
 
 
@@ -218,12 +230,19 @@ def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
         {"instruction": 3, "output": "B"},
         {"instruction": "A"},
         {"instruction": "A", "output": ["B"]},
+        {"instruction": "A", "output": [None]},
     ]
-    lines = refusal(path, rows, max_seq_len=500).splitlines()
-    assert lines[0].startswith("3 of 4 rows")
-    for line, number, column in zip(lines[1:-1], (2, 3, 4), ("instruction", "response", "output"), strict=True):
-        assert line.startswith(f"{path}:{number}: ")
-        assert f"'{column}'" in line
+    assert refusal(path, rows, max_seq_len=500).splitlines() == [
+        f"4 of 5 rows of {path} can't be used:",
+        "2 rows: column 'output' should be text, not …",
+        f"  {path}:4: column 'output' should be text, not ['B'].",
+        f"  {path}:5: column 'output' should be text, not [None].",
+        "1 row: column 'instruction' should be text, not 3.",
+        f"  {path}:2: {rows[1]}",
+        "1 row: there is neither 'output' nor 'response'.",
+        f"  {path}:3: {rows[2]}",
+        "data.on_bad_row: drop leaves such rows out.",
+    ]
 
 
 def test_what_a_template_refuses_is_told_with_the_row(path, tmp_path):
@@ -254,12 +273,31 @@ def test_the_seed_alone_decides_what_is_held_out(path, rng):
     assert once != other
 
 
-def test_a_small_share_still_holds_out_one(path):
-    datasets = build(path, [{"text": f"row {number}"} for number in range(5)], eval=0.01)
-    assert (len(datasets.train), len(datasets.eval)) == (4, 1)
+@pytest.mark.parametrize(("num_rows", "share", "num_out"), [
+    (3, 0.02, 0), (5, 0.01, 0), (24, 0.02, 0), (26, 0.02, 1), (3, 0.5, 2), (1, 0.5, 0), (4, 0.3, 1),
+])  # fmt: skip
+def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, share, num_out):
+    datasets = build(path, [{"text": f"row {number}"} for number in range(num_rows)], eval=share)
+    assert (len(datasets.train), len(datasets.eval)) == (num_rows - num_out, num_out)
+    unit = "examples" if num_rows == 1 else "rows"
+    notes = [
+        f"nothing of it is held out: data.eval {share} of {num_rows} {unit} rounds to none",
+        "no example is held out, so there is no evaluation",
+    ]
+    assert datasets.reports[0].notes == (notes if num_out == 0 else [])
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_source_too_small_to_hold_out_of_leaves_the_evaluation_to_the_others(path, tmp_path):
+    small = write_jsonl(path, [{"text": "one"}, {"text": "two"}])
+    large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"row {number}"} for number in range(20)])
+    built = build_datasets(make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, Treatment(max_seq_len=MAX))
+    assert [report.drawn for report in built.reports] == [2, 18]
+    assert built.reports[0].notes == ["nothing of it is held out: data.eval 0.1 of 2 rows rounds to none"]
+    assert built.reports[1].notes == []
+    assert len(built.eval) == 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_holding_out_everything_is_refused(path, num_rows):
     message = refusal(path, [{"text": f"row {number}"} for number in range(num_rows)], eval=0.9)
     assert "data.eval" in message
