@@ -12,7 +12,7 @@ from qlora.data.report import DataReport
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet, ExampleStore, cache_folder, find_repeats
 from qlora.data.template import apply_template
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError, QLoRAError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +48,27 @@ def build_datasets(
             their order, and training examples that are in an `eval` source.
 
     Raises:
-        DataError: A source can't be read, or there is nothing to learn from: all such errors in one.
+        DataError: A source can't be read, or there is nothing to learn from.
+        ConfigError: A source's mapping has a name that no format reads. All errors of all sources are told in one, of
+            the first one's kind.
     """
     treatment = treatment or Treatment()
     template = apply_template(tokenizer, chat_template)
     encoder = ExampleEncoder(tokenizer, treatment.loss_on)
     cache = cache_folder(cache_dir)
     held_out_sources = [] if isinstance(eval, float | int) else list(eval)
-    stores, reports, errors = [], [], []
+    stores, reports = [], []
+    errors: list[QLoRAError] = []
     for source in (*train, *held_out_sources):
         try:
             store, report = prepare(source, encoder, treatment, cache)
-        except DataError as error:
-            errors.append(str(error))
+        except (ConfigError, DataError) as error:
+            errors.append(error)
             continue
         stores.append(store)
         reports.append(replace(report, chat_template=template))
     if errors:
-        raise DataError("\n".join(errors))
+        raise type(errors[0])("\n".join(map(str, errors)))
 
     # What is held out in files of its own comes first, so that training gives way to it.
     order = [*range(len(train), len(stores)), *range(len(train))]

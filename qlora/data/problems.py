@@ -9,11 +9,17 @@ from qlora.errors import without_secrets
 # Causes that are kept, rows shown of each, and characters shown of a row.
 KEPT_CAUSES, SHOWN_EXAMPLES, SHOWN_CHARACTERS = 20, 3, 100
 HIDDEN = "…"
-# What messages say of one row rather than of its kind: values after "not", a colon, "says" or "of", and numbers.
+# What messages say of one row rather than of its kind.
 VALUES = re.compile(
-    r"(?<=, not )(?!with |shifted).*|(?<=: )[\[{].*(?=;)|(?<=says, ).*(?=;)|(?<=of )['\"].*['\"](?= )|(?<!')\b\d[\d.]*\b",
+    "|".join([
+        r"(?<=, not )(?!with |shifted).*",  # should be text, not 3
+        r"(?<=: )[\[{].*(?=;)",  # a turn has no role: {…}; map its keys
+        r"(?<=says, ).*(?=;)",  # what a turn says, 'Hi'; set data.chat_template
+        r"(?<=of )['\"].*['\"](?= is)",  # character 3 of 'Hi' is half a surrogate pair
+        r"(?<!')\b\d[\d.]*\b",
+    ]),
     re.DOTALL,
-)
+)  # fmt: skip
 
 
 class Problem(TypedDict):

@@ -87,7 +87,7 @@ def find_files(source: Source) -> list[Path]:
 
 
 def file_notes(source: Source) -> list[str]:
-    """Lines that tell which files of a folder are read, which are not, and whether a split is asked of a single file."""
+    """Lines on the files of a folder that are read and that are not, or on a split that a single file can't have."""
     path = Path(source.path).expanduser()
     if path.is_file() and source.split is not None:
         return [f"split {source.split!r} is not used, as {path.name} is one file"]

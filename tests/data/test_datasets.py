@@ -12,7 +12,7 @@ import pytest
 
 from qlora.data import Source, Treatment, build_datasets, prepare
 from qlora.data.problems import SHOWN_EXAMPLES
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
 
 MAX = 20
@@ -222,6 +222,14 @@ def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
     assert f"1 of 2 rows of {bad}" in message
     assert f"{long}: of 1 rows no example" in message
     assert str(good) not in message
+
+
+def test_a_wrong_mapping_is_told_with_the_errors_of_other_sources(path, tmp_path):
+    mapped = Source(str(write_jsonl(path, text_rows([5]))), columns={"txt": "text"})
+    with pytest.raises(ConfigError) as caught:
+        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, Treatment())
+    assert "no format has a column 'txt'" in str(caught.value)
+    assert f"not found: {tmp_path / 'none.jsonl'}" in str(caught.value)
 
 
 def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
@@ -567,6 +575,7 @@ CHANGES = {
     "format": {"source": {"format": "completion"}},
     "columns": {"source": {"columns": {"completion": "answer"}}},
     "roles": {"source": {"roles": {"bot": "assistant"}}},
+    "max_rows": {"source": {"max_rows": 1}},
     "encoding": {"source": {"encoding": "latin-1"}},
     "template": {"template": "chatml"},
 }
@@ -659,6 +668,70 @@ def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(pa
 def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
     report = build(path, [{"id": 1}, {"text": "a"}, {"text": "b"}], on_bad_row="drop").reports[0]
     assert (report.format, report.bad_rows, report.examples) == ("text", 1, 2)
+
+
+@pytest.mark.parametrize(("max_rows", "num_read"), [(1, 1), (4, 4), (9, 9), (10, 9), (None, 9)])
+def test_the_first_rows_alone_are_read_where_asked_for(path, max_rows, num_read):
+    rows = [{"text": f"row {number}"} for number in range(9)]
+    built = build(path, rows, source={"max_rows": max_rows})
+    assert keys(built.train) == keys(build(path, rows).train)[:num_read]
+    report = built.reports[0]
+    assert (report.rows, report.examples) == (num_read, num_read)
+    note = f"only the first {num_read} rows are read, as max_rows says"
+    assert report.notes == ([note] if max_rows == num_read else [])
+
+
+def test_bad_rows_count_as_read(path):
+    rows = [{"text": "a"}, {"text": 3}, {"text": "b"}, {"text": 4}]
+    report = build(path, rows, source={"max_rows": 3}, on_bad_row="drop").reports[0]
+    assert (report.rows, report.bad_rows, report.examples) == (3, 1, 2)
+
+
+def test_no_more_of_a_file_is_read_than_its_first_rows(path, tmp_path, monkeypatch):
+    """Neither to tokenize it nor to name its entry: what lies behind is not even looked at."""
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(1000)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(prepare.hashlib, "file_digest", None)
+    taken, original = [], prepare.read_rows
+
+    def read_rows(*arguments):
+        for row in original(*arguments):
+            taken.append(row.origin)
+            yield row
+
+    monkeypatch.setattr(prepare, "read_rows", read_rows)
+    cache = tmp_path / "cache"
+    built = build(path, None, cache=cache, source={"max_rows": 3})
+    assert len(built.train) == len(taken) == 3
+    build(path, None, cache=cache, source={"max_rows": 3})
+    assert len(taken) == 3
+    path.write_text("\n".join(lines[1:] + lines[:1]), encoding="utf-8")  # of the same size
+    assert keys(build(path, None, cache=cache, source={"max_rows": 3}).train)[:2] == keys(built.train)[1:]
+
+
+def test_a_share_is_held_out_of_the_rows_that_are_read(path):
+    rows = [{"text": f"row {number}"} for number in range(50)]
+    built = build(path, rows, source={"max_rows": 10}, eval=0.2)
+    assert sorted(keys(built.train) + keys(built.eval)) == sorted(keys(build(path, rows[:10]).train))
+    assert len(built.eval) == 2
+
+
+@pytest.mark.parametrize(("split", "read", "left_out"), [
+    ("test", "test-easy.jsonl, test-hard.jsonl", "train.jsonl"),
+    (None, "train.jsonl", "test-easy.jsonl, test-hard.jsonl"),
+])  # fmt: skip
+def test_the_files_of_a_folder_that_are_read_are_named_and_the_others_too(tmp_path, split, read, left_out):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test-easy", "test-hard"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", [{"text": name}])
+    report = build(tmp_path / "data", None, source={"split": split}).reports[0]
+    assert report.notes == [f"files read: {read}", f"files left out: {left_out}"]
+
+
+def test_a_split_of_a_single_file_is_reported_as_not_used(path):
+    assert build(path, [{"text": "a"}], source={"split": "test"}).reports[0].notes == [
+        "split 'test' is not used, as rows.jsonl is one file"
+    ]
 
 
 def test_without_a_folder_of_its_own_the_users_cache_is_taken(path, tmp_path, monkeypatch):
