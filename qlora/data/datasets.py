@@ -90,7 +90,7 @@ def build_datasets(
                     f"data.eval: holding out {share} of the {len(left[number])} examples of {source.path} "
                     "leaves none to train on."
                 )
-            kept, out, note = left[number], out[:0], "nothing of it is held out: it has too few examples"
+            kept, out, note = left[number], out[:0], "no example of it is held out, as none would be left to train on"
         if note:
             reports[number].notes.append(note)
         kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
@@ -126,7 +126,7 @@ def _hold_out(
     count = round(share * num_units)
     if not count:
         what = f"{num_units} {'rows' if len(rows) > 1 else 'examples'}"
-        return examples, examples[:0], f"nothing of it is held out: data.eval {share:g} of {what} rounds to none"
+        return examples, examples[:0], f"no example of it is held out: {share:g} (data.eval) of {what} rounds to 0"
     is_out = np.isin(unit_of, np.random.default_rng(seed).permutation(num_units)[:count])
     return examples[~is_out], examples[is_out], None
 

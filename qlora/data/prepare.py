@@ -255,8 +255,9 @@ def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
     paths = find_files(source)
     if paths and source.max_rows is None:
         content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
-    elif paths:  # to hash a large file whole may take far longer than to read its first rows
-        content = [(str(path.absolute()), stamp) for path, stamp in zip(paths, _stamps(source), strict=True)]
+    elif paths:  # hashing a large file may take far longer than reading its first rows
+        abouts = [(path.absolute(), path.stat()) for path in paths]
+        content = [(str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns) for path, about in abouts]
     else:
         content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
     about = [
@@ -271,10 +272,9 @@ def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _stamps(source: Source) -> list[tuple[int, int, int]]:
-    """Size and times of change of each file of a source; the second time can't be set to an earlier one."""
-    abouts = (path.stat() for path in find_files(source))
-    return [(about.st_size, about.st_mtime_ns, about.st_ctime_ns) for about in abouts]
+def _stamps(source: Source) -> list[tuple[int, int]]:
+    """Size and time of change of each file of a source."""
+    return [(about.st_size, about.st_mtime_ns) for about in (path.stat() for path in find_files(source))]
 
 
 def _hash_file(path: Path) -> str:

@@ -86,7 +86,7 @@ def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
     }]  # fmt: skip
     assert report["notes"] == [
         "only the first 10 rows are read, as max_rows says",
-        "nothing of it is held out: data.eval 0.1 of 4 rows rounds to none",
+        "no example of it is held out: 0.1 (data.eval) of 4 rows rounds to 0",
         "no example is held out, so there is no evaluation",
     ]
 

@@ -289,7 +289,7 @@ def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, 
     assert (len(datasets.train), len(datasets.eval)) == (num_rows - num_out, num_out)
     unit = "examples" if num_rows == 1 else "rows"
     notes = [
-        f"nothing of it is held out: data.eval {share} of {num_rows} {unit} rounds to none",
+        f"no example of it is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
         "no example is held out, so there is no evaluation",
     ]
     assert datasets.reports[0].notes == (notes if num_out == 0 else [])
@@ -300,7 +300,7 @@ def test_a_source_too_small_to_hold_out_of_leaves_the_evaluation_to_the_others(p
     large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"row {number}"} for number in range(20)])
     built = build_datasets(make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, Treatment(max_seq_len=MAX))
     assert [report.drawn for report in built.reports] == [2, 18]
-    assert built.reports[0].notes == ["nothing of it is held out: data.eval 0.1 of 2 rows rounds to none"]
+    assert built.reports[0].notes == ["no example of it is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
     assert built.reports[1].notes == []
     assert len(built.eval) == 2
 
