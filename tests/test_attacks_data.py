@@ -43,7 +43,7 @@ def peak_bytes(reset=False):
     [
         ("rows.jsonl.gz", b'{"text": "', {}),
         ("rows.json.gz", b'[{"text": "', {}),
-        ("rows.csv.gz", b"a,b\n1,", {}),
+        ("rows.csv.gz", b"a,b\n1,", {"header": True}),
         ("rows.txt.gz", b"a", {}),
         ("rows.txt.gz", b"a", {"type": "lines"}),
         ("rows.jsonl.gz", b'{"text": "\xff', {}),

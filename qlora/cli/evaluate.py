@@ -33,11 +33,11 @@ def evaluate(
     model, tokenizer = base_from_section(config.model, device) if run is None else load_run(target, device)
     section = config.data
     if data is not None:
-        section = section.model_copy(update={"train": [SourceSection(path=data)], "eval": None})
+        section = section.model_copy(update={"train": [SourceSection(path=data)], "eval": None, "max_rows": None})
     datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
-        raise ConfigError(f"{target}: data.eval is not set, so nothing is held out; name a file with --data.")
+        raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data.")
     result = run_evaluation(model, eval_batches(examples, batch_size))
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # of weighted tokens there are no bits

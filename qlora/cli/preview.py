@@ -57,7 +57,7 @@ def _show(result: Any) -> None:
         console.rule(Text(report.source), align="left")
         for line in report.summary().splitlines():
             console.print(Text(line))
-        for problem in report.problems:
+        for problem in report.problem_lines():
             console.print(Text(f"  {problem}", style="red"))
         console.print(Text(f"  length in tokens: {', '.join(f'{name} {n}' for name, n in report.lengths.items())}"))
         for low, high, count, share in report.bars():

@@ -113,6 +113,13 @@ def _check_new_tokens(value: list[str]) -> list[str]:
     return value
 
 
+def _name_columns(value: object) -> object:
+    """A mapping whose columns may be given by number, with their names."""
+    if not isinstance(value, dict):
+        return value
+    return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
+
+
 Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
     "classification", "oasst",
@@ -122,6 +129,8 @@ ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_step
 Size = Annotated[str, AfterValidator(_check_size)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
+Columns = Annotated[dict[str, str], BeforeValidator(_name_columns)]
+MaxRows = Annotated[int | None, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -177,8 +186,10 @@ class SourceSection(Section):
     revision: str | None = None
     type: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "lines"] = "auto"
     encoding: str = "utf-8"
+    header: Literal["auto", True, False] = "auto"
+    max_rows: MaxRows = None
     format: Format | None = None
-    columns: dict[str, str] | None = None
+    columns: Columns | None = None
     roles: dict[str, str] | None = None
 
 
@@ -196,8 +207,10 @@ class DataSection(Section):
     train: Sources
     eval: EvalSources = None
     format: Format = "auto"
-    columns: dict[str, str] = {}
+    columns: Columns = {}
     roles: dict[str, str] = {}
+    max_rows: MaxRows = None
+    deduplicate: bool = False
     chat_template: PathText = "auto"
     new_tokens: NewTokens = []
     loss_on: Literal["assistant", "last", "all"] = "assistant"

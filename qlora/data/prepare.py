@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import numpy as np
 
 from qlora.data.encode import Begun, Encoded, ExampleEncoder
 from qlora.data.examples import Conversation, Example, Labelled
-from qlora.data.formats import RowReader
-from qlora.data.report import SHOWN_PROBLEMS, DataReport
+from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.problems import ProblemLog
+from qlora.data.report import DataReport
 from qlora.data.rows import BadRow, Row, load_hub, read_rows
 from qlora.data.serving import tokenizer_notes
-from qlora.data.sources import Source, files_left_out, find_files
+from qlora.data.sources import Source, file_notes, find_files
 from qlora.data.store import ExampleStore, ExampleWriter, find_entry, new_entry
+from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
 # Rows tokenized together: as many as hold so much text. Two such batches are in memory at a time.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
-SHOWN_FILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class _Build:
     def __init__(self, source: Source, encoder: ExampleEncoder, treatment: Treatment, folder: Path) -> None:
         self.source, self.encoder, self.treatment, self.folder = source, encoder, treatment, folder
         self.report = DataReport(source.path)
+        self._problems = ProblemLog()
         # Of every row and document, so in 8 bytes each.
         self._hashes, self._lengths = array("Q"), array("q")
 
@@ -104,11 +107,13 @@ class _Build:
         """
         started = time.perf_counter()
         report = self.report
-        reader = RowReader(self.source.format, self.source.columns, self.source.roles)
+        source = self.source
+        reader = RowReader(source.format, source.columns, source.roles)
+        rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         writer = ExampleWriter(self.folder)
         try:
             under_way: _Batch | None = None
-            for rows in _batches(read_rows(self.source)):
+            for rows in _batches(islice(read_rows(source, rule), source.max_rows)):
                 # One batch is tokenized while the next is read and rendered.
                 begun = self._begin(rows, reader)
                 if under_way is not None:
@@ -121,16 +126,15 @@ class _Build:
             raise
         about = writer.close()
         report.format = reader.format
+        report.problems = self._problems.problems()
         if not report.examples:
             raise DataError(self._describe_nothing())
         report.duplicates = len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
         report.measure(np.asarray(self._lengths), self.treatment.max_seq_len)
         report.unread_columns = sorted(reader.unread)
-        report.notes = tokenizer_notes(self.encoder.tokenizer)
-        left_out = files_left_out(self.source)
-        if left_out:
-            more = f" and {len(left_out) - SHOWN_FILES} more" if len(left_out) > SHOWN_FILES else ""
-            report.notes.append(f"files left out: {', '.join(left_out[:SHOWN_FILES])}{more}")
+        report.notes = tokenizer_notes(self.encoder.tokenizer) + file_notes(source) + rule.notes()
+        if report.rows == source.max_rows:
+            report.notes.append(f"only the first {report.rows} rows are read, as max_rows says")
         if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
             report.notes += self.encoder.facts.notes()
         report.digest = about["digest"]
@@ -157,21 +161,21 @@ class _Build:
             self.report.rows += 1
             result = example if isinstance(example, str) else next(encoded)
             if isinstance(example, str) or isinstance(result, str | DataError):
-                self._refuse(row.origin, str(result))
+                self._refuse(row, str(result))
             elif not all(map(len, result.documents)):
-                self._refuse(row.origin, "it has no tokens.")
+                self._refuse(row, "it has no tokens.")
             elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
-                self._refuse(row.origin, "no token of this row is supervised; it needs an answer that is learnt.")
+                self._refuse(row, "no token of this row is supervised; it needs an answer that is learnt.")
             else:
-                self._write(number, row.origin, example, result, writer)
+                self._write(number, row, example, result, writer)
 
-    def _write(self, number: int, origin: str, example: Example, result: Encoded, writer: ExampleWriter) -> None:
+    def _write(self, number: int, row: Row | BadRow, example: Example, result: Encoded, writer: ExampleWriter) -> None:
         report, treatment = self.report, self.treatment
         if treatment.overlong == "error":
             longest = max(map(len, result.documents))
             if longest > treatment.max_seq_len:
                 what = f"{longest} tokens, more than data.max_seq_len ({treatment.max_seq_len}); raise it, or set "
-                self._refuse(origin, what + "data.overlong to drop, truncate or split.")
+                self._refuse(row, what + "data.overlong to drop, truncate or split.")
                 return
         report.per_answer += result.per_answer
         report.eos_added += result.eos_added
@@ -186,10 +190,9 @@ class _Build:
                 report.tokens += len(part)
                 report.supervised_tokens += part.num_supervised
 
-    def _refuse(self, origin: str, problem: str) -> None:
+    def _refuse(self, row: Row | BadRow, problem: str) -> None:
         self.report.bad_rows += 1
-        if len(self.report.problems) < SHOWN_PROBLEMS:
-            self.report.problems.append(problem if problem.startswith(origin) else f"{origin}: {problem}")
+        self._problems.add(row.origin, problem, row.values if isinstance(row, Row) else None)
 
     def _describe_nothing(self) -> str:
         report = self.report
@@ -250,8 +253,11 @@ def _has_empty_answer(example: Conversation) -> bool:
 def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
     """A name for all that decides what a source's tokenized examples are."""
     paths = find_files(source)
-    if paths:
+    if paths and source.max_rows is None:
         content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
+    elif paths:  # hashing a large file may take far longer than reading its first rows
+        abouts = [(path.absolute(), path.stat()) for path in paths]
+        content = [(str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns) for path, about in abouts]
     else:
         content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
     about = [

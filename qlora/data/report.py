@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data.problems import Problem, problem_lines
+
 QUANTILES = {"shortest": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "longest": 1.0}
-SHOWN_PROBLEMS = 20
 
 
 @dataclass(slots=True)
@@ -17,12 +18,13 @@ class DataReport:
         format: As which the rows were read.
         rows: That were read, bad ones among them.
         bad_rows: That can't be used, and were left out.
-        problems: Of the first bad rows.
+        problems: What is wrong with them, by cause.
         unread_columns: That the format does not read.
         duplicates: Rows that an earlier one says already, token for token.
         examples: Documents to learn from.
-        drawn: Of those, how many an epoch sees, by the source's weight and without those held out; of a source to
-            evaluate on all.
+        deduplicated: Of those, how many are left out as they repeat an earlier or a held-out one of the run.
+        drawn: Of those, how many an epoch sees, by the source's weight and without those held out or left out; of a
+            source to evaluate on, how many it is evaluated on.
         per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
         eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
         empty_answers: Conversations with an answer of no text.
@@ -39,10 +41,11 @@ class DataReport:
     chat_template: str = ""
     rows: int = 0
     bad_rows: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)
     duplicates: int = 0
     examples: int = 0
+    deduplicated: int = 0
     drawn: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -77,16 +80,21 @@ class DataReport:
         return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
 
     def describe_problems(self) -> str:
-        """The first bad rows, and how many there are."""
-        more = [f"… and {self.bad_rows - SHOWN_PROBLEMS} more"] if self.bad_rows > SHOWN_PROBLEMS else []
+        """How many rows are bad, and why, by cause."""
         head = f"{self.bad_rows} of {self.rows} rows of {self.source} can't be used:"
-        return "\n".join([head, *self.problems, *more])
+        return "\n".join([head, *self.problem_lines()])
+
+    def problem_lines(self) -> list[str]:
+        """The causes of bad rows with examples, and how many rows have other causes."""
+        others = self.bad_rows - sum(problem["count"] for problem in self.problems)
+        return problem_lines(self.problems) + ([f"{others} rows: other causes"] if others else [])
 
     def remarks(self) -> list[str]:
         """Everything that is not as in a plain case, a line each."""
         counted = {
             "bad rows left out": self.bad_rows,
             "rows that repeat an earlier one": self.duplicates,
+            "examples left out, as they repeat an earlier or a held-out one": self.deduplicated,
             "conversations trained answer by answer, as a server would show each another history": self.per_answer,
             "conversations got EOS added, as the template ends no answer": self.eos_added,
             "conversations with an empty answer": self.empty_answers,

@@ -12,7 +12,11 @@ from typing import Any, TextIO
 
 from qlora.data.json_rows import MAX_CHARACTERS, json_lines, json_values, lines_of, starts_lines
 from qlora.data.sources import TYPES, Source, find_files, type_of
+from qlora.data.tables import HeaderRule, table_rows
 from qlora.errors import DataError
+
+# Kinds of table, and what is between their fields.
+TABLES = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +40,31 @@ class BadRow:
     problem: str
 
 
-def read_rows(source: Source) -> Iterator[Row | BadRow]:
-    """Reads a source row by row.
+def read_rows(source: Source, rule: HeaderRule | None = None) -> Iterator[Row | BadRow]:
+    """Read a source row by row.
+
+    Args:
+        source: Where the rows are.
+        rule: Decides whether tables begin with a header; by default as the source says, knowing no column names but
+            those that it maps.
 
     Raises:
         DataError: The source is absent, empty, of a kind that can't be read, or broken beyond a row.
     """
-    files = find_files(source)
+    rule = rule or HeaderRule(source.header, source.columns.values())
+    files = [(file, _kind_of(file, source)) for file in find_files(source)]
+    if source.header != "auto" and not any(kind in TABLES for _, kind in files):
+        raise DataError(f"{source.path}: header is for CSV and TSV files, and it has none; leave header out.")
+    of_files = (row for file, kind in files for row in _read_file(file, kind, source.encoding, rule))
     num_rows = 0
-    for row in _read_hub(source) if not files else (row for file in files for row in _read_file(file, source)):
+    for row in of_files if files else _read_hub(source):
         num_rows += 1
         yield row
     if not num_rows:
         raise DataError(f"{source.path} holds no rows.")
 
 
-def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
+def _kind_of(path: Path, source: Source) -> str:
     kind = type_of(path) if source.type == "auto" else source.type
     kinds = sorted({*TYPES.values(), "lines"})
     if kind is None:
@@ -61,17 +74,21 @@ def _read_file(path: Path, source: Source) -> Iterator[Row | BadRow]:
         )
     if kind not in kinds:
         raise DataError(f"{path}: type '{kind}' is unknown; there are auto, {', '.join(kinds)}.")
+    return kind
+
+
+def _read_file(path: Path, kind: str, encoding: str, rule: HeaderRule) -> Iterator[Row | BadRow]:
     if kind in ("parquet", "arrow"):
         yield from _read_columns(path, kind)
         return
     try:
         if kind == "json":
-            with _open_text(path, source.encoding) as stream:
+            with _open_text(path, encoding) as stream:
                 kind = "jsonl" if starts_lines(stream) else "json"
-        with _open_text(path, source.encoding) as stream:
-            yield from _READERS[kind](stream, path)
+        with _open_text(path, encoding) as stream:
+            yield from _read_table(stream, path, kind, rule) if kind in TABLES else _READERS[kind](stream, path)
     except UnicodeError:
-        raise DataError(f"{path}{_undecodable(path, source.encoding)}") from None
+        raise DataError(f"{path}{_undecodable(path, encoding)}") from None
 
 
 def _open_text(path: Path, encoding: str) -> AbstractContextManager[TextIO]:
@@ -138,32 +155,10 @@ def _row(value: Any, origin: str) -> Row | BadRow:
     return Row(value, origin)
 
 
-def _read_table(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row | BadRow]:
+def _read_table(stream: TextIO, path: Path, kind: str, rule: HeaderRule) -> Iterator[Row | BadRow]:
     csv.field_size_limit(MAX_CHARACTERS)  # documents are longer than its 128 KB
-    reader = csv.reader(lines_of(stream, path), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        origin = f"{path}:{reader.line_num + 1}"  # where it begins: a quote that is not closed runs to the file's end
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if header is None:
-                raise DataError(f"{origin}: broken CSV header: {error}.") from None
-            yield BadRow(origin, f"broken CSV: {error}.")
-            continue
-        if not fields:
-            continue
-        if header is None:
-            header = fields
-            if len(set(header)) < len(header):
-                raise DataError(f"{origin}: the header names a column twice: {', '.join(header)}.")
-        elif len(fields) != len(header):
-            lines = f" (up to line {reader.line_num})" if "\n" in "".join(fields) else ""
-            yield BadRow(origin, f"{len(fields)} fields{lines}, but the header names {len(header)}.")
-        else:
-            yield Row(dict(zip(header, fields, strict=True)), origin)
+    for number, values, problem in table_rows(lines_of(stream, path), path, TABLES[kind], rule):
+        yield BadRow(f"{path}:{number}", problem) if problem else Row(values, f"{path}:{number}")
 
 
 def _read_text(stream: TextIO, path: Path) -> Iterator[Row]:
@@ -186,8 +181,6 @@ def _read_lines(stream: TextIO, path: Path) -> Iterator[Row]:
 _READERS: dict[str, Any] = {
     "json": _read_json,
     "jsonl": _read_json_lines,
-    "csv": lambda stream, path: _read_table(stream, path, ","),
-    "tsv": lambda stream, path: _read_table(stream, path, "\t"),
     "text": _read_text,
     "lines": _read_lines,
 }

@@ -28,6 +28,7 @@ SPLITS = {
 }
 # Files that describe others: of data sets saved by datasets, and of folders of LLaMA-Factory.
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")
+SHOWN_FILES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Source:
         revision: Of a data set on the hub.
         type: What a file holds if its name does not tell: one of `TYPES`, or `lines`: a row of text each.
         encoding: Of textual files.
+        header: Whether a table's first line names its columns, see :class:`qlora.data.tables.HeaderRule`.
+        max_rows: The first so many rows are read; all of them if None.
         format: How the columns are read: one of :data:`qlora.data.formats.FORMATS`, or `auto`.
         columns: Our name of a column to theirs.
         roles: Their name of a speaker to ours.
@@ -56,6 +59,8 @@ class Source:
     revision: str | None = None
     type: str = "auto"
     encoding: str = "utf-8"
+    header: bool | str = "auto"
+    max_rows: int | None = None
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -81,14 +86,24 @@ def find_files(source: Source) -> list[Path]:
     return []
 
 
-def files_left_out(source: Source) -> list[str]:
-    """Names of the files in a source's folder that are not read: of another split, of no known type, beside data."""
-    folder = Path(source.path).expanduser()
-    if not folder.is_dir():
+def file_notes(source: Source) -> list[str]:
+    """Lines on the files of a folder that are read and that are not, or on a split that a single file can't have."""
+    path = Path(source.path).expanduser()
+    if path.is_file() and source.split is not None:
+        return [f"split {source.split!r} is not used, as {path.name} is one file"]
+    if not path.is_dir():
         return []
-    read = set(find_files(source))
-    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in read)
-    return [str(path.relative_to(folder)) for path in others if not _is_hidden(path.relative_to(folder))]
+    read = find_files(source)
+    others = sorted({other for other in path.rglob("*") if other.is_file()} - {*read})
+    left_out = [other for other in others if not _is_hidden(other.relative_to(path))]
+    groups = {"files read": read, "files left out": left_out}
+    return [f"{what}: {_list_names(path, files)}" for what, files in groups.items() if files]
+
+
+def _list_names(folder: Path, files: list[Path]) -> str:
+    """The first names in a folder, and how many more there are."""
+    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+    return ", ".join(str(path.relative_to(folder)) for path in files[:SHOWN_FILES]) + more
 
 
 def _files_of_folder(folder: Path, split: str | None) -> list[Path]:

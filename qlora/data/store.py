@@ -27,7 +27,10 @@ ASIDE = ".qlora-new-"
 OUR_NAMES = re.compile(rf"[0-9a-f]{{32}}|{re.escape(ASIDE)}\w+")
 # Ids that are looked through together.
 COUNTED_AT_A_TIME = 1 << 22
-DTYPES = {"input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64}
+HASH_BYTES = 16
+DTYPES: dict[str, Any] = {
+    "input_ids": np.int32, "weights": np.float16, "lengths": np.int64, "rows": np.int64, "hashes": f"V{HASH_BYTES}",
+}  # fmt: skip
 
 
 class ExampleWriter:
@@ -48,17 +51,14 @@ class ExampleWriter:
             example: To add.
             row: Number of the row that it comes from.
         """
-        values = {
-            "input_ids": example.input_ids,
-            "weights": example.weights,
-            "lengths": len(example),
-            "rows": row,
-        }
-        for name, dtype in DTYPES.items():
-            data = np.ascontiguousarray(values[name], dtype=dtype).tobytes()
-            self._files[name].write(data)
-            if name != "rows":
-                self._digest.update(data)
+        values = {"input_ids": example.input_ids, "weights": example.weights, "lengths": len(example), "rows": row}
+        data = {name: np.ascontiguousarray(value, dtype=DTYPES[name]).tobytes() for name, value in values.items()}
+        learnt = [data[name] for name in ("input_ids", "weights", "lengths")]
+        data["hashes"] = hashlib.blake2b(b"".join(learnt), digest_size=HASH_BYTES).digest()
+        for name, content in data.items():
+            self._files[name].write(content)
+        for content in learnt:
+            self._digest.update(content)
 
     def close(self) -> dict[str, Any]:
         """Syncs the files.
@@ -89,11 +89,13 @@ class ExampleStore:
     Attributes:
         lengths: (examples,), int64, in tokens.
         rows: (examples,), int64: the row that each comes from.
+        hashes: (examples,), 16 bytes each: equal where ids and weights are.
     """
 
     def __init__(self, folder: Path) -> None:
-        read = {name: np.fromfile(folder / f"{name}.bin", dtype=DTYPES[name]) for name in ("lengths", "rows")}
-        self.lengths, self.rows = read["lengths"], read["rows"]
+        self.lengths, self.rows, self.hashes = (
+            np.fromfile(folder / f"{name}.bin", dtype=DTYPES[name]) for name in ("lengths", "rows", "hashes")
+        )
         self._input_ids = np.memmap(folder / "input_ids.bin", dtype=DTYPES["input_ids"], mode="r")
         self._weights = np.memmap(folder / "weights.bin", dtype=DTYPES["weights"], mode="r")
         self._ends = np.cumsum(self.lengths)
@@ -118,6 +120,18 @@ class ExampleStore:
             examples = np.searchsorted(self._ends, start + found, side="right")
             np.add.at(counts, (examples, places[found]), 1)
         return counts
+
+
+def find_repeats(stores: Sequence[ExampleStore]) -> list[np.ndarray]:
+    """Find the examples that repeat an earlier one, of the same store or of one before it.
+
+    Returns:
+        For each store (examples,), bool. No more than the hashes and their order is held.
+    """
+    hashes = np.concatenate([store.hashes for store in stores])
+    repeats = np.ones(len(hashes), dtype=bool)
+    repeats[np.unique(hashes, return_index=True)[1]] = False  # the index is that of the first
+    return np.split(repeats, np.cumsum([len(store) for store in stores])[:-1])
 
 
 class ExampleSet(Sequence[TokenizedExample]):

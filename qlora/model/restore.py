@@ -57,6 +57,7 @@ def datasets_from_section(
         "auto" if own_template else section.chat_template,
         section.cache_dir,
         seed,
+        section.deduplicate,
     )
     counts = datasets.train.count_ids(new_ids) if new_ids else []
     ids = [id_ for id_, count in zip(new_ids, counts, strict=True) if not count]
@@ -69,7 +70,7 @@ def datasets_from_section(
 
 def _source(section: DataSection, source: SourceSection) -> Source:
     """A source with what it leaves open filled in from the section."""
-    shared = {key: getattr(section, key) for key in ("format", "columns", "roles")}
+    shared = {key: getattr(section, key) for key in ("format", "columns", "roles", "max_rows")}
     return Source(**shared | source.model_dump(exclude_none=True))
 
 

@@ -131,9 +131,9 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
 
 def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range) -> tuple[Any, str, str]:
     """The base with its adapters, in training mode and tried on a few tokens; its attention and activations in use."""
-    for report in datasets.reports:
-        if problem := why_not_learnt(config.train.objective, report):
-            raise ConfigError(problem)
+    objective = config.train.objective
+    if problems := [problem for report in datasets.reports if (problem := why_not_learnt(objective, report))]:
+        raise ConfigError("\n".join(problems))
     model, _ = base_from_section(config.model, processes.device)
     adapt(model, config.lora, config.train.seed, new_ids)
     _check_fit(model, datasets)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
-from qlora.config import RunConfig, load_config
+from qlora.config import RunConfig, SourceSection, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.schedule import rate_of
 
@@ -183,6 +183,7 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
         "settings": {key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
         "base": record["base"]["files"],
         "data": [[report["source"], report["digest"]] for report in record["data"]],
+        "examples": record.get("examples"),
         "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
     }
     return json.loads(json.dumps(origin))  # as it is read back
@@ -204,6 +205,8 @@ def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if len(digests) > len(now["data"]):
         changes.append(f"number of data sources: {len(digests)} → {len(now['data'])}")
+    if before.get("examples") not in (None, now["examples"]):  # a checkpoint of qlora 0.1.0 does not say how many
+        changes.append(f"examples chosen from the data: {before['examples']} → {now['examples']}")
     return changes + describe_changes(before["in_use"], now["in_use"])
 
 

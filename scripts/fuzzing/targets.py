@@ -18,6 +18,7 @@ from qlora.config import load_config
 from qlora.data.formats import FORMATS, RowReader
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
+from qlora.data.tables import HeaderRule
 from qlora.data.template import render
 from qlora.errors import QLoRAError
 from qlora.model import build_skeleton, load_generation_config, load_tokenizer
@@ -95,7 +96,7 @@ def make_targets(samples: Samples) -> dict[str, Target]:
     weights = tuple(name for name in samples.base if name != "config.json")
     return {
         "config": Target(config, lambda given: load_config(*given), 2),
-        "rows": Target(rows, lambda source: list(read_rows(source)), 4),
+        "rows": Target(rows, lambda source: list(read_rows(source, HeaderRule("auto", (), "ab"))), 4),
         "formats": Target(
             lambda rng, _: (rng.choice(["auto", *FORMATS]), altered_value(rng, rng.choice(ROWS))),
             lambda given: RowReader(given[0]).read(Row(given[1] if isinstance(given[1], dict) else {}, "x:1")),

@@ -124,7 +124,8 @@ def test_a_half_broken_data_file(try_training, tmp_path):
     data.write_text(data.read_text() + '{"instruction": "cut off he')
     code, message = try_training(data=data)
     assert code == 1
-    assert f"{data}:10: broken JSON" in message
+    assert "1 row: broken JSON: " in message
+    assert f"  {data}:10\n" in message
 
 
 def test_rows_with_nothing_to_learn(try_training, tmp_path):
@@ -134,8 +135,9 @@ def test_rows_with_nothing_to_learn(try_training, tmp_path):
     code, message = try_training(data=data)
     assert code == 1
     assert message.startswith(f"31 of 33 rows of {data} can't be used:")
-    assert f"{data}:2: no token of this row is supervised" in message
-    assert message.endswith("and 11 more\ndata.on_bad_row: drop leaves such rows out.")
+    assert message.count("31 rows: no token of this row is supervised") == 1
+    assert f"  {data}:2: {silent}\n" in message
+    assert message.endswith("data.on_bad_row: drop leaves such rows out.")
 
 
 def test_columns_of_no_format(try_training, tmp_path):

@@ -62,10 +62,33 @@ def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     arguments = ("preview", config, f"data.train={data}", "data.eval=null")
     refused = run(*arguments)
     assert refused.code == 1
-    assert f"{data}:2: column 'output' should be text, not 3." in refused.out
+    assert "1 row: column 'output' should be text, not 3." in refused.out
+    assert f"{data}:2: {{'instruction': 'a', 'output': 3}}" in refused.out
     assert "this config can't be trained: data.on_bad_row: error, and 1 rows can't be used." in refused.out
     assert "⟦b</s>⟧" in refused.out
     assert "1 bad rows left out" in run(*arguments, "data.on_bad_row=drop").out
+
+
+def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
+    rows = [{"instruction": f"Q{number % 4}", "output": "A"} for number in range(9)]
+    data = rows_file(tmp_path, *rows, {"instruction": 3, "output": "A"}, *rows)
+    settings = ("data.max_rows=10", "data.deduplicate=true", "data.on_bad_row=drop", "data.eval=0.1")
+    values = json.loads(run("preview", config, f"data.train={data}", *settings, "--json").out)
+    (report,) = values["reports"]
+    assert {key: report[key] for key in ("rows", "bad_rows", "examples", "deduplicated", "drawn")} == {
+        "rows": 10, "bad_rows": 1, "examples": 9, "deduplicated": 5, "drawn": 4,
+    }  # fmt: skip
+    assert (values["train_examples"], values["eval_examples"]) == (4, 0)
+    assert report["problems"] == [{
+        "cause": "column 'instruction' should be text, not 3.",
+        "count": 1,
+        "examples": [f"{data}:10: {{'instruction': 3, 'output': 'A'}}"],
+    }]  # fmt: skip
+    assert report["notes"] == [
+        "only the first 10 rows are read, as max_rows says",
+        "no example of it is held out: 0.1 (data.eval) of 4 rows rounds to 0",
+        "no example is held out, so there is no evaluation",
+    ]
 
 
 def test_rows_for_another_objective_are_shown_and_told(config, tmp_path):

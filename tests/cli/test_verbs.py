@@ -210,6 +210,10 @@ def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
 def test_eval_takes_another_file(config, run_dir, tmp_path, target):
     answers = ["tin tin", "moss", "é漢"]
     data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
+    if target == "config":  # a limit on the training rows is none on these
+        values = json.loads(config.read_text())
+        config = tmp_path / "limited.yaml"
+        config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2}}))
     report = run("eval", run_dir if target == "run" else config, "--data", data, "--batch-size", 2, "--json").json()
     num_bytes = sum(len(answer.encode()) for answer in answers)
     assert report["examples"] == 3

@@ -38,6 +38,9 @@ PEERS = {
     "train_on_prompt": "data.loss_on",
     "val_set_size": "data.eval",
     "val_size": "data.eval",
+    "max_samples": "data.max_rows",
+    "max_train_samples": "data.max_rows",
+    "dataset_exact_deduplication": "data.deduplicate",
     "excess_length_strategy": "data.overlong",
     "resume_from_checkpoint": "--resume auto|PATH",
     "sample_packing": "data.packing",
@@ -54,6 +57,7 @@ OUT_OF_RANGE = {
     "lora.alpha": [0, -1, INF, NAN],
     "lora.dropout": [-0.1, 1, 1.5],
     "lora.targets": [[], "", [3], 3],
+    "data.max_rows": [0, -1, 1.5, True, "many"],
     "data.eval": [1, 1.0, -0.1, True, NAN, "1.5", [3]],
     "data.max_seq_len": [7, 0, -1],
     "train.epochs": [0, -1, INF],
@@ -208,6 +212,11 @@ def test_what_a_source_does_not_say_is_left_open(write):
     assert (source.weight, source.format, source.columns, source.roles) == (1, None, None, None)
 
 
+def test_columns_may_be_given_by_number(write):
+    config = load_config(write({"data.columns": {"text": 0}, "data.train": {"path": "a", "columns": {"text": "1"}}}))
+    assert (config.data.columns, config.data.train[0].columns) == ({"text": "0"}, {"text": "1"})
+
+
 @pytest.mark.parametrize("key", ["train", "eval"])
 @pytest.mark.parametrize(("sources", "told"), [
     ({"path": "a", "wieght": 2}, "[0].wieght: unknown key. Did you mean weight?"),
@@ -217,6 +226,10 @@ def test_what_a_source_does_not_say_is_left_open(write):
     ({"path": "a", "weight": 101}, "[0].weight: 101 should be less than or equal to 100"),
     ({"path": ""}, "[0].path: '' "),
     ({"path": "a", "type": "pdf"}, "[0].type: 'pdf' should be 'auto', 'json', "),
+    ({"path": "a", "header": "no"}, "[0].header: 'no' should be 'auto', True or False"),
+    ({"path": "a", "max_rows": 0}, "[0].max_rows: 0 should be greater than or equal to 1"),
+    ({"path": "a", "columns": {"text": 1.5}}, "[0].columns.text: 1.5 should be a valid string"),
+    ({"path": "a", "max_samples": 9}, "[0].max_samples: unknown key. Here it is data.max_rows."),
     ({"path": "a", "format": "x"}, "[0].format: 'x' should be 'auto', 'alpaca', "),
     ([], ": [] should be a path, a source (path, weight, format, …) or a list of them"),
     (["a", 3], ": ['a', 3] should be a path, "),

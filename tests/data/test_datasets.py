@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from qlora.data import Source, Treatment, build_datasets, prepare
-from qlora.data.report import SHOWN_PROBLEMS
-from qlora.errors import DataError
+from qlora.data.problems import SHOWN_EXAMPLES
+from qlora.errors import ConfigError, DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
 
 MAX = 20
@@ -109,11 +109,13 @@ def test_an_overlong_example_is_an_error_where_asked_for(path):
     assert build(path, text_rows([MAX, 5]), overlong="error").reports[0].examples == 2
     message = refusal(path, text_rows([5, MAX + 3, MAX, MAX + 1]), overlong="error")
     lines = message.splitlines()
-    assert lines[0].startswith("2 of 4 rows")
-    for line, number, length in ((lines[1], 2, MAX + 3), (lines[2], 4, MAX + 1)):
-        assert line.startswith(f"{path}:{number}: {length} tokens")
-        assert f"data.max_seq_len ({MAX})" in line
-        assert "data.overlong" in line
+    remedy = f"more than data.max_seq_len ({MAX}); raise it, or set data.overlong to drop, truncate or split."
+    assert lines[:4] == [
+        f"2 of 4 rows of {path} can't be used:",
+        f"2 rows: … tokens, {remedy}",
+        f"  {path}:2: {MAX + 3} tokens, {remedy}",
+        f"  {path}:4: {MAX + 1} tokens, {remedy}",
+    ]
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
@@ -159,34 +161,44 @@ def test_the_summary_tells_the_numbers(path):
     assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents longer than max_seq_len dropped"]
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, SHOWN_PROBLEMS, SHOWN_PROBLEMS + 1, 3 * SHOWN_PROBLEMS])
-def test_rows_with_nothing_to_learn_are_told_and_counted(path, num_rows):
+@pytest.mark.parametrize("num_rows", [1, 2, 41])
+def test_a_cause_of_bad_rows_is_named_once_with_its_count_and_examples(path, num_rows):
     good = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
     bad = [{"messages": [{"role": "user", "content": "Hi"}]}]
     lines = refusal(path, good + bad * num_rows + good, max_seq_len=500).splitlines()
-    shown = min(num_rows, SHOWN_PROBLEMS)
-    assert lines[0] == f"{num_rows} of {num_rows + 2} rows of {path} can't be used:"
-    assert [line.partition(" ")[0] for line in lines[1 : shown + 1]] == [f"{path}:{n + 2}:" for n in range(shown)]
-    assert all("no token of this row is supervised" in line for line in lines[1 : shown + 1])
-    more = [f"… and {num_rows - shown} more"] if num_rows > shown else []
-    assert lines[shown + 1 :] == [*more, "data.on_bad_row: drop leaves such rows out."]
+    shown = [f"  {path}:{number + 2}: {bad[0]}" for number in range(min(num_rows, SHOWN_EXAMPLES))]
+    assert lines == [
+        f"{num_rows} of {num_rows + 2} rows of {path} can't be used:",
+        f"{num_rows} row{'s' * (num_rows > 1)}: no token of this row is supervised; it needs an answer that is learnt.",
+        *shown,
+        "data.on_bad_row: drop leaves such rows out.",
+    ]
 
 
-@pytest.mark.parametrize("num_bad", [1, SHOWN_PROBLEMS + 5])
+@pytest.mark.parametrize("num_bad", [1, 25])
 def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_bad):
     """Lines that are no JSON, rows that are no objects, columns that are wrong, and answers that are absent."""
     good = [json.dumps({"instruction": f"Q{number}", "output": "A" * rng.randrange(1, 9)}) for number in range(5)]
-    kinds = ['{"instruction": "cut o', "[1, 2]", '{"instruction": "Q", "output": 3}', '{"instruction": "Q"}']
-    lines = [good[0], *rng.sample([*good[1:], *rng.choices(kinds, k=num_bad)], k=num_bad + 4)]
+    kinds = {
+        '{"instruction": "cut o': "broken JSON",
+        "[1, 2]": "a row should be an object",
+        '{"instruction": "Q", "output": 3}': "column 'output' should be text",
+        '{"instruction": "Q"}': "there is neither",
+    }
+    bad = rng.choices(list(kinds), k=num_bad)
+    lines = [good[0], *rng.sample([*good[1:], *bad], k=num_bad + 4)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = build(path, None, max_seq_len=500, on_bad_row="drop")
     assert len(found.train) == 5
     report = found.reports[0]
     assert (report.rows, report.bad_rows, report.examples) == (5 + num_bad, num_bad, 5)
-    bad = [f"{path}:{number}: " for number, line in enumerate(lines, start=1) if line not in good]
-    assert len(report.problems) == min(num_bad, SHOWN_PROBLEMS)
-    for problem, where in zip(report.problems, bad, strict=False):
-        assert problem.startswith(where)
+    assert {problem["cause"][:9]: problem["count"] for problem in report.problems} == {
+        kinds[line][:9]: count for line, count in Counter(bad).items()
+    }
+    for problem in report.problems:
+        where = [number for number, line in enumerate(lines, 1) if kinds.get(line, "")[:9] == problem["cause"][:9]]
+        assert [text.startswith(f"{path}:{number}") for number, text in zip(where, problem["examples"], strict=False)]
+        assert len(problem["examples"]) == min(problem["count"], SHOWN_EXAMPLES)
     assert f"  {num_bad} bad rows left out" in report.summary().splitlines()
 
 
@@ -212,18 +224,33 @@ def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
     assert str(good) not in message
 
 
+def test_a_wrong_mapping_is_told_with_the_errors_of_other_sources(path, tmp_path):
+    mapped = Source(str(write_jsonl(path, text_rows([5]))), columns={"txt": "text"})
+    with pytest.raises(ConfigError) as caught:
+        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, Treatment())
+    assert "no format has a column 'txt'" in str(caught.value)
+    assert f"not found: {tmp_path / 'none.jsonl'}" in str(caught.value)
+
+
 def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
     rows = [
         {"instruction": "A", "output": "B"},
         {"instruction": 3, "output": "B"},
         {"instruction": "A"},
         {"instruction": "A", "output": ["B"]},
+        {"instruction": "A", "output": [None]},
     ]
-    lines = refusal(path, rows, max_seq_len=500).splitlines()
-    assert lines[0].startswith("3 of 4 rows")
-    for line, number, column in zip(lines[1:-1], (2, 3, 4), ("instruction", "response", "output"), strict=True):
-        assert line.startswith(f"{path}:{number}: ")
-        assert f"'{column}'" in line
+    assert refusal(path, rows, max_seq_len=500).splitlines() == [
+        f"4 of 5 rows of {path} can't be used:",
+        "2 rows: column 'output' should be text, not …",
+        f"  {path}:4: column 'output' should be text, not ['B'].",
+        f"  {path}:5: column 'output' should be text, not [None].",
+        "1 row: column 'instruction' should be text, not 3.",
+        f"  {path}:2: {rows[1]}",
+        "1 row: there is neither 'output' nor 'response'.",
+        f"  {path}:3: {rows[2]}",
+        "data.on_bad_row: drop leaves such rows out.",
+    ]
 
 
 def test_what_a_template_refuses_is_told_with_the_row(path, tmp_path):
@@ -254,12 +281,31 @@ def test_the_seed_alone_decides_what_is_held_out(path, rng):
     assert once != other
 
 
-def test_a_small_share_still_holds_out_one(path):
-    datasets = build(path, [{"text": f"row {number}"} for number in range(5)], eval=0.01)
-    assert (len(datasets.train), len(datasets.eval)) == (4, 1)
+@pytest.mark.parametrize(("num_rows", "share", "num_out"), [
+    (3, 0.02, 0), (5, 0.01, 0), (24, 0.02, 0), (26, 0.02, 1), (3, 0.5, 2), (1, 0.5, 0), (4, 0.3, 1),
+])  # fmt: skip
+def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, share, num_out):
+    datasets = build(path, [{"text": f"row {number}"} for number in range(num_rows)], eval=share)
+    assert (len(datasets.train), len(datasets.eval)) == (num_rows - num_out, num_out)
+    unit = "examples" if num_rows == 1 else "rows"
+    notes = [
+        f"no example of it is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
+        "no example is held out, so there is no evaluation",
+    ]
+    assert datasets.reports[0].notes == (notes if num_out == 0 else [])
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_source_too_small_to_hold_out_of_leaves_the_evaluation_to_the_others(path, tmp_path):
+    small = write_jsonl(path, [{"text": "one"}, {"text": "two"}])
+    large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"row {number}"} for number in range(20)])
+    built = build_datasets(make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, Treatment(max_seq_len=MAX))
+    assert [report.drawn for report in built.reports] == [2, 18]
+    assert built.reports[0].notes == ["no example of it is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
+    assert built.reports[1].notes == []
+    assert len(built.eval) == 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_holding_out_everything_is_refused(path, num_rows):
     message = refusal(path, [{"text": f"row {number}"} for number in range(num_rows)], eval=0.9)
     assert "data.eval" in message
@@ -529,6 +575,7 @@ CHANGES = {
     "format": {"source": {"format": "completion"}},
     "columns": {"source": {"columns": {"completion": "answer"}}},
     "roles": {"source": {"roles": {"bot": "assistant"}}},
+    "max_rows": {"source": {"max_rows": 1}},
     "encoding": {"source": {"encoding": "latin-1"}},
     "template": {"template": "chatml"},
 }
@@ -621,6 +668,70 @@ def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(pa
 def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
     report = build(path, [{"id": 1}, {"text": "a"}, {"text": "b"}], on_bad_row="drop").reports[0]
     assert (report.format, report.bad_rows, report.examples) == ("text", 1, 2)
+
+
+@pytest.mark.parametrize(("max_rows", "num_read"), [(1, 1), (4, 4), (9, 9), (10, 9), (None, 9)])
+def test_the_first_rows_alone_are_read_where_asked_for(path, max_rows, num_read):
+    rows = [{"text": f"row {number}"} for number in range(9)]
+    built = build(path, rows, source={"max_rows": max_rows})
+    assert keys(built.train) == keys(build(path, rows).train)[:num_read]
+    report = built.reports[0]
+    assert (report.rows, report.examples) == (num_read, num_read)
+    note = f"only the first {num_read} rows are read, as max_rows says"
+    assert report.notes == ([note] if max_rows == num_read else [])
+
+
+def test_bad_rows_count_as_read(path):
+    rows = [{"text": "a"}, {"text": 3}, {"text": "b"}, {"text": 4}]
+    report = build(path, rows, source={"max_rows": 3}, on_bad_row="drop").reports[0]
+    assert (report.rows, report.bad_rows, report.examples) == (3, 1, 2)
+
+
+def test_no_more_of_a_file_is_read_than_its_first_rows(path, tmp_path, monkeypatch):
+    """Neither to tokenize it nor to name its entry: what lies behind is not even looked at."""
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(1000)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(prepare.hashlib, "file_digest", None)
+    taken, original = [], prepare.read_rows
+
+    def read_rows(*arguments):
+        for row in original(*arguments):
+            taken.append(row.origin)
+            yield row
+
+    monkeypatch.setattr(prepare, "read_rows", read_rows)
+    cache = tmp_path / "cache"
+    built = build(path, None, cache=cache, source={"max_rows": 3})
+    assert len(built.train) == len(taken) == 3
+    build(path, None, cache=cache, source={"max_rows": 3})
+    assert len(taken) == 3
+    path.write_text("\n".join(lines[1:] + lines[:1]), encoding="utf-8")  # of the same size
+    assert keys(build(path, None, cache=cache, source={"max_rows": 3}).train)[:2] == keys(built.train)[1:]
+
+
+def test_a_share_is_held_out_of_the_rows_that_are_read(path):
+    rows = [{"text": f"row {number}"} for number in range(50)]
+    built = build(path, rows, source={"max_rows": 10}, eval=0.2)
+    assert sorted(keys(built.train) + keys(built.eval)) == sorted(keys(build(path, rows[:10]).train))
+    assert len(built.eval) == 2
+
+
+@pytest.mark.parametrize(("split", "read", "left_out"), [
+    ("test", "test-easy.jsonl, test-hard.jsonl", "train.jsonl"),
+    (None, "train.jsonl", "test-easy.jsonl, test-hard.jsonl"),
+])  # fmt: skip
+def test_the_files_of_a_folder_that_are_read_are_named_and_the_others_too(tmp_path, split, read, left_out):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test-easy", "test-hard"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", [{"text": name}])
+    report = build(tmp_path / "data", None, source={"split": split}).reports[0]
+    assert report.notes == [f"files read: {read}", f"files left out: {left_out}"]
+
+
+def test_a_split_of_a_single_file_is_reported_as_not_used(path):
+    assert build(path, [{"text": "a"}], source={"split": "test"}).reports[0].notes == [
+        "split 'test' is not used, as rows.jsonl is one file"
+    ]
 
 
 def test_without_a_folder_of_its_own_the_users_cache_is_taken(path, tmp_path, monkeypatch):

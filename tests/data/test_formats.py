@@ -22,6 +22,7 @@ from qlora.data.formats import (
 )
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
+from qlora.data.tables import HeaderRule
 from qlora.data.turns import CONTENT_KEYS, MEDIA_KEYS, REASONING_KEYS, ROLE_KEYS, ROLE_OF, WEIGHT_KEYS
 from qlora.errors import ConfigError, DataError
 
@@ -680,8 +681,10 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize(("file", "format", "count"), [(name, *expected) for name, expected in REAL_FILES.items()])
 def test_real_rows_are_understood(realdata, file, format, count):
-    reader = RowReader(columns=MAPPINGS.get(file, {}))
-    found = list(read_rows(Source(str(realdata / "data" / file))))
+    mapping = MAPPINGS.get(file, {})
+    reader = RowReader(columns=mapping)
+    rule = HeaderRule("auto", mapping.values(), formats.COLUMNS)
+    found = list(read_rows(Source(str(realdata / "data" / file)), rule))
     assert Counter(map(type, found)) == {Row: count}
     examples = [reader.read(row) for row in found]
     assert reader.format == format

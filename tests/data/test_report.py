@@ -68,6 +68,7 @@ def test_a_plain_report_is_one_line():
 
 @pytest.mark.parametrize(("changes", "line"), [
     ({"bad_rows": 2}, "2 bad rows left out"),
+    ({"deduplicated": 9}, "9 examples left out, as they repeat an earlier or a held-out one"),
     ({"duplicates": 4}, "4 rows that repeat an earlier one"),
     ({"per_answer": 5}, "5 conversations trained answer by answer, as a server would show each another history"),
     ({"eos_added": 6}, "6 conversations got EOS added, as the template ends no answer"),
@@ -81,7 +82,12 @@ def test_all_that_is_not_plain_has_a_line_of_its_own(changes, line):
 
 
 def test_a_report_survives_json():
-    report = DataReport("rows.jsonl", rows=3, overlong={"split": 1}, problems=["rows.jsonl:1: broken"])
+    report = DataReport(
+        "rows.jsonl",
+        rows=3,
+        overlong={"split": 1},
+        problems=[{"cause": "broken", "count": 1, "examples": ["rows.jsonl:1"]}],
+    )
     report.measure([3, 9, 30], 20)
     assert DataReport(**json.loads(json.dumps(report.as_dict()))) == report
 

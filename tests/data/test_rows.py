@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qlora.data import rows as rows_module
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.sources import Source, find_files
+from qlora.data.tables import HeaderRule
 from qlora.errors import DataError
 from tests.tiny import write_jsonl
 
@@ -36,7 +37,9 @@ def rows(rng):
 
 
 def read(path, **how):
-    return list(read_rows(Source(str(path), **how)))
+    """All rows of a file; names of columns that nothing knows are a table's header here."""
+    source = Source(str(path), **how)
+    return list(read_rows(source, HeaderRule(header=True, mapped=[])))
 
 
 def values(path, **how):

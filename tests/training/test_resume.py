@@ -12,12 +12,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qlora.checkpoint import hold_lock
-from qlora.errors import CheckpointError
+from qlora.errors import CheckpointError, ConfigError
 from qlora.optim import OPTIMIZERS
 from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog
+from tests.tiny import write_jsonl
 from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
 
@@ -103,6 +105,71 @@ def test_an_origin_that_can_not_be_is_refused(values, configure, tmp_path):
     rewrite(tmp_path / "run" / "checkpoints" / "step-000002", "origin.json", **values)
     with pytest.raises(CheckpointError, match="does not say what it followed from"):
         train(configure())
+
+
+@pytest.fixture
+def forget_keys(tmp_path):
+    """Makes a stopped run one of a version that did not know the newest keys."""
+
+    def forget(added=("deduplicate", "max_rows"), added_of_sources=("header", "max_rows")):
+        run = tmp_path / "run"
+        (checkpoint,) = (run / "checkpoints").iterdir()
+        origin = json.loads((checkpoint / "origin.json").read_text())
+        for key in added:
+            del origin["settings"][f"data.{key}"]
+        for source in origin["settings"]["data.train"]:
+            for key in added_of_sources:
+                del source[key]
+        rewrite(checkpoint, "origin.json", settings=origin["settings"], examples=None)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        for key in added:
+            del config["data"][key]
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    return forget
+
+
+def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_keys, tmp_path):
+    train(configure("whole"))
+    train(configure(), stop_at=2)
+    forget_keys()
+    assert train(configure()).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    ({"data__deduplicate": True}, "data.deduplicate: False → True"),
+    ({"data__max_rows": 39}, "data.max_rows: None → 39"),
+])  # fmt: skip
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_run_does_not_go_on_with_other_rows(settings, line, is_old, configure, forget_keys, tmp_path):
+    train(configure(), stop_at=2)
+    if is_old:
+        forget_keys()
+    with pytest.raises(ConfigError, match=line):
+        train(configure(**settings))
+
+
+def test_a_run_whose_examples_were_chosen_otherwise_does_not_go_on(configure, tmp_path):
+    train(configure(), stop_at=2)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    train_count = record["examples"]["train"]
+    record["examples"]["train"] += 1
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=f"examples chosen.*{train_count + 1}.* → .*{train_count}"):
+        train(configure())
+
+
+def test_a_run_that_leaves_out_duplicates_goes_on_as_if_it_never_stopped(configure, tmp_path):
+    rows = [{"instruction": f"Q{number % 20}", "output": "A"} for number in range(50)]
+    settings = {"data__train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "data__deduplicate": True}
+    train(configure("whole", **settings))
+    assert train(configure(**settings), stop_at=3).steps == 3
+    assert train(configure(**settings)).status == "finished"
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["examples"] == {"train": 16, "eval": 4}
+    assert record["data"][0]["deduplicated"] == 30
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(configure, tmp_path, monkeypatch):
