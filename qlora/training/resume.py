@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
-from qlora.config import RunConfig, SourceSection, load_config
+from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.schedule import rate_of
 
