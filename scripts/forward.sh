@@ -33,6 +33,7 @@ forward() {
   [ "$stop_code" = 0 ] || return "$stop_code"
   python -c "$in_own_group" "$@" <&0 &
   child=$!
+  [ "$stop_code" = 0 ] || pass_on "$signalled" # which came while the command was being started
   while true; do
     signalled=
     code=0
