@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qlora.about import __version__, unsupported_reason
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError, QLoRAError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "__version__",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -56,4 +58,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora' has no attribute '{name}'")
+    if reason := unsupported_reason():
+        raise QLoRAError(reason)
     return getattr(import_module(_HOMES[name]), name)

@@ -1,20 +1,41 @@
 #!/usr/bin/env bash
-# Fine-tunes by a recipe on one or more GPUs, then merges and verifies:
-#   bash scripts/finetune.sh configs/llama3_8b_24gb.yaml merged/llama3-8b [section.key=value …]
-# Run again, it continues where it stopped.
+# Fine-tune with a config on one or more GPUs, then merge and verify:
+#   bash scripts/finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]
+# Ctrl-C or SIGTERM saves the run and exits with 130 or 143; the same command continues it. A finished run is not trained
+# again, and a run that was trained further, as with a higher train.max_steps, is merged again.
 set -euo pipefail
-config=${1:?usage: finetune.sh CONFIG MERGED_DIR [section.key=value …]}
-merged=${2:?usage: finetune.sh CONFIG MERGED_DIR [section.key=value …]}
+usage="usage: finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]"
+config=${1:?$usage}
+merged=${2:?$usage}
 shift 2
+source "$(dirname "$0")/forward.sh"
+
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 launch=(qlora)
 if [ "$gpus" -gt 1 ]; then
   launch=(accelerate launch --num_processes "$gpus" -m qlora)
+  # The launcher forwards signals too, but by default kills what has not saved after 30 seconds.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+  trap '' USR1 # which would end it; the process in run.lock takes it
 fi
-report=$("${launch[@]}" train "$config" "$@" --json | tail -n 1)
-run=$(python -c 'import json, sys; print(json.loads(sys.argv[1])["run_dir"])' "$report")
-if [ -f "$merged/merge_report.json" ]; then
-  qlora verify "$run" "$merged"
-else
-  bash "$(dirname "$0")/export.sh" "$run" "$merged"
+
+output_dir() {
+  python -c '
+import sys
+from qlora.config import load_config
+overrides = [argument for argument in sys.argv[2:] if "=" in argument and not argument.startswith("-")]
+print(load_config(sys.argv[1], overrides).train.output_dir)' "$config" "$@"
+}
+
+code=0
+forward "${launch[@]}" train "$config" "$@" || code=$?
+if [ "$code" != 0 ]; then
+  # After a signal, accelerate exits with 1 even if the run has saved its state.
+  if [ "${launch[0]}" = accelerate ] && [ "$stop_code" != 0 ] &&
+    grep -q '"status": "interrupted"' "$(output_dir "$@")/run.json"; then
+    code=$stop_code
+  fi
+  exit "$code"
 fi
+run=$(output_dir "$@")
+forward bash "$(dirname "$0")/export.sh" "$run" "$merged"

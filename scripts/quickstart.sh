@@ -35,4 +35,4 @@ question=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readl
 echo "  \$ qlora generate $out/merged --prompt \"$question\""
 qlora generate "$out/merged" --prompt "$question" | sed 's/^/  /'
 
-step "Done in $((SECONDS - started)) s. Loss curve: $out/run/loss.png. Next: qlora init"
+step "Done in $((SECONDS - started)) s. Loss curve: $out/run/loss.png. Next: source .venv/bin/activate && qlora init"

@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# Creates .venv and installs qlora into it, with the extras named: bash scripts/setup.sh [plot,test,…]
+# Create .venv and install qlora into it, with the extras named and, on a machine with an NVIDIA GPU, the gpu extra:
+#   bash scripts/setup.sh [plot,test,…]
+# PYTHON names the Python to use, TORCH_INDEX the package index to install torch from instead of pip's own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "qlora needs Python 3.11 or newer; name one with PYTHON=… (this is $("$python" --version))" >&2; exit 1; }
-# Without a GPU any build of torch will do, so take the one that the tests run on.
-if ! command -v nvidia-smi >/dev/null; then
+extras=${1:-plot}
+if command -v nvidia-smi >/dev/null; then
+  extras=$extras,gpu
+else
+  # Without a GPU any build of torch will do, so take the version that the tests run on.
   export PIP_CONSTRAINT=${PIP_CONSTRAINT:-$PWD/.ci/constraints.txt}
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[${1:-plot}]"
+install=(.venv/bin/python -m pip install --disable-pip-version-check)
+if [ -n "${TORCH_INDEX:-}" ]; then
+  "${install[@]}" --index-url "$TORCH_INDEX" torch
+fi
+"${install[@]}" -e ".[$extras]"
+printf '\nqlora is installed in .venv. Next:\n  source .venv/bin/activate\n  qlora init\n'

@@ -1,6 +1,5 @@
 """One run at a time in a directory: a lock that tells who holds it."""
 
-import fcntl
 import json
 import os
 import socket
@@ -9,6 +8,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
+
+from filelock import lock_descriptor
 
 from qlora.checkpoint.atomic import make_folder, space_left
 from qlora.errors import CheckpointError
@@ -50,10 +51,9 @@ def _claim(path: Path) -> tuple[TextIO, str | None]:
     while True:
         file, warning = path.open("a+", encoding="utf-8"), None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                raise CheckpointError(_describe_holder(file, path)) from None
+            if not lock_descriptor(file.fileno(), blocking=False):
+                with file:
+                    raise CheckpointError(_describe_holder(file, path))
         except OSError as error:
             warning = (
                 f"{path.parent}: its file system has no locks ({error.strerror}), so see to it yourself that no other "

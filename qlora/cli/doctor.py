@@ -24,6 +24,8 @@ def doctor(
         _check_resume(check_resume, as_json)
         return
 
+    from importlib.util import find_spec
+
     import torch
 
     from qlora.kernels import liger_version, why_not_liger
@@ -45,7 +47,7 @@ def doctor(
         "attention": "by documents, where the architecture allows for it; set model.attention to ask for another",
         "activations": f"plain torch: {why}" if (why := why_not_liger(device)) else f"liger-kernel {liger_version()}",
         "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate tells what a config takes of it",
-        "plots": _extra("matplotlib", "plot"),
+        "plots": "drawn" if find_spec("matplotlib") else "not drawn: pip install matplotlib",
     }
     report: dict[str, Any] = {
         "versions": package_versions(),
@@ -90,9 +92,3 @@ def _why_dtype(device_type: str, is_bf16: bool) -> str:
     if is_bf16:
         return "the hardware multiplies bf16"
     return "no bf16 here; the loss is scaled" if device_type == "cuda" else "this CPU has no bf16 instructions"
-
-
-def _extra(module: str, extra: str) -> str:
-    from importlib.util import find_spec
-
-    return "drawn" if find_spec(module) else f"not drawn: pip install 'qlora[{extra}]'"

@@ -33,7 +33,7 @@ def init(
         target.write_text(recipes[recipe].read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{target} can't be written: {error.strerror}.") from None
-    print(f"Wrote {target}. Next: qlora train {target}")
+    print(f"Wrote {target}. Next: qlora preview {target}")
 
 
 def recipe_folder() -> Path:

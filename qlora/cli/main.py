@@ -3,9 +3,11 @@
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from qlora.about import __version__, unsupported_reason
 from qlora.cli.chat import chat
 from qlora.cli.doctor import doctor
 from qlora.cli.estimate import estimate
@@ -21,6 +23,13 @@ from qlora.errors import ConfigError, QLoRAError
 
 FAILED, WRONG_USE = 1, 2
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qlora {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     help="Fine-tune language models in 4 bits on one GPU, and release merged weights that are verified.",
     no_args_is_help=True,
@@ -28,6 +37,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
 app.command("init")(init)
 app.command("preview")(preview)
 app.command("estimate")(estimate)
@@ -42,9 +62,11 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Runs a verb; a user's mistake becomes a message and an exit code, without a traceback."""
+    """Run a verb; a user's mistake becomes a message and an exit code, without a traceback."""
     quiet_libraries()
     try:
+        if reason := unsupported_reason():
+            raise QLoRAError(reason)
         app()
     except QLoRAError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet
-from qlora.data.template import apply_template, encode_prompt
+from qlora.data.template import apply_template, encode_prompt, template_name
 from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "new_token_ids",
     "pieces",
     "supervised_bytes",
+    "template_name",
 ]

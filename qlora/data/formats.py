@@ -119,13 +119,24 @@ class RowReader:
         if self.format == "auto":
             self.detect([row])
         row = self._mapped(row)
-        media = [name for name in MEDIA_KEYS if row.values.get(name)]
-        if media:
-            raise DataError(f"{row.origin}: it has {', '.join(media)}; only text can be learnt here.")
+        _check_media(row)
         values = _Watched(row.values)
         example = _READERS[self.format](self, Row(values, row.origin))
         self.unread |= values.keys() - values.read
         return example
+
+    def read_prompt(self, row: Row) -> Conversation:
+        """Read a row that is to be answered, so the conversation ends before an answer.
+
+        Raises:
+            DataError: A column is absent or of the wrong type, or an answer comes last; names the row.
+        """
+        row = self._mapped(row)
+        _check_media(row)
+        messages = self._prompt(row)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(f"{row.origin}: the last turn is an answer already; end with the user's turn.")
+        return Conversation(messages, self._tools(row))
 
     def _mapped(self, row: Row) -> Row:
         """The row under our names of its columns."""
@@ -310,6 +321,12 @@ class _Watched(dict[str, Any]):
         """The value, or the default."""
         self.read.add(name)
         return super().get(name, default)
+
+
+def _check_media(row: Row) -> None:
+    media = [name for name in MEDIA_KEYS if row.values.get(name)]
+    if media:
+        raise DataError(f"{row.origin}: it has {', '.join(media)}; only text is supported.")
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Tokenized examples on disk: written once, mapped by whoever trains on them, kept under a key of what made them."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import lock_descriptor
 
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
@@ -251,7 +251,7 @@ def _lock(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor)
         yield
     finally:
         os.close(descriptor)

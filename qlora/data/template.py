@@ -27,9 +27,7 @@ def apply_template(tokenizer: Any, chat_template: str) -> str:
         return "the tokenizer's own"
     name = DEFAULT_TEMPLATE if chat_template == "auto" else chat_template
     if name in BUILT_IN:
-        text = files("qlora.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
-        # Where a tokenizer starts every text with BOS, so does its template; a server then feeds the same ids.
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + text
+        tokenizer.chat_template = _built_in(tokenizer, name)
         return f"{name} (the tokenizer has none)" if chat_template == "auto" else name
     path = Path(name).expanduser()
     if not path.is_file():
@@ -40,6 +38,18 @@ def apply_template(tokenizer: Any, chat_template: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template: {path} can't be read as UTF-8: {error}.") from None
     return str(path)
+
+
+def template_name(tokenizer: Any) -> str:
+    """Return the name of the built-in chat template that a tokenizer has, or that it has its own."""
+    names = (name for name in BUILT_IN if tokenizer.chat_template == _built_in(tokenizer, name))
+    return next(names, "the tokenizer's own")
+
+
+def _built_in(tokenizer: Any, name: str) -> str:
+    text = files("qlora.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    # Where a tokenizer starts every text with BOS, so does its template; a server then feeds the same ids.
+    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + text
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -67,6 +77,8 @@ def render(
         raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 
-def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation that the model is to answer: what comes before an answer in training."""
-    return tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False).input_ids
+def encode_prompt(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Return the ids of a conversation that the model is to answer: what comes before an answer in training."""
+    return tokenizer(render(tokenizer, messages, tools, add_generation_prompt=True), add_special_tokens=False).input_ids

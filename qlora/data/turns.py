@@ -75,7 +75,7 @@ class TurnReader:
             raise DataError(f"{row.origin}: role {name!r:.80} is none of {known}; map it with data.roles.")
         media = [key for key in MEDIA_KEYS if turn.get(key)]
         if media:
-            raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text can be learnt here.")
+            raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text is supported.")
         content = next((turn[key] for key in self._content_keys if key in turn), None)
         calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
         if name in CALLERS and isinstance(content, str | dict | list):
@@ -165,7 +165,7 @@ def _join_parts(row: Row, parts: list[Any]) -> dict[str, Any]:
             raise DataError(f"{row.origin}: a part of a turn should be text or an object, not {part!r:.80}.")
         kind = part.get("type", "text")
         if kind not in PART_KINDS:
-            raise DataError(f"{row.origin}: a part of a turn is of type {kind!r:.80}; only text can be learnt here.")
+            raise DataError(f"{row.origin}: a part of a turn is of type {kind!r:.80}; only text is supported.")
         value = next((part[key] for key in ("text", "value", kind) if key in part), None)
         if kind == "tool_call":
             calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)

@@ -1,7 +1,6 @@
 """A folder beside the target that an interrupted merge goes on in, and that one process at a time writes into."""
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 
 from qlora.checkpoint.atomic import free_bytes, space_left, sync, sync_folder
@@ -94,9 +94,10 @@ def _size(folder: Path) -> int:
 def _claim(aside: Path, state: TextIO, key: str) -> None:
     """Locks the folder for as long as the state file is open, and sees that it is ours to go on in."""
     try:
-        fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = os.path.samestat(os.fstat(state.fileno()), (aside / STATE_FILE).stat())
-    except (BlockingIOError, FileNotFoundError):
+        is_there = lock_descriptor(state.fileno(), blocking=False) and os.path.samestat(
+            os.fstat(state.fileno()), (aside / STATE_FILE).stat()
+        )
+    except FileNotFoundError:
         is_there = False
     if not is_there:
         raise ExportError(f"{aside} is being written by another qlora merge; wait for it, or choose another folder.")

@@ -131,7 +131,7 @@ def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ExportError("Writing GGUF needs the gguf package: pip install 'qlora[gguf]'.") from None
+        raise ExportError("Writing GGUF needs the gguf package: pip install gguf.") from None
     return gguf
 
 

@@ -60,7 +60,7 @@ class GGUFFile:
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise ExportError("Reading GGUF needs the gguf package: pip install 'qlora[gguf]'.") from None
+            raise ExportError("Reading GGUF needs the gguf package: pip install gguf.") from None
         try:
             reader = GGUFReader(path)
             self.fields = {key: field.contents() for key, field in reader.fields.items()}

@@ -11,26 +11,32 @@ from qlora.data import answer_end_id, encode_prompt
 def generate(
     model: Any,
     tokenizer: Any,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     streamer: Any = None,
+    top_p: float | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    """The model's next turn in a conversation.
+    """Generate the model's next turn in a conversation.
 
     Args:
         model: A causal language model, with or without adapters.
         tokenizer: With a chat template.
         messages: The conversation so far.
-        max_new_tokens: At most.
-        temperature: 0 takes the likeliest token each time.
+        max_new_tokens: The most tokens in the answer.
+        temperature: 0 takes the most likely token each time.
         streamer: Of transformers, to show tokens as they come.
+        top_p: Sample from the most likely tokens that add up to this probability; default: the model's own setting.
+        tools: That the assistant may call, described as templates read them.
 
     Returns:
         The answer's text, without special tokens.
     """
-    ids = torch.tensor([encode_prompt(tokenizer, messages)], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    ids = torch.tensor([encode_prompt(tokenizer, messages, tools)], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": bool(temperature)}
+    if temperature:
+        sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
     was_training = model.training
     model.eval()
     output = model.generate(

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.about import __version__
 from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
 from qlora.nf4 import NF4Linear
 
-PACKAGES = ("qlora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
+PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
 
 
 def describe_run(config: RunConfig, files: BaseFiles, model: nn.Module) -> dict[str, Any]:
@@ -38,10 +39,10 @@ def describe_run(config: RunConfig, files: BaseFiles, model: nn.Module) -> dict[
 
 
 def package_versions() -> dict[str, str]:
-    """Of Python and the packages that a run's numbers depend on."""
+    """Return the versions of Python, qlora and the packages that a run's numbers depend on."""
     # torch names its build by itself alone: PyPI's has no +cu… in its metadata.
     packages = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}
-    return {"python": platform.python_version()} | packages
+    return {"python": platform.python_version(), "qlora": __version__} | packages
 
 
 def describe_hardware() -> dict[str, Any]:

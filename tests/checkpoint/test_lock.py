@@ -1,7 +1,6 @@
 """A directory's lock: one holder at a time, who is named, and who lets go of it however it ends."""
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -87,10 +86,10 @@ def test_the_lock_of_a_folder_that_was_made_anew_is_left_to_its_holder(lock):
 
 
 def test_a_file_system_without_locks_is_told_of(lock, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("qlora.checkpoint.lock.lock_descriptor", refuse)
     with hold_lock(lock) as warning:
         assert f"{lock.parent}: its file system has no locks" in warning
     assert not lock.exists()

@@ -26,7 +26,7 @@ def test_help_answers_at_once():
     assert min(cpu_seconds("--help") for _ in range(5)) < 0.3
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["init"]], ids=" ".join)
 def test_what_needs_no_model_imports_no_heavy_package(arguments):
     code = f"import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); {HELP}"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora.checkpoint import RunDirectory
 from qlora.cli.init import recipe_folder
 from qlora.data import encode_prompt
-from qlora.model import load_run
+from qlora.errors import DataError
+from qlora.model import generate, load_run
 from qlora.training.metrics import MetricsLog
 from tests.cli import run
 from tests.tiny import run_config, write_jsonl
@@ -53,8 +54,8 @@ def asked(monkeypatch):
     """The conversations that the model was to answer; it answers with their number."""
     seen = []
 
-    def generate(model, tokenizer, messages, *settings):
-        seen.append(([dict(message) for message in messages], settings[:2]))
+    def generate(model, tokenizer, messages, max_new_tokens, temperature, **_):
+        seen.append(([dict(message) for message in messages], (max_new_tokens, temperature)))
         return f"answer {len(seen)}"
 
     monkeypatch.setattr("qlora.model.generate", generate)
@@ -80,7 +81,7 @@ def test_init_writes_a_recipe_as_it_is(tmp_path, option):
     target = tmp_path / "new" / "mine.yaml"
     done = run("init", RECIPES[0], option, target)
     assert done.code == 0
-    assert str(target) in done.out
+    assert done.out == f"Wrote {target}. Next: qlora preview {target}\n"
     assert target.read_bytes() == (recipe_folder() / f"{RECIPES[0]}.yaml").read_bytes()
 
 
@@ -325,6 +326,95 @@ def test_generate_samples_by_its_seed(tiny_base):
     assert first != other
 
 
+PROMPTS = [
+    {"id": 7, "prompt": "Repeat tin 3 times"},
+    {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Répète 漢"}], "tags": ["a"]},
+    {"instruction": "Repeat", "input": "oak"},
+]
+
+
+def test_generate_answers_a_file_as_it_answers_each_prompt(run_dir, tmp_path):
+    prompts, output = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS), tmp_path / "new" / "answers.jsonl"
+    options = ["--max-new-tokens", 12, "--system", "Be short."]
+    report = run("generate", run_dir, "--prompts", prompts, "-o", output, *options, "--json").json()
+    assert report == {"prompts": 3, "output": str(output)}
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    model, tokenizer = load_run(run_dir)
+    system, user = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Repeat tin 3 times"}
+    conversations = [
+        [system, user],
+        PROMPTS[1]["messages"],
+        [system, {"role": "user", "content": "Repeat\n\noak"}],
+    ]
+    answers = [generate(model, tokenizer, messages, max_new_tokens=12) for messages in conversations]
+    assert rows == [row | {"answer": answer} for row, answer in zip(PROMPTS, answers, strict=True)]
+
+
+def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
+    rows = [
+        PROMPTS[0], {"question": "Why?"}, {"prompt": 3}, {"prompt": "Hi", "answer": "Hello"},
+        {"messages": [{"role": "assistant", "content": "Hi"}]}, {"prompt": "Look", "images": ["a.png"]},
+    ]  # fmt: skip
+    prompts, output = write_jsonl(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    with prompts.open("a") as file:
+        file.write("{broken\n")
+    done = run("generate", tmp_path / "no-model", "--prompts", prompts, "-o", output)
+    assert done.code == 1
+    first, *problems = done.error().splitlines()
+    assert first == "6 rows can't be answered:"
+    assert [f"{prompts}:{number}" in line for number, line in enumerate(problems, start=2)] == [True] * 6
+    told = ["nothing is before", "should be text", "already has a column 'answer'", "an answer already", "images"]
+    assert [words for words, line in zip(told, problems, strict=False) if words not in line] == []
+    assert not output.exists()
+
+
+def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_base, model)
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages }}"
+    (model / "chat_template.jinja").write_text(template)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    done = run("generate", model, "--prompts", prompts, "-o", tmp_path / "answers.jsonl")
+    assert done.code == 1
+    assert "1 rows can't be answered:" in done.error()
+    assert f"{prompts}:2: the chat template refuses this conversation: no system" in done.error()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "--prompt TEXT or --prompts FILE"),
+        (["--prompt", "x", "--prompts", "y"], "--prompt TEXT or --prompts FILE"),
+        (["--prompts", "y"], "go together"),
+        (["--prompt", "x", "-o", "z"], "go together"),
+        (["--prompt", "x", "--top-p", "0.9"], "--temperature above 0"),
+        (["--prompt", "x", "--temperature", "1", "--top-p", "1.1"], "--top-p"),
+    ],
+)
+def test_generate_refuses_options_that_do_not_go_together(options, told):
+    done = run("generate", "no-model", *options)
+    assert done.code == 2
+    assert told in " ".join(done.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("place", ["there.jsonl", "there.jsonl/answers.jsonl"])
+def test_generate_overwrites_nothing(tmp_path, place):
+    (tmp_path / "there.jsonl").write_text("mine")
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    done = run("generate", "no-model", "--prompts", prompts, "-o", tmp_path / place)
+    assert done.code == 2
+    assert str(tmp_path / place) in done.error()
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+
+
+def test_generate_samples_from_the_most_likely_tokens_alone(tiny_base):
+    options = ["--prompt", "Hi", "--max-new-tokens", 12]
+    greedy = run("generate", tiny_base, *options).out
+    sampled = [*options, "--temperature", 3, "--seed", 3]
+    assert run("generate", tiny_base, *sampled, "--top-p", 0.001).out == greedy
+    assert run("generate", tiny_base, *sampled).out != greedy
+
+
 def test_generate_puts_the_system_message_first(run_dir, asked):
     report = run("generate", run_dir, "--prompt", "Hi", "--system", "Be short.", "--temperature", 0.5, "--json").json()
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
@@ -332,8 +422,8 @@ def test_generate_puts_the_system_message_first(run_dir, asked):
     assert report["answer"] == "answer 1"
 
 
-def test_chat_keeps_what_was_said_and_ends_on_an_empty_line(run_dir, asked):
-    done = run("chat", run_dir, "--max-new-tokens", 7, stdin="One\n  Two \n\nThree\n")
+def test_chat_keeps_what_was_said_until_it_is_left(run_dir, asked):
+    done = run("chat", run_dir, "--max-new-tokens", 7, stdin="One\n\n  Two \n/exit\nThree\n")
     assert done.code == 0
     first, second, third = ({"role": "user", "content": text} for text in ("One", "Two", "Three"))
     assert asked == [
@@ -343,10 +433,39 @@ def test_chat_keeps_what_was_said_and_ends_on_an_empty_line(run_dir, asked):
     assert third not in [message for messages, _ in asked for message in messages]
 
 
-def test_chat_forgets_on_new_and_ends_with_its_input(run_dir, asked):
-    done = run("chat", run_dir, stdin="One\n/new\nTwo")
+def test_chat_forgets_on_reset_and_ends_with_its_input(run_dir, asked):
+    done = run("chat", run_dir, stdin="One\n/reset\nTwo")
     assert done.code == 0
     assert [messages for messages, _ in asked] == [[{"role": "user", "content": text}] for text in ("One", "Two")]
+
+
+def test_chat_starts_over_with_each_system_message(run_dir, asked):
+    lines = ["One", "/reset", "Two", "/system  Be kind. ", "Three", "/system", "Four"]
+    assert run("chat", run_dir, "--system", "Be short.", stdin="\n".join(lines)).code == 0
+    heard = [" / ".join(message["content"] for message in messages) for messages, _ in asked]
+    assert heard == ["Be short. / One", "Be short. / Two", "Be kind. / Three", "Four"]
+
+
+def test_chat_greets_with_model_template_and_commands(run_dir, asked):
+    done = run("chat", run_dir, stdin="/help\n/usr/bin is what?")
+    greeting, commands, unknown = done.err.splitlines()[-3:]  # after the bar of the weights that load
+    assert greeting == f"{run_dir}, chat template: alpaca"
+    assert [name for name in ("/exit", "/reset", "/system TEXT", "Ctrl-D") if name not in commands] == []
+    assert unknown.startswith("There is no /help: /reset ")
+    assert [messages[-1]["content"] for messages, _ in asked] == ["/usr/bin is what?"]
+
+
+def test_chat_goes_on_after_a_conversation_that_the_template_refuses(run_dir, monkeypatch):
+    def refuse(model, tokenizer, messages, *_, **__):
+        if messages[0]["role"] == "system":
+            raise DataError("no system messages")
+        return print([message["content"] for message in messages])
+
+    monkeypatch.setattr("qlora.model.generate", refuse)
+    done = run("chat", run_dir, "--system", "Be short.", stdin="One\n/system\nTwo")
+    assert done.code == 0
+    assert "no system messages\n" in done.err
+    assert done.out == "> > > ['Two']\n> "
 
 
 def test_chat_shows_the_answer_without_the_prompt(run_dir):

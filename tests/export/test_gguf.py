@@ -30,7 +30,7 @@ from qlora.export.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
 from qlora.export.shards import TensorLayout
 from tests.tiny import make_base, make_tokenizer
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'qlora[gguf]'")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -15,7 +15,7 @@ from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import run_config
 
-pytest.importorskip("gguf", reason="gguf is not installed: pip install 'qlora[gguf]'")
+pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 
 @pytest.fixture(scope="module")

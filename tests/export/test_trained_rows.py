@@ -191,7 +191,7 @@ def test_the_card_says_what_was_trained(runs, tmp_path):
 
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "new rows among spare ones"])
 def test_gguf_has_the_new_tokens_and_their_rows(kind, runs, tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'qlora[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     from qlora.export.merge_gguf import merge_to_gguf
 
     run, size = runs(kind), KINDS[kind][-1]

@@ -13,7 +13,7 @@ from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import make_base, only, run_config
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'qlora[gguf]'")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -1,0 +1,233 @@
+"""The shell scripts under real signals, and called again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora.checkpoint import RunDirectory
+from tests.tiny import run_config
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STOPS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+# Counts its signals for a moment after the first, as a run does that finishes its step.
+COUNT = """
+import signal, sys, time
+seen = []
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: seen.append(number))
+signal.signal(signal.SIGUSR1, lambda *_: print("save", flush=True))
+print("ready", flush=True)
+while not seen:
+    signal.sigtimedwait([], 0.01)
+deadline = time.monotonic() + 0.2
+while time.monotonic() < deadline:
+    signal.sigtimedwait([], 0.01)
+print("stopped by", *map(int, seen), flush=True)
+sys.exit(128 + seen[0])
+"""
+# A launcher as accelerate's for several GPUs, but on CPUs.
+ACCELERATE = f"""#!/bin/sh
+shift 3
+exec {sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 "$@"
+"""
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A folder at the head of PATH, with this environment's python and qlora."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").symlink_to(sys.executable)
+    write_command(folder / "qlora", f'#!/bin/sh\nexec {sys.executable} -m qlora "$@"\n')
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+def write_command(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def start(*command):
+    """Starts a command in a session of its own, as a terminal and a service manager do."""
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def send(process, number, to_group):
+    """Sends a signal to a script alone, or to it and its process group."""
+    (os.killpg if to_group else os.kill)(process.pid, number)
+
+
+def finish(process):
+    """Returns exit code and output of a command that is to end by itself."""
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def wait_for_step(process, run, step):
+    """Waits until a run has logged the loss of a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if run.metrics.exists() and any(line["step"] >= step and "loss" in line for line in run.read_metrics()):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail(f"step {step} was not logged: {process.communicate()[0]}")
+
+
+def forwarding(*commands):
+    lines = [f"source {SCRIPTS}/forward.sh", *(f"forward {command}" for command in commands)]
+    return "set -euo pipefail\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_reaches_the_command_once_and_nothing_follows(commands, tmp_path, number, to_group):
+    (tmp_path / "count.py").write_text(COUNT)
+    process = start("bash", "-c", forwarding(f"python {tmp_path}/count.py", "echo next"))
+    assert process.stdout.readline() == "ready\n"
+    send(process, signal.SIGUSR1, to_group)
+    assert process.stdout.readline() == "save\n"
+    send(process, number, to_group)
+    assert finish(process) == (128 + number, f"stopped by {int(number)}\n")
+
+
+def test_a_command_that_finishes_in_spite_of_a_signal_is_the_last(commands, tmp_path):
+    (tmp_path / "count.py").write_text(COUNT.replace("128 + seen[0]", "0"))
+    process = start("bash", "-c", forwarding(f"python {tmp_path}/count.py", "echo next"))
+    assert process.stdout.readline() == "ready\n"
+    send(process, signal.SIGTERM, to_group=False)
+    assert finish(process) == (143, "stopped by 15\n")
+
+
+def test_exit_codes_are_passed_on(commands):
+    assert finish(start("bash", "-c", forwarding("true", "echo next", "sh -c 'exit 7'", "echo last"))) == (7, "next\n")
+    code, output = finish(start("bash", "-c", forwarding("no-such-command", "echo next")))
+    assert (code, output) == (127, "no-such-command: No such file or directory\n")
+
+
+@pytest.fixture
+def recorded(commands, tmp_path):
+    """Has `qlora merge` write a report alone, and `qlora verify` nothing; gives what they were called with."""
+    record = tmp_path / "arguments"
+    write_command(
+        commands / "qlora",
+        f"""#!/bin/sh
+[ "$1" != train ] || exec {sys.executable} -m qlora "$@"
+echo "$@" >> {record}
+[ "$1" != merge ] || {{ mkdir -p "$4" && touch "$4/merge_report.json"; }}
+""",
+    )
+
+    def take():
+        lines = record.read_text().splitlines() if record.exists() else []
+        record.unlink(missing_ok=True)
+        return lines
+
+    return take
+
+
+@pytest.mark.slow
+def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca_file, tmp_path):
+    """Three sessions of a run, and a fourth that extends it; training is real."""
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__save_every=1000, train__eval_every=None)
+    run, merged = RunDirectory(tmp_path / "run"), tmp_path / "merged"
+
+    def finetune(steps):
+        overrides = [f"train.max_steps={steps}", "train.lr_scheduler=constant"]
+        return start("bash", SCRIPTS / "finetune.sh", config, merged, *overrides)
+
+    for number, to_group, step in ((signal.SIGTERM, False, 2), (signal.SIGINT, True, 6)):
+        process = finetune(2000)
+        wait_for_step(process, run, step)
+        send(process, number, to_group)
+        code, output = finish(process)
+        assert code == 128 + number, output
+        assert "Run interrupted." in output
+        record = run.read_record()
+        assert record["status"] == "interrupted"
+        assert run.list_checkpoints()[-1] == run.checkpoint(record["steps"])
+        assert recorded() == []
+
+    for steps in (record["steps"] + 2, record["steps"] + 4):
+        code, output = finish(finetune(steps))
+        assert code == 0, output
+        assert "Run finished." in output
+        assert run.read_record()["steps"] == steps
+        assert recorded() == [f"merge {run.path} -o {merged}", f"verify {run.path} {merged}"]
+    assert f"moved the old merge to {merged}.old-1" in output
+
+
+@pytest.mark.slow
+def test_signals_reach_a_run_under_a_launcher(commands, tiny_base, alpaca_file, tmp_path):
+    write_command(commands / "nvidia-smi", "#!/bin/sh\necho GPU 0\necho GPU 1\n")
+    write_command(commands / "accelerate", ACCELERATE)
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2000, train__eval_every=None)
+    run = RunDirectory(tmp_path / "run")
+    process = start("bash", SCRIPTS / "finetune.sh", config, tmp_path / "merged", "train.save_every=1000")
+    wait_for_step(process, run, 2)
+    send(process, signal.SIGTERM, to_group=False)
+    code, output = finish(process)
+    assert code == 143, output
+    assert run.read_record()["status"] == "interrupted"
+    assert run.list_checkpoints() == [run.checkpoint(run.read_record()["steps"])]
+    assert not (tmp_path / "merged").exists()
+
+
+def test_export_merges_once_and_again_only_when_the_run_moved_on(recorded, tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_model.safetensors").touch()
+
+    def export(*options):
+        code, output = finish(start("bash", SCRIPTS / "export.sh", run, f"{merged}/", *options))
+        assert code == 0, output
+        return recorded(), output
+
+    merge, verify = f"merge {run} -o {merged} --dtype bfloat16", f"verify {run} {merged}"
+    assert export("--dtype", "bfloat16")[0] == [merge, verify]
+    calls, output = export("--dtype", "float16")
+    assert calls == [verify]
+    assert "not merged again, and --dtype float16 ignored" in output
+    for number in (1, 2):
+        (merged / "mine").write_text(str(number))
+        newer = time.time_ns() + number * 10**9
+        os.utime(run / "adapter" / "adapter_model.safetensors", ns=(newer, newer))
+        calls, output = export("--dtype", "bfloat16")
+        assert calls == [merge, verify]
+        assert (tmp_path / f"merged.old-{number}" / "mine").read_text() == str(number)
+        assert f"merged.old-{number}" in output
+        newer += 5 * 10**8
+        os.utime(merged / "merge_report.json", ns=(newer, newer))
+
+
+def test_export_leaves_a_folder_alone_that_is_no_merge(commands, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes").write_text("mine")
+    write_command(commands / "qlora", "#!/bin/sh\necho refused\nexit 1\n")
+    assert finish(start("bash", SCRIPTS / "export.sh", tmp_path / "run", tmp_path / "merged")) == (1, "refused\n")
+    assert (tmp_path / "merged" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])
+def test_export_passes_a_signal_to_its_merge_and_verifies_nothing(commands, tmp_path, to_group):
+    write_command(commands / "qlora", f"#!{sys.executable}\n{COUNT}")
+    process = start("bash", SCRIPTS / "export.sh", tmp_path / "run", tmp_path / "merged")
+    assert process.stdout.readline() == "ready\n"
+    send(process, signal.SIGTERM, to_group)
+    assert finish(process) == (143, "stopped by 15\n")
