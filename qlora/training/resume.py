@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qlora.about import __version__
 from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
@@ -39,6 +40,7 @@ class Start:
         config: Of the run in the directory, if there is one.
         total_steps: Of the run in the directory, if there is one.
         finished_steps: Steps of the run in the directory, if it is finished.
+        version: Of qlora, that last wrote the run in the directory.
     """
 
     checkpoint: Path | None = None
@@ -48,6 +50,7 @@ class Start:
     config: RunConfig | None = None
     total_steps: int | None = None
     finished_steps: int | None = None
+    version: str | None = None
 
     def describe_damage(self) -> list[str]:
         """A line for each checkpoint that is skipped."""
@@ -118,6 +121,7 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         config=before,
         total_steps=record.get("total_steps"),
         finished_steps=record["steps"] if is_finished else None,
+        version=record.get("versions", {}).get("qlora"),
     )
     may_change = SCHEDULE_KEYS if is_finished and start.changes(config, LENGTH_KEYS) else set()
     _check_same_settings(run.path, start.origins[run.path], config, may_change)
@@ -219,6 +223,8 @@ def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -
     now = describe_origin(config, record)
     for place, before in start.origins.items():
         if changes := compare_origins(before, now):
+            if start.version not in (None, __version__):
+                changes.append(f"qlora: {start.version} → {__version__}")
             raise ConfigError(
                 f"{place} was trained under other conditions (tiles follow from model.recompute):\n"
                 + "\n".join(f"  {change}" for change in changes)

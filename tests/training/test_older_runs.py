@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.about import __version__
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
+from qlora.errors import ConfigError
 from qlora.export import merge, verify
 from qlora.model import load_run
 from qlora.training import train
@@ -58,3 +60,11 @@ def test_a_checkpoint_of_an_older_run_loads(older_runs):
     model, tokenizer = load_run(older_runs / "interrupted" / "checkpoints" / "step-000002", "cpu")
     assert not model.training
     assert tokenizer.chat_template is not None
+
+
+def test_what_an_older_run_can_not_continue_with_is_refused_with_the_versions(older_runs):
+    """0.1.0 held one example out of any source, however small."""
+    record = older_runs / "interrupted" / "run.json"
+    record.write_text(record.read_text().replace('"train": 10', '"train": 9'))
+    with pytest.raises(ConfigError, match=rf"examples chosen from the data: .*(.|\n)*qlora: 0\.1\.0 → {__version__}\n"):
+        resume(older_runs / "interrupted")
