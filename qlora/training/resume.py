@@ -116,12 +116,13 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
 
     before, record = load_config(run.config), run.read_record()
     is_finished = record["status"] == "finished" and run.adapter.is_dir()
+    total_steps, versions = record.get("total_steps"), record.get("versions")
     start = Start(
         origins={run.path: describe_origin(before, record)},
         config=before,
-        total_steps=record.get("total_steps"),
+        total_steps=total_steps if isinstance(total_steps, int) else None,
         finished_steps=record["steps"] if is_finished else None,
-        version=record.get("versions", {}).get("qlora"),
+        version=versions.get("qlora") if isinstance(versions, dict) else None,
     )
     may_change = SCHEDULE_KEYS if is_finished and start.changes(config, LENGTH_KEYS) else set()
     _check_same_settings(run.path, start.origins[run.path], config, may_change)
