@@ -40,6 +40,7 @@ class Start:
         config: Of the run in the directory, if there is one.
         total_steps: Of the run in the directory, if there is one.
         finished_steps: Steps of the run in the directory, if it is finished.
+        is_done: The run in the directory is finished, and the config asks for no other number of steps.
         version: Of qlora, that last wrote the run in the directory.
     """
 
@@ -50,16 +51,13 @@ class Start:
     config: RunConfig | None = None
     total_steps: int | None = None
     finished_steps: int | None = None
+    is_done: bool = False
     version: str | None = None
 
     def describe_damage(self) -> list[str]:
         """A line for each checkpoint that is skipped."""
         start = self.checkpoint and self.checkpoint.name
         return [f"{path.name} is skipped, and {start} continued: {problem}" for path, problem in self.damaged.items()]
-
-    def is_finished(self, config: RunConfig) -> bool:
-        """Whether the directory's run is finished, and the config asks for no other number of steps."""
-        return self.finished_steps is not None and not self.changes(config, LENGTH_KEYS)
 
     def changes(self, config: RunConfig, keys: Iterable[str]) -> list[str]:
         """Differences of a config from that of the directory's run, among some keys."""
@@ -124,10 +122,10 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         finished_steps=record["steps"] if is_finished else None,
         version=versions.get("qlora") if isinstance(versions, dict) else None,
     )
-    may_change = SCHEDULE_KEYS if is_finished and start.changes(config, LENGTH_KEYS) else set()
-    _check_same_settings(run.path, start.origins[run.path], config, may_change)
-    if start.is_finished(config):
-        return start
+    is_extended = is_finished and bool(start.changes(config, LENGTH_KEYS))
+    _check_same_settings(run.path, start.origins[run.path], config, SCHEDULE_KEYS if is_extended else set())
+    if is_finished and not is_extended:
+        return replace(start, is_done=True)
     checkpoint, damaged = newest_whole(run.list_checkpoints()) if resume == "auto" else (_named(run, resume), {})
     if damaged and checkpoint is None:
         raise CheckpointError(

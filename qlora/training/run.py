@@ -121,7 +121,7 @@ def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, f
                 run.clear_leftovers()
                 start = find_start(run, config, resume, fresh)
         start = processes.broadcast(start)
-        if start.is_finished(config):
+        if start.is_done:  # as the first process sees it
             return _already_finished(run, start, config)
         with deterministic_algorithms(config.train.deterministic):
             assembly = assemble(config, processes)
