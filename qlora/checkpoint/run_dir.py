@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ RECORD_TYPES = {
 # Of each source of the data, in words.
 DATA_KEYS = ("source", "digest")
 # Of a line in metrics.jsonl, beside the step that each has.
-NUMBERS = ("loss", "eval_loss", "tokens_per_second")
+NUMBERS = ("loss", "eval_loss", "tokens_per_second", "peak_memory")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -134,6 +135,10 @@ class RunDirectory:
             wrong = [key for key, is_right in can_be.items() if not is_right]
         if record["status"] == "finished" and type(record.get("steps")) is not int:
             wrong.append("steps")
+        if "total_steps" in record and not (type(record["total_steps"]) is int and 0 < record["total_steps"] < 1 << 63):
+            wrong.append("total_steps")
+        if not isinstance(record.get("versions", {}), dict):
+            wrong.append("versions")
         if wrong:
             raise CheckpointError(f"{self.record}: {', '.join(wrong)} can't be; it was not written by qlora train.")
         return record
@@ -154,12 +159,14 @@ class RunDirectory:
         target = next(name for name in names if not name.exists())
         try:
             make_folder(target)
-            for path in sorted(self.path.iterdir(), key=lambda path: path in (self.config, self.record)):
+            for path in sorted(self.path.iterdir(), key=lambda path: (path == self.record, path == self.config)):
                 if path != self.lock:
                     path.rename(target / path.name)
             sync(target)
             sync(self.path)
         except OSError as problem:
+            with suppress(OSError):  # what was moved stays there
+                target.rmdir()
             raise CheckpointError(f"{self.path} can't be moved to {target}: {problem}.") from problem
         return target
 

@@ -53,20 +53,24 @@ def train(
         show_report(report.as_dict(), as_json, f"Step {report.step}, run again: {report.describe()}")
         raise typer.Exit(0 if report.is_finite else 1)
 
-    from qlora.training import plan_run  # after the config: a typo there is told at once, without loading torch
+    from qlora.training import (  # after the config: a typo there is told at once, without loading torch
+        how_to_continue,
+        plan_run,
+    )
     from qlora.training import train as run_training
 
+    is_first = os.environ.get("RANK", "0") == "0"  # one report, however many processes a launcher started
     if dry_run:
-        show_report(_describe(plan_run(settings, resume, fresh)), as_json, f"{config}: nothing was written")
+        plan = plan_run(settings, resume, fresh)
+        if is_first:
+            show_report(_describe(plan), as_json, "\n".join([f"{config}: nothing was written", *plan.notes]))
         return
     try:
         result = run_training(settings, resume, fresh=fresh)
     except KeyboardInterrupt:
-        print(
-            "Stopped at once. The same command continues the run from its last save, if there is one.", file=sys.stderr
-        )
+        print(f"Stopped at once. {how_to_continue(fresh)}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
-    if os.environ.get("RANK", "0") == "0":  # one report, however many processes a launcher started
+    if is_first:
         values = result.as_dict()
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
@@ -91,4 +95,5 @@ def _describe(plan: Any) -> dict[str, Any]:
         "adapted_share": inventory.adapted_share,
         "base_bytes": inventory.base_bytes,
         **plan.in_use,
+        "notes": plan.notes,
     }

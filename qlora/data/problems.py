@@ -38,7 +38,7 @@ class Problem(TypedDict):
 
 @dataclass(slots=True)
 class _Group:
-    """Rows of one cause: the first one's text and its values, those that others do not share put out with …."""
+    """Rows of one cause: the first one's text and its values, values that differ are replaced by …."""
 
     text: str
     values: list[str]

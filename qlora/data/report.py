@@ -80,7 +80,7 @@ class DataReport:
         return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
 
     def describe_problems(self) -> str:
-        """How many rows are bad, and why, by cause."""
+        """Summarize the bad rows by cause."""
         head = f"{self.bad_rows} of {self.rows} rows of {self.source} can't be used:"
         return "\n".join([head, *self.problem_lines()])
 

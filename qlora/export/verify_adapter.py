@@ -50,7 +50,7 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
         if len(lora_A) != lora.rank:
             problems.append(f"{run.adapter}: {name} has rank {len(lora_A)}, the run trained with {lora.rank}")
     checkpoints = run.list_checkpoints()
-    if checkpoints and step_of(checkpoints[-1]) == run.step:
+    if checkpoints and checkpoints[-1] != run.adapter and step_of(checkpoints[-1]) == run.step:
         problems += _compare_saved(checkpoints[-1], run.adapter)
     return problems
 

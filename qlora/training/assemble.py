@@ -1,7 +1,8 @@
 """A run's parts, put together from its config and checked, before anything is trained or written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import BaseFiles
@@ -23,6 +24,7 @@ from qlora.model import (
 from qlora.nf4 import dequantize_path
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.processes import Processes
+from qlora.training.agreement import check_same
 from qlora.training.determinism import describe_determinism
 from qlora.training.fit import fit_memory
 from qlora.training.objective import why_not_learnt
@@ -42,6 +44,7 @@ class RunPlan:
         inventory: What of the model is quantized and adapted.
         datasets: To learn from and to evaluate on.
         in_use: What `auto` became, and what this machine has of what was asked for.
+        notes: What a user should know before the first step.
     """
 
     total_steps: int
@@ -49,6 +52,7 @@ class RunPlan:
     inventory: Inventory
     datasets: Datasets
     in_use: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for people."""
@@ -93,6 +97,12 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     )
     with processes.raise_together():
         model, attention, activations = _load_checked(config, processes, datasets, new_ids)
+    # Before memory is fitted, which takes as many rounds between the processes as the model has levels to try.
+    check_same(
+        processes,
+        {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
+        | {f"examples of {Path(report.source).name}": report.digest[:12] for report in datasets.reports},
+    )
     flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     optimizer = FlatAdamW(
         flat, section.optimizer, section.betas, weight_decay=section.weight_decay,

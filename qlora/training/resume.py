@@ -23,6 +23,8 @@ FREE_KEYS = {
 SCHEDULE_KEYS = {"train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.warmup_ratio"}
 # How long a run is.
 LENGTH_KEYS = {"train.epochs", "train.max_steps"}
+# Where files are on one machine, and what only the first process does.
+OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # What was in use and may not change within a run: batches and roundings depend on it.
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
 WAYS_OUT = "start over with --fresh, which keeps the old run under another name, or choose another train.output_dir."
@@ -30,29 +32,32 @@ WAYS_OUT = "start over with --fresh, which keeps the old run under another name,
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run starts.
+    """Where a run starts, as the first process sees it.
 
     Attributes:
-        checkpoint: To continue from, or None for the beginning.
+        checkpoint: To continue from, or None for step 0.
         origins: What directory and checkpoint followed from, see :func:`describe_origin`, by their paths.
         damaged: Newer checkpoints that are skipped, and what is wrong with each.
-        replaces: The directory holds a run that is moved aside before this one is written.
-        config: Of the run in the directory, if there is one.
-        total_steps: Of the run in the directory, if there is one.
-        finished_steps: Steps of the run in the directory, if it is finished.
-        is_done: The run in the directory is finished, and the config asks for no other number of steps.
-        version: Of qlora, that last wrote the run in the directory.
+        fresh: Whether a run in the directory is moved aside first.
+        is_done: Whether the directory's run is finished, and the config asks for no other number of steps.
+        config: Config of the earlier sessions: of the directory's run, or else of the checkpoint's.
+        record: run.json of the same.
+        started_from: Checkpoint of another run that the directory's run began at, if it did.
     """
 
     checkpoint: Path | None = None
     origins: dict[Path, dict[str, Any]] = field(default_factory=dict)
     damaged: dict[Path, str] = field(default_factory=dict)
-    replaces: bool = False
-    config: RunConfig | None = None
-    total_steps: int | None = None
-    finished_steps: int | None = None
+    fresh: bool = False
     is_done: bool = False
-    version: str | None = None
+    config: RunConfig | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    started_from: str | None = None
+
+    @property
+    def finished_steps(self) -> int | None:
+        """Steps of the earlier sessions' run, if it is finished."""
+        return self.record["steps"] if self.record.get("status") == "finished" else None
 
     def describe_damage(self) -> list[str]:
         """A line for each checkpoint that is skipped."""
@@ -60,25 +65,26 @@ class Start:
         return [f"{path.name} is skipped, and {start} continued: {problem}" for path, problem in self.damaged.items()]
 
     def changes(self, config: RunConfig, keys: Iterable[str]) -> list[str]:
-        """Differences of a config from that of the directory's run, among some keys."""
+        """Differences of a config from that of the earlier sessions, among some keys."""
         if self.config is None:
             return []
         before, now = flatten(self.config), flatten(config)
         return describe_changes({key: before[key] for key in keys}, {key: now[key] for key in keys})
 
-    def describe_extension(self, config: RunConfig, step: int, total_steps: int) -> list[str]:
-        """A line if the learning rate does not go on as it would have in the run's earlier sessions."""
-        if self.config is None or not self.total_steps or not 0 < step < total_steps:
+    def describe_jump(self, config: RunConfig, step: int, total_steps: int) -> list[str]:
+        """A line if the learning rate does not go on as it would have in the earlier sessions."""
+        length_before = self.record.get("total_steps")
+        if self.config is None or length_before is None or not 0 < step < total_steps:
             return []
-        earlier, now = rate_of(self.config.train, self.total_steps), rate_of(config.train, total_steps)
-        expected = earlier(min(step, self.total_steps - 1))
+        earlier, now = rate_of(self.config.train, length_before), rate_of(config.train, total_steps)
+        expected = earlier(min(step, length_before - 1))
         if abs(now(step) - expected) <= 0.01 * expected:
             return []
-        lengths = f" of {total_steps} steps in place of {self.total_steps}" if total_steps != self.total_steps else ""
+        lengths = f" of {total_steps} steps in place of {length_before}" if total_steps != length_before else ""
         return [
             f"The learning rate jumps from {earlier(step - 1):.3g} at step {step} to {now(step):.3g} at step "
-            f"{step + 1}, as the {config.train.lr_scheduler} schedule is now one{lengths}. To go on without a jump, "
-            f"set train.lr_scheduler=constant and train.learning_rate={earlier(step - 1):.3g}; "
+            f"{step + 1}, as the {config.train.lr_scheduler} schedule is now one{lengths}. To extend a finished run "
+            f"without a jump, set train.lr_scheduler=constant and train.learning_rate={earlier(step - 1):.3g}; "
             "train.min_learning_rate keeps a schedule from falling to zero."
         ]
 
@@ -87,7 +93,7 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
     """Find the newest whole checkpoint, or the one that is asked for.
 
     Args:
-        run: The output directory.
+        run: The output directory, see :func:`check_folder`.
         config: Of the run to be.
         resume: `auto`, or the path of a checkpoint or run.
         fresh: Start at step 0, even if the directory holds a run.
@@ -101,32 +107,34 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         raise ConfigError("--resume never was replaced by --fresh, which keeps the old directory under another name.")
     if fresh and resume != "auto":
         raise ConfigError(f"--fresh starts at step 0, and --resume {resume} does not; leave one of them out.")
-    check_folder(run)
-    if fresh and run.exists():
-        return Start(replaces=True)
+    if not run.exists() and any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
+        raise ConfigError(
+            f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is not a "
+            "run and they would be overwritten. Choose another folder."
+        )
+    if fresh:
+        return Start(fresh=True)
+    named = None if resume == "auto" else _named(resume)
     if not run.exists():
-        if any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
-            raise ConfigError(
-                f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is "
-                "not a run and they would be overwritten. Choose another folder."
-            )
-        return Start() if resume == "auto" else _at_checkpoint(Start(), _named(run, resume), config, set())
+        return Start() if named is None else _at_foreign_checkpoint(named, config)
 
     before, record = load_config(run.config), run.read_record()
-    is_finished = record["status"] == "finished" and run.adapter.is_dir()
-    total_steps, versions = record.get("total_steps"), record.get("versions")
     start = Start(
         origins={run.path: describe_origin(before, record)},
         config=before,
-        total_steps=total_steps if isinstance(total_steps, int) else None,
-        finished_steps=record["steps"] if is_finished else None,
-        version=versions.get("qlora") if isinstance(versions, dict) else None,
+        record=record,
+        started_from=record.get("started_from"),
     )
+    is_finished = start.finished_steps is not None and run.adapter.is_dir()
     is_extended = is_finished and bool(start.changes(config, LENGTH_KEYS))
     _check_same_settings(run.path, start.origins[run.path], config, SCHEDULE_KEYS if is_extended else set())
     if is_finished and not is_extended:
         return replace(start, is_done=True)
-    checkpoint, damaged = newest_whole(run.list_checkpoints()) if resume == "auto" else (_named(run, resume), {})
+    if named is None or str(named) == start.started_from:
+        checkpoint, damaged = newest_whole(run.list_checkpoints())
+    else:
+        checkpoint, damaged = named, {}
+        _check_newest(run, named)
     if damaged and checkpoint is None:
         raise CheckpointError(
             f"No checkpoint of {run.path} is whole. Start over with --fresh, which keeps them:\n"
@@ -137,13 +145,16 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
             f"{run.path} holds the adapter of a finished run, but no checkpoint to continue from. Start over with "
             "--fresh, which keeps it, or choose another train.output_dir."
         )
+    if checkpoint is None:
+        return start if named is None else replace(_at_foreign_checkpoint(named, config), origins=start.origins)
     # A run that was extended keeps checkpoints of its old schedule; its config, checked above, has the new one.
-    start = replace(start, damaged=damaged)
-    return start if checkpoint is None else _at_checkpoint(start, checkpoint, config, SCHEDULE_KEYS)
+    is_own = checkpoint.parent == run.checkpoints
+    origin = _read_origin(checkpoint, config, SCHEDULE_KEYS if is_own else set())
+    return replace(start, damaged=damaged, checkpoint=checkpoint, origins=start.origins | {checkpoint: origin})
 
 
 def check_folder(run: RunDirectory) -> None:
-    """Check that a run can have its directory.
+    """Check that output_dir can be used for a run.
 
     Raises:
         ConfigError: It or one of its folders is a file, or it holds a link to one, which would be written to wherever
@@ -176,7 +187,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """What the steps of a run follow from, as plain values: its settings, base and data, and what `auto` became.
+    """Everything that determines the steps of a run, as JSON values: settings, base, data, and what `auto` became.
 
     Args:
         config: Of the run.
@@ -213,56 +224,70 @@ def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return changes + describe_changes(before["in_use"], now["in_use"])
 
 
-def check_same_origin(start: Start, config: RunConfig, record: dict[str, Any]) -> None:
+def check_same_origin(start: Start, now: dict[str, Any]) -> None:
     """Check that base, data and what `auto` became are still those that the run began with.
 
     Raises:
         ConfigError: They are not, so the steps to come would not be those of one run.
     """
-    now = describe_origin(config, record)
     for place, before in start.origins.items():
         if changes := compare_origins(before, now):
-            if start.version not in (None, __version__):
-                changes.append(f"qlora: {start.version} → {__version__}")
+            version = start.record.get("versions", {}).get("qlora", __version__)
+            hint = " (tiles follow from model.recompute)" if any(line.startswith("tiled:") for line in changes) else ""
             raise ConfigError(
-                f"{place} was trained under other conditions (tiles follow from model.recompute):\n"
+                f"{place} was trained with a different base, data or setup{hint}:\n"
                 + "\n".join(f"  {change}" for change in changes)
+                + (f"\n  qlora: {version} → {__version__}" if version != __version__ else "")
                 + f"\nUndo these changes, {WAYS_OUT}"
             )
 
 
-def _at_checkpoint(start: Start, checkpoint: Path, config: RunConfig, may_change: set[str]) -> Start:
-    origin = _checked(checkpoint, read_origin(checkpoint))
-    _check_same_settings(checkpoint, origin, config, may_change)
-    return replace(start, checkpoint=checkpoint, origins=start.origins | {checkpoint: origin})
+def _at_foreign_checkpoint(checkpoint: Path, config: RunConfig) -> Start:
+    """Start from a checkpoint of another run, whose config and record are read if it still lies in that run."""
+    other = RunDirectory.find(checkpoint)
+    record = {} if other is None else other.read_record()
+    # qlora 0.1.0 wrote the number of examples into the record alone.
+    origin = {"examples": record.get("examples")} | _read_origin(checkpoint, config, set())
+    return Start(
+        checkpoint=checkpoint,
+        origins={checkpoint: origin},
+        config=None if other is None else load_config(other.config),
+        record=record,
+        started_from=str(checkpoint),
+    )
 
 
-def _named(run: RunDirectory, resume: str) -> Path:
+def _named(resume: str) -> Path:
     """The checkpoint that a path names: itself, or the last one of a run."""
-    other = RunDirectory.find(resume)
-    path: Path | None = Path(resume).expanduser() if other is None else other.adapter
-    if other is not None and path == other.final_adapter:
-        path, _ = newest_whole(other.list_checkpoints())
+    run = RunDirectory.find(resume)
+    path: Path | None = Path(resume).expanduser() if run is None else run.adapter
+    if run is not None and path == run.final_adapter:
+        path, _ = newest_whole(run.list_checkpoints())
     if path is None or not (path / "manifest.json").is_file():
         raise CheckpointError(f"--resume {resume}: there is no checkpoint there.")
     check_whole(path)
-    step = step_of(path) or 0
+    return path.absolute()
+
+
+def _check_newest(run: RunDirectory, checkpoint: Path) -> None:
+    step = step_of(checkpoint) or 0
     newer = [each.name for each in run.list_checkpoints() if (step_of(each) or 0) > step]
     if newer:
         raise ConfigError(
-            f"{run.path} holds checkpoints newer than {path.name} ({', '.join(newer)}). To go back to an older one, "
-            "choose another train.output_dir: the run there starts from it."
+            f"{run.path} holds checkpoints newer than {checkpoint.name} ({', '.join(newer)}). To go back to an older "
+            "one, choose another train.output_dir: the run there starts from it."
         )
-    return path
 
 
-def _checked(checkpoint: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says that it followed from, if it can be that."""
+def _read_origin(checkpoint: Path, config: RunConfig, may_change: set[str]) -> dict[str, Any]:
+    """What a checkpoint followed from, checked to be of the config's settings."""
+    origin = read_origin(checkpoint)
     data = origin.get("data")
     if not all(isinstance(origin.get(key), dict) for key in ("settings", "base", "in_use")) or not (
         isinstance(data, list) and all(isinstance(source, list) and len(source) == 2 for source in data)
     ):
         raise CheckpointError(f"{checkpoint} does not say what it followed from; it was not written by qlora train.")
+    _check_same_settings(checkpoint, origin, config, may_change)
     return origin
 
 

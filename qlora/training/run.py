@@ -1,8 +1,9 @@
 """A training run: started or continued, driven, and left behind in its directory."""
 
+import hashlib
 import signal
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from qlora.errors import CheckpointError, ConfigError, ModelError
 from qlora.lora import lora_layers
 from qlora.model import Evaluation, evaluate, frozen_checksum, resolve_device
 from qlora.processes import Processes
-from qlora.training.agreement import check_same_run
+from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.guard import StepGuard
@@ -33,11 +34,9 @@ from qlora.training.loop import Progress, StepReport, run_loop
 from qlora.training.metrics import MetricsLog, peak_memory_bytes
 from qlora.training.plot import draw_losses
 from qlora.training.record import describe_run
-from qlora.training.resume import Start, check_folder, check_same_origin, describe_origin, find_start, flatten
+from qlora.training.resume import OWN_KEYS, Start, check_folder, check_same_origin, describe_origin, find_start, flatten
 from qlora.training.saving import Saver, check_room
 from qlora.training.schedule import rate_of, resolve_interval
-
-CONTINUES = "The same command continues the run from its last save."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +83,20 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     config = absolute_paths(config)
     run = RunDirectory(config.train.output_dir)
     processes = _start_processes(config)
+    start = Start()
     with processes.raise_together():
-        start = find_start(run, config, resume, fresh) if processes.is_first else Start()
-    start = processes.broadcast(start)
+        if processes.is_first:
+            check_folder(run)
+            start = find_start(run, config, resume, fresh)
+    start = _agree_on(processes, start, config)
     assembly = assemble(config, processes)
-    _restore(assembly, run, start)
-    return assembly.plan
+    if start.is_done:
+        return replace(assembly.plan, notes=_notes_when_done(run, start, config))
+    prepared = _prepare(assembly, run, start)
+    notes = [*start.describe_damage(), *start.describe_jump(config, prepared.progress.step, assembly.plan.total_steps)]
+    if fresh and run.exists():
+        notes.append(f"The run in {run.path} would be moved aside.")
+    return replace(assembly.plan, notes=notes)
 
 
 def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, fresh: bool = False) -> RunResult:
@@ -120,8 +127,8 @@ def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, f
                     remarks.append(warning)
                 run.clear_leftovers()
                 start = find_start(run, config, resume, fresh)
-        start = processes.broadcast(start)
-        if start.is_done:  # as the first process sees it
+        start = _agree_on(processes, start, config)
+        if start.is_done:
             return _already_finished(run, start, config)
         with deterministic_algorithms(config.train.deterministic):
             assembly = assemble(config, processes)
@@ -135,42 +142,71 @@ def _start_processes(config: RunConfig) -> Processes:
     return Processes.start(resolve_device().type == "cpu", config.train.trackers, config.train.output_dir)
 
 
+def _agree_on(processes: Processes, start: Start, config: RunConfig) -> Start:
+    """The first process's start, on all of them, once they have the same config."""
+    check_same(processes, {key: value for key, value in flatten(config).items() if key not in OWN_KEYS})
+    return processes.broadcast(start)
+
+
 def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | None, remarks: list[str]) -> RunResult:
     model, processes, total_steps = assembly.model, assembly.processes, assembly.plan.total_steps
-    progress = _restore(assembly, run, start)
-    first_step = progress.step
-    if start.finished_steps == first_step == total_steps:
+    prepared = _prepare(assembly, run, start)
+    record, progress, first_step = prepared.record, prepared.progress, prepared.progress.step
+    if run.path in start.origins and start.finished_steps == first_step == total_steps:
         return _already_finished(run, start, assembly.config)
-    record = _record(assembly, start)
-    if processes.is_first:
-        if start.replaces:
-            remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
-        for folder in start.damaged:
-            set_aside(folder)
-        run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
-        # Before the config: a config without a record is not taken for a run.
-        run.write_record(record | {"status": "running"})
-        write_text(run.config, dump_config(assembly.config))
-    processes.wait()
-    remarks += start.describe_damage() + start.describe_extension(assembly.config, first_step, total_steps)
+    with processes.raise_together():
+        if processes.is_first:
+            if start.fresh and run.exists():
+                remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
+            for folder in start.damaged:
+                set_aside(folder)
+            run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+            # Before the config: a config without a record is not taken for a run.
+            run.write_record(record | {"status": "running"})
+            write_text(run.config, dump_config(assembly.config))
+    remarks += start.describe_damage() + start.describe_jump(assembly.config, first_step, total_steps)
     checksum = frozen_checksum(model)
-    received = _run_session(assembly, run, progress, describe_origin(assembly.config, record), stop_at, remarks)
-    if frozen_checksum(model) != checksum:
-        raise ModelError("The frozen base was changed during training, so the run can't be trusted.")
+    received = _run_session(assembly, run, prepared, stop_at, remarks)
 
     status = "finished" if progress.step == total_steps else "interrupted"
-    if processes.is_first:
-        if status == "finished":
-            _save_final_adapter(assembly, run)
-        run.write_record(record | {"status": status, "steps": progress.step})
-        draw_losses(run.read_metrics(), run.path / "loss.png")
-    processes.wait()
-    notes = [] if status == "finished" else [f"Stopped at step {progress.step} of {total_steps}. {CONTINUES}"]
+    with processes.raise_together():
+        if frozen_checksum(model) != checksum:
+            raise ModelError("The frozen base was changed during training, so the run can't be trusted.")
+        if processes.is_first:
+            if status == "finished":
+                _save_final_adapter(assembly, run)
+            run.write_record(record | {"status": status, "steps": progress.step})
+            draw_losses(run.read_metrics(), run.path / "loss.png")
+    notes = []
+    if status == "interrupted":
+        notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, status, progress.step, progress.step - first_step, received, notes)
 
 
-def _restore(assembly: Assembly, run: RunDirectory, start: Start) -> Progress:
-    """Put a run's parts where its checkpoint left them, if there is one; return how far that is.
+def how_to_continue(fresh: bool) -> str:
+    """A sentence for the end of a session that did not finish its run."""
+    return f"The same command{' without --fresh' if fresh else ''} continues the run from its last save."
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A run about to train.
+
+    Attributes:
+        progress: Where it starts.
+        record: What run.json says, except how far the run is.
+        origin: What it follows from, see :func:`qlora.training.resume.describe_origin`.
+        fresh: Whether it was started over.
+    """
+
+    progress: Progress
+    record: dict[str, Any]
+    origin: dict[str, Any]
+    fresh: bool
+
+
+def _prepare(assembly: Assembly, run: RunDirectory, start: Start) -> _Prepared:
+    """Put a run's parts where its checkpoint left them, if there is one, and check that it can go on from there.
 
     Raises:
         QLoRAError: Base, data or settings are not those that the run began with, the disk has too little room, or the
@@ -178,36 +214,36 @@ def _restore(assembly: Assembly, run: RunDirectory, start: Start) -> Progress:
     """
     processes, plan = assembly.processes, assembly.plan
     record = _record(assembly, start)
+    origin = describe_origin(assembly.config, record)
     progress = Progress()
     with processes.raise_together():
-        check_same_origin(start, assembly.config, record)
+        check_same_origin(start, origin)
         if processes.is_first:
-            check_room(run, assembly, [] if start.replaces else run.list_checkpoints())
+            check_room(run, assembly, [] if start.fresh else run.list_checkpoints())
         if start.checkpoint is not None:
             if not start.checkpoint.is_dir():
-                raise CheckpointError(f"{start.checkpoint} is not there; all processes have to share train.output_dir.")
+                raise CheckpointError(
+                    f"{start.checkpoint} was not found. Put train.output_dir on a file system that all processes share."
+                )
             progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
         if progress.step > plan.total_steps:
             raise ConfigError(
                 f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} asked for; raise "
                 "train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
             )
-    origin = describe_origin(assembly.config, record)
-    check_same_run(processes, assembly.config, origin, progress.step, assembly.optimizer.flat)
+    trained = assembly.optimizer.flat.data.cpu().view(torch.uint8).numpy().tobytes()
+    facts = {"first step": progress.step, "trained parameters": hashlib.sha256(trained).hexdigest()[:12]}
+    check_same(processes, origin["in_use"] | facts)
     plan.in_use["micro_batch_parts"] = progress.num_parts
-    return progress
+    return _Prepared(progress, record, origin, start.fresh)
 
 
 def _run_session(
-    assembly: Assembly,
-    run: RunDirectory,
-    progress: Progress,
-    origin: dict[str, Any],
-    stop_at: int | None,
-    remarks: list[str],
+    assembly: Assembly, run: RunDirectory, prepared: _Prepared, stop_at: int | None, remarks: list[str]
 ) -> signal.Signals | None:
     """Train until the end, a signal or `stop_at`, saving and evaluating on the way; return the signal."""
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
+    progress = prepared.progress
     total = plan.total_steps
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
@@ -216,7 +252,7 @@ def _run_session(
     )
     log = MetricsLog(run, processes, total, plan.steps_per_epoch, config.log_every, progress.step)
     log.announce([*(report.summary() for report in plan.datasets.reports), plan.summary(), *remarks])
-    saver, guard = Saver(run, assembly, origin, log), StepGuard(run, assembly, progress, log)
+    saver, guard = Saver(run, assembly, prepared.origin, log), StepGuard(run, assembly, progress, log)
 
     def evaluates_at(step: int) -> bool:
         return step in (0, total) or eval_every is not None and step % eval_every == 0
@@ -233,8 +269,11 @@ def _run_session(
         stop = interruption.requested if processes.world_size == 1 else report.stop_asked
         stop = stop or progress.step == stop_at
         is_asked = interruption.take_save_request()
-        if is_last or stop or is_asked or (save_every and progress.step % save_every == 0):
-            saver.save(progress, is_last or stop)
+        if is_last or stop or (save_every and progress.step % save_every == 0):
+            with processes.raise_together():
+                saver.save(progress, is_last or stop)
+        elif is_asked:  # of this process alone
+            saver.save(progress, False)
         # After the save, which may be all that a stop leaves time for; a continued run makes up for it.
         if evaluates_at(progress.step) and (is_last or not stop):
             evaluate_now()
@@ -242,7 +281,8 @@ def _run_session(
 
     with Interruption() as interruption:
         try:
-            saver.try_save(progress)
+            with processes.raise_together():
+                saver.try_save(progress)
             if evaluates_at(progress.step) and not is_evaluated:
                 evaluate_now()
             run_loop(
@@ -254,7 +294,7 @@ def _run_session(
             raise ModelError(
                 f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
                 "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
-                f"{CONTINUES} {problem}"
+                f"{how_to_continue(prepared.fresh)} {problem}"
             ) from problem
         finally:
             log.close()
@@ -284,6 +324,7 @@ def _record(assembly: Assembly, start: Start) -> dict[str, Any]:
         "total_steps": plan.total_steps,
         "in_use": plan.in_use,
         "continued_from": str(start.checkpoint) if start.checkpoint else None,
+        "started_from": start.started_from,
         "parameters": plan.inventory.as_dict() | {"adapted": [name for name, _ in lora_layers(assembly.model)]},
         "data": [report.as_dict() for report in plan.datasets.reports],
         "examples": {"train": len(plan.datasets.train), "eval": len(plan.datasets.eval)},
@@ -293,13 +334,17 @@ def _record(assembly: Assembly, start: Start) -> dict[str, Any]:
 def _already_finished(run: RunDirectory, start: Start, config: RunConfig) -> RunResult:
     """The result of the session that finished the run, and what to do next."""
     assert start.finished_steps is not None
+    return _result(run, "finished", start.finished_steps, 0, None, _notes_when_done(run, start, config))
+
+
+def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list[str]:
     notes = [
         f"Already finished at step {start.finished_steps}; nothing was trained. To train on, raise train.max_steps or "
         f"train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
     ]
-    if ignored := start.changes(config, flatten(config)):
-        notes.append(f"Keys that changed since and were ignored: {'; '.join(ignored)}.")
-    return _result(run, "finished", start.finished_steps, 0, None, notes)
+    if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
+        notes.append(f"Keys that changed since and were ignored: {'; '.join(sorted(ignored))}.")
+    return notes
 
 
 def _result(

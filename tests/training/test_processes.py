@@ -13,7 +13,7 @@ from qlora.config import load_config
 from qlora.export import merge, verify
 from qlora.training import train
 from tests.tiny import POISON, make_base, run_config, write_jsonl
-from tests.training.same_run import assert_same_run
+from tests.training.same_run import assert_same_run, rewrite
 
 
 def run_in_two(*module):
@@ -43,6 +43,14 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
         return str(run_config(base, rows, tmp_path / name, data__cache_dir=str(tmp_path / "cache"), **settings))
 
     first, elsewhere = config("first"), config("elsewhere")
+    damaged = config("damaged")
+    train(load_config(damaged), stop_at=2)
+    metrics = tmp_path / "damaged" / "metrics.jsonl"
+    metrics.write_text("no JSON\n" + metrics.read_text())
+    record = json.loads((tmp_path / "damaged" / "run.json").read_text())
+    record["in_use"]["processes"] = 2
+    (tmp_path / "damaged" / "run.json").write_text(json.dumps(record))
+    rewrite(tmp_path / "damaged" / "checkpoints" / "step-000002", "origin.json", in_use=record["in_use"])
     cases = {
         "stopped": {"configs": [first, elsewhere], "stop_at": 2},
         "continued": {"configs": [first, elsewhere]},
@@ -51,8 +59,9 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
         "steps": {"configs": [config("c"), config("d", train__max_steps=7)]},
         "base": {"configs": [config("e"), config("f", other_base)]},
         "rows": {"configs": [config("g"), config("h", rows=other_rows)]},
-        "absent": {"configs": [config("i"), config("j", rows=tmp_path / "absent.jsonl")]},
-        "bad": {"configs": [config("k", rows=tmp_path / "absent.jsonl"), config("l")]},
+        "absent": {"configs": [config("i"), config("j", rows=tmp_path / "absent" / alpaca_file.name)]},
+        "bad": {"configs": [config("k", rows=tmp_path / "absent" / alpaca_file.name), config("l")]},
+        "damaged": {"configs": [damaged, config("m")]},
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     lines = run_in_two("tests.training.ranks", str(tmp_path / "cases.json")).splitlines()
@@ -66,17 +75,19 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     for name, difference in {
         "rate": "train.learning_rate: 0.01 → 0.001",
         "steps": "train.max_steps: 6 → 7",
-        "base": "model.base: model.safetensors has other contents",
-        "rows": f"{other_rows}: what is learned from it",
+        "base": "contents of model.safetensors (model.base): ",
+        "rows": f"examples of {other_rows.name}: ",
     }.items():
         kind, message = found[name]
         assert kind == "ConfigError"
         assert "Processes 0 and 1 of 2 would not train the same run" in message
-        assert f"  {difference}\n" in message
+        assert f"\n  {difference}" in message
     assert found["absent"][0] == found["bad"][0] == "DataError"
     assert found["absent"][1].startswith("Process 1 of 2: ")
     assert not found["bad"][1].startswith("Process ")
-    assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"first", "whole"}
+    assert found["damaged"][0] == "CheckpointError"  # which the first process alone meets, as it starts to write
+    assert "metrics.jsonl:1 is damaged" in found["damaged"][1]
+    assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
         plan_run(configure(), resume=str(tmp_path))
 
 
-def test_a_run_can_be_started_from_by_its_own_path(configure, tmp_path):
+def test_a_run_can_be_started_from_by_its_own_path(configure, tmp_path, capsys):
     train(configure("whole"))
     train(configure("first", train__save_every=2), stop_at=3)
     result = train(configure(), resume=str(tmp_path / "first"))
@@ -73,6 +73,16 @@ def test_a_run_can_be_started_from_by_its_own_path(configure, tmp_path):
     assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
     final = train(configure("longer", train__max_steps=7), resume=str(tmp_path / "whole" / "adapter"))
     assert (final.steps, final.trained_steps) == (7, 1)
+    assert "The learning rate jumps" in capsys.readouterr().err
+
+
+def test_the_same_command_with_a_checkpoint_goes_on_with_what_it_started(configure, tmp_path):
+    train(configure("whole"))
+    train(configure("first"), stop_at=2)
+    checkpoint = str(tmp_path / "first" / "checkpoints" / "step-000002")
+    for stop, trained in ((3, 1), (5, 2), (None, 1)):
+        assert train(configure(), resume=checkpoint, stop_at=stop).trained_steps == trained
+    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 2]
 
 
 def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrupt_after, tmp_path):
