@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.masks import check_weight
 from qlora.data.rows import Row
-from qlora.data.turns import MEDIA_KEYS, TurnReader, check_unicode, check_weight, parse_json, read_tools
+from qlora.data.turns import MEDIA_KEYS, TurnReader, check_unicode, parse_json, read_tools
 from qlora.errors import ConfigError, DataError
 
 FORMATS = {
@@ -121,7 +122,7 @@ class RowReader:
         row = self._mapped(row)
         media = [name for name in MEDIA_KEYS if row.values.get(name)]
         if media:
-            raise DataError(f"{row.origin}: it has {', '.join(media)}; only text can be learnt here.")
+            raise DataError(f"{row.origin}: it has {', '.join(media)}; only text is supported.")
         values = _Watched(row.values)
         example = _READERS[self.format](self, Row(values, row.origin))
         self.unread |= values.keys() - values.read

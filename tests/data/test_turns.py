@@ -145,7 +145,7 @@ def test_parts_may_be_calls(form, key):
 @pytest.mark.parametrize("kind", ["image_url", "image", "input_audio", None, 3, [], {}, HALF], ids=repr)
 def test_parts_that_are_no_text_are_refused(kind):
     message = refusal([{"role": "user", "content": [{"type": kind, "image_url": "x.png"}]}])
-    assert f"a part of a turn is of type {kind!r}; only text can be learnt" in message
+    assert f"a part of a turn is of type {kind!r}; only text is supported" in message
 
 
 @pytest.mark.parametrize("part", [3, None, ["text"], True], ids=repr)
