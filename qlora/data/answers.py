@@ -41,6 +41,11 @@ class Answer:
         return [float(characters[begin:end].min()) for begin, end in places]
 
     @property
+    def part_borders(self) -> list[int]:
+        """Characters inside it where a part begins or ends."""
+        return sorted({place for begin, end, _ in self.parts for place in (begin, end)} - {self.begin, self.end})
+
+    @property
     def end_weight(self) -> float:
         """The weight of what ends it."""
         return next((weight for _, end, weight in self.parts if end == self.end), self.weight)

@@ -177,14 +177,16 @@ class ExampleEncoder:
         borders = [answer.begin for answer in draft.answers]
         stretches = pairwise([0, *borders])
         crossed = [border for start, border in stretches if self._is_crossed(draft.text, start, border, encoding)]
-        behind = [answer.end for answer in draft.answers if self._is_crossed_behind(draft, answer, ids, spans)]
-        if not draft.weight and (behind or crossed and crossed[0] < borders[-1]):
+        for answer in draft.answers:
+            crossed += [border for border in answer.part_borders if _is_inside_token(encoding, border)]
+            crossed += [answer.end] * self._is_crossed_behind(draft, answer, ids, spans)
+        if not draft.weight and crossed and min(crossed) < borders[-1]:
             # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one.
             parts = draft.by_answer()
             encodings = self._tokenize([part.text for part in parts])
             return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]
-        if crossed or behind:
-            ids, spans = self._tokens_by_pieces(draft.text, crossed + behind)
+        if crossed:
+            ids, spans = self._tokens_by_pieces(draft.text, crossed)
         weights, has_end = self._weights(draft, ids, spans)
         # A text may have its marks already.
         starts = [] if ids[: len(draft.starts)] == draft.starts else draft.starts
@@ -256,9 +258,9 @@ class ExampleEncoder:
         """
         if not 0 < border < len(text):
             return False
-        here, before = encoding.char_to_token(border), encoding.char_to_token(border - 1)
-        if here is not None and encoding.token_to_chars(here)[0] < border:
+        if _is_inside_token(encoding, border):
             return True
+        here, before = encoding.char_to_token(border), encoding.char_to_token(border - 1)
         blanks = len(text[start:border]) - len(text[start:border].rstrip())
         # Byte-level tokenizers may leave blanks out of the characters that they say a token stands for.
         if here is not None and before is not None and encoding.token_to_chars(before)[0] <= border - blanks:
@@ -329,6 +331,12 @@ def _first_token(spans: Spans, char: int) -> int:
     # Sought by their ends: where blanks are left out of a token's span, it seems to begin behind them.
     token = bisect_right(spans, char, key=itemgetter(1))
     return token + (token < len(spans) and spans[token][0] < char)
+
+
+def _is_inside_token(encoding: Any, border: int) -> bool:
+    """Whether a token holds characters of both sides of a border."""
+    token = encoding.char_to_token(border)
+    return token is not None and encoding.token_to_chars(token)[0] < border
 
 
 def _take(example: Tokens) -> Encoded | DataError:

@@ -6,7 +6,15 @@ from typing import Any
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
 from qlora.data.masks import check_weight
 from qlora.data.rows import Row
-from qlora.data.turns import MEDIA_KEYS, TurnReader, check_unicode, parse_json, read_tools
+from qlora.data.turns import (
+    MEDIA_KEYS,
+    TRANSCRIPT_START,
+    TurnReader,
+    check_unicode,
+    parse_json,
+    read_tools,
+    read_transcript,
+)
 from qlora.errors import ConfigError, DataError
 
 FORMATS = {
@@ -78,6 +86,11 @@ class RowReader:
         columns: Our name of a column, or of a turn's key, to theirs.
         roles: Their name of a speaker to ours.
 
+    Attributes:
+        format: Which of `FORMATS` the rows are read as, once a row has decided.
+        unread: Columns that nothing read, over all rows.
+        notes: What a user should know of the rows.
+
     Raises:
         ConfigError: There is no such format, or a mapping gives a column or a role that no format has.
     """
@@ -92,8 +105,14 @@ class RowReader:
                 raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
         self.format = format
         self.unread: set[str] = set()
+        self.notes: set[str] = set()
         self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
         self._turns = TurnReader(columns, roles)
+
+    @property
+    def unread_keys(self) -> set[str]:
+        """Keys of turns and of their parts that nothing read."""
+        return self._turns.unread
 
     def detect(self, rows: Iterable[Row]) -> None:
         """Takes the format of the first row whose columns stand for one.
@@ -176,7 +195,13 @@ class RowReader:
         return Conversation(messages, self._tools(row), weights)
 
     def _read_text(self, row: Row) -> Completion:
-        return Completion("", _text(row, "text"))
+        text = _text(row, "text")
+        if text.startswith(TRANSCRIPT_START):
+            self.notes.add(
+                "some texts are conversations in HH-RLHF's form and are learned whole, as text; to learn their answers "
+                "alone, set format: chosen and columns: {chosen: text}"
+            )
+        return Completion("", text)
 
     def _read_tokenized(self, row: Row) -> Tokens:
         ids = _numbers(row, "input_ids")
@@ -211,12 +236,18 @@ class RowReader:
         values = row.values
         answer = values.get(f"{name}_messages", values.get(name))
         if isinstance(answer, str):
-            return [*self._prompt(row), _turn("assistant", check_unicode(row, answer))]
+            turns = read_transcript(check_unicode(row, answer))
+            if turns and (answer.startswith(TRANSCRIPT_START) or not self._has_prompt(row)):
+                return self._system(row) + turns
+            return [*self._prompt(row), _turn("assistant", answer)]
         turns, _ = self._turns.read_all(row, name, answer)
         if turns[0]["role"] == "assistant":
             return [*self._prompt(row), *turns]
         # It holds the whole conversation; the other columns then give its prompt once more.
         return turns if turns[0]["role"] == "system" else [*self._system(row), *turns]
+
+    def _has_prompt(self, row: Row) -> bool:
+        return not row.values.keys().isdisjoint({*TURN_COLUMNS, "prompt", "instruction"})
 
     def _prompt(self, row: Row) -> list[dict[str, Any]]:
         """The turns before an answer."""
@@ -225,7 +256,9 @@ class RowReader:
         if column != "prompt" or isinstance(values.get("prompt"), list):
             return self._system(row) + self._turns.read_all(row, column, values[column])[0]
         if "prompt" in values:
-            return [*self._system(row), _turn("user", _text(row, "prompt"))]
+            prompt = _text(row, "prompt")
+            turns = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
+            return [*self._system(row), *(turns or [_turn("user", prompt)])]
         if "instruction" in values:
             return self._alpaca_prompt(row)
         columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))

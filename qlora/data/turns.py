@@ -1,6 +1,7 @@
 """Turns of a conversation in the dialects there are, to the one that chat templates read."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 CALL_KEYS = ("tool_calls", "function_call")
+# How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+TRANSCRIPT_START = "\n\nHuman:"
 # Keys of a turn that are read, whatever its role; and of a turn of a tool.
 TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
 RESULT_KEYS = ("name", "tool_call_id")
@@ -180,6 +184,20 @@ def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
         raise DataError(f"{row.origin}: 'tools' should be a list of objects, not {tools!r:.80}.")
     _check_nested(row, tools)
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def read_transcript(text: str) -> list[dict[str, Any]] | None:
+    """Reads a conversation in HH-RLHF's text form, `\\n\\nHuman: …\\n\\nAssistant: …`.
+
+    Returns:
+        Its turns, without an empty answer at the end, as a prompt has one; None if the text is not in this form.
+    """
+    before, *pieces = SPEAKER.split(text)
+    if before or pieces[:1] != ["Human"]:
+        return None
+    said = zip(pieces[::2], map(str.strip, pieces[1::2]), strict=True)
+    turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in said]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def parse_json(row: Row, name: str, text: str) -> Any:
