@@ -13,6 +13,9 @@ from qlora.data.serving import ANSWER, TemplateFacts
 from qlora.data.template import PROBE, render
 from qlora.errors import DataError
 
+# Keys of a turn whose words may have weights of their own.
+WORDS = ("content", "reasoning_content")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -24,6 +27,7 @@ class Answer:
         end: Where all that the template writes for it ends.
         weight: How much it counts.
         parts: First character, the one behind the last, and weight of what counts otherwise.
+        control_tokens: Where control tokens begin that its words contain.
     """
 
     begin: int
@@ -31,6 +35,7 @@ class Answer:
     end: int
     weight: float
     parts: Sequence[tuple[int, int, float]] = ()
+    control_tokens: frozenset[int] = frozenset()
 
     def token_weights(self, spans: Iterable[tuple[int, int]]) -> list[float]:
         """The weight of each of its tokens: the smallest of those of its characters."""
@@ -122,9 +127,10 @@ class _Drafter:
         switched: Counter[str] = Counter()
         answers = [self._find(messages, turn, text, switched) for turn in sought]
         if all(answer or self.weights[turn] == base for turn, answer in zip(sought, answers, strict=True)):
-            ends_with_answer = turns[-1:] == [len(messages) - 1] and _largest(self.weights[turns[-1]]) > 0
+            last = len(messages) - 1
+            needs_end = last in turns and _largest(self.weights[last]) > 0
             found = [answer for answer in answers if answer]
-            return [Draft(text, found, base, needs_end=ends_with_answer, switched=switched)]
+            return [Draft(text, found, base, needs_end=needs_end, switched=switched)]
         if base:
             raise DataError(
                 "data.loss_on: all can't weigh single turns, as the template changes earlier turns when others follow."
@@ -195,28 +201,44 @@ class _Drafter:
             begin += len(self.facts.header_of(span, text[:begin]))
         tail = self.facts.tail
         said = end - len(tail) if tail is not None and span.endswith(tail) else None
+        if said is None and self.facts.begins_turn(text[self._last_word(turn, span, end) : end]):
+            raise DataError(
+                "the chat template begins another turn behind an answer that it has not ended, so where the answer "
+                "ends can't be told; set data.chat_template to chatml, or to a jinja file made for training."
+            )
+        places = {key: self._place(turn, key, text, begin, end if said is None else said) for key in WORDS}
+        control_tokens = frozenset(
+            place + match.start()
+            for key, place in places.items()
+            for match in self.facts.control_token.finditer(message.get(key, ""))
+        )
         if not isinstance(weight, PartWeights):
-            return Answer(begin, said, end, weight)
-        return Answer(begin, said, end, weight.rest, list(self._parts(message, weight, text, begin, end, said)))
-
-    def _parts(
-        self, message: dict[str, Any], weight: PartWeights, text: str, begin: int, end: int, said: int | None
-    ) -> list[tuple[int, int, float]]:
+            return Answer(begin, said, end, weight, (), control_tokens)
         parts = []
         for key, first, last, own in weight.parts:
-            whole = message[key]
-            stripped = whole.strip()  # templates may cut off the blanks around it
-            if key == "content":
-                place = text.rfind(stripped, begin, end if said is None else said)
-            else:
-                place = text.find(stripped, begin, end)
-            assert place >= 0, "it was seen to be written"
-            offset = place - (len(whole) - len(whole.lstrip()))
-            start, stop = max(offset + first, place), min(offset + last, place + len(stripped))
-            if key == "content" and last == len(whole) and stop == said:
-                stop = end
-            parts.append((start, stop, own))
-        return [part for part in parts if part[0] < part[1]]
+            start, stop = max(places[key] + first, begin), min(places[key] + last, end if said is None else said)
+            is_end = key == "content" and not message[key][last:].strip() and stop == said
+            parts.append((start, end if is_end else stop, own))
+        return Answer(begin, said, end, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
+
+    def _place(self, turn: int, key: str, text: str, begin: int, end: int) -> int:
+        """Where the first character of an answer's content or reasoning is, or would be if blanks were not cut off."""
+        whole = self.messages[turn].get(key, "")
+        stripped = whole.strip()
+        find = text.rfind if key == "content" else text.find
+        return find(stripped, begin, end) - (len(whole) - len(whole.lstrip()))
+
+    def _last_word(self, turn: int, span: str, end: int) -> int:
+        """A character behind all that depends on an answer's words and calls."""
+        answer = self.messages[turn] | {"content": PROBE}
+        if "tool_calls" in answer:
+            calls = [call | {"function": {"name": PROBE, "arguments": {}}} for call in answer["tool_calls"]]
+            answer |= {"content": "", "tool_calls": calls}
+        try:
+            other = self._render([*self.messages[:turn], answer])
+        except DataError:  # it knows no such call
+            return end
+        return end - len(commonprefix([span[::-1], other[::-1]]))
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return render(self.tokenizer, messages, self.tools, **options)

@@ -1,6 +1,5 @@
 """Examples to tokens with the weight of each, many at a time."""
 
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -91,8 +90,6 @@ class ExampleEncoder:
         # What starts a text ends none, unless one token does both.
         starts = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
         self._end_ids = {*tokenizer.all_special_ids, *added} - starts
-        controls = tokenizer.convert_ids_to_tokens(sorted((self._end_ids | starts) - {None}))
-        self._control_token = re.compile("|".join(map(re.escape, sorted(controls, reverse=True))))
         self._beside = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -167,7 +164,7 @@ class ExampleEncoder:
             for conversation in conversations
             for message in conversation.messages
             for key in ("content", "reasoning_content")
-            for token in self._control_token.findall(message.get(key, ""))
+            for token in self.facts.control_token.findall(message.get(key, ""))
         )
 
     def _finish(self, draft: Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
@@ -208,10 +205,10 @@ class ExampleEncoder:
             weights[first : ends.stop] = answer.weight
             if answer.parts:
                 weights[first : ends.stop] = answer.token_weights(spans[place] for place in range(first, ends.stop))
-            if draft.is_chat:
-                # An end token in the middle of what is said would teach to stop there.
-                inside = set(ids[ends.start : ends.stop]) or {self.tokenizer.eos_token_id}
-                weights[[place for place in range(first, ends.start) if ids[place] in inside]] = 0
+            # An end token in the middle of what is said would teach to stop there.
+            ending = set(ids[ends.start : ends.stop]) or {self.tokenizer.eos_token_id}
+            said = [_first_token(spans, place) for place in answer.control_tokens]
+            weights[[place for place in said if place < ends.start and ids[place] in ending]] = 0
         return weights, len(ends) > 0
 
     def _end(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> range:
@@ -233,7 +230,7 @@ class ExampleEncoder:
         ending = self.tokenizer.eos_token_id if end is None else ids[end]
         start = stop if end is None else end
         said = start
-        while start > first and ids[start - 1] == ending:
+        while start > first and ids[start - 1] == ending and spans[start - 1][0] in answer.control_tokens:
             start -= 1
         if start < said or end is None:
             return range(start, start + (start < said))

@@ -12,6 +12,10 @@ from qlora.errors import ConfigError, DataError
 
 QUESTION = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
+TOOL = {
+    "type": "function",
+    "function": {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}},
+}
 CALL_ID = "abcdefgh1"  # of the length that Mistral's templates demand
 # Texts on whose leading spaces two readings of one tokenizer file may differ.
 SPACED = (" Hello", "  Hello", "\n Hello")
@@ -84,6 +88,18 @@ class TemplateFacts:
                     )
                 place += len(piece)
 
+    def notes(self) -> list[str]:
+        """What a user should know of the template."""
+        notes, ids = [], self._prompt_ids
+        if ids is not None and adds_bos(self._tokenizer) and ids[:1] != [self._tokenizer.bos_token_id]:
+            notes.append(
+                "the chat template writes no BOS, though the tokenizer starts plain text with it: transformers and "
+                "vLLM feed conversations without, llama.cpp with it"
+            )
+        if re.search("strftime_now|date_string", str(self._tokenizer.chat_template)):
+            notes.append("the chat template writes a date: that of the day on which the data was tokenized")
+        return notes
+
     def modes(self, answer: dict[str, Any]) -> tuple[bool | None, ...]:
         """How a server may have the template write the prompt for an answer: as it does by default, or else with
         thinking switched on for an answer that thinks, and off for another, if it has such a switch.
@@ -102,6 +118,11 @@ class TemplateFacts:
         headers = [header for header in self._headers if span.startswith(header) and not before.endswith(header)]
         return max(headers, key=len, default="")
 
+    def begins_turn(self, text: str) -> bool:
+        """Whether the first control token of what is behind an answer's words opens a turn instead of ending one."""
+        found = self.control_token.search(text)
+        return found is not None and found[0] in self._openers
+
     @cached_property
     def tail(self) -> str | None:
         """What the template writes behind the words of an answer; None if it does not write a plain answer."""
@@ -110,9 +131,22 @@ class TemplateFacts:
 
     @cached_property
     def next_header(self) -> int:
-        """Characters at the end of :attr:`tail` that are how a user's turn begins."""
+        """Characters at the end of a tail that are how a user's turn begins."""
         before, found, _ = self._probed([QUESTION | {"content": PROBE}]).partition(PROBE)
         return len(commonprefix([before[::-1], (self.tail or "")[::-1]])) if found else 0
+
+    @cached_property
+    def control_token(self) -> re.Pattern[str]:
+        """Matches the tokenizer's control tokens."""
+        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        tokens = self._tokenizer.convert_ids_to_tokens(sorted({*self._tokenizer.all_special_ids, *added}))
+        return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))))
+
+    @cached_property
+    def _openers(self) -> set[str]:
+        """Control tokens that begin an answer, but end none."""
+        tail = self.control_token.findall(self.tail or "")[:1]
+        return {token for header in self._headers for token in self.control_token.findall(header)} - {*tail}
 
     @cached_property
     def _headers(self) -> list[str]:
@@ -128,23 +162,13 @@ class TemplateFacts:
         return next((name for name in THINKING_SWITCHES if name in names), None)
 
     def _probed(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """A conversation as text; empty if the template refuses it."""
-        try:
-            return render(self._tokenizer, messages, add_generation_prompt=add_generation_prompt)
-        except DataError:
-            return ""
-
-    def notes(self) -> list[str]:
-        """What a user should know of the template."""
-        notes, ids = [], self._prompt_ids
-        if ids is not None and adds_bos(self._tokenizer) and ids[:1] != [self._tokenizer.bos_token_id]:
-            notes.append(
-                "the chat template writes no BOS, though the tokenizer starts plain text with it: transformers and "
-                "vLLM feed conversations without, llama.cpp with it"
-            )
-        if re.search("strftime_now|date_string", str(self._tokenizer.chat_template)):
-            notes.append("the chat template writes a date: that of the day on which the data was tokenized")
-        return notes
+        """A conversation as text, with a tool if the template demands one; empty if it refuses that, too."""
+        for tools in (None, [TOOL]):
+            try:
+                return render(self._tokenizer, messages, tools, add_generation_prompt)
+            except DataError:
+                continue
+        return ""
 
     @cached_property
     def _prompt_ids(self) -> list[int] | None:
@@ -166,8 +190,7 @@ class TemplateFacts:
 
     @cached_property
     def _writes_tools(self) -> bool:
-        function = {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
-        return self._writes([QUESTION], [{"type": "function", "function": function}])
+        return self._writes([QUESTION], [TOOL])
 
     @cached_property
     def _writes_calls(self) -> bool:
