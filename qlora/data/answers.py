@@ -1,10 +1,10 @@
 """Where the answers of a conversation lie in its text, behind what a server feeds before each."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from qlora.data.examples import Conversation, PartWeights
 from qlora.data.serving import ANSWER, TemplateFacts
 from qlora.data.template import PROBE, render
 from qlora.errors import DataError
+
+T = TypeVar("T")
 
 # Keys of a turn whose words may have weights of their own.
 WORDS = ("content", "reasoning_content")
@@ -122,16 +124,23 @@ class _Drafter:
             raise DataError("the conversation begins with an answer, which nothing asks for; take that turn out.")
         if sought and not base:
             messages = messages[: sought[-1] + 1]  # nothing is learned from what follows
-        text = self._render(messages)
+        # A template may write reasoning only where thinking is switched on.
+        modes = dict.fromkeys(
+            mode for turn in sought for mode in self.facts.modes(self.messages[turn]) if mode is not False
+        )
+        return self._first_that_works(lambda mode: self._draft_whole(messages, sought, mode), [*modes] or [None])
+
+    def _draft_whole(self, messages: list[dict[str, Any]], sought: list[int], mode: bool | None) -> list[Draft]:
+        """Drafts the conversation rendered in one mode of thinking; or its answers, if it can't be one document."""
+        text = self._render(messages, thinking=mode)
         self.facts.check_written([message for message in messages if message["role"] != "assistant"], text)
         switched: Counter[str] = Counter()
-        answers = [self._find(messages, turn, text, switched) for turn in sought]
-        if all(answer or self.weights[turn] == base for turn, answer in zip(sought, answers, strict=True)):
-            last = len(messages) - 1
-            needs_end = last in turns and _largest(self.weights[last]) > 0
+        answers = [self._find(messages, turn, text, mode, switched) for turn in sought]
+        if all(answer or self.weights[turn] == self.base for turn, answer in zip(sought, answers, strict=True)):
+            needs_end = sought[-1:] == [len(messages) - 1] and _largest(self.weights[sought[-1]]) > 0
             found = [answer for answer in answers if answer]
-            return [Draft(text, found, base, needs_end=needs_end, switched=switched)]
-        if base:
+            return [Draft(text, found, self.base, needs_end=needs_end, switched=switched)]
+        if self.base:
             raise DataError(
                 "data.loss_on: all can't weigh single turns, as the template changes earlier turns when others follow."
             )
@@ -139,9 +148,12 @@ class _Drafter:
         # server then asks for each answer with its own rendering of what came before, so each becomes a document.
         return [self._draft_answer(turn) for turn in sought if _largest(self.weights[turn])]
 
-    def _find(self, messages: list[dict[str, Any]], turn: int, text: str, switched: Counter[str]) -> Answer | None:
+    def _find(
+        self, messages: list[dict[str, Any]], turn: int, text: str, mode: bool | None, switched: Counter[str]
+    ) -> Answer | None:
         """An answer's place in the text of all turns; None if the template changes what is before it."""
-        until = text if turn == len(messages) - 1 else self._render(messages[: turn + 1])
+        is_last = turn == len(messages) - 1
+        until = text if is_last else self._render(messages[: turn + 1], thinking=mode)
         if not text.startswith(until):
             return None
         if not turn:  # nothing asks for it, and it is learned only where everything is
@@ -155,20 +167,31 @@ class _Drafter:
 
     def _draft_answer(self, turn: int) -> Draft:
         """An answer as a document of its own, behind the prompt that a server feeds."""
-        history, upto = self.messages[:turn], self.messages[: turn + 1]
-        for thinking in self.facts.modes(self.messages[turn]):
-            text = self._render(upto, thinking=thinking)
-            before = self._render(history, add_generation_prompt=True, thinking=thinking)
-            if text.startswith(before):
-                switched = self.facts.switch(thinking)
-                break
-        else:
-            before, text = self._behind_prompt(history, self.messages[turn])
-            switched = Counter()
-        answer = self._answer(turn, text, len(before), len(text))
-        return Draft(text, [answer], 0.0, needs_end=True, switched=switched)
+        history, answer = self.messages[:turn], self.messages[turn]
 
-    def _behind_prompt(self, history: list[dict[str, Any]], answer: dict[str, Any]) -> tuple[str, str]:
+        def draft(mode: bool | None) -> Draft:
+            text = self._render([*history, answer], thinking=mode)
+            before = self._render(history, add_generation_prompt=True, thinking=mode)
+            if not text.startswith(before):
+                before, text = self._behind_prompt(history, answer, mode)
+            found = self._answer(turn, text, len(before), len(text))
+            return Draft(text, [found], 0.0, needs_end=True, switched=self.facts.switch(mode))
+
+        return self._first_that_works(draft, self.facts.modes(answer))
+
+    def _first_that_works(self, draft: Callable[[bool | None], T], modes: Sequence[bool | None]) -> T:
+        """What is drafted in the first mode of thinking in which it can be; the first error if it can't be in any."""
+        errors = []
+        for mode in modes:
+            try:
+                return draft(mode)
+            except DataError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _behind_prompt(
+        self, history: list[dict[str, Any]], answer: dict[str, Any], mode: bool | None
+    ) -> tuple[str, str]:
         """The prompt that a server feeds, and this with the answer, whose rendering changes what is before it.
 
         The answer is what its own rendering has behind the header that a prompt ends with. This header is sought
@@ -177,11 +200,12 @@ class _Drafter:
         Raises:
             DataError: No such header is there.
         """
-        before = self._render(history, add_generation_prompt=True)
-        plain, whole = self._render(history), self._render([*history, answer])
+        before = self._render(history, add_generation_prompt=True, thinking=mode)
+        plain = self._render(history, thinking=mode)
+        whole = self._render([*history, answer], thinking=mode)
         header = before[len(plain) :] if before.startswith(plain) else ""
-        other_turn = self._render([*history[:-1], history[-1] | {"content": PROBE}, answer])
-        other_answer = self._render([*history, ANSWER | {"content": PROBE}])
+        other_turn = self._render([*history[:-1], history[-1] | {"content": PROBE}, answer], thinking=mode)
+        other_answer = self._render([*history, ANSWER | {"content": PROBE}], thinking=mode)
         first, last = len(commonprefix([whole, other_turn])), len(commonprefix([whole, other_answer]))
         place = whole.rfind(header, first, last) if header else -1
         if place < 0:

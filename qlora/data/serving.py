@@ -71,22 +71,12 @@ class TemplateFacts:
             DataError: A turn's text is not there.
         """
         for message in messages:
-            role, content = message["role"], message["content"]
-            if role == "tool":  # templates write results as JSON, or escape them
-                continue
-            said = [content]
-            if role == "assistant":
-                thought = THOUGHT.fullmatch(content)
-                said = [message.get("reasoning_content", ""), *(thought.groups() if thought else said)]
-            place = 0
-            for piece in map(str.strip, said):
-                place = text.find(piece, place)
-                if place < 0:
-                    raise DataError(
-                        f"the chat template leaves out or changes what a turn of {role} says, {piece!r:.60}; set "
-                        "data.chat_template to one that writes it (the built-in chatml does)."
-                    )
-                place += len(piece)
+            lost = _first_lost(message, text)
+            if lost is not None:
+                raise DataError(
+                    f"the chat template leaves out or changes what a turn of {message['role']} says, {lost!r:.60}; set "
+                    "data.chat_template to one that writes it (the built-in chatml does)."
+                )
 
     def notes(self) -> list[str]:
         """What a user should know of the template."""
@@ -208,13 +198,33 @@ class TemplateFacts:
 
     @cached_property
     def _writes_reasoning(self) -> bool:
-        return self._writes([QUESTION, {"role": "assistant", "content": "a", "reasoning_content": PROBE}])
+        probe = [QUESTION, ANSWER | {"reasoning_content": PROBE}]
+        return any(self._writes(probe, thinking=mode) for mode in self.modes(probe[-1]))
 
-    def _writes(self, messages: list[dict[str, Any]], tools: Any = None) -> bool:
+    def _writes(self, messages: list[dict[str, Any]], tools: Any = None, thinking: bool | None = None) -> bool:
         try:
-            return PROBE in render(self._tokenizer, messages, tools)
+            return PROBE in render(self._tokenizer, messages, tools, thinking=thinking)
         except DataError:
             return True  # it refuses the probe for another reason; a row's own refusal tells it
+
+
+def _first_lost(message: dict[str, Any], text: str) -> str | None:
+    """What a turn says first that is not in a text, in its order; None if all is."""
+    if message["role"] == "tool":  # templates write results as JSON, or escape them
+        return None
+    thoughts, words = [], message["content"]
+    if message["role"] == "assistant":
+        thoughts = [message.get("reasoning_content", "")]
+        if thought := THOUGHT.fullmatch(words):
+            thoughts, words = [*thoughts, thought[1]], thought[2]
+    thoughts = [thought.strip() for thought in thoughts if thought.strip()]
+    place = 0
+    for piece in (*thoughts, words.strip()):
+        place = text.find(piece, place)
+        if place < 0 or piece in thoughts[:1] and "</think>" in text[:place]:  # behind a thought that was closed
+            return piece
+        place += len(piece)
+    return None
 
 
 def _call(name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,22 @@ REASONS = {
 }
 
 
+@cache
+def load_tokenizer(name: str) -> tuple[Any, Any]:
+    """A tokenizer of the real data, and its own template."""
+    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizers" / name)
+    return tokenizer, tokenizer.chat_template
+
+
 def make_tokenizer(name: str, template: str | None) -> Any:
-    """A tokenizer of the real data, with a template in place."""
-    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizers" / ("minimind" if name == FAMILY else name))
+    """A tokenizer of the real data, with a template in place; its own if None."""
+    tokenizer, own = load_tokenizer("minimind" if name == FAMILY else name)
     if name == FAMILY:
         inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|endoftext|>")
         controls = sorted(set(CONTROL.findall(template or "")))
         tokenizer.add_tokens([AddedToken(one, special=True, normalized=False) for one in controls], special_tokens=True)
-    if template is not None:
-        tokenizer.chat_template = template
+    tokenizer.chat_template = own if template is None else template
     return tokenizer
 
 

@@ -55,19 +55,26 @@ def conversation(rng, num_answers, system=False):
     return [{"role": role, "content": words(rng)} for role in roles]
 
 
+def encode_all(tokenizer, messages):
+    return chats.encode(ExampleEncoder(tokenizer), Conversation(messages)).documents
+
+
 def encode(tokenizer, messages):
-    return only(chats.encode(ExampleEncoder(tokenizer), Conversation(messages)).documents)
+    return only(encode_all(tokenizer, messages))
 
 
 def wrong_prefixes(tokenizer, messages):
     """Answers whose prompt, as generation encodes it, is not how the trained ids begin."""
-    ids = encode(tokenizer, messages).input_ids.tolist()
+    documents = [document.input_ids.tolist() for document in encode_all(tokenizer, messages)]
     prompts = {
         turn: encode_prompt(tokenizer, messages[:turn])
         for turn, message in enumerate(messages)
         if message["role"] == "assistant"
     }
-    return [turn for turn, prompt in prompts.items() if ids[: len(prompt)] != prompt]
+    if len(documents) == 1:
+        documents *= len(prompts)
+    pairs = zip(prompts.items(), documents, strict=True)
+    return [turn for (turn, prompt), ids in pairs if ids[: len(prompt)] != prompt]
 
 
 def test_auto_keeps_the_tokenizers_own_template():
@@ -209,8 +216,8 @@ def test_a_prompt_is_how_the_trained_ids_begin_with_real_templates(
     for name in ("minimind", "tinyllama_chat_hf"):
         tokenizer = real_tokenizer(name)
         apply_template(tokenizer, str(realdata / "chat_templates" / "llama_cpp" / f"{template}.jinja"))
-        example = encode(tokenizer, messages)
-        supervised = tokenizer.decode(example.input_ids[example.loss_mask])
+        examples = encode_all(tokenizer, messages)
+        supervised = "".join(tokenizer.decode(example.input_ids[example.loss_mask]) for example in examples)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         asked = [message["content"] for message in messages if message["role"] == "user"]
         position = 0
