@@ -5,13 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
 WORD = re.compile(r"[sumrctda]\d+x[a-z]?\b")
 # Variables that servers pass to switch thinking.
 SWITCHES = ("enable_thinking", "thinking", "open_thinking")
-FORMS = [(as_parts, switch) for as_parts in (False, True) for switch in (None, True, False)]
 
 
 class WrongError(Exception):
@@ -64,8 +64,13 @@ def _read(turn: dict[str, Any]) -> Turn:
 def renderings(
     tokenizer: Any, turns: Sequence[Turn], tools: Any, asks: bool
 ) -> Iterator[tuple[tuple[bool, bool | None], str]]:
-    """The turns as text in each form that a server may choose, those left out that the template refuses."""
-    for as_parts, switch in FORMS:
+    """The turns as text with thinking as it is, on, and off, those left out that the template refuses.
+
+    Content is given as parts to a template that writes it only so.
+    """
+    for as_parts, switch in [
+        (_reads_parts(tokenizer, tokenizer.chat_template), switch) for switch in (None, True, False)
+    ]:
         messages = [turn.message for turn in turns]
         if as_parts:
             messages = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
@@ -77,6 +82,20 @@ def renderings(
         except Exception:  # a template is a program
             continue
         yield (as_parts, switch), text
+
+
+@cache
+def _reads_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a tokenizer's template, named for the cache, loses content that is a text and writes parts."""
+    written = []
+    for content in ("a0x", [{"type": "text", "text": "a0x"}]):
+        try:
+            written.append(
+                "a0x" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            )
+        except Exception:  # whatever it demands
+            written.append(False)
+    return written == [False, True]
 
 
 def check(tokenizer: Any, row: dict[str, Any], documents: Sequence[tuple[list[int], list[bool]]], exact: bool) -> None:
@@ -132,10 +151,17 @@ def _prompt_length(
     """How many ids are the prompt that a server feeds for an answer."""
     if turns[place - 1].message["role"] == "assistant":  # no server asks for it
         return mask.index(True)
+    lengths = []
     for (_, switch), text in renderings(tokenizer, turns[:place], tools, asks=True):
         prompt = tokenizer(text, add_special_tokens=False).input_ids
         if ids[: len(prompt)] == prompt and switch in (None, turns[place].thinks):
-            return len(prompt)
+            lengths.append(len(prompt))
+    # Of two prompts of which one is how the other begins, the one is meant behind which the answer is learned.
+    for length in lengths:
+        if mask[length:][:1] == [True]:
+            return length
+    if lengths:
+        return lengths[0]
     raise WrongError(f"turn {place}: its document does not begin with a prompt that a server feeds")
 
 
@@ -152,14 +178,14 @@ def _check_history(tokenizer: Any, turns: Sequence[Turn], tools: Any, ids: list[
 def _check_joined(tokenizer: Any, turns: Sequence[Turn], ids: list[int]) -> None:
     """Answers in a row with nothing but an end token between them."""
     said, rest = [_squeezed(turn.message["content"]) for turn in turns], _squeezed(tokenizer.decode(ids))
-    rest = rest.removesuffix(tokenizer.eos_token) or tokenizer.eos_token
     behind = []
     for content in said:
         before, found, rest = rest.partition(content)
         if not found:
             raise WrongError(f"{content!r} is not learned")
         behind.append(before)
-    if {*behind[1:], rest} != {rest}:
+    # EOS is added where a template has no end.
+    if not {*behind[1:]} <= {rest, rest.removesuffix(tokenizer.eos_token)}:
         raise WrongError(f"more than an end token is learned between answers in a row: {behind[1:]} and {rest!r}")
 
 
@@ -225,7 +251,11 @@ def refusal_is_right(tokenizer: Any, row: dict[str, Any]) -> bool:
             answer = text[len(prompt) :]
             content = _squeezed(turns[place].message["content"])
             whole = Counter(WORD.findall(answer)) == wanted and ("think" in content or content in _squeezed(answer))
-            if fits and whole and all(word in prompt for word in heard):
+            # The template closes a thought of its own before that of the answer.
+            closed = (
+                turns[place].thinks and "</think>" in answer[: (WORD.search(answer) or re.search("$", answer)).start()]
+            )
+            if not closed and fits and whole and all(word in prompt for word in heard):
                 break
         else:
             return True
