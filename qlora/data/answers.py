@@ -225,12 +225,14 @@ class _Drafter:
             begin += len(self.facts.header_of(span, text[:begin]))
         tail = self.facts.tail
         said = end - len(tail) if tail is not None and span.endswith(tail) else None
-        if said is None and self.facts.begins_turn(text[self._last_word(turn, span, end) : end]):
+        is_unknown = said is None or "tool_calls" in message
+        if is_unknown and self.facts.begins_turn(text[self._last_word(turn, span, end) : end]):
             raise DataError(
                 "the chat template begins another turn behind an answer that it has not ended, so where the answer "
                 "ends can't be told; set data.chat_template to chatml, or to a jinja file made for training."
             )
-        places = {key: self._place(turn, key, text, begin, end if said is None else said) for key in WORDS}
+        found = {key: self._place(turn, key, text, begin, end if said is None else said) for key in WORDS}
+        places = {key: place for key, place in found.items() if place is not None}
         control_tokens = frozenset(
             place + match.start()
             for key, place in places.items()
@@ -238,6 +240,11 @@ class _Drafter:
         )
         if not isinstance(weight, PartWeights):
             return Answer(begin, said, end, weight, (), control_tokens)
+        if any(key not in places for key, *_ in weight.parts):
+            raise DataError(
+                "the chat template changes the text of an answer whose parts have weights of their own; set "
+                "data.chat_template to one that writes it as it is (the built-in chatml does)."
+            )
         parts = []
         for key, first, last, own in weight.parts:
             start, stop = max(places[key] + first, begin), min(places[key] + last, end if said is None else said)
@@ -245,12 +252,17 @@ class _Drafter:
             parts.append((start, end if is_end else stop, own))
         return Answer(begin, said, end, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
 
-    def _place(self, turn: int, key: str, text: str, begin: int, end: int) -> int:
-        """Where the first character of an answer's content or reasoning is, or would be if blanks were not cut off."""
-        whole = self.messages[turn].get(key, "")
-        stripped = whole.strip()
-        find = text.rfind if key == "content" else text.find
-        return find(stripped, begin, end) - (len(whole) - len(whole.lstrip()))
+    def _place(self, turn: int, key: str, text: str, begin: int, end: int) -> int | None:
+        """Where the first character of an answer's content or reasoning is, or would be if blanks were not cut off.
+
+        None if the template moves a thought out of it.
+        """
+        message = self.messages[turn]
+        whole = message.get(key, "")
+        # Marks may be in front of the content, calls behind it.
+        find = text.rfind if key == "content" and "tool_calls" not in message else text.find
+        place = find(whole.strip(), begin, end)
+        return place - (len(whole) - len(whole.lstrip())) if place >= 0 else None
 
     def _last_word(self, turn: int, span: str, end: int) -> int:
         """A character behind all that depends on an answer's words and calls."""
