@@ -37,6 +37,8 @@ COLUMNS = {
     "text", "input_ids", "labels", "loss_mask", "attention_mask", "chosen", "rejected", "chosen_messages",
     "rejected_messages", "label", "message_tree_id", "message_id", "replies", "role", "content",
 }  # fmt: skip
+# What says where a message of a tree is, and whether it counts.
+TREE_KEYS = ("message_tree_id", "message_id", "replies", "rank", "deleted", "review_result")
 IGNORED_LABEL = -100
 
 
@@ -295,7 +297,7 @@ class RowReader:
         while node is not None:
             if not isinstance(node, dict):
                 raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
-            path.append(self._turns.read(row, node))
+            path.append(self._turns.read(row, node, TREE_KEYS))
             replies = node.get("replies") or []
             if not isinstance(replies, list):
                 raise DataError(f"{row.origin}: 'replies' should be a list of messages, not {replies!r:.80}.")

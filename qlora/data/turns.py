@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora.data.examples import PartWeights
@@ -79,11 +79,13 @@ class TurnReader:
         has_weights = any(weight is not None for weight in weights)
         return list(messages), [1.0 if w is None else w for w in weights] if has_weights else None
 
-    def read(self, row: Row, turn: Any) -> dict[str, Any]:
-        """Reads one turn, but for its weight."""
-        return self._read(row, turn)[0]
+    def read(self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()) -> dict[str, Any]:
+        """Reads one turn, but for its weight; some of its keys are read elsewhere."""
+        return self._read(row, turn, read_elsewhere)[0]
 
-    def _read(self, row: Row, turn: Any) -> tuple[dict[str, Any], float | PartWeights | None]:
+    def _read(
+        self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], float | PartWeights | None]:
         if not isinstance(turn, dict):
             raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
         if turn.keys().isdisjoint(self._role_keys):
@@ -121,7 +123,13 @@ class TurnReader:
         if role == "tool":
             known_keys = [key for key in RESULT_KEYS if isinstance(turn.get(key), str)]
             message |= {key: check_unicode(row, turn[key]) for key in known_keys}
-        read = {*self._role_keys, *self._content_keys, *TURN_KEYS, *(RESULT_KEYS if role == "tool" else ())}
+        read = {
+            *self._role_keys,
+            *self._content_keys,
+            *TURN_KEYS,
+            *(RESULT_KEYS if role == "tool" else ()),
+            *read_elsewhere,
+        }
         self._note_unread(turn, read)
         says_more = bool(calls) or reasoning is not None or any(turn.get(key) for key in DETAILS)
         return message, join_weights(read_weight(row, turn), parts, says_more)
