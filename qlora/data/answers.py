@@ -53,6 +53,11 @@ class Answer:
         return sorted({place for begin, end, _ in self.parts for place in (begin, end)} - {self.begin, self.end})
 
     @property
+    def largest(self) -> float:
+        """The largest weight in it: 0 if nothing of it is learned."""
+        return max([self.weight, *(weight for *_, weight in self.parts)])
+
+    @property
     def end_weight(self) -> float:
         """The weight of what ends it."""
         return next((weight for _, end, weight in self.parts if end == self.end), self.weight)
@@ -82,7 +87,7 @@ class Draft:
 
     def by_answer(self) -> "list[Draft]":
         """Each of its answers that is learned as a document that ends with it."""
-        return [Draft(self.text[: one.end], [one], 0.0, needs_end=True) for one in self.answers if one.weight]
+        return [Draft(self.text[: one.end], [one], 0.0, needs_end=True) for one in self.answers if one.largest]
 
 
 def draft_conversation(

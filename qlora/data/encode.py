@@ -242,7 +242,7 @@ class ExampleEncoder:
 
     def _is_crossed_behind(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> bool:
         """Whether the last token of an answer that is learned also holds characters behind it."""
-        if answer.weight == draft.weight or answer.end == len(draft.text):
+        if answer.end_weight == draft.weight or answer.end == len(draft.text):
             return False
         stop = _first_token(spans, answer.end)
         return spans[stop - 1][1] > answer.end and not self._end(draft, answer, ids, spans)

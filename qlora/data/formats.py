@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Example, Labelled, PartWeights, Preference, Rated, Tokens
 from qlora.data.masks import check_weight
 from qlora.data.rows import Row
 from qlora.data.turns import (
@@ -181,11 +181,8 @@ class RowReader:
 
     def _read_turns(self, row: Row) -> Conversation:
         column = next((name for name in TURN_COLUMNS if name in row.values), "messages")
-        messages, weights = self._turns.read_all(row, column, row.values.get(column))
-        system = self._system(row)
-        if system and weights:
-            weights = [1.0, *weights]
-        return Conversation(system + messages, self._tools(row), weights)
+        turns, weights = self._turns.read_all(row, column, row.values.get(column))
+        return self._follow(Conversation(self._system(row)), turns, weights, row)
 
     def _read_completion(self, row: Row) -> Conversation | Completion:
         prompt, completion = row.values.get("prompt"), row.values.get("completion")
@@ -228,41 +225,53 @@ class RowReader:
         return Tokens([ids[place] for place in kept], [weights[place] for place in kept])
 
     def _read_preference(self, row: Row) -> Preference:
-        tools = self._tools(row)
-        return Preference(*(Conversation(self._answered(row, name), tools) for name in ("chosen", "rejected")))
+        return Preference(self._answered(row, "chosen"), self._answered(row, "rejected"))
 
     def _read_chosen(self, row: Row) -> Conversation:
-        return Conversation(self._answered(row, "chosen"), self._tools(row))
+        return self._answered(row, "chosen")
 
-    def _answered(self, row: Row, name: str) -> list[dict[str, Any]]:
+    def _answered(self, row: Row, name: str) -> Conversation:
         values = row.values
         answer = values.get(f"{name}_messages", values.get(name))
+        turns: list[dict[str, Any]] | None
+        weights: list[float | PartWeights] | None = None
         if isinstance(answer, str):
             turns = read_transcript(check_unicode(row, answer))
-            if turns and (answer.startswith(TRANSCRIPT_START) or not self._has_prompt(row)):
-                return self._system(row) + turns
-            return [*self._prompt(row), _turn("assistant", answer)]
-        turns, _ = self._turns.read_all(row, name, answer)
+            if not turns or not answer.startswith(TRANSCRIPT_START) and self._has_prompt(row):
+                turns = [_turn("assistant", answer)]
+        else:
+            turns, weights = self._turns.read_all(row, name, answer)
         if turns[0]["role"] == "assistant":
-            return [*self._prompt(row), *turns]
+            return self._follow(self._prompt(row), turns, weights, row)
         # It holds the whole conversation; the other columns then give its prompt once more.
-        return turns if turns[0]["role"] == "system" else [*self._system(row), *turns]
+        system = [] if turns[0]["role"] == "system" else self._system(row)
+        return self._follow(Conversation(system), turns, weights, row)
+
+    def _follow(
+        self, prompt: Conversation, turns: list[dict[str, Any]], weights: list[float | PartWeights] | None, row: Row
+    ) -> Conversation:
+        """Turns behind those of a prompt."""
+        joined = None
+        if prompt.weights or weights:
+            joined = [*(prompt.weights or [1.0] * len(prompt.messages)), *(weights or [1.0] * len(turns))]
+        return Conversation([*prompt.messages, *turns], self._tools(row), joined)
 
     def _has_prompt(self, row: Row) -> bool:
         return not row.values.keys().isdisjoint({*TURN_COLUMNS, "prompt", "instruction"})
 
-    def _prompt(self, row: Row) -> list[dict[str, Any]]:
+    def _prompt(self, row: Row) -> Conversation:
         """The turns before an answer."""
         values = row.values
         column = next((name for name in TURN_COLUMNS if values.get(name)), "prompt")
         if column != "prompt" or isinstance(values.get("prompt"), list):
-            return self._system(row) + self._turns.read_all(row, column, values[column])[0]
+            turns, weights = self._turns.read_all(row, column, values[column])
+            return self._follow(Conversation(self._system(row)), turns, weights, row)
         if "prompt" in values:
             prompt = _text(row, "prompt")
-            turns = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
-            return [*self._system(row), *(turns or [_turn("user", prompt)])]
+            transcript = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
+            return Conversation([*self._system(row), *(transcript or [_turn("user", prompt)])])
         if "instruction" in values:
-            return self._alpaca_prompt(row)
+            return Conversation(self._alpaca_prompt(row))
         columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))
         raise DataError(f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}.")
 
@@ -275,7 +284,7 @@ class RowReader:
             conversation = self._read_turns(row)
         elif isinstance(row.values.get("completion"), str):
             answer = _turn("assistant", _text(row, "completion"))
-            conversation = Conversation([*self._prompt(row), answer], self._tools(row))
+            conversation = self._follow(self._prompt(row), [answer], None, row)
         elif "completion" in row.values:
             read = self._read_completion(row)
             assert isinstance(read, Conversation)

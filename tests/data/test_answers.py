@@ -191,6 +191,19 @@ def test_masked_parts_are_not_learned_and_the_end_counts_as_the_last_one(rng, te
     assert heard(1.0, 0.0, 0.0) == [first]
 
 
+@pytest.mark.parametrize("name", ["minimind", "tinyllama_chat_hf"])
+def test_a_part_of_a_masked_turn_may_be_learned(realdata, name):
+    tokenizer = real_tokenizer(realdata, name)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role.upper() + ':' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    any_encoder = ExampleEncoder(tokenizer)
+    weights = [1.0, PartWeights([("content", 4, 9, 1.0)], 0.0), 1.0, 1.0]
+    group = documents(any_encoder, turns("q", "not learned", "q2", "a2"), weights)
+    assert [text.split() for each in group for text in learnt(any_encoder, each)][0] == ["learn"]
+
+
 def test_an_end_token_that_is_added_counts_as_the_last_part(rng):
     endless = encoder("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                       "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip

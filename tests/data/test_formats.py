@@ -497,6 +497,13 @@ def test_media_are_refused(column):
     assert read(messages=[HI, HO], **{column: []}) == Conversation([HI, HO])
 
 
+def test_masks_in_a_prompt_and_a_chosen_answer_are_kept():
+    draft, final = assistant("Ho") | {"train": False}, assistant("Hm") | {"weight": 0.5}
+    example = read("chosen", system="Be kind", messages=[HI, draft, HI], chosen=[final], rejected="x")
+    assert example.messages == [system("Be kind"), HI, HO, HI, assistant("Hm")]
+    assert example.weights == [1.0, 1.0, 0.0, 1.0, 0.5]
+
+
 # HH-RLHF's text form.
 
 TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Where is\n\nhome?\n\nAssistant:"
