@@ -18,6 +18,7 @@ bench:  ## what this machine can measure; appends to docs/benchmarks/
 	python scripts/bench/loss.py --out docs/benchmarks/loss.md
 	python scripts/bench/forms.py --out docs/benchmarks/forms.md
 	python scripts/bench/loading.py
+	python scripts/bench/templates.py --out docs/benchmarks/templates.md
 	$(if $(cuda),python scripts/bench/dequantize.py --out docs/benchmarks/dequantize.md)
 	$(if $(cuda),python scripts/bench/max_context.py --out docs/benchmarks/max_context.md)
 	$(if $(call has,peft),python scripts/bench/train_step.py --peer peft --out docs/benchmarks/train_step.md)

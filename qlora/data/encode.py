@@ -1,6 +1,7 @@
 """Examples to tokens with the weight of each, many at a time."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data.answers import Answer, Draft, draft_conversation
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
 from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
-from qlora.data.template import adds_bos, render
+from qlora.data.template import adds_bos
 from qlora.data.tokens import TokenizedExample, make_example
 from qlora.errors import DataError
 
@@ -35,39 +37,15 @@ class Encoded:
         per_answer: The template writes earlier turns anew, or a token would join an earlier answer to its prompt, so
             every answer became a document.
         eos_added: The template ends no answer, so the tokenizer's EOS was put behind the last one.
+        switched: Answers by the switch of the template that their prompt needs.
+        control_tokens: Control tokens in what its turns say, and how often.
     """
 
     documents: list[TokenizedExample]
     per_answer: bool = False
     eos_added: bool = False
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A document before its text is tokenized.
-
-    Attributes:
-        answers: Where the text's answers begin and end, in characters, and their weights.
-        weight: Of all that is no answer.
-        is_chat: Its answers end with an end token of their template.
-        needs_end: Its last answer is learnt, so EOS is added if it has no end token.
-        starts: Ids put in front.
-    """
-
-    text: str
-    answers: list[tuple[int, int, float]]
-    weight: float
-    is_chat: bool = True
-    needs_end: bool = False
-    starts: list[int] = field(default_factory=list)
-
-    def by_answer(self) -> "list[_Draft]":
-        """Each of its answers that is learnt as a document that ends with it."""
-        return [
-            _Draft(self.text[:end], [(begin, end, weight)], 0.0, needs_end=True)
-            for begin, end, weight in self.answers
-            if weight
-        ]
+    switched: Counter[str] = field(default_factory=Counter)
+    control_tokens: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +59,7 @@ class Begun:
     """
 
     examples: Sequence[Example]
-    drafts: list[list[_Draft] | DataError]
+    drafts: list[list[Draft] | DataError]
     encodings: Future[list[Any]]
 
 
@@ -120,7 +98,7 @@ class ExampleEncoder:
 
     def begin(self, examples: Sequence[Example]) -> Begun:
         """Renders examples and has their texts tokenized while the caller goes on; see :meth:`finish`."""
-        drafts: list[list[_Draft] | DataError] = []
+        drafts: list[list[Draft] | DataError] = []
         for example in examples:
             try:
                 drafts.append(self._draft(example))
@@ -142,87 +120,65 @@ class ExampleEncoder:
                 finished = [document for draft in group for document in self._finish(draft, next(encodings))]
                 documents = [document for document, _ in finished]
                 per_answer = len(documents) > 1 and not isinstance(example, Preference)
-                results.append(Encoded(documents, per_answer, any(added for _, added in finished)))
+                switched = sum((draft.switched for draft in group), Counter[str]())
+                control_tokens = self._count_control_tokens(example)
+                eos_added = any(added for _, added in finished)
+                results.append(Encoded(documents, per_answer, eos_added, switched, control_tokens))
         return results
 
-    def _draft(self, example: Example) -> list[_Draft]:
+    def _draft(self, example: Example) -> list[Draft]:
         if isinstance(example, Completion):
             begin, text = len(example.prompt), example.prompt + example.completion
             weight = float(self.loss_on == "all")
-            return [_Draft(text, [(begin, len(text), 1.0)], weight, is_chat=False, needs_end=True, starts=self._bos)]
+            answer = Answer(begin, None, len(text), 1.0)
+            return [Draft(text, [answer], weight, is_chat=False, needs_end=True, starts=self._bos)]
         if isinstance(example, Labelled):
-            return [_Draft(example.text, [], 0.0, is_chat=False, starts=self._bos)]
+            return [Draft(example.text, [], 0.0, is_chat=False, starts=self._bos)]
         if isinstance(example, Preference):
             return [*self._draft_verdict(example.chosen), *self._draft_verdict(example.rejected)]
         if isinstance(example, Rated):
             return self._draft_verdict(example.conversation)
-        return [] if isinstance(example, Tokens) else self._draft_conversation(example, float(self.loss_on == "all"))
+        if isinstance(example, Tokens):
+            return []
+        return draft_conversation(self.tokenizer, self.facts, example, self.loss_on)
 
-    def _draft_verdict(self, conversation: Conversation) -> list[_Draft]:
-        """A conversation of which the last turn was judged: it alone is learnt, whatever the loss is on."""
+    def _draft_verdict(self, conversation: Conversation) -> list[Draft]:
+        """A conversation of which the last turn was judged: it alone is learned, whatever the loss is on."""
         messages = conversation.messages
         if messages[-1]["role"] != "assistant":
             raise DataError(f"it should end with the answer that was judged, not with a {messages[-1]['role']} turn.")
         weights = [0.0] * (len(messages) - 1) + [1.0]
-        return self._draft_conversation(Conversation(messages, conversation.tools, weights))
+        return draft_conversation(self.tokenizer, self.facts, Conversation(messages, conversation.tools, weights))
 
-    def _draft_conversation(self, conversation: Conversation, base: float = 0.0) -> list[_Draft]:
-        """Drafts of a conversation; the base is the weight of all that is no answer."""
-        messages, tools = conversation.messages, conversation.tools
-        self.facts.check(messages, tools)
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        given = conversation.weights or [1.0] * len(messages)
-        weights = {turn: given[turn] for turn in turns}
-        if self.loss_on == "last":
-            weights = {turn: weight if turn == turns[-1] else 0.0 for turn, weight in weights.items()}
-        sought = [turn for turn in turns if weights[turn] or base]
-        if sought[:1] == [0] and not base:
-            raise DataError("the conversation begins with an answer, which nothing asks for; take that turn out.")
-        if sought and not base:
-            messages = messages[: sought[-1] + 1]  # nothing is learnt from what follows
-        text = render(self.tokenizer, messages, tools)
-        self.facts.check_written([message for message in messages if message["role"] != "assistant"], text)
-        spans = {turn: self._answer_span(messages, tools, turn, text) for turn in sought}
-        for turn, span in spans.items():
-            if span is not None:
-                self.facts.check_written([messages[turn]], text[slice(*span)])
-        if all(span or weights[turn] == base for turn, span in spans.items()):
-            answers = [(*span, weights[turn]) for turn, span in spans.items() if span]
-            ends_with_answer = turns[-1:] == [len(messages) - 1] and weights[turns[-1]] > 0
-            return [_Draft(text, answers, base, needs_end=ends_with_answer)]
-        if base:
-            raise DataError("data.loss_on: all can't weigh single turns where the template writes earlier ones anew.")
-        # The template writes earlier turns anew, as those that drop past reasoning do. A server then asks for each
-        # answer with its own rendering of what came before, so each becomes a document.
-        return [self._draft_answer(messages[: turn + 1], tools, weights[turn]) for turn in sought if weights[turn]]
+    def _count_control_tokens(self, example: Example) -> Counter[str]:
+        """Control tokens in what the turns of an example say."""
+        conversations: list[Conversation] = []
+        if isinstance(example, Conversation):
+            conversations = [example]
+        elif isinstance(example, Preference):
+            conversations = [example.chosen, example.rejected]
+        elif isinstance(example, Rated):
+            conversations = [example.conversation]
+        return Counter(
+            token
+            for conversation in conversations
+            for message in conversation.messages
+            for key in ("content", "reasoning_content")
+            for token in self.facts.control_token.findall(message.get(key, ""))
+        )
 
-    def _draft_answer(self, messages: list[dict[str, Any]], tools: Any, weight: float) -> _Draft:
-        text = render(self.tokenizer, messages, tools)
-        self.facts.check_written(messages[-1:], text)
-        span = self._answer_span(messages, tools, len(messages) - 1, text)
-        if span is None:
-            raise DataError(
-                "the chat template's prompt is not how its rendering of the answer begins, so the answer's place can't "
-                "be told; set data.chat_template to chatml, or to a jinja file made for training."
-            )
-        return _Draft(text, [(*span, weight)], 0.0, needs_end=True)
-
-    def _answer_span(self, messages: list[dict[str, Any]], tools: Any, turn: int, text: str) -> tuple[int, int] | None:
-        """Characters of the whole text that an answer takes; None if the template rewrites what is before it."""
-        before = render(self.tokenizer, messages[:turn], tools, add_generation_prompt=True) if turn else ""
-        until = text if turn == len(messages) - 1 else render(self.tokenizer, messages[: turn + 1], tools)
-        grows = until.startswith(before) and text.startswith(until)
-        return (len(before), len(until)) if grows else None
-
-    def _finish(self, draft: _Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
+    def _finish(self, draft: Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
         """Documents of a draft, and whether EOS was added to each for want of an end token."""
         spans: Spans = _Spans(encoding)
         ids = encoding.ids
-        borders = [begin for begin, _, _ in draft.answers]
+        borders = [answer.begin for answer in draft.answers]
         stretches = pairwise([0, *borders])
         crossed = [border for start, border in stretches if self._is_crossed(draft.text, start, border, encoding)]
-        if crossed and crossed[0] < borders[-1] and not draft.weight:
-            # A server that tokenizes the whole prompt of a later answer merges what is cut before an earlier one.
+        for answer in draft.answers:
+            crossed += [border for border in answer.part_borders if _is_inside_token(encoding, border)]
+            crossed += [answer.end] * self._is_crossed_behind(draft, answer, ids, spans)
+        if not draft.weight and crossed and min(crossed) < borders[-1]:
+            # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one.
             parts = draft.by_answer()
             encodings = self._tokenize([part.text for part in parts])
             return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]
@@ -232,25 +188,64 @@ class ExampleEncoder:
         # A text may have its marks already.
         starts = [] if ids[: len(draft.starts)] == draft.starts else draft.starts
         has_end = has_end or not draft.is_chat and ids[-1:] == [self.tokenizer.eos_token_id]
-        last = [draft.answers[-1][2] if draft.answers else 1.0] if draft.needs_end and not has_end else []
+        last = [draft.answers[-1].end_weight] if draft.needs_end and not has_end else []
         ids = [*starts, *ids, *[self.tokenizer.eos_token_id] * len(last)]
         if starts or last:
             weights = np.concatenate([[0.0] * len(starts), weights, last])
         return [(make_example(ids, weights), draft.is_chat and bool(last))]
 
-    def _weights(self, draft: _Draft, ids: list[int], spans: Spans) -> tuple[np.ndarray, bool]:
-        """The weight of each token, and whether what is learnt ends with an end token."""
+    def _weights(self, draft: Draft, ids: list[int], spans: Spans) -> tuple[np.ndarray, bool]:
+        """The weight of each token, and whether the last answer ends with an end token."""
         weights = np.full(len(ids), draft.weight, dtype=np.float16)
-        has_end = False
-        for begin, end, weight in draft.answers or [(0, len(draft.text), draft.weight)]:
-            first, stop = _first_token(spans, begin), _first_token(spans, end)
-            backwards = range(stop - 1, first - 1, -1) if draft.is_chat else ()
-            last = next((place for place in backwards if ids[place] in self._end_ids), None)
-            # A special token with text of the answer behind it, as a tag around a call, ends nothing.
-            has_end = last is not None and not draft.text[spans[last][1] : end].strip()
-            # What a template writes behind the last end token of a turn is not learnt: every server has stopped there.
-            weights[first : last + 1 if has_end and last is not None else stop] = weight
-        return weights, has_end
+        ends = range(0)
+        for answer in draft.answers:
+            first, stop = _first_token(spans, answer.begin), _first_token(spans, answer.end)
+            ends = self._end(draft, answer, ids, spans) if draft.is_chat else range(stop, stop)
+            # What a template writes behind the end token of a turn is not learned: every server has stopped there.
+            weights[first : ends.stop] = answer.weight
+            if answer.parts:
+                weights[first : ends.stop] = answer.token_weights(spans[place] for place in range(first, ends.stop))
+            # An end token in the middle of what is said would teach to stop there.
+            ending = set(ids[ends.start : ends.stop]) or {self.tokenizer.eos_token_id}
+            said = [_first_token(spans, place) for place in answer.control_tokens]
+            weights[[place for place in said if place < ends.start and ids[place] in ending]] = 0
+        return weights, len(ends) > 0
+
+    def _end(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> range:
+        """The tokens that end an answer; empty, and behind its last token, if there are none.
+
+        They are the first special token behind what it says, and those that follow at once, unless they begin the next
+        turn.
+        """
+        first, stop = _first_token(spans, answer.begin), _first_token(spans, answer.end)
+        if answer.said is None:
+            # The last one without text behind it: others may be tags around a call.
+            places = range(stop - 1, first - 1, -1)
+        else:
+            places = range(_first_token(spans, answer.said), stop)
+        end = next((place for place in places if ids[place] in self._end_ids), None)
+        if end is not None and answer.said is None and draft.text[spans[end][1] : answer.end].strip():
+            end = None
+        # What it says may end with an end token itself, as data made for other trainers does: then that one counts.
+        ending = self.tokenizer.eos_token_id if end is None else ids[end]
+        start = stop if end is None else end
+        said = start
+        while start > first and ids[start - 1] == ending and spans[start - 1][0] in answer.control_tokens:
+            start -= 1
+        if start < said or end is None:
+            return range(start, start + (start < said))
+        limit = answer.end - self.facts.next_header
+        behind = end + 1
+        while behind < stop and ids[behind] in self._end_ids and spans[behind][0] == spans[behind - 1][1] < limit:
+            behind += 1
+        return range(end, behind)
+
+    def _is_crossed_behind(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> bool:
+        """Whether the last token of an answer that is learned also holds characters behind it."""
+        if answer.end_weight == draft.weight or answer.end == len(draft.text):
+            return False
+        stop = _first_token(spans, answer.end)
+        return spans[stop - 1][1] > answer.end and not self._end(draft, answer, ids, spans)
 
     def _is_crossed(self, text: str, start: int, border: int, encoding: Any) -> bool:
         """Whether the text before a border has other tokens by itself, as a server feeds it; start is in front of it.
@@ -260,9 +255,9 @@ class ExampleEncoder:
         """
         if not 0 < border < len(text):
             return False
-        here, before = encoding.char_to_token(border), encoding.char_to_token(border - 1)
-        if here is not None and encoding.token_to_chars(here)[0] < border:
+        if _is_inside_token(encoding, border):
             return True
+        here, before = encoding.char_to_token(border), encoding.char_to_token(border - 1)
         blanks = len(text[start:border]) - len(text[start:border].rstrip())
         # Byte-level tokenizers may leave blanks out of the characters that they say a token stands for.
         if here is not None and before is not None and encoding.token_to_chars(before)[0] <= border - blanks:
@@ -333,6 +328,12 @@ def _first_token(spans: Spans, char: int) -> int:
     # Sought by their ends: where blanks are left out of a token's span, it seems to begin behind them.
     token = bisect_right(spans, char, key=itemgetter(1))
     return token + (token < len(spans) and spans[token][0] < char)
+
+
+def _is_inside_token(encoding: Any, border: int) -> bool:
+    """Whether a token holds characters of both sides of a border."""
+    token = encoding.char_to_token(border)
+    return token is not None and encoding.token_to_chars(token)[0] < border
 
 
 def _take(example: Tokens) -> Encoded | DataError:

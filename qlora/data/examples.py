@@ -1,7 +1,27 @@
 """What a row says, whatever its columns were."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """The weights within one answer.
+
+    Attributes:
+        parts: Key of the turn, `content` or `reasoning_content`; first character in it and the one behind the last; and
+            how much these count. Where the last part of the content ends the answer, the end token counts as it does.
+        rest: How much everything else of the answer counts.
+    """
+
+    parts: list[tuple[str, int, int, float]]
+    rest: float = 1.0
+
+    @property
+    def largest(self) -> float:
+        """The largest weight: 0 if nothing of the answer is learned."""
+        return max([self.rest, *(weight for *_, weight in self.parts)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +36,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    weights: list[float] | None = None
+    weights: Sequence[float | PartWeights] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,18 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Example, Labelled, PartWeights, Preference, Rated, Tokens
+from qlora.data.masks import check_weight
 from qlora.data.rows import Row
-from qlora.data.turns import MEDIA_KEYS, TurnReader, check_unicode, check_weight, parse_json, read_tools
+from qlora.data.turns import (
+    MEDIA_KEYS,
+    TRANSCRIPT_START,
+    TurnReader,
+    check_unicode,
+    parse_json,
+    read_tools,
+    read_transcript,
+)
 from qlora.errors import ConfigError, DataError
 
 FORMATS = {
@@ -28,6 +37,8 @@ COLUMNS = {
     "text", "input_ids", "labels", "loss_mask", "attention_mask", "chosen", "rejected", "chosen_messages",
     "rejected_messages", "label", "message_tree_id", "message_id", "replies", "role", "content",
 }  # fmt: skip
+# What says where a message of a tree is, and whether it counts.
+TREE_KEYS = ("message_tree_id", "message_id", "replies", "rank", "deleted", "review_result")
 IGNORED_LABEL = -100
 
 
@@ -77,6 +88,11 @@ class RowReader:
         columns: Our name of a column, or of a turn's key, to theirs.
         roles: Their name of a speaker to ours.
 
+    Attributes:
+        format: Which of `FORMATS` the rows are read as, once a row has decided.
+        unread: Columns that nothing read, over all rows.
+        notes: What a user should know of the rows.
+
     Raises:
         ConfigError: There is no such format, or a mapping gives a column or a role that no format has.
     """
@@ -91,8 +107,14 @@ class RowReader:
                 raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
         self.format = format
         self.unread: set[str] = set()
+        self.notes: set[str] = set()
         self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
         self._turns = TurnReader(columns, roles)
+
+    @property
+    def unread_keys(self) -> set[str]:
+        """Keys of turns and of their parts that nothing read."""
+        return self._turns.unread
 
     def detect(self, rows: Iterable[Row]) -> None:
         """Takes the format of the first row whose columns stand for one.
@@ -170,11 +192,8 @@ class RowReader:
 
     def _read_turns(self, row: Row) -> Conversation:
         column = next((name for name in TURN_COLUMNS if name in row.values), "messages")
-        messages, weights = self._turns.read_all(row, column, row.values.get(column))
-        system = self._system(row)
-        if system and weights:
-            weights = [1.0, *weights]
-        return Conversation(system + messages, self._tools(row), weights)
+        turns, weights = self._turns.read_all(row, column, row.values.get(column))
+        return self._follow(Conversation(self._system(row)), turns, weights, row)
 
     def _read_completion(self, row: Row) -> Conversation | Completion:
         prompt, completion = row.values.get("prompt"), row.values.get("completion")
@@ -186,7 +205,13 @@ class RowReader:
         return Conversation(messages, self._tools(row), weights)
 
     def _read_text(self, row: Row) -> Completion:
-        return Completion("", _text(row, "text"))
+        text = _text(row, "text")
+        if text.startswith(TRANSCRIPT_START):
+            self.notes.add(
+                "some texts are conversations in HH-RLHF's form and are learned whole, as text; to learn their answers "
+                "alone, set format: chosen and columns: {chosen: text}"
+            )
+        return Completion("", text)
 
     def _read_tokenized(self, row: Row) -> Tokens:
         ids = _numbers(row, "input_ids")
@@ -211,33 +236,53 @@ class RowReader:
         return Tokens([ids[place] for place in kept], [weights[place] for place in kept])
 
     def _read_preference(self, row: Row) -> Preference:
-        tools = self._tools(row)
-        return Preference(*(Conversation(self._answered(row, name), tools) for name in ("chosen", "rejected")))
+        return Preference(self._answered(row, "chosen"), self._answered(row, "rejected"))
 
     def _read_chosen(self, row: Row) -> Conversation:
-        return Conversation(self._answered(row, "chosen"), self._tools(row))
+        return self._answered(row, "chosen")
 
-    def _answered(self, row: Row, name: str) -> list[dict[str, Any]]:
+    def _answered(self, row: Row, name: str) -> Conversation:
         values = row.values
         answer = values.get(f"{name}_messages", values.get(name))
+        turns: list[dict[str, Any]] | None
+        weights: list[float | PartWeights] | None = None
         if isinstance(answer, str):
-            return [*self._prompt(row), _turn("assistant", check_unicode(row, answer))]
-        turns, _ = self._turns.read_all(row, name, answer)
+            turns = read_transcript(check_unicode(row, answer))
+            if not turns or not answer.startswith(TRANSCRIPT_START) and self._has_prompt(row):
+                turns = [_turn("assistant", answer)]
+        else:
+            turns, weights = self._turns.read_all(row, name, answer)
         if turns[0]["role"] == "assistant":
-            return [*self._prompt(row), *turns]
+            return self._follow(self._prompt(row), turns, weights, row)
         # It holds the whole conversation; the other columns then give its prompt once more.
-        return turns if turns[0]["role"] == "system" else [*self._system(row), *turns]
+        system = [] if turns[0]["role"] == "system" else self._system(row)
+        return self._follow(Conversation(system), turns, weights, row)
 
-    def _prompt(self, row: Row) -> list[dict[str, Any]]:
+    def _follow(
+        self, prompt: Conversation, turns: list[dict[str, Any]], weights: list[float | PartWeights] | None, row: Row
+    ) -> Conversation:
+        """Turns behind those of a prompt."""
+        joined = None
+        if prompt.weights or weights:
+            joined = [*(prompt.weights or [1.0] * len(prompt.messages)), *(weights or [1.0] * len(turns))]
+        return Conversation([*prompt.messages, *turns], self._tools(row), joined)
+
+    def _has_prompt(self, row: Row) -> bool:
+        return not row.values.keys().isdisjoint({*TURN_COLUMNS, "prompt", "instruction"})
+
+    def _prompt(self, row: Row) -> Conversation:
         """The turns before an answer."""
         values = row.values
         column = next((name for name in TURN_COLUMNS if values.get(name)), "prompt")
         if column != "prompt" or isinstance(values.get("prompt"), list):
-            return self._system(row) + self._turns.read_all(row, column, values[column])[0]
+            turns, weights = self._turns.read_all(row, column, values[column])
+            return self._follow(Conversation(self._system(row)), turns, weights, row)
         if "prompt" in values:
-            return [*self._system(row), _turn("user", _text(row, "prompt"))]
+            prompt = _text(row, "prompt")
+            transcript = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
+            return Conversation([*self._system(row), *(transcript or [_turn("user", prompt)])])
         if "instruction" in values:
-            return self._alpaca_prompt(row)
+            return Conversation(self._alpaca_prompt(row))
         columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))
         raise DataError(f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}.")
 
@@ -250,7 +295,7 @@ class RowReader:
             conversation = self._read_turns(row)
         elif isinstance(row.values.get("completion"), str):
             answer = _turn("assistant", _text(row, "completion"))
-            conversation = Conversation([*self._prompt(row), answer], self._tools(row))
+            conversation = self._follow(self._prompt(row), [answer], None, row)
         elif "completion" in row.values:
             read = self._read_completion(row)
             assert isinstance(read, Conversation)
@@ -272,7 +317,7 @@ class RowReader:
         while node is not None:
             if not isinstance(node, dict):
                 raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
-            path.append(self._turns.read(row, node))
+            path.append(self._turns.read(row, node, TREE_KEYS))
             replies = node.get("replies") or []
             if not isinstance(replies, list):
                 raise DataError(f"{row.origin}: 'replies' should be a list of messages, not {replies!r:.80}.")

@@ -131,8 +131,9 @@ class _Build:
             raise DataError(self._describe_nothing())
         report.duplicates = len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
         report.measure(np.asarray(self._lengths), self.treatment.max_seq_len)
-        report.unread_columns = sorted(reader.unread)
-        report.notes = tokenizer_notes(self.encoder.tokenizer) + file_notes(source) + rule.notes()
+        report.unread_columns, report.unread_keys = sorted(reader.unread), sorted(reader.unread_keys)
+        report.notes = [*sorted(reader.notes), *tokenizer_notes(self.encoder.tokenizer), *file_notes(source)]
+        report.notes += rule.notes()
         if report.rows == source.max_rows:
             report.notes.append(f"max_rows: at most {report.rows} rows were read")
         if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
@@ -179,6 +180,8 @@ class _Build:
                 return
         report.per_answer += result.per_answer
         report.eos_added += result.eos_added
+        for counts, more in (report.switched, result.switched), (report.control_tokens, result.control_tokens):
+            counts.update({name: counts.get(name, 0) + count for name, count in more.items()})
         report.empty_answers += isinstance(example, Conversation) and _has_empty_answer(example)
         content = b"".join(document.input_ids.tobytes() for document in result.documents)
         self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))

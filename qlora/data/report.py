@@ -20,6 +20,7 @@ class DataReport:
         bad_rows: That can't be used, and were left out.
         problems: What is wrong with them, by cause.
         unread_columns: That the format does not read.
+        unread_keys: Keys of turns and of their parts that are not read.
         duplicates: Rows that an earlier one says already, token for token.
         examples: Documents to learn from.
         deduplicated: Of those, how many are left out as they repeat an earlier or a held-out one of the run.
@@ -28,6 +29,8 @@ class DataReport:
         per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
         eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
         empty_answers: Conversations with an answer of no text.
+        switched: Answers behind a prompt with thinking switched on or off, by the switch that a server needs.
+        control_tokens: Control tokens in what turns say, and how often.
         overlong: What was done with examples that were too long, and how often.
         lengths: Quantiles of the documents' lengths in tokens, before any was cut or left out.
         histogram: Of these lengths: the longest of each bin, and how many documents it has.
@@ -43,6 +46,7 @@ class DataReport:
     bad_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)
+    unread_keys: list[str] = field(default_factory=list)
     duplicates: int = 0
     examples: int = 0
     deduplicated: int = 0
@@ -52,6 +56,8 @@ class DataReport:
     per_answer: int = 0
     eos_added: int = 0
     empty_answers: int = 0
+    switched: dict[str, int] = field(default_factory=dict)
+    control_tokens: dict[str, int] = field(default_factory=dict)
     overlong: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     histogram: list[list[int]] = field(default_factory=list)
@@ -100,9 +106,19 @@ class DataReport:
             "conversations with an empty answer": self.empty_answers,
         }
         counted |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
+        counted |= {
+            f"answers behind the prompt with {switch}, as the default prompt is not how they begin; serve so": count
+            for switch, count in self.switched.items()
+        }
         lines = [f"{count} {what}" for what, count in counted.items() if count]
-        if self.unread_columns:
-            lines.append(f"columns not read: {', '.join(self.unread_columns)}")
+        if self.control_tokens:
+            found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
+            lines.append(
+                f"{sum(self.control_tokens.values())} control tokens in what turns say, fed as such, as a server does: "
+                f"{found}; an end token inside an answer is not learned"
+            )
+        unread = {"columns": self.unread_columns, "keys of turns": self.unread_keys}
+        lines += [f"{what} not read: {', '.join(names)}" for what, names in unread.items() if names]
         return lines + self.notes
 
     def summary(self) -> str:

@@ -1,19 +1,26 @@
 """What of a tokenizer or its chat template would make a server feed other ids than were trained on."""
 
 import re
+from collections import Counter
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from qlora.data.template import adds_bos, render
+from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render
 from qlora.errors import ConfigError, DataError
 
-PROBE = "qwxzk"
 QUESTION = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
+TOOL = {
+    "type": "function",
+    "function": {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}},
+}
 CALL_ID = "abcdefgh1"  # of the length that Mistral's templates demand
 # Texts on whose leading spaces two readings of one tokenizer file may differ.
 SPACED = (" Hello", "  Hello", "\n Hello")
+# A thought written into an answer's content, and the answer behind it.
+THOUGHT = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)*)", re.DOTALL)
 
 
 class TemplateFacts:
@@ -55,19 +62,20 @@ class TemplateFacts:
             )
 
     def check_written(self, messages: list[dict[str, Any]], text: str) -> None:
-        """Sees that what turns say is in what was made of them.
+        """Check that what turns say is in what was made of them.
+
+        A template may move a thought that begins an answer into its own marks, but not drop it, and may write no part
+        of an answer as a thought that is none.
 
         Raises:
-            DataError: A turn's text is not.
+            DataError: A turn's text is not there.
         """
         for message in messages:
-            said = message["content"]
-            if message["role"] == "assistant":
-                said = said.rpartition("</think>")[2]  # templates may drop or move what was thought
-            if message["role"] != "tool" and said.strip() not in text:
+            lost = _first_lost(message, text)
+            if lost is not None:
                 raise DataError(
-                    f"the chat template leaves out or changes what a turn of {message['role']} says, "
-                    f"{said.strip()!r:.60}; set data.chat_template to one that writes it (the built-in chatml does)."
+                    f"the chat template leaves out or changes what a turn of {message['role']} says, {lost!r:.60}; set "
+                    "data.chat_template to one that writes it (the built-in chatml does)."
                 )
 
     def notes(self) -> list[str]:
@@ -82,13 +90,80 @@ class TemplateFacts:
             notes.append("the chat template writes a date: that of the day on which the data was tokenized")
         return notes
 
+    def modes(self, answer: dict[str, Any]) -> tuple[bool | None, ...]:
+        """How a server may have the template write the prompt for an answer: as it does by default, or else with
+        thinking switched on for an answer that thinks, and off for another, if it has such a switch.
+        """
+        if not self._switch:
+            return (None,)
+        thinks = "reasoning_content" in answer or THOUGHT.fullmatch(answer["content"]) is not None
+        return None, thinks
+
+    def switch(self, thinking: bool | None) -> Counter[str]:
+        """The setting that a server needs for a prompt in one of :meth:`modes`, counted once; empty for the default."""
+        return Counter() if thinking is None else Counter([f"{self._switch}={str(thinking).lower()}"])
+
+    def header_of(self, span: str, before: str) -> str:
+        """What a template writes in front of an answer, if an answer's span begins with it."""
+        headers = [header for header in self._headers if span.startswith(header) and not before.endswith(header)]
+        return max(headers, key=len, default="")
+
+    def begins_turn(self, text: str) -> bool:
+        """Whether the first control token of what is behind an answer's words opens a turn instead of ending one."""
+        found = self.control_token.search(text)
+        return found is not None and found[0] in self._openers
+
+    @cached_property
+    def tail(self) -> str | None:
+        """What the template writes behind the words of an answer; None if it does not write a plain answer."""
+        _, found, behind = self._probed([QUESTION, ANSWER | {"content": PROBE}]).rpartition(PROBE)
+        return behind if found else None
+
+    @cached_property
+    def next_header(self) -> int:
+        """Characters at the end of a tail that are how a user's turn begins."""
+        before, found, _ = self._probed([QUESTION | {"content": PROBE}]).partition(PROBE)
+        return len(commonprefix([before[::-1], (self.tail or "")[::-1]])) if found else 0
+
+    @cached_property
+    def control_token(self) -> re.Pattern[str]:
+        """Matches the tokenizer's control tokens."""
+        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        tokens = self._tokenizer.convert_ids_to_tokens(sorted({*self._tokenizer.all_special_ids, *added}))
+        return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))))
+
+    @cached_property
+    def _openers(self) -> set[str]:
+        """Control tokens that begin an answer, but end none."""
+        tail = self.control_token.findall(self.tail or "")[:1]
+        return {token for header in self._headers for token in self.control_token.findall(header)} - {*tail}
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """What stands between a question and its answer, as the template renders it and as its prompt ends."""
+        asked, probe = self._probed([QUESTION]), ANSWER | {"content": PROBE}
+        found = [self._probed([QUESTION, probe]).partition(PROBE)[0], self._probed([QUESTION], True)]
+        return [text[len(asked) :] for text in found if asked and len(text) > len(asked) and text.startswith(asked)]
+
+    @cached_property
+    def _switch(self) -> str | None:
+        """The variable of the template that switches thinking."""
+        names = re.findall(r"\b(?:" + "|".join(THINKING_SWITCHES) + r")\b", str(self._tokenizer.chat_template))
+        return next((name for name in THINKING_SWITCHES if name in names), None)
+
+    def _probed(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """A conversation as text, with a tool if the template demands one; empty if it refuses that, too."""
+        for tools in (None, [TOOL]):
+            try:
+                return render(self._tokenizer, messages, tools, add_generation_prompt)
+            except DataError:
+                continue
+        return ""
+
     @cached_property
     def _prompt_ids(self) -> list[int] | None:
-        try:
-            text = render(self._tokenizer, [QUESTION], add_generation_prompt=True)
-        except DataError:
-            return None
-        return self._tokenizer(text, add_special_tokens=False).input_ids
+        text = self._probed([QUESTION], add_generation_prompt=True)
+        return self._tokenizer(text, add_special_tokens=False).input_ids if text else None
 
     def _check_bos(self) -> None:
         bos = self._tokenizer.bos_token_id
@@ -105,8 +180,7 @@ class TemplateFacts:
 
     @cached_property
     def _writes_tools(self) -> bool:
-        function = {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}}
-        return self._writes([QUESTION], [{"type": "function", "function": function}])
+        return self._writes([QUESTION], [TOOL])
 
     @cached_property
     def _writes_calls(self) -> bool:
@@ -124,13 +198,33 @@ class TemplateFacts:
 
     @cached_property
     def _writes_reasoning(self) -> bool:
-        return self._writes([QUESTION, {"role": "assistant", "content": "a", "reasoning_content": PROBE}])
+        probe = [QUESTION, ANSWER | {"reasoning_content": PROBE}]
+        return any(self._writes(probe, thinking=mode) for mode in self.modes(probe[-1]))
 
-    def _writes(self, messages: list[dict[str, Any]], tools: Any = None) -> bool:
+    def _writes(self, messages: list[dict[str, Any]], tools: Any = None, thinking: bool | None = None) -> bool:
         try:
-            return PROBE in render(self._tokenizer, messages, tools)
+            return PROBE in render(self._tokenizer, messages, tools, thinking=thinking)
         except DataError:
             return True  # it refuses the probe for another reason; a row's own refusal tells it
+
+
+def _first_lost(message: dict[str, Any], text: str) -> str | None:
+    """What a turn says first that is not in a text, in its order; None if all is."""
+    if message["role"] == "tool":  # templates write results as JSON, or escape them
+        return None
+    thoughts, words = [], message["content"]
+    if message["role"] == "assistant":
+        thoughts = [message.get("reasoning_content", "")]
+        if thought := THOUGHT.fullmatch(words):
+            thoughts, words = [*thoughts, thought[1]], thought[2]
+    thoughts = [thought.strip() for thought in thoughts if thought.strip()]
+    place = 0
+    for piece in (*thoughts, words.strip()):
+        place = text.find(piece, place)
+        if place < 0 or piece in thoughts[:1] and "</think>" in text[:place]:  # behind a thought that was closed
+            return piece
+        place += len(piece)
+    return None
 
 
 def _call(name: str) -> dict[str, Any]:

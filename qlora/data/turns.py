@@ -1,10 +1,13 @@
 """Turns of a conversation in the dialects there are, to the one that chat templates read."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora.data.examples import PartWeights
 from qlora.data.json_rows import parse_value
+from qlora.data.masks import DETAILS, WEIGHT_KEYS, join_weights, read_details, read_weight
 from qlora.data.rows import Row
 from qlora.errors import DataError
 
@@ -22,7 +25,13 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
-WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
+CALL_KEYS = ("tool_calls", "function_call")
+# How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+TRANSCRIPT_START = "\n\nHuman:"
+# Keys of a turn that are read, whatever its role; and of a turn of a tool.
+TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
+RESULT_KEYS = ("name", "tool_call_id")
 
 
 class TurnReader:
@@ -31,14 +40,20 @@ class TurnReader:
     Args:
         columns: Our name of a turn's key, `role` or `content`, to theirs.
         roles: Their name of a speaker to ours.
+
+    Attributes:
+        unread: Keys of turns and of their parts that nothing read, over all rows.
     """
 
     def __init__(self, columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
         self._role_keys = (columns["role"],) if "role" in columns else ROLE_KEYS
         self._content_keys = (columns["content"],) if "content" in columns else CONTENT_KEYS
         self._role_of = ROLE_OF | dict(roles)
+        self.unread: set[str] = set()
 
-    def read_all(self, row: Row, column: str, turns: Any) -> tuple[list[dict[str, Any]], list[float] | None]:
+    def read_all(
+        self, row: Row, column: str, turns: Any
+    ) -> tuple[list[dict[str, Any]], list[float | PartWeights] | None]:
         """Reads a list of turns.
 
         Returns:
@@ -46,7 +61,7 @@ class TurnReader:
             `tool_call_id`; and the weight of each, or None if no turn has one.
 
         Raises:
-            DataError: They are no turns; the row and the turn are told.
+            DataError: They are no turns; the row and the turn are named.
         """
         if isinstance(turns, str):  # a table holds lists as JSON
             turns = parse_json(row, column, turns)
@@ -54,15 +69,23 @@ class TurnReader:
             turns = [turns]
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{row.origin}: '{column}' should be a list of turns, not {turns!r:.80}.")
-        messages = [self.read(row, turn) for turn in turns]
-        weights = [_weight(row, turn) for turn in turns]
+        messages, weights = zip(*(self._read(row, turn) for turn in turns), strict=True)
         for message, weight in zip(messages, weights, strict=True):
-            if weight and message["role"] != "assistant":
-                raise DataError(f"{row.origin}: a {message['role']} turn has weight {weight}; only answers are learnt.")
-        return messages, None if weights == [None] * len(weights) else [1.0 if w is None else w for w in weights]
+            largest = weight.largest if isinstance(weight, PartWeights) else weight
+            if largest and message["role"] != "assistant":
+                raise DataError(
+                    f"{row.origin}: a {message['role']} turn has weight {largest}; only answers can be learned."
+                )
+        has_weights = any(weight is not None for weight in weights)
+        return list(messages), [1.0 if w is None else w for w in weights] if has_weights else None
 
-    def read(self, row: Row, turn: Any) -> dict[str, Any]:
-        """Reads one turn."""
+    def read(self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()) -> dict[str, Any]:
+        """Reads one turn, but for its weight; some of its keys are read elsewhere."""
+        return self._read(row, turn, read_elsewhere)[0]
+
+    def _read(
+        self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], float | PartWeights | None]:
         if not isinstance(turn, dict):
             raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
         if turn.keys().isdisjoint(self._role_keys):
@@ -84,20 +107,79 @@ class TurnReader:
         if content is None and not calls:
             raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {turn!r:.80}.")
         message: dict[str, Any] = {"role": role, "content": ""}
+        parts: list[tuple[str, int, int, float | None]] = []
         if isinstance(content, list):
-            message |= _join_parts(row, content)
-            calls = message.pop("calls", None) or calls
+            joined, parts, part_calls = self._join_parts(row, content)
+            message |= joined
+            calls = part_calls or calls
         elif content is not None:
             message["content"] = check_unicode(row, content)
+        parts += read_details(row, turn, message["content"])
         reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
         if reasoning is not None:
             message["reasoning_content"] = check_unicode(row, reasoning)
         if calls:
             message["tool_calls"] = [_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
         if role == "tool":
-            known_keys = [key for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)]
+            known_keys = [key for key in RESULT_KEYS if isinstance(turn.get(key), str)]
             message |= {key: check_unicode(row, turn[key]) for key in known_keys}
-        return message
+        read = {
+            *self._role_keys,
+            *self._content_keys,
+            *TURN_KEYS,
+            *(RESULT_KEYS if role == "tool" else ()),
+            *read_elsewhere,
+        }
+        self._note_unread(turn, read)
+        says_more = bool(calls) or reasoning is not None or any(turn.get(key) for key in DETAILS)
+        return message, join_weights(read_weight(row, turn), parts, says_more)
+
+    def _note_unread(self, values: dict[str, Any], known: set[str]) -> None:
+        self.unread |= {key for key, value in values.items() if key not in known and value is not None}
+
+    def _join_parts(
+        self, row: Row, parts: list[Any]
+    ) -> tuple[dict[str, Any], list[tuple[str, int, int, float | None]], list[Any]]:
+        """Joins the parts of a content: by lines, as servers do for templates that read text, or as they are if one
+        has a weight, since they are then stretches of one text.
+
+        Returns:
+            `content` and, where there is such, `reasoning_content`; each part's place and weight, if one has a weight;
+            and calls.
+        """
+        texts: dict[str, list[tuple[str, float | None]]] = {"content": [], "reasoning_content": []}
+        calls, weights = [], []
+        for part in parts:
+            if isinstance(part, str):
+                part = {"text": part}
+            if not isinstance(part, dict):
+                raise DataError(f"{row.origin}: a part of a turn should be text or an object, not {part!r:.80}.")
+            kind = part.get("type", "text")
+            if kind not in PART_KINDS:
+                raise DataError(f"{row.origin}: a part of a turn is of type {kind!r:.80}; only text is supported.")
+            value = next((part[key] for key in ("text", "value", kind) if key in part), None)
+            weight = read_weight(row, part)
+            weights.append(weight)
+            self._note_unread(part, {"type", "text", "value", kind, *WEIGHT_KEYS})
+            if kind == "tool_call":
+                calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)
+                if weight is not None:
+                    raise DataError(f"{row.origin}: a part that is a call has a weight; give it to the whole turn.")
+            else:
+                key = "content" if kind == "text" else "reasoning_content"
+                texts[key].append((check_unicode(row, value), weight))
+        is_weighted = any(weight is not None for weight in weights)
+        separator = "" if is_weighted else "\n"
+        joined = {key: separator.join(text for text, _ in said) for key, said in texts.items()}
+        places: list[tuple[str, int, int, float | None]] = []
+        for key, said in texts.items() if is_weighted else ():
+            begin = 0
+            for text, own in said:
+                places.append((key, begin, begin + len(text), own))
+                begin += len(text)
+        if not texts["reasoning_content"]:
+            del joined["reasoning_content"]
+        return joined, places, calls
 
 
 def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
@@ -110,6 +192,20 @@ def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
         raise DataError(f"{row.origin}: 'tools' should be a list of objects, not {tools!r:.80}.")
     _check_nested(row, tools)
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def read_transcript(text: str) -> list[dict[str, Any]] | None:
+    """Reads a conversation in HH-RLHF's text form, `\\n\\nHuman: …\\n\\nAssistant: …`.
+
+    Returns:
+        Its turns, without an empty answer at the end, as a prompt has one; None if the text is not in this form.
+    """
+    before, *pieces = SPEAKER.split(text)
+    if before or pieces[:1] != ["Human"]:
+        return None
+    said = zip(pieces[::2], map(str.strip, pieces[1::2]), strict=True)
+    turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in said]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def parse_json(row: Row, name: str, text: str) -> Any:
@@ -125,7 +221,7 @@ def parse_json(row: Row, name: str, text: str) -> Any:
 
 
 def check_unicode(row: Row, text: Any) -> str:
-    """Sees that a value is text that can be encoded: JSON can hold halves of a surrogate pair, which break tokenizers.
+    """Check that a value is text that can be encoded: JSON can hold halves of a surrogate pair, which break tokenizers.
 
     Raises:
         DataError: It is not.
@@ -144,41 +240,6 @@ def _check_nested(row: Row, value: Any) -> None:
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
 
 
-def check_weight(row: Row, weight: Any) -> float:
-    """Sees that a weight can be held: 0, or from 0.001 to 1000.
-
-    Raises:
-        DataError: It can't.
-    """
-    if not isinstance(weight, int | float) or not (weight == 0 or 0.001 <= weight <= 1000):
-        raise DataError(f"{row.origin}: a weight should be 0, or a number from 0.001 to 1000, not {weight!r:.80}.")
-    return float(weight)
-
-
-def _join_parts(row: Row, parts: list[Any]) -> dict[str, Any]:
-    """Joins the parts of a content by lines, as servers do for templates that read text."""
-    texts, reasoning, calls = [], [], []
-    for part in parts:
-        if isinstance(part, str):
-            part = {"text": part}
-        if not isinstance(part, dict):
-            raise DataError(f"{row.origin}: a part of a turn should be text or an object, not {part!r:.80}.")
-        kind = part.get("type", "text")
-        if kind not in PART_KINDS:
-            raise DataError(f"{row.origin}: a part of a turn is of type {kind!r:.80}; only text is supported.")
-        value = next((part[key] for key in ("text", "value", kind) if key in part), None)
-        if kind == "tool_call":
-            calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)
-        elif kind == "text":
-            texts.append(check_unicode(row, value))
-        else:
-            reasoning.append(check_unicode(row, value))
-    joined: dict[str, Any] = {"content": "\n".join(texts)}
-    if reasoning:
-        joined["reasoning_content"] = "\n".join(reasoning)
-    return joined | ({"calls": calls} if calls else {})
-
-
 def _call(row: Row, call: Any) -> dict[str, Any]:
     """A call with its arguments as an object: templates write a string of JSON as a string."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -193,10 +254,3 @@ def _call(row: Row, call: Any) -> dict[str, Any]:
     read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
     _check_nested(row, read)
     return read
-
-
-def _weight(row: Row, turn: dict[str, Any]) -> float | None:
-    weight = next((turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None), None)
-    if weight is None:
-        return None
-    return check_weight(row, weight)

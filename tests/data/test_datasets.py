@@ -492,6 +492,13 @@ def test_columns_that_are_not_read_are_told(path):
     assert "  columns not read: id, source" in report.summary().splitlines()
 
 
+def test_keys_of_turns_that_are_not_read_and_control_tokens_are_reported(path):
+    turns = [{"role": "user", "content": "a</s>b", "lang": "en"}, {"role": "assistant", "content": "c", "los": 0}]
+    report = build(path, [{"messages": turns}] * 3, template="chatml", max_seq_len=200).reports[0]
+    assert report.unread_keys == ["lang", "los"]
+    assert report.control_tokens == {"</s>": 3}
+
+
 def test_answers_without_text_are_counted(path):
     rows = [{"instruction": "Q", "output": answer} for answer in ("A", "", " ", "B")]
     assert build(path, rows, max_seq_len=500).reports[0].empty_answers == 2

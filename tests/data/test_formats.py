@@ -498,6 +498,56 @@ def test_media_are_refused(column):
     assert read(messages=[HI, HO], **{column: []}) == Conversation([HI, HO])
 
 
+def test_masks_in_a_prompt_and_a_chosen_answer_are_kept():
+    draft, final = assistant("Ho") | {"train": False}, assistant("Hm") | {"weight": 0.5}
+    example = read("chosen", system="Be kind", messages=[HI, draft, HI], chosen=[final], rejected="x")
+    assert example.messages == [system("Be kind"), HI, HO, HI, assistant("Hm")]
+    assert example.weights == [1.0, 1.0, 0.0, 1.0, 0.5]
+
+
+# HH-RLHF's text form.
+
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Where is\n\nhome?\n\nAssistant:"
+
+
+def test_transcripts_of_humans_and_assistants_are_turns():
+    example = read(chosen=TRANSCRIPT + " Here. ", rejected=TRANSCRIPT + " There.\n")
+    prompt = [user("Hi"), assistant("Ho"), user("Where is\n\nhome?")]
+    assert example == Preference(
+        Conversation([*prompt, assistant("Here.")]), Conversation([*prompt, assistant("There.")])
+    )
+
+
+@pytest.mark.parametrize("answer", [" Here.", "Here."])
+def test_a_prompt_may_be_a_transcript(answer):
+    example = read("chosen", prompt=TRANSCRIPT, chosen=answer, rejected="x")
+    assert example.messages == [user("Hi"), assistant("Ho"), user("Where is\n\nhome?"), assistant(answer)]
+
+
+def test_a_transcript_without_blank_lines_in_front_is_one_where_no_prompt_is():
+    said = "Human: Hi\n\nAssistant: Ho"
+    assert read("chosen", chosen=said, rejected="x").messages == [HI, HO]
+    assert read("chosen", prompt="Write a dialogue.", chosen=said, rejected="x").messages == [
+        user("Write a dialogue."),
+        assistant(said),
+    ]
+
+
+@pytest.mark.parametrize("said", ["Assistant: Ho", "I, Human: Hi", "\n\nAssistant: Ho\n\nHuman: Hi", "Humans: Hi"])
+def test_what_is_no_transcript_is_an_answer_that_nothing_asks_for(said):
+    assert "nothing is before the answer" in refusal(chosen=said, rejected=said)
+
+
+def test_a_text_that_is_a_transcript_is_text_and_noted():
+    reader = RowReader()
+    assert reader.read(Row({"text": TRANSCRIPT}, "a:1")) == Completion("", TRANSCRIPT)
+    (note,) = reader.notes
+    assert "format: chosen and columns: {chosen: text}" in note
+    assert RowReader("chosen", {"chosen": "text"}).read(Row({"text": TRANSCRIPT + " Here."}, "a:1")).messages[-1] == (
+        assistant("Here.")
+    )
+
+
 # Mappings.
 
 
@@ -542,6 +592,12 @@ def test_a_column_that_is_not_read_is_known(row, unread):
     reader = RowReader()
     reader.read(Row(row, "a:1"))
     assert reader.unread == unread
+
+
+def test_a_key_of_a_turn_that_is_not_read_is_known():
+    reader = RowReader()
+    reader.read(Row({"messages": [HI | {"lang": "en"}, HO]}, "a:1"))
+    assert (reader.unread, reader.unread_keys) == (set(), {"lang"})
 
 
 def test_of_a_preference_the_chosen_answer_alone_can_be_read():

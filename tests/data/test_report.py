@@ -75,6 +75,16 @@ def test_a_plain_report_is_one_line():
     ({"empty_answers": 7}, "7 conversations with an empty answer"),
     ({"overlong": {"truncated": 8}}, "8 documents longer than max_seq_len truncated"),
     ({"unread_columns": ["id", "lang"]}, "columns not read: id, lang"),
+    ({"unread_keys": ["id", "lang"]}, "keys of turns not read: id, lang"),
+    (
+        {"switched": {"enable_thinking=false": 9}},
+        "9 answers behind the prompt with enable_thinking=false, as the default prompt is not how they begin; serve so",
+    ),
+    (
+        {"control_tokens": {"<s>": 2, "</s>": 1}},
+        "3 control tokens in what turns say, fed as such, as a server does: </s> 1, <s> 2; an end token inside an "
+        "answer is not learned",
+    ),
     ({"notes": ["begin no answer with a space"]}, "begin no answer with a space"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
 def test_all_that_is_not_plain_has_a_line_of_its_own(changes, line):

@@ -54,9 +54,14 @@ def test_what_the_template_leaves_out_is_refused_and_named(template, messages, t
         facts(template).check(messages, tools)
 
 
-def test_a_template_that_writes_no_plain_text_is_refused():
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.image }}{% endfor %}", "{{ bos_token }}"])
+def test_a_template_that_writes_no_plain_text_is_refused(template):
     with pytest.raises(DataError, match="writes no plain text.*set data.chat_template to chatml"):
-        facts(OF_PARTS).check([QUESTION, ANSWER], None)
+        facts(template).check([QUESTION, ANSWER], None)
+
+
+def test_a_template_that_reads_content_as_parts_gets_it_so():
+    assert facts(OF_PARTS).check([SYSTEM, QUESTION, ANSWER], None) is None
 
 
 def test_the_built_in_chatml_writes_all_that_a_conversation_may_have(seed):

@@ -1,5 +1,6 @@
 """Which template is used, BOS exactly once, and prompts that are what training saw."""
 
+import json
 import random
 
 import pytest
@@ -55,19 +56,26 @@ def conversation(rng, num_answers, system=False):
     return [{"role": role, "content": words(rng)} for role in roles]
 
 
+def encode_all(tokenizer, messages):
+    return chats.encode(ExampleEncoder(tokenizer), Conversation(messages)).documents
+
+
 def encode(tokenizer, messages):
-    return only(chats.encode(ExampleEncoder(tokenizer), Conversation(messages)).documents)
+    return only(encode_all(tokenizer, messages))
 
 
 def wrong_prefixes(tokenizer, messages):
     """Answers whose prompt, as generation encodes it, is not how the trained ids begin."""
-    ids = encode(tokenizer, messages).input_ids.tolist()
+    documents = [document.input_ids.tolist() for document in encode_all(tokenizer, messages)]
     prompts = {
         turn: encode_prompt(tokenizer, messages[:turn])
         for turn, message in enumerate(messages)
         if message["role"] == "assistant"
     }
-    return [turn for turn, prompt in prompts.items() if ids[: len(prompt)] != prompt]
+    if len(documents) == 1:
+        documents *= len(prompts)
+    pairs = zip(prompts.items(), documents, strict=True)
+    return [turn for (turn, prompt), ids in pairs if ids[: len(prompt)] != prompt]
 
 
 def test_auto_keeps_the_tokenizers_own_template():
@@ -84,6 +92,46 @@ def test_auto_takes_alpaca_where_there_is_none_and_tells_so():
     assert tokenizer.chat_template == asked.chat_template
     assert "alpaca" in used
     assert "none" in used
+
+
+PROCESSOR_FILES = {
+    "chat_template.json": json.dumps({"chat_template": OWN}),
+    "processor_config.json": json.dumps({"processor_class": "SomeProcessor", "chat_template": OWN}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSOR_FILES)
+def test_auto_takes_the_template_of_a_processor_where_the_tokenizer_has_none(tmp_path, name):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(PROCESSOR_FILES[name], encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert apply_template(tokenizer, "auto") == f"{name} of the base (the tokenizer has none)"
+    assert tokenizer.chat_template == OWN
+
+
+def test_the_tokenizers_own_template_comes_before_a_processors(tmp_path):
+    make_tokenizer(chat_template="{{ 'own' }}").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(PROCESSOR_FILES["chat_template.json"], encoding="utf-8")
+    assert apply_template(AutoTokenizer.from_pretrained(tmp_path), "auto") == "the tokenizer's own"
+
+
+def test_a_processor_without_a_template_is_passed_over(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "SomeProcessor"}', encoding="utf-8")
+    assert apply_template(AutoTokenizer.from_pretrained(tmp_path), "auto") == "alpaca (the tokenizer has none)"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("[1]", "is no JSON object"), ("{", "is no JSON object"), ('{"chat_template": {"a": "b"}}', "several templates")],
+)
+def test_a_damaged_file_of_a_processor_is_named(tmp_path, content, problem):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(content, encoding="utf-8")
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = str(tmp_path)
+    with pytest.raises(DataError, match=f"data.chat_template: .*chat_template.json.* {problem}"):
+        apply_template(tokenizer, "auto")
 
 
 @pytest.mark.parametrize(
@@ -209,8 +257,8 @@ def test_a_prompt_is_how_the_trained_ids_begin_with_real_templates(
     for name in ("minimind", "tinyllama_chat_hf"):
         tokenizer = real_tokenizer(name)
         apply_template(tokenizer, str(realdata / "chat_templates" / "llama_cpp" / f"{template}.jinja"))
-        example = encode(tokenizer, messages)
-        supervised = tokenizer.decode(example.input_ids[example.loss_mask])
+        examples = encode_all(tokenizer, messages)
+        supervised = "".join(tokenizer.decode(example.input_ids[example.loss_mask]) for example in examples)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         asked = [message["content"] for message in messages if message["role"] == "user"]
         position = 0

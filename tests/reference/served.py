@@ -14,7 +14,7 @@ def completion(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], lis
     return asked + written, [False, *learnt[1:]]
 
 
-def prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
-    """Ids of what a server makes of turns that it is to answer."""
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+def prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> list[int]:
+    """Ids of what a server makes of turns that it is to answer; options are the template's, as `enable_thinking`."""
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True, **options)
     return tokenizer(text, add_special_tokens=False).input_ids

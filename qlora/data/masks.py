@@ -1,0 +1,102 @@
+"""Which parts of a turn are learned: weights and masks, as different trainers write them."""
+
+from typing import Any
+
+from qlora.data.examples import PartWeights
+from qlora.data.rows import Row
+from qlora.errors import DataError
+
+# Keys of a turn or a part. Numbers say how much it counts; flags are true or false, or 1 or 0.
+NUMBERS = ("weight", "loss_weight", "loss_scale", "train", "training")
+FLAGS = ("loss", "loss_mask", "trainable")
+MASKED = "masked"
+# Stretches of a turn's content: `{begin_offset, end_offset, train}` each, the last character included.
+DETAILS = ("train_detail", "training_detail")
+WEIGHT_KEYS = (*NUMBERS, *FLAGS, MASKED, *DETAILS)
+
+
+def read_weight(row: Row, values: dict[str, Any]) -> float | None:
+    """Reads how much a turn or a part of one counts.
+
+    Args:
+        row: Where it is.
+        values: The turn or the part.
+
+    Returns:
+        The weight, or None if no key gives one.
+
+    Raises:
+        DataError: A value is no weight, or two keys disagree.
+    """
+    given = {key: check_weight(row, values[key]) for key in NUMBERS if values.get(key) is not None}
+    given |= {key: float(_flag(row, key, values[key])) for key in FLAGS if values.get(key) is not None}
+    if values.get(MASKED) is not None and _flag(row, MASKED, values[MASKED]):
+        given[MASKED] = 0.0
+    if len(set(given.values())) > 1:
+        keys = " and ".join(f"'{key}': {values[key]!r}" for key in given)
+        raise DataError(f"{row.origin}: {keys} disagree on whether this is learned; keep one of them.")
+    return next(iter(given.values()), None)
+
+
+def read_details(row: Row, turn: dict[str, Any], content: str) -> list[tuple[str, int, int, float]]:
+    """Reads the stretches of a turn's content that have a weight of their own, as :class:`PartWeights` has them.
+
+    Raises:
+        DataError: They do not lie in the content.
+    """
+    parts = []
+    for key in DETAILS:
+        details = turn.get(key) or []
+        for detail in details if isinstance(details, list) else [details]:
+            begin, end, weight = _detail(row, key, detail)
+            if not 0 <= begin <= end < len(content):
+                raise DataError(
+                    f"{row.origin}: '{key}' has characters {begin} to {end}, but the content has {len(content)}."
+                )
+            parts.append(("content", begin, end + 1, weight))
+    return parts
+
+
+def _detail(row: Row, key: str, detail: Any) -> tuple[int, int, float]:
+    if isinstance(detail, dict):
+        begin, end, weight = detail.get("begin_offset"), detail.get("end_offset"), read_weight(row, detail)
+        if type(begin) is int and type(end) is int and weight is not None:
+            return begin, end, weight
+    raise DataError(f"{row.origin}: '{key}' should hold begin_offset, end_offset and train, not {detail!r:.80}.")
+
+
+def join_weights(
+    weight: float | None, parts: list[tuple[str, int, int, float | None]], says_more: bool
+) -> float | PartWeights | None:
+    """Joins the weight of a turn with those of its parts.
+
+    Args:
+        weight: Of the turn.
+        parts: As :class:`PartWeights` has them; None where a part has no weight of its own.
+        says_more: The turn has something in no part, such as a call.
+    """
+    rest = 1.0 if weight is None else weight
+    own = [(key, begin, end, rest if part is None else part) for key, begin, end, part in parts]
+    different = {part for *_, part in own} - {rest}
+    if not different:
+        return weight
+    if len(different) == 1 and not says_more and all(part != rest for *_, part in own):
+        return different.pop()
+    return PartWeights(own, rest)
+
+
+def check_weight(row: Row, weight: Any) -> float:
+    """Check that a weight can be stored: 0, or from 0.001 to 1000.
+
+    Raises:
+        DataError: It can't.
+    """
+    if not isinstance(weight, int | float) or not (weight == 0 or 0.001 <= weight <= 1000):
+        raise DataError(f"{row.origin}: a weight should be 0, or a number from 0.001 to 1000, not {weight!r:.80}.")
+    return float(weight)
+
+
+def _flag(row: Row, key: str, value: Any) -> bool:
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise DataError(f"{row.origin}: '{key}' should be true or false, or 1 or 0, not {value!r:.80}.")
+    return bool(value)

@@ -1,0 +1,267 @@
+"""What should be learned of a conversation, found in a slow way that shares no code with qlora's."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+WORD = re.compile(r"[sumrctda]\d+x[a-z]?\b")
+# Variables that servers pass to switch thinking.
+SWITCHES = ("enable_thinking", "thinking", "open_thinking")
+
+
+class WrongError(Exception):
+    """What was learned is not what should be."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn as a template gets it.
+
+    Attributes:
+        message: For the template.
+        words: Its words that are learned if it is an answer.
+        masked: Its words that are not.
+        thinks: It has reasoning.
+    """
+
+    message: dict[str, Any]
+    words: list[str]
+    masked: list[str]
+    thinks: bool
+
+    @property
+    def is_learned(self) -> bool:
+        """Something of it is learned: an empty answer too, which ends at once."""
+        return self.message["role"] == "assistant" and (bool(self.words) or not self.masked)
+
+
+def read(row: dict[str, Any]) -> list[Turn]:
+    """The turns of a row."""
+    return [_read(turn) for turn in row["messages"]]
+
+
+def _read(turn: dict[str, Any]) -> Turn:
+    content = turn["content"]
+    if isinstance(content, list):
+        is_masked = any(len(part) > 2 for part in content)
+        content = ("" if is_masked else "\n").join(part["text"] for part in content)
+    message = {key: turn[key] for key in ("role", "tool_calls", "name", "tool_call_id") if key in turn}
+    message["content"] = content
+    said = turn.get("reasoning_content", "") + "\n" + content
+    if "reasoning_content" in turn:
+        message["reasoning_content"] = turn["reasoning_content"]
+    calls = "".join(call["function"]["arguments"]["key"] + " " for call in turn.get("tool_calls", ()))
+    words = WORD.findall(said + "\n" + calls)
+    thinks = "reasoning_content" in turn or re.match(r"\s*<think>", content) is not None
+    return Turn(message, [one for one in words if one[0] != "m"], [one for one in words if one[0] == "m"], thinks)
+
+
+def renderings(
+    tokenizer: Any, turns: Sequence[Turn], tools: Any, asks: bool
+) -> Iterator[tuple[tuple[bool, bool | None], str]]:
+    """The turns as text with thinking as it is, on, and off, those left out that the template refuses.
+
+    Content is given as parts to a template that writes it only so.
+    """
+    for as_parts, switch in [
+        (_reads_parts(tokenizer, tokenizer.chat_template), switch) for switch in (None, True, False)
+    ]:
+        messages = [turn.message for turn in turns]
+        if as_parts:
+            messages = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        options = {} if switch is None else dict.fromkeys(SWITCHES, switch)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=asks, **options
+            )
+        except Exception:  # a template is a program
+            continue
+        yield (as_parts, switch), text
+
+
+@cache
+def _reads_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a tokenizer's template, named for the cache, loses content that is a text and writes parts."""
+    written = []
+    for content in ("a0x", [{"type": "text", "text": "a0x"}]):
+        try:
+            written.append(
+                "a0x" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            )
+        except Exception:  # whatever it demands
+            written.append(False)
+    return written == [False, True]
+
+
+def check(tokenizer: Any, row: dict[str, Any], documents: Sequence[tuple[list[int], list[bool]]], exact: bool) -> None:
+    """Hold documents against the turns that they were made of.
+
+    Args:
+        tokenizer: With its template in place.
+        row: The turns.
+        documents: Ids, and which of them are learned.
+        exact: The tokenizer's ids decode to the text that they were made of, blanks included.
+
+    Raises:
+        WrongError: Something is lost, is learned that should not be, or is not as a server feeds it.
+    """
+    turns, tools = read(row), row.get("tools")
+    asked = [place for place, turn in enumerate(turns) if turn.is_learned]
+    if len(documents) == len(asked):
+        pieces = [([place], *document) for place, document in zip(asked, documents, strict=True)]
+    elif len(documents) == 1:
+        runs = [[place for place in run if turns[place].is_learned] for run in _runs(turns)]
+        pieces = [(run, *documents[0]) for run in runs if run]
+    else:
+        raise WrongError(f"{len(documents)} documents for {len(asked)} answers")
+    begins = [_prompt_length(tokenizer, turns, tools, run[0], ids, mask) for run, ids, mask in pieces]
+    for number, (run, ids, mask) in enumerate(pieces):
+        is_last = len(documents) > 1 or number + 1 == len(pieces)
+        stop = len(ids) if is_last else begins[number + 1]
+        if (len(documents) > 1 or not number) and any(mask[: begins[number]]):
+            raise WrongError("something of a prompt is learned")
+        _check_history(tokenizer, turns[: run[0]], tools, ids[: begins[number]])
+        learned = [index for index in range(begins[number], stop) if mask[index]]
+        stretches = _stretches(learned) if len(run) > 1 else [learned]
+        if len(stretches) == len(run):
+            for place, stretch in zip(run, stretches, strict=True):
+                _check_answer(tokenizer, turns, tools, place, ids, stretch, begins[number], exact)
+        else:
+            _check_joined(tokenizer, [turns[place] for place in run], [ids[index] for index in learned])
+
+
+def _runs(turns: Sequence[Turn]) -> list[list[int]]:
+    """Places of answers, those in a row together."""
+    places = [place for place, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    return [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
+
+
+def _stretches(learned: list[int]) -> list[list[int]]:
+    return [[index for _, index in run] for _, run in groupby(enumerate(learned), lambda pair: pair[1] - pair[0])]
+
+
+def _prompt_length(
+    tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, ids: list[int], mask: list[bool]
+) -> int:
+    """How many ids are the prompt that a server feeds for an answer."""
+    if turns[place - 1].message["role"] == "assistant":  # no server asks for it
+        return mask.index(True)
+    lengths = []
+    for (_, switch), text in renderings(tokenizer, turns[:place], tools, asks=True):
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        if ids[: len(prompt)] == prompt and switch in (None, turns[place].thinks):
+            lengths.append(len(prompt))
+    # Of two prompts of which one is how the other begins, the one is meant behind which the answer is learned.
+    for length in lengths:
+        if mask[length:][:1] == [True]:
+            return length
+    if lengths:
+        return lengths[0]
+    raise WrongError(f"turn {place}: its document does not begin with a prompt that a server feeds")
+
+
+def _check_history(tokenizer: Any, turns: Sequence[Turn], tools: Any, ids: list[int]) -> None:
+    """Check that system prompt, questions, results and tools are there; templates may drop past reasoning."""
+    said = _squeezed(tokenizer.decode(ids))
+    spoken = [word for turn in turns if turn.message["role"] != "assistant" for word in turn.words]
+    described = WORD.findall(json.dumps(tools)) if tools else []
+    lost = [word for word in (*spoken, *described) if word not in said]
+    if lost:
+        raise WrongError(f"lost from the prompt: {lost}")
+
+
+def _check_joined(tokenizer: Any, turns: Sequence[Turn], ids: list[int]) -> None:
+    """Answers in a row with nothing but an end token between them."""
+    said, rest = [_squeezed(turn.message["content"]) for turn in turns], _squeezed(tokenizer.decode(ids))
+    behind = []
+    for content in said:
+        before, found, rest = rest.partition(content)
+        if not found:
+            raise WrongError(f"{content!r} is not learned")
+        behind.append(before)
+    # EOS is added where a template has no end.
+    if not {*behind[1:]} <= {rest, rest.removesuffix(tokenizer.eos_token)}:
+        raise WrongError(f"more than an end token is learned between answers in a row: {behind[1:]} and {rest!r}")
+
+
+def _check_answer(
+    tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, ids: list[int], learned: list[int], begin: int,
+    exact: bool,
+) -> None:  # fmt: skip
+    turn = turns[place]
+    is_second = turns[place - 1].message["role"] == "assistant"
+    if not learned and not turn.words and _writes_nothing(tokenizer, turns[: place + 1], tools):
+        return
+    if not learned:
+        raise WrongError(f"turn {place}: nothing of it is learned")
+    if not turn.masked and not is_second and learned[0] != begin:
+        raise WrongError(f"turn {place}: it is not learned from its first token")
+    heard = WORD.findall(tokenizer.decode([ids[index] for index in learned]))
+    if Counter(heard) != Counter(turn.words):
+        raise WrongError(f"turn {place}: learned {heard} instead of {turn.words}")
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    ends = ids[learned[-1]] in special
+    if not ends and learned[-1] == len(ids) - 1:
+        raise WrongError(f"turn {place}: nothing ends it")
+    whole = tokenizer.decode(ids[learned[0] : learned[-1] + 1])
+    if learned[-1] == len(ids) - 1:
+        whole = whole.removesuffix(tokenizer.eos_token)  # it is added where a template has no end
+    is_cut = bool(turn.masked) and WORD.findall(turn.message["content"])[-1][0] == "m"
+    squeeze = (lambda text: text) if exact and not turn.masked else _squeezed
+    for _, text in renderings(tokenizer, turns[: place + 1], tools, asks=False):
+        found = squeeze(text).rfind(squeeze(whole))
+        behind = squeeze(text)[found + len(squeeze(whole)) :]
+        has_end = any(token in behind for token in tokenizer.convert_ids_to_tokens(sorted(special)))
+        if (
+            found >= 0
+            and not WORD.findall(behind.replace(turn.masked[-1], "") if is_cut else behind)
+            and (ends or is_cut or not has_end)
+        ):
+            return
+    raise WrongError(f"turn {place}: {whole!r} is not how the template writes it")
+
+
+def _writes_nothing(tokenizer: Any, turns: Sequence[Turn], tools: Any) -> bool:
+    """Whether an empty answer is rendered as its prompt and nothing else."""
+    prompts = dict(renderings(tokenizer, turns[:-1], tools, asks=True))
+    return any(text == prompts.get(form) for form, text in renderings(tokenizer, turns, tools, asks=False))
+
+
+def refusal_is_right(tokenizer: Any, row: dict[str, Any]) -> bool:
+    """Whether no form of the template renders a conversation whole, with each answer behind its own prompt."""
+    turns, tools = read(row), row.get("tools")
+    if turns[0].is_learned:
+        return True
+    bos = tokenizer.bos_token
+    if bos and all(text.startswith(bos * 2) for _, text in renderings(tokenizer, turns[:1], tools, asks=True)):
+        return True
+    for place in (place for place, turn in enumerate(turns) if turn.is_learned):
+        prompts = dict(renderings(tokenizer, turns[:place], tools, asks=True))
+        wanted = Counter(turns[place].words)
+        heard = [word for turn in turns[:place] if turn.message["role"] != "assistant" for word in turn.words]
+        heard += WORD.findall(json.dumps(tools)) if tools else []
+        for form, text in renderings(tokenizer, turns[: place + 1], tools, asks=False):
+            prompt = prompts.get(form, "")
+            fits = form[1] in (None, turns[place].thinks) and prompt and text.startswith(prompt)
+            answer = text[len(prompt) :]
+            content = _squeezed(turns[place].message["content"])
+            whole = Counter(WORD.findall(answer)) == wanted and ("think" in content or content in _squeezed(answer))
+            # The template closes a thought of its own before that of the answer.
+            closed = (
+                turns[place].thinks and "</think>" in answer[: (WORD.search(answer) or re.search("$", answer)).start()]
+            )
+            if not closed and fits and whole and all(word in prompt for word in heard):
+                break
+        else:
+            return True
+    return False
+
+
+def _squeezed(text: str) -> str:
+    """A text without blanks, and without the sign for a blank that some tokenizers decode to one."""
+    return re.sub(r"[\s▁]", "", text)

@@ -1,0 +1,90 @@
+"""A few templates of the sweep, and that its reference finds faults; scripts/bench/templates.py tries all of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora.data.encode import ExampleEncoder
+from qlora.data.formats import RowReader
+from qlora.data.rows import Row
+from qlora.data.template import apply_template
+from tests.tiny import make_tokenizer, only
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+# Chat templates of four kinds: past thoughts dropped, thinking switched, each call a message of its own, no end token.
+TEMPLATES = ("llama_cpp/Qwen-Qwen3-0.6B", "trl/nemotron_3_nano", "llama_cpp/openai-gpt-oss-120b", "llama_cpp/GLM-4.6")
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """The script, which imports what lies beside it."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        import templates
+
+        yield templates
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_learned_of_conversations_is_right_or_refused(sweep, realdata, monkeypatch, name):
+    monkeypatch.setattr(sweep, "REALDATA", realdata)
+    text = (realdata / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    for tokenizer_name in ("tinyllama_chat_hf", sweep.FAMILY):
+        tokenizer = sweep.make_tokenizer(tokenizer_name, text)
+        encoder = ExampleEncoder(tokenizer)
+        rows = sweep.conversations(tokenizer.eos_token)
+        found = {case: sweep.try_case(encoder, row, tokenizer_name in sweep.EXACT) for case, row in rows.items()}
+        assert len(rows) >= 25
+        assert {case: each for case, each in found.items() if each[0] not in ("right", "refused")} == {}
+        assert found["three answers"][0] == "right"
+
+
+def encoded(sweep, case):
+    """A tokenizer, a conversation, and what is learned of it, to be changed."""
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, "chatml")
+    row = sweep.conversations("<|im_end|>")[case]
+    (result,) = ExampleEncoder(tokenizer).encode([RowReader().read(Row(row, "row"))])
+    document = only(result.documents)
+    return tokenizer, row, (document.input_ids.tolist(), document.loss_mask.tolist())
+
+
+def change(at, learned):
+    """Learns a token or not: counted from the first one that is learned, or from the first behind that is not."""
+
+    def changed(ids, mask):
+        first = mask.index(True)
+        place = mask.index(False, first) if at == "behind" else first + at
+        return ids, [*mask[:place], learned, *mask[place + 1 :]]
+
+    return changed
+
+
+def unmask(ids, mask):
+    """Learns a masked part, too, which is in front of what is learned."""
+    first = mask.index(True)
+    return ids, [place > first - 6 for place in range(len(ids))]
+
+
+FAULTS = {
+    "end token not learned": ("three answers", lambda ids, mask: (ids, [*mask[:-1], False])),
+    "first token not learned": ("three answers", change(0, False)),
+    "token of a prompt learned": ("three answers", change(-1, True)),
+    "line end behind an end token learned": ("three answers", change("behind", True)),
+    "word not learned": ("one answer", change(3, False)),
+    "masked part learned": ("masked part in front", unmask),
+    "words of a prompt lost": ("system", lambda ids, mask: (ids[:12] + ids[20:], mask[:12] + mask[20:])),
+    "another token": ("one answer", lambda ids, mask: ([*ids[:-3], 5, *ids[-2:]], mask)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_reference_finds_faults(sweep, fault):
+    case, damage = FAULTS[fault]
+    tokenizer, row, document = encoded(sweep, case)
+    sweep.check(tokenizer, row, [document], exact=True)
+    with pytest.raises(sweep.WrongError):
+        sweep.check(tokenizer, row, [damage(*document)], exact=True)
