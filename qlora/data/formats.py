@@ -1,6 +1,7 @@
 """Rows to examples: what the columns mean."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qlora.data.examples import Completion, Conversation, Example, Labelled, PartWeights, Preference, Rated, Tokens
@@ -155,10 +156,10 @@ class RowReader:
         """
         row = self._mapped(row)
         _check_media(row)
-        messages = self._prompt(row)
-        if messages[-1]["role"] == "assistant":
+        conversation = self._prompt(row)
+        if conversation.messages[-1]["role"] == "assistant":
             raise DataError(f"{row.origin}: the last turn is an answer already; end with the user's turn.")
-        return Conversation(messages, self._tools(row))
+        return replace(conversation, tools=self._tools(row))
 
     def _mapped(self, row: Row) -> Row:
         """The row under our names of its columns."""
