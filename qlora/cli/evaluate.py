@@ -33,7 +33,9 @@ def evaluate(
     model, tokenizer = base_from_section(config.model, device) if run is None else load_run(target, device)
     section = config.data
     if data is not None:
-        section = section.model_copy(update={"train": [SourceSection(path=data)], "eval": None, "max_rows": None})
+        # Every row of the file counts, however few of its own the run was trained on.
+        whole_file = {"train": [SourceSection(path=data)], "eval": None, "max_rows": None, "deduplicate": False}
+        section = section.model_copy(update=whole_file)
     datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):

@@ -1,7 +1,10 @@
 """`qlora generate`: the answer to one prompt, or to every prompt of a file."""
 
+import hashlib
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +90,8 @@ def _answer_file(
 ) -> int:
     """Answer every prompt of a file, one after another; the output appears when all are answered.
 
+    Until then each answer is appended to a file next to it, from which the same command continues.
+
     Returns:
         The number of prompts.
     """
@@ -97,24 +102,49 @@ def _answer_file(
         raise ConfigError(f"{output} exists already; name another file with -o.")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"{output} can't be written: {folder} is no folder that you may write to.")
+        raise ConfigError(f"{output} can't be written: {folder} is not a writable folder.")
     prompts = read_prompts(path, system)
 
     import torch
     from rich.console import Console
     from rich.progress import track
 
-    from qlora.checkpoint import write_text
+    from qlora.checkpoint import RunDirectory, adapter_digest, make_folder, sync
     from qlora.model import generate as run_generation
     from qlora.model import load_model
 
-    torch.manual_seed(seed)
+    adapter = None if RunDirectory.find(model) is None else adapter_digest(RunDirectory.open(model).adapter)
+    what = [[prompt.columns for prompt in prompts], system, model, adapter, seed, settings]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    partial = output.with_name(f"{output.name}.{key}.partial")
     loaded, tokenizer = load_model(model, device)
     check_prompts(tokenizer, prompts)
-    lines, console = [], Console(stderr=True)
-    for prompt in track(prompts, "", console=console, transient=True, disable=not console.is_terminal):
-        conversation = prompt.conversation
-        answer = run_generation(loaded, tokenizer, conversation.messages, tools=conversation.tools, **settings)
-        lines.append(json.dumps(prompt.answered(answer), ensure_ascii=False) + "\n")
-    write_text(output, "".join(lines))
+    console = Console(stderr=True)
+    make_folder(output.parent)
+    done = 0
+    try:
+        with partial.open("a+b") as file:
+            file.seek(0)
+            written = file.read()
+            file.truncate(written.rfind(b"\n") + 1)  # drops a last line that a killed process left unfinished
+            done = written.count(b"\n")
+            if done:
+                print(f"Continuing after {done} of {len(prompts)} prompts.", file=sys.stderr)
+            for prompt in track(prompts[done:], "", console=console, transient=True, disable=not console.is_terminal):
+                torch.manual_seed(seed + done)  # so that a continued file has the answers of an uninterrupted one
+                conversation = prompt.conversation
+                answer = run_generation(loaded, tokenizer, conversation.messages, tools=conversation.tools, **settings)
+                file.write(prompt.answered(answer).encode())
+                file.flush()
+                done += 1
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted after {done} of {len(prompts)} prompts; the same command continues. The answers so far are "
+            f"in {partial}.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
+    sync(partial)
+    partial.rename(output)
+    sync(output.parent)
     return len(prompts)

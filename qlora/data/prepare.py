@@ -134,7 +134,7 @@ class _Build:
         report.unread_columns = sorted(reader.unread)
         report.notes = tokenizer_notes(self.encoder.tokenizer) + file_notes(source) + rule.notes()
         if report.rows == source.max_rows:
-            report.notes.append(f"only the first {report.rows} rows are read, as max_rows says")
+            report.notes.append(f"max_rows: at most {report.rows} rows were read")
         if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
             report.notes += self.encoder.facts.notes()
         report.digest = about["digest"]

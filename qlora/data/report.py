@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.problems import Problem, problem_lines
+from qlora.data.problems import Problem, counted, problem_lines
 
 QUANTILES = {"shortest": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 
@@ -80,18 +80,18 @@ class DataReport:
         return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
 
     def describe_problems(self) -> str:
-        """How many rows are bad, and why, by cause."""
+        """Summarize the bad rows by cause."""
         head = f"{self.bad_rows} of {self.rows} rows of {self.source} can't be used:"
         return "\n".join([head, *self.problem_lines()])
 
     def problem_lines(self) -> list[str]:
         """The causes of bad rows with examples, and how many rows have other causes."""
         others = self.bad_rows - sum(problem["count"] for problem in self.problems)
-        return problem_lines(self.problems) + ([f"{others} rows: other causes"] if others else [])
+        return problem_lines(self.problems) + ([f"{counted(others, 'row')}: other causes"] if others else [])
 
     def remarks(self) -> list[str]:
         """Everything that is not as in a plain case, a line each."""
-        counted = {
+        counts = {
             "bad rows left out": self.bad_rows,
             "rows that repeat an earlier one": self.duplicates,
             "examples left out, as they repeat an earlier or a held-out one": self.deduplicated,
@@ -99,8 +99,8 @@ class DataReport:
             "conversations got EOS added, as the template ends no answer": self.eos_added,
             "conversations with an empty answer": self.empty_answers,
         }
-        counted |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
-        lines = [f"{count} {what}" for what, count in counted.items() if count]
+        counts |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
+        lines = [f"{count} {what}" for what, count in counts.items() if count]
         if self.unread_columns:
             lines.append(f"columns not read: {', '.join(self.unread_columns)}")
         return lines + self.notes

@@ -40,18 +40,16 @@ class BadRow:
     problem: str
 
 
-def read_rows(source: Source, rule: HeaderRule | None = None) -> Iterator[Row | BadRow]:
+def read_rows(source: Source, rule: HeaderRule) -> Iterator[Row | BadRow]:
     """Read a source row by row.
 
     Args:
         source: Where the rows are.
-        rule: Decides whether tables begin with a header; by default as the source says, knowing no column names but
-            those that it maps.
+        rule: Decides whether tables begin with a header.
 
     Raises:
         DataError: The source is absent, empty, of a kind that can't be read, or broken beyond a row.
     """
-    rule = rule or HeaderRule(source.header, source.columns.values())
     files = [(file, _kind_of(file, source)) for file in find_files(source)]
     if source.header != "auto" and not any(kind in TABLES for _, kind in files):
         raise DataError(f"{source.path}: header is for CSV and TSV files, and it has none; leave header out.")

@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from qlora.data.problems import counted
 from qlora.errors import DataError
 
 
 class HeaderRule:
     """Decides whether the tables of a source begin with a header line, and remembers why.
 
-    `auto` takes the first line as a header if it has a column name that is read, and as a row if columns are mapped by
-    number. A first line that speaks for both or for neither is refused: guessing would lose a row or learn a header.
+    With `auto`, the first line is a header if it has a column name that is read, and data if columns are mapped by
+    number. If the first line matches both rules or neither, it is rejected: guessing would lose a row or train on a
+    header.
 
     Args:
         header: `True`, `False` or `auto`.
@@ -46,14 +48,16 @@ class HeaderRule:
                 "question, output: answer}, or set header: false and map the columns by number, as {instruction: 0, "
                 "output: 1}."
             )
-        reason = f"header, as it names {', '.join(names)}" if names else "row, as columns are mapped by number"
-        self._decisions[f"header: auto takes the first line as a {reason}"] += 1
+        decision = (
+            f"a header, because it names {', '.join(names)}" if names else "data, because columns are mapped by number"
+        )
+        self._decisions[f"header: auto: the first line is {decision}"] += 1
         return bool(names)
 
     def notes(self) -> list[str]:
         """A line for each decision, with the number of files if there are several."""
         several = self._decisions.total() > 1
-        return [f"{text} ({count} files)" if several else text for text, count in self._decisions.items()]
+        return [f"{text} ({counted(count, 'file')})" if several else text for text, count in self._decisions.items()]
 
 
 def table_rows(

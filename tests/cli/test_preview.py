@@ -85,7 +85,7 @@ def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
         "examples": [f"{data}:10: {{'instruction': 3, 'output': 'A'}}"],
     }]  # fmt: skip
     assert report["notes"] == [
-        "only the first 10 rows are read, as max_rows says",
+        "max_rows: at most 10 rows were read",
         "no example of it is held out: 0.1 (data.eval) of 4 rows rounds to 0",
         "no example is held out, so there is no evaluation",
     ]

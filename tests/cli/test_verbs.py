@@ -376,7 +376,7 @@ def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_pat
     prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
     done = run("generate", model, "--prompts", prompts, "-o", tmp_path / "answers.jsonl")
     assert done.code == 1
-    assert "1 rows can't be answered:" in done.error()
+    assert "1 row can't be answered:" in done.error()
     assert f"{prompts}:2: the chat template refuses this conversation: no system" in done.error()
 
 

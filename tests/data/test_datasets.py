@@ -677,7 +677,7 @@ def test_the_first_rows_alone_are_read_where_asked_for(path, max_rows, num_read)
     assert keys(built.train) == keys(build(path, rows).train)[:num_read]
     report = built.reports[0]
     assert (report.rows, report.examples) == (num_read, num_read)
-    note = f"only the first {num_read} rows are read, as max_rows says"
+    note = f"max_rows: at most {num_read} rows were read"
     assert report.notes == ([note] if max_rows == num_read else [])
 
 
