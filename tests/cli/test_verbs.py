@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+from datetime import datetime
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,16 +211,16 @@ def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
 
 @pytest.mark.parametrize("target", ["run", "config"])
 def test_eval_takes_another_file(config, run_dir, tmp_path, target):
-    answers = ["tin tin", "moss", "é漢"]
+    answers = ["tin tin", "moss", "é漢", "moss"]
     data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
-    if target == "config":  # a limit on the training rows is none on these
+    if target == "config":  # what leaves out training rows leaves out none of these
         values = json.loads(config.read_text())
         config = tmp_path / "limited.yaml"
-        config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2}}))
+        config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2, "deduplicate": True}}))
     report = run("eval", run_dir if target == "run" else config, "--data", data, "--batch-size", 2, "--json").json()
     num_bytes = sum(len(answer.encode()) for answer in answers)
-    assert report["examples"] == 3
-    assert report["supervised_tokens"] == num_bytes + 3
+    assert report["examples"] == 4
+    assert report["supervised_tokens"] == num_bytes + 4
     bits = report["loss"] * report["supervised_tokens"] / torch.tensor(2.0).log().item()
     assert report["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
 
@@ -348,6 +350,61 @@ def test_generate_answers_a_file_as_it_answers_each_prompt(run_dir, tmp_path):
     ]
     answers = [generate(model, tokenizer, messages, max_new_tokens=12) for messages in conversations]
     assert rows == [row | {"answer": answer} for row, answer in zip(PROMPTS, answers, strict=True)]
+
+
+def test_generate_reads_prompts_from_a_table(tiny_base, tmp_path, asked):
+    (tmp_path / "prompts.csv").write_text("id,prompt\n1,Hi\n2,Why?\n")
+    output = tmp_path / "answers.jsonl"
+    assert run("generate", tiny_base, "--prompts", tmp_path / "prompts.csv", "-o", output).code == 0
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [
+        {"id": "1", "prompt": "Hi", "answer": "answer 1"},
+        {"id": "2", "prompt": "Why?", "answer": "answer 2"},
+    ]
+
+
+def test_generate_names_rows_that_can_not_be_written_before_it_loads_the_model(tmp_path):
+    lines, table = tmp_path / "prompts.jsonl", tmp_path / "prompts.parquet"
+    lines.write_text('{"prompt": "Hi", "note": "\\ud83d"}\n{"prompt": "Hi", "note": "\\ud83d\\ude42"}\n')
+    Dataset.from_dict({"prompt": ["Hi", "Why?"], "at": [datetime(2024, 2, 3), None]}).to_parquet(table)
+    for path, place, reason in ((lines, ":1", "half a surrogate pair"), (table, " row 1", "datetime is not JSON")):
+        done = run("generate", tmp_path / "no-model", "--prompts", path, "-o", tmp_path / "answers.jsonl")
+        assert done.code == 1
+        assert "1 row can't be answered:" in done.error()
+        assert f"{path}{place}: " in done.error()
+        assert reason in done.error()
+
+
+@pytest.mark.parametrize("unfinished", ["", '{"prompt": "Re'])
+def test_generate_continues_an_interrupted_file_with_the_same_answers(tiny_base, tmp_path, monkeypatch, unfinished):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    options = ["--prompts", prompts, "--temperature", 2, "--max-new-tokens", 6]
+    assert run("generate", tiny_base, *options, "-o", tmp_path / "whole.jsonl").code == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    output, calls = tmp_path / "answers.jsonl", []
+
+    def interrupted(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr("qlora.model.generate", interrupted)
+    done = run("generate", tiny_base, *options, "-o", output)
+    assert done.code == 130
+    (partial,) = tmp_path.glob("answers.jsonl.*.partial")
+    assert "Interrupted after 1 of 3 prompts; the same command continues." in done.err
+    assert partial.name in done.err
+    assert partial.read_text() == whole.splitlines(keepends=True)[0]
+    assert not output.exists()
+    with partial.open("a") as file:
+        file.write(unfinished)
+    assert run("generate", tiny_base, *options, "--seed", 1, "-o", output).code == 0
+    assert len(calls) == 5  # another seed starts over
+    output.unlink()
+    assert "Continuing after 1 of 3 prompts." in run("generate", tiny_base, *options, "-o", output).err
+    assert len(calls) == 7
+    assert output.read_text() == whole
+    assert list(tmp_path.glob("*.partial")) == []
 
 
 def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
