@@ -10,7 +10,16 @@ from qlora.checkpoint.adapter import (
     save_adapter,
 )
 from qlora.checkpoint.adapter_rows import StoredRows
-from qlora.checkpoint.atomic import discard, free_bytes, make_folder, sync, write_aside, write_bytes, write_text
+from qlora.checkpoint.atomic import (
+    discard,
+    free_bytes,
+    make_folder,
+    old_name,
+    sync,
+    write_aside,
+    write_bytes,
+    write_text,
+)
 from qlora.checkpoint.base_files import BaseFiles, find_tokenizer
 from qlora.checkpoint.lock import hold_lock
 from qlora.checkpoint.run_dir import RunDirectory, step_of
@@ -44,6 +53,7 @@ __all__ = [
     "load_state",
     "make_folder",
     "newest_whole",
+    "old_name",
     "read_adapter_config",
     "read_adapter_rows",
     "read_adapter_tensors",

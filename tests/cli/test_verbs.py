@@ -35,7 +35,10 @@ def config(tmp_path_factory, tiny_base, alpaca_file):
 @pytest.fixture(scope="module")
 def trained(config):
     """What `train --json` reported."""
-    return run("train", config, "train.seed=5", "--json").json()
+    file = config.with_name("report.json")
+    report = run("train", config, "train.seed=5", "--json", "--report", file).json()
+    assert json.loads(file.read_text()) == report
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -559,6 +562,45 @@ def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merg
     done = run("verify", run_dir, out, "--json")
     assert done.code == 1
     assert json.loads(done.out)["problems"] == ["merged at step 3, the run is at step 6; merge again"]
+
+
+def test_merge_update_goes_by_the_adapter_and_the_options(run_dir, merged, tmp_path):
+    out, checkpoint = tmp_path / "merged", run_dir / "checkpoints" / "step-000003"
+    shutil.copytree(merged[0], out)
+    before = files_of(out)
+    for named in (run_dir, run_dir / "adapter"):
+        done = run("merge", named, "-o", out, "--update")
+        assert f"{out} already holds this merge: nothing was written." in done.out
+        assert files_of(out) == before
+    os.utime(checkpoint / "adapter_model.safetensors", (1, 1))  # older than the merge
+    bfloat16 = ("--dtype", "bfloat16")
+    for number, (named, options) in enumerate([(checkpoint, ()), (checkpoint, bfloat16), (run_dir, bfloat16)], start=1):
+        done = run("merge", named, "-o", out, "--update", *options)
+        assert f"{out} held another merge: moved it to {out}.old-{number}." in done.err
+        assert run("verify", named, out, "--json").json()["matches"]
+    assert files_of(tmp_path / "merged.old-1").keys() == {tmp_path / "merged.old-1" / path.name for path in before}
+    report = json.loads((out / "merge_report.json").read_text())
+    del report["adapter"]  # as 0.1.0 wrote it
+    (out / "merge_report.json").write_text(json.dumps(report))
+    assert run("verify", run_dir, out, "--json").json()["matches"]
+    assert "held another merge" in run("merge", run_dir, "-o", out, "--update", *bfloat16).err
+
+
+def test_merge_without_update_writes_over_nothing(run_dir, merged):
+    before = files_of(merged[0])
+    assert "exists already" in run("merge", run_dir, "-o", merged[0]).error()
+    assert files_of(merged[0]) == before
+
+
+def test_verify_says_that_a_merge_is_of_another_run(run_dir, merged, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other, ignore=shutil.ignore_patterns("checkpoints"))
+    weights = load_file(other / "adapter" / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, other / "adapter" / "adapter_model.safetensors")
+    done = run("verify", other, merged[0], "--json")
+    assert done.code == 1
+    (problem,) = json.loads(done.out)["problems"]
+    assert problem.startswith(f"merged from another adapter than {other / 'adapter'}: of another run, or")
 
 
 def test_a_checkpoint_of_an_interrupted_run_is_tried_and_merged(config, run_dir, tmp_path):
