@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tune with a config on one or more GPUs, then merge and verify:
 #   bash scripts/finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]
-# Ctrl-C or SIGTERM saves the run and exits with 130 or 143; the same command continues it. A finished run is not trained
-# again, and a run that was trained further, as with a higher train.max_steps, is merged again.
+# Ctrl-C or SIGTERM saves the run and exits with 130 or 143; the same command, without --fresh, continues it. A finished
+# run is not trained again, and a run that was trained further, as with a higher train.max_steps, is merged again.
+# --dry-run and --replay are refused: they train nothing.
 set -euo pipefail
 usage="usage: finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]"
 config=${1:?$usage}
@@ -19,23 +20,16 @@ if [ "$gpus" -gt 1 ]; then
   trap '' USR1 # which would end it; the process in run.lock takes it
 fi
 
-output_dir() {
-  python -c '
-import sys
-from qlora.config import load_config
-overrides = [argument for argument in sys.argv[2:] if "=" in argument and not argument.startswith("-")]
-print(load_config(sys.argv[1], overrides).train.output_dir)' "$config" "$@"
-}
-
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
 code=0
-forward "${launch[@]}" train "$config" "$@" || code=$?
+forward "${launch[@]}" train "$config" "$@" --report "$report" || code=$?
 if [ "$code" != 0 ]; then
   # After a signal, accelerate exits with 1 even if the run has saved its state.
-  if [ "${launch[0]}" = accelerate ] && [ "$stop_code" != 0 ] &&
-    grep -q '"status": "interrupted"' "$(output_dir "$@")/run.json"; then
+  if [ "$stop_code" != 0 ] && grep -q '"status": "interrupted"' "$report"; then
     code=$stop_code
   fi
   exit "$code"
 fi
-run=$(output_dir "$@")
+run=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["run_dir"])' "$report")
 forward bash "$(dirname "$0")/export.sh" "$run" "$merged"

@@ -12,10 +12,13 @@ import pytest
 from qlora.data.json_rows import MAX_CHARACTERS
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
+from qlora.data.tables import HeaderRule
 from qlora.data.template import render
 from qlora.errors import DataError, ModelError
 from qlora.model import load_tokenizer
 from tests.tiny import make_tokenizer
+
+RULE = HeaderRule(header=True, mapped=[])
 
 TURNS = [{"role": "user", "content": "a"}]
 # What a row of images or sounds may tell datasets to open.
@@ -54,7 +57,7 @@ def test_a_small_file_that_unpacks_to_gigabytes_fills_no_memory(tmp_path, gibiby
     path.write_bytes(gzip.compress(start) + gibibytes)
     held = peak_bytes(reset=True)
     with pytest.raises(DataError, match=rf"{name}.*more than 64 Mi characters"):
-        list(read_rows(Source(str(path), **how)))
+        list(read_rows(Source(str(path), **how), RULE))
     assert peak_bytes() - held < 8 * MAX_CHARACTERS
 
 
@@ -62,7 +65,7 @@ def test_many_rows_that_unpack_to_gigabytes_are_held_one_at_a_time(tmp_path):
     line = json.dumps({"text": "a" * 1_000_000}).encode() + b"\n"
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(line * 32) * 8)
     held = peak_bytes(reset=True)
-    assert sum(1 for _ in read_rows(Source(str(tmp_path / "rows.jsonl.gz")))) == 256
+    assert sum(1 for _ in read_rows(Source(str(tmp_path / "rows.jsonl.gz")), RULE)) == 256
     assert peak_bytes() - held < 1 << 26
 
 
@@ -82,7 +85,7 @@ def test_what_a_row_says_an_image_is_at_is_not_opened(tmp_path, kind, place):
         with pa.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
             stream.write_table(table)
     path = tmp_path / f"rows.{kind}"
-    assert list(read_rows(Source(str(path)))) == [Row({"text": "a", "image": {"path": place}}, f"{path} row 1")]
+    assert list(read_rows(Source(str(path)), RULE)) == [Row({"text": "a", "image": {"path": place}}, f"{path} row 1")]
 
 
 # Templates.

@@ -123,16 +123,10 @@ def test_exit_codes_are_passed_on(commands):
 
 @pytest.fixture
 def recorded(commands, tmp_path):
-    """Has `qlora merge` write a report alone, and `qlora verify` nothing; gives what they were called with."""
+    """Has `qlora merge` and `qlora verify` do nothing; gives what they were called with."""
     record = tmp_path / "arguments"
-    write_command(
-        commands / "qlora",
-        f"""#!/bin/sh
-[ "$1" != train ] || exec {sys.executable} -m qlora "$@"
-echo "$@" >> {record}
-[ "$1" != merge ] || {{ mkdir -p "$4" && touch "$4/merge_report.json"; }}
-""",
-    )
+    train = f'[ "$1" != train ] || exec {sys.executable} -m qlora "$@"'
+    write_command(commands / "qlora", f'#!/bin/sh\n{train}\necho "$@" >> {record}\n')
 
     def take():
         lines = record.read_text().splitlines() if record.exists() else []
@@ -169,8 +163,7 @@ def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca
         assert code == 0, output
         assert "Run finished." in output
         assert run.read_record()["steps"] == steps
-        assert recorded() == [f"merge {run.path} -o {merged}", f"verify {run.path} {merged}"]
-    assert f"moved the old merge to {merged}.old-1" in output
+        assert recorded() == [f"merge {run.path} -o {merged} --update", f"verify {run.path} {merged}"]
 
 
 @pytest.mark.slow
@@ -189,31 +182,34 @@ def test_signals_reach_a_run_under_a_launcher(commands, tiny_base, alpaca_file, 
     assert not (tmp_path / "merged").exists()
 
 
-def test_export_merges_once_and_again_only_when_the_run_moved_on(recorded, tmp_path):
+def test_export_updates_the_merge_with_the_options_given_and_verifies_it(recorded, tmp_path):
     run, merged = tmp_path / "run", tmp_path / "merged"
-    (run / "adapter").mkdir(parents=True)
-    (run / "adapter" / "adapter_model.safetensors").touch()
+    code, output = finish(start("bash", SCRIPTS / "export.sh", run, f"{merged}/", "--dtype", "bfloat16"))
+    assert code == 0, output
+    assert recorded() == [f"merge {run} -o {merged} --update --dtype bfloat16", f"verify {run} {merged}"]
 
-    def export(*options):
-        code, output = finish(start("bash", SCRIPTS / "export.sh", run, f"{merged}/", *options))
-        assert code == 0, output
-        return recorded(), output
 
-    merge, verify = f"merge {run} -o {merged} --dtype bfloat16", f"verify {run} {merged}"
-    assert export("--dtype", "bfloat16")[0] == [merge, verify]
-    calls, output = export("--dtype", "float16")
-    assert calls == [verify]
-    assert "not merged again, and --dtype float16 ignored" in output
-    for number in (1, 2):
-        (merged / "mine").write_text(str(number))
-        newer = time.time_ns() + number * 10**9
-        os.utime(run / "adapter" / "adapter_model.safetensors", ns=(newer, newer))
-        calls, output = export("--dtype", "bfloat16")
-        assert calls == [merge, verify]
-        assert (tmp_path / f"merged.old-{number}" / "mine").read_text() == str(number)
-        assert f"merged.old-{number}" in output
-        newer += 5 * 10**8
-        os.utime(merged / "merge_report.json", ns=(newer, newer))
+@pytest.mark.parametrize("option", ["--dry-run", "--replay=x"])
+def test_finetune_refuses_what_trains_nothing(recorded, tmp_path, option):
+    code, output = finish(start("bash", SCRIPTS / "finetune.sh", "config.yaml", tmp_path / "merged", option))
+    assert code == 2, output
+    assert "--dry-run and --replay train nothing" in output
+    assert recorded() == []
+
+
+def test_finetune_merges_the_run_that_was_trained(recorded, commands, tmp_path):
+    """Whatever looks like an override among the options."""
+    write_command(
+        commands / "qlora",
+        f"""#!/bin/sh
+if [ "$1" = train ]; then echo '{{"run_dir": "runs/mine", "status": "finished"}}' > "$6"; shift $#; fi
+[ $# = 0 ] || echo "$@" >> {tmp_path}/arguments
+""",
+    )
+    resume = ["--resume", "runs/train.output_dir=b/checkpoints/step-000001"]
+    code, output = finish(start("bash", SCRIPTS / "finetune.sh", "config.yaml", "merged", *resume))
+    assert code == 0, output
+    assert recorded() == ["merge runs/mine -o merged --update", "verify runs/mine merged"]
 
 
 def test_export_leaves_a_folder_alone_that_is_no_merge(commands, tmp_path):

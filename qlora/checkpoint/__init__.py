@@ -1,6 +1,7 @@
 """Files of a run: adapters in PEFT's format, training state, the run directory, and the base's files."""
 
 from qlora.checkpoint.adapter import (
+    adapter_digest,
     adapter_scaling,
     load_adapter,
     read_adapter_config,
@@ -9,7 +10,16 @@ from qlora.checkpoint.adapter import (
     save_adapter,
 )
 from qlora.checkpoint.adapter_rows import StoredRows
-from qlora.checkpoint.atomic import discard, free_bytes, sync, write_aside, write_bytes, write_text
+from qlora.checkpoint.atomic import (
+    discard,
+    free_bytes,
+    make_folder,
+    old_name,
+    sync,
+    write_aside,
+    write_bytes,
+    write_text,
+)
 from qlora.checkpoint.base_files import BaseFiles, find_tokenizer
 from qlora.checkpoint.lock import hold_lock
 from qlora.checkpoint.run_dir import RunDirectory, step_of
@@ -30,6 +40,7 @@ __all__ = [
     "RunDirectory",
     "StoredRows",
     "adapter_bytes",
+    "adapter_digest",
     "adapter_scaling",
     "check_whole",
     "checkpoint_bytes",
@@ -40,7 +51,9 @@ __all__ = [
     "hold_lock",
     "load_adapter",
     "load_state",
+    "make_folder",
     "newest_whole",
+    "old_name",
     "read_adapter_config",
     "read_adapter_rows",
     "read_adapter_tensors",

@@ -1,5 +1,6 @@
 """Adapters in PEFT's format, minimal enough for every tool that reads it."""
 
+import hashlib
 import json
 import math
 import re
@@ -33,6 +34,20 @@ LARGEST_ALPHA = 1e30
 # First values that change the base's weights: the adapter is for a base that is not the published one.
 CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva")
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's `adapter_model.safetensors`, which identifies what was trained.
+
+    Raises:
+        CheckpointError: The file is missing or can't be read.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from None
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:

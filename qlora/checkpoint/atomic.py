@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -100,6 +101,12 @@ def discard(folder: Path) -> None:
     except OSError as problem:
         raise CheckpointError(f"{folder} can't be removed: {problem}.") from problem
     _remove(gone)
+
+
+def old_name(path: Path) -> Path:
+    """Return the first free one of `NAME.old-1`, `NAME.old-2`, … next to a path."""
+    names = (path.with_name(f"{path.name}.old-{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -3,11 +3,10 @@
 import json
 import re
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint.atomic import discard, make_folder, settle, sync, write_text
+from qlora.checkpoint.atomic import discard, make_folder, old_name, settle, sync, write_text
 from qlora.checkpoint.json_files import parse_object, read_object
 from qlora.checkpoint.state import check_whole
 from qlora.errors import CheckpointError
@@ -155,8 +154,7 @@ class RunDirectory:
         Raises:
             CheckpointError: The disk refuses.
         """
-        names = (self.path.with_name(f"{self.path.name}.old-{number}") for number in count(1))
-        target = next(name for name in names if not name.exists())
+        target = old_name(self.path)
         try:
             make_folder(target)
             for path in sorted(self.path.iterdir(), key=lambda path: (path == self.record, path == self.config)):

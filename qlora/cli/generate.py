@@ -1,14 +1,22 @@
 """`qlora generate`: the answer to one prompt, or to every prompt of a file."""
 
+import hashlib
 import json
 import os
+import signal
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from qlora.cli.options import AsJson, Device, expand_home
 from qlora.cli.report import show_report
+
+if TYPE_CHECKING:
+    from qlora.data.examples import Conversation
+    from qlora.data.prompts import Prompt
 
 Model = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder or hub id.", callback=expand_home)
@@ -29,7 +37,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Answer every row of a JSONL file: its prompt (text or turns), messages, or instruction.",
+            help="Answer every row of a file, as JSONL or CSV: its prompt (text or turns), messages, or instruction.",
             callback=expand_home,
         ),
     ] = None,
@@ -39,7 +47,8 @@ def generate(
             "--output",
             "-o",
             metavar="FILE",
-            help="With --prompts: a new JSONL file with the same rows and an 'answer' each.",
+            help="With --prompts: a new JSONL file with the same rows and an 'answer' each. The same command continues "
+            "an interrupted one.",
             callback=expand_home,
         ),
     ] = None,
@@ -63,16 +72,13 @@ def generate(
         show_report({"prompts": count, "output": output}, as_json, f"Answered {count} prompts.")
         return
 
-    import torch
-
-    from qlora.model import generate as run_generation
+    from qlora.data.examples import Conversation
     from qlora.model import load_model
 
-    torch.manual_seed(seed)
     loaded, tokenizer = load_model(model, device)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": str(prompt)})
-    answer = run_generation(loaded, tokenizer, messages, **settings)
+    answer = _answer(loaded, tokenizer, Conversation(messages), seed, settings)
     print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
@@ -87,6 +93,8 @@ def _answer_file(
 ) -> int:
     """Answer every prompt of a file, one after another; the output appears when all are answered.
 
+    Until then each answer is appended to a file next to it, from which the same command continues.
+
     Returns:
         The number of prompts.
     """
@@ -97,24 +105,64 @@ def _answer_file(
         raise ConfigError(f"{output} exists already; name another file with -o.")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"{output} can't be written: {folder} is no folder that you may write to.")
+        raise ConfigError(f"{output} can't be written: {folder} is not a writable folder.")
     prompts = read_prompts(path, system)
 
-    import torch
+    from qlora.checkpoint import RunDirectory, adapter_digest, make_folder, sync
+    from qlora.model import load_model
+
+    adapter = None if RunDirectory.find(model) is None else adapter_digest(RunDirectory.open(model).adapter)
+    same_answers = [[prompt.columns for prompt in prompts], system, model, adapter, seed, settings]
+    key = hashlib.sha256(json.dumps(same_answers).encode()).hexdigest()[:12]
+    partial = output.with_name(f"{output.name}.{key}.partial")
+    loaded, tokenizer = load_model(model, device)
+    check_prompts(tokenizer, prompts)
+    make_folder(output.parent)
+    with partial.open("a+b") as file:
+        done = _whole_lines(file)
+        try:
+            for prompt in _shown(prompts[done:], done):
+                answer = _answer(loaded, tokenizer, prompt.conversation, seed + done, settings)
+                file.write(prompt.answered(answer).encode())
+                file.flush()
+                done += 1
+        except KeyboardInterrupt:
+            print(
+                f"Interrupted after {done} of {len(prompts)} prompts; the same command continues. The answers so far "
+                f"are in {partial}.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(128 + signal.SIGINT) from None
+    sync(partial)
+    partial.rename(output)
+    sync(output.parent)
+    return len(prompts)
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Count the lines of a file, and drop a last one that a killed process left unfinished."""
+    file.seek(0)
+    written = file.read()
+    file.truncate(written.rfind(b"\n") + 1)
+    return written.count(b"\n")
+
+
+def _shown(prompts: "list[Prompt]", done: int) -> "Iterable[Prompt]":
+    """Return the prompts that are left, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
-    from qlora.checkpoint import write_text
+    console = Console(stderr=True)
+    if done:
+        console.print(f"Continuing after {done} of {done + len(prompts)} prompts.")
+    return track(prompts, "", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _answer(model: Any, tokenizer: Any, conversation: "Conversation", seed: int, settings: dict[str, Any]) -> str:
+    """Answer one conversation, sampling by a seed of its own: a continued file gets the same answers."""
+    import torch
+
     from qlora.model import generate as run_generation
-    from qlora.model import load_model
 
     torch.manual_seed(seed)
-    loaded, tokenizer = load_model(model, device)
-    check_prompts(tokenizer, prompts)
-    lines, console = [], Console(stderr=True)
-    for prompt in track(prompts, "", console=console, transient=True, disable=not console.is_terminal):
-        conversation = prompt.conversation
-        answer = run_generation(loaded, tokenizer, conversation.messages, tools=conversation.tools, **settings)
-        lines.append(json.dumps(prompt.answered(answer), ensure_ascii=False) + "\n")
-    write_text(output, "".join(lines))
-    return len(prompts)
+    return run_generation(model, tokenizer, conversation.messages, tools=conversation.tools, **settings)

@@ -1,9 +1,11 @@
 """`qlora merge`: release weights from a run."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,6 +37,13 @@ def merge(
     device: Annotated[
         str | None, typer.Option(help="cuda, cpu, …; default: as the run was trained on, if it is here, else cpu.")
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="Write nothing if DIR already holds this merge; move another merge in DIR to DIR.old-N first.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Merge into a base other than the one trained on.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the folder to owner/name, private if it is new.")
@@ -56,11 +65,10 @@ def merge(
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public go with --push-to-hub.")
 
-    from pathlib import Path
-
-    from qlora.checkpoint import RunDirectory
+    from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.config import load_config
     from qlora.export import merge as run_merge
+    from qlora.export.merge import REPORT_FILE
     from qlora.export.merge_gguf import merge_to_gguf
     from qlora.export.push import check_repo, push
 
@@ -72,24 +80,46 @@ def merge(
         "max_shard_size": max_shard_size,
     }
     overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_config(RunDirectory.open(run).config, overrides).export
-    try:
-        with _progress_bar(shown=not as_json) as on_progress:
-            if format == "gguf":
-                report = merge_to_gguf(run, output, dtype or settings.dtype, settings.onto, device, force, on_progress)
-            else:
-                report = run_merge(
-                    run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
-                )
-    except KeyboardInterrupt:
-        again = "begins anew" if format == "gguf" else "continues"
-        print(f"Interrupted; the same command {again}.", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    values = report.as_dict()
+    opened = RunDirectory.open(run)
+    settings = load_config(opened.config, overrides).export
+    weights_dtype = "q8_0" if dtype == "q8_0" else settings.dtype
+    folder = Path(os.path.abspath(output))
+    values = None
+    if update and (folder / REPORT_FILE).exists():
+        wanted = adapter_digest(opened.adapter), weights_dtype, settings.onto, format == "gguf"
+        values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
+    if values is None:
+        try:
+            with _progress_bar(shown=not as_json) as on_progress:
+                if format == "gguf":
+                    report = merge_to_gguf(run, output, weights_dtype, settings.onto, device, force, on_progress)
+                else:
+                    report = run_merge(
+                        run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
+                    )
+        except KeyboardInterrupt:
+            again = "begins anew" if format == "gguf" else "continues"
+            print(f"Interrupted; the same command {again}.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
-        pushed = push(Path(output), push_to_hub, not public, dry_run)
+        pushed = push(folder, push_to_hub, not public, dry_run)
         values["pushed"] = pushed.as_dict()
-    show_report(values, as_json, f"Merged {report.merged} layers into {report.out_dir}.")
+    show_report(values, as_json, title)
+
+
+def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:
+    """Return the report of the merge in a folder if it is the one wanted; moves another one aside."""
+    from qlora.checkpoint import old_name
+    from qlora.export.merged import read_merged
+
+    merged = read_merged(folder)
+    if merged.is_merge_of(*wanted):
+        return merged.report
+    old = old_name(folder)
+    folder.rename(old)
+    print(f"{folder} held another merge: moved it to {old}.", file=sys.stderr)
+    return None
 
 
 @contextmanager

@@ -8,13 +8,18 @@ from typing import Any
 def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Prints a report on standard output."""
     if as_json:
-        print(json.dumps(values, default=str))
+        print(as_json_text(values))
         return
     if title:
         print(title)
     width = max(map(len, values), default=0)
     for key, value in values.items():
         print(f"  {key.replace('_', ' '):<{width}}  {_format(value)}")
+
+
+def as_json_text(values: Mapping[str, Any]) -> str:
+    """Return a report as one JSON object."""
+    return json.dumps(values, default=str)
 
 
 def _format(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
-from qlora.cli.report import show_report
+from qlora.cli.report import as_json_text, show_report
 
 
 def train(
@@ -35,9 +35,19 @@ def train(
             callback=expand_home,
         ),
     ] = None,
+    report_file: Annotated[
+        str | None,
+        typer.Option("--report", metavar="FILE", help="Also write the report as JSON to a file.", callback=expand_home),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train; continues an unfinished run of the same output_dir."""
+    if report_file is not None and (dry_run or replay is not None):
+        raise typer.BadParameter(
+            "--dry-run and --replay train nothing that could be reported or merged; use them with qlora train alone, "
+            "without --report."
+        )
+
     from qlora.config import load_config
 
     if not config:
@@ -53,6 +63,7 @@ def train(
         show_report(report.as_dict(), as_json, f"Step {report.step}, run again: {report.describe()}")
         raise typer.Exit(0 if report.is_finite else 1)
 
+    from qlora.checkpoint import write_text
     from qlora.training import (  # after the config: a typo there is told at once, without loading torch
         how_to_continue,
         plan_run,
@@ -72,6 +83,8 @@ def train(
         raise typer.Exit(128 + signal.SIGINT) from None
     if is_first:
         values = result.as_dict()
+        if report_file is not None:
+            write_text(Path(report_file), as_json_text(values) + "\n")
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
             del values["signal"], values["notes"]  # the exit code and the title have them

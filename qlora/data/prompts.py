@@ -1,14 +1,17 @@
 """Prompts to answer, read from a file: rows as training reads them, but without the answer."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora.data.examples import Conversation
-from qlora.data.formats import RowReader
+from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.problems import counted
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.sources import Source
+from qlora.data.tables import HeaderRule
 from qlora.data.template import encode_prompt
 from qlora.errors import DataError
 
@@ -19,14 +22,21 @@ MAX_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row with its conversation, which ends before the answer."""
+    """One row with its conversation, which ends before the answer.
 
-    row: Row
+    Attributes:
+        origin: File and line or row number, for messages.
+        columns: The row's columns as a JSON object.
+        conversation: What the columns say.
+    """
+
+    origin: str
+    columns: str
     conversation: Conversation
 
-    def answered(self, answer: str) -> dict[str, Any]:
-        """Return the row's columns with the answer added."""
-        return self.row.values | {ANSWER: answer}
+    def answered(self, answer: str) -> str:
+        """Return the row's columns with the answer added, as a line of JSON."""
+        return f"{self.columns[:-1]}, {_as_json(ANSWER)}: {_as_json(answer)}}}\n"
 
 
 def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
@@ -42,8 +52,9 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
     """
     if not Path(path).is_file():
         raise DataError(f"--prompts: there is no file {path}.")
+    source = Source(path)
     reader, prompts, problems = RowReader(), [], []
-    for row in read_rows(Source(path)):
+    for row in read_rows(source, HeaderRule(source.header, (), COLUMNS)):
         try:
             prompts.append(_read_prompt(reader, row, system))
         except DataError as error:
@@ -63,7 +74,7 @@ def check_prompts(tokenizer: Any, prompts: Iterable[Prompt]) -> None:
         try:
             encode_prompt(tokenizer, prompt.conversation.messages, prompt.conversation.tools)
         except DataError as error:
-            problems.append(f"{prompt.row.origin}: {error}")
+            problems.append(f"{prompt.origin}: {error}")
     _raise_problems(problems)
 
 
@@ -75,10 +86,23 @@ def _read_prompt(reader: RowReader, row: Row | BadRow, system: str | None) -> Pr
     conversation = reader.read_prompt(row)
     if system and conversation.messages[0]["role"] != "system":
         conversation.messages.insert(0, {"role": "system", "content": system})
-    return Prompt(row, conversation)
+    try:
+        columns = _as_json(row.values)
+        columns.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{row.origin}: a column holds half a surrogate pair, which can't be written.") from None
+    except TypeError as error:
+        raise DataError(f"{row.origin}: its columns can't be written as JSON: {error}; convert or drop them.") from None
+    return Prompt(row.origin, columns, conversation)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _raise_problems(problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
-        raise DataError("\n  ".join([f"{len(problems)} rows can't be answered:", *problems[:MAX_SHOWN], *more]))
+        raise DataError(
+            "\n  ".join([f"{counted(len(problems), 'row')} can't be answered:", *problems[:MAX_SHOWN], *more])
+        )

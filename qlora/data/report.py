@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.data.problems import Problem, problem_lines
+from qlora.data.problems import Problem, counted, problem_lines
 
 QUANTILES = {"shortest": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 
@@ -93,11 +93,11 @@ class DataReport:
     def problem_lines(self) -> list[str]:
         """The causes of bad rows with examples, and how many rows have other causes."""
         others = self.bad_rows - sum(problem["count"] for problem in self.problems)
-        return problem_lines(self.problems) + ([f"{others} rows: other causes"] if others else [])
+        return problem_lines(self.problems) + ([f"{counted(others, 'row')}: other causes"] if others else [])
 
     def remarks(self) -> list[str]:
         """Everything that is not as in a plain case, a line each."""
-        counted = {
+        counts = {
             "bad rows left out": self.bad_rows,
             "rows that repeat an earlier one": self.duplicates,
             "examples left out, as they repeat an earlier or a held-out one": self.deduplicated,
@@ -105,12 +105,12 @@ class DataReport:
             "conversations got EOS added, as the template ends no answer": self.eos_added,
             "conversations with an empty answer": self.empty_answers,
         }
-        counted |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
-        counted |= {
+        counts |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
+        counts |= {
             f"answers behind the prompt with {switch}, as the default prompt is not how they begin; serve so": count
             for switch, count in self.switched.items()
         }
-        lines = [f"{count} {what}" for what, count in counted.items() if count]
+        lines = [f"{count} {what}" for what, count in counts.items() if count]
         if self.control_tokens:
             found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
             lines.append(

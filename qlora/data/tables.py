@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from qlora.data.problems import counted
 from qlora.errors import DataError
 
 
@@ -56,7 +57,7 @@ class HeaderRule:
     def notes(self) -> list[str]:
         """A line for each decision, with the number of files if there are several."""
         several = self._decisions.total() > 1
-        return [f"{text} ({count} files)" if several else text for text, count in self._decisions.items()]
+        return [f"{text} ({counted(count, 'file')})" if several else text for text, count in self._decisions.items()]
 
 
 def table_rows(

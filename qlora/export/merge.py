@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, adapter_digest
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
 from qlora.export.aside import continued_aside, new_folder, put_in_place
@@ -38,6 +38,7 @@ class MergeReport:
         out_dir: The model folder.
         run_dir: The run.
         step: Of the run, that the adapter was trained for.
+        adapter: SHA-256 of the adapter's tensors file.
         dtype: Of its weights.
         onto: `dequantized` or `original` base weights.
         losses: Of the model on either, where the better one was asked for: on the run's held-out examples, or, which
@@ -55,6 +56,7 @@ class MergeReport:
     out_dir: str
     run_dir: str
     step: int
+    adapter: str
     dtype: str
     onto: str
     losses: dict[str, float] | None
@@ -112,6 +114,8 @@ def merge(
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     run = RunDirectory.open(run_dir)
+    # Read before the weights: if the run is trained on meanwhile, the report must not claim its newer adapter.
+    step, adapter = run.step, adapter_digest(run.adapter)
     candidates = {base: MergedWeights(run, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
     weights = next(iter(candidates.values()))
     layout = weights.layout(getattr(torch, dtype))
@@ -132,7 +136,8 @@ def merge(
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(run.path),
-            step=run.step,
+            step=step,
+            adapter=adapter,
             dtype=dtype,
             onto=chosen,
             losses=losses or None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qlora.checkpoint import RunDirectory, write_aside
+from qlora.checkpoint import RunDirectory, adapter_digest, write_aside
 from qlora.errors import ExportError
 from qlora.export.aside import new_folder
 from qlora.export.gguf import write_gguf
@@ -49,6 +49,7 @@ def merge_to_gguf(
             f"not in {dtype} onto {onto}."
         )
     run = RunDirectory.open(run_dir)
+    step, adapter = run.step, adapter_digest(run.adapter)  # before the weights, as in merge
     weights = MergedWeights(run, onto, device, force)
     layout = weights.layout(torch.float32)
     remaining = {entry.name: entry.num_bytes for entry in layout}
@@ -69,7 +70,8 @@ def merge_to_gguf(
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(run.path),
-            step=run.step,
+            step=step,
+            adapter=adapter,
             dtype=dtype,
             onto=onto,
             losses=None,

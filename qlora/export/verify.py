@@ -7,22 +7,19 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import BaseFiles, RunDirectory
-from qlora.checkpoint.json_files import parse_object
+from qlora.checkpoint import BaseFiles, RunDirectory, adapter_digest
 from qlora.config import load_config
 from qlora.data import eval_batches
 from qlora.errors import CheckpointError, DataError, ExportError, ModelError
 from qlora.export.clients import Verdict, check_clients
 from qlora.export.held_out import held_out_examples
-from qlora.export.merge import DTYPES, REPORT_FILE
-from qlora.export.merge_gguf import GGUF_DTYPES
+from qlora.export.merged import Merged, read_merged
 from qlora.export.verify_adapter import check_adapter_files, check_layers
 from qlora.export.verify_expected import ExpectedWeights
 from qlora.export.verify_files import check_config, check_head, check_tokenizer, check_weight_files
 from qlora.export.verify_gguf import check_gguf
 from qlora.export.verify_predictions import compare, predict
 from qlora.export.verify_tensors import WrittenFolder, check_tensors
-from qlora.export.weights import ONTO
 from qlora.model import (
     build_skeleton,
     end_token_ids,
@@ -103,7 +100,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         QLoRAError: The run or its base can't be read.
     """
     run = RunDirectory.open(run_dir)
-    merged = None if out_dir is None else _read_merged(Path(out_dir).expanduser())
+    merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
     resolve_device(device)  # told now rather than after the tensors
     model = load_config(run.config).model
     base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
@@ -115,6 +112,12 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         found = _compare_layers(run, base, device, problems)
     elif merged.step not in (None, run.step):
         problems.append(f"merged at step {merged.step}, the run is at step {run.step}; merge again")
+        found = {}
+    elif merged.adapter not in (None, adapter_digest(run.adapter)):
+        problems.append(
+            f"merged from another adapter than {run.adapter}: of another run, or of this one before it was started "
+            "over; merge again"
+        )
         found = {}
     elif {*merged.base_differs} - {*base_differs}:
         found = {}  # the base that was merged into is not here, and from another all would differ
@@ -130,44 +133,6 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         clients=check_clients(run.adapter, skeleton),
         **found,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Merged:
-    """What merge wrote, and what it said of it.
-
-    Attributes:
-        step: Of the run, where the report says it.
-        gguf: The file, if it is one for llama.cpp.
-    """
-
-    folder: Path
-    dtype: str
-    onto: str
-    device: str
-    base_differs: list[str]
-    step: int | None
-    gguf: Path | None
-
-
-def _read_merged(folder: Path) -> _Merged:
-    if folder.is_file():
-        raise ExportError(f"{folder} is a file; give the folder that qlora merge wrote it into.")
-    path = folder / REPORT_FILE
-    try:
-        report = parse_object(path.read_bytes())
-        gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
-        device, base_differs, step = report.get("device", "cpu"), report.get("base_differs", []), report.get("step")
-        is_list = isinstance(base_differs, list) and all(isinstance(name, str) for name in base_differs)
-        if not isinstance(device, str) or not is_list or not isinstance(step, int | None):
-            raise TypeError("device, step or base_differs")
-        if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
-            raise ValueError(f"{report['dtype']} onto {report['onto']}")
-        return _Merged(folder, report["dtype"], report["onto"], device, base_differs, step, gguf)
-    except FileNotFoundError:
-        raise ExportError(f"{folder} was not written by qlora merge: it has no {REPORT_FILE}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} is damaged: {error!r}") from None
 
 
 def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[str]:
@@ -201,7 +166,7 @@ def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: l
 
 
 def _compare_gguf(
-    run: RunDirectory, base: BaseFiles, merged: _Merged, skeleton: Any, problems: list[str]
+    run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, problems: list[str]
 ) -> dict[str, Any]:
     """Reads a GGUF file back."""
     assert merged.gguf is not None
@@ -220,7 +185,7 @@ def _compare_gguf(
 
 
 def _compare_folder(
-    run: RunDirectory, base: BaseFiles, merged: _Merged, skeleton: Any, device: str, problems: list[str]
+    run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Reads a folder of safetensors back, and runs it and the run."""
     trust_remote_code = load_config(run.config).model.trust_remote_code
@@ -240,7 +205,7 @@ def _compare_folder(
     return found | _compare_predictions(run, written, merged, device, problems)
 
 
-def _expected_weights(run: RunDirectory, base: BaseFiles, merged: _Merged) -> ExpectedWeights:
+def _expected_weights(run: RunDirectory, base: BaseFiles, merged: Merged) -> ExpectedWeights:
     if merged.onto == "original":
         return ExpectedWeights(run, base, merged.onto, torch.device("cpu"))
     try:
@@ -254,7 +219,7 @@ def _expected_weights(run: RunDirectory, base: BaseFiles, merged: _Merged) -> Ex
 
 
 def _compare_predictions(
-    run: RunDirectory, written: BaseFiles, merged: _Merged, device: str, problems: list[str]
+    run: RunDirectory, written: BaseFiles, merged: Merged, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Runs both models, one after the other; adds what is apart to the problems."""
     config = load_config(run.config)

@@ -113,12 +113,13 @@ def run(arguments: argparse.Namespace, tokenizer: str, form: str, folder: Path) 
 
 def write_rows(source: str, target: Path, repeat: int, form: str) -> None:
     """Writes the conversations of a file, each several times with a number behind its question."""
-    from qlora.data.formats import RowReader
+    from qlora.data.formats import COLUMNS, RowReader
     from qlora.data.rows import read_rows
     from qlora.data.sources import Source
+    from qlora.data.tables import HeaderRule
 
-    reader = RowReader()
-    conversations = [reader.read(row).messages for row in read_rows(Source(source))]
+    reader, rule = RowReader(), HeaderRule("auto", (), COLUMNS)
+    conversations = [reader.read(row).messages for row in read_rows(Source(source), rule)]
     with target.open("w", encoding="utf-8") as file:
         for number in range(repeat):
             for index, (*before, question, answer) in enumerate(conversations):

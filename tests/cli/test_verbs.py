@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+from datetime import datetime
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +35,10 @@ def config(tmp_path_factory, tiny_base, alpaca_file):
 @pytest.fixture(scope="module")
 def trained(config):
     """What `train --json` reported."""
-    return run("train", config, "train.seed=5", "--json").json()
+    file = config.with_name("report.json")
+    report = run("train", config, "train.seed=5", "--json", "--report", file).json()
+    assert json.loads(file.read_text()) == report
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -209,16 +214,16 @@ def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
 
 @pytest.mark.parametrize("target", ["run", "config"])
 def test_eval_takes_another_file(config, run_dir, tmp_path, target):
-    answers = ["tin tin", "moss", "é漢"]
+    answers = ["tin tin", "moss", "é漢", "moss"]
     data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
-    if target == "config":  # a limit on the training rows is none on these
+    if target == "config":  # what leaves out training rows leaves out none of these
         values = json.loads(config.read_text())
         config = tmp_path / "limited.yaml"
-        config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2}}))
+        config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2, "deduplicate": True}}))
     report = run("eval", run_dir if target == "run" else config, "--data", data, "--batch-size", 2, "--json").json()
     num_bytes = sum(len(answer.encode()) for answer in answers)
-    assert report["examples"] == 3
-    assert report["supervised_tokens"] == num_bytes + 3
+    assert report["examples"] == 4
+    assert report["supervised_tokens"] == num_bytes + 4
     bits = report["loss"] * report["supervised_tokens"] / torch.tensor(2.0).log().item()
     assert report["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
 
@@ -350,6 +355,61 @@ def test_generate_answers_a_file_as_it_answers_each_prompt(run_dir, tmp_path):
     assert rows == [row | {"answer": answer} for row, answer in zip(PROMPTS, answers, strict=True)]
 
 
+def test_generate_reads_prompts_from_a_table(tiny_base, tmp_path, asked):
+    (tmp_path / "prompts.csv").write_text("id,prompt\n1,Hi\n2,Why?\n")
+    output = tmp_path / "answers.jsonl"
+    assert run("generate", tiny_base, "--prompts", tmp_path / "prompts.csv", "-o", output).code == 0
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [
+        {"id": "1", "prompt": "Hi", "answer": "answer 1"},
+        {"id": "2", "prompt": "Why?", "answer": "answer 2"},
+    ]
+
+
+def test_generate_names_rows_that_can_not_be_written_before_it_loads_the_model(tmp_path):
+    lines, table = tmp_path / "prompts.jsonl", tmp_path / "prompts.parquet"
+    lines.write_text('{"prompt": "Hi", "note": "\\ud83d"}\n{"prompt": "Hi", "note": "\\ud83d\\ude42"}\n')
+    Dataset.from_dict({"prompt": ["Hi", "Why?"], "at": [datetime(2024, 2, 3), None]}).to_parquet(table)
+    for path, place, reason in ((lines, ":1", "half a surrogate pair"), (table, " row 1", "datetime is not JSON")):
+        done = run("generate", tmp_path / "no-model", "--prompts", path, "-o", tmp_path / "answers.jsonl")
+        assert done.code == 1
+        assert "1 row can't be answered:" in done.error()
+        assert f"{path}{place}: " in done.error()
+        assert reason in done.error()
+
+
+@pytest.mark.parametrize("unfinished", ["", '{"prompt": "Re'])
+def test_generate_continues_an_interrupted_file_with_the_same_answers(tiny_base, tmp_path, monkeypatch, unfinished):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    options = ["--prompts", prompts, "--temperature", 2, "--max-new-tokens", 6]
+    assert run("generate", tiny_base, *options, "-o", tmp_path / "whole.jsonl").code == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    output, calls = tmp_path / "answers.jsonl", []
+
+    def interrupted(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr("qlora.model.generate", interrupted)
+    done = run("generate", tiny_base, *options, "-o", output)
+    assert done.code == 130
+    (partial,) = tmp_path.glob("answers.jsonl.*.partial")
+    assert "Interrupted after 1 of 3 prompts; the same command continues." in done.err
+    assert partial.name in done.err
+    assert partial.read_text() == whole.splitlines(keepends=True)[0]
+    assert not output.exists()
+    with partial.open("a") as file:
+        file.write(unfinished)
+    assert run("generate", tiny_base, *options, "--seed", 1, "-o", output).code == 0
+    assert len(calls) == 5  # another seed starts over
+    output.unlink()
+    assert "Continuing after 1 of 3 prompts." in run("generate", tiny_base, *options, "-o", output).err
+    assert len(calls) == 7
+    assert output.read_text() == whole
+    assert list(tmp_path.glob("*.partial")) == []
+
+
 def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
     rows = [
         PROMPTS[0], {"question": "Why?"}, {"prompt": 3}, {"prompt": "Hi", "answer": "Hello"},
@@ -376,7 +436,7 @@ def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_pat
     prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
     done = run("generate", model, "--prompts", prompts, "-o", tmp_path / "answers.jsonl")
     assert done.code == 1
-    assert "1 rows can't be answered:" in done.error()
+    assert "1 row can't be answered:" in done.error()
     assert f"{prompts}:2: the chat template refuses this conversation: no system" in done.error()
 
 
@@ -502,6 +562,45 @@ def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merg
     done = run("verify", run_dir, out, "--json")
     assert done.code == 1
     assert json.loads(done.out)["problems"] == ["merged at step 3, the run is at step 6; merge again"]
+
+
+def test_merge_update_goes_by_the_adapter_and_the_options(run_dir, merged, tmp_path):
+    out, checkpoint = tmp_path / "merged", run_dir / "checkpoints" / "step-000003"
+    shutil.copytree(merged[0], out)
+    before = files_of(out)
+    for named in (run_dir, run_dir / "adapter"):
+        done = run("merge", named, "-o", out, "--update")
+        assert f"{out} already holds this merge: nothing was written." in done.out
+        assert files_of(out) == before
+    os.utime(checkpoint / "adapter_model.safetensors", (1, 1))  # older than the merge
+    bfloat16 = ("--dtype", "bfloat16")
+    for number, (named, options) in enumerate([(checkpoint, ()), (checkpoint, bfloat16), (run_dir, bfloat16)], start=1):
+        done = run("merge", named, "-o", out, "--update", *options)
+        assert f"{out} held another merge: moved it to {out}.old-{number}." in done.err
+        assert run("verify", named, out, "--json").json()["matches"]
+    assert files_of(tmp_path / "merged.old-1").keys() == {tmp_path / "merged.old-1" / path.name for path in before}
+    report = json.loads((out / "merge_report.json").read_text())
+    del report["adapter"]  # as 0.1.0 wrote it
+    (out / "merge_report.json").write_text(json.dumps(report))
+    assert run("verify", run_dir, out, "--json").json()["matches"]
+    assert "held another merge" in run("merge", run_dir, "-o", out, "--update", *bfloat16).err
+
+
+def test_merge_without_update_writes_over_nothing(run_dir, merged):
+    before = files_of(merged[0])
+    assert "exists already" in run("merge", run_dir, "-o", merged[0]).error()
+    assert files_of(merged[0]) == before
+
+
+def test_verify_says_that_a_merge_is_of_another_run(run_dir, merged, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other, ignore=shutil.ignore_patterns("checkpoints"))
+    weights = load_file(other / "adapter" / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, other / "adapter" / "adapter_model.safetensors")
+    done = run("verify", other, merged[0], "--json")
+    assert done.code == 1
+    (problem,) = json.loads(done.out)["problems"]
+    assert problem.startswith(f"merged from another adapter than {other / 'adapter'}: of another run, or")
 
 
 def test_a_checkpoint_of_an_interrupted_run_is_tried_and_merged(config, run_dir, tmp_path):

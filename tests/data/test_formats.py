@@ -749,7 +749,7 @@ def test_real_rows_are_understood(realdata, file, format, count):
 
 @pytest.mark.parametrize(("file", "problem"), OTHER_FILES.items())
 def test_real_rows_that_are_no_texts_to_learn_are_refused(realdata, file, problem):
-    row = next(read_rows(Source(str(realdata / "data" / file))))
+    row = next(read_rows(Source(str(realdata / "data" / file)), HeaderRule("auto", (), formats.COLUMNS)))
     with pytest.raises(DataError, match=problem):
         RowReader().read(row)
 
@@ -768,7 +768,7 @@ def test_real_calls_are_objects_with_the_tools_that_they_call(realdata, language
     reader = RowReader()
     calls = [
         (call["function"], {tool["function"]["name"] for tool in example.tools or []})
-        for example in map(reader.read, read_rows(Source(str(path))))
+        for example in map(reader.read, read_rows(Source(str(path)), HeaderRule("auto", ())))
         for turn in example.messages
         for call in turn.get("tool_calls", [])
     ]

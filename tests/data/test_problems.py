@@ -68,3 +68,10 @@ def test_many_causes_of_many_rows_stay_few_lines(seed):
     report = DataReport("rows.jsonl", rows=3000, bad_rows=3000, problems=problems)
     others = 3000 - sum(each["count"] for each in problems)
     assert report.problem_lines() == [*problem_lines(problems), f"{others} rows: other causes"]
+
+
+def test_values_that_look_like_the_mark_of_differing_values_are_values():
+    one, other = "role 'agent …' is none of user; map it.", "role 'agent 3' is none of user; map it."
+    assert [(each["cause"], each["count"]) for each in log_of(one, other)] == [(one, 1), (other, 1)]
+    (problem,) = log_of("'a' should be text, not …", "'a' should be text, not …", values={"a": "…"})
+    assert problem["examples"] == ["rows.jsonl:1: {'a': '…'}", "rows.jsonl:2: {'a': '…'}"]

@@ -19,6 +19,9 @@ from qlora.data.tables import HeaderRule
 from qlora.errors import DataError
 from tests.tiny import write_jsonl
 
+# Names of columns that nothing knows are a table's header here.
+RULE = HeaderRule(header=True, mapped=[])
+
 ALPHABET = 'abc \t"\\/é漢🙂\u2028\u2029\x85\x0b\x0c\x1c\r\n'
 
 
@@ -37,9 +40,9 @@ def rows(rng):
 
 
 def read(path, **how):
-    """All rows of a file; names of columns that nothing knows are a table's header here."""
+    """All rows of a file."""
     source = Source(str(path), **how)
-    return list(read_rows(source, HeaderRule(header=True, mapped=[])))
+    return list(read_rows(source, RULE))
 
 
 def values(path, **how):
@@ -333,7 +336,7 @@ def test_an_empty_array_is_refused(tmp_path):
 
 def test_rows_come_before_the_file_is_read_whole(tmp_path):
     path = write(tmp_path / "rows.jsonl", b'{"a": 1}\n' * 100_000 + b"\xff")
-    assert next(read_rows(Source(str(path)))) == Row({"a": 1}, f"{path}:1")
+    assert next(read_rows(Source(str(path)), RULE)) == Row({"a": 1}, f"{path}:1")
     assert f"{path}:100001" in refusal(path)
 
 
@@ -477,7 +480,7 @@ def hub(tmp_path, monkeypatch):
 )
 def test_another_name_is_a_data_set_on_the_hub(hub, source, asked):
     assert find_files(source) == []
-    assert list(read_rows(source)) == [
+    assert list(read_rows(source, RULE)) == [
         Row({"text": "one", "turns": [{"b": 0}]}, f"{source.path} row 1"),
         Row({"text": "two"}, f"{source.path} row 2"),
     ]
@@ -514,7 +517,7 @@ def test_whatever_bytes_a_file_holds_it_gives_rows_or_a_refusal(tmp_path_factory
         write(path, content)
     source = Source(str(path), encoding=encoding, type="lines" if "all" in name else "auto")
     try:
-        told = [row.origin for row in read_rows(source) if isinstance(row, Row | BadRow)]
+        told = [row.origin for row in read_rows(source, HeaderRule("auto", ())) if isinstance(row, Row | BadRow)]
     except DataError as error:
         told = [str(error)]
     assert told

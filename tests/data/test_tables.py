@@ -42,13 +42,13 @@ def path(request, tmp_path):
 
 
 @pytest.mark.parametrize(("header", "columns", "setting", "note"), [
-    (("instruction", "output"), {}, "auto", "header, as it names instruction, output"),
-    (("id", "output"), {"instruction": "id"}, "auto", "header, as it names id, output"),
-    (("ask", "tell"), BY_NAME, "auto", "header, as it names ask, tell"),
-    (None, BY_NUMBER, "auto", "row, as columns are mapped by number"),
+    (("instruction", "output"), {}, "auto", "a header, because it names instruction, output"),
+    (("id", "output"), {"instruction": "id"}, "auto", "a header, because it names id, output"),
+    (("ask", "tell"), BY_NAME, "auto", "a header, because it names ask, tell"),
+    (None, BY_NUMBER, "auto", "data, because columns are mapped by number"),
     (("ask", "tell"), BY_NAME, True, None),
     (("1", "0"), {"instruction": "1", "output": "0"}, True, None),
-    (("1", "0"), {"instruction": "1", "output": "0"}, "auto", "header, as it names 1, 0"),
+    (("1", "0"), {"instruction": "1", "output": "0"}, "auto", "a header, because it names 1, 0"),
     (None, BY_NUMBER, False, None),
 ])  # fmt: skip
 def test_no_row_is_lost_and_no_header_learned(path, header, columns, setting, note):
@@ -59,7 +59,7 @@ def test_no_row_is_lost_and_no_header_learned(path, header, columns, setting, no
         assert text.endswith(f"{answer}</s>")
     report = built.reports[0]
     assert (report.rows, report.bad_rows, report.format) == (2, 0, "alpaca")
-    assert report.notes == ([] if note is None else [f"header: auto takes the first line as a {note}"])
+    assert report.notes == ([] if note is None else [f"header: auto: the first line is {note}"])
 
 
 @pytest.mark.parametrize("header", [None, ("ask", "tell")])
@@ -88,7 +88,7 @@ def test_a_header_may_be_read_as_a_row_where_asked_for(path):
 
 def test_rows_of_another_width_are_told_by_the_first_row(path):
     write_table(path, None, [*PAIRS, ("alone",), PAIRS[0]])
-    rows = list(read_rows(Source(str(path), header=False)))
+    rows = list(read_rows(Source(str(path), header=False), HeaderRule(False, ())))
     assert rows[2] == BadRow(f"{path}:3", "1 fields, but the first row has 2.")
     assert [list(row.values) for row in rows if not isinstance(row, BadRow)] == [["0", "1"]] * 3
 
@@ -102,8 +102,8 @@ def test_each_file_of_a_folder_decides_for_itself(tmp_path):
     assert len(texts) == 4
     assert built.reports[0].notes == [
         "files read: a.csv, b.csv",
-        "header: auto takes the first line as a header, as it names instruction, output (1 files)",
-        "header: auto takes the first line as a header, as it names output, instruction (1 files)",
+        "header: auto: the first line is a header, because it names instruction, output (1 file)",
+        "header: auto: the first line is a header, because it names output, instruction (1 file)",
     ]
 
 
@@ -140,6 +140,6 @@ def test_a_real_table_is_read_with_its_header_and_without(realdata, tmp_path):
     by_number, cut_texts = build(Source(str(cut), columns={"text": "0"}))
     assert len(texts) == 3080
     assert cut_texts == texts
-    assert "header, as it names text" in built.reports[0].notes[0]
-    assert "row, as columns are mapped by number" in by_number.reports[0].notes[0]
+    assert "a header, because it names text" in built.reports[0].notes[0]
+    assert "data, because columns are mapped by number" in by_number.reports[0].notes[0]
     assert "it may be a header or a row" in refusal(cut)
