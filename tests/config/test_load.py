@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     "train.micro_batch_size": [0, -1],
     "train.gradient_accumulation_steps": [0, -1],
     "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN],
+    "train.min_learning_rate": [-1e-4, 1, 200, INF, NAN],
     "train.warmup_ratio": [-0.01, 1, 3],
     "train.betas": [[1, 0.9], [0.9, 1], [-0.1, 0.9], [0.9], 0.9],
     "train.max_grad_norm": [0, -1],
@@ -514,3 +515,8 @@ def test_one_point_zero_stays_a_share_and_one_a_number_of_steps(key, tmp_path):
         path.write_text(dump_config(once))
         for config in (once, load_config(path)):
             assert type(getattr(config.train, key)) is kind
+
+
+def test_a_floor_above_the_peak_of_the_learning_rate_is_refused(write):
+    message = problems(write({"train.min_learning_rate": 3e-4}))
+    assert "train.min_learning_rate: 0.0003 is above train.learning_rate (0.0002); lower it" in message
