@@ -48,7 +48,11 @@ class RunDirectory:
 
     @classmethod
     def find(cls, path: str | Path) -> "RunDirectory | None":
-        """The run that a path names: its output_dir, its final adapter or one of its checkpoints. None for others."""
+        """The run that a path names: its output_dir, its final adapter or one of its checkpoints. None for others.
+
+        Raises:
+            CheckpointError: The run has no such checkpoint.
+        """
         path = Path(path).expanduser()
         absolute = path.absolute()
         if cls(path).exists():
@@ -56,7 +60,10 @@ class RunDirectory:
         for folder in (absolute.parent, absolute.parent.parent):
             run = cls(folder)
             is_checkpoint = absolute.parent == run.checkpoints and step_of(absolute) is not None
-            if run.exists() and (absolute == run.adapter or is_checkpoint and absolute.is_dir()):
+            if run.exists() and (absolute == run.adapter or is_checkpoint):
+                if not absolute.is_dir():
+                    there = ", ".join(each.name for each in run.list_checkpoints()) or "none"
+                    raise CheckpointError(f"{absolute} is not there; the checkpoints of {run.path} are: {there}.")
                 run.adapter = absolute
                 return run
         return None
@@ -73,17 +80,26 @@ class RunDirectory:
             raise CheckpointError(
                 f"{path} is not a run, its adapter/ or one of its checkpoints: a run has a config.yaml and a run.json."
             )
-        if run.adapter == run.final_adapter:
-            run._check_finished()
-        else:
+        if run.adapter != run.final_adapter:
             check_whole(run.adapter)
+        elif cls(path).exists() or run.final_step is None:
+            run._check_finished()
         return run
 
     @property
     def step(self) -> int:
         """Optimizer steps that the adapter was trained for."""
         step = step_of(self.adapter)
-        return self.read_record()["steps"] if step is None else step
+        return step if step is not None else self.final_step or 0
+
+    @property
+    def final_step(self) -> int | None:
+        """Optimizer steps that the final adapter was trained for; None if there is none.
+
+        A run that is being extended keeps the adapter of its first end until its second.
+        """
+        record = self.read_record()
+        return record["steps"] if record["status"] == "finished" else record.get("final_step")
 
     def exists(self) -> bool:
         """Whether a run was started here."""
@@ -134,8 +150,8 @@ class RunDirectory:
             wrong = [key for key, is_right in can_be.items() if not is_right]
         if record["status"] == "finished" and type(record.get("steps")) is not int:
             wrong.append("steps")
-        if "total_steps" in record and not (type(record["total_steps"]) is int and 0 < record["total_steps"] < 1 << 63):
-            wrong.append("total_steps")
+        steps = {key: record[key] for key in ("total_steps", "final_step") if record.get(key) is not None}
+        wrong += [key for key, value in steps.items() if type(value) is not int or not 0 < value < 1 << 63]
         if not isinstance(record.get("versions", {}), dict):
             wrong.append("versions")
         if wrong:
@@ -200,14 +216,13 @@ class RunDirectory:
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
 
     def _check_finished(self) -> None:
-        status = self.read_record()["status"]
-        if status != "finished":
-            checkpoints = self.list_checkpoints()
-            instead = f", or name a checkpoint: {checkpoints[-1]}" if checkpoints else ""
-            raise CheckpointError(
-                f"{self.path} is {status}, not finished, so it has no final adapter. Continue it with qlora train"
-                f"{instead}."
-            )
+        if self.read_record()["status"] == "finished":
+            return
+        adapters = self.list_checkpoints()[-1:]
+        if self.final_step is not None:
+            adapters.append(self.final_adapter)
+        instead = f", or name the adapter to use: {' or '.join(map(str, adapters))}" if adapters else ""
+        raise CheckpointError(f"{self.path} has not finished. Continue it with qlora train{instead}.")
 
 
 def _value_at(record: Any, key: str) -> Any:

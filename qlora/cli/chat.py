@@ -42,9 +42,11 @@ def chat(
                 return
             if name == "reset":
                 messages = _start(system)
+                _say("The conversation starts over.")
             elif name == "system":
                 system = text
                 messages = _start(system)
+                _say("The conversation starts over, with this system message." if text else "No system message.")
             else:
                 _say(f"There is no /{name}: {COMMANDS}.")
             continue

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -13,6 +11,7 @@ import typer
 
 from qlora.cli.options import AsJson, Device, expand_home
 from qlora.cli.report import show_report
+from qlora.cli.stopping import Terminated, stopping_with
 
 if TYPE_CHECKING:
     from qlora.data.examples import Conversation
@@ -68,7 +67,8 @@ def generate(
     check_sampling(temperature, top_p)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if prompts is not None and output is not None:
-        count = _answer_file(model, prompts, Path(output), system, seed, device, settings)
+        with stopping_with("Nothing was answered. Run the same command again."):
+            count = _answer_file(model, prompts, Path(output), system, seed, device, settings)
         show_report({"prompts": count, "output": output}, as_json, f"Answered {count} prompts.")
         return
 
@@ -126,13 +126,11 @@ def _answer_file(
                 file.write(prompt.answered(answer).encode())
                 file.flush()
                 done += 1
-        except KeyboardInterrupt:
-            print(
-                f"Interrupted after {done} of {len(prompts)} prompts; the same command continues. The answers so far "
-                f"are in {partial}.",
-                file=sys.stderr,
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(
+                f"{done} of {len(prompts)} prompts are answered, in {partial}. The same command continues from there."
             )
-            raise typer.Exit(128 + signal.SIGINT) from None
+            raise
     sync(partial)
     partial.rename(output)
     sync(output.parent)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from qlora.cli.init import init
 from qlora.cli.merge import merge
 from qlora.cli.preview import preview
 from qlora.cli.quantize import quantize
+from qlora.cli.stopping import Terminated, raising_on_sigterm
 from qlora.cli.train import train
 from qlora.cli.verify import verify
 from qlora.errors import ConfigError, QLoRAError
@@ -67,7 +69,11 @@ def main() -> None:
     try:
         if reason := unsupported_reason():
             raise QLoRAError(reason)
-        app()
+        with raising_on_sigterm():
+            app()
+    except Terminated:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except QLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE if isinstance(error, ConfigError) else FAILED)

@@ -12,8 +12,7 @@ import typer
 
 from qlora.cli.options import AsJson, NewFolder, RunDir
 from qlora.cli.report import show_report
-
-INTERRUPTED = 130
+from qlora.cli.stopping import stopping_with
 
 
 def merge(
@@ -89,18 +88,14 @@ def merge(
         wanted = adapter_digest(opened.adapter), weights_dtype, settings.onto, format == "gguf"
         values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
     if values is None:
-        try:
-            with _progress_bar(shown=not as_json) as on_progress:
-                if format == "gguf":
-                    report = merge_to_gguf(run, output, weights_dtype, settings.onto, device, force, on_progress)
-                else:
-                    report = run_merge(
-                        run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
-                    )
-        except KeyboardInterrupt:
-            again = "begins anew" if format == "gguf" else "continues"
-            print(f"Interrupted; the same command {again}.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        next_call = "starts again" if format == "gguf" else "continues"
+        with stopping_with(f"The same command {next_call}."), _progress_bar(shown=not as_json) as on_progress:
+            if format == "gguf":
+                report = merge_to_gguf(run, output, weights_dtype, settings.onto, device, force, on_progress)
+            else:
+                report = run_merge(
+                    run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
+                )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
         pushed = push(folder, push_to_hub, not public, dry_run)

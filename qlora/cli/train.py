@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import as_json_text, show_report
+from qlora.cli.stopping import stopping_with
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Run a step again that was kept as its numbers broke; no training.",
+            help="Rerun a saved step that had non-finite values; nothing is trained.",
             callback=expand_home,
         ),
     ] = None,
@@ -64,10 +64,7 @@ def train(
         raise typer.Exit(0 if report.is_finite else 1)
 
     from qlora.checkpoint import write_text
-    from qlora.training import (  # after the config: a typo there is told at once, without loading torch
-        how_to_continue,
-        plan_run,
-    )
+    from qlora.training import plan_run  # after the config: a typo there is reported at once, without loading torch
     from qlora.training import train as run_training
 
     is_first = os.environ.get("RANK", "0") == "0"  # one report, however many processes a launcher started
@@ -76,11 +73,8 @@ def train(
         if is_first:
             show_report(_describe(plan), as_json, "\n".join([f"{config}: nothing was written", *plan.notes]))
         return
-    try:
+    with stopping_with("Nothing was trained in this session. Run the same command to start again."):
         result = run_training(settings, resume, fresh=fresh)
-    except KeyboardInterrupt:
-        print(f"Stopped at once. {how_to_continue(fresh)}", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
     if is_first:
         values = result.as_dict()
         if report_file is not None:

@@ -111,7 +111,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
     if merged is None:
         found = _compare_layers(run, base, device, problems)
     elif merged.step not in (None, run.step):
-        problems.append(f"merged at step {merged.step}, the run is at step {run.step}; merge again")
+        problems.append(f"it was merged at step {merged.step}, but the run is at step {run.step}. Merge again.")
         found = {}
     elif merged.adapter not in (None, adapter_digest(run.adapter)):
         problems.append(

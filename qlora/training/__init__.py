@@ -4,7 +4,7 @@ from qlora.training.assemble import RunPlan
 from qlora.training.check_resume import ResumeCheck, check_resume
 from qlora.training.preview import Preview, preview
 from qlora.training.replay import ReplayReport, replay
-from qlora.training.run import RunResult, how_to_continue, plan_run, train
+from qlora.training.run import RunResult, plan_run, train
 
 __all__ = [
     "Preview",
@@ -13,7 +13,6 @@ __all__ = [
     "RunPlan",
     "RunResult",
     "check_resume",
-    "how_to_continue",
     "plan_run",
     "preview",
     "replay",

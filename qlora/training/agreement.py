@@ -22,8 +22,7 @@ def check_same(processes: Processes, facts: Mapping[str, Any]) -> None:
     for rank, other in enumerate(everyone):
         if differences := describe_changes(everyone[0], other):
             raise ConfigError(
-                f"Processes 0 and {rank} of {processes.world_size} would not train the same run (process 0 → process "
-                f"{rank}):\n"
+                f"Process {rank} of {processes.world_size} has other inputs than process 0 (0 → {rank}):\n"
                 + "\n".join(f"  {difference}" for difference in differences)
                 + "\nGive all processes the same config, base files and data files, and a train.output_dir on a file "
                 "system that they share."

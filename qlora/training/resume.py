@@ -43,6 +43,7 @@ class Start:
         config: Config of the earlier sessions: of the directory's run, or else of the checkpoint's.
         record: run.json of the same.
         started_from: Checkpoint of another run that the directory's run began at, if it did.
+        final_step: Step of the adapter that the directory's run left at its end, if it had one.
     """
 
     checkpoint: Path | None = None
@@ -53,6 +54,7 @@ class Start:
     config: RunConfig | None = None
     record: dict[str, Any] = field(default_factory=dict)
     started_from: str | None = None
+    final_step: int | None = None
 
     @property
     def finished_steps(self) -> int | None:
@@ -80,12 +82,12 @@ class Start:
         expected = earlier(min(step, length_before - 1))
         if abs(now(step) - expected) <= 0.01 * expected:
             return []
-        lengths = f" of {total_steps} steps in place of {length_before}" if total_steps != length_before else ""
+        reason = f", because the schedule now spans {total_steps} steps instead of {length_before}"
         return [
             f"The learning rate jumps from {earlier(step - 1):.3g} at step {step} to {now(step):.3g} at step "
-            f"{step + 1}, as the {config.train.lr_scheduler} schedule is now one{lengths}. To extend a finished run "
-            f"without a jump, set train.lr_scheduler=constant and train.learning_rate={earlier(step - 1):.3g}; "
-            "train.min_learning_rate keeps a schedule from falling to zero."
+            f"{step + 1}{reason if total_steps != length_before else ''}. To extend a finished run at a steady rate, "
+            "set train.lr_scheduler=constant with the train.learning_rate of your choice. A run that will be extended "
+            "is best trained with lr_scheduler constant, or with a floor (train.min_learning_rate), from its start."
         ]
 
 
@@ -106,7 +108,7 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
     if resume == "never":
         raise ConfigError("--resume never was replaced by --fresh, which keeps the old directory under another name.")
     if fresh and resume != "auto":
-        raise ConfigError(f"--fresh starts at step 0, and --resume {resume} does not; leave one of them out.")
+        raise ConfigError(f"--fresh and --resume {resume} can't be combined.")
     if not run.exists() and any(path.exists() for path in (run.config, run.adapter, run.checkpoints)):
         raise ConfigError(
             f"train.output_dir: {run.path} has a config.yaml, adapter or checkpoints, but no run.json, so it is not a "
@@ -124,10 +126,11 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         config=before,
         record=record,
         started_from=record.get("started_from"),
+        final_step=run.final_step,
     )
     is_finished = start.finished_steps is not None and run.adapter.is_dir()
     is_extended = is_finished and bool(start.changes(config, LENGTH_KEYS))
-    _check_same_settings(run.path, start.origins[run.path], config, SCHEDULE_KEYS if is_extended else set())
+    _check_same_settings(run.path, start.origins[run.path], config, SCHEDULE_KEYS if is_extended else set(), WAYS_OUT)
     if is_finished and not is_extended:
         return replace(start, is_done=True)
     if named is None or str(named) == start.started_from:
@@ -149,7 +152,7 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         return start if named is None else replace(_at_foreign_checkpoint(named, config), origins=start.origins)
     # A run that was extended keeps checkpoints of its old schedule; its config, checked above, has the new one.
     is_own = checkpoint.parent == run.checkpoints
-    origin = _read_origin(checkpoint, config, SCHEDULE_KEYS if is_own else set())
+    origin = _read_origin(checkpoint, config, SCHEDULE_KEYS if is_own else set(), WAYS_OUT)
     return replace(start, damaged=damaged, checkpoint=checkpoint, origins=start.origins | {checkpoint: origin})
 
 
@@ -183,7 +186,29 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line `key: old → new` for each value that differs."""
-    return [f"{key}: {before.get(key)} → {value}" for key, value in now.items() if before.get(key) != value]
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    before_of, now_of = (_by_source({key: values.get(key) for key in changed}) for values in (before, now))
+    return [
+        f"{key}: {_shown(before_of.get(key))} → {_shown(now_of.get(key))}"
+        for key in before_of | now_of
+        if before_of.get(key) != now_of.get(key)
+    ]
+
+
+def _by_source(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with those of lists of sources under a key each: `data.train[0].path`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            found |= {f"{key}[{place}].{name}": each[name] for place, each in enumerate(value) for name in each}
+        else:
+            found[key] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +245,7 @@ def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if len(digests) > len(now["data"]):
         changes.append(f"number of data sources: {len(digests)} → {len(now['data'])}")
     if before.get("examples") not in (None, now["examples"]):  # a checkpoint of qlora 0.1.0 does not say how many
-        changes.append(f"examples chosen from the data: {before['examples']} → {now['examples']}")
+        changes.append(f"number of examples: {_shown(before['examples'])} → {_shown(now['examples'])}")
     return changes + describe_changes(before["in_use"], now["in_use"])
 
 
@@ -247,7 +272,7 @@ def _at_foreign_checkpoint(checkpoint: Path, config: RunConfig) -> Start:
     other = RunDirectory.find(checkpoint)
     record = {} if other is None else other.read_record()
     # qlora 0.1.0 wrote the number of examples into the record alone.
-    origin = {"examples": record.get("examples")} | _read_origin(checkpoint, config, set())
+    origin = {"examples": record.get("examples")} | _read_origin(checkpoint, config, set(), "or leave out --resume.")
     return Start(
         checkpoint=checkpoint,
         origins={checkpoint: origin},
@@ -264,7 +289,7 @@ def _named(resume: str) -> Path:
     if run is not None and path == run.final_adapter:
         path, _ = newest_whole(run.list_checkpoints())
     if path is None or not (path / "manifest.json").is_file():
-        raise CheckpointError(f"--resume {resume}: there is no checkpoint there.")
+        raise CheckpointError(f"--resume {resume}: there is no checkpoint or run there.")
     check_whole(path)
     return path.absolute()
 
@@ -274,12 +299,12 @@ def _check_newest(run: RunDirectory, checkpoint: Path) -> None:
     newer = [each.name for each in run.list_checkpoints() if (step_of(each) or 0) > step]
     if newer:
         raise ConfigError(
-            f"{run.path} holds checkpoints newer than {checkpoint.name} ({', '.join(newer)}). To go back to an older "
-            "one, choose another train.output_dir: the run there starts from it."
+            f"{run.path} has newer checkpoints ({', '.join(newer)}). To start from {checkpoint.name}, choose another "
+            "train.output_dir."
         )
 
 
-def _read_origin(checkpoint: Path, config: RunConfig, may_change: set[str]) -> dict[str, Any]:
+def _read_origin(checkpoint: Path, config: RunConfig, may_change: set[str], ways_out: str) -> dict[str, Any]:
     """What a checkpoint followed from, checked to be of the config's settings."""
     origin = read_origin(checkpoint)
     data = origin.get("data")
@@ -287,18 +312,20 @@ def _read_origin(checkpoint: Path, config: RunConfig, may_change: set[str]) -> d
         isinstance(data, list) and all(isinstance(source, list) and len(source) == 2 for source in data)
     ):
         raise CheckpointError(f"{checkpoint} does not say what it followed from; it was not written by qlora train.")
-    _check_same_settings(checkpoint, origin, config, may_change)
+    _check_same_settings(checkpoint, origin, config, may_change, ways_out)
     return origin
 
 
-def _check_same_settings(place: Path, origin: dict[str, Any], config: RunConfig, may_change: set[str]) -> None:
+def _check_same_settings(
+    place: Path, origin: dict[str, Any], config: RunConfig, may_change: set[str], ways_out: str
+) -> None:
     settings = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS | may_change}
     changes = describe_changes(_with_defaults(origin["settings"]), settings)
     if changes:
         raise ConfigError(
             f"{place} was trained with other settings:\n"
             + "\n".join(f"  {change}" for change in changes)
-            + f"\nUndo these changes, {WAYS_OUT}"
+            + f"\nUndo these changes, {ways_out}"
         )
 
 

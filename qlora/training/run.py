@@ -296,6 +296,9 @@ def _run_session(
                 "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
                 f"{how_to_continue(prepared.fresh)} {problem}"
             ) from problem
+        except BaseException as stop:  # such as a second Ctrl-C
+            stop.add_note(how_to_continue(prepared.fresh))
+            raise
         finally:
             log.close()
     return interruption.signal
@@ -325,6 +328,7 @@ def _record(assembly: Assembly, start: Start) -> dict[str, Any]:
         "in_use": plan.in_use,
         "continued_from": str(start.checkpoint) if start.checkpoint else None,
         "started_from": start.started_from,
+        "final_step": start.final_step,
         "parameters": plan.inventory.as_dict() | {"adapted": [name for name, _ in lora_layers(assembly.model)]},
         "data": [report.as_dict() for report in plan.datasets.reports],
         "examples": {"train": len(plan.datasets.train), "eval": len(plan.datasets.eval)},
@@ -343,7 +347,7 @@ def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list
         f"train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
     ]
     if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
-        notes.append(f"Keys that changed since and were ignored: {'; '.join(sorted(ignored))}.")
+        notes.append(f"Ignored, because the run is finished: {'; '.join(sorted(ignored))}.")
     return notes
 
 

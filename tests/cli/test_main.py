@@ -1,13 +1,18 @@
 """The command itself: quick help, exit codes, and errors without a traceback."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
+from qlora.training import train
 from tests.cli import run
+from tests.tiny import run_config
 
 HELP = "import sys; sys.argv = ['qlora', *sys.argv[1:]]; from qlora.cli.main import main; main()"
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy")
@@ -112,3 +117,28 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
     assert done.stdout == ""
     assert done.stderr.startswith("error: There is no recipe 'gpt9'; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("verb", "target", "told"), [
+    (["train", "{config}"], "qlora.training.train", "Run the same command to start again."),
+    (["merge", "{run}", "-o", "{out}"], "qlora.export.merge", "The same command continues."),
+])  # fmt: skip
+def test_a_signal_outside_of_training_says_how_to_go_on(
+    number, code, verb, target, told, tiny_base, alpaca_file, tmp_path, monkeypatch
+):
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=1, data__eval=None)
+    train(load_config(config))
+    monkeypatch.setattr(target, lambda *_, **__: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    places = {"config": config, "run": tmp_path / "run", "out": tmp_path / "out"}
+    done = run(*(part.format(**places) for part in verb))
+    assert done.code == code
+    assert done.err.endswith(f"Stopped.\n{told}\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_a_verb_that_has_nothing_to_continue(monkeypatch, tmp_path):
+    monkeypatch.setattr("qlora.config.load_config", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    done = run("preview", tmp_path / "c.yaml")
+    assert (done.code, done.err) == (143, "Stopped.\n")

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.checkpoint import RunDirectory
 from qlora.cli.init import recipe_folder
+from qlora.config import load_config
 from qlora.data import encode_prompt
 from qlora.errors import DataError
 from qlora.model import generate, load_run
+from qlora.training import train as qlora_train
 from qlora.training.metrics import MetricsLog
 from tests.cli import run
 from tests.tiny import run_config, write_jsonl
@@ -395,7 +397,7 @@ def test_generate_continues_an_interrupted_file_with_the_same_answers(tiny_base,
     done = run("generate", tiny_base, *options, "-o", output)
     assert done.code == 130
     (partial,) = tmp_path.glob("answers.jsonl.*.partial")
-    assert "Interrupted after 1 of 3 prompts; the same command continues." in done.err
+    assert "1 of 3 prompts are answered, in " in done.err
     assert partial.name in done.err
     assert partial.read_text() == whole.splitlines(keepends=True)[0]
     assert not output.exists()
@@ -561,7 +563,7 @@ def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merg
 
     done = run("verify", run_dir, out, "--json")
     assert done.code == 1
-    assert json.loads(done.out)["problems"] == ["merged at step 3, the run is at step 6; merge again"]
+    assert json.loads(done.out)["problems"] == ["it was merged at step 3, but the run is at step 6. Merge again."]
 
 
 def test_merge_update_goes_by_the_adapter_and_the_options(run_dir, merged, tmp_path):
@@ -628,7 +630,27 @@ def test_a_checkpoint_of_an_interrupted_run_is_tried_and_merged(config, run_dir,
     assert "adapter_model.safetensors is missing or damaged" in run("merge", checkpoint, "-o", tmp_path / "no").error()
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000009", "checkpoints/mine", "merged", "absent"])
+def test_the_adapter_of_a_finished_run_is_used_while_the_run_is_extended(config, run_dir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    longer = ["train.seed=5", f"train.output_dir={folder}", "train.max_steps=9"]
+    assert qlora_train(load_config(config, longer), stop_at=7).status == "interrupted"
+    done = run("merge", folder, "-o", tmp_path / "not")
+    assert done.code == 1
+    assert f"{folder}/checkpoints/step-000007 or {folder}/adapter" in done.error()
+    assert run("merge", folder / "adapter", "-o", tmp_path / "merged", "--json").json()["step"] == 6
+    assert run("verify", folder / "adapter", tmp_path / "merged", "--json").json()["matches"]
+
+
+def test_a_checkpoint_that_was_removed_is_named_with_those_that_are_there(run_dir):
+    for verb, *arguments in (("eval",), ("verify",), ("generate", "--prompt", "Hi")):
+        done = run(verb, run_dir / "checkpoints" / "step-000009", *arguments)
+        assert done.code == 1
+        assert "step-000009 is not there; the checkpoints of " in done.error()
+        assert "are: step-000003, step-000006." in done.error()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/mine", "merged", "absent"])
 def test_a_folder_of_a_run_that_is_no_adapter_is_refused(name, run_dir, tmp_path):
     done = run("verify", run_dir / name)
     assert done.code == 1

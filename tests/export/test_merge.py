@@ -676,7 +676,7 @@ def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):
 def test_a_run_that_has_not_finished_is_refused(status, own_run, tmp_path):
     path = own_run[1] / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": status}))
-    with pytest.raises(CheckpointError, match=f"{own_run[1]} is {status}, not finished.* name a checkpoint: .*/step-0"):
+    with pytest.raises(CheckpointError, match=f"{own_run[1]} has not finished.* name the adapter to use: .*/step-0"):
         merge(own_run[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -66,5 +66,5 @@ def test_what_an_older_run_can_not_continue_with_is_refused_with_the_versions(ol
     """0.1.0 held one example out of any source, however small."""
     record = older_runs / "interrupted" / "run.json"
     record.write_text(record.read_text().replace('"train": 10', '"train": 9'))
-    with pytest.raises(ConfigError, match=rf"examples chosen from the data: .*(.|\n)*qlora: 0\.1\.0 → {__version__}\n"):
+    with pytest.raises(ConfigError, match=rf"number of examples: .*(.|\n)*qlora: 0\.1\.0 → {__version__}\n"):
         resume(older_runs / "interrupted")

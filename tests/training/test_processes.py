@@ -80,7 +80,7 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     }.items():
         kind, message = found[name]
         assert kind == "ConfigError"
-        assert "Processes 0 and 1 of 2 would not train the same run" in message
+        assert "Process 1 of 2 has other inputs than process 0" in message
         assert f"\n  {difference}" in message
     assert found["absent"][0] == found["bad"][0] == "DataError"
     assert found["absent"][1].startswith("Process 1 of 2: ")

@@ -138,8 +138,8 @@ def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_ke
 
 
 @pytest.mark.parametrize(("settings", "line"), [
-    ({"data__deduplicate": True}, "data.deduplicate: False → True"),
-    ({"data__max_rows": 39}, "data.max_rows: None → 39"),
+    ({"data__deduplicate": True}, "data.deduplicate: false → true"),
+    ({"data__max_rows": 39}, "data.max_rows: null → 39"),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_run_does_not_go_on_with_other_rows(settings, line, is_old, configure, forget_keys, tmp_path):
@@ -156,7 +156,7 @@ def test_a_run_whose_examples_were_chosen_otherwise_does_not_go_on(configure, tm
     train_count = record["examples"]["train"]
     record["examples"]["train"] += 1
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=f"examples chosen.*{train_count + 1}.* → .*{train_count}"):
+    with pytest.raises(ConfigError, match=f"number of examples: .*{train_count + 1}.* → .*{train_count}"):
         train(configure())
 
 

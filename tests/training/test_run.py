@@ -282,7 +282,7 @@ def test_a_run_with_other_settings_is_not_written_over(finished):
         train(load_config(finished[1] / "config.yaml", changed))
     with pytest.raises(ConfigError, match="--resume never was replaced by --fresh"):
         train(load_config(finished[1] / "config.yaml"), resume="never")
-    with pytest.raises(ConfigError, match="leave one of them out"):
+    with pytest.raises(ConfigError, match="can't be combined"):
         train(load_config(finished[1] / "config.yaml"), resume=str(finished[1]), fresh=True)
     assert contents(finished[1]) == before
 
@@ -332,7 +332,7 @@ def test_a_finished_run_says_so_and_keeps_its_figures(finished):
     assert "train.max_steps" in result.notes[0]
     assert "--fresh" in result.notes[0]
     assert result.notes[1].endswith(": export.dtype: float16 → bfloat16; train.keep_checkpoints: 2 → 1.")
-    with pytest.raises(CheckpointError, match="there is no checkpoint there"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint or run there"):
         train(load_config(folder / "config.yaml"), resume=str(folder / "checkpoints" / "absent"))
     assert contents(folder) == before
 
@@ -361,6 +361,7 @@ def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpa
     assert after > 1.3 * rates[-1]
     (jump,) = (number for number, line in enumerate(lines) if "learning rate jumps" in line)
     assert f"from {rates[-1]:.3g} at step 4 to {after:.3g} at step 5" in lines[jump]
+    assert "now spans 6 steps instead of 4" in lines[jump]
     assert "train.lr_scheduler=constant" in lines[jump]
     assert "train.min_learning_rate" in lines[jump]
     assert jump < min(number for number, line in enumerate(lines) if line.startswith("step "))
