@@ -121,7 +121,11 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(("verb", "target", "told"), [
-    (["train", "{config}"], "qlora.training.train", "Run the same command to start again."),
+    (
+        ["train", "{config}"],
+        "qlora.training.train",
+        "Nothing was trained in this session. Run the same command to start again.",
+    ),
     (["merge", "{run}", "-o", "{out}"], "qlora.export.merge", "The same command continues."),
 ])  # fmt: skip
 def test_a_signal_outside_of_training_says_how_to_go_on(
