@@ -10,7 +10,9 @@ run=${1:?$usage}
 merged=${2:?$usage}
 merged=${merged%/}
 shift 2
-source "$(dirname "$0")/forward.sh"
+here=${0%"${0##*/}"} # and not dirname: Bash loses a SIGINT that arrives while it waits for a command
+here=${here:-./}
+source "${here}forward.sh"
 
 forward qlora merge "$run" -o "$merged" --update "$@"
 forward qlora verify "$run" "$merged"

@@ -9,7 +9,9 @@ usage="usage: finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key
 config=${1:?$usage}
 merged=${2:?$usage}
 shift 2
-source "$(dirname "$0")/forward.sh"
+here=${0%"${0##*/}"} # and not dirname: Bash loses a SIGINT that arrives while it waits for a command
+here=${here:-./}
+source "${here}forward.sh"
 
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 launch=(qlora)
@@ -32,4 +34,4 @@ if [ "$code" != 0 ]; then
   exit "$code"
 fi
 run=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["run_dir"])' "$report")
-forward bash "$(dirname "$0")/export.sh" "$run" "$merged"
+forward bash "${here}export.sh" "$run" "$merged"

@@ -90,16 +90,17 @@ def wait_for_step(process, run, step):
     pytest.fail(f"step {step} was not logged: {process.communicate()[0]}")
 
 
-def forwarding(*commands):
+def start_in_turn(*commands):
+    """Starts commands under the scripts' forwarding of signals, each when the one before has succeeded."""
     lines = [f"source {SCRIPTS}/forward.sh", *(f"forward {command}" for command in commands)]
-    return "set -euo pipefail\n" + "\n".join(lines)
+    return start("bash", "-c", "set -euo pipefail\n" + "\n".join(lines))
 
 
 @pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_reaches_the_command_once_and_nothing_follows(commands, tmp_path, number, to_group):
     (tmp_path / "count.py").write_text(COUNT)
-    process = start("bash", "-c", forwarding(f"python {tmp_path}/count.py", "echo next"))
+    process = start_in_turn(f"python {tmp_path}/count.py", "echo next")
     assert process.stdout.readline() == "ready\n"
     send(process, signal.SIGUSR1, to_group)
     assert process.stdout.readline() == "save\n"
@@ -107,17 +108,28 @@ def test_a_signal_reaches_the_command_once_and_nothing_follows(commands, tmp_pat
     assert finish(process) == (128 + number, f"stopped by {int(number)}\n")
 
 
+@pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])
+@pytest.mark.parametrize("number", STOPS)
+def test_no_signal_is_lost_while_the_script_starts_its_command(commands, tmp_path, number, to_group):
+    write_command(commands / "qlora", "#!/bin/sh\nsleep 2 >/dev/null 2>&1\nexit 7\n")
+    for delay in (0.005, 0.01, 0.02, 0.04, 0.08):
+        process = start("bash", SCRIPTS / "export.sh", tmp_path / "run", tmp_path / "merged")
+        time.sleep(delay)  # the moment of the signal is what is tried
+        send(process, number, to_group)
+        assert finish(process)[0] in (-number, 128 + number), delay
+
+
 def test_a_command_that_finishes_in_spite_of_a_signal_is_the_last(commands, tmp_path):
     (tmp_path / "count.py").write_text(COUNT.replace("128 + seen[0]", "0"))
-    process = start("bash", "-c", forwarding(f"python {tmp_path}/count.py", "echo next"))
+    process = start_in_turn(f"python {tmp_path}/count.py", "echo next")
     assert process.stdout.readline() == "ready\n"
     send(process, signal.SIGTERM, to_group=False)
     assert finish(process) == (143, "stopped by 15\n")
 
 
 def test_exit_codes_are_passed_on(commands):
-    assert finish(start("bash", "-c", forwarding("true", "echo next", "sh -c 'exit 7'", "echo last"))) == (7, "next\n")
-    code, output = finish(start("bash", "-c", forwarding("no-such-command", "echo next")))
+    assert finish(start_in_turn("true", "echo next", "sh -c 'exit 7'", "echo last")) == (7, "next\n")
+    code, output = finish(start_in_turn("no-such-command", "echo next"))
     assert (code, output) == (127, "no-such-command: No such file or directory\n")
 
 
