@@ -221,7 +221,7 @@ def test_links_within_a_model_or_of_the_hubs_cache_are_followed(base, tmp_path):
 )
 def test_a_header_that_lies_is_refused_before_any_room_is_made(tmp_path, header):
     path = write_header(tmp_path / "model.safetensors", header, bytes(20))
-    with pytest.raises(ModelError, match=r"model\.safetensors has .*download it anew"):
+    with pytest.raises(ModelError, match=r"model\.safetensors has .*download it again"):
         read_header(path)
 
 
@@ -267,7 +267,7 @@ def test_a_config_of_sizes_that_the_files_have_not_is_refused(base, values):
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a":' * 9999 + "1" + "}" * 9999, '{"a": ' + "9" * 9999 + "}"])
 def test_a_config_that_is_no_object_is_refused_by_its_name(base, text):
     (base / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"config\.json is damaged; download it anew"):
+    with pytest.raises(ModelError, match=r"config\.json is damaged; download it again"):
         BaseFiles.resolve(str(base))
 
 

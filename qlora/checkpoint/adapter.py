@@ -88,7 +88,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no adapter: {CONFIG_FILE} is missing.")
-    config = read_object(path, CheckpointError, "save or download it anew")
+    config = read_object(path, CheckpointError, "save or download it again")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     is_scale = isinstance(alpha, int | float) and abs(alpha) < LARGEST_ALPHA
     if type(rank) is not int or not 0 < rank <= MAX_RANK or not is_scale:

@@ -75,7 +75,7 @@ def read_rows(config: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str,
     """
     whole, by_ids = config.get(WHOLE_KEY) or [], config.get(IDS_KEY) or {}
     if isinstance(by_ids, list):
-        raise CheckpointError(f"The adapter's {IDS_KEY} names no modules; save it anew with the ids by module.")
+        raise CheckpointError(f"The adapter's {IDS_KEY} names no modules; save it again with the ids by module.")
     names = {name: _tensor_name(name, is_whole=True) for name in whole}
     names |= {name: _tensor_name(name, is_whole=False) for name in by_ids}
     rows = {}

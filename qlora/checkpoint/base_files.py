@@ -64,7 +64,7 @@ class BaseFiles:
         Raises:
             ModelError: It is no JSON object.
         """
-        return read_object(self.folder / "config.json", ModelError, "download it anew")
+        return read_object(self.folder / "config.json", ModelError, "download it again")
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -75,16 +75,16 @@ class BaseFiles:
         """
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.is_file():
-            weight_map = read_object(index, ModelError, "download it anew").get("weight_map")
+            weight_map = read_object(index, ModelError, "download it again").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise ModelError(f"{index} is damaged; download it anew (it has no weight_map).")
+                raise ModelError(f"{index} is damaged; download it again (it has no weight_map).")
             names = set(map(str, weight_map.values()))
             wrong = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
             if wrong:
                 raise ModelError(f"{index} names {wrong[0]!r:.80}, which is no *.safetensors of its folder.")
             missing = sorted(name for name in names if not (self.folder / name).is_file())
             if missing:
-                raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it anew.")
+                raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it again.")
             if single.is_file() and single.name not in names:
                 raise ModelError(
                     f"{self.folder} has {single.name} and {index.name} for other files; remove one of them."

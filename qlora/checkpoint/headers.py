@@ -29,7 +29,7 @@ def read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ModelError(f"{path} is no safetensors file, or cut short at {size} bytes; download it anew.")
+            raise ModelError(f"{path} is no safetensors file, or cut short at {size} bytes; download it again.")
         content = file.read(min(length, MAX_BYTES + 1))
     try:
         header = parse_object(content)
@@ -41,9 +41,9 @@ def read_header(path: Path) -> dict[str, Any]:
             with safe_open(path, framework="pt"):  # it reads JSON more strictly, and the values later
                 pass
     except (ValueError, TypeError, KeyError, SafetensorError) as problem:
-        raise ModelError(f"{path} has a damaged header; download it anew ({problem}).") from None
+        raise ModelError(f"{path} has a damaged header; download it again ({problem}).") from None
     if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it anew.")
+        raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it again.")
     return header
 
 

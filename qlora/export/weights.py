@@ -119,7 +119,7 @@ class MergedWeights:
         if then == here or all(map(self._is_packed, self._quantized)):
             return []
         return [
-            f"quantized anew on {here}, where the run was trained on {then}: a few weights may have got other codes; "
+            f"quantized again on {here}, where the run was trained on {then}: a few weights may have got other codes; "
             f"--device {then} takes the same kernels"
         ]
 

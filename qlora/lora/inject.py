@@ -86,7 +86,7 @@ def add_lora(
         ModelError: A target matches nothing, or the model has adapters already.
     """
     if any(lora_layers(model)):
-        raise ModelError("This model has adapters already; load the base anew to add others.")
+        raise ModelError("This model has adapters already; load the base again to add others.")
     names = match_targets(model, targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

@@ -120,7 +120,7 @@ def load_generation_config(folder: Path) -> Any:
     try:
         config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever its values make transformers do
-        raise ModelError(f"{folder / GENERATION_FILE} can't be read: {error}; download it anew.") from error
+        raise ModelError(f"{folder / GENERATION_FILE} can't be read: {error}; download it again.") from error
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
         raise ModelError(f"{folder / GENERATION_FILE}: eos_token_id {config.eos_token_id!r:.80} is no id.")

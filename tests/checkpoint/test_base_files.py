@@ -55,7 +55,7 @@ def test_a_header_names_shapes_and_dtypes(base):
 def test_a_damaged_file_is_refused_by_its_name(change, base):
     path = base / WEIGHTS
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ModelError, match=r"model\.safetensors.* download it anew"):
+    with pytest.raises(ModelError, match=r"model\.safetensors.* download it again"):
         read_header(path)
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         BaseFiles.resolve(str(base))
@@ -80,7 +80,7 @@ def test_a_missing_shard_is_named(sharded):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'])
 def test_a_damaged_index_is_named(text, sharded):
     (sharded / f"{WEIGHTS}.index.json").write_text(text)
-    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is damaged; download it anew"):
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is damaged; download it again"):
         BaseFiles.resolve(str(sharded))
 
 

@@ -216,7 +216,7 @@ def test_a_base_file_that_is_cut_short(try_training, base, share):
     assert code == 1
     assert str(path) in message
     assert str(path.stat().st_size) in message
-    assert "download it anew" in message
+    assert "download it again" in message
 
 
 def test_a_base_file_that_is_no_safetensors(try_training, base):

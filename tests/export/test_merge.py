@@ -571,7 +571,7 @@ def test_weights_quantized_by_other_kernels_than_in_training_are_told(device, on
     path.write_text(json.dumps(record))
     notes = merge(own_run[1], tmp_path / "out", onto=onto).notes
     assert [note.partition(":")[0] for note in notes] == (
-        ["quantized anew on cpu, where the run was trained on cuda"] if is_told else []
+        ["quantized again on cpu, where the run was trained on cuda"] if is_told else []
     )
 
 
