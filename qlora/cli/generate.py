@@ -99,7 +99,7 @@ def _answer_file(
         The number of prompts.
     """
     from qlora.data.prompts import check_prompts, read_prompts
-    from qlora.errors import ConfigError
+    from qlora.errors import ConfigError, DataError
 
     if output.exists():
         raise ConfigError(f"{output} exists already; name another file with -o.")
@@ -117,25 +117,25 @@ def _answer_file(
     partial = output.with_name(f"{output.name}.{key}.partial")
     loaded, tokenizer = load_model(model, device)
     check_prompts(tokenizer, prompts)
-    make_folder(output.parent)
-    with partial.open("a+b") as file:
-        done = _whole_lines(file)
-        try:
+    try:
+        make_folder(output.parent)
+        with partial.open("a+b") as file:
+            done = _whole_lines(file)
             for prompt in _shown(prompts[done:], done):
                 answer = _answer(loaded, tokenizer, prompt.conversation, seed + done, settings)
                 file.write(prompt.answered(answer).encode())
                 file.flush()
                 done += 1
-        except KeyboardInterrupt:
-            print(
-                f"Interrupted after {done} of {len(prompts)} prompts; the same command continues. The answers so far "
-                f"are in {partial}.",
-                file=sys.stderr,
-            )
-            raise typer.Exit(128 + signal.SIGINT) from None
-    sync(partial)
-    partial.rename(output)
-    sync(output.parent)
+        sync(partial)
+        partial.rename(output)
+        sync(output.parent)
+    except OSError as error:
+        raise DataError(
+            f"{partial} can't be written: {error.strerror or error}; the same command continues."
+        ) from error
+    except KeyboardInterrupt:
+        print(f"Interrupted; the same command continues. The answers so far are in {partial}.", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
     return len(prompts)
 
 

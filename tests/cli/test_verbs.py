@@ -395,7 +395,7 @@ def test_generate_continues_an_interrupted_file_with_the_same_answers(tiny_base,
     done = run("generate", tiny_base, *options, "-o", output)
     assert done.code == 130
     (partial,) = tmp_path.glob("answers.jsonl.*.partial")
-    assert "Interrupted after 1 of 3 prompts; the same command continues." in done.err
+    assert "Interrupted; the same command continues." in done.err
     assert partial.name in done.err
     assert partial.read_text() == whole.splitlines(keepends=True)[0]
     assert not output.exists()
