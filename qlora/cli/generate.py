@@ -99,7 +99,7 @@ def _answer_file(
         The number of prompts.
     """
     from qlora.data.prompts import check_prompts, read_prompts
-    from qlora.errors import ConfigError
+    from qlora.errors import ConfigError, DataError
 
     if output.exists():
         raise ConfigError(f"{output} exists already; name another file with -o.")
@@ -117,23 +117,27 @@ def _answer_file(
     partial = output.with_name(f"{output.name}.{key}.partial")
     loaded, tokenizer = load_model(model, device)
     check_prompts(tokenizer, prompts)
-    make_folder(output.parent)
-    with partial.open("a+b") as file:
-        done = _whole_lines(file)
-        try:
+    try:
+        make_folder(output.parent)
+        with partial.open("a+b") as file:
+            done = _whole_lines(file)
             for prompt in _shown(prompts[done:], done):
                 answer = _answer(loaded, tokenizer, prompt.conversation, seed + done, settings)
                 file.write(prompt.answered(answer).encode())
                 file.flush()
                 done += 1
-        except (KeyboardInterrupt, Terminated) as stop:
-            stop.add_note(
-                f"{done} of {len(prompts)} prompts are answered, in {partial}. The same command continues from there."
-            )
-            raise
-    sync(partial)
-    partial.rename(output)
-    sync(output.parent)
+        sync(partial)
+        partial.rename(output)
+        sync(output.parent)
+    except OSError as error:
+        raise DataError(
+            f"{partial} can't be written: {error.strerror or error}; the same command continues."
+        ) from error
+    except (KeyboardInterrupt, Terminated) as stop:
+        stop.add_note(
+            f"{done} of {len(prompts)} prompts are answered, in {partial}. The same command continues from there."
+        )
+        raise
     return len(prompts)
 
 
