@@ -42,12 +42,19 @@ def adapter_digest(folder: Path) -> str:
     Raises:
         CheckpointError: The file is missing or can't be read.
     """
-    path = folder / WEIGHTS_FILE
+    path = _weights_file(folder)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from None
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
+    return path
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
@@ -130,9 +137,7 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is absent or damaged, or factors in it are no matrices.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
+    path = _weights_file(folder)
     try:
         header = read_header(path)
     except ModelError as error:

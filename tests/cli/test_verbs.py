@@ -594,17 +594,6 @@ def test_merge_without_update_writes_over_nothing(run_dir, merged):
     assert files_of(merged[0]) == before
 
 
-def test_verify_says_that_a_merge_is_of_another_run(run_dir, merged, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(run_dir, other, ignore=shutil.ignore_patterns("checkpoints"))
-    weights = load_file(other / "adapter" / "adapter_model.safetensors")
-    save_file({name: value * 2 for name, value in weights.items()}, other / "adapter" / "adapter_model.safetensors")
-    done = run("verify", other, merged[0], "--json")
-    assert done.code == 1
-    (problem,) = json.loads(done.out)["problems"]
-    assert problem.startswith(f"merged from another adapter than {other / 'adapter'}: of another run, or")
-
-
 def test_a_checkpoint_of_an_interrupted_run_is_tried_and_merged(config, run_dir, tmp_path):
     """Its tokenizer is made as in training: no adapter/ has it yet."""
     folder = tmp_path / "run"

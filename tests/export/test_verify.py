@@ -302,9 +302,20 @@ def test_a_tensor_stored_in_another_dtype_is_told(own):
     assert report.problems == [f"tensor {name} is in float32, not float16"]
 
 
-def test_another_run_than_the_one_merged_is_told(merged, tiny_base, alpaca_file, tmp_path):
-    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__seed=1)))
-    report = verify(tmp_path / "run", merged / "out")
+def test_another_run_than_the_one_merged_is_told(own, tiny_base, alpaca_file, tmp_path):
+    other = tmp_path / "other"
+    train(load_config(run_config(tiny_base, alpaca_file, other, train__seed=1)))
+    report = verify(other, own / "out")
+    assert not report.matches
+    assert report.problems == [
+        f"merged from another adapter than {other / 'adapter'}: of another run, or of this one before it was started "
+        "over; merge again"
+    ]
+    path = own / "out" / "merge_report.json"
+    written = json.loads(path.read_text())
+    del written["adapter"]  # a report of 0.1.0: only the tensors tell
+    path.write_text(json.dumps(written))
+    report = verify(other, own / "out")
     assert not report.matches
     assert sum("is not base + scaling·B·A" in problem for problem in report.problems) == 14
 
