@@ -13,6 +13,7 @@ from qlora.errors import CheckpointError, ExportError
 from qlora.export import merge, verify
 from qlora.model import load_base, load_run
 from qlora.training import train
+from tests.export import forget_adapter
 from tests.tiny import SIZES, make_base, run_config, write_jsonl
 
 ROWS = SIZES["vocab_size"]
@@ -131,6 +132,7 @@ def test_a_spoilt_row_is_found(name, row, runs, tmp_path):
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "tied, in full"])
 def test_an_adapter_that_has_lost_its_rows_is_refused(kind, runs, tmp_path):
     merge(runs(kind), tmp_path / "whole")
+    forget_adapter(tmp_path / "whole")
     run = shutil.copytree(runs(kind), tmp_path / "run")
     config, weights = (run / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     values = json.loads(config.read_text())
@@ -159,6 +161,7 @@ def test_a_release_without_the_new_rows_is_found(runs, tmp_path):
 @pytest.mark.parametrize(("run", "other"), [("new rows", "in full"), ("in full", "new rows")])
 def test_a_release_of_a_run_with_another_vocabulary_is_found(run, other, runs, tmp_path):
     merge(runs(other), tmp_path / "out", "float32")
+    forget_adapter(tmp_path / "out")
     report = verify(runs(run), tmp_path / "out")
     sizes = {"new rows": ROWS + 2, "in full": ROWS}
     assert report.problems[-1] == f"{tmp_path / 'out'} predicts {sizes[other]} tokens, the run {sizes[run]}"
