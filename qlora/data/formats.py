@@ -314,21 +314,21 @@ class RowReader:
     def _read_oasst(self, row: Row) -> Conversation:
         """The best-ranked path through a tree of replies, down to its last answer."""
         node = row.values.get("prompt", row.values)
-        path = []
+        path: list[Any] = []
         while node is not None:
             if not isinstance(node, dict):
                 raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
-            path.append(self._turns.read(row, node, TREE_KEYS))
+            path.append(node)
             replies = node.get("replies") or []
             if not isinstance(replies, list):
                 raise DataError(f"{row.origin}: 'replies' should be a list of messages, not {replies!r:.80}.")
             replies = [reply for reply in replies if not _is_removed(reply)]
             node = min(replies, key=_rank, default=None)
-        while path and path[-1]["role"] != "assistant":
-            path.pop()
-        if not path:
+        messages, weights = self._turns.read_all(row, "prompt", path, TREE_KEYS) if path else ([], None)
+        length = max((place for place, turn in enumerate(messages, 1) if turn["role"] == "assistant"), default=0)
+        if not length:
             raise DataError(f"{row.origin}: no message of this tree has an answer.")
-        return Conversation(path)
+        return Conversation(messages[:length], weights=weights and weights[:length])
 
     def _system(self, row: Row) -> list[dict[str, Any]]:
         return [_turn("system", _text(row, "system"))] if row.values.get("system") else []

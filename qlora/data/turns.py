@@ -26,6 +26,8 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 CALL_KEYS = ("tool_calls", "function_call")
+# Keys of a call and of the function in it.
+FUNCTION_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
 # How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
@@ -52,9 +54,15 @@ class TurnReader:
         self.unread: set[str] = set()
 
     def read_all(
-        self, row: Row, column: str, turns: Any
+        self, row: Row, column: str, turns: Any, read_elsewhere: Iterable[str] = ()
     ) -> tuple[list[dict[str, Any]], list[float | PartWeights] | None]:
         """Reads a list of turns.
+
+        Args:
+            row: The row that holds them.
+            column: Where in it.
+            turns: A list of objects, one such object, or such a list as JSON.
+            read_elsewhere: Keys of turns that the caller reads.
 
         Returns:
             The turns with `role`, `content` and, where there are such, `reasoning_content`, `tool_calls`, `name` and
@@ -69,22 +77,12 @@ class TurnReader:
             turns = [turns]
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{row.origin}: '{column}' should be a list of turns, not {turns!r:.80}.")
-        messages, weights = zip(*(self._read(row, turn) for turn in turns), strict=True)
-        for message, weight in zip(messages, weights, strict=True):
-            largest = weight.largest if isinstance(weight, PartWeights) else weight
-            if largest and message["role"] != "assistant":
-                raise DataError(
-                    f"{row.origin}: a {message['role']} turn has weight {largest}; only answers can be learned."
-                )
+        messages, weights = zip(*(self._read(row, turn, read_elsewhere) for turn in turns), strict=True)
         has_weights = any(weight is not None for weight in weights)
         return list(messages), [1.0 if w is None else w for w in weights] if has_weights else None
 
-    def read(self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()) -> dict[str, Any]:
-        """Reads one turn, but for its weight; some of its keys are read elsewhere."""
-        return self._read(row, turn, read_elsewhere)[0]
-
     def _read(
-        self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()
+        self, row: Row, turn: Any, read_elsewhere: Iterable[str]
     ) -> tuple[dict[str, Any], float | PartWeights | None]:
         if not isinstance(turn, dict):
             raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
@@ -119,7 +117,7 @@ class TurnReader:
         if reasoning is not None:
             message["reasoning_content"] = check_unicode(row, reasoning)
         if calls:
-            message["tool_calls"] = [_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+            message["tool_calls"] = [self._call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
         if role == "tool":
             known_keys = [key for key in RESULT_KEYS if isinstance(turn.get(key), str)]
             message |= {key: check_unicode(row, turn[key]) for key in known_keys}
@@ -132,10 +130,33 @@ class TurnReader:
         }
         self._note_unread(turn, read)
         says_more = bool(calls) or reasoning is not None or any(turn.get(key) for key in DETAILS)
-        return message, join_weights(read_weight(row, turn), parts, says_more)
+        weight = read_weight(row, turn)
+        largest = max(filter(None, [weight, *(part for *_, part in parts)]), default=0)
+        if largest and role != "assistant":
+            raise DataError(f"{row.origin}: a {role} turn has weight {largest}; only answers can be learned.")
+        return message, join_weights(weight, parts, says_more)
 
     def _note_unread(self, values: dict[str, Any], known: set[str]) -> None:
         self.unread |= {key for key, value in values.items() if key not in known and value is not None}
+
+    def _call(self, row: Row, call: Any) -> dict[str, Any]:
+        """A call with its arguments as an object: templates write a string of JSON as a string."""
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
+        for values in (call, function):
+            if read_weight(row, values) is not None:
+                raise DataError(f"{row.origin}: a call has a weight; give it to the whole turn.")
+            self._note_unread(values, FUNCTION_KEYS)
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = parse_json(row, "arguments", arguments or "{}")
+        if not isinstance(arguments, dict | None):
+            raise DataError(f"{row.origin}: a tool call's arguments should be an object, not {arguments!r:.80}.")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        _check_nested(row, read)
+        return read
 
     def _join_parts(
         self, row: Row, parts: list[Any]
@@ -238,19 +259,3 @@ def check_unicode(row: Row, text: Any) -> str:
 def _check_nested(row: Row, value: Any) -> None:
     """Sees that all text in a value can be encoded, wherever it is."""
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _call(row: Row, call: Any) -> dict[str, Any]:
-    """A call with its arguments as an object: templates write a string of JSON as a string."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = parse_json(row, "arguments", arguments or "{}")
-    if not isinstance(arguments, dict | None):
-        raise DataError(f"{row.origin}: a tool call's arguments should be an object, not {arguments!r:.80}.")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    _check_nested(row, read)
-    return read

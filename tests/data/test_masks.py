@@ -5,10 +5,12 @@ import random
 import pytest
 
 from qlora.data.examples import PartWeights
+from qlora.data.formats import RowReader
 from qlora.data.masks import FLAGS, NUMBERS, read_weight
 from qlora.data.rows import Row
 from qlora.data.turns import TurnReader
 from qlora.errors import DataError
+from tests.data.chats import encode, encoder, learnt
 
 ROW = Row({}, "rows.jsonl:7")
 
@@ -139,6 +141,85 @@ def test_stretches_of_characters_are_read_with_their_last_one(key):
 def test_stretches_that_are_none_are_refused(detail, problem):
     with pytest.raises(DataError, match=f"rows.jsonl:7: 'train_detail' {problem}"):
         weights(answer("four", train_detail=[detail]))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"content": [text("a", train=True), text("b")]},
+        {"train_detail": {"begin_offset": 0, "end_offset": 0, "loss": 1}},
+    ],
+    ids=["part", "stretch"],
+)
+def test_no_stretch_of_a_prompt_may_be_learned(role, keys):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+        weights({"role": role, "content": "Hi", **keys})
+
+
+def test_a_masked_part_of_a_question_may_be_next_to_one_without_a_mask():
+    assert weights({"role": "user", "content": [text("a", train=False), text("b")]}, answer(loss=0))[1] == 0.0
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_call_with_a_weight_is_refused(inner):
+    function = {"name": "f", "arguments": {}}
+    call = {"function": function | {"train": False}} if inner else {"function": function, "train": False}
+    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; give it to the whole turn"):
+        weights(answer("", tool_calls=[call]))
+
+
+# What is learned of rows.
+
+
+def read(format="auto", **row):
+    return RowReader(format).read(Row(row, "rows.jsonl:7"))
+
+
+def learned(example, loss_on="assistant"):
+    """The stretches of an example that are learned, one list for each document."""
+    chatml = encoder("chatml", loss_on, add_bos=False)
+    return [learnt(chatml, document) for document in encode(chatml, example).documents]
+
+
+def test_masks_of_a_tree_of_replies_are_read():
+    draft = {"role": "assistant", "text": "draft", "train": False}
+    again = {"role": "prompter", "text": "Again?", "replies": [{"role": "assistant", "text": "good"}]}
+    tree = {"role": "prompter", "text": "Rain?", "replies": [draft | {"replies": [again]}]}
+    assert learned(read(message_tree_id="x", prompt=tree)) == [["good<|im_end|>"]]
+
+
+PARTS = [text("draft ", train=False), text("good")]
+
+
+def test_masked_parts_of_judged_answers_are_not_learned():
+    pair = read(prompt="Rain?", chosen=[answer(PARTS)], rejected=[answer("bad")])
+    assert learned(pair) == [["good<|im_end|>"], ["bad<|im_end|>"]]
+    rated = read(label=True, prompt=[{"role": "user", "content": "Rain?"}], completion=[answer(PARTS)])
+    assert learned(rated) == [["good<|im_end|>"]]
+
+
+def test_a_judged_answer_that_is_masked_is_refused():
+    asked = [{"role": "user", "content": "Rain?"}]
+    rated = read(label=False, messages=[*asked, answer("first"), *asked, answer("No.", train=False)])
+    with pytest.raises(DataError, match="the answer that was judged has weight 0.*take the mask out"):
+        learned(rated)
+
+
+@pytest.mark.parametrize("key", ["train", "loss", "weight"])
+def test_masked_questions_are_not_learned_where_everything_else_is(key):
+    system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}
+    row = read(messages=[system | {key: 0}, question, answer("No."), question | {key: 0}, answer("Yes.", weight=0.5)])
+    first, second = learned(row, "all")[0]
+    assert first == "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>"
+    assert second == "<|im_start|>assistant\nYes.<|im_end|>"
+
+
+def test_a_masked_part_of_a_question_is_refused_where_everything_is_learned():
+    row = read(messages=[{"role": "user", "content": [text("a", train=False), text("b")]}, answer()])
+    assert learned(row) == [["Ho<|im_end|>"]]
+    with pytest.raises(DataError, match="loss_on: all can't mask parts of a user turn; mask the whole turn"):
+        learned(row, "all")
 
 
 # Keys that nothing reads.
