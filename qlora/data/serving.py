@@ -62,7 +62,7 @@ class TemplateFacts:
             )
 
     def check_written(self, messages: list[dict[str, Any]], text: str) -> None:
-        """Check that what turns say is in what was made of them.
+        """Check that what turns say is in what was made of them, each time that a turn says it.
 
         A template may move a thought that begins an answer into its own marks, but not drop it, and may write no part
         of an answer as a thought that is none.
@@ -71,7 +71,7 @@ class TemplateFacts:
             DataError: A turn's text is not there.
         """
         for message in messages:
-            lost = _first_lost(message, text)
+            lost = _first_lost(message, text) or _lost_once(message, messages, text)
             if lost is not None:
                 raise DataError(
                     f"the chat template leaves out or changes what a turn of {message['role']} says, {lost!r:.60}; set "
@@ -225,6 +225,14 @@ def _first_lost(message: dict[str, Any], text: str) -> str | None:
             return piece
         place += len(piece)
     return None
+
+
+def _lost_once(message: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str | None:
+    """What a turn says, if fewer places of a text have it than turns do; None otherwise."""
+    words = message["content"].strip()
+    if message["role"] in ("assistant", "tool") or not words:
+        return None
+    return words if text.count(words) < sum(words in other["content"] for other in messages) else None
 
 
 def _call(name: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ FUNCTION_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
 # Keys of a turn that are read, whatever its role; and of a turn of a tool.
-TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
+TURN_KEYS = {*REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
 RESULT_KEYS = ("name", "tool_call_id")
 
 
@@ -97,27 +97,32 @@ class TurnReader:
         media = [key for key in MEDIA_KEYS if turn.get(key)]
         if media:
             raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text is supported.")
-        content = next((turn[key] for key in self._content_keys if key in turn), None)
-        calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+        content = _only_one(row, {key: turn[key] for key in self._content_keys if key in turn})
+        calls = {key: turn[key] for key in CALL_KEYS if turn.get(key)}
         if name in CALLERS and isinstance(content, str | dict | list):
-            calls = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
+            calls[name] = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
             content = None
-        if content is None and not calls:
+        if content is None and not any(calls.values()):
             raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {turn!r:.80}.")
         message: dict[str, Any] = {"role": role, "content": ""}
         parts: list[tuple[str, int, int, float | None]] = []
         if isinstance(content, list):
-            joined, parts, part_calls = self._join_parts(row, content)
+            joined, parts, calls["a part that is a call"] = self._join_parts(row, content)
             message |= joined
-            calls = part_calls or calls
         elif content is not None:
             message["content"] = check_unicode(row, content)
         parts += read_details(row, turn, message["content"])
-        reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
-        if reasoning is not None:
+        in_parts = {"a part of reasoning": message.get("reasoning_content")}
+        reasoning = _only_one(row, {key: turn.get(key) for key in REASONING_KEYS} | in_parts)
+        if reasoning:
             message["reasoning_content"] = check_unicode(row, reasoning)
-        if calls:
-            message["tool_calls"] = [self._call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+        read_calls = {
+            key: [self._call(row, call) for call in (given if isinstance(given, list) else [given])]
+            for key, given in calls.items()
+            if given
+        }
+        if called := _only_one(row, read_calls):
+            message["tool_calls"] = called
         if role == "tool":
             known_keys = [key for key in RESULT_KEYS if isinstance(turn.get(key), str)]
             message |= {key: check_unicode(row, turn[key]) for key in known_keys}
@@ -129,7 +134,7 @@ class TurnReader:
             *read_elsewhere,
         }
         self._note_unread(turn, read)
-        says_more = bool(calls) or reasoning is not None or any(turn.get(key) for key in DETAILS)
+        says_more = bool(called) or any(turn.get(key) for key in (*REASONING_KEYS, *DETAILS))
         weight = read_weight(row, turn)
         largest = max(filter(None, [weight, *(part for *_, part in parts)]), default=0)
         if largest and role != "assistant":
@@ -254,6 +259,19 @@ def check_unicode(row: Row, text: Any) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{row.origin}: character {error.start} of {text!r:.40} is half a surrogate pair.") from None
     return text
+
+
+def _only_one(row: Row, given: Mapping[str, Any]) -> Any:
+    """The value of a turn's keys that mean the same; the first that is not empty.
+
+    Raises:
+        DataError: Two of them differ, so one would be lost.
+    """
+    said = {key: value for key, value in given.items() if value}
+    first = next((value for value in (said or given).values() if value is not None), None)
+    if any(value != first for value in said.values()):
+        raise DataError(f"{row.origin}: {' and '.join(said)} of a turn differ; keep one of them.")
+    return first
 
 
 def _check_nested(row: Row, value: Any) -> None:
