@@ -10,9 +10,9 @@ from qlora.data.examples import Conversation
 from qlora.data.formats import COLUMNS, RowReader
 from qlora.data.problems import counted
 from qlora.data.rows import BadRow, Row, read_rows
+from qlora.data.serving import TemplateFacts
 from qlora.data.sources import Source
 from qlora.data.tables import HeaderRule
-from qlora.data.serving import TemplateFacts
 from qlora.data.template import render
 from qlora.errors import DataError
 

@@ -219,9 +219,10 @@ def _first_lost(message: dict[str, Any], text: str) -> str | None:
             thoughts, words = [*thoughts, thought[1]], thought[2]
     thoughts = [thought.strip() for thought in thoughts if thought.strip()]
     place = 0
-    for piece in (*thoughts, words.strip()):
+    for number, piece in enumerate((*thoughts, words.strip())):
         place = text.find(piece, place)
-        if place < 0 or piece in thoughts[:1] and "</think>" in text[:place]:  # behind a thought that was closed
+        is_first_thought = number == 0 and thoughts
+        if place < 0 or is_first_thought and "</think>" in text[:place]:  # behind a thought that was closed
             return piece
         place += len(piece)
     return None

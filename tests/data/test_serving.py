@@ -93,6 +93,21 @@ def test_a_plain_conversation_passes_any_template_of_text(template):
     assert facts(template).check([QUESTION, ANSWER], None) is None
 
 
+@pytest.mark.parametrize("content", ["4", "<think>4</think>4", "4 <b>"])
+def test_reasoning_may_be_the_same_as_the_answer(content):
+    messages = [QUESTION, {"role": "assistant", "content": content, "reasoning_content": content[:1]}]
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, "chatml")
+    (document,) = encode(ExampleEncoder(tokenizer), Conversation(messages)).documents
+    assert f"<think>\n{content[:1]}\n</think>\n\n{content}" in tokenizer.decode(document.input_ids)
+
+
+@pytest.mark.parametrize("text", ["<think></think><think>4</think>4", "<think>4</think>"])
+def test_a_thought_behind_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
+    with pytest.raises(DataError, match="what a turn of assistant says, '4'"):
+        facts("chatml").check_written([ANSWER | {"content": "4", "reasoning_content": "4"}], text)
+
+
 def plain_if(condition):
     """The plain template, which writes only some turns."""
     turn = PLAIN.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}")
