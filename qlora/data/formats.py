@@ -9,10 +9,12 @@ from qlora.data.masks import check_weight
 from qlora.data.rows import Row
 from qlora.data.turns import (
     MEDIA_KEYS,
+    TRANSCRIPT_FORM,
     TRANSCRIPT_START,
     TurnReader,
     check_unicode,
     parse_json,
+    read_spoken,
     read_tools,
     read_transcript,
 )
@@ -250,7 +252,7 @@ class RowReader:
         if isinstance(answer, str):
             turns = read_transcript(check_unicode(row, answer))
             if not turns or not answer.startswith(TRANSCRIPT_START) and self._has_prompt(row):
-                turns = [_turn("assistant", answer)]
+                turns = [self._spoken(row, answer)]
         else:
             turns, weights = self._turns.read_all(row, name, answer)
         if turns[0]["role"] == "assistant":
@@ -279,13 +281,26 @@ class RowReader:
             turns, weights = self._turns.read_all(row, column, values[column])
             return self._follow(Conversation(self._system(row)), turns, weights, row)
         if "prompt" in values:
-            prompt = _text(row, "prompt")
-            transcript = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
-            return Conversation([*self._system(row), *(transcript or [_turn("user", prompt)])])
+            turns = self._transcript(row) or [_turn("user", _text(row, "prompt"))]
+            return Conversation([*self._system(row), *turns])
         if "instruction" in values:
             return Conversation(self._alpaca_prompt(row))
         columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))
-        raise DataError(f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}.")
+        raise DataError(
+            f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}, or with the answer "
+            f"in HH-RLHF's form, {TRANSCRIPT_FORM}."
+        )
+
+    def _transcript(self, row: Row) -> list[dict[str, Any]] | None:
+        """The turns of a prompt in HH-RLHF's form, None if the prompt is not."""
+        prompt = row.values.get("prompt")
+        if not isinstance(prompt, str) or any(row.values.get(name) for name in TURN_COLUMNS):
+            return None
+        return read_transcript(check_unicode(row, prompt)) if prompt.startswith(TRANSCRIPT_START) else None
+
+    def _spoken(self, row: Row, answer: str) -> dict[str, Any]:
+        """An answer in a column of its own; one to a transcript may begin with the blank behind the speaker's mark."""
+        return _turn("assistant", read_spoken(answer) if self._transcript(row) else answer)
 
     def _read_kto(self, row: Row) -> Rated:
         label = row.values.get("label")
@@ -295,7 +310,7 @@ class RowReader:
         if any(name in row.values for name in TURN_COLUMNS):
             conversation = self._read_turns(row)
         elif isinstance(row.values.get("completion"), str):
-            answer = _turn("assistant", _text(row, "completion"))
+            answer = self._spoken(row, _text(row, "completion"))
             conversation = self._follow(self._prompt(row), [answer], None, row)
         elif "completion" in row.values:
             read = self._read_completion(row)

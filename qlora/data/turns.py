@@ -31,6 +31,7 @@ FUNCTION_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
 # How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
+TRANSCRIPT_FORM = r"'\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends"
 # Keys of a turn that are read, whatever its role; and of a turn of a tool.
 TURN_KEYS = {*REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
 RESULT_KEYS = ("name", "tool_call_id")
@@ -229,9 +230,16 @@ def read_transcript(text: str) -> list[dict[str, Any]] | None:
     before, *pieces = SPEAKER.split(text)
     if before or pieces[:1] != ["Human"]:
         return None
-    said = zip(pieces[::2], map(str.strip, pieces[1::2]), strict=True)
+    said = zip(pieces[::2], map(read_spoken, pieces[1::2]), strict=True)
     turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in said]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def read_spoken(text: str) -> str:
+    """What is said behind a speaker's mark in HH-RLHF's text form: the text without the blank behind the mark, blank
+    lines in front, and blanks at the end; an indented first line stays so.
+    """
+    return re.sub(r"\A ?(?:[^\S\n]*\n)*", "", text).rstrip()
 
 
 def parse_json(row: Row, name: str, text: str) -> Any:
