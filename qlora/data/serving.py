@@ -7,6 +7,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from qlora.data.examples import parts_of
 from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render
 from qlora.errors import ConfigError, DataError
 
@@ -219,7 +220,7 @@ def _first_lost(message: dict[str, Any], text: str) -> str | None:
             thoughts, words = [*thoughts, thought[1]], thought[2]
     thoughts = [thought.strip() for thought in thoughts if thought.strip()]
     place = 0
-    for number, piece in enumerate((*thoughts, words.strip())):
+    for number, piece in enumerate((*thoughts, *map(str.strip, parts_of(words)))):
         place = text.find(piece, place)
         is_first_thought = number == 0 and thoughts
         if place < 0 or is_first_thought and "</think>" in text[:place]:  # behind a thought that was closed
@@ -230,10 +231,11 @@ def _first_lost(message: dict[str, Any], text: str) -> str | None:
 
 def _lost_once(message: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str | None:
     """What a turn says, if fewer places of a text have it than turns do; None otherwise."""
-    words = message["content"].strip()
-    if message["role"] in ("assistant", "tool") or not words:
+    if message["role"] in ("assistant", "tool"):
         return None
-    return words if text.count(words) < sum(words in other["content"] for other in messages) else None
+    spoken = [part for other in messages for part in parts_of(other["content"])]
+    pieces = filter(None, map(str.strip, parts_of(message["content"])))
+    return next((piece for piece in pieces if text.count(piece) < sum(piece in part for part in spoken)), None)
 
 
 def _call(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora.data.examples import PartWeights
+from qlora.data.examples import JoinedParts, PartWeights
 from qlora.data.json_rows import parse_value
 from qlora.data.masks import DETAILS, WEIGHT_KEYS, join_weights, read_details, read_weight
 from qlora.data.rows import Row
@@ -167,8 +167,8 @@ class TurnReader:
     def _join_parts(
         self, row: Row, parts: list[Any]
     ) -> tuple[dict[str, Any], list[tuple[str, int, int, float | None]], list[Any]]:
-        """Joins the parts of a content: by lines, as servers do for templates that read text, or as they are if one
-        has a weight, since they are then stretches of one text.
+        """Joins the parts of a content, without anything between them if one has a weight, since they are then
+        stretches of one text.
 
         Returns:
             `content` and, where there is such, `reasoning_content`; each part's place and weight, if one has a weight;
@@ -196,8 +196,8 @@ class TurnReader:
                 key = "content" if kind == "text" else "reasoning_content"
                 texts[key].append((check_unicode(row, value), weight))
         is_weighted = any(weight is not None for weight in weights)
-        separator = "" if is_weighted else "\n"
-        joined = {key: separator.join(text for text, _ in said) for key, said in texts.items()}
+        join = "".join if is_weighted else JoinedParts
+        joined = {key: join(text for text, _ in said) for key, said in texts.items()}
         places: list[tuple[str, int, int, float | None]] = []
         for key, said in texts.items() if is_weighted else ():
             begin = 0
