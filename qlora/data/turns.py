@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.data.examples import JoinedParts, PartWeights
 from qlora.data.json_rows import parse_value
-from qlora.data.masks import DETAILS, WEIGHT_KEYS, join_weights, read_details, read_weight
+from qlora.data.masks import DETAILS, OFFSETS, WEIGHT_KEYS, details_of, join_weights, read_details, read_weight
 from qlora.data.rows import Row
 from qlora.errors import DataError
 
@@ -113,6 +113,8 @@ class TurnReader:
         elif content is not None:
             message["content"] = check_unicode(row, content)
         parts += read_details(row, turn, message["content"])
+        for _, detail in details_of(turn):
+            self._note_unread(detail, {*OFFSETS, *WEIGHT_KEYS})
         in_parts = {"a part of reasoning": message.get("reasoning_content")}
         reasoning = _only_one(row, {key: turn.get(key) for key in REASONING_KEYS} | in_parts)
         if reasoning:
@@ -140,7 +142,7 @@ class TurnReader:
         largest = max(filter(None, [weight, *(part for *_, part in parts)]), default=0)
         if largest and role != "assistant":
             raise DataError(f"{row.origin}: a {role} turn has weight {largest}; only answers can be learned.")
-        return message, join_weights(weight, parts, says_more)
+        return message, join_weights(row, weight, parts, says_more)
 
     def _note_unread(self, values: dict[str, Any], known: set[str]) -> None:
         self.unread |= {key for key, value in values.items() if key not in known and value is not None}

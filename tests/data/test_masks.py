@@ -143,6 +143,32 @@ def test_stretches_that_are_none_are_refused(detail, problem):
         weights(answer("four", train_detail=[detail]))
 
 
+def stretch(begin, end, train):
+    return {"begin_offset": begin, "end_offset": end, "train": train}
+
+
+@pytest.mark.parametrize(
+    ("said", "stretches", "where"),
+    [
+        ([text("hello", train=False)], [stretch(0, 3, True)], "characters 0 to 3 of its content"),
+        ([text("a"), text("bcd", loss=1)], [stretch(3, 3, 0.5)], "characters 3 to 3 of its content"),
+        ("hello there", [stretch(0, 9, True), stretch(2, 3, True), stretch(5, 6, False)], "characters 5 to 6"),
+        ("hello there", [stretch(4, 8, 0.5), stretch(0, 4, False)], "characters 4 to 4"),
+    ],
+    ids=["part", "part behind", "inside", "edge"],
+)
+def test_masks_of_one_stretch_that_disagree_are_refused(said, stretches, where):
+    with pytest.raises(DataError, match=f"rows.jsonl:7: two masks of one turn disagree on {where}"):
+        weights(answer(said, train_detail=stretches[:1], training_detail=stretches[1:]))
+
+
+def test_masks_of_one_stretch_may_agree():
+    said = [text("hello", train=False), text(" there")]
+    (found,) = weights(answer(said, train_detail=[stretch(0, 4, False), stretch(3, 4, 0), stretch(5, 6, True)]))
+    masked = {place for _, begin, end, weight in found.parts if not weight for place in range(begin, end)}
+    assert masked == set(range(5))
+
+
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 @pytest.mark.parametrize(
     "keys",
@@ -237,6 +263,13 @@ def test_unknown_keys_of_turns_and_parts_are_noted():
         ],
     )
     assert reader.unread == {"name", "cache_control", "los", "cost"}
+
+
+def test_unknown_keys_of_calls_and_stretches_are_noted():
+    reader = TurnReader({}, {})
+    call = {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": {"a": 1}, "strict": True}}
+    reader.read_all(ROW, "messages", [answer(tool_calls=[call], train_detail=stretch(0, 0, False) | {"note": "x"})])
+    assert reader.unread == {"index", "strict", "note"}
 
 
 def test_all_that_is_read_is_not_noted():
