@@ -328,6 +328,8 @@ class RowReader:
 
     def _read_oasst(self, row: Row) -> Conversation:
         """The best-ranked path through a tree of replies, down to its last answer."""
+        for key in TREE_KEYS:  # some of them count only in replies, or name what is there to see
+            row.values.get(key)
         node = row.values.get("prompt", row.values)
         path: list[Any] = []
         while node is not None:

@@ -616,6 +616,9 @@ def test_a_mapping_is_no_unread_column():
     assert reader.unread == {"id", "url", "text"}  # their own `text` gave way to what was mapped to it
 
 
+TREE = {"role": "prompter", "text": "a", "message_id": "y", "replies": [{"role": "assistant", "text": "b"}]}
+
+
 @pytest.mark.parametrize(
     ("row", "unread"),
     [
@@ -625,6 +628,8 @@ def test_a_mapping_is_no_unread_column():
         ({"prompt": [HI], "completion": [HO], "tools": "[]"}, set()),
         ({"messages": [HI, HO], "conversations": [HI, HO]}, {"conversations"}),
         ({"text": "a", "meta": {}}, {"meta"}),
+        (TREE | {"message_tree_id": "x", "message_id": "y", "rank": 0, "deleted": False, "lang": "en"}, {"lang"}),
+        ({"message_tree_id": "x", "review_result": True, "prompt": TREE, "tree_state": "ready"}, {"tree_state"}),
         ({"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}, set()),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, {"score"}),
     ],
