@@ -70,7 +70,7 @@ class Draft:
     Attributes:
         text: All of it.
         answers: What is learned of it.
-        weight: Of all that is no answer.
+        weight: Weight of everything outside its answers.
         is_chat: Its answers end with an end token of their template.
         needs_end: Its last answer is learned, so EOS is added if it has no end token.
         starts: Ids put in front.
@@ -97,7 +97,7 @@ def draft_conversation(
 
     Args:
         tokenizer: With its template in place.
-        facts: Of that template.
+        facts: Facts about that template.
         conversation: Its turns.
         loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
 

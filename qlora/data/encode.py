@@ -54,7 +54,7 @@ class Begun:
 
     Attributes:
         examples: As they were given.
-        drafts: Of each, or why there are none.
+        drafts: Drafts of each example, or the reason why there are none.
         encodings: Of the drafts' texts, when they are done.
     """
 

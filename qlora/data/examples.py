@@ -55,7 +55,7 @@ class Conversation:
 
     Attributes:
         messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
-        tools: That the assistant may call, described as templates read them.
+        tools: Tools that the assistant may call, described as templates read them.
         weights: Of each turn's loss, or None where all count alike.
     """
 

@@ -28,7 +28,7 @@ FORMATS = {
     "text": "text",
     "tokenized": "input_ids, [labels or loss_mask]",
     "preference": "chosen, rejected, and prompt, instruction, conversations or messages unless they hold it",
-    "chosen": "as preference, of which the chosen answer alone is learnt",
+    "chosen": "as preference, of which the chosen answer alone is learned",
     "kto": "label (true or false), and a conversation in any of the forms above",
     "classification": "text, label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",

@@ -31,7 +31,7 @@ class TemplateFacts:
         self._tokenizer = tokenizer
 
     def check(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
-        """Sees that nothing of a conversation would be left out in silence.
+        """Check that the template writes everything a conversation has.
 
         Raises:
             ConfigError: The template begins with BOS twice.

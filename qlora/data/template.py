@@ -101,7 +101,7 @@ def render(
     Args:
         tokenizer: With its template in place.
         messages: The turns, whose content is text; a template that reads parts gets the parts that it was given in.
-        tools: That may be called.
+        tools: Descriptions of the tools that may be called.
         add_generation_prompt: End with what asks for an answer.
         thinking: Switch the template's thinking on or off; by default it is as the template has it.
 

@@ -285,5 +285,5 @@ def _only_one(row: Row, given: Mapping[str, Any]) -> Any:
 
 
 def _check_nested(row: Row, value: Any) -> None:
-    """Sees that all text in a value can be encoded, wherever it is."""
+    """Check that all text in a value can be encoded, wherever it is."""
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
