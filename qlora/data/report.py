@@ -115,7 +115,8 @@ class DataReport:
             found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
             total = counted(sum(self.control_tokens.values()), "control token")
             lines.append(
-                f"{total} in the text of turns, tokenized as such: {found}; an end token inside an answer is not learned"
+                f"{total} in the text of turns, tokenized as such: {found}; an end token inside an answer is not "
+                "learned"
             )
         unread = {"columns": self.unread_columns, "keys of turns": self.unread_keys}
         lines += [f"{what} not read: {', '.join(names)}" for what, names in unread.items() if names]
