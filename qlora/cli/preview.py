@@ -1,4 +1,4 @@
-"""`qlora preview`: samples with what is learnt of them in colour, and what became of the rows, without a model."""
+"""`qlora preview`: samples with what is learned of them in colour, and what became of the rows, without a model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ def preview(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be learnt: samples in colour, and what became of the rows; no model is loaded."""
+    """Show what would be learned: samples in colour, and what became of the rows; no model is loaded."""
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
@@ -48,9 +48,9 @@ def _show(result: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
-    key = "green is learnt, dim is not, reversed are control tokens" if coloured else "what is learnt stands in ⟦ ⟧"
+    key = "green is learned, dim is not, reversed are control tokens" if coloured else "what is learned stands in ⟦ ⟧"
     for sample in result.samples:
-        title = f"example {sample.number}: {sample.num_tokens} tokens, {sample.num_supervised} learnt ({key})"
+        title = f"example {sample.number}: {sample.num_tokens} tokens, {sample.num_supervised} learned ({key})"
         console.rule(Text(title), align="left")
         console.print(_text_of(sample.pieces, coloured))
     for report in result.reports:
@@ -85,8 +85,8 @@ def _text_of(pieces: list[Any], coloured: bool) -> Any:
     for before, piece in zip([None, *pieces], pieces, strict=False):
         shown = piece.text.translate(VISIBLE)
         if not coloured:
-            was_learnt = before is not None and before.weight > 0
-            if (piece.weight > 0) != was_learnt:
+            was_learned = before is not None and before.weight > 0
+            if (piece.weight > 0) != was_learned:
                 text.append("⟦" if piece.weight > 0 else "⟧")
             text.append(shown)
             continue

@@ -70,7 +70,7 @@ class Draft:
     Attributes:
         text: All of it.
         answers: What is learned of it.
-        weight: Of all that is no answer.
+        weight: Weight of everything outside its answers.
         is_chat: Its answers end with an end token of their template.
         needs_end: Its last answer is learned, so EOS is added if it has no end token.
         starts: Ids put in front.
@@ -97,7 +97,7 @@ def draft_conversation(
 
     Args:
         tokenizer: With its template in place.
-        facts: Of that template.
+        facts: Facts about that template.
         conversation: Its turns.
         loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
 
@@ -125,6 +125,8 @@ class _Drafter:
         if only_last:
             self.weights = [weight if turn in turns[-1:] else 0.0 for turn, weight in enumerate(self.weights)]
         sought = [turn for turn in turns if _largest(self.weights[turn]) or base]
+        if base:
+            sought = sorted({*sought, *(turn for turn, weight in enumerate(self.weights) if weight != base)})
         if sought[:1] == [0] and not base:
             raise DataError("the conversation begins with an answer, which nothing asks for; take that turn out.")
         if sought and not base:
@@ -161,6 +163,8 @@ class _Drafter:
         until = text if is_last else self._render(messages[: turn + 1], thinking=mode)
         if not text.startswith(until):
             return None
+        if messages[turn]["role"] != "assistant":
+            return self._find_masked(messages, turn, until, mode)
         if not turn:  # nothing asks for it, and it is learned only where everything is
             return self._answer(turn, text, 0, len(until))
         for thinking in self.facts.modes(messages[turn]):
@@ -169,6 +173,16 @@ class _Drafter:
                 switched.update(self.facts.switch(thinking))
                 return self._answer(turn, text, len(before), len(until))
         return None
+
+    def _find_masked(self, messages: list[dict[str, Any]], turn: int, until: str, mode: bool | None) -> Answer | None:
+        """The place of a turn that is no answer and not learned, though everything else is; as :meth:`_find` does."""
+        weight = self.weights[turn]
+        if isinstance(weight, PartWeights):
+            raise DataError(
+                f"data.loss_on: all can't mask parts of a {messages[turn]['role']} turn; mask the whole turn."
+            )
+        before = self._render(messages[:turn], thinking=mode) if turn else ""
+        return Answer(len(before), len(until), len(until), weight) if until.startswith(before) else None
 
     def _draft_answer(self, turn: int) -> Draft:
         """An answer as a document of its own, behind the prompt that a server feeds."""

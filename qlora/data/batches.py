@@ -24,7 +24,7 @@ class Batch:
         position_ids: (batch, seq), int64: from 0 in every document; in a row of several this is what keeps them apart.
         attention_mask: (batch, seq), int64: 1 for tokens, 0 for padding, by length and never by pad id; None if there
             is no padding.
-        labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learnt.
+        labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learned.
         supervised: (labels that count,), int64: where they are in the flattened batch, so that no device is asked.
         weights: (labels that count,), fp32, of their losses; None where all count alike.
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.

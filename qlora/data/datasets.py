@@ -81,7 +81,7 @@ def build_datasets(
         raise DataError("data.deduplicate: every training example is also in data.eval, so none is left to learn from.")
 
     share = float(eval) if isinstance(eval, float | int) else 0.0
-    learnt, held_out = [], []
+    learned, held_out = [], []
     for number, source in enumerate(train):
         kept, out, note = _hold_out(stores[number], left[number], share, seed)
         if not len(kept) and len(left[number]):
@@ -95,7 +95,7 @@ def build_datasets(
             reports[number].notes.append(note)
         kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
         reports[number] = replace(reports[number], drawn=len(kept))
-        learnt.append(_places(number, kept))
+        learned.append(_places(number, kept))
         held_out.append(_places(number, out))
     for number in range(len(train), len(stores)):
         reports[number] = replace(reports[number], drawn=len(left[number]))
@@ -103,7 +103,7 @@ def build_datasets(
     if share and not any(map(len, held_out)):
         reports[0].notes.append("no example is held out, so there is no evaluation")
     return Datasets(
-        ExampleSet(stores, np.concatenate(learnt)),
+        ExampleSet(stores, np.concatenate(learned)),
         ExampleSet(stores, np.concatenate(held_out)),
         reports,
     )

@@ -54,7 +54,7 @@ class Begun:
 
     Attributes:
         examples: As they were given.
-        drafts: Of each, or why there are none.
+        drafts: Drafts of each example, or the reason why there are none.
         encodings: Of the drafts' texts, when they are done.
     """
 
@@ -147,7 +147,10 @@ class ExampleEncoder:
         messages = conversation.messages
         if messages[-1]["role"] != "assistant":
             raise DataError(f"it should end with the answer that was judged, not with a {messages[-1]['role']} turn.")
-        weights = [0.0] * (len(messages) - 1) + [1.0]
+        own = conversation.weights[-1] if conversation.weights else 1.0
+        if own == 0:
+            raise DataError("the answer that was judged has weight 0, so nothing would be learned; take the mask out.")
+        weights = [*[0.0] * (len(messages) - 1), own]
         return draft_conversation(self.tokenizer, self.facts, Conversation(messages, conversation.tools, weights))
 
     def _count_control_tokens(self, example: Example) -> Counter[str]:

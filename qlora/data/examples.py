@@ -1,8 +1,8 @@
 """What a row says, whatever its columns were."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,38 @@ class PartWeights:
         return max([self.rest, *(weight for *_, weight in self.parts)])
 
 
+class JoinedParts(str):
+    """A turn's content given in parts: their texts, joined by lines as servers do for templates that read text.
+
+    Attributes:
+        parts: The text of each part, for templates that read parts.
+    """
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, parts: Iterable[str]) -> Self:
+        """Join the texts of parts."""
+        parts = tuple(parts)
+        joined = super().__new__(cls, "\n".join(parts))
+        joined.parts = parts
+        return joined
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (self.parts,)
+
+
+def parts_of(content: str) -> tuple[str, ...]:
+    """The texts of the parts that a turn's content was given in."""
+    return content.parts if isinstance(content, JoinedParts) else (content,)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns for a chat template.
 
     Attributes:
         messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
-        tools: That the assistant may call, described as templates read them.
+        tools: Tools that the assistant may call, described as templates read them.
         weights: Of each turn's loss, or None where all count alike.
     """
 

@@ -9,10 +9,12 @@ from qlora.data.masks import check_weight
 from qlora.data.rows import Row
 from qlora.data.turns import (
     MEDIA_KEYS,
+    TRANSCRIPT_FORM,
     TRANSCRIPT_START,
     TurnReader,
     check_unicode,
     parse_json,
+    read_spoken,
     read_tools,
     read_transcript,
 )
@@ -26,7 +28,7 @@ FORMATS = {
     "text": "text",
     "tokenized": "input_ids, [labels or loss_mask]",
     "preference": "chosen, rejected, and prompt, instruction, conversations or messages unless they hold it",
-    "chosen": "as preference, of which the chosen answer alone is learnt",
+    "chosen": "as preference, of which the chosen answer alone is learned",
     "kto": "label (true or false), and a conversation in any of the forms above",
     "classification": "text, label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
@@ -250,7 +252,7 @@ class RowReader:
         if isinstance(answer, str):
             turns = read_transcript(check_unicode(row, answer))
             if not turns or not answer.startswith(TRANSCRIPT_START) and self._has_prompt(row):
-                turns = [_turn("assistant", answer)]
+                turns = [self._spoken(row, answer)]
         else:
             turns, weights = self._turns.read_all(row, name, answer)
         if turns[0]["role"] == "assistant":
@@ -279,13 +281,26 @@ class RowReader:
             turns, weights = self._turns.read_all(row, column, values[column])
             return self._follow(Conversation(self._system(row)), turns, weights, row)
         if "prompt" in values:
-            prompt = _text(row, "prompt")
-            transcript = read_transcript(prompt) if prompt.startswith(TRANSCRIPT_START) else None
-            return Conversation([*self._system(row), *(transcript or [_turn("user", prompt)])])
+            turns = self._transcript(row) or [_turn("user", _text(row, "prompt"))]
+            return Conversation([*self._system(row), *turns])
         if "instruction" in values:
             return Conversation(self._alpaca_prompt(row))
         columns = ", ".join(("prompt", "instruction", *TURN_COLUMNS))
-        raise DataError(f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}.")
+        raise DataError(
+            f"{row.origin}: nothing is before the answer; its prompt should be in one of {columns}, or with the answer "
+            f"in HH-RLHF's form, {TRANSCRIPT_FORM}."
+        )
+
+    def _transcript(self, row: Row) -> list[dict[str, Any]] | None:
+        """The turns of a prompt in HH-RLHF's form, None if the prompt is not."""
+        prompt = row.values.get("prompt")
+        if not isinstance(prompt, str) or any(row.values.get(name) for name in TURN_COLUMNS):
+            return None
+        return read_transcript(check_unicode(row, prompt)) if prompt.startswith(TRANSCRIPT_START) else None
+
+    def _spoken(self, row: Row, answer: str) -> dict[str, Any]:
+        """An answer in a column of its own; one to a transcript may begin with the blank behind the speaker's mark."""
+        return _turn("assistant", read_spoken(answer) if self._transcript(row) else answer)
 
     def _read_kto(self, row: Row) -> Rated:
         label = row.values.get("label")
@@ -295,7 +310,7 @@ class RowReader:
         if any(name in row.values for name in TURN_COLUMNS):
             conversation = self._read_turns(row)
         elif isinstance(row.values.get("completion"), str):
-            answer = _turn("assistant", _text(row, "completion"))
+            answer = self._spoken(row, _text(row, "completion"))
             conversation = self._follow(self._prompt(row), [answer], None, row)
         elif "completion" in row.values:
             read = self._read_completion(row)
@@ -313,22 +328,24 @@ class RowReader:
 
     def _read_oasst(self, row: Row) -> Conversation:
         """The best-ranked path through a tree of replies, down to its last answer."""
+        for key in TREE_KEYS:  # some of them count only in replies, or name what is there to see
+            row.values.get(key)
         node = row.values.get("prompt", row.values)
-        path = []
+        path: list[Any] = []
         while node is not None:
             if not isinstance(node, dict):
                 raise DataError(f"{row.origin}: a message of a tree should be an object, not {node!r:.80}.")
-            path.append(self._turns.read(row, node, TREE_KEYS))
+            path.append(node)
             replies = node.get("replies") or []
             if not isinstance(replies, list):
                 raise DataError(f"{row.origin}: 'replies' should be a list of messages, not {replies!r:.80}.")
             replies = [reply for reply in replies if not _is_removed(reply)]
             node = min(replies, key=_rank, default=None)
-        while path and path[-1]["role"] != "assistant":
-            path.pop()
-        if not path:
+        messages, weights = self._turns.read_all(row, "prompt", path, TREE_KEYS) if path else ([], None)
+        length = max((place for place, turn in enumerate(messages, 1) if turn["role"] == "assistant"), default=0)
+        if not length:
             raise DataError(f"{row.origin}: no message of this tree has an answer.")
-        return Conversation(path)
+        return Conversation(messages[:length], weights=weights and weights[:length])
 
     def _system(self, row: Row) -> list[dict[str, Any]]:
         return [_turn("system", _text(row, "system"))] if row.values.get("system") else []

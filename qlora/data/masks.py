@@ -12,6 +12,7 @@ FLAGS = ("loss", "loss_mask", "trainable")
 MASKED = "masked"
 # Stretches of a turn's content: `{begin_offset, end_offset, train}` each, the last character included.
 DETAILS = ("train_detail", "training_detail")
+OFFSETS = ("begin_offset", "end_offset")
 WEIGHT_KEYS = (*NUMBERS, *FLAGS, MASKED, *DETAILS)
 
 
@@ -45,36 +46,45 @@ def read_details(row: Row, turn: dict[str, Any], content: str) -> list[tuple[str
         DataError: They do not lie in the content.
     """
     parts = []
-    for key in DETAILS:
-        details = turn.get(key) or []
-        for detail in details if isinstance(details, list) else [details]:
-            begin, end, weight = _detail(row, key, detail)
-            if not 0 <= begin <= end < len(content):
-                raise DataError(
-                    f"{row.origin}: '{key}' has characters {begin} to {end}, but the content has {len(content)}."
-                )
-            parts.append(("content", begin, end + 1, weight))
+    for key, detail in details_of(turn):
+        begin, end, weight = _detail(row, key, detail)
+        if not 0 <= begin <= end < len(content):
+            raise DataError(
+                f"{row.origin}: '{key}' has characters {begin} to {end}, but the content has {len(content)}."
+            )
+        parts.append(("content", begin, end + 1, weight))
     return parts
+
+
+def details_of(turn: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the stretches that a turn names, each with the key that it is under."""
+    given = {key: turn.get(key) or [] for key in DETAILS}
+    return [(key, one) for key, found in given.items() for one in (found if isinstance(found, list) else [found])]
 
 
 def _detail(row: Row, key: str, detail: Any) -> tuple[int, int, float]:
     if isinstance(detail, dict):
-        begin, end, weight = detail.get("begin_offset"), detail.get("end_offset"), read_weight(row, detail)
+        (begin, end), weight = map(detail.get, OFFSETS), read_weight(row, detail)
         if type(begin) is int and type(end) is int and weight is not None:
             return begin, end, weight
     raise DataError(f"{row.origin}: '{key}' should hold begin_offset, end_offset and train, not {detail!r:.80}.")
 
 
 def join_weights(
-    weight: float | None, parts: list[tuple[str, int, int, float | None]], says_more: bool
+    row: Row, weight: float | None, parts: list[tuple[str, int, int, float | None]], says_more: bool
 ) -> float | PartWeights | None:
     """Joins the weight of a turn with those of its parts.
 
     Args:
+        row: Where the turn is.
         weight: Of the turn.
         parts: As :class:`PartWeights` has them; None where a part has no weight of its own.
         says_more: The turn has something in no part, such as a call.
+
+    Raises:
+        DataError: Two parts overlap, and their weights disagree.
     """
+    _check_overlaps(row, [(key, begin, end, part) for key, begin, end, part in parts if part is not None])
     rest = 1.0 if weight is None else weight
     own = [(key, begin, end, rest if part is None else part) for key, begin, end, part in parts]
     different = {part for *_, part in own} - {rest}
@@ -83,6 +93,20 @@ def join_weights(
     if len(different) == 1 and not says_more and all(part != rest for *_, part in own):
         return different.pop()
     return PartWeights(own, rest)
+
+
+def _check_overlaps(row: Row, parts: list[tuple[str, int, int, float]]) -> None:
+    last: tuple[str, int, int, float] = ("", 0, 0, 0.0)  # of those before, the one that reaches furthest
+    for part in sorted(parts):
+        key, begin, end, weight = part
+        overlaps = key == last[0] and begin < last[2]
+        if overlaps and weight != last[3]:
+            raise DataError(
+                f"{row.origin}: two masks of one turn disagree on characters {begin} to {min(end, last[2]) - 1} of its "
+                f"{key}, with weights {last[3]} and {weight}; keep one of them."
+            )
+        if not overlaps or end > last[2]:
+            last = part
 
 
 def check_weight(row: Row, weight: Any) -> float:

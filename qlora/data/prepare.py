@@ -34,7 +34,7 @@ BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """What is done with examples; with the tokenizer and the source, all that decides what is learnt.
+    """What is done with examples; with the tokenizer and the source, all that decides what is learned.
 
     Attributes:
         loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
@@ -166,7 +166,7 @@ class _Build:
             elif not all(map(len, result.documents)):
                 self._refuse(row, "it has no tokens.")
             elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
-                self._refuse(row, "no token of this row is supervised; it needs an answer that is learnt.")
+                self._refuse(row, "no token of this row is supervised; it needs an answer that is learned.")
             else:
                 self._write(number, row, example, result, writer)
 

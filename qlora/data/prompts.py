@@ -10,9 +10,10 @@ from qlora.data.examples import Conversation
 from qlora.data.formats import COLUMNS, RowReader
 from qlora.data.problems import counted
 from qlora.data.rows import BadRow, Row, read_rows
+from qlora.data.serving import TemplateFacts
 from qlora.data.sources import Source
 from qlora.data.tables import HeaderRule
-from qlora.data.template import encode_prompt
+from qlora.data.template import render
 from qlora.errors import DataError
 
 # The column that an answer is written to.
@@ -64,15 +65,19 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
 
 
 def check_prompts(tokenizer: Any, prompts: Iterable[Prompt]) -> None:
-    """Check that the chat template accepts every prompt.
+    """Check that the chat template accepts every prompt and writes everything that it has.
 
     Raises:
-        DataError: It refuses some; names all of them.
+        ConfigError: The template begins with BOS twice.
+        DataError: It refuses some, or leaves something out; names all of them.
     """
-    problems = []
+    facts, problems = TemplateFacts(tokenizer), []
     for prompt in prompts:
+        messages, tools = prompt.conversation.messages, prompt.conversation.tools
         try:
-            encode_prompt(tokenizer, prompt.conversation.messages, prompt.conversation.tools)
+            facts.check(messages, tools)
+            text = render(tokenizer, messages, tools, add_generation_prompt=True)
+            facts.check_written([message for message in messages if message["role"] != "assistant"], text)
         except DataError as error:
             problems.append(f"{prompt.origin}: {error}")
     _raise_problems(problems)

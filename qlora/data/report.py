@@ -30,13 +30,13 @@ class DataReport:
         eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
         empty_answers: Conversations with an answer of no text.
         switched: Answers behind a prompt with thinking switched on or off, by the switch that a server needs.
-        control_tokens: Control tokens in what turns say, and how often.
+        control_tokens: Control tokens in the text of turns, and how often each occurs.
         overlong: What was done with examples that were too long, and how often.
         lengths: Quantiles of the documents' lengths in tokens, before any was cut or left out.
         histogram: Of these lengths: the longest of each bin, and how many documents it has.
         notes: What else a user should know.
         seconds: That reading and tokenizing took, when it was done.
-        digest: Of all ids and weights: equal when the same is learnt from.
+        digest: Of all ids and weights: equal when the same is learned from.
     """
 
     source: str
@@ -71,7 +71,7 @@ class DataReport:
 
     @property
     def supervised_share(self) -> float:
-        """Of all tokens, those that are learnt."""
+        """Of all tokens, those that are learned."""
         return self.supervised_tokens / max(1, self.tokens)
 
     def measure(self, lengths: np.ndarray, max_seq_len: int) -> None:
@@ -107,15 +107,16 @@ class DataReport:
         }
         counts |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
         counts |= {
-            f"answers behind the prompt with {switch}, as the default prompt is not how they begin; serve so": count
+            f"answers that need {switch} in the prompt; set it on the server": count
             for switch, count in self.switched.items()
         }
         lines = [f"{count} {what}" for what, count in counts.items() if count]
         if self.control_tokens:
             found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
+            total = counted(sum(self.control_tokens.values()), "control token")
             lines.append(
-                f"{sum(self.control_tokens.values())} control tokens in what turns say, fed as such, as a server does: "
-                f"{found}; an end token inside an answer is not learned"
+                f"{total} in the text of turns, tokenized as such: {found}; an end token inside an answer is not "
+                "learned"
             )
         unread = {"columns": self.unread_columns, "keys of turns": self.unread_keys}
         lines += [f"{what} not read: {', '.join(names)}" for what, names in unread.items() if names]

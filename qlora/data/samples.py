@@ -1,4 +1,4 @@
-"""Examples as text again, in pieces that tell what of them is learnt."""
+"""Examples as text again, in pieces that tell what of them is learned."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,7 +13,7 @@ class Piece:
 
     Attributes:
         text: As it decodes where it stands.
-        weight: Of the loss of each of its tokens; 0 where it is not learnt.
+        weight: Of the loss of each of its tokens; 0 where it is not learned.
         is_special: It is a control token.
     """
 
@@ -23,7 +23,7 @@ class Piece:
 
 
 def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:
-    """Cuts an example where what is learnt begins or ends, and around every control token."""
+    """Cuts an example where what is learned begins or ends, and around every control token."""
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids, weights = example.input_ids.tolist(), example.weights.tolist()

@@ -7,6 +7,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from qlora.data.examples import parts_of
 from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render
 from qlora.errors import ConfigError, DataError
 
@@ -30,7 +31,7 @@ class TemplateFacts:
         self._tokenizer = tokenizer
 
     def check(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
-        """Sees that nothing of a conversation would be left out in silence.
+        """Check that the template writes everything a conversation has.
 
         Raises:
             ConfigError: The template begins with BOS twice.
@@ -62,7 +63,7 @@ class TemplateFacts:
             )
 
     def check_written(self, messages: list[dict[str, Any]], text: str) -> None:
-        """Check that what turns say is in what was made of them.
+        """Check that what turns say is in what was made of them, each time that a turn says it.
 
         A template may move a thought that begins an answer into its own marks, but not drop it, and may write no part
         of an answer as a thought that is none.
@@ -71,7 +72,7 @@ class TemplateFacts:
             DataError: A turn's text is not there.
         """
         for message in messages:
-            lost = _first_lost(message, text)
+            lost = _first_lost(message, text) or _lost_once(message, messages, text)
             if lost is not None:
                 raise DataError(
                     f"the chat template leaves out or changes what a turn of {message['role']} says, {lost!r:.60}; set "
@@ -219,12 +220,22 @@ def _first_lost(message: dict[str, Any], text: str) -> str | None:
             thoughts, words = [*thoughts, thought[1]], thought[2]
     thoughts = [thought.strip() for thought in thoughts if thought.strip()]
     place = 0
-    for piece in (*thoughts, words.strip()):
+    for number, piece in enumerate((*thoughts, *map(str.strip, parts_of(words)))):
         place = text.find(piece, place)
-        if place < 0 or piece in thoughts[:1] and "</think>" in text[:place]:  # behind a thought that was closed
+        is_first_thought = number == 0 and thoughts
+        if place < 0 or is_first_thought and "</think>" in text[:place]:  # behind a thought that was closed
             return piece
         place += len(piece)
     return None
+
+
+def _lost_once(message: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str | None:
+    """What a turn says, if fewer places of a text have it than turns do; None otherwise."""
+    if message["role"] in ("assistant", "tool"):
+        return None
+    spoken = [part for other in messages for part in parts_of(other["content"])]
+    pieces = filter(None, map(str.strip, parts_of(message["content"])))
+    return next((piece for piece in pieces if text.count(piece) < sum(piece in part for part in spoken)), None)
 
 
 def _call(name: str) -> dict[str, Any]:

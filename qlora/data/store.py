@@ -53,11 +53,11 @@ class ExampleWriter:
         """
         values = {"input_ids": example.input_ids, "weights": example.weights, "lengths": len(example), "rows": row}
         data = {name: np.ascontiguousarray(value, dtype=DTYPES[name]).tobytes() for name, value in values.items()}
-        learnt = [data[name] for name in ("input_ids", "weights", "lengths")]
-        data["hashes"] = hashlib.blake2b(b"".join(learnt), digest_size=HASH_BYTES).digest()
+        learned = [data[name] for name in ("input_ids", "weights", "lengths")]
+        data["hashes"] = hashlib.blake2b(b"".join(learned), digest_size=HASH_BYTES).digest()
         for name, content in data.items():
             self._files[name].write(content)
-        for content in learnt:
+        for content in learned:
             self._digest.update(content)
 
     def close(self) -> dict[str, Any]:

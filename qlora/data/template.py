@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qlora.data.examples import parts_of
 from qlora.errors import DataError
 
 DEFAULT_TEMPLATE = "alpaca"
@@ -99,8 +100,8 @@ def render(
 
     Args:
         tokenizer: With its template in place.
-        messages: The turns, whose content is text; a template that reads parts gets it as one.
-        tools: That may be called.
+        messages: The turns, whose content is text; a template that reads parts gets the parts that it was given in.
+        tools: Descriptions of the tools that may be called.
         add_generation_prompt: End with what asks for an answer.
         thinking: Switch the template's thinking on or off; by default it is as the template has it.
 
@@ -119,7 +120,7 @@ def render(
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+    return [{"type": "text", "text": part} for part in parts_of(text)]
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ class TokenizedExample:
 
     Attributes:
         input_ids: (length,), int32.
-        weights: (length,), float16: how much the loss of predicting the token counts; 0 where it is not learnt. The
+        weights: (length,), float16: how much the loss of predicting the token counts; 0 where it is not learned. The
             first never is: nothing comes before it.
     """
 

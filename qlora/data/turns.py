@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora.data.examples import PartWeights
+from qlora.data.examples import JoinedParts, PartWeights
 from qlora.data.json_rows import parse_value
-from qlora.data.masks import DETAILS, WEIGHT_KEYS, join_weights, read_details, read_weight
+from qlora.data.masks import DETAILS, OFFSETS, WEIGHT_KEYS, details_of, join_weights, read_details, read_weight
 from qlora.data.rows import Row
 from qlora.errors import DataError
 
@@ -26,11 +26,14 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PART_KINDS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 CALL_KEYS = ("tool_calls", "function_call")
+# Keys of a call and of the function in it.
+FUNCTION_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
 # How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
+TRANSCRIPT_FORM = r"'\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends"
 # Keys of a turn that are read, whatever its role; and of a turn of a tool.
-TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
+TURN_KEYS = {*REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
 RESULT_KEYS = ("name", "tool_call_id")
 
 
@@ -52,9 +55,15 @@ class TurnReader:
         self.unread: set[str] = set()
 
     def read_all(
-        self, row: Row, column: str, turns: Any
+        self, row: Row, column: str, turns: Any, read_elsewhere: Iterable[str] = ()
     ) -> tuple[list[dict[str, Any]], list[float | PartWeights] | None]:
         """Reads a list of turns.
+
+        Args:
+            row: The row that holds them.
+            column: Where in it.
+            turns: A list of objects, one such object, or such a list as JSON.
+            read_elsewhere: Keys of turns that the caller reads.
 
         Returns:
             The turns with `role`, `content` and, where there are such, `reasoning_content`, `tool_calls`, `name` and
@@ -69,22 +78,12 @@ class TurnReader:
             turns = [turns]
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{row.origin}: '{column}' should be a list of turns, not {turns!r:.80}.")
-        messages, weights = zip(*(self._read(row, turn) for turn in turns), strict=True)
-        for message, weight in zip(messages, weights, strict=True):
-            largest = weight.largest if isinstance(weight, PartWeights) else weight
-            if largest and message["role"] != "assistant":
-                raise DataError(
-                    f"{row.origin}: a {message['role']} turn has weight {largest}; only answers can be learned."
-                )
+        messages, weights = zip(*(self._read(row, turn, read_elsewhere) for turn in turns), strict=True)
         has_weights = any(weight is not None for weight in weights)
         return list(messages), [1.0 if w is None else w for w in weights] if has_weights else None
 
-    def read(self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()) -> dict[str, Any]:
-        """Reads one turn, but for its weight; some of its keys are read elsewhere."""
-        return self._read(row, turn, read_elsewhere)[0]
-
     def _read(
-        self, row: Row, turn: Any, read_elsewhere: Iterable[str] = ()
+        self, row: Row, turn: Any, read_elsewhere: Iterable[str]
     ) -> tuple[dict[str, Any], float | PartWeights | None]:
         if not isinstance(turn, dict):
             raise DataError(f"{row.origin}: a turn should have 'role' and 'content', not {turn!r:.80}.")
@@ -99,27 +98,34 @@ class TurnReader:
         media = [key for key in MEDIA_KEYS if turn.get(key)]
         if media:
             raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text is supported.")
-        content = next((turn[key] for key in self._content_keys if key in turn), None)
-        calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+        content = _only_one(row, {key: turn[key] for key in self._content_keys if key in turn})
+        calls = {key: turn[key] for key in CALL_KEYS if turn.get(key)}
         if name in CALLERS and isinstance(content, str | dict | list):
-            calls = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
+            calls[name] = parse_json(row, f"{name} turn", content) if isinstance(content, str) else content
             content = None
-        if content is None and not calls:
+        if content is None and not any(calls.values()):
             raise DataError(f"{row.origin}: a turn should have 'role' and a text 'content', not {turn!r:.80}.")
         message: dict[str, Any] = {"role": role, "content": ""}
         parts: list[tuple[str, int, int, float | None]] = []
         if isinstance(content, list):
-            joined, parts, part_calls = self._join_parts(row, content)
+            joined, parts, calls["a part that is a call"] = self._join_parts(row, content)
             message |= joined
-            calls = part_calls or calls
         elif content is not None:
             message["content"] = check_unicode(row, content)
         parts += read_details(row, turn, message["content"])
-        reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
-        if reasoning is not None:
+        for _, detail in details_of(turn):
+            self._note_unread(detail, {*OFFSETS, *WEIGHT_KEYS})
+        in_parts = {"a part of reasoning": message.get("reasoning_content")}
+        reasoning = _only_one(row, {key: turn.get(key) for key in REASONING_KEYS} | in_parts)
+        if reasoning:
             message["reasoning_content"] = check_unicode(row, reasoning)
-        if calls:
-            message["tool_calls"] = [_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+        read_calls = {
+            key: [self._call(row, call) for call in (given if isinstance(given, list) else [given])]
+            for key, given in calls.items()
+            if given
+        }
+        if called := _only_one(row, read_calls):
+            message["tool_calls"] = called
         if role == "tool":
             known_keys = [key for key in RESULT_KEYS if isinstance(turn.get(key), str)]
             message |= {key: check_unicode(row, turn[key]) for key in known_keys}
@@ -131,17 +137,40 @@ class TurnReader:
             *read_elsewhere,
         }
         self._note_unread(turn, read)
-        says_more = bool(calls) or reasoning is not None or any(turn.get(key) for key in DETAILS)
-        return message, join_weights(read_weight(row, turn), parts, says_more)
+        says_more = bool(called) or any(turn.get(key) for key in (*REASONING_KEYS, *DETAILS))
+        weight = read_weight(row, turn)
+        largest = max(filter(None, [weight, *(part for *_, part in parts)]), default=0)
+        if largest and role != "assistant":
+            raise DataError(f"{row.origin}: a {role} turn has weight {largest}; only answers can be learned.")
+        return message, join_weights(row, weight, parts, says_more)
 
     def _note_unread(self, values: dict[str, Any], known: set[str]) -> None:
         self.unread |= {key for key, value in values.items() if key not in known and value is not None}
 
+    def _call(self, row: Row, call: Any) -> dict[str, Any]:
+        """A call with its arguments as an object: templates write a string of JSON as a string."""
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
+        for values in (call, function):
+            if read_weight(row, values) is not None:
+                raise DataError(f"{row.origin}: a call has a weight; give it to the whole turn.")
+            self._note_unread(values, FUNCTION_KEYS)
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = parse_json(row, "arguments", arguments or "{}")
+        if not isinstance(arguments, dict | None):
+            raise DataError(f"{row.origin}: a tool call's arguments should be an object, not {arguments!r:.80}.")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        _check_nested(row, read)
+        return read
+
     def _join_parts(
         self, row: Row, parts: list[Any]
     ) -> tuple[dict[str, Any], list[tuple[str, int, int, float | None]], list[Any]]:
-        """Joins the parts of a content: by lines, as servers do for templates that read text, or as they are if one
-        has a weight, since they are then stretches of one text.
+        """Joins the parts of a content, without anything between them if one has a weight, since they are then
+        stretches of one text.
 
         Returns:
             `content` and, where there is such, `reasoning_content`; each part's place and weight, if one has a weight;
@@ -169,8 +198,8 @@ class TurnReader:
                 key = "content" if kind == "text" else "reasoning_content"
                 texts[key].append((check_unicode(row, value), weight))
         is_weighted = any(weight is not None for weight in weights)
-        separator = "" if is_weighted else "\n"
-        joined = {key: separator.join(text for text, _ in said) for key, said in texts.items()}
+        join = "".join if is_weighted else JoinedParts
+        joined = {key: join(text for text, _ in said) for key, said in texts.items()}
         places: list[tuple[str, int, int, float | None]] = []
         for key, said in texts.items() if is_weighted else ():
             begin = 0
@@ -203,9 +232,16 @@ def read_transcript(text: str) -> list[dict[str, Any]] | None:
     before, *pieces = SPEAKER.split(text)
     if before or pieces[:1] != ["Human"]:
         return None
-    said = zip(pieces[::2], map(str.strip, pieces[1::2]), strict=True)
+    said = zip(pieces[::2], map(read_spoken, pieces[1::2]), strict=True)
     turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in said]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def read_spoken(text: str) -> str:
+    """What is said behind a speaker's mark in HH-RLHF's text form: the text without the blank behind the mark, blank
+    lines in front, and blanks at the end; an indented first line stays so.
+    """
+    return re.sub(r"\A ?(?:[^\S\n]*\n)*", "", text).rstrip()
 
 
 def parse_json(row: Row, name: str, text: str) -> Any:
@@ -235,22 +271,19 @@ def check_unicode(row: Row, text: Any) -> str:
     return text
 
 
+def _only_one(row: Row, given: Mapping[str, Any]) -> Any:
+    """The value of a turn's keys that mean the same; the first that is not empty.
+
+    Raises:
+        DataError: Two of them differ, so one would be lost.
+    """
+    said = {key: value for key, value in given.items() if value}
+    first = next((value for value in (said or given).values() if value is not None), None)
+    if any(value != first for value in said.values()):
+        raise DataError(f"{row.origin}: {' and '.join(said)} of a turn differ; keep one of them.")
+    return first
+
+
 def _check_nested(row: Row, value: Any) -> None:
-    """Sees that all text in a value can be encoded, wherever it is."""
+    """Check that all text in a value can be encoded, wherever it is."""
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _call(row: Row, call: Any) -> dict[str, Any]:
-    """A call with its arguments as an object: templates write a string of JSON as a string."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = parse_json(row, "arguments", arguments or "{}")
-    if not isinstance(arguments, dict | None):
-        raise DataError(f"{row.origin}: a tool call's arguments should be an object, not {arguments!r:.80}.")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    read = {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    _check_nested(row, read)
-    return read

@@ -26,9 +26,9 @@ def generate(
         messages: The conversation so far.
         max_new_tokens: The most tokens in the answer.
         temperature: 0 takes the most likely token each time.
-        streamer: Of transformers, to show tokens as they come.
+        streamer: A streamer of transformers, which shows tokens as they come.
         top_p: Sample from the most likely tokens that add up to this probability; default: the model's own setting.
-        tools: That the assistant may call, described as templates read them.
+        tools: Tools that the assistant may call, described as templates read them.
 
     Returns:
         The answer's text, without special tokens.

@@ -22,7 +22,7 @@ class Sample:
     Attributes:
         number: Of the example, from 0.
         num_tokens: That it has.
-        num_supervised: Of those, the ones that are learnt.
+        num_supervised: Of those, the ones that are learned.
         pieces: Its text.
     """
 

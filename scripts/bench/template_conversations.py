@@ -108,7 +108,7 @@ def conversations(end: str) -> dict[str, Row]:
         "masked part in front": dialogue([part("m1x drafts, ", train=False), part("a1x is learned")], "a3x"),
         "masked part behind": dialogue("a1x", [part("a3x is learned "), part("m3x is not", loss_mask=0)], "a5x"),
         "masked part inside": dialogue([part("a1x("), part("m1xb", weight=0), part(")a1xc")], "a3x"),
-        "parts": dialogue([part("a1x"), part("a1xb")]),
+        "parts": dialogue([part("a1x "), part("a1xb")]),
         "end token in a question": [turn("user", f"u0x means {end} u0xb?"), turn("assistant", "a1x"), *dialogue()],
         "end token behind an answer": dialogue(f"a1x{end}"),
         "end token in an answer": dialogue(f"a1x {end} a1xb", "a3x"),

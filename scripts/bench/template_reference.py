@@ -23,13 +23,15 @@ class Turn:
     """A turn as a template gets it.
 
     Attributes:
-        message: For the template.
+        message: For the template, its content one text.
+        parts: This content in the parts that a template gets if it reads parts.
         words: Its words that are learned if it is an answer.
         masked: Its words that are not.
         thinks: It has reasoning.
     """
 
     message: dict[str, Any]
+    parts: list[str]
     words: list[str]
     masked: list[str]
     thinks: bool
@@ -47,9 +49,10 @@ def read(row: dict[str, Any]) -> list[Turn]:
 
 def _read(turn: dict[str, Any]) -> Turn:
     content = turn["content"]
-    if isinstance(content, list):
-        is_masked = any(len(part) > 2 for part in content)
-        content = ("" if is_masked else "\n").join(part["text"] for part in content)
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content]
+    if isinstance(content, list) and any(len(part) > 2 for part in content):  # masks are of stretches of one text
+        parts = ["".join(parts)]
+    content = "\n".join(parts)
     message = {key: turn[key] for key in ("role", "tool_calls", "name", "tool_call_id") if key in turn}
     message["content"] = content
     said = turn.get("reasoning_content", "") + "\n" + content
@@ -58,7 +61,9 @@ def _read(turn: dict[str, Any]) -> Turn:
     calls = "".join(call["function"]["arguments"]["key"] + " " for call in turn.get("tool_calls", ()))
     words = WORD.findall(said + "\n" + calls)
     thinks = "reasoning_content" in turn or re.match(r"\s*<think>", content) is not None
-    return Turn(message, [one for one in words if one[0] != "m"], [one for one in words if one[0] == "m"], thinks)
+    return Turn(
+        message, parts, [one for one in words if one[0] != "m"], [one for one in words if one[0] == "m"], thinks
+    )
 
 
 def renderings(
@@ -73,7 +78,9 @@ def renderings(
     ]:
         messages = [turn.message for turn in turns]
         if as_parts:
-            messages = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+            messages = [
+                turn.message | {"content": [{"type": "text", "text": part} for part in turn.parts]} for turn in turns
+            ]
         options = {} if switch is None else dict.fromkeys(SWITCHES, switch)
         try:
             text = tokenizer.apply_chat_template(

@@ -433,7 +433,8 @@ def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
 def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_base, model)
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages }}"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = refusal + "{% for message in messages %}{{ message.content }}{% endfor %}"
     (model / "chat_template.jinja").write_text(template)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
     done = run("generate", model, "--prompts", prompts, "-o", tmp_path / "answers.jsonl")

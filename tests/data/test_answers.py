@@ -1,5 +1,6 @@
 """Where answers lie and end: behind the prompt that a server feeds, up to their first end token."""
 
+import copy
 import random
 from itertools import pairwise
 
@@ -7,6 +8,8 @@ import pytest
 
 from qlora.data.encode import ExampleEncoder, answer_end_id
 from qlora.data.examples import Conversation, PartWeights
+from qlora.data.formats import RowReader
+from qlora.data.rows import Row
 from qlora.data.template import render
 from qlora.errors import DataError
 from tests.data.chats import (
@@ -225,6 +228,22 @@ def test_content_is_given_as_parts_to_a_template_that_reads_them(rng):
     document = only(documents(any_encoder, turns(*contents)))
     assert learnt(any_encoder, document) == [contents[1] + "</s>", contents[3] + "</s>"]
     assert render(any_encoder.tokenizer, turns("a"), add_generation_prompt=True) == "[user]a</s>[assistant]"
+
+
+@pytest.mark.parametrize("template", [OF_PARTS, "chatml"])
+def test_each_part_of_a_turn_reaches_the_template_as_a_server_gives_it(template):
+    reading, content = encoder(template), [{"type": "text", "text": said} for said in ("one ", "two")]
+    messages = [turn | {"content": content} for turn in turns("", "")]
+    example = RowReader().read(Row({"messages": messages}, "rows.jsonl:1"))
+    document = only(encode(reading, copy.deepcopy(example)).documents)
+    given = messages if template == OF_PARTS else example.messages
+    asked, whole = (
+        reading.tokenizer.apply_chat_template(given[:stop], tokenize=False, add_generation_prompt=stop == 1)
+        for stop in (1, 2)
+    )
+    assert reading.tokenizer.decode(document.input_ids).removeprefix("<s>") == whole.removeprefix("<s>")
+    assert learnt(reading, document) == [whole.removeprefix(asked).rstrip("\n")]
+    assert whole.count("one two" if template == OF_PARTS else "one \ntwo") == 2
 
 
 # Headers and histories.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qlora.data import Source, Treatment, build_datasets, prepare
-from qlora.data.problems import SHOWN_EXAMPLES
+from qlora.data.problems import SHOWN_EXAMPLES, counted
 from qlora.errors import ConfigError, DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
 
@@ -169,7 +169,7 @@ def test_a_cause_of_bad_rows_is_named_once_with_its_count_and_examples(path, num
     shown = [f"  {path}:{number + 2}: {bad[0]}" for number in range(min(num_rows, SHOWN_EXAMPLES))]
     assert lines == [
         f"{num_rows} of {num_rows + 2} rows of {path} can't be used:",
-        f"{num_rows} row{'s' * (num_rows > 1)}: no token of this row is supervised; it needs an answer that is learnt.",
+        f"{counted(num_rows, 'row')}: no token of this row is supervised; it needs an answer that is learned.",
         *shown,
         "data.on_bad_row: drop leaves such rows out.",
     ]

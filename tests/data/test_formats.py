@@ -518,10 +518,38 @@ def test_transcripts_of_humans_and_assistants_are_turns():
     )
 
 
-@pytest.mark.parametrize("answer", [" Here.", "Here."])
+@pytest.mark.parametrize("answer", [" Here.", "Here.", " Here.\n\n"])
 def test_a_prompt_may_be_a_transcript(answer):
-    example = read("chosen", prompt=TRANSCRIPT, chosen=answer, rejected="x")
-    assert example.messages == [user("Hi"), assistant("Ho"), user("Where is\n\nhome?"), assistant(answer)]
+    messages = [user("Hi"), assistant("Ho"), user("Where is\n\nhome?"), assistant("Here.")]
+    assert read("chosen", prompt=TRANSCRIPT, chosen=answer, rejected="x").messages == messages
+    assert read("kto", prompt=TRANSCRIPT, completion=answer, label=True).conversation.messages == messages
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (" def f():\n    pass\n", "def f():\n    pass"),
+        ("\n    if x:\n        y()\n\n", "    if x:\n        y()"),
+        (" \n\n\tx = 1", "\tx = 1"),
+        ("     return x  ", "    return x"),
+        ("No.", "No."),
+        ("  ", ""),
+    ],
+)
+def test_an_indented_first_line_of_a_transcript_stays_indented(written, said):
+    whole = read("chosen", chosen=f"\n\nHuman:{written}\n\nAssistant: x", rejected="x").messages
+    assert whole == [user(said), assistant("x")]
+    assert (
+        read("chosen", prompt="\n\nHuman: a\n\nAssistant:", chosen=written, rejected="x").messages[1]["content"] == said
+    )
+
+
+def test_the_blanks_of_an_answer_to_a_plain_prompt_are_kept():
+    assert read("chosen", prompt="Hi", chosen=" Ho ", rejected="x").messages == [HI, assistant(" Ho ")]
+    assert read("chosen", messages=[HI], prompt=TRANSCRIPT, chosen=" Ho ", rejected="x").messages == [
+        HI,
+        assistant(" Ho "),
+    ]
 
 
 def test_a_transcript_without_blank_lines_in_front_is_one_where_no_prompt_is():
@@ -533,9 +561,23 @@ def test_a_transcript_without_blank_lines_in_front_is_one_where_no_prompt_is():
     ]
 
 
-@pytest.mark.parametrize("said", ["Assistant: Ho", "I, Human: Hi", "\n\nAssistant: Ho\n\nHuman: Hi", "Humans: Hi"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Assistant: Ho",
+        "I, Human: Hi",
+        "\n\nAssistant: Ho\n\nHuman: Hi",
+        "Humans: Hi",
+        "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Ho",
+        "\n\nHUMAN: Hi\n\nASSISTANT: Ho",
+        "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Ho",
+        "\nHuman: Hi\n\nAssistant: Ho",
+    ],
+)
 def test_what_is_no_transcript_is_an_answer_that_nothing_asks_for(said):
-    assert "nothing is before the answer" in refusal(chosen=said, rejected=said)
+    problem = refusal(chosen=said, rejected=said)
+    assert "nothing is before the answer" in problem
+    assert r"HH-RLHF's form, '\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends" in problem
 
 
 def test_a_text_that_is_a_transcript_is_text_and_noted():
@@ -574,6 +616,9 @@ def test_a_mapping_is_no_unread_column():
     assert reader.unread == {"id", "url", "text"}  # their own `text` gave way to what was mapped to it
 
 
+TREE = {"role": "prompter", "text": "a", "message_id": "y", "replies": [{"role": "assistant", "text": "b"}]}
+
+
 @pytest.mark.parametrize(
     ("row", "unread"),
     [
@@ -583,6 +628,8 @@ def test_a_mapping_is_no_unread_column():
         ({"prompt": [HI], "completion": [HO], "tools": "[]"}, set()),
         ({"messages": [HI, HO], "conversations": [HI, HO]}, {"conversations"}),
         ({"text": "a", "meta": {}}, {"meta"}),
+        (TREE | {"message_tree_id": "x", "message_id": "y", "rank": 0, "deleted": False, "lang": "en"}, {"lang"}),
+        ({"message_tree_id": "x", "review_result": True, "prompt": TREE, "tree_state": "ready"}, {"tree_state"}),
         ({"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}, set()),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, {"score"}),
     ],

@@ -5,10 +5,12 @@ import random
 import pytest
 
 from qlora.data.examples import PartWeights
+from qlora.data.formats import RowReader
 from qlora.data.masks import FLAGS, NUMBERS, read_weight
 from qlora.data.rows import Row
 from qlora.data.turns import TurnReader
 from qlora.errors import DataError
+from tests.data.chats import encode, encoder, learnt
 
 ROW = Row({}, "rows.jsonl:7")
 
@@ -141,6 +143,111 @@ def test_stretches_that_are_none_are_refused(detail, problem):
         weights(answer("four", train_detail=[detail]))
 
 
+def stretch(begin, end, train):
+    return {"begin_offset": begin, "end_offset": end, "train": train}
+
+
+@pytest.mark.parametrize(
+    ("said", "stretches", "where"),
+    [
+        ([text("hello", train=False)], [stretch(0, 3, True)], "characters 0 to 3 of its content"),
+        ([text("a"), text("bcd", loss=1)], [stretch(3, 3, 0.5)], "characters 3 to 3 of its content"),
+        ("hello there", [stretch(0, 9, True), stretch(2, 3, True), stretch(5, 6, False)], "characters 5 to 6"),
+        ("hello there", [stretch(4, 8, 0.5), stretch(0, 4, False)], "characters 4 to 4"),
+    ],
+    ids=["part", "part behind", "inside", "edge"],
+)
+def test_masks_of_one_stretch_that_disagree_are_refused(said, stretches, where):
+    with pytest.raises(DataError, match=f"rows.jsonl:7: two masks of one turn disagree on {where}"):
+        weights(answer(said, train_detail=stretches[:1], training_detail=stretches[1:]))
+
+
+def test_masks_of_one_stretch_may_agree():
+    said = [text("hello", train=False), text(" there")]
+    (found,) = weights(answer(said, train_detail=[stretch(0, 4, False), stretch(3, 4, 0), stretch(5, 6, True)]))
+    masked = {place for _, begin, end, weight in found.parts if not weight for place in range(begin, end)}
+    assert masked == set(range(5))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"content": [text("a", train=True), text("b")]},
+        {"train_detail": {"begin_offset": 0, "end_offset": 0, "loss": 1}},
+    ],
+    ids=["part", "stretch"],
+)
+def test_no_stretch_of_a_prompt_may_be_learned(role, keys):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+        weights({"role": role, "content": "Hi", **keys})
+
+
+def test_a_masked_part_of_a_question_may_be_next_to_one_without_a_mask():
+    assert weights({"role": "user", "content": [text("a", train=False), text("b")]}, answer(loss=0))[1] == 0.0
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_call_with_a_weight_is_refused(inner):
+    function = {"name": "f", "arguments": {}}
+    call = {"function": function | {"train": False}} if inner else {"function": function, "train": False}
+    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; give it to the whole turn"):
+        weights(answer("", tool_calls=[call]))
+
+
+# What is learned of rows.
+
+
+def read(format="auto", **row):
+    return RowReader(format).read(Row(row, "rows.jsonl:7"))
+
+
+def learned(example, loss_on="assistant"):
+    """The stretches of an example that are learned, one list for each document."""
+    chatml = encoder("chatml", loss_on, add_bos=False)
+    return [learnt(chatml, document) for document in encode(chatml, example).documents]
+
+
+def test_masks_of_a_tree_of_replies_are_read():
+    draft = {"role": "assistant", "text": "draft", "train": False}
+    again = {"role": "prompter", "text": "Again?", "replies": [{"role": "assistant", "text": "good"}]}
+    tree = {"role": "prompter", "text": "Rain?", "replies": [draft | {"replies": [again]}]}
+    assert learned(read(message_tree_id="x", prompt=tree)) == [["good<|im_end|>"]]
+
+
+PARTS = [text("draft ", train=False), text("good")]
+
+
+def test_masked_parts_of_judged_answers_are_not_learned():
+    pair = read(prompt="Rain?", chosen=[answer(PARTS)], rejected=[answer("bad")])
+    assert learned(pair) == [["good<|im_end|>"], ["bad<|im_end|>"]]
+    rated = read(label=True, prompt=[{"role": "user", "content": "Rain?"}], completion=[answer(PARTS)])
+    assert learned(rated) == [["good<|im_end|>"]]
+
+
+def test_a_judged_answer_that_is_masked_is_refused():
+    asked = [{"role": "user", "content": "Rain?"}]
+    rated = read(label=False, messages=[*asked, answer("first"), *asked, answer("No.", train=False)])
+    with pytest.raises(DataError, match="the answer that was judged has weight 0.*take the mask out"):
+        learned(rated)
+
+
+@pytest.mark.parametrize("key", ["train", "loss", "weight"])
+def test_masked_questions_are_not_learned_where_everything_else_is(key):
+    system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}
+    row = read(messages=[system | {key: 0}, question, answer("No."), question | {key: 0}, answer("Yes.", weight=0.5)])
+    first, second = learned(row, "all")[0]
+    assert first == "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>"
+    assert second == "<|im_start|>assistant\nYes.<|im_end|>"
+
+
+def test_a_masked_part_of_a_question_is_refused_where_everything_is_learned():
+    row = read(messages=[{"role": "user", "content": [text("a", train=False), text("b")]}, answer()])
+    assert learned(row) == [["Ho<|im_end|>"]]
+    with pytest.raises(DataError, match="loss_on: all can't mask parts of a user turn; mask the whole turn"):
+        learned(row, "all")
+
+
 # Keys that nothing reads.
 
 
@@ -156,6 +263,13 @@ def test_unknown_keys_of_turns_and_parts_are_noted():
         ],
     )
     assert reader.unread == {"name", "cache_control", "los", "cost"}
+
+
+def test_unknown_keys_of_calls_and_stretches_are_noted():
+    reader = TurnReader({}, {})
+    call = {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": {"a": 1}, "strict": True}}
+    reader.read_all(ROW, "messages", [answer(tool_calls=[call], train_detail=stretch(0, 0, False) | {"note": "x"})])
+    assert reader.unread == {"index", "strict", "note"}
 
 
 def test_all_that_is_read_is_not_noted():

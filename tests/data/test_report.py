@@ -78,12 +78,16 @@ def test_a_plain_report_is_one_line():
     ({"unread_keys": ["id", "lang"]}, "keys of turns not read: id, lang"),
     (
         {"switched": {"enable_thinking=false": 9}},
-        "9 answers behind the prompt with enable_thinking=false, as the default prompt is not how they begin; serve so",
+        "9 answers that need enable_thinking=false in the prompt; set it on the server",
     ),
     (
         {"control_tokens": {"<s>": 2, "</s>": 1}},
-        "3 control tokens in what turns say, fed as such, as a server does: </s> 1, <s> 2; an end token inside an "
-        "answer is not learned",
+        "3 control tokens in the text of turns, tokenized as such: </s> 1, <s> 2; an end token inside an answer is not "
+        "learned",
+    ),
+    (
+        {"control_tokens": {"<s>": 1}},
+        "1 control token in the text of turns, tokenized as such: <s> 1; an end token inside an answer is not learned",
     ),
     ({"notes": ["begin no answer with a space"]}, "begin no answer with a space"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip

@@ -93,6 +93,54 @@ def test_a_plain_conversation_passes_any_template_of_text(template):
     assert facts(template).check([QUESTION, ANSWER], None) is None
 
 
+@pytest.mark.parametrize("content", ["4", "<think>4</think>4", "4 <b>"])
+def test_reasoning_may_be_the_same_as_the_answer(content):
+    messages = [QUESTION, {"role": "assistant", "content": content, "reasoning_content": content[:1]}]
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, "chatml")
+    (document,) = encode(ExampleEncoder(tokenizer), Conversation(messages)).documents
+    assert f"<think>\n{content[:1]}\n</think>\n\n{content}" in tokenizer.decode(document.input_ids)
+
+
+@pytest.mark.parametrize("text", ["<think></think><think>4</think>4", "<think>4</think>"])
+def test_a_thought_behind_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
+    with pytest.raises(DataError, match="what a turn of assistant says, '4'"):
+        facts("chatml").check_written([ANSWER | {"content": "4", "reasoning_content": "4"}], text)
+
+
+def plain_if(condition):
+    """The plain template, which writes only some turns."""
+    turn = PLAIN.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}")
+    return f"{{% for m in messages %}}{{% if loop.first or {condition} %}}{turn}{{% endif %}}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        (["yes", "Sure?", "yes", "Good."], "yes"),
+        (["Is it Paris? Or Rome?", "Hm.", "Paris?", "Yes."], "Paris?"),
+        (["Or Rome?", "Hm.", "Paris?", "Yes."], None),
+    ],
+)
+def test_a_turn_that_another_contains_is_missed_if_the_template_drops_it(said, lost):
+    tokenizer = make_tokenizer(chat_template=plain_if("m.content not in messages[0].content"))
+    (result,) = ExampleEncoder(tokenizer).encode([Conversation(turns(*said))])
+    assert isinstance(result, DataError) == (lost is not None)
+    if lost:
+        assert f"leaves out or changes what a turn of user says, {lost!r}; set data.chat_template" in str(result)
+
+
+def test_a_second_system_turn_of_the_same_words_is_missed():
+    tokenizer = make_tokenizer(chat_template=plain_if("m.role != 'system'"))
+    (result,) = ExampleEncoder(tokenizer).encode([Conversation([SYSTEM, QUESTION, SYSTEM, ANSWER])])
+    assert "what a turn of system says, 'Be kind.'" in str(result)
+
+
+def test_turns_that_repeat_or_contain_each_other_pass_where_they_are_written(seed):
+    said = [random.Random(seed).choice(["a", "aa", "a a", "aaa", " a"]) for _ in range(8)]
+    assert facts(PLAIN).check_written(turns(*said), "|".join(said)) is None
+
+
 def test_bos_twice_is_refused():
     tokenizer = make_tokenizer(chat_template="{{ bos_token }}{{ bos_token }}" + PLAIN)
     with pytest.raises(ConfigError, match="data.chat_template: .*BOS twice"):

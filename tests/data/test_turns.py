@@ -247,6 +247,48 @@ def test_no_reasoning_adds_no_key(nothing):
     assert read(assistant(content="4", reasoning=nothing)) == assistant(content="4")
 
 
+# Keys that mean the same.
+
+
+SAME = [
+    ({"content": "a"}, {"value": "b"}, "content and value"),
+    ({"value": "a"}, {"text": "b"}, "value and text"),
+    ({"content": "a", "reasoning": "b"}, {"thinking": "c"}, "reasoning and thinking"),
+    (
+        {"content": [{"type": "thinking", "thinking": "b"}, "a"]},
+        {"reasoning_content": "c"},
+        "reasoning_content and a part of reasoning",
+    ),
+    ({"tool_calls": [CALL]}, {"function_call": FLAT | {"name": "multiply"}}, "tool_calls and function_call"),
+    (
+        {"content": [{"type": "tool_call", "value": CALL}]},
+        {"tool_calls": [CALL, CALL]},
+        "tool_calls and a part that is a call",
+    ),
+]
+
+
+@pytest.mark.parametrize(("turn", "more", "keys"), SAME, ids=[keys for *_, keys in SAME])
+def test_keys_of_one_meaning_that_differ_are_refused(turn, more, keys):
+    assert refusal([assistant(**turn, **more)]) == f"rows.jsonl:7: {keys} of a turn differ; keep one of them."
+    assert read(assistant(**turn, **dict.fromkeys(more))) == read(assistant(**turn))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"value": "4", "text": ""}, {"thinking": "Hm.", "reasoning": "Hm."}, {"function_call": FLAT}],
+    ids=["content", "reasoning", "calls"],
+)
+def test_keys_of_one_meaning_that_agree_are_read_once(more):
+    turn = assistant(content="4", reasoning_content="Hm.", tool_calls=[CALL])
+    assert read(turn | more) == turn
+
+
+def test_an_empty_key_gives_way_to_one_of_the_same_meaning():
+    assert read({"from": "gpt", "content": "", "value": "Ho"}) == assistant(content="Ho")
+    assert read({"from": "gpt", "content": None, "value": ""}) == assistant(content="")
+
+
 # Weights.
 
 
