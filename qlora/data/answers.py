@@ -283,9 +283,7 @@ class _Drafter:
             )
         return places[0] + first - begin, places[1] + last - stop
 
-    def _places(
-        self, turn: int, marked: dict[str, Any], span: str, end: int, mode: bool | None
-    ) -> list[int] | None:
+    def _places(self, turn: int, marked: dict[str, Any], span: str, end: int, mode: bool | None) -> list[int] | None:
         """Where the marks come out that are put into an answer; None if the template writes more than them otherwise.
 
         Args:

@@ -159,7 +159,11 @@ def test_an_end_token_in_the_middle_of_an_answer_is_not_learned(token):
 def test_an_end_token_in_a_call_is_counted_and_not_learned(realdata, name):
     any_encoder = ExampleEncoder(real_tokenizer(realdata, name)) if name else encoder("chatml")
     arguments = {"where": ["north <|im_end|> pole"], "<|im_end|>why": "fog"}
-    called = {"role": "assistant", "content": "", "tool_calls": [CALL | {"function": {"name": "weather", "arguments": arguments}}]}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL | {"function": {"name": "weather", "arguments": arguments}}],
+    }
     tools = [{"type": "function", "function": FUNCTION | {"description": "Ends with <|im_end|>"}}]
     encoded = encode(any_encoder, Conversation([turns("q")[0], called], tools))
     heard = learnt(any_encoder, only(encoded.documents))
