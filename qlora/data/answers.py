@@ -238,6 +238,8 @@ class _Drafter:
                 "the chat template begins another turn behind an answer that it has not ended, so where the answer "
                 "ends can't be told; set data.chat_template to chatml, or to a jinja file made for training."
             )
+        if said is None and "tool_calls" not in message:
+            said = self._last_character(turn, span, end, mode)
         eos = self.tokenizer.eos_token
         # Some templates end an answer only where another turn follows.
         stop = end + len(eos) if said is not None and text.startswith(eos, end) else end
@@ -251,6 +253,13 @@ class _Drafter:
             is_end = key == "content" and not whole[last:].strip() and behind == said
             parts.append((place, stop if is_end else behind, own))
         return Answer(begin, said, stop, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
+
+    def _last_character(self, turn: int, span: str, end: int, mode: bool | None) -> int | None:
+        """The character behind an answer's content, blanks not counted; None if the template changes the content."""
+        content = self.messages[turn]["content"]
+        stop = len(content.rstrip())
+        places = self._places(turn, {"content": content[:stop] + PROBE + content[stop:]}, span, end, mode)
+        return places[-1] if places else None
 
     def _control_tokens(self, turn: int, span: str, end: int, mode: bool | None) -> Iterable[int]:
         """Where the control tokens begin that an answer's data contains, not its template."""

@@ -34,11 +34,11 @@ class Encoded:
 
     Attributes:
         documents: Its tokens; of a preference two, and of a conversation one per answer where its template asks for it.
-        per_answer: The template writes earlier turns anew, or a token would join an earlier answer to its prompt, so
-            every answer became a document.
-        eos_added: The template ends no answer, so the tokenizer's EOS was put behind the last one.
+        per_answer: The template writes earlier turns anew, a token would join an earlier answer to its prompt, or an
+            earlier answer has no end, so every answer became a document.
+        eos_added: An answer has no end of the template's, so the tokenizer's EOS was put behind it.
         switched: Answers by the switch of the template that their prompt needs.
-        control_tokens: Control tokens in what its turns say, and how often.
+        control_tokens: Control tokens in its turns and tools, and how often.
     """
 
     documents: list[TokenizedExample]
@@ -173,8 +173,8 @@ class ExampleEncoder:
             crossed += [answer.end] * self._is_crossed_behind(draft, answer, ids, spans)
         is_endless = any(self._lacks_end(draft, answer, ids, spans) for answer in draft.answers[:-1])
         if not draft.weight and (is_endless or crossed and min(crossed) < borders[-1]):
-            # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one. And
-            # EOS has room behind the end of a document only.
+            # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one, and
+            # feeds no EOS that would have to be put behind it.
             parts = draft.by_answer()
             encodings = self._tokenize([part.text for part in parts])
             return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]

@@ -203,9 +203,9 @@ def _check_answer(
     heard = WORD.findall(tokenizer.decode([ids[index] for index in learned]))
     if Counter(heard) != Counter(turn.words):
         raise WrongError(f"turn {place}: learned {heard} instead of {turn.words}")
-    if (thought := _squeezed(turn.message.get("reasoning_content", ""))) and turn.masked:
-        if thought not in _squeezed(tokenizer.decode([ids[index] for index in learned])):
-            raise WrongError(f"turn {place}: its reasoning is not learned as a whole")
+    thought = _squeezed(turn.message.get("reasoning_content", ""))
+    if turn.masked and thought not in _squeezed(tokenizer.decode([ids[index] for index in learned])):
+        raise WrongError(f"turn {place}: its reasoning is not learned as a whole")
     is_cut = bool(turn.masked) and WORD.findall(turn.message["content"])[-1][0] == "m"
     _check_no_end_inside(tokenizer, turn, place, ids, learned)
     if not is_cut:
@@ -238,7 +238,7 @@ def _check_end(tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, le
     eos = tokenizer.eos_token_id
     if learned[-1] not in special:
         raise WrongError(f"turn {place}: nothing ends it")
-    asking = Turn({"role": "user", "content": "u0x"}, ["u0x"], [], False)
+    asking = _read({"role": "user", "content": "u0x"})
     opening = next((text for _, text in renderings(tokenizer, [asking], None, asks=False)), "")
     before = tokenizer(opening.partition("u0x")[0], add_special_tokens=False).input_ids
     openers = [index for index in before if index in special and index != eos][-1:]

@@ -116,6 +116,14 @@ def test_the_first_special_token_ends_an_answer_or_eos_directly_behind_it(rng, w
     assert answer_end_id(any_encoder.tokenizer) == end
 
 
+def test_an_answer_ends_behind_its_words_where_the_template_ends_it_otherwise_than_a_plain_one(rng):
+    loud = "{{ '</s><|im_end|>(say)' if '!' in m.content else '<|im_end|>' }}"
+    template = ENDED.replace("{{ 'END' if m.role == 'assistant' else '' }}", loud)
+    any_encoder, said = encoder(template), phrase(rng) + "!"
+    document = only(documents(any_encoder, turns(phrase(rng), said)))
+    assert learnt(any_encoder, document) == [said + "</s>"]
+
+
 @pytest.mark.parametrize(("template", "num_documents"), [(ENDED_BETWEEN, 1), (ENDLESS, 3)])
 def test_every_answer_learns_to_end_where_the_template_ends_only_some_or_none(rng, template, num_documents):
     any_encoder, contents = encoder(template), [phrase(rng) for _ in range(6)]
