@@ -74,10 +74,10 @@ MARKS = {
     "qwen3_vl": (NEWLINE, {"reasoning": LEFT_OUT}),
 }
 
-# What becomes of each of KINDS: w, a whole document; a, one per answer, as earlier turns are written anew, a token would
-# join an earlier answer to its prompt, or an earlier answer has no end; -, the template leaves a part out; ?, its prompt
-# is not how its rendering of an answer begins, or it begins another turn behind an answer without an end; !, it refuses,
-# as those do that need tools, columns of their own, or lists with methods.
+# What becomes of each of KINDS: w, a whole document; a, one per answer, as earlier turns are written anew, a token
+# would join an earlier answer to its prompt, or an earlier answer has no end; -, the template leaves a part out; ?, its
+# prompt is not how its rendering of an answer begins, or it begins another turn behind an answer without an end; !, it
+# refuses, as those do that need tools, columns of their own, or lists with methods.
 WHOLE, PER_ANSWER = "w", "a"
 CODES = {LEFT_OUT: "-", PLACE: "?", UNENDED: "?", REFUSED: "!"}
 SERVED = {
