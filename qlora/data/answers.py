@@ -16,7 +16,7 @@ from qlora.errors import DataError
 
 T = TypeVar("T")
 
-# Keys of an answer that its template writes.
+# Keys of an answer whose texts the template writes.
 SAID = ("content", "reasoning_content", "tool_calls")
 
 
@@ -30,7 +30,7 @@ class Answer:
         end: Where all that the template writes for it ends.
         weight: How much it counts.
         parts: First character, the one behind the last, and weight of what counts otherwise.
-        control_tokens: Where the control tokens begin that its data contains.
+        control_tokens: Where the control tokens of its data begin.
     """
 
     begin: int
@@ -262,12 +262,12 @@ class _Drafter:
         return places[-1] if places else None
 
     def _control_tokens(self, turn: int, span: str, end: int, mode: bool | None) -> Iterable[int]:
-        """Where the control tokens begin that an answer's data contains, not its template."""
+        """Where the control tokens of an answer's data begin; those that the template writes are left out."""
         said = {key: value for key, value in self.messages[turn].items() if key in SAID}
         if not self.facts.control_tokens(said):
             return ()
         places = self._places(turn, self.facts.mark_control_tokens(said), span, end, mode)
-        if places is None:  # any may be of the data
+        if places is None:  # any of them may come from the data
             return (end - len(span) + found.start() for found in self.facts.control_token.finditer(span))
         return places
 
@@ -293,14 +293,14 @@ class _Drafter:
         return places[0] + first - begin, places[1] + last - stop
 
     def _places(self, turn: int, marked: dict[str, Any], span: str, end: int, mode: bool | None) -> list[int] | None:
-        """Where the marks come out that are put into an answer; None if the template writes more than them otherwise.
+        """Where marks in an answer come out in the document; None if the template writes the answer otherwise with them.
 
         Args:
             turn: The answer's.
-            marked: Its keys that have marks, PROBE each.
-            span: The answer as it is written.
-            end: Where this ends in the document.
-            mode: Of thinking.
+            marked: Values of its keys with PROBE at each place.
+            span: The answer without marks, as the template writes it.
+            end: Where the span ends in the document.
+            mode: Whether thinking is switched on, see :func:`render`.
         """
         try:
             text = self._render([*self.messages[:turn], self.messages[turn] | marked], thinking=mode)
