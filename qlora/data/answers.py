@@ -293,7 +293,7 @@ class _Drafter:
         return places[0] + first - begin, places[1] + last - stop
 
     def _places(self, turn: int, marked: dict[str, Any], span: str, end: int, mode: bool | None) -> list[int] | None:
-        """Where marks in an answer come out in the document; None if the template writes the answer otherwise with them.
+        """Where marks in an answer come out in the document; None if the template writes it otherwise with them.
 
         Args:
             turn: The answer's.
