@@ -42,10 +42,18 @@ def test_what_is_learned_of_conversations_is_right_or_refused(sweep, realdata, m
         assert found["three answers"][0] == "right"
 
 
-def encoded(sweep, case):
+# What begins the next turn is written behind an answer.
+NEXT_HEADER = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' if loop.first else '' }}{{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}</s><s>[INST] {% endif %}{% endfor %}"
+)
+
+
+def encoded(sweep, case, template):
     """A tokenizer, a conversation, and what is learned of it, to be changed."""
-    tokenizer = make_tokenizer()
-    apply_template(tokenizer, "chatml")
+    tokenizer = make_tokenizer(chat_template=template)
+    if template is None:
+        apply_template(tokenizer, "chatml")
     row = sweep.conversations("<|im_end|>")[case]
     (result,) = ExampleEncoder(tokenizer).encode([RowReader().read(Row(row, "row"))])
     document = only(result.documents)
@@ -69,6 +77,26 @@ def unmask(ids, mask):
     return ids, [place > first - 6 for place in range(len(ids))]
 
 
+def learn_next_header(ids, mask):
+    """Learns what begins the next turn, and EOS behind it."""
+    ends = [place for place, index in enumerate(ids) if mask[place] and index == 257]
+    learned = [any(end <= place < end + 9 for end in ends) or mask[place] for place in range(len(ids))]
+    return [*ids, 257], [*learned, True]
+
+
+def learn_end_in_call(ids, mask):
+    """Learns all from the first token that is learned to the last."""
+    return ids, [True in mask[: place + 1] and True in mask[place:] for place in range(len(ids))]
+
+
+def mask_reasoning(ids, mask):
+    """Masks a word of the reasoning, and learns the same word of the content."""
+    word = make_tokenizer()("m1x", add_special_tokens=False).input_ids
+    thought, said, *_ = (place for place in range(len(ids)) if ids[place : place + 3] == word)
+    changed = {thought + step: False for step in range(3)} | {said + step: True for step in range(3)}
+    return ids, [changed.get(place, learned) for place, learned in enumerate(mask)]
+
+
 FAULTS = {
     "end token not learned": ("three answers", lambda ids, mask: (ids, [*mask[:-1], False])),
     "first token not learned": ("three answers", change(0, False)),
@@ -77,6 +105,9 @@ FAULTS = {
     "word not learned": ("one answer", change(3, False)),
     "masked part learned": ("masked part in front", unmask),
     "words of a prompt lost": ("system", lambda ids, mask: (ids[:12] + ids[20:], mask[:12] + mask[20:])),
+    "next header learned": ("three answers", learn_next_header),
+    "end token in a call learned": ("end token in a call", learn_end_in_call),
+    "reasoning masked instead of the content": ("masked part, its words in the reasoning, call", mask_reasoning),
     "another token": ("one answer", lambda ids, mask: ([*ids[:-3], 5, *ids[-2:]], mask)),
 }
 
@@ -84,7 +115,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_reference_finds_faults(sweep, fault):
     case, damage = FAULTS[fault]
-    tokenizer, row, document = encoded(sweep, case)
+    tokenizer, row, document = encoded(sweep, case, NEXT_HEADER if damage is learn_next_header else None)
     sweep.check(tokenizer, row, [document], exact=True)
     with pytest.raises(sweep.WrongError):
         sweep.check(tokenizer, row, [damage(*document)], exact=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from os.path import commonprefix
 from typing import Any, TypeVar
 
@@ -15,8 +16,8 @@ from qlora.errors import DataError
 
 T = TypeVar("T")
 
-# Keys of a turn whose words may have weights of their own.
-WORDS = ("content", "reasoning_content")
+# Keys of an answer whose texts the template writes.
+SAID = ("content", "reasoning_content", "tool_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Answer:
         end: Where all that the template writes for it ends.
         weight: How much it counts.
         parts: First character, the one behind the last, and weight of what counts otherwise.
-        control_tokens: Where control tokens begin that its words contain.
+        control_tokens: Where the control tokens of its data begin.
     """
 
     begin: int
@@ -60,7 +61,7 @@ class Answer:
     @property
     def end_weight(self) -> float:
         """The weight of what ends it."""
-        return next((weight for _, end, weight in self.parts if end == self.end), self.weight)
+        return next((weight for _, end, weight in reversed(self.parts) if end == self.end), self.weight)
 
 
 @dataclass(slots=True)
@@ -166,12 +167,12 @@ class _Drafter:
         if messages[turn]["role"] != "assistant":
             return self._find_masked(messages, turn, until, mode)
         if not turn:  # nothing asks for it, and it is learned only where everything is
-            return self._answer(turn, text, 0, len(until))
+            return self._answer(turn, text, 0, len(until), mode)
         for thinking in self.facts.modes(messages[turn]):
             before = self._render(messages[:turn], add_generation_prompt=True, thinking=thinking)
             if until.startswith(before):
                 switched.update(self.facts.switch(thinking))
-                return self._answer(turn, text, len(before), len(until))
+                return self._answer(turn, text, len(before), len(until), mode)
         return None
 
     def _find_masked(self, messages: list[dict[str, Any]], turn: int, until: str, mode: bool | None) -> Answer | None:
@@ -193,7 +194,7 @@ class _Drafter:
             before = self._render(history, add_generation_prompt=True, thinking=mode)
             if not text.startswith(before):
                 before, text = self._behind_prompt(history, answer, mode)
-            found = self._answer(turn, text, len(before), len(text))
+            found = self._answer(turn, text, len(before), len(text), mode)
             return Draft(text, [found], 0.0, needs_end=True, switched=self.facts.switch(mode))
 
         return self._first_that_works(draft, self.facts.modes(answer))
@@ -234,63 +235,104 @@ class _Drafter:
             )
         return before, before + whole[place + len(header) :]
 
-    def _answer(self, turn: int, text: str, begin: int, end: int) -> Answer:
+    def _answer(self, turn: int, text: str, begin: int, end: int, mode: bool | None) -> Answer:
         """The answer between two characters, its parts with weights of their own found."""
         message, weight = self.messages[turn], self.weights[turn]
         span = text[begin:end]
         self.facts.check_written([message], span)
+        control_tokens = frozenset(self._control_tokens(turn, span, end, mode))
         if turn and self.messages[turn - 1]["role"] == "assistant":
             # No server asks for a second answer in a row, so the header is there for it to see, not to learn.
             begin += len(self.facts.header_of(span, text[:begin]))
         tail = self.facts.tail
         said = end - len(tail) if tail is not None and span.endswith(tail) else None
         is_unknown = said is None or "tool_calls" in message
-        if is_unknown and self.facts.begins_turn(text[self._last_word(turn, span, end) : end]):
+        if is_unknown and self.facts.begins_turn(text[self._last_word(turn, span, end, mode) : end]):
             raise DataError(
                 "the chat template begins another turn behind an answer that it has not ended, so where the answer "
                 "ends can't be told; set data.chat_template to chatml, or to a jinja file made for training."
             )
-        found = {key: self._place(turn, key, text, begin, end if said is None else said) for key in WORDS}
-        places = {key: place for key, place in found.items() if place is not None}
-        control_tokens = frozenset(
-            place + match.start()
-            for key, place in places.items()
-            for match in self.facts.control_token.finditer(message.get(key, ""))
-        )
+        if said is None and "tool_calls" not in message:
+            said = self._last_character(turn, span, end, mode)
+        eos = self.tokenizer.eos_token
+        # Some templates end an answer only where another turn follows.
+        stop = end + len(eos) if said is not None and text.startswith(eos, end) else end
         if not isinstance(weight, PartWeights):
-            return Answer(begin, said, end, weight, (), control_tokens)
-        if any(key not in places for key, *_ in weight.parts):
+            return Answer(begin, said, stop, weight, (), control_tokens)
+        parts = []
+        for key, first, last, own in weight.parts:
+            whole, limit = message[key], end if said is None else said
+            place, behind = self._part(turn, key, first, last, span, end, mode) if whole.strip() else (limit, limit)
+            place, behind = max(place, begin), min(behind, limit)
+            is_end = key == "content" and not whole[last:].strip() and behind == said
+            parts.append((place, stop if is_end else behind, own))
+        return Answer(begin, said, stop, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
+
+    def _last_character(self, turn: int, span: str, end: int, mode: bool | None) -> int | None:
+        """The character behind an answer's content, blanks not counted; None if the template changes the content."""
+        content = self.messages[turn]["content"]
+        stop = len(content.rstrip())
+        places = self._places(turn, {"content": content[:stop] + PROBE + content[stop:]}, span, end, mode)
+        return places[-1] if places else None
+
+    def _control_tokens(self, turn: int, span: str, end: int, mode: bool | None) -> Iterable[int]:
+        """Where the control tokens of an answer's data begin; those that the template writes are left out."""
+        said = {key: value for key, value in self.messages[turn].items() if key in SAID}
+        if not self.facts.control_tokens(said):
+            return ()
+        places = self._places(turn, self.facts.mark_control_tokens(said), span, end, mode)
+        if places is None:  # any of them may come from the data
+            return (end - len(span) + found.start() for found in self.facts.control_token.finditer(span))
+        return places
+
+    def _part(
+        self, turn: int, key: str, first: int, last: int, span: str, end: int, mode: bool | None
+    ) -> tuple[int, int]:
+        """Where a part of an answer's content or reasoning is, or would be if blanks around the whole were kept.
+
+        Raises:
+            DataError: The template does not write it as it is.
+        """
+        whole = self.messages[turn][key]
+        # A mark in front of blanks, or behind them, would keep a template from cutting them off.
+        lead, trail = len(whole) - len(whole.lstrip()), len(whole.rstrip())
+        begin, stop = (min(max(border, lead), trail) for border in (first, last))
+        marked = PROBE.join(whole[one:other] for one, other in pairwise([0, begin, stop, len(whole)]))
+        places = self._places(turn, {key: marked}, span, end, mode)
+        if places is None or len(places) != 2:
             raise DataError(
                 "the chat template changes the text of an answer whose parts have weights of their own; set "
                 "data.chat_template to one that writes it as it is (the built-in chatml does)."
             )
-        parts = []
-        for key, first, last, own in weight.parts:
-            start, stop = max(places[key] + first, begin), min(places[key] + last, end if said is None else said)
-            is_end = key == "content" and not message[key][last:].strip() and stop == said
-            parts.append((start, end if is_end else stop, own))
-        return Answer(begin, said, end, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
+        return places[0] + first - begin, places[1] + last - stop
 
-    def _place(self, turn: int, key: str, text: str, begin: int, end: int) -> int | None:
-        """Where the first character of an answer's content or reasoning is, or would be if blanks were not cut off.
+    def _places(self, turn: int, marked: dict[str, Any], span: str, end: int, mode: bool | None) -> list[int] | None:
+        """Where marks in an answer come out in the document; None if the template writes it otherwise with them.
 
-        None if the template moves a thought out of it.
+        Args:
+            turn: The answer's.
+            marked: Values of its keys with PROBE at each place.
+            span: The answer without marks, as the template writes it.
+            end: Where the span ends in the document.
+            mode: Whether thinking is switched on, see :func:`render`.
         """
-        message = self.messages[turn]
-        whole = message.get(key, "")
-        # Marks may be in front of the content, calls behind it.
-        find = text.rfind if key == "content" and "tool_calls" not in message else text.find
-        place = find(whole.strip(), begin, end)
-        return place - (len(whole) - len(whole.lstrip())) if place >= 0 else None
+        try:
+            text = self._render([*self.messages[:turn], self.messages[turn] | marked], thinking=mode)
+        except DataError:
+            return None
+        whole, pieces = text.replace(PROBE, ""), text.split(PROBE)
+        if not whole.endswith(span):
+            return None
+        return [end - len(whole) + place for place in accumulate(map(len, pieces[:-1]))]
 
-    def _last_word(self, turn: int, span: str, end: int) -> int:
+    def _last_word(self, turn: int, span: str, end: int, mode: bool | None) -> int:
         """A character behind all that depends on an answer's words and calls."""
         answer = self.messages[turn] | {"content": PROBE}
         if "tool_calls" in answer:
             calls = [call | {"function": {"name": PROBE, "arguments": {}}} for call in answer["tool_calls"]]
             answer |= {"content": "", "tool_calls": calls}
         try:
-            other = self._render([*self.messages[:turn], answer])
+            other = self._render([*self.messages[:turn], answer], thinking=mode)
         except DataError:  # it knows no such call
             return end
         return end - len(commonprefix([span[::-1], other[::-1]]))

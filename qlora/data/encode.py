@@ -34,11 +34,11 @@ class Encoded:
 
     Attributes:
         documents: Its tokens; of a preference two, and of a conversation one per answer where its template asks for it.
-        per_answer: The template writes earlier turns anew, or a token would join an earlier answer to its prompt, so
-            every answer became a document.
-        eos_added: The template ends no answer, so the tokenizer's EOS was put behind the last one.
+        per_answer: The template writes earlier turns anew, a token would join an earlier answer to its prompt, or an
+            earlier answer has no end, so every answer became a document.
+        eos_added: An answer has no end of the template's, so the tokenizer's EOS was put behind it.
         switched: Answers by the switch of the template that their prompt needs.
-        control_tokens: Control tokens in what its turns say, and how often.
+        control_tokens: Control tokens in its turns and tools, and how often.
     """
 
     documents: list[TokenizedExample]
@@ -86,10 +86,8 @@ class ExampleEncoder:
         self.loss_on = loss_on
         self.facts = TemplateFacts(tokenizer)
         self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
         # What starts a text ends none, unless one token does both.
-        starts = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-        self._end_ids = {*tokenizer.all_special_ids, *added} - starts
+        self._end_ids = self.facts.special_ids - ({tokenizer.bos_token_id} - {tokenizer.eos_token_id})
         self._beside = ThreadPoolExecutor(max_workers=1)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -154,7 +152,7 @@ class ExampleEncoder:
         return draft_conversation(self.tokenizer, self.facts, Conversation(messages, conversation.tools, weights))
 
     def _count_control_tokens(self, example: Example) -> Counter[str]:
-        """Control tokens in what the turns of an example say."""
+        """Control tokens in the turns and tools of an example."""
         conversations: list[Conversation] = []
         if isinstance(example, Conversation):
             conversations = [example]
@@ -163,11 +161,7 @@ class ExampleEncoder:
         elif isinstance(example, Rated):
             conversations = [example.conversation]
         return Counter(
-            token
-            for conversation in conversations
-            for message in conversation.messages
-            for key in ("content", "reasoning_content")
-            for token in self.facts.control_token.findall(message.get(key, ""))
+            token for each in conversations for token in self.facts.control_tokens([each.messages, each.tools])
         )
 
     def _finish(self, draft: Draft, encoding: Any) -> list[tuple[TokenizedExample, bool]]:
@@ -180,8 +174,10 @@ class ExampleEncoder:
         for answer in draft.answers:
             crossed += [border for border in answer.part_borders if _is_inside_token(encoding, border)]
             crossed += [answer.end] * self._is_crossed_behind(draft, answer, ids, spans)
-        if not draft.weight and crossed and min(crossed) < borders[-1]:
-            # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one.
+        is_endless = any(self._lacks_end(draft, answer, ids, spans) for answer in draft.answers[:-1])
+        if not draft.weight and (is_endless or crossed and min(crossed) < borders[-1]):
+            # A server that tokenizes the whole prompt of a later answer merges what is cut around an earlier one, and
+            # feeds no EOS that would have to be put behind it.
             parts = draft.by_answer()
             encodings = self._tokenize([part.text for part in parts])
             return [pair for part, own in zip(parts, encodings, strict=True) for pair in self._finish(part, own)]
@@ -209,7 +205,7 @@ class ExampleEncoder:
             if answer.parts:
                 weights[first : ends.stop] = answer.token_weights(spans[place] for place in range(first, ends.stop))
             # An end token in the middle of what is said would teach to stop there.
-            ending = set(ids[ends.start : ends.stop]) or {self.tokenizer.eos_token_id}
+            ending = {*ids[ends.start : ends.stop], self.tokenizer.eos_token_id}
             said = [_first_token(spans, place) for place in answer.control_tokens]
             weights[[place for place in said if place < ends.start and ids[place] in ending]] = 0
         return weights, len(ends) > 0
@@ -217,8 +213,8 @@ class ExampleEncoder:
     def _end(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> range:
         """The tokens that end an answer; empty, and behind its last token, if there are none.
 
-        They are the first special token behind what it says, and those that follow at once, unless they begin the next
-        turn.
+        It is the first special token behind what the answer says; or all up to EOS, if special tokens alone, as those
+        that close a tag, lead to that.
         """
         first, stop = _first_token(spans, answer.begin), _first_token(spans, answer.end)
         if answer.said is None:
@@ -230,18 +226,23 @@ class ExampleEncoder:
         if end is not None and answer.said is None and draft.text[spans[end][1] : answer.end].strip():
             end = None
         # What it says may end with an end token itself, as data made for other trainers does: then that one counts.
-        ending = self.tokenizer.eos_token_id if end is None else ids[end]
-        start = stop if end is None else end
-        said = start
-        while start > first and ids[start - 1] == ending and spans[start - 1][0] in answer.control_tokens:
-            start -= 1
-        if start < said or end is None:
-            return range(start, start + (start < said))
-        limit = answer.end - self.facts.next_header
-        behind = end + 1
-        while behind < stop and ids[behind] in self._end_ids and spans[behind][0] == spans[behind - 1][1] < limit:
-            behind += 1
-        return range(end, behind)
+        eos = self.tokenizer.eos_token_id
+        ending = eos if end is None else ids[end]
+        start = own = stop if end is None else end
+        while own > first and ids[own - 1] == ending and spans[own - 1][0] in answer.control_tokens:
+            own -= 1
+        if own < start or end is None:
+            return range(own, own + (own < start))
+        last = end
+        while ids[last] != eos:
+            last += 1
+            if last == stop or ids[last] not in self._end_ids or spans[last][0] != spans[last - 1][1]:
+                return range(end, end + 1)
+        return range(end, last + 1)
+
+    def _lacks_end(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> bool:
+        """Whether an answer whose end is learned has none."""
+        return answer.end_weight > 0 and not self._end(draft, answer, ids, spans)
 
     def _is_crossed_behind(self, draft: Draft, answer: Answer, ids: list[int], spans: Spans) -> bool:
         """Whether the last token of an answer that is learned also holds characters behind it."""

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,32 @@ class TemplateFacts:
         return behind if found else None
 
     @cached_property
-    def next_header(self) -> int:
-        """Characters at the end of a tail that are how a user's turn begins."""
-        before, found, _ = self._probed([QUESTION | {"content": PROBE}]).partition(PROBE)
-        return len(commonprefix([before[::-1], (self.tail or "")[::-1]])) if found else 0
+    def special_ids(self) -> set[int]:
+        """Ids of the tokenizer's control tokens."""
+        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        return {*self._tokenizer.all_special_ids, *added}
 
     @cached_property
     def control_token(self) -> re.Pattern[str]:
         """Matches the tokenizer's control tokens."""
-        added = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        tokens = self._tokenizer.convert_ids_to_tokens(sorted({*self._tokenizer.all_special_ids, *added}))
+        tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
         return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))))
+
+    def control_tokens(self, value: Any) -> list[str]:
+        """Control tokens in a text, or in all texts of a list or an object, its keys among them."""
+        if isinstance(value, str):
+            return self.control_token.findall(value)
+        if isinstance(value, dict):
+            value = [*value, *value.values()]
+        return [token for each in value for token in self.control_tokens(each)] if isinstance(value, list) else []
+
+    def mark_control_tokens(self, value: Any) -> Any:
+        """A value as in :meth:`control_tokens`, with PROBE in front of each control token."""
+        if isinstance(value, str):
+            return self.control_token.sub(lambda found: PROBE + found[0], value)
+        if isinstance(value, dict):
+            return {self.mark_control_tokens(key): self.mark_control_tokens(each) for key, each in value.items()}
+        return [self.mark_control_tokens(each) for each in value] if isinstance(value, list) else value
 
     @cached_property
     def _openers(self) -> set[str]:

@@ -23,9 +23,9 @@ def turn(role: str, content: Any, **keys: Any) -> Row:
     return {"role": role, "content": content, **keys}
 
 
-def call(number: int) -> Row:
+def call(number: int, key: str | None = None) -> Row:
     """A call of the tool, with an argument of its own; the id has the length that Mistral's templates demand."""
-    function = {"name": "d0xlookup", "arguments": {"key": f"c{number}x"}}
+    function = {"name": "d0xlookup", "arguments": {"key": key or f"c{number}x"}}
     return {"type": "function", "id": f"callnum0{number}", "function": function}
 
 
@@ -60,6 +60,7 @@ def conversations(end: str) -> dict[str, Row]:
     """
     asked, system = turn("user", "u0x asks for u0xb?"), turn("system", "s0x is kind")
     thinking = {"reasoning_content": "r1x weighs it."}
+    masked_in_front = [part("m1x", train=False), part(" is a1x")]
     code = "a1x:\n```python\ndef a1xb(n):\n\treturn {'k': [n]}  # {{ a1xc }} {% if a1xd %}\n```\na1xe"
     rows: dict[str, list[Row]] = {
         "one answer": dialogue("a1x says a1xb."),
@@ -108,10 +109,18 @@ def conversations(end: str) -> dict[str, Row]:
         "masked part in front": dialogue([part("m1x drafts, ", train=False), part("a1x is learned")], "a3x"),
         "masked part behind": dialogue("a1x", [part("a3x is learned "), part("m3x is not", loss_mask=0)], "a5x"),
         "masked part inside": dialogue([part("a1x("), part("m1xb", weight=0), part(")a1xc")], "a3x"),
+        "masked part, its words in the reasoning": dialogue(masked_in_front, "a3x", reasoning_content="r1x reads m1x."),
+        "masked part, its words in the reasoning, call": [
+            asked, *calling(1, content=masked_in_front, reasoning_content="m1x is r1x"), turn("assistant", "a3x"),
+        ],
         "parts": dialogue([part("a1x "), part("a1xb")]),
         "end token in a question": [turn("user", f"u0x means {end} u0xb?"), turn("assistant", "a1x"), *dialogue()],
         "end token behind an answer": dialogue(f"a1x{end}"),
         "end token in an answer": dialogue(f"a1x {end} a1xb", "a3x"),
+        "end token in reasoning": dialogue("a1x", reasoning_content=f"r1x {end} r1xb"),
+        "end token in a call": [asked, turn("assistant", "", tool_calls=[call(1, f"c1x {end} c1xb")])],
+        "same question twice": [asked, turn("assistant", "a1x"), asked, turn("assistant", "a3x")],
+        "same question twice in a row": [asked, asked, turn("assistant", "a2x")],
         "long": dialogue("a1x " * 1 + "word, and more words; " * 200 + "a1xb", "a3x"),
     }  # fmt: skip
     return {

@@ -55,15 +55,13 @@ def _read(turn: dict[str, Any]) -> Turn:
     content = "\n".join(parts)
     message = {key: turn[key] for key in ("role", "tool_calls", "name", "tool_call_id") if key in turn}
     message["content"] = content
-    said = turn.get("reasoning_content", "") + "\n" + content
     if "reasoning_content" in turn:
         message["reasoning_content"] = turn["reasoning_content"]
     calls = "".join(call["function"]["arguments"]["key"] + " " for call in turn.get("tool_calls", ()))
-    words = WORD.findall(said + "\n" + calls)
+    thought, words = WORD.findall(turn.get("reasoning_content", "")), WORD.findall(content + "\n" + calls)
     thinks = "reasoning_content" in turn or re.match(r"\s*<think>", content) is not None
-    return Turn(
-        message, parts, [one for one in words if one[0] != "m"], [one for one in words if one[0] == "m"], thinks
-    )
+    masked = [one for one in words if one[0] == "m"]
+    return Turn(message, parts, [*thought, *(one for one in words if one[0] != "m")], masked, thinks)
 
 
 def renderings(
@@ -175,9 +173,9 @@ def _prompt_length(
 def _check_history(tokenizer: Any, turns: Sequence[Turn], tools: Any, ids: list[int]) -> None:
     """Check that system prompt, questions, results and tools are there; templates may drop past reasoning."""
     said = _squeezed(tokenizer.decode(ids))
-    spoken = [word for turn in turns if turn.message["role"] != "assistant" for word in turn.words]
-    described = WORD.findall(json.dumps(tools)) if tools else []
-    lost = [word for word in (*spoken, *described) if word not in said]
+    spoken = " ".join(word for turn in turns if turn.message["role"] != "assistant" for word in turn.words)
+    described = json.dumps(tools) if tools else ""
+    lost = [word for text in (spoken, described) for word in WORD.findall(text) if said.count(word) < text.count(word)]
     if lost:
         raise WrongError(f"lost from the prompt: {lost}")
 
@@ -191,8 +189,7 @@ def _check_joined(tokenizer: Any, turns: Sequence[Turn], ids: list[int]) -> None
         if not found:
             raise WrongError(f"{content!r} is not learned")
         behind.append(before)
-    # EOS is added where a template has no end.
-    if not {*behind[1:]} <= {rest, rest.removesuffix(tokenizer.eos_token)}:
+    if {*behind[1:]} != {rest}:
         raise WrongError(f"more than an end token is learned between answers in a row: {behind[1:]} and {rest!r}")
 
 
@@ -211,26 +208,62 @@ def _check_answer(
     heard = WORD.findall(tokenizer.decode([ids[index] for index in learned]))
     if Counter(heard) != Counter(turn.words):
         raise WrongError(f"turn {place}: learned {heard} instead of {turn.words}")
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    ends = ids[learned[-1]] in special
-    if not ends and learned[-1] == len(ids) - 1:
-        raise WrongError(f"turn {place}: nothing ends it")
+    thought = _squeezed(turn.message.get("reasoning_content", ""))
+    if turn.masked and thought not in _squeezed(tokenizer.decode([ids[index] for index in learned])):
+        raise WrongError(f"turn {place}: its reasoning is not learned as a whole")
+    is_cut = bool(turn.masked) and WORD.findall(turn.message["content"])[-1][0] == "m"
+    _check_no_end_inside(tokenizer, turn, place, ids, learned)
+    if not is_cut:
+        _check_end(tokenizer, turns, tools, place, [ids[index] for index in learned])
     whole = tokenizer.decode(ids[learned[0] : learned[-1] + 1])
     if learned[-1] == len(ids) - 1:
         whole = whole.removesuffix(tokenizer.eos_token)  # it is added where a template has no end
-    is_cut = bool(turn.masked) and WORD.findall(turn.message["content"])[-1][0] == "m"
     squeeze = (lambda text: text) if exact and not turn.masked else _squeezed
     for _, text in renderings(tokenizer, turns[: place + 1], tools, asks=False):
         found = squeeze(text).rfind(squeeze(whole))
         behind = squeeze(text)[found + len(squeeze(whole)) :]
-        has_end = any(token in behind for token in tokenizer.convert_ids_to_tokens(sorted(special)))
-        if (
-            found >= 0
-            and not WORD.findall(behind.replace(turn.masked[-1], "") if is_cut else behind)
-            and (ends or is_cut or not has_end)
-        ):
+        if found >= 0 and not WORD.findall(behind.replace(turn.masked[-1], "") if is_cut else behind):
             return
     raise WrongError(f"turn {place}: {whole!r} is not how the template writes it")
+
+
+def _check_no_end_inside(tokenizer: Any, turn: Turn, place: int, ids: list[int], learned: list[int]) -> None:
+    """Check that no end token is learned that the data has within an answer."""
+    said, end = json.dumps(turn.message, ensure_ascii=False), ids[learned[-1]]
+    for token in {tokenizer.eos_token_id, end}:
+        in_data = said.count(tokenizer.convert_ids_to_tokens(token))
+        written = ids[learned[0] : learned[-1] + 1].count(token) - in_data
+        if in_data and [ids[index] for index in learned].count(token) > max(token == end, written):
+            raise WrongError(f"turn {place}: an end token inside it is learned")
+
+
+def _check_end(tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, learned: list[int]) -> None:
+    """Check that an answer's learned ids have one end: a special token, or several that lead to EOS."""
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    eos = tokenizer.eos_token_id
+    if learned[-1] not in special:
+        raise WrongError(f"turn {place}: nothing ends it")
+    asking = _read({"role": "user", "content": "u0x"})
+    opening = next((text for _, text in renderings(tokenizer, [asking], None, asks=False)), "")
+    before = tokenizer(opening.partition("u0x")[0], add_special_tokens=False).input_ids
+    openers = [index for index in before if index in special and index != eos][-1:]
+    token = tokenizer.convert_ids_to_tokens(learned[-1])
+    ended = any(text.endswith(token) for _, text in renderings(tokenizer, turns[: place + 1], tools, asks=False))
+    if learned[-1] in openers and not ended:
+        raise WrongError(f"turn {place}: it ends with what begins the next turn")
+    message = turns[place].message
+    if "tool_calls" in message or not turns[place].words:
+        return  # tags may be special tokens
+    words = turns[place].words[-1]
+    last = _squeezed(message["content"][message["content"].rfind(words) :])
+    stop = len(learned)
+    while last in _squeezed(tokenizer.decode(learned[: stop - 1])):
+        stop -= 1
+    behind = learned[stop:]
+    first = next((number for number, index in enumerate(behind) if index in special), len(behind))
+    end = behind[first:]
+    if len(end) > 1 and not (end[-1] == eos and special.issuperset(end)):
+        raise WrongError(f"turn {place}: {tokenizer.decode(end)!r} is learned as its end")
 
 
 def _writes_nothing(tokenizer: Any, turns: Sequence[Turn], tools: Any) -> bool:

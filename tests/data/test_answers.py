@@ -15,6 +15,7 @@ from qlora.errors import DataError
 from tests.data.chats import (
     CALL,
     CALL_ID,
+    FUNCTION,
     TOOLS,
     encode,
     encoder,
@@ -33,11 +34,14 @@ NEXT_HEADER = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>(ask)' if loop.first else '' }}{{ m.content }}(say)"
     "{% else %}{{ m.content }}</s><s>(ask){% endif %}{% endfor %}"
 )
-# Two special tokens end an answer.
-TWICE_ENDED = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '<|im_end|></s>' if m.role == 'assistant' else '' }}"
+# What is behind an answer, in place of END.
+ENDED = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ 'END' if m.role == 'assistant' else '' }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# An answer is ended only where another turn follows, as in Llama-2's own format; or never.
+ENDED_BETWEEN = ENDED.replace("'END' if", "'</s>' if not loop.last and")
+ENDLESS = ENDED.replace("END", "")
 # The prompt asks for an answer behind a question alone.
 AFTER_QUESTIONS = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -97,10 +101,43 @@ def test_nothing_behind_the_first_end_token_is_learned(rng):
     assert answer_end_id(any_encoder.tokenizer) == EOS
 
 
-def test_end_tokens_that_follow_each_other_are_one_end(rng):
-    any_encoder, contents = encoder(TWICE_ENDED), [phrase(rng) for _ in range(4)]
+@pytest.mark.parametrize(
+    ("written", "learned"),
+    [
+        ("<|im_end|></s>", "<|im_end|></s>"),
+        ("<|im_end|><|im_end|>", "<|im_end|>"),
+        ("<|im_end|><s></s>", "<|im_end|>"),
+        ("<|im_end|> </s>", "<|im_end|>"),
+        (" </s><|im_end|></s>", " </s>"),
+    ],
+)
+def test_the_first_special_token_ends_an_answer_or_eos_directly_behind_it(rng, written, learned):
+    any_encoder, contents = encoder(ENDED.replace("END", written)), [phrase(rng) for _ in range(4)]
     document = only(documents(any_encoder, turns(*contents)))
-    assert learnt(any_encoder, document) == [contents[1] + "<|im_end|></s>", contents[3] + "<|im_end|></s>"]
+    assert learnt(any_encoder, document) == [contents[1] + learned, contents[3] + learned]
+    end = any_encoder.tokenizer.convert_tokens_to_ids(learned.strip().removeprefix("<|im_end|>") or "<|im_end|>")
+    assert answer_end_id(any_encoder.tokenizer) == end
+
+
+def test_an_answer_ends_behind_its_words_where_the_template_ends_it_otherwise_than_a_plain_one(rng):
+    loud = "{{ '</s><|im_end|>(say)' if '!' in m.content else '<|im_end|>' }}"
+    template = ENDED.replace("{{ 'END' if m.role == 'assistant' else '' }}", loud)
+    any_encoder, said = encoder(template), phrase(rng) + "!"
+    document = only(documents(any_encoder, turns(phrase(rng), said)))
+    assert learnt(any_encoder, document) == [said + "</s>"]
+
+
+@pytest.mark.parametrize(("template", "num_documents"), [(ENDED_BETWEEN, 1), (ENDLESS, 3)])
+def test_every_answer_learns_to_end_where_the_template_ends_only_some_or_none(rng, template, num_documents):
+    any_encoder, contents = encoder(template), [phrase(rng) for _ in range(6)]
+    encoded = encode(any_encoder, Conversation(turns(*contents)))
+    assert len(encoded.documents) == num_documents
+    heard = [text for document in encoded.documents for text in learnt(any_encoder, document)]
+    assert heard == [answer + "</s>" for answer in contents[1::2]]
+    for document, turn in zip(encoded.documents, (1, 3, 5), strict=False):
+        asked = served.prompt(any_encoder.tokenizer, turns(*contents)[:turn])
+        assert document.input_ids[: len(asked)].tolist() == asked
+    assert encoded.eos_added
 
 
 def test_an_answer_that_is_last_because_a_masked_one_follows_gets_its_end(rng):
@@ -120,10 +157,44 @@ def test_one_end_token_is_learned_where_data_has_its_own(template):
     assert encoded.control_tokens == {end: 1}
 
 
-def test_an_end_token_in_the_middle_of_an_answer_is_not_learned():
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>"])
+def test_an_end_token_in_the_middle_of_an_answer_is_not_learned(token):
     chatml = encoder("chatml")
-    document = only(documents(chatml, turns("q", "one<|im_end|>two")))
+    document = only(documents(chatml, turns("q", f"one{token}two")))
     assert learnt(chatml, document) == ["one", "two<|im_end|>"]
+    document = only(documents(chatml, [turns("q")[0], thinking("three", f"one{token}two")]))
+    assert learnt(chatml, document) == ["<think>\none", "two\n</think>\n\nthree<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["minimind", "qwen3", None])
+def test_an_end_token_in_a_call_is_counted_and_not_learned(realdata, name):
+    any_encoder = ExampleEncoder(real_tokenizer(realdata, name)) if name else encoder("chatml")
+    arguments = {"where": ["north <|im_end|> pole"], "<|im_end|>why": "fog"}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL | {"function": {"name": "weather", "arguments": arguments}}],
+    }
+    tools = [{"type": "function", "function": FUNCTION | {"description": "Ends with <|im_end|>"}}]
+    encoded = encode(any_encoder, Conversation([turns("q")[0], called], tools))
+    heard = learnt(any_encoder, only(encoded.documents))
+    assert [text.count("<|im_end|>") for text in heard] == [0, 0, 1]
+    assert heard[0].endswith("north ")
+    assert heard[1].startswith(" pole")
+    assert heard[2].startswith("why")
+    assert encoded.control_tokens == {"<|im_end|>": 3}
+
+
+def test_an_end_token_that_a_template_writes_in_an_answer_is_learned(realdata):
+    tokenizer = family_tokenizer(realdata, realdata / "chat_templates" / "llama_cpp" / "openai-gpt-oss-120b.jinja")
+    tokenizer.eos_token = "<|end|>"
+    any_encoder = ExampleEncoder(tokenizer)
+    (document,) = documents(any_encoder, [turns("q")[0], thinking("It <|end|> here.", "Is it <|end|>?")])
+    assert learnt(any_encoder, document) == [
+        "<|channel|>analysis<|message|>Is it ",
+        "?<|end|><|start|>assistant<|channel|>final<|message|>It ",
+        " here.<|return|>",
+    ]
 
 
 def test_control_tokens_of_a_question_are_fed_as_a_server_does_and_counted(rng):
@@ -221,6 +292,38 @@ def test_reasoning_is_masked_where_the_template_writes_it(rng):
     weights = [1.0, PartWeights([("reasoning_content", 0, len(thought), 0.0)])]
     heard = learnt(chatml, only(documents(chatml, messages, weights)))
     assert heard == ["<think>\n", f"\n</think>\n\n{said}<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", None])
+@pytest.mark.parametrize(
+    ("thought", "said", "key", "masked"),
+    [
+        ("I will look it up", "look it up", "content", "look it up"),
+        ("Paris is it, Paris.", "Paris", "content", "Paris"),
+        ("think", "and think", "reasoning_content", "think"),
+        ("call", '"name": "weather"', "content", "name"),
+    ],
+)
+def test_a_mask_is_where_its_own_key_is_written(realdata, name, thought, said, key, masked):
+    any_encoder = ExampleEncoder(real_tokenizer(realdata, name)) if name else encoder("chatml")
+    messages = [turns("q")[0], thinking(said, thought) | {"tool_calls": [CALL]}]
+    first = messages[1][key].index(masked)
+    weights = [1.0, PartWeights([(key, first, first + len(masked), 0.0)])]
+    (whole,) = documents(any_encoder, messages)
+    (document,) = documents(any_encoder, messages, weights)
+    (text,) = learnt(any_encoder, whole)
+    front = text.index(thought, 7) if key == "reasoning_content" else text.index(said, text.index("</think>"))
+    front += first
+    assert learnt(any_encoder, document) == [text[:front], text[front + len(masked) :]]
+
+
+def test_a_mask_of_gpt_oss_reasoning_is_not_put_on_the_name_of_its_channel(realdata):
+    tokenizer = family_tokenizer(realdata, realdata / "chat_templates" / "llama_cpp" / "openai-gpt-oss-120b.jinja")
+    any_encoder = ExampleEncoder(tokenizer)
+    weights = [1.0, PartWeights([("reasoning_content", 0, 8, 0.0)])]
+    (document,) = documents(any_encoder, [turns("q")[0], thinking("final", "analysis")], weights)
+    heard = ["<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>final<|return|>"]
+    assert learnt(any_encoder, document) == heard
 
 
 def test_content_is_given_as_parts_to_a_template_that_reads_them(rng):

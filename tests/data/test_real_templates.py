@@ -42,7 +42,8 @@ THOUGHTS_ONLY = {"single": PLACE, "multi": PLACE, "system": PLACE, "tools": PLAC
 READ_PARTS = ("idefics3", "llava_next")
 MARKS = {
     "cohere": (SAME, PLAIN_TEXT_ONLY),
-    "cohere2": (SAME, PLAIN_TEXT_ONLY),
+    # An end of two tokens, of which none is this tokenizer's EOS.
+    "cohere2": (("", "<|END_OF_TURN_TOKEN|>"), PLAIN_TEXT_ONLY),
     "deepseekv3": (None, THOUGHTS_ONLY | {"reasoning": LEFT_OUT, "tools": LEFT_OUT}),
     # A call is followed by the opening of its result at once, and its prompt after a result does not open the turn
     # that the rendering of the answer opens. Theirs marks neither, but with this prompt a model has to write both.
@@ -73,23 +74,23 @@ MARKS = {
     "qwen3_vl": (NEWLINE, {"reasoning": LEFT_OUT}),
 }
 
-# What becomes of each of KINDS: w, a whole document; a, one per answer, as earlier turns are written anew or a token
-# would join an earlier answer to its prompt; -, the template leaves a part out; ?, its prompt is not how its rendering
-# of an answer begins, or it ends no answer before another turn; !, it refuses, as those do that need tools, columns of
-# their own, or lists with methods.
+# What becomes of each of KINDS: w, a whole document; a, one per answer, as earlier turns are written anew, a token
+# would join an earlier answer to its prompt, or an earlier answer has no end; -, the template leaves a part out; ?, its
+# prompt is not how its rendering of an answer begins, or it begins another turn behind an answer without an end; !, it
+# refuses, as those do that need tools, columns of their own, or lists with methods.
 WHOLE, PER_ANSWER = "w", "a"
 CODES = {LEFT_OUT: "-", PLACE: "?", UNENDED: "?", REFUSED: "!"}
 SERVED = {
-    "Apertus-8B-Instruct": "www-?",
+    "Apertus-8B-Instruct": "waa-?",
     "Apriel-1.6-15b-Thinker-fixed": "?????",
     "Bielik-11B-v3.0-Instruct": "wwwww",
     "ByteDance-Seed-OSS": "wwwww",
     "Cohere2MoE": "???w?",
     "CohereForAI-c4ai-command-r-plus-tool_use": "!!!!?",
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "???-?",
-    "GLM-4.6": "wwwaw",
-    "GLM-4.7-Flash": "wwwaw",
-    "GLM-5.2": "wwwaw",
+    "GLM-4.6": "waaaa",
+    "GLM-4.7-Flash": "waaaa",
+    "GLM-5.2": "waaaa",
     "GigaChat3-10B-A1.8B": "www-w",
     "GigaChat3.1-10B-A1.8B": "www-w",
     "HuggingFaceTB-SmolLM3-3B": "www--",
@@ -121,7 +122,7 @@ SERVED = {
     "google-gemma-4-31B-it": "???-?",
     "ibm-granite-granite-3.3-2B-Instruct": "www--",
     "llama-cpp-deepseek-r1": "???-!",
-    "llama-cpp-rwkv-world": "www--",
+    "llama-cpp-rwkv-world": "waa--",
     "meetkai-functionary-medium-v3.1": "www-w",
     "meetkai-functionary-medium-v3.2": "www-!",
     "meta-llama-Llama-3.1-8B-Instruct": "www-w",
