@@ -8,10 +8,11 @@ from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, M
 
 if TYPE_CHECKING:
     from qlora.config import RunConfig, load_config
-    from qlora.export import MergeReport, VerifyReport, merge, verify
+    from qlora.export import MergeReport, merge
     from qlora.lora import LoraLinear, add_lora
     from qlora.model import load_base, load_run
     from qlora.nf4 import NF4Linear
+    from qlora.proof import VerifyReport, verify
     from qlora.training import RunResult, train
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
@@ -21,14 +22,14 @@ _HOMES = {
     "NF4Linear": "qlora.nf4",
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
-    "VerifyReport": "qlora.export",
+    "VerifyReport": "qlora.proof",
     "add_lora": "qlora.lora",
     "load_base": "qlora.model",
     "load_config": "qlora.config",
     "load_run": "qlora.model",
     "merge": "qlora.export",
     "train": "qlora.training",
-    "verify": "qlora.export",
+    "verify": "qlora.proof",
 }
 
 __all__ = [

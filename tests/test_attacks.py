@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.checkpoint import BaseFiles, read_adapter_config, read_adapter_tensors
-from qlora.checkpoint.headers import read_header
+from qlora.checkpoint import read_adapter_config, read_adapter_tensors
 from qlora.errors import CheckpointError, ModelError
+from qlora.files import BaseFiles
+from qlora.files.headers import read_header
 from qlora.model import build_skeleton, load_base, load_tokenizer
 from tests.cli import run
 

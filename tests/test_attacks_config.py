@@ -7,12 +7,13 @@ import stat
 
 import pytest
 
-from qlora.checkpoint import RunDirectory, write_text
+from qlora.checkpoint import RunDirectory
 from qlora.config import ModelSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 from qlora.errors import ConfigError, DataError, ExportError, QLoRAError
-from qlora.export.aside import continued_aside
 from qlora.export.card import read_license
+from qlora.files import write_text
+from qlora.files.resumable import continued_aside
 from qlora.training.resume import check_folder
 from tests.cli import run
 from tests.tiny import run_config

@@ -1,13 +1,12 @@
-"""A few hostile inputs for every reader, and that a finding is found; scripts/fuzz.py makes as many as one likes."""
+"""A few hostile inputs for every reader, and that a finding is found; scripts.dev.fuzz makes more."""
 
 import math
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from scripts.dev import fuzz
+
 INPUTS = 40
 NAMES = (
     "config", "rows", "formats", "adapter", "checkpoint", "run", "base", "architecture", "generation", "tokenizer",
@@ -16,19 +15,7 @@ NAMES = (
 
 
 @pytest.fixture(scope="module")
-def fuzz():
-    """The script, which imports what lies beside it."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import fuzz
-
-        yield fuzz
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def targets(fuzz, tmp_path_factory):
+def targets(tmp_path_factory):
     return fuzz.make_targets(fuzz.Samples(tmp_path_factory.mktemp("samples")))
 
 
@@ -37,7 +24,7 @@ def test_every_target_has_its_turn(targets):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_damaged_or_hostile_is_read_or_refused(fuzz, targets, seed, name):
+def test_what_is_damaged_or_hostile_is_read_or_refused(targets, seed, name):
     assert fuzz.attack_with_many(targets[name], INPUTS, seed, math.inf) >= INPUTS // 2
 
 
@@ -89,7 +76,7 @@ def sleep_on(_):
     ],
     ids=["error", "file", "memory", "time"],
 )
-def test_a_finding_is_found(fuzz, monkeypatch, read, found):
+def test_a_finding_is_found(monkeypatch, read, found):
     if read is sleep_on:
         monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     target = fuzz.Target(lambda rng, folder: folder, read)

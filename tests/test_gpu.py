@@ -8,16 +8,10 @@ import torch
 
 import qlora
 from qlora.data import collate, make_example
+from qlora.layers import apply_recompute, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import LoraLinear, add_lora, lora_layers
-from qlora.model import (
-    apply_recompute,
-    load_base,
-    rebuild_activations,
-    recompute_levels,
-    supervised_loss,
-    use_document_attention,
-)
-from qlora.model.probe import measure_peak
+from qlora.memory.probe import measure_peak
+from qlora.model import load_base, supervised_loss
 from qlora.nf4 import NF4Linear, dequantize, quantize
 from qlora.processes import Processes
 from qlora.training.loop import run_loop

@@ -1,7 +1,4 @@
-"""A few templates of the sweep, and that its reference finds faults; scripts/bench/templates.py tries all of them."""
-
-import sys
-from pathlib import Path
+"""A few templates of the sweep, and that its reference finds faults; scripts.dev.bench.templates tries all."""
 
 import pytest
 
@@ -9,27 +6,15 @@ from qlora.data.encode import ExampleEncoder
 from qlora.data.formats import RowReader
 from qlora.data.rows import Row
 from qlora.data.template import apply_template
+from scripts.dev.bench import templates as sweep
 from tests.tiny import make_tokenizer, only
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 # Chat templates of four kinds: past thoughts dropped, thinking switched, each call a message of its own, no end token.
 TEMPLATES = ("llama_cpp/Qwen-Qwen3-0.6B", "trl/nemotron_3_nano", "llama_cpp/openai-gpt-oss-120b", "llama_cpp/GLM-4.6")
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    """The script, which imports what lies beside it."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        import templates
-
-        yield templates
-    finally:
-        sys.path.remove(str(BENCH))
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_is_learned_of_conversations_is_right_or_refused(sweep, realdata, monkeypatch, name):
+def test_what_is_learned_of_conversations_is_right_or_refused(realdata, monkeypatch, name):
     monkeypatch.setattr(sweep, "REALDATA", realdata)
     text = (realdata / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     for tokenizer_name in ("tinyllama_chat_hf", sweep.FAMILY):
@@ -49,7 +34,7 @@ NEXT_HEADER = (
 )
 
 
-def encoded(sweep, case, template):
+def encoded(case, template):
     """A tokenizer, a conversation, and what is learned of it, to be changed."""
     tokenizer = make_tokenizer(chat_template=template)
     if template is None:
@@ -113,7 +98,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_reference_finds_faults(sweep, fault):
+def test_the_reference_finds_faults(fault):
     case, damage = FAULTS[fault]
     tokenizer, row, document = encoded(sweep, case, NEXT_HEADER if damage is learn_next_header else None)
     sweep.check(tokenizer, row, [document], exact=True)

@@ -10,18 +10,6 @@ from qlora.checkpoint.adapter import (
     save_adapter,
 )
 from qlora.checkpoint.adapter_rows import StoredRows
-from qlora.checkpoint.atomic import (
-    discard,
-    free_bytes,
-    make_folder,
-    old_name,
-    sync,
-    write_aside,
-    write_bytes,
-    write_text,
-)
-from qlora.checkpoint.base_files import BaseFiles, find_tokenizer
-from qlora.checkpoint.lock import hold_lock
 from qlora.checkpoint.run_dir import RunDirectory, step_of
 from qlora.checkpoint.state import (
     adapter_bytes,
@@ -36,7 +24,6 @@ from qlora.checkpoint.state import (
 )
 
 __all__ = [
-    "BaseFiles",
     "RunDirectory",
     "StoredRows",
     "adapter_bytes",
@@ -44,16 +31,10 @@ __all__ = [
     "adapter_scaling",
     "check_whole",
     "checkpoint_bytes",
-    "discard",
     "drop_old_checkpoints",
-    "find_tokenizer",
-    "free_bytes",
-    "hold_lock",
     "load_adapter",
     "load_state",
-    "make_folder",
     "newest_whole",
-    "old_name",
     "read_adapter_config",
     "read_adapter_rows",
     "read_adapter_tensors",
@@ -62,8 +43,4 @@ __all__ = [
     "save_checkpoint",
     "set_aside",
     "step_of",
-    "sync",
-    "write_aside",
-    "write_bytes",
-    "write_text",
 ]

@@ -20,10 +20,10 @@ from qlora.checkpoint.adapter_rows import (
     rows_config,
     rows_tensors,
 )
-from qlora.checkpoint.base_files import describe_pickles
-from qlora.checkpoint.headers import read_header
-from qlora.checkpoint.json_files import read_object
 from qlora.errors import CheckpointError, ModelError
+from qlora.files.base_files import describe_pickles
+from qlora.files.headers import read_header
+from qlora.files.json_files import read_object
 from qlora.lora import lora_layers
 
 CONFIG_FILE = "adapter_config.json"

@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint.atomic import discard, make_folder, old_name, settle, sync, write_text
-from qlora.checkpoint.json_files import parse_object, read_object
 from qlora.checkpoint.state import check_whole
 from qlora.errors import CheckpointError
+from qlora.files.atomic import discard, make_folder, old_name, settle, sync, write_text
+from qlora.files.json_files import parse_object, read_object
 
 # Without these a record tells too little to continue, merge or verify.
 RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")

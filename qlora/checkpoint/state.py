@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
-from qlora.checkpoint.atomic import discard, write_aside
-from qlora.checkpoint.json_files import parse_object, read_object
 from qlora.errors import CheckpointError
+from qlora.files.atomic import discard, write_aside
+from qlora.files.json_files import parse_object, read_object
 from qlora.optim import FlatAdamW
 
 MANIFEST = "manifest.json"

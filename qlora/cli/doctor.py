@@ -29,8 +29,8 @@ def doctor(
     import torch
 
     from qlora.kernels import liger_version, why_not_liger
+    from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
-    from qlora.model.estimate import available_bytes
     from qlora.nf4 import dequantize, dequantize_path, quantize
     from qlora.training.record import describe_hardware, package_versions
 

@@ -40,14 +40,14 @@ def estimate(
 
     settings = load_config(config, overrides or ())
     with _without_collecting():
-        from qlora.model.estimate import available_bytes, estimate
-        from qlora.model.estimate import report as report_of
+        from qlora.memory.estimate import available_bytes, estimate
+        from qlora.memory.estimate import report as report_of
 
         result = estimate(settings, "auto" if size is None else "cuda")
     free = available_bytes(result.device) if size is None else size
     report = report_of(result, free, settings.model.recompute)
     if probe:
-        from qlora.model.probe import measure_step, prepare
+        from qlora.memory.probe import measure_step, prepare
 
         level = report["level"] or result.levels[-1]
         expected = report["levels"][level]["total"] - report["levels"][level]["bytes"]["context"]

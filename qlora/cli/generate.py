@@ -108,7 +108,8 @@ def _answer_file(
         raise ConfigError(f"{output} can't be written: {folder} is not a writable folder.")
     prompts = read_prompts(path, system)
 
-    from qlora.checkpoint import RunDirectory, adapter_digest, make_folder, sync
+    from qlora.checkpoint import RunDirectory, adapter_digest
+    from qlora.files import make_folder, sync
     from qlora.model import load_model
 
     adapter = None if RunDirectory.find(model) is None else adapter_digest(RunDirectory.open(model).adapter)

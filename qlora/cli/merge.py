@@ -67,8 +67,8 @@ def merge(
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.config import load_config
     from qlora.export import merge as run_merge
+    from qlora.export.gguf.merge import merge_to_gguf
     from qlora.export.merge import REPORT_FILE
-    from qlora.export.merge_gguf import merge_to_gguf
     from qlora.export.push import check_repo, push
 
     if push_to_hub is not None:
@@ -105,8 +105,8 @@ def merge(
 
 def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:
     """Return the report of the merge in a folder if it is the one wanted; moves another one aside."""
-    from qlora.checkpoint import old_name
     from qlora.export.merged import read_merged
+    from qlora.files import old_name
 
     merged = read_merged(folder)
     if merged.is_merge_of(*wanted):

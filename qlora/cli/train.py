@@ -63,7 +63,7 @@ def train(
         show_report(report.as_dict(), as_json, f"Step {report.step}, run again: {report.describe()}")
         raise typer.Exit(0 if report.is_finite else 1)
 
-    from qlora.checkpoint import write_text
+    from qlora.files import write_text
     from qlora.training import plan_run  # after the config: a typo there is reported at once, without loading torch
     from qlora.training import train as run_training
 

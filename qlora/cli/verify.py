@@ -23,7 +23,7 @@ def verify(
 
     Told as well, whatever is compared: whether PEFT, vLLM and llama.cpp would load the run's adapter.
     """
-    from qlora.export import verify as run_verification
+    from qlora.proof import verify as run_verification
 
     report = run_verification(run, folder, device)
     values = report.as_dict()

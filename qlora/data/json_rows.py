@@ -1,6 +1,5 @@
 """JSON files to values one at a time, however they are laid out."""
 
-import json
 import re
 from collections.abc import Iterator
 from json import JSONDecodeError
@@ -8,30 +7,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora.errors import DataError
+from qlora.files.json_values import WHITESPACE, decode_value, parse_value
 
 # Characters read at a time; doubled while a single value does not fit.
 BLOCK = 1 << 20
 # Of the longest row: a tokenizer needs about a hundred bytes for each of them, and a few KB of gzip may be any number.
 MAX_CHARACTERS = 1 << 26
-WHITESPACE = " \t\r\n"
 NO_SEPARATOR = re.compile(rf"[^{WHITESPACE},]")
-# Deeper values are nobody's data, and break whatever walks through them by recursion.
-MAX_DEPTH = 100
 # A value that a block cuts off breaks no further from its end than this: "-Infinity" and "\ud83d" are shorter.
 LONGEST_ATOM = 12
-_DECODER = json.JSONDecoder()
-
-
-def parse_value(text: str) -> Any:
-    """Parses the one value that a text holds.
-
-    Raises:
-        JSONDecodeError: It does not, or its value is one that can't be worked with.
-    """
-    value, end = _decode(text, len(text) - len(text.lstrip(WHITESPACE)))
-    if text[end:].strip(WHITESPACE):
-        raise JSONDecodeError("Extra data", text, end)
-    return value
 
 
 def starts_lines(stream: TextIO) -> bool:
@@ -105,7 +89,7 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
         if mark:
             started = True
             try:
-                value, end = _decode(text, position)
+                value, end = decode_value(text, position)
             except JSONDecodeError as error:
                 if at_end or not _is_cut_off(error):
                     raise _broken(path, text, error.pos, lines_before, error.msg) from None
@@ -125,30 +109,6 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
         at_end = not more
         text, position = text[position:] + more, 0
         block = max(BLOCK, len(text))
-
-
-def _decode(text: str, position: int) -> tuple[Any, int]:
-    """A value and where it ends; whatever is wrong with it is a JSONDecodeError."""
-    try:
-        value, end = _DECODER.raw_decode(text, position)
-    except RecursionError:
-        raise JSONDecodeError("it is nested too deeply", text, position) from None
-    except JSONDecodeError:
-        raise
-    except ValueError:
-        raise JSONDecodeError("a number has too many digits", text, position) from None
-    brackets = text.count("[", position, end) + text.count("{", position, end)
-    if brackets > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
-        raise JSONDecodeError("it is nested too deeply", text, position)
-    return value, end
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    return not depth or any(
-        _is_deeper(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
-    )
 
 
 def _is_cut_off(error: JSONDecodeError) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora.data.examples import JoinedParts, PartWeights
-from qlora.data.json_rows import parse_value
 from qlora.data.masks import DETAILS, OFFSETS, WEIGHT_KEYS, details_of, join_weights, read_details, read_weight
 from qlora.data.rows import Row
 from qlora.errors import DataError
+from qlora.files.json_values import parse_value
 
 # Names of speakers in files, by the role that a chat template knows.
 ROLES = {

@@ -15,11 +15,11 @@ import torch
 from qlora.checkpoint import RunDirectory, adapter_digest
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
-from qlora.export.aside import continued_aside, new_folder, put_in_place
 from qlora.export.card import write_card
 from qlora.export.held_out import held_out_examples, written_loss
-from qlora.export.shards import ShardWriter
 from qlora.export.weights import ONTO, MergedWeights
+from qlora.files.resumable import continued_aside, new_folder, put_in_place
+from qlora.files.shards import ShardWriter
 from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
 from qlora.model.base import GENERATION_FILE
 

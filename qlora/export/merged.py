@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint.json_files import parse_object
 from qlora.errors import ExportError
+from qlora.export.gguf.merge import GGUF_DTYPES
 from qlora.export.merge import DTYPES, REPORT_FILE
-from qlora.export.merge_gguf import GGUF_DTYPES
 from qlora.export.weights import ONTO
+from qlora.files.json_files import parse_object
 
 
 @dataclass(frozen=True, slots=True)

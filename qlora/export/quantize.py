@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import BaseFiles, write_aside
 from qlora.config.sections import parse_size
 from qlora.errors import ExportError
-from qlora.export.aside import new_folder
 from qlora.export.card import write_quantized_card
 from qlora.export.names import names_in_files, transposed_modules
-from qlora.export.shards import ShardWriter, TensorLayout
-from qlora.export.stored import StoredTensors
+from qlora.files import BaseFiles, write_aside
+from qlora.files.resumable import new_folder
+from qlora.files.shards import ShardWriter, TensorLayout
+from qlora.files.stored import StoredTensors
 from qlora.model import build_skeleton, resolve_device
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, is_bitsandbytes_linear, quantize
 

@@ -7,23 +7,17 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import (
-    BaseFiles,
-    RunDirectory,
-    StoredRows,
-    adapter_scaling,
-    read_adapter_rows,
-    read_adapter_tensors,
-)
+from qlora.checkpoint import RunDirectory, StoredRows, adapter_scaling, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.checkpoint.adapter_rows import PREFIX
-from qlora.checkpoint.headers import read_header
-from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError, ModelError
 from qlora.export.names import ends_in_files, names_in_files, transposed_modules
-from qlora.export.shards import TensorLayout
-from qlora.export.stored import StoredTensors, row_blocks
+from qlora.files import BaseFiles
+from qlora.files.headers import read_header
+from qlora.files.json_files import parse_object
+from qlora.files.shards import TensorLayout
+from qlora.files.stored import StoredTensors, row_blocks
 from qlora.model import build_skeleton, resolve_device
 from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import BaseFiles
 from qlora.errors import ModelError
+from qlora.files import BaseFiles
 from qlora.model.host_memory import returned_to_system
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy, recipe_of
+from qlora.layers.attention import mask_arguments
 from qlora.lora import head_blocks
-from qlora.model.attention import mask_arguments
 
 # Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
 TOLERANCE = 0.01

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
 from qlora.errors import ConfigError, DataError
+from qlora.files import BaseFiles
+from qlora.layers import rebuild_activations, use_document_attention
+from qlora.memory.fit import fit_memory
 from qlora.model import (
     Inventory,
     adapt,
@@ -17,17 +19,14 @@ from qlora.model import (
     check_loss,
     datasets_from_section,
     load_tokenizer,
-    rebuild_activations,
     take_inventory,
-    use_document_attention,
 )
 from qlora.nf4 import dequantize_path
+from qlora.objectives.rows import why_not_learnt
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.determinism import describe_determinism
-from qlora.training.fit import fit_memory
-from qlora.training.objective import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
 
 # Tokens that the loss is tried on.

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora.checkpoint import find_tokenizer
-from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, add_new_tokens, pieces
+from qlora.files import find_tokenizer
+from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, load_tokenizer
-from qlora.training.objective import why_not_learnt
+from qlora.objectives.rows import why_not_learnt
 from qlora.training.schedule import resolve_total_steps
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qlora.about import __version__
-from qlora.checkpoint import BaseFiles
 from qlora.config import RunConfig
+from qlora.files import BaseFiles
 from qlora.nf4 import NF4Linear
 
 PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")

@@ -6,7 +6,7 @@ import torch
 
 from qlora.data import BatchPlan
 from qlora.errors import ModelError
-from qlora.model import apply_recompute, recompute_levels
+from qlora.layers import apply_recompute, recompute_levels
 from qlora.nf4 import NF4Linear
 from qlora.training.loop import Progress
 

@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from qlora.checkpoint import write_bytes
-from qlora.checkpoint.json_files import parse_object
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, TokenizedExample, collate
 from qlora.errors import CheckpointError
-from qlora.model import apply_recompute, resolve_device, supervised_loss
-from qlora.model.probe import prepare
+from qlora.files import write_bytes
+from qlora.files.json_files import parse_object
+from qlora.layers import apply_recompute
+from qlora.memory.probe import prepare
+from qlora.model import resolve_device, supervised_loss
 from qlora.optim import FlatParameters
 from qlora.training.loop import seed_step
 

@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import (
-    RunDirectory,
-    hold_lock,
-    load_state,
-    save_adapter,
-    set_aside,
-    write_aside,
-    write_text,
-)
+from qlora.checkpoint import RunDirectory, load_state, save_adapter, set_aside
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.data import eval_batches
 from qlora.errors import CheckpointError, ConfigError, ModelError
+from qlora.files import hold_lock, write_aside, write_text
 from qlora.lora import lora_layers
 from qlora.model import Evaluation, evaluate, frozen_checksum, resolve_device
 from qlora.processes import Processes

@@ -4,17 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import (
-    RunDirectory,
-    adapter_bytes,
-    checkpoint_bytes,
-    discard,
-    drop_old_checkpoints,
-    free_bytes,
-    save_checkpoint,
-    sync,
-)
+from qlora.checkpoint import RunDirectory, adapter_bytes, checkpoint_bytes, drop_old_checkpoints, save_checkpoint
 from qlora.errors import CheckpointError
+from qlora.files import discard, free_bytes, sync
 from qlora.training.assemble import Assembly
 from qlora.training.loop import Progress
 from qlora.training.metrics import MetricsLog

@@ -26,7 +26,7 @@ import yaml
 
 from qlora.config import load_config
 from qlora.export import merge
-from qlora.export.merge_gguf import merge_to_gguf
+from qlora.export.gguf.merge import merge_to_gguf
 from qlora.training import train
 
 tiny, out, made = yaml.safe_load(open("configs/tiny.yaml")), Path(sys.argv[1]), Path(sys.argv[2])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from qlora.data import json_rows
-from qlora.data.json_rows import MAX_DEPTH, json_lines, json_values, parse_value, starts_lines
+from qlora.data.json_rows import json_lines, json_values, starts_lines
 from qlora.errors import DataError
+from qlora.files.json_values import MAX_DEPTH, parse_value
 
 ALPHABET = 'ab \t"\\/,:[]{}é漢🙂\u2028\x85\x0b\x1c\r\n\ud83d'
 FILE = Path("rows.json")

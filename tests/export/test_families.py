@@ -1,15 +1,10 @@
 """Every family's shapes, released: merged both ways, verified, and read by PEFT as the merge reads."""
 
-from pathlib import Path
-from runpy import run_path
-from types import SimpleNamespace
-
 import pytest
 import transformers
 
+from scripts.dev.bench import proof_families as families
 from tests.tiny import make_base
-
-families = SimpleNamespace(**run_path(str(Path(__file__).parents[2] / "scripts" / "bench" / "proof_families.py")))
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora.checkpoint import BaseFiles
 from qlora.errors import ExportError
-from qlora.export.gguf import write_gguf
-from qlora.export.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
-from qlora.export.shards import TensorLayout
+from qlora.export.gguf.model import write_gguf
+from qlora.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
+from qlora.files import BaseFiles
+from qlora.files.shards import TensorLayout
 from tests.tiny import make_base, make_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")

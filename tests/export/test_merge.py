@@ -29,11 +29,12 @@ from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.config import load_config
 from qlora.errors import CheckpointError, DataError, ExportError
-from qlora.export import merge, verify
+from qlora.export import merge
 from qlora.export.merge import cast_checked
-from qlora.export.stored import BLOCK_NUMEL
+from qlora.files.stored import BLOCK_NUMEL
 from qlora.lora import lora_layers
 from qlora.model import load_base, load_run
+from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import make_base, make_tokenizer, run_config
 
@@ -606,7 +607,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(run, tmp_pa
     num_bytes = merge(run, tmp_path / "whole").num_bytes
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out", on_progress=Interruption(100_000))
-    monkeypatch.setattr("qlora.export.aside.free_bytes", lambda target: num_bytes - 100_000)
+    monkeypatch.setattr("qlora.files.resumable.free_bytes", lambda target: num_bytes - 100_000)
     written = []
     with pytest.raises(
         ExportError, match=rf"new can't be written: .*No space left.* It takes {num_bytes / 1e6:.1f} MB"

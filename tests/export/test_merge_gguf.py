@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora.config import load_config
 from qlora.errors import ExportError
 from qlora.export import merge
-from qlora.export.merge_gguf import merge_to_gguf
+from qlora.export.gguf.merge import merge_to_gguf
 from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import run_config

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, NemotronHConfig, Qwen3Config
 from transformers.models.hrm_text import HrmTextConfig
 
-from qlora.checkpoint import BaseFiles
 from qlora.export.names import names_in_files
+from qlora.files import BaseFiles
 from qlora.model import build_skeleton
 from tests.tiny import make_base
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, 
 
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ExportError
-from qlora.export import merge, verify
+from qlora.export import merge
 from qlora.model import load_base, load_run
+from qlora.proof import verify
 from qlora.training import train
 from tests.export import forget_adapter
 from tests.tiny import SIZES, make_base, run_config, write_jsonl
@@ -195,7 +196,7 @@ def test_the_card_says_what_was_trained(runs, tmp_path):
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "new rows among spare ones"])
 def test_gguf_has_the_new_tokens_and_their_rows(kind, runs, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
-    from qlora.export.merge_gguf import merge_to_gguf
+    from qlora.export.gguf.merge import merge_to_gguf
 
     run, size = runs(kind), KINDS[kind][-1]
     merge_to_gguf(run, tmp_path / "out", "float16")

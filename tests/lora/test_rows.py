@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, L
 
 from qlora.data import collate, make_example
 from qlora.errors import ModelError
+from qlora.layers import rebuild_activations
 from qlora.lora import TrainedEmbedding, TrainedRows, add_lora, lora_layers, train_rows, trained_rows
-from qlora.model import check_loss, rebuild_activations, supervised_loss
+from qlora.model import check_loss, supervised_loss
 from qlora.optim import FlatParameters
 from tests.tiny import SIZES
 

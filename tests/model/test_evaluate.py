@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from qlora.data import collate, eval_batches
 from qlora.data.tokens import make_example
+from qlora.layers import apply_recompute
 from qlora.lora import add_lora
-from qlora.model import Evaluation, apply_recompute, evaluate, load_base, supervised_loss
+from qlora.model import Evaluation, evaluate, load_base, supervised_loss
 from qlora.optim import FlatAdamW, FlatParameters
 
 

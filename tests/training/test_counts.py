@@ -1,9 +1,6 @@
 """What an optimizer step does, counted: a lost saving or one more wait of the host fails here, on any machine."""
 
 import math
-from pathlib import Path
-from runpy import run_path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +8,14 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from qlora.data import BatchPlan, make_example
+from qlora.layers import apply_recompute, hold_weights, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import add_lora
-from qlora.model import (
-    apply_recompute,
-    hold_weights,
-    load_base,
-    rebuild_activations,
-    recompute_levels,
-    use_document_attention,
-)
+from qlora.model import load_base
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.processes import Processes
 from qlora.training.loop import Progress, run_loop
+from scripts.dev.bench import counts
 from tests.tiny import make_base
-
-counts = SimpleNamespace(**run_path(str(Path(__file__).parents[2] / "scripts" / "bench" / "counts.py")))
 
 LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 

@@ -1,17 +1,11 @@
-"""Real processes, killed at random moments: a short form of scripts/kill_runs.py."""
+"""Real processes, killed at random moments: a short form of scripts/dev/kill_runs.py."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
+from scripts.dev import kills
 from tests.tiny import run_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import kills
-
-sys.path.pop(0)
 
 
 @pytest.mark.slow

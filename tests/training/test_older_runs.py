@@ -14,8 +14,9 @@ from qlora.about import __version__
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.errors import ConfigError
-from qlora.export import merge, verify
+from qlora.export import merge
 from qlora.model import load_run
+from qlora.proof import verify
 from qlora.training import train
 
 OLDER_RUNS = Path(__file__).parents[1] / "runs_of_0_1_0"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
-from qlora.export import merge, verify
+from qlora.export import merge
+from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 from tests.training.same_run import assert_same_run, rewrite

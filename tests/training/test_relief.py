@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qlora.errors import ModelError
-from qlora.model import apply_recompute, hold_weights, recompute_levels
-from qlora.model.probe import Storages, measure_peak
+from qlora.layers import apply_recompute, hold_weights, recompute_levels
+from qlora.memory.probe import Storages, measure_peak
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
 from qlora.training.loop import run_loop

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora.checkpoint import hold_lock
 from qlora.errors import CheckpointError, ConfigError
+from qlora.files import hold_lock
 from qlora.optim import OPTIMIZERS
 from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import BloomConfig, FalconH1Config
 
-from qlora.checkpoint import BaseFiles, RunDirectory
+from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ModelError
-from qlora.export import merge, verify
+from qlora.export import merge
+from qlora.files import BaseFiles
 from qlora.model import load_base, load_run, take_inventory
+from qlora.proof import verify
 from qlora.training import plan_run, train
 from qlora.training import run as run_module
 from qlora.training.metrics import MetricsLog
@@ -80,7 +82,8 @@ def test_every_step_and_evaluation_has_a_line_with_all_keys(finished):
 
 def test_the_first_evaluation_is_that_of_the_bare_base(finished, tiny_base):
     from qlora.data import eval_batches
-    from qlora.model import datasets_from_section, evaluate, use_document_attention
+    from qlora.layers import use_document_attention
+    from qlora.model import datasets_from_section, evaluate
 
     model, tokenizer = load_base(str(tiny_base))
     config = load_config(finished[1] / "config.yaml")

@@ -1,0 +1,89 @@
+"""A run's merged model as one GGUF file, from the base's files and the adapter."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from qlora.checkpoint import RunDirectory, adapter_digest
+from qlora.errors import ExportError
+from qlora.export.gguf.model import write_gguf
+from qlora.export.merge import MergeReport, OnProgress, write_companions, write_papers
+from qlora.export.weights import MergedWeights
+from qlora.files import write_aside
+from qlora.files.resumable import new_folder
+
+GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+
+
+def merge_to_gguf(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    dtype: str = "float16",
+    onto: str = "dequantized",
+    device: str | None = None,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> MergeReport:
+    """Merges a run's adapter into its base and writes a GGUF file, with tokenizer and config beside it.
+
+    Each tensor is merged in fp32 and written before the next is read.
+
+    Args:
+        run_dir: A finished run.
+        out_dir: A folder that is not there yet; written aside and renamed when whole.
+        dtype: `float16`, `bfloat16` or `q8_0`.
+        onto: `dequantized`, the weights that the adapter was trained on, or `original`, those of the files.
+        device: To merge on, see :class:`qlora.export.weights.MergedWeights`.
+        force: Merge into a base other than the one trained on; the report says what differs.
+        on_progress: Told of the bytes merged, and of all.
+
+    Raises:
+        ExportError: As `merge` does, or the model can't be written as GGUF.
+        CheckpointError: The run is damaged.
+    """
+    started = time.perf_counter()
+    out_dir = new_folder(out_dir)
+    if dtype not in GGUF_DTYPES or onto == "best":
+        raise ExportError(
+            f"GGUF is written in {', '.join(GGUF_DTYPES)}, onto dequantized or original weights; "
+            f"not in {dtype} onto {onto}."
+        )
+    run = RunDirectory.open(run_dir)
+    step, adapter = run.step, adapter_digest(run.adapter)  # before the weights, as in merge
+    weights = MergedWeights(run, onto, device, force)
+    layout = weights.layout(torch.float32)
+    remaining = {entry.name: entry.num_bytes for entry in layout}
+    total = sum(remaining.values())
+
+    def read(name: str) -> torch.Tensor:
+        value = weights.tensor(name).cpu()
+        remaining.pop(name, None)  # embedding and head of a tied model may be read twice
+        if on_progress is not None:
+            on_progress(total - sum(remaining.values()), total)
+        return value
+
+    needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms, which stay in fp32, are little beside
+    with write_aside(out_dir, ExportError, needed) as folder:
+        write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
+        out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
+        written = write_gguf(folder, layout, read, out_file, GGUF_DTYPES[dtype], out_dir.name)
+        report = MergeReport(
+            out_dir=str(out_dir),
+            run_dir=str(run.path),
+            step=step,
+            adapter=adapter,
+            dtype=dtype,
+            onto=onto,
+            losses=None,
+            merged=weights.num_adapted,
+            tensors=written.tensors,
+            num_bytes=written.num_bytes,
+            continued_bytes=0,
+            device=weights.device.type,
+            base_differs=weights.base_differs,
+            seconds=round(time.perf_counter() - started, 3),
+            notes=weights.notes + written.notes,
+        )
+        write_papers(folder, report, run, weights.files.folder)
+    return report

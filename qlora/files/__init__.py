@@ -1,0 +1,19 @@
+"""Files and folders that are whole or not there, and what they hold: locks, JSON, safetensors, a base's files."""
+
+from qlora.files.atomic import discard, free_bytes, make_folder, old_name, sync, write_aside, write_bytes, write_text
+from qlora.files.base_files import BaseFiles, find_tokenizer
+from qlora.files.lock import hold_lock
+
+__all__ = [
+    "BaseFiles",
+    "discard",
+    "find_tokenizer",
+    "free_bytes",
+    "hold_lock",
+    "make_folder",
+    "old_name",
+    "sync",
+    "write_aside",
+    "write_bytes",
+    "write_text",
+]

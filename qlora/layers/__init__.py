@@ -1,0 +1,8 @@
+"""What is put into a transformers model: attention, recomputation, offload, kept weights."""
+
+from qlora.layers.attention import use_document_attention
+from qlora.layers.rebuild import rebuild_activations
+from qlora.layers.recompute import apply_recompute, recompute_levels
+from qlora.layers.weight_cache import hold_weights
+
+__all__ = ["apply_recompute", "hold_weights", "rebuild_activations", "recompute_levels", "use_document_attention"]

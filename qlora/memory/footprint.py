@@ -1,0 +1,184 @@
+"""What a run would hold at each level of recomputation, by its config and that of its base."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.config import RunConfig, TrainSection
+from qlora.data import add_new_tokens
+from qlora.errors import ModelError
+from qlora.files import BaseFiles
+from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
+from qlora.memory.meta_layers import Stack, set_attention
+from qlora.memory.meta_step import trace_levels
+from qlora.memory.timeline import Held, Timeline
+from qlora.model.base import build_skeleton, load_tokenizer
+from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora.optim import OPTIMIZERS, stochastic_round
+from qlora.optim.adamw import BLOCK as ROUNDED_AT_A_TIME
+from qlora.optim.flat import ALIGNMENT
+
+FP32_BYTES = 4
+# Per parameter, to count those that an optimizer step left as they were.
+COMPARING_BYTES = 3
+CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a run, apart from what its device needs for itself.
+
+    Attributes:
+        weights: Of the base.
+        adapters: Factors and rows trained in full, and their flat gradient.
+        optimizer: State.
+        update: What an optimizer step takes on top, when no activations are there.
+        held: For each level, the cheapest in time first, what is held at moments of which any may be the largest.
+        layers_dequantized: Bytes that each layer's 4-bit weights have once they are dequantized.
+        rows_attend: Whether attention is over whole rows, however many documents are in them.
+        vocabulary: Rows of the head.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    update: int
+    held: dict[str, list[Held]]
+    layers_dequantized: list[int]
+    rows_attend: bool
+    vocabulary: int
+
+
+def take_footprint(
+    config: RunConfig, files: BaseFiles, device: torch.device, dtype: torch.dtype, tokens: int, row: int
+) -> Footprint:
+    """Runs a step's own code on the meta device, with one layer of each kind, and reckons what all would hold.
+
+    Args:
+        config: Of the run.
+        files: Of the base; its config.json is all that is needed.
+        device: That the run would be on; it need not be there.
+        dtype: To compute in.
+        tokens: Of a micro-batch.
+        row: Tokens of the longest document.
+
+    Raises:
+        ModelError: The base is none that can be trained, or its step can't be run without data.
+    """
+    _check_task(files)
+    quantization = _quantization(config, files)
+    model = build_skeleton(files, config.model.trust_remote_code)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{files.name}: {type(model).__name__} has no output head to train with.")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(False)
+    names = match_targets(model, config.lora.targets)
+    adapted = {name: model.get_submodule(name) for name in names}
+    quantized = {} if quantization is None else {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }  # fmt: skip
+    lora_dtype = getattr(torch, config.lora.dtype)
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
+    weights = _weight_bytes(model, quantized, bool(quantization))
+    size = sum(_aligned(config.lora.rank * n) for one in adapted.values() for n in (one.in_features, one.out_features))
+    size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
+    itemsize = lora_dtype.itemsize
+    optimizer, update = _optimizer_bytes(config.train, size, itemsize)
+
+    stack = Stack(model, adapted, quantized)
+    by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
+                for prefix in stack.prefixes]  # fmt: skip
+    try:
+        set_attention(model, config, device, row)
+        stack.reduce(config, device, tokens)
+        held = trace_levels(stack, device)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} can't be run without its values, so not estimated: {reason}"
+        ) from error
+    return Footprint(
+        weights,
+        size * (itemsize + FP32_BYTES),
+        optimizer,
+        update,
+        held,
+        [numel * dtype.itemsize for numel in by_layer],
+        model.config._attn_implementation == "eager",
+        sum(map(len, head_blocks(model.get_output_embeddings()))),
+    )
+
+
+def _check_task(files: BaseFiles) -> None:
+    """Sees that a base was made to go on with text; the weights of others lack the head that is trained against."""
+    for name in files.config.get("architectures") or []:
+        _, is_named, task = name.rpartition("For")
+        if is_named and task not in CAUSAL_TASKS:
+            raise ModelError(f"{files.name} is a {name}, not a causal language model; set model.base to one.")
+
+
+def _new_ids(config: RunConfig, files: BaseFiles) -> range:
+    """Of the tokens that a config adds; without any, no tokenizer is needed."""
+    if not config.data.new_tokens:
+        return range(0)
+    return add_new_tokens(load_tokenizer(files.folder, config.model.trust_remote_code), config.data.new_tokens)
+
+
+def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
+    """Whether the base's 4-bit statistics are quantized too; None if it is not in 4 bits."""
+    stored = files.config.get("quantization_config") or {}
+    is_4bit = stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and stored.get("load_in_4bit")
+    if stored and not is_4bit:
+        raise ModelError(
+            f"{files.name} is quantized already, by {stored.get('quant_method')} and not in bitsandbytes' 4 bits; "
+            "set model.base to the model that it was made from."
+        )
+    if config.model.quantization == "none":
+        if is_4bit:
+            raise ModelError(
+                f"model.quantization: none, but {files.name} is quantized to 4 bits already; leave it at nf4."
+            )
+        return None
+    return bool(stored.get("bnb_4bit_use_double_quant")) if is_4bit else config.model.double_quant
+
+
+def nf4_bytes(numel: int, double_quant: bool) -> int:
+    """Bytes of so many parameters in 4 bits, their statistics included."""
+    blocks = -(-numel // BLOCK_SIZE)
+    statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
+    return -(-numel // 2) + statistics
+
+
+def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: bool) -> int:
+    in_4bit = {id(module.weight) for module in quantized.values()}
+    total = sum(
+        nf4_bytes(parameter.numel(), double_quant) if id(parameter) in in_4bit else parameter.nbytes
+        for parameter in model.parameters()  # each once, however often it is used
+        if not parameter.requires_grad
+    )
+    return total + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _optimizer_bytes(section: TrainSection, size: int, itemsize: int) -> tuple[int, int]:
+    """Of its state, and of what a step takes on top."""
+    bits, _ = OPTIMIZERS[section.optimizer]
+    state = 2 * size * bits // 8 + (2 * FP32_BYTES * size // ALIGNMENT if bits == 8 else 0)
+    values, rounded = size * FP32_BYTES, min(size, ROUNDED_AT_A_TIME)
+    if section.rounding == "master" and itemsize < FP32_BYTES:
+        return state + values, rounded * (itemsize + COMPARING_BYTES)
+    if itemsize == FP32_BYTES:
+        return state, values + rounded * COMPARING_BYTES
+    prime = 10_007
+    with Timeline(prime) as timeline:
+        stochastic_round(torch.empty(prime, device="meta"), torch.Generator())
+    rounding = int(max(moment.held.total.linear for moment in timeline.moments())) - FP32_BYTES
+    return state, values + rounded * rounding
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,143 @@
+"""A few layers of a model on the meta device, one of each kind, that are trained in the place of all of them."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.config import RunConfig
+from qlora.errors import ModelError
+from qlora.kernels import scratch
+from qlora.layers.attention import NAME as BY_DOCUMENTS
+from qlora.layers.attention import use_document_attention
+from qlora.lora import LoraLinear, choose_form
+from qlora.memory.timeline import HEAD, Bytes, Held, Moment
+from qlora.nf4 import NF4Linear
+
+# Longer than any row.
+ENDLESS = 1 << 40
+
+
+class Stack:
+    """A model's layers, and one of each kind that stands for the others.
+
+    Args:
+        model: A skeleton.
+        adapted: The linears that get adapters, by name.
+        quantized: Those in 4 bits.
+    """
+
+    def __init__(self, model: Any, adapted: dict[str, Any], quantized: dict[str, Any]) -> None:
+        self.model, self.adapted, self.quantized = model, adapted, quantized
+        self.name, layers = _find_layers(model)
+        self.prefixes = [f"{self.name}.{index}." for index in range(len(layers))]
+        types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+        self.kinds = [
+            (
+                type(layer), kind,
+                tuple((name, parameter.shape) for name, parameter in layer.named_parameters()),
+                tuple(name for name, _ in layer.named_modules() if f"{prefix}{name}" in adapted),
+            )
+            for layer, kind, prefix in zip(layers, types, self.prefixes, strict=False)
+        ]  # fmt: skip
+        last = {kind: index for index, kind in enumerate(self.kinds)}
+        self.kept = sorted({0, *last.values()})
+        self.last = last
+        self.layers = [layers[index] for index in self.kept]
+
+    def reduce(self, config: RunConfig, device: torch.device, tokens: int) -> None:
+        """Leaves the model the layers that are kept, quantized and adapted."""
+        model, lora = self.model, config.lora
+        form = choose_form(lora.form, tokens, device, lora.dropout)
+        dtype = getattr(torch, lora.dtype)
+        prefixes = tuple(self.prefixes[index] for index in self.kept)
+        for name in {**self.quantized, **self.adapted}:
+            if name.startswith(prefixes):
+                layer = model.get_submodule(name)
+                if name in self.quantized:
+                    layer = _EmptyLinear(layer, device)
+                if name in self.adapted:
+                    layer = LoraLinear(layer, lora.rank, lora.alpha, lora.dropout, lora.rslora, dtype, form)
+                model.set_submodule(name, layer)
+        model.set_submodule(self.name, nn.ModuleList(self.layers))
+        text = model.config.get_text_config()
+        if getattr(text, "layer_types", None):
+            text.layer_types = [text.layer_types[index] for index in self.kept]
+        text.num_hidden_layers = len(self.kept)
+        model.train()
+        largest = self._largest_scratch(form, device)
+        dtype = model.dtype
+        self.scratch = scratch((1, largest), dtype, torch.device("meta"))
+        # On a GPU the backward has a thread of its own, and so memory of its own for it.
+        times = 2 if device.type == "cuda" else 1
+        self.always = Held(buffers=Bytes(times * largest * dtype.itemsize))
+
+    def _largest_scratch(self, form: str, device: torch.device) -> int:
+        """Elements of the longest weight that is written into memory for every next one."""
+        # On a CPU, only where what is folded is in 16 bits: what is dequantized there is a new tensor.
+        written = self.quantized if device.type == "cuda" else {}
+        if form == "folded":
+            written = {name: one for name, one in self.adapted.items() if name not in self.quantized} | written
+        return max((module.weight.numel() for module in written.values()), default=0)
+
+    def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Held]:
+        """What all layers would hold, from what those kept do.
+
+        Args:
+            moments: Of a step.
+            layers_hold: Between forward and backward, each layer kept.
+        """
+        hold = {kind: layers_hold[self.kept.index(index)] for kind, index in self.last.items()}
+        below, extras = Held(), {}
+        for index, kind in enumerate(self.kinds):
+            if index in self.kept:
+                extras[self.kept.index(index)] = below
+            else:
+                below = below.plus(hold[kind])
+        extras[HEAD] = below
+        return [moment.held.plus(extras[moment.place]) for moment in moments]
+
+
+def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    for name, module in model.named_modules():
+        is_list = id(module) in inside and isinstance(module, nn.ModuleList) and len(module) > 0
+        if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            return name, module
+    raise ModelError(f"{type(model).__name__} has no layers that are known here, so its memory can't be estimated.")
+
+
+class _EmptyLinear(NF4Linear):
+    """A quantized linear on the meta device, where bitsandbytes has nothing to dequantize."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+        super().__init__(packed, SimpleNamespace(shape=linear.weight.shape), linear.bias)
+        self._writes_scratch = device.type == "cuda"
+
+    def weight_for_product(self, dtype: torch.dtype, update: Any = None, lasting: bool = False) -> torch.Tensor:
+        """A tensor where the layer that it stands for has one."""
+        if self._writes_scratch and not lasting:
+            return scratch(self.quant_state.shape, dtype, self.weight.device)
+        return torch.empty(self.quant_state.shape, dtype=dtype, device="meta")
+
+
+def set_attention(model: Any, config: RunConfig, device: torch.device, row: int) -> None:
+    """Gives a model the attention that a run would use, as far as it makes a difference to what is held."""
+    if config.model.attention == "eager":
+        model.set_attn_implementation("eager")
+    elif config.model.attention == "auto":
+        use_document_attention(model)
+        if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS:
+            model.set_attn_implementation("sdpa")  # one kernel for all documents, which keeps as much as for one
+    by_documents = device.type == "cuda" and config.data.packing and model.config._attn_implementation == "sdpa"
+    for holder in (model.config.get_text_config(), *model.modules()):
+        window = getattr(holder, "sliding_window", None)
+        if isinstance(window, int):
+            # To the short rows that are run it should be what the window is to the rows of the run.
+            holder.sliding_window = 1 if row > window and not by_documents else ENDLESS

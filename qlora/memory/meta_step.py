@@ -1,0 +1,171 @@
+"""A step on the meta device at each level of recomputation, and what it holds at its fullest moments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.data import Batch
+from qlora.kernels.cross_entropy import default_chunk
+from qlora.layers.rebuild import GatedMLP, rebuild_activations
+from qlora.layers.recompute import apply_recompute, recompute_levels
+from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
+from qlora.lora import head_blocks, trained_rows
+from qlora.memory.meta_layers import Stack
+from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
+from qlora.model.loss import supervised_loss
+
+# Divides no size, so that none is taken to depend on the tokens.
+NEVER = (1 << 61) - 1
+
+
+def trace_levels(stack: Stack, device: torch.device) -> dict[str, list[Held]]:
+    """Runs a step at each level that a run could have.
+
+    Args:
+        stack: Reduced to the layers that are kept.
+        device: That the run would be on.
+
+    Returns:
+        For each level, the cheapest in time first, what a run would hold at moments of which any may be the largest.
+    """
+    model = stack.model
+    with Timeline(1):
+        rebuild_activations(model)
+    levels = recompute_levels(model)
+    whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
+    short = _prime(2 * whole // sum(map(len, head_blocks(model.get_output_embeddings()))), model)
+    long = _prime(TILE_TOKENS, model)
+    held: dict[str, list[Held]] = {}
+    head: list[Held] = []
+    for level in levels:
+        apply_recompute(model, level)
+        if not head:
+            trace = _trace(stack, short, short)
+            head = [moment.held.plus(trace.before_head, -1) for moment in trace.moments if moment.place == HEAD]
+            head = [one._replace(loss=one.loss._replace(constant=one.loss.constant * own / whole)) for one in head]
+        else:
+            trace = _trace(stack, long, 1)
+        held[level] = _finish(stack, trace, head, trace.layers_hold)
+    if device.type == "cuda":
+        assert levels[-1] == "full"  # which the trace is of
+        # On the host are the inputs of all but the last layer and of the one that is fetched: as many as are kept.
+        nothing = [Held()] * len(stack.kept)
+        held["offload"] = _finish(stack, trace, head, nothing)
+        if "mlp" in levels:
+            tiled = _fit_tiled(stack)
+            held["offload+tiled"] = [*_finish(stack, replace(trace, moments=[]), head, nothing), tiled]
+    return {level: _largest(moments) for level, moments in held.items()}
+
+
+def _fit_tiled(stack: Stack) -> Held:
+    """The largest of two numbers of tiles, taken as a line: tiles have a size of their own, but their number grows."""
+    for module in stack.model.modules():
+        if isinstance(module, GatedMLP):
+            module.run = tile_mlp
+    few, many = (
+        max(moment.held.total.constant for moment in _trace(stack, tiles * TILE_TOKENS, 1, NEVER).moments)
+        for tiles in (2, 4)
+    )
+    slope = (many - few) / (2 * TILE_TOKENS)
+    return Held(activations=Bytes(few - 2 * TILE_TOKENS * slope, slope)).plus(stack.always)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    moments: list[Moment]
+    layers_hold: list[Held]
+    before_head: Held
+
+
+def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Trace:
+    """Runs a step of a micro-batch of one document.
+
+    Args:
+        stack: Reduced.
+        tokens: A prime, or any number with `told_by`.
+        supervised: Of them, those with a loss.
+        told_by: What sizes that depend on the tokens are multiples of, if not the tokens.
+    """
+    model, layers = stack.model, stack.layers
+    ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
+    batch = Batch(
+        input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
+        supervised=torch.empty(supervised, dtype=torch.long, device="meta"), weights=None,
+        cu_seq_lens=torch.tensor([0, tokens], dtype=torch.int32), lengths=(tokens,),
+        num_supervised=supervised, total_weight=supervised,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    known = [*model.parameters(), *model.buffers(), ids, batch.supervised, batch.cu_seq_lens, stack.scratch]
+    known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    rows = {rows.weight.numel() for _, rows in trained_rows(model)}
+    sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
+    timeline, starts = Timeline(told_by or tokens, known, sizes), []
+    is_backward = False
+
+    def move(place: int) -> None:
+        timeline.place = place
+
+    def begin(place: int, inputs: Any) -> None:
+        if not is_backward:  # nor a layer that is computed again
+            move(place)
+            starts.append(timeline.held)
+            if place and inputs and inputs[0].requires_grad:
+                inputs[0].register_hook(lambda _grad: move(place - 1))
+
+    def end(output: Any) -> None:
+        if not is_backward:
+            move(HEAD)
+            starts.append(timeline.held)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _grad: move(len(layers) - 1))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _module, inputs, place=place: begin(place, inputs))
+        for place, layer in enumerate(layers)
+    ]
+    handles.append(layers[-1].register_forward_hook(lambda _module, _inputs, output: end(output)))
+    try:
+        with timeline:
+            loss = supervised_loss(model, batch)
+            is_backward = True
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    holds = [after.plus(before, -1) for before, after in zip(starts, starts[1:], strict=False)]
+    return _Trace(timeline.moments(), holds, starts[-1])
+
+
+def _finish(stack: Stack, trace: _Trace, head: list[Held], layers_hold: Sequence[Held]) -> list[Held]:
+    """All moments of a level: its layers', and the head's, which is the same at every level."""
+    moments = [Moment(place, held.plus(stack.always)) for place, held in trace.moments if place != HEAD]
+    moments += [Moment(HEAD, trace.before_head.plus(excess).plus(stack.always)) for excess in head]
+    return stack.extrapolate(moments, layers_hold)
+
+
+def _largest(moments: Sequence[Held]) -> list[Held]:
+    """Without the moments that can't be the largest."""
+    largest: dict[Bytes, Held] = {}
+    for held in sorted(moments, key=lambda one: one.total[::-1], reverse=True):
+        total = held.total
+        if not any(all(one >= other for one, other in zip(known, total, strict=True)) for known in largest):
+            largest[total] = held
+    return list(largest.values())
+
+
+def _prime(least: int, model: nn.Module) -> int:
+    """A prime above `least` that divides no size of a model's, by which its sizes are then told from the tokens."""
+    sizes = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    number = max(least, 32) + 1
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)) or any(
+        size and size % number == 0 for size in sizes
+    ):
+        number += 1
+    return number

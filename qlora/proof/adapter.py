@@ -1,0 +1,124 @@
+"""A run's adapter by itself: its files against the run, its layers against their weights computed a second time."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qlora.checkpoint import RunDirectory, adapter_scaling, read_adapter_tensors, step_of
+from qlora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_header
+from qlora.config import load_config
+from qlora.data import ExampleSet
+from qlora.errors import CheckpointError
+from qlora.lora import LoraLinear, lora_layers
+from qlora.proof.expected import ExpectedWeights
+
+# Tokens that go through the model; each layer's product with them is computed again in fp64.
+NUM_TOKENS = 128
+
+
+@dataclass(slots=True)
+class LayerCheck:
+    """What became of the comparison.
+
+    Attributes:
+        problems: A line for each layer that computes something else.
+        checked: Layers that were compared.
+        max_difference: Of a layer's outputs from the expected ones, in shares of those.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    checked: int = 0
+    max_difference: float = 0.0
+
+
+def check_adapter_files(run: RunDirectory) -> list[str]:
+    """Whether an adapter's scaling, layers and ranks are the run's, and its values those of the last checkpoint."""
+    lora, record = load_config(run.config).lora, run.read_record()
+    factors = read_adapter_tensors(run.adapter)
+    problems = []
+    own, saved = lora.scaling, adapter_scaling(run.adapter)
+    if not math.isclose(own, saved):
+        problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
+    adapted = {*record["parameters"]["adapted"]}
+    problems += [f"{run.adapter} lacks the factors of {name}" for name in sorted(adapted - {*factors})]
+    problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*factors} - adapted)]
+    for name, (lora_A, _) in factors.items():
+        if len(lora_A) != lora.rank:
+            problems.append(f"{run.adapter}: {name} has rank {len(lora_A)}, the run trained with {lora.rank}")
+    checkpoints = run.list_checkpoints()
+    if checkpoints and checkpoints[-1] != run.adapter and step_of(checkpoints[-1]) == run.step:
+        problems += _compare_saved(checkpoints[-1], run.adapter)
+    return problems
+
+
+def _compare_saved(checkpoint: Path, adapter: Path) -> list[str]:
+    try:
+        read_adapter_header(checkpoint)
+    except CheckpointError as error:
+        return [
+            f"the adapter can't be compared with the last checkpoint; remove that, if the run needs it no more: {error}"
+        ]
+    saved_then, here = (load_file(folder / WEIGHTS_FILE) for folder in (checkpoint, adapter))
+    return [
+        f"{adapter}: {name} is not what the run saved after its last step"
+        for name in sorted({*saved_then} & {*here})
+        if not torch.equal(saved_then[name], here[name])
+    ]
+
+
+@torch.no_grad()
+def check_layers(model: Any, expected: ExpectedWeights, examples: ExampleSet) -> LayerCheck:
+    """Runs a model over a few tokens, and compares what each adapted layer puts out with x (W + scaling · B A)ᵀ.
+
+    Each is held against its own inputs, so that an error shows where it arises and no second model is needed.
+
+    Args:
+        model: With adapters.
+        expected: The weights that it was trained on, with the update.
+        examples: To take tokens from.
+    """
+    check = LayerCheck()
+    check.problems += [
+        f"{name} was not compared: the base's files hold its weight in no tensor of its own"
+        for name in expected.unplaced
+    ]
+
+    def compare(name: str, layer: LoraLinear, x: torch.Tensor, y: torch.Tensor) -> None:
+        base, update = expected.adapted(name)
+        eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, expected.compute_dtype))
+        x, y = x.flatten(0, -2).double().cpu(), y.flatten(0, -2).double().cpu()
+        moved = x @ update.T
+        wanted = x @ base.T + moved
+        if layer.base.bias is not None:
+            wanted += layer.base.bias.double().cpu()
+        error = y - wanted
+        # What rounding each product to the compute dtype adds up to, if no two of the roundings have to do with one
+        # another; sums and the two factors' own roundings get as much again, twice.
+        noise = (x.square() @ base.square().T).sum().sqrt() + wanted.norm() + moved.norm()
+        bound = 4 * eps * noise.item()
+        share = ((error * moved).sum() / moved.square().sum().clamp_min(1e-30)).item()
+        significant = 16 * bound / math.sqrt(error.numel())
+        check.checked += 1
+        check.max_difference = max(check.max_difference, (error.norm() / wanted.norm()).item())
+        rest = (error - share * moved).norm().item()
+        if not rest <= bound:  # of NaN it is false
+            check.problems.append(f"{name} puts out something else: off by {error.norm() / wanted.norm():.2g}")
+        elif abs(share) > 0.02 and abs(share) * moved.norm().item() > significant:
+            check.problems.append(f"{name} computes with {round(1 + share, 2) + 0.0:g} times its update")
+
+    handles = [
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: compare(name, layer, inputs[0], output))
+        for name, layer in lora_layers(model)
+        if name not in expected.unplaced
+    ]
+    ids = torch.from_numpy(examples[0].input_ids[:NUM_TOKENS]).long()[None].to(model.device)
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return check

@@ -1,0 +1,132 @@
+"""The merged weights of a run, computed a second time in another way than merge computes them."""
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qlora.checkpoint import RunDirectory, read_adapter_rows, read_adapter_tensors
+from qlora.checkpoint.adapter import WEIGHTS_FILE
+from qlora.config import load_config
+from qlora.export.names import names_in_files, transposed_modules
+from qlora.files import BaseFiles
+from qlora.files.stored import StoredTensors
+from qlora.model import build_skeleton
+from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
+
+
+class ExpectedWeights:
+    """The merged weights of a run, by their names in the base's files, in fp64.
+
+    The base's file is read, quantized and dequantized as in training; the scaling is the config's and not the
+    adapter's. Where :class:`qlora.export.weights.MergedWeights` adds in fp32, this adds in fp64.
+
+    Args:
+        run: The run.
+        base: Its base's files.
+        onto: `dequantized` or `original`.
+        device: To quantize on, as the merge did.
+
+    Attributes:
+        names: Of the tensors, in the base's order.
+        compute_dtype: That the run's weights were dequantized to.
+        unplaced: Adapted modules that no tensor of the base's files is the weight of.
+    """
+
+    def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
+        config, self._record = load_config(run.config), run.read_record()
+        self._onto, self._device = onto, device
+        self.compute_dtype = getattr(torch, self._record["in_use"]["compute_dtype"])
+        self._scaling = config.lora.scaling
+        self._stored = StoredTensors(base.headers)
+        self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
+        self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}
+        statistics = {key for keys in self._statistics.values() for key in keys}
+        self.names = [name for name in base.tensors if name not in statistics]
+
+        skeleton = build_skeleton(base, config.model.trust_remote_code)
+        factors = read_adapter_tensors(run.adapter)
+        modules = {
+            name: parameter.removesuffix(".weight")
+            for parameter, name in names_in_files(skeleton, self.names)[0].items()
+        }
+        self._modules = modules
+        self._factors = {name: factors[module] for name, module in modules.items() if module in factors}
+        self.unplaced = sorted({*factors} - {modules[name] for name in self._factors})
+        self._trained = _trained_rows(run, skeleton, self._record["parameters"].get("shared_rows", False))
+        self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
+        self._quantized = {*self._record["parameters"]["quantized"]}
+        transposed = transposed_modules(skeleton)
+        self._transposed = {name for name, module in modules.items() if module in transposed}
+
+    def adapted(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base weight of an adapted layer and its update, (out, in) and fp64 each."""
+        name = next(name for name, other in self._modules.items() if other == module)
+        base, rows = self.base(name), slice(0, None)
+        weight, update = self.rows(name, rows, base), self.update(name, rows)[0]
+        return (weight.T, update.T) if name in self._transposed else (weight, update)
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether an update is added to a tensor."""
+        return name in self._factors
+
+    def has_trained_rows(self, name: str) -> bool:
+        """Whether rows of a tensor were trained in full."""
+        return name in self._trained
+
+    def base(self, name: str) -> torch.Tensor | None:
+        """A weight that went through 4 bits, whole, as training saw it; None for one that is as in the files."""
+        if name in self._packed:
+            keys = [name, *self._statistics[name]]
+            parts = {f"weight{key.removeprefix(name)}": self._stored.read(key).to(self._device) for key in keys}
+            return dequantize(*from_checkpoint_tensors(parts), self.compute_dtype).cpu()
+        if self._onto == "original" or self._modules.get(name) not in self._quantized:
+            return None
+        weight = self._stored.read(name)
+        weight = (weight.T if name in self._transposed else weight).to(self._device, self.compute_dtype)
+        settings = self._record["quantization"]
+        packed = quantize(weight, settings["double_quant"], settings["block_size"])
+        weight = dequantize(*packed, self.compute_dtype).cpu()
+        return weight.T if name in self._transposed else weight
+
+    def shape(self, name: str, base: torch.Tensor | None) -> tuple[int, ...]:
+        """Of a tensor, whose base weight is given if it went through 4 bits."""
+        if name in self._trained:
+            size, features = self._stored.shape(name)
+            return max(size, self._trained[name][0].stop), features
+        return self._stored.shape(name) if base is None else tuple(base.shape)
+
+    def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
+        """Rows of the base weight, or as they were trained: fp64, or as stored where they are no floating point."""
+        values = self._stored.read(name, rows) if base is None else base[rows]
+        if not values.is_floating_point():
+            return values
+        if name not in self._trained:
+            return values.double()
+        ids, trained = self._trained[name]
+        places = torch.arange(rows.start, rows.stop)
+        found = torch.full((len(places), trained.shape[1]), torch.nan, dtype=torch.float64)
+        found[: len(values)] = values.double()
+        is_trained = (places >= ids.start) & (places < ids.stop)
+        found[is_trained] = trained[places[is_trained] - ids.start].double()
+        return found
+
+    def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of scaling · B A in fp64, and of a bound on what a sum of its products in fp32 can be off by."""
+        lora_A, lora_B = self._factors[name]
+        left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
+        left, right = left[rows].double() * self._scaling, right.double()
+        # Each element is a sum of rank products: Cauchy and Schwarz bound what their absolute values sum up to.
+        size = torch.outer(left.norm(dim=1), right.norm(dim=0))
+        return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
+
+
+def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:
+    """The ids whose rows were trained, and the rows, by module; where embedding and head are one, of both."""
+    tensors = load_file(run.adapter / WEIGHTS_FILE)
+    trained = {module: (rows.ids, tensors[rows.tensor]) for module, rows in read_adapter_rows(run.adapter).items()}
+    if are_shared and trained:
+        both = {skeleton.get_input_embeddings(), skeleton.get_output_embeddings()}
+        names = [name for name, module in skeleton.named_modules() if module in both]
+        trained = {name: next(iter(trained.values())) for name in names}
+    return trained

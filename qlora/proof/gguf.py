@@ -1,0 +1,248 @@
+"""A GGUF file against the run: tensors, sizes and vocabulary."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.errors import ExportError
+from qlora.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from qlora.proof.expected import ExpectedWeights
+from qlora.proof.tensors import TensorCheck, check_tensors
+
+# llama.cpp's names of what transformers calls otherwise; written down here once more rather than taken from the
+# package that wrote them.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
+KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+# That numbers of a kind are read in.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
+BLOCK_SIZE = 32  # of q8_0
+
+
+class GGUFFile:
+    """A GGUF file's tensors by their names in transformers' files, and what it says of itself.
+
+    Args:
+        path: Of the file.
+        names: Of the tensors that are looked for.
+        dtype: Of its matrices: `float16`, `bfloat16` or `q8_0`.
+        config: Of the model.
+
+    Attributes:
+        fields: What it says, by key.
+        rope_factors: That frequencies are divided by, if it has those.
+        names: Of its tensors; of those that are not looked for, in its own way.
+
+    Raises:
+        ExportError: `gguf` is not installed, or the file is damaged.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], dtype: str, config: Any) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise ExportError("Reading GGUF needs the gguf package: pip install gguf.") from None
+        try:
+            reader = GGUFReader(path)
+            self.fields = {key: field.contents() for key, field in reader.fields.items()}
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ExportError(f"{path.name} is cut short or damaged: {error}") from None
+        self._matrix_kind, self._head_dim = KINDS[dtype], _head_dim(config)
+        self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        own = {name: other for name in names if (other := _name(name)) in tensors}
+        factors = tensors.pop("rope_freqs.weight", None)
+        self.rope_factors = None if factors is None else factors.data.tolist()
+        self._tensors = {name: tensors.pop(other) for name, other in own.items()}
+        if HEAD in names and HEAD not in self._tensors and EMBEDDING in self._tensors:
+            self._tensors[HEAD] = self._tensors[EMBEDDING]  # llama.cpp takes that where there is no other
+        self.names = [*self._tensors, *tensors]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return tuple(reversed(self._tensors[name].shape.tolist()))
+
+    def read(self, name: str, rows: slice) -> torch.Tensor:
+        """Some of its rows, in transformers' order; those of q8_0 in fp32."""
+        from gguf import quants
+
+        tensor = self._tensors[name]
+        order = self._order(name)
+        values = tensor.data[rows] if order is None else tensor.data[order[rows].numpy()]
+        kind = tensor.tensor_type.name
+        if kind == "BF16":
+            return torch.from_numpy(values.copy()).view(torch.bfloat16)
+        is_plain = kind in ("F32", "F16")
+        return torch.from_numpy(values.copy() if is_plain else quants.dequantize(values, tensor.tensor_type))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """fp32 for vectors, the file's for matrices, but f16 for those that q8_0's blocks don't divide."""
+        return DTYPES[self._kind(name)]
+
+    def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
+        """Half a step of q8_0, whose step is its block's largest value / 127 in fp16."""
+        if self._kind(name) != "Q8_0":
+            return None
+        steps = values.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / 127
+        slack = steps / 2 + 127 * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
+        return slack.expand(*steps.shape[:-1], BLOCK_SIZE).flatten(-2)
+
+    def _kind(self, name: str) -> str:
+        shape = self.shape(name)
+        if len(shape) == 1:
+            return "F32"
+        return "F16" if self._matrix_kind == "Q8_0" and shape[-1] % BLOCK_SIZE else self._matrix_kind
+
+    def _order(self, name: str) -> torch.Tensor | None:
+        """Rows of queries and keys where llama.cpp has the two halves of a head in turns."""
+        match = LAYER.fullmatch(name)
+        if not self._has_pairs or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
+            return None
+        size = self._head_dim
+        in_head = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
+        return (torch.arange(0, self.shape(name)[0], size)[:, None] + in_head).flatten()
+
+
+def check_gguf(
+    path: Path, expected: ExpectedWeights, dtype: str, config: Any, tokenizer: Any, ends: list[int]
+) -> TensorCheck:
+    """Compares a file with what merging should have written.
+
+    Args:
+        path: Of the file.
+        expected: The merged weights, computed a second time.
+        dtype: That the merge report names.
+        config: Of the base.
+        tokenizer: The run's.
+        ends: Ids of the tokens that end an answer.
+
+    Raises:
+        ExportError: `gguf` is not installed, the file is damaged, or llama.cpp has no such tokenizer.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"{path.name}: GGUF is merged for {', '.join(ARCHITECTURES)}, and not for {config.model_type}."
+        )
+    file = GGUFFile(path, expected.names, dtype, config)
+    check = check_tensors(expected, file)
+    num_rows = expected.shape(EMBEDDING, None)[0]
+    vocabulary = read_vocabulary(tokenizer, num_rows, ends, config.bos_token_id)
+    wanted = _sizes(config, num_rows) | _vocabulary_fields(vocabulary)
+    for key, value in wanted.items():
+        found = file.fields.get(key)
+        if not _is_same(found, value):
+            check.problems.append(f"{path.name}: {key} is {found!r:.60}, not {value!r:.60}")
+    if vocabulary.tokens[: len(tokenizer)] != tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
+        check.problems.append(f"{path.name}: its tokens are not the tokenizer's")
+    if not _is_same(file.rope_factors, _rope_factors(config)):
+        check.problems.append(f"{path.name}: rope_freqs.weight is not what the config's rope_parameters ask for")
+    return check
+
+
+def _name(name: str) -> str:
+    """A tensor's name in the file; empty if it has none."""
+    match = LAYER.fullmatch(name)
+    if match is None:
+        return OUTER.get(name, "")
+    return f"blk.{match[1]}.{NAMES[match[2]]}.{match[3]}" if match[2] in NAMES else ""
+
+
+def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
+    """What the file should say of the model, by its keys."""
+    architecture, head_dim, rope = ARCHITECTURES[config.model_type], _head_dim(config), config.rope_parameters
+    is_scaled, is_yarn = rope["rope_type"] in ("linear", "yarn"), rope["rope_type"] == "yarn"
+    values = {
+        "vocab_size": num_rows,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": rope["rope_theta"],
+        "rope.scaling.type": rope["rope_type"] if is_scaled else None,
+        "rope.scaling.factor": rope["factor"] if is_scaled else None,
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"] if is_yarn else None,
+        "rope.scaling.attn_factor": _yarn_factor(rope) if is_yarn else None,
+    }
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _vocabulary_fields(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What it should say of the tokenizer."""
+    names = {"unk": "unknown", "pad": "padding"}
+    ids = {name: vocabulary.special.get(name) for name in ("bos", "eos", "eot", "eom", "unk", "pad")}
+    template = vocabulary.template
+    return {
+        "tokenizer.ggml.model": vocabulary.model,
+        "tokenizer.ggml.pre": vocabulary.pre,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        "tokenizer.ggml.merges": vocabulary.merges or None,
+        "tokenizer.ggml.scores": vocabulary.scores or None,
+        **{f"tokenizer.ggml.{names.get(name, name)}_token_id": token_id for name, token_id in ids.items()},
+        "tokenizer.ggml.add_bos_token": vocabulary.adds["bos"],
+        "tokenizer.ggml.add_eos_token": vocabulary.adds["eos"],
+        "tokenizer.ggml.add_space_prefix": vocabulary.adds["space"],
+        "tokenizer.chat_template": template.get("default") if isinstance(template, dict) else template,
+    }
+
+
+def _yarn_factor(rope: dict[str, Any]) -> float:
+    """The scale of YaRN's attention over the usual one, which llama.cpp multiplies by it."""
+    growth, mscale, of_all = 0.1 * math.log(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
+    asked = (1 + mscale * growth) / (1 + of_all * growth) if mscale and of_all else 1 + growth
+    return (rope.get("attention_factor") or asked) / (1 + growth)
+
+
+def _rope_factors(config: Any) -> list[float] | None:
+    """What Llama 3.1 divides frequencies by: long waves by the factor, short ones by 1, those between by a blend."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return None
+    head_dim, factors = _head_dim(config), []
+    for place in range(0, head_dim, 2):
+        turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-place / head_dim) / (2 * math.pi)
+        share = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        share = min(1.0, max(0.0, share))
+        factors.append(1 / ((1 - share) / rope["factor"] + share))
+    return factors
+
+
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Whether a value is another in fp32; an empty list is as good as none."""
+    if isinstance(wanted, float) and isinstance(found, float):
+        return math.isclose(found, wanted, rel_tol=1e-5)
+    if isinstance(wanted, list) and isinstance(found, list):
+        return len(found) == len(wanted) and all(map(_is_same, found, wanted))
+    return (found or None) == (wanted or None)

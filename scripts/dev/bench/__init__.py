@@ -1,0 +1,1 @@
+"""Measurements beside peers; each module is a command that writes its table under docs/benchmarks."""

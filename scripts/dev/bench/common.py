@@ -1,0 +1,266 @@
+"""What the measuring scripts share: a random base, qlora's and PEFT's model on it, and a table's head and end."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+REALDATA = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
+TOKENIZER = REALDATA / "tokenizers" / "tinyllama_chat_hf"
+SHAPES: dict[str, dict[str, Any]] = {
+    "limits": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+}
+
+
+def make_base(folder: Path, shape: str | dict[str, Any], tokenizer: Path | None = None, seed: int = 0) -> None:
+    """Saves a model with random weights in bf16 as a user would have it.
+
+    Args:
+        folder: Made if it is not there.
+        shape: One of `SHAPES`, sizes of a Llama, or the path of a config.json.
+        tokenizer: Folder whose tokenizer is saved with it; one of two tokens where that is not there.
+        seed: Of the weights.
+    """
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+    sizes = SHAPES.get(shape, shape) if isinstance(shape, str) else shape
+    if isinstance(sizes, str):
+        path = Path(sizes)
+        config = AutoConfig.from_pretrained(path if path.is_dir() else path.parent)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    else:
+        config = LlamaConfig(**{"tie_word_embeddings": False, "max_position_embeddings": 1 << 17} | sizes)
+    torch.manual_seed(seed)
+    # On a GPU where there is one: drawing 8 billion numbers takes minutes on a CPU.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    if tokenizer and tokenizer.is_dir():
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    else:
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
+
+
+def shape_name(shape: str) -> str:
+    """A shape as a table names it: of a config.json, its folder."""
+    path = Path(shape)
+    return shape if shape in SHAPES else path.name if path.is_dir() else path.parent.name
+
+
+def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Rows of token ids, small ones far more often, so that there is something to learn from the first step on."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(count, length, generator=generator, dtype=torch.float64).pow(4) * vocabulary
+    return drawn.long().tolist()
+
+
+def build_qlora(
+    base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False
+) -> tuple[Any, Any]:
+    """Our base with our adapters, in training mode, and its tokenizer; `holds` keeps its dequantized weights."""
+    from qlora.layers import apply_recompute, hold_weights, rebuild_activations, use_document_attention
+    from qlora.lora import add_lora, lora_layers
+    from qlora.model import load_base
+
+    model, tokenizer = load_base(base)
+    add_lora(model, rank=rank, alpha=alpha)
+    for name, layer in lora_layers(model):
+        layer.lora_A.data.copy_(first_values(name, layer.lora_A.shape, seed))
+    use_document_attention(model)
+    rebuild_activations(model)
+    apply_recompute(model, recompute)
+    if holds:
+        hold_weights(model, math.inf)
+    return model.train(), tokenizer
+
+
+def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) -> tuple[Any, Any]:
+    """PEFT's adapters on bitsandbytes' own layers, as transformers loads them, and the tokenizer.
+
+    Args:
+        base: A folder.
+        rank: Of the adapters.
+        alpha: Of the adapters.
+        setting: Words joined by `+`: `none` or `full` for gradient checkpointing; `prepare` for PEFT's
+            `prepare_model_for_kbit_training`; `bf16` for factors in bf16 and not fp32. Others are for the caller.
+        seed: Of the first values of A.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    words = setting.split("+")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
+    )
+    for module in model.modules():
+        # Else its first evaluation repacks the weights in place, and no gradient comes back.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    if "prepare" in words:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    model = get_peft_model(model, adapters, autocast_adapter_dtype="bf16" not in words)
+    set_peft_values(model, seed)
+    if "full" in words:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(), AutoTokenizer.from_pretrained(base)
+
+
+def set_peft_values(model: Any, seed: int) -> None:
+    """Gives PEFT's factors the first values that ours have."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            for key in module.lora_A:
+                weight = module.lora_A[key].weight
+                weight.data.copy_(first_values(name.removeprefix("base_model.model."), weight.shape, seed))
+                module.lora_B[key].weight.data.zero_()
+
+
+def first_values(name: str, shape: Any, seed: int) -> Any:
+    """First values of a layer's A in bf16: by its name, so that the order of layers makes no difference."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    values = torch.empty(tuple(shape), dtype=torch.float32)
+    torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return values.to(torch.bfloat16)
+
+
+def peft_loss(model: Any, batch: Any) -> Any:
+    """The mean loss as transformers' trainer computes it: by the model, from all logits."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        shift_labels=batch.labels,
+        num_items_in_batch=batch.num_supervised,
+        use_cache=False,
+    ).loss
+
+
+def recompute_levels() -> list[str]:
+    """The levels that a config may name and a model on this machine's device can have."""
+    from typing import get_args
+
+    import torch
+
+    from qlora.config import ModelSection
+
+    named = get_args(ModelSection.model_fields["recompute"].annotation)
+    lacking = ("auto",) if torch.cuda.is_available() else ("auto", "offload", "offload+tiled")
+    return [level for level in named if level not in lacking]
+
+
+def installed(*packages: str) -> bool:
+    """Whether all of them can be imported."""
+    return all(find_spec(package) is not None for package in packages)
+
+
+def heading(title: str, *packages: str) -> list[str]:
+    """The head of a table: date, what it is of, hardware, load, versions and commit."""
+    return [f"## {date.today()}: {title}", "", f"{hardware()}; {versions(*packages)}; {commit()}", ""]
+
+
+def hardware() -> str:
+    """Cores, processor, GPU if any, and how busy the machine is."""
+    import torch
+
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores of {processor()}{gpu}; load {os.getloadavg()[0]:.1f}"
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions(*packages: str) -> str:
+    """Of the packages that are installed."""
+    return ", ".join(_versions(packages))
+
+
+def _versions(packages: tuple[str, ...]) -> Iterator[str]:
+    for package in packages:
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+
+
+def commit() -> str:
+    """Of the checkout that qlora is imported from, and whether its code has changed since."""
+    spec = find_spec("qlora")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    try:
+        name = _git(package, "rev-parse", "--short", "HEAD")
+        return f"commit {name}{' with changes' if _git(package, 'status', '--porcelain', '.') else ''}"
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_child(module: str, *arguments: str) -> Any:
+    """Run a module in a process of its own; returns the JSON of its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def append(path: Path, title: str, lines: list[str]) -> None:
+    """Puts lines at the end of a page, which begins with its title."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(title, encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(["", *lines, ""]))

@@ -1,0 +1,136 @@
+"""Measures dequantization on a GPU as a share of a plain copy's bandwidth: the fused kernel beside bitsandbytes.
+
+For the shapes of Llama-3.1-8B's linears, in NF4 with double quantization, to bf16: the fused kernel, bitsandbytes'
+three launches, and both with the LoRA term added to the weight. Where the two differ in a bit, without that term, the
+script fails. It needs CUDA and Triton. Until docs/benchmarks/dequantize.md is there it has not been run on a GPU.
+
+    python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.dev.bench.common import append, heading
+
+SHAPES = {
+    "q_proj, o_proj": (4096, 4096),
+    "k_proj, v_proj": (1024, 4096),
+    "gate_proj, up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
+# Codes, an absmax in 8 bits for 64 of them, and an fp32 for 256 of these; then what is written.
+BYTES_READ = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+# More than any GPU's cache holds, so that every pass over the weights comes from memory.
+BYTES_IN_TURN = 1 << 29
+TITLE = """# Dequantization as a share of a copy
+
+`python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md`. NF4 with double quantization to bf16, in
+blocks of 64. A time is a CUDA graph's, of as many weights in turn as no cache holds, so launches on the host are not in
+it; the median of ten. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
+two buffers on the same device, of which both the bytes read and those written count. The factors of the LoRA term are
+not counted.
+"""
+
+
+def main() -> None:
+    """Measures, prints, and appends where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, nargs="*", default=[16, 64], help="of the LoRA term")
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        shapes = ", ".join(f"{out} × {width}" for out, width in SHAPES.values())
+        sys.exit(
+            "There is no CUDA device here. On one, this measures the bandwidth of the fused NF4 dequantization and of "
+            f"bitsandbytes' as shares of a copy's, for weights of {shapes}, without the LoRA term and with it."
+        )
+    lines = table(arguments.rank)
+    print("\n".join(lines))
+    if arguments.out:
+        append(arguments.out, TITLE, lines)
+
+
+def table(ranks: list[int]) -> list[str]:
+    """The rows of all shapes, without the LoRA term and with that of each rank."""
+    copy = bandwidth_of_copy()
+    lines = [
+        *heading("Llama-3.1-8B's linears", "torch", "triton", "bitsandbytes"),
+        f"A copy moves {copy / 1e9:.0f} GB/s.",
+        "",
+        "| linear | out × in | LoRA rank | fused µs | share of a copy | bitsandbytes µs | share | times as fast |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, shape in SHAPES.items():
+        for rank in [0, *ranks]:
+            fused, theirs = measure(shape, rank)
+            num_bytes = shape[0] * shape[1] * (BYTES_READ + torch.bfloat16.itemsize)
+            lines.append(
+                f"| {name} | {shape[0]} × {shape[1]} | {rank or 'none'} | {fused * 1e6:.1f} "
+                f"| {num_bytes / fused / copy:.0%} | {theirs * 1e6:.1f} | {num_bytes / theirs / copy:.0%} "
+                f"| {theirs / fused:.2f} |"
+            )
+    return lines
+
+
+def bandwidth_of_copy() -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    source = torch.empty(BYTES_IN_TURN, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def measure(shape: tuple[int, int], rank: int) -> tuple[float, float]:
+    """Seconds for a weight: by the fused kernel, and by bitsandbytes."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    from qlora.kernels.dequantize_triton import dequantize_4bit_triton
+    from qlora.nf4 import quantize
+
+    per_weight = shape[0] * shape[1] * (BYTES_READ + torch.bfloat16.itemsize)
+    num_weights = max(2, round(BYTES_IN_TURN / per_weight))
+    weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    quantized = [quantize(weight) for _ in range(num_weights)]
+    outs = [torch.empty_like(weight) for _ in range(num_weights)]
+    A = torch.randn(rank, shape[1], dtype=torch.bfloat16, device="cuda") / shape[1] ** 0.5
+    B = torch.randn(shape[0], rank, dtype=torch.bfloat16, device="cuda")
+    lora: dict[str, Any] = {"lora_A": A, "lora_B": B, "scaling": 2.0} if rank else {}
+
+    def fused(index: int) -> torch.Tensor:
+        packed, state = quantized[index]
+        nested = state.state2
+        return dequantize_4bit_triton(
+            packed, state.code, state.absmax, shape, torch.bfloat16, state.blocksize, nested_code=nested.code,
+            nested_absmax=nested.absmax, nested_offset=state.offset, nested_block_size=nested.blocksize,
+            out=outs[index], **lora,
+        )  # fmt: skip
+
+    def theirs(index: int) -> torch.Tensor:
+        result = dequantize_4bit(*quantized[index], out=outs[index])
+        return result.addmm_(B, A, alpha=2.0) if rank else result
+
+    if not rank and not torch.equal(fused(0).clone().view(torch.int16), theirs(0).view(torch.int16)):
+        sys.exit(f"The fused kernel gives other bits than bitsandbytes for a weight of {shape[0]} × {shape[1]}.")
+    return tuple(seconds(in_turn(kernel, num_weights)) for kernel in (fused, theirs))
+
+
+def in_turn(kernel: Callable[[int], Any], num_weights: int) -> Callable[[], Any]:
+    """The kernel on the next weight at each call."""
+    numbers = count()
+    return lambda: kernel(next(numbers) % num_weights)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """The median time of a call on the device, without what the host takes to launch it."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(function, rep=100, return_mode="median") / 1e3
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Measures how much host memory loading a base takes, beside the size of its files.
+
+Makes a random Llama checkpoint of the sizes asked for in a temporary folder, loads it in a new process, and appends
+a line to docs/benchmarks/loading.md: the highest resident memory during the load above that before it.
+
+    python -m scripts.dev.bench.loading --layers 8 --hidden 2048 --intermediate 8192
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from scripts.dev.bench.common import BENCHMARKS, make_base, run_child, versions
+
+TARGET = BENCHMARKS / "loading.md"
+TITLE = """# Host memory while a base is loaded
+
+Random Llama checkpoints in bf16, loaded on a CPU: `python -m scripts.dev.bench.loading`. The bound is the 4-bit model,
+two of its largest tensors and 400 MB. Peaks are resident memory (VmHWM) above what was resident after the imports.
+
+| date | checkpoint MB | 4-bit model MB | largest tensor MB | bound MB | peak MB | seconds | versions |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    """Makes the checkpoint, measures, prints and appends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    sizes = {
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden // 128,
+        "vocab_size": arguments.vocabulary,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder), sizes)
+        checkpoint = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
+        found = run_child(__spec__.name, "--measure", folder)
+    largest = 2 * arguments.hidden * max(arguments.intermediate, arguments.vocabulary) / 1e6
+    packages = versions("torch", "transformers", "bitsandbytes")
+    row = (
+        f"| {date.today()} | {checkpoint:.0f} | {found['base']:.0f} | {largest:.0f} "
+        f"| {found['base'] + 2 * largest + 400:.0f} | {found['peak']:.0f} | {found['seconds']:.1f} | {packages} |"
+    )
+    print(row)
+    if not TARGET.exists():
+        TARGET.write_text(TITLE, encoding="utf-8")
+    with TARGET.open("a", encoding="utf-8") as file:
+        file.write(row + "\n")
+
+
+def measure(folder: str) -> dict[str, float]:
+    """Loads a base and tells what it took, in MB and seconds."""
+    import bitsandbytes  # noqa: F401  (imported before, as all that is not the base's)
+    import torch
+
+    from qlora.model import load_base, take_inventory
+
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+    before, started = resident("VmRSS"), time.perf_counter()
+    model, _ = load_base(folder, compute_dtype="bfloat16")
+    seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
+    return {"peak": peak, "base": take_inventory(model).base_bytes / 1e6, "seconds": seconds}
+
+
+def resident(key: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Measures head and cross-entropy: in chunks, as training computes them, beside all logits at once.
+
+Forward and backward of the loss over random hidden states, by chunk size; time, and on a GPU peak memory.
+
+    python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from qlora.kernels import linear_cross_entropy
+from qlora.kernels.cross_entropy import default_chunk
+from scripts.dev.bench.common import SHAPES, append, heading
+
+TITLE = """# Head and cross-entropy
+
+`python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 against
+random labels and the gradient of the hidden states, the head frozen. `all at once` is what a model of transformers
+does: logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Minimum
+of the rounds, which take turns; peak memory is what was allocated above the inputs.
+"""
+
+
+def main() -> None:
+    """Measures, prints, and appends where asked to."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama3-8b" if on_gpu else "limits", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=16_384 if on_gpu else 1024)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    arguments = parser.parse_args()
+    lines = table(arguments.shape, arguments.tokens, arguments.rounds)
+    print("\n".join(lines))
+    if arguments.out:
+        append(arguments.out, TITLE, lines)
+
+
+def table(shape: str, tokens: int, rounds: int) -> list[str]:
+    """A line for every way to the loss."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    features, vocabulary = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
+    hidden = torch.randn(tokens, features, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, features, device=device, dtype=torch.bfloat16).mul_(features**-0.5)
+    labels = torch.randint(vocabulary, (tokens,), device=device)
+
+    def chunked(elements: int) -> Callable[[], torch.Tensor]:
+        return lambda: linear_cross_entropy(hidden, weight, labels, chunk_elements=elements)
+
+    def at_once() -> torch.Tensor:
+        return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+
+    used = default_chunk(device)
+    ways = {f"chunks of {used >> shift:,} logits": chunked(used >> shift) for shift in (3, 2, 1)}
+    ways[f"chunks of {used:,} logits, the default"] = chunked(used)
+    ways |= {f"chunks of {used << shift:,} logits": chunked(used << shift) for shift in (1, 2)}
+    ways["all at once"] = at_once
+    logits, products = torch.empty(tokens, vocabulary, device=device, dtype=torch.bfloat16), hidden.detach().clone()
+
+    def multiply() -> None:
+        torch.mm(products, weight.T, out=logits)
+        torch.mm(logits, weight, out=products)
+
+    bound = min(seconds(multiply, device) for _ in range(rounds))
+    shortest, peaks = dict.fromkeys(ways, float("inf")), {}
+    for _ in range(rounds):
+        for name, loss in ways.items():
+            if device.type == "cuda":
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            shortest[name] = min(shortest[name], seconds(lambda loss=loss: torch.autograd.grad(loss(), hidden), device))
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+    return [
+        *heading(f"{shape}, {tokens:,} tokens of {features} features, {vocabulary:,} words", "torch"),
+        "| way | ms | of the two products | peak MB |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {best * 1e3:.1f} | {best / bound:.2f} | {peaks[name] / 1e6:.0f} |"
+            if peaks
+            else f"| {name} | {best * 1e3:.1f} | {best / bound:.2f} | |"
+            for name, best in shortest.items()
+        ),
+    ]
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

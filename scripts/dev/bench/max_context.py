@@ -1,0 +1,171 @@
+"""Finds the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
+
+A process for each setting: forward, backward and update of one sequence of random tokens, longer or shorter until the
+longest that fits is known to a hundredth. The cap is put on torch's allocator. It needs CUDA. Until
+docs/benchmarks/max_context.md is there it has not been run on a GPU.
+
+    python -m scripts.dev.bench.max_context --cap 24 --out docs/benchmarks/max_context.md
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.dev.bench.common import (
+    SHAPES,
+    append,
+    build_peft,
+    build_qlora,
+    heading,
+    installed,
+    make_base,
+    peft_loss,
+    recompute_levels,
+    run_child,
+    shape_name,
+)
+
+TITLE = """# The longest sequence under a memory cap
+
+`python -m scripts.dev.bench.max_context --out docs/benchmarks/max_context.md`. Forward, backward and update of one
+sequence of random tokens, every one learnt, batch 1, on a base with random weights; bisection until the longest that
+fits is known to a hundredth. The cap is on what torch's allocator reserves. `peak` is the most that it had allocated at
+that length, `driver` what the device says was in use then, the context and paged state included.
+"""
+
+
+def main() -> None:
+    """Measures, prints, and appends where asked to; called with --side it is one of the measured processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama3-8b", help=f"{', '.join(SHAPES)}, or the path of a config.json")
+    parser.add_argument("--cap", type=float, default=24, help="GiB")
+    parser.add_argument("--recompute", nargs="+", default=["full", "offload", "offload+tiled"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--longest", type=int, default=1 << 18, help="tokens that are not gone beyond")
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    parser.add_argument("--side", choices=["qlora", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--base", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "There is no CUDA device here. On one, this finds the longest sequence that trains under a memory cap; "
+            "what a config needs is estimated anywhere by `qlora estimate`."
+        )
+    if unknown := set(arguments.recompute) - set(recompute_levels()):
+        sys.exit(f"--recompute: there is no {', '.join(unknown)}; the levels are {', '.join(recompute_levels())}.")
+    if arguments.side:
+        print(json.dumps(search(arguments)))
+        return
+    title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.cap:g} GiB"
+    lines = [
+        *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
+        "| side | recompute | longest | peak GiB | driver GiB |",
+        "|---|---|---|---|---|",
+    ]
+    sides = [("qlora", level) for level in arguments.recompute] + [("peft", "full")] * installed("peft")
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder), arguments.shape)
+        for side, level in sides:
+            given = ["--shape", arguments.shape, "--cap", str(arguments.cap), "--rank", str(arguments.rank)]
+            given += ["--longest", str(arguments.longest), "--side", side, "--base", folder, "--recompute", level]
+            found = run_child(__spec__.name, *given)
+            cells = f"{found['longest']:,} | {found['peak'] / 2**30:.2f} | {found['driver'] / 2**30:.2f}"
+            lines.append(f"| {side} | {level} | {cells} |")
+    print("\n".join(lines))
+    if arguments.out:
+        append(arguments.out, TITLE, lines)
+
+
+def search(arguments: argparse.Namespace) -> dict[str, int]:
+    """The longest sequence of one side, and its memory."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / total))
+    step = {"qlora": qlora_step, "peft": peft_step}[arguments.side](arguments)
+    memory: dict[int, tuple[int, int]] = {}
+
+    def fits(length: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step(length)
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            return False
+        free, _ = torch.cuda.mem_get_info()
+        memory[length] = torch.cuda.max_memory_allocated(), total - free
+        return True
+
+    longest = bisect(fits, 512, arguments.longest)
+    peak, driver = memory.get(longest, (0, 0))
+    return {"longest": longest, "peak": peak, "driver": driver}
+
+
+def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
+    """The longest length that fits, to a hundredth of itself; 0 if not even the shortest does."""
+    if not fits(shortest):
+        return 0
+    low, high = shortest, shortest
+    while low == high and high < longest:  # doubled first, so that no step is far longer than what fits
+        high = min(2 * high, longest)
+        low = high if fits(high) else low
+    while high - low > low // 100:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
+    """A step of ours on a sequence of some length."""
+    from qlora.model import supervised_loss
+    from qlora.optim import FlatAdamW, FlatParameters
+
+    (level,) = arguments.recompute
+    model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level)
+    flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    optimizer = FlatAdamW(flat)
+
+    def step(length: int) -> None:
+        flat.zero_grad()
+        batch = random_batch(length, model)
+        (supervised_loss(model, batch) / batch.total_weight).backward()
+        flat.clip_grad_norm(1.0)
+        optimizer.step(1e-4)
+
+    return step
+
+
+def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
+    """A step of PEFT's model with bitsandbytes' optimizer."""
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, "full")
+    optimizer = PagedAdamW8bit([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+
+    def step(length: int) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = peft_loss(model, random_batch(length, model))
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def random_batch(length: int, model: Any) -> Any:
+    """One sequence, every token of it learnt."""
+    import numpy as np
+
+    from qlora.data import collate, make_example
+
+    ids = np.random.default_rng(length).integers(model.config.vocab_size, size=length)
+    return collate([make_example(ids, [True] * length)], packed=True).to(model.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Real training processes, killed at random moments and continued; their end is held against an unkilled run's.
+
+Needs qlora alone; a test loads it by its path.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from qlora.training.metrics import VOLATILE
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is run.
+
+    Attributes:
+        name: In the report.
+        config: A YAML file.
+        overrides: Of its keys.
+        save_every: Steps between saves: the most that a kill may cost.
+        slow: On a disk that takes 20 ms longer to hold what it was given.
+        warm: Forked from this process, which has imported all that the command will, and not started anew.
+    """
+
+    name: str
+    config: Path
+    overrides: tuple[str, ...] = ()
+    save_every: int = 1
+    slow: bool = False
+    warm: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """What kills came to."""
+
+    kills: int = 0
+    in_saves: int = 0
+    continued: int = 0
+    most_lost: int = 0
+    runs: int = 0
+    differing: int = 0
+
+
+class Forked:
+    """A process forked from this one, with the part of `subprocess.Popen` that is used here."""
+
+    def __init__(self, run: Callable[[], None], log: TextIO) -> None:
+        self.pid, self._status = os.fork(), None
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            run()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self._status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if ended else None
+        return self._status
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code, once it has ended."""
+        ends = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < ends:
+            time.sleep(0.01)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it."""
+        self.send_signal(signal.SIGKILL)
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+def start(recipe: Recipe, folder: Path) -> Process:
+    """Starts `qlora train` into a folder; what it prints goes into a log beside it."""
+    settings = [f"train.save_every={recipe.save_every}", *recipe.overrides, f"train.output_dir={folder}"]
+    arguments = ["train", str(recipe.config), *settings]
+    with log_of(folder).open("a") as log:
+        if recipe.warm:
+            return Forked(lambda: command(arguments, recipe.slow), log)
+        return subprocess.Popen(
+            [sys.executable, "-m", "qlora", *arguments],
+            stdout=log, stderr=log, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def command(arguments: list[str], slow: bool) -> None:
+    """What `python -m qlora` does, in this process."""
+    from qlora.cli.main import main
+
+    if slow:
+        sync = os.fsync
+        os.fsync = lambda descriptor: (time.sleep(0.02), sync(descriptor))[1]
+    os.chdir(ROOT)
+    sys.argv = ["qlora", *arguments]
+    main()
+
+
+def warm_up() -> None:
+    """Imports what the command will."""
+    from qlora.cli.main import quiet_libraries
+
+    quiet_libraries()
+    import bitsandbytes  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    import qlora.training  # noqa: F401
+
+
+def log_of(folder: Path) -> Path:
+    """Where a run's output goes."""
+    return folder.parent.with_name(f"{folder.parent.name}.{folder.name}.log")  # a level up: its own disk may be full
+
+
+def wait_until(condition: Callable[[], bool], process: Process, seconds: float = 300) -> bool:
+    """Waits for a condition; False if the process ended before."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return condition()
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.002)
+    return True
+
+
+def is_training(folder: Path, since: int) -> Callable[[], bool]:
+    """Whether a session that was started at a time in nanoseconds has begun to train."""
+    record = folder / "run.json"
+    return lambda: record.is_file() and record.stat().st_mtime_ns > since
+
+
+def lines_of(folder: Path) -> list[dict[str, object]]:
+    """What was logged, without an unfinished last line and what no run repeats."""
+    text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
+
+
+def logged_step(folder: Path) -> int:
+    """The last step that was logged."""
+    return max((int(str(line["step"])) for line in lines_of(folder)), default=0)
+
+
+def saved_step(folder: Path) -> int:
+    """Of the newest checkpoint."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*[0-9]")), default=0)
+
+
+def is_amid_save(folder: Path) -> bool:
+    """Whether a killed process left a save unfinished."""
+    return any((folder / "checkpoints").glob(".*")) or any(folder.glob(".*"))
+
+
+def differing(folder: Path, whole: Path) -> list[str]:
+    """Files of two finished runs that are not the same."""
+    names = sorted({path.name for run in (folder, whole) for path in (run / "adapter").iterdir()})
+    files = [run / "adapter" for run in (folder, whole)]
+    apart = [name for name in names if len({(each / name).read_bytes() for each in files}) > 1]
+    return apart + ["metrics.jsonl"] * (lines_of(folder) != lines_of(whole))
+
+
+def finish(recipe: Recipe, folder: Path) -> tuple[Path, float]:
+    """Runs to the end; returns the folder, and the seconds from the first to the last step."""
+    since = time.time_ns()
+    process = start(recipe, folder)
+    assert wait_until(is_training(folder, since), process), log_of(folder).read_text()
+    began = time.monotonic()
+    assert process.wait(600) == 0, log_of(folder).read_text()
+    return folder, time.monotonic() - began
+
+
+def kill_often(
+    recipe: Recipe, work: Path, kills: int, rng: random.Random, number: signal.Signals = signal.SIGKILL
+) -> Counts:
+    """Sends runs a signal at random moments until there were so many, and compares each one's end with the whole run's.
+
+    Args:
+        recipe: Of the runs.
+        work: Folder for the runs.
+        kills: How many.
+        rng: For the moments. One in ten is before the first step.
+        number: SIGKILL, or a signal at which the state is saved.
+    """
+    counts = Counts()
+    whole, seconds = finish(recipe, work / "whole")
+    while counts.kills < kills:
+        folder = work / f"run-{counts.runs}"
+        is_new = True
+        while True:
+            since = time.time_ns()
+            process = start(recipe, folder)
+            counts.continued += not is_new
+            is_new = False
+            if counts.kills < kills:
+                early = rng.random() < 0.1
+                if early or wait_until(is_training(folder, since), process):
+                    time.sleep(rng.uniform(0, 4 if early else seconds / 2))
+                process.send_signal(number)
+            code = process.wait(600)
+            if code == 0:
+                break
+            # By the signal itself it ends only before the first step, where there is nothing to save.
+            assert code in (-number, 128 + number), log_of(folder).read_text()
+            counts.kills += 1
+            counts.in_saves += is_amid_save(folder)
+            lost = logged_step(folder) - saved_step(folder)
+            assert lost <= (recipe.save_every if code < 0 else 0), (folder, lost, code)
+            counts.most_lost = max(counts.most_lost, lost)
+        counts.runs += 1
+        apart = differing(folder, whole)
+        counts.differing += len(apart)
+        assert not apart, (folder, apart)
+        shutil.rmtree(folder)
+    return counts
+
+
+def save_when_asked(recipe: Recipe, work: Path, kills: int, rng: random.Random) -> Counts:
+    """SIGUSR1 at random moments of runs that save nothing else; each is killed after the save, and goes on from it."""
+    counts = Counts()
+    whole, seconds = finish(recipe, work / "whole")
+    while counts.kills < kills:
+        folder = work / f"run-{counts.runs}"
+        while True:
+            before, since = saved_step(folder), time.time_ns()
+            process = start(recipe, folder)
+            counts.continued += before > 0
+            if counts.kills < kills and wait_until(lambda: logged_step(folder) > before, process):  # noqa: B023
+                assert is_training(folder, since)()
+                time.sleep(rng.uniform(0, seconds / 4))
+                reached = logged_step(folder)
+                process.send_signal(signal.SIGUSR1)
+                wait_until(lambda: saved_step(folder) >= reached, process)  # noqa: B023
+                process.kill()
+            if process.wait(600) == 0:
+                break
+            assert saved_step(folder) >= reached, log_of(folder).read_text()
+            counts.kills += 1
+            counts.most_lost = max(counts.most_lost, logged_step(folder) - saved_step(folder))
+        counts.runs += 1
+        counts.differing += len(differing(folder, whole))
+        shutil.rmtree(folder)
+    return counts

@@ -1,0 +1,108 @@
+"""A directory's lock: one holder at a time, who is named, and who lets go of it however it ends."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from qlora.errors import CheckpointError
+from qlora.files import hold_lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qlora.files.lock import hold_lock
+with hold_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def lock(tmp_path):
+    return tmp_path / "runs" / "one" / "run.lock"
+
+
+def test_it_tells_who_holds_it_while_it_is_held_and_leaves_nothing(lock, tmp_path):
+    with hold_lock(lock) as warning:
+        assert warning is None
+        holder = json.loads(lock.read_text())
+        assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_stays_if_something_is_in_it_or_it_was_there(lock, tmp_path):
+    with hold_lock(lock):
+        (lock.parent / "file").write_text("")
+    assert [path.name for path in lock.parent.iterdir()] == ["file"]
+    (lock.parent / "file").unlink()
+    with hold_lock(lock):
+        pass
+    assert lock.parent.is_dir()
+
+
+def test_a_second_holder_is_told_of_the_first_who_is_not_disturbed(lock):
+    with hold_lock(lock):
+        before = lock.read_text()
+        holder = rf"one is in use by process {os.getpid()} on {socket.gethostname()} since 20\d\d-"
+        with pytest.raises(CheckpointError, match=holder), hold_lock(lock):
+            pytest.fail("there are two")
+        assert lock.read_text() == before
+    with hold_lock(lock):
+        pass
+
+
+def test_a_killed_process_holds_nothing(lock):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=f"in use by process {process.pid} on"), hold_lock(lock):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert json.loads(lock.read_text())["pid"] == process.pid  # it could not tidy up
+    with hold_lock(lock):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 3}', "\0" * 9])
+def test_a_holder_that_has_not_said_who_it_is_is_one_too(text, lock):
+    with hold_lock(lock):
+        lock.write_text(text)
+        with pytest.raises(CheckpointError, match="in use by another process"), hold_lock(lock):
+            pass
+
+
+def test_the_lock_of_a_folder_that_was_made_anew_is_left_to_its_holder(lock):
+    with hold_lock(lock):
+        lock.unlink()
+        with hold_lock(lock):
+            pass
+        lock.write_text("another's")
+    assert lock.read_text() == "another's"
+
+
+def test_a_file_system_without_locks_is_told_of(lock, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("qlora.files.lock.lock_descriptor", refuse)
+    with hold_lock(lock) as warning:
+        assert f"{lock.parent}: its file system has no locks" in warning
+    assert not lock.exists()
+
+
+def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"one can't be written: .* MB are free"):  # noqa: SIM117
+        with hold_lock(tmp_path / "file" / "one" / "run.lock"):
+            pass
+
+
+def test_an_error_inside_is_passed_on_as_it_is(lock):
+    with pytest.raises(OSError, match="mine"), hold_lock(lock):
+        raise OSError("mine")
+    assert not lock.exists()

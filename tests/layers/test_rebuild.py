@@ -1,0 +1,239 @@
+"""A model whose norms and gated products are built again: the same but for last bits, and smaller."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen3Config,
+)
+
+from qlora.data import collate, make_example
+from qlora.kernels import GatedProduct, RMSNorm, rebuilt
+from qlora.layers import apply_recompute, rebuild_activations, use_document_attention
+from qlora.layers.rebuild import GatedMLP, RebuiltNorm
+from qlora.lora import add_lora, lora_layers
+from qlora.model import load_base, supervised_loss
+from tests.model.test_packed import loss_and_gradients
+from tests.tiny import make_base
+
+# Norms and gated MLPs that are replaced in two layers.
+FAMILIES = {
+    "llama": (LlamaConfig, {}, (5, 2)),
+    "qwen3": (Qwen3Config, {}, (9, 2)),
+    "gemma2": (Gemma2Config, {}, (9, 2)),
+    "gemma3": (Gemma3TextConfig, {}, (13, 2)),
+    "phi3, gate and up in one": (Phi3Config, {}, (5, 0)),
+    "mixtral, with experts": (MixtralConfig, {"num_local_experts": 4}, (5, 0)),
+    "gpt2": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, (5, 0)),
+}
+
+
+def batch(generator, packed):
+    documents = [
+        make_example(torch.randint(256, (length,), generator=generator).numpy(), [True] * length) for length in (9, 30)
+    ]
+    return collate(documents, packed)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("config_class", "sizes", "expected"), FAMILIES.values(), ids=FAMILIES)
+def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, config_class, **sizes)
+    model = load_base(str(base), compute_dtype="float32")[0]
+    add_lora(model, rank=4, dtype=torch.float32)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    apply_recompute(model, recompute)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    one = batch(generator, packed=True)
+    names = [name for name, _ in model.named_parameters()]
+    loss, gradients = loss_and_gradients(model, [one])
+    rebuild_activations(model)
+    assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in (RebuiltNorm, GatedMLP)) == expected
+    assert [name for name, _ in model.named_parameters()] == names
+    again, found = loss_and_gradients(model, [one])
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(found, gradients, strict=True))
+    with torch.no_grad():
+        assert supervised_loss(model.eval(), one).item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_an_mlp_of_the_same_names_that_does_more_is_left_alone(tiny_base):
+    model, _ = load_base(str(tiny_base))
+    mlp = model.model.layers[0].mlp
+
+    class Doubled(type(mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp.__class__ = Doubled
+    rebuild_activations(model)
+    assert type(model.model.layers[0].mlp) is Doubled
+    assert isinstance(model.model.layers[1].mlp, GatedMLP)
+
+
+def chosen(model):
+    """The functions of a model's norms and products."""
+    modules = list(model.modules())
+    norms = [module._function[0] for module in modules if isinstance(module, RebuiltNorm)]
+    return norms, [module._product for module in modules if isinstance(module, GatedMLP)]
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("config_class", "form", "activation"),
+    [
+        (LlamaConfig, (0.0, True), "silu"),
+        (Olmo2Config, (0.0, False), "silu"),
+        (Gemma2Config, (1.0, False), "gelu_tanh"),
+    ],
+)
+def test_what_norms_and_products_are_is_found_out(config_class, form, activation, compute_dtype, tmp_path, seed):
+    model = load_base(str(make_base(tmp_path / "base", seed, config_class)), compute_dtype=compute_dtype)[0]
+    rebuild_activations(model)
+    norms, products = chosen(model)
+    assert {(norm.offset, norm.rounds_first) for norm in norms} == {form}
+    assert set(products) == {GatedProduct(activation, overwrites=True)}
+
+
+def test_what_is_none_that_is_known_runs_as_it_is(tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, LlamaConfig, hidden_act="quick_gelu")
+    model = load_base(str(base), compute_dtype="float32")[0]
+    own = model.model.norm
+
+    class DoubledRMSNorm(type(own)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    own.__class__ = DoubledRMSNorm
+    one = batch(generator, packed=True)
+    expected = supervised_loss(model, one).item()
+    rebuild_activations(model)
+    norms, products = chosen(model)
+    assert [norm for norm in norms if not isinstance(norm, RMSNorm)] == [own]
+    assert not any(isinstance(product, GatedProduct) for product in products)
+    assert supervised_loss(model, one).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_without_values_is_replaced_too(tiny_base):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base)).requires_grad_(False)
+    rebuild_activations(model)
+    assert [len(each) for each in chosen(model)] == [5, 2]
+
+
+def test_without_liger_the_reason_is_told(tiny_base):
+    assert rebuild_activations(load_base(str(tiny_base))[0]) == "plain torch: liger-kernel is for CUDA"
+
+
+def use_liger(monkeypatch, twin):
+    monkeypatch.setattr("qlora.layers.rebuild.why_not_liger", lambda device: None)
+    monkeypatch.setattr("qlora.layers.rebuild.liger_version", lambda: "1.2.3")
+    monkeypatch.setattr("qlora.layers.rebuild.liger_twin", twin)
+
+
+def test_liger_is_used_where_it_gives_the_same(monkeypatch, tiny_base):
+    used = []
+
+    def twin(function):
+        used.append(lambda *inputs: rebuilt(function, *inputs))
+        return used[-1]
+
+    use_liger(monkeypatch, twin)
+    model, _ = load_base(str(tiny_base))
+    assert rebuild_activations(model) == "liger-kernel 1.2.3"
+    norms, products = chosen(model)
+    assert set(used) == {*norms, *products}
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradients", "dtype", "error", "none"])
+def test_liger_is_not_used_where_it_gives_something_else_or_fails(wrong, monkeypatch, tiny_base):
+    def twin(function):
+        def norm(x):
+            if wrong == "error":
+                raise RuntimeError("no such GPU")
+            result = rebuilt(function, x)
+            scaled = result * 1.01 if wrong == "values" else result.float() if wrong == "dtype" else result
+            return scaled + (x - x.detach()) if wrong == "gradients" else scaled
+
+        if isinstance(function, RMSNorm):
+            return None if wrong == "none" else norm
+        return lambda *inputs: rebuilt(function, *inputs)
+
+    use_liger(monkeypatch, twin)
+    model, _ = load_base(str(tiny_base))
+    reason = {"error": "fails (RuntimeError: no such GPU) for", "none": "has no"}.get(wrong, "gives something else for")
+    assert rebuild_activations(model) == f"liger-kernel 1.2.3; plain torch: liger-kernel {reason} LlamaRMSNorm"
+    norms, products = chosen(model)
+    assert all(isinstance(norm, RMSNorm) for norm in norms)
+    assert not any(isinstance(product, GatedProduct) for product in products)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
+def test_on_cuda_liger_gives_the_loss_of_plain_torch(config_class, tmp_path, seed, generator):
+    pytest.importorskip("liger_kernel")
+    model = load_base(str(make_base(tmp_path / "base", seed, config_class)))[0]
+    add_lora(model, rank=4)
+    one = batch(generator, packed=False).to(model.device)
+    expected, plain = loss_and_gradients(model, [one])
+    report = rebuild_activations(model)
+    assert report.startswith("liger-kernel")
+    assert "plain torch" not in report
+    found, gradients = loss_and_gradients(model, [one])
+    assert found == pytest.approx(expected, rel=1e-2)
+    assert all((one - other).norm() <= 0.1 * other.norm() for one, other in zip(gradients, plain, strict=True))
+
+
+def test_a_norm_that_is_trained_is_left_alone(tiny_base):
+    model, _ = load_base(str(tiny_base))
+    model.model.norm.weight.requires_grad_(True)
+    rebuild_activations(model)
+    assert not isinstance(model.model.norm, RebuiltNorm)
+
+
+def held_bytes_per_token(model, one):
+    """Bytes of what lives between forward and backward for its sake, parameters left out, per token."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = (storage.nbytes(), torch.multiprocessing.reductions.StorageWeakRef(storage))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = supervised_loss(model, one)
+    alive = sum(nbytes for nbytes, reference in held.values() if not reference.expired())
+    assert loss.requires_grad
+    return alive / one.input_ids.numel()
+
+
+@pytest.mark.parametrize(("recompute", "limit"), [("none", 100_000), ("full", 9_500)])
+def test_little_is_held_between_forward_and_backward(recompute, limit, tmp_path, generator):
+    sizes = {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+    base = make_base(tmp_path / "base", 0, LlamaConfig, **sizes)
+    model = load_base(str(base), compute_dtype="bfloat16")[0]
+    add_lora(model, rank=16)
+    use_document_attention(model)
+    rebuild_activations(model)
+    apply_recompute(model, recompute)
+    model.train()
+    documents = [make_example(torch.randint(256, (128,), generator=generator).numpy(), [True] * 128) for _ in range(2)]
+    assert held_bytes_per_token(model, collate(documents, packed=True)) <= limit

@@ -1,0 +1,248 @@
+"""The estimate of a run's memory, against what its step takes, and its choice of a level."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora.config import load_config
+from qlora.data import add_new_tokens, collate, make_example
+from qlora.errors import ModelError
+from qlora.layers import apply_recompute
+from qlora.layers.recompute import recompute_levels
+from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
+from qlora.memory.footprint import nf4_bytes
+from qlora.memory.probe import measure_peak, measure_step, prepare
+from qlora.model import adapt, base_from_section, supervised_loss, take_inventory
+from qlora.nf4 import NF4Linear, quantize
+from qlora.nf4.quantize import nf4_num_bytes
+from qlora.optim import FlatAdamW, FlatParameters
+from tests.tiny import make_base, run_config
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.05
+LIMITS = {
+    "vocab_size": 32_000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = "executorch_llama3-8B-instruct"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "llama", seed=random.randrange(2**31), **LIMITS)
+
+
+def settings(base, tmp_path, *overrides, **keys):
+    path = run_config(base, tmp_path / "none.jsonl", tmp_path / "run", **{"lora__rank": 16} | keys)
+    return load_config(path, overrides)
+
+
+def of_real(realdata, tmp_path, name, *overrides):
+    keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 2}
+    return estimate(settings(realdata / "configs" / name, tmp_path, *overrides, **keys), "cuda")
+
+
+def apart(base, tmp_path, overrides, levels=slice(None)):
+    """How far the estimate of each level is from what a step takes, as a share."""
+    config = settings(base, tmp_path, *overrides)
+    reckoned, model = estimate(config, CPU), prepare(config, CPU)
+    assert reckoned.levels == recompute_levels(model)
+    return {
+        level: reckoned.total_bytes(level, reckoned.tokens) / measure_step(model, config, level) - 1
+        for level in reckoned.levels[levels]
+    }
+
+
+def test_every_level_is_what_its_step_takes(base, tmp_path):
+    found = apart(base, tmp_path, ["data.max_seq_len=320"])
+    assert set(found) == {"none", "mlp", "attention", "full"}
+    assert max(map(abs, found.values())) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.max_seq_len=192", "data.packing=false"],
+        ["data.max_seq_len=64", "lora.rank=64"],  # the optimizer's step takes more than the layers'
+        ["data.max_seq_len=192", "lora.dropout=0.1"],
+        ["data.max_seq_len=192", "model.attention=eager"],
+        ["data.max_seq_len=192", "model.quantization=none", "lora.targets=[q_proj, down_proj]"],
+        ["data.max_seq_len=192", "data.new_tokens=[<tool>, </tool>]"],
+        ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32"],
+    ],
+    ids=" ".join,
+)
+def test_every_setting_is_what_its_step_takes(base, tmp_path, overrides):
+    found = apart(base, tmp_path, overrides, slice(None, None, 3))
+    assert max(map(abs, found.values())) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed):
+    """Of forward and backward alone: the optimizer's step takes more."""
+    if tied:
+        base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
+    overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
+    config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
+    reckoned, model = estimate(config, CPU), prepare(config, CPU)
+    reckoned = replace(reckoned, footprint=replace(reckoned.footprint, update=0, optimizer=0))
+    flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(32_000, (2, 160), generator=generator).numpy()
+    batch = collate([make_example(row, [True] * len(row)) for row in rows], packed=True)
+    held = [*model.parameters(), *model.buffers(), flat.data, flat.grad]
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            held += [module.quant_state.absmax, module.quant_state.state2.absmax]
+    for level in reckoned.levels:
+        apply_recompute(model, level)
+        measured = measure_peak(lambda: supervised_loss(model, batch).backward(), CPU, held)
+        assert reckoned.total_bytes(level, 320) == pytest.approx(measured, rel=0.01), level
+
+
+@pytest.mark.parametrize("modules", ["[]", "[lm_head]"])
+def test_what_always_stays_is_counted_to_the_byte(modules, tmp_path, tiny_base):
+    overrides = ["train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3"]
+    overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
+    config = settings(tiny_base, tmp_path, *overrides)
+    footprint = estimate(config, CPU).footprint
+    model, tokenizer = base_from_section(config.model, CPU)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    adapt(model, config.lora, 0, add_new_tokens(tokenizer, config.data.new_tokens))
+    assert footprint.weights == take_inventory(model).base_bytes + buffers
+    flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    assert footprint.adapters == flat.data.nbytes + flat.grad.nbytes
+    state = FlatAdamW(flat, config.train.optimizer, rounding=config.train.rounding).state_dict()
+    assert footprint.optimizer == sum(state[name].nbytes for name in ("state1", "state2", "master"))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bytes_in_4_bits(generator, double_quant):
+    rows, columns = torch.randint(1, 400, (2,), generator=generator).tolist()
+    packed, state = quantize(torch.randn(rows, columns, generator=generator), double_quant)
+    assert nf4_bytes(rows * columns, double_quant) == nf4_num_bytes(packed, state)
+
+
+def test_known_sizes_of_8b(realdata, tmp_path):
+    reckoned = of_real(realdata, tmp_path, LLAMA_8B)
+    assert reckoned.footprint.weights / 2**30 == pytest.approx(5.31, abs=0.01)
+    slopes = {
+        level: max(held.total.linear for held in reckoned.footprint.held[level]) / 32 for level in reckoned.levels
+    }
+    assert slopes["none"] == pytest.approx(94_300, rel=0.05)
+    assert slopes["full"] - slopes["offload"] == pytest.approx(2 * 4096, rel=0.1)
+    assert list(slopes) == ["none", "mlp", "attention", "full", "offload", "offload+tiled"]
+    assert sorted(slopes.values(), reverse=True) == list(slopes.values())
+
+
+def test_one_run_tells_of_any_number_of_tokens(realdata, tmp_path):
+    one = of_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=4096")
+    other = of_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=12288")
+    for level in one.levels:
+        assert one.total_bytes(level, 24_576) == other.total_bytes(level, 24_576)
+
+
+def test_what_it_says_fits_does_and_no_more(realdata, tmp_path, seed):
+    reckoned, free = of_real(realdata, tmp_path, LLAMA_8B), random.Random(seed).randrange(9 << 30, 80 << 30)
+    for level in reckoned.levels:
+        rows, tokens = reckoned.largest_micro_batch(level, free), reckoned.longest_context(level, free)
+        for fits, count in (
+            (lambda n, level=level: reckoned.total_bytes(level, 2048 * n), rows),
+            (lambda n, level=level: reckoned.total_bytes(level, n, n), tokens),
+        ):
+            assert count == 0 or fits(count) <= (1 - MARGIN) * free
+            assert fits(count + 1) > (1 - MARGIN) * free
+
+
+def test_the_cheapest_level_that_fits_is_chosen(realdata, tmp_path):
+    reckoned = of_real(realdata, tmp_path, LLAMA_8B)
+    totals = {level: reckoned.total_bytes(level, reckoned.tokens) for level in reckoned.levels}
+    for level, total in totals.items():
+        chosen, why = choose_level(reckoned, int(total / (1 - MARGIN)) + 1, reckoned.tokens)
+        assert totals[chosen] <= total
+        assert reckoned.levels.index(chosen) <= reckoned.levels.index(level)
+        assert chosen in why
+    with pytest.raises(ModelError, match=r"micro_batch_size"):
+        choose_level(reckoned, min(totals.values()), reckoned.tokens)
+
+
+def test_weights_are_kept_as_far_as_there_is_room(realdata, tmp_path):
+    reckoned = of_real(realdata, tmp_path, LLAMA_8B)
+    needed, layer = reckoned.total_bytes("full", reckoned.tokens), reckoned.footprint.layers_dequantized[0]
+    assert layer == 2 * (6_979_321_856 // 32)
+    for count in (0, 1, 7, 32, 40):
+        free = int((needed + (count + 0.5) * layer) / (1 - MARGIN))
+        assert reckoned.weight_cache_layers(free, "full", reckoned.tokens) == min(count, 32)
+
+
+def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
+    config = settings(realdata / "configs" / "Mistral-7B-v0.1", tmp_path, data__max_seq_len=8192)
+    quadratic = {
+        device: max(held.total.quadratic for held in estimate(config, device).footprint.held["full"])
+        for device in ("cpu", "cuda")
+    }
+    assert quadratic["cuda"] == 0 < quadratic["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Llama-3.1-8B-Instruct_int8", "quantized already"),
+        ("Molmo-7B-D_nf4", "code of its own"),
+        ("pythia-410m_seqcls", "not a causal language model"),
+    ],
+)
+def test_bases_that_cannot_be_trained_are_refused(realdata, tmp_path, name, problem):
+    with pytest.raises(ModelError, match=problem):
+        of_real(realdata, tmp_path, name)
+
+
+@pytest.mark.slow
+def test_every_other_real_config_is_estimated(realdata, tmp_path):
+    refused = []
+    for folder in sorted((realdata / "configs").iterdir()):
+        try:
+            reckoned = of_real(realdata, tmp_path, folder.name)
+        except ModelError:
+            refused.append(folder.name)
+            continue
+        totals = [reckoned.total_bytes(level, reckoned.tokens) for level in reckoned.levels]
+        assert totals == sorted(totals, reverse=True), folder.name
+        assert min(totals) > reckoned.footprint.weights > 0, folder.name
+    assert refused == [
+        "Llama-3.1-8B-Instruct_int8",
+        "Llama-3.1-8B_int8_linear_rope",
+        "Molmo-7B-D_nf4",
+        "executorch_phi-4-mini-reasoning",
+        "pythia-410m_seqcls",
+    ]
+
+
+def test_a_base_without_a_config_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config.json"):
+        estimate(settings(tmp_path / "empty", tmp_path), CPU)
+
+
+def test_measured_peaks_are_of_what_lives_at_once():
+    held = torch.ones(1000)
+
+    def work():
+        for _ in range(3):
+            torch.zeros(2000).add(1)
+        torch.zeros(500)
+
+    assert measure_peak(work, CPU, [held]) == 4 * (1000 + 2000 + 2000)
+
+
+def test_what_is_loaded_counts_as_available():
+    assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)

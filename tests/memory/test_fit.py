@@ -1,0 +1,141 @@
+"""A run takes the cheapest level that fits, corrected by what a step takes, and keeps weights in what is left."""
+
+import pytest
+import torch
+
+from qlora.config import load_config
+from qlora.data import collate, make_example
+from qlora.errors import ModelError
+from qlora.layers import rebuild_activations, use_document_attention
+from qlora.memory import fit
+from qlora.model import adapt, base_from_section
+from qlora.nf4 import NF4Linear
+from qlora.processes import Processes
+from tests.tiny import run_config
+
+ALONE = Processes()
+LEVELS = ["none", "mlp", "attention", "full"]
+
+
+class Expected:
+    """An estimate, of bytes by level."""
+
+    def __init__(self, *num_bytes):
+        self.num_bytes = dict(zip(LEVELS, num_bytes, strict=True))
+
+    def total_bytes(self, level, tokens):
+        return self.num_bytes[level]
+
+
+def settle(level, limit, real, expected):
+    """The level that is settled on, and those that were tried; more than there is runs out of memory."""
+    tried = []
+
+    def measure(level):
+        tried.append(level)
+        taken = dict(zip(LEVELS, real, strict=True))[level]
+        return taken if taken <= 1.1 * limit else float("inf")
+
+    return *fit.settle_level(LEVELS, level, "it fits", limit, expected, 64, measure), tried
+
+
+def test_a_level_that_takes_what_was_expected_stays():
+    real = (100, 60, 30, 20)
+    assert settle("mlp", 70, real, Expected(*real)) == ("mlp", 60, "it fits", ["mlp"])
+
+
+@pytest.mark.parametrize(("limit", "told"), [(40, "mlp ran out of memory"), (58, "mlp took")])
+def test_a_level_that_takes_more_than_there_is_gives_way_to_the_next(limit, told):
+    level, taken, why, tried = settle("mlp", limit, (100, 60, 30, 20), Expected(50, 30, 15, 10))
+    assert (level, taken, tried) == ("attention", 30, ["mlp", "attention"])
+    assert told in why
+
+
+def test_a_level_that_takes_less_than_expected_gives_way_to_a_cheaper_one_that_fits():
+    level, taken, why, tried = settle("full", 65, (100, 60, 30, 20), Expected(200, 120, 60, 40))
+    assert (level, taken, tried) == ("mlp", 60, ["full", "mlp"])
+    assert "less than expected" in why
+
+
+def test_a_cheaper_one_that_turns_out_not_to_fit_is_given_up():
+    assert settle("full", 65, (100, 90, 30, 20), Expected(200, 120, 60, 40))[::3] == ("full", ["full", "mlp"])
+
+
+def test_without_an_estimate_the_level_that_fits_is_kept():
+    assert settle("full", 65, (100, 60, 30, 20), None)[::3] == ("full", ["full"])
+
+
+def test_what_fits_at_no_level_is_refused_with_all_that_was_tried():
+    with pytest.raises(ModelError, match=r"64 tokens .*attention ran out.*full ran out.*Lower train\.micro_batch_size"):
+        settle("attention", 5, (100, 60, 30, 20), Expected(5, 4, 3, 2))
+
+
+@pytest.fixture
+def prepared(tiny_base, alpaca_file, tmp_path, generator):
+    """A config, its model as it is trained, and a batch."""
+
+    def prepare(**settings):
+        config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+        model, _ = base_from_section(config.model, "cpu")
+        adapt(model, config.lora, 0)
+        use_document_attention(model)
+        rebuild_activations(model)
+        ids = torch.randint(256, (64,), generator=generator).numpy()
+        return config, model.train(), collate([make_example(ids, [True] * 64)], packed=True)
+
+    return prepare
+
+
+def held(model):
+    return sum(module._held is not None for module in model.modules() if isinstance(module, NF4Linear))
+
+
+def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prepared):
+    config, model, batch = prepared()
+    found = fit.fit_memory(config, model, batch, ALONE)
+    linears = sum(isinstance(module, NF4Linear) for module in model.modules())
+    assert (found.level, found.num_held, held(model)) == ("none", linears, linears)
+    assert not model.model.layers[0].gradient_checkpointing
+
+
+def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
+    config, model, batch = prepared()
+    total = fit.estimate(config, "cpu").total_bytes
+    chosen = []
+    for level in LEVELS:
+        monkeypatch.setattr(fit, "available_bytes", lambda *_, level=level: total(level, 64) / (1 - fit.MARGIN) + 1)
+        found = fit.fit_memory(config, model, batch, ALONE)
+        chosen.append(found.level)
+        assert (found.num_held, found.estimated) == (0, total(level, 64))
+    assert chosen == LEVELS
+    assert model.model.layers[0].gradient_checkpointing
+    monkeypatch.setattr(fit, "available_bytes", lambda *_: total("full", 64))
+    with pytest.raises(ModelError, match=r"64 tokens takes .* at least"):
+        fit.fit_memory(config, model, batch, ALONE)
+
+
+def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, monkeypatch):
+    for cache, expected in (("auto", 2), ("none", 0)):
+        config, model, batch = prepared(model__weight_cache=cache)
+        linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
+        two = sum(model.dtype.itemsize * linear.in_features * linear.out_features for linear in linears[:2])
+        needed = fit.estimate(config, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
+        monkeypatch.setattr(fit, "available_bytes", lambda *_, needed=needed: needed / (1 - fit.MARGIN) + 4)
+        assert fit.fit_memory(config, model, batch, ALONE).num_held == held(model) == expected
+
+
+def test_a_level_that_is_asked_for_is_used(prepared):
+    config, model, batch = prepared(model__recompute="full")
+    found = fit.fit_memory(config, model, batch, ALONE)
+    assert (found.level, found.why) == ("full", "it was asked for")
+
+
+def test_a_model_whose_memory_can_not_be_told_is_recomputed_as_far_as_it_can_be(prepared, monkeypatch):
+    def unknown(*_):
+        raise ModelError("Odd has no layers that are known here")
+
+    config, model, batch = prepared()
+    monkeypatch.setattr(fit, "estimate", unknown)
+    found = fit.fit_memory(config, model, batch, ALONE)
+    assert (found.level, found.num_held, found.estimated) == ("full", 0, None)
+    assert "Odd has no layers" in found.why

@@ -1,0 +1,149 @@
+"""Verification of an adapter by itself: it passes what a run left, and tells what is not the run's."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers.models.hrm_text import HrmTextConfig
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
+from qlora.errors import CheckpointError, QLoRAError
+from qlora.export import merge
+from qlora.export.held_out import held_out_examples
+from qlora.files import BaseFiles
+from qlora.model import load_run
+from qlora.proof import verify
+from qlora.proof.adapter import check_layers
+from qlora.proof.expected import ExpectedWeights
+from qlora.training import train
+from tests.cli import run as run_command
+from tests.tiny import make_base, run_config
+
+UP = "model.layers.{}.mlp.up_proj"
+
+
+def change_config(folder, **values):
+    path = folder / "run" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def loaded(folder):
+    """A run's model, its weights computed a second time, and its held-out examples."""
+    run = RunDirectory.open(folder)
+    config = load_config(run.config)
+    model, tokenizer = load_run(folder, "cpu")
+    expected = ExpectedWeights(run, BaseFiles.resolve(config.model.base), "dequantized", model.device)
+    return model, expected, held_out_examples(config, tokenizer)
+
+
+def test_what_a_run_left_passes(merged):
+    report = verify(merged / "run")
+    assert report.problems == []
+    assert (report.layers_checked, report.tensors_checked, report.onto) == (14, None, None)
+    assert 0 < report.max_layer_difference < 0.02
+    lines = [json.loads(line) for line in (merged / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert report.adapter_loss == pytest.approx(lines[-1]["eval_loss"], abs=2e-3)
+    assert report.clients["peft"].loads
+
+
+def test_in_fp32_the_layers_are_equal_but_for_their_sums(tiny_base, alpaca_file, tmp_path):
+    config = run_config(
+        tiny_base, alpaca_file, tmp_path / "run", model__compute_dtype="float32", lora__dtype="float32",
+        lora__rslora=True, train__max_steps=2,
+    )  # fmt: skip
+    train(load_config(config))
+    report = verify(tmp_path / "run")
+    assert report.problems == []
+    assert report.max_layer_difference < 1e-5
+
+
+def test_layers_whose_weights_are_no_tensors_of_their_own_are_told(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, HrmTextConfig, num_hidden_layers=1, L_cycles=1, H_cycles=1)
+    train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
+    report = verify(tmp_path / "run")
+    assert report.layers_checked
+    assert len(report.problems) == 12
+    assert all("in no tensor of its own" in problem for problem in report.problems)
+
+
+def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
+    done = run_command("verify", own / "run", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["layers_checked"] == 14
+    change_config(own, lora_alpha=16)
+    done = run_command("verify", own / "run")
+    assert done.code == 1
+    assert done.out.startswith("The adapter is NOT what")
+    assert "has a scaling of 4, the run trained with 2" in done.out
+
+
+@pytest.mark.parametrize("values", [
+    {"rank_pattern": {"up_proj": 3}}, {"alpha_pattern": {"up_proj": 3}}, {"init_lora_weights": "pissa_niter_4"},
+])  # fmt: skip
+@pytest.mark.parametrize("use", [load_run, verify, lambda run: merge(run, run.with_name("other"))])
+def test_an_adapter_that_is_no_plain_lora_is_refused_rather_than_read_as_one(use, values, own):
+    change_config(own, **values)
+    with pytest.raises(CheckpointError, match=f"has .*{next(iter(values))}.*plain LoRA"):
+        use(own / "run")
+
+
+def test_an_adapter_with_another_scaling_than_its_run_is_not_used(own):
+    change_config(own, lora_alpha=16)
+    for use in (load_run, lambda run: merge(run, run.with_name("other"))):
+        with pytest.raises(QLoRAError, match="has a scaling of 4, the run trained with 2"):
+            use(own / "run")
+
+
+def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):
+    path = own / "run" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[seed % len(tensors)]
+    flat = tensors[name].view(-1)
+    flat[seed % len(flat)] += 1
+    save_file(tensors, path)
+    assert verify(own / "run").problems == [f"{path.parent}: {name} is not what the run saved after its last step"]
+
+
+def test_a_checkpoint_that_is_damaged_is_told_and_the_rest_compared(own):
+    path = sorted((own / "run" / "checkpoints").iterdir())[-1] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    for damage in ("cut short", "is missing"):
+        report = verify(own / "run")
+        (problem,) = report.problems
+        assert problem.startswith("the adapter can't be compared with the last checkpoint")
+        assert damage in problem
+        assert str(path.parent) in problem
+        assert report.layers_checked == 14
+        path.unlink(missing_ok=True)
+
+
+def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
+    path = own / "run" / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)
+    lacks, not_compared = verify(own / "run").problems
+    assert lacks == f"{path.parent} lacks the factors of {UP.format(1)}"
+    assert "what it computes was not compared: " in not_compared
+    assert "differ in 1 modules" in not_compared
+    with pytest.raises(CheckpointError, match="differ in 1 modules"):
+        load_run(own / "run")
+
+
+@pytest.mark.parametrize("times", [0.0, 0.5, 2.0])
+def test_a_layer_with_another_scaling_is_told(times, merged):
+    model, expected, examples = loaded(merged / "run")
+    model.get_submodule(UP.format(1)).scaling *= times
+    assert check_layers(model, expected, examples).problems == [
+        f"{UP.format(1)} computes with {times:g} times its update"
+    ]
+
+
+def test_layers_that_changed_places_are_told(merged):
+    model, expected, examples = loaded(merged / "run")
+    one, other = (model.get_submodule(UP.format(layer)) for layer in (0, 1))
+    one.base, other.base = other.base, one.base
+    check = check_layers(model, expected, examples)
+    assert [problem.partition(" puts out something else")[0] for problem in check.problems] == [
+        UP.format(layer) for layer in (0, 1)
+    ]
+    assert check.max_difference > 0.5

@@ -1,0 +1,245 @@
+"""The check of adapters for other tools: what PEFT saves and loads itself, and each rule of vLLM and llama.cpp."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from qlora.checkpoint import save_adapter
+from qlora.errors import CheckpointError
+from qlora.files import BaseFiles
+from qlora.lora import add_lora
+from qlora.model import build_skeleton, load_base
+from qlora.proof.clients import check_clients, trained_scaling
+from tests.tiny import make_base
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def skeleton(tiny_base):
+    """The architecture that the adapters are for."""
+    return build_skeleton(BaseFiles.resolve(str(tiny_base)))
+
+
+@pytest.fixture
+def own(tiny_base, tmp_path):
+    """An adapter as a run saves it, to be spoilt."""
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, rank=4, alpha=8)
+    (tmp_path / "own").mkdir()
+    save_adapter(model, tmp_path / "own", str(tiny_base))
+    return tmp_path / "own"
+
+
+def of_peft(base, folder, generator, **settings):
+    """A folder that PEFT saved."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=generator)
+        model.save_pretrained(folder)
+    return folder
+
+
+def change(folder, config=(), tensors=lambda _: None):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    values = load_file(folder / WEIGHTS)
+    tensors(values)
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def passed_over_by_peft(base, folder):
+    """Factors that PEFT finds no place for, or no values."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = model.load_adapter(folder, "default")
+    return [key for key in (*result.missing_keys, *result.unexpected_keys) if "lora_" in key]
+
+
+def loads(verdicts):
+    return [client for client, verdict in verdicts.items() if verdict.loads]
+
+
+ALL = ["peft", "vllm", "llama.cpp"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rslora": True}, {"rank": 3}, {"targets": [f"{UP}", "o_proj"]}, {"targets": r".*layers\.1\..*"}],
+    ids=str,
+)
+def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_path):
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, **settings)
+    save_adapter(model, tmp_path, "someone/base")
+    verdicts = check_clients(tmp_path, skeleton)
+    assert loads(verdicts) == ALL, verdicts
+    assert str(verdicts["peft"]) == "loads it"
+    assert passed_over_by_peft(tiny_base, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({}, ALL),
+        ({"target_modules": "all-linear"}, ALL),
+        ({"target_modules": r".*\.1\.mlp\..*_proj"}, ALL),
+        ({"use_rslora": True}, ["peft", "vllm"]),
+        ({"alpha_pattern": {"up_proj": 3}}, ["peft"]),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 6}}, ["peft", "llama.cpp"]),
+        ({"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"up_proj": 12}}, ["peft", "vllm"]),
+        ({"use_dora": True}, ["peft"]),
+        ({"modules_to_save": ["lm_head"]}, ["peft"]),
+        ({"bias": "lora_only", "target_modules": ["c_attn"]}, ["peft"]),
+    ],
+    ids=str,
+)
+def test_what_peft_saves_is_refused_where_it_would_not_be_served_rightly(
+    settings, served, tiny_base, skeleton, tmp_path, generator, seed
+):
+    base = tiny_base
+    if "c_attn" in settings.get("target_modules", ()):
+        base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+        skeleton = build_skeleton(BaseFiles.resolve(str(base)))
+    verdicts = check_clients(of_peft(base, tmp_path / "adapter", generator, **settings), skeleton)
+    assert loads(verdicts) == served, verdicts
+    assert all(verdict.loads != bool(verdict.reasons) for verdict in verdicts.values())
+
+
+def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
+    patterns = {
+        "rank_pattern": {"up_proj": 2, "layers.1.self_attn.q_proj": 8, "proj": 7},
+        "alpha_pattern": {"layers.0.mlp.up_proj": 5, r"layers\.\d\.self_attn\.q_proj": 3},
+    }
+    for rslora in (False, True):
+        folder = of_peft(tiny_base, tmp_path / str(rslora), generator, use_rslora=rslora, **patterns)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+        config = json.loads((folder / CONFIG).read_text())
+        scalings = {
+            name.removeprefix("base_model.model."): module.scaling["default"]
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "scaling", None), dict)
+        }
+        assert len({*scalings.values()}) == 4
+        for module, scaling in scalings.items():
+            assert trained_scaling(config, module) == pytest.approx(scaling, rel=1e-12), module
+
+
+def test_the_reason_names_layer_scale_and_key(tiny_base, skeleton, tmp_path, generator):
+    verdicts = check_clients(of_peft(tiny_base, tmp_path, generator, use_rslora=True), skeleton)
+    (reason,) = verdicts["llama.cpp"].reasons
+    assert reason == f"it would scale {UP} by 2 and not 4, as it does not read use_rslora, and not say so"
+    assert "--max-lora-rank" not in str(verdicts["vllm"])
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(16, None), (17, "--max-lora-rank 32"), (300, "--max-lora-rank 320"), (513, "rank 513 is above 512")],
+)
+def test_the_rank_that_vllm_has_to_be_started_with_is_told(rank, told, tiny_base, skeleton, tmp_path, generator):
+    folder = of_peft(tiny_base, tmp_path, generator, r=rank, target_modules=["q_proj"])
+    verdict = check_clients(folder, skeleton)["vllm"]
+    assert verdict.loads == (rank <= 512)
+    assert ("rank" in str(verdict)) == (told is not None)
+    assert told is None or told in str(verdict)
+
+
+def test_a_head_that_shares_its_weight_is_refused_by_llama_cpp_alone(tiny_base, tmp_path, generator, seed):
+    tied = make_base(tmp_path / "tied", seed, tie_word_embeddings=True)
+    for base, served in ((tied, ["peft", "vllm"]), (tiny_base, ALL)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folder = of_peft(base, tmp_path / "adapter", generator, target_modules=["lm_head"])
+        assert loads(check_clients(folder, build_skeleton(BaseFiles.resolve(str(base))))) == served
+        shutil.rmtree(folder)
+
+
+def test_gpt2s_transposed_layers_are_refused_by_llama_cpp_alone(tmp_path, generator, seed):
+    base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    model, _ = load_base(str(base))
+    add_lora(model)
+    save_adapter(model, tmp_path, str(base))
+    assert loads(check_clients(tmp_path, build_skeleton(BaseFiles.resolve(str(base))))) == ["peft", "vllm"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": None},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"trainable_token_indices": [3]},
+    ],
+    ids=str,
+)
+def test_what_vllm_refuses_by_the_config_is_told_by_its_key(config, own, skeleton):
+    change(own, config)
+    verdict = check_clients(own, skeleton)["vllm"]
+    assert not verdict.loads
+    assert any(next(iter(config)) in reason for reason in verdict.reasons)
+
+
+def test_layers_that_peft_would_pass_over_are_told(own, skeleton, tiny_base):
+    change(own, {"target_modules": ["q_proj"]})
+    verdict = check_clients(own, skeleton)["peft"]
+    assert verdict.reasons == ["target_modules and the tensors differ in model.layers.0.mlp.down_proj"]
+    assert len(passed_over_by_peft(tiny_base, own)) == 2 * 2 * 6  # factors, layers, linears but one
+
+
+def test_tensors_by_other_names_are_told(own, skeleton):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("base_model.")] = tensors.pop(name)
+
+    change(own, tensors=rename)
+    verdicts = check_clients(own, skeleton)
+    assert "whose name does not begin with base_model.model." in str(verdicts["peft"])
+    assert "lora_A" in str(verdicts["llama.cpp"])
+
+
+def test_layers_that_the_base_lacks_are_told(own, skeleton):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("layers.1", "layers.9")] = tensors.pop(name)
+
+    change(own, tensors=rename)
+    assert str(check_clients(own, skeleton)["peft"]) == "does not: the base has no layer model.layers.9.mlp.down_proj"
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_folder_without_an_adapter_is_refused(name, own, skeleton):
+    (own / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"holds no adapter: {name} is missing"):
+        check_clients(own, skeleton)
+
+
+def test_a_rank_that_the_config_does_not_say_is_told(own, skeleton):
+    change(own, {"r": 8, "lora_alpha": 16})
+    verdicts = check_clients(own, skeleton)
+    assert "has rank 4, which is not what the config says" in str(verdicts["peft"])
+    assert not verdicts["llama.cpp"].loads  # by the tensors' rank its scale is 4 and not 2
+
+
+def test_a_foreign_adapters_update_has_the_scale_that_is_told(tiny_base, tmp_path, generator):
+    """What llama.cpp computes, alpha / rank by the tensors' own rank, against PEFT's own merge."""
+    folder = of_peft(tiny_base, tmp_path, generator, use_rslora=True, target_modules=["up_proj"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    update = model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").float()
+    factors = {name.rsplit(".lora_")[1][0]: value for name, value in load_file(folder / WEIGHTS).items() if UP in name}
+    served = factors["B"].float() @ factors["A"].float() * 8 / 4
+    scale = trained_scaling(json.loads((folder / CONFIG).read_text()), UP)
+    assert torch.allclose(served * scale / 2, update, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(served, update, rtol=1e-1, atol=1e-1)

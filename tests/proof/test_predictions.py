@@ -1,0 +1,34 @@
+"""The distance between two models' predictions, against the plain formulas."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from qlora.proof.predictions import Predictions, compare
+
+
+def test_the_distance_is_that_of_the_formulas_over_all_positions(generator):
+    sizes = (5, 1, 12)
+    one, other = ([torch.randn(size, 40, generator=generator) for size in sizes] for _ in range(2))
+    distance = compare(Predictions(one, 0.0, [[1]]), Predictions(other, 0.0, [[1]]))
+    p, q = torch.cat(one).double(), torch.cat(other).double()
+    kl = functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert distance.positions == 18
+    assert distance.mean_kl == pytest.approx(kl.item(), rel=1e-5)
+    assert distance.max_logit_difference == pytest.approx((p - q).abs().max().item())
+    assert distance.mean_logit_difference == pytest.approx((p - q).abs().mean().item(), rel=1e-5)
+    assert distance.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "share"),
+    [
+        ([[1, 2, 3]], [[1, 2, 3]], 1),
+        ([[1, 2, 3, 4]], [[1, 2, 9, 4]], 1 / 2),  # what follows the first that differs does not count
+        ([[1, 2]], [[1, 2, 3, 4]], 1 / 2),  # one ended earlier
+        ([[7], [1, 2, 3]], [[8], [1, 2, 3]], 3 / 4),
+    ],
+)
+def test_greedy_answers_agree_until_the_first_token_that_differs(one, other, share):
+    logits = [torch.zeros(1, 3)]
+    assert compare(Predictions(logits, 0.0, one), Predictions(logits, 0.0, other)).greedy_agreement == share
