@@ -9,7 +9,7 @@ import torch
 import qlora
 from qlora.data import collate, make_example
 from qlora.layers import apply_recompute, rebuild_activations, recompute_levels, use_document_attention
-from qlora.lora import LoraLinear, add_lora, lora_layers
+from qlora.lora import AdapterSpec, LoraLinear, add_lora, lora_layers
 from qlora.memory.probe import measure_peak
 from qlora.model import load_base, supervised_loss
 from qlora.nf4 import NF4Linear, dequantize, quantize
@@ -32,8 +32,8 @@ def test_dequantized_weights_are_those_of_the_cpu(generator: torch.Generator):
 
 def test_gradients_match_a_plain_fp32_layer(generator: torch.Generator):
     linear = torch.nn.Linear(172, 96).cuda()
-    layer = LoraLinear(NF4Linear.from_linear(linear), rank=8, alpha=16, dtype=torch.float32)
-    layer.cuda().reset("kaiming", generator)
+    layer = LoraLinear(NF4Linear.from_linear(linear), AdapterSpec(8, 16, dtype=torch.float32))
+    layer.cuda().reset(generator)
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 172, generator=generator).cuda().requires_grad_()
     layer(x).square().sum().backward()
@@ -41,7 +41,7 @@ def test_gradients_match_a_plain_fp32_layer(generator: torch.Generator):
     for tensor in (x, layer.lora_A, layer.lora_B):
         tensor.grad = None
     weight = layer.base.dequantize(torch.float32)
-    (x @ (weight + layer.scaling * layer.lora_B @ layer.lora_A).T + layer.base.bias).square().sum().backward()
+    (x @ (weight + layer.spec.scaling * layer.lora_B @ layer.lora_A).T + layer.base.bias).square().sum().backward()
     for found, tensor in zip(got, (x, layer.lora_A, layer.lora_B), strict=True):
         torch.testing.assert_close(found, tensor.grad, rtol=1e-3, atol=1e-3)
 

@@ -64,14 +64,14 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     written as alpha / rank, however training had it: llama.cpp reads no other, and does not say so.
     """
     layers = dict(lora_layers(model))
-    first = next(iter(layers.values()))
+    spec = next(iter(layers.values())).spec
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": first.rank,
-        "lora_alpha": first.scaling * first.rank if first.rslora else first.alpha,
-        "lora_dropout": first.dropout,
+        "r": spec.rank,
+        "lora_alpha": spec.scaling * spec.rank if spec.rslora else spec.alpha,
+        "lora_dropout": spec.dropout,
         "use_rslora": False,
         "target_modules": _target_modules(model, list(layers)),
         "bias": "none",
@@ -199,8 +199,10 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} has factors {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "
                 f"the model {tuple(layer.lora_A.shape)} and {tuple(layer.lora_B.shape)}."
             )
-        if not math.isclose(scaling, layer.scaling):
-            raise CheckpointError(f"{folder} has a scaling of {scaling:g}, the run trained with {layer.scaling:g}.")
+        if not math.isclose(scaling, layer.spec.scaling):
+            raise CheckpointError(
+                f"{folder} has a scaling of {scaling:g}, the run trained with {layer.spec.scaling:g}."
+            )
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
     load_rows(model, read_adapter_rows(folder), load_file(folder / WEIGHTS_FILE))

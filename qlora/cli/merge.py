@@ -19,7 +19,7 @@ def merge(
     run: RunDir,
     output: NewFolder,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "q8_0"] | None,
+        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
         typer.Option(help="Of the weights; q8_0 for GGUF alone, which has no float32."),
     ] = None,
     onto: Annotated[

@@ -1,6 +1,5 @@
 """What a config may say: the sections, their types, defaults and ranges."""
 
-import math
 import os
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from qlora.dtypes import full_name
 from qlora.errors import find_secrets
 
 # NUL, and halves of characters, which no file can be named by.
@@ -124,6 +124,7 @@ Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
     "classification", "oasst",
 ]  # fmt: skip
+Dtype = BeforeValidator(full_name)
 PathText = Annotated[str, AfterValidator(_check_path)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
@@ -142,7 +143,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     quantization: Literal["nf4", "none"] = "nf4"
     double_quant: bool = True
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compute_dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Dtype] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     weight_cache: Literal["auto", "none"] = "auto"
     recompute: Literal["auto", "none", "mlp", "attention", "full", "offload", "offload+tiled"] = "auto"
@@ -157,14 +158,9 @@ class LoraSection(Section):
     targets: Targets = "all-linear"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rslora: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float32"], Dtype] = "bfloat16"
     form: Literal["auto", "separate", "folded"] = "auto"
     modules_to_save: list[str] = []
-
-    @property
-    def scaling(self) -> float:
-        """The factor on B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @model_validator(mode="after")
     def _check_form(self) -> "LoraSection":
@@ -260,7 +256,7 @@ class TrainSection(Section):
 class ExportSection(Section):
     """The merged weights."""
 
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"], Dtype] = "float16"
     onto: Literal["dequantized", "original", "best"] = "dequantized"
     max_shard_size: Size = "5GB"
 

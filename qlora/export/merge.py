@@ -14,6 +14,7 @@ import torch
 
 from qlora.checkpoint import RunDirectory, adapter_digest
 from qlora.config.sections import parse_size
+from qlora.dtypes import full_name
 from qlora.errors import ExportError
 from qlora.export.card import write_card
 from qlora.export.held_out import held_out_examples, written_loss
@@ -106,6 +107,7 @@ def merge(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
+    dtype = full_name(dtype)
     if dtype not in DTYPES:
         raise ExportError(f"Weights are written in {', '.join(DTYPES)}, not in {dtype!r}.")
     try:

@@ -18,7 +18,7 @@ from qlora.files.headers import read_header
 from qlora.files.json_files import parse_object
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
-from qlora.model import build_skeleton, resolve_device
+from qlora.model import adapter_spec, build_skeleton, resolve_device
 from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
 
 ONTO = ("dequantized", "original")
@@ -69,10 +69,11 @@ class MergedWeights:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
         self._scaling = adapter_scaling(run.adapter)
-        if not math.isclose(self._scaling, self.config.lora.scaling):
+        trained = adapter_spec(self.config.lora).scaling
+        if not math.isclose(self._scaling, trained):
             raise ExportError(
                 f"{run.adapter} has a scaling of {self._scaling:g}, the run trained with "
-                f"{self.config.lora.scaling:g}; take the run's own adapter."
+                f"{trained:g}; take the run's own adapter."
             )
         self._stored = StoredTensors(self.files.headers)
         self._shapes = {name: self._shape(name) for name in self.files.tensors if not self._is_statistic(name)}

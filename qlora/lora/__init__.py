@@ -1,11 +1,13 @@
 """LoraLinear over any linear layer, its injection into a model, and embeddings and heads trained in full."""
 
 from qlora.lora.function import WeightsKept, choose_form
-from qlora.lora.inject import add_lora, lora_layers, match_targets
+from qlora.lora.inject import add_lora, lora_layers, match_targets, wrap_linears
 from qlora.lora.linear import LoraLinear
 from qlora.lora.rows import TrainedEmbedding, TrainedHead, TrainedRows, head_blocks, train_rows, trained_rows
+from qlora.lora.spec import AdapterSpec
 
 __all__ = [
+    "AdapterSpec",
     "LoraLinear",
     "TrainedEmbedding",
     "TrainedHead",
@@ -18,4 +20,5 @@ __all__ = [
     "match_targets",
     "train_rows",
     "trained_rows",
+    "wrap_linears",
 ]

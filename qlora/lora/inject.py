@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.lora.linear import LoraLinear
+from qlora.lora.spec import AdapterSpec
 
 ALL_LINEAR = "all-linear"
 
@@ -61,11 +62,11 @@ def add_lora(
     targets: str | Sequence[str] = ALL_LINEAR,
     init: str = "kaiming",
     rslora: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     form: str = "auto",
     seed: int = 0,
 ) -> list[str]:
-    """Freezes a model and wraps its linear layers in :class:`LoraLinear`, in place.
+    """Freeze a model and wrap its linear layers in :class:`LoraLinear`, in place.
 
     Args:
         model: A causal language model, or any module with linear layers.
@@ -83,16 +84,24 @@ def add_lora(
         The names of the adapted layers.
 
     Raises:
-        ModelError: A target matches nothing, or the model has adapters already.
+        ModelError: A value is out of range or unknown, a target matches nothing, or the model has adapters already.
     """
+    spec = AdapterSpec(rank, alpha, dropout, init, rslora, dtype, form)
+    return wrap_linears(model, spec, targets, seed)
+
+
+def wrap_linears(
+    model: nn.Module, spec: AdapterSpec, targets: str | Sequence[str] = ALL_LINEAR, seed: int = 0
+) -> list[str]:
+    """Freeze a model and wrap its linear layers in adapters of a spec, in place; see :func:`add_lora`."""
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
     names = match_targets(model, targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, dtype, form)
-        layer.reset(init, generator)
+        layer = LoraLinear(model.get_submodule(name), spec)
+        layer.reset(generator)
         layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
         model.set_submodule(name, layer)
     return names

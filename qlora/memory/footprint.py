@@ -1,5 +1,6 @@
 """What a run would hold at each level of recomputation, by its config and that of its base."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held, Timeline
+from qlora.model import adapter_spec
 from qlora.model.base import build_skeleton, load_tokenizer
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import OPTIMIZERS, stochastic_round
@@ -82,10 +84,12 @@ def take_footprint(
     quantized = {} if quantization is None else {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
-    lora_dtype = getattr(torch, config.lora.dtype)
+    spec = adapter_spec(config.lora)
+    lora_dtype = spec.dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
-    size = sum(_aligned(config.lora.rank * n) for one in adapted.values() for n in (one.in_features, one.out_features))
+    shapes = [shape for one in adapted.values() for shape in spec.shapes(one.out_features, one.in_features)]
+    size = sum(_aligned(math.prod(shape)) for shape in shapes)
     size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
     itemsize = lora_dtype.itemsize
     optimizer, update = _optimizer_bytes(config.train, size, itemsize)

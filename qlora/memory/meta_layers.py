@@ -1,6 +1,7 @@
 """A few layers of a model on the meta device, one of each kind, that are trained in the place of all of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
 from qlora.lora import LoraLinear, choose_form
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
+from qlora.model import adapter_spec
 from qlora.nf4 import NF4Linear
 
 # Longer than any row.
@@ -51,7 +53,7 @@ class Stack:
         """Leaves the model the layers that are kept, quantized and adapted."""
         model, lora = self.model, config.lora
         form = choose_form(lora.form, tokens, device, lora.dropout)
-        dtype = getattr(torch, lora.dtype)
+        spec = replace(adapter_spec(lora), form=form)
         prefixes = tuple(self.prefixes[index] for index in self.kept)
         for name in {**self.quantized, **self.adapted}:
             if name.startswith(prefixes):
@@ -59,7 +61,7 @@ class Stack:
                 if name in self.quantized:
                     layer = _EmptyLinear(layer, device)
                 if name in self.adapted:
-                    layer = LoraLinear(layer, lora.rank, lora.alpha, lora.dropout, lora.rslora, dtype, form)
+                    layer = LoraLinear(layer, spec)
                 model.set_submodule(name, layer)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()

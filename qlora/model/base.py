@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from qlora.dtypes import as_dtype
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.model.host_memory import returned_to_system
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
 GENERATION_FILE = "generation_config.json"
+QUANTIZATIONS = ("nf4", "none")
 # Keys of a config that count modules, which may be this many; those that may name a kernel to be had from the hub; and
 # the ids that a tokenizer may have.
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
@@ -41,7 +43,7 @@ def load_base(
         base: A folder, or a model id on the hub. Checkpoints in bitsandbytes-4-bit are taken as they are.
         quantization: `nf4` or `none`.
         double_quant: Quantize the blocks' statistics too.
-        compute_dtype: `bfloat16`, `float16`, `float32`, or `auto`: see :func:`resolve_compute_dtype`.
+        compute_dtype: `bfloat16` (or `bf16`), `float16`, `float32`, or `auto`: see :func:`resolve_compute_dtype`.
         device: `cuda`, `cpu`, …; `auto` takes a GPU if there is one.
         attention: An attention implementation of transformers, or `auto` for its choice.
         revision: Of a model on the hub.
@@ -51,10 +53,13 @@ def load_base(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        ModelError: The base can't be found or loaded, or its files lack weights that the model needs.
+        ModelError: An argument is unknown, the base can't be found or loaded, or its files lack weights that the
+            model needs.
     """
     from transformers import BitsAndBytesConfig
 
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     device = resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
@@ -148,9 +153,12 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
     """The dtype of activations and of all that is not quantized.
 
     `auto` is bf16 where the hardware multiplies it, else fp16 on GPUs (the loss is then scaled) and fp32 on CPUs.
+
+    Raises:
+        ModelError: There is no such dtype.
     """
     if compute_dtype != "auto":
-        return getattr(torch, compute_dtype)
+        return as_dtype(compute_dtype, ModelError)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32

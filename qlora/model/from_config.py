@@ -6,13 +6,18 @@ import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection
 from qlora.data import Datasets, Source, Treatment, build_datasets
-from qlora.lora import add_lora, train_rows
+from qlora.lora import AdapterSpec, train_rows, wrap_linears
 from qlora.model.base import load_base
 
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
     """Loads the base that a config asks for."""
     return load_base(device=device, **section.model_dump(exclude={"recompute", "weight_cache"}))
+
+
+def adapter_spec(section: LoraSection) -> AdapterSpec:
+    """The adapters that a config asks for."""
+    return AdapterSpec(**section.model_dump(exclude={"targets", "modules_to_save"}))
 
 
 def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)) -> list[str]:
@@ -27,9 +32,9 @@ def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)
     Returns:
         The names of the adapted layers.
     """
-    settings, dtype = section.model_dump(exclude={"dtype", "modules_to_save"}), getattr(torch, section.dtype)
-    names = add_lora(model, dtype=dtype, seed=seed, **settings)
-    train_rows(model, section.modules_to_save, new_ids, dtype)
+    spec = adapter_spec(section)
+    names = wrap_linears(model, spec, section.targets, seed)
+    train_rows(model, section.modules_to_save, new_ids, spec.dtype)
     return names
 
 

@@ -14,6 +14,7 @@ from qlora.config import load_config
 from qlora.data import ExampleSet
 from qlora.errors import CheckpointError
 from qlora.lora import LoraLinear, lora_layers
+from qlora.model import adapter_spec
 from qlora.proof.expected import ExpectedWeights
 
 # Tokens that go through the model; each layer's product with them is computed again in fp64.
@@ -40,7 +41,7 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
     lora, record = load_config(run.config).lora, run.read_record()
     factors = read_adapter_tensors(run.adapter)
     problems = []
-    own, saved = lora.scaling, adapter_scaling(run.adapter)
+    own, saved = adapter_spec(lora).scaling, adapter_scaling(run.adapter)
     if not math.isclose(own, saved):
         problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
     adapted = {*record["parameters"]["adapted"]}

@@ -37,7 +37,9 @@ class ExpectedWeights:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
         self.compute_dtype = getattr(torch, self._record["in_use"]["compute_dtype"])
-        self._scaling = config.lora.scaling
+        # A second writing of the formula, on purpose.
+        rank, alpha = config.lora.rank, config.lora.alpha
+        self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
         self._stored = StoredTensors(base.headers)
         self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
         self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}

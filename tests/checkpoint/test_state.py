@@ -20,7 +20,7 @@ from qlora.errors import CheckpointError
 from qlora.lora import add_lora
 from qlora.model import load_base
 from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters
-from tests.checkpoint.test_atomic import no_room_for
+from tests.files.test_atomic import no_room_for
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "origin.json", "progress.json"]
 ORIGIN = {"settings": {"lora.rank": 4}, "base": {"config.json": "ab"}}

@@ -520,3 +520,9 @@ def test_one_point_zero_stays_a_share_and_one_a_number_of_steps(key, tmp_path):
 def test_a_floor_above_the_peak_of_the_learning_rate_is_refused(write):
     message = problems(write({"train.min_learning_rate": 3e-4}))
     assert "train.min_learning_rate: 0.0003 is above train.learning_rate (0.0002); lower it" in message
+
+
+@pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_dtypes_have_short_names(short, full, write):
+    config = load_config(write({"model.compute_dtype": short, "export.dtype": short}))
+    assert (config.model.compute_dtype, config.export.dtype) == (full, full)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.kernels import linear_cross_entropy, rebuilt
-from qlora.lora import LoraLinear
+from qlora.lora import AdapterSpec, LoraLinear
 
 
 def gated(gate, up):
@@ -75,8 +75,11 @@ def test_without_gradients_it_is_the_function_alone(generator):
 def layers(generator, count, features=6):
     built = []
     for _ in range(count):
-        layer = LoraLinear(nn.Linear(features, 4, bias=False).requires_grad_(False), 2, 4, dtype=torch.float32)
-        layer.reset("gaussian", generator)
+        layer = LoraLinear(
+            nn.Linear(features, 4, bias=False).requires_grad_(False),
+            AdapterSpec(2, 4, init="gaussian", dtype=torch.float32),
+        )
+        layer.reset(generator)
         layer.lora_B.data.normal_(generator=generator)
         built.append(layer)
     return built

@@ -21,7 +21,7 @@ from qlora.layers import apply_recompute, rebuild_activations, use_document_atte
 from qlora.layers.rebuild import GatedMLP, RebuiltNorm
 from qlora.lora import add_lora, lora_layers
 from qlora.model import load_base, supervised_loss
-from tests.model.test_packed import loss_and_gradients
+from tests.layers.test_packed import loss_and_gradients
 from tests.tiny import make_base
 
 # Norms and gated MLPs that are replaced in two layers.

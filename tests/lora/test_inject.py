@@ -143,7 +143,7 @@ def test_every_layer_asked_for_is_wrapped_and_no_other(model, quantized):
         assert layer.base is bases[name]
         assert layer.lora_A.shape == (4, bases[name].in_features)
         assert layer.lora_B.shape == (bases[name].out_features, 4)
-        assert (layer.scaling, layer.dropout) == (3.0, 0.25)
+        assert (layer.spec.scaling, layer.spec.dropout) == (3.0, 0.25)
 
 
 def test_a_fresh_adapter_changes_no_logit(model, generator):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora import kernels
-from qlora.lora import LoraLinear, WeightsKept
+from qlora.lora import AdapterSpec, LoraLinear, WeightsKept
 from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
@@ -40,8 +40,8 @@ def make_base(kind, generator, dtype=torch.float32, bias=True):
 
 def make_layer(kind, generator, dtype=torch.float32, bias=True, factors=None, **kwargs):
     """An adapter in the midst of training: B is not zero."""
-    layer = LoraLinear(make_base(kind, generator, dtype, bias), RANK, 8, dtype=factors or dtype, **kwargs)
-    layer.reset("kaiming", generator)
+    layer = LoraLinear(make_base(kind, generator, dtype, bias), AdapterSpec(RANK, 8, dtype=factors or dtype, **kwargs))
+    layer.reset(generator)
     with torch.no_grad():
         layer.lora_B.copy_(normal(generator, OUT, RANK) * 0.1)
     return layer
@@ -66,8 +66,8 @@ def error(found, wanted):
 @pytest.mark.parametrize("kind", ["nf4", "linear"])
 def test_a_fresh_layer_gives_what_its_base_gives_bit_for_bit(kind, dtype, bias, lead, form, generator):
     base = make_base(kind, generator, dtype, bias)
-    layer = LoraLinear(base, RANK, 32, form=form)
-    layer.reset("kaiming", generator)
+    layer = LoraLinear(base, AdapterSpec(RANK, 32, form=form))
+    layer.reset(generator)
     x = normal(generator, *lead, IN).to(dtype)
     y = layer(x)
     assert layer.lora_A.abs().max() > 0
@@ -87,7 +87,7 @@ def test_output_and_gradients_are_the_references(kind, dtype, factors, bias, lea
     grad_output = normal(generator, *lead, OUT).to(dtype)
     # The weight as the layer uses it, rounded to the dtype it computes in: rounding is not under test.
     wanted = lora_linear(
-        x, weight_of(layer, dtype), layer.base.bias, layer.lora_A, layer.lora_B, layer.scaling, grad_output
+        x, weight_of(layer, dtype), layer.base.bias, layer.lora_A, layer.lora_B, layer.spec.scaling, grad_output
     )
     y = layer(x)
     y.backward(grad_output)
@@ -180,7 +180,7 @@ def test_x_and_the_factors_are_all_that_is_saved(kind, dropout, generator):
 def test_folding_rounds_the_sum_of_weight_and_update_once(kind, dtype, generator):
     layer = make_layer(kind, generator, dtype, bias=False, form="folded")
     found = layer(torch.eye(IN, dtype=dtype)).T
-    update = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+    update = layer.spec.scaling * (layer.lora_B.double() @ layer.lora_A.double())
     wanted = (weight_of(layer, dtype).double() + update).to(dtype)
     # Only where fp32 sums in another order lie on the other side of a rounding's edge do they differ.
     assert (found == wanted).double().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
@@ -288,7 +288,7 @@ def test_gradients_through_dropout_are_the_references_under_its_mask(dtype, gene
     assert len(masks) == 2
     assert torch.equal(masks[0], masks[1])
     wanted = lora_linear(
-        x, weight_of(layer, dtype), layer.base.bias, layer.lora_A, layer.lora_B, layer.scaling, grad_output,
+        x, weight_of(layer, dtype), layer.base.bias, layer.lora_A, layer.lora_B, layer.spec.scaling, grad_output,
         mask=masks[0].view(x.shape),
     )  # fmt: skip
     # The mask rounds x once more.
@@ -314,7 +314,7 @@ def test_dropout_differs_from_call_to_call_and_is_off_in_evaluation(generator):
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     plain = lora_linear(
-        x, weight_of(layer, torch.float32), layer.base.bias, layer.lora_A, layer.lora_B, layer.scaling,
+        x, weight_of(layer, torch.float32), layer.base.bias, layer.lora_A, layer.lora_B, layer.spec.scaling,
         torch.zeros(8, OUT),
     )  # fmt: skip
     assert torch.equal(layer(x), layer(x))
@@ -359,8 +359,8 @@ def test_delta_weight_is_what_the_adapter_adds(factors, rslora, generator):
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_first_values_depend_on_the_seed_alone(init, seed):
     def values(seed, dtype=torch.float32):
-        layer = LoraLinear(nn.Linear(64, 16), 32, 8, dtype=dtype)
-        layer.reset(init, torch.Generator().manual_seed(seed))
+        layer = LoraLinear(nn.Linear(64, 16), AdapterSpec(32, 8, init=init, dtype=dtype))
+        layer.reset(torch.Generator().manual_seed(seed))
         return layer.lora_A.detach()
 
     assert torch.equal(values(seed), values(seed))
@@ -374,8 +374,8 @@ def test_first_values_spread_as_pefts(init, generator):
     model = nn.Sequential(nn.Linear(512, 16))
     config = peft.LoraConfig(r=64, target_modules=["0"], init_lora_weights=True if init == "kaiming" else "gaussian")
     theirs = peft.inject_adapter_in_model(config, model)[0].lora_A["default"].weight
-    ours = LoraLinear(nn.Linear(512, 16), 64, 8, dtype=torch.float32)
-    ours.reset(init, generator)
+    ours = LoraLinear(nn.Linear(512, 16), AdapterSpec(64, 8, init=init, dtype=torch.float32))
+    ours.reset(generator)
     # Deviations of 32,768 values each: their own deviation is below 1/sqrt(2 n) = 0.4%.
     assert ours.lora_A.std().item() == pytest.approx(theirs.std().item(), rel=0.03)
     assert ours.lora_A.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3)

@@ -330,3 +330,17 @@ def test_a_real_model_loads_with_the_loss_that_its_notes_tell(realdata):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     # Over the sample it is 1.379; a single story may lie half a nat beside that, a broken model at ln 512 = 6.2.
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(1.379, abs=0.5)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    ({"quantization": "nf3"}, "quantization: 'nf3' should be one of nf4, none"),
+    ({"quantization": "NF4"}, "quantization: 'NF4' should be one of nf4, none"),
+    ({"compute_dtype": "bf17"}, "dtype: 'bf17' should be one of bfloat16"),
+])  # fmt: skip
+def test_an_argument_that_means_nothing_is_refused(arguments, told, tiny_base):
+    with pytest.raises(ModelError, match=told):
+        load_base(str(tiny_base), **arguments)
+
+
+def test_a_compute_dtype_may_have_its_short_name(tiny_base):
+    assert load_base(str(tiny_base), compute_dtype="fp32")[0].dtype == torch.float32

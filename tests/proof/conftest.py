@@ -1,37 +1,5 @@
-"""Runs and what merge made of them."""
+"""The proof is of what the export's tests made."""
 
-import shutil
+from tests.export.conftest import merged, own, tied
 
-import pytest
-
-from qlora.config import load_config
-from qlora.export import merge
-from qlora.training import train
-from tests.tiny import make_base, run_config
-
-
-@pytest.fixture(scope="session")
-def merged(tiny_base, alpaca_file, tmp_path_factory):
-    """A run and what merge made of it; not to be changed."""
-    folder = tmp_path_factory.mktemp("verify")
-    train(load_config(run_config(tiny_base, alpaca_file, folder / "run")))
-    merge(folder / "run", folder / "out")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tied(alpaca_file, tmp_path_factory):
-    """The same of a base whose head is its embeddings; not to be changed."""
-    folder = tmp_path_factory.mktemp("tied")
-    base = make_base(folder / "base", seed=2, tie_word_embeddings=True)
-    train(load_config(run_config(base, alpaca_file, folder / "run", train__max_steps=2)))
-    merge(folder / "run", folder / "out")
-    return folder
-
-
-@pytest.fixture
-def own(merged, tmp_path):
-    """The same, to be spoilt."""
-    for name in ("run", "out"):
-        shutil.copytree(merged / name, tmp_path / name)
-    return tmp_path
+__all__ = ["merged", "own", "tied"]

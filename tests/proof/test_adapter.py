@@ -132,7 +132,7 @@ def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
 @pytest.mark.parametrize("times", [0.0, 0.5, 2.0])
 def test_a_layer_with_another_scaling_is_told(times, merged):
     model, expected, examples = loaded(merged / "run")
-    model.get_submodule(UP.format(1)).scaling *= times
+    model.get_submodule(UP.format(1)).lora_B.data.mul_(times)
     assert check_layers(model, expected, examples).problems == [
         f"{UP.format(1)} computes with {times:g} times its update"
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from qlora.checkpoint import RunDirectory, adapter_digest
+from qlora.dtypes import full_name
 from qlora.errors import ExportError
 from qlora.export.gguf.model import write_gguf
 from qlora.export.merge import MergeReport, OnProgress, write_companions, write_papers
@@ -43,7 +44,7 @@ def merge_to_gguf(
         CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
-    out_dir = new_folder(out_dir)
+    out_dir, dtype = new_folder(out_dir), full_name(dtype)
     if dtype not in GGUF_DTYPES or onto == "best":
         raise ExportError(
             f"GGUF is written in {', '.join(GGUF_DTYPES)}, onto dequantized or original weights; "

@@ -9,11 +9,12 @@ turn in one process. `FOLD_FROM_TOKENS` in qlora/lora/function.py is read off th
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from qlora.lora import LoraLinear
+from qlora.lora import AdapterSpec, LoraLinear
 from qlora.nf4 import NF4Linear
 from scripts.dev.bench.common import SHAPES, append, heading
 
@@ -56,8 +57,8 @@ def make_layer(width: int, out: int, rank: int, is_held: bool) -> LoraLinear:
     """A layer in the midst of training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = NF4Linear.from_linear(torch.nn.Linear(width, out, bias=False, device=device, dtype=torch.bfloat16))
-    layer = LoraLinear(base, rank, 2 * rank)
-    layer.reset("kaiming", torch.Generator().manual_seed(0))
+    layer = LoraLinear(base, AdapterSpec(rank, 2 * rank))
+    layer.reset(torch.Generator().manual_seed(0))
     layer.lora_B.data.normal_(std=0.01)
     if is_held:
         base.hold(torch.bfloat16)
@@ -71,7 +72,7 @@ def ratio(layer: LoraLinear, tokens: int, rounds: int) -> float:
     grad = torch.randn(tokens, layer.out_features, device=device, dtype=torch.bfloat16)
 
     def run(form: str) -> None:
-        layer.form = form
+        layer.spec = replace(layer.spec, form=form)
         torch.autograd.grad(layer(x), (x, layer.lora_A, layer.lora_B), grad)
 
     best = {"separate": float("inf"), "folded": float("inf")}

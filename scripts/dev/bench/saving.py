@@ -22,7 +22,7 @@ from torch import nn
 
 from qlora.checkpoint import save_checkpoint
 from qlora.config import load_config
-from qlora.lora import LoraLinear
+from qlora.lora import AdapterSpec, LoraLinear
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.training import train
 from qlora.training.loop import Progress
@@ -98,7 +98,7 @@ def layers(widths: dict[str, tuple[int, int]], count: int) -> nn.Module:
     model.layers = nn.ModuleList(nn.Module() for _ in range(count))
     for layer in model.layers:
         for name, (inside, outside) in widths.items():
-            linear = LoraLinear(nn.Linear(inside, outside, bias=False, device="meta"), rank=16, alpha=32)
+            linear = LoraLinear(nn.Linear(inside, outside, bias=False, device="meta"), AdapterSpec(16, 32))
             linear.base.requires_grad_(False)
             for factor in ("lora_A", "lora_B"):
                 empty = getattr(linear, factor)
