@@ -22,7 +22,7 @@ from qlora.model import (
     take_inventory,
 )
 from qlora.nf4 import dequantize_path
-from qlora.objectives.rows import why_not_learnt
+from qlora.objectives.rows import unsupported_reasons
 from qlora.optim import FlatAdamW, FlatParameters
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -140,8 +140,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
 
 def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range) -> tuple[Any, str, str]:
     """The base with its adapters, in training mode and tried on a few tokens; its attention and activations in use."""
-    objective = config.train.objective
-    if problems := [problem for report in datasets.reports if (problem := why_not_learnt(objective, report))]:
+    if problems := unsupported_reasons(config.train.objective, datasets.reports):
         raise ConfigError("\n".join(problems))
     model, _ = base_from_section(config.model, processes.device)
     adapt(model, config.lora, config.train.seed, new_ids)

@@ -19,14 +19,13 @@ from pathlib import Path
 
 # Runs in a version's own tree, with nothing but names that every version has.
 CASES = """
-import json, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import yaml
 
 from qlora.config import load_config
 from qlora.export import merge
-from qlora.export.gguf.merge import merge_to_gguf
 from qlora.training import train
 
 tiny, out, made = yaml.safe_load(open("configs/tiny.yaml")), Path(sys.argv[1]), Path(sys.argv[2])
@@ -58,9 +57,10 @@ for name, (changes, stop_at) in cases.items():
     train(load_config(path))
     for onto in ("dequantized", "original"):
         merge(out / name, out / f"{name}-{onto}", onto=onto)
-    merge_to_gguf(out / name, out / f"{name}-gguf", "float16", "dequantized")
+    gguf = ["-o", str(out / f"{name}-gguf"), "--format", "gguf", "--dtype", "float16"]
+    subprocess.run([sys.executable, "-m", "qlora", "merge", str(out / name), *gguf], check=True)
 """
-# What a clock, the memory at hand or the folder's name says, and no version repeats.
+# Logged values that depend on time or memory, and are not compared.
 VOLATILE = ("tokens_per_second", "peak_memory")
 SUFFIXES = (".safetensors", ".gguf")
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="A tree with the other.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "made"
+        made = arguments.after.resolve() / ".cache" / "tiny"  # where the quickstart keeps them, too
         for script, out in (("make_base", "base"), ("make_instructions", "data")):
             command = [sys.executable, f"scripts/tiny/{script}.py", "--out", str(made / out)]
             subprocess.run(command, check=True, cwd=arguments.after.resolve())
