@@ -6,6 +6,8 @@ import time
 import pytest
 
 from scripts.dev import fuzz
+from scripts.dev.fuzzing import altering
+from scripts.dev.fuzzing import targets as readers
 
 INPUTS = 40
 NAMES = (
@@ -31,9 +33,6 @@ def test_what_is_damaged_or_hostile_is_read_or_refused(targets, seed, name):
 @pytest.mark.parametrize("name", ["base", "adapter", "checkpoint", "run", "rows", "tokenizer", "architecture"])
 def test_what_is_not_damaged_is_read(targets, tmp_path, monkeypatch, name):
     """So that not all of it is refused for another reason than its damage."""
-    from fuzzing import altering
-    from fuzzing import targets as readers
-
     found = []
     monkeypatch.setattr(altering, "altered_file", lambda rng, name, content: content)
     monkeypatch.setattr(readers, "each_refused", lambda read: found.append(read()))

@@ -100,7 +100,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_reference_finds_faults(fault):
     case, damage = FAULTS[fault]
-    tokenizer, row, document = encoded(sweep, case, NEXT_HEADER if damage is learn_next_header else None)
+    tokenizer, row, document = encoded(case, NEXT_HEADER if damage is learn_next_header else None)
     sweep.check(tokenizer, row, [document], exact=True)
     with pytest.raises(sweep.WrongError):
         sweep.check(tokenizer, row, [damage(*document)], exact=True)

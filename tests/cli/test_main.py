@@ -1,7 +1,6 @@
 """The command itself: quick help, exit codes, and errors without a traceback."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -19,25 +18,19 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "saf
 VERBS = ("init", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
 
 
-def cpu_seconds(*arguments):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", HELP, *arguments], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_help_answers_at_once():
-    # The processor's time: what the clock shows where nothing else runs.
-    assert min(cpu_seconds("--help") for _ in range(5)) < 0.3
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["init"]], ids=" ".join)
-def test_what_needs_no_model_imports_no_heavy_package(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [(["--help"], 400), (["--version"], 220), (["train", "--help"], 500), (["init"], 500)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_imports_little(arguments, most):
+    """The time of a start is that of its imports, and their number is the same on a busy machine."""
     code = f"import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); {HELP}"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     modules = done.stdout.rpartition("MODULES ")[2].split()
     assert "qlora.cli.main" in modules
     assert [name for name in HEAVY if name in modules] == []
+    assert len(modules) < most
 
 
 def test_help_names_every_verb():
@@ -95,7 +88,7 @@ def test_a_users_mistake_is_a_message_and_an_exit_code(monkeypatch, error, code)
     def fail(*_):
         raise error("the thing, its value, the remedy")
 
-    monkeypatch.setattr("qlora.export.verify", fail)
+    monkeypatch.setattr("qlora.proof.verify", fail)
     done = run("verify", "run", "folder")
     assert done.code == code
     assert done.err == "error: the thing, its value, the remedy\n"
@@ -106,7 +99,7 @@ def test_our_own_mistake_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qlora.export.verify", fail)
+    monkeypatch.setattr("qlora.proof.verify", fail)
     with pytest.raises(ZeroDivisionError):
         run("verify", "run", "folder")
 
