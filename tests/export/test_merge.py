@@ -579,7 +579,7 @@ def test_weights_quantized_by_other_kernels_than_in_training_are_told(device, on
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "bf16"}, "'bf16'"),
+        ({"dtype": "bf17"}, "'bf17'"),
         ({"dtype": "float64"}, "'float64'"),
         ({"onto": "orignal"}, "no 'orignal' weights to merge onto"),
         ({"onto": "Best"}, "no 'Best' weights to merge onto"),
