@@ -9,7 +9,13 @@ from qlora.model.base import (
     resolve_device,
 )
 from qlora.model.evaluate import Evaluation, evaluate
-from qlora.model.from_config import adapt, adapter_spec, base_from_section, datasets_from_section
+from qlora.model.from_config import (
+    adapt,
+    adapter_spec,
+    base_from_section,
+    datasets_from_section,
+    optimizer_from_section,
+)
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_isolation, check_loss, supervised_loss
@@ -35,6 +41,7 @@ __all__ = [
     "load_run",
     "load_run_tokenizer",
     "load_tokenizer",
+    "optimizer_from_section",
     "resolve_compute_dtype",
     "resolve_device",
     "supervised_loss",

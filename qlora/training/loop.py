@@ -12,7 +12,7 @@ from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import CheckpointError, ModelError
 from qlora.lora import WeightsKept, lora_layers
 from qlora.model import supervised_loss
-from qlora.optim import FlatAdamW
+from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 
 # Steps without an overflow after which a larger loss scale is tried.
@@ -159,7 +159,7 @@ def refuse_out_of_memory(step: int) -> Never:
 
 def run_loop(
     model: Any,
-    optimizer: FlatAdamW,
+    optimizer: FlatOptimizer,
     examples: Sequence[TokenizedExample],
     plan: BatchPlan,
     processes: Processes,

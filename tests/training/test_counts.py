@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, make_example
 from qlora.layers import apply_recompute, hold_weights, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import add_lora
 from qlora.model import load_base
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
 from qlora.training.loop import Progress, run_loop
 from scripts.dev.bench import counts
@@ -46,7 +46,7 @@ def step(tmp_path, seed, generator):
                     return True
 
                 run_loop(
-                    model.train(), FlatAdamW(flat, optimizer), examples, plan,
+                    model.train(), make_optimizer(optimizer, flat), examples, plan,
                     Processes(device=model.device), Progress(), 2,
                     lambda _: 1e-4, 1.0, after_step,
                 )  # fmt: skip

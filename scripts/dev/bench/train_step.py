@@ -340,7 +340,7 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 @contextmanager
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
     """Our model, the optimizer's name, and a function that goes on for some steps."""
-    from qlora.optim import FlatAdamW, FlatParameters
+    from qlora.optim import FlatParameters, make_optimizer
     from qlora.processes import Processes
     from qlora.training.loop import Progress, run_loop
 
@@ -349,7 +349,7 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     examples, plan = make_examples(arguments, model.config.vocab_size)
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer, progress, processes = FlatAdamW(flat, name), Progress(), Processes(device=model.device)
+    optimizer, progress, processes = make_optimizer(name, flat), Progress(), Processes(device=model.device)
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
         run_loop(
