@@ -16,7 +16,7 @@ from qlora.model.from_config import (
     datasets_from_section,
     optimizer_from_section,
 )
-from qlora.model.generate import end_token_ids, generate
+from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_isolation, check_loss, supervised_loss
 from qlora.model.restore import load_model, load_run, load_run_tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "Inventory",
     "adapt",
     "adapter_spec",
+    "answer",
     "base_from_section",
     "build_skeleton",
     "check_isolation",
