@@ -29,7 +29,7 @@ qlora eval "$out/run"
 qlora merge "$out/run" -o "$out/merged"
 qlora verify "$out/run" "$out/merged"
 
-step "6. Ask the merged model, which needs nothing but transformers"
+step "6. Ask the merged model, which needs only transformers"
 python scripts/tiny/exact_match.py "$out/merged" .cache/tiny/data/heldout.jsonl --at-least 0.8
 question=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["instruction"])' .cache/tiny/data/heldout.jsonl)
 echo "  \$ qlora generate $out/merged --prompt \"$question\""

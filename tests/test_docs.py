@@ -93,18 +93,13 @@ def test_scripts_that_are_named_exist():
 
 
 @pytest.fixture
-def checkout(tiny_base, tmp_path, monkeypatch):
-    """The current folder, as a reader of the docs has it: with data of each form."""
-    alpaca = [{"instruction": f"Repeat {word}", "output": word} for word in ("tin", "oak", "fern", "moss") * 10]
-    turns = [
-        [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-        for row in alpaca
-    ]
-    texts = [{"text": f"{row['output']} grows in the {row['output']} garden. " * 9} for row in alpaca]
-    forms = {"train": alpaca, "instructions": alpaca, "texts": texts, "other": texts}
-    forms["chat"] = [{"messages": messages} for messages in turns]
-    for name, rows in forms.items():
-        (tmp_path / "data").mkdir(exist_ok=True)
+def reader(tmp_path, monkeypatch):
+    """The current folder of someone who follows the docs, with the data that they name."""
+    words = ("tin", "oak", "fern", "moss") * 10
+    instructions = [{"instruction": f"Repeat {word}", "output": word} for word in words]
+    texts = [{"text": f"The {word} grows in the {word} garden. " * 9} for word in words]
+    (tmp_path / "data").mkdir()
+    for name, rows in {"train": instructions, "instructions": instructions, "texts": texts, "other": texts}.items():
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
     write_jsonl(tmp_path / "questions.jsonl", [{"prompt": "Repeat tin"}, {"instruction": "Repeat oak"}])
     monkeypatch.chdir(tmp_path)
@@ -122,10 +117,10 @@ def make_small(config, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", FOLLOWED)
-def test_a_page_can_be_followed(page, checkout, tiny_base):
+def test_a_page_can_be_followed(page, reader, tiny_base):
     if "runs/mine" in (ROOT / page).read_text(encoding="utf-8"):
         Path("runs").mkdir()
-        assert run("train", run_config(tiny_base, checkout / "data/train.jsonl", checkout / "runs/mine")).code == 0
+        assert run("train", run_config(tiny_base, reader / "data/train.jsonl", reader / "runs/mine")).code == 0
     rows, names = [], {}
     for language, text in blocks(ROOT / page, "json", "yaml", "bash", "python"):
         if language == "json":
