@@ -27,6 +27,7 @@ def evaluate(
     from qlora.errors import ConfigError
     from qlora.model import base_from_section, datasets_from_section, load_run
     from qlora.model import evaluate as run_evaluation
+    from qlora.objectives import objective_from_section
 
     run = RunDirectory.find(target)
     config = load_config(target if run is None else run.config)
@@ -40,7 +41,8 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data.")
-    result = run_evaluation(model, eval_batches(examples, batch_size))
+    loss = objective_from_section(config.train).loss
+    result = run_evaluation(model, eval_batches(examples, batch_size), loss=loss)
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # of weighted tokens there are no bits
     report = {
@@ -50,5 +52,6 @@ def evaluate(
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits / num_bytes if num_bytes and is_plain else None,
+        **result.metrics,
     }
     show_report(report, as_json)

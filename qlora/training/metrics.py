@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora.checkpoint import RunDirectory
 from qlora.model import Evaluation
 from qlora.processes import Processes
-from qlora.training.loop import Progress as RunProgress
 from qlora.training.loop import StepReport
+from qlora.training.progress import Progress as RunProgress
 
 # What a clock or the system gives of a line, and no run repeats.
 VOLATILE = ("tokens_per_second", "peak_memory")
@@ -87,6 +87,7 @@ class MetricsLog:
                 "step": progress.step,
                 **self._epoch(progress.step),
                 "loss": report.loss,
+                **report.metrics,
                 "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
                 "learning_rate": report.learning_rate,
                 "tokens": progress.tokens,
@@ -129,6 +130,7 @@ class MetricsLog:
                 "eval_loss": evaluation.loss,
                 "eval_perplexity": evaluation.perplexity,
                 "eval_supervised_tokens": evaluation.num_supervised,
+                **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             }
         )
         self._console.print(f"step {step}/{self.total_steps}  held-out loss {evaluation.loss:.4f}", highlight=False)

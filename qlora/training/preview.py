@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, add_new_tokens,
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, load_tokenizer
-from qlora.objectives.rows import unsupported_reasons
+from qlora.objectives import objective_from_section
 from qlora.training.schedule import resolve_total_steps
 
 
@@ -84,7 +84,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
-    problems = unsupported_reasons(section.objective, datasets.reports)
+    problems = objective_from_section(section).unsupported_reasons(datasets.reports)
     num_bad = sum(report.bad_rows for report in datasets.reports)
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")

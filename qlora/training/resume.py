@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora.about import __version__
-from qlora.checkpoint import RunDirectory, check_whole, newest_whole, read_origin, step_of
+from qlora.checkpoint import RunDirectory, RunRecord, check_whole, newest_whole, read_origin, step_of
 from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.schedule import rate_of
@@ -41,7 +41,7 @@ class Start:
         fresh: Whether a run in the directory is moved aside first.
         is_done: Whether the directory's run is finished, and the config asks for no other number of steps.
         config: Config of the earlier sessions: of the directory's run, or else of the checkpoint's.
-        record: run.json of the same.
+        record: Record of the same; None if there is none.
         started_from: Checkpoint of another run that the directory's run began at, if it did.
         final_step: Step of the adapter that the directory's run left at its end, if it had one.
     """
@@ -52,14 +52,14 @@ class Start:
     fresh: bool = False
     is_done: bool = False
     config: RunConfig | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: RunRecord | None = None
     started_from: str | None = None
     final_step: int | None = None
 
     @property
     def finished_steps(self) -> int | None:
         """Steps of the earlier sessions' run, if it is finished."""
-        return self.record["steps"] if self.record.get("status") == "finished" else None
+        return self.record.steps if self.record is not None and self.record.is_finished else None
 
     def describe_damage(self) -> list[str]:
         """A line for each checkpoint that is skipped."""
@@ -75,9 +75,9 @@ class Start:
 
     def describe_jump(self, config: RunConfig, step: int, total_steps: int) -> list[str]:
         """A line if the learning rate does not go on as it would have in the earlier sessions."""
-        length_before = self.record.get("total_steps")
-        if self.config is None or length_before is None or not 0 < step < total_steps:
+        if self.config is None or self.record is None or not 0 < step < total_steps:
             return []
+        length_before = self.record.total_steps
         earlier, now = rate_of(self.config.train, length_before), rate_of(config.train, total_steps)
         expected = earlier(min(step, length_before - 1))
         if abs(now(step) - expected) <= 0.01 * expected:
@@ -125,7 +125,7 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
         origins={run.path: describe_origin(before, record)},
         config=before,
         record=record,
-        started_from=record.get("started_from"),
+        started_from=record.started_from,
         final_step=run.final_step,
     )
     is_finished = start.finished_steps is not None and run.adapter.is_dir()
@@ -211,7 +211,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
+def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     """Everything that determines the steps of a run, as JSON values: settings, base, data, and what `auto` became.
 
     Args:
@@ -220,10 +220,10 @@ def describe_origin(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]
     """
     origin = {
         "settings": {key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
-        "base": record["base"]["files"],
-        "data": [[report["source"], report["digest"]] for report in record["data"]],
-        "examples": record.get("examples"),
-        "in_use": {key: record["in_use"].get(key) for key in KEPT_IN_USE},
+        "base": record.base.files,
+        "data": [[report["source"], report["digest"]] for report in record.data],
+        "examples": asdict(record.examples),
+        "in_use": {key: getattr(record.in_use, key) for key in KEPT_IN_USE},
     }
     return json.loads(json.dumps(origin))  # as it is read back
 
@@ -257,7 +257,7 @@ def check_same_origin(start: Start, now: dict[str, Any]) -> None:
     """
     for place, before in start.origins.items():
         if changes := compare_origins(before, now):
-            version = start.record.get("versions", {}).get("qlora", __version__)
+            version = __version__ if start.record is None else start.record.versions.get("qlora", __version__)
             hint = " (tiles follow from model.recompute)" if any(line.startswith("tiled:") for line in changes) else ""
             raise ConfigError(
                 f"{place} was trained with a different base, data or setup{hint}:\n"
@@ -270,9 +270,10 @@ def check_same_origin(start: Start, now: dict[str, Any]) -> None:
 def _at_foreign_checkpoint(checkpoint: Path, config: RunConfig) -> Start:
     """Start from a checkpoint of another run, whose config and record are read if it still lies in that run."""
     other = RunDirectory.find(checkpoint)
-    record = {} if other is None else other.read_record()
+    record = None if other is None else other.read_record()
     # qlora 0.1.0 wrote the number of examples into the record alone.
-    origin = {"examples": record.get("examples")} | _read_origin(checkpoint, config, set(), "or leave out --resume.")
+    examples = None if record is None else asdict(record.examples)
+    origin = {"examples": examples} | _read_origin(checkpoint, config, set(), "or leave out --resume.")
     return Start(
         checkpoint=checkpoint,
         origins={checkpoint: origin},

@@ -8,8 +8,8 @@ from qlora.checkpoint import RunDirectory, adapter_bytes, checkpoint_bytes, drop
 from qlora.errors import CheckpointError
 from qlora.files import discard, free_bytes, sync
 from qlora.training.assemble import Assembly
-from qlora.training.loop import Progress
 from qlora.training.metrics import MetricsLog
+from qlora.training.progress import Progress
 from qlora.training.schedule import resolve_interval
 
 # Saves that may fail one after the other before the run stops.
@@ -81,7 +81,8 @@ class Saver:
         except OSError as problem:
             raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
         model, optimizer = self.assembly.model, self.assembly.optimizer
-        save_checkpoint(folder, model, optimizer, asdict(progress), self.assembly.config.model.base, self.origin)
+        base_name = self.assembly.config.model.base
+        save_checkpoint(folder, model, optimizer, asdict(progress), base_name=base_name, origin=self.origin)
 
 
 def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -> None:

@@ -32,7 +32,12 @@ def learning_rate(
 def rate_of(section: TrainSection, total_steps: int) -> Callable[[int], float]:
     """The learning rate by step of a run that a config describes."""
     return lambda step: learning_rate(
-        step, total_steps, section.learning_rate, section.lr_scheduler, section.warmup_ratio, section.min_learning_rate
+        step,
+        total_steps,
+        peak=section.learning_rate,
+        kind=section.lr_scheduler,
+        warmup_ratio=section.warmup_ratio,
+        minimum=section.min_learning_rate,
     )
 
 

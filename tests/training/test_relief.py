@@ -8,7 +8,6 @@ from qlora.layers import apply_recompute, hold_weights, recompute_levels
 from qlora.memory.probe import Storages, measure_peak
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
-from qlora.training.loop import run_loop
 from qlora.training.relief import MemoryRelief
 from tests.training.test_loop import Trainer, random_examples
 
@@ -47,18 +46,8 @@ def run_limited(trainer, num_bytes, may_raise=True, level="none"):
     """Trains on with an allocator of so many bytes; what was given up."""
     relief, told = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
 
-    def after_step(report):
-        trainer.reports.append(report)
-        trainer.grads.append(trainer.flat.grad.clone())
-        return True
-
     with Limited(num_bytes):
-        run_loop(
-            trainer.model, trainer.optimizer, trainer.examples, trainer.plan,
-            Processes(device=trainer.model.device), trainer.progress,
-            1 + STEPS, lambda step: 1e-2, None, after_step,
-            on_out_of_memory=lambda step: told.append((step, relief.give_up(step))),
-        )  # fmt: skip
+        trainer.run(1 + STEPS, on_out_of_memory=lambda step: told.append((step, relief.give_up(step))))
     return relief, told
 
 
@@ -154,12 +143,7 @@ def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_b
 
     processes = Processes(world_size=2)
     processes.sum = add
-    run_loop(
-        trainer.model, trainer.optimizer, examples, trainer.plan,
-        processes, trainer.progress, 1 + STEPS,
-        lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
-        on_out_of_memory=told.append,
-    )  # fmt: skip
+    trainer.run(1 + STEPS, processes=processes, on_out_of_memory=told.append)
     assert told == [1]
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
