@@ -228,7 +228,7 @@ def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(packing, tiny_base,
     assert plan.total_steps == plan.steps_per_epoch
     assert (4 <= plan.steps_per_epoch < 8) if packing else (plan.steps_per_epoch == 8)
     assert (len(plan.datasets.train), len(plan.datasets.eval)) == (32, 8)
-    assert plan.in_use["compute_dtype"] in ("bfloat16", "float32")
+    assert plan.in_use.compute_dtype in ("bfloat16", "float32")
     assert not (tmp_path / "run").exists()
 
 

@@ -181,7 +181,6 @@ def copy_as_stream(base: Path, out: Path) -> None:
 
     from qlora.files import BaseFiles
     from qlora.files.shards import ShardWriter, TensorLayout
-    from scripts.dev.fuzzing.samples import RECORD
     from qlora.files.stored import StoredTensors, row_blocks
 
     out.mkdir()
