@@ -119,7 +119,7 @@ def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: in
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((others + (needed + least) / 2) / total)
     try:
-        trainer.run(3, on_out_of_memory=lambda step: told.append(relief.give_up(step)))
+        trainer.run(3, on_out_of_memory=lambda step: told.append(relief.reduce_memory(step)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert told

@@ -64,7 +64,7 @@ class StepGuard:
         Raises:
             ModelError: It can't be reduced further.
         """
-        change = self._relief.give_up(step)
+        change = self._relief.reduce_memory(step)
         weights_kept = self.in_use.weights_kept if self._relief.num_held is None else self._relief.num_held
         self.in_use = replace(
             self.in_use,

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as an image."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def draw_losses(metrics: Sequence[dict[str, Any]], target: Path) -> bool:
-    """Draws training and held-out loss over the steps as a PNG.
+    """Draw training and held-out loss over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
-        target: The file.
+        target: Path of the PNG.
 
     Returns:
-        Whether it was drawn: matplotlib is an optional dependency.
+        Whether it was drawn; matplotlib is an optional dependency.
     """
     if find_spec("matplotlib") is None:
         return False
@@ -26,7 +26,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path) -> bool:
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="mean loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(target, dpi=120)

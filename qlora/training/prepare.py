@@ -10,9 +10,10 @@ from qlora.checkpoint import RunDirectory, RunRecord, load_state
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly
+from qlora.training.origin import describe_origin
 from qlora.training.progress import Progress
 from qlora.training.record import make_record
-from qlora.training.resume import Start, check_same_origin, describe_origin
+from qlora.training.resume import Start, check_same_origin
 from qlora.training.saving import check_room
 
 
@@ -23,7 +24,7 @@ class Prepared:
     Attributes:
         progress: Progress that it starts from.
         record: Record of the run at its start.
-        origin: Everything that determines its steps, see :func:`qlora.training.resume.describe_origin`.
+        origin: Everything that determines its steps, see :func:`qlora.training.origin.describe_origin`.
         fresh: Whether it was started over.
     """
 

@@ -36,7 +36,7 @@ class MemoryRelief:
         self.num_held: int | None = None
         self._model, self._plan, self._progress, self._may_raise = model, plan, progress, may_raise
 
-    def give_up(self, step: int) -> str:
+    def reduce_memory(self, step: int) -> str:
         """Take the next measure that reduces memory.
 
         Args:

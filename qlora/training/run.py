@@ -16,9 +16,10 @@ from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.metrics import peak_memory_bytes
+from qlora.training.origin import OWN_KEYS, flatten
 from qlora.training.plot import draw_losses
 from qlora.training.prepare import prepare_run
-from qlora.training.resume import OWN_KEYS, Start, check_folder, find_start, flatten
+from qlora.training.resume import Start, check_folder, find_start
 from qlora.training.session import how_to_continue, run_session
 
 

@@ -47,7 +47,7 @@ def run_limited(trainer, num_bytes, may_raise=True, level="none"):
     relief, told = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
 
     with Limited(num_bytes):
-        trainer.run(1 + STEPS, on_out_of_memory=lambda step: told.append((step, relief.give_up(step))))
+        trainer.run(1 + STEPS, on_out_of_memory=lambda step: told.append((step, relief.reduce_memory(step))))
     return relief, told
 
 
@@ -95,10 +95,10 @@ def test_kept_weights_go_first(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     num_held = hold_weights(trainer.model, 2**30)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
-    assert relief.give_up(0) == f"{num_held} dequantized weights are no longer kept"
+    assert relief.reduce_memory(0) == f"{num_held} dequantized weights are no longer kept"
     assert not any(module.is_held for module in trainer.model.modules() if isinstance(module, NF4Linear))
     assert (relief.num_held, relief.level) == (0, "none")
-    assert "model.recompute is" in relief.give_up(0)
+    assert "model.recompute is" in relief.reduce_memory(0)
 
 
 def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
@@ -106,11 +106,11 @@ def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_bas
     before = trainer.flat.data.clone()
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
     levels = recompute_levels(trainer.model)[1:]
-    told = [relief.give_up(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
+    told = [relief.reduce_memory(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
     assert [f"is {level} in place" in what for level, what in zip(levels, told, strict=False)] == [True] * len(levels)
     assert ["parts" in what for what in told[-2:]] == [True, True]
     with pytest.raises(ModelError, match=r"Step 5: memory ran out with single examples at model\.recompute=full"):
-        relief.give_up(4)
+        relief.reduce_memory(4)
     assert trainer.progress.num_parts == 4
     assert torch.equal(trainer.flat.data, before)
 
@@ -118,7 +118,7 @@ def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_bas
 def test_a_level_that_was_asked_for_stays(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", False)
-    assert "2 parts" in relief.give_up(0)
+    assert "2 parts" in relief.reduce_memory(0)
     assert relief.level == "none"
 
 
