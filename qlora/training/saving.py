@@ -63,10 +63,10 @@ class Saver:
             self._failures += 1
             checkpoints = self.run.list_checkpoints()
             last = f"{checkpoints[-1].name} is the last one saved." if checkpoints else "Nothing is saved yet."
-            problem_text = f"Step {progress.step} could not be saved, and {last} {problem}"
+            message = f"Step {progress.step} could not be saved, and {last} {problem}"
             if is_last or self._failures == MAX_FAILURES:
-                raise CheckpointError(problem_text) from problem
-            self.log.announce([f"{problem_text} The run goes on and saves again at the next interval."])
+                raise CheckpointError(message) from problem
+            self.log.announce([f"{message} The run goes on and saves again at the next interval."])
             return
         self._failures = 0
         try:
