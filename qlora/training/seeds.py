@@ -18,8 +18,8 @@ def seed_step(seed: int, step: int, process: int) -> None:
 def step_seed(*numbers: int) -> int:
     """Mix non-negative integers into a seed, a signed 64-bit integer.
 
-    It is what `hash(numbers)` returns in 64-bit CPython 3.8 to 3.13, which Python does not guarantee: the seed decides
-    a run's dropout, so it must not change with Python.
+    It equals `hash(numbers)` in 64-bit CPython since 3.8, which Python does not guarantee: a run's dropout depends on
+    the seed, so it must not change with Python.
     """
     mixed = PRIME_5
     for number in numbers:

@@ -48,8 +48,12 @@ def record(folder):
 
 
 def learn_by(monkeypatch, compute, metrics=()):
-    """Replaces the loss of every run to come."""
-    objective = replace(SFT, loss=Loss(compute, SUPERVISED.units, metrics))
+    """Replaces the loss of every run to come, but not in the estimate of its memory."""
+
+    def compute_unless_estimated(model, batch):
+        return (SUPERVISED.compute if batch.input_ids.is_meta else compute)(model, batch)
+
+    objective = replace(SFT, loss=Loss(compute_unless_estimated, SUPERVISED.units, metrics))
     monkeypatch.setattr("qlora.training.assemble.objective_from_section", lambda section: objective)
 
 
@@ -664,6 +668,27 @@ def test_metrics_of_a_loss_are_logged_by_name_in_training_and_evaluation(tiny_ba
         prefix = "eval_" * ("eval_loss" in line)
         assert line[f"{prefix}half"] == pytest.approx(line[f"{prefix}loss"] / 2)
         assert line.keys() == {f"{prefix}half"} | (EVAL_KEYS if prefix else STEP_KEYS)
+
+
+def test_the_record_says_what_was_in_use_at_the_end(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    calls = []
+
+    def run_out_in_step_two(model, batch):
+        calls.append(model.training)
+        if 2 < sum(calls) <= 4:  # twice: the weight cache goes, then the level of recomputation rises
+            raise torch.OutOfMemoryError("no room")
+        return StepLoss(supervised_loss(model, batch))
+
+    learn_by(monkeypatch, run_out_in_step_two)
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=3))
+    planned = plan_run(config).in_use
+    assert (planned.recompute, planned.micro_batch_parts) == ("none", 1)
+    assert planned.weights_kept > 0
+    assert train(config).status == "finished"
+    assert len([line for line in metrics(tmp_path / "run") if "out_of_memory" in line]) == 2
+    found = RunDirectory(tmp_path / "run").read_record().in_use
+    changed = {"recompute": "mlp", "weights_kept": 0, "memory": found.memory, "recompute_why": found.recompute_why}
+    assert found == replace(planned, **changed)
 
 
 def test_packed_and_apart_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_path):
