@@ -8,26 +8,33 @@ from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, M
 
 if TYPE_CHECKING:
     from qlora.config import RunConfig, load_config
-    from qlora.export import MergeReport, merge
+    from qlora.export import MergeReport, QuantizeReport, merge, quantize
     from qlora.lora import LoraLinear, add_lora
-    from qlora.model import load_base, load_run
+    from qlora.model import generate, load_base, load_run
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
-    from qlora.training import RunResult, train
+    from qlora.training import EvaluationReport, Preview, RunResult, evaluate, preview, train
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
 _HOMES = {
+    "EvaluationReport": "qlora.training",
     "LoraLinear": "qlora.lora",
     "MergeReport": "qlora.export",
     "NF4Linear": "qlora.nf4",
+    "Preview": "qlora.training",
+    "QuantizeReport": "qlora.export",
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
     "VerifyReport": "qlora.proof",
     "add_lora": "qlora.lora",
+    "evaluate": "qlora.training",
+    "generate": "qlora.model",
     "load_base": "qlora.model",
     "load_config": "qlora.config",
     "load_run": "qlora.model",
     "merge": "qlora.export",
+    "preview": "qlora.training",
+    "quantize": "qlora.export",
     "train": "qlora.training",
     "verify": "qlora.proof",
 }
@@ -37,23 +44,34 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EvaluationReport",
     "ExportError",
     "LoraLinear",
     "MergeReport",
     "ModelError",
     "NF4Linear",
+    "Preview",
     "QLoRAError",
+    "QuantizeReport",
     "RunConfig",
     "RunResult",
     "VerifyReport",
     "add_lora",
+    "evaluate",
+    "generate",
     "load_base",
     "load_config",
     "load_run",
     "merge",
+    "preview",
+    "quantize",
     "train",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Merge a run into 16-bit weights and verify them against the adapter; exits with 1 on a mismatch:
-#   bash scripts/export.sh RUN DIR [options of qlora merge, as --dtype bfloat16]
+#   bash scripts/export.sh RUN DIR [options of qlora merge, such as --dtype bfloat16]
 # RUN is a run or one of its checkpoints. The same command continues an interrupted merge. If DIR already holds this
-# merge, it is only verified; if it holds another one, as of the run before it was trained further, DIR is moved to
-# DIR.old-N and the run is merged again.
+# merge, it is only verified. If it holds another one, for example of the run before it was trained further, DIR is
+# moved to DIR.old-N and the run is merged again.
 set -euo pipefail
 usage="usage: export.sh RUN DIR [options of qlora merge]"
 run=${1:?$usage}
 merged=${2:?$usage}
 merged=${merged%/}
 shift 2
-here=${0%"${0##*/}"} # and not dirname: Bash loses a SIGINT that arrives while it waits for a command
+here=${0%"${0##*/}"} # not dirname: Bash loses a SIGINT that arrives while it waits for a command
 here=${here:-./}
 source "${here}forward.sh"
 

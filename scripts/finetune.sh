@@ -2,14 +2,14 @@
 # Fine-tune with a config on one or more GPUs, then merge and verify:
 #   bash scripts/finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]
 # Ctrl-C or SIGTERM saves the run and exits with 130 or 143; the same command, without --fresh, continues it. A finished
-# run is not trained again, and a run that was trained further, as with a higher train.max_steps, is merged again.
-# --dry-run and --replay are refused: they train nothing.
+# run is not trained again. A run that was trained further, for example with a higher train.max_steps, is merged again.
+# --dry-run and --replay are refused because they train nothing.
 set -euo pipefail
 usage="usage: finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]"
 config=${1:?$usage}
 merged=${2:?$usage}
 shift 2
-here=${0%"${0##*/}"} # and not dirname: Bash loses a SIGINT that arrives while it waits for a command
+here=${0%"${0##*/}"} # not dirname: Bash loses a SIGINT that arrives while it waits for a command
 here=${here:-./}
 source "${here}forward.sh"
 
@@ -17,9 +17,9 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 launch=(qlora)
 if [ "$gpus" -gt 1 ]; then
   launch=(accelerate launch --num_processes "$gpus" -m qlora)
-  # The launcher forwards signals too, but by default kills what has not saved after 30 seconds.
+  # The launcher forwards signals too, but by default it kills processes that have not saved after 30 seconds.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-  trap '' USR1 # which would end it; the process in run.lock takes it
+  trap '' USR1 # it would end the launcher; signal the process in run.lock instead
 fi
 
 report=$(mktemp)

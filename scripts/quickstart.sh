@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs qlora into .venv and runs the whole job on a tiny model made here, without any hub:
-# train → evaluate → merge → verify → generate. Everything it makes lies in .cache/quickstart.
+# Install qlora into .venv and run the whole job on a tiny model that is made here, without a model hub:
+# train → evaluate → merge → verify → generate. The results are in .cache/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -8,7 +8,7 @@ step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 step "1. Install into .venv"
 bash scripts/setup.sh plot
 export PATH="$PWD/.venv/bin:$PATH"
-# Waiting threads sleep: on shared cores a spinning one costs several times the step.
+# Let waiting threads sleep: on shared cores, a spinning thread makes a step several times slower.
 export OMP_WAIT_POLICY=PASSIVE
 out=.cache/quickstart
 started=$SECONDS
@@ -29,7 +29,7 @@ qlora eval "$out/run"
 qlora merge "$out/run" -o "$out/merged"
 qlora verify "$out/run" "$out/merged"
 
-step "6. Ask the merged model, which needs nothing but transformers"
+step "6. Ask the merged model, which needs only transformers"
 python scripts/tiny/exact_match.py "$out/merged" .cache/tiny/data/heldout.jsonl --at-least 0.8
 question=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["instruction"])' .cache/tiny/data/heldout.jsonl)
 echo "  \$ qlora generate $out/merged --prompt \"$question\""

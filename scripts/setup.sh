@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Create .venv and install qlora into it, with the extras named and, on a machine with an NVIDIA GPU, the gpu extra:
+# Create .venv and install qlora into it with the given extras, plus the gpu extra on a machine with an NVIDIA GPU:
 #   bash scripts/setup.sh [plot,test,…]
-# PYTHON names the Python to use, TORCH_INDEX the package index to install torch from instead of pip's own.
+# PYTHON is the Python to use; TORCH_INDEX is a package index for torch that replaces pip's default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  { echo "qlora needs Python 3.11 or newer; name one with PYTHON=… (this is $("$python" --version))" >&2; exit 1; }
+  { echo "qlora needs Python 3.11 or newer, but this is $("$python" --version); set PYTHON=… to another one" >&2; exit 1; }
 extras=${1:-plot}
 if command -v nvidia-smi >/dev/null; then
   extras=$extras,gpu
 else
-  # Without a GPU any build of torch will do, so take the version that the tests run on.
+  # Without a GPU, any build of torch works; use the version that the tests run on.
   export PIP_CONSTRAINT=${PIP_CONSTRAINT:-$PWD/.ci/constraints.txt}
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv

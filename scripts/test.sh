@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the test extras and runs format, lint, types, the import contract and the tests.
-# Arguments go to pytest: bash scripts/test.sh -k merge
+# Install the test extras, then check format, lint, types and the import contract, and run the tests.
+# Arguments are passed to pytest: bash scripts/test.sh -k merge
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
@@ -8,6 +8,6 @@ bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache
-# A process per core, of one thread each; on a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
+# One process per core, with one thread each. On a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/pytest -n auto "$@"

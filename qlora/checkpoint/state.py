@@ -13,7 +13,7 @@ from qlora.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
 from qlora.errors import CheckpointError
 from qlora.files.atomic import discard, write_aside
 from qlora.files.json_files import parse_object, read_object
-from qlora.optim import FlatAdamW
+from qlora.optim import FlatOptimizer
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -27,7 +27,7 @@ SMALL_BYTES = 1 << 20
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
-    optimizer: FlatAdamW,
+    optimizer: FlatOptimizer,
     progress: dict[str, Any],
     base_name: str,
     origin: dict[str, Any],
@@ -58,7 +58,7 @@ def save_checkpoint(
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: FlatAdamW) -> dict[str, Any]:
+def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict[str, Any]:
     """Restores a checkpoint into a model and optimizer made from the same config.
 
     Returns:
@@ -84,7 +84,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
     return read_object(folder / ORIGIN_FILE, CheckpointError, f"remove {folder} to continue from an earlier one")
 
 
-def checkpoint_bytes(model: nn.Module, optimizer: FlatAdamW) -> int:
+def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> int:
     """What a checkpoint takes on the disk."""
     return adapter_bytes(model) + sum(value.nbytes for value in optimizer.state_dict().values()) + SMALL_BYTES
 

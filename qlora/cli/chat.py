@@ -25,7 +25,7 @@ def chat(
 
     from qlora.data import template_name
     from qlora.errors import DataError
-    from qlora.model import generate, load_model
+    from qlora.model import answer, load_model
 
     loaded, tokenizer = load_model(model, device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -54,7 +54,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = generate(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
+            text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
         except DataError as error:  # of the template, which may not take a system message
             _say(str(error))
             messages.pop()
@@ -63,7 +63,7 @@ def chat(
             _say("\nStopped; the question is forgotten.")
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": text})
 
 
 def _start(system: str | None) -> list[dict[str, str]]:

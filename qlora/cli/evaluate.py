@@ -21,37 +21,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss and perplexity per supervised token, and bits per byte."""
-    from qlora.checkpoint import RunDirectory
-    from qlora.config import SourceSection, load_config
-    from qlora.data import eval_batches, supervised_bytes
-    from qlora.errors import ConfigError
-    from qlora.model import base_from_section, datasets_from_section, load_run
-    from qlora.model import evaluate as run_evaluation
-    from qlora.objectives import objective_from_section
+    from qlora.training import evaluate as run_evaluation
 
-    run = RunDirectory.find(target)
-    config = load_config(target if run is None else run.config)
-    model, tokenizer = base_from_section(config.model, device) if run is None else load_run(target, device)
-    section = config.data
-    if data is not None:
-        # Every row of the file counts, however few of its own the run was trained on.
-        whole_file = {"train": [SourceSection(path=data)], "eval": None, "max_rows": None, "deduplicate": False}
-        section = section.model_copy(update=whole_file)
-    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
-    examples = datasets.train if data is not None else datasets.eval
-    if not len(examples):
-        raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data.")
-    loss = objective_from_section(config.train).loss
-    result = run_evaluation(model, eval_batches(examples, batch_size), loss=loss)
-    num_bytes = supervised_bytes(tokenizer, examples)
-    is_plain = result.total_weight == result.num_supervised  # of weighted tokens there are no bits
-    report = {
-        "model": config.model.base if run is None else f"{config.model.base} with the adapter of {target}",
-        "examples": len(examples),
-        "supervised_tokens": result.num_supervised,
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits / num_bytes if num_bytes and is_plain else None,
-        **result.metrics,
-    }
-    show_report(report, as_json)
+    show_report(run_evaluation(target, data, batch_size, device).as_dict(), as_json)

@@ -165,7 +165,7 @@ def _answer(model: Any, tokenizer: Any, conversation: "Conversation", seed: int,
     """Answer one conversation, sampling by a seed of its own: a continued file gets the same answers."""
     import torch
 
-    from qlora.model import generate as run_generation
+    from qlora.model import answer
 
     torch.manual_seed(seed)
-    return run_generation(model, tokenizer, conversation.messages, tools=conversation.tools, **settings)
+    return answer(model, tokenizer, conversation.messages, tools=conversation.tools, **settings)

@@ -58,17 +58,16 @@ def merge(
     A merge that was interrupted is continued by the same command.
     """
     if dtype == "q8_0" and format != "gguf":
-        raise typer.BadParameter("--dtype q8_0 is of --format gguf.")
+        raise typer.BadParameter("--dtype q8_0 needs --format gguf.")
     if max_shard_size is not None and format == "gguf":
-        raise typer.BadParameter("--max-shard-size is of --format safetensors: GGUF is one file.")
+        raise typer.BadParameter("--max-shard-size has no meaning for --format gguf, which writes one file.")
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public go with --push-to-hub.")
 
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.config import load_config
     from qlora.export import merge as run_merge
-    from qlora.export.gguf.merge import merge_to_gguf
-    from qlora.export.merge import REPORT_FILE
+    from qlora.export.companions import REPORT_FILE
     from qlora.export.push import check_repo, push
 
     if push_to_hub is not None:
@@ -90,12 +89,17 @@ def merge(
     if values is None:
         next_call = "starts again" if format == "gguf" else "continues"
         with stopping_with(f"The same command {next_call}."), _progress_bar(shown=not as_json) as on_progress:
-            if format == "gguf":
-                report = merge_to_gguf(run, output, weights_dtype, settings.onto, device, force, on_progress)
-            else:
-                report = run_merge(
-                    run, output, **settings.model_dump(), device=device, force=force, on_progress=on_progress
-                )
+            report = run_merge(
+                run,
+                output,
+                weights_dtype,
+                settings.onto,
+                max_shard_size=None if format == "gguf" else settings.max_shard_size,
+                device=device,
+                force=force,
+                on_progress=on_progress,
+                format=format,
+            )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
         pushed = push(folder, push_to_hub, not public, dry_run)

@@ -229,6 +229,7 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     min_learning_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    embedding_learning_rate: Annotated[float | None, Field(gt=0, lt=1)] = None
     warmup_ratio: Share = 0.03
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = "paged_adamw_8bit"
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -269,3 +270,15 @@ class RunConfig(Section):
     data: DataSection
     train: TrainSection
     export: ExportSection = ExportSection()
+
+    @field_validator("train")
+    @classmethod
+    def _check_embedding_rate(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data, lora = info.data.get("data"), info.data.get("lora")  # absent if wrong themselves
+        trains_rows = data is None or lora is None or data.new_tokens or lora.modules_to_save
+        if value.embedding_learning_rate is not None and not trains_rows:
+            raise ValueError(
+                "embedding_learning_rate is set, but no embedding or head is trained; set lora.modules_to_save or "
+                "data.new_tokens, or remove it"
+            )
+        return value

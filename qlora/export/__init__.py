@@ -1,5 +1,8 @@
-"""Release: adapters merged into weights that load with transformers alone, and the proof that they are right."""
+"""Release: a run merged into weights that load without qlora, and models in 4 bits on disk."""
 
-from qlora.export.merge import MergeReport, merge
+from qlora.export.companions import MergeReport
+from qlora.export.merge import merge
+from qlora.export.quantize import QuantizeReport
+from qlora.export.quantize import quantize_model as quantize
 
-__all__ = ["MergeReport", "merge"]
+__all__ = ["MergeReport", "QuantizeReport", "merge", "quantize"]

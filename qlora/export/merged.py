@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ExportError
+from qlora.export.companions import REPORT_FILE
+from qlora.export.folder import DTYPES
 from qlora.export.gguf.merge import GGUF_DTYPES
-from qlora.export.merge import DTYPES, REPORT_FILE
 from qlora.export.weights import ONTO
 from qlora.files.json_files import parse_object
 

@@ -1,30 +1,25 @@
 """What a run would hold at each level of recomputation, by its config and that of its base."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora.config import RunConfig, TrainSection
+from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
-from qlora.memory.timeline import Held, Timeline
+from qlora.memory.timeline import Held
 from qlora.model import Loss, adapter_spec
 from qlora.model.base import build_skeleton, load_tokenizer
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qlora.optim import OPTIMIZERS, stochastic_round
-from qlora.optim.adamw import BLOCK as ROUNDED_AT_A_TIME
-from qlora.optim.flat import ALIGNMENT
+from qlora.optim import FlatParameters, make_optimizer
 
 FP32_BYTES = 4
-# Per parameter, to count those that an optimizer step left as they were.
-COMPARING_BYTES = 3
 CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
 
 
@@ -90,10 +85,9 @@ def take_footprint(
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
     shapes = [shape for one in adapted.values() for shape in spec.shapes(one.out_features, one.in_features)]
-    size = sum(_aligned(math.prod(shape)) for shape in shapes)
-    size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
-    itemsize = lora_dtype.itemsize
-    optimizer, update = _optimizer_bytes(config.train, size, itemsize)
+    trained = [nn.Parameter(torch.empty(shape, dtype=lora_dtype, device="meta")) for shape in shapes]
+    flat = FlatParameters(("", each) for each in [*trained, *{rows.weight for _, rows in trained_rows(model)}])
+    optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
     stack = Stack(model, adapted, quantized)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
@@ -109,9 +103,9 @@ def take_footprint(
         ) from error
     return Footprint(
         weights=weights,
-        adapters=size * (itemsize + FP32_BYTES),
-        optimizer=optimizer,
-        update=update,
+        adapters=flat.data.nbytes + flat.grad.nbytes,
+        optimizer=optimizer.state_bytes,
+        update=optimizer.update_bytes,
         held=held,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
@@ -167,23 +161,3 @@ def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: boo
         if not parameter.requires_grad
     )
     return total + sum(buffer.nbytes for buffer in model.buffers())
-
-
-def _optimizer_bytes(section: TrainSection, size: int, itemsize: int) -> tuple[int, int]:
-    """Of its state, and of what a step takes on top."""
-    bits, _ = OPTIMIZERS[section.optimizer]
-    state = 2 * size * bits // 8 + (2 * FP32_BYTES * size // ALIGNMENT if bits == 8 else 0)
-    values, rounded = size * FP32_BYTES, min(size, ROUNDED_AT_A_TIME)
-    if section.rounding == "master" and itemsize < FP32_BYTES:
-        return state + values, rounded * (itemsize + COMPARING_BYTES)
-    if itemsize == FP32_BYTES:
-        return state, values + rounded * COMPARING_BYTES
-    prime = 10_007
-    with Timeline(prime) as timeline:
-        stochastic_round(torch.empty(prime, device="meta"), torch.Generator())
-    rounding = int(max(moment.held.total.linear for moment in timeline.moments())) - FP32_BYTES
-    return state, values + rounded * rounding
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

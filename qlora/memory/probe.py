@@ -13,10 +13,10 @@ from qlora.data import add_new_tokens, collate, make_example
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
-from qlora.model.from_config import adapt, base_from_section
+from qlora.model.from_config import adapt, base_from_section, optimizer_from_section
 from qlora.model.loss import Loss
 from qlora.nf4 import NF4Linear
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatOptimizer
 
 
 def measure_peak(function: Callable[[], object], device: torch.device, held: Iterable[torch.Tensor] = ()) -> int:
@@ -117,24 +117,23 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     """
     section = config.train
     apply_recompute(model, level)
-    flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    optimizer = FlatAdamW(flat, section.optimizer, section.betas, rounding=section.rounding, seed=section.seed)
+    optimizer = optimizer_from_section(model, section)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (section.micro_batch_size, config.data.max_seq_len)).tolist()
     batch = collate([make_example(row, [True] * len(row)) for row in ids], packed=config.data.packing)
     batch = batch.to(model.device)
 
     def step() -> None:
-        flat.zero_grad()
+        optimizer.flat.zero_grad()
         loss.compute(model, batch).total.backward()
         optimizer.step(section.learning_rate)
 
     step()  # allocates what is kept after the first use
-    return measure_peak(step, model.device, _tensors(model, flat, optimizer))
+    return measure_peak(step, model.device, _tensors(model, optimizer))
 
 
-def _tensors(model: Any, flat: FlatParameters, optimizer: FlatAdamW) -> list[torch.Tensor]:
-    tensors = [*model.parameters(), *model.buffers(), flat.data, flat.grad]
+def _tensors(model: Any, optimizer: FlatOptimizer) -> list[torch.Tensor]:
+    tensors = [*model.parameters(), *model.buffers(), optimizer.flat.data, optimizer.flat.grad]
     tensors += [state for name, state in optimizer.state_dict().items() if name not in ("generator", "step")]
     for module in model.modules():
         if isinstance(module, NF4Linear):

@@ -9,8 +9,14 @@ from qlora.model.base import (
     resolve_device,
 )
 from qlora.model.evaluate import Evaluation, evaluate
-from qlora.model.from_config import adapt, adapter_spec, base_from_section, datasets_from_section
-from qlora.model.generate import end_token_ids, generate
+from qlora.model.from_config import (
+    adapt,
+    adapter_spec,
+    base_from_section,
+    datasets_from_section,
+    optimizer_from_section,
+)
+from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
 from qlora.model.restore import load_model, load_run, load_run_tokenizer
@@ -22,6 +28,7 @@ __all__ = [
     "StepLoss",
     "adapt",
     "adapter_spec",
+    "answer",
     "base_from_section",
     "build_skeleton",
     "check_isolation",
@@ -37,6 +44,7 @@ __all__ = [
     "load_run",
     "load_run_tokenizer",
     "load_tokenizer",
+    "optimizer_from_section",
     "resolve_compute_dtype",
     "resolve_device",
     "supervised_loss",

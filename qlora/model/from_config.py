@@ -1,13 +1,14 @@
-"""The base, adapters and data that a config asks for."""
+"""The base, adapters, data and optimizer that a config asks for."""
 
 from typing import Any
 
 import torch
 
-from qlora.config import DataSection, LoraSection, ModelSection, SourceSection
+from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
 from qlora.data import Datasets, Source, Treatment, build_datasets
-from qlora.lora import AdapterSpec, train_rows, wrap_linears
+from qlora.lora import AdapterSpec, train_rows, trained_rows, wrap_linears
 from qlora.model.base import load_base
+from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
@@ -36,6 +37,27 @@ def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)
     names = wrap_linears(model, spec, section.targets, seed)
     train_rows(model, section.modules_to_save, new_ids, spec.dtype)
     return names
+
+
+def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
+    """Move the trained parameters of a model into a flat buffer, and make the optimizer that a config asks for.
+
+    Args:
+        model: With adapters.
+        section: Of the config.
+    """
+    rows = {id(each.weight) for _, each in trained_rows(model)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rows_rate = (section.embedding_learning_rate or section.learning_rate) / section.learning_rate
+    flat = FlatParameters(trained.items(), lambda name: rows_rate if id(trained[name]) in rows else 1.0)
+    return make_optimizer(
+        section.optimizer,
+        flat,
+        betas=section.betas,
+        weight_decay=section.weight_decay,
+        rounding=section.rounding,
+        seed=section.seed,
+    )
 
 
 def datasets_from_section(

@@ -1,14 +1,81 @@
-"""Answers from a model, through the template that it was trained with."""
+"""Answers from a model, through the chat template that it was trained with."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora.data import answer_end_id, encode_prompt
+from qlora.errors import ConfigError
+from qlora.model.restore import load_model
+
+
+def generate(
+    model: str | Path | tuple[Any, Any],
+    prompts: str | Sequence[Any],
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> str | list[str]:
+    """Answer a prompt or several through the chat template that a model was trained with.
+
+    Args:
+        model: A run, one of its checkpoints, a model folder or hub id; or a loaded model and its tokenizer, as
+            :func:`qlora.load_run` returns them.
+        prompts: A message of the user, or a conversation as a list of turns (`{"role": …, "content": …}`); or a list of
+            either.
+        system: The system message of prompts that are a single message.
+        max_new_tokens: The most tokens in an answer.
+        temperature: 0 takes the most likely token each time.
+        top_p: Sample from the most likely tokens that add up to this probability; needs a temperature above 0.
+        seed: Seed of the sampling. Prompt number i is answered with seed + i, whatever the other prompts are.
+        device: Device for a model that is not loaded yet; `auto` takes a GPU if there is one.
+
+    Returns:
+        The answer's text without special tokens; for a list of prompts, a list of answers.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        ModelError: There is no such model.
+        DataError: The chat template can't render a prompt.
+    """
+    check_sampling(max_new_tokens, temperature, top_p)
+    loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device)
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    answers = []
+    for number, prompt in enumerate([prompts] if is_single else prompts):
+        messages = [{"role": "system", "content": system}] if system and isinstance(prompt, str) else []
+        messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        torch.manual_seed(seed + number)
+        answers.append(answer(loaded, tokenizer, messages, max_new_tokens, temperature, top_p=top_p))
+    return answers[0] if is_single else answers
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float | None) -> None:
+    """Check the settings of a generation.
+
+    Raises:
+        ConfigError: One is out of range, or top_p is given where nothing is sampled; all problems at once.
+    """
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens: {max_new_tokens} should be 1 or more.")
+    if temperature < 0:
+        problems.append(f"temperature: {temperature} should be 0 or more.")
+    if top_p is not None and not 0 <= top_p <= 1:
+        problems.append(f"top_p: {top_p} should be between 0 and 1.")
+    if top_p is not None and not temperature:
+        problems.append("top_p needs a temperature above 0: at 0 nothing is sampled.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 @torch.no_grad()
-def generate(
+def answer(
     model: Any,
     tokenizer: Any,
     messages: list[dict[str, Any]],
@@ -22,7 +89,7 @@ def generate(
 
     Args:
         model: A causal language model, with or without adapters.
-        tokenizer: With a chat template.
+        tokenizer: Its tokenizer, with a chat template.
         messages: The conversation so far.
         max_new_tokens: The most tokens in the answer.
         temperature: 0 takes the most likely token each time.

@@ -1,7 +1,8 @@
-"""The flat buffer of trained parameters, and paged AdamW over it."""
+"""The flat buffer of trained parameters, and the optimizers over it."""
 
-from qlora.optim.adamw import OPTIMIZERS, FlatAdamW
+from qlora.optim.adamw import FlatAdamW
 from qlora.optim.flat import FlatParameters
+from qlora.optim.kinds import OPTIMIZERS, FlatOptimizer, make_optimizer
 from qlora.optim.rounding import stochastic_round
 
-__all__ = ["OPTIMIZERS", "FlatAdamW", "FlatParameters", "stochastic_round"]
+__all__ = ["OPTIMIZERS", "FlatAdamW", "FlatOptimizer", "FlatParameters", "make_optimizer", "stochastic_round"]

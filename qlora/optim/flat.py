@@ -4,7 +4,8 @@ Clipping, the update, the all-reduce, paging and the checkpoint become one call 
 held in 8 bits whatever the size of a single factor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,28 +14,52 @@ from torch import nn
 ALIGNMENT = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive elements of the flat buffer that share a learning rate.
+
+    Attributes:
+        span: The elements; starts and ends on a multiple of `ALIGNMENT`.
+        rate: Factor on the learning rate of a step.
+    """
+
+    span: slice
+    rate: float
+
+
 class FlatParameters:
-    """Moves parameters into one flat buffer, of which each then is a view.
+    """Moves parameters into one flat buffer; each parameter becomes a view of it.
 
     Args:
         parameters: Names and parameters, all of one dtype on one device.
+        rate_of: Factor on the learning rate of a parameter, by its name. Parameters with the same factor lie together.
 
     Attributes:
-        data: (size,), in the parameters' dtype, with padding between them that no one reads.
+        data: (size,), in the parameters' dtype, with unused padding between them.
         grad: (size,), fp32. Micro-batches add up here without losing small terms to bf16.
-        names: Of the parameters, in the buffer's order.
+        names: Names of the parameters, in the buffer's order.
+        groups: One for each factor on the learning rate, in the buffer's order; together they cover the buffer.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        named = list(parameters)
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], rate_of: Callable[[str], float] = lambda _: 1.0
+    ) -> None:
+        by_rate: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in parameters:
+            by_rate.setdefault(rate_of(name), []).append((name, parameter))
+        named = [each for group in by_rate.values() for each in group]
         self.names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         first = self._parameters[0]
+        assert all(parameter.dtype == first.dtype for parameter in self._parameters), "one buffer has one dtype"
+        self.groups: list[Group] = []
         offsets, size = [], 0
-        for parameter in self._parameters:
-            assert parameter.dtype == first.dtype, "parameters of one buffer share a dtype"
-            offsets.append(size)
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        for rate, group in by_rate.items():
+            start = size
+            for _, parameter in group:
+                offsets.append(size)
+                size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            self.groups.append(Group(slice(start, size), rate))
         self.data = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=first.device)
         self._grad_views = []
@@ -48,20 +73,20 @@ class FlatParameters:
 
     @property
     def num_parameters(self) -> int:
-        """Trained elements, without the padding between parameters."""
+        """Number of trained elements, without the padding between parameters."""
         return sum(parameter.numel() for parameter in self._parameters)
 
     def zero_grad(self) -> None:
-        """Zeroes the gradient, and makes each parameter's gradient a view of it again."""
+        """Zero the gradient, and make each parameter's `grad` a view of it again."""
         self.grad.zero_()
         for parameter, view in zip(self._parameters, self._grad_views, strict=True):
             parameter.grad = view
 
     def clip_grad_norm(self, max_norm: float | None) -> torch.Tensor:
-        """Scales the gradient down to `max_norm` if it is larger, without waiting for the device.
+        """Scale the gradient down to `max_norm` if it is larger, without waiting for the device.
 
         Returns:
-            The norm before, a scalar tensor in fp32.
+            The norm before scaling, a scalar tensor in fp32.
         """
         norm = torch.linalg.vector_norm(self.grad)
         if max_norm is not None:

@@ -2,16 +2,19 @@
 
 import torch
 
+# Bytes that rounding one element takes for a moment, besides the element itself.
+TEMPORARY_BYTES = 15
+
 
 def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rounds fp32 to bf16, up or down with the probability that makes the expected value exact.
+    """Round fp32 to bf16, up or down with the probability that makes the expected value exact.
 
     A bf16 weight has 8 bits of precision: an update below 1/512 of it is lost whenever it is rounded to
     nearest, and survives on average here.
 
     Args:
         values: fp32.
-        generator: On the device of `values`; its state belongs into a checkpoint.
+        generator: On the device of `values`; its state belongs in a checkpoint.
 
     Returns:
         bf16, of the same shape. Infinities, NaN and values that bf16 holds are unchanged.

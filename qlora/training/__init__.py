@@ -2,17 +2,20 @@
 
 from qlora.training.assemble import RunPlan
 from qlora.training.check_resume import ResumeCheck, check_resume
+from qlora.training.evaluation import EvaluationReport, evaluate
 from qlora.training.preview import Preview, preview
 from qlora.training.replay import ReplayReport, replay
 from qlora.training.run import RunResult, plan_run, train
 
 __all__ = [
+    "EvaluationReport",
     "Preview",
     "ReplayReport",
     "ResumeCheck",
     "RunPlan",
     "RunResult",
     "check_resume",
+    "evaluate",
     "plan_run",
     "preview",
     "replay",

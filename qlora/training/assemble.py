@@ -19,11 +19,12 @@ from qlora.model import (
     check_loss,
     datasets_from_section,
     load_tokenizer,
+    optimizer_from_section,
     take_inventory,
 )
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_from_section
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.determinism import describe_determinism
@@ -87,7 +88,7 @@ class Assembly:
     files: BaseFiles
     model: Any
     tokenizer: Any
-    optimizer: FlatAdamW
+    optimizer: FlatOptimizer
     processes: Processes
     batches: BatchPlan
     plan: RunPlan
@@ -130,11 +131,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
         | {f"examples of {Path(report.source).name}": report.digest[:12] for report in datasets.reports},
     )
-    flat = FlatParameters((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    optimizer = FlatAdamW(
-        flat, section.optimizer, section.betas, weight_decay=section.weight_decay,
-        rounding=section.rounding, seed=section.seed,
-    )  # fmt: skip
+    optimizer = optimizer_from_section(model, section)
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,

@@ -12,7 +12,7 @@ from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
 from qlora.lora import WeightsKept, lora_layers
 from qlora.model import Loss
-from qlora.optim import FlatAdamW
+from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.progress import Progress
 from qlora.training.seeds import seed_step
@@ -32,7 +32,7 @@ class LoopParts:
     """
 
     model: Any
-    optimizer: FlatAdamW
+    optimizer: FlatOptimizer
     loss: Loss
     examples: Sequence[TokenizedExample]
     batches: BatchPlan

@@ -37,10 +37,10 @@ def main() -> None:
 
 def ask(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
     """The model's greedy answer to a row's instruction."""
-    from qlora.model import generate
+    from qlora.model import answer
 
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return generate(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=32)
+    return answer(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=32)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from qlora.checkpoint import (
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora
 from qlora.model import load_base
-from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters
+from qlora.optim import OPTIMIZERS, FlatParameters, make_optimizer
 from tests.files.test_atomic import no_room_for
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "origin.json", "progress.json"]
@@ -31,7 +31,7 @@ def make_parts(base, optimizer="paged_adamw_8bit", rounding="stochastic", rank=4
     model, _ = load_base(str(base))
     add_lora(model, rank=rank, seed=seed)
     flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
-    return model, FlatAdamW(flat, optimizer, rounding=rounding, seed=seed)
+    return model, make_optimizer(optimizer, flat, rounding=rounding, seed=seed)
 
 
 def take_step(optimizer, generator):

@@ -18,7 +18,7 @@ from qlora.cli.init import recipe_folder
 from qlora.config import load_config
 from qlora.data import encode_prompt
 from qlora.errors import DataError
-from qlora.model import generate, load_run
+from qlora.model import answer, load_run
 from qlora.training import train as qlora_train
 from qlora.training.metrics import MetricsLog
 from tests.cli import run
@@ -353,8 +353,8 @@ def test_generate_answers_a_file_as_it_answers_each_prompt(run_dir, tmp_path):
         PROMPTS[1]["messages"],
         [system, {"role": "user", "content": "Repeat\n\noak"}],
     ]
-    answers = [generate(model, tokenizer, messages, max_new_tokens=12) for messages in conversations]
-    assert rows == [row | {"answer": answer} for row, answer in zip(PROMPTS, answers, strict=True)]
+    answers = [answer(model, tokenizer, messages, max_new_tokens=12) for messages in conversations]
+    assert rows == [row | {"answer": text} for row, text in zip(PROMPTS, answers, strict=True)]
 
 
 def test_generate_reads_prompts_from_a_table(tiny_base, tmp_path, asked):
@@ -391,9 +391,9 @@ def test_generate_continues_an_interrupted_file_with_the_same_answers(tiny_base,
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments, **settings)
+        return answer(*arguments, **settings)
 
-    monkeypatch.setattr("qlora.model.generate", interrupted)
+    monkeypatch.setattr("qlora.model.answer", interrupted)
     done = run("generate", tiny_base, *options, "-o", output)
     assert done.code == 130
     (partial,) = tmp_path.glob("answers.jsonl.*.partial")

@@ -66,6 +66,7 @@ OUT_OF_RANGE = {
     "train.gradient_accumulation_steps": [0, -1],
     "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN],
     "train.min_learning_rate": [-1e-4, 1, 200, INF, NAN],
+    "train.embedding_learning_rate": [0, -1e-4, 1, 200, INF, NAN],
     "train.warmup_ratio": [-0.01, 1, 3],
     "train.betas": [[1, 0.9], [0.9, 1], [-0.1, 0.9], [0.9], 0.9],
     "train.max_grad_norm": [0, -1],

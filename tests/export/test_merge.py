@@ -30,7 +30,7 @@ from transformers.models.hrm_text import HrmTextConfig
 from qlora.config import load_config
 from qlora.errors import CheckpointError, DataError, ExportError
 from qlora.export import merge
-from qlora.export.merge import cast_checked
+from qlora.export.folder import cast_checked
 from qlora.files.stored import BLOCK_NUMEL
 from qlora.lora import lora_layers
 from qlora.model import load_base, load_run

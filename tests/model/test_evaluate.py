@@ -12,7 +12,7 @@ from qlora.data.tokens import make_example
 from qlora.layers import apply_recompute
 from qlora.lora import add_lora
 from qlora.model import Evaluation, Loss, StepLoss, evaluate, load_base, supervised_loss
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_training_after_an_evaluation_is_training_without_one(compute_dtype, tin
         apply_recompute(model, "full")
         model.train()
         flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
-        optimizer = FlatAdamW(flat, "adamw_8bit")
+        optimizer = make_optimizer("adamw_8bit", flat)
         frozen = copy.deepcopy([value.detach() for value in model.parameters() if not value.requires_grad])
         for step in range(4):
             torch.manual_seed(step)

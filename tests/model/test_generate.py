@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from qlora.data import apply_template, encode_prompt
-from qlora.model import end_token_ids, generate, load_base
+from qlora.errors import ConfigError
+from qlora.model import answer, end_token_ids, generate, load_base, load_model
 
 MESSAGES = [{"role": "user", "content": "Say moss."}]
 
@@ -30,7 +31,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_templates_prompt(loaded):
     tokens = greedy(model, encode_prompt(tokenizer, MESSAGES), 12)
     assert 257 not in tokens
     expected = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert generate(model, tokenizer, MESSAGES, max_new_tokens=12) == expected
+    assert answer(model, tokenizer, MESSAGES, max_new_tokens=12) == expected
 
 
 def force_tokens(model, prompt_length, tokens):
@@ -52,7 +53,7 @@ def test_it_stops_at_the_tokenizers_and_at_the_models_end_token(end, loaded):
     model.generation_config.eos_token_id = 258  # as of a chat model whose tokenizer says otherwise
     letters = tokenizer("abcdef", add_special_tokens=False).input_ids
     force_tokens(model, 0, [*letters[:3], end, *letters[3:]])
-    assert generate(model, tokenizer, MESSAGES, max_new_tokens=20) == "abc"
+    assert answer(model, tokenizer, MESSAGES, max_new_tokens=20) == "abc"
     assert force_tokens.calls == 4
 
 
@@ -60,7 +61,7 @@ def test_no_more_tokens_than_asked_for_come(loaded):
     model, tokenizer = loaded
     letters = tokenizer("abcdef", add_special_tokens=False).input_ids
     force_tokens(model, 0, letters)
-    assert generate(model, tokenizer, MESSAGES, max_new_tokens=5) == "abcde"
+    assert answer(model, tokenizer, MESSAGES, max_new_tokens=5) == "abcde"
 
 
 def test_a_temperature_samples(loaded, seed):
@@ -68,7 +69,7 @@ def test_a_temperature_samples(loaded, seed):
     answers = set()
     for offset in range(3):
         torch.manual_seed(seed + offset)
-        answers.add(generate(model, tokenizer, MESSAGES, max_new_tokens=12, temperature=5.0))
+        answers.add(answer(model, tokenizer, MESSAGES, max_new_tokens=12, temperature=5.0))
     assert len(answers) > 1
 
 
@@ -76,7 +77,7 @@ def test_a_temperature_samples(loaded, seed):
 def test_the_model_is_left_in_the_mode_it_was_in(loaded, training):
     model, tokenizer = loaded
     model.train(training)
-    generate(model, tokenizer, MESSAGES, max_new_tokens=2)
+    answer(model, tokenizer, MESSAGES, max_new_tokens=2)
     assert {module.training for module in model.modules()} == {training}
 
 
@@ -86,3 +87,31 @@ def test_the_model_is_left_in_the_mode_it_was_in(loaded, training):
 )
 def test_end_tokens_are_those_of_tokenizer_and_model_together(configured, expected, loaded):
     assert end_token_ids(GenerationConfig(eos_token_id=configured), loaded[1]) == expected
+
+
+def test_generate_answers_text_a_conversation_or_a_list_of_either(loaded):
+    """A prompt's answer depends neither on the other prompts nor on how it is written."""
+    model, tokenizer = loaded
+    system = [{"role": "system", "content": "Be brief."}]
+    expected = [answer(model, tokenizer, each + MESSAGES, max_new_tokens=6) for each in ([], system)]
+    assert generate(loaded, "Say moss.", max_new_tokens=6) == expected[0]
+    assert generate(loaded, MESSAGES, max_new_tokens=6) == expected[0]
+    assert generate(loaded, ["Say moss.", system + MESSAGES], max_new_tokens=6) == expected
+    assert generate(loaded, "Say moss.", "Be brief.", max_new_tokens=6) == expected[1]
+    sampled = generate(loaded, ["Say moss.", "Say fern."], max_new_tokens=6, temperature=5.0, seed=3)
+    assert generate(loaded, "Say fern.", max_new_tokens=6, temperature=5.0, seed=4) == sampled[1]
+
+
+def test_generate_loads_a_model_by_its_path(tiny_base):
+    text = generate(tiny_base, "Say moss.", max_new_tokens=6, device="cpu")
+    assert text == generate(load_model(str(tiny_base), "cpu"), "Say moss.", max_new_tokens=6)
+
+
+def test_settings_out_of_range_are_refused_together(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        generate(tmp_path, "Say moss.", max_new_tokens=0, temperature=-1, top_p=1.5)
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        "max_new_tokens", "temperature", "top_p"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="top_p needs a temperature above 0"):
+        generate(tmp_path, "Say moss.", top_p=0.9)

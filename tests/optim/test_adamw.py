@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters
+from qlora.memory.probe import measure_peak
+from qlora.optim import OPTIMIZERS, FlatAdamW, FlatParameters, make_optimizer
 from tests.reference.adamw import AdamW
 
 NAMES = list(OPTIMIZERS)
@@ -40,7 +41,7 @@ def test_32_bit_updates_are_the_papers(name, weight_decay, generator):
     values = torch.randn(33, 17, generator=generator)
     grads = random_grads(generator, 20, values.shape)
     parameter, flat = make_flat(values)
-    run(parameter, FlatAdamW(flat, name, weight_decay=weight_decay), grads)
+    run(parameter, make_optimizer(name, flat, weight_decay=weight_decay), grads)
     wanted = values.clone()
     reference = AdamW(wanted, weight_decay=weight_decay)
     for grad in grads:
@@ -55,7 +56,7 @@ def test_betas_eps_and_a_changing_learning_rate_are_followed(generator):
     grads = random_grads(generator, 10, values.shape)
     settings = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.05}
     parameter, flat = make_flat(values)
-    optimizer = FlatAdamW(flat, "adamw_32bit", **settings)
+    optimizer = make_optimizer("adamw_32bit", flat, **settings)
     wanted = values.clone()
     reference = AdamW(wanted, **settings)
     for step, grad in enumerate(grads):
@@ -74,7 +75,7 @@ def test_8_bit_updates_stay_close_to_32_bit_ones(name, weight_decay, generator):
     results = {}
     for each in (name, "adamw_32bit"):
         parameter, flat = make_flat(values)
-        run(parameter, FlatAdamW(flat, each, weight_decay=weight_decay), grads)
+        run(parameter, make_optimizer(each, flat, weight_decay=weight_decay), grads)
         results[each] = parameter.detach() - values
     eight, full = results[name], results["adamw_32bit"]
     assert not torch.equal(eight, full)
@@ -87,7 +88,7 @@ def test_updates_are_bitsandbytes_own_bit_for_bit(bits, weight_decay, generator)
     values = torch.randn(8, 256, generator=generator)
     grads = random_grads(generator, 6, values.shape)
     parameter, flat = make_flat(values)
-    run(parameter, FlatAdamW(flat, f"adamw_{bits}bit", weight_decay=weight_decay), grads)
+    run(parameter, make_optimizer(f"adamw_{bits}bit", flat, weight_decay=weight_decay), grads)
     other = nn.Parameter(values.clone())
     theirs = bitsandbytes.optim.AdamW([other], lr=1e-3, weight_decay=weight_decay, optim_bits=bits, min_8bit_size=1)
     for grad in grads:
@@ -101,8 +102,8 @@ def test_updates_are_bitsandbytes_own_bit_for_bit(bits, weight_decay, generator)
 @pytest.mark.parametrize("name", NAMES)
 def test_state_takes_the_bits_it_is_named_for_whatever_the_size(name, generator):
     _, flat = make_flat(torch.randn(3, 5, generator=generator))
-    state = FlatAdamW(flat, name).state_dict()
-    bits, _ = OPTIMIZERS[name]
+    state = make_optimizer(name, flat).state_dict()
+    bits = 8 if name.endswith("_8bit") else 32
     assert {state[key].element_size() * 8 for key in ("state1", "state2")} == {bits}
 
 
@@ -113,7 +114,7 @@ def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, se
     values = torch.randn(33, 17, generator=generator).to(dtype)
     grads = random_grads(generator, 8, values.shape)
     parameter, flat = make_flat(values)
-    optimizer = FlatAdamW(flat, name, weight_decay=0.1, rounding=rounding, seed=seed)
+    optimizer = make_optimizer(name, flat, weight_decay=0.1, rounding=rounding, seed=seed)
     run(parameter, optimizer, grads[:4])
     file = io.BytesIO()
     torch.save((optimizer.state_dict(), parameter.detach().clone()), file)
@@ -123,7 +124,7 @@ def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, se
     state, stopped_at = torch.load(file)
     # Another seed and other values at first: all must come from the state.
     restored, restored_flat = make_flat(torch.zeros_like(values))
-    other = FlatAdamW(restored_flat, name, weight_decay=0.1, rounding=rounding, seed=seed + 1)
+    other = make_optimizer(name, restored_flat, weight_decay=0.1, rounding=rounding, seed=seed + 1)
     with torch.no_grad():
         restored.copy_(stopped_at)
     other.load_state_dict(state)
@@ -134,16 +135,69 @@ def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, se
         assert torch.equal(other.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
+def test_each_group_is_updated_as_by_an_optimizer_of_its_own(name, generator):
+    """Also in the order of the buffer, which puts the parameters of a group together."""
+    values = {key: torch.randn(300, generator=generator) for key in ("a.rows", "b", "c.rows", "d")}
+    grads = {key: random_grads(generator, 5, (300,)) for key in values}
+    rates = {"a.rows": 0.25, "b": 1.0, "c.rows": 0.25, "d": 1.0}
+    parameters = {key: nn.Parameter(value.clone()) for key, value in values.items()}
+    flat = FlatParameters(parameters.items(), rates.__getitem__)
+    assert flat.names == ["a.rows", "c.rows", "b", "d"]
+    assert [(group.span, group.rate) for group in flat.groups] == [(slice(0, 1024), 0.25), (slice(1024, 2048), 1.0)]
+    optimizer = make_optimizer(name, flat, weight_decay=0.1)
+    for step in range(5):
+        flat.zero_grad()
+        for key, parameter in parameters.items():
+            parameter.grad.copy_(grads[key][step])
+        optimizer.step(1e-3)
+    for key, value in values.items():
+        alone, alone_flat = make_flat(value)
+        run(alone, make_optimizer(name, alone_flat, weight_decay=0.1), grads[key], 1e-3 * rates[key])
+        assert torch.equal(parameters[key], alone), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_that_state_and_update_take(dtype, rounding, name, generator):
+    sizes = [(33, 170), (5000,)]
+    optimizers = {}
+    for device in ("meta", "cpu"):
+        parameters = [nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) for size in sizes]
+        flat = FlatParameters((str(index), parameter) for index, parameter in enumerate(parameters))
+        optimizers[device] = make_optimizer(name, flat, rounding=rounding)
+    real = optimizers["cpu"]
+    state = real.state_dict()
+    assert real.state_bytes == sum(value.nbytes for key, value in state.items() if key not in ("generator", "step"))
+    held = [real.flat.data, real.flat.grad, *state.values()]
+    real.step(1e-3)  # once before, for what is made at first use and kept
+    peak = measure_peak(lambda: real.step(1e-3), torch.device("cpu"), held)
+    measured = peak - sum(
+        {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in held}.values()
+    )
+    assert real.update_bytes == pytest.approx(measured, abs=200)  # beside scalars
+    assert (optimizers["meta"].state_bytes, optimizers["meta"].update_bytes) == (real.state_bytes, real.update_bytes)
+
+
+def test_unknown_names_and_values_are_refused(generator):
+    _, flat = make_flat(torch.randn(3, generator=generator))
+    with pytest.raises(ValueError, match="'adam' should be one of paged_adamw_8bit"):
+        make_optimizer("adam", flat)
+    with pytest.raises(ValueError, match="rounding='up' one of stochastic"):
+        make_optimizer("adamw_8bit", flat, rounding="up")
+
+
 def test_loading_copies_and_shares_nothing_with_the_state_given(generator):
     values = torch.randn(300, generator=generator)
     grads = random_grads(generator, 2, values.shape)
     parameter, flat = make_flat(values)
-    optimizer = FlatAdamW(flat, "adamw_32bit")
+    optimizer = make_optimizer("adamw_32bit", flat)
     run(parameter, optimizer, grads)
     state = {key: value.clone() for key, value in optimizer.state_dict().items()}
     kept = {key: value.clone() for key, value in state.items()}
     other_parameter, other_flat = make_flat(values)
-    other = FlatAdamW(other_flat, "adamw_32bit")
+    other = make_optimizer("adamw_32bit", other_flat)
     buffers = {key: value.data_ptr() for key, value in other.state_dict().items() if key.startswith("state")}
     other.load_state_dict(state)
     run(other_parameter, other, grads)
@@ -165,7 +219,7 @@ def test_loading_copies_and_shares_nothing_with_the_state_given(generator):
 def test_a_state_of_another_optimizer_is_refused_and_nothing_changed(saved, loading, generator):
     def build(name="adamw_8bit", rounding="stochastic", size=300):
         parameter, flat = make_flat(torch.randn(size, generator=generator).bfloat16())
-        optimizer = FlatAdamW(flat, name, rounding=rounding)
+        optimizer = make_optimizer(name, flat, rounding=rounding)
         run(parameter, optimizer, random_grads(generator, 2, (size,)))
         return optimizer
 
@@ -181,7 +235,7 @@ def test_the_share_of_lost_updates_is_told(rounding, generator):
     # Elements of 1 lose an update of 1e-4 in bf16, where half a step is 2e-3; elements of 2^-20 do not.
     values = torch.cat([torch.full((600,), 1.0), torch.full((300,), 2.0**-20), torch.full((100,), 1.0)])
     parameter, flat = make_flat(values.bfloat16())
-    optimizer = FlatAdamW(flat, "adamw_32bit", rounding=rounding)
+    optimizer = make_optimizer("adamw_32bit", flat, rounding=rounding)
     grad = torch.ones(1000)
     grad[900:] = 0  # No gradient: not counted.
     before = parameter.detach().clone()
@@ -202,7 +256,7 @@ def test_rounding_in_blocks_changes_nothing(rounding, generator, monkeypatch):
     for block in (1 << 22, 700):
         monkeypatch.setattr("qlora.optim.adamw.BLOCK", block)
         parameter, flat = make_flat(values.clone())
-        share = run(parameter, FlatAdamW(flat, "adamw_32bit", rounding=rounding), grads)
+        share = run(parameter, make_optimizer("adamw_32bit", flat, rounding=rounding), grads)
         results.append((parameter.detach().clone(), share))
     assert not torch.equal(results[0][0], values)
     assert all(map(torch.equal, *results))
@@ -212,7 +266,7 @@ def test_rounding_in_blocks_changes_nothing(rounding, generator, monkeypatch):
 def test_fp32_parameters_lose_no_update_but_one_of_zero(learning_rate, share, generator):
     parameter, flat = make_flat(torch.randn(300, generator=generator))
     grad = torch.randn(300, generator=generator)
-    assert run(parameter, FlatAdamW(flat, "adamw_32bit"), [grad], learning_rate).item() == share
+    assert run(parameter, make_optimizer("adamw_32bit", flat), [grad], learning_rate).item() == share
 
 
 def test_without_any_gradient_the_share_is_a_number(generator):
@@ -225,7 +279,7 @@ def test_without_any_gradient_the_share_is_a_number(generator):
 @pytest.mark.parametrize("name", NAMES)
 def test_state_is_called_paged_only_where_it_is(name, generator):
     _, flat = make_flat(torch.randn(300, generator=generator))
-    assert not FlatAdamW(flat, name).is_paged
+    assert not make_optimizer(name, flat).is_paged
 
 
 @pytest.mark.gpu
@@ -233,15 +287,15 @@ def test_state_is_called_paged_only_where_it_is(name, generator):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_state_on_cuda_is_paged_whatever_the_size_and_after_resume(name, rounding, generator):
-    _, paged = OPTIMIZERS[name]
+    paged = name.startswith("paged_")
     values = torch.randn(3, 5, generator=generator).bfloat16().cuda()
     grads = [grad.cuda() for grad in random_grads(generator, 4, values.shape)]
     parameter, flat = make_flat(values)
-    optimizer = FlatAdamW(flat, name, rounding=rounding)
+    optimizer = make_optimizer(name, flat, rounding=rounding)
     run(parameter, optimizer, grads[:2])
     state = {key: value.cpu().clone() for key, value in optimizer.state_dict().items()}
     restored, restored_flat = make_flat(parameter.detach())
-    other = FlatAdamW(restored_flat, name, rounding=rounding, seed=1)
+    other = make_optimizer(name, restored_flat, rounding=rounding, seed=1)
     other.load_state_dict(state)
     keys = ["state1", "state2"] + (["master"] if rounding == "master" else [])
     for each in (optimizer, other):

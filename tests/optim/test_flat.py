@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.optim.flat import ALIGNMENT
 
 # Smaller than a block, odd, a whole block, and one more.
@@ -136,7 +136,7 @@ def test_padding_stays_zero_and_every_element_moves(dtype, name, rounding, gener
     flat = FlatParameters(named)
     before = [parameter.detach().clone() for _, parameter in named]
     directions = [torch.randn(old.shape, generator=generator).sign() for old in before]
-    optimizer = FlatAdamW(flat, name, weight_decay=0.1, rounding=rounding)
+    optimizer = make_optimizer(name, flat, weight_decay=0.1, rounding=rounding)
     learning_rate, steps = 0.1, 3
     for _ in range(steps):
         flat.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.optim import FlatAdamW, FlatParameters, stochastic_round
+from qlora.optim import FlatParameters, make_optimizer, stochastic_round
 from tests.reference import rounding as reference
 
 
@@ -93,7 +93,7 @@ def test_nearest_loses_small_updates_and_the_others_keep_them(name, seed):
     for rounding in ("stochastic", "master", "nearest"):
         parameter = nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
         flat = FlatParameters([("p", parameter)])
-        optimizer = FlatAdamW(flat, name, rounding=rounding, seed=seed)
+        optimizer = make_optimizer(name, flat, rounding=rounding, seed=seed)
         for _ in range(steps):
             flat.grad.fill_(1.0)
             optimizer.step(learning_rate)

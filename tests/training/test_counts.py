@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, make_example
 from qlora.layers import apply_recompute, hold_weights, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import add_lora
 from qlora.model import SUPERVISED, load_base
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
 from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
 from qlora.training.progress import Progress
@@ -49,7 +49,7 @@ def step(tmp_path, seed, generator):
 
                 processes = Processes(device=model.device)
                 run_loop(
-                    LoopParts(model.train(), FlatAdamW(flat, optimizer), loss, examples, plan, processes),
+                    LoopParts(model.train(), make_optimizer(optimizer, flat), loss, examples, plan, processes),
                     Progress(),
                     LoopSchedule(2, lambda _: 1e-4, 1.0),
                     LoopCallbacks(after_step),

@@ -12,7 +12,7 @@ from qlora.data.tokens import make_example
 from qlora.errors import ModelError
 from qlora.lora import add_lora, lora_layers
 from qlora.model import SUPERVISED, Loss, StepLoss, frozen_checksum, load_base, supervised_loss
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
 from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
 from qlora.training.progress import Progress
@@ -46,7 +46,7 @@ class Trainer:
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
         self.model.train()
         self.flat = FlatParameters((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.optimizer = FlatAdamW(self.flat, "adamw_32bit")
+        self.optimizer = make_optimizer("adamw_32bit", self.flat)
         self.examples, self.plan = examples, BatchPlan(lengths_of(examples), micro, accumulation, capacity)
         self.progress, self.reports, self.grads = Progress(), [], []
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora.config import load_config
 from qlora.errors import DataError
-from qlora.model import generate, load_base, load_run, load_tokenizer
+from qlora.model import answer, load_base, load_run, load_tokenizer
 from qlora.training import train
 from qlora.training.metrics import MetricsLog
 from qlora.training.preview import preview
@@ -102,8 +102,8 @@ def test_a_run_answers_with_its_new_tokens(tied_base, tool_file, tmp_path):
     settings = {"train__max_steps": 40, "train__learning_rate": 2e-2, "train__eval_every": None, **KINDS["new rows"]}
     train(load_config(run_config(tied_base, tool_file, tmp_path / "run", **settings)))
     model, tokenizer = load_run(tmp_path / "run")
-    answer = generate(model, tokenizer, [{"role": "user", "content": "Call oak 3"}], max_new_tokens=8)
-    assert answer.startswith("<tool>")
+    text = answer(model, tokenizer, [{"role": "user", "content": "Call oak 3"}], max_new_tokens=8)
+    assert text.startswith("<tool>")
     assert model.get_input_embeddings().rows is model.get_output_embeddings().rows
 
 

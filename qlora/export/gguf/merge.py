@@ -8,8 +8,8 @@ import torch
 from qlora.checkpoint import RunDirectory, adapter_digest
 from qlora.dtypes import full_name
 from qlora.errors import ExportError
+from qlora.export.companions import MergeReport, OnProgress, write_companions, write_report_and_card
 from qlora.export.gguf.model import write_gguf
-from qlora.export.merge import MergeReport, OnProgress, write_companions, write_papers
 from qlora.export.weights import MergedWeights
 from qlora.files import write_aside
 from qlora.files.resumable import new_folder
@@ -26,22 +26,9 @@ def merge_to_gguf(
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Merges a run's adapter into its base and writes a GGUF file, with tokenizer and config beside it.
+    """Merge a run's adapter into its base, and write a GGUF file with tokenizer and config; see :func:`qlora.merge`.
 
     Each tensor is merged in fp32 and written before the next is read.
-
-    Args:
-        run_dir: A finished run.
-        out_dir: A folder that is not there yet; written aside and renamed when whole.
-        dtype: `float16`, `bfloat16` or `q8_0`.
-        onto: `dequantized`, the weights that the adapter was trained on, or `original`, those of the files.
-        device: To merge on, see :class:`qlora.export.weights.MergedWeights`.
-        force: Merge into a base other than the one trained on; the report says what differs.
-        on_progress: Told of the bytes merged, and of all.
-
-    Raises:
-        ExportError: As `merge` does, or the model can't be written as GGUF.
-        CheckpointError: The run is damaged.
     """
     started = time.perf_counter()
     out_dir, dtype = new_folder(out_dir), full_name(dtype)
@@ -86,5 +73,5 @@ def merge_to_gguf(
             seconds=round(time.perf_counter() - started, 3),
             notes=weights.notes + written.notes,
         )
-        write_papers(folder, report, run, weights.files.folder)
+        write_report_and_card(folder, report, run, weights.files.folder)
     return report

@@ -99,10 +99,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 def train_qlora(model: Any, batches: list[Any], learning_rate: float) -> None:
     """Our step."""
     from qlora.model import supervised_loss
-    from qlora.optim import FlatAdamW, FlatParameters
+    from qlora.optim import FlatParameters, make_optimizer
 
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer = FlatAdamW(flat, "adamw_32bit")
+    optimizer = make_optimizer("adamw_32bit", flat)
     for batch in batches:
         flat.zero_grad()
         (supervised_loss(model, batch) / batch.num_supervised).backward()

@@ -23,7 +23,7 @@ from torch import nn
 from qlora.checkpoint import save_checkpoint
 from qlora.config import load_config
 from qlora.lora import AdapterSpec, LoraLinear
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.training import train
 from qlora.training.progress import Progress
 from scripts.dev.bench.common import BENCHMARKS, ROOT, versions
@@ -112,7 +112,7 @@ def measure(
 ) -> str:
     """Saves again and again, each time after an update; returns a table's row and prints it."""
     flat = FlatParameters((key, value) for key, value in model.named_parameters() if value.requires_grad)
-    optimizer = FlatAdamW(flat, optimizer_name, rounding=rounding)
+    optimizer = make_optimizer(optimizer_name, flat, rounding=rounding)
     flat.grad.normal_()
     optimizer.step(1e-3)
     seconds = []

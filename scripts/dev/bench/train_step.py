@@ -341,7 +341,7 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
     """Our model, the optimizer's name, and a function that goes on for some steps."""
     from qlora.model import SUPERVISED
-    from qlora.optim import FlatAdamW, FlatParameters
+    from qlora.optim import FlatParameters, make_optimizer
     from qlora.processes import Processes
     from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
     from qlora.training.progress import Progress
@@ -352,7 +352,7 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
     progress, processes = Progress(), Processes(device=model.device)
-    parts = LoopParts(model, FlatAdamW(flat, name), SUPERVISED, examples, batches=plan, processes=processes)
+    parts = LoopParts(model, make_optimizer(name, flat), SUPERVISED, examples, batches=plan, processes=processes)
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
         schedule = LoopSchedule(progress.step + steps, lambda _: LEARNING_RATE, MAX_GRAD_NORM)

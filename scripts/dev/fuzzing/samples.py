@@ -10,7 +10,7 @@ import torch
 
 from qlora.checkpoint import save_checkpoint
 from qlora.lora import add_lora
-from qlora.optim import FlatAdamW, FlatParameters
+from qlora.optim import FlatParameters, make_optimizer
 from qlora.training.progress import Progress
 from scripts.dev.fuzzing.altering import contents
 
@@ -57,7 +57,7 @@ class Samples:
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
         add_lora(self.model, rank=2, alpha=4)
         flat = FlatParameters((name, each) for name, each in self.model.named_parameters() if each.requires_grad)
-        self.optimizer = FlatAdamW(flat, "adamw_32bit")
+        self.optimizer = make_optimizer("adamw_32bit", flat)
         origin = {"settings": {}}
         save_checkpoint(folder / "checkpoint", self.model, self.optimizer, vars_of(Progress()), "base", origin)
         self.checkpoint = contents(folder / "checkpoint")

@@ -1,0 +1,118 @@
+"""What every release holds besides its weights: config, tokenizer, report and model card."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora.checkpoint import RunDirectory
+from qlora.export.card import write_card
+from qlora.export.weights import MergedWeights
+from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
+from qlora.model.base import GENERATION_FILE
+
+REPORT_FILE = "merge_report.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Called with the bytes written so far and the total.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeReport:
+    """The result of a merge.
+
+    Attributes:
+        out_dir: The folder with the merged model.
+        run_dir: The run.
+        step: Step of the run that the adapter was trained for.
+        adapter: SHA-256 of the adapter's tensors file.
+        dtype: Dtype of the merged weights.
+        onto: Base weights that were merged onto, `dequantized` or `original`.
+        losses: With `onto="best"`, loss by base weights: on the run's held-out examples, or, as the notes say, on
+            training examples if the run held none out.
+        merged: Number of layers that an adapter was added to; all that the run adapted.
+        tensors: Number of tensors written.
+        num_bytes: Bytes of the tensors.
+        continued_bytes: Bytes of these that an interrupted merge had written already.
+        device: Device that computed the merge.
+        base_differs: With `force`, files of the base that differ from those used in training.
+        seconds: Duration.
+        notes: Where what was written differs from the trained model.
+    """
+
+    out_dir: str
+    run_dir: str
+    step: int
+    adapter: str
+    dtype: str
+    onto: str
+    losses: dict[str, float] | None
+    merged: int
+    tensors: int
+    num_bytes: int
+    continued_bytes: int
+    device: str
+    base_differs: list[str]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<MergeReport: {self.merged} layers merged onto {self.onto} weights in {self.dtype}, {self.out_dir}>"
+
+
+def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dtype: str) -> None:
+    """Write config, tokenizer with its chat template, and generation config next to the weights."""
+    config = dict(weights.files.config)
+    config.pop("quantization_config", None)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if weights.num_embeddings is not None:
+        _set_vocab_size(config, weights.num_embeddings)
+    if weights.has_own_head:
+        # transformers notices a stored head that differs from the embedding even so; other tools don't.
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer = load_run_tokenizer(run)
+    if run.final_adapter.is_dir():
+        _copy_tokenizer(run.final_adapter, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    has_code = weights.config.model.trust_remote_code
+    for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if has_code else [])):
+        for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+
+    generation = load_generation_config(weights.files.folder)
+    generation.eos_token_id = end_token_ids(generation, tokenizer)
+    # save_pretrained refuses what many published models have: a temperature without do_sample.
+    generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+def _copy_tokenizer(adapter: Path, folder: Path) -> None:
+    for path in adapter.iterdir():
+        if path.is_dir():  # of chat templates, where there are several
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # an interrupted merge may have been here
+        elif path.name not in ADAPTER_FILES:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _set_vocab_size(config: dict[str, Any], size: int) -> None:
+    """Set the number of rows of embedding and head; models with images keep it in a section of their config."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = text | {"vocab_size": size}
+    if "vocab_size" in config or not isinstance(text, dict):
+        config["vocab_size"] = size
+
+
+def write_report_and_card(folder: Path, report: MergeReport, run: RunDirectory, base_folder: Path) -> None:
+    """Write a release's report and model card, which hold no path of this machine."""
+    name = Path(report.out_dir).name
+    released = report.as_dict() | {"out_dir": name, "run_dir": run.path.name}
+    (folder / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
+    write_card(folder, name, run, base_folder, released)

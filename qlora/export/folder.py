@@ -1,0 +1,172 @@
+"""A run merged into a folder of safetensors files, which transformers loads alone."""
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from qlora.checkpoint import RunDirectory, RunRecord, adapter_digest
+from qlora.config.sections import parse_size
+from qlora.dtypes import full_name
+from qlora.errors import ExportError
+from qlora.export.companions import (
+    ADAPTER_FILES,
+    MergeReport,
+    OnProgress,
+    write_companions,
+    write_report_and_card,
+)
+from qlora.export.held_out import held_out_examples, written_loss
+from qlora.export.weights import ONTO, MergedWeights
+from qlora.files.resumable import continued_aside, new_folder, put_in_place
+from qlora.files.shards import ShardWriter
+from qlora.model import load_run_tokenizer
+
+DTYPES = ("float16", "bfloat16", "float32")
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def merge_to_folder(
+    run_dir: str | Path,
+    out_dir: str | Path,
+    dtype: str = "float16",
+    onto: str = "dequantized",
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    device: str | None = None,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> MergeReport:
+    """Merge a run's adapter into its base, and write a folder that transformers loads alone; see :func:`qlora.merge`.
+
+    Each tensor is read in blocks of rows, merged in fp32, cast once, checked and written before the next is read. The
+    same call continues an interrupted merge.
+    """
+    started = time.perf_counter()
+    dtype = full_name(dtype)
+    if dtype not in DTYPES:
+        raise ExportError(f"Weights are written in {', '.join(DTYPES)}, not in {dtype!r}.")
+    try:
+        max_bytes = parse_size(max_shard_size)
+    except (ValueError, TypeError):
+        raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
+    out_dir = new_folder(out_dir)
+    run = RunDirectory.open(run_dir)
+    # Read before the weights: if the run is trained on meanwhile, the report must not claim its newer adapter.
+    step, adapter = run.step, adapter_digest(run.adapter)
+    candidates = {base: MergedWeights(run, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
+    weights = next(iter(candidates.values()))
+    layout = weights.layout(getattr(torch, dtype))
+    num_bytes = sum(tensor.num_bytes for tensor in layout)
+    key = _key(run, weights, dtype, onto, max_bytes)
+    progress = _Progress(on_progress, num_bytes * len(candidates))
+    has_code = weights.config.model.trust_remote_code
+    losses: dict[str, float] = {}
+    if onto == "best":  # read now, so that data that are gone are told before anything is written
+        examples = held_out_examples(weights.config, load_run_tokenizer(run))
+    with continued_aside(out_dir, key, num_bytes * len(candidates)) as aside:
+        for base, candidate in candidates.items():
+            _write_weights(aside / base, candidate, dtype, max_bytes, progress)
+            write_companions(aside / base, run, candidate, dtype)
+            if onto == "best":
+                losses[base] = written_loss(aside / base, dtype, examples, candidate.device, has_code)
+        chosen = _better(losses, dtype) if losses else onto
+        report = MergeReport(
+            out_dir=str(out_dir),
+            run_dir=str(run.path),
+            step=step,
+            adapter=adapter,
+            dtype=dtype,
+            onto=chosen,
+            losses=losses or None,
+            merged=weights.num_adapted,
+            tensors=len(layout),
+            num_bytes=num_bytes,
+            continued_bytes=progress.continued,
+            device=weights.device.type,
+            base_differs=weights.base_differs,
+            seconds=round(time.perf_counter() - started, 3),
+            notes=candidates[chosen].notes + _notes_on_losses(losses, weights.record),
+        )
+        write_report_and_card(aside / chosen, report, run, weights.files.folder)
+        put_in_place(aside / chosen, out_dir)
+    return report
+
+
+def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds fp32 to the target, once.
+
+    Raises:
+        ExportError: A value is not finite there.
+    """
+    cast = tensor.to(dtype)
+    # A sum is finite only where all are, and much faster than looking at each; it may overflow by itself.
+    if cast.is_floating_point() and not cast.sum().isfinite() and not cast.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        largest = tensor.abs().max().item()
+        remedy = "merge with --dtype bfloat16 or float32" if math.isfinite(largest) else "base or adapter is damaged"
+        raise ExportError(
+            f"{name}: a value of {largest:.6g} does not fit {kind} (largest {torch.finfo(dtype).max:g}); {remedy}."
+        )
+    return cast
+
+
+def _better(losses: dict[str, float], dtype: str) -> str:
+    """The base with the lower loss; the first of equals."""
+    finite = {base: loss for base, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise ExportError(f"Neither base has a finite loss in {dtype}; merge with --dtype bfloat16 or float32.")
+    return min(finite, key=lambda base: finite[base])
+
+
+def _notes_on_losses(losses: dict[str, float], record: RunRecord) -> list[str]:
+    """What the losses are of, where it is not what one takes them for."""
+    if not losses or record.examples.eval:
+        return []
+    return ["the run held nothing out: the losses by base are of examples that it was trained on"]
+
+
+class _Progress:
+    """Bytes written so far, over all that is to be written.
+
+    Args:
+        tell: Is told of every step.
+        total: Bytes in all.
+    """
+
+    def __init__(self, tell: OnProgress | None, total: int) -> None:
+        self._tell, self._total, self._done = tell, total, 0
+        self.continued = 0
+
+    def add(self, num_bytes: int, continued: bool = False) -> None:
+        """Counts what was written, or taken over."""
+        self._done += num_bytes
+        self.continued += num_bytes * continued
+        if self._tell is not None:
+            self._tell(self._done, self._total)
+
+
+def _key(run: RunDirectory, weights: MergedWeights, dtype: str, onto: str, max_bytes: int) -> str:
+    """Tells apart merges that would not write the same bytes."""
+    digest = hashlib.sha256()
+    for path in (run.record, *(run.adapter / name for name in ADAPTER_FILES)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    settings = [weights.files.fingerprint(), dtype, onto, max_bytes, weights.device.type]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: int, progress: _Progress) -> None:
+    """Writes the tensors that are not in the folder yet."""
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, weights.layout(getattr(torch, dtype)), max_bytes)
+    remaining = list(writer.remaining)
+    progress.add(writer.num_bytes - sum(entry.num_bytes for entry in remaining), continued=True)
+    for entry in remaining:
+        blocks = (cast_checked(entry.name, block, entry.dtype) for block in weights.blocks(entry.name))
+        writer.write_blocks(entry.name, blocks)
+        progress.add(entry.num_bytes)
+    writer.close()

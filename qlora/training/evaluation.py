@@ -1,0 +1,94 @@
+"""Held-out loss of a run, or of the base that a config starts from."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import RunDirectory
+from qlora.config import RunConfig, SourceSection, load_config
+from qlora.data import eval_batches, supervised_bytes
+from qlora.errors import ConfigError
+from qlora.model import base_from_section, datasets_from_section, load_run
+from qlora.model import evaluate as evaluate_batches
+from qlora.objectives import objective_from_section
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EvaluationReport:
+    """Loss of a model over supervised tokens.
+
+    Attributes:
+        model: The model evaluated: a base, or a base with the adapter of a run.
+        examples: Number of examples.
+        supervised_tokens: Number of tokens that the loss is the mean of.
+        loss: Mean over supervised tokens by their weights, in nats.
+        perplexity: exp(loss).
+        bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
+        metrics: Mean of each metric of the config's objective, by name.
+    """
+
+    model: str
+    examples: int
+    supervised_tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, metrics by their own names."""
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        return values | metrics
+
+    def __repr__(self) -> str:
+        return f"<EvaluationReport: loss {self.loss:.4f} over {self.supervised_tokens:,} tokens, {self.model}>"
+
+
+def evaluate(
+    target: RunConfig | str | Path,
+    data: str | Path | None = None,
+    batch_size: int = 4,
+    device: str | torch.device = "auto",
+) -> EvaluationReport:
+    """Evaluate a run with its adapter, or the base that a config starts from, on held-out examples.
+
+    Args:
+        target: A run, one of its checkpoints, a config file, or a config of :func:`qlora.load_config`.
+        data: A file to evaluate on instead of the examples that the config holds out; every row counts.
+        batch_size: Examples at a time.
+        device: `auto` takes a GPU if there is one.
+
+    Raises:
+        ConfigError: The config holds out no example and no file is given, or batch_size is below 1.
+        QLoRAError: The run, the base or the data can't be read.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} should be 1 or more.")
+    run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
+    config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
+    model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
+    section = config.data
+    if data is not None:
+        # Every row of the file counts, however few of its own the run was trained on.
+        whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
+        section = section.model_copy(update=whole_file)
+    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
+    examples = datasets.train if data is not None else datasets.eval
+    if not len(examples):
+        raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
+    loss = objective_from_section(config.train).loss
+    result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
+    num_bytes = supervised_bytes(tokenizer, examples)
+    is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
+    return EvaluationReport(
+        model=config.model.base if run is None else f"{config.model.base} with the adapter of {target}",
+        examples=len(examples),
+        supervised_tokens=result.num_supervised,
+        loss=result.loss,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
+        metrics=result.metrics,
+    )

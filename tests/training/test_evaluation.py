@@ -1,0 +1,47 @@
+"""qlora.evaluate: the same loss from a run, its config and Python, on held-out rows or another file."""
+
+import math
+
+import pytest
+
+import qlora
+from qlora.config import load_config
+from qlora.errors import ConfigError
+from tests.tiny import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny_base, alpaca_file):
+    from tests.tiny import run_config
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    qlora.train(load_config(run_config(tiny_base, alpaca_file, folder / "run")))
+    return folder / "run"
+
+
+def test_a_run_is_evaluated_as_its_training_did(run_dir):
+    report = qlora.evaluate(run_dir, device="cpu")
+    lines = qlora.train(load_config(run_dir / "config.yaml")).eval_losses
+    assert report.loss == pytest.approx(lines[max(lines)], rel=1e-4)
+    assert report.perplexity == pytest.approx(math.exp(report.loss))
+    assert report.as_dict().keys() >= {"loss", "perplexity", "bits_per_byte", "examples", "supervised_tokens"}
+
+
+def test_a_config_is_evaluated_by_its_base(run_dir):
+    base = qlora.evaluate(load_config(run_dir / "config.yaml"), device="cpu")
+    assert base.loss > qlora.evaluate(run_dir, device="cpu").loss
+    assert "adapter" not in base.model
+
+
+def test_every_row_of_another_file_counts(run_dir, tmp_path):
+    rows = [{"instruction": f"Say {word}", "output": word} for word in ("oak", "fern", "tin")]
+    report = qlora.evaluate(run_dir, data=write_jsonl(tmp_path / "other.jsonl", rows), device="cpu")
+    assert report.examples == 3
+
+
+def test_bad_arguments_are_refused(run_dir):
+    with pytest.raises(ConfigError, match="batch_size: 0 should be 1 or more"):
+        qlora.evaluate(run_dir, batch_size=0)
+    config = load_config(run_dir / "config.yaml", ["data.eval=null"])
+    with pytest.raises(ConfigError, match="holds out no example; name a file with --data"):
+        qlora.evaluate(config, device="cpu")
