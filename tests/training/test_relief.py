@@ -1,15 +1,18 @@
 """A step that memory runs out in is repeated with less, to the same gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute, hold_weights, recompute_levels
 from qlora.memory.probe import Storages, measure_peak
+from qlora.model import SUPERVISED
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
 from qlora.training.relief import MemoryRelief
-from tests.training.test_loop import Trainer, random_examples
+from tests.training.test_loop import Trainer, counting, random_examples
 
 STEPS = 3
 
@@ -147,3 +150,22 @@ def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_b
     assert told == [1]
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
+
+
+def test_a_process_that_runs_out_at_once_sends_as_many_sums_as_the_others(tiny_base, examples):
+    """Else the sum over processes would hang, or add up different things."""
+    trainer, shapes, calls = prepare(tiny_base, examples), [], []
+
+    def compute(model, batch):
+        calls.append(batch)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return counting(SUPERVISED).compute(model, batch)
+
+    trainer.loss = replace(counting(SUPERVISED), compute=compute)
+    processes = Processes(world_size=2)
+    processes.sum = lambda tensor: shapes.append(tensor.shape) or tensor
+    trainer.run(2, processes=processes, on_out_of_memory=lambda step: None)
+    assert len(shapes) == 4
+    assert shapes[:2] == shapes[2:]
+    assert trainer.reports[-1].metrics["total"] == trainer.losses[-1]
