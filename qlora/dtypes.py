@@ -1,4 +1,4 @@
-"""Names of dtypes: torch's, and the short ones that people write."""
+"""Names of dtypes: torch's, and their short forms."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +9,16 @@ SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 
 
 def full_name(name: Any) -> Any:
-    """torch's name of a dtype for a short one; anything else as it is."""
+    """Return torch's name of a dtype for its short form; anything else unchanged."""
     return SHORT_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def as_dtype(value: Any, error: type[Exception]) -> "torch.dtype":
-    """The dtype that a name or a dtype stands for.
+    """Return the dtype for a name or a dtype.
 
     Args:
         value: A floating-point `torch.dtype`, or its name: `bfloat16`, `bf16`, ….
-        error: Raised for anything else.
+        error: Type of the exception raised for anything else.
     """
     import torch
 

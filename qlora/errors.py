@@ -3,7 +3,7 @@
 import os
 import re
 
-# What a secret looks like, by what it is.
+# Patterns of secrets, by kind.
 SECRETS = {
     "a token of the hub": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
     "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
@@ -12,16 +12,16 @@ SECRETS = {
     "a private key": re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END|\Z)"),
     "a password in a URL": re.compile(r"(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"),
 }
-# Variables of the environment that hold one, whatever it looks like.
+# Environment variables whose values are secrets, whatever they look like.
 SECRET_NAMES = re.compile(r".*_(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)")
 LEAST_SECRET_CHARACTERS = 8
 
 
 class QLoRAError(Exception):
-    """Base of every error that qlora raises for a user's mistake.
+    """Base class of every error that qlora raises for a user's mistake.
 
     Args:
-        message: Secrets in it are left out: what reads a file or asks the hub may tell more than should be seen.
+        message: Secrets in it are replaced: messages of libraries that read files or call the hub may contain some.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -49,12 +49,12 @@ class ExportError(QLoRAError):
 
 
 def find_secrets(text: str) -> list[str]:
-    """The kinds of secret in a text, by their looks."""
+    """Return the kinds of secrets that a text seems to contain."""
     return [kind for kind, pattern in SECRETS.items() if pattern.search(text)]
 
 
 def without_secrets(text: str) -> str:
-    """The text with *** for what looks like a secret, or is one of the environment's."""
+    """Return the text with *** in place of secrets, found by their looks or in environment variables."""
     for name, value in os.environ.items():
         if SECRET_NAMES.fullmatch(name) and len(value) >= LEAST_SECRET_CHARACTERS:
             text = text.replace(value, "***")

@@ -27,8 +27,8 @@ class Processes:
     Args:
         rank: Of this process, from 0.
         world_size: Number of processes.
-        device: That this process computes on.
-        accelerator: Of accelerate; needed where there are several processes or trackers.
+        device: Device that this process computes on.
+        accelerator: accelerate's Accelerator; needed for several processes or for trackers.
     """
 
     def __init__(
@@ -79,18 +79,18 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Elementwise sum of a tensor over all processes, on each of them."""
+        """Return the elementwise sum of a tensor over all processes, on each of them."""
         return tensor if self.world_size == 1 else self._accelerator.reduce(tensor, reduction="sum")
 
     def max(self, number: float) -> float:
-        """The largest of the processes' numbers, on each of them, rounded to fp32."""
+        """Return the largest of the processes' numbers, rounded to fp32, on each of them."""
         if self.world_size == 1:
             return number
         own = torch.tensor([number], dtype=torch.float32, device=self.device)  # MPS has no fp64
         return self._accelerator.gather(own).max().item()
 
     def gather(self, value: Value) -> list[Value]:
-        """The processes' picklable values by rank, on each of them."""
+        """Return the processes' picklable values by rank, on each of them."""
         if self.world_size == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -98,7 +98,7 @@ class Processes:
         return gather_object([value])
 
     def broadcast(self, value: Value) -> Value:
-        """The first process's picklable value, on all of them."""
+        """Return the first process's picklable value, on all of them."""
         if self.world_size == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -112,7 +112,7 @@ class Processes:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise a QLoRAError of the body on every process, so that none waits for one that has ended."""
+        """Raise a QLoRAError of the body on every process, so that none waits for one that has exited."""
         problem = None
         try:
             yield

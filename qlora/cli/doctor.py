@@ -13,13 +13,13 @@ def doctor(
         str | None,
         typer.Option(
             metavar="CONFIG",
-            help="Try whether its run, stopped and continued, is the same; exit 1 if not.",
+            help="Check that this config's run, stopped and continued, ends the same; exits with 1 if not.",
             callback=expand_home,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hardware, versions, what will be used and why."""
+    """Show hardware and versions, and what will be used and why."""
     if check_resume is not None:
         _check_resume(check_resume, as_json)
         return
@@ -44,9 +44,9 @@ def doctor(
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
         "dequantize": dequantize_path(device),
         "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
-        "attention": "by documents, where the architecture allows for it; set model.attention to ask for another",
+        "attention": "within documents where the architecture allows it; set model.attention for another one",
         "activations": f"plain torch: {why}" if (why := why_not_liger(device)) else f"liger-kernel {liger_version()}",
-        "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate tells what a config takes of it",
+        "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate predicts what a config needs",
         "plots": "drawn" if find_spec("matplotlib") else "not drawn: pip install matplotlib",
     }
     report: dict[str, Any] = {
@@ -66,18 +66,18 @@ def _check_resume(path: str, as_json: bool) -> None:
 
     config = load_config(path)
 
-    from qlora.training import check_resume  # after the config: a typo there is told at once, without loading torch
+    from qlora.training import check_resume  # after the config, so that a typo there is reported without loading torch
 
     check = check_resume(config)
     what = f"a run of {check.steps} steps, stopped after {check.stopped_after} and continued,"
-    title = f"{path}: {what} is the one that was not stopped, bit for bit."
+    title = f"{path}: {what} is equal, bit for bit, to one that was not stopped."
     if not check.matches:
         cause = (
-            "its resume is not exact; please report it"
+            "its resume is not exact, please report it"
             if check.repeats
-            else "neither is a second one that was not stopped: this machine does not repeat its own results"
+            else "a second uninterrupted run differs too: this machine does not reproduce its own results"
         )
-        title = f"{path}: {what} is not the one that was not stopped; {cause}."
+        title = f"{path}: {what} differs from one that was not stopped; {cause}."
     show_report(check.as_dict(), as_json, title)
     raise typer.Exit(0 if check.matches else 1)
 

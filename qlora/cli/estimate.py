@@ -1,4 +1,4 @@
-"""`qlora estimate`: the memory of a run by kind and level, and what fits, without loading a model."""
+"""`qlora estimate`: peak memory by kind and level of recomputation, and what fits, without loading a model."""
 
 import gc
 from collections.abc import Iterator
@@ -23,17 +23,20 @@ def estimate(
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="For a GPU with so much free, as 24GB or 24GiB; else what is here."),
+        typer.Option(
+            metavar="SIZE",
+            help="Assume a GPU with this much free memory, such as 24GB or 24GiB; default: this machine.",
+        ),
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Load the model and measure a step, too.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Also load the model and measure a step.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run will hold, by kind and level of recomputation, and what fits; no model is loaded.
+    """Predict peak memory by kind and level of recomputation, and what fits; no model is loaded.
 
-    The base's config.json is enough. Exit code 1 if the run does not fit.
+    It needs the base's config.json alone, and exits with 1 if the run does not fit.
     """
     if probe and gpu is not None:
-        raise typer.BadParameter("--probe measures what is here; leave --gpu out.")
+        raise typer.BadParameter("--probe measures on this machine; omit --gpu.")
     size = None if gpu is None else _parse_size(gpu)
 
     from qlora.config import load_config
@@ -65,12 +68,11 @@ def estimate(
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Keeps Python from looking for garbage in all that is imported, which takes longer than the estimate does."""
+    """Disable garbage collection during imports, where it would take longer than the estimate."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # what there is now stays until the end, and is not looked through then
         gc.enable()
 
 
@@ -107,13 +109,13 @@ def _show(report: dict[str, Any], base: str) -> None:
         cells += [str(level["largest_micro_batch"]), str(level["longest_context"])]
         style = "bold" if name == report["level"] else "" if level["fits"] else "dim"
         table.add_row(name, *cells, style=style)
-    # As wide as it is, where nothing is known of a screen's width, too.
+    # At full width even where the width of the screen is unknown.
     Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)
     shown = report["level"] or list(levels)[-1]
     console.print(_bar(levels[shown]["bytes"], free, coloured))
     console.print(Text(report["why"], style="" if report["level"] else "bold red"))
     if not levels[shown]["bytes"]["activations"]:
-        console.print(Text("fullest in the optimizer's step, when there are no activations"))
+        console.print(Text("memory peaks in the optimizer's step, when there are no activations"))
     if levels[shown]["bytes"]["context"]:
         console.print(Text(f"context: {levels[shown]['bytes']['context'] / scale:.2f} {unit} for CUDA itself, assumed"))
     if "probe" in report:
@@ -127,7 +129,7 @@ def _show(report: dict[str, Any], base: str) -> None:
 
 
 def _bar(bytes_by_kind: dict[str, int], free: int, coloured: bool) -> Any:
-    """What is held by kind, and what is left of what is free; by letters where there are no colours."""
+    """Return a bar of memory by kind with what stays free; in letters where there are no colors."""
     from rich.text import Text
 
     text, key = Text(), Text("\n")

@@ -1,4 +1,4 @@
-"""`qlora eval`: supervised loss of a run, or of the base that a config starts from."""
+"""`qlora eval`: held-out loss of a run, or of the base that a config starts from."""
 
 from typing import Annotated
 
@@ -11,16 +11,19 @@ from qlora.cli.report import show_report
 def evaluate(
     target: Annotated[
         str,
-        typer.Argument(metavar="CONFIG|RUN", help="A config's base, or a run with its adapter.", callback=expand_home),
+        typer.Argument(
+            metavar="CONFIG|RUN", help="A config, for its base, or a run with its adapter.", callback=expand_home
+        ),
     ],
     data: Annotated[
-        str | None, typer.Option(help="A file to evaluate on, in place of the config's.", callback=expand_home)
+        str | None,
+        typer.Option(help="A file to evaluate on instead of the config's held-out data.", callback=expand_home),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Loss and perplexity per supervised token, and bits per byte."""
+    """Print loss and perplexity per supervised token, and bits per byte."""
     from qlora.training import evaluate as run_evaluation
 
     show_report(run_evaluation(target, data, batch_size, device).as_dict(), as_json)

@@ -1,4 +1,4 @@
-"""The `qlora` command: its verbs, and what their errors become."""
+"""The `qlora` command: its verbs, and exit codes for their errors."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps the screen for what a user can act on; an own setting of theirs wins."""
+    """Keep libraries' warnings off the screen, unless the user set their verbosity."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # It warns on import that an optional inference kernel is absent, which is never used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -20,21 +20,24 @@ def merge(
     output: NewFolder,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
-        typer.Option(help="Of the weights; q8_0 for GGUF alone, which has no float32."),
+        typer.Option(help="Dtype of the weights; q8_0 for GGUF only, which has no float32."),
     ] = None,
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
         typer.Option(
-            help="Base weights: as the adapter was trained on, as in the files, or whichever evaluates better "
-            "(both are written meanwhile: twice the disk)."
+            help="Base weights: as the adapter was trained on, as in the base's files, or whichever evaluates better "
+            "(both are written for a while, which takes twice the disk space)."
         ),
     ] = None,
     format: Annotated[
         Literal["safetensors", "gguf"], typer.Option(help="A folder for transformers, or a file for llama.cpp.")
     ] = "safetensors",
-    max_shard_size: Annotated[str | None, typer.Option(help="Of a weight file: 5GB, 500MB.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Size limit of a weight file: 5GB, 500MB.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; default: as the run was trained on, if it is here, else cpu.")
+        str | None,
+        typer.Option(
+            help="cuda, cpu, …; default: the kind of device that the run was trained on, if available, else cpu."
+        ),
     ] = None,
     update: Annotated[
         bool,
@@ -45,24 +48,27 @@ def merge(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Merge into a base other than the one trained on.")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the folder to owner/name, private if it is new.")
+        str | None, typer.Option(metavar="REPO", help="Upload the folder to owner/name; a new repository is private.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --push-to-hub: merge, say what would be uploaded, send nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="With --push-to-hub: merge and list what would be uploaded, but upload nothing."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge into weights that load with transformers alone; defaults come from the run's config.
 
-    A merge that was interrupted is continued by the same command.
+    The same command continues an interrupted merge.
     """
     if dtype == "q8_0" and format != "gguf":
         raise typer.BadParameter("--dtype q8_0 needs --format gguf.")
     if max_shard_size is not None and format == "gguf":
         raise typer.BadParameter("--max-shard-size has no meaning for --format gguf, which writes one file.")
     if push_to_hub is None and (dry_run or public):
-        raise typer.BadParameter("--dry-run and --public go with --push-to-hub.")
+        raise typer.BadParameter("--dry-run and --public need --push-to-hub.")
 
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.config import load_config
@@ -108,7 +114,7 @@ def merge(
 
 
 def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:
-    """Return the report of the merge in a folder if it is the one wanted; moves another one aside."""
+    """Return the report of the merge in a folder if it is the one wanted; else rename the folder."""
     from qlora.export.merged import read_merged
     from qlora.files import old_name
 
@@ -123,7 +129,7 @@ def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[st
 
 @contextmanager
 def _progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A line on a terminal that says how much is written; elsewhere nothing."""
+    """Show a progress bar on a terminal; elsewhere nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

@@ -7,12 +7,12 @@ import typer
 
 
 def expand_home(path: str | None) -> str | None:
-    """Puts the home in for a leading ~, which a shell leaves in --option=~/… and for users that it does not know."""
+    """Expand a leading ~, which shells leave in --option=~/… and for unknown users."""
     if path is None:
         return None
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise typer.BadParameter(f"{path!r} is in the home of a user that is not known here.")
+        raise typer.BadParameter(f"{path!r} is in the home of an unknown user; write the full path.")
     return expanded
 
 

@@ -1,4 +1,4 @@
-"""`qlora preview`: samples with what is learned of them in colour, and what became of the rows, without a model."""
+"""`qlora preview`: samples with their supervised tokens in color, and row statistics, without a model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 
 BAR_WIDTH = 40
-# Control characters of data, by their pictures: a terminal would obey them.
+# Control characters in data are shown as symbols: a terminal would act on them.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
@@ -18,11 +18,11 @@ def preview(
     overrides: Overrides = None,
     num_samples: Annotated[int, typer.Option("-n", "--samples", min=0, help="Examples to show.")] = 5,
     html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write it as a page, too.", callback=expand_home)
+        str | None, typer.Option(metavar="FILE", help="Also write an HTML page.", callback=expand_home)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be learned: samples in colour, and what became of the rows; no model is loaded."""
+    """Show which tokens are supervised, in color, and row statistics; no model is loaded."""
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
@@ -48,9 +48,9 @@ def _show(result: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
-    key = "green is learned, dim is not, reversed are control tokens" if coloured else "what is learned stands in ⟦ ⟧"
+    key = "green: supervised, dim: not, reversed: control tokens" if coloured else "supervised: between ⟦ ⟧"
     for sample in result.samples:
-        title = f"example {sample.number}: {sample.num_tokens} tokens, {sample.num_supervised} learned ({key})"
+        title = f"example {sample.number}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised ({key})"
         console.rule(Text(title), align="left")
         console.print(_text_of(sample.pieces, coloured))
     for report in result.reports:
@@ -69,9 +69,9 @@ def _show(result: Any) -> None:
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
     console.print(
         Text(
-            f"{result.train_examples} examples, {result.tokens_per_epoch} tokens in {result.rows_per_epoch} rows "
-            f"of up to {result.max_seq_len} ({packing}): {result.steps_per_epoch} steps; {result.total_steps} in the "
-            f"whole run; {result.eval_examples} examples held out"
+            f"{result.train_examples:,} examples, {result.tokens_per_epoch:,} tokens in {result.rows_per_epoch:,} "
+            f"sequences of up to {result.max_seq_len:,} ({packing}): {result.steps_per_epoch:,} steps; "
+            f"{result.total_steps:,} in the whole run; {result.eval_examples:,} examples held out"
         )
     )
     for problem in result.problems:
@@ -85,8 +85,8 @@ def _text_of(pieces: list[Any], coloured: bool) -> Any:
     for before, piece in zip([None, *pieces], pieces, strict=False):
         shown = piece.text.translate(VISIBLE)
         if not coloured:
-            was_learned = before is not None and before.weight > 0
-            if (piece.weight > 0) != was_learned:
+            was_supervised = before is not None and before.weight > 0
+            if (piece.weight > 0) != was_supervised:
                 text.append("⟦" if piece.weight > 0 else "⟧")
             text.append(shown)
             continue

@@ -1,4 +1,4 @@
-"""A preview as one page that needs nothing but itself."""
+"""A preview as one self-contained HTML page."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -8,10 +8,10 @@ from qlora.errors import DataError
 
 
 def write_page(path: Path, result: Any, config: str) -> None:
-    """Writes a preview as HTML.
+    """Write a preview as HTML.
 
     Args:
-        path: Of the file.
+        path: The file.
         result: A :class:`qlora.training.Preview`.
         config: The config's name, for the title.
 

@@ -18,11 +18,11 @@ def quantize(
     ] = True,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Of what is not quantized, and of the weights before they are; auto is the model's own."),
+        typer.Option(help="Dtype of the rest, and of the weights before quantization; auto is the model's own."),
     ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file: 5GB, 500MB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Size limit of a weight file: 5GB, 500MB.")] = "5GB",
     device: Device = "cpu",
-    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: AsJson = False,
 ) -> None:

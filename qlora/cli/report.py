@@ -1,20 +1,59 @@
-"""Reports on the screen: aligned lines for people, or one JSON object."""
+"""Reports on the screen: aligned lines for people, or one JSON object for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+# Labels of values whose keys don't read well by themselves.
+LABELS = {
+    "adapter": "adapter SHA-256",
+    "adapter_loss": "loss with the adapter",
+    "base_bytes": "size of the base",
+    "continued_bytes": "written by an interrupted merge",
+    "greedy_agreement": "greedy answers equal for",
+    "layers_checked": "layers compared",
+    "losses": "loss",
+    "max_layer_difference": "largest difference of a layer's output",
+    "max_logit_difference": "largest difference of a logit",
+    "max_weight_difference": "largest difference of a weight",
+    "mean_kl": "mean KL divergence (nats)",
+    "mean_logit_difference": "mean difference of logits",
+    "merged": "layers merged",
+    "merged_loss": "loss of the merged model",
+    "num_bytes": "size",
+    "out_dir": "folder",
+    "positions": "positions compared",
+    "quantized": "layers quantized",
+    "run_dir": "run",
+    "tensors_checked": "tensors compared",
+    "top1_agreement": "same most likely token",
+}
+SIZES = ("memory", "available", "estimated", "measured")
+SHARES = ("_share", "_agreement", "_fill")
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
 
 
 def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> None:
-    """Prints a report on standard output."""
+    """Print a report on standard output.
+
+    People see what there is to say: no empty values, sizes and numbers with units, and notes on lines of their own.
+
+    Args:
+        values: The report.
+        as_json: Print one JSON object with all values as they are.
+        title: Lines before the values, for people.
+    """
     if as_json:
         print(as_json_text(values))
         return
     if title:
         print(title)
-    width = max(map(len, values), default=0)
-    for key, value in values.items():
-        print(f"  {key.replace('_', ' '):<{width}}  {_format(value)}")
+    shown = {_label(key): format_value(key, value) for key, value in values.items() if key != "notes" and _says(value)}
+    width = max(map(len, shown), default=0)
+    for label, text in shown.items():
+        print(f"  {label:<{width}}  {text}")
+    for note in values.get("notes", ()):
+        print(f"  note: {note}")
 
 
 def as_json_text(values: Mapping[str, Any]) -> str:
@@ -22,11 +61,37 @@ def as_json_text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, default=str)
 
 
-def _format(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
+def format_size(num_bytes: float) -> str:
+    """Return a number of bytes in the largest unit that it fills."""
+    unit = next((name for name, size in UNITS.items() if num_bytes >= size), "bytes")
+    return f"{num_bytes / UNITS[unit]:,.{0 if unit == 'bytes' else 2}f} {unit}"
+
+
+def format_value(key: str, value: Any) -> str:
+    """Return a value of a report as people read it; its key tells the unit."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_format(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_format, value)) or "none"
-    return str(value)
+        return ", ".join(f"{_label(str(name))}: {format_value(str(name), item)}" for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(format_value(key, item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return str(value)
+    if key.endswith(("_bytes", *SIZES)):
+        return format_size(value)
+    if key.endswith(SHARES):
+        return f"{value:.1%}"
+    if key == "seconds":
+        return f"{value:,.1f} s"
+    if key.endswith("_per_second"):
+        return f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _label(key: str) -> str:
+    return LABELS.get(key) or key.removesuffix("_bytes").replace("_", " ")
+
+
+def _says(value: Any) -> bool:
+    """Whether a value says anything: zeros do, but nothing and empty collections don't."""
+    return value is not None and value != [] and value != {} and value != ""

@@ -1,4 +1,4 @@
-"""`qlora train`: trains a run, or continues it."""
+"""`qlora train`: train a run, or continue it."""
 
 import os
 import signal
@@ -54,18 +54,18 @@ def train(
     if not config:
         if replay is None:
             raise typer.BadParameter("a YAML file is needed; qlora init writes one.", param_hint="CONFIG")
-        config = str(Path(replay).parent.parent / "config.yaml")  # of the run that kept it
+        config = str(Path(replay).parent.parent / "config.yaml")  # of the run that saved the step
     settings = load_config(config, overrides or ())
 
     if replay is not None:
         from qlora.training import replay as replay_step
 
         report = replay_step(settings, replay)
-        show_report(report.as_dict(), as_json, f"Step {report.step}, run again: {report.describe()}")
+        show_report(report.as_dict(), as_json, f"Step {report.step}, replayed: {report.describe()}")
         raise typer.Exit(0 if report.is_finite else 1)
 
     from qlora.files import write_text
-    from qlora.training import plan_run  # after the config: a typo there is reported at once, without loading torch
+    from qlora.training import plan_run  # after the config, so that a typo there is reported without loading torch
     from qlora.training import train as run_training
 
     is_first = os.environ.get("RANK", "0") == "0"  # one report, however many processes a launcher started
@@ -82,8 +82,8 @@ def train(
             write_text(Path(report_file), as_json_text(values) + "\n")
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
+            values["eval_losses"] = {f"step {step:,}": f"{loss:.4f}" for step, loss in result.eval_losses.items()}
             del values["signal"], values["notes"]  # the exit code and the title have them
-            values["peak_memory"] = f"{result.peak_memory / 2**30:.2f} GiB"
         show_report(values, as_json, "\n".join([f"Run {result.status}.", *result.notes]))
     if result.status == "interrupted":
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

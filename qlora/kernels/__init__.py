@@ -1,4 +1,4 @@
-"""Fast operations, each beside its plain-torch twin."""
+"""Fast operations, each with a twin in plain torch."""
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain

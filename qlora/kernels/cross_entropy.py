@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one, in chunks, so that the logits of a batch never exist at once."""
+"""Output head and cross-entropy in one operation, in chunks: the logits of a batch never exist at once."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in elements: on a GPU 64 MiB in fp32, and rows enough to fill it at any vocabulary; on a CPU
-# what stays in its caches from pass to pass (docs/benchmarks/loss.md).
+# Logits held at a time, in elements. On a GPU this is 64 MiB in fp32, with enough rows to keep it busy at any
+# vocabulary size; on a CPU it stays in the caches from pass to pass (docs/benchmarks/loss.md).
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
 
 
 def default_chunk(device: torch.device) -> int:
-    """Logits held at a time on a device, in elements."""
+    """Return the number of logits held at a time on a device."""
     return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
 
 
@@ -28,27 +28,27 @@ def linear_cross_entropy(
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
-    """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, each row's by its weight.
+    """Compute the weighted sum of the cross-entropy of `hidden @ weight.T` against `labels`.
 
-    The gradient of `hidden` is computed with the loss, chunk by chunk, and so is that of what is trained of the head,
-    summed in fp32; what is frozen of it gets none.
+    The gradient of `hidden` is computed together with the loss, chunk by chunk. Trained blocks of the head get their
+    gradient the same way, summed in fp32; frozen blocks get none.
 
     Args:
         hidden: (rows, features), in the compute dtype.
-        weight: (vocabulary, features), of the head; or consecutive blocks of its rows, some of them trained.
-        labels: (rows,), int64, each a real token.
-        bias: (vocabulary,), of the head.
+        weight: (vocabulary, features), the head's weight; or consecutive blocks of its rows, of which some are trained.
+        labels: (rows,), int64; every label is a token id.
+        bias: (vocabulary,), the head's bias.
         logit_scale: Factor on the logits (Cohere, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
-        row_weights: (rows,), fp32; None where every row counts once.
-        norm: Applied to `hidden` first, row by row; its gradient is computed here too, so that its output is not kept.
-        chunk_elements: Logits held at a time; :func:`default_chunk` of the device if not given.
+        row_weights: (rows,), fp32; with None, every row has weight 1.
+        norm: Norm applied to each row of `hidden` first. Its gradient is computed here too, so its output is not saved.
+        chunk_elements: Logits held at a time; default: :func:`default_chunk` of the device.
 
     Returns:
         A scalar, fp32.
     """
     blocks = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
-    if not torch.is_grad_enabled():  # or gradients are computed for nobody
+    if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
     return _LinearCrossEntropy.apply(hidden, labels, bias, logit_scale, softcap, row_weights, norm, chunk, *blocks)
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = _Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
-        # One pair for all chunks: on a CPU, fresh memory costs more than what is done with it.
+        # One pair of buffers for all chunks: on a CPU, fresh memory costs more than the arithmetic done in it.
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         all_logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
             if slope is not None:
                 grad_logits.mul_(slope)
-                del slope  # or the next chunk's is made while it is there
+                del slope  # before the next chunk's is allocated
             if logit_scale != 1.0:
                 grad_logits.mul_(logit_scale)
             if row_weights is not None:
@@ -121,23 +121,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         if grad_hidden is not None:
-            # In fp32: the factor is 1 / tokens, or a loss scale, and would lose digits or its range in 16 bits.
+            # In fp32: the factor is 1 / tokens or a loss scale, which would lose digits or overflow in 16 bits.
             grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
         return grad_hidden, *(None,) * 7, *(None if grad is None else grad * grad_output for grad in grads)
 
 
 class _Head:
-    """A head's weight in blocks of rows, and the gradients of those that are trained.
+    """An output head's weight in blocks of rows, with the gradients of the trained blocks.
 
     Args:
-        weights: (rows, features) each, consecutive.
-        bias: (size,), of all.
-        dtype: To multiply in.
-        trained: Of each block, whether it gets a gradient.
+        weights: Consecutive blocks, (rows, features) each.
+        bias: (size,), for all blocks.
+        dtype: Dtype of the products.
+        trained: For each block, whether it gets a gradient.
 
     Attributes:
-        size: Rows in all.
-        grads: Of each block, fp32; None of frozen ones.
+        size: Total number of rows.
+        grads: Gradient of each block, fp32; None for frozen blocks.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class _Head:
         ]
 
     def multiply(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Logits of (rows, features) into (rows, size)."""
+        """Write the logits of `hidden`, (rows, features), into `out`, (rows, size)."""
         for weight, columns in zip(self._weights, self._columns, strict=True):
             if self._bias is None:
                 torch.mm(hidden, weight.T, out=out[:, columns])
@@ -165,14 +165,14 @@ class _Head:
                 torch.addmm(self._bias[columns], hidden, weight.T, out=out[:, columns])
 
     def multiply_back(self, grad_logits: torch.Tensor, out: torch.Tensor) -> None:
-        """The gradient of (rows, features), from that of their logits."""
+        """Write the gradient of the hidden states, (rows, features), given that of their logits."""
         first, *others = zip(self._weights, self._columns, strict=True)
         torch.mm(grad_logits[:, first[1]], first[0], out=out)
         for weight, columns in others:
             out.addmm_(grad_logits[:, columns], weight)
 
     def add_grad(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Adds to the gradients of trained blocks what (rows, size), fp32, and the rows' features make of them."""
+        """Add to the gradients of trained blocks, given the hidden states and the logits' gradient, fp32."""
         for grad, columns in zip(self.grads, self._columns, strict=True):
             if grad is not None:
                 grad.addmm_(grad_logits[:, columns].T, hidden.float())

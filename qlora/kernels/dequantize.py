@@ -1,20 +1,20 @@
-"""4-bit codes and their block statistics to a weight in one pass, if asked for with the LoRA term added.
+"""Dequantization of a 4-bit weight in one pass, optionally with the LoRA term added.
 
-The function here and its kernel, :mod:`qlora.kernels.dequantize_triton`, take the same arguments and do the same
-arithmetic in the same order, bitsandbytes' own: absmax is `nested_code[absmax] · nested_absmax + nested_offset`, a
-weight is `code[its 4 bits] · absmax`, each operation rounded to fp32, and the weight once to the dtype asked for. The
-LoRA term is added to that, to the weight that is used without it too, in fp32, and the sum rounded once. Without the
-LoRA term the functions agree bit for bit; the product B A is summed in an order of its own.
+The function here and its kernel, :mod:`qlora.kernels.dequantize_triton`, take the same arguments and do bitsandbytes'
+arithmetic in the same order: absmax is `nested_code[absmax] · nested_absmax + nested_offset`, a weight is
+`code[4 bits] · absmax`. Each operation is rounded to fp32, and the weight once to the requested dtype. The LoRA term is
+added in fp32 to this rounded weight, and the sum is rounded once. Without the LoRA term the two functions agree bit for
+bit; with it they differ in the order in which the product B A is summed.
 """
 
 from importlib.util import find_spec
 
 import torch
 
-# torch brings it with CUDA alone. Importing it takes longer than a CPU has use for.
+# torch installs Triton with CUDA builds only. It is imported on first use, as the import is slow.
 HAS_TRITON = find_spec("triton") is not None
-# A program of the kernel takes a tile: long enough for whole cache lines of the result, and no wider than a block of
-# weights may be, so that a row of it has one absmax.
+# Columns of a kernel program's tile: enough for whole cache lines of the result, and no more than a block of weights,
+# so that each row of the tile has one absmax.
 TILE_COLUMNS = 64
 
 
@@ -35,23 +35,23 @@ def dequantize_4bit_plain(
     scaling: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dequantizes a weight in plain torch, on any device.
+    """Dequantize a weight in plain torch, on any device.
 
     Args:
-        packed: Codes, uint8, two to a byte with the first in the upper half: ceil(out · in / 2) of them.
-        code: (16,), fp32, what each code stands for.
-        absmax: (blocks,), fp32; or uint8 where it is quantized itself, with the `nested_` arguments.
+        packed: ceil(out · in / 2) bytes, uint8, each with two codes, the first in the upper half.
+        code: (16,), fp32, the value of each code.
+        absmax: (blocks,), fp32; or uint8 if it is itself quantized, with the `nested_` arguments.
         shape: (out, in) of the weight.
-        dtype: Of the result: fp32, bf16 or fp16.
-        block_size: Weights in a row that share one absmax; a power of 2.
-        nested_code: (256,), fp32, what each code of `absmax` stands for.
+        dtype: Dtype of the result: fp32, bf16 or fp16.
+        block_size: Consecutive weights that share one absmax; a power of 2.
+        nested_code: (256,), fp32, the value of each code of `absmax`.
         nested_absmax: (ceil(blocks / nested_block_size),), fp32.
-        nested_offset: A scalar, fp32, the mean that was taken off every absmax.
+        nested_offset: A scalar, fp32, the mean that was subtracted from every absmax.
         nested_block_size: Blocks that share one nested absmax; a power of 2.
         lora_A: (rank, in), bf16, fp16 or fp32; with `lora_B`, `scaling · B A` is added to the rounded weight.
-        lora_B: (out, rank), of the dtype of `lora_A`.
-        scaling: Factor on the product of the two.
-        out: (out, in) of `dtype`, contiguous, written in place if given.
+        lora_B: (out, rank), in the dtype of `lora_A`.
+        scaling: Factor on B A.
+        out: (out, in) of `dtype`, contiguous; written in place if given.
 
     Returns:
         The weight, (out, in).

@@ -7,7 +7,7 @@ import triton.language as tl
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 TILE_ROWS = 64
-# With fusion, code · absmax + offset would be one operation with one rounding, and not bitsandbytes' absmax.
+# With fusion, code · absmax + offset would be one operation with one rounding, unlike bitsandbytes' absmax.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -28,14 +28,14 @@ def dequantize_4bit_triton(
     scaling: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As :func:`dequantize_4bit_plain`, in one kernel, which reads each code and writes each weight once."""
+    """Do what :func:`dequantize_4bit_plain` does, in one kernel that reads each code and writes each weight once."""
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     assert out.is_contiguous()
     assert (out.shape, out.dtype) == (tuple(shape), dtype)
     total, tile_columns = out.numel(), min(TILE_COLUMNS, block_size)
     if lora_A is None:
-        # Blocks follow the flat order, so rows as wide as a tile do for a weight of any shape.
+        # Blocks follow the flat order, so a weight of any shape can be read as rows of one tile each.
         rows, columns, rank = triton.cdiv(total, tile_columns), tile_columns, 0
     else:
         assert lora_B is not None
@@ -73,14 +73,14 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
     BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     PAIRED: tl.constexpr,  # Both codes of a byte are in the same row.
-    WHOLE_TILES: tl.constexpr,  # No tile sticks out on the right, so that each of its rows is within one block.
+    WHOLE_TILES: tl.constexpr,  # No tile extends past the last column, so each of its rows lies within one block.
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     tiles = (columns + COLUMNS - 1) // COLUMNS
     first_column = tl.program_id(0) % tiles * COLUMNS
-    # In 64 bits, as the places that are counted from it: the weights may be more than 2^31.
+    # In 64 bits, as are the offsets computed from it: there may be more than 2^31 weights.
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = first_column + tl.arange(0, COLUMNS)[None, :]
     start = row * columns + first_column

@@ -1,4 +1,4 @@
-"""Gated products act(gate) · up, as in SwiGLU and GeGLU (arXiv:2002.05202), and their gradients, in few passes."""
+"""Gated products act(gate) · up, as in SwiGLU and GeGLU (arXiv:2002.05202), and their gradients in few passes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Of the features, which are activated one after the other where gradients are written over.
+# Parts of the features that are activated one after the other when gradients are overwritten.
 PARTS = 8
-# Each with the operation that writes its gradient, given that of its result, into `grad_input`.
+# Each activation with the operation that writes its input gradient into `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward.grad_input),
@@ -23,33 +23,33 @@ ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class GatedProduct:
-    """act(gate) · up, each operation rounded to the dtype of its inputs: the bits that autograd gives, gradients too.
+    """act(gate) · up, each operation rounded to the dtype of its inputs; bit-equal to autograd, gradients included.
 
     Attributes:
         activation: A key of `ACTIVATIONS`.
-        overwrites: Whether the gradient of the result may be written over, as nobody else needs it: a tensor as wide as
-            the MLP less, where a layer's memory is fullest.
+        overwrites: Whether the gradient of the result may be overwritten, because nothing else needs it. This saves a
+            tensor as wide as the MLP at the point where a layer uses most memory.
     """
 
     activation: str
     overwrites: bool = False
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """(…, features) and the same -> (…, features)."""
+        """(…, features), (…, features) -> (…, features)."""
         activate, _ = ACTIVATIONS[self.activation]
         return activate(gate).mul_(up)
 
     def gradients(
         self, grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of gate and up; no more is allocated than these two."""
+        """Compute the gradients of gate and up; nothing else is allocated."""
         activate, activate_backward = ACTIVATIONS[self.activation]
         grad_gate = grad_output * up
         activate_backward(grad_gate, gate, grad_input=grad_gate)
         if not (self.overwrites and grad_output.is_contiguous()):
             return grad_gate, activate(gate).mul_(grad_output)
-        # In parts, or the activation is another such tensor; of copies, as torch has another GELU, whose bits differ
-        # at times, for what is not contiguous.
+        # In parts, because the whole activation would be another tensor of this size; on contiguous copies, because
+        # torch's GELU for non-contiguous tensors differs in some bits.
         for grad_up, part in zip(grad_output.chunk(PARTS, dim=-1), gate.chunk(PARTS, dim=-1), strict=True):
             grad_up.mul_(activate(part.contiguous()))
         return grad_gate, grad_output

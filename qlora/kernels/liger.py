@@ -1,4 +1,4 @@
-"""liger-kernel's RMSNorm and gated products, an optional package of Triton kernels, as functions to be rebuilt."""
+"""RMSNorm and gated products on liger-kernel, an optional package of Triton kernels."""
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,7 @@ from qlora.kernels.norm import RMSNorm
 
 
 def liger_version() -> str | None:
-    """The version that is installed, if one is."""
+    """Return the installed version, or None."""
     try:
         return version("liger-kernel")
     except PackageNotFoundError:
@@ -18,20 +18,20 @@ def liger_version() -> str | None:
 
 
 def why_not_liger(device: torch.device) -> str | None:
-    """Why none of its kernels can be used on a device; None if they may."""
+    """Return why liger-kernel can't be used on a device, or None if it can."""
     if device.type != "cuda":
         return "liger-kernel is for CUDA"
     return "liger-kernel is not installed" if liger_version() is None else None
 
 
 def liger_twin(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor] | None:
-    """What computes the same on liger's kernels, differentiable; None where liger has no kernel for it.
+    """Return a differentiable function that does the same on liger's kernels, or None if it has no such kernel.
 
     Args:
-        function: An `RMSNorm`, a `GatedProduct`, or anything else, for which there is none.
+        function: An `RMSNorm` or a `GatedProduct`; nothing else has a kernel.
 
     Raises:
-        ImportError: liger-kernel is not installed, or lacks what is used of it here.
+        ImportError: liger-kernel is not installed, or lacks a function used here.
     """
     if isinstance(function, RMSNorm):
         return _liger_norm(function)
@@ -46,7 +46,7 @@ def _liger_norm(norm: RMSNorm) -> Callable[..., torch.Tensor]:
     casting_mode = "llama" if norm.rounds_first else "gemma"
 
     def liger_norm(x: torch.Tensor) -> torch.Tensor:
-        # The last argument keeps it from writing over the gradient it is given, which the residual has a share in.
+        # The last argument keeps it from overwriting the incoming gradient, which the residual branch also uses.
         return LigerRMSNormFunction.apply(x, norm.weight, norm.eps, norm.offset, casting_mode, False)
 
     return liger_norm
@@ -59,7 +59,7 @@ def _liger_product(product: GatedProduct) -> Callable[..., torch.Tensor]:
     function = LigerSiLUMulFunction if product.activation == "silu" else LigerGELUMulFunction
 
     def liger_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():  # Its backward writes over what it has kept, and these are kept by others too.
+        if torch.is_grad_enabled():  # Its backward overwrites the tensors it saved, which others have saved too.
             gate, up = gate.clone(), up.clone()
         return function.apply(gate, up)
 

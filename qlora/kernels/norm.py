@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight, and its gradient, in few passes and few temporary tensors."""
+"""RMSNorm with a frozen weight, and its gradient, in few passes with few temporary tensors."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,15 @@ import torch
 class RMSNorm:
     """x / rms(x) · (offset + weight) (RMSNorm, arXiv:1910.07467).
 
-    The sum of squares is taken in fp32 in an order of its own, so that a few results in a hundred thousand differ from
-    a model's own by the last bit of a 16-bit dtype. Works in place, so autograd can't follow it: use `rebuilt`.
+    The sum of squares is computed in fp32 in a different order than models do, so a few results in a hundred thousand
+    differ in the last bit of a 16-bit dtype. It works in place, which autograd can't follow: call it through `rebuilt`.
 
     Attributes:
-        weight: (features,), gets no gradient.
+        weight: (features,); gets no gradient.
         eps: Added to the mean of the squares.
         offset: Added to the weight: 1 in Gemma.
-        rounds_first: Whether x / rms(x) is rounded to the dtype of x before the weight, as in Llama, or at the end.
+        rounds_first: Whether x / rms(x) is rounded to the dtype of x before it is multiplied by the weight, as in
+            Llama, or afterwards.
     """
 
     weight: torch.Tensor
@@ -33,7 +34,9 @@ class RMSNorm:
         return normed.mul_(self._scale(torch.float32)).to(x.dtype)
 
     def gradients(self, grad_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
-        """Of x, rounded once: s (h − s² x (x·h) / features), where s = 1 / rms(x) and h = grad · (offset + weight).
+        """Compute the gradient of x, rounded once.
+
+        It is s (h − s² x (x·h) / features) with s = 1 / rms(x) and h = grad_output · (offset + weight).
 
         Args:
             grad_output: (…, features).

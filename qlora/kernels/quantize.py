@@ -1,26 +1,26 @@
-"""Weights to 4-bit codes on a CPU: each value's code is looked up by the cell it falls in, and not searched for."""
+"""Quantization to 4-bit codes on a CPU, by a lookup table instead of a search."""
 
 import math
 
 import torch
 
-# Cells of [-1, 1]; much narrower than the codes are apart, so that no cell holds two of their boundaries.
+# Cells of [-1, 1]; so narrow that no cell holds two boundaries between codes.
 CELLS = 8192
-# Values at a time for each thread: what is made of them stays in its cache.
+# Values at a time for each thread, so that temporary tensors stay in its cache.
 CHUNK = 1 << 16
-# The least absmax that is divided by, as in bitsandbytes.
+# Smallest absmax to divide by, as in bitsandbytes.
 LEAST = 1e-38
 
 
 def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales blocks of a weight by their largest magnitude, and takes the nearest code of each value.
+    """Scale blocks of a weight by their largest magnitude, and take the nearest code of each value.
 
-    Bit for bit what bitsandbytes 0.50 gives on a CPU, whose search takes several times as long; a value halfway
-    between two codes has the lower one, and NaN the highest.
+    Bit-equal to bitsandbytes 0.50 on a CPU, whose search takes several times as long. A value halfway between two codes
+    gets the lower one, NaN the highest.
 
     Args:
-        weight: On a CPU, fp32, bf16 or fp16, of whole blocks.
-        code: (16,) fp32, rising from -1 to 1.
+        weight: On a CPU, in fp32, bf16 or fp16; its size is a multiple of `block_size`.
+        code: (16,) fp32, ascending from -1 to 1.
         block_size: Values that share an absmax, a power of two up to 4096.
 
     Returns:
@@ -45,9 +45,9 @@ def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int)
 
 
 def _tables(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By cell: the code below the boundary that it holds, and that boundary; without one, its only code and infinity.
+    """Return for each cell the code below its boundary, and the boundary; without one, its only code and infinity.
 
-    Exact, as cells rise with the values: what lies in an earlier cell than a boundary is below it.
+    This is exact, because cells ascend with the values: a value in an earlier cell than a boundary is below it.
     """
     boundaries = (code[1:] + code[:-1]) / 2
     cells = _cell(boundaries)

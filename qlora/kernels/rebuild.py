@@ -1,4 +1,4 @@
-"""Tensors that are cheap to compute: built again in the backward pass instead of being kept for it."""
+"""Cheap tensors that are rebuilt in the backward pass instead of being saved for it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,15 +9,15 @@ from torch.autograd.function import once_differentiable
 
 
 class Recipe:
-    """How a tensor is built again, for whoever would otherwise keep it.
+    """How to rebuild a tensor, for operations that would otherwise save it.
 
-    The inputs belong into `save_for_backward` of whoever uses the recipe, where hooks that offload or recompute see
-    them; what remains holds no tensor but, within a backward pass, the one that several users ask for.
+    An operation that uses the recipe puts the inputs into its own `save_for_backward`, where hooks that offload or
+    recompute see them. The source itself holds no tensor except, within a backward pass, one that several users share.
 
     Attributes:
-        inputs: That the tensor is built from. Only there in the forward pass.
-        source: What builds it.
-        version: Of the tensor: one that was changed in place since is not what the recipe gives.
+        inputs: The tensors that it is built from; available in the forward pass only.
+        source: The function that builds it.
+        version: Version of the tensor. If it was changed in place since, the recipe no longer describes it.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], version: int) -> None:
@@ -25,10 +25,10 @@ class Recipe:
 
 
 class Source:
-    """A function of a recipe's inputs, whose result is kept until all its users have had it.
+    """A function of a recipe's inputs, whose result is kept until all its users have taken it.
 
     Attributes:
-        function: That builds the tensor.
+        function: Builds the tensor from the inputs.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
@@ -37,12 +37,12 @@ class Source:
         self._built: torch.Tensor | None = None
 
     def add_user(self) -> "Source":
-        """Counts one more who will ask."""
+        """Count one more user, and return the source."""
         self._num_users += 1
         return self
 
     def build(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The tensor, for one of the users."""
+        """Return the tensor to one of the users."""
         if self._built is None:
             with torch.no_grad():
                 self._built = self.function(*inputs)
@@ -55,26 +55,26 @@ class Source:
 
 
 def rebuilt(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """Calls a function whose result need not be kept: it gets the recipe for it as its attribute `recipe`.
+    """Call a function whose result need not be saved; the result has its recipe as the attribute `recipe`.
 
-    The function's backward keeps the inputs alone. It calls the function's method `gradients(grad_output, *inputs)`,
-    which gives the gradient of each input, or runs a function without one again under autograd. An operation in between
-    that gives a new tensor loses the recipe, and so nothing but the saving.
+    The backward saves the inputs alone. It calls the function's method `gradients(grad_output, *inputs)`, which returns
+    the gradient of each input, or without one runs the function again under autograd. An operation in between that
+    returns a new tensor drops the recipe; the only loss is the memory.
 
     Args:
-        function: Without randomness and without parameters that are trained.
+        function: A function without randomness and without trained parameters.
         inputs: Its arguments.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
     result = _Rebuilt.apply(function, *inputs)
-    # With these gradients for whoever runs the recipe under autograd, as the loss does with the last norm.
+    # With the same gradients for those who run the recipe under autograd, as the loss does with the last norm.
     result.recipe = Recipe(partial(_Rebuilt.apply, function), inputs, result._version)
     return result
 
 
 def recipe_of(tensor: torch.Tensor) -> Recipe | None:
-    """The recipe of a tensor, if it has one and is still what that gives."""
+    """Return the recipe of a tensor, or None if it has none or was changed in place since."""
     recipe: Recipe | None = getattr(tensor, "recipe", None)
     return recipe if recipe is not None and recipe.version == tensor._version else None
 

@@ -1,4 +1,4 @@
-"""Tensors saved for a backward before what needs them there is computed."""
+"""Saving tensors for the backward before the operation that needs them there."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from torch.autograd.function import once_differentiable
 
 
 def save_first(*tensors: torch.Tensor) -> torch.Tensor:
-    """Saves tensors in a graph node of their own.
+    """Save tensors in a graph node of their own.
 
-    Recomputation stops with the last tensor that is saved. What is computed after this, and saves nothing itself, is
-    so not computed again.
+    Recomputation stops after the last saved tensor, so operations that follow this call and save nothing themselves are
+    not computed again.
 
     Args:
-        tensors: Of which at least one needs a gradient, if there is to be a backward.
+        tensors: At least one needs a gradient if there is to be a backward.
 
     Returns:
-        An empty tensor, whose `grad_fn.saved_tensors` they are.
+        An empty tensor; its `grad_fn.saved_tensors` are the tensors.
     """
     return _Saved.apply(*tensors)
 

@@ -1,6 +1,6 @@
-"""Attention of packed documents, each to itself: no mask over all of them is ever made.
+"""Attention within packed documents, without a mask over the whole sequence.
 
-Registered with transformers under a name of its own, which :func:`use_document_attention` gives to a model.
+It is registered with transformers under its own name, which :func:`use_document_attention` sets on a model.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 
 NAME = "qlora_documents"
-# What an attention layer may ask for that is not done here, so that it never gets something else in silence.
+# Dropouts and arguments of attention layers that are not supported here; they are refused, never ignored.
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-# Shape of a mask that says nothing: one of four dimensions is taken as it is.
+# Shape of an empty mask: transformers passes a mask of four dimensions on unchanged.
 NO_MASK = (1, 1, 0, 0)
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 def use_document_attention(model: Any) -> str:
-    """Has a model attend to packed documents one by one, if its architecture allows for it.
+    """Set a model to attend within packed documents, if its architecture allows it.
 
     Args:
-        model: Of transformers, on its device.
+        model: A model of transformers, on its device.
 
     Returns:
-        What is used, and where it is not this, why.
+        The attention in use, and if it is another one, the reason.
     """
     current = model.config._attn_implementation
     reason = _why_not(model)
@@ -40,18 +40,19 @@ def use_document_attention(model: Any) -> str:
 def mask_arguments(
     model: Any, attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """What a model's layers are told of who attends to whom, once for all of them.
+    """Return the arguments that tell a model's layers which tokens attend to which, computed once for all layers.
 
     Args:
-        model: Of transformers.
-        attention_mask: (batch, seq) of a padded batch.
-        cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end.
-        lengths: Tokens of each.
+        model: A model of transformers.
+        attention_mask: (batch, seq), for a padded batch.
+        cu_seq_lens: (documents + 1,), int32: the start of each document in a packed sequence, and the end.
+        lengths: Number of tokens of each document.
     """
     name = model.config._attn_implementation
     arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if name == NAME and attention_mask is None:
-        # Without a mask transformers looks for documents in the positions, for which the host waits for the device.
+        # Without a mask transformers would look for documents in the position ids, and the host would wait for the
+        # device.
         arguments["attention_mask"] = torch.empty(NO_MASK, device=model.device)
     if cu_seq_lens is not None and (name == NAME or name.startswith("flash_attention")):
         arguments |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
@@ -75,21 +76,21 @@ def document_attention(
     document_lengths: Sequence[int] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document.
+    """Compute causal attention within each document.
 
     Args:
         module: The attention layer.
-        query: (1, heads, seq, head_dim); (batch, …) if there is a document per row.
+        query: (1, heads, seq, head_dim); (batch, …) with one document per row.
         key: (1, kv_heads, seq, head_dim).
         value: (1, kv_heads, seq, head_dim).
-        attention_mask: Of a padded batch or of generation, which transformers' own function is left to.
-        dropout: Of attention weights; none is supported.
-        scaling: Of the scores.
-        sliding_window: Tokens that each one sees, itself included.
+        attention_mask: Mask of a padded batch or of generation, which transformers' own function then computes.
+        dropout: Dropout on attention weights; only 0 is supported.
+        scaling: Factor on the scores.
+        sliding_window: Number of tokens that each token sees, itself included.
         cu_seq_lens_q: (documents + 1,), int32, see :func:`mask_arguments`.
-        max_length_q: Tokens of the longest document.
-        document_lengths: Tokens of each, known to the host.
-        kwargs: What else the layer asks for.
+        max_length_q: Number of tokens of the longest document.
+        document_lengths: Number of tokens of each document, on the host.
+        kwargs: Further arguments of the layer; unsupported ones are refused.
 
     Returns:
         (1, seq, heads, head_dim), and None for the weights.
@@ -139,7 +140,7 @@ def _varlen(
     if key.shape[1] != query.shape[1]:
         if "enable_gqa" in signature(varlen_attn).parameters:
             grouped["enable_gqa"] = True
-        else:  # torch below 2.12 takes as many heads of keys as of queries
+        else:  # torch below 2.12 needs as many key heads as query heads
             groups = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
@@ -151,7 +152,7 @@ def _varlen(
 
 
 def _why_not(model: Any) -> str | None:
-    """Why a model can't attend by documents, or None if it can."""
+    """Return why a model can't attend within documents, or None if it can."""
     config = model.config.get_text_config()
     if model.config._attn_implementation != "sdpa":
         return "it was asked for or is the architecture's own"
@@ -173,7 +174,7 @@ def _register() -> None:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        # None where every row begins with a document: they are told apart by where they begin.
+        # No mask for a packed sequence: cu_seq_lens separates its documents.
         if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
             return None
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

@@ -1,4 +1,4 @@
-"""Tensors on the host between forward and backward, copied while the device computes."""
+"""Saved tensors on the host between forward and backward, copied while the device computes."""
 
 import weakref
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-# Large enough for a bus' full rate. A power of two, as torch rounds pinned memory up to one: with a whole tensor in a
-# buffer of its own, up to half of the host memory could be unused.
+# Large enough for the bus's full bandwidth, and a power of two, to which torch rounds pinned memory up: with a buffer
+# per tensor, up to half of the pinned memory could be unused.
 CHUNK_BYTES = 1 << 25
 
 
 class HostStore:
-    """Host memory for what layers keep of a forward, used again from step to step.
+    """Host memory for tensors that layers save in a forward, reused from step to step.
 
-    Tensors are split over chunks of one size, so that steps of different lengths share them. On CUDA the chunks are
-    pinned, and copies run on a stream of their own. That is the only stream that touches them: a chunk that is given
-    to another tensor is not written before it was read.
+    Tensors are split over chunks of equal size, so that steps of different lengths share them. On CUDA the chunks are
+    pinned, and copies run on a stream of their own. Only that stream touches them, so a chunk that is reused for
+    another tensor is not overwritten before it has been read.
 
     Args:
-        device: That the tensors are on.
-        chunk_bytes: Of host memory that is taken at a time.
+        device: Device of the tensors.
+        chunk_bytes: Size of a chunk.
 
     Attributes:
-        num_chunks: Taken from the host so far; they are not given back.
+        num_chunks: Chunks allocated so far; they are kept until the store is deleted.
     """
 
     def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -35,17 +35,17 @@ class HostStore:
 
     @property
     def num_free(self) -> int:
-        """Chunks that hold nothing."""
+        """Number of unused chunks."""
         return len(self._free)
 
     def hooks(self, tensor: torch.Tensor, stays: bool = False) -> saved_tensors_hooks:
-        """Hooks under which one tensor, if it is saved, goes to the host; others stay where they are.
+        """Return hooks that move one tensor to the host when it is saved; other saved tensors stay where they are.
 
-        Tensors are fetched in the reverse order of saving, each while what needs the one after it is computed.
+        Tensors are fetched in the reverse order of saving, each during the backward of the layer after it.
 
         Args:
-            tensor: On the store's device.
-            stays: Leave it there, as the backward asks for it at once; those before it are still fetched ahead of time.
+            tensor: The tensor, on the store's device.
+            stays: Leave it on the device, because the backward needs it at once; earlier ones are still prefetched.
         """
         pointer = tensor.data_ptr()
 
@@ -63,7 +63,7 @@ class HostStore:
         return parked
 
     def take(self, num_bytes: int) -> list[torch.Tensor]:
-        """Chunks for so many bytes."""
+        """Return chunks for a number of bytes."""
         count = -(-num_bytes // self._chunk_bytes)
         while len(self._free) < count:
             self._free.append(self._new_chunk())
@@ -80,14 +80,14 @@ class HostStore:
             ) from error
 
     def give_back(self, chunks: list[torch.Tensor]) -> None:
-        """Frees chunks for other tensors."""
+        """Mark chunks as unused."""
         self._free += chunks
 
     def copy(self, tensor: torch.Tensor, chunks: list[torch.Tensor], to_host: bool) -> torch.cuda.Event | None:
-        """Starts a copy between a tensor and its chunks.
+        """Start a copy between a tensor and its chunks.
 
         Returns:
-            What happens when it is done; None if it is.
+            An event that marks its end; None if it is done already.
         """
         pieces = tensor.view(-1).view(torch.uint8).split(self._chunk_bytes)
         pairs = [(chunk[: len(piece)], piece) for chunk, piece in zip(chunks, pieces, strict=True)]
@@ -95,7 +95,7 @@ class HostStore:
             for chunk, piece in pairs:
                 chunk.copy_(piece) if to_host else piece.copy_(chunk)
             return None
-        # To the host: the tensor is being computed. From it: what its memory was used for before may still be read.
+        # To the host: the tensor may still be in computation. From it: its memory may still be read in its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for chunk, piece in pairs:
@@ -103,22 +103,22 @@ class HostStore:
             return self._stream.record_event()
 
     def wait(self, event: torch.cuda.Event | None) -> None:
-        """Has the device, and not the host, wait for a copy before it goes on computing."""
+        """Make the device, not the host, wait for a copy before it continues."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class _Parked:
-    """A saved tensor: on the host, on the device, or on its way.
+    """A saved tensor: on the host, on the device, or being copied.
 
-    Its memory on the device belongs to the stream that computes. It is let go of only after that stream was told to
-    wait for the copy, and is then free for what is computed next, however far the host is ahead. With `record_stream`
-    the host would have to see the copy done first, and until then take new memory for every layer.
+    Its device memory belongs to the computing stream. It is released only after that stream was told to wait for the
+    copy, and is then free for the next operation, however far ahead the host is. With `record_stream`, the host would
+    have to see the copy finished first, and would allocate new memory for every layer until then.
     """
 
     def __init__(self, store: HostStore, tensor: torch.Tensor, previous: "_Parked | None", stays: bool) -> None:
         self._store, self._shape, self._dtype, self._device = store, tensor.shape, tensor.dtype, tensor.device
-        # Weak, as a graph that is thrown away frees its tensors in any order.
+        # Weak, because a discarded graph frees its tensors in any order.
         self._previous = None if previous is None else weakref.ref(previous)
         self._tensor: torch.Tensor | None = tensor
         self._chunks: list[torch.Tensor] = []
@@ -128,19 +128,19 @@ class _Parked:
             self._event = store.copy(tensor, self._chunks, to_host=True)
 
     def leave(self) -> None:
-        """Frees the device's memory, if there is a copy on the host."""
+        """Release the device memory, if there is a copy on the host."""
         if self._chunks:
             self._store.wait(self._event)
             self._tensor = self._event = None
 
     def fetch(self) -> None:
-        """Starts the way back."""
+        """Start the copy back to the device."""
         if self._tensor is None:
             self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._event = self._store.copy(self._tensor, self._chunks, to_host=False)
 
     def arrive(self) -> torch.Tensor:
-        """The tensor on the device; the one before it starts its way back."""
+        """Return the tensor on the device, and start fetching the one before it."""
         self.fetch()
         tensor = self._tensor
         assert tensor is not None
@@ -151,7 +151,7 @@ class _Parked:
         return tensor
 
     def __del__(self) -> None:
-        self.leave()  # a backward that was given up leaves copies under way
+        self.leave()  # an aborted backward leaves copies unfinished
         self._store.give_back(self._chunks)
 
 

@@ -1,4 +1,4 @@
-"""How much of the forward is computed again in the backward, to save memory."""
+"""Levels of activation checkpointing: how much of the forward is computed again in the backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,27 +11,27 @@ from qlora.layers.rebuild import GatedMLP
 from qlora.layers.recompute_mlp import recompute_mlp, tile_mlp
 from qlora.layers.region import recomputed
 
-# Types of devices whose memory is not the host's.
+# Device types with memory of their own.
 OFFLOADED_FROM = ("cuda",)
-# What calls torch's attention, whose kernels are known by name.
+# Attention implementations that call torch's kernels, which are known by name.
 ATTENTION_BY_TORCH = ("sdpa", BY_DOCUMENTS)
 
 
 def recompute_levels(model: Any) -> list[str]:
-    """The levels of recomputation that a model can have on its device, the cheapest in time first.
+    """Return the levels of recomputation that a model supports on its device, the fastest first.
 
-    | level | held of a layer between forward and backward |
+    | level | saved per layer between forward and backward |
     |---|---|
-    | `none` | all but norms and gated products |
-    | `mlp` | that without the outputs of the gate and up projections |
-    | `attention` | its input and what its attention gives |
-    | `full` | its input |
-    | `offload` | nothing; its input is on the host, but for the last layer's |
-    | `offload+tiled` | the same, and its MLP runs over a part of the tokens at a time |
+    | `none` | everything except norms and gated products |
+    | `mlp` | as `none`, without the outputs of the gate and up projections |
+    | `attention` | the layer's input and its attention's output |
+    | `full` | the layer's input |
+    | `offload` | nothing; the layer's input is on the host, except for the last layer |
+    | `offload+tiled` | as `offload`, and the MLP runs over part of the tokens at a time |
 
     Args:
-        model: Of transformers, on its device, after :func:`qlora.model.rebuild_activations` and
-            :func:`qlora.model.use_document_attention`, if they are called.
+        model: A model of transformers, on its device. Call :func:`qlora.layers.rebuild_activations` and
+            :func:`qlora.layers.use_document_attention` first, if they are used.
     """
     layers = _layers(model)
     if not layers:
@@ -51,34 +51,34 @@ def recompute_levels(model: Any) -> list[str]:
 
 
 def apply_recompute(model: Any, level: str) -> str:
-    """Sets the level of recomputation; it works while the model is in training mode.
+    """Set a model's level of recomputation, which applies in training mode.
 
     Args:
-        model: Of transformers.
-        level: One of :func:`recompute_levels`; `auto` is `full` where it is one of them.
+        model: A model of transformers.
+        level: One of :func:`recompute_levels`; `auto` is `full` if the model supports it, else `none`.
 
     Returns:
         The level in use.
 
     Raises:
-        ModelError: The model can't have it.
+        ModelError: The model does not support the level.
     """
     levels = recompute_levels(model)
     if level == "auto":
         level = "full" if "full" in levels else "none"
     if level not in levels:
         raise ModelError(
-            f"{type(model).__name__} can't have model.recompute={level}: {_why_not(model, level)}. Set "
+            f"{type(model).__name__} does not support model.recompute={level}: {_why_not(model, level)}. Set "
             f"model.recompute={' or '.join(levels)}."
         )
     layers = _layers(model)
     store = HostStore(model.device) if level.startswith("offload") else None
     for layer in layers:
-        # Not by transformers' own switch: that also makes the frozen embeddings' output ask for a gradient, which
-        # only reentrant checkpointing needs and which costs the first layer's input gradients.
+        # Not by transformers' own switch, which also makes the output of the frozen embeddings require a gradient:
+        # only reentrant checkpointing needs that, and it costs the first layer's input gradients.
         layer.gradient_checkpointing = level not in ("none", "mlp")
         region = partial(recomputed, keep_attention=level == "attention")
-        # The last layer's input would be asked for as soon as it is on the host.
+        # The last layer's input stays: the backward needs it as soon as it would be on the host.
         layer._gradient_checkpointing_func = (
             region if store is None else partial(_offloaded, region, store, layer is layers[-1])
         )
@@ -95,11 +95,11 @@ def _layers(model: Any) -> list[Any]:
 
 def _why_not(model: Any, level: str) -> str:
     if not _layers(model):
-        return "it has no layers that can be recomputed"
+        return "it has no layers that support checkpointing"
     if level == "attention":
-        return f"only torch's own attention can be kept, and it has {model.config._attn_implementation}"
+        return f"only the output of torch's own attention can be saved, and it uses {model.config._attn_implementation}"
     if level.startswith("offload") and model.device.type not in OFFLOADED_FROM:
-        return f"it is on a {model.device.type}, whose memory is the host's"
+        return f"it is on a {model.device.type}, which shares the host's memory"
     if level in ("mlp", "offload+tiled"):
         return "not all its layers have an MLP of separate gate, up and down projections"
     return "there is no such level"
@@ -108,6 +108,6 @@ def _why_not(model: Any, level: str) -> str:
 def _offloaded(
     region: Callable[..., Any], store: HostStore, is_last: bool, function: Callable[..., Any], *inputs: Any
 ) -> Any:
-    """Calls a layer, whose hidden states, its first input, are kept on the host."""
+    """Call a layer whose hidden states, its first input, are saved on the host."""
     with store.hooks(inputs[0], stays=is_last):
         return region(function, *inputs)

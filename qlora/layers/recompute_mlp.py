@@ -1,4 +1,4 @@
-"""A gated MLP that is computed again in the backward: whole, or in tiles over its tokens."""
+"""A gated MLP that is computed again in the backward, as a whole or in tiles of tokens."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,18 +10,18 @@ from qlora.kernels import Recipe, recipe_of, save_first
 from qlora.layers.rebuild import GatedMLP
 from qlora.layers.region import recomputed
 
-# Each tile dequantizes the weights anew: at 4,096 tokens that is 4% of the time. A tile of a model of 8 billion
-# parameters works on 0.7 GB, as much as the rest of its layer does for 10,000 tokens.
+# Each tile dequantizes the weights again, which takes 4% of the time at 4,096 tokens. A tile of an 8B model works on
+# 0.7 GB, as much as the rest of the layer for 10,000 tokens.
 TILE_TOKENS = 4096
 
 Build = Callable[..., torch.Tensor]
 
 
 def recompute_mlp(mlp: GatedMLP, x: torch.Tensor) -> torch.Tensor:
-    """Calls an MLP, of which x is kept, or what its `recipe` builds it from: what its projections give is not.
+    """Call an MLP that saves x, or the inputs of its `recipe`, instead of the outputs of its projections.
 
     Args:
-        mlp: Of each token for itself.
+        mlp: An MLP that treats each token by itself.
         x: (…, hidden).
 
     Returns:
@@ -42,16 +42,16 @@ def recompute_mlp(mlp: GatedMLP, x: torch.Tensor) -> torch.Tensor:
 
 
 def tile_mlp(mlp: GatedMLP, x: torch.Tensor, num_tokens: int = TILE_TOKENS) -> torch.Tensor:
-    """Calls an MLP tile by tile, in the backward again, so that one tile's activations are there at a time.
+    """Call an MLP tile by tile, in the backward too, so that only one tile's activations exist at a time.
 
-    What the tiles are built from is saved before the first one is computed. The recomputation of a layer around them
-    stops there, so that each tile is computed twice and not three times; but for torch 2.11, which saves something
-    before each tile.
+    The inputs of all tiles are saved before the first one is computed. The recomputation of the surrounding layer stops
+    there, so each tile is computed twice instead of three times, except with torch 2.11, which saves a tensor before
+    each tile.
 
     Args:
-        mlp: Of each token for itself.
+        mlp: An MLP that treats each token by itself.
         x: (…, hidden).
-        num_tokens: Of a tile.
+        num_tokens: Tokens of a tile.
 
     Returns:
         (…, hidden).
@@ -60,14 +60,14 @@ def tile_mlp(mlp: GatedMLP, x: torch.Tensor, num_tokens: int = TILE_TOKENS) -> t
     if len(rows) <= num_tokens:
         return mlp.compute(x)
     build, origin = _origin(x)
-    # Saved with the others so that there is a graph to save them in, whether or not x needs a gradient.
+    # Saved with the inputs so that there is a graph node to save them in, whether or not x needs a gradient.
     parameters = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     starts = range(0, len(rows), num_tokens)
     saved: Any = save_first(*(tensor.flatten(0, -2) for tensor in origin), *parameters)
-    # Once for all tiles: in the recomputation of a layer, a saved tensor can be unpacked only once. By the
-    # tensor, without which torch 2.11 lets go of what its node has saved.
+    # Once for all tiles: in the recomputation of a layer, a saved tensor can be unpacked only once. Through the tensor,
+    # without which torch 2.11 frees what its node has saved.
     inputs = cache(lambda: saved.grad_fn.saved_tensors[: len(origin)])
-    # Split at once: the gradient of a slice is as long as all rows.
+    # Split once: the gradient of a slice would be as long as all rows.
     parts = zip(rows.split(num_tokens), starts, strict=True)
     tiles = [_tile(mlp, part, start, build, inputs) for part, start in parts]
     return torch.cat(tiles).view(*x.shape[:-1], -1)
@@ -87,7 +87,7 @@ def _tile(
 
 
 def _origin(x: torch.Tensor) -> tuple[Build, tuple[torch.Tensor, ...]]:
-    """What builds x, and what of."""
+    """Return the function that builds x, and its inputs."""
     recipe = recipe_of(x)
     return (_same, (x,)) if recipe is None else (recipe.source.function, recipe.inputs)
 
@@ -97,7 +97,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 def _build_again(build: Build, inputs: Sequence[torch.Tensor], needs_grad: bool) -> torch.Tensor:
-    """x in a recomputation. Its graph is that of the forward, outside of the region, so that none is made here."""
+    """Rebuild x in a recomputation, without a graph: the forward has made it, outside of the region."""
     with torch.no_grad():
         x = build(*inputs)
     return x.detach().requires_grad_(needs_grad)

@@ -1,4 +1,4 @@
-"""A region of the forward that is computed again in the backward, around its attention or with it."""
+"""A region of the forward that is computed again in the backward, with or without its attention."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.lora import WeightsKept
 
-# By name, as not every version of torch has all of them.
+# By name, because not every version of torch has all of them.
 KERNELS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
@@ -23,26 +23,27 @@ KERNELS = {
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any, keep_attention: bool = False) -> Any:
-    """Calls a function, of which only the inputs are kept for the backward.
+    """Call a function and save only its inputs for the backward.
 
-    Not reentrant: recomputation stops with the last tensor that the backward needs, and regions may be nested.
+    The checkpointing is not reentrant: recomputation stops after the last tensor that the backward needs, and regions
+    may be nested.
 
     Args:
-        function: What to call. Tensors that it gets in another way than by its inputs are not kept for it.
+        function: The function. Tensors that it does not get as inputs are not saved for it.
         inputs: Its arguments.
-        keep_attention: Keep, too, what attention kernels in it give; none is called again.
+        keep_attention: Also save the outputs of attention kernels, which are then not called again.
     """
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, keep_attention))
 
 
 def _contexts(keep_attention: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What a region's forward, and its recomputation, run in."""
+    """Return the contexts of a region's forward and of its recomputation."""
     forward, again = _attention_kept() if keep_attention else (nullcontext(), nullcontext())
     return forward, _Both(again, WeightsKept())
 
 
 class _Both(AbstractContextManager[None]):
-    """Two contexts, which may be entered again."""
+    """Contexts that can be entered more than once."""
 
     def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
         self._contexts, self._entered = contexts, ExitStack()
@@ -56,10 +57,10 @@ class _Both(AbstractContextManager[None]):
 
 
 def _attention_kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For a forward, and for its recomputation, which gets the kernels' results instead of calling them.
+    """Return contexts for a forward and its recomputation, which gets the kernels' results instead of calling them.
 
-    torch's own selective checkpointing demands that the recomputation calls no operation more often than the forward
-    did. Ours may: a thread whose first backward this is takes memory for dequantized weights.
+    torch's own selective checkpointing requires that the recomputation calls no operation more often than the forward
+    did. Ours may: in a thread's first backward, it allocates memory for dequantized weights.
     """
     results: list[Any] = []
     return _Keep(results), _Give(results)
@@ -83,7 +84,7 @@ class _Give(TorchDispatchMode):
         self._results, self._num_given = results, 0
 
     def __enter__(self) -> "_Give":
-        self._num_given = 0  # a graph that is retained is recomputed more than once
+        self._num_given = 0  # a retained graph is recomputed more than once
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,10 +99,10 @@ def _is_kept(func: Any, args: Any, kwargs: Any) -> bool:
     if func.name() not in KERNELS:
         return False
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
-    # A kernel that drops weights draws from the device's generator, which must come out of it the same.
+    # A kernel with dropout draws from the device's generator, whose state must advance in the recomputation too.
     return not given.get("dropout_p")
 
 
 def _detach(result: Any) -> Any:
-    # Autograd marks what a kernel returned with the graph it belongs to; that would keep the graph, and be kept by it.
+    # Autograd links a kernel's result to its graph; saved with that link, the two would keep each other alive.
     return tree_map_only(torch.Tensor, torch.Tensor.detach, result)

@@ -380,7 +380,7 @@ def test_a_home_of_a_user_that_is_not_here(arguments, run_dir, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     done = run(*(run_dir if argument == "RUN" else argument for argument in arguments))
     assert done.code == 2
-    assert "is in the home of a user that is not known here" in " ".join(done.err.replace("│", " ").split())
+    assert "is in the home of an unknown user" in " ".join(done.err.replace("│", " ").split())
     assert "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 

@@ -145,8 +145,8 @@ def test_the_page_needs_nothing_but_itself_and_escapes_all_text(page):
 def test_a_browser_shows_the_page(page, tmp_path):
     command = [CHROMIUM, *HEADLESS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    assert "<title>run.yaml: what is learned</title>" in shown  # and no script has changed it
-    answers = re.findall(r'<span class="learned">([^<]*)</span>', shown)
+    assert "<title>run.yaml: what is supervised</title>" in shown  # and no script has changed it
+    answers = re.findall(r'<span class="supervised">([^<]*)</span>', shown)
     assert answers == ["&lt;b&gt;bold&lt;/b&gt; &amp; so", "x" * 30]
     widths = [float(width) for width in re.findall(r'class="bar" style="width: ([\d.]+)%"', shown)]
     assert widths

@@ -65,7 +65,7 @@ def asked(monkeypatch):
         seen.append(([dict(message) for message in messages], (max_new_tokens, temperature)))
         return f"answer {len(seen)}"
 
-    monkeypatch.setattr("qlora.model.generate", generate)
+    monkeypatch.setattr("qlora.model.answer", generate)
     return seen
 
 
@@ -524,7 +524,7 @@ def test_chat_goes_on_after_a_conversation_that_the_template_refuses(run_dir, mo
             raise DataError("no system messages")
         return print([message["content"] for message in messages])
 
-    monkeypatch.setattr("qlora.model.generate", refuse)
+    monkeypatch.setattr("qlora.model.answer", refuse)
     done = run("chat", run_dir, "--system", "Be short.", stdin="One\n/system\nTwo")
     assert done.code == 0
     assert "no system messages\n" in done.err
