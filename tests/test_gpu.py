@@ -13,8 +13,6 @@ from qlora.lora import AdapterSpec, LoraLinear, add_lora, lora_layers
 from qlora.memory.probe import measure_peak
 from qlora.model import load_base, supervised_loss
 from qlora.nf4 import NF4Linear, dequantize, quantize
-from qlora.processes import Processes
-from qlora.training.loop import run_loop
 from qlora.training.relief import MemoryRelief
 from tests.tiny import make_base, run_config
 from tests.training.test_loop import Trainer
@@ -121,12 +119,7 @@ def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: in
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((others + (needed + least) / 2) / total)
     try:
-        run_loop(
-            trainer.model, trainer.optimizer, examples, trainer.plan,
-            Processes(device=trainer.model.device), trainer.progress, 3,
-            lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
-            on_out_of_memory=lambda step: told.append(relief.give_up(step)),
-        )  # fmt: skip
+        trainer.run(3, on_out_of_memory=lambda step: told.append(relief.reduce_memory(step)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert told

@@ -166,15 +166,15 @@ def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca
         assert code == 128 + number, output
         assert "Run interrupted." in output
         record = run.read_record()
-        assert record["status"] == "interrupted"
-        assert run.list_checkpoints()[-1] == run.checkpoint(record["steps"])
+        assert record.status == "interrupted"
+        assert run.list_checkpoints()[-1] == run.checkpoint(record.steps)
         assert recorded() == []
 
-    for steps in (record["steps"] + 2, record["steps"] + 4):
+    for steps in (record.steps + 2, record.steps + 4):
         code, output = finish(finetune(steps))
         assert code == 0, output
         assert "Run finished." in output
-        assert run.read_record()["steps"] == steps
+        assert run.read_record().steps == steps
         assert recorded() == [f"merge {run.path} -o {merged} --update", f"verify {run.path} {merged}"]
 
 
@@ -189,8 +189,8 @@ def test_signals_reach_a_run_under_a_launcher(commands, tiny_base, alpaca_file, 
     send(process, signal.SIGTERM, to_group=False)
     code, output = finish(process)
     assert code == 143, output
-    assert run.read_record()["status"] == "interrupted"
-    assert run.list_checkpoints() == [run.checkpoint(run.read_record()["steps"])]
+    assert run.read_record().status == "interrupted"
+    assert run.list_checkpoints() == [run.checkpoint(run.read_record().steps)]
     assert not (tmp_path / "merged").exists()
 
 

@@ -10,6 +10,15 @@ from qlora.checkpoint.adapter import (
     save_adapter,
 )
 from qlora.checkpoint.adapter_rows import StoredRows
+from qlora.checkpoint.record import (
+    BaseRecord,
+    ExampleCounts,
+    InUse,
+    Inventory,
+    MemoryUse,
+    Quantization,
+    RunRecord,
+)
 from qlora.checkpoint.run_dir import RunDirectory, step_of
 from qlora.checkpoint.state import (
     adapter_bytes,
@@ -24,7 +33,14 @@ from qlora.checkpoint.state import (
 )
 
 __all__ = [
+    "BaseRecord",
+    "ExampleCounts",
+    "InUse",
+    "Inventory",
+    "MemoryUse",
+    "Quantization",
     "RunDirectory",
+    "RunRecord",
     "StoredRows",
     "adapter_bytes",
     "adapter_digest",

@@ -6,24 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qlora.checkpoint.record import RunRecord, read_record
 from qlora.checkpoint.state import check_whole
 from qlora.errors import CheckpointError
 from qlora.files.atomic import discard, make_folder, old_name, settle, sync, write_text
-from qlora.files.json_files import parse_object, read_object
+from qlora.files.json_files import parse_object
 
-# Without these a record tells too little to continue, merge or verify.
-RECORD_KEYS = ("status", "base", "quantization", "in_use", "parameters", "data")
-# What of them is used without a further look.
-RECORD_TYPES = {
-    "status": str, "base.name": str, "base.files": dict, "quantization.double_quant": bool,
-    "in_use.compute_dtype": str, "in_use.device": str, "parameters.quantized": list, "parameters.adapted": list,
-    "data": list,
-}  # fmt: skip
-# Of each source of the data, in words.
-DATA_KEYS = ("source", "digest")
 # Of a line in metrics.jsonl, beside the step that each has.
 NUMBERS = ("loss", "eval_loss", "tokens_per_second", "peak_memory")
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class RunDirectory:
@@ -99,7 +89,7 @@ class RunDirectory:
         A run that is being extended keeps the adapter of its first end until its second.
         """
         record = self.read_record()
-        return record["steps"] if record["status"] == "finished" else record.get("final_step")
+        return record.steps if record.is_finished else record.final_step
 
     def exists(self) -> bool:
         """Whether a run was started here."""
@@ -128,39 +118,17 @@ class RunDirectory:
             if match := re.fullmatch(r"\.(step-\d+)\.(new|old|gone)", leftover.name):
                 settle(self.checkpoints / match[1])
 
-    def read_record(self) -> dict[str, Any]:
-        """What run.json says.
+    def read_record(self) -> RunRecord:
+        """Read run.json.
 
         Raises:
-            CheckpointError: It is broken.
+            CheckpointError: It is damaged.
         """
-        record = read_object(self.record, CheckpointError, "it was not written by qlora train")
-        missing = [key for key in RECORD_KEYS if key not in record]
-        if missing:
-            raise CheckpointError(f"{self.record} lacks {', '.join(missing)}; it was not written by qlora train.")
-        wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(_value_at(record, key), kind)]
-        if not wrong:
-            block_size = record["quantization"].get("block_size")
-            have_digests = all(isinstance(_value_at(each, key), str) for each in record["data"] for key in DATA_KEYS)
-            can_be = {
-                "in_use.compute_dtype": record["in_use"]["compute_dtype"] in COMPUTE_DTYPES,
-                "quantization.block_size": type(block_size) is int or not record["parameters"]["quantized"],
-                "data": have_digests,
-            }
-            wrong = [key for key, is_right in can_be.items() if not is_right]
-        if record["status"] == "finished" and type(record.get("steps")) is not int:
-            wrong.append("steps")
-        steps = {key: record[key] for key in ("total_steps", "final_step") if record.get(key) is not None}
-        wrong += [key for key, value in steps.items() if type(value) is not int or not 0 < value < 1 << 63]
-        if not isinstance(record.get("versions", {}), dict):
-            wrong.append("versions")
-        if wrong:
-            raise CheckpointError(f"{self.record}: {', '.join(wrong)} can't be; it was not written by qlora train.")
-        return record
+        return read_record(self.record)
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Replaces run.json."""
-        write_text(self.record, json.dumps(record, indent=2) + "\n")
+    def write_record(self, record: RunRecord) -> None:
+        """Replace run.json."""
+        write_text(self.record, json.dumps(record.as_dict(), indent=2) + "\n")
 
     def move_aside(self) -> Path:
         """Move all that the directory holds, the lock aside, into a new folder next to it; returns that folder.
@@ -216,20 +184,13 @@ class RunDirectory:
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
 
     def _check_finished(self) -> None:
-        if self.read_record()["status"] == "finished":
+        if self.read_record().is_finished:
             return
         adapters = self.list_checkpoints()[-1:]
         if self.final_step is not None:
             adapters.append(self.final_adapter)
         instead = f", or name the adapter to use: {' or '.join(map(str, adapters))}" if adapters else ""
         raise CheckpointError(f"{self.path} has not finished. Continue it with qlora train{instead}.")
-
-
-def _value_at(record: Any, key: str) -> Any:
-    """What a dotted key leads to, or None."""
-    for part in key.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
-    return record
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -45,8 +45,10 @@ def estimate(
     with _without_collecting():
         from qlora.memory.estimate import available_bytes, estimate
         from qlora.memory.estimate import report as report_of
+        from qlora.objectives import objective_from_section
 
-        result = estimate(settings, "auto" if size is None else "cuda")
+        loss = objective_from_section(settings.train).loss
+        result = estimate(settings, loss, "auto" if size is None else "cuda")
     free = available_bytes(result.device) if size is None else size
     report = report_of(result, free, settings.model.recompute)
     if probe:
@@ -54,7 +56,7 @@ def estimate(
 
         level = report["level"] or result.levels[-1]
         expected = report["levels"][level]["total"] - report["levels"][level]["bytes"]["context"]
-        measured = measure_step(prepare(settings, result.device), settings, level)
+        measured = measure_step(prepare(settings, result.device), settings, level, loss)
         report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
     if as_json:
         show_report(report, as_json)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +102,6 @@ def _describe(plan: Any) -> dict[str, Any]:
         "quantized_share": inventory.quantized_share,
         "adapted_share": inventory.adapted_share,
         "base_bytes": inventory.base_bytes,
-        **plan.in_use,
+        **asdict(plan.in_use),
         "notes": plan.notes,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, RunRecord
 from qlora.config import RunConfig, load_config
 from qlora.config.plain_yaml import parse_yaml
 
@@ -41,7 +41,7 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
         report: Of the merge.
     """
     record, config = run.read_record(), load_config(run.config)
-    base, base_on_hub = public_name(record["base"]["name"])
+    base, base_on_hub = public_name(record.base.name)
     license = read_license(base_folder)
     front: dict[str, Any] = {key: value for key, value in license.items() if value}
     if base_on_hub:
@@ -57,7 +57,7 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
         f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, the adapter merged into its weights.",
         "## Data",
         _table(["source", "format", "documents", "tokens", "learnt from"], _data_rows(record)),
-        f"{record['examples']['train']} documents were trained on, {record['examples']['eval']} held out.",
+        f"{record.examples.train} documents were trained on, {record.examples.eval} held out.",
         "## Training",
         _table(["setting", ""], _settings(run, record, config).items()),
         "## Losses",
@@ -135,7 +135,7 @@ def _sources(config: RunConfig) -> list[str]:
     return [source.path for source in config.data.train]
 
 
-def _data_rows(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+def _data_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     return [
         (
             _link(*public_name(report["source"]), "datasets/"),
@@ -144,19 +144,19 @@ def _data_rows(record: Mapping[str, Any]) -> list[tuple[Any, ...]]:
             report["tokens"],
             report["supervised_tokens"],
         )
-        for report in record["data"]
+        for report in record.data
     ]
 
 
-def _settings(run: RunDirectory, record: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[str, Any]:
     lora, train, data = config.lora, config.train, config.data
-    quantization, in_use = record["quantization"], record["in_use"]
+    quantization, in_use = record.quantization, record.in_use
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
-    rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use['processes']}"
+    rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     return {
         "steps": run.step,
         "rows per step": f"{rows} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
-        "base in training": f"{quantization['kind']}, double quantization: {quantization['double_quant']}",
+        "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}",
         "adapted layers": targets,
         **_rows_trained(record, config),
@@ -164,15 +164,15 @@ def _settings(run: RunDirectory, record: Mapping[str, Any], config: RunConfig) -
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
         f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
-        "compute dtype": in_use["compute_dtype"],
+        "compute dtype": in_use.compute_dtype,
         "seed": train.seed,
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
 
 
-def _rows_trained(record: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
     """What of embedding and head was trained in full, if anything was."""
-    rows = record["parameters"].get("trained_rows") or {}
+    rows = record.parameters.trained_rows
     lines = {"rows trained in full": ", ".join(f"{stop - start} of {name}" for name, (start, stop) in rows.items())}
     lines["new tokens"] = " ".join(f"`{token}`" for token in config.data.new_tokens)
     return {key: value for key, value in lines.items() if value}

@@ -5,11 +5,10 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, adapter_digest
+from qlora.checkpoint import RunDirectory, RunRecord, adapter_digest
 from qlora.config.sections import parse_size
 from qlora.dtypes import full_name
 from qlora.errors import ExportError
@@ -122,9 +121,9 @@ def _better(losses: dict[str, float], dtype: str) -> str:
     return min(finite, key=lambda base: finite[base])
 
 
-def _notes_on_losses(losses: dict[str, float], record: dict[str, Any]) -> list[str]:
+def _notes_on_losses(losses: dict[str, float], record: RunRecord) -> list[str]:
     """What the losses are of, where it is not what one takes them for."""
-    if not losses or record.get("examples", {}).get("eval"):
+    if not losses or record.examples.eval:
         return []
     return ["the run held nothing out: the losses by base are of examples that it was trained on"]
 

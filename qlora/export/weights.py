@@ -55,11 +55,11 @@ class MergedWeights:
             raise ExportError(f"There are no {onto!r} weights to merge onto; take {' or '.join(ONTO)}.")
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
-        self._trained_on = self.record["in_use"]["device"].partition(":")[0]
+        self._trained_on = self.record.in_use.device.partition(":")[0]
         self.device = _device_here(self._trained_on) if device is None else resolve_device(device)
         model = self.config.model
         self.files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
-        self.base_differs = self.files.differing(self.record["base"]["files"])
+        self.base_differs = self.files.differing(self.record.base.files)
         if self.base_differs and not force:
             raise ExportError(
                 f"{self.files.name} is not the base that was trained on: {', '.join(self.base_differs)} differ. "
@@ -67,7 +67,7 @@ class MergedWeights:
             )
         if onto == "original" and self.files.is_bitsandbytes_4bit:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
-        self._compute_dtype = getattr(torch, self.record["in_use"]["compute_dtype"])
+        self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
         self._scaling = adapter_scaling(run.adapter)
         trained = adapter_spec(self.config.lora).scaling
         if not math.isclose(self._scaling, trained):
@@ -92,10 +92,10 @@ class MergedWeights:
                     f"{name}: the adapter has rows {rows.ids} of {given[1]} features for {size, features}."
                 )
             self._shapes[name] = (max(size, rows.ids.stop), features)
-        quantized = self.record["parameters"]["quantized"] if onto == "dequantized" else ()
+        quantized = self.record.parameters.quantized if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
-        missing = sorted({*self.record["parameters"]["adapted"]} - {*adapted})
+        missing = sorted({*self.record.parameters.adapted} - {*adapted})
         if missing:
             raise ExportError(
                 f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
@@ -185,8 +185,9 @@ class MergedWeights:
             return None
         is_transposed = self._quantized[name] in self._transposed
         weight = self._stored.read(name).to(self.device).to(self._compute_dtype)
-        settings = self.record["quantization"]
-        packed = quantize(weight.T if is_transposed else weight, settings["double_quant"], settings["block_size"])
+        settings = self.record.quantization
+        assert settings.block_size is not None  # as the record has quantized layers
+        packed = quantize(weight.T if is_transposed else weight, settings.double_quant, settings.block_size)
         del weight
         weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
@@ -250,8 +251,8 @@ class MergedWeights:
 
     def _rows_by_name_in_files(self, rows: dict[str, StoredRows], skeleton: Any) -> dict[str, StoredRows]:
         """Trained rows by the names in the files; those of a shared weight also by the name of a copy of it there."""
-        modules = list(self.record["parameters"].get("trained_rows", {}))
-        if rows and self.record["parameters"].get("shared_rows"):
+        modules = list(self.record.parameters.trained_rows)
+        if rows and self.record.parameters.shared_rows:
             shared = next(iter(rows.values()))
             rows = {module: rows.get(module, shared) for module in modules}
         if {*rows} != {*modules}:
@@ -259,7 +260,7 @@ class MergedWeights:
                 f"The adapter has rows of {', '.join(sorted(rows)) or 'nothing'} that were trained in full, and by "
                 f"run.json it should have those of {', '.join(modules) or 'nothing'}; take the run's own adapter."
             )
-        if self.record["parameters"].get("shared_rows"):
+        if self.record.parameters.shared_rows:
             single, _ = names_in_files(skeleton, self._shapes)
             modules = [module for module in modules if f"{module}.weight" in single]
         return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}

@@ -16,6 +16,7 @@ from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
 from qlora.model.base import resolve_compute_dtype, resolve_device
+from qlora.model.loss import Loss
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # What CUDA and its libraries take of a device before a tensor is there: assumed, as it differs by driver and device.
@@ -128,15 +129,16 @@ class Estimate:
         return low
 
 
-def estimate(config: RunConfig, device: str | torch.device = "auto") -> Estimate:
-    """Reckons a run's memory from its config and its base's config.json alone.
+def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto") -> Estimate:
+    """Predict a run's memory from its config and its base's config.json.
 
     Args:
-        config: Of the run; the data are not read, and the largest micro-batch is taken that it allows for.
-        device: `auto` for the one at hand; `cuda` need not be there.
+        config: Config of the run. Its data are not read; the largest micro-batch that it allows for is assumed.
+        loss: Loss that is minimized.
+        device: `auto` for this machine's; `cuda` may also be one that this machine does not have.
 
     Raises:
-        ModelError: The base's config can't be had, or describes no model that can be trained.
+        ModelError: The base's config is not available, or describes a model that can't be trained.
     """
     section = config.model
     device = torch.device("cuda") if str(device) == "cuda" else resolve_device(device)
@@ -148,9 +150,17 @@ def estimate(config: RunConfig, device: str | torch.device = "auto") -> Estimate
     if not (folder / "config.json").is_file():
         raise ModelError(f"{section.base} has no config.json, so it is no model folder of transformers.")
     row, rows = config.data.max_seq_len, config.train.micro_batch_size
-    footprint = take_footprint(config, BaseFiles(Path(folder), section.base), device, dtype, rows * row, row)
-    chunk = max(1, default_chunk(device) // footprint.vocabulary)
-    return Estimate(footprint, device, dtype, rows, row, config.data.packing, chunk)
+    files = BaseFiles(Path(folder), section.base)
+    footprint = take_footprint(config, files, device, dtype, tokens=rows * row, row=row, loss=loss)
+    return Estimate(
+        footprint=footprint,
+        device=device,
+        dtype=dtype,
+        micro_batch_size=rows,
+        max_seq_len=row,
+        packing=config.data.packing,
+        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary),
+    )
 
 
 def choose_level(

@@ -1,4 +1,4 @@
-"""A run fitted into its device's memory: what is computed again, and which dequantized weights are kept."""
+"""The level of recomputation and the weight cache that fit into a device's memory."""
 
 import math
 import os
@@ -15,10 +15,10 @@ from qlora.layers import apply_recompute, hold_weights, recompute_levels
 from qlora.lora import WeightsKept, choose_form
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.memory.probe import measure_peak
-from qlora.model import supervised_loss
+from qlora.model import Loss
 from qlora.processes import Processes
 
-# Of the host's memory, which others want too, the share of what is left that weights may be kept in.
+# Share of the host's free memory that the weight cache may take; other programs need some too.
 HOST_SHARE = 0.5
 
 
@@ -27,11 +27,11 @@ class Fit:
     """How a run uses memory.
 
     Attributes:
-        level: Of recomputation.
-        why: It is this one.
-        num_held: Dequantized weights that are kept.
-        estimated: Bytes of the largest micro-batch, without kept weights; None if it can't be told.
-        measured: The same, of the allocator; None where it was not tried.
+        level: Level of recomputation.
+        why: Reason for the level.
+        num_held: Number of dequantized weights that are cached.
+        estimated: Predicted bytes of the largest micro-batch, without cached weights; None if they are not known.
+        measured: Bytes that the allocator measured for it; None if it was not tried.
         available: Bytes that the run may take.
     """
 
@@ -43,29 +43,30 @@ class Fit:
     available: int
 
 
-def fit_memory(config: RunConfig, model: Any, largest: Batch, processes: Processes) -> Fit:
-    """Chooses and sets what costs least time and fits.
+def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, processes: Processes) -> Fit:
+    """Choose and apply the fastest level of recomputation that fits, and cache weights in the memory that is left.
 
-    Results are the same bits at every level, but for tiles. Where memory is the device's own, the largest micro-batch
-    is tried, so that what does not fit fails before the first step, and what was estimated is corrected. Several
-    processes go by the one that has the least memory.
+    Results are equal bit for bit at every level except with tiles. If the device has memory of its own, the largest
+    micro-batch is tried: one that does not fit fails before the first step, and the estimate is corrected. Several
+    processes use what fits the one with the least memory.
 
     Args:
-        config: Of the run.
-        model: With adapters, in training mode.
-        largest: Micro-batch of the run, on the model's device.
-        processes: Of the run.
+        config: Config of the run.
+        model: Model with adapters, in training mode.
+        loss: Loss that is minimized.
+        largest: Largest micro-batch of the run, on the model's device.
+        processes: Processes of the run.
 
     Raises:
-        ModelError: Nothing fits, or the level that is asked for does not; on all processes.
+        ModelError: Nothing fits, or the level that the config sets does not; on all processes.
     """
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
-    if device.type == "cpu":  # which the processes of a machine share
+    if device.type == "cpu":  # shared by the processes of a machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = int(-processes.max(-available))
     try:
-        expected, unknown = estimate(config, device), ""
+        expected, unknown = estimate(config, loss, device), ""
     except ModelError as error:
         expected, unknown = None, str(error)
     levels = recompute_levels(model)
@@ -74,7 +75,7 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, processes: Process
     if level != "auto":
         levels = [level]
     elif expected is None:
-        # Where it can be tried, from the fastest on; else as little as can be.
+        # A GPU tries them from the fastest on; elsewhere the level that takes least is the safe one.
         level = levels[0] if device.type == "cuda" else levels[-1]
         why = f"what a step takes is not known: {unknown}"
     else:
@@ -84,14 +85,19 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, processes: Process
         except ModelError as error:
             if device.type != "cuda":
                 raise
-            level, why = levels[-1], str(error)  # it can be tried
+            level, why = levels[-1], str(error)  # the trial decides
     measured = None
     if device.type == "cuda":
         level, measured, why = settle_level(
-            levels, level, why, (1 - MARGIN) * available, expected, tokens,
-            lambda level: processes.max(_try(model, largest, level)),
-        )  # fmt: skip
-        # The optimizer's step was not tried.
+            levels,
+            level,
+            why,
+            limit=(1 - MARGIN) * available,
+            expected=expected,
+            tokens=tokens,
+            measure=lambda level: processes.max(_try(model, loss, largest, level)),
+        )
+        # The trial does not include the optimizer's step.
         measured = max(measured, 0 if expected is None else expected.update_bytes)
     apply_recompute(model, level)
     estimated = None if expected is None else expected.total_bytes(level, tokens)
@@ -100,31 +106,32 @@ def fit_memory(config: RunConfig, model: Any, largest: Batch, processes: Process
     if taken is not None and config.model.weight_cache == "auto" and _is_cache_used(config, tokens, device):
         left = (1 - MARGIN) * available - taken
         num_held = hold_weights(model, left if device.type == "cuda" else HOST_SHARE * left)
-    return Fit(level, why, num_held, estimated, measured, available)
+    return Fit(level=level, why=why, num_held=num_held, estimated=estimated, measured=measured, available=available)
 
 
 def settle_level(
     levels: Sequence[str],
     level: str,
     why: str,
+    *,
     limit: float,
     expected: Estimate | None,
     tokens: int,
     measure: Callable[[str], float],
 ) -> tuple[str, int, str]:
-    """Corrects the choice of a level by trying it.
+    """Correct the choice of a level by trying it.
 
     Args:
-        levels: To choose from, the cheapest in time first.
-        level: The first to try.
-        why: It is this one.
-        limit: Bytes that may be taken.
-        expected: What was expected of every level; None if nothing was.
-        tokens: Of the largest micro-batch.
-        measure: Bytes that a level takes, or infinity if they are not there.
+        levels: Levels to choose from, the fastest first.
+        level: Level to try first.
+        why: Reason for that level.
+        limit: Largest number of bytes that a level may take.
+        expected: Estimate of every level; None if there is none.
+        tokens: Number of tokens of the largest micro-batch.
+        measure: Returns the bytes that a level takes, or infinity if memory runs out.
 
     Returns:
-        The level, what it takes, and why it is this one.
+        The level, the bytes that it takes, and the reason for it.
 
     Raises:
         ModelError: None fits.
@@ -143,7 +150,7 @@ def settle_level(
     if failed:
         return candidate, int(measured), f"{candidate} took {_gib(measured)} of {_gib(limit)} when tried; {failed[-1]}"
     if expected is not None:
-        # What is wrong with the estimate of one level is likely wrong with that of another.
+        # The estimates of all levels are likely wrong by the same factor.
         correction = measured / expected.total_bytes(candidate, tokens)
         for cheaper in levels[: levels.index(candidate)]:
             if correction * expected.total_bytes(cheaper, tokens) <= limit:
@@ -155,11 +162,12 @@ def settle_level(
     return candidate, int(measured), why
 
 
-def _try(model: Any, batch: Batch, level: str) -> float:
-    """Bytes that forward and backward take, with CUDA's own; infinity if there are not as many."""
+def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
+    """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out."""
     apply_recompute(model, level)
     try:
-        return measure_peak(lambda: supervised_loss(model, batch).backward(), model.device) + CUDA_CONTEXT_BYTES
+        peak = measure_peak(lambda: loss.compute(model, batch).total.backward(), model.device)
+        return peak + CUDA_CONTEXT_BYTES
     except torch.OutOfMemoryError:
         return math.inf
     finally:

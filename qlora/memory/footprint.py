@@ -14,7 +14,7 @@ from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
-from qlora.model import adapter_spec
+from qlora.model import Loss, adapter_spec
 from qlora.model.base import build_skeleton, load_tokenizer
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
@@ -49,17 +49,18 @@ class Footprint:
 
 
 def take_footprint(
-    config: RunConfig, files: BaseFiles, device: torch.device, dtype: torch.dtype, tokens: int, row: int
+    config: RunConfig, files: BaseFiles, device: torch.device, dtype: torch.dtype, *, tokens: int, row: int, loss: Loss
 ) -> Footprint:
-    """Runs a step's own code on the meta device, with one layer of each kind, and reckons what all would hold.
+    """Run a step's own code on the meta device, with one layer of each kind, and compute what all layers would hold.
 
     Args:
-        config: Of the run.
-        files: Of the base; its config.json is all that is needed.
-        device: That the run would be on; it need not be there.
-        dtype: To compute in.
-        tokens: Of a micro-batch.
-        row: Tokens of the longest document.
+        config: Config of the run.
+        files: Files of the base; only its config.json is needed.
+        device: Device of the run; it need not be on this machine.
+        dtype: Compute dtype.
+        tokens: Number of tokens of a micro-batch.
+        row: Number of tokens of the longest document.
+        loss: Loss that is minimized.
 
     Raises:
         ModelError: The base is none that can be trained, or its step can't be run without data.
@@ -94,21 +95,21 @@ def take_footprint(
     try:
         set_attention(model, config, device, row)
         stack.reduce(config, device, tokens)
-        held = trace_levels(stack, device)
+        held = trace_levels(stack, device, loss)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{type(model).__name__} can't be run without its values, so not estimated: {reason}"
         ) from error
     return Footprint(
-        weights,
-        flat.data.nbytes + flat.grad.nbytes,
-        optimizer.state_bytes,
-        optimizer.update_bytes,
-        held,
-        [numel * dtype.itemsize for numel in by_layer],
-        model.config._attn_implementation == "eager",
-        sum(map(len, head_blocks(model.get_output_embeddings()))),
+        weights=weights,
+        adapters=flat.data.nbytes + flat.grad.nbytes,
+        optimizer=optimizer.state_bytes,
+        update=optimizer.update_bytes,
+        held=held,
+        layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
+        rows_attend=model.config._attn_implementation == "eager",
+        vocabulary=sum(map(len, head_blocks(model.get_output_embeddings()))),
     )
 
 

@@ -1,4 +1,4 @@
-"""A step on the meta device at each level of recomputation, and what it holds at its fullest moments."""
+"""A step on the meta device at each level of recomputation, and what it holds when it holds most."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +15,22 @@ from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
 from qlora.lora import head_blocks, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
-from qlora.model.loss import supervised_loss
+from qlora.model.loss import Loss
 
-# Divides no size, so that none is taken to depend on the tokens.
+# Divides no size, so that none is taken for one that depends on the tokens.
 NEVER = (1 << 61) - 1
 
 
-def trace_levels(stack: Stack, device: torch.device) -> dict[str, list[Held]]:
-    """Runs a step at each level that a run could have.
+def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, list[Held]]:
+    """Run a step at each level of recomputation that a run could have.
 
     Args:
-        stack: Reduced to the layers that are kept.
-        device: That the run would be on.
+        stack: Layers of the model, reduced to those that represent the others.
+        device: Device of the run.
+        loss: Loss that is minimized.
 
     Returns:
-        For each level, the cheapest in time first, what a run would hold at moments of which any may be the largest.
+        For each level, the fastest first, what a run holds at those moments that can be the largest.
     """
     model = stack.model
     with Timeline(1):
@@ -43,11 +44,11 @@ def trace_levels(stack: Stack, device: torch.device) -> dict[str, list[Held]]:
     for level in levels:
         apply_recompute(model, level)
         if not head:
-            trace = _trace(stack, short, short)
+            trace = _trace(stack, loss, short, short)
             head = [moment.held.plus(trace.before_head, -1) for moment in trace.moments if moment.place == HEAD]
             head = [one._replace(loss=one.loss._replace(constant=one.loss.constant * own / whole)) for one in head]
         else:
-            trace = _trace(stack, long, 1)
+            trace = _trace(stack, loss, long, 1)
         held[level] = _finish(stack, trace, head, trace.layers_hold)
     if device.type == "cuda":
         assert levels[-1] == "full"  # which the trace is of
@@ -55,18 +56,18 @@ def trace_levels(stack: Stack, device: torch.device) -> dict[str, list[Held]]:
         nothing = [Held()] * len(stack.kept)
         held["offload"] = _finish(stack, trace, head, nothing)
         if "mlp" in levels:
-            tiled = _fit_tiled(stack)
+            tiled = _fit_tiled(stack, loss)
             held["offload+tiled"] = [*_finish(stack, replace(trace, moments=[]), head, nothing), tiled]
     return {level: _largest(moments) for level, moments in held.items()}
 
 
-def _fit_tiled(stack: Stack) -> Held:
-    """The largest of two numbers of tiles, taken as a line: tiles have a size of their own, but their number grows."""
+def _fit_tiled(stack: Stack, loss: Loss) -> Held:
+    """Return the largest moment as a line through two numbers of tiles; their size is fixed."""
     for module in stack.model.modules():
         if isinstance(module, GatedMLP):
             module.run = tile_mlp
     few, many = (
-        max(moment.held.total.constant for moment in _trace(stack, tiles * TILE_TOKENS, 1, NEVER).moments)
+        max(moment.held.total.constant for moment in _trace(stack, loss, tiles * TILE_TOKENS, 1, NEVER).moments)
         for tiles in (2, 4)
     )
     slope = (many - few) / (2 * TILE_TOKENS)
@@ -80,14 +81,15 @@ class _Trace:
     before_head: Held
 
 
-def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Trace:
-    """Runs a step of a micro-batch of one document.
+def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int = 0) -> _Trace:
+    """Run a step of a micro-batch of one document.
 
     Args:
-        stack: Reduced.
-        tokens: A prime, or any number with `told_by`.
-        supervised: Of them, those with a loss.
-        told_by: What sizes that depend on the tokens are multiples of, if not the tokens.
+        stack: Reduced layers.
+        loss: Loss that is minimized.
+        tokens: Number of tokens: a prime, or any number with `divisor`.
+        supervised: Number of supervised tokens.
+        divisor: Sizes that are multiples of it depend on the tokens; `tokens` if not given.
     """
     model, layers = stack.model, stack.layers
     ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
@@ -105,7 +107,7 @@ def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Tra
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     rows = {rows.weight.numel() for _, rows in trained_rows(model)}
     sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
-    timeline, starts = Timeline(told_by or tokens, known, sizes), []
+    timeline, starts = Timeline(divisor or tokens, known, sizes), []
     is_backward = False
 
     def move(place: int) -> None:
@@ -133,9 +135,9 @@ def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Tra
     handles.append(layers[-1].register_forward_hook(lambda _module, _inputs, output: end(output)))
     try:
         with timeline:
-            loss = supervised_loss(model, batch)
+            total = loss.compute(model, batch).total
             is_backward = True
-            loss.backward()
+            total.backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -144,14 +146,14 @@ def _trace(stack: Stack, tokens: int, supervised: int, told_by: int = 0) -> _Tra
 
 
 def _finish(stack: Stack, trace: _Trace, head: list[Held], layers_hold: Sequence[Held]) -> list[Held]:
-    """All moments of a level: its layers', and the head's, which is the same at every level."""
+    """Return all moments of a level: those of its layers, and the head's, which are the same at every level."""
     moments = [Moment(place, held.plus(stack.always)) for place, held in trace.moments if place != HEAD]
     moments += [Moment(HEAD, trace.before_head.plus(excess).plus(stack.always)) for excess in head]
     return stack.extrapolate(moments, layers_hold)
 
 
 def _largest(moments: Sequence[Held]) -> list[Held]:
-    """Without the moments that can't be the largest."""
+    """Drop the moments that can't be the largest."""
     largest: dict[Bytes, Held] = {}
     for held in sorted(moments, key=lambda one: one.total[::-1], reverse=True):
         total = held.total
@@ -161,7 +163,7 @@ def _largest(moments: Sequence[Held]) -> list[Held]:
 
 
 def _prime(least: int, model: nn.Module) -> int:
-    """A prime above `least` that divides no size of a model's, by which its sizes are then told from the tokens."""
+    """Return a prime above `least` that divides none of a model's sizes, so that these are not taken for tokens."""
     sizes = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
     number = max(least, 32) + 1
     while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)) or any(

@@ -1,4 +1,4 @@
-"""The most that a device holds while a step runs, measured."""
+"""Peak memory of a device while a step runs, measured."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,24 +14,24 @@ from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.model.from_config import adapt, base_from_section, optimizer_from_section
-from qlora.model.loss import supervised_loss
+from qlora.model.loss import Loss
 from qlora.nf4 import NF4Linear
 from qlora.optim import FlatOptimizer
 
 
 def measure_peak(function: Callable[[], object], device: torch.device, held: Iterable[torch.Tensor] = ()) -> int:
-    """Runs a function and measures the bytes of tensors on a device.
+    """Run a function and measure the bytes of tensors on a device.
 
-    On CUDA these are the allocator's; elsewhere those of all storages that operations give, without what kernels take
-    for themselves.
+    On CUDA the allocator counts them; elsewhere they are the storages that operations return, without the memory that
+    kernels use internally.
 
     Args:
-        function: To run.
-        device: To look at.
-        held: There before; on CUDA the allocator knows.
+        function: Function to run.
+        device: Device to measure.
+        held: Tensors that exist before; not needed on CUDA, where the allocator counts them.
 
     Returns:
-        The bytes of all tensors on the device when they were most.
+        The largest number of bytes that all tensors on the device had at one time.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -45,15 +45,15 @@ def measure_peak(function: Callable[[], object], device: torch.device, held: Ite
 
 
 class Storages(TorchDispatchMode):
-    """While entered, counts the bytes of all storages that operations give, as long as they live.
+    """Context that counts the bytes of all storages that operations return, as long as these are alive.
 
     Args:
-        device: To look at.
-        held: Tensors there before.
+        device: Device to measure.
+        held: Tensors that exist before.
 
     Attributes:
         now: Bytes that are alive.
-        peak: When they were most.
+        peak: Largest value of `now`.
     """
 
     def __init__(self, device: torch.device, held: Iterable[torch.Tensor]) -> None:
@@ -87,7 +87,7 @@ class Storages(TorchDispatchMode):
 
 
 def prepare(config: RunConfig, device: torch.device) -> Any:
-    """Loads a run's model as it would be trained, but for its level of recomputation.
+    """Load a run's model as it would be trained, except for its level of recomputation.
 
     Raises:
         ModelError: The base can't be loaded.
@@ -100,19 +100,20 @@ def prepare(config: RunConfig, device: torch.device) -> Any:
     return model.train()
 
 
-def measure_step(model: Any, config: RunConfig, level: str) -> int:
-    """Measures an optimizer step of the largest micro-batch that a config allows for.
+def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
+    """Measure an optimizer step of the largest micro-batch that a config allows for.
 
     Args:
-        model: As :func:`prepare` gives it; it is trained on random tokens, so that no data are needed.
-        config: Of the run.
-        level: Of recomputation.
+        model: Model that :func:`prepare` returned; it is trained on random tokens, so that no data are needed.
+        config: Config of the run.
+        level: Level of recomputation.
+        loss: Loss that is minimized.
 
     Returns:
         See :func:`measure_peak`.
 
     Raises:
-        ModelError: The model can't have the level.
+        ModelError: The model does not support the level.
     """
     section = config.train
     apply_recompute(model, level)
@@ -124,10 +125,10 @@ def measure_step(model: Any, config: RunConfig, level: str) -> int:
 
     def step() -> None:
         optimizer.flat.zero_grad()
-        supervised_loss(model, batch).backward()
+        loss.compute(model, batch).total.backward()
         optimizer.step(section.learning_rate)
 
-    step()  # once before, for what is taken at first use and then kept
+    step()  # allocates what is kept after the first use
     return measure_peak(step, model.device, _tensors(model, optimizer))
 
 

@@ -17,13 +17,15 @@ from qlora.model.from_config import (
     optimizer_from_section,
 )
 from qlora.model.generate import answer, end_token_ids, generate
-from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
-from qlora.model.loss import check_isolation, check_loss, supervised_loss
+from qlora.model.inventory import frozen_checksum, take_inventory
+from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
 from qlora.model.restore import load_model, load_run, load_run_tokenizer
 
 __all__ = [
+    "SUPERVISED",
     "Evaluation",
-    "Inventory",
+    "Loss",
+    "StepLoss",
     "adapt",
     "adapter_spec",
     "answer",

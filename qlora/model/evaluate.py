@@ -2,28 +2,31 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from qlora.data import Batch
-from qlora.model.loss import supervised_loss
+from qlora.model.loss import SUPERVISED, Loss
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Loss over supervised tokens.
+    """Result of an evaluation.
 
     Attributes:
-        loss: Mean over supervised tokens by their weights, in nats.
-        num_supervised: Tokens that it is the mean of.
-        total_weight: Of them.
+        loss: Mean loss per unit; in nats per unit of supervised weight, unless another loss was evaluated.
+        num_supervised: Number of supervised tokens.
+        total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
+            was evaluated.
+        metrics: Mean of each of the loss's metrics, by name.
     """
 
     loss: float
     num_supervised: int
     total_weight: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -32,29 +35,37 @@ class Evaluation:
 
     @property
     def bits(self) -> float:
-        """What all supervised tokens cost together."""
+        """Total loss of all supervised tokens in bits."""
         return self.loss * self.total_weight / math.log(2)
 
 
 @torch.no_grad()
 def evaluate(
-    model: Any, batches: Iterable[Batch], reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    model: Any,
+    batches: Iterable[Batch],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    loss: Loss = SUPERVISED,
 ) -> Evaluation:
-    """Computes the training loss in evaluation mode, and leaves the model in the mode it was in.
+    """Compute the mean loss in evaluation mode; the model's mode is restored afterwards.
 
     Args:
         model: A causal language model.
-        batches: Of this process.
-        reduce: Sums a tensor over processes, where there are several.
+        batches: Batches of this process.
+        reduce: Sums a tensor over all processes, if there are several.
+        loss: Loss to evaluate; the supervised one by default.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    # Loss, supervised tokens, units, and each metric.
+    totals = torch.zeros(3 + len(loss.metrics), dtype=torch.float64, device=device)
     for batch in batches:
-        totals[0] += supervised_loss(model, batch.to(device))
+        sums = loss.sums(loss.compute(model, batch.to(device)))
+        totals[0] += sums[0]
         totals[1] += batch.num_supervised
-        totals[2] += batch.total_weight
+        totals[2] += loss.units(batch)
+        totals[3:] += sums[1:]
     model.train(was_training)
-    loss, num_supervised, total_weight = (totals if reduce is None else reduce(totals)).tolist()
-    return Evaluation(loss / (total_weight or 1.0), int(num_supervised), total_weight)
+    loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
+    means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means)

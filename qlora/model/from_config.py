@@ -79,10 +79,10 @@ def datasets_from_section(
         if isinstance(section.eval, list)
         else section.eval or 0.0,
         Treatment(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
-        "auto" if own_template else section.chat_template,
-        section.cache_dir,
-        seed,
-        section.deduplicate,
+        chat_template="auto" if own_template else section.chat_template,
+        cache_dir=section.cache_dir,
+        seed=seed,
+        deduplicate=section.deduplicate,
     )
     counts = datasets.train.count_ids(new_ids) if new_ids else []
     ids = [id_ for id_, count in zip(new_ids, counts, strict=True) if not count]

@@ -1,61 +1,21 @@
-"""What a loaded model is made of: which parameters are quantized, adapted, or neither, and their bytes."""
-
-from dataclasses import asdict, dataclass
-from typing import Any
+"""Inventory of a loaded model's parameters, and a checksum of the frozen ones."""
 
 import torch
 from torch import nn
 
-from qlora.lora import LoraLinear, trained_rows
+from qlora.checkpoint import Inventory
+from qlora.lora import LoraLinear, lora_layers, trained_rows
 from qlora.nf4 import NF4Linear
 
 
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """Shares of a model's parameters.
-
-    Attributes:
-        num_parameters: Of the base, each counted once.
-        num_trained: Elements of the adapters, and of rows trained in full.
-        quantized_share: Of the base's parameters, those in 4 bits.
-        adapted_share: Of the base's parameters, those in layers with an adapter.
-        base_bytes: Held by the base; rows that all are trained are not.
-        quantized: Names of the quantized layers.
-        unquantized: Names of all parameters that are not.
-        trained_rows: First row and the one behind the last of those trained in full, by the module's name.
-        shared_rows: Whether embedding and head are one, and so are their trained rows.
-    """
-
-    num_parameters: int
-    num_trained: int
-    quantized_share: float
-    adapted_share: float
-    base_bytes: int
-    quantized: list[str]
-    unquantized: list[str]
-    trained_rows: dict[str, list[int]]
-    shared_rows: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return asdict(self)
-
-    def describe_rows(self) -> str:
-        """What is trained beside the adapters, for people; empty if nothing is."""
-        if not self.trained_rows:
-            return ""
-        rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
-        return f" ({', '.join(rows)} among them{', which share their weight' if self.shared_rows else ''})"
-
-
 def take_inventory(model: nn.Module) -> Inventory:
-    """Counts a model with or without adapters; names are those without."""
+    """Count the parameters of a model with or without adapters; names are those of the model without adapters."""
     in_4bit = adapted = num_bytes = 0
     quantized, unquantized = [], []
     with_rows = dict(trained_rows(model))
     all_rows = {*with_rows.values()}  # one, where embedding and head share them
     trained = sum(rows.weight.numel() for rows in all_rows)
-    # The base's weight is gone where all its rows are trained, but was a part of it.
+    # A weight whose rows are all trained is no longer in the model, but was part of the base.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
     seen = {rows.weight for rows in all_rows}
     for name, module in model.named_modules():
@@ -87,11 +47,12 @@ def take_inventory(model: nn.Module) -> Inventory:
         unquantized=unquantized,
         trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
         shared_rows=len(all_rows) < len(with_rows),
+        adapted=[name for name, _ in lora_layers(model)],
     )
 
 
 def frozen_checksum(model: nn.Module) -> int:
-    """A sum over the bytes of all frozen weights and their statistics: it differs if training wrote to them."""
+    """Sum the bytes of all frozen weights and their statistics; the sum differs if training wrote to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     frozen += [module.quant_state.absmax for module in model.modules() if isinstance(module, NF4Linear)]

@@ -1,6 +1,8 @@
-"""The supervised loss of a causal language model, without ever holding the logits of a batch."""
+"""Losses as values to pass on, and the supervised one, which never holds the logits of a batch."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,23 +14,56 @@ from qlora.kernels import linear_cross_entropy, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import head_blocks
 
-# Relative difference above which the two ways to the loss are not the same; they share all but the head's product.
+# Largest relative difference between the chunked loss and that of the model's logits; only the head's product differs.
 TOLERANCE = 0.01
-# Share of a document's gradient that may lie in another one: none, but for a backend that masks by a large number.
+# Largest share of a document's gradient in another document: above zero only for backends that mask by a large number.
 LEAK = 1e-6
-# Relative change of a document's states behind another one: rounding in 16 bits stays below, other positions do not.
+# Largest relative change of a document's states behind another one: 16-bit rounding is below, wrong positions above.
 CHANGE = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """The loss of a batch.
+
+    Attributes:
+        total: Sum of the loss over the batch, a scalar in fp32, not yet divided by any count.
+        metrics: Other sums over the batch by name, scalars in fp32; they get no gradient.
+    """
+
+    total: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss to train and evaluate with.
+
+    Attributes:
+        compute: Computes the loss of a batch that is on the model's device.
+        units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
+        metrics: Names of the metrics of every :class:`StepLoss`. They are known ahead, because processes add up their
+            metrics even if one of them ran out of memory before it computed any.
+    """
+
+    compute: Callable[[Any, Batch], StepLoss]
+    units: Callable[[TokenizedExample | Batch], float]
+    metrics: tuple[str, ...] = ()
+
+    def sums(self, step: StepLoss) -> torch.Tensor:
+        """Return the total and the metrics of a batch, (1 + metrics,) in fp32, without their gradient."""
+        return torch.stack([step.total, *(step.metrics[name] for name in self.metrics)]).detach()
+
+
 def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum over the batch of -log p(label), each by its weight, over supervised positions alone.
+    """Compute the sum over the supervised tokens of a batch of -log p(token) times the token's weight.
 
     Args:
         model: A causal language model of transformers.
-        batch: On the model's device.
+        batch: A batch on the model's device.
 
     Returns:
-        A scalar, fp32, to be divided by the supervised tokens' weight of whatever is averaged over.
+        A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
     hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
     recipe = recipe_of(hidden)  # of the last norm, whose input is all that is needed of it
@@ -38,11 +73,20 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     scale, softcap = logit_transform(model.config)
     rows, labels = (tensor.flatten(0, 1).index_select(0, batch.supervised) for tensor in (hidden, batch.labels))
     norm = None if recipe is None else recipe.source.function
-    return linear_cross_entropy(rows, head_blocks(head), labels, head.bias, scale, softcap, batch.weights, norm)
+    return linear_cross_entropy(
+        rows, head_blocks(head), labels, head.bias,
+        logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+    )  # fmt: skip
+
+
+# The loss of supervised fine-tuning, per unit of supervised weight.
+SUPERVISED = Loss(
+    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
+)
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """A batch for a model; positions that begin anew in a row, and no mask, keep its documents apart."""
+    """Return a model's arguments for a batch; positions that restart in a row separate its documents, not a mask."""
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -52,7 +96,7 @@ def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """Factor and soft cap that an architecture puts on its head's product, by its config's keys."""
+    """Return the factor and the soft cap that an architecture applies to its logits, from its config's keys."""
     text_config = config.get_text_config()
     scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite divides
@@ -60,17 +104,17 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 
 
 def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExample) -> None:
-    """Sees that documents packed into one row don't see each other: the loss of one has no gradient in another.
+    """Check that documents packed into one row don't see each other: the loss of one has no gradient in another.
 
-    A gradient is exactly zero where nothing flows; outputs would also differ by rounding.
+    Without a leak that gradient is exactly zero, while outputs also differ by rounding.
 
     Args:
-        model: With or without adapters; left in evaluation mode.
+        model: A model with or without adapters; it is left in evaluation mode.
         first: A document.
-        second: Another, with supervised tokens.
+        second: Another document, with supervised tokens.
 
     Raises:
-        ModelError: They do, as in architectures that carry a state from token to token.
+        ModelError: They see each other, as in architectures that carry a state from token to token.
     """
     model.eval()
     embedded: list[torch.Tensor] = []
@@ -93,7 +137,7 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
             model.base_model(**_inputs(model, collate(documents, packed=True).to(model.device))).last_hidden_state[0]
             for documents in ([second], [first, second])
         )
-    # Without a leak, too, its positions may be others there.
+    # Positions may be wrong without any leak.
     change = ((behind[len(first) :] - alone).float().norm() / alone.float().norm()).item()
     if not (leak <= LEAK and change <= CHANGE):
         raise ModelError(
@@ -104,17 +148,17 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
 
 @torch.no_grad()
 def check_loss(model: Any, batch: Batch) -> None:
-    """Holds the loss against the model's own logits: some architectures do more on the way to them.
+    """Compare the loss with that of the model's own logits, which some architectures compute in another way.
 
     Args:
-        model: With or without adapters; left in evaluation mode.
-        batch: A small one, with supervised positions.
+        model: A model with or without adapters; it is left in evaluation mode.
+        batch: A small batch with supervised tokens.
 
     Raises:
         ModelError: They differ or are not finite, or the model can't run with its layers replaced.
     """
     try:
-        model.train()  # some architectures have another path there; what it gives may differ by their dropout
+        model.train()  # runs the path that some architectures have in training; their dropout changes its loss
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()

@@ -1,1 +1,7 @@
-"""What a run learns."""
+"""What is learned: objectives, each in a file of its own."""
+
+from qlora.objectives.from_config import objective_from_section
+from qlora.objectives.objective import Objective
+from qlora.objectives.sft import SFT
+
+__all__ = ["SFT", "Objective", "objective_from_section"]

@@ -44,7 +44,7 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
     own, saved = adapter_spec(lora).scaling, adapter_scaling(run.adapter)
     if not math.isclose(own, saved):
         problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
-    adapted = {*record["parameters"]["adapted"]}
+    adapted = {*record.parameters.adapted}
     problems += [f"{run.adapter} lacks the factors of {name}" for name in sorted(adapted - {*factors})]
     problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*factors} - adapted)]
     for name, (lora_A, _) in factors.items():

@@ -36,7 +36,7 @@ class ExpectedWeights:
     def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
-        self.compute_dtype = getattr(torch, self._record["in_use"]["compute_dtype"])
+        self.compute_dtype = getattr(torch, self._record.in_use.compute_dtype)
         # A second writing of the formula, on purpose.
         rank, alpha = config.lora.rank, config.lora.alpha
         self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
@@ -55,9 +55,9 @@ class ExpectedWeights:
         self._modules = modules
         self._factors = {name: factors[module] for name, module in modules.items() if module in factors}
         self.unplaced = sorted({*factors} - {modules[name] for name in self._factors})
-        self._trained = _trained_rows(run, skeleton, self._record["parameters"].get("shared_rows", False))
+        self._trained = _trained_rows(run, skeleton, self._record.parameters.shared_rows)
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
-        self._quantized = {*self._record["parameters"]["quantized"]}
+        self._quantized = {*self._record.parameters.quantized}
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
@@ -86,8 +86,9 @@ class ExpectedWeights:
             return None
         weight = self._stored.read(name)
         weight = (weight.T if name in self._transposed else weight).to(self._device, self.compute_dtype)
-        settings = self._record["quantization"]
-        packed = quantize(weight, settings["double_quant"], settings["block_size"])
+        settings = self._record.quantization
+        assert settings.block_size is not None  # as the record has quantized layers
+        packed = quantize(weight, settings.double_quant, settings.block_size)
         weight = dequantize(*packed, self.compute_dtype).cpu()
         return weight.T if name in self._transposed else weight
 

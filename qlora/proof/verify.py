@@ -106,7 +106,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
     model = load_config(run.config).model
     base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
     skeleton = build_skeleton(base, model.trust_remote_code)
-    base_differs = base.differing(run.read_record()["base"]["files"])
+    base_differs = base.differing(run.read_record().base.files)
     problems = check_adapter_files(run)
     problems += _check_base(base, base_differs, [] if merged is None else merged.base_differs)
     if merged is None:

@@ -1,22 +1,22 @@
-"""Whether all processes are about to train the same run."""
+"""A check that all processes are about to train the same run."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from qlora.errors import ConfigError
 from qlora.processes import Processes
-from qlora.training.resume import describe_changes
+from qlora.training.origin import describe_changes
 
 
 def check_same(processes: Processes, facts: Mapping[str, Any]) -> None:
-    """Compare what each process found with what the first one found.
+    """Compare the facts of each process with those of the first.
 
     Args:
-        processes: Of the run.
-        facts: Plain values by what they are, for people to read.
+        processes: Processes of the run.
+        facts: JSON values by the names under which an error shows them.
 
     Raises:
-        ConfigError: They differ: the same error on every process.
+        ConfigError: They differ; the error is the same on every process.
     """
     everyone = processes.gather(dict(facts))
     for rank, other in enumerate(everyone):

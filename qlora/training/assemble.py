@@ -1,10 +1,11 @@
-"""A run's parts, put together from its config and checked, before anything is trained or written."""
+"""Assembly of a run's parts from its config, with all checks that are possible before the first step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora.checkpoint import InUse, Inventory, MemoryUse
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
 from qlora.errors import ConfigError, DataError
@@ -12,7 +13,6 @@ from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
 from qlora.memory.fit import fit_memory
 from qlora.model import (
-    Inventory,
     adapt,
     base_from_section,
     check_isolation,
@@ -23,14 +23,15 @@ from qlora.model import (
     take_inventory,
 )
 from qlora.nf4 import dequantize_path
-from qlora.objectives.rows import unsupported_reasons
+from qlora.objectives import Objective, objective_from_section
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.determinism import describe_determinism
+from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
 
-# Tokens that the loss is tried on.
+# Number of tokens that the loss is checked on.
 TRIED_TOKENS = 16
 
 
@@ -39,11 +40,11 @@ class RunPlan:
     """What a run would do, known before its first step.
 
     Attributes:
-        total_steps: Optimizer steps of the whole run.
-        steps_per_epoch: That see every example once.
-        inventory: What of the model is quantized and adapted.
-        datasets: To learn from and to evaluate on.
-        in_use: What `auto` became, and what this machine has of what was asked for.
+        total_steps: Number of optimizer steps of the whole run.
+        steps_per_epoch: Number of optimizer steps that see every example once.
+        inventory: Parameters of the model: quantized, adapted, or neither.
+        datasets: Training and held-out examples.
+        in_use: What the run uses at its start.
         notes: What a user should know before the first step.
     """
 
@@ -51,7 +52,7 @@ class RunPlan:
     steps_per_epoch: int
     inventory: Inventory
     datasets: Datasets
-    in_use: dict[str, Any]
+    in_use: InUse
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -60,17 +61,30 @@ class RunPlan:
         return (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
-            f"{in_use['device']} in {in_use['compute_dtype']}, {in_use['optimizer']}, "
-            f"state {'' if in_use['optimizer_state_paged'] else 'not '}paged; recompute {in_use['recompute']} "
-            f"({in_use['recompute_why']}), {in_use['weights_kept']} dequantized weights kept"
+            f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
+            f"state {'' if in_use.optimizer_state_paged else 'not '}paged; recompute {in_use.recompute} "
+            f"({in_use.recompute_why}), {in_use.weights_kept} dequantized weights kept"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A run's parts, at rest."""
+    """A run's parts before it is started.
+
+    Attributes:
+        config: Config of the run.
+        objective: What is learned.
+        files: Files of the base.
+        model: Model with adapters, in training mode.
+        tokenizer: Tokenizer with the run's chat template and new tokens.
+        optimizer: Optimizer over the trained parameters.
+        processes: Processes of the run.
+        batches: Plan of the examples of each step.
+        plan: What the run would do.
+    """
 
     config: RunConfig
+    objective: Objective
     files: BaseFiles
     model: Any
     tokenizer: Any
@@ -79,6 +93,18 @@ class Assembly:
     batches: BatchPlan
     plan: RunPlan
 
+    @property
+    def loop_parts(self) -> LoopParts:
+        """The parts that every step uses."""
+        return LoopParts(
+            model=self.model,
+            optimizer=self.optimizer,
+            loss=self.objective.loss,
+            examples=self.plan.datasets.train,
+            batches=self.batches,
+            processes=self.processes,
+        )
+
 
 def assemble(config: RunConfig, processes: Processes) -> Assembly:
     """Load base and data, and add adapters and optimizer.
@@ -86,18 +112,20 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     Raises:
         QLoRAError: Anything wrong that shows before the first step, on every process.
     """
-    section, model_section = config.train, config.model
+    section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
-        # The data first: what is wrong with it should not be reported after loading tens of gigabytes.
+        # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
     with processes.raise_together():
+        if problems := objective.unsupported_reasons(datasets.reports):
+            raise ConfigError("\n".join(problems))
         model, attention, activations = _load_checked(config, processes, datasets, new_ids)
-    # Before memory is fitted, which takes as many rounds between the processes as the model has levels to try.
+    # Before memory is fitted, where the processes exchange a number for every level that they try.
     check_same(
         processes,
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
@@ -107,43 +135,53 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
-        processes.rank, processes.world_size,
+        rank=processes.rank, world_size=processes.world_size,
     )  # fmt: skip
-    largest = [datasets.train[index] for index in batches.largest_micro_batch()]
-    fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(processes.device), processes)
-    in_use = {
-        "device": str(processes.device),
-        "processes": processes.world_size,
-        "compute_dtype": str(model.dtype).removeprefix("torch."),
-        "attention": attention,
-        "activations": activations,
-        "dequantize": dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
-        "recompute": fit.level,
-        "recompute_why": fit.why,
-        "tiled": fit.level == "offload+tiled",
-        "weights_kept": fit.num_held,
-        "memory": {"available": fit.available, "estimated": fit.estimated, "measured": fit.measured},
-        "optimizer": section.optimizer,
-        "optimizer_state_paged": optimizer.is_paged,
-        "rounding": optimizer.rounding,
-        "micro_batch_parts": 1,
-        "deterministic": describe_determinism(section.deterministic, processes.device),
-        "packing_fill": round(batches.fill, 4) if config.data.packing else None,
-    }
+    largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
+    fit = fit_memory(config, model, objective.loss, largest.to(processes.device), processes)
+    in_use = InUse(
+        device=str(processes.device),
+        processes=processes.world_size,
+        compute_dtype=str(model.dtype).removeprefix("torch."),
+        attention=attention,
+        activations=activations,
+        dequantize=dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
+        recompute=fit.level,
+        recompute_why=fit.why,
+        tiled=fit.level == "offload+tiled",
+        weights_kept=fit.num_held,
+        memory=MemoryUse(fit.available, fit.estimated, fit.measured),
+        optimizer=section.optimizer,
+        optimizer_state_paged=optimizer.is_paged,
+        rounding=optimizer.rounding,
+        micro_batch_parts=1,
+        deterministic=describe_determinism(section.deterministic, processes.device),
+        packing_fill=round(batches.fill, 4) if config.data.packing else None,
+    )
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
-    plan = RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use)
-    return Assembly(config, files, model, tokenizer, optimizer, processes, batches, plan)
+    return Assembly(
+        config=config,
+        objective=objective,
+        files=files,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        processes=processes,
+        batches=batches,
+        plan=RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use),
+    )
 
 
 def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range) -> tuple[Any, str, str]:
-    """The base with its adapters, in training mode and tried on a few tokens; its attention and activations in use."""
-    if problems := unsupported_reasons(config.train.objective, datasets.reports):
-        raise ConfigError("\n".join(problems))
+    """Load the base with its adapters, in training mode; return it with the attention and activations in use.
+
+    The loss, and the isolation of packed documents, are checked on a few tokens.
+    """
     model, _ = base_from_section(config.model, processes.device)
     adapt(model, config.lora, config.train.seed, new_ids)
     _check_fit(model, datasets)
     tried = datasets.train[0].input_ids[:TRIED_TOKENS]
-    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # another token in every place
+    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
     check_loss(model, collate([example]).to(processes.device))
     attention = model.config._attn_implementation
@@ -157,7 +195,7 @@ def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, n
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:
-    """Builds data on the first process, then on the others, which find what it cached."""
+    """Build data on the first process, then on the others, which read what it cached."""
     with processes.raise_together():
         datasets = build() if processes.is_first else None
     with processes.raise_together():
@@ -165,7 +203,11 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
 
 
 def _check_fit(model: Any, datasets: Datasets) -> None:
-    """Sees that every id has an embedding and every position a place; on a GPU a missing one ends the process."""
+    """Check that the model has an embedding for every id and enough positions; on a GPU a missing one is fatal.
+
+    Raises:
+        DataError: An embedding or a position is missing.
+    """
     num_embeddings = model.get_input_embeddings().num_embeddings
     stores = datasets.train.stores
     largest = max(store.largest_id() for store in stores)

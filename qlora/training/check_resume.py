@@ -1,4 +1,4 @@
-"""Whether a config's run, stopped and continued on this machine, is the run that was never stopped: tried."""
+"""A check that a config's run, stopped and continued on this machine, equals the same run without a stop."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -13,19 +13,20 @@ from qlora.errors import CheckpointError
 from qlora.training.metrics import VOLATILE
 from qlora.training.run import RunResult, train
 
-# Of the tried run; it is stopped in the middle.
+# Number of steps of the run, which is stopped after half of them.
 STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeCheck:
-    """What was found.
+    """Result of the check.
 
     Attributes:
-        matches: The continued run left the same bytes and the same log.
-        steps: That were trained, and the one stopped after.
-        differing: Files and logged values that are not the same.
-        repeats: Whether a second run that was never stopped is the first one's equal; None if there was no need to ask.
+        matches: Whether the continued run left the same bytes and the same log.
+        steps: Number of steps trained.
+        stopped_after: Step after which the run was stopped.
+        differing: Files and logged values that differ.
+        repeats: Whether a second run without a stop equals the first; None if it was not needed.
     """
 
     matches: bool
@@ -35,15 +36,15 @@ class ResumeCheck:
     repeats: bool | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return asdict(self)
 
 
 def check_resume(config: RunConfig) -> ResumeCheck:
-    """Trains a few steps twice, once stopped and continued in another process, and compares what is left.
+    """Train a few steps twice, once with a stop, and compare the files and logs.
 
-    All is written into a temporary folder beside the config's output_dir, on the same disk, and removed; a run that is
-    there is not touched. Each session is a process of its own, as after a reboot.
+    Everything is written to a temporary folder next to the config's output_dir, and removed; a run in output_dir is
+    not touched. Each session is a process of its own, as after a reboot.
 
     Raises:
         QLoRAError: The config's run can't be begun.
@@ -69,7 +70,7 @@ def check_resume(config: RunConfig) -> ResumeCheck:
 
 
 def _train_apart(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
-    """Trains in a new process, which knows of the others only what is on the disk."""
+    """Train in a new process, which shares only the disk with the others."""
     values = {"output_dir": str(run.path), "max_steps": STEPS, "eval_every": 2, "save_every": None, "log_every": 1}
     section = config.train.model_copy(update=values | {"trackers": []})
     spawn = multiprocessing.get_context("spawn")
@@ -93,7 +94,7 @@ def _differing(run: RunDirectory, expected: RunDirectory) -> list[str]:
 
 
 def _files(run: RunDirectory) -> list[Path]:
-    """The trained adapter, and the state after the last step."""
+    """Return the files of the trained adapter and of the last checkpoint."""
     return [path for folder in (run.adapter, run.checkpoint(STEPS)) for path in folder.rglob("*") if path.is_file()]
 
 

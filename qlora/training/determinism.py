@@ -1,4 +1,4 @@
-"""Runs that give the same bytes twice on one machine."""
+"""Runs that repeat the same bytes on one machine."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ import torch
 
 from qlora.errors import ModelError
 
-# cuBLAS adds in a fixed order only with a workspace of a fixed size, which it looks for when it starts.
+# cuBLAS sums in a fixed order only with a workspace of a fixed size, which it reads when it starts.
 WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Has torch take deterministic algorithms alone, if wanted.
+    """Context in which torch uses deterministic algorithms only, if wanted.
 
     Raises:
         ModelError: An operation has none.
@@ -40,7 +40,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 
 def describe_determinism(wanted: bool, device: torch.device) -> str | None:
-    """What is known of a run's giving the same bytes again; None if nothing was asked for."""
+    """Return what is known about repeating a run's bytes; None if the config does not ask for it."""
     if not wanted:
         return None
     told = "torch takes deterministic algorithms alone"

@@ -1,6 +1,6 @@
 """Held-out loss of a run, or of the base that a config starts from."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qlora.data import eval_batches, supervised_bytes
 from qlora.errors import ConfigError
 from qlora.model import base_from_section, datasets_from_section, load_run
 from qlora.model import evaluate as evaluate_batches
+from qlora.objectives import objective_from_section
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -25,6 +26,7 @@ class EvaluationReport:
         loss: Mean over supervised tokens by their weights, in nats.
         perplexity: exp(loss).
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
+        metrics: Mean of each metric of the config's objective, by name.
     """
 
     model: str
@@ -33,10 +35,13 @@ class EvaluationReport:
     loss: float
     perplexity: float
     bits_per_byte: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+        """Return plain values for JSON, metrics by their own names."""
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        return values | metrics
 
     def __repr__(self) -> str:
         return f"<EvaluationReport: loss {self.loss:.4f} over {self.supervised_tokens:,} tokens, {self.model}>"
@@ -74,7 +79,8 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
-    result = evaluate_batches(model, eval_batches(examples, batch_size))
+    loss = objective_from_section(config.train).loss
+    result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -84,4 +90,5 @@ def evaluate(
         loss=result.loss,
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
+        metrics=result.metrics,
     )

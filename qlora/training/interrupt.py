@@ -1,4 +1,4 @@
-"""Signals to a run: Ctrl-C and SIGTERM save and stop it after the step at hand, SIGUSR1 saves it and goes on."""
+"""Signals to a run: Ctrl-C and SIGTERM save and stop it after the current step, SIGUSR1 only saves it."""
 
 import signal
 import threading
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, takes SIGINT and SIGTERM as a wish to stop after the current step, and SIGUSR1 to save then.
+    """Context in which SIGINT and SIGTERM request a stop after the current step, and SIGUSR1 a save.
 
-    A second SIGINT or SIGTERM does what it did before: it stops at once. In a thread beside the main one, which alone
-    gets signals, they are left to whoever started it.
+    A second SIGINT or SIGTERM has its previous effect: it stops the run at once. Only the main thread receives
+    signals, so the context does nothing in other threads.
 
     Attributes:
-        signal: The one to stop that came, or None.
+        signal: Signal that requested the stop; None if none did.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop."""
+        """Whether a stop was requested."""
         return self.signal is not None
 
     def take_save_request(self) -> bool:
-        """Whether to save; each request is told once."""
+        """Return whether a save was requested since the last call."""
         asked, self._save_asked = self._save_asked, False
         return asked
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, a progress line, and accelerate's trackers."""
+"""The log of a run: metrics.jsonl, the progress line, and accelerate's trackers."""
 
 import json
 import math
@@ -15,27 +15,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora.checkpoint import RunDirectory
 from qlora.model import Evaluation
 from qlora.processes import Processes
-from qlora.training.loop import Progress as RunProgress
 from qlora.training.loop import StepReport
+from qlora.training.progress import Progress as RunProgress
 
-# What a clock or the system gives of a line, and no run repeats.
+# Values of a line that depend on the clock or the system, so that no run repeats them.
 VOLATILE = ("tokens_per_second", "peak_memory")
-# Lines printed over a run where there is no terminal to redraw one on.
+# Number of lines printed over a run if there is no terminal.
 PLAIN_LINES = 20
-# Rows of a source that are named on the screen.
+# Number of rows of a source that are named on the screen.
 SHOWN_ROWS = 8
 
 
 class MetricsLog:
-    """Records steps and evaluations; on every process but the first it does nothing.
+    """Logs steps and evaluations; on every process but the first it does nothing.
 
     Args:
-        run: Its metrics.jsonl is appended to.
-        processes: Of the run, with their trackers started.
-        total_steps: Of the run.
-        steps_per_epoch: To tell the epoch.
-        log_every: Steps between lines.
-        start_step: Where this session begins.
+        run: Directory of the run, whose metrics.jsonl is appended to.
+        processes: Processes of the run, with their trackers started.
+        total_steps: Number of steps of the run.
+        steps_per_epoch: Number of steps per epoch.
+        log_every: Number of steps between lines.
+        start_step: Step at which this session starts.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MetricsLog:
         self.log_every, self.is_main = log_every, processes.is_first
         self._plain_every = max(1, total_steps // PLAIN_LINES)
         self._since_line = {"tokens": 0, "seconds": 0.0}
-        # Without a buffer, so that a killed process leaves all that it logged.
+        # Without a buffer, so that a killed process leaves everything that it logged.
         self._file = run.metrics.open("ab", buffering=0) if self.is_main else None
         self._unwritten = b""
         self._console = Console(stderr=True)
@@ -68,13 +68,13 @@ class MetricsLog:
             self._bar.start()
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Tells what happens."""
+        """Print lines to stderr."""
         if self.is_main:
             for line in lines:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def log_step(self, progress: RunProgress, report: StepReport) -> None:
-        """Records an optimizer step, if it is one that is logged."""
+        """Log an optimizer step, if it is due."""
         self._since_line["tokens"] += report.tokens
         self._since_line["seconds"] += report.seconds
         is_due = progress.step % self.log_every == 0 or progress.step == self.total_steps
@@ -87,6 +87,7 @@ class MetricsLog:
                 "step": progress.step,
                 **self._epoch(progress.step),
                 "loss": report.loss,
+                **report.metrics,
                 "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
                 "learning_rate": report.learning_rate,
                 "tokens": progress.tokens,
@@ -103,23 +104,23 @@ class MetricsLog:
         elif progress.step % self._plain_every == 0 or progress.step == self.total_steps:
             self._console.print(f"step {progress.step}/{self.total_steps}  {line}", highlight=False)
 
-    def log_event(self, step: int, kind: str, told: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Records what happened at a step beside training, and tells it.
+    def log_event(self, step: int, kind: str, message: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Log and print an event.
 
         Args:
-            step: Done when it happened.
-            kind: `skipped`, `loss_spike` or `out_of_memory`: the key that it is recorded under.
-            told: What it was.
-            rows: Of the data, that it is about, by source.
+            step: Number of steps done when it happened.
+            kind: `skipped`, `loss_spike` or `out_of_memory`: its key in metrics.jsonl.
+            message: What happened.
+            rows: Rows of the data that it concerns, by source.
         """
         if not self.is_main:
             return
-        self._write({"step": step, **self._epoch(step), kind: told} | ({} if rows is None else {"rows": rows}))
+        self._write({"step": step, **self._epoch(step), kind: message} | ({} if rows is None else {"rows": rows}))
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
-        self.announce([f"step {step}/{self.total_steps}  {told}{about}"])
+        self.announce([f"step {step}/{self.total_steps}  {message}{about}"])
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Records an evaluation."""
+        """Log an evaluation."""
         if not self.is_main:
             return
         self._write(
@@ -129,22 +130,23 @@ class MetricsLog:
                 "eval_loss": evaluation.loss,
                 "eval_perplexity": evaluation.perplexity,
                 "eval_supervised_tokens": evaluation.num_supervised,
+                **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             }
         )
         self._console.print(f"step {step}/{self.total_steps}  held-out loss {evaluation.loss:.4f}", highlight=False)
 
     def close(self) -> None:
-        """Ends the progress line and the file."""
+        """Close the progress line and the file."""
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
 
     def write_out(self) -> None:
-        """Writes lines that the disk had no room for when they were logged.
+        """Write lines for which the disk was full when they were logged.
 
         Raises:
-            OSError: It still has none.
+            OSError: It is still full.
         """
         while self._file is not None and self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -154,14 +156,14 @@ class MetricsLog:
 
     def _write(self, values: dict[str, Any]) -> None:
         self._unwritten += (json.dumps(values) + "\n").encode()
-        with suppress(OSError):  # a full disk need not end the run; the next save tells of it
+        with suppress(OSError):  # a full disk need not end the run; the next save reports it
             self.write_out()
         numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
         self.processes.log(numbers, values["step"])
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
-    """Rows by source, the first of each."""
+    """Return the first rows of each source as text."""
     parts = []
     for source, numbers in rows.items():
         more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
@@ -170,7 +172,7 @@ def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The most that was in use: of the GPU's memory by torch, or without a GPU of the host's by this process."""
+    """Return the peak memory in bytes: of torch on the GPU, or without a GPU of this process on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

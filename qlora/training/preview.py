@@ -1,4 +1,4 @@
-"""What a config would train on, without its model."""
+"""Preview of what a config would train on, without loading its model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,18 +11,18 @@ from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, add_new_tokens,
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, load_tokenizer
-from qlora.objectives.rows import unsupported_reasons
+from qlora.objectives import objective_from_section
 from qlora.training.schedule import resolve_total_steps
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An example to look at.
+    """An example to show.
 
     Attributes:
-        number: Of the example, from 0.
-        num_tokens: That it has.
-        num_supervised: Of those, the ones that are learned.
+        number: Index of the example.
+        num_tokens: Number of its tokens.
+        num_supervised: Number of its supervised tokens.
         pieces: Its text.
     """
 
@@ -37,17 +37,17 @@ class Preview:
     """What a config would train on.
 
     Attributes:
-        reports: One per source: of training, then of evaluation.
-        train_examples: An epoch sees.
-        eval_examples: Are held out.
-        tokens_per_epoch: Of the examples.
-        max_seq_len: Of the config.
-        packing_fill: Share of the packed rows that tokens take; None where nothing is packed.
-        rows_per_epoch: Packed rows, or examples where nothing is packed.
-        steps_per_epoch: Optimizer steps, on one process.
-        total_steps: Of the run.
-        problems: Why the config can't be trained as it is.
-        samples: Spread evenly over the training examples.
+        reports: Report of each source: of training, then of evaluation.
+        train_examples: Number of examples of an epoch.
+        eval_examples: Number of held-out examples.
+        tokens_per_epoch: Number of tokens of an epoch.
+        max_seq_len: Value of `data.max_seq_len`.
+        packing_fill: Share of the packed rows that is filled with tokens; None if nothing is packed.
+        rows_per_epoch: Number of packed rows, or of examples if nothing is packed.
+        steps_per_epoch: Number of optimizer steps of an epoch, on one process.
+        total_steps: Number of optimizer steps of the run.
+        problems: Reasons why the config can't be trained as it is.
+        samples: Examples spread evenly over those of an epoch.
     """
 
     reports: list[DataReport]
@@ -63,19 +63,19 @@ class Preview:
     samples: list[Sample]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return asdict(self)
 
 
 def preview(config: RunConfig, num_samples: int = 5) -> Preview:
-    """Tokenizes a config's data as a run would, bad rows left out, and looks at it.
+    """Tokenize a config's data as a run would, without its bad rows, and describe it.
 
     Args:
-        config: Of :func:`qlora.load_config`.
-        num_samples: Examples to show.
+        config: Config that :func:`qlora.load_config` returned.
+        num_samples: Number of examples to show.
 
     Raises:
-        QLoRAError: The tokenizer or a source can't be read, or nothing is left to learn from.
+        QLoRAError: The tokenizer or a source can't be read, or no example is left.
     """
     section = config.train
     model = config.model
@@ -84,7 +84,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
-    problems = unsupported_reasons(section.objective, datasets.reports)
+    problems = objective_from_section(section).unsupported_reasons(datasets.reports)
     num_bad = sum(report.bad_rows for report in datasets.reports)
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
@@ -112,7 +112,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
 
 
 def _num_positions(folder: Path) -> int | None:
-    """Tokens that the model's config has positions for, if there is one that says."""
+    """Return the number of positions in the model's config; None if it has none."""
     try:
         config = parse_object((folder / "config.json").read_bytes())
         positions = config.get("text_config", config).get("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""What a run gives up when memory runs out in the middle of it, so that the step can be repeated."""
+"""Less memory for the steps of a run in which memory ran out."""
 
 from typing import Any
 
@@ -8,27 +8,27 @@ from qlora.data import BatchPlan
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute, recompute_levels
 from qlora.nf4 import NF4Linear
-from qlora.training.loop import Progress
+from qlora.training.progress import Progress
 
-# It changes the rounding of results, which a run may not do by itself.
+# Changes the rounding of results, which a run must not do by itself.
 TILED = "offload+tiled"
 
 
 class MemoryRelief:
-    """Takes less memory at every call: kept weights go, then more is computed again, then micro-batches are halved.
+    """Reduces memory at every call: drops the weight cache, then raises recomputation, then halves micro-batches.
 
     The step's gradient stays the sum over the same examples, divided by the same number. All processes do the same.
 
     Args:
-        model: With adapters.
-        plan: Of the batches.
-        progress: Its number of parts is raised.
-        level: Of recomputation, in use.
-        may_raise: Whether it may be another than was asked for.
+        model: Model with adapters.
+        plan: Plan of the batches.
+        progress: Progress of the run, whose number of parts is raised.
+        level: Level of recomputation in use.
+        may_raise: Whether the level may be raised above the one that the config sets.
 
     Attributes:
-        level: Of recomputation, now in use.
-        num_held: Dequantized weights that are kept, if they were given up; None before.
+        level: Level of recomputation now in use.
+        num_held: Number of cached weights once the cache was dropped; None before.
     """
 
     def __init__(self, model: Any, plan: BatchPlan, progress: Progress, level: str, may_raise: bool) -> None:
@@ -36,20 +36,20 @@ class MemoryRelief:
         self.num_held: int | None = None
         self._model, self._plan, self._progress, self._may_raise = model, plan, progress, may_raise
 
-    def give_up(self, step: int) -> str:
-        """Gives the next thing up.
+    def reduce_memory(self, step: int) -> str:
+        """Take the next measure that reduces memory.
 
         Args:
-            step: From 0, that memory ran out in.
+            step: Step in which memory ran out, from 0.
 
         Returns:
-            What it was, for people.
+            What changed, for people.
 
         Raises:
-            ModelError: There is nothing left.
+            ModelError: No measure is left.
         """
-        told = self._release_weights() or self._raise_level() or self._cut_micro_batches()
-        if told is None:
+        change = self._release_weights() or self._raise_level() or self._cut_micro_batches()
+        if change is None:
             raise ModelError(
                 f"Step {step + 1}: memory ran out with single examples at model.recompute={self.level}, so no smaller "
                 "step is left. Lower data.max_seq_len or lora.rank, or free the device of other programs; what was "
@@ -57,7 +57,7 @@ class MemoryRelief:
             )
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return told
+        return change
 
     def _release_weights(self) -> str | None:
         if self.num_held == 0:
@@ -80,5 +80,5 @@ class MemoryRelief:
         if self._progress.num_parts >= self._plan.most_examples:
             return None
         self._progress.num_parts *= 2
-        apply_recompute(self._model, self.level)  # anew, as what it holds on the host is of a step that was left
+        apply_recompute(self._model, self.level)  # again, to drop what it holds on the host for the aborted step
         return f"micro-batches are computed in {self._progress.num_parts} parts"

@@ -1,8 +1,8 @@
-"""A step kept in a file, with all that its loss and gradient follow from, and run again to see where they break."""
+"""A step that is saved with everything its loss and gradient follow from, and rerun to find what is not finite."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,30 +15,32 @@ from safetensors.torch import save
 from torch import nn
 
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, TokenizedExample, collate
+from qlora.data import TokenizedExample, collate
 from qlora.errors import CheckpointError
 from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
 from qlora.memory.probe import prepare
-from qlora.model import resolve_device, supervised_loss
+from qlora.model import resolve_device
+from qlora.objectives import objective_from_section
 from qlora.optim import FlatParameters
-from qlora.training.loop import seed_step
+from qlora.training.loop import LoopParts
+from qlora.training.seeds import seed_step
 
 SUFFIX = ".safetensors"
-# Names of layers that a report shows.
+# Number of parameters that a report names.
 SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchReport:
-    """One micro-batch, run again.
+    """A micro-batch that was rerun.
 
     Attributes:
-        process: That had it.
-        examples: Its documents, as they were numbered among the run's examples.
+        process: Process that had it.
+        examples: Indices of its documents among the run's examples.
         loss: Its share of the step's loss.
-        first_nonfinite: The first module whose output was not finite, if one was.
+        first_nonfinite: First module whose output was not finite; None if all were finite.
         nonfinite_gradients: Trained parameters whose gradient was not finite.
     """
 
@@ -50,23 +52,23 @@ class MicroBatchReport:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of it is."""
+        """Whether loss, gradients and outputs are finite."""
         return math.isfinite(self.loss) and not self.nonfinite_gradients and self.first_nonfinite is None
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """A step, run again.
+    """A step that was rerun.
 
     Attributes:
-        step: Counted from 1, as in metrics.jsonl.
-        recorded_loss: When it was kept.
-        recorded_grad_norm: Before clipping.
-        loss: Now.
-        grad_norm: Now.
-        is_finite: Whether everything is, now.
-        broken: The micro-batches that are not.
-        rows: Of the data, that the step learnt from, by source.
+        step: Number of the step, from 1 as in metrics.jsonl.
+        recorded_loss: Loss when the step was saved.
+        recorded_grad_norm: Norm of the gradient then, before clipping.
+        loss: Loss now.
+        grad_norm: Norm of the gradient now.
+        is_finite: Whether all numbers are finite now.
+        broken: Micro-batches whose numbers are not.
+        rows: Rows of the data that the step learned from, by source.
     """
 
     step: int
@@ -87,7 +89,7 @@ class ReplayReport:
         return f"{len(self.broken)} micro-batches are not finite; the first breaks in {where}."
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no numbers that are not finite: these are words."""
+        """Return JSON values; numbers that are not finite, which JSON does not have, become strings."""
         values = asdict(self)
         for numbers in (values, *values["broken"]):
             words = {
@@ -97,31 +99,22 @@ class ReplayReport:
         return values
 
 
-def save_step(
-    path: Path,
-    flat: FlatParameters,
-    examples: Sequence[TokenizedExample],
-    plan: BatchPlan,
-    step: int,
-    num_parts: int,
-    about: Mapping[str, Any],
-) -> None:
-    """Writes a step's documents, how they were batched, and the trained values that it began with.
+def save_step(path: Path, parts: LoopParts, step: int, num_parts: int, about: Mapping[str, Any]) -> None:
+    """Write a step's documents, how they were batched, and the trained values that it began with.
 
     Args:
-        path: Of the file.
-        flat: The trained values.
-        examples: Of the run.
-        plan: Which of them the step takes.
-        step: From 0.
-        num_parts: That micro-batches were cut into.
+        path: Path of the file.
+        parts: Parts of the run, of which only the optimizer's buffer, the examples and the batches are read.
+        step: Number of the step, from 0.
+        num_parts: Number of parts that micro-batches were cut into.
         about: `loss`, `grad_norm`, `loss_scale` and `rows`, for the report.
 
     Raises:
-        CheckpointError: It can't be written.
+        CheckpointError: The file can't be written.
     """
+    flat, plan = parts.optimizer.flat, parts.batches
     indices = plan.window(step)
-    window = [examples[index] for index in indices]
+    window = [parts.examples[index] for index in indices]
     processes = [replace(plan, rank=rank).micro_batches(step, num_parts) for rank in range(plan.world_size)]
     settings = {
         "step": step,
@@ -142,19 +135,20 @@ def save_step(
 
 
 def replay(config: RunConfig, path: str | Path) -> ReplayReport:
-    """Runs a kept step again, micro-batch by micro-batch, and finds where its numbers stop being finite.
+    """Rerun a saved step, micro-batch by micro-batch, and find where its numbers stop being finite.
 
     Nothing is updated or written. Settings may differ from the run's, to see whether they help.
 
     Args:
-        config: With the base and adapters of the run.
-        path: Of a file that :func:`save_step` wrote.
+        config: Config with the base and adapters of the run.
+        path: Path of a file that :func:`save_step` wrote.
 
     Raises:
-        CheckpointError: The file is no such file, or belongs to other adapters.
+        CheckpointError: The file is not such a file, or belongs to other adapters.
         ModelError: The base can't be loaded.
     """
     settings, tensors = _read(Path(path).expanduser())
+    loss = objective_from_section(config.train).loss
     model = prepare(config, resolve_device())
     apply_recompute(model, config.model.recompute)
     flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
@@ -172,7 +166,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     examples = dict(
         zip(settings["indices"], (TokenizedExample(ids[span], weights[span]) for span in spans), strict=True)
     )
-    total_weight = sum(example.total_weight for example in examples.values())
+    num_units = sum(map(loss.units, examples.values()))
     is_scaled = model.dtype == torch.float16
     scale = settings["loss_scale"] if is_scaled else 1.0
     reports, loss_sum = [], 0.0
@@ -183,16 +177,16 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
             batch = collate([examples[index] for index in indices], settings["packed"]).to(model.device)
             flat.zero_grad()
             with _watched(model) as first:
-                loss = supervised_loss(model, batch) / total_weight
-                (loss * scale).backward()  # which computes again what was watched, so the hooks must still be there
+                mean = loss.compute(model, batch).total / num_units
+                (mean * scale).backward()  # inside, because it recomputes what the hooks watch
             broken = [
                 name
                 for name, parameter in model.named_parameters()
                 if parameter.grad is not None and not parameter.grad.isfinite().all()
             ]
             step_grad += flat.grad / scale
-            loss_sum += loss.item()
-            reports.append(MicroBatchReport(process, indices, loss.item(), next(iter(first), None), broken[:SHOWN]))
+            loss_sum += mean.item()
+            reports.append(MicroBatchReport(process, indices, mean.item(), next(iter(first), None), broken[:SHOWN]))
     broken_batches = [report for report in reports if not report.is_finite]
     return ReplayReport(
         step=settings["step"] + 1,
@@ -220,10 +214,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Sees that a file's values are those of a step, as anyone may have written it.
+    """Check that a file, which anyone may have written, has the values of a step.
 
     Raises:
-        ValueError: They are not, which may be a `KeyError`, `TypeError` or `AttributeError` too.
+        ValueError: It has not; `KeyError`, `TypeError` and `AttributeError` mean the same.
     """
     lengths, indices, processes = tensors["lengths"].tolist(), settings["indices"], settings["processes"]
     rows = [row for rows in settings["rows"].values() for row in rows]
@@ -246,7 +240,7 @@ def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of modules whose outputs are not finite, in the order in which they come."""
+    """Collect the names of modules whose outputs are not finite, in the order in which they are computed."""
     found: list[str] = []
 
     def watch(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A run's saves: room for them seen to, one tried before the first step, and what becomes of one that fails."""
+"""Saves of a run: space for them, a trial before the first step, and how failed saves are handled."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +8,11 @@ from qlora.checkpoint import RunDirectory, adapter_bytes, checkpoint_bytes, drop
 from qlora.errors import CheckpointError
 from qlora.files import discard, free_bytes, sync
 from qlora.training.assemble import Assembly
-from qlora.training.loop import Progress
 from qlora.training.metrics import MetricsLog
+from qlora.training.progress import Progress
 from qlora.training.schedule import resolve_interval
 
-# Saves that may fail one after the other before the run stops.
+# Consecutive saves that may fail before the run stops.
 MAX_FAILURES = 3
 
 
@@ -20,10 +20,10 @@ class Saver:
     """Saves a run's state; on every process but the first it does nothing.
 
     Args:
-        run: Its directory.
-        assembly: What is saved.
-        origin: What the run follows from, see :func:`qlora.training.resume.describe_origin`.
-        log: The run's; no checkpoint gets ahead of it, and it shows what the user is to know.
+        run: Directory of the run.
+        assembly: Parts of the run.
+        origin: Everything that determines the run's steps, see :func:`qlora.training.origin.describe_origin`.
+        log: Log of the run, which is written before every checkpoint and shows messages.
     """
 
     def __init__(self, run: RunDirectory, assembly: Assembly, origin: dict[str, Any], log: MetricsLog) -> None:
@@ -31,27 +31,27 @@ class Saver:
         self._failures = 0
 
     def try_save(self, progress: Progress) -> None:
-        """Saves once and removes it again: what a save needs should be missed now, and not after hours.
+        """Save once and remove the checkpoint, so that a missing permission or full disk is found now.
 
         Raises:
-            CheckpointError: It can't be done.
+            CheckpointError: Saving failed.
         """
         if self.assembly.processes.is_first:
             self._write(self.run.trial, progress)
             discard(self.run.trial)
 
     def save(self, progress: Progress, is_last: bool) -> None:
-        """Saves the state after a step, and then removes the oldest checkpoints.
+        """Save the state after a step, and remove the oldest checkpoints.
 
-        A save that fails while there are steps to come is told, and the run goes on until the next one: it may find
-        room by then, and what was saved before stays.
+        If a save fails before the last step, the failure is shown and the run continues until the next one, which may
+        find space; earlier checkpoints stay.
 
         Args:
-            progress: Of the run.
-            is_last: No step follows in this session.
+            progress: Progress of the run.
+            is_last: Whether no step follows in this session.
 
         Raises:
-            CheckpointError: It failed, and there is no later one, or the two before failed too.
+            CheckpointError: The save failed, and either it is the last one or the two before failed too.
         """
         if not self.assembly.processes.is_first:
             return
@@ -63,42 +63,43 @@ class Saver:
             self._failures += 1
             checkpoints = self.run.list_checkpoints()
             last = f"{checkpoints[-1].name} is the last one saved." if checkpoints else "Nothing is saved yet."
-            told = f"Step {progress.step} could not be saved, and {last} {problem}"
+            message = f"Step {progress.step} could not be saved, and {last} {problem}"
             if is_last or self._failures == MAX_FAILURES:
-                raise CheckpointError(told) from problem
-            self.log.announce([f"{told} The run goes on and saves again at the next interval."])
+                raise CheckpointError(message) from problem
+            self.log.announce([f"{message} The run goes on and saves again at the next interval."])
             return
         self._failures = 0
         try:
             drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
-        except CheckpointError as problem:  # the new one is whole, so nothing is at stake but room
+        except CheckpointError as problem:  # the new checkpoint is whole, so only space is lost
             self.log.announce([f"Step {progress.step} is saved. {problem} It is tried again at the next save."])
 
     def _write(self, folder: Path, progress: Progress) -> None:
         try:
             self.log.write_out()
-            sync(self.run.metrics)  # or a power cut could leave a checkpoint without its log
+            sync(self.run.metrics)  # a power cut must not leave a checkpoint without its log
         except OSError as problem:
             raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
         model, optimizer = self.assembly.model, self.assembly.optimizer
-        save_checkpoint(folder, model, optimizer, asdict(progress), self.assembly.config.model.base, self.origin)
+        base_name = self.assembly.config.model.base
+        save_checkpoint(folder, model, optimizer, asdict(progress), base_name=base_name, origin=self.origin)
 
 
 def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -> None:
-    """Check that there is room for what the rest of a run writes.
+    """Check that there is space for everything that the rest of a run writes.
 
     Args:
-        run: Its directory.
-        assembly: What is saved.
-        checkpoints: Of the run so far.
+        run: Directory of the run.
+        assembly: Parts of the run.
+        checkpoints: Checkpoints of the run so far.
 
     Raises:
-        CheckpointError: There is not; the path, what is needed and what is free are named.
+        CheckpointError: There is too little; the error names the path, the bytes needed and those that are free.
     """
     section = assembly.config.train
     total = assembly.plan.total_steps
     every = resolve_interval(section.save_every, total) or total
-    # The oldest goes after the newest is whole, so for a moment there is one more than are kept.
+    # The oldest is removed once the newest is whole, so for a moment there is one more than is kept.
     num_most = min(section.keep_checkpoints + 1, -(-total // every))
     num_new = max(1, num_most - len(checkpoints))
     checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer)

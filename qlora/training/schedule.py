@@ -1,4 +1,4 @@
-"""Learning rates and intervals as functions of the step, so that nothing of them needs saving."""
+"""Learning rates and intervals as functions of the step, so that they need not be saved."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from qlora.config import TrainSection
 def learning_rate(
     step: int, total_steps: int, peak: float, kind: str, warmup_ratio: float, minimum: float = 0.0
 ) -> float:
-    """Learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
-        step: From 0.
-        total_steps: Of the run.
-        peak: Reached at the end of the warm-up.
+        step: Number of the step, from 0.
+        total_steps: Number of steps of the run.
+        peak: Rate at the end of the warm-up.
         kind: `cosine` and `linear` fall to the minimum at the end, `constant` stays at the peak.
         warmup_ratio: Share of the run over which the rate rises linearly from zero.
         minimum: Rate that the schedule falls to.
@@ -30,14 +30,19 @@ def learning_rate(
 
 
 def rate_of(section: TrainSection, total_steps: int) -> Callable[[int], float]:
-    """The learning rate by step of a run that a config describes."""
+    """Return a config's learning rate as a function of the step."""
     return lambda step: learning_rate(
-        step, total_steps, section.learning_rate, section.lr_scheduler, section.warmup_ratio, section.min_learning_rate
+        step,
+        total_steps,
+        peak=section.learning_rate,
+        kind=section.lr_scheduler,
+        warmup_ratio=section.warmup_ratio,
+        minimum=section.min_learning_rate,
     )
 
 
 def resolve_interval(value: int | float | None, total_steps: int) -> int | None:
-    """Steps between two events, given as steps, as a share of the run, or None for never."""
+    """Return the steps between two events that a config gives in steps, as a share of the run, or as None for never."""
     if value is None:
         return None
     is_share = isinstance(value, float) and value <= 1
@@ -45,5 +50,5 @@ def resolve_interval(value: int | float | None, total_steps: int) -> int | None:
 
 
 def resolve_total_steps(epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run; `max_steps` wins over `epochs`."""
+    """Return the number of optimizer steps of a run; `max_steps` overrides `epochs`."""
     return max_steps or max(1, math.ceil(epochs * steps_per_epoch))

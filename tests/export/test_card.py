@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -40,9 +41,9 @@ def test_it_tells_base_data_settings_losses_and_merge(run, report, tiny_base, al
     record, metrics = run.read_record(), run.read_metrics()
     assert text.split("---\n")[2].startswith("\n# my-release\n")
     assert f"{tiny_base.name}, fine-tuned with QLoRA" in text
-    data = record["data"][0]
+    data = record.data[0]
     assert f"| {alpaca_file.name} | alpaca | {data['examples']} | {data['tokens']} |" in text
-    assert f"{record['examples']['train']} documents were trained on, {record['examples']['eval']} held out" in text
+    assert f"{record.examples.train} documents were trained on, {record.examples.eval} held out" in text
     assert "rank 4, alpha 8" in text
     assert "learning rate 0.01" in text
     for line in metrics:
@@ -82,9 +83,9 @@ def test_nothing_of_this_machine_is_in_it(run, report, tiny_base, tmp_path):
 def test_a_base_and_data_of_the_hub_are_linked(run, report, tiny_base, tmp_path):
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
     record = copy.read_record()
-    record["base"] |= {"name": "owner/base-7B", "commit": "a" * 40}
-    record["data"][0]["source"] = "owner/rows:train_sft"
-    copy.write_record(record)
+    data = [{**record.data[0], "source": "owner/rows:train_sft"}]
+    base = replace(record.base, name="owner/base-7B", commit="a" * 40)
+    copy.write_record(replace(record, base=base, data=data))
     config = yaml.safe_load(copy.config.read_text())
     config["data"]["train"][0]["path"] = "owner/rows:train_sft"
     copy.config.write_text(json.dumps(config))

@@ -14,7 +14,7 @@ from qlora.layers.recompute import recompute_levels
 from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.memory.footprint import nf4_bytes
 from qlora.memory.probe import measure_peak, measure_step, prepare
-from qlora.model import adapt, base_from_section, supervised_loss, take_inventory
+from qlora.model import SUPERVISED, adapt, base_from_section, supervised_loss, take_inventory
 from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
 from qlora.optim import FlatParameters, make_optimizer
@@ -48,16 +48,16 @@ def settings(base, tmp_path, *overrides, **keys):
 
 def of_real(realdata, tmp_path, name, *overrides):
     keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 2}
-    return estimate(settings(realdata / "configs" / name, tmp_path, *overrides, **keys), "cuda")
+    return estimate(settings(realdata / "configs" / name, tmp_path, *overrides, **keys), SUPERVISED, "cuda")
 
 
 def apart(base, tmp_path, overrides, levels=slice(None)):
     """How far the estimate of each level is from what a step takes, as a share."""
     config = settings(base, tmp_path, *overrides)
-    reckoned, model = estimate(config, CPU), prepare(config, CPU)
+    reckoned, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
     assert reckoned.levels == recompute_levels(model)
     return {
-        level: reckoned.total_bytes(level, reckoned.tokens) / measure_step(model, config, level) - 1
+        level: reckoned.total_bytes(level, reckoned.tokens) / measure_step(model, config, level, SUPERVISED) - 1
         for level in reckoned.levels[levels]
     }
 
@@ -93,7 +93,7 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
         base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
     overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
     config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
-    reckoned, model = estimate(config, CPU), prepare(config, CPU)
+    reckoned, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
     reckoned = replace(reckoned, footprint=replace(reckoned.footprint, update=0, optimizer=0))
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def test_what_always_stays_is_counted_to_the_byte(modules, tmp_path, tiny_base):
     overrides = ["train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3"]
     overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
     config = settings(tiny_base, tmp_path, *overrides)
-    footprint = estimate(config, CPU).footprint
+    footprint = estimate(config, SUPERVISED, CPU).footprint
     model, tokenizer = base_from_section(config.model, CPU)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     adapt(model, config.lora, 0, add_new_tokens(tokenizer, config.data.new_tokens))
@@ -187,7 +187,7 @@ def test_weights_are_kept_as_far_as_there_is_room(realdata, tmp_path):
 def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
     config = settings(realdata / "configs" / "Mistral-7B-v0.1", tmp_path, data__max_seq_len=8192)
     quadratic = {
-        device: max(held.total.quadratic for held in estimate(config, device).footprint.held["full"])
+        device: max(held.total.quadratic for held in estimate(config, SUPERVISED, device).footprint.held["full"])
         for device in ("cpu", "cuda")
     }
     assert quadratic["cuda"] == 0 < quadratic["cpu"]
@@ -230,7 +230,7 @@ def test_every_other_real_config_is_estimated(realdata, tmp_path):
 def test_a_base_without_a_config_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config.json"):
-        estimate(settings(tmp_path / "empty", tmp_path), CPU)
+        estimate(settings(tmp_path / "empty", tmp_path), SUPERVISED, CPU)
 
 
 def test_measured_peaks_are_of_what_lives_at_once():

@@ -8,7 +8,7 @@ from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import rebuild_activations, use_document_attention
 from qlora.memory import fit
-from qlora.model import adapt, base_from_section
+from qlora.model import SUPERVISED, adapt, base_from_section
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
 from tests.tiny import run_config
@@ -36,7 +36,8 @@ def settle(level, limit, real, expected):
         taken = dict(zip(LEVELS, real, strict=True))[level]
         return taken if taken <= 1.1 * limit else float("inf")
 
-    return *fit.settle_level(LEVELS, level, "it fits", limit, expected, 64, measure), tried
+    settled = fit.settle_level(LEVELS, level, "it fits", limit=limit, expected=expected, tokens=64, measure=measure)
+    return *settled, tried
 
 
 def test_a_level_that_takes_what_was_expected_stays():
@@ -92,7 +93,7 @@ def held(model):
 
 def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prepared):
     config, model, batch = prepared()
-    found = fit.fit_memory(config, model, batch, ALONE)
+    found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
     linears = sum(isinstance(module, NF4Linear) for module in model.modules())
     assert (found.level, found.num_held, held(model)) == ("none", linears, linears)
     assert not model.model.layers[0].gradient_checkpointing
@@ -100,18 +101,18 @@ def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prep
 
 def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
     config, model, batch = prepared()
-    total = fit.estimate(config, "cpu").total_bytes
+    total = fit.estimate(config, SUPERVISED, "cpu").total_bytes
     chosen = []
     for level in LEVELS:
         monkeypatch.setattr(fit, "available_bytes", lambda *_, level=level: total(level, 64) / (1 - fit.MARGIN) + 1)
-        found = fit.fit_memory(config, model, batch, ALONE)
+        found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
         chosen.append(found.level)
         assert (found.num_held, found.estimated) == (0, total(level, 64))
     assert chosen == LEVELS
     assert model.model.layers[0].gradient_checkpointing
     monkeypatch.setattr(fit, "available_bytes", lambda *_: total("full", 64))
     with pytest.raises(ModelError, match=r"64 tokens takes .* at least"):
-        fit.fit_memory(config, model, batch, ALONE)
+        fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
 
 
 def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, monkeypatch):
@@ -119,14 +120,14 @@ def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, mo
         config, model, batch = prepared(model__weight_cache=cache)
         linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
         two = sum(model.dtype.itemsize * linear.in_features * linear.out_features for linear in linears[:2])
-        needed = fit.estimate(config, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
+        needed = fit.estimate(config, SUPERVISED, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
         monkeypatch.setattr(fit, "available_bytes", lambda *_, needed=needed: needed / (1 - fit.MARGIN) + 4)
-        assert fit.fit_memory(config, model, batch, ALONE).num_held == held(model) == expected
+        assert fit.fit_memory(config, model, SUPERVISED, batch, ALONE).num_held == held(model) == expected
 
 
 def test_a_level_that_is_asked_for_is_used(prepared):
     config, model, batch = prepared(model__recompute="full")
-    found = fit.fit_memory(config, model, batch, ALONE)
+    found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
     assert (found.level, found.why) == ("full", "it was asked for")
 
 
@@ -136,6 +137,6 @@ def test_a_model_whose_memory_can_not_be_told_is_recomputed_as_far_as_it_can_be(
 
     config, model, batch = prepared()
     monkeypatch.setattr(fit, "estimate", unknown)
-    found = fit.fit_memory(config, model, batch, ALONE)
+    found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
     assert (found.level, found.num_held, found.estimated) == ("full", 0, None)
     assert "Odd has no layers" in found.why

@@ -11,7 +11,7 @@ from qlora.data import collate, eval_batches
 from qlora.data.tokens import make_example
 from qlora.layers import apply_recompute
 from qlora.lora import add_lora
-from qlora.model import Evaluation, evaluate, load_base, supervised_loss
+from qlora.model import Evaluation, Loss, StepLoss, evaluate, load_base, supervised_loss
 from qlora.optim import FlatParameters, make_optimizer
 
 
@@ -105,8 +105,28 @@ def test_shares_of_processes_are_added_up(model, generator):
     assert together.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
+def by_documents(model, batch):
+    """The supervised loss, with the number of documents as a metric."""
+    total = supervised_loss(model, batch)
+    return StepLoss(total, {"documents": torch.full_like(total, len(batch.lengths))})
+
+
+def test_another_loss_and_its_metrics_are_means_over_its_own_units(model, generator):
+    examples = random_examples(generator)
+    loss = Loss(by_documents, units=lambda part: 2.0 * len(part.lengths), metrics=("documents",))
+    batches = list(eval_batches(examples, 3))
+    plain, found = evaluate(model, batches), evaluate(model, batches, loss=loss)
+    assert found.metrics == {"documents": 0.5}
+    assert found.loss == pytest.approx(plain.loss * plain.total_weight / (2 * len(examples)), rel=1e-6)
+    shares = []
+    evaluate(model, batches[1::2], lambda totals: shares.append(totals) or totals, loss)
+    assert evaluate(model, batches[0::2], lambda totals: totals + shares[0], loss).metrics == {"documents": 0.5}
+
+
 def test_nothing_to_evaluate_is_no_division_by_zero(model):
     assert evaluate(model, []) == Evaluation(0.0, 0, 0.0)
+    loss = Loss(by_documents, units=lambda part: 1.0, metrics=("documents",))
+    assert evaluate(model, [], loss=loss) == Evaluation(0.0, 0, 0.0, {"documents": 0.0})
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

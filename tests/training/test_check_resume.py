@@ -52,7 +52,7 @@ def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
         optimizer.generator.manual_seed(7)  # of the rounding
         return progress
 
-    monkeypatch.setattr("qlora.training.run.load_state", forget)
+    monkeypatch.setattr("qlora.training.prepare.load_state", forget)
     here()
     done = run("doctor", "--check-resume", config)
     assert done.code == 1

@@ -10,12 +10,14 @@ from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 from qlora.data import BatchPlan, make_example
 from qlora.layers import apply_recompute, hold_weights, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import add_lora
-from qlora.model import load_base
+from qlora.model import SUPERVISED, load_base
 from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
-from qlora.training.loop import Progress, run_loop
+from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
+from qlora.training.progress import Progress
 from scripts.dev.bench import counts
 from tests.tiny import make_base
+from tests.training.test_loop import counting
 
 LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 
@@ -24,7 +26,7 @@ LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 def step(tmp_path, seed, generator):
     """A model, and a function that counts the work of its second optimizer step; the first one checks gradients."""
 
-    def build(config_class, optimizer="paged_adamw_8bit", capacity=None):
+    def build(config_class, optimizer="paged_adamw_8bit", capacity=None, loss=SUPERVISED):
         base = make_base(tmp_path / "base", seed, config_class, num_hidden_layers=LAYERS)
         model, _ = load_base(str(base), compute_dtype="bfloat16")
         add_lora(model, rank=4)
@@ -45,11 +47,13 @@ def step(tmp_path, seed, generator):
                     done.append(counts.Work(syncs=work.syncs.copy(), dequantized=work.dequantized))
                     return True
 
+                processes = Processes(device=model.device)
                 run_loop(
-                    model.train(), make_optimizer(optimizer, flat), examples, plan,
-                    Processes(device=model.device), Progress(), 2,
-                    lambda _: 1e-4, 1.0, after_step,
-                )  # fmt: skip
+                    LoopParts(model.train(), make_optimizer(optimizer, flat), loss, examples, plan, processes),
+                    Progress(),
+                    LoopSchedule(2, lambda _: 1e-4, 1.0),
+                    LoopCallbacks(after_step),
+                )
             return done[2].syncs - done[1].syncs, done[2].dequantized - done[1].dequantized
 
         return model, count
@@ -62,7 +66,7 @@ def step(tmp_path, seed, generator):
 )
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
 def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
-    model, count = step(config_class, optimizer, capacity)
+    model, count = step(config_class, optimizer, capacity, counting(SUPERVISED))
     for level in recompute_levels(model):
         apply_recompute(model, level)
         syncs, _ = count()

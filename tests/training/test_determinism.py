@@ -26,7 +26,7 @@ def test_two_runs_give_the_same_bytes(packing, tiny_base, alpaca_file, tmp_path)
         lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in run.read_metrics()]
         adapter = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
         found.append((lines, adapter))
-        assert run.read_record()["in_use"]["deterministic"] == "torch takes deterministic algorithms alone"
+        assert run.read_record().in_use.deterministic == "torch takes deterministic algorithms alone"
     assert found[0] == found[1]
     assert "adapter_model.safetensors" in found[0][1]
     assert json.dumps(found[0][0])

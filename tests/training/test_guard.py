@@ -15,7 +15,7 @@ from qlora.errors import CheckpointError, ModelError
 from qlora.model import load_run
 from qlora.training import replay, train
 from qlora.training.guard import MAX_SKIPPED
-from qlora.training.loop import WATCH_AFTER, Progress
+from qlora.training.progress import WATCH_AFTER, Progress
 from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(stopped):
     steps = [line["step"] for line in lines_of(config)]
     assert steps == list(range(1, step))  # nothing was logged of the step itself
     run = RunDirectory(config.train.output_dir)
-    assert run.read_record()["status"] != "finished"
+    assert not run.read_record().is_finished
     if step > 1:  # what was saved is what the step before came to
         assert run.list_checkpoints()[-1].name == f"step-{step - 1:06d}"
 

@@ -11,10 +11,11 @@ from qlora.data import IGNORE_INDEX, BatchPlan, collate
 from qlora.data.tokens import make_example
 from qlora.errors import ModelError
 from qlora.lora import add_lora, lora_layers
-from qlora.model import frozen_checksum, load_base
+from qlora.model import SUPERVISED, Loss, StepLoss, frozen_checksum, load_base, supervised_loss
 from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
-from qlora.training.loop import Progress, run_loop
+from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
+from qlora.training.progress import Progress
 
 
 def random_examples(generator, count):
@@ -38,6 +39,8 @@ CAPACITIES = pytest.mark.parametrize("capacity", [None, 80], ids=["apart", "pack
 class Trainer:
     """A model with adapters and all that the loop takes; keeps reports and each step's gradient."""
 
+    loss = SUPERVISED
+
     def __init__(self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, **settings):
         self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
@@ -47,22 +50,34 @@ class Trainer:
         self.examples, self.plan = examples, BatchPlan(lengths_of(examples), micro, accumulation, capacity)
         self.progress, self.reports, self.grads = Progress(), [], []
 
-    def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None):
+    def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None, processes=None, **callbacks):
         def after_step(report):
             self.reports.append(report)
             self.grads.append(self.flat.grad.clone())
             return not report.stop_asked
 
+        processes = processes or Processes(device=self.model.device)
         run_loop(
-            self.model, self.optimizer, self.examples, self.plan,
-            Processes(device=self.model.device), self.progress, steps,
-            lambda step: rate, max_grad_norm, after_step, lambda: self.progress.step + 1 == stop,
-        )  # fmt: skip
+            LoopParts(self.model, self.optimizer, self.loss, self.examples, self.plan, processes),
+            self.progress,
+            LoopSchedule(steps, lambda step: rate, max_grad_norm),
+            LoopCallbacks(after_step, lambda: self.progress.step + 1 == stop, **callbacks),
+        )
         return self
 
     @property
     def losses(self):
         return [report.loss for report in self.reports]
+
+
+def counting(loss):
+    """A loss with two metrics: its total, and the supervised tokens."""
+
+    def compute(model, batch):
+        total = loss.compute(model, batch).total
+        return StepLoss(total, {"total": total, "tokens": torch.full_like(total, batch.num_supervised)})
+
+    return Loss(compute, loss.units, ("total", "tokens"))
 
 
 def reference_gradient(model, examples):
@@ -209,7 +224,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(value, tiny_b
 def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, generator):
     """Two processes one after the other, each handed the sum of both gradients, as an all-reduce would."""
     examples = random_examples(generator, 24)
-    single = Trainer(tiny_base, examples, micro=1, accumulation=4, capacity=capacity).run(1)
+    single = Trainer(tiny_base, examples, micro=1, accumulation=4, capacity=capacity)
+    single.loss = counting(SUPERVISED)
+    single.run(1)
     ranks = [Trainer(tiny_base, examples) for _ in range(2)]
     local = []
     for collect in (True, False):
@@ -226,21 +243,14 @@ def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, g
             if collect:
                 trainer = Trainer(tiny_base, examples)
                 trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
-            reports = trainer.reports
-
-            def after_step(report, reports=reports):
-                reports.append(report)
-                return True
-
-            run_loop(
-                trainer.model, trainer.optimizer, examples, trainer.plan, processes, trainer.progress, 1,
-                lambda step: 1e-2, None, after_step,
-            )  # fmt: skip
+            trainer.loss = counting(SUPERVISED)
+            trainer.run(1, processes=processes)
             if collect:
                 local.append(seen)
     assert not torch.allclose(local[0][0], local[1][0])
     for trainer in ranks:
         assert trainer.losses == pytest.approx(single.losses, rel=1e-5)
+        assert trainer.reports[0].metrics == pytest.approx(single.reports[0].metrics, rel=1e-5)
         assert (trainer.flat.grad - single.grads[0]).norm() < 1e-3 * single.grads[0].norm()
     assert torch.equal(ranks[0].flat.data, ranks[1].flat.data)
 
@@ -273,3 +283,27 @@ def test_a_gradient_that_overflows_once_halves_the_scale_and_is_skipped(tiny_bas
     trainer.run(3)
     assert not torch.equal(trainer.flat.data, before)
     assert trainer.optimizer.step_count == 2
+
+
+@CAPACITIES
+def test_metrics_are_means_over_the_units_of_the_whole_window(capacity, tiny_base, generator):
+    examples = [make_example(each.input_ids, each.weights * 0.5) for each in random_examples(generator, 8)]
+    plain, trainer = (Trainer(tiny_base, examples, 1, 4, capacity=capacity) for _ in range(2))
+    trainer.loss = counting(SUPERVISED)
+    plain.run(2)
+    trainer.run(2)
+    assert [report.metrics for report in plain.reports] == [{}, {}]
+    assert [report.metrics for report in trainer.reports] == [
+        {"total": loss, "tokens": pytest.approx(2.0)} for loss in plain.losses
+    ]
+    assert torch.equal(trainer.flat.data, plain.flat.data)
+
+
+def test_a_loss_of_other_units_is_their_mean(tiny_base, generator):
+    """Documents in place of supervised tokens, without any change to the loop."""
+    examples = random_examples(generator, 4)
+    trainer = Trainer(tiny_base, examples, 2, 2)
+    trainer.loss = Loss(lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: 1.0)
+    loss, _ = reference_gradient(copy.deepcopy(trainer.model), examples)
+    tokens = sum(example.num_supervised for example in examples)
+    assert trainer.run(1).losses == pytest.approx([loss * tokens / len(examples)], rel=1e-5)

@@ -1,16 +1,18 @@
 """A step that memory runs out in is repeated with less, to the same gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute, hold_weights, recompute_levels
 from qlora.memory.probe import Storages, measure_peak
+from qlora.model import SUPERVISED
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
-from qlora.training.loop import run_loop
 from qlora.training.relief import MemoryRelief
-from tests.training.test_loop import Trainer, random_examples
+from tests.training.test_loop import Trainer, counting, random_examples
 
 STEPS = 3
 
@@ -47,18 +49,8 @@ def run_limited(trainer, num_bytes, may_raise=True, level="none"):
     """Trains on with an allocator of so many bytes; what was given up."""
     relief, told = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
 
-    def after_step(report):
-        trainer.reports.append(report)
-        trainer.grads.append(trainer.flat.grad.clone())
-        return True
-
     with Limited(num_bytes):
-        run_loop(
-            trainer.model, trainer.optimizer, trainer.examples, trainer.plan,
-            Processes(device=trainer.model.device), trainer.progress,
-            1 + STEPS, lambda step: 1e-2, None, after_step,
-            on_out_of_memory=lambda step: told.append((step, relief.give_up(step))),
-        )  # fmt: skip
+        trainer.run(1 + STEPS, on_out_of_memory=lambda step: told.append((step, relief.reduce_memory(step))))
     return relief, told
 
 
@@ -106,10 +98,10 @@ def test_kept_weights_go_first(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     num_held = hold_weights(trainer.model, 2**30)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
-    assert relief.give_up(0) == f"{num_held} dequantized weights are no longer kept"
+    assert relief.reduce_memory(0) == f"{num_held} dequantized weights are no longer kept"
     assert not any(module.is_held for module in trainer.model.modules() if isinstance(module, NF4Linear))
     assert (relief.num_held, relief.level) == (0, "none")
-    assert "model.recompute is" in relief.give_up(0)
+    assert "model.recompute is" in relief.reduce_memory(0)
 
 
 def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
@@ -117,11 +109,11 @@ def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_bas
     before = trainer.flat.data.clone()
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
     levels = recompute_levels(trainer.model)[1:]
-    told = [relief.give_up(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
+    told = [relief.reduce_memory(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
     assert [f"is {level} in place" in what for level, what in zip(levels, told, strict=False)] == [True] * len(levels)
     assert ["parts" in what for what in told[-2:]] == [True, True]
     with pytest.raises(ModelError, match=r"Step 5: memory ran out with single examples at model\.recompute=full"):
-        relief.give_up(4)
+        relief.reduce_memory(4)
     assert trainer.progress.num_parts == 4
     assert torch.equal(trainer.flat.data, before)
 
@@ -129,7 +121,7 @@ def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_bas
 def test_a_level_that_was_asked_for_stays(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", False)
-    assert "2 parts" in relief.give_up(0)
+    assert "2 parts" in relief.reduce_memory(0)
     assert relief.level == "none"
 
 
@@ -154,12 +146,26 @@ def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_b
 
     processes = Processes(world_size=2)
     processes.sum = add
-    run_loop(
-        trainer.model, trainer.optimizer, examples, trainer.plan,
-        processes, trainer.progress, 1 + STEPS,
-        lambda step: 1e-2, None, lambda report: trainer.reports.append(report) is None,
-        on_out_of_memory=told.append,
-    )  # fmt: skip
+    trainer.run(1 + STEPS, processes=processes, on_out_of_memory=told.append)
     assert told == [1]
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
+
+
+def test_a_process_that_runs_out_at_once_sends_as_many_sums_as_the_others(tiny_base, examples):
+    """Else the sum over processes would hang, or add up different things."""
+    trainer, shapes, calls = prepare(tiny_base, examples), [], []
+
+    def compute(model, batch):
+        calls.append(batch)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return counting(SUPERVISED).compute(model, batch)
+
+    trainer.loss = replace(counting(SUPERVISED), compute=compute)
+    processes = Processes(world_size=2)
+    processes.sum = lambda tensor: shapes.append(tensor.shape) or tensor
+    trainer.run(2, processes=processes, on_out_of_memory=lambda step: None)
+    assert len(shapes) == 4
+    assert shapes[:2] == shapes[2:]
+    assert trainer.reports[-1].metrics["total"] == trainer.losses[-1]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qlora.export import merge
 from qlora.files import BaseFiles
-from qlora.model import load_base, load_run, take_inventory
+from qlora.model import SUPERVISED, Loss, StepLoss, load_base, load_run, supervised_loss, take_inventory
+from qlora.objectives import SFT
 from qlora.proof import verify
-from qlora.training import plan_run, train
-from qlora.training import run as run_module
+from qlora.training import plan_run, session, train
 from qlora.training.metrics import MetricsLog
 from tests.tiny import make_base, run_config, write_jsonl
 
@@ -44,6 +45,16 @@ def metrics(folder):
 
 def record(folder):
     return json.loads((folder / "run.json").read_text())
+
+
+def learn_by(monkeypatch, compute, metrics=()):
+    """Replaces the loss of every run to come, but not in the estimate of its memory."""
+
+    def compute_unless_estimated(model, batch):
+        return (SUPERVISED.compute if batch.input_ids.is_meta else compute)(model, batch)
+
+    objective = replace(SFT, loss=Loss(compute_unless_estimated, SUPERVISED.units, metrics))
+    monkeypatch.setattr("qlora.training.assemble.objective_from_section", lambda section: objective)
 
 
 def contents(folder):
@@ -154,7 +165,7 @@ def test_the_loss_is_drawn(finished):
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     result, folder = finished
     before = contents(folder)
-    monkeypatch.setattr(run_module, "run_loop", None)
+    monkeypatch.setattr(session, "run_loop", None)
     again = train(load_config(folder / "config.yaml"))
     assert (again.status, again.steps, again.losses) == ("finished", 6, result.losses)
     assert again.eval_losses == result.eval_losses
@@ -221,21 +232,18 @@ def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(packing, tiny_base,
     assert plan.total_steps == plan.steps_per_epoch
     assert (4 <= plan.steps_per_epoch < 8) if packing else (plan.steps_per_epoch == 8)
     assert (len(plan.datasets.train), len(plan.datasets.eval)) == (32, 8)
-    assert plan.in_use["compute_dtype"] in ("bfloat16", "float32")
+    assert plan.in_use.compute_dtype in ("bfloat16", "float32")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_before_it(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    from qlora.training import loop
-
-    original = loop.supervised_loss
     calls = []
 
     def fail_in_step_four(model, batch):
         calls.append(model.training)
-        return original(model, batch) * (float("nan") if sum(calls) > 6 else 1)
+        return StepLoss(supervised_loss(model, batch) * (float("nan") if sum(calls) > 6 else 1))
 
-    monkeypatch.setattr(loop, "supervised_loss", fail_in_step_four)
+    learn_by(monkeypatch, fail_in_step_four)
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run"))
     with pytest.raises(ModelError, match="Step 4: the loss is nan"):
         train(config)
@@ -254,7 +262,7 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_message_and_the_run_goes_o
             tiny_base, alpaca_file, tmp_path / "run", train__max_steps=4, train__save_every=1, train__eval_every=2
         )
     )
-    original, calls = run_module.evaluate, []
+    original, calls = session.evaluate, []
 
     def evaluate(*arguments):
         calls.append(arguments)
@@ -262,7 +270,7 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_message_and_the_run_goes_o
             raise torch.OutOfMemoryError("no room")
         return original(*arguments)
 
-    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    monkeypatch.setattr(session, "evaluate", evaluate)
     with pytest.raises(ModelError, match=r"Memory ran out after step 2, in an evaluation.*no room"):
         train(config)
     result = train(config)
@@ -585,19 +593,16 @@ def test_one_point_zero_is_the_whole_run_and_one_is_each_step(every, evaluated, 
 
 
 def test_a_step_that_overflows_is_skipped_and_has_no_norm(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    from qlora.training import loop
-
-    original = loop.supervised_loss
     calls = []
 
     def overflow_in_step_two(model, batch):
         calls.append(batch)
-        loss = original(model, batch)
+        loss = supervised_loss(model, batch)
         if len(calls) in (3, 4):
             loss.register_hook(lambda grad: grad * float("inf"))
-        return loss
+        return StepLoss(loss)
 
-    monkeypatch.setattr(loop, "supervised_loss", overflow_in_step_two)
+    learn_by(monkeypatch, overflow_in_step_two)
     settings = {"model__compute_dtype": "float16", "train__max_steps": 3, "data__eval": None}
     result = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
     assert (result.status, len(result.losses)) == ("finished", 3)
@@ -629,16 +634,12 @@ def test_a_base_that_uses_a_layers_weight_in_training_alone_is_refused(alpaca_fi
 
 
 def test_a_run_whose_every_step_overflows_is_no_finished_one(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    from qlora.training import loop
-
-    original = loop.supervised_loss
-
     def overflow(model, batch):
-        loss = original(model, batch)
+        loss = supervised_loss(model, batch)
         loss.register_hook(lambda grad: grad * float("inf"))
-        return loss
+        return StepLoss(loss)
 
-    monkeypatch.setattr(loop, "supervised_loss", overflow)
+    learn_by(monkeypatch, overflow)
     settings = {"model__compute_dtype": "float16", "train__max_steps": 3, "data__eval": None}
     with pytest.raises(ModelError):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
@@ -648,12 +649,46 @@ def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_
     settings = {"data__max_seq_len": 60, "train__max_steps": 1, "data__eval": None}
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
     told = capsys.readouterr().err
-    report = RunDirectory(tmp_path / "run").read_record()["data"][0]
+    report = RunDirectory(tmp_path / "run").read_record().data[0]
     assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40
     assert f"40 rows as alpaca, {report['examples']} examples" in told
     assert f"{report['overlong']['dropped']} documents longer than max_seq_len dropped" in told
     assert "in 4 bits" in told
     assert "not paged" in told
+
+
+def test_metrics_of_a_loss_are_logged_by_name_in_training_and_evaluation(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    def compute(model, batch):
+        total = supervised_loss(model, batch)
+        return StepLoss(total, {"half": total / 2})
+
+    learn_by(monkeypatch, compute, ("half",))
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2)))
+    for line in metrics(tmp_path / "run"):
+        prefix = "eval_" * ("eval_loss" in line)
+        assert line[f"{prefix}half"] == pytest.approx(line[f"{prefix}loss"] / 2)
+        assert line.keys() == {f"{prefix}half"} | (EVAL_KEYS if prefix else STEP_KEYS)
+
+
+def test_the_record_says_what_was_in_use_at_the_end(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    calls = []
+
+    def run_out_in_step_two(model, batch):
+        calls.append(model.training)
+        if 2 < sum(calls) <= 4:  # twice: the weight cache goes, then the level of recomputation rises
+            raise torch.OutOfMemoryError("no room")
+        return StepLoss(supervised_loss(model, batch))
+
+    learn_by(monkeypatch, run_out_in_step_two)
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=3))
+    planned = plan_run(config).in_use
+    assert (planned.recompute, planned.micro_batch_parts) == ("none", 1)
+    assert planned.weights_kept > 0
+    assert train(config).status == "finished"
+    assert len([line for line in metrics(tmp_path / "run") if "out_of_memory" in line]) == 2
+    found = RunDirectory(tmp_path / "run").read_record().in_use
+    changed = {"recompute": "mlp", "weights_kept": 0, "memory": found.memory, "recompute_why": found.recompute_why}
+    assert found == replace(planned, **changed)
 
 
 def test_packed_and_apart_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_path):

@@ -47,16 +47,18 @@ def compare(config: str, overrides: list[str]) -> list[str]:
     from qlora.memory.estimate import estimate
     from qlora.memory.probe import measure_step, prepare
     from qlora.model import resolve_device
+    from qlora.objectives import objective_from_section
 
-    settings, started = load_config(config, overrides), time.perf_counter()
-    reckoned = estimate(settings)
+    settings = load_config(config, overrides)
+    loss, started = objective_from_section(settings.train).loss, time.perf_counter()
+    reckoned = estimate(settings, loss)
     seconds = time.perf_counter() - started
     model = prepare(settings, resolve_device())
     lines = [f"{reckoned.tokens} tokens; reckoned in {seconds:.2f} s", ""]
     lines += ["| recompute | reckoned, MiB | measured, MiB | ratio |", "|---|---|---|---|"]
     for level in recompute_levels(model):
         by_kind = reckoned.bytes_by_kind(level, reckoned.tokens)
-        expected, measured = sum(by_kind.values()) - by_kind["context"], measure_step(model, settings, level)
+        expected, measured = sum(by_kind.values()) - by_kind["context"], measure_step(model, settings, level, loss)
         lines.append(f"| {level} | {expected / 2**20:.1f} | {measured / 2**20:.1f} | {expected / measured:.4f} |")
     return lines
 

@@ -112,10 +112,11 @@ def row(
 def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[int, Held, Work, Work, Counter[str]]:
     """Counts of our step at a level of recomputation."""
     from qlora.data import BatchPlan, collate
-    from qlora.model import supervised_loss
+    from qlora.model import SUPERVISED, supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
     from qlora.processes import Processes
-    from qlora.training.loop import Progress, run_loop
+    from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
+    from qlora.training.progress import Progress
 
     model, _ = build_qlora(base, arguments.rank, 2 * arguments.rank, level)
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
@@ -126,11 +127,15 @@ def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[i
     counted: list[Counter[str]] = []
     plan = BatchPlan([arguments.seq_len] * len(examples), arguments.batch, 1)
     with Watch(model.device) as work:
-        # The first step also looks whether the gradient reaches every adapter.
+        # The first step also checks that the gradient reaches every adapter.
         run_loop(
-            model, FlatAdamW(flat), examples, plan, Processes(device=model.device), Progress(), 2, lambda _: 1e-4, 1.0,
-            lambda _: counted.append(work.syncs.copy()) is None,
-        )  # fmt: skip
+            LoopParts(
+                model, FlatAdamW(flat), SUPERVISED, examples, batches=plan, processes=Processes(device=model.device)
+            ),
+            Progress(),
+            LoopSchedule(2, lambda _: 1e-4, 1.0),
+            LoopCallbacks(lambda _: counted.append(work.syncs.copy()) is None),
+        )
     return model.config.num_hidden_layers, held, forward, backward, counted[1] - counted[0]
 
 

@@ -85,6 +85,7 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
 
     from qlora.files import BaseFiles
     from qlora.files.shards import ShardWriter, TensorLayout
+    from scripts.dev.fuzzing.samples import RECORD
 
     base, run = folder / "base", folder / "run"
     (run / "adapter").mkdir(parents=True)
@@ -114,15 +115,9 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
         factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, rank).mul_(1e-3).to(torch.bfloat16)
     save_file(factors, run / "adapter" / "adapter_model.safetensors")
     adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
-    record = {
-        "status": "finished",
-        "steps": 0,
-        "base": {"name": str(base), "files": BaseFiles.resolve(str(base)).fingerprint()},
-        "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64},
-        "in_use": {"compute_dtype": "bfloat16", "device": "cpu", "processes": 1},
-        "parameters": {"quantized": linears, "adapted": linears},
-        "data": [],
-        "examples": {"train": 0, "eval": 0},
+    record = RECORD | {
+        "base": RECORD["base"] | {"name": str(base), "files": BaseFiles.resolve(str(base)).fingerprint()},
+        "parameters": RECORD["parameters"] | {"quantized": linears, "adapted": linears, "trained_rows": {}},
     }
     settings = {"model": {"base": str(base)}, "data": {"train": "none"}, "train": {"output_dir": str(run)}}
     for path, content in (("adapter/adapter_config.json", adapter), ("run.json", record), ("config.yaml", settings)):

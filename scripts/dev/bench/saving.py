@@ -25,7 +25,7 @@ from qlora.config import load_config
 from qlora.lora import AdapterSpec, LoraLinear
 from qlora.optim import FlatParameters, make_optimizer
 from qlora.training import train
-from qlora.training.loop import Progress
+from qlora.training.progress import Progress
 from scripts.dev.bench.common import BENCHMARKS, ROOT, versions
 
 NUM_SAVES = 20

@@ -340,22 +340,23 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 @contextmanager
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
     """Our model, the optimizer's name, and a function that goes on for some steps."""
+    from qlora.model import SUPERVISED
     from qlora.optim import FlatParameters, make_optimizer
     from qlora.processes import Processes
-    from qlora.training.loop import Progress, run_loop
+    from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
+    from qlora.training.progress import Progress
 
     level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
     model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
     examples, plan = make_examples(arguments, model.config.vocab_size)
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer, progress, processes = make_optimizer(name, flat), Progress(), Processes(device=model.device)
+    progress, processes = Progress(), Processes(device=model.device)
+    parts = LoopParts(model, make_optimizer(name, flat), SUPERVISED, examples, batches=plan, processes=processes)
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
-        run_loop(
-            model, optimizer, examples, plan, processes, progress, progress.step + steps,
-            lambda _: LEARNING_RATE, MAX_GRAD_NORM, lambda report: tick(report.loss),
-        )  # fmt: skip
+        schedule = LoopSchedule(progress.step + steps, lambda _: LEARNING_RATE, MAX_GRAD_NORM)
+        run_loop(parts, progress, schedule, LoopCallbacks(lambda report: tick(report.loss)))
 
     yield model, f"FlatAdamW {name}, bf16", run
 

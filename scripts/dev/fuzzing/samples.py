@@ -11,7 +11,7 @@ import torch
 from qlora.checkpoint import save_checkpoint
 from qlora.lora import add_lora
 from qlora.optim import FlatParameters, make_optimizer
-from qlora.training.loop import Progress
+from qlora.training.progress import Progress
 from scripts.dev.fuzzing.altering import contents
 
 CONFIG = {
@@ -89,11 +89,24 @@ class Samples:
         )
 
 
-RECORD = {
-    "status": "finished", "steps": 3, "base": {"name": "x", "revision": None, "files": {"config.json": "00"}},
-    "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64},
-    "in_use": {"compute_dtype": "bfloat16", "device": "cpu"},
-    "parameters": {"quantized": ["a"], "adapted": ["a"]}, "data": [{"source": "a", "digest": "00"}],
+RECORD: dict[str, Any] = {
+    "versions": {"qlora": "0.1.0"}, "hardware": {"gpus": []}, "seed": 0,
+    "base": {"name": "x", "revision": None, "commit": None, "files": {"config.json": "00"}},
+    "quantization": {"kind": "nf4", "double_quant": True, "block_size": 64, "from_4bit_checkpoint": False},
+    "total_steps": 3,
+    "in_use": {
+        "device": "cpu", "processes": 1, "compute_dtype": "bfloat16", "attention": "sdpa", "activations": "torch",
+        "dequantize": None, "recompute": "none", "recompute_why": "", "tiled": False, "weights_kept": 0,
+        "memory": {"available": 1, "estimated": None, "measured": None}, "optimizer": "adamw_8bit",
+        "optimizer_state_paged": False, "rounding": "stochastic", "micro_batch_parts": 1, "deterministic": None,
+        "packing_fill": None,
+    },
+    "continued_from": None,
+    "parameters": {
+        "num_parameters": 1, "num_trained": 1, "quantized_share": 1.0, "adapted_share": 1.0, "base_bytes": 1,
+        "quantized": ["a"], "unquantized": [], "trained_rows": {"b": [0, 1]}, "shared_rows": False, "adapted": ["a"],
+    },
+    "data": [{"source": "a", "digest": "00"}], "examples": {"train": 1, "eval": 0}, "status": "finished", "steps": 3,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from qlora.data.template import render
 from qlora.errors import QLoRAError
 from qlora.files import BaseFiles
 from qlora.model import build_skeleton, load_generation_config, load_tokenizer
-from qlora.training.loop import Progress
+from qlora.training.progress import Progress
 from scripts.dev.fuzzing.altering import altered_bytes, altered_value, contents, write_files
 from scripts.dev.fuzzing.samples import CALLS, CONFIG, ROWS, TEMPLATE, TURNS, Samples
 

@@ -1,0 +1,230 @@
+"""A run's record, run.json: where the run came from, what it uses, and how far it is."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from qlora.errors import CheckpointError
+from qlora.files.json_files import read_object
+
+Steps = Annotated[int, Field(gt=0, lt=1 << 63)]
+ComputeDtype = Annotated[str, Field(pattern="^(bfloat16|float16|float32)$")]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """The base that a run trains.
+
+    Attributes:
+        name: Folder or hub id.
+        revision: Revision that the config asks for.
+        commit: Commit on the hub; None for a folder.
+        files: SHA-256 of each file.
+    """
+
+    name: str
+    revision: str | None
+    commit: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the base is quantized.
+
+    Attributes:
+        kind: `nf4`, or `none`.
+        double_quant: Whether the statistics are quantized too.
+        block_size: Number of elements per block; None if nothing is quantized.
+        from_4bit_checkpoint: Whether the base's files hold 4-bit weights.
+    """
+
+    kind: str
+    double_quant: bool
+    block_size: int | None
+    from_4bit_checkpoint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Memory of a run's largest micro-batch, in bytes.
+
+    Attributes:
+        available: Bytes that the run may take.
+        estimated: Predicted bytes; None if they are not known.
+        measured: Measured bytes; None if the micro-batch was not tried.
+    """
+
+    available: int
+    estimated: int | None
+    measured: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """What a run uses: the value of every `auto`, and the parts of this machine that the config asks for.
+
+    Attributes:
+        device: Device of the first process.
+        processes: Number of processes.
+        compute_dtype: Compute dtype.
+        attention: Attention implementation.
+        activations: Implementation of norms and gated products.
+        dequantize: Implementation of dequantization; None if nothing is quantized.
+        recompute: Level of recomputation.
+        recompute_why: Reason for the level.
+        tiled: Whether MLPs are computed in tiles, which changes the rounding.
+        weights_kept: Number of dequantized weights that are cached.
+        memory: Memory of the largest micro-batch.
+        optimizer: Optimizer.
+        optimizer_state_paged: Whether its state is paged.
+        rounding: How updates are rounded to the parameters' dtype.
+        micro_batch_parts: Number of parts that each micro-batch is computed in.
+        deterministic: What is known about repeating the same bytes; None if the config does not ask for it.
+        packing_fill: Share of the packed rows that is filled with tokens; None if nothing is packed.
+    """
+
+    device: str
+    processes: int
+    compute_dtype: ComputeDtype
+    attention: str
+    activations: str
+    dequantize: str | None
+    recompute: str
+    recompute_why: str
+    tiled: bool
+    weights_kept: int
+    memory: MemoryUse
+    optimizer: str
+    optimizer_state_paged: bool
+    rounding: str
+    micro_batch_parts: int
+    deterministic: str | None
+    packing_fill: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A model's parameters: quantized, adapted, or neither.
+
+    Attributes:
+        num_parameters: Number of the base's parameters, each counted once.
+        num_trained: Number of trained elements: of the adapters, and of rows trained in full.
+        quantized_share: Share of the base's parameters that are in 4 bits.
+        adapted_share: Share of the base's parameters that are in layers with an adapter.
+        base_bytes: Bytes of the base, without embeddings and heads whose rows are all trained.
+        quantized: Names of the quantized layers.
+        unquantized: Names of all parameters that are not quantized.
+        trained_rows: First and one past the last of the rows trained in full, by the module's name.
+        shared_rows: Whether embedding and head are one weight, and so are their trained rows.
+        adapted: Names of the layers with an adapter.
+    """
+
+    num_parameters: int
+    num_trained: int
+    quantized_share: float
+    adapted_share: float
+    base_bytes: int
+    quantized: list[str]
+    unquantized: list[str]
+    trained_rows: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    shared_rows: bool
+    adapted: list[str]
+
+    def describe_rows(self) -> str:
+        """Describe the rows that are trained besides the adapters; empty if there are none."""
+        if not self.trained_rows:
+            return ""
+        rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
+        return f" ({', '.join(rows)} among them{', which share their weight' if self.shared_rows else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleCounts:
+    """Number of examples that a run trains and is evaluated on."""
+
+    train: int
+    eval: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What run.json holds.
+
+    Attributes:
+        versions: Versions of Python and packages.
+        hardware: Processor and GPUs.
+        seed: Seed of the run.
+        base: Base model.
+        quantization: How it is quantized.
+        total_steps: Number of optimizer steps of the run.
+        in_use: What the run uses.
+        continued_from: Checkpoint that the last session continued from.
+        started_from: Checkpoint of another run that this run started from.
+        final_step: Step of the adapter that an earlier end of the run left.
+        parameters: Parameters of the model.
+        data: Data report of each source as JSON values. Its keys differ between versions; `source` and `digest` are
+            always there.
+        examples: Number of examples.
+        status: `running`, `interrupted` or `finished`.
+        steps: Number of optimizer steps done; None while the run is running.
+    """
+
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    seed: int
+    base: BaseRecord
+    quantization: Quantization
+    total_steps: Steps
+    in_use: InUse
+    continued_from: str | None
+    started_from: str | None = None
+    final_step: Steps | None = None
+    parameters: Inventory
+    data: list[dict[str, Any]]
+    examples: ExampleCounts
+    status: Literal["running", "interrupted", "finished"]
+    steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is finished."""
+        return self.status == "finished"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values as run.json has them."""
+        values = asdict(self)
+        if self.steps is None:
+            del values["steps"]
+        return values
+
+
+READER = TypeAdapter(RunRecord)
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read a run.json, of this version or an older one.
+
+    Raises:
+        CheckpointError: The file is damaged, or lacks something that qlora 0.1.0 already wrote.
+    """
+    values = read_object(path, CheckpointError, "it was not written by qlora train")
+    try:
+        # As JSON again, because pydantic builds a dataclass from a dict in its strict mode only when it parses.
+        record = READER.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems = {".".join(map(str, each["loc"])): each["type"] == "missing" for each in error.errors()}
+        missing = [key for key, is_missing in problems.items() if is_missing]
+        problem = f" lacks {', '.join(missing)}" if missing else f": {', '.join(problems)} can't be"
+        raise CheckpointError(f"{path}{problem}; it was not written by qlora train.") from None
+    is_wrong = {
+        "quantization.block_size": record.parameters.quantized and record.quantization.block_size is None,
+        "data": not all(isinstance(each.get(key), str) for each in record.data for key in ("source", "digest")),
+        "steps": record.is_finished and record.steps is None,
+    }
+    if wrong := [key for key, problem in is_wrong.items() if problem]:
+        raise CheckpointError(f"{path}: {', '.join(wrong)} can't be; it was not written by qlora train.")
+    return record

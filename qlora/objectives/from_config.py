@@ -1,0 +1,11 @@
+"""The objective that a config names: the list of all there are."""
+
+from qlora.config import TrainSection
+from qlora.objectives.objective import Objective
+from qlora.objectives.sft import SFT
+
+
+def objective_from_section(section: TrainSection) -> Objective:
+    """Return the objective that a config's train section names."""
+    objectives = {"sft": SFT}
+    return objectives[section.objective]

@@ -1,0 +1,159 @@
+"""What determines a run's steps, and the differences from what another session or checkpoint had."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora.checkpoint import RunRecord, read_origin
+from qlora.config import RunConfig
+from qlora.errors import CheckpointError, ConfigError
+
+# Keys that may change within a run, because its steps don't depend on them. (Those of tiles depend on model.recompute,
+# but a change of tiles shows in what is in use.)
+FREE_KEYS = {
+    "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
+    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "model.recompute",
+    "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
+}  # fmt: skip
+# Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
+SCHEDULE_KEYS = {"train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.warmup_ratio"}
+# Keys of the length of a run.
+LENGTH_KEYS = {"train.epochs", "train.max_steps"}
+# Keys of files on one machine, and of what only the first process does: they may differ between processes.
+OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
+# What must not change of what is in use, because batches and rounding depend on it.
+KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Return the config by dotted key, as JSON values.
+
+    Only the last part of the paths of base and data is kept: they are identified by their contents, and may be moved.
+    """
+    sections = config.model_dump(mode="json")
+    sections["model"]["base"] = Path(config.model.base).name
+    for sources in (sections["data"]["train"], sections["data"]["eval"]):
+        for source in sources if isinstance(sources, list) else ():
+            source["path"] = Path(source["path"]).name
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line `key: old → new` for each value that differs."""
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    before_of, now_of = (_by_source({key: values.get(key) for key in changed}) for values in (before, now))
+    return [
+        f"{key}: {_shown(before_of.get(key))} → {_shown(now_of.get(key))}"
+        for key in before_of | now_of
+        if before_of.get(key) != now_of.get(key)
+    ]
+
+
+def _by_source(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with a key for each value of a list of sources, such as `data.train[0].path`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            found |= {f"{key}[{place}].{name}": each[name] for place, each in enumerate(value) for name in each}
+        else:
+            found[key] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
+    """Return everything that determines a run's steps: settings, base, data, and what is in use, as JSON values."""
+    origin = {
+        "settings": {key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
+        "base": record.base.files,
+        "data": [[report["source"], report["digest"]] for report in record.data],
+        "examples": asdict(record.examples),
+        "in_use": {key: getattr(record.in_use, key) for key in KEPT_IN_USE},
+    }
+    return json.loads(json.dumps(origin))  # the types that reading it returns
+
+
+def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each difference between two origins, except those of the settings."""
+    files, other_files = before["base"], now["base"]
+    changes = [
+        f"model.base: {name} has other contents"
+        for name in sorted({*files, *other_files})
+        if files.get(name) != other_files.get(name)
+    ]
+    digests = [digest for _, digest in before["data"]]
+    changes += [
+        f"{source}: what is learned from it"
+        for index, (source, digest) in enumerate(now["data"])
+        if digests[index : index + 1] != [digest]
+    ]
+    if len(digests) > len(now["data"]):
+        changes.append(f"number of data sources: {len(digests)} → {len(now['data'])}")
+    if before.get("examples") not in (None, now["examples"]):  # checkpoints of qlora 0.1.0 lack it
+        changes.append(f"number of examples: {_shown(before['examples'])} → {_shown(now['examples'])}")
+    return changes + describe_changes(before["in_use"], now["in_use"])
+
+
+def read_checked_origin(checkpoint: Path, config: RunConfig, may_change: set[str], ways_out: str) -> dict[str, Any]:
+    """Read the origin of a checkpoint, see :func:`describe_origin`, and check that it has the config's settings.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        config: Config of the run.
+        may_change: Keys whose values may differ.
+        ways_out: Rest of the error's last sentence: what a user can do besides undoing the changes.
+
+    Raises:
+        CheckpointError: The origin is damaged.
+        ConfigError: Settings differ.
+    """
+    origin = read_origin(checkpoint)
+    data = origin.get("data")
+    if not all(isinstance(origin.get(key), dict) for key in ("settings", "base", "in_use")) or not (
+        isinstance(data, list) and all(isinstance(source, list) and len(source) == 2 for source in data)
+    ):
+        raise CheckpointError(f"{checkpoint} does not say what it followed from; it was not written by qlora train.")
+    check_same_settings(checkpoint, origin, config, may_change, ways_out)
+    return origin
+
+
+def check_same_settings(
+    place: Path, origin: dict[str, Any], config: RunConfig, may_change: set[str], ways_out: str
+) -> None:
+    """Check that an origin has the config's settings.
+
+    Args:
+        place: Where the origin is, for the error.
+        origin: Origin of a run or checkpoint, see :func:`describe_origin`.
+        config: Config of the run.
+        may_change: Keys whose values may differ.
+        ways_out: Rest of the error's last sentence: what a user can do besides undoing the changes.
+
+    Raises:
+        ConfigError: Settings differ.
+    """
+    settings = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS | may_change}
+    changes = describe_changes(_with_defaults(origin["settings"]), settings)
+    if changes:
+        raise ConfigError(
+            f"{place} was trained with other settings:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + f"\nUndo these changes, {ways_out}"
+        )
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's settings, with the defaults of keys that its version of qlora did not have."""
+    least = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
+    defaults = flatten(RunConfig.model_validate(least))
+    completed, source = defaults | settings, defaults["data.train"][0]
+    for key in ("data.train", "data.eval"):
+        if isinstance(completed[key], list):
+            completed[key] = [source | each if isinstance(each, dict) else each for each in completed[key]]
+    return completed

@@ -1,0 +1,67 @@
+"""A run put where its checkpoint left it, with everything that decides whether it can continue checked."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import RunDirectory, RunRecord, load_state
+from qlora.errors import CheckpointError, ConfigError
+from qlora.training.agreement import check_same
+from qlora.training.assemble import Assembly
+from qlora.training.origin import describe_origin
+from qlora.training.progress import Progress
+from qlora.training.record import make_record
+from qlora.training.resume import Start, check_same_origin
+from qlora.training.saving import check_room
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run about to train.
+
+    Attributes:
+        progress: Progress that it starts from.
+        record: Record of the run at its start.
+        origin: Everything that determines its steps, see :func:`qlora.training.origin.describe_origin`.
+        fresh: Whether it was started over.
+    """
+
+    progress: Progress
+    record: RunRecord
+    origin: dict[str, Any]
+    fresh: bool
+
+
+def prepare_run(assembly: Assembly, run: RunDirectory, start: Start) -> Prepared:
+    """Restore a run's checkpoint, if there is one, and check that the run can continue from it.
+
+    Raises:
+        QLoRAError: Base, data or settings are not those that the run began with, the disk has too little room, or the
+            processes would not train the same run: on every process.
+    """
+    processes, plan = assembly.processes, assembly.plan
+    record = make_record(assembly, start)
+    origin = describe_origin(assembly.config, record)
+    progress = Progress()
+    with processes.raise_together():
+        check_same_origin(start, origin)
+        if processes.is_first:
+            check_room(run, assembly, [] if start.fresh else run.list_checkpoints())
+        if start.checkpoint is not None:
+            if not start.checkpoint.is_dir():
+                raise CheckpointError(
+                    f"{start.checkpoint} was not found. Put train.output_dir on a file system that all processes share."
+                )
+            progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
+        if progress.step > plan.total_steps:
+            raise ConfigError(
+                f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} asked for; raise "
+                "train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
+            )
+    trained = assembly.optimizer.flat.data.cpu().view(torch.uint8).numpy().tobytes()
+    facts = {"first step": progress.step, "trained parameters": hashlib.sha256(trained).hexdigest()[:12]}
+    check_same(processes, origin["in_use"] | facts)
+    in_use = replace(record.in_use, micro_batch_parts=progress.num_parts)
+    return Prepared(progress, replace(record, in_use=in_use), origin, start.fresh)

@@ -1,0 +1,123 @@
+"""A session of a run: it trains, evaluates and saves until the end of the run, a signal or an error."""
+
+import signal
+from itertools import islice
+
+import torch
+
+from qlora.checkpoint import InUse, RunDirectory
+from qlora.data import eval_batches
+from qlora.errors import ModelError
+from qlora.model import Evaluation, evaluate
+from qlora.training.assemble import Assembly
+from qlora.training.guard import StepGuard
+from qlora.training.interrupt import Interruption
+from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
+from qlora.training.metrics import MetricsLog
+from qlora.training.prepare import Prepared
+from qlora.training.saving import Saver
+from qlora.training.schedule import rate_of, resolve_interval
+
+
+def run_session(
+    assembly: Assembly, run: RunDirectory, prepared: Prepared, stop_at: int | None, remarks: list[str]
+) -> tuple[signal.Signals | None, InUse]:
+    """Train until the end, a signal or `stop_at`, saving and evaluating on the way.
+
+    Args:
+        assembly: Parts of the run.
+        run: Directory of the run.
+        prepared: The run, ready to train; its progress is changed in place.
+        stop_at: Step to save and stop after.
+        remarks: Lines to show before the first step.
+
+    Returns:
+        The signal that ended the session, if one did, and what the run used at the end.
+
+    Raises:
+        QLoRAError: Training failed; what was saved stays.
+    """
+    config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
+    progress, total = prepared.progress, plan.total_steps
+    processes.start_trackers("qlora")
+    eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
+    is_evaluated = processes.broadcast(
+        processes.is_first and any(line["step"] == progress.step and "eval_loss" in line for line in run.read_metrics())
+    )
+    log = MetricsLog(
+        run,
+        processes,
+        total_steps=total,
+        steps_per_epoch=plan.steps_per_epoch,
+        log_every=config.log_every,
+        start_step=progress.step,
+    )
+    log.announce([*(report.summary() for report in plan.datasets.reports), plan.summary(), *remarks])
+    saver = Saver(run, assembly, prepared.origin, log)
+    guard = StepGuard(run, assembly, progress, log, prepared.record.in_use)
+
+    def evaluates_at(step: int) -> bool:
+        return step in (0, total) or eval_every is not None and step % eval_every == 0
+
+    def evaluate_now() -> None:
+        if plan.datasets.eval:
+            log.log_evaluation(progress.step, _evaluate_all(assembly))
+
+    def after_step(report: StepReport) -> bool:
+        log.log_step(progress, report)
+        guard.note(report)
+        is_last = progress.step == total
+        # Several processes must stop after the same step, so they use what they exchanged in that step.
+        stop = interruption.requested if processes.world_size == 1 else report.stop_asked
+        stop = stop or progress.step == stop_at
+        is_asked = interruption.take_save_request()
+        if is_last or stop or (save_every and progress.step % save_every == 0):
+            with processes.raise_together():
+                saver.save(progress, is_last or stop)
+        elif is_asked:  # of this process alone
+            saver.save(progress, False)
+        # After the save, because a stop may leave no time for more; a continued run evaluates then.
+        if evaluates_at(progress.step) and (is_last or not stop):
+            evaluate_now()
+        return not stop
+
+    with Interruption() as interruption:
+        callbacks = LoopCallbacks(
+            after_step=after_step,
+            stop_asked=lambda: interruption.requested,
+            on_nonfinite=guard.on_nonfinite,
+            on_out_of_memory=guard.on_out_of_memory,
+        )
+        try:
+            with processes.raise_together():
+                saver.try_save(progress)
+            if evaluates_at(progress.step) and not is_evaluated:
+                evaluate_now()
+            schedule = LoopSchedule(total, rate_of(config, total), config.max_grad_norm)
+            run_loop(assembly.loop_parts, progress, schedule, callbacks)
+        except torch.OutOfMemoryError as problem:
+            raise ModelError(
+                f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
+                "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
+                f"{how_to_continue(prepared.fresh)} {problem}"
+            ) from problem
+        except BaseException as stop:  # such as a second Ctrl-C
+            stop.add_note(how_to_continue(prepared.fresh))
+            raise
+        finally:
+            log.close()
+    return interruption.signal, guard.in_use
+
+
+def how_to_continue(fresh: bool) -> str:
+    """Return the sentence that ends a session which did not finish its run."""
+    return f"The same command{' without --fresh' if fresh else ''} continues the run from its last save."
+
+
+def _evaluate_all(assembly: Assembly) -> Evaluation:
+    """Evaluate the held-out examples, each process a part of them."""
+    processes = assembly.processes
+    examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity
+    batches = eval_batches(examples, assembly.config.train.micro_batch_size, capacity)
+    share = islice(batches, processes.rank, None, processes.world_size)
+    return evaluate(assembly.model, share, processes.sum, assembly.objective.loss)
