@@ -22,7 +22,7 @@ from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import continued_aside, new_folder, put_in_place
 from qlora.files.shards import ShardWriter
 from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
-from qlora.model.base import GENERATION_FILE
+from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
 DTYPES = ("float16", "bfloat16", "float32")

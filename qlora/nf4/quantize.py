@@ -3,7 +3,6 @@
 bitsandbytes brings torch's compiler with it, a second and a half, so it is imported when a weight is at hand.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,25 +218,8 @@ def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, "QuantState"]:
-    """Reads a weight out of a checkpoint that bitsandbytes wrote.
-
-    Args:
-        tensors: `weight` and its `weight.*` statistics, by those names.
-
-    Returns:
-        The packed codes and their state, as :func:`quantize` gives them.
-    """
-    from bitsandbytes.functional import QuantState
-
-    # `from_dict` empties the mapping that it is given.
-    statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    packed = tensors["weight"]
-    return packed, QuantState.from_dict(statistics, device=packed.device)
-
-
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:
-    """Whether transformers put one of bitsandbytes' own 4-bit linears here."""
+    """Return whether a module is bitsandbytes' own 4-bit linear, as transformers puts it into a model."""
     from bitsandbytes.nn import Linear4bit
 
     return isinstance(module, Linear4bit)

@@ -20,6 +20,7 @@ from qlora.model import (
     datasets_from_section,
     load_tokenizer,
     take_inventory,
+    weight_format,
 )
 from qlora.nf4 import dequantize_path
 from qlora.objectives.rows import unsupported_reasons
@@ -88,6 +89,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     section, model_section = config.train, config.model
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+        weight_format(files, model_section.quantization)
         # The data first: what is wrong with it should not be reported after loading tens of gigabytes.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = add_new_tokens(tokenizer, config.data.new_tokens)

@@ -10,6 +10,7 @@ from torch import nn
 from qlora.about import __version__
 from qlora.config import RunConfig
 from qlora.files import BaseFiles
+from qlora.model import BITSANDBYTES_4BIT, weight_format
 from qlora.nf4 import NF4Linear
 
 PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
@@ -33,7 +34,7 @@ def describe_run(config: RunConfig, files: BaseFiles, model: nn.Module) -> dict[
             "kind": "none" if state is None else state.quant_type,
             "double_quant": state is not None and state.nested,
             "block_size": None if state is None else state.blocksize,
-            "from_4bit_checkpoint": files.is_bitsandbytes_4bit,
+            "from_4bit_checkpoint": weight_format(files) == BITSANDBYTES_4BIT,
         },
     }
 

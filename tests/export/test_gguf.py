@@ -28,6 +28,7 @@ from qlora.export.gguf.model import write_gguf
 from qlora.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from qlora.files import BaseFiles
 from qlora.files.shards import TensorLayout
+from qlora.model import BaseWeights
 from tests.tiny import make_base, make_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
@@ -60,7 +61,8 @@ CHECK_TEXT = (
 
 def layout_of(folder):
     files = BaseFiles.resolve(str(folder))
-    return [TensorLayout(name, files.shape(name), torch.float32) for name in files.tensors], files.open_tensors()
+    layout = [TensorLayout(name, shape, torch.float32) for name, shape in BaseWeights(files).shapes.items()]
+    return layout, files.open_tensors()
 
 
 def write(folder, out_file, dtype="f16"):

@@ -198,8 +198,10 @@ def test_a_checkpoint_in_bitsandbytes_4bit_can_be_talked_to_as_it_is(base_in_4bi
         assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
-def test_a_checkpoint_in_4bit_can_not_be_had_without_quantization(base_in_4bit):
-    with pytest.raises(ModelError, match="quantized to 4 bits already"):
+def test_a_checkpoint_in_4bit_is_not_loaded_without_quantization(base_in_4bit):
+    with pytest.raises(
+        ModelError, match=r"quantization: none is not possible for .*4bit, which is stored in 4 bits; use nf4\."
+    ):
         load_base(str(base_in_4bit[1]), quantization="none")
 
 
