@@ -116,6 +116,7 @@ def test_a_run_whose_base_was_replaced_is_not_merged_or_verified(base, alpaca_fi
 def test_nothing_declared_is_plain(settings, base):
     declare(base, settings)
     assert weight_format(BaseFiles.resolve(str(base))) == PLAIN
+    load_base(str(base))
 
 
 @pytest.mark.parametrize("settings", ["fp8", [1]])

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from qlora.errors import ModelError
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
@@ -108,16 +106,6 @@ class BaseFiles:
             ModelError: A file is cut short or damaged.
         """
         return {path: read_header(path) for path in self.weight_files}
-
-    def open_tensors(self) -> dict[str, Any]:
-        """Open all tensors by name; each is read from its file only when it is indexed."""
-        # Read and not mapped: pages of a mapped file count as this process's memory until the system wants them back.
-        return {
-            name: file.get_slice(name)
-            for path, header in self.headers.items()
-            for file in [safe_open(path, framework="pt", backend="pread")]
-            for name in header
-        }
 
     @property
     def commit(self) -> str | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qlora.errors import ModelError
+from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -71,8 +71,11 @@ def load_base(
     if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = nf4_settings(double_quant, dtype)
     skeleton = build_skeleton(files, trust_remote_code)
-    _check_shapes(BaseWeights(files), base, skeleton)
-    tensors = files.open_tensors()
+    if stored_in != BITSANDBYTES_4BIT:
+        vars(skeleton.config).pop("quantization_config", None)  # which describes weights that are read decoded
+    weights = BaseWeights(files)
+    _check_shapes(weights, base, skeleton)
+    tensors: dict[str, Any] = {**weights.lazy()}
     if on_weight is not None:
         layers = find_quantized_layers(skeleton, arguments["quantization_config"], base, tensors)
         tensors = replace_when_read(tensors, layers, on_weight)
@@ -82,7 +85,7 @@ def load_base(
                 None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
             )
             _take_over_linears(model)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)

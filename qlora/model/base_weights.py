@@ -8,8 +8,8 @@ import torch
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
-from qlora.files.stored import StoredTensors
-from qlora.model.formats import weight_format
+from qlora.files.stored import LazyTensor
+from qlora.model.formats import READERS, weight_format
 from qlora.nf4 import QUANT_STATE, from_checkpoint_tensors, statistics_by_weight
 
 
@@ -30,12 +30,11 @@ class BaseWeights:
     """
 
     def __init__(self, files: BaseFiles) -> None:
-        weight_format(files)
         self._base = files.name
-        self._stored = StoredTensors(files.headers)
-        self._statistics = statistics_by_weight(files.tensors)
+        self._stored = READERS[weight_format(files)](files.headers)
+        self._statistics = statistics_by_weight(self._stored)
         statistics = {name for names in self._statistics.values() for name in names}
-        self.shapes = {name: self._shape(name) for name in files.tensors if name not in statistics}
+        self.shapes = {name: self._shape(name) for name in self._stored if name not in statistics}
 
     @property
     def num_parameters(self) -> int:
@@ -76,6 +75,10 @@ class BaseWeights:
         prefix = name.removesuffix("weight")
         keys = (name, *self._statistics[name])
         return from_checkpoint_tensors({key.removeprefix(prefix): self._stored.read(key).to(device) for key in keys})
+
+    def lazy(self) -> dict[str, LazyTensor]:
+        """Return everything to load a model from, to be read later; a weight in 4 bits as its several tensors."""
+        return self._stored.lazy()
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self.is_4bit(name):

@@ -5,12 +5,14 @@ from typing import Any
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.base_files import unsupported_format
+from qlora.files.stored import DTYPES, StoredTensors
 from qlora.nf4 import QUANT_STATE
 
 PLAIN = "16 or 32 bits"
 BITSANDBYTES_4BIT = "bitsandbytes 4-bit"
-# What `qlora.model.base_weights.BaseWeights` reads.
-SUPPORTED = (PLAIN, BITSANDBYTES_4BIT)
+# The formats that can be read, each with the class that reads its tensors; one that stores several for a weight decodes
+# them there. bitsandbytes' codes stay as they are: `qlora.model.base_weights` gives them with their statistics.
+READERS = {PLAIN: StoredTensors, BITSANDBYTES_4BIT: StoredTensors}
 # Names of formats by their quant_method in config.json; another method keeps its own name.
 METHODS = {"fp8": "FP8", "mxfp4": "MXFP4", "gptq": "GPTQ", "awq": "AWQ"}
 # Formats by the ending of a tensor's name, for files whose config does not declare one.
@@ -23,7 +25,7 @@ ENDINGS = {
 
 
 def weight_format(files: BaseFiles, quantization: str = "nf4") -> str:
-    """Return the format of a base's weights, one of `SUPPORTED`.
+    """Return the format of a base's weights, a key of `READERS`.
 
     config.json declares it; tensors are looked at too if they are there, which `qlora estimate` does not need.
 
@@ -38,7 +40,7 @@ def weight_format(files: BaseFiles, quantization: str = "nf4") -> str:
     declared = _declared_format(files)
     found = _formats_of_tensors(files) if files.has_weights else {declared}
     for stored_in in (declared, *sorted(found)):
-        if stored_in not in SUPPORTED:
+        if stored_in not in READERS:
             raise unsupported_format(files.name, stored_in)
     if (declared == BITSANDBYTES_4BIT) != (BITSANDBYTES_4BIT in found):
         raise ModelError(
@@ -75,6 +77,6 @@ def _formats_of_tensors(files: BaseFiles) -> set[str]:
 def _format_of_tensor(name: str, dtype: str) -> str:
     if QUANT_STATE in name:
         return BITSANDBYTES_4BIT
-    if dtype.startswith("F8_"):
-        return "FP8"
+    if dtype not in DTYPES:
+        return "FP8" if dtype.startswith("F8_") else dtype
     return next((stored_in for ending, stored_in in ENDINGS.items() if name.endswith(ending)), PLAIN)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qlora.errors import ModelError
+from qlora.files.stored import LazyTensor
 from qlora.model.quantization import QuantizedLayer
 
 # Takes a layer's name and its weight, (out, in); returns the weight to quantize in its place.
@@ -14,12 +15,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def replace_when_read(
-    tensors: Mapping[str, Any], layers: Mapping[str, QuantizedLayer], on_weight: OnWeight
+    tensors: Mapping[str, LazyTensor], layers: Mapping[str, QuantizedLayer], on_weight: OnWeight
 ) -> dict[str, Any]:
     """Have `on_weight` replace the weight of each layer at the moment its tensor is read.
 
     Args:
-        tensors: Opened tensors by their names in the files, as :meth:`qlora.files.BaseFiles.open_tensors` gives them.
+        tensors: All tensors by their names in the files, not read yet.
         layers: The layers whose weights are replaced, by the names of their tensors.
         on_weight: Called once for each layer, in the order of reading.
 
@@ -31,21 +32,21 @@ def replace_when_read(
 
 
 class _ReplacedWeight:
-    """A tensor that is replaced when it is indexed; like safetensors' slice of a file otherwise."""
+    """A stored tensor that is read and replaced when it is indexed."""
 
-    def __init__(self, opened: Any, layer: QuantizedLayer, on_weight: OnWeight) -> None:
-        self._opened, self._layer, self._on_weight = opened, layer, on_weight
+    def __init__(self, stored: LazyTensor, layer: QuantizedLayer, on_weight: OnWeight) -> None:
+        self._stored, self._layer, self._on_weight = stored, layer, on_weight
 
     def get_shape(self) -> list[int]:
         """Return the shape as stored."""
-        return self._opened.get_shape()
+        return self._stored.get_shape()
 
     def get_dtype(self) -> str:
         """Return the stored dtype as safetensors names it."""
-        return self._opened.get_dtype()
+        return self._stored.get_dtype()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        stored = self._opened[...]
+        stored = self._stored[...]
         weight = self._replace(stored.T if self._layer.is_transposed else stored)
         return (weight.T if self._layer.is_transposed else weight)[index]
 

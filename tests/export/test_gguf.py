@@ -61,13 +61,13 @@ CHECK_TEXT = (
 
 def layout_of(folder):
     files = BaseFiles.resolve(str(folder))
-    layout = [TensorLayout(name, shape, torch.float32) for name, shape in BaseWeights(files).shapes.items()]
-    return layout, files.open_tensors()
+    weights = BaseWeights(files)
+    return [TensorLayout(name, shape, torch.float32) for name, shape in weights.shapes.items()], weights
 
 
 def write(folder, out_file, dtype="f16"):
-    layout, opened = layout_of(folder)
-    return write_gguf(folder, layout, lambda name: opened[name][:].float(), out_file, dtype)
+    layout, weights = layout_of(folder)
+    return write_gguf(folder, layout, lambda name: weights.read(name).float(), out_file, dtype)
 
 
 def read(path):
@@ -167,10 +167,10 @@ def test_the_head_in_a_tied_models_file_counts_if_it_is_another(repeats, tmp_pat
 
 
 def test_each_tensor_is_asked_for_once_in_the_order_of_the_file(tiny_base, tmp_path):
-    layout, opened = layout_of(tiny_base)
+    layout, weights = layout_of(tiny_base)
     asked = []
     write_gguf(
-        tiny_base, layout, lambda name: asked.append(name) or opened[name][:].float(), tmp_path / "m.gguf", "bf16"
+        tiny_base, layout, lambda name: asked.append(name) or weights.read(name).float(), tmp_path / "m.gguf", "bf16"
     )
     assert asked == [entry.name for entry in layout]
 
