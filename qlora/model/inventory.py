@@ -1,4 +1,4 @@
-"""What a loaded model is made of: which parameters are quantized, adapted, or neither, and their bytes."""
+"""The parameters of a loaded model: which are quantized, adapted, or neither, and their bytes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,15 +15,15 @@ class Inventory:
     """Shares of a model's parameters.
 
     Attributes:
-        num_parameters: Of the base, each counted once.
-        num_trained: Elements of the adapters, and of rows trained in full.
-        quantized_share: Of the base's parameters, those in 4 bits.
-        adapted_share: Of the base's parameters, those in layers with an adapter.
-        base_bytes: Held by the base; rows that all are trained are not.
+        num_parameters: Number of the base's parameters, each counted once.
+        num_trained: Number of trained values: the adapters', and those of rows trained in full.
+        quantized_share: Share of the base's parameters in 4 bits.
+        adapted_share: Share of the base's parameters in layers with an adapter.
+        base_bytes: Bytes of the base's weights; an embedding or head whose rows are all trained is not included.
         quantized: Names of the quantized layers.
-        unquantized: Names of all parameters that are not.
-        trained_rows: First row and the one behind the last of those trained in full, by the module's name.
-        shared_rows: Whether embedding and head are one, and so are their trained rows.
+        unquantized: Names of all parameters that are not quantized.
+        trained_rows: Range of the rows trained in full, [first, last + 1], by the module's name.
+        shared_rows: Whether embedding and head are tied, and share their trained rows.
     """
 
     num_parameters: int
@@ -37,11 +37,11 @@ class Inventory:
     shared_rows: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the inventory for run.json."""
         return asdict(self)
 
     def describe_rows(self) -> str:
-        """What is trained beside the adapters, for people; empty if nothing is."""
+        """Describe the rows that are trained in addition to the adapters; empty if there are none."""
         if not self.trained_rows:
             return ""
         rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
@@ -49,13 +49,13 @@ class Inventory:
 
 
 def take_inventory(model: nn.Module) -> Inventory:
-    """Counts a model with or without adapters; names are those without."""
+    """Count a model's parameters, with or without adapters; names are those without."""
     in_4bit = adapted = num_bytes = 0
     quantized, unquantized = [], []
     with_rows = dict(trained_rows(model))
-    all_rows = {*with_rows.values()}  # one, where embedding and head share them
+    all_rows = {*with_rows.values()}  # a single one if embedding and head share them
     trained = sum(rows.weight.numel() for rows in all_rows)
-    # The base's weight is gone where all its rows are trained, but was a part of it.
+    # A weight whose rows are all trained was removed from the base, but counts as its parameter.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
     seen = {rows.weight for rows in all_rows}
     for name, module in model.named_modules():
@@ -91,7 +91,7 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def frozen_checksum(model: nn.Module) -> int:
-    """A sum over the bytes of all frozen weights and their statistics: it differs if training wrote to them."""
+    """Sum the bytes of all frozen weights and their statistics; the sum changes if training writes to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     frozen += [module.quant_state.absmax for module in model.modules() if isinstance(module, NF4Linear)]

@@ -54,7 +54,8 @@ def test_blocks_of_rows_make_up_the_tensor(stored, tensors):
 def test_threads_may_read_at_the_same_time(stored, tensors):
     names = [*tensors] * 50
     with ThreadPoolExecutor(8) as pool:
-        assert all(torch.equal(found, tensors[name]) for name, found in zip(names, pool.map(stored.read, names)))
+        found = list(pool.map(stored.read, names))
+    assert all(torch.equal(each, tensors[name]) for name, each in zip(names, found, strict=True))
 
 
 def test_a_lazy_tensor_is_read_when_it_is_indexed(stored, tensors):
