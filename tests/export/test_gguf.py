@@ -286,7 +286,7 @@ def test_tensors_without_a_name_in_gguf_are_refused(tiny_base, tmp_path):
         write_gguf(tiny_base, [*layout, odd], lambda name: torch.zeros(1), tmp_path / "m.gguf")
 
 
-def test_without_the_package_the_remedy_is_told(tiny_base, tmp_path, monkeypatch):
+def test_without_the_package_the_remedy_is_reported(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ExportError, match="pip install gguf"):
         write(tiny_base, tmp_path / "model.gguf")
