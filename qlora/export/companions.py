@@ -11,7 +11,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.export.card import write_card
 from qlora.export.weights import MergedWeights
 from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
-from qlora.model.base import GENERATION_FILE
+from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -14,8 +14,7 @@ from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
-from qlora.model import Loss, adapter_spec
-from qlora.model.base import build_skeleton, load_tokenizer
+from qlora.model import BITSANDBYTES_4BIT, Loss, adapter_spec, build_skeleton, load_tokenizer, weight_format
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -129,21 +128,10 @@ def _new_ids(config: RunConfig, files: BaseFiles) -> range:
 
 
 def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
-    """Whether the base's 4-bit statistics are quantized too; None if it is not in 4 bits."""
-    stored = files.config.get("quantization_config") or {}
-    is_4bit = stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and stored.get("load_in_4bit")
-    if stored and not is_4bit:
-        raise ModelError(
-            f"{files.name} is quantized already, by {stored.get('quant_method')} and not in bitsandbytes' 4 bits; "
-            "set model.base to the model that it was made from."
-        )
-    if config.model.quantization == "none":
-        if is_4bit:
-            raise ModelError(
-                f"model.quantization: none, but {files.name} is quantized to 4 bits already; leave it at nf4."
-            )
-        return None
-    return bool(stored.get("bnb_4bit_use_double_quant")) if is_4bit else config.model.double_quant
+    """Return whether the 4-bit weights' statistics are quantized too; None if the weights are not in 4 bits."""
+    if weight_format(files, config.model.quantization) == BITSANDBYTES_4BIT:
+        return bool(files.config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    return config.model.double_quant if config.model.quantization == "nf4" else None
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:

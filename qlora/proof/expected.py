@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 from qlora.checkpoint import RunDirectory, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.config import load_config
-from qlora.export.names import names_in_files, transposed_modules
 from qlora.files import BaseFiles
-from qlora.files.stored import StoredTensors
-from qlora.model import build_skeleton
-from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
+from qlora.model import BaseWeights, build_skeleton
+from qlora.model.names import names_in_files, transposed_modules
+from qlora.nf4 import dequantize, quantize
 
 
 class ExpectedWeights:
@@ -40,11 +39,8 @@ class ExpectedWeights:
         # A second writing of the formula, on purpose.
         rank, alpha = config.lora.rank, config.lora.alpha
         self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
-        self._stored = StoredTensors(base.headers)
-        self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
-        self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}
-        statistics = {key for keys in self._statistics.values() for key in keys}
-        self.names = [name for name in base.tensors if name not in statistics]
+        self._base = BaseWeights(base)
+        self.names = list(self._base.shapes)
 
         skeleton = build_skeleton(base, config.model.trust_remote_code)
         factors = read_adapter_tensors(run.adapter)
@@ -78,13 +74,11 @@ class ExpectedWeights:
 
     def base(self, name: str) -> torch.Tensor | None:
         """A weight that went through 4 bits, whole, as training saw it; None for one that is as in the files."""
-        if name in self._packed:
-            keys = [name, *self._statistics[name]]
-            parts = {f"weight{key.removeprefix(name)}": self._stored.read(key).to(self._device) for key in keys}
-            return dequantize(*from_checkpoint_tensors(parts), self.compute_dtype).cpu()
+        if self._base.is_4bit(name):
+            return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
-        weight = self._stored.read(name)
+        weight = self._base.read(name)
         weight = (weight.T if name in self._transposed else weight).to(self._device, self.compute_dtype)
         settings = self._record.quantization
         assert settings.block_size is not None  # as the record has quantized layers
@@ -95,13 +89,13 @@ class ExpectedWeights:
     def shape(self, name: str, base: torch.Tensor | None) -> tuple[int, ...]:
         """Of a tensor, whose base weight is given if it went through 4 bits."""
         if name in self._trained:
-            size, features = self._stored.shape(name)
+            size, features = self._base.shapes[name]
             return max(size, self._trained[name][0].stop), features
-        return self._stored.shape(name) if base is None else tuple(base.shape)
+        return self._base.shapes[name] if base is None else tuple(base.shape)
 
     def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
         """Rows of the base weight, or as they were trained: fp64, or as stored where they are no floating point."""
-        values = self._stored.read(name, rows) if base is None else base[rows]
+        values = self._base.read(name, rows) if base is None else base[rows]
         if not values.is_floating_point():
             return values
         if name not in self._trained:

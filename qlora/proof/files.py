@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from qlora.errors import ModelError
-from qlora.export.names import ends_in_files
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
-from qlora.model.base import GENERATION_FILE
+from qlora.model.names import embedding_and_head_tensors
+from qlora.model.tokenizer import GENERATION_FILE
 
 # Prose, code, numbers, spaces, scripts and signs that tokenizers part ways on.
 SAMPLE_TEXTS = (
@@ -135,7 +135,7 @@ def _is_tied(skeleton: Any) -> bool:
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
     """The tensor that holds the head, unless it holds the embeddings once more."""
-    embeddings, head = ends_in_files(skeleton, files.tensors)
+    embeddings, head = embedding_and_head_tensors(skeleton, files.tensors)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head
     stored = StoredTensors(files.headers)

@@ -21,6 +21,7 @@ from qlora.model import (
     load_tokenizer,
     optimizer_from_section,
     take_inventory,
+    weight_format,
 )
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_from_section
@@ -115,6 +116,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+        weight_format(files, model_section.quantization)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = add_new_tokens(tokenizer, config.data.new_tokens)

@@ -196,7 +196,7 @@ def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("Llama-3.1-8B-Instruct_int8", "quantized already"),
+        ("Llama-3.1-8B-Instruct_int8", "stored in bitsandbytes 8-bit, which is not supported"),
         ("Molmo-7B-D_nf4", "code of its own"),
         ("pythia-410m_seqcls", "not a causal language model"),
     ],
