@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.kernels import LowRank, fold
 from qlora.lora.function import lora_linear
 from qlora.lora.spec import AdapterSpec
 
@@ -52,9 +53,16 @@ class LoraLinear(nn.Module):
         self.lora_A.copy_(values)
         self.lora_B.zero_()
 
+    @property
+    def deltas(self) -> tuple[LowRank, ...]:
+        """The terms that the adapter adds to the weight."""
+        return (LowRank(self.lora_A, self.lora_B, self.spec.scaling),)
+
+    @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
-        """scaling · B A, (out_features, in_features), fp32."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.spec.scaling)
+        """Return what the adapter adds to the weight, scaling · B A, (out_features, in_features), fp32."""
+        zeros = self.lora_A.new_zeros(self.out_features, self.in_features, dtype=torch.float32)
+        return fold(zeros, [delta.to(torch.float32) for delta in self.deltas], out=zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
@@ -62,7 +70,7 @@ class LoraLinear(nn.Module):
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores; no device is waited for.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return lora_linear(x, self.lora_A, self.lora_B, self.base, spec.scaling, spec.form, dropout, seed)
+        return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
 
     def extra_repr(self) -> str:
         """The numbers that tell one adapter from another."""

@@ -122,7 +122,7 @@ class _EmptyLinear(NF4Linear):
         super().__init__(packed, SimpleNamespace(shape=linear.weight.shape), linear.bias)
         self._writes_scratch = device.type == "cuda"
 
-    def weight_for_product(self, dtype: torch.dtype, update: Any = None, lasting: bool = False) -> torch.Tensor:
+    def weight_for_product(self, dtype: torch.dtype, deltas: Any = (), lasting: bool = False) -> torch.Tensor:
         """A tensor where the layer that it stands for has one."""
         if self._writes_scratch and not lasting:
             return scratch(self.quant_state.shape, dtype, self.weight.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON, quantize_4bit_cpu
+from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 64
 # Of these blocks, as many share a scale of their own in double quantization.
 NESTED_BLOCK_SIZE = 256
-# A, (rank, in), and B, (out, rank), in the dtype of the weight asked for, and the factor on their product B A.
-LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
 # What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
 # bitsandbytes' bits, and why it was given up.
@@ -61,7 +59,7 @@ def dequantize(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
     """Undoes :func:`quantize`, with one rounding from fp32 to `dtype`.
 
@@ -70,26 +68,26 @@ def dequantize(
         state: The blocks' statistics.
         dtype: Of the result: fp32, bf16 or fp16, whatever the weight had before.
         out: (out, in) of `dtype`, written in place if given.
-        update: Added to the weight in `dtype`; the sum is rounded once more.
+        delta: Added to the weight in `dtype`, the dtype of its factors; the sum is rounded once more.
 
     Returns:
         The weight, (out, in).
     """
     device = packed.device
     if _why_not_fused(device) is not None:
-        return _dequantize_bitsandbytes(packed, state, dtype, out, update)
-    kind = _kind(device, dtype, state, update)
+        return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
+    kind = _kind(device, dtype, state, delta)
     if kind in _proven:
-        return _dequantize_fused(packed, state, dtype, out, update)
+        return _dequantize_fused(packed, state, dtype, out, delta)
     # The first of its kind on this device is computed by both, and bitsandbytes' is the one that counts.
-    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, update)
+    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     try:
-        if update is None:
+        if delta is None:
             is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
         else:  # not with its own values: B is zero at first, and shows nothing
-            trial = _random_update(update)
+            trial = _random_delta(delta)
             is_same = _close(
-                _dequantize_fused(packed, state, dtype, update=trial),
+                _dequantize_fused(packed, state, dtype, delta=trial),
                 _dequantize_bitsandbytes(packed, state, dtype, None, trial),
             )
     except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
@@ -115,20 +113,19 @@ def dequantize_path(device: torch.device) -> str:
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
-def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", update: LoraUpdate | None) -> tuple:
+def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
     """What is compiled apart from the others."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    if update is None:
+    if delta is None:
         return kind
-    width, rank = state.shape[1], update[0].shape[0]
+    width, rank = state.shape[1], delta.A.shape[0]
     return (*kind, width % 2 == 0, width % min(TILE_COLUMNS, state.blocksize) == 0, rank <= 16)
 
 
-def _random_update(update: LoraUpdate) -> LoraUpdate:
+def _random_delta(delta: LowRank) -> LowRank:
     generator = torch.Generator().manual_seed(0)  # of its own, as a run's must not move
-    lora_A, lora_B, scaling = update
-    trial_A, trial_B = (torch.randn(one.shape, generator=generator).to(one) * 0.1 for one in (lora_A, lora_B))
-    return trial_A, trial_B, scaling
+    A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
+    return LowRank(A, B, delta.scaling)
 
 
 def _why_not_fused(device: torch.device) -> str | None:
@@ -144,13 +141,13 @@ def _dequantize_fused(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
     from qlora.kernels.dequantize_triton import dequantize_4bit_triton
 
     options: dict[str, Any] = {}
-    if update is not None:
-        options = dict(zip(("lora_A", "lora_B", "scaling"), update, strict=True))
+    if delta is not None:
+        options = {"lora_A": delta.A, "lora_B": delta.B, "scaling": delta.scaling}
     if state.nested:
         options |= {
             "nested_code": state.state2.code,
@@ -179,13 +176,10 @@ def _dequantize_bitsandbytes(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None,
-    update: LoraUpdate | None,
+    delta: LowRank | None,
 ) -> torch.Tensor:
     weight = _dequantize_bitsandbytes_alone(packed, state, dtype, out)
-    if update is not None:
-        lora_A, lora_B, scaling = update
-        weight.addmm_(lora_B, lora_A, alpha=scaling)
-    return weight
+    return weight if delta is None else delta.fold(weight, out=weight)
 
 
 def _dequantize_bitsandbytes_alone(
