@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -65,6 +65,8 @@ def add_lora(
     dtype: torch.dtype | str = torch.bfloat16,
     form: str = "auto",
     seed: int = 0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Freeze a model and wrap its linear layers in :class:`LoraLinear`, in place.
 
@@ -76,17 +78,31 @@ def add_lora(
         targets: See :func:`match_targets`.
         init: First values of A: `kaiming` or `gaussian`. B is zero.
         rslora: Scale by alpha / sqrt(rank).
-        dtype: Of the factors.
+        dtype: Dtype of the factors.
         form: How products are computed: `separate`, `folded`, or `auto` for the faster one.
-        seed: Of the first values.
+        seed: Seed of the first values.
+        rank_pattern: Ranks of some layers, by regular expressions that match the end of a layer's name from a dot on;
+            the first that matches counts, as in PEFT. `{"down_proj": 32, r"layers\\.0\\..*": 8}`
+        alpha_pattern: Alphas of some layers, in the same way.
 
     Returns:
         The names of the adapted layers.
 
     Raises:
-        ModelError: A value is out of range or unknown, a target matches nothing, or the model has adapters already.
+        ModelError: A value is out of range or unknown, a target or pattern matches nothing, or the model has adapters
+            already.
     """
-    spec = AdapterSpec(rank, alpha, dropout, init, rslora, dtype, form)
+    spec = AdapterSpec(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        init=init,
+        rslora=rslora,
+        dtype=dtype,
+        form=form,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+    )
     return wrap_linears(model, spec, targets, seed)
 
 
@@ -96,15 +112,15 @@ def wrap_linears(
     """Freeze a model and wrap its linear layers in adapters of a spec, in place; see :func:`add_lora`."""
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
-    names = match_targets(model, targets)
+    specs = spec.by_layer(match_targets(model, targets))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        layer = LoraLinear(model.get_submodule(name), spec)
+    for name, own_spec in specs.items():
+        layer = LoraLinear(model.get_submodule(name), own_spec)
         layer.reset(generator)
         layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
         model.set_submodule(name, layer)
-    return names
+    return list(specs)
 
 
 def _is_linear(module: nn.Module) -> bool:

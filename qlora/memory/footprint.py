@@ -84,17 +84,17 @@ def take_footprint(
     quantized = {} if quantization is None else {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
-    spec = adapter_spec(config.lora)
-    lora_dtype = spec.dtype
+    specs = adapter_spec(config.lora).by_layer(names)
+    lora_dtype = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
-    shapes = [shape for one in adapted.values() for shape in spec.shapes(one.out_features, one.in_features)]
+    shapes = [shape for name, one in adapted.items() for shape in specs[name].shapes(one.out_features, one.in_features)]
     size = sum(_aligned(math.prod(shape)) for shape in shapes)
     size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
     itemsize = lora_dtype.itemsize
     optimizer, update = _optimizer_bytes(config.train, size, itemsize)
 
-    stack = Stack(model, adapted, quantized)
+    stack = Stack(model, adapted, specs, quantized)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:

@@ -1,5 +1,6 @@
 """The merged weights of a run, computed a second time in another way than merge computes them."""
 
+import re
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ class ExpectedWeights:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
         self.compute_dtype = getattr(torch, self._record["in_use"]["compute_dtype"])
-        # A second writing of the formula, on purpose.
-        rank, alpha = config.lora.rank, config.lora.alpha
-        self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
+        self._lora = config.lora
         self._stored = StoredTensors(base.headers)
         self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
         self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}
@@ -117,10 +116,19 @@ class ExpectedWeights:
         """Rows of scaling · B A in fp64, and of a bound on what a sum of its products in fp32 can be off by."""
         lora_A, lora_B = self._factors[name]
         left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
-        left, right = left[rows].double() * self._scaling, right.double()
+        left, right = left[rows].double() * self._scaling(self._modules[name]), right.double()
         # Each element is a sum of rank products: Cauchy and Schwarz bound what their absolute values sum up to.
         size = torch.outer(left.norm(dim=1), right.norm(dim=0))
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
+
+    def _scaling(self, module: str) -> float:
+        """The factor on B A by the config: a second writing of the formula and of PEFT's patterns, on purpose."""
+        own = self._lora
+        rank, alpha = (
+            next((value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", module)), default)
+            for patterns, default in ((own.rank_pattern, own.rank), (own.alpha_pattern, own.alpha))
+        )
+        return alpha * rank**-0.5 if own.rslora else alpha / rank
 
 
 def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qlora.checkpoint import save_adapter
+from qlora.checkpoint.adapter import config_scaling
 from qlora.errors import CheckpointError
 from qlora.files import BaseFiles
 from qlora.lora import add_lora
 from qlora.model import build_skeleton, load_base
-from qlora.proof.clients import check_clients, trained_scaling
+from qlora.proof.clients import check_clients
 from tests.tiny import make_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -134,7 +135,7 @@ def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
         }
         assert len({*scalings.values()}) == 4
         for module, scaling in scalings.items():
-            assert trained_scaling(config, module) == pytest.approx(scaling, rel=1e-12), module
+            assert config_scaling(config, module) == pytest.approx(scaling, rel=1e-12), module
 
 
 def test_the_reason_names_layer_scale_and_key(tiny_base, skeleton, tmp_path, generator):
@@ -181,6 +182,8 @@ def test_gpt2s_transposed_layers_are_refused_by_llama_cpp_alone(tmp_path, genera
         {"lora_bias": True},
         {"layer_replication": [[0, 2], [0, 2]]},
         {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "OLoRA"},
+        {"init_lora_weights": "lora_ga"},
         {"trainable_token_indices": [3]},
     ],
     ids=str,
@@ -240,6 +243,6 @@ def test_a_foreign_adapters_update_has_the_scale_that_is_told(tiny_base, tmp_pat
     update = model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").float()
     factors = {name.rsplit(".lora_")[1][0]: value for name, value in load_file(folder / WEIGHTS).items() if UP in name}
     served = factors["B"].float() @ factors["A"].float() * 8 / 4
-    scale = trained_scaling(json.loads((folder / CONFIG).read_text()), UP)
+    scale = config_scaling(json.loads((folder / CONFIG).read_text()), UP)
     assert torch.allclose(served * scale / 2, update, rtol=1e-2, atol=1e-2)
     assert not torch.allclose(served, update, rtol=1e-1, atol=1e-1)
