@@ -9,7 +9,7 @@ from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, M
 if TYPE_CHECKING:
     from qlora.config import RunConfig, load_config
     from qlora.export import MergeReport, merge
-    from qlora.lora import LoraLinear, add_lora
+    from qlora.lora import LoraLinear, adapters_off, add_lora
     from qlora.model import load_base, load_run
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
@@ -23,6 +23,7 @@ _HOMES = {
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
     "VerifyReport": "qlora.proof",
+    "adapters_off": "qlora.lora",
     "add_lora": "qlora.lora",
     "load_base": "qlora.model",
     "load_config": "qlora.config",
@@ -46,6 +47,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "VerifyReport",
+    "adapters_off",
     "add_lora",
     "load_base",
     "load_config",

@@ -19,11 +19,14 @@ class LoraLinear(nn.Module):
     Args:
         base: `nn.Linear` or `NF4Linear`; its bias is kept.
         spec: Rank, scaling, first values and form of the update.
+
+    Attributes:
+        is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
     """
 
     def __init__(self, base: Any, spec: AdapterSpec) -> None:
         super().__init__()
-        self.base, self.spec = base, spec
+        self.base, self.spec, self.is_off = base, spec, False
         shape_A, shape_B = spec.shapes(base.out_features, base.in_features)
         self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=spec.dtype, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=spec.dtype, device=base.weight.device))
@@ -66,6 +69,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
+        if self.is_off:
+            return self.base(x)
         spec = self.spec
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores; no device is waited for.

@@ -12,18 +12,22 @@ from qlora.errors import ModelError
 
 
 class TrainedRows(nn.Module):
-    """Rows of a weight that are trained, all or some behind one another.
+    """Consecutive rows of a weight that are trained, some or all of them.
 
     Args:
-        values: (rows, features), that they begin with.
-        ids: That they are for.
-        num_frozen: Rows of the base's weight.
+        values: Initial values, (rows, features).
+        ids: Ids of the rows.
+        num_frozen: Number of rows of the base's weight.
+
+    Attributes:
+        is_off: Whether the base's rows are used instead, see :func:`qlora.lora.adapters_off`.
     """
 
     def __init__(self, values: torch.Tensor, ids: range, num_frozen: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
         self.ids, self.num_frozen = ids, num_frozen
+        self.is_off = False
 
     @property
     def is_whole(self) -> bool:
@@ -34,6 +38,23 @@ class TrainedRows(nn.Module):
     def num_rows(self) -> int:
         """Of base and new tokens together."""
         return max(self.num_frozen, self.ids.stop)
+
+    @property
+    def used_ids(self) -> range:
+        """Ids whose rows are not taken from the base's weight: all trained ones; off, those that the base lacks."""
+        if not self.is_off:
+            return self.ids
+        return range(max(self.ids.start, self.num_frozen), max(self.ids.stop, self.num_frozen))
+
+    def used_rows(self, frozen: torch.Tensor) -> torch.Tensor:
+        """Return the rows of :attr:`used_ids`, as they are trained; off, as they were initialized.
+
+        Args:
+            frozen: The base's weight, (rows, features).
+        """
+        if not self.is_off:
+            return self.weight
+        return _mean_row(frozen, self.ids).to(self.weight.dtype).expand(len(self.used_ids), -1)
 
     def release(self, base: Any) -> None:
         """Lets go of a base's weight where nothing reads it any more, but not of its dtype and device."""
@@ -69,10 +90,13 @@ class TrainedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., features), in the base's dtype."""
-        flat, frozen, own_ids = ids.flatten(), self.base.weight, self.rows.ids
+        flat, frozen = ids.flatten(), self.base.weight
+        own_ids = self.rows.used_ids
+        if not own_ids:
+            return self.base(ids)
         # No id lies outside where all rows are trained, and elsewhere those rows are not taken.
         places = (flat - own_ids.start).clamp(0, len(own_ids) - 1) if not self.rows.is_whole else flat
-        table = _LookUp.apply(self.rows.weight, places, self._padding, frozen.dtype)
+        table = _LookUp.apply(self.rows.used_rows(frozen), places, self._padding, frozen.dtype)
         if not self.rows.is_whole:
             is_own = (flat >= own_ids.start) & (flat < own_ids.stop)
             others = F.embedding(flat.masked_fill(is_own, 0), frozen)  # which may have no row for the own ones
@@ -101,14 +125,19 @@ class TrainedHead(nn.Module):
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """The weight as consecutive blocks of its rows, trained and frozen."""
+        """Return the weight as consecutive blocks of its rows, trained and frozen."""
         if self.rows.is_whole:
             return (self.rows.weight,)
-        before, behind = self.base.weight[: self.rows.ids.start], self.base.weight[self.rows.ids.stop :]
-        return tuple(block for block in (before, self.rows.weight, behind) if len(block))
+        ids, frozen = self.rows.used_ids, self.base.weight
+        if not ids:
+            return (frozen,)
+        before, behind = frozen[: ids.start], frozen[ids.stop :]
+        return tuple(block for block in (before, self.rows.used_rows(frozen), behind) if len(block))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., features) -> (..., rows), in the dtype of `x`."""
+        if not self.rows.used_ids:
+            return self.base(x)
         logits = torch.cat([F.linear(x, block.to(x.dtype)) for block in self.blocks()], dim=-1)
         return logits if self.bias is None else logits + self.bias
 
@@ -214,10 +243,13 @@ def _first_values(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch
     stored = weight[ids.start : ids.stop]
     values[: len(stored)] = stored
     if new_ids:
-        values[new_ids.start - ids.start : new_ids.stop - ids.start] = weight[: new_ids.start].mean(
-            dim=0, dtype=torch.float32
-        )
+        values[new_ids.start - ids.start : new_ids.stop - ids.start] = _mean_row(weight, new_ids)
     return values
+
+
+def _mean_row(weight: torch.Tensor, new_ids: range) -> torch.Tensor:
+    """The mean of the rows before those of new tokens, (features,), fp32."""
+    return weight[: new_ids.start].mean(dim=0, dtype=torch.float32)
 
 
 class _LookUp(torch.autograd.Function):

@@ -100,6 +100,7 @@ def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_pa
         ({"use_rslora": True}, ["peft", "vllm"]),
         ({"alpha_pattern": {"up_proj": 3}}, ["peft"]),
         ({"rank_pattern": {"layers.1.mlp.up_proj": 6}}, ["peft", "llama.cpp"]),
+        ({"init_lora_weights": "eva"}, ALL),  # which changes no weight of the base
         ({"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"up_proj": 12}}, ["peft", "vllm"]),
         ({"use_dora": True}, ["peft"]),
         ({"modules_to_save": ["lm_head"]}, ["peft"]),
@@ -117,6 +118,25 @@ def test_what_peft_saves_is_refused_where_it_would_not_be_served_rightly(
     verdicts = check_clients(of_peft(base, tmp_path / "adapter", generator, **settings), skeleton)
     assert loads(verdicts) == served, verdicts
     assert all(verdict.loads != bool(verdict.reasons) for verdict in verdicts.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM takes one scaling for all
+        ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, ["peft", "vllm"]),  # llama.cpp one alpha
+        ({"rank_pattern": {"up_proj": 2}, "rslora": True}, ["peft"]),
+        ({"alpha_pattern": {".*_proj": 4}}, ALL),  # the same in all layers after all
+    ],
+    ids=str,
+)
+def test_ranks_by_layer_load_where_they_are_scaled_rightly(settings, served, tiny_base, skeleton, tmp_path):
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, rank=4, alpha=8, **settings)
+    save_adapter(model, tmp_path, "someone/base")
+    verdicts = check_clients(tmp_path, skeleton)
+    assert loads(verdicts) == served, verdicts
+    assert passed_over_by_peft(tiny_base, tmp_path) == []
 
 
 def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
