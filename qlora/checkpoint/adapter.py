@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, minimal enough for every tool that reads it."""
+"""Adapters in PEFT's format, with the keys that every tool reads."""
 
 import hashlib
 import json
@@ -107,10 +107,10 @@ def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config.
+    """Read an adapter's config.
 
     Raises:
-        CheckpointError: It is absent, broken, or tells no scale.
+        CheckpointError: It is missing, damaged, or does not determine the scaling.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -165,10 +165,10 @@ def adapter_scalings(folder: Path, modules: Iterable[str]) -> dict[str, float]:
 
 
 def read_adapter_header(folder: Path) -> dict[str, Any]:
-    """Dtype, shape and place of an adapter's tensors, by name.
+    """Read dtype, shape and place of an adapter's tensors, by name.
 
     Raises:
-        CheckpointError: The file is absent or damaged, or factors in it are no matrices.
+        CheckpointError: The file is missing or damaged, or factors in it are not matrices.
     """
     path = _weights_file(folder)
     try:
@@ -183,10 +183,10 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The factors by module name: A (rank, in) and B (out, rank).
+    """Read the factors by module name: A (rank, in) and B (out, rank).
 
     Raises:
-        CheckpointError: The file is absent, damaged, or holds other tensors than pairs of factors and trained rows.
+        CheckpointError: The file is missing, damaged, or holds other tensors than pairs of factors and trained rows.
     """
     path, header = folder / WEIGHTS_FILE, read_adapter_header(folder)
     for name, rows in read_adapter_rows(folder).items():
@@ -205,10 +205,10 @@ def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Te
 
 
 def read_adapter_rows(folder: Path) -> dict[str, StoredRows]:
-    """Where the file has rows that were trained in full, by module name.
+    """Read where the file has rows that were trained in full, by module name.
 
     Raises:
-        CheckpointError: The adapter is absent or damaged, or config and file differ in them.
+        CheckpointError: The adapter is missing or damaged, or config and file differ in them.
     """
     return read_rows(read_adapter_config(folder), read_adapter_header(folder))
 
@@ -218,7 +218,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Copy an adapter's factors and trained rows into the layers of a model that has matching ones.
 
     Raises:
-        CheckpointError: The adapter has other modules, shapes, rows or another scaling than the model; they are named.
+        CheckpointError: The adapter has other modules, shapes, rows or scalings than the model; names them.
     """
     factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
     scalings = adapter_scalings(folder, factors)
@@ -242,7 +242,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
-    """Last parts of the adapted names where those say exactly which layers are meant, else full names."""
+    """Last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
     linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
     meant = {name for name in linears if name.rpartition(".")[2] in parts}

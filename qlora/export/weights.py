@@ -139,10 +139,10 @@ class MergedWeights:
         return layout
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor of the merged model in blocks of its rows, the first ones first.
+        """Yield one tensor of the merged model in blocks of its rows, in order.
 
         Yields:
-            Rows in fp32 on the device; of what is no floating-point number, as they are stored.
+            Rows in fp32 on the device; integers as they are stored.
         """
         base = self._dequantized(name)
         deltas = self._deltas(name)
@@ -154,7 +154,7 @@ class MergedWeights:
             yield fold(block, [delta.rows(rows) for delta in deltas], out=block)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model, fp32; what is no floating-point number as it is stored."""
+        """Return one tensor of the merged model, fp32; integers as they are stored."""
         whole = torch.empty(0)
         for rows, block in zip(row_blocks(self._shapes[name]), self.blocks(name), strict=True):
             if block.shape == self._shapes[name]:

@@ -14,19 +14,19 @@ from qlora.kernels.rebuild import Source
 
 FORMS = ("separate", "folded")
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
-# (docs/benchmarks/forms.md). For CUDA derived, not measured: folding costs as much as `rank` more tokens and no pass
-# over activations, so that little but the launches of small batches speaks against it.
+# (docs/benchmarks/forms.md). Derived for CUDA, not measured: folding costs as much as `rank` more tokens and no pass
+# over activations, so that only the launches of small batches make it slower.
 FOLD_FROM_TOKENS = {"cpu": 2048, "cuda": 512}
 
 
 def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float) -> str:
-    """The form that a product is computed in.
+    """Return the form that a product is computed in.
 
     Args:
         form: `separate`, `folded`, or `auto` for the faster one.
-        num_tokens: Rows of the input.
-        device: That it is on.
-        dropout: On the input of the low-rank branch, which only the separate form has.
+        num_tokens: Number of rows of the input.
+        device: Device of the input.
+        dropout: Probability of dropping an input of the deltas, which only the separate form can.
     """
     if dropout:
         return "separate"
@@ -37,7 +37,7 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
 
 
 def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    """The scaled mask of inverted dropout, like `x`; the same for the same seed, so it need not be saved."""
+    """Return the scaled mask of inverted dropout, like `x`; the same for the same seed, so it need not be saved."""
     device = "cpu" if x.is_meta else x.device  # no numbers are drawn where there are none
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
@@ -81,7 +81,7 @@ def lora_linear(
 
 
 class WeightsKept:
-    """Entered while a layer is recomputed: the weights that its linears use are kept until their backward asks."""
+    """Entered while a layer is recomputed; keeps the weights that its linear layers use for their backward."""
 
     _depth = 0
     _weights: ClassVar[dict[int, torch.Tensor]] = {}  # by the id of the base layer
@@ -94,22 +94,22 @@ class WeightsKept:
 
     @classmethod
     def is_on(cls) -> bool:
-        """Whether a recomputation is under way."""
+        """Whether a layer is being recomputed."""
         return cls._depth > 0
 
     @classmethod
     def put(cls, base: Any, weight: torch.Tensor) -> None:
-        """Keeps a base layer's weight."""
+        """Keep a base layer's weight."""
         cls._weights[id(base)] = weight
 
     @classmethod
     def clear(cls) -> None:
-        """Keeps nothing any longer, after a backward that was given up."""
+        """Drop all weights, after a backward that was aborted."""
         cls._weights.clear()
 
     @classmethod
     def take(cls, base: Any) -> torch.Tensor | None:
-        """A base layer's weight, kept no longer."""
+        """Return a base layer's weight and drop it; None if there is none."""
         return cls._weights.pop(id(base), None)
 
 
@@ -168,7 +168,7 @@ class _LoraLinear(torch.autograd.Function):
         deltas = call.deltas(factors, dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         keeps = WeightsKept.is_on() and ctx.needs_input_grad[0]
-        WeightsKept.take(base)  # of a backward that was given up
+        WeightsKept.take(base)  # of a backward that was aborted
         weight = call.weight(deltas, dtype, lasting=keeps)
         if keeps:
             WeightsKept.put(base, weight)

@@ -1,4 +1,4 @@
-"""Which linear layers of a model get an adapter, and putting it there."""
+"""Selects the linear layers of a model that get an adapter, and wraps them."""
 
 import difflib
 import re
@@ -15,17 +15,17 @@ ALL_LINEAR = "all-linear"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapted layers of a model, with their names, in the model's order."""
+    """Yield the adapted layers of a model with their names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
 
 
 def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` asks for, in the model's order.
+    """Return the names of the linear layers that `targets` asks for, in the model's order.
 
     Args:
-        model: Its linears are `nn.Linear` or any module with `dequantize`.
+        model: A model whose linear layers are `nn.Linear` or any module with `dequantize`.
         targets: `all-linear` (every linear but the output head), or one or more full names, last parts of
             names (`q_proj`), or regular expressions that match a full name.
 
@@ -74,7 +74,7 @@ def add_lora(
         model: A causal language model, or any module with linear layers.
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
-        dropout: On the input of the low-rank branch.
+        dropout: Probability of dropping an input of the low-rank branch.
         targets: See :func:`match_targets`.
         init: First values of A: `kaiming` or `gaussian`. B is zero.
         rslora: Scale by alpha / sqrt(rank).

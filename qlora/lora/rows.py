@@ -36,7 +36,7 @@ class TrainedRows(nn.Module):
 
     @property
     def num_rows(self) -> int:
-        """Of base and new tokens together."""
+        """Number of rows of base and new tokens together."""
         return max(self.num_frozen, self.ids.stop)
 
     @property
@@ -57,21 +57,21 @@ class TrainedRows(nn.Module):
         return _mean_row(frozen, self.ids).to(self.weight.dtype).expand(len(self.used_ids), -1)
 
     def release(self, base: Any) -> None:
-        """Lets go of a base's weight where nothing reads it any more, but not of its dtype and device."""
+        """Free a base's weight if all its rows are trained; an empty one keeps its dtype and device."""
         if self.is_whole:
             base.weight = nn.Parameter(base.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def extra_repr(self) -> str:
-        """What tells one from another."""
+        """Ids and number of rows."""
         return f"{self.ids.start} to {self.ids.stop - 1} of {self.num_rows}"
 
 
 class TrainedEmbedding(nn.Module):
-    """An embedding of which some rows are trained; whatever else its class does to a row it does to these, too.
+    """An embedding with trained rows; what else its class does to a row is done to these, too.
 
     Args:
-        base: The frozen one.
-        rows: In the place of the base's.
+        base: The frozen embedding.
+        rows: Trained rows, used instead of the base's.
     """
 
     def __init__(self, base: nn.Embedding, rows: TrainedRows) -> None:
@@ -85,7 +85,7 @@ class TrainedEmbedding(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Ids that there are rows for."""
+        """Number of ids that have rows."""
         return self.rows.num_rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -107,11 +107,11 @@ class TrainedEmbedding(nn.Module):
 
 
 class TrainedHead(nn.Module):
-    """An output head of which some rows are trained.
+    """An output head with trained rows.
 
     Args:
-        base: The frozen one.
-        rows: In the place of the base's.
+        base: The frozen head.
+        rows: Trained rows, used instead of the base's.
     """
 
     def __init__(self, base: nn.Linear, rows: TrainedRows) -> None:
@@ -121,7 +121,7 @@ class TrainedHead(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(rows,), frozen."""
+        """Frozen bias, (rows,)."""
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
@@ -143,12 +143,12 @@ class TrainedHead(nn.Module):
 
 
 def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
-    """The weight of an output head as consecutive blocks of its rows, (rows, features) each."""
+    """Return the weight of an output head as consecutive blocks of its rows, (rows, features) each."""
     return head.blocks() if isinstance(head, TrainedHead) else (head.weight,)
 
 
 def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
-    """Rows that are trained of a model's embedding and head, with the modules' names; one that they share, twice."""
+    """Yield the trained rows of a model's embedding and head with the modules' names; shared rows twice."""
     for name, module in model.named_modules():
         if isinstance(module, TrainedEmbedding | TrainedHead):
             yield name, module.rows
@@ -158,19 +158,20 @@ def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
 def train_rows(
     model: Any, modules: Sequence[str] = (), new_ids: range = range(0), dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, range]:
-    """Wraps the embedding and the head of a frozen model so that rows of them are trained, in place.
+    """Wrap the embedding and the head of a frozen model so that rows of them are trained, in place.
 
-    Rows of new tokens begin as the mean of those before them: their logits then are the mean of the others, and what
-    the model predicts hardly changes (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    Rows of new tokens are initialized to the mean of the rows before them: their logits are the mean of the others, and
+    predictions hardly change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
         model: A causal language model of transformers.
-        modules: Names, or their last parts, of those trained in full. Where embedding and head are one, both are.
-        new_ids: Of tokens added to the vocabulary; their rows are trained in any case, and made where there are none.
-        dtype: Of trained rows.
+        modules: Names, or their last parts, of the modules trained in full. If embedding and head share a weight, both
+            are.
+        new_ids: Ids of tokens added to the vocabulary; their rows are trained, and added if there are none.
+        dtype: Dtype of trained rows.
 
     Returns:
-        The ids whose rows are trained, by the names of the modules.
+        The ids of the trained rows by the names of the modules.
 
     Raises:
         ModelError: A name is neither the embedding's nor the head's, or one can't be trained or made longer.
@@ -203,10 +204,10 @@ def train_rows(
 
 
 def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:
-    """The layers that are named.
+    """Return the layers that are named.
 
     Raises:
-        ModelError: A name is none of theirs.
+        ModelError: A name is that of no layer.
     """
     matches = {asked: [name for name in allowed if f".{name}".endswith(f".{asked}")] for asked in modules}
     unknown = [asked for asked, found in matches.items() if not found]
@@ -253,9 +254,9 @@ def _mean_row(weight: torch.Tensor, new_ids: range) -> torch.Tensor:
 
 
 class _LookUp(torch.autograd.Function):
-    """Rows by their places, cast; the one in the place `padding` gets no gradient.
+    """Looks up rows by their places and casts them; the row in the place `padding` gets no gradient.
 
-    A row's gradients are summed in fp32: a frequent token's, in 16 bits one after the other, would lose digits.
+    The gradients of a row are summed in fp32: those of a frequent token would lose digits in 16 bits.
     """
 
     @staticmethod

@@ -84,14 +84,14 @@ def take_footprint(
     quantized = {} if quantization is None else {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
-    specs = adapter_spec(config.lora).by_layer(names)
-    lora_dtype = adapter_spec(config.lora).dtype
-    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
+    spec = adapter_spec(config.lora)
+    specs = spec.by_layer(names)
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), spec.dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
     shapes = [shape for name, one in adapted.items() for shape in specs[name].shapes(one.out_features, one.in_features)]
     size = sum(_aligned(math.prod(shape)) for shape in shapes)
     size += sum(_aligned(rows.numel()) for rows in {rows.weight for _, rows in trained_rows(model)})
-    itemsize = lora_dtype.itemsize
+    itemsize = spec.dtype.itemsize
     optimizer, update = _optimizer_bytes(config.train, size, itemsize)
 
     stack = Stack(model, adapted, specs, quantized)

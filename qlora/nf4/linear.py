@@ -54,7 +54,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: Any, double_quant: bool = True) -> "NF4Linear":
-        """Quantizes an `nn.Linear`, or takes over the weight of bitsandbytes' `Linear4bit` without copying."""
+        """Quantize an `nn.Linear`, or take over the weight of bitsandbytes' `Linear4bit` without copying."""
         weight, bias = linear.weight, linear.bias
         state = getattr(weight, "quant_state", None)
         # A plain tensor sheds bitsandbytes' parameter class, whose `.to()` would quantize again.
@@ -64,7 +64,7 @@ class NF4Linear(nn.Module):
         return cls(packed, state, None if bias is None else bias.data)
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight, (out_features, in_features), in `dtype`."""
+        """Return the weight, (out_features, in_features), in `dtype`."""
         return dequantize(self.weight, self.quant_state, dtype, out)
 
     def weight_for_product(
@@ -96,11 +96,11 @@ class NF4Linear(nn.Module):
         return fold(weight, others, out=weight)
 
     def hold(self, dtype: torch.dtype) -> None:
-        """Keeps the dequantized weight from now on, for products in `dtype`: 2 bytes per parameter in 16 bits."""
+        """Keep the dequantized weight for products in `dtype`: 2 bytes per parameter in 16 bits."""
         self._held = self.dequantize(dtype)
 
     def release(self) -> None:
-        """Undoes :meth:`hold`."""
+        """Undo :meth:`hold`."""
         self._held = None
 
     @property
@@ -114,7 +114,7 @@ class NF4Linear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held by the weight and its statistics."""
+        """Bytes of the weight and its statistics."""
         return nf4_num_bytes(self.weight, self.quant_state)
 
     def extra_repr(self) -> str:

@@ -18,8 +18,8 @@ BLOCK_SIZE = 64
 # Of these blocks, as many share a scale of their own in double quantization.
 NESTED_BLOCK_SIZE = 256
 
-# What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
-# bitsandbytes' bits, and why it was given up.
+# The kinds of weight, each compiled separately, for which the fused kernel gave the bits of bitsandbytes, and why it is
+# not used on a device.
 _proven: set[tuple[object, ...]] = set()
 _given_up: dict[torch.device, str] = {}
 
@@ -27,12 +27,12 @@ _given_up: dict[torch.device, str] = {}
 def quantize(
     weight: torch.Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE
 ) -> tuple[torch.Tensor, "QuantState"]:
-    """Quantizes a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
+    """Quantize a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
 
     Args:
         weight: (out, in), fp32, bf16 or fp16. Sizes need not be multiples of the block.
         double_quant: Quantize the blocks' absmax to 8 bits too.
-        block_size: Weights that share one absmax.
+        block_size: Number of weights that share one absmax.
 
     Returns:
         The packed codes, (ceil(out * in / 2), 1) uint8, and what is needed to undo it.
@@ -61,12 +61,12 @@ def dequantize(
     out: torch.Tensor | None = None,
     delta: LowRank | None = None,
 ) -> torch.Tensor:
-    """Undoes :func:`quantize`, with one rounding from fp32 to `dtype`.
+    """Undo :func:`quantize`, with one rounding from fp32 to `dtype`.
 
     Args:
-        packed: The codes, uint8.
-        state: The blocks' statistics.
-        dtype: Of the result: fp32, bf16 or fp16, whatever the weight had before.
+        packed: Codes, uint8.
+        state: Statistics of the blocks.
+        dtype: Dtype of the result: fp32, bf16 or fp16; it need not be the original one.
         out: (out, in) of `dtype`, written in place if given.
         delta: Added to the weight in `dtype`, the dtype of its factors; the sum is rounded once more.
 
@@ -84,13 +84,13 @@ def dequantize(
     try:
         if delta is None:
             is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
-        else:  # not with its own values: B is zero at first, and shows nothing
+        else:  # not with its own values: B is zero at first, so a mistake would not show
             trial = _random_delta(delta)
             is_same = _close(
                 _dequantize_fused(packed, state, dtype, delta=trial),
                 _dequantize_bitsandbytes(packed, state, dtype, None, trial),
             )
-    except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
+    except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to.
         message = " ".join(str(error).split())[:200]
         _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
         return wanted
@@ -103,7 +103,7 @@ def dequantize(
 
 
 def dequantize_path(device: torch.device) -> str:
-    """Which kernel :func:`dequantize` uses on a device, and why."""
+    """Describe the kernel that :func:`dequantize` uses on a device, and why."""
     device = torch.empty(0, device=device).device  # With its index, as tensors have it.
     reason = _why_not_fused(device)
     if reason is not None:
@@ -114,7 +114,7 @@ def dequantize_path(device: torch.device) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
-    """What is compiled apart from the others."""
+    """What the kernel is compiled for."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
     if delta is None:
         return kind
@@ -156,7 +156,7 @@ def _dequantize_fused(
             "nested_block_size": state.state2.blocksize,
         }
     return dequantize_4bit_triton(
-        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **options, out=out
+        packed, state.code, state.absmax, state.shape, dtype, block_size=state.blocksize, **options, out=out
     )
 
 
@@ -206,7 +206,7 @@ def _dequantize_bitsandbytes_alone(
 
 
 def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
-    """Bytes that a quantized weight holds, its statistics included."""
+    """Return the bytes of a quantized weight and its statistics."""
     tensors = [packed, state.absmax]
     if state.nested:
         tensors += [state.state2.absmax, state.offset]
@@ -214,7 +214,7 @@ def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
 
 
 def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, "QuantState"]:
-    """Reads a weight out of a checkpoint that bitsandbytes wrote.
+    """Read a weight from a checkpoint that bitsandbytes wrote.
 
     Args:
         tensors: `weight` and its `weight.*` statistics, by those names.
@@ -231,7 +231,7 @@ def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.
 
 
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:
-    """Whether transformers put one of bitsandbytes' own 4-bit linears here."""
+    """Whether a module is a 4-bit linear layer of bitsandbytes."""
     from bitsandbytes.nn import Linear4bit
 
     return isinstance(module, Linear4bit)

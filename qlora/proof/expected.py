@@ -1,4 +1,4 @@
-"""The merged weights of a run, computed a second time in another way than merge computes them."""
+"""The merged weights of a run, computed a second time and in another way than merge does."""
 
 import re
 from typing import Any
@@ -29,9 +29,9 @@ class ExpectedWeights:
         device: To quantize on, as the merge did.
 
     Attributes:
-        names: Of the tensors, in the base's order.
-        compute_dtype: That the run's weights were dequantized to.
-        unplaced: Adapted modules that no tensor of the base's files is the weight of.
+        names: Names of the tensors, in the base's order.
+        compute_dtype: Dtype that the run's weights were dequantized to.
+        unplaced: Adapted modules whose weight is not a tensor of the base's files.
     """
 
     def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class ExpectedWeights:
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
     def adapted(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base weight of an adapted layer and its update, (out, in) and fp64 each."""
+        """Return the base weight of an adapted layer and its update, (out, in) and fp64 each."""
         name = next(name for name, other in self._modules.items() if other == module)
         base, rows = self.base(name), slice(0, None)
         weight, update = self.rows(name, rows, base), self.update(name, rows)[0]
@@ -113,11 +113,11 @@ class ExpectedWeights:
         return found
 
     def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of scaling · B A in fp64, and of a bound on what a sum of its products in fp32 can be off by."""
+        """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""
         lora_A, lora_B = self._factors[name]
         left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
         left, right = left[rows].double() * self._scaling(self._modules[name]), right.double()
-        # Each element is a sum of rank products: Cauchy and Schwarz bound what their absolute values sum up to.
+        # Each element is a sum of rank products; Cauchy-Schwarz bounds the sum of their absolute values.
         size = torch.outer(left.norm(dim=1), right.norm(dim=0))
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
 
