@@ -107,6 +107,14 @@ def _check_targets(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def _check_pattern(value: str) -> str:
+    try:
+        re.compile(f"({value})")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"should be a regular expression: {error}") from None
+    return value
+
+
 def _check_new_tokens(value: list[str]) -> list[str]:
     if not all(token.strip() for token in value) or len(set(value)) < len(value):
         raise ValueError("should name each token once, and none that is empty or a space")
@@ -129,6 +137,9 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Rank = Annotated[int, Field(ge=1, strict=True)]
+Alpha = Annotated[float, Field(gt=0)]
 NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
 Columns = Annotated[dict[str, str], BeforeValidator(_name_columns)]
 MaxRows = Annotated[int | None, Field(ge=1, strict=True)]
@@ -152,8 +163,10 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The adapters."""
 
-    rank: Annotated[int, Field(ge=1, strict=True)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
+    rank: Rank = 16
+    alpha: Alpha = 32
+    rank_pattern: dict[Pattern, Rank] = {}
+    alpha_pattern: dict[Pattern, Alpha] = {}
     dropout: Share = 0.0
     targets: Targets = "all-linear"
     init: Literal["kaiming", "gaussian"] = "kaiming"

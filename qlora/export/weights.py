@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, StoredRows, adapter_scaling, read_adapter_rows, read_adapter_tensors
+from qlora.checkpoint import RunDirectory, StoredRows, adapter_scalings, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.config import RunConfig, load_config
@@ -16,6 +16,7 @@ from qlora.files import BaseFiles
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
+from qlora.kernels import LowRank, fold
 from qlora.model import BITSANDBYTES_4BIT, BaseWeights, adapter_spec, build_skeleton, resolve_device, weight_format
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
 from qlora.nf4 import dequantize, quantize
@@ -66,19 +67,14 @@ class MergedWeights:
         if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        self._scaling = adapter_scaling(run.adapter)
-        trained = adapter_spec(self.config.lora).scaling
-        if not math.isclose(self._scaling, trained):
-            raise ExportError(
-                f"{run.adapter} has a scaling of {self._scaling:g}, the run trained with "
-                f"{trained:g}; take the run's own adapter."
-            )
+        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
+        self._scalings = adapter_scalings(run.adapter, adapted)
+        self._check_scalings(run)
         self._base = BaseWeights(self.files)
         self._shapes = dict(self._base.shapes)
         skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
-        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
         path = run.adapter / WEIGHTS_FILE
         self._factors = StoredTensors({path: read_header(path)})
         self._adapted = self._by_name_in_files(adapted, skeleton)
@@ -139,28 +135,22 @@ class MergedWeights:
         ]
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor of the merged model in blocks of its rows, the first ones first.
+        """Yield one tensor of the merged model in blocks of its rows, in order.
 
         Yields:
-            Rows in fp32 on the device; of what is no floating-point number, as they are stored.
+            Rows in fp32 on the device; integers as they are stored.
         """
         base = self._dequantized(name)
-        update = self._update(name)
+        deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
             stored = self._read_rows(name, rows) if base is None else base[rows]
             block = stored.to(self.device)
             if block.is_floating_point():
                 block = block.float()
-            if update is not None:
-                lora_A, lora_B = update
-                if self._adapted[name] in self._transposed:
-                    block.addmm_(lora_A[:, rows].T, lora_B.T, alpha=self._scaling)
-                else:
-                    block.addmm_(lora_B[rows], lora_A, alpha=self._scaling)
-            yield block
+            yield fold(block, [delta.rows(rows) for delta in deltas], out=block)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model, fp32; what is no floating-point number as it is stored."""
+        """Return one tensor of the merged model, fp32; integers as they are stored."""
         whole = torch.empty(0)
         for rows, block in zip(row_blocks(self._shapes[name]), self.blocks(name), strict=True):
             if block.shape == self._shapes[name]:
@@ -188,12 +178,14 @@ class MergedWeights:
         weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
 
-    def _update(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A, (rank, in), and B, (out, rank), of an adapted weight in fp32."""
+    def _deltas(self, name: str) -> tuple[LowRank, ...]:
+        """What the adapter adds to a tensor, in fp32 and in the tensor's orientation; nothing to most."""
         if name not in self._adapted:
-            return None
-        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(self._adapted[name]))
-        return lora_A, lora_B
+            return ()
+        module = self._adapted[name]
+        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(module))
+        delta = LowRank(lora_A, lora_B, self._scalings[module])
+        return (delta.T if module in self._transposed else delta,)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a tensor that went through no 4 bits: the trained ones of the adapter, the others of the base."""
@@ -209,8 +201,19 @@ class MergedWeights:
         ]
         return torch.cat([part.float() for part in parts])
 
+    def _check_scalings(self, run: RunDirectory) -> None:
+        """Check that every module has the scaling that the run trained with; raises ExportError otherwise."""
+        specs = adapter_spec(self.config.lora).by_layer([*self.record.parameters.adapted, *self._scalings])
+        for module, scaling in self._scalings.items():
+            trained = specs[module].scaling
+            if not math.isclose(scaling, trained):
+                raise ExportError(
+                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; take the "
+                    "run's own adapter."
+                )
+
     def _check_factors(self) -> None:
-        """Sees that every update has its weight's shape, before anything is written."""
+        """Check that every update has its weight's shape before anything is written; raises ExportError otherwise."""
         for name, module in self._adapted.items():
             (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
             shape = (columns, rows) if module in self._transposed else (rows, columns)

@@ -80,15 +80,15 @@ def take_footprint(
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
     spec = adapter_spec(config.lora)
-    lora_dtype = spec.dtype
-    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
+    specs = spec.by_layer(names)
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), spec.dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
-    shapes = [shape for one in adapted.values() for shape in spec.shapes(one.out_features, one.in_features)]
-    trained = [nn.Parameter(torch.empty(shape, dtype=lora_dtype, device="meta")) for shape in shapes]
+    shapes = [shape for name, one in adapted.items() for shape in specs[name].shapes(one.out_features, one.in_features)]
+    trained = [nn.Parameter(torch.empty(shape, dtype=spec.dtype, device="meta")) for shape in shapes]
     flat = FlatParameters(("", each) for each in [*trained, *{rows.weight for _, rows in trained_rows(model)}])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
-    stack = Stack(model, adapted, quantized)
+    stack = Stack(model, adapted, specs, quantized)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:

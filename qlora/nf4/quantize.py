@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON, quantize_4bit_cpu
+from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 64
 # In double quantization, the absmax values of this many blocks share a scale.
 NESTED_BLOCK_SIZE = 256
-# A, (rank, in), and B, (out, rank), in the dtype of the dequantized weight, and the scaling of their product B A.
-LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
 # By device: the kinds of weight for which the fused kernel gave bitsandbytes' bits (each kind is compiled separately),
 # and why it is not used.
@@ -28,7 +26,7 @@ _given_up: dict[torch.device, str] = {}
 def quantize(
     weight: torch.Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE
 ) -> tuple[torch.Tensor, "QuantState"]:
-    """Quantizes a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
+    """Quantize a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
 
     Args:
         weight: (out, in), fp32, bf16 or fp16, of any size.
@@ -60,35 +58,35 @@ def dequantize(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
     """Dequantize a weight, with one rounding from fp32 to `dtype`.
 
     Args:
         packed: The codes, uint8.
         state: The blocks' statistics.
-        dtype: Dtype of the result: fp32, bf16 or fp16.
+        dtype: Dtype of the result: fp32, bf16 or fp16; it need not be the original one.
         out: A tensor, (out, in) in `dtype`, to write the result into.
-        update: Added to the weight in `dtype`; the sum is rounded once more.
+        delta: Added to the weight in `dtype`, the dtype of its factors; the sum is rounded once more.
 
     Returns:
         The weight, (out, in).
     """
     device = packed.device
     if _why_not_fused(device) is not None:
-        return _dequantize_bitsandbytes(packed, state, dtype, out, update)
-    kind = _kind(device, dtype, state, update)
+        return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
+    kind = _kind(device, dtype, state, delta)
     if kind in _proven:
-        return _dequantize_fused(packed, state, dtype, out, update)
+        return _dequantize_fused(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
-    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, update)
+    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     try:
-        if update is None:
+        if delta is None:
             is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
         else:  # with random values: B is zero at first, and would not show a difference
-            trial = _random_update(update)
+            trial = _random_delta(delta)
             is_same = _close(
-                _dequantize_fused(packed, state, dtype, update=trial),
+                _dequantize_fused(packed, state, dtype, delta=trial),
                 _dequantize_bitsandbytes(packed, state, dtype, None, trial),
             )
     except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
@@ -114,20 +112,19 @@ def dequantize_path(device: torch.device) -> str:
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
-def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", update: LoraUpdate | None) -> tuple:
+def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
     """Return what the fused kernel is compiled for."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    if update is None:
+    if delta is None:
         return kind
-    width, rank = state.shape[1], update[0].shape[0]
+    width, rank = state.shape[1], delta.A.shape[0]
     return (*kind, width % 2 == 0, width % min(TILE_COLUMNS, state.blocksize) == 0, rank <= 16)
 
 
-def _random_update(update: LoraUpdate) -> LoraUpdate:
+def _random_delta(delta: LowRank) -> LowRank:
     generator = torch.Generator().manual_seed(0)  # a run's own must not advance
-    lora_A, lora_B, scaling = update
-    trial_A, trial_B = (torch.randn(one.shape, generator=generator).to(one) * 0.1 for one in (lora_A, lora_B))
-    return trial_A, trial_B, scaling
+    A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
+    return LowRank(A, B, delta.scaling)
 
 
 def _why_not_fused(device: torch.device) -> str | None:
@@ -143,13 +140,13 @@ def _dequantize_fused(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
     from qlora.kernels.dequantize_triton import dequantize_4bit_triton
 
     options: dict[str, Any] = {}
-    if update is not None:
-        options = dict(zip(("lora_A", "lora_B", "scaling"), update, strict=True))
+    if delta is not None:
+        options = {"lora_A": delta.A, "lora_B": delta.B, "scaling": delta.scaling}
     if state.nested:
         options |= {
             "nested_code": state.state2.code,
@@ -158,7 +155,7 @@ def _dequantize_fused(
             "nested_block_size": state.state2.blocksize,
         }
     return dequantize_4bit_triton(
-        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **options, out=out
+        packed, state.code, state.absmax, state.shape, dtype, block_size=state.blocksize, **options, out=out
     )
 
 
@@ -178,13 +175,10 @@ def _dequantize_bitsandbytes(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None,
-    update: LoraUpdate | None,
+    delta: LowRank | None,
 ) -> torch.Tensor:
     weight = _dequantize_bitsandbytes_alone(packed, state, dtype, out)
-    if update is not None:
-        lora_A, lora_B, scaling = update
-        weight.addmm_(lora_B, lora_A, alpha=scaling)
-    return weight
+    return weight if delta is None else delta.fold(weight, out=weight)
 
 
 def _dequantize_bitsandbytes_alone(

@@ -1,5 +1,6 @@
-"""The merged weights of a run, computed a second time in another way than merge computes them."""
+"""The merged weights of a run, computed a second time and in another way than merge does."""
 
+import re
 from typing import Any
 
 import torch
@@ -27,18 +28,16 @@ class ExpectedWeights:
         device: To quantize on, as the merge did.
 
     Attributes:
-        names: Of the tensors, in the base's order.
-        compute_dtype: That the run's weights were dequantized to.
-        unplaced: Adapted modules that no tensor of the base's files is the weight of.
+        names: Names of the tensors, in the base's order.
+        compute_dtype: Dtype that the run's weights were dequantized to.
+        unplaced: Adapted modules whose weight is not a tensor of the base's files.
     """
 
     def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
         self.compute_dtype = getattr(torch, self._record.in_use.compute_dtype)
-        # A second writing of the formula, on purpose.
-        rank, alpha = config.lora.rank, config.lora.alpha
-        self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
+        self._lora = config.lora
         self._base = BaseWeights(base)
         self.names = list(self._base.shapes)
 
@@ -58,7 +57,7 @@ class ExpectedWeights:
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
     def adapted(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base weight of an adapted layer and its update, (out, in) and fp64 each."""
+        """Return the base weight of an adapted layer and its update, (out, in) and fp64 each."""
         name = next(name for name, other in self._modules.items() if other == module)
         base, rows = self.base(name), slice(0, None)
         weight, update = self.rows(name, rows, base), self.update(name, rows)[0]
@@ -109,13 +108,22 @@ class ExpectedWeights:
         return found
 
     def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of scaling · B A in fp64, and of a bound on what a sum of its products in fp32 can be off by."""
+        """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""
         lora_A, lora_B = self._factors[name]
         left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
-        left, right = left[rows].double() * self._scaling, right.double()
-        # Each element is a sum of rank products: Cauchy and Schwarz bound what their absolute values sum up to.
+        left, right = left[rows].double() * self._scaling(self._modules[name]), right.double()
+        # Each element is a sum of rank products; Cauchy-Schwarz bounds the sum of their absolute values.
         size = torch.outer(left.norm(dim=1), right.norm(dim=0))
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
+
+    def _scaling(self, module: str) -> float:
+        """The factor on B A by the config: a second writing of the formula and of PEFT's patterns, on purpose."""
+        own = self._lora
+        rank, alpha = (
+            next((value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", module)), default)
+            for patterns, default in ((own.rank_pattern, own.rank), (own.alpha_pattern, own.alpha))
+        )
+        return alpha * rank**-0.5 if own.rslora else alpha / rank
 
 
 def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:

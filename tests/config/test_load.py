@@ -55,6 +55,8 @@ INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {
     "lora.rank": [0, -4, 1.5, "many"],
     "lora.alpha": [0, -1, INF, NAN],
+    "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 1.5}, {"(": 4}, {"(?i)q_proj": 4}, {"a)(b": "x"}, ["q_proj"], 3],
+    "lora.alpha_pattern": [{"q_proj": 0}, {"q_proj": INF}, {"[": 4}, "q_proj"],
     "lora.dropout": [-0.1, 1, 1.5],
     "lora.targets": [[], "", [3], 3],
     "data.max_rows": [0, -1, 1.5, True, "many"],
@@ -350,7 +352,7 @@ def test_a_value_out_of_range_is_told_with_its_key(write, key, value):
     message = problems(write({key: value}))
     assert f"  {key}: " in message
     assert "should" in message or "required" in message
-    parts = value if isinstance(value, list) else []
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
     assert any(repr(shown) in message for shown in (value, *parts))
 
 

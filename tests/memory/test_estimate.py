@@ -74,6 +74,7 @@ def test_every_level_is_what_its_step_takes(base, tmp_path):
         ["data.max_seq_len=192", "data.packing=false"],
         ["data.max_seq_len=64", "lora.rank=64"],  # the optimizer's step takes more than the layers'
         ["data.max_seq_len=192", "lora.dropout=0.1"],
+        ["data.max_seq_len=192", "lora.rank_pattern={up_proj: 128, 'layers.[23].self_attn.*': 200}"],
         ["data.max_seq_len=192", "model.attention=eager"],
         ["data.max_seq_len=192", "model.quantization=none", "lora.targets=[q_proj, down_proj]"],
         ["data.max_seq_len=192", "data.new_tokens=[<tool>, </tool>]"],
@@ -109,9 +110,11 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
         assert reckoned.total_bytes(level, 320) == pytest.approx(measured, rel=0.01), level
 
 
+@pytest.mark.parametrize("patterns", ["{}", "{up_proj: 9, 'layers.0.*': 1}"])
 @pytest.mark.parametrize("modules", ["[]", "[lm_head]"])
-def test_what_always_stays_is_counted_to_the_byte(modules, tmp_path, tiny_base):
+def test_what_always_stays_is_counted_to_the_byte(modules, patterns, tmp_path, tiny_base):
     overrides = ["train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3"]
+    overrides += [f"lora.rank_pattern={patterns}"]
     overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
     config = settings(tiny_base, tmp_path, *overrides)
     footprint = estimate(config, SUPERVISED, CPU).footprint
