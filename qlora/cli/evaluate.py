@@ -23,7 +23,7 @@ def evaluate(
     """Loss and perplexity per supervised token, and bits per byte."""
     from qlora.checkpoint import RunDirectory
     from qlora.config import SourceSection, load_config
-    from qlora.data import eval_batches, supervised_bytes
+    from qlora.data import eval_batches, set_special_tokens, supervised_bytes
     from qlora.errors import ConfigError
     from qlora.model import base_from_section, datasets_from_section, load_run
     from qlora.model import evaluate as run_evaluation
@@ -32,6 +32,9 @@ def evaluate(
     config = load_config(target if run is None else run.config)
     model, tokenizer = base_from_section(config.model, device) if run is None else load_run(target, device)
     section = config.data
+    if run is None:  # its base, without the tokens that training adds
+        own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
+        set_special_tokens(tokenizer, own)
     if data is not None:
         # Every row of the file counts, however few of its own the run was trained on.
         whole_file = {"train": [SourceSection(path=data)], "eval": None, "max_rows": None, "deduplicate": False}

@@ -1,6 +1,7 @@
-"""Tokens added to a tokenizer, and the ids that they get."""
+"""Tokens added to a tokenizer with their ids, and the tokens that it ends and pads texts with."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.errors import DataError
@@ -57,3 +58,24 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which do not follow on one another.")
     return range(ids[0], ids[-1] + 1)
+
+
+def set_special_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> None:
+    """Set the tokens that a tokenizer ends or pads texts with; they are saved with it.
+
+    Args:
+        tokenizer: A tokenizer of transformers; changed in place.
+        tokens: The token of each key, `eos_token` or `pad_token`.
+
+    Raises:
+        DataError: The tokenizer does not have one of them.
+    """
+    known = tokenizer.get_vocab() if tokens else {}
+    for key, token in tokens.items():
+        if token not in known:
+            raise DataError(
+                f"data.special_tokens: {key} is {token!r}, which the tokenizer does not have; name one of its tokens, "
+                f"or add it with data.new_tokens: [{json.dumps(token)}]."
+            )
+    if tokens:
+        tokenizer.add_special_tokens(dict(tokens))

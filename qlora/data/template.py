@@ -1,16 +1,16 @@
 """Chat templates: which one is used, and the ids it gives. Training, generate and chat go through here."""
 
 import json
+from difflib import get_close_matches
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qlora.data.examples import parts_of
+from qlora.data.named_templates import mark_control_tokens, read_named, template_names
 from qlora.errors import DataError
 
 DEFAULT_TEMPLATE = "alpaca"
-BUILT_IN = ("alpaca", "chatml")
 # Where multimodal models keep the template that their tokenizer lacks.
 PROCESSOR_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 # Variables by which templates let a server switch thinking on or off.
@@ -20,15 +20,16 @@ PROBE = "qwxzk"
 
 
 def apply_template(tokenizer: Any, chat_template: str) -> str:
-    """Sets the tokenizer's chat template, which is saved with every adapter and model.
+    """Set the tokenizer's chat template, which is saved with every adapter and model.
 
     Args:
-        tokenizer: Of transformers; changed in place.
-        chat_template: `auto` (the tokenizer's own, else that of the base's processor, else `alpaca`), a built-in name,
-            or a jinja file.
+        tokenizer: A tokenizer of transformers; changed in place. With a template by name, the template's control
+            tokens become special tokens, if the tokenizer has them.
+        chat_template: `auto` (the tokenizer's own, else that of the base's processor, else `alpaca`), a name of
+            :func:`qlora.data.named_templates.template_names`, or a jinja file.
 
     Returns:
-        Which template is used, for people to read.
+        Which template is used, for reports.
 
     Raises:
         DataError: There is no such file or name, or the processor's file is damaged.
@@ -41,15 +42,25 @@ def apply_template(tokenizer: Any, chat_template: str) -> str:
                 tokenizer.chat_template = found
                 return f"{path.name} of the base (the tokenizer has none)"
     name = DEFAULT_TEMPLATE if chat_template == "auto" else chat_template
-    if name in BUILT_IN:
-        tokenizer.chat_template = _built_in(tokenizer, name)
-        return f"{name} (the tokenizer has none)" if chat_template == "auto" else name
+    if name in template_names():
+        mark_control_tokens(tokenizer, name)
+        tokenizer.chat_template = _named(tokenizer, name)
+        return f"{name} ({'the tokenizer has none' if chat_template == 'auto' else 'by name'})"
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(("auto", *BUILT_IN))
-        raise DataError(f"data.chat_template: '{name}' is neither a jinja file nor one of {known}.")
+        raise DataError(_unknown_template(name))
     tokenizer.chat_template = _read_template(path)
     return str(path)
+
+
+def _unknown_template(name: str) -> str:
+    """Describe a template that is neither a file nor a name, with the closest names."""
+    names = ["auto", *template_names()]
+    near = get_close_matches(name.lower(), names)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"data.chat_template: {name!r} is neither a jinja file nor a template's name; {hint}Names: {', '.join(names)}."
+    )
 
 
 def _read_template(path: Path) -> str | None:
@@ -71,16 +82,16 @@ def _read_template(path: Path) -> str | None:
     return template
 
 
-def template_name(tokenizer: Any) -> str:
-    """Return the name of the built-in chat template that a tokenizer has, or that it has its own."""
-    names = (name for name in BUILT_IN if tokenizer.chat_template == _built_in(tokenizer, name))
-    return next(names, "the tokenizer's own")
+def template_name(tokenizer: Any) -> str | None:
+    """Return the name of the tokenizer's chat template; None if it is none of those by name."""
+    names = (name for name in template_names() if tokenizer.chat_template == _named(tokenizer, name))
+    return next(names, None)
 
 
-def _built_in(tokenizer: Any, name: str) -> str:
-    text = files("qlora.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+def _named(tokenizer: Any, name: str) -> str:
+    text = read_named(name).text
     # Where a tokenizer starts every text with BOS, so does its template; a server then feeds the same ids.
-    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + text
+    return ("{{ bos_token }}" if "bos_token" not in text and adds_bos(tokenizer) else "") + text
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -265,6 +265,8 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
 
     generation = load_generation_config(weights.files.folder)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
+    if "pad_token" in weights.config.data.special_tokens:
+        generation.pad_token_id = tokenizer.pad_token_id
     # transformers' own way to save refuses what many published models have: a temperature that they don't sample with.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
 

@@ -9,7 +9,7 @@ from qlora.model.base import (
     resolve_device,
 )
 from qlora.model.evaluate import Evaluation, evaluate
-from qlora.model.from_config import adapt, adapter_spec, base_from_section, datasets_from_section
+from qlora.model.from_config import adapt, adapter_spec, base_from_section, datasets_from_section, set_tokens
 from qlora.model.generate import end_token_ids, generate
 from qlora.model.inventory import Inventory, frozen_checksum, take_inventory
 from qlora.model.loss import check_isolation, check_loss, supervised_loss
@@ -37,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "resolve_compute_dtype",
     "resolve_device",
+    "set_tokens",
     "supervised_loss",
     "take_inventory",
 ]

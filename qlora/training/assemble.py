@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
+from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
@@ -19,6 +19,7 @@ from qlora.model import (
     check_loss,
     datasets_from_section,
     load_tokenizer,
+    set_tokens,
     take_inventory,
 )
 from qlora.nf4 import dequantize_path
@@ -90,7 +91,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         # The data first: what is wrong with it should not be reported after loading tens of gigabytes.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-        new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+        new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
