@@ -92,9 +92,11 @@ class TemplateFacts:
             notes.append("the chat template writes a date: that of the day on which the data was tokenized")
         name = template_name(self._tokenizer)
         if name is not None and (missing := missing_control_tokens(self._tokenizer, name)):
+            ends = [token for token in missing if token in (self.tail or "")]
+            behind = f", and answers end with the text {' '.join(ends)} and EOS" if ends else ""
             notes.append(
-                f"the tokenizer has no {', '.join(missing)}, so the chat template {name} writes them as ordinary text; "
-                f"to train them as tokens, set data.new_tokens: {json.dumps(missing)}"
+                f"the tokenizer has no {', '.join(missing)}: the chat template {name} writes them as ordinary text"
+                f"{behind}; to train them as tokens, set data.new_tokens: {json.dumps(missing)}"
             )
         return notes
 

@@ -1,13 +1,17 @@
 """Chat templates by name, against the official ones of their families."""
 
+import copy
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
 from qlora.data.encode import ExampleEncoder, answer_end_id
 from qlora.data.formats import Conversation
 from qlora.data.named_templates import read_named, template_names
-from qlora.data.template import apply_template
+from qlora.data.new_tokens import add_new_tokens, set_special_tokens
+from qlora.data.serving import TemplateFacts
+from qlora.data.template import apply_template, render, template_name
 from qlora.errors import DataError
 from tests.data.chats import (
     CALL,
@@ -147,7 +151,7 @@ def test_every_name_is_compared():
 
 
 @pytest.mark.parametrize("name", [name for name in template_names() if name not in ("chatml", *WITH_TOOLS)])
-def test_tools_are_refused_by_a_template_that_writes_none(realdata, name):
+def test_tools_are_refused_by_a_template_that_writes_none(name):
     tokenizer = make_tokenizer()
     apply_template(tokenizer, name)
     messages = calling(random.Random(0))
@@ -169,3 +173,126 @@ def test_an_answer_ends_with_the_end_of_its_turn(realdata, name):
     assert end in (ends or {tokenizer.eos_token})
     assert text.endswith(f"So.{end}") or text.endswith(f"So. {end}")
     assert not found.eos_added
+
+
+QUESTION, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "llama2", "mistral", "mistral-nemo", "command-r"])
+def test_turns_that_do_not_alternate_are_refused_as_by_the_official_template(name):
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, name)
+    for messages in ([QUESTION, QUESTION, ANSWER], [ANSWER, QUESTION]):
+        with pytest.raises(DataError, match="turns of user and assistant in alternation"):
+            render(tokenizer, messages)
+
+
+def test_gemma_refuses_a_system_message():
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, "gemma")
+    with pytest.raises(DataError, match="none of 'system'"):
+        render(tokenizer, [{"role": "system", "content": "Be short."}, QUESTION])
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_saved_template_needs_no_other_file(name):
+    text = read_named(name).text
+    assert [mark for mark in ("include", "{#", "#}") if mark in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("qwen_25", "qwen2.5"),
+        ("phi_35", "phi3.5"),
+        ("Llama-3", "llama3"),
+        ("ChatML", "chatml"),
+        ("llama3.4", "llama3.1"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_closest_and_all_names(name, near):
+    with pytest.raises(DataError) as caught:
+        apply_template(make_tokenizer(), name)
+    message = str(caught.value)
+    hint = message[message.index("did you mean") : message.index("Names:")]
+    assert near in hint
+    assert f"data.chat_template: {name!r}" in message
+    assert message.endswith(f"Names: {', '.join(['auto', *template_names()])}.")
+
+
+def test_a_file_never_stands_for_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama3.1").write_text("mine", encoding="utf-8")
+    tokenizer = make_tokenizer()
+    assert apply_template(tokenizer, "llama3.1") == "llama3.1 (by name)"
+    assert tokenizer.chat_template != "mine"
+    assert apply_template(tokenizer, str(tmp_path / "llama3.1")) == str(tmp_path / "llama3.1")
+
+
+@pytest.mark.parametrize("name", [name for name in template_names() if name != "llama3.3"])
+def test_a_template_is_known_by_its_text(name):
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, name)
+    assert template_name(tokenizer) == name
+
+
+def test_another_template_has_no_name():
+    assert template_name(make_tokenizer(chat_template="mine")) is None
+
+
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+def bare_tokenizer(realdata):
+    """A Llama tokenizer without ChatML's tokens."""
+    return copy.deepcopy(real_tokenizer(realdata, "tinyllama_chat_hf"))
+
+
+def test_missing_control_tokens_are_reported_with_the_remedy(realdata):
+    tokenizer = bare_tokenizer(realdata)
+    apply_template(tokenizer, "chatml")
+    (note,) = TemplateFacts(tokenizer).notes()
+    assert note == (
+        "the tokenizer has no <|im_start|>, <|im_end|>: the chat template chatml writes them as ordinary text, and "
+        'answers end with the text <|im_end|> and EOS; to train them as tokens, set data.new_tokens: ["<|im_start|>", '
+        '"<|im_end|>"]'
+    )
+    encoder = ExampleEncoder(tokenizer)
+    found = encode(encoder, Conversation([QUESTION, ANSWER]))
+    assert learnt(encoder, only(found.documents)) == ["So.<|im_end|></s>"]
+
+
+def test_missing_control_tokens_that_are_added_end_answers(realdata, tmp_path):
+    tokenizer = bare_tokenizer(realdata)
+    new = add_new_tokens(tokenizer, CHATML)
+    apply_template(tokenizer, "chatml")
+    assert TemplateFacts(tokenizer).notes() == []
+    encoder = ExampleEncoder(tokenizer)
+    found = encode(encoder, Conversation([QUESTION, ANSWER, QUESTION, ANSWER]))
+    document = only(found.documents)
+    assert learnt(encoder, document) == ["So.<|im_end|>"] * 2
+    assert not found.eos_added
+    assert {*document.input_ids.tolist()} >= {*new}
+    assert answer_end_id(tokenizer) == new[1]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert answer_end_id(loaded) == new[1]
+    assert loaded.decode([*document.input_ids], skip_special_tokens=True).count("<|im") == 0
+
+
+def test_special_tokens_are_set_and_saved(realdata, tmp_path):
+    tokenizer = bare_tokenizer(realdata)
+    ids = add_new_tokens(tokenizer, ["<|im_end|>", "<pad>"])
+    set_special_tokens(tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [(each.eos_token_id, each.pad_token_id) for each in (tokenizer, loaded)] == [tuple(ids)] * 2
+    assert loaded.decode([*ids], skip_special_tokens=True) == ""
+
+
+def test_a_special_token_that_is_not_there_is_an_error_with_the_remedy():
+    tokenizer = make_tokenizer()
+    message = "eos_token is '<end>', which the tokenizer does not have; .* data.new_tokens: \\[\"<end>\"\\]"
+    with pytest.raises(DataError, match=message):
+        set_special_tokens(tokenizer, {"pad_token": "<s>", "eos_token": "<end>"})
+    assert (tokenizer.pad_token, tokenizer.eos_token) == (None, "</s>")
