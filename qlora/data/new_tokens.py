@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qlora.errors import DataError
 
@@ -60,7 +60,7 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
     return range(ids[0], ids[-1] + 1)
 
 
-def set_special_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> None:
+def set_special_tokens(tokenizer: Any, tokens: Mapping[Literal["eos_token", "pad_token"], str]) -> None:
     """Set the tokens that a tokenizer ends or pads texts with; they are saved with it.
 
     Args:

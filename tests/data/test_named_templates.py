@@ -87,11 +87,11 @@ def calling(rng):
 def conversation(rng, name, number, is_prompt):
     """Messages and tools; as a prompt they end with a question."""
     has_system = number % 2 and name not in WITHOUT_SYSTEM
-    has_tools = name in WITH_TOOLS and number % 3 == 0
+    has_tools = name in (*WITH_TOOLS, "lfm2") and number % 3 == 0
     messages = [{"role": "system", "content": said(rng)}] if has_system else []
     for _ in range(rng.randrange(1, 5)):
         messages += [{"role": "user", "content": said(rng)}, {"role": "assistant", "content": said(rng)}]
-    if has_tools:
+    if has_tools and name != "lfm2":  # which writes tools and results, but no calls
         messages += calling(rng)
     if name.startswith("qwen3") and "instruct" not in name and number % 5 == 0:
         messages[-1] |= {"reasoning_content": phrase(rng)}
@@ -185,6 +185,18 @@ def test_turns_that_do_not_alternate_are_refused_as_by_the_official_template(nam
     for messages in ([QUESTION, QUESTION, ANSWER], [ANSWER, QUESTION]):
         with pytest.raises(DataError, match="turns of user and assistant in alternation"):
             render(tokenizer, messages)
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral-nemo"])
+def test_a_system_message_is_in_the_last_question_before_each_answer(name):
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, name)
+    system = {"role": "system", "content": "Be short."}
+    found = encode(ExampleEncoder(tokenizer), Conversation([system, QUESTION, ANSWER, QUESTION, ANSWER]))
+    gap = " " if name == "mistral" else ""
+    first, second = (tokenizer.decode(document.input_ids) for document in found.documents)
+    assert first == f"<s>[INST]{gap}Be short.\n\nWhy?[/INST]{gap}So.</s>"
+    assert second == f"<s>[INST]{gap}Why?[/INST]{gap}So.</s>[INST]{gap}Be short.\n\nWhy?[/INST]{gap}So.</s>"
 
 
 def test_gemma_refuses_a_system_message():
