@@ -8,19 +8,19 @@ from qlora.errors import DataError
 
 
 def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """Adds tokens behind all others; text that holds one is cut there, and they stay in what is decoded.
+    """Add tokens with ids after all others.
 
-    They are no special tokens, which decoding leaves out: a program that reads answers looks for such tokens in them.
+    They are not special tokens: decoding keeps them, because programs that read answers look for them.
 
     Args:
-        tokenizer: Of transformers; changed in place.
-        tokens: As they stand in the text.
+        tokenizer: A tokenizer of transformers; changed in place.
+        tokens: The tokens as text.
 
     Returns:
-        Their ids.
+        The ids of the tokens.
 
     Raises:
-        DataError: The tokenizer has one already, or can't write one.
+        DataError: The tokenizer already has one, or can't decode one to its text.
     """
     from transformers import AddedToken
 
@@ -28,8 +28,8 @@ def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
     there = [f"{token!r} (id {known[token]})" for token in tokens if token in known]
     if there:
         raise DataError(
-            f"data.new_tokens: the base's tokenizer has {', '.join(there)} already; leave out what it has, or train "
-            "all rows with lora.modules_to_save."
+            f"data.new_tokens: the base's tokenizer has {', '.join(there)} already; remove these, or train all rows "
+            "with lora.modules_to_save."
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = new_token_ids(tokenizer, tokens)
@@ -43,10 +43,10 @@ def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
 
 
 def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """The ids of tokens that were added, which lie behind one another.
+    """Return the ids of added tokens.
 
     Raises:
-        DataError: They don't, or the tokenizer has not all of them.
+        DataError: The tokenizer lacks one of them, or their ids are not consecutive.
     """
     if not tokens:
         return range(0)
@@ -56,7 +56,7 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
         raise DataError(f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; take the run's own.")
     ids = [vocabulary[token] for token in tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which do not follow on one another.")
+        raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which are not consecutive.")
     return range(ids[0], ids[-1] + 1)
 
 

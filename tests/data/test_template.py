@@ -123,7 +123,11 @@ def test_a_processor_without_a_template_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("[1]", "is no JSON object"), ("{", "is no JSON object"), ('{"chat_template": {"a": "b"}}', "several templates")],
+    [
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ('{"chat_template": {"a": "b"}}', "several templates"),
+    ],
 )
 def test_a_damaged_file_of_a_processor_is_named(tmp_path, content, problem):
     make_tokenizer().save_pretrained(tmp_path)
