@@ -38,6 +38,8 @@ ALIASES = {
     "add_tokens": "data.new_tokens",
     "trainable_token_indices": "data.new_tokens",
     "fix_untrained_tokens": "data.new_tokens",
+    "eos_token": "data.special_tokens",
+    "pad_token": "data.special_tokens",
     "datasets": "data.train",
     "dataset": "data.train",
     "train_file": "data.train",

@@ -62,7 +62,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
     if config.data.cache_dir is not None:  # it is made if it is not there
         paths["cache_dir"] = str(Path(config.data.cache_dir).expanduser().absolute())
-    if Path(config.data.chat_template).suffix:  # a bare word is a built-in name, whatever lies here
+    # A word without a suffix of letters, such as llama3.1, is a template's name, no matter which files are here.
+    if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
 

@@ -222,6 +222,7 @@ class DataSection(Section):
     deduplicate: bool = False
     chat_template: PathText = "auto"
     new_tokens: NewTokens = []
+    special_tokens: dict[Literal["eos_token", "pad_token"], str] = {}
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=8, strict=True)] = 2048
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"

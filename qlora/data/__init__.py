@@ -3,7 +3,7 @@
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
-from qlora.data.new_tokens import add_new_tokens, new_token_ids
+from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
 from qlora.data.prepare import Treatment
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
@@ -33,6 +33,7 @@ __all__ = [
     "make_example",
     "new_token_ids",
     "pieces",
+    "set_special_tokens",
     "supervised_bytes",
     "template_name",
 ]

@@ -73,14 +73,24 @@ def check_prompts(tokenizer: Any, prompts: Iterable[Prompt]) -> None:
     """
     facts, problems = TemplateFacts(tokenizer), []
     for prompt in prompts:
-        messages, tools = prompt.conversation.messages, prompt.conversation.tools
         try:
-            facts.check(messages, tools)
-            text = render(tokenizer, messages, tools, add_generation_prompt=True)
-            facts.check_written([message for message in messages if message["role"] != "assistant"], text)
+            check_prompt(tokenizer, facts, prompt.conversation)
         except DataError as error:
             problems.append(f"{prompt.origin}: {error}")
     _raise_problems(problems)
+
+
+def check_prompt(tokenizer: Any, facts: TemplateFacts, conversation: Conversation) -> None:
+    """Check that the chat template accepts a prompt and writes everything that it has.
+
+    Raises:
+        ConfigError: The template begins with BOS twice.
+        DataError: It refuses the prompt, or leaves something out.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    facts.check(messages, tools)
+    text = render(tokenizer, messages, tools, add_generation_prompt=True)
+    facts.check_written([message for message in messages if message["role"] != "assistant"], text)
 
 
 def _read_prompt(reader: RowReader, row: Row | BadRow, system: str | None) -> Prompt:

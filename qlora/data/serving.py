@@ -1,5 +1,6 @@
 """What of a tokenizer or its chat template would make a server feed other ids than were trained on."""
 
+import json
 import re
 from collections import Counter
 from functools import cached_property
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.examples import parts_of
-from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render
+from qlora.data.named_templates import missing_control_tokens
+from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render, template_name
 from qlora.errors import ConfigError, DataError
 
 QUESTION = {"role": "user", "content": "a"}
@@ -88,6 +90,14 @@ class TemplateFacts:
             )
         if re.search("strftime_now|date_string", str(self._tokenizer.chat_template)):
             notes.append("the chat template writes a date: that of the day on which the data was tokenized")
+        name = template_name(self._tokenizer)
+        if name is not None and (missing := missing_control_tokens(self._tokenizer, name)):
+            ends = [token for token in missing if token in (self.tail or "")]
+            behind = f", and answers end with the text {' '.join(ends)} and EOS" if ends else ""
+            notes.append(
+                f"the tokenizer has no {', '.join(missing)}: the chat template {name} writes them as ordinary text"
+                f"{behind}; to train them as tokens, set data.new_tokens: {json.dumps(missing)}"
+            )
         return notes
 
     def modes(self, answer: dict[str, Any]) -> tuple[bool | None, ...]:

@@ -89,6 +89,8 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
 
     generation = load_generation_config(weights.files.folder)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
+    if "pad_token" in weights.config.data.special_tokens:
+        generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses what many published models have: a temperature without do_sample.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
 

@@ -11,6 +11,7 @@ from qlora.model.from_config import (
     base_from_section,
     datasets_from_section,
     optimizer_from_section,
+    set_tokens,
 )
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.inventory import frozen_checksum, take_inventory
@@ -47,6 +48,7 @@ __all__ = [
     "optimizer_from_section",
     "resolve_compute_dtype",
     "resolve_device",
+    "set_tokens",
     "supervised_loss",
     "take_inventory",
     "weight_format",

@@ -7,11 +7,11 @@ import torch
 
 from qlora.checkpoint import RunDirectory, load_adapter
 from qlora.config import load_config
-from qlora.data import add_new_tokens, apply_template, new_token_ids
+from qlora.data import apply_template, new_token_ids
 from qlora.files import BaseFiles
 from qlora.model.base import load_base
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.from_config import adapt, base_from_section
+from qlora.model.from_config import adapt, base_from_section, set_tokens
 from qlora.model.tokenizer import load_tokenizer
 
 
@@ -30,7 +30,7 @@ def load_run_tokenizer(run: RunDirectory) -> Any:
         return load_tokenizer(run.final_adapter, section.trust_remote_code)
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
     tokenizer = load_tokenizer(files.folder, section.trust_remote_code)
-    add_new_tokens(tokenizer, config.data.new_tokens)
+    set_tokens(config.data, tokenizer)
     apply_template(tokenizer, config.data.chat_template)
     return tokenizer
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
@@ -82,18 +83,20 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
     return problems
 
 
-def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, trust_remote_code: bool = False) -> list[str]:
-    """Whether the folder's tokenizer gives the run's ids, and its template and end tokens are those trained with.
+def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, config: RunConfig) -> list[str]:
+    """Check that the folder's tokenizer gives the run's ids, and that template and special tokens are the run's.
 
     Args:
         base: The base's files.
         written: The merged folder.
         expected: The run's tokenizer.
-        trust_remote_code: Run code that comes with the folder's.
+        config: The run's config.
     """
     try:
-        tokenizer = load_tokenizer(written.folder, trust_remote_code)
+        tokenizer = load_tokenizer(written.folder, config.model.trust_remote_code)
         problems = _check_end_tokens(base, written, expected)
+        if "pad_token" in config.data.special_tokens:
+            problems += _check_pad_token(written, expected)
     except ModelError as error:
         return [str(error)]
     for text in (*SAMPLE_TEXTS, "".join(expected.get_added_vocab())):
@@ -117,6 +120,13 @@ def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> li
     found, wanted = {*(ids if isinstance(ids, list) else [ids])} - {None}, {*end_token_ids(own, tokenizer)}
     lost = [f"{GENERATION_FILE} lacks the end token {_show(tokenizer, id_)}" for id_ in sorted(wanted - found)]
     return lost + [f"{GENERATION_FILE} ends at {_show(tokenizer, id_)}" for id_ in sorted(found - wanted)]
+
+
+def _check_pad_token(written: BaseFiles, tokenizer: Any) -> list[str]:
+    """Check that generation pads with the token that the config sets."""
+    found = load_generation_config(written.folder).pad_token_id
+    wanted = tokenizer.pad_token_id
+    return [] if found == wanted else [f"{GENERATION_FILE} has pad_token_id {found}, not {_show(tokenizer, wanted)}"]
 
 
 def _described(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
+from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
@@ -20,6 +20,7 @@ from qlora.model import (
     datasets_from_section,
     load_tokenizer,
     optimizer_from_section,
+    set_tokens,
     take_inventory,
     weight_format,
 )
@@ -119,7 +120,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         weight_format(files, model_section.quantization)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-        new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+        new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )

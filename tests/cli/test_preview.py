@@ -57,6 +57,17 @@ def test_it_tells_the_run_that_training_makes(config):
     assert round(report["packing_fill"], 4) == record["in_use"]["packing_fill"]
 
 
+def test_a_template_by_name_is_shown_with_the_tokens_that_it_lacks(config):
+    shown = run("preview", config, "data.chat_template=llama3", "data.max_seq_len=512").out
+    assert "chat template: llama3 (by name)" in shown
+    assert 'set data.new_tokens: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]' in shown
+
+
+def test_an_unknown_template_is_one_error_with_the_closest_name(config):
+    message = run("preview", config, "data.chat_template=llama-3").error()
+    assert "'llama-3' is neither a jinja file nor a template's name; did you mean llama3" in message
+
+
 def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     data = rows_file(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3})
     arguments = ("preview", config, f"data.train={data}", "data.eval=null")

@@ -501,12 +501,18 @@ def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkey
     assert absolute_paths(elsewhere) == elsewhere  # ids on the hub
 
 
-@pytest.mark.parametrize("name", ["auto", "alpaca", "chatml"])
+@pytest.mark.parametrize("name", ["auto", "alpaca", "chatml", "llama3.1", "qwen3-instruct"])
 def test_a_built_in_template_stays_one_beside_a_folder_of_its_name(name, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     config = RunConfig.model_validate({**MINIMAL, "data": {"train": "rows.jsonl", "chat_template": name}})
     assert absolute_paths(config).data.chat_template == name
+
+
+def test_a_special_token_of_another_kind_is_refused():
+    data = {"train": "rows.jsonl", "special_tokens": {"mask_token": "<mask>"}}
+    with pytest.raises(ValueError, match="'eos_token' or 'pad_token'"):
+        RunConfig.model_validate({**MINIMAL, "data": data})
 
 
 @pytest.mark.parametrize("key", ["eval_every", "save_every"])

@@ -138,7 +138,11 @@ def _byte_level(tokenizer: Tokenizer, trim: bool) -> Tokenizer:
 
 def family_tokenizer(realdata: Path, path: Path) -> Any:
     """A real tokenizer that knows the control tokens of a template, with the template in place."""
-    text = path.read_text(encoding="utf-8")
+    return tokenizer_for(realdata, path.read_text(encoding="utf-8"))
+
+
+def tokenizer_for(realdata: Path, text: str) -> Any:
+    """The same, by the template's text."""
     inner = Tokenizer.from_str(real_tokenizer(realdata, "minimind").backend_tokenizer.to_str())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|endoftext|>")
     controls = [AddedToken(token, special=True, normalized=False) for token in sorted(set(CONTROL.findall(text)))]

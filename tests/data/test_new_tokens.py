@@ -51,7 +51,7 @@ def test_tokens_that_another_tokenizer_lacks_are_told():
         new_token_ids(make_tokenizer(), TOKENS)
     tokenizer = make_tokenizer()
     add_new_tokens(tokenizer, [*TOKENS[1:], TOKENS[0]])
-    with pytest.raises(DataError, match="do not follow on one another"):
+    with pytest.raises(DataError, match="are not consecutive"):
         new_token_ids(tokenizer, TOKENS)
 
 

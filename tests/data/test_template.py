@@ -123,7 +123,11 @@ def test_a_processor_without_a_template_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("[1]", "is no JSON object"), ("{", "is no JSON object"), ('{"chat_template": {"a": "b"}}', "several templates")],
+    [
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ('{"chat_template": {"a": "b"}}', "several templates"),
+    ],
 )
 def test_a_damaged_file_of_a_processor_is_named(tmp_path, content, problem):
     make_tokenizer().save_pretrained(tmp_path)
@@ -153,7 +157,7 @@ def test_a_built_in_template_replaces_the_own_one(name, text):
         {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "Bye"},
     ]
-    assert apply_template(tokenizer, name) == name
+    assert apply_template(tokenizer, name) == f"{name} (by name)"
     assert render(tokenizer, messages, add_generation_prompt=True) == text
 
 
