@@ -7,6 +7,7 @@ import typer
 
 from qlora.cli.options import AsJson
 from qlora.cli.report import as_json_text
+from qlora.errors import ConfigError
 
 
 def explain(
@@ -16,10 +17,14 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show type, default, range, meaning and example of a key, or of a whole section."""
+    from qlora.config.convert.names import NAMES
     from qlora.config.pages import describe
     from qlora.config.reference import find_keys, list_keys
 
-    keys = list_keys() if key is None else find_keys(key)
+    ours = NAMES.get(key or "", key)
+    if ours is not None and ours.startswith("the option"):
+        raise ConfigError(f"{key} is {ours} of qlora train, and no key of a config.")
+    keys = list_keys() if ours is None else find_keys(ours)
     if as_json:
         print(as_json_text({found.name: asdict(found) for found in keys}))
     elif key is None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, learn_from, set_template, translate_common
+from qlora.config.convert.common import hold_out, learn_from, refuse_objective, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
 
 # Keys by which axolotl's configs are recognized.
@@ -51,9 +51,9 @@ def translate(draft: Draft, folder: Path) -> None:
         draft: Of its values.
         folder: Folder of the config; unused, since paths are relative to where axolotl is started.
     """
-    _objective(draft)
     is_full = draft.peek("adapter") in OFF
     _data(draft)
+    _objective(draft)
     hold_out(draft, draft.take("val_set_size"), "val_set_size")
     if values.flag(draft.take("train_on_inputs")):
         learn_from(draft, "all", "train_on_inputs")
@@ -68,12 +68,9 @@ def translate(draft: Draft, folder: Path) -> None:
 
 
 def _objective(draft: Draft) -> None:
-    kind = draft.peek("rl") or ("reward" if draft.peek("reward_model", "process_reward_model") else None)
-    if kind not in OFF:
-        draft.warn(
-            f"It asks for the objective {kind}, which is not available: qlora preview shows the rows, and qlora train "
-            "refuses them. To learn the chosen answers alone, set data.format: chosen."
-        )
+    for name in ("rl", "reward_model", "process_reward_model"):
+        if draft.peek(name) not in OFF:
+            refuse_objective(draft, name)
 
 
 def _data(draft: Draft) -> None:
@@ -89,8 +86,12 @@ def _data(draft: Draft) -> None:
             continue
         entries = [entries] if isinstance(entries, dict | str) else entries
         sources = []
-        for entry in entries if isinstance(entries, list) else []:
-            entry = {"path": entry, "type": "completion"} if isinstance(entry, str) else dict(entry)
+        for given in entries if isinstance(entries, list) else []:
+            entry = {"path": given, "type": "completion"} if isinstance(given, str) else given
+            if not isinstance(entry, dict):
+                draft.warn(f"{name}: {given!r:.40} is no dataset.")
+                continue
+            entry = dict(entry)
             if name == "pretraining_dataset":
                 entry.setdefault("type", "pretrain")
             styles.add(_style(entry))
@@ -121,7 +122,7 @@ def _style(entry: dict[str, Any]) -> str:
 
 def _sources(draft: Draft, entry: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Return a dataset's sources; keys that nothing reads are dropped by their names."""
-    path, files = entry.pop("path", None), values.names(entry.pop("data_files", None))
+    path, files = entry.pop("path", None), values.paths(entry.pop("data_files", None))
     source: dict[str, Any] = {}
     if (split := entry.pop("split", None)) not in (None, "train"):
         source["split"] = str(split).partition("[")[0]

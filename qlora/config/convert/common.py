@@ -21,7 +21,7 @@ SAME_NAMES = {
     name: f"train.{name}"
     for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",
                  "output_dir")
-} | {"trust_remote_code": "model.trust_remote_code"}  # fmt: skip
+} | {"trust_remote_code": "model.trust_remote_code", "max_seq_len": "data.max_seq_len"}  # fmt: skip
 
 
 def translate_common(draft: Draft, is_full: bool = False) -> None:
@@ -54,6 +54,15 @@ def hold_out(draft: Draft, size: Any, name: str) -> None:
     else:
         draft.set("data.eval", 0.02, f"{name}: {share}, see above")
         draft.warn(f"{name}: {share} is a number of rows; data.eval takes a share. It is set to 0.02.")
+
+
+def refuse_objective(draft: Draft, name: str) -> None:
+    """Drop the key that asks for an objective that is not available, and say what the rows can be used for."""
+    draft.warn(
+        f"{name}: {draft.peek(name)} asks for an objective that is not available: qlora preview shows the rows, and "
+        "qlora train refuses them. To learn the chosen answers of preference rows alone, set data.format: chosen."
+    )
+    draft.drop(name, "supervised fine-tuning is the only objective")
 
 
 def learn_from(draft: Draft, what: str, name: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, learn_from, set_template, translate_common
+from qlora.config.convert.common import hold_out, learn_from, refuse_objective, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
 
 # Keys by which LLaMA-Factory's configs are recognized.
@@ -42,10 +42,7 @@ def translate(draft: Draft, folder: Path) -> None:
     if stage in ("sft", "pt"):
         draft.take("stage")
     else:
-        draft.warn(
-            f"It asks for the objective {stage}, which is not available: qlora preview shows the rows, and qlora train "
-            "refuses them. To learn the chosen answers alone, set data.format: chosen."
-        )
+        refuse_objective(draft, "stage")
     if stage == "pt":
         draft.set("data.format", "text", "stage: pt")
         draft.set("data.overlong", "split", "stage: pt")

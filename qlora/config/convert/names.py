@@ -167,7 +167,7 @@ WITHOUT_MEANING = {
         "dataset_split dataset_train_split dataset_test_split dataset_config dataset_configs dataset_splits "
         "splits dataset_dir dataset_subset subset train_split eval_split dataset_train_name"
     ),
-    "LoRA layers of a transformers model are linear layers with factors A and B": (
+    "the adapters are always plain LoRA on linear layers": (
         "lora_fan_in_fan_out fan_in_fan_out create_new_adapter peft_autocast_adapter_dtype bias lora_bias "
         "peft_type inference_mode use_peft use_peft_lora peft_lora stage_type lora_task_type finetuning_type "
         "full_finetune training_type full_finetuning"

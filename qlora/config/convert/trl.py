@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import flatten, hold_out, learn_from, set_template, translate_common
+from qlora.config.convert.common import (
+    flatten,
+    hold_out,
+    learn_from,
+    refuse_objective,
+    set_template,
+    translate_common,
+)
 from qlora.config.convert.draft import OFF, Draft
 
 # Keys by which TRL's and transformers' arguments are recognized.
@@ -37,19 +44,15 @@ def translate(draft: Draft, folder: Path) -> None:
     adapters = draft.peek(
         "use_peft", "use_peft_lora", "lora_r", "lora_alpha", "lora_target_modules", "r", "lora_modules"
     )
-    if draft.peek("beta", "max_prompt_length", "reward_funcs", "loss_type") is not None:
-        draft.warn(
-            "It sets options of another objective than supervised fine-tuning, which is not available: qlora preview "
-            "shows the rows. To learn the chosen answers of preference rows alone, set data.format: chosen."
-        )
+    if draft.peek("beta") is not None:
+        refuse_objective(draft, "beta")
     translate_data(draft)
     name, template = draft.take_named("chat_template_path", "chat_template", "chat_template_format")
     set_template(draft, template, name)
     supervision(draft)
-    for theirs, ours in (("source_max_len", "target_max_len"),):
-        lengths = [values.number(draft.take(name)) for name in (theirs, ours)]
-        if all(lengths):
-            draft.set("data.max_seq_len", sum(int(length or 0) for length in lengths), f"{theirs} + {ours}")
+    lengths = [values.number(draft.take(name)) for name in ("source_max_len", "target_max_len")]
+    if all(lengths):
+        draft.set("data.max_seq_len", sum(int(length or 0) for length in lengths), "source_max_len + target_max_len")
     if draft.peek("lora_target_modules", "target_modules", "lora_modules") is None and adapters:
         draft.warn("It leaves the targets to PEFT, which has a list for each family; lora.targets is all-linear here.")
     double = draft.peek("use_bnb_nested_quant", "use_nested_quant", "double_quant", "bnb_4bit_use_double_quant")
@@ -91,7 +94,7 @@ def translate_data(draft: Draft) -> None:
         mixture = mixture.get("datasets")
     if isinstance(mixture, list):
         sources = [_mixed(draft, one) for one in mixture if isinstance(one, dict)]
-        draft.set("data.train", [source for source in sources if source], "the mixture")
+        draft.set("data.train", [source for source in sources if source], "dataset_mixture")
     if isinstance(mixed, dict):
         pairs = zip(mixed.items(), configs + [None] * len(mixed), strict=False)
         sources = [
@@ -99,24 +102,25 @@ def translate_data(draft: Draft) -> None:
             for (path, weight), config in pairs
         ]
         draft.set("data.train", sources, "dataset_mixer")
-    paths = draft.take("dataset_name", "dataset", "train_file", "train_files", "data_path", "dataset_path",
+    name, paths = draft.take_named("dataset_name", "dataset", "train_file", "train_files", "data_path", "dataset_path",
                        "local_dataset", "data_files")  # fmt: skip
-    for path in [paths] if isinstance(paths, str) else paths or []:
+    for path in values.paths(paths):
         source = _trimmed({"path": path, "subset": subset, "split": train_split, "columns": columns or None})
         draft.values.setdefault("data.train", []).append(source)
-        draft.comments["data.train"] = "the dataset"
-    held_out = draft.take("eval_dataset", "validation_file", "eval_file", "local_eval_dataset")
+        draft.comments["data.train"] = name
+    name, held_out = draft.take_named("eval_dataset", "validation_file", "eval_file", "local_eval_dataset")
     strategy = draft.peek("eval_strategy", "evaluation_strategy")
     first = (draft.values.get("data.train") or [{}])[0]
     if isinstance(held_out, str):
-        draft.set("data.eval", [{"path": held_out}], "evaluation data")
+        draft.set("data.eval", [{"path": held_out}], name)
     elif strategy not in (None, "no", False) and isinstance(paths, str) and "/" in paths and not Path(paths).exists():
         draft.set("data.eval", [first | {"split": test_split or "test"}], "the test split")
-    hold_out(draft, draft.take("eval_dataset_size", "val_size", "val_set_size", "eval_split_size"), "held-out size")
+    name, size = draft.take_named("eval_dataset_size", "val_size", "val_set_size", "eval_split_size")
+    hold_out(draft, size, name)
 
 
 def _mixed(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
-    files = values.names(entry.get("data_files"))
+    files = values.paths(entry.get("data_files"))
     path = entry.get("id") or entry.get("path")
     if files and path in ("json", "csv", "parquet", "text", None):
         path = files[0]

@@ -93,3 +93,9 @@ def names(value: Any) -> list[str]:
             parsed = None
         value = parsed if isinstance(parsed, list) else re.split(r"[,\s]+", value.strip())
     return [str(name) for name in value if str(name)] if isinstance(value, list | tuple) else []
+
+
+def paths(value: Any) -> list[str]:
+    """Return a list of paths from a path or a list of them."""
+    found = value if isinstance(value, list | tuple) else [value]
+    return [path for path in found if isinstance(path, str) and path]

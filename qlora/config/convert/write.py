@@ -53,8 +53,13 @@ def _entry(name: str, value: Any, comment: str) -> list[str]:
     note = "" if comment == name else f"  # {_clean(comment)}"
     is_sources = isinstance(value, list) and value and isinstance(value[0], dict)
     if is_sources and (len(value) > 1 or len(value[0]) > 1):
-        return [f"  {name}:{note}", *(f"    - {as_yaml(source)}" for source in value)]
-    return [f"  {name}: {as_yaml(value[0]['path'] if is_sources else value)}{note}"]
+        return [f"  {name}:{note}", *(f"    - {as_yaml(_short(source))}" for source in value)]
+    return [f"  {name}: {as_yaml(_short(value[0]) if is_sources else value)}{note}"]
+
+
+def _short(source: dict[str, Any]) -> Any:
+    """Return a source that has nothing but a path as its path."""
+    return source["path"] if len(source) == 1 else source
 
 
 def _clean(text: str) -> str:
