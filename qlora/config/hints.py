@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from qlora.config.convert.names import NAMES, drop_reason
+from qlora.config.convert.dropped import drop_reason
+from qlora.config.convert.names import NAMES
 from qlora.config.sections import RunConfig, SourceSection
 
 # Below this, a name at the top level is no misspelt section.
@@ -28,9 +29,10 @@ def suggest(location: Sequence[str | int]) -> str:
     exact = full_names(name)
     if exact:
         return f" Did you mean {' or '.join(exact)}?"
-    if (found := drop_reason(name)) is not None:
-        return f" It has no counterpart: {found[0]}."
     near = close_names(name, None if len(location) == 1 else str(location[0]))
+    is_misspelt = bool(near) and bool(difflib.get_close_matches(name, [near[0].rpartition(".")[2]], cutoff=0.88))
+    if (found := drop_reason(name)) is not None and not is_misspelt:
+        return f" It has no counterpart: {found[0]}."
     return f" Did you mean {near[0]}?" if near else ""
 
 

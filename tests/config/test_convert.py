@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ PUBLIC = {
     **{name: ("TRL", words) for name, words in TRL.items()},
     **{name: ("unsloth", words) for name, words in UNSLOTH.items()},
 }
+
+
+AXOLOTL_BASE = {
+    "base_model": "org/base", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}], "output_dir": "out",
+    "sequence_len": 1024, "micro_batch_size": 2, "num_epochs": 2, "adapter": "qlora", "load_in_4bit": True,
+}  # fmt: skip
+LLAMA_FACTORY_BASE = {
+    "model_name_or_path": "org/base", "stage": "sft", "finetuning_type": "lora", "dataset": "mine", "cutoff_len": 512,
+    "template": "llama3", "output_dir": "out",
+}  # fmt: skip
+TRL_BASE = {
+    "model_name_or_path": "org/base", "dataset_name": "org/chats", "use_peft": True, "load_in_4bit": True,
+    "lora_target_modules": "all-linear", "num_train_epochs": 2, "output_dir": "out",
+}  # fmt: skip
+UNSLOTH_BASE = {
+    "model_name": "org/base", "max_seq_length": 1024, "r": 8, "random_state": 3407, "dataset": "rows.jsonl",
+    "use_gradient_checkpointing": "unsloth", "output_dir": "out",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -65,28 +84,31 @@ def test_a_public_key_set_converts_and_every_key_is_accounted_for(convert, name)
         assert dropped in conversion.text
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_the_secrets_of_a_config_are_in_no_output(convert, name):
-    conversion, _ = convert(values_of(PUBLIC[name][1]) | {"hub_token": "topsecretvalue"})
-    assert "topsecretvalue" not in conversion.text + "".join(conversion.warnings + conversion.summary)
+SECRET = "0123456789abcdef0123456789abcdef"
 
 
-AXOLOTL_BASE = {
-    "base_model": "org/base", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}], "output_dir": "out",
-    "sequence_len": 1024, "micro_batch_size": 2, "num_epochs": 2, "adapter": "qlora", "load_in_4bit": True,
-}  # fmt: skip
-LLAMA_FACTORY_BASE = {
-    "model_name_or_path": "org/base", "stage": "sft", "finetuning_type": "lora", "dataset": "mine", "cutoff_len": 512,
-    "template": "llama3", "output_dir": "out",
-}  # fmt: skip
-TRL_BASE = {
-    "model_name_or_path": "org/base", "dataset_name": "org/chats", "use_peft": True, "load_in_4bit": True,
-    "lora_target_modules": "all-linear", "num_train_epochs": 2, "output_dir": "out",
-}  # fmt: skip
-UNSLOTH_BASE = {
-    "model_name": "org/base", "max_seq_length": 1024, "r": 8, "random_state": 3407, "dataset": "rows.jsonl",
-    "use_gradient_checkpointing": "unsloth", "output_dir": "out",
-}  # fmt: skip
+@pytest.mark.parametrize("theirs", [
+    {"hub_token": SECRET}, {"base_model": f"https://me:{SECRET}@host/model"}, {"wandb_project": f"hf_{SECRET}"},
+    {"datasets": [{"path": f"hf_{SECRET}", "type": f"hf_{SECRET}"}]}, {"chat_template": f"hf_{SECRET}"},
+    {"optimizer": f"hf_{SECRET}"}, {f"hf_{SECRET}": 1}, {"lora_target_modules": [f"hf_{SECRET}"]},
+], ids=lambda theirs: next(iter(theirs))[:20])  # fmt: skip
+def test_secrets_are_in_no_output(convert, theirs):
+    conversion, _ = convert(AXOLOTL_BASE | theirs)
+    assert SECRET not in conversion.text + "".join(conversion.warnings + conversion.summary)
+
+
+def test_control_characters_reach_neither_the_file_nor_the_screen(convert):
+    conversion, _ = convert(AXOLOTL_BASE | {"optimizer": "a\x1b[2Jb", "odd\x1bkey\ninjected: 1": 1})
+    assert "\x1b" not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert "\ninjected" not in conversion.text
+
+
+def test_variables_of_a_script_do_not_multiply(convert):
+    bomb = "A=0123456789\n" + "".join(
+        f"{new}=${old}${old}${old}${old}\n" for old, new in pairwise("ABCDEFGHIJKLMNOPQRST")
+    )
+    conversion, _ = convert(f"{bomb}trl sft --model_name_or_path org/b --dataset_name org/d --run_name {'$T' * 1000}")
+    assert len(conversion.text) < 10_000
 
 
 def get(config, key):
@@ -210,6 +232,11 @@ def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
     reported = "\n".join(conversion.warnings)
     assert [word for word in words if word not in reported] == []
     assert conversion.text.index("Check these first") < conversion.text.index("\nmodel:")
+
+
+def test_a_known_key_with_a_value_that_has_no_counterpart_is_dropped_with_its_key_here(convert):
+    conversion, _ = convert(TRL_BASE | {"gradient_accumulation_steps": "auto", "train_embeddings": True})
+    assert conversion.draft.dropped["train_embeddings"] == "lora.modules_to_save takes no such value"
 
 
 def test_a_key_that_nothing_knows_is_named(convert):

@@ -76,7 +76,7 @@ def _attention(draft: Draft) -> None:
 
 
 def _recompute(draft: Draft) -> None:
-    recompute = draft.take("gradient_checkpointing", "use_gradient_checkpointing")
+    recompute = draft.take("gradient_checkpointing", "use_gradient_checkpointing", "activation_checkpointing")
     offloads = draft.take("activation_offloading")
     if isinstance(recompute, str) and recompute.startswith("offload") or values.flag(offloads):
         draft.set("model.recompute", "offload", "gradient checkpointing with offloading")

@@ -9,6 +9,8 @@ from qlora.config.plain_yaml import parse_yaml
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\S+|\"[^\"]*\"|'[^']*')\s*$")
 VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?")
+# Longest value of a variable, and longest line with the values filled in.
+MAX_VALUE, MAX_LINE = 4096, 1 << 16
 # Where a command ends, and the next one or a redirection begins.
 ENDS = {"&&", "||", "|", ";", "&", ">", ">>", "2>&1", "<"}
 
@@ -23,7 +25,7 @@ def parse_command(text: str) -> tuple[str, dict[str, Any]] | None:
     lines: list[str] = []
     for line in text.replace("\\\n", " ").splitlines():
         if assigned := ASSIGNMENT.match(line):
-            variables[assigned[1]] = _fill_in(assigned[2].strip("\"'"), variables)
+            variables[assigned[1]] = _fill_in(assigned[2].strip("\"'"), variables)[:MAX_VALUE]
         else:
             lines.append(_fill_in(line, variables))
     found = [command for line in lines for command in _commands(line)]
@@ -31,7 +33,9 @@ def parse_command(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _fill_in(text: str, variables: dict[str, str]) -> str:
-    return VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text)
+    """Return the text with the values of variables, or as it is if it would grow beyond a command line."""
+    length = len(text) + sum(len(variables.get(match[1], "")) for match in VARIABLE.finditer(text))
+    return text if length > MAX_LINE else VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text)
 
 
 def _commands(line: str) -> list[tuple[str, dict[str, Any]]]:

@@ -16,6 +16,8 @@ NUMBERS = {
     "train.micro_batch_size", "train.gradient_accumulation_steps", "train.learning_rate", "train.weight_decay",
     "train.seed", "train.keep_checkpoints",
 }  # fmt: skip
+# Keys whose value is copied as true or false.
+FLAGS = {"lora.rslora", "model.trust_remote_code", "data.deduplicate", "train.deterministic"}
 # Keys that are called alike here and there.
 SAME_NAMES = {
     name: f"train.{name}"
@@ -140,10 +142,10 @@ def _copy(draft: Draft) -> None:
     if logging is not None and logging >= 1:
         draft.set("train.log_every", int(logging), "logging_steps")
     _packing(draft)
-    tokens = draft.peek("tokens", "added_tokens", "new_special_tokens", "add_tokens")
+    names = ("tokens", "added_tokens", "new_special_tokens", "add_special_tokens", "add_tokens")
+    tokens = draft.peek(*names)
     if values.names(tokens):
-        draft.take("tokens", "added_tokens", "new_special_tokens", "add_tokens")
-        draft.set("data.new_tokens", values.names(tokens), "tokens")
+        draft.set("data.new_tokens", values.names(tokens), draft.take_named(*names)[0])
     elif isinstance(tokens, dict):
         draft.drop("tokens", "special tokens are read from the base's tokenizer")
     overlong = draft.take("excess_length_strategy", "truncation_mode")
@@ -156,7 +158,7 @@ def _copy(draft: Draft) -> None:
         if key in NUMBERS and (found := values.number(value)) is not None:
             draft.set(key, found, name)
             draft.take(name)
-        elif key in ("lora.rslora", "model.trust_remote_code", "data.deduplicate"):
+        elif key in FLAGS:
             draft.set(key, bool(values.flag(value)), name)
             draft.take(name)
         elif key in ("model.base", "model.revision", "train.output_dir", "data.cache_dir") and isinstance(value, str):
@@ -189,5 +191,5 @@ def flatten(given: Mapping[str, Any], keep: set[str]) -> dict[str, Any]:
         if isinstance(value, dict) and name not in keep:
             flat |= flatten(value, keep)
         else:
-            flat[name] = value
+            flat[str(name)] = value
     return flat

@@ -18,7 +18,7 @@ class Trainer:
 
     Attributes:
         name: As people write it.
-        marks: Keys by which its configs are recognized.
+        marks: Keys by which its configs are recognized, which no other trainer has.
         translate: Takes a draft of its values and the config's folder.
         normalize: Brings keys that may be written in several ways into one.
         programs: Parts of the commands that start it.
@@ -35,6 +35,7 @@ TRAINERS = (
     Trainer("axolotl", axolotl.MARKS, axolotl.translate),
     Trainer("LLaMA-Factory", llama_factory.MARKS, llama_factory.translate, programs=("llamafactory", "src/train")),
     Trainer("unsloth", unsloth.MARKS, unsloth.translate, unsloth.normalize, ("unsloth",)),
+    # Last: the others take transformers' arguments, too.
     Trainer("TRL", trl.MARKS, trl.translate, trl.normalize),
 )
 
@@ -46,11 +47,14 @@ def detect(values: Mapping[str, Any], program: str = "") -> tuple[Trainer, dict[
         values: Keys and values.
         program: Start of the command that they were given to, empty for a file.
     """
-    found = []
-    for trainer in TRAINERS:
-        normalized = trainer.normalize(dict(values))
-        marks = len(trainer.marks & normalized.keys())
-        is_started = any(part in program for part in trainer.programs)
-        found.append((is_started, marks, trainer, normalized))
-    is_started, marks, trainer, normalized = max(found, key=lambda one: one[:2])
-    return (trainer, normalized) if is_started or marks >= LEAST_MARKS else None
+    *special, general = [(trainer, trainer.normalize(dict(values))) for trainer in TRAINERS]
+    for trainer, normalized in special:
+        if any(part in program for part in trainer.programs):
+            return trainer, normalized
+    best = max(special, key=_count_marks)
+    return next((one for one in (best, general) if _count_marks(one) >= LEAST_MARKS), None)
+
+
+def _count_marks(one: tuple[Trainer, dict[str, Any]]) -> int:
+    trainer, values = one
+    return len(trainer.marks & values.keys())

@@ -3,10 +3,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora.config.convert.names import drop_reason
+from qlora.config.convert.dropped import drop_reason
+from qlora.config.convert.names import NAMES
+from qlora.errors import without_secrets
 
 # Values that switch a key off.
 OFF: tuple[Any, ...] = (None, False, "", "none", "None", "no", [], {})
+
+
+def one_line(text: str) -> str:
+    """Return text as one printable line without secrets: it is printed, and written into comments."""
+    printable = "".join(character if character.isprintable() else " " for character in without_secrets(text))
+    return " ".join(printable.split())
 
 
 class Draft:
@@ -71,6 +79,7 @@ class Draft:
 
     def warn(self, text: str) -> None:
         """Add a difference that a reader should check."""
+        text = one_line(text)
         if text not in self.warnings:
             self.warnings.append(text)
 
@@ -88,6 +97,8 @@ class Draft:
             found = drop_reason(name)
             if value in OFF:
                 self.off.append(name)
+            elif name in NAMES:
+                self.dropped[name] = f"{NAMES[name]} takes no such value"
             elif found is None:
                 self.unknown.append(name)
             else:

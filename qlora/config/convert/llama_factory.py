@@ -11,8 +11,7 @@ from qlora.config.convert.draft import OFF, Draft
 # Keys by which LLaMA-Factory's configs are recognized.
 MARKS = {
     "stage", "finetuning_type", "cutoff_len", "template", "quantization_bit", "lora_target", "dataset_dir",
-    "neat_packing", "lora_rank", "val_size", "plot_loss", "overwrite_cache", "pref_beta", "do_train",
-    "preprocessing_num_workers",
+    "neat_packing", "lora_rank", "val_size", "plot_loss", "overwrite_cache", "pref_beta",
 }  # fmt: skip
 DEFAULTS = {
     "lora.rank": 8, "lora.dropout": 0.0, "lora.targets": "all-linear", "data.max_seq_len": 2048,

@@ -10,10 +10,9 @@ from qlora.config.convert.trl import MAPPINGS, supervision, translate_data
 
 # Keys by which unsloth's arguments are recognized.
 MARKS = {
-    "use_gradient_checkpointing", "model_name", "max_seq_length", "random_state", "r", "full_finetuning",
-    "fast_inference", "finetune_language_layers", "finetune_mlp_modules", "finetune_attention_modules",
-    "use_rslora", "loftq_config", "train_on_completions", "training_type", "random_seed", "use_loftq", "load_in_4bit",
-    "target_modules", "format_type",
+    "use_gradient_checkpointing", "random_state", "r", "full_finetuning", "fast_inference",
+    "finetune_language_layers", "finetune_mlp_modules", "finetune_attention_modules", "loftq_config",
+    "train_on_completions", "training_type", "random_seed", "use_loftq", "format_type",
 }  # fmt: skip
 DEFAULTS = {
     "model.quantization": "nf4", "lora.rank": 16, "lora.alpha": 16, "lora.dropout": 0.0,

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from qlora.config.convert.draft import Draft
+from qlora.config.convert.draft import Draft, one_line
 from qlora.config.reference import as_yaml
 from qlora.config.sections import RunConfig
 
@@ -17,7 +17,7 @@ def config_text(draft: Draft, source: str) -> str:
         draft: With a value for every required key.
         source: Name of the file that was converted.
     """
-    lines = [f"# Converted from {source}, a config of {draft.trainer}."]
+    lines = [f"# Converted from {one_line(source)}, a config of {draft.trainer}."]
     if draft.warnings:
         lines += ["#", "# Check these first:"]
         for warning in draft.warnings:
@@ -50,7 +50,7 @@ def summary_lines(draft: Draft) -> list[str]:
 
 
 def _entry(name: str, value: Any, comment: str) -> list[str]:
-    note = "" if comment == name else f"  # {_clean(comment)}"
+    note = "" if comment == name else f"  # {one_line(comment)}"
     is_sources = isinstance(value, list) and value and isinstance(value[0], dict)
     if is_sources and (len(value) > 1 or len(value[0]) > 1):
         return [f"  {name}:{note}", *(f"    - {as_yaml(_short(source))}" for source in value)]
@@ -62,10 +62,5 @@ def _short(source: dict[str, Any]) -> Any:
     return source["path"] if len(source) == 1 else source
 
 
-def _clean(text: str) -> str:
-    """Return text that stays inside a comment."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
-
-
 def _wrap(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(_clean(text), WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False)
+    return textwrap.wrap(one_line(text), WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False)
