@@ -10,8 +10,7 @@ import yaml
 
 from qlora.config import load_config
 from qlora.config.convert import convert_file
-from qlora.config.convert.common import SAME_NAMES
-from qlora.config.convert.names import NAMES
+from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.config.hints import keys_of
 from qlora.errors import ConfigError
 from tests.config.peers.key_sets import AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH, values_of
@@ -237,6 +236,7 @@ def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
 def test_a_known_key_with_a_value_that_has_no_counterpart_is_dropped_with_its_key_here(convert):
     conversion, _ = convert(TRL_BASE | {"gradient_accumulation_steps": "auto", "train_embeddings": True})
     assert conversion.draft.dropped["train_embeddings"] == "lora.modules_to_save takes no such value"
+    assert conversion.draft.dropped["gradient_accumulation_steps"].startswith("train.gradient_accumulation_steps")
 
 
 def test_a_key_that_nothing_knows_is_named(convert):

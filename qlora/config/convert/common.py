@@ -7,7 +7,7 @@ from typing import Any
 from qlora.config.convert import values
 from qlora.config.convert.base_model import translate_base
 from qlora.config.convert.draft import OFF, Draft
-from qlora.config.convert.names import NAMES
+from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.config.convert.steps import translate_steps
 
 # Keys whose value is copied as a number.
@@ -18,12 +18,6 @@ NUMBERS = {
 }  # fmt: skip
 # Keys whose value is copied as true or false.
 FLAGS = {"lora.rslora", "model.trust_remote_code", "data.deduplicate", "train.deterministic"}
-# Keys that are called alike here and there.
-SAME_NAMES = {
-    name: f"train.{name}"
-    for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",
-                 "output_dir")
-} | {"trust_remote_code": "model.trust_remote_code", "max_seq_len": "data.max_seq_len"}  # fmt: skip
 
 
 def translate_common(draft: Draft, is_full: bool = False) -> None:

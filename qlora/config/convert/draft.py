@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora.config.convert.dropped import drop_reason
-from qlora.config.convert.names import NAMES
+from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.errors import without_secrets
 
 # Values that switch a key off.
@@ -97,8 +97,8 @@ class Draft:
             found = drop_reason(name)
             if value in OFF:
                 self.off.append(name)
-            elif name in NAMES:
-                self.dropped[name] = f"{NAMES[name]} takes no such value"
+            elif (ours := NAMES.get(name) or SAME_NAMES.get(name)) is not None:
+                self.dropped[name] = f"{ours} takes no such value"
             elif found is None:
                 self.unknown.append(name)
             else:

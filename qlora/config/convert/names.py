@@ -71,3 +71,9 @@ NAMES_OF = {
 }
 NAMES = {name: key for key, names in NAMES_OF.items() for name in names.split()}
 NAMES["resume_from_checkpoint"] = "the option --resume auto|PATH"
+# Keys that are called alike here and there.
+SAME_NAMES = {
+    name: f"train.{name}"
+    for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",
+                 "output_dir")
+} | {"trust_remote_code": "model.trust_remote_code", "max_seq_len": "data.max_seq_len"}  # fmt: skip
