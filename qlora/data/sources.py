@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 
 # What a file holds, by the end of its name.
 TYPES = {
@@ -70,7 +70,8 @@ def find_files(source: Source) -> list[Path]:
     """The files of a source, in order; none if it is a data set on the hub.
 
     Raises:
-        DataError: It names a file or folder that is absent or holds nothing to read.
+        ConfigError: It names a file or folder that is absent.
+        DataError: It can't be read or holds nothing to read.
     """
     try:
         path = Path(source.path).expanduser()
@@ -82,7 +83,7 @@ def find_files(source: Source) -> list[Path]:
     if is_folder:
         return _files_of_folder(path, source.split)
     if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
-        raise DataError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
+        raise ConfigError(f"Data file not found: {source.path}; data.train and data.eval name files or hub data sets.")
     return []
 
 

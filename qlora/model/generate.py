@@ -49,10 +49,11 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_p)
     loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device)
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    given: Sequence[Any] = [prompts] if is_single else prompts
     system_turn = [{"role": "system", "content": system}] if system else []
     conversations = [
-        [*system_turn, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        for prompt in ([prompts] if is_single else prompts)
+        [*system_turn, {"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        for prompt in given
     ]
     facts = TemplateFacts(tokenizer)
     for messages in conversations:

@@ -103,13 +103,13 @@ def test_a_missing_config(tmp_path, verb):
 @pytest.mark.parametrize("name", ["none.jsonl", "none", "none.csv"])
 def test_a_missing_data_file(try_training, tmp_path, name):
     code, message = try_training(data=tmp_path / name)
-    assert code == 1
+    assert code == 2
     assert f"not found: {tmp_path / name}" in message
 
 
 def test_a_missing_eval_file(try_training, tmp_path):
     code, message = try_training(data__eval=str(tmp_path / "none.jsonl"))
-    assert code == 1
+    assert code == 2
     assert f"not found: {tmp_path / 'none.jsonl'}" in message
 
 

@@ -15,7 +15,7 @@ from tests.tiny import run_config
 
 HELP = "import sys; sys.argv = ['qlora', *sys.argv[1:]]; from qlora.cli.main import main; main()"
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy")
-VERBS = ("init", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
+VERBS = ("init", "explain", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
 
 
 @pytest.mark.parametrize(

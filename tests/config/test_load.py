@@ -174,6 +174,38 @@ def test_a_malformed_override_is_shown_the_form(write, override):
     assert "section.key=value" in message
 
 
+@pytest.mark.parametrize(("override", "meant"), [
+    ("lr=1e-3", "train.learning_rate=1e-3"),
+    ("learning_rate=1e-3", "train.learning_rate=1e-3"),
+    ("max_steps=3", "train.max_steps=3"),
+    ("lora_r=8", "lora.rank=8"),
+    ("max_step=3", "train.max_steps=3"),
+    ("banana=3", "train.max_steps=100"),
+])  # fmt: skip
+def test_an_override_without_a_section_is_shown_in_full(write, override, meant):
+    assert problems(write(), [override]).endswith(f"should read section.key=value, as {meant}.")
+
+
+@pytest.mark.parametrize("name", ["model_type", "strict", "tf32", "database"])
+def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
+    assert "Did you mean" not in problems(write({name: 1}))
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("load_in_8bit", "no 8-bit base"), ("wandb_project", "environment"), ("deepspeed", "processes"),
+    ("train.neftune_noise_alpha", "NEFTune"),
+])  # fmt: skip
+def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
+    message = problems(write({name: 1}))
+    assert f"  {name}: unknown key. It has no counterpart: " in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("trackers", ["tensorboard", ["tensorboard"]], ids=str)
+def test_a_single_tracker_needs_no_list(write, trackers):
+    assert load_config(write({"train.trackers": trackers})).train.trackers == ["tensorboard"]
+
+
 def test_an_override_with_a_broken_value_is_named(write):
     message = problems(write(), ["train.betas=[0.9"])
     assert "train.betas=[0.9" in message

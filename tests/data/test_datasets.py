@@ -215,7 +215,7 @@ def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": 3}])
     long = write_jsonl(tmp_path / "long.jsonl", text_rows([MAX + 1]))
     train = [Source(str(each)) for each in (tmp_path / "none.jsonl", good, bad)]
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         build_datasets(make_tokenizer(), train, [Source(str(long))], Treatment(max_seq_len=MAX))
     message = str(caught.value)
     assert f"not found: {tmp_path / 'none.jsonl'}" in message

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from qlora.data import rows as rows_module
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.sources import Source, find_files
 from qlora.data.tables import HeaderRule
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from tests.tiny import write_jsonl
 
 # Names of columns that nothing knows are a table's header here.
@@ -450,7 +451,8 @@ def test_a_name_that_can_be_none_is_told(name):
 def test_a_missing_file_is_named_without_asking_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)  # the import fails
-    assert f"Data file not found: {source}" in refusal(source)
+    with pytest.raises(ConfigError, match=re.escape(f"Data file not found: {source}")):
+        read(source)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
         assert kind == "ConfigError"
         assert "Process 1 of 2 has other inputs than process 0" in message
         assert f"\n  {difference}" in message
-    assert found["absent"][0] == found["bad"][0] == "DataError"
+    assert found["absent"][0] == found["bad"][0] == "ConfigError"
     assert found["absent"][1].startswith("Process 1 of 2: ")
     assert not found["bad"][1].startswith("Process ")
     assert found["damaged"][0] == "CheckpointError"  # which the first process alone meets, as it starts to write
