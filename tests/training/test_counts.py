@@ -57,10 +57,13 @@ def step(tmp_path, seed, generator):
     return build
 
 
+APART, PACKED = (None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")
+
+
 @pytest.mark.parametrize(
-    ("capacity", "optimizer"), [(None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")], ids=["apart", "packed"]
+    ("config_class", "capacity", "optimizer"),
+    [(LlamaConfig, *APART), (LlamaConfig, *PACKED), (Qwen3Config, *PACKED), (Gemma2Config, *APART)],
 )
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
 def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
     model, count = step(config_class, optimizer, capacity)
     for level in recompute_levels(model):
