@@ -35,7 +35,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def realdata() -> Path:
     """Real models and data beside the checkout, or where QLORA_REALDATA says."""
     if not REALDATA.is_dir():

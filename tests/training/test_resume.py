@@ -19,22 +19,15 @@ from qlora.optim import OPTIMIZERS
 from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog
 from scripts.dev import kills
+from tests.combinations import pairs
 from tests.tiny import write_jsonl
 from tests.training.ranks import needs_fork
 from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
-# Packing, dropout, share held out. Optimizer and rounding share their state and are tried in every pair, and each
-# rounding with each of these; scripts/dev/sweep_resume.py tries every combination.
-OTHERS = [(True, 0.0, 0.2), (False, 0.1, 0.2), (True, 0.1, None), (False, 0.0, None)]
-
 
 @pytest.mark.parametrize(
     ("optimizer", "rounding", "packing", "dropout", "evaluation"),
-    [
-        (optimizer, rounding, *OTHERS[(place + shift) % len(OTHERS)])
-        for place, optimizer in enumerate(OPTIMIZERS)
-        for shift, rounding in enumerate(("stochastic", "master"))
-    ],
+    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None)),
 )
 def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
     optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
