@@ -182,6 +182,7 @@ def big_model(folder, generator):
     return make_model(make_base(folder / "base", 0, **SHAPE), generator, rank=RANK), random_batch(generator, (128, 128))
 
 
+@pytest.mark.slow
 def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     held = {}
@@ -206,6 +207,7 @@ def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     assert all(0 <= extra <= 2 * state for extra in rest.values()), rest
 
 
+@pytest.mark.slow
 def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     work = {}

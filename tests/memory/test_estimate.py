@@ -68,12 +68,14 @@ def apart(base, tmp_path, overrides, levels=slice(None)):
     }
 
 
+@pytest.mark.slow
 def test_every_level_is_what_its_step_takes(base, tmp_path):
     found = apart(base, tmp_path, ["data.max_seq_len=320"])
     assert set(found) == {"none", "mlp", "attention", "full"}
     assert max(map(abs, found.values())) <= TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -92,6 +94,7 @@ def test_every_setting_is_what_its_step_takes(base, tmp_path, overrides):
     assert max(map(abs, found.values())) <= TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed):
     """Of forward and backward alone: the optimizer's step takes more."""

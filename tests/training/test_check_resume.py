@@ -59,6 +59,7 @@ def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
     restore = import_module("qlora.training.run").load_state
 
@@ -77,6 +78,7 @@ def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
     assert "step 4, loss: " in done.out
 
 
+@pytest.mark.slow
 def test_a_machine_that_does_not_repeat_its_results_is_told_apart(config, here):
     seeds = iter(range(9))
 

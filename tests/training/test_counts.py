@@ -60,6 +60,7 @@ def step(tmp_path, seed, generator):
 APART, PACKED = (None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config_class", "capacity", "optimizer"),
     [(LlamaConfig, *APART), (LlamaConfig, *PACKED), (Qwen3Config, *PACKED), (Gemma2Config, *APART)],
@@ -74,6 +75,7 @@ def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
         assert syncs == {"tolist": 1}, level
 
 
+@pytest.mark.slow
 def test_weights_are_dequantized_no_more_often_than_their_products_need(step):
     model, count = step(LlamaConfig)
     # The first layer's q, k and v get no gradient of their input. What is recomputed is kept for the backward.
