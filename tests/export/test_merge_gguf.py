@@ -12,6 +12,8 @@ from qlora.export import merge
 from qlora.export.gguf.merge import merge_to_gguf
 from tests.cli import run as run_command
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 

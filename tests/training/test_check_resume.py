@@ -14,6 +14,8 @@ from tests.cli import run
 from tests.tiny import run_config
 from tests.training.ranks import needs_fork
 
+pytestmark = pytest.mark.slow
+
 module = import_module("qlora.training.check_resume")
 
 
@@ -38,7 +40,6 @@ def here(monkeypatch):
     return arrange
 
 
-@pytest.mark.slow
 def test_a_session_is_a_process_of_its_own(config, tmp_path):
     apart = RunDirectory(tmp_path / "apart")
     assert module._train_apart(load_config(config), apart, 1).steps == 1
@@ -46,7 +47,6 @@ def test_a_session_is_a_process_of_its_own(config, tmp_path):
 
 
 @needs_fork
-@pytest.mark.slow
 def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp_path, monkeypatch):
     """In three forked processes: what each imports is the same."""
     fork = multiprocessing.get_context("fork")
@@ -59,7 +59,6 @@ def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
-@pytest.mark.slow
 def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
     restore = import_module("qlora.training.run").load_state
 
@@ -78,7 +77,6 @@ def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
     assert "step 4, loss: " in done.out
 
 
-@pytest.mark.slow
 def test_a_machine_that_does_not_repeat_its_results_is_told_apart(config, here):
     seeds = iter(range(9))
 

@@ -17,6 +17,8 @@ from qlora.training.loop import Progress, run_loop
 from scripts.dev.bench import counts
 from tests.tiny import make_base
 
+pytestmark = pytest.mark.slow
+
 LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 
 
@@ -60,7 +62,6 @@ def step(tmp_path, seed, generator):
 APART, PACKED = (None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config_class", "capacity", "optimizer"),
     [(LlamaConfig, *APART), (LlamaConfig, *PACKED), (Qwen3Config, *PACKED), (Gemma2Config, *APART)],
@@ -75,7 +76,6 @@ def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
         assert syncs == {"tolist": 1}, level
 
 
-@pytest.mark.slow
 def test_weights_are_dequantized_no_more_often_than_their_products_need(step):
     model, count = step(LlamaConfig)
     # The first layer's q, k and v get no gradient of their input. What is recomputed is kept for the backward.

@@ -20,6 +20,8 @@ from qlora.training.loop import WATCH_AFTER, Progress
 from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 def write_rows(path, num_rows, poisoned_rows):
     """Rows of text, some of which end in the poisoned letter."""

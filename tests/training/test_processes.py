@@ -17,7 +17,7 @@ from tests.tiny import POISON, make_base, run_config, write_jsonl
 from tests.training.ranks import call_in_two, needs_fork
 from tests.training.same_run import assert_same_run, rewrite
 
-pytestmark = needs_fork
+pytestmark = [needs_fork, pytest.mark.slow]
 
 
 def train_in_two(config):
@@ -39,7 +39,6 @@ def outcomes(cases):
     return found
 
 
-@pytest.mark.slow
 def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_file, tmp_path):
     """Each process has its own config, as on machines that were set up one by one."""
     other_base = make_base(tmp_path / "other" / tiny_base.name, seed=9)
@@ -94,7 +93,6 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):
     """Packed; test_loop adds up the gradient of both processes, packed and apart."""
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "train__optimizer": "adamw_32bit"}
@@ -107,7 +105,6 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alp
     assert verify(tmp_path / "two", tmp_path / "merged").matches
 
 
-@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(poisoned_base, tmp_path):
     """Only one of two processes has the row; both must leave the step out, or their adapters would drift apart."""
     rows = [{"text": f"row {row} of the book{POISON * (row == 17)} ends"} for row in range(1, 25)]

@@ -24,6 +24,8 @@ from tests.tiny import write_jsonl
 from tests.training.ranks import needs_fork
 from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("optimizer", "rounding", "packing", "dropout", "evaluation"),
@@ -42,7 +44,6 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_never_stopped(configure, interrupt_after, tmp_path, monkeypatch):
     settings = {"train__max_steps": 10}
     train(configure("whole", **settings))
@@ -188,7 +189,6 @@ def test_a_run_without_any_whole_checkpoint_is_told_of_and_nothing_is_lost(confi
     assert lines_of(tmp_path / "run") == before
 
 
-@pytest.mark.slow
 def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(configure, tmp_path, capsys):
     """Log and record go back with it, and the damaged one stays out of the way of what is saved and dropped."""
     settings = {"train__save_every": 1, "train__keep_checkpoints": 1}
@@ -209,7 +209,6 @@ def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(conf
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_goes_on(configure, tmp_path, monkeypatch, seed):
     """Every sync, rename and removal is such a moment."""
     settings = {"train__save_every": 2, "train__keep_checkpoints": 1, "train__max_steps": 4, "data__eval": None}
@@ -294,7 +293,6 @@ def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
 
 
 @needs_fork
-@pytest.mark.slow
 def test_the_command_stops_at_ctrl_c_with_its_state_saved_and_goes_on(configure, tmp_path):
     settings = {"train__max_steps": 40, "train__eval_every": 20}
     train(configure("whole", **settings))

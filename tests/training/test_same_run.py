@@ -13,6 +13,8 @@ from qlora.training.resume import find_start
 from tests.tiny import run_config
 from tests.training.same_run import assert_same_run, damage, lines_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(
     configure, interrupt_after, whole, tmp_path, monkeypatch

@@ -18,6 +18,8 @@ from tests.cli import run
 from tests.tiny import SIZES, make_base, run_config, write_jsonl
 from tests.training.ranks import call_in_two, needs_fork
 
+pytestmark = pytest.mark.slow
+
 ROWS = SIZES["vocab_size"]
 TOKENS = ["<tool>", "</tool>"]
 WITH_NEW = "the embedding in full, with new rows"
@@ -131,7 +133,6 @@ def test_a_plain_runs_adapter_has_nothing_of_it(tiny_base, tool_file, tmp_path):
 
 
 @needs_fork
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new rows", "in full"])
 def test_two_processes_train_what_one_does(kind, tied_base, tool_file, tmp_path):
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "lora__dtype": "float32", **KINDS[kind]}
