@@ -194,7 +194,7 @@ def test_processes_that_put_one_entry_in_place_at_once_all_have_it(cache, rng, d
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0] * 4
     assert [entry.name for entry in cache.iterdir()] == ["a" * 32]
 
@@ -218,7 +218,7 @@ def test_processes_that_tokenize_one_source_at_once_all_have_it(path, cache):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert {out for out, _ in outputs} == {f"{sum(int(each.input_ids.sum()) for each in build(path, cache))}\n"}
     assert len(list(cache.iterdir())) == 1

@@ -14,12 +14,12 @@ from qlora.errors import CheckpointError
 from qlora.files import hold_lock
 
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from qlora.files.lock import hold_lock
 with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 

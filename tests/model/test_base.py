@@ -309,7 +309,7 @@ def test_loading_holds_the_4bit_model_and_little_more(tiny_base, tmp_path, gener
     del tensors
 
     command = [sys.executable, "-c", MEASURE, str(tiny_base), str(base)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     measured = json.loads(output.splitlines()[-1])
     print(f"MB: checkpoint {checkpoint:.0f}, {measured}")
     # bitsandbytes quantizes on a CPU through fp32 copies and int64 indices of one weight.

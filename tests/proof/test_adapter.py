@@ -20,6 +20,8 @@ from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import make_base, run_config
 
+pytestmark = pytest.mark.slow
+
 UP = "model.layers.{}.mlp.up_proj"
 
 

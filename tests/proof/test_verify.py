@@ -20,6 +20,8 @@ from tests.cli import run
 from tests.export import change_tensors, forget_adapter
 from tests.tiny import make_base, make_tokenizer, run_config
 
+pytestmark = pytest.mark.slow
+
 UP = "model.layers.{}.mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 NOT_MERGED = "is not base + scaling·B·A"
@@ -319,7 +321,6 @@ def test_another_run_than_the_one_merged_is_told(own, tiny_base, alpaca_file, tm
     assert sum("is not base + scaling·B·A" in problem for problem in report.problems) == 14
 
 
-@pytest.mark.slow
 def test_a_real_model_passes_and_its_base_does_not(realdata, tmp_path):
     base = realdata / "models" / "stories260K-hf"
     data = tmp_path / "plays.txt"
