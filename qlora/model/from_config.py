@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection
-from qlora.data import Datasets, Source, Treatment, build_datasets
+from qlora.data import Datasets, EncodeOptions, Source, build_datasets
 from qlora.lora import AdapterSpec, train_rows, wrap_linears
 from qlora.model.base import load_base
 
@@ -56,7 +56,7 @@ def datasets_from_section(
         [_source(section, source) for source in section.eval]
         if isinstance(section.eval, list)
         else section.eval or 0.0,
-        Treatment(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
         "auto" if own_template else section.chat_template,
         section.cache_dir,
         seed,

@@ -110,7 +110,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
-        processes.rank, processes.world_size,
+        processes.rank, processes.world_size, datasets.train.group_size,
     )  # fmt: skip
     largest = [datasets.train[index] for index in batches.largest_micro_batch()]
     fit = fit_memory(config, model, collate(largest, packed=config.data.packing).to(processes.device), processes)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora.data.encode import Encoded, ExampleEncoder
-from qlora.data.formats import Conversation, Example
+from qlora.data.examples import Conversation, Example
 from qlora.data.template import apply_template
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError

@@ -421,7 +421,7 @@ def test_a_template_may_write_reasoning_only_where_thinking_is_switched_on(rng):
 )
 def test_an_answer_that_a_template_would_shorten_is_refused(said):
     assert only(documents(encoder(CUTTING), turns("q", "Four.")))
-    with pytest.raises(DataError, match="leaves out or changes what a turn of assistant says.*chatml"):
+    with pytest.raises(DataError, match="leaves out or changes the assistant turn's text.*chatml"):
         encode(encoder(CUTTING), Conversation(turns("q", said)))
     chatml = encoder("chatml")
     assert learnt(chatml, only(documents(chatml, turns("q", said)))) == [said + "<|im_end|>"]
@@ -458,5 +458,5 @@ def test_a_template_that_begins_another_turn_behind_an_answer_is_refused():
         "{% if add_generation_prompt %}<|im_end|>assistant:{% endif %}"
     )
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    with pytest.raises(DataError, match="begins another turn behind an answer that it has not ended"):
+    with pytest.raises(DataError, match="begins another turn after an answer without ending the answer"):
         encode(ExampleEncoder(tokenizer), Conversation([turns("q")[0], called]))

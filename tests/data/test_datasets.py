@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets, prepare
+from qlora.data import EncodeOptions, Source, build_datasets, prepare
 from qlora.data.problems import SHOWN_EXAMPLES, counted
 from qlora.errors import ConfigError, DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
@@ -34,13 +34,13 @@ def text_rows(lengths):
     return [{"text": chr(ord("a") + number % 26) * (length - 2)} for number, length in enumerate(lengths)]
 
 
-def build(path, rows, eval=0.0, source=None, template="auto", cache=None, seed=0, **treatment):
-    """Data of one file; `source` is how to read it, `treatment` what is done with it."""
+def build(path, rows, eval=0.0, source=None, template="auto", cache=None, seed=0, **options):
+    """Data of one file; `source` is how to read it, `options` what is done with it."""
     if rows is not None:
         write_jsonl(path, rows)
     sources = [Source(str(path), **(source or {}))]
-    treatment = Treatment(**{"max_seq_len": MAX, **treatment})
-    return build_datasets(make_tokenizer(), sources, eval, treatment, template, cache and str(cache), seed)
+    options = EncodeOptions(**{"max_seq_len": MAX, **options})
+    return build_datasets(make_tokenizer(), sources, eval, options, template, cache and str(cache), seed)
 
 
 def refusal(path, rows, **settings):
@@ -133,7 +133,7 @@ def test_nothing_left_is_an_error_with_the_remedy(path):
     assert "3 rows" in message
     assert "3 were too long" in message
     assert f"data.max_seq_len is {MAX}" in message
-    assert "data.overlong drop" in message
+    assert "data.overlong is drop" in message
 
 
 def test_the_report_adds_up(path, rng):
@@ -158,7 +158,7 @@ def test_the_summary_tells_the_numbers(path):
     lines = summary.splitlines()
     assert lines[0].startswith(f"{path}: 4 rows as completion, 1 examples, 9 tokens, 56% supervised; ")
     assert lines[0].endswith("chat template: alpaca (the tokenizer has none)")
-    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents longer than max_seq_len dropped"]
+    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents dropped because of max_seq_len"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 41])
@@ -169,9 +169,9 @@ def test_a_cause_of_bad_rows_is_named_once_with_its_count_and_examples(path, num
     shown = [f"  {path}:{number + 2}: {bad[0]}" for number in range(min(num_rows, SHOWN_EXAMPLES))]
     assert lines == [
         f"{num_rows} of {num_rows + 2} rows of {path} can't be used:",
-        f"{counted(num_rows, 'row')}: no token of this row is supervised; it needs an answer that is learned.",
+        f"{counted(num_rows, 'row')}: no token of this row is supervised; it needs an answer that is trained on.",
         *shown,
-        "data.on_bad_row: drop leaves such rows out.",
+        "To drop such rows, set data.on_bad_row: drop.",
     ]
 
 
@@ -199,12 +199,12 @@ def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_b
         where = [number for number, line in enumerate(lines, 1) if kinds.get(line, "")[:9] == problem["cause"][:9]]
         assert [text.startswith(f"{path}:{number}") for number, text in zip(where, problem["examples"], strict=False)]
         assert len(problem["examples"]) == min(problem["count"], SHOWN_EXAMPLES)
-    assert f"  {num_bad} bad rows left out" in report.summary().splitlines()
+    assert f"  {num_bad} bad rows dropped" in report.summary().splitlines()
 
 
 def test_bad_rows_alone_leave_nothing_to_learn_from(path):
     message = refusal(path, [{"instruction": "Q"}, {"instruction": "Q", "output": 3}], on_bad_row="drop")
-    assert "of 2 rows no example is left to learn from" in message
+    assert "2 rows, but no example is left to train on" in message
     assert f"{path}:1: " in message
     assert f"{path}:2: " in message
     assert "data.on_bad_row" not in message  # it is set already
@@ -216,18 +216,18 @@ def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
     long = write_jsonl(tmp_path / "long.jsonl", text_rows([MAX + 1]))
     train = [Source(str(each)) for each in (tmp_path / "none.jsonl", good, bad)]
     with pytest.raises(DataError) as caught:
-        build_datasets(make_tokenizer(), train, [Source(str(long))], Treatment(max_seq_len=MAX))
+        build_datasets(make_tokenizer(), train, [Source(str(long))], EncodeOptions(max_seq_len=MAX))
     message = str(caught.value)
     assert f"not found: {tmp_path / 'none.jsonl'}" in message
     assert f"1 of 2 rows of {bad}" in message
-    assert f"{long}: of 1 rows no example" in message
+    assert f"{long}: 1 row, but no example" in message
     assert str(good) not in message
 
 
 def test_a_wrong_mapping_is_told_with_the_errors_of_other_sources(path, tmp_path):
     mapped = Source(str(write_jsonl(path, text_rows([5]))), columns={"txt": "text"})
     with pytest.raises(ConfigError) as caught:
-        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, Treatment())
+        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, EncodeOptions())
     assert "no format has a column 'txt'" in str(caught.value)
     assert f"not found: {tmp_path / 'none.jsonl'}" in str(caught.value)
 
@@ -249,7 +249,7 @@ def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
         f"  {path}:2: {rows[1]}",
         "1 row: there is neither 'output' nor 'response'.",
         f"  {path}:3: {rows[2]}",
-        "data.on_bad_row: drop leaves such rows out.",
+        "To drop such rows, set data.on_bad_row: drop.",
     ]
 
 
@@ -289,7 +289,7 @@ def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, 
     assert (len(datasets.train), len(datasets.eval)) == (num_rows - num_out, num_out)
     unit = "examples" if num_rows == 1 else "rows"
     notes = [
-        f"no example of it is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
+        f"none of its examples is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
         "no example is held out, so there is no evaluation",
     ]
     assert datasets.reports[0].notes == (notes if num_out == 0 else [])
@@ -298,9 +298,11 @@ def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, 
 def test_a_source_too_small_to_hold_out_of_leaves_the_evaluation_to_the_others(path, tmp_path):
     small = write_jsonl(path, [{"text": "one"}, {"text": "two"}])
     large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"row {number}"} for number in range(20)])
-    built = build_datasets(make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, Treatment(max_seq_len=MAX))
+    built = build_datasets(
+        make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, EncodeOptions(max_seq_len=MAX)
+    )
     assert [report.drawn for report in built.reports] == [2, 18]
-    assert built.reports[0].notes == ["no example of it is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
+    assert built.reports[0].notes == ["none of its examples is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
     assert built.reports[1].notes == []
     assert len(built.eval) == 2
 
@@ -400,7 +402,7 @@ def weighted(tmp_path, rng, weights, **settings):
         file = write_jsonl(tmp_path / f"{number}.jsonl", [{"text": text} for text in texts])
         sources.append(Source(str(file), weight=weight))
         rows.append(texts)
-    built = build_datasets(make_tokenizer(), sources, **{"treatment": Treatment(max_seq_len=MAX), **settings})
+    built = build_datasets(make_tokenizer(), sources, **{"options": EncodeOptions(max_seq_len=MAX), **settings})
     decode = make_tokenizer().decode
     drawn, out = ([Counter() for _ in weights] for _ in range(2))
     for counts, examples in ((drawn, built.train), (out, built.eval)):
@@ -452,7 +454,7 @@ def test_sources_are_read_each_in_its_own_way(tmp_path):
         Source(str(first), format="alpaca", columns={"instruction": "question", "output": "answer"}),
         Source(str(second), type="lines", encoding="utf-16"),
     ]
-    built = build_datasets(make_tokenizer(), sources, treatment=Treatment(max_seq_len=500))
+    built = build_datasets(make_tokenizer(), sources, options=EncodeOptions(max_seq_len=500))
     decode = make_tokenizer().decode
     assert [report.format for report in built.reports] == ["alpaca", "text"]
     assert decode(built.train[0].input_ids[built.train[0].loss_mask]) == "A</s>"
@@ -661,7 +663,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(path, tmp_path, monkey
         return original(self, examples)
 
     monkeypatch.setattr(prepare.ExampleEncoder, "begin", begin)
-    assert "was changed while it was read" in refusal(path, [{"text": "a"}], cache=tmp_path / "cache")
+    assert "changed while it was read" in refusal(path, [{"text": "a"}], cache=tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 
 
@@ -669,7 +671,7 @@ def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(pa
     rows = [{"question": str(number), "answer": "a"} for number in range(9)]
     for on_bad_row in ("error", "drop"):
         message = refusal(path, rows, on_bad_row=on_bad_row)
-        assert message.count("['answer', 'question'] are none of the formats known") == 1
+        assert message.count("no format has the columns ['answer', 'question']") == 1
 
 
 def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
@@ -732,12 +734,12 @@ def test_the_files_of_a_folder_that_are_read_are_named_and_the_others_too(tmp_pa
     for name in ("train", "test-easy", "test-hard"):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", [{"text": name}])
     report = build(tmp_path / "data", None, source={"split": split}).reports[0]
-    assert report.notes == [f"files read: {read}", f"files left out: {left_out}"]
+    assert report.notes == [f"files read: {read}", f"files ignored: {left_out}"]
 
 
 def test_a_split_of_a_single_file_is_reported_as_not_used(path):
     assert build(path, [{"text": "a"}], source={"split": "test"}).reports[0].notes == [
-        "split 'test' is not used, as rows.jsonl is one file"
+        "split 'test' is ignored, as rows.jsonl is a single file"
     ]
 
 

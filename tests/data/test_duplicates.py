@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets
+from qlora.data import EncodeOptions, Source, build_datasets
 from qlora.errors import DataError
 from tests.tiny import make_tokenizer, write_jsonl
 
@@ -23,13 +23,13 @@ def build(tmp_path):
     def file(name, rows):
         return write_jsonl(tmp_path / f"{name}.jsonl", [{"text": row} if isinstance(row, str) else row for row in rows])
 
-    def build(train, eval=0.0, weights=None, deduplicate=True, seed=0, **treatment):
+    def build(train, eval=0.0, weights=None, deduplicate=True, seed=0, **options):
         train = [Source(str(file(f"train{n}", rows)), weight=(weights or {}).get(n, 1)) for n, rows in enumerate(train)]
         if isinstance(eval, list):
             eval = [Source(str(file("eval", eval)))]
-        treatment = Treatment(**{"max_seq_len": MAX, **treatment})
+        options = EncodeOptions(**{"max_seq_len": MAX, **options})
         cache = str(tmp_path / "cache")
-        return build_datasets(make_tokenizer(), train, eval, treatment, "auto", cache, seed, deduplicate)
+        return build_datasets(make_tokenizer(), train, eval, options, "auto", cache, seed, deduplicate)
 
     return build
 
@@ -53,7 +53,7 @@ def test_the_first_of_each_is_kept_over_all_sources_in_their_order(build, rng):
         new = set(source) - seen
         seen |= new
         assert (report.examples, report.deduplicated, report.drawn) == (len(source), len(source) - len(new), len(new))
-        line = f"  {len(source) - len(new)} examples left out, as they repeat an earlier or a held-out one"
+        line = f"  {len(source) - len(new)} examples removed, as they repeat an earlier or a held-out one"
         assert (line in report.summary().splitlines()) is (len(new) < len(source))
 
 

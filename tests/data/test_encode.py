@@ -5,7 +5,7 @@ import random
 import pytest
 
 from qlora.data.encode import ExampleEncoder, answer_end_id
-from qlora.data.formats import Completion, Conversation, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Labelled, Preference, Rated, Tokens
 from qlora.data.template import apply_template, encode_prompt, render
 from qlora.errors import DataError
 from tests.data.chats import (
@@ -148,7 +148,7 @@ def test_a_conversation_without_an_answer_has_nothing_to_learn(rng):
 @pytest.mark.parametrize("template", ["alpaca", "chatml"])
 def test_an_answer_to_nothing_is_refused(rng, template):
     messages = [{"role": "assistant", "content": words(rng)}, *turns(words(rng), words(rng))]
-    with pytest.raises(DataError, match="begins with an answer, which nothing asks for; take that turn out"):
+    with pytest.raises(DataError, match="begins with an answer, which has no prompt; remove that turn"):
         encode(encoder(template), Conversation(messages))
 
 
@@ -215,7 +215,7 @@ def test_what_a_template_leaves_out_of_a_turn_is_refused(role):
         "{% for m in messages %}{% if m.role != '" + role + "' %}{{ m.content }}|{% endif %}{% endfor %}"
     )
     messages = [{"role": "system", "content": "s1"}, *turns("q1", "a1", "q2", "a2")]
-    with pytest.raises(DataError, match=f"leaves out .*{role}|writes no plain text"):
+    with pytest.raises(DataError, match=f"leaves out .*{role}|doesn't write plain text"):
         encode(forgetful, Conversation(messages))
 
 
@@ -356,7 +356,7 @@ def test_ids_that_are_tokens_already_are_taken_as_they_are(rng):
 
 @pytest.mark.parametrize("ids", [[1, -1], [1, 2.5], [-100], [2**40]])
 def test_what_is_no_id_is_refused(ids):
-    with pytest.raises(DataError, match="input_ids should be ids of tokens, whole numbers from 0"):
+    with pytest.raises(DataError, match="input_ids should be token ids, integers from 0"):
         encode(encoder(), Tokens(ids, [1.0] * len(ids)))
 
 
@@ -383,7 +383,7 @@ def test_of_a_rated_conversation_the_last_answer_alone_is_learnt(rng, loss_on):
 
 def test_a_verdict_on_no_answer_is_refused(rng):
     open_end = Conversation(turns(words(rng), words(rng), words(rng)))
-    with pytest.raises(DataError, match="end with the answer that was judged, not with a user turn"):
+    with pytest.raises(DataError, match="end with the answer that was rated, not with a user turn"):
         encode(encoder(), Preference(open_end, open_end))
 
 

@@ -9,17 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data import formats
-from qlora.data.formats import (
-    FORMATS,
-    Completion,
-    Conversation,
-    Labelled,
-    Preference,
-    Rated,
-    RowReader,
-    Tokens,
-    detect_format,
-)
+from qlora.data.examples import Completion, Conversation, Labelled, Preference, Rated, Tokens
+from qlora.data.formats import FORMATS, RowReader, detect_format
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
 from qlora.data.tables import HeaderRule
@@ -113,7 +104,7 @@ def test_unknown_columns_are_told_with_the_formats(columns):
     with pytest.raises(DataError) as caught:
         detected(dict.fromkeys(columns, "x"))
     message = str(caught.value)
-    assert message.startswith(f"rows.jsonl:7: columns {sorted(columns)} are none")
+    assert message.startswith(f"rows.jsonl:7: no format has the columns {sorted(columns)}")
     assert "data.columns" in message
     assert [form for form in FORMATS.values() if form not in message] == []
 
@@ -128,7 +119,7 @@ def test_the_first_row_decides_the_format():
 
 def test_a_first_row_of_no_format_leaves_the_choice_to_the_next():
     reader = RowReader()
-    with pytest.raises(DataError, match="none of the formats"):
+    with pytest.raises(DataError, match="no format has the columns"):
         reader.read(Row({"words": "x"}, "a:1"))
     assert reader.read(Row({"text": "x"}, "a:2")) == Completion("", "x")
 
@@ -157,7 +148,7 @@ def test_alpaca_puts_system_and_history_first_and_input_behind_the_instruction(f
 
 @pytest.mark.parametrize("history", [3, {"a": 1}, "3", ["Hi"], [["Hi"]], [["Hi", 3]], [["Hi", "Ho", "Hm"]]], ids=str)
 def test_a_history_that_is_no_pairs_is_refused(history):
-    assert "'history' should hold pairs" in refusal(instruction="A", output="B", history=history)
+    assert "'history' should have pairs" in refusal(instruction="A", output="B", history=history)
 
 
 # Turns.
@@ -321,8 +312,8 @@ def test_a_preference_goes_on_from_a_history():
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        (TEXTS, "nothing is before the answer; its prompt should be in one of prompt, instruction, messages"),
-        (TURNS, "nothing is before the answer"),
+        (TEXTS, "there is nothing before the answer; put its prompt into one of prompt, instruction, messages"),
+        (TURNS, "there is nothing before the answer"),
         ({"prompt": "Hi", "chosen": "Ho", "rejected": None}, "'rejected' should be a list of turns, not None"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "Hm"}, "'chosen' should be a list of turns, not 3"),
         ({"prompt": 3, **TEXTS}, "column 'prompt' should be text, not 3"),
@@ -416,7 +407,7 @@ def test_the_best_path_through_a_tree_ends_with_an_answer(replies, answers):
         (tree("Ho"), "should be an object, not 'Ho'"),
         (node("Hi") | {"replies": 3}, "'replies' should be a list of messages, not 3"),
         (node("Hi") | {"replies": {"a": 1}}, "'replies' should be a list of messages, not {'a': 1}"),
-        (node("Hi", "narrator"), "role 'narrator' is none of"),
+        (node("Hi", "narrator"), "role 'narrator' is unknown"),
         (node(HALF), "half a surrogate pair"),
     ],
 )
@@ -576,7 +567,7 @@ def test_a_transcript_without_blank_lines_in_front_is_one_where_no_prompt_is():
 )
 def test_what_is_no_transcript_is_an_answer_that_nothing_asks_for(said):
     problem = refusal(chosen=said, rejected=said)
-    assert "nothing is before the answer" in problem
+    assert "there is nothing before the answer" in problem
     assert r"HH-RLHF's form, '\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends" in problem
 
 
@@ -657,8 +648,8 @@ def test_of_a_preference_the_chosen_answer_alone_can_be_read():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"format": "chatml"}, "data.format: 'chatml' is unknown; there are auto, alpaca"),
-        ({"columns": {"question": "instruction"}}, "data.columns: no format has a column 'question'; there are "),
+        ({"format": "chatml"}, "data.format: 'chatml' is unknown; use one of auto, alpaca"),
+        ({"columns": {"question": "instruction"}}, "data.columns: no format has a column 'question'; use one of "),
         ({"roles": {"Ann": "human"}}, "data.roles: Ann: 'human' should be system, user, assistant or tool"),
     ],
 )
@@ -770,15 +761,15 @@ MAPPINGS = {
 }
 # What is no training data, or none of text.
 OTHER_FILES = {
-    "fastchat/fastchat/llm_judge/data/judge_prompts.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/vicuna_bench/question.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/vicuna_bench/reference_answer/gpt-4.jsonl": "none of the formats",
-    "humaneval/example_samples.jsonl": "none of the formats",
-    "llama_factory_demo/dataset_info.json": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/judge_prompts.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/question.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/reference_answer/gpt-4.jsonl": "no format has the columns",
+    "humaneval/example_samples.jsonl": "no format has the columns",
+    "llama_factory_demo/dataset_info.json": "no format has the columns",
     "llama_factory_demo/mllm_demo.json": "it has images",
-    "torchtune_tiny/vqa_tiny.json": "none of the formats",
+    "torchtune_tiny/vqa_tiny.json": "no format has the columns",
 }
 
 

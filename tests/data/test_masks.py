@@ -64,7 +64,7 @@ def test_keys_that_disagree_are_refused_and_those_that_agree_are_not():
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 @pytest.mark.parametrize("key", ["loss", "trainable", "loss_scale"])
 def test_a_mask_does_not_make_a_prompt_learned(role, key):
-    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only assistant turns can be trained on"):
         weights({"role": role, "content": "Hi", key: 1})
 
 
@@ -108,7 +108,7 @@ def test_a_call_beside_masked_parts_is_learned():
 
 def test_a_call_that_is_masked_by_itself_is_refused():
     call = {"type": "tool_call", "value": {"name": "f", "arguments": {}}, "train": False}
-    with pytest.raises(DataError, match="a part that is a call has a weight; give it to the whole turn"):
+    with pytest.raises(DataError, match="a part that is a call has a weight; set the weight of the whole turn instead"):
         weights(answer([text("a"), call]))
 
 
@@ -179,7 +179,7 @@ def test_masks_of_one_stretch_may_agree():
     ids=["part", "stretch"],
 )
 def test_no_stretch_of_a_prompt_may_be_learned(role, keys):
-    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only assistant turns can be trained on"):
         weights({"role": role, "content": "Hi", **keys})
 
 
@@ -191,7 +191,7 @@ def test_a_masked_part_of_a_question_may_be_next_to_one_without_a_mask():
 def test_a_call_with_a_weight_is_refused(inner):
     function = {"name": "f", "arguments": {}}
     call = {"function": function | {"train": False}} if inner else {"function": function, "train": False}
-    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; give it to the whole turn"):
+    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; set the weight of the whole turn instead"):
         weights(answer("", tool_calls=[call]))
 
 
@@ -228,7 +228,7 @@ def test_masked_parts_of_judged_answers_are_not_learned():
 def test_a_judged_answer_that_is_masked_is_refused():
     asked = [{"role": "user", "content": "Rain?"}]
     rated = read(label=False, messages=[*asked, answer("first"), *asked, answer("No.", train=False)])
-    with pytest.raises(DataError, match="the answer that was judged has weight 0.*take the mask out"):
+    with pytest.raises(DataError, match="the answer that was rated has weight 0.*remove the mask"):
         learned(rated)
 
 
@@ -244,7 +244,9 @@ def test_masked_questions_are_not_learned_where_everything_else_is(key):
 def test_a_masked_part_of_a_question_is_refused_where_everything_is_learned():
     row = read(messages=[{"role": "user", "content": [text("a", train=False), text("b")]}, answer()])
     assert learned(row) == [["Ho<|im_end|>"]]
-    with pytest.raises(DataError, match="loss_on: all can't mask parts of a user turn; mask the whole turn"):
+    with pytest.raises(
+        DataError, match="loss_on: all doesn't support masks of parts of a user turn; mask the whole turn"
+    ):
         learned(row, "all")
 
 

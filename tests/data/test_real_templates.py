@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.errors import DataError
 from tests.data.chats import answers, chat, encode, family_tokenizer, learnt, real_tokenizer, stretches
 from tests.reference import served
@@ -19,8 +19,8 @@ KINDS = ("single", "multi", "system", "reasoning", "tools")
 # How the encoder refuses a conversation.
 PLACE, UNENDED, LEFT_OUT, REFUSED = "place", "unended", "left out", "refused"
 REFUSALS = {
-    PLACE: "is not how its rendering of the answer begins",
-    UNENDED: "begins another turn behind an answer that it has not ended",
+    PLACE: "rendering of the answer does not begin with its prompt",
+    UNENDED: "begins another turn after an answer without ending the answer",
     LEFT_OUT: "the chat template leaves out",
     REFUSED: "the chat template refuses this conversation",
 }

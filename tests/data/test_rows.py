@@ -257,7 +257,7 @@ def test_a_file_of_an_unknown_kind_is_refused_with_the_known_ones(tmp_path, name
     message = refusal(write(tmp_path / name, "a,b\n1,2\n"))
     assert message.startswith(str(tmp_path / name))
     assert ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt" in message
-    assert "type: arrow, csv, json, jsonl, lines, parquet, text, tsv" in message
+    assert "type to one of arrow, csv, json, jsonl, lines, parquet, text, tsv" in message
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones(tmp_path):
@@ -285,7 +285,7 @@ def test_an_encoding_can_be_set(tmp_path, name, text, encoding):
 def test_bytes_of_another_encoding_are_refused_with_the_line(tmp_path, name):
     path = write(tmp_path / name, '"one"\n"größer"\n', "latin-1")
     message = refusal(path)
-    assert message.startswith(f"{path}:2: this is not utf-8 (byte 0xf6, byte 4 of the line)")
+    assert message.startswith(f"{path}:2: invalid utf-8 (byte 0xf6 at position 4 of the line)")
     assert "set encoding" in message
 
 
@@ -327,11 +327,11 @@ def test_a_broken_gzip_file_is_named(tmp_path, rows, damage, name):
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"], ids=["empty", "blank", "bom"])
 def test_a_file_without_rows_is_refused(tmp_path, name, content):
     message = refusal(write(tmp_path / name, content if name != "rows.tsv" else "a\tb\n"))
-    assert f"{tmp_path / name} holds no rows" in message
+    assert f"{tmp_path / name} has no rows" in message
 
 
 def test_an_empty_array_is_refused(tmp_path):
-    assert "holds no rows" in refusal(write(tmp_path / "rows.json", "[]"))
+    assert "has no rows" in refusal(write(tmp_path / "rows.json", "[]"))
 
 
 def test_rows_come_before_the_file_is_read_whole(tmp_path):
@@ -418,15 +418,15 @@ def test_the_files_of_a_split_are_read_in_order(folder, names, split, chosen):
 @pytest.mark.parametrize(
     ("names", "split", "there"),
     [
-        (["test.jsonl", "valid.jsonl"], None, "'train' (there is test.jsonl, valid.jsonl)"),
-        (["a.jsonl"], "test", "'test' (there is a.jsonl)"),
-        (["readme.md"], None, "'train' (there is nothing)"),
+        (["test.jsonl", "valid.jsonl"], None, "'train' (it has test.jsonl, valid.jsonl)"),
+        (["a.jsonl"], "test", "'test' (it has a.jsonl)"),
+        (["readme.md"], None, "'train' (it has nothing)"),
     ],
 )
 def test_a_folder_without_the_split_is_refused_with_what_is_there(folder, names, split, there):
     path = folder(*names)
     message = refusal(path, split=split)
-    assert message.startswith(f"{path} holds no data of the split {there}")
+    assert message.startswith(f"{path} has no data of the split {there}")
     assert "set split" in message
 
 
@@ -489,7 +489,7 @@ def test_another_name_is_a_data_set_on_the_hub(hub, source, asked):
 
 def test_what_the_hub_refuses_is_told(hub):
     message = refusal("owner/secret")
-    assert message.startswith("owner/secret is no file here")
+    assert message.startswith("owner/secret is not a local file")
     assert "no owner/secret for you" in message
 
 
@@ -551,4 +551,4 @@ def test_real_files_are_read_whole(realdata, file, how, count):
 def test_a_real_file_of_another_encoding_is_told_with_its_line(realdata):
     path = realdata / "data" / "trec" / "TREC.train.all"
     number = next(n for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if max(line, default=0) > 127)
-    assert refusal(path, type="lines").startswith(f"{path}:{number}: this is not utf-8")
+    assert refusal(path, type="lines").startswith(f"{path}:{number}: invalid utf-8")

@@ -7,7 +7,7 @@ from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.data.serving import TemplateFacts, tokenizer_notes
 from qlora.data.template import apply_template
 from qlora.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ def test_what_the_template_leaves_out_is_refused_and_named(template, messages, t
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.image }}{% endfor %}", "{{ bos_token }}"])
 def test_a_template_that_writes_no_plain_text_is_refused(template):
-    with pytest.raises(DataError, match="writes no plain text.*set data.chat_template to chatml"):
+    with pytest.raises(DataError, match="doesn't write plain text.*set data.chat_template to chatml"):
         facts(template).check([QUESTION, ANSWER], None)
 
 
@@ -104,7 +104,7 @@ def test_reasoning_may_be_the_same_as_the_answer(content):
 
 @pytest.mark.parametrize("text", ["<think></think><think>4</think>4", "<think>4</think>"])
 def test_a_thought_behind_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
-    with pytest.raises(DataError, match="what a turn of assistant says, '4'"):
+    with pytest.raises(DataError, match="the assistant turn's text, '4'"):
         facts("chatml").check_written([ANSWER | {"content": "4", "reasoning_content": "4"}], text)
 
 
@@ -127,13 +127,13 @@ def test_a_turn_that_another_contains_is_missed_if_the_template_drops_it(said, l
     (result,) = ExampleEncoder(tokenizer).encode([Conversation(turns(*said))])
     assert isinstance(result, DataError) == (lost is not None)
     if lost:
-        assert f"leaves out or changes what a turn of user says, {lost!r}; set data.chat_template" in str(result)
+        assert f"leaves out or changes the user turn's text, {lost!r}; set data.chat_template" in str(result)
 
 
 def test_a_second_system_turn_of_the_same_words_is_missed():
     tokenizer = make_tokenizer(chat_template=plain_if("m.role != 'system'"))
     (result,) = ExampleEncoder(tokenizer).encode([Conversation([SYSTEM, QUESTION, SYSTEM, ANSWER])])
-    assert "what a turn of system says, 'Be kind.'" in str(result)
+    assert "the system turn's text, 'Be kind.'" in str(result)
 
 
 def test_turns_that_repeat_or_contain_each_other_pass_where_they_are_written(seed):
@@ -175,7 +175,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_is_told(tmp
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded.backend_tokenizer.normalizer = normalizers.Strip()
     (note,) = tokenizer_notes(loaded)
-    assert "begin no completion and no answer with a space" in note
+    assert "don't begin completions or answers with a space" in note
     assert "' Hello'" in note
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets
+from qlora.data import EncodeOptions, Source, build_datasets
 from qlora.data.formats import COLUMNS
 from qlora.data.rows import BadRow, read_rows
 from qlora.data.tables import HeaderRule
@@ -25,7 +25,7 @@ def write_table(path, header, rows=PAIRS):
 
 
 def build(*sources):
-    built = build_datasets(make_tokenizer(), sources, treatment=Treatment(max_seq_len=500))
+    built = build_datasets(make_tokenizer(), sources, options=EncodeOptions(max_seq_len=500))
     decode = make_tokenizer().decode
     return built, [decode(example.input_ids) for example in built.train]
 
@@ -109,7 +109,9 @@ def test_each_file_of_a_folder_decides_for_itself(tmp_path):
 
 def test_a_header_is_not_for_other_kinds_of_file(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
-    assert refusal(path, header=False) == f"{path}: header is for CSV and TSV files, and it has none; leave header out."
+    assert (
+        refusal(path, header=False) == f"{path}: header applies to CSV and TSV files, and it has none; remove header."
+    )
 
 
 @pytest.mark.parametrize("setting", ["auto", True, False])

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Completion, Conversation
+from qlora.data.examples import Completion, Conversation
 from qlora.data.template import adds_bos, apply_template, encode_prompt, render
 from qlora.errors import DataError
 from tests.data import chats

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.data.tokens import make_example, supervised_bytes
 from tests.data.chats import encode, encoder, turns, words
 from tests.tiny import only

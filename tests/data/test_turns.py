@@ -75,7 +75,7 @@ def test_keys_and_roles_can_be_mapped():
 )
 def test_an_unknown_role_is_named_with_the_known_ones(role):
     message = refusal([{"role": role, "content": "Hi"}])
-    assert f"role {role!r:.80} is none of assistant, bot, " in message
+    assert f"role {role!r:.80} is unknown; map it with data.roles to one of assistant, bot, " in message
     assert "data.roles" in message
 
 
