@@ -27,10 +27,15 @@ from qlora.data.sources import Source, file_notes, find_files
 from qlora.data.store import ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 
 # Characters and rows that are tokenized at a time. Two such batches are in memory at once.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
+CHOICES = {
+    "loss_on": ("assistant", "last", "all"),
+    "overlong": ("drop", "truncate", "split", "error"),
+    "on_bad_row": ("error", "drop"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,19 @@ class EncodeOptions:
     max_seq_len: int = 2048
     overlong: str = "drop"
     on_bad_row: str = "error"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is unknown, or `max_seq_len` is less than 1.
+        """
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"{name}: '{value}' is unknown; use one of {', '.join(known)}.")
+        if self.max_seq_len < 1:
+            raise ConfigError(f"max_seq_len: {self.max_seq_len} should be at least 1.")
 
 
 def prepare(

@@ -151,7 +151,7 @@ def test_rows_that_are_all_too_long(try_training):
     code, message = try_training(data__max_seq_len=8)
     assert code == 1
     assert "data.max_seq_len is 8" in message
-    assert "data.overlong drop" in message
+    assert "data.overlong is drop" in message
 
 
 def test_an_unknown_chat_template(try_training):
