@@ -4,7 +4,7 @@ from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_bat
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.new_tokens import add_new_tokens, new_token_ids
-from qlora.data.prepare import EncodeOptions
+from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
 from qlora.data.sources import Source

@@ -8,7 +8,8 @@ import numpy as np
 
 from qlora.data.cache import cache_folder
 from qlora.data.encode import ExampleEncoder
-from qlora.data.prepare import EncodeOptions, prepare
+from qlora.data.options import EncodeOptions
+from qlora.data.prepare import prepare
 from qlora.data.report import DataReport
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet, ExampleStore, find_repeats

@@ -1,14 +1,10 @@
 """One source, tokenized once and cached, with a report on its rows."""
 
 import hashlib
-import json
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,57 +12,23 @@ from typing import Any
 import numpy as np
 
 from qlora.data.cache import find_entry, new_entry, write_report
+from qlora.data.cache_key import key_of, stamps_of
 from qlora.data.encode import Encoded, ExampleEncoder, PendingExamples
 from qlora.data.examples import Conversation, Example, Labelled
 from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.options import EncodeOptions
 from qlora.data.problems import ProblemLog, counted
 from qlora.data.report import DataReport
-from qlora.data.rows import BadRow, Row, load_hub, read_rows
+from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.serving import tokenizer_notes
-from qlora.data.sources import Source, file_notes, find_files
+from qlora.data.sources import Source, file_notes
 from qlora.data.store import ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
-from qlora.errors import ConfigError, DataError
+from qlora.errors import DataError
 
 # Characters and rows that are tokenized at a time. Two such batches are in memory at once.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
-CHOICES = {
-    "loss_on": ("assistant", "last", "all"),
-    "overlong": ("drop", "truncate", "split", "error"),
-    "on_bad_row": ("error", "drop"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeOptions:
-    """How examples are tokenized; with tokenizer and source, everything that the tokenized data depends on.
-
-    Attributes:
-        loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
-        max_seq_len: Maximum length of a document in tokens.
-        overlong: How longer documents are handled: `drop`, `truncate`, `split` or `error`; always counted. A group of
-            several documents is dropped or truncated whole, and never split.
-        on_bad_row: How rows that can't be used are handled: `error`, or `drop`, which counts them.
-    """
-
-    loss_on: str = "assistant"
-    max_seq_len: int = 2048
-    overlong: str = "drop"
-    on_bad_row: str = "error"
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: A value is unknown, or `max_seq_len` is less than 1.
-        """
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"{name}: '{value}' is unknown; use one of {', '.join(known)}.")
-        if self.max_seq_len < 1:
-            raise ConfigError(f"max_seq_len: {self.max_seq_len} should be at least 1.")
 
 
 def prepare(
@@ -77,13 +39,13 @@ def prepare(
     Raises:
         DataError: The source can't be read, rows can't be used, or no example is left to train on.
     """
-    stamps = _stamps(source)
-    key = _key(source, encoder.tokenizer, options)
+    stamps = stamps_of(source)
+    key = key_of(source, encoder.tokenizer, options)
     found = find_entry(cache, key)
     if found is None:
         with new_entry(cache, key) as folder:
             _Build(source, encoder, options, folder).run()
-            if _stamps(source) != stamps:  # the key would describe the previous content of the files
+            if stamps_of(source) != stamps:  # the key would describe the previous content of the files
                 raise DataError(f"{source.path} changed while it was read; start again once it is complete.")
         found = find_entry(cache, key)
     if found is None:
@@ -280,50 +242,3 @@ def _has_empty_answer(example: Conversation) -> bool:
         turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
         for turn in example.messages
     )
-
-
-def _key(source: Source, tokenizer: Any, options: EncodeOptions) -> str:
-    """Return the cache key: a hash of everything that a source's tokenized examples depend on."""
-    paths = find_files(source)
-    if paths and source.max_rows is None:
-        content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
-    elif paths:  # hashing a large file may take much longer than reading its first rows
-        stats = [(path.absolute(), path.stat()) for path in paths]
-        content = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-    else:
-        content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
-    parts = [
-        _hash_of_code(),
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        asdict(replace(options, on_bad_row="drop")),
-        asdict(replace(source, weight=1.0)),
-        content,
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _stamps(source: Source) -> list[tuple[int, int]]:
-    """Return size and modification time of each file of a source."""
-    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in find_files(source))]
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
-
-
-@cache
-def _hash_of_code() -> str:
-    """Hash the code that reads, renders and tokenizes, as a change to it may change the result."""
-    digest = hashlib.sha256()
-    for file in sorted(files("qlora.data").iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".py"):
-            digest.update(file.read_bytes())
-    for package in ("transformers", "tokenizers", "datasets"):
-        digest.update(version(package).encode())
-    return digest.hexdigest()

@@ -103,7 +103,7 @@ class ExampleWriter:
     def _write(self, column: Column, value: Any, shape: tuple[int, ...]) -> bytes:
         """Write entries, and return what they add to hash and digest."""
         dtype = self._dtypes[column.name]
-        array = np.ascontiguousarray(value, dtype=dtype.base).reshape(np.shape(value))
+        array = np.asarray(value, dtype=dtype.base)
         if array.shape != shape + dtype.shape:
             raise ValueError(f"{column.name}: an entry of shape {array.shape}, not {shape + dtype.shape}")
         data = array.tobytes()

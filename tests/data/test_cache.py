@@ -102,7 +102,7 @@ def test_an_entry_appears_under_its_name_once_complete(cache, examples):
 
 
 def test_the_faster_of_two_runs_is_not_disturbed(path, cache):
-    """One entry, made twice at once: the second finds the first's in place, and leaves it."""
+    """If an entry is made twice at once, the second process keeps the first one's."""
     build(path, cache)
     entry = only(list(cache.iterdir()))
     inode = entry.stat().st_ino
@@ -114,7 +114,7 @@ def test_the_faster_of_two_runs_is_not_disturbed(path, cache):
 
 
 def make_entry(cache, examples, barrier):
-    """What a process does that needs the entry."""
+    """Find or make the entry, as a process does that needs it."""
     barrier.wait()
     if find_entry(cache, "a" * 32) is None:
         with new_entry(cache, "a" * 32) as folder:
@@ -237,7 +237,7 @@ def test_an_entry_that_is_used_stays(path, cache, tmp_path):
 
 @pytest.mark.parametrize("mine", ["notes", "models/llama/model.bin", "0123abc", ".new-thing", "A" * 32])
 def test_what_is_not_of_this_cache_is_left_alone_however_old(path, cache, mine):
-    """A user may have named a folder that holds other things too."""
+    """A user may name a folder that has other files too."""
     (cache / mine).parent.mkdir(parents=True, exist_ok=True)
     (cache / mine).write_text("mine")
     for each in (cache / mine, *(cache / mine).parents):

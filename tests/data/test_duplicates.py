@@ -1,4 +1,4 @@
-"""Examples that say the same: left out once asked for, over all sources, and never on both sides of an evaluation."""
+"""Duplicates: removed if requested, over all sources, and never both trained on and held out."""
 
 import random
 
@@ -18,7 +18,7 @@ def rng(seed):
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds data of sources that are given by their rows; texts stand for rows of text."""
+    """Builds datasets from the rows of each source; a string is a row of text."""
 
     def file(name, rows):
         return write_jsonl(tmp_path / f"{name}.jsonl", [{"text": row} if isinstance(row, str) else row for row in rows])
@@ -89,10 +89,10 @@ def test_a_weight_repeats_what_is_left(build):
     assert texts(built.train) == ["a", "b", "a", "b", "c"]
 
 
-def test_what_is_learned_differently_is_no_duplicate(build):
+def test_the_same_tokens_with_other_weights_are_no_duplicate(build):
     rows = [
         {"prompt": "ab", "completion": "cd"},
-        {"prompt": "abc", "completion": "d"},  # the same tokens, of which fewer are learned
+        {"prompt": "abc", "completion": "d"},  # the same tokens, of which fewer are supervised
         {"prompt": "ab", "completion": "cd", "note": "the same again"},
     ]
     built = build([rows])
@@ -100,8 +100,8 @@ def test_what_is_learned_differently_is_no_duplicate(build):
     assert [example.num_supervised for example in built.train] == [3, 2]
 
 
-def test_documents_are_compared_as_they_are_learned(build):
-    """Rows that differ only where they are cut off are the same, and so are the parts of split ones."""
+def test_documents_are_compared_as_they_are_trained_on(build):
+    """Rows that differ only after the truncation are equal, and so are equal parts of split ones."""
     rows = ["x" * MAX + "one", "x" * MAX + "another"]
     assert build([rows], overlong="truncate").reports[0].deduplicated == 1
     parts = build([["y" * (3 * MAX - 1) + "z"]], overlong="split")

@@ -1,4 +1,4 @@
-"""What columns mean, and what is said of those that mean nothing."""
+"""Formats: how columns are read, and how unknown ones are reported."""
 
 import json
 from collections import Counter
@@ -93,14 +93,14 @@ def detected(values):
     ],
     ids=str,
 )
-def test_a_format_is_told_by_its_columns(values, format):
+def test_the_format_is_detected_from_the_columns(values, format):
     assert detected(values) == format
 
 
 @pytest.mark.parametrize(
     "columns", [{"instruction"}, {"prompt"}, {"completion"}, {"question", "answer"}, {"label"}, {"chosen"}, set()]
 )
-def test_unknown_columns_are_told_with_the_formats(columns):
+def test_unknown_columns_are_reported_with_the_formats(columns):
     with pytest.raises(DataError) as caught:
         detected(dict.fromkeys(columns, "x"))
     message = str(caught.value)
@@ -139,7 +139,7 @@ def test_an_empty_alpaca_input_or_system_adds_nothing(nothing):
 
 
 @pytest.mark.parametrize("form", [list, json.dumps], ids=["list", "json"])
-def test_alpaca_puts_system_and_history_first_and_input_behind_the_instruction(form):
+def test_alpaca_puts_system_and_history_first_and_input_after_the_instruction(form):
     history = form([["Hi", "Ho"], ["How?", "So."]])
     example = read(instruction="Add.", input="2 3", output="5", system="Be short.", history=history, tools=[TOOL])
     turns = [system("Be short."), HI, HO, user("How?"), assistant("So."), user("Add.\n\n2 3"), assistant("5")]
@@ -478,7 +478,7 @@ def test_an_absent_column_is_named_with_its_row(format, values, column):
     ],
     ids=str,
 )
-def test_half_a_surrogate_pair_is_told_with_its_row(values):
+def test_half_a_surrogate_pair_is_reported_with_its_row(values):
     assert "half a surrogate pair" in refusal(**values)
     assert read(text="a\U0001f642") == Completion("", "a🙂")
 
@@ -584,7 +584,7 @@ def test_a_text_that_is_a_transcript_is_text_and_noted():
 # Mappings.
 
 
-def test_columns_are_mapped_before_the_format_is_told():
+def test_columns_are_mapped_before_the_format_is_detected():
     columns = {"instruction": "question", "output": "answer"}
     assert read(columns=columns, question="Hi", answer="Ho") == Conversation([HI, HO])
     assert read(columns={"label": "category"}, text="x", category="joy") == Labelled("x", "joy")
@@ -698,10 +698,10 @@ any_row = forms.flatmap(lambda names: st.dictionaries(st.sampled_from(names), va
 def test_whatever_a_row_holds_it_is_read_or_refused(row, format):
     reader = RowReader(format)
     try:
-        told = "rows.jsonl:7: " + json.dumps(asdict(reader.read(Row(row, "rows.jsonl:7"))), ensure_ascii=False)
+        shown = "rows.jsonl:7: " + json.dumps(asdict(reader.read(Row(row, "rows.jsonl:7"))), ensure_ascii=False)
     except DataError as error:
-        told = str(error)
-    assert told.encode().startswith(b"rows.jsonl:7: ")
+        shown = str(error)
+    assert shown.encode().startswith(b"rows.jsonl:7: ")
     assert reader.format in ("auto", *FORMATS)
 
 
@@ -786,7 +786,7 @@ def test_real_rows_are_understood(realdata, file, format, count):
 
 
 @pytest.mark.parametrize(("file", "problem"), OTHER_FILES.items())
-def test_real_rows_that_are_no_texts_to_learn_are_refused(realdata, file, problem):
+def test_real_rows_that_are_no_texts_are_refused(realdata, file, problem):
     row = next(read_rows(Source(str(realdata / "data" / file)), HeaderRule("auto", (), formats.COLUMNS)))
     with pytest.raises(DataError, match=problem):
         RowReader().read(row)

@@ -1,4 +1,4 @@
-"""New tokens: behind all others, found in any text, and counted."""
+"""New tokens: after all others, found in any text, and counted."""
 
 import random
 
@@ -14,7 +14,7 @@ from tests.tiny import make_tokenizer, write_jsonl
 TOKENS = ["<tool>", "</tool>", "Angstrom"]
 
 
-def test_they_get_the_ids_behind_all_others_and_cut_the_text(tmp_path):
+def test_they_get_the_ids_after_all_others_and_cut_the_text(tmp_path):
     tokenizer = make_tokenizer()
     size = len(tokenizer)
     assert add_new_tokens(tokenizer, TOKENS) == range(size, size + 3)
@@ -48,7 +48,7 @@ def test_what_it_would_write_otherwise_is_refused():
         add_new_tokens(make_tokenizer(), ["<tool>", "Ångström"])
 
 
-def test_tokens_that_another_tokenizer_lacks_are_told():
+def test_tokens_that_another_tokenizer_lacks_are_reported():
     with pytest.raises(
         DataError, match=r"the tokenizer has no '<tool>', '</tool>', 'Angstrom'; use the run's own tokenizer"
     ):

@@ -1,4 +1,4 @@
-"""Documents into rows: none lost, none cut, and no fuller rows to be had by looking longer."""
+"""Packing: no document is lost or cut, and rows are as full as by exhaustive best fit."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Bad rows by cause: once each, however their values differ, and no more of them than can be read."""
+"""Bad rows by cause: each cause once, for any values, and a readable number of rows."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Prompts read from a file: what the template would leave out of them is refused."""
+"""Prompts from a file: those that the template would not write in full are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Reports: numbers that add up, and a line for all that is not plain."""
+"""Reports: numbers that add up, and a line for everything out of the ordinary."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What would be left out in silence or fed otherwise by a server is refused or told."""
+"""Templates and tokenizers that drop text, or make a server feed other ids, are refused or reported."""
 
 import random
 
@@ -103,7 +103,7 @@ def test_reasoning_may_be_the_same_as_the_answer(content):
 
 
 @pytest.mark.parametrize("text", ["<think></think><think>4</think>4", "<think>4</think>"])
-def test_a_thought_behind_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
+def test_a_thought_after_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
     with pytest.raises(DataError, match="the assistant turn's text, '4'"):
         facts("chatml").check_written([ANSWER | {"content": "4", "reasoning_content": "4"}], text)
 
@@ -148,7 +148,7 @@ def test_bos_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("template", "add_bos", "told"),
+    ("template", "add_bos", "noted"),
     [
         (PLAIN, True, True),
         ("{{ bos_token }}" + PLAIN, True, False),
@@ -159,9 +159,9 @@ def test_bos_twice_is_refused():
     ],
     ids=["none", "written", "not-the-tokenizers-way", "alpaca", "chatml", "refuses-all"],
 )
-def test_a_template_without_the_bos_that_texts_get_is_told(template, add_bos, told):
+def test_a_template_without_the_bos_that_texts_get_is_reported(template, add_bos, noted):
     notes = facts(template, add_bos).notes()
-    assert ["writes no BOS" in note for note in notes] == [True] * told
+    assert ["writes no BOS" in note for note in notes] == [True] * noted
 
 
 def test_a_tokenizer_that_transformers_reads_as_its_file_says_has_no_note(tmp_path):
@@ -170,7 +170,7 @@ def test_a_tokenizer_that_transformers_reads_as_its_file_says_has_no_note(tmp_pa
     assert tokenizer_notes(make_tokenizer()) == []  # of no file
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_is_told(tmp_path):
+def test_a_tokenizer_that_transformers_reads_differently_from_its_file_is_reported(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded.backend_tokenizer.normalizer = normalizers.Strip()

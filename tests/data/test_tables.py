@@ -1,4 +1,4 @@
-"""Tables with a header and without: what decides, what the report says, and what is refused."""
+"""Tables with and without a header: how this is decided, reported, and refused if ambiguous."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def path(request, tmp_path):
     (("1", "0"), {"instruction": "1", "output": "0"}, "auto", "a header, because it names 1, 0"),
     (None, BY_NUMBER, False, None),
 ])  # fmt: skip
-def test_no_row_is_lost_and_no_header_learned(path, header, columns, setting, note):
+def test_no_row_is_lost_and_no_header_is_trained_on(path, header, columns, setting, note):
     built, texts = build(Source(str(write_table(path, header)), columns=columns, header=setting))
     assert len(texts) == len(PAIRS)
     for text, (question, answer) in zip(texts, PAIRS, strict=True):
@@ -80,13 +80,13 @@ def test_a_first_line_that_contradicts_the_mapping_is_refused(path):
     )
 
 
-def test_a_header_may_be_read_as_a_row_where_asked_for(path):
+def test_a_header_may_be_read_as_a_row_if_requested(path):
     _, texts = build(Source(str(write_table(path, ("text", "label"))), columns=BY_NUMBER, header=False))
     assert len(texts) == 3
     assert texts[0].endswith("label</s>")
 
 
-def test_rows_of_another_width_are_told_by_the_first_row(path):
+def test_rows_of_another_width_than_the_first_are_reported(path):
     write_table(path, None, [*PAIRS, ("alone",), PAIRS[0]])
     rows = list(read_rows(Source(str(path), header=False), HeaderRule(False, ())))
     assert rows[2] == BadRow(f"{path}:3", "1 fields, but the first row has 2.")
