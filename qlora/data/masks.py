@@ -67,7 +67,7 @@ def _detail(row: Row, key: str, detail: Any) -> tuple[int, int, float]:
         (begin, end), weight = map(detail.get, OFFSETS), read_weight(row, detail)
         if type(begin) is int and type(end) is int and weight is not None:
             return begin, end, weight
-    raise DataError(f"{row.origin}: '{key}' should hold begin_offset, end_offset and train, not {detail!r:.80}.")
+    raise DataError(f"{row.origin}: '{key}' should have begin_offset, end_offset and train, not {detail!r:.80}.")
 
 
 def join_weights(

@@ -39,6 +39,15 @@ class Column:
     per: str
     is_compared: bool = True
 
+    def __post_init__(self) -> None:
+        """Check the unit.
+
+        Raises:
+            ValueError: `per` is unknown.
+        """
+        if self.per not in ("token", "document", "group"):
+            raise ValueError(f"column {self.name}: per '{self.per}' is unknown; use token, document or group")
+
 
 # Columns of every store. `rows` is the number of the row that a group comes from, counted from 0.
 COLUMNS = (

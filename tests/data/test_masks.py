@@ -133,9 +133,9 @@ def test_stretches_of_characters_are_read_with_their_last_one(key):
     [
         ({"begin_offset": 0, "end_offset": 4, "train": False}, "has characters 0 to 4, but the content has 4"),
         ({"begin_offset": 3, "end_offset": 1, "train": False}, "has characters 3 to 1"),
-        ({"begin_offset": 0, "end_offset": 1}, "should hold begin_offset, end_offset and train"),
-        ({"begin_offset": "0", "end_offset": 1, "train": True}, "should hold begin_offset"),
-        ("all", "should hold begin_offset"),
+        ({"begin_offset": 0, "end_offset": 1}, "should have begin_offset, end_offset and train"),
+        ({"begin_offset": "0", "end_offset": 1, "train": True}, "should have begin_offset"),
+        ("all", "should have begin_offset"),
     ],
 )
 def test_stretches_that_are_none_are_refused(detail, problem):

@@ -185,6 +185,7 @@ DAMAGES = {
     "column": lambda header: change(header, columns=header["columns"][1:]),
     "dtype": lambda header: change(header, columns=[one | {"dtype": "int8"} for one in header["columns"]]),
     "bytes": lambda header: change(header, columns=[one | {"bytes": one["bytes"] + 1} for one in header["columns"]]),
+    "unit": lambda header: change(header, columns=[one | {"per": "row"} for one in header["columns"]]),
     "key": lambda header: change(header, columns=[one | {"shade": 1} for one in header["columns"]]),
     "list": lambda header: [header],
 }
@@ -196,5 +197,5 @@ def test_a_damaged_header_is_refused(tmp_path, rng, damage):
     assert read_header(tmp_path)[0] == 1
     header = json.loads((tmp_path / HEADER).read_text())
     (tmp_path / HEADER).write_text(json.dumps(damage(header)))
-    with pytest.raises(ValueError, match=r"damaged|other sizes"):
+    with pytest.raises(ValueError, match=r"damaged|other sizes|per 'row' is unknown"):
         read_header(tmp_path)
