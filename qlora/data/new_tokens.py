@@ -8,19 +8,19 @@ from qlora.errors import DataError
 
 
 def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """Add tokens with ids after all others.
+    """Add tokens after all others; each occurrence of one in a text becomes this token.
 
-    They are not special tokens: decoding keeps them, because programs that read answers look for them.
+    They are not special tokens, which decoding may skip, because programs look for such tokens in answers.
 
     Args:
         tokenizer: A tokenizer of transformers; changed in place.
-        tokens: The tokens as text.
+        tokens: The tokens' texts.
 
     Returns:
         The ids of the tokens.
 
     Raises:
-        DataError: The tokenizer already has one, or can't decode one to its text.
+        DataError: The tokenizer already has one, or decodes one to another text.
     """
     from transformers import AddedToken
 
@@ -28,32 +28,32 @@ def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
     there = [f"{token!r} (id {known[token]})" for token in tokens if token in known]
     if there:
         raise DataError(
-            f"data.new_tokens: the base's tokenizer has {', '.join(there)} already; remove these, or train all rows "
-            "with lora.modules_to_save."
+            f"data.new_tokens: the base's tokenizer already has {', '.join(there)}; remove these, or train all rows of "
+            "the embedding with lora.modules_to_save."
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = new_token_ids(tokenizer, tokens)
     for token, id_ in zip(tokens, ids, strict=True):
         written = tokenizer.decode([id_])
-        if written.strip() != token.strip():  # decoders over bytes take letters such as å for one
-            raise DataError(
-                f"data.new_tokens: the tokenizer writes {token!r} as {written!r}; name it in ASCII letters."
-            )
+        if written.strip() != token.strip():  # byte-level decoders take letters such as å for a byte
+            raise DataError(f"data.new_tokens: the tokenizer decodes {token!r} to {written!r}; use ASCII letters.")
     return ids
 
 
 def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """Return the ids of added tokens.
+    """Return the ids of added tokens, which are consecutive.
 
     Raises:
-        DataError: The tokenizer lacks one of them, or their ids are not consecutive.
+        DataError: They aren't consecutive, or the tokenizer lacks some of them.
     """
     if not tokens:
         return range(0)
     vocabulary = tokenizer.get_vocab()
     absent = [token for token in tokens if token not in vocabulary]
     if absent:
-        raise DataError(f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; take the run's own.")
+        raise DataError(
+            f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; use the run's own tokenizer."
+        )
     ids = [vocabulary[token] for token in tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which are not consecutive.")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
-from qlora.data import Datasets, Source, Treatment, add_new_tokens, build_datasets, set_special_tokens
+from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
 from qlora.lora import AdapterSpec, train_rows, trained_rows, wrap_linears
 from qlora.model.base import load_base
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
@@ -92,7 +92,7 @@ def datasets_from_section(
         [_source(section, source) for source in section.eval]
         if isinstance(section.eval, list)
         else section.eval or 0.0,
-        Treatment(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
         chat_template="auto" if own_template else section.chat_template,
         cache_dir=section.cache_dir,
         seed=seed,

@@ -138,7 +138,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
-        rank=processes.rank, world_size=processes.world_size,
+        rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
     fit = fit_memory(config, model, objective.loss, largest.to(processes.device), processes)

@@ -94,7 +94,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        data.max_seq_len if data.packing else None,
+        data.max_seq_len if data.packing else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
         reports=datasets.reports,

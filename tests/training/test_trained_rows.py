@@ -120,7 +120,7 @@ def test_tokens_that_are_in_no_example_are_told(tiny_base, tool_file, tmp_path, 
 
 def test_a_token_that_the_base_has_is_refused(tiny_base, tool_file, tmp_path):
     config = load_config(run_config(tiny_base, tool_file, tmp_path / "run", data__new_tokens=["</s>"]))
-    with pytest.raises(DataError, match=r"'</s>' \(id 257\) already"):
+    with pytest.raises(DataError, match=r"already has '</s>' \(id 257\)"):
         train(config)
 
 
