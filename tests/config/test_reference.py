@@ -16,6 +16,8 @@ from tests.cli import run
 
 KEYS = list_keys()
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+# Keys that have no meaning without another one.
+NEEDED = {"train.embedding_learning_rate": {"data": {"new_tokens": ["<tool>"]}}}
 REQUIRED = {"model.base", "data.train", "train.output_dir", f"{SOURCE}.path"}
 
 
@@ -31,6 +33,8 @@ def test_a_key_has_a_meaning_of_one_or_more_sentences_and_an_example_that_is_val
     assert key.type
     assert (key.default is None) == (key.name in REQUIRED)
     values = {"model": {"base": "b"}, "data": {"train": "t"}, "train": {"output_dir": "o"}}
+    for section, needed in NEEDED.get(key.name, {}).items():
+        values[section] |= needed
     example = yaml.safe_load(key.example)
     if key.group == SOURCE:
         values["data"]["train"] = [{"path": "t", key.key: example}]
