@@ -9,7 +9,7 @@ from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, M
 if TYPE_CHECKING:
     from qlora.config import RunConfig, load_config
     from qlora.export import MergeReport, QuantizeReport, merge, quantize
-    from qlora.lora import LoraLinear, add_lora
+    from qlora.lora import LoraLinear, adapters_off, add_lora
     from qlora.model import generate, load_base, load_run
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
@@ -26,6 +26,7 @@ _HOMES = {
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
     "VerifyReport": "qlora.proof",
+    "adapters_off": "qlora.lora",
     "add_lora": "qlora.lora",
     "evaluate": "qlora.training",
     "generate": "qlora.model",
@@ -56,6 +57,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "VerifyReport",
+    "adapters_off",
     "add_lora",
     "evaluate",
     "generate",

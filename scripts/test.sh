@@ -10,4 +10,5 @@ bash scripts/setup.sh test
 .venv/bin/lint-imports --no-cache
 # One process per core, with one thread each. On a GPU they would share its memory: bash scripts/test.sh -m gpu -n 0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-.venv/bin/pytest -n auto "$@"
+# Each takes a run of neighbouring tests, which share their files' fixtures, and then what another has left.
+.venv/bin/pytest -n auto --dist worksteal "$@"

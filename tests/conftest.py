@@ -1,5 +1,6 @@
 """Fixtures that every folder shares."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -13,6 +14,12 @@ from tests.tiny import make_base, make_poisoned_base, write_jsonl
 torch.set_num_threads(1)
 
 REALDATA = Path(os.environ.get("QLORA_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep collections of garbage from visiting half a million objects of modules that stay imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +42,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def realdata() -> Path:
     """Real models and data beside the checkout, or where QLORA_REALDATA says."""
     if not REALDATA.is_dir():

@@ -12,6 +12,8 @@ import pytest
 from qlora.checkpoint import RunDirectory
 from tests.tiny import run_config
 
+# Seconds, for a machine with much else to do.
+TIMEOUT = 600
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STOPS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
 # Counts its signals for a moment after the first, as a run does that finishes its step.
@@ -70,7 +72,7 @@ def send(process, number, to_group):
 def finish(process):
     """Returns exit code and output of a command that is to end by itself."""
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -79,7 +81,7 @@ def finish(process):
 
 def wait_for_step(process, run, step):
     """Waits until a run has logged the loss of a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if run.metrics.exists() and any(line["step"] >= step and "loss" in line for line in run.read_metrics()):
             return
@@ -150,7 +152,7 @@ def recorded(commands, tmp_path):
 
 @pytest.mark.slow
 def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca_file, tmp_path):
-    """Three sessions of a run, and a fourth that extends it; training is real."""
+    """Two sessions of a run, and a third that extends it; training is real."""
     config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__save_every=1000, train__eval_every=None)
     run, merged = RunDirectory(tmp_path / "run"), tmp_path / "merged"
 
@@ -158,17 +160,16 @@ def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca
         overrides = [f"train.max_steps={steps}", "train.lr_scheduler=constant"]
         return start("bash", SCRIPTS / "finetune.sh", config, merged, *overrides)
 
-    for number, to_group, step in ((signal.SIGTERM, False, 2), (signal.SIGINT, True, 6)):
-        process = finetune(2000)
-        wait_for_step(process, run, step)
-        send(process, number, to_group)
-        code, output = finish(process)
-        assert code == 128 + number, output
-        assert "Run interrupted." in output
-        record = run.read_record()
-        assert record.status == "interrupted"
-        assert run.list_checkpoints()[-1] == run.checkpoint(record.steps)
-        assert recorded() == []
+    process = finetune(2000)
+    wait_for_step(process, run, 2)
+    send(process, signal.SIGINT, to_group=True)  # and SIGTERM to the script alone under a launcher, below
+    code, output = finish(process)
+    assert code == 128 + signal.SIGINT, output
+    assert "Run interrupted." in output
+    record = run.read_record()
+    assert record.status == "interrupted"
+    assert run.list_checkpoints()[-1] == run.checkpoint(record.steps)
+    assert recorded() == []
 
     for steps in (record.steps + 2, record.steps + 4):
         code, output = finish(finetune(steps))

@@ -2,7 +2,7 @@
 
 from qlora.checkpoint.adapter import (
     adapter_digest,
-    adapter_scaling,
+    adapter_scalings,
     load_adapter,
     read_adapter_config,
     read_adapter_rows,
@@ -44,7 +44,7 @@ __all__ = [
     "StoredRows",
     "adapter_bytes",
     "adapter_digest",
-    "adapter_scaling",
+    "adapter_scalings",
     "check_whole",
     "checkpoint_bytes",
     "drop_old_checkpoints",

@@ -1,9 +1,11 @@
-"""Adapters in PEFT's format, minimal enough for every tool that reads it."""
+"""Adapters in PEFT's format, with the keys that every tool reads."""
 
 import hashlib
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ from qlora.files.base_files import describe_pickles
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
 from qlora.lora import lora_layers
+from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, matches, scaling
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # More than any layer is wide.
 MAX_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
-# First values that change the base's weights: the adapter is for a base that is not the published one.
-CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva")
+# Values of init_lora_weights that change the base's weights: the adapter is for a base that is not the published one.
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -58,26 +61,32 @@ def _weights_file(folder: Path) -> Path:
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors` into a folder.
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a folder.
 
-    Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse what they do not know. The scaling is
-    written as alpha / rank, however training had it: llama.cpp reads no other, and does not say so.
+    Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse keys that they do not know. The scaling is
+    written as alpha / rank, with rsLoRA too: llama.cpp reads no other and does not report it. Layers whose rank or
+    alpha is not the most common one are listed by their names in `rank_pattern` and `alpha_pattern`.
     """
     layers = dict(lora_layers(model))
-    spec = next(iter(layers.values())).spec
+    specs = {name: layer.spec for name, layer in layers.items()}
+    ranks = {name: spec.rank for name, spec in specs.items()}
+    alphas = {name: spec.scaling * spec.rank if spec.rslora else spec.alpha for name, spec in specs.items()}
+    (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": spec.rank,
-        "lora_alpha": spec.scaling * spec.rank if spec.rslora else spec.alpha,
-        "lora_dropout": spec.dropout,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": next(iter(specs.values())).dropout,
         "use_rslora": False,
         "target_modules": _target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-    } | rows_config(model)
+    }
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    config |= {key: pattern for key, pattern in patterns.items() if pattern} | rows_config(model)
     tensors = rows_tensors(model)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
@@ -86,11 +95,22 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common of values by layer, and the others by patterns that each match one layer."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = {}
+    for name, value in values.items():
+        if value != common:
+            is_unique = not any(matches(name, other) for other in values if other != name)
+            others[name if is_unique else f"^{re.escape(name)}"] = value
+    return common, others
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config.
+    """Read an adapter's config.
 
     Raises:
-        CheckpointError: It is absent, broken, or tells no scale.
+        CheckpointError: It is missing, damaged, or does not determine the scaling.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -102,40 +122,53 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} names no r and lora_alpha, so the adapter's scale is unknown.")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(
-            _is_pattern(pattern) and type(value) in (int, float) and 0 < value < LARGEST_ALPHA
-            for pattern, value in patterns.items()
+        if not is_pattern_map(patterns) or not all(
+            type(value) in (int, float) and 0 < value < LARGEST_ALPHA for value in patterns.values()
         ):
-            raise CheckpointError(f"{path}: {key} holds no regular expressions with a number above 0 each.")
+            raise CheckpointError(f"{path}: {key} should map regular expressions to numbers above 0.")
     targets = config.get("target_modules") or []
-    if not isinstance(targets, list) and not (isinstance(targets, str) and _is_pattern(targets)):
+    if not isinstance(targets, list) and not (isinstance(targets, str) and is_regex(targets)):
         raise CheckpointError(f"{path}: target_modules is no list of names and no regular expression.")
     check_rows_config(config, path)
     return config
 
 
-def adapter_scaling(folder: Path) -> float:
-    """The factor on B A that an adapter's config stands for, in all layers.
+def config_rank(config: Mapping[str, Any], module: str) -> int:
+    """Return the rank that an adapter's config gives a module."""
+    return by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+
+
+def config_scaling(config: Mapping[str, Any], module: str) -> float:
+    """Return the factor on a module's B A that an adapter's config stands for, as PEFT computes it."""
+    alpha = by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return scaling(config_rank(config, module), alpha, bool(config.get("use_rslora")))
+
+
+def adapter_scalings(folder: Path, modules: Iterable[str]) -> dict[str, float]:
+    """Return the factor on B A of each module.
+
+    Args:
+        folder: Folder of the adapter.
+        modules: Names of the modules.
 
     Raises:
-        CheckpointError: It stands for another in some, or is for a base of its own.
+        CheckpointError: The adapter is for a base of its own, whose weights its initial values changed.
     """
     config = read_adapter_config(folder)
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if patterns or str(config.get("init_lora_weights")).startswith(CHANGING_INITS):
-        what = f"a {patterns[0]}" if patterns else f"init_lora_weights: {config['init_lora_weights']}"
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGING_INITS):
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} has {what}: read is plain LoRA alone, of one rank and one alpha on the published "
-            "base, as runs leave it. Use an adapter from elsewhere with the tool that made it."
+            f"{folder / CONFIG_FILE} has init_lora_weights: {config['init_lora_weights']}, which changed the base's "
+            "weights; only plain LoRA on the published base is supported. Convert the adapter to plain LoRA with the "
+            "tool that made it."
         )
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    return {module: config_scaling(config, module) for module in modules}
 
 
 def read_adapter_header(folder: Path) -> dict[str, Any]:
-    """Dtype, shape and place of an adapter's tensors, by name.
+    """Read dtype, shape and place of an adapter's tensors, by name.
 
     Raises:
-        CheckpointError: The file is absent or damaged, or factors in it are no matrices.
+        CheckpointError: The file is missing or damaged, or factors in it are not matrices.
     """
     path = _weights_file(folder)
     try:
@@ -150,10 +183,10 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The factors by module name: A (rank, in) and B (out, rank).
+    """Read the factors by module name: A (rank, in) and B (out, rank).
 
     Raises:
-        CheckpointError: The file is absent, damaged, or holds other tensors than pairs of factors and trained rows.
+        CheckpointError: The file is missing, damaged, or holds other tensors than pairs of factors and trained rows.
     """
     path, header = folder / WEIGHTS_FILE, read_adapter_header(folder)
     for name, rows in read_adapter_rows(folder).items():
@@ -172,23 +205,23 @@ def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Te
 
 
 def read_adapter_rows(folder: Path) -> dict[str, StoredRows]:
-    """Where the file has rows that were trained in full, by module name.
+    """Read where the file has rows that were trained in full, by module name.
 
     Raises:
-        CheckpointError: The adapter is absent or damaged, or config and file differ in them.
+        CheckpointError: The adapter is missing or damaged, or config and file differ in them.
     """
     return read_rows(read_adapter_config(folder), read_adapter_header(folder))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copies an adapter's factors and trained rows into the layers of a model that has matching ones.
+    """Copy an adapter's factors and trained rows into the layers of a model that has matching ones.
 
     Raises:
-        CheckpointError: The adapter has other modules, shapes, rows or another scaling than the model; they are named.
+        CheckpointError: The adapter has other modules, shapes, rows or scalings than the model; names them.
     """
-    scaling = adapter_scaling(folder)
     factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
+    scalings = adapter_scalings(folder, factors)
     if set(factors) != set(layers):
         apart = sorted(set(factors) ^ set(layers))
         raise CheckpointError(f"{folder}: adapter and model differ in {len(apart)} modules: {', '.join(apart[:4])} …")
@@ -199,24 +232,17 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} has factors {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "
                 f"the model {tuple(layer.lora_A.shape)} and {tuple(layer.lora_B.shape)}."
             )
-        if not math.isclose(scaling, layer.spec.scaling):
+        if not math.isclose(scalings[name], layer.spec.scaling):
             raise CheckpointError(
-                f"{folder} has a scaling of {scaling:g}, the run trained with {layer.spec.scaling:g}."
+                f"{folder}: {name} has a scaling of {scalings[name]:g}, the run trained with {layer.spec.scaling:g}."
             )
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
     load_rows(model, read_adapter_rows(folder), load_file(folder / WEIGHTS_FILE))
 
 
-def _is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text))
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
-    """Last parts of the adapted names where those say exactly which layers are meant, else full names."""
+    """Last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
     linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
     meant = {name for name in linears if name.rpartition(".")[2] in parts}

@@ -24,38 +24,43 @@ def chat(
     from transformers import TextStreamer
 
     from qlora.data import template_name
+    from qlora.data.examples import Conversation
+    from qlora.data.prompts import check_prompt
+    from qlora.data.serving import TemplateFacts
     from qlora.errors import DataError
     from qlora.model import answer, load_model
 
     loaded, tokenizer = load_model(model, device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _say(f"{model}, chat template: {template_name(tokenizer)}\n{COMMANDS}")
-    messages = _start(system)
+    name = template_name(tokenizer) or "the tokenizer's own"
+    _say(f"{model}, chat template: {name}\n{COMMANDS}")
+    facts, messages = TemplateFacts(tokenizer), _start(system)
     while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return
         if command := COMMAND.fullmatch(line):
-            name, text = command.groups()
-            if name == "exit":
+            verb, text = command.groups()
+            if verb == "exit":
                 return
-            if name == "reset":
+            if verb == "reset":
                 messages = _start(system)
                 _say("The conversation starts over.")
-            elif name == "system":
+            elif verb == "system":
                 system = text
                 messages = _start(system)
                 _say("The conversation starts over, with this system message." if text else "No system message.")
             else:
-                _say(f"There is no /{name}: {COMMANDS}.")
+                _say(f"There is no /{verb}: {COMMANDS}.")
             continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})
         try:
+            check_prompt(tokenizer, facts, Conversation(messages))
             text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
-        except DataError as error:  # of the template, which may not take a system message
+        except DataError as error:  # of the template, which may leave out a system message
             _say(str(error))
             messages.pop()
             continue

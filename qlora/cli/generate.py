@@ -73,12 +73,16 @@ def generate(
         return
 
     from qlora.data.examples import Conversation
+    from qlora.data.prompts import check_prompt
+    from qlora.data.serving import TemplateFacts
     from qlora.model import load_model
 
     loaded, tokenizer = load_model(model, device)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": str(prompt)})
-    answer = _answer(loaded, tokenizer, Conversation(messages), seed, settings)
+    conversation = Conversation(messages)
+    check_prompt(tokenizer, TemplateFacts(tokenizer), conversation)
+    answer = _answer(loaded, tokenizer, conversation, seed, settings)
     print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 

@@ -1,4 +1,4 @@
-"""`qlora init`: starter configs."""
+"""`qlora init`: starter configs, configs of other trainers converted, and the schema of a config."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,34 +10,91 @@ from qlora.errors import ConfigError
 
 
 def init(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; without one they are listed.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; without one they are listed.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: RECIPE.yaml", callback=expand_home)
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Convert a config of axolotl, LLaMA-Factory, TRL or unsloth: YAML, or a script with a command line.",
+            callback=expand_home,
+        ),
+    ] = None,
+    every_key: Annotated[bool, typer.Option("--all", help="Write a config with every key, commented.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Write a JSON Schema of a config, for editors.")] = False,
 ) -> None:
-    """List the recipes, or write one as a commented starter config."""
-    recipes = {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
-    if recipe is None:
-        width = max(map(len, recipes))
-        for name, path in recipes.items():
-            print(f"{name:<{width}}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
-        print("\nWrite one with: qlora init RECIPE")
-        return
-    if recipe not in recipes:
-        raise ConfigError(f"There is no recipe '{recipe}'; there are {', '.join(recipes)}.")
-    target = Path(output or f"{recipe}.yaml")
+    """List the recipes, or write a commented config."""
+    if sum(map(bool, (recipe, source, every_key, schema))) > 1:
+        raise typer.BadParameter("a recipe, --from, --all and --schema exclude each other.")
+    if source is not None:
+        _convert(Path(source), Path(output or "my.yaml"))
+    elif every_key:
+        from qlora.config.pages import full_config
+
+        _write(Path(output or "all.yaml"), full_config())
+    elif schema:
+        from qlora.config.pages import schema_text
+
+        target = Path(output or "qlora.schema.json")
+        _write(
+            target,
+            schema_text(),
+            f"Editors read it from a config's first line: # yaml-language-server: $schema={target}",
+        )
+    elif recipe is None:
+        _list_recipes()
+    else:
+        recipes = _recipes()
+        if recipe not in recipes:
+            raise ConfigError(f"There is no recipe '{recipe}'; there are {', '.join(recipes)}.")
+        _write(Path(output or f"{recipe}.yaml"), recipes[recipe].read_text(encoding="utf-8"))
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes: in the installed package, or in the checkout that it was installed from."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def _list_recipes() -> None:
+    recipes = _recipes()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
+        print(f"{name:<{width}}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    print("\nWrite one with: qlora init RECIPE")
+
+
+def _convert(source: Path, target: Path) -> None:
+    from qlora.config.convert import convert_file
+
+    template = target.with_suffix(".jinja")
+    conversion = convert_file(source, str(template))
+    if conversion.template is not None:
+        _write(template, conversion.template, "")
+    _write(target, conversion.text, "")
+    print(f"Converted {source}, a config of {conversion.trainer}.")
+    if conversion.warnings:
+        print("\nCheck these first:")
+        for warning in conversion.warnings:
+            print(f"  - {warning}")
+    print("\n".join(["", *conversion.summary, ""]))
+    print(f"Next: qlora preview {target}")
+
+
+def _write(target: Path, text: str, next_step: str | None = None) -> None:
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file with -o.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(recipes[recipe].read_text(encoding="utf-8"), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{target} can't be written: {error.strerror}.") from None
-    print(f"Wrote {target}. Next: qlora preview {target}")
-
-
-def recipe_folder() -> Path:
-    """Where the recipes are: in the installed package, or in the checkout that it was installed from."""
-    package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "configs"
+    print(f"Wrote {target}. {f'Next: qlora preview {target}' if next_step is None else next_step}".rstrip())

@@ -13,6 +13,7 @@ from qlora.cli.chat import chat
 from qlora.cli.doctor import doctor
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
+from qlora.cli.explain import explain
 from qlora.cli.generate import generate
 from qlora.cli.init import init
 from qlora.cli.merge import merge
@@ -51,6 +52,7 @@ def options(
 
 
 app.command("init")(init)
+app.command("explain")(explain)
 app.command("preview")(preview)
 app.command("estimate")(estimate)
 app.command("train")(train)

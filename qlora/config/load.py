@@ -1,29 +1,31 @@
-"""YAML and command-line overrides into a RunConfig; all problems told at once."""
+"""YAML and command-line overrides to a RunConfig; all problems are reported together."""
 
-import difflib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from qlora.config.aliases import ALIASES
+from qlora.config.convert import recognize
+from qlora.config.convert.names import NAMES
+from qlora.config.hints import close_names, full_names, suggest
 from qlora.config.plain_yaml import parse_yaml
-from qlora.config.sections import RunConfig, SourceSection
+from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a config file. Precedence: overrides, then the file, then defaults.
+    """Read a config file. Overrides win over the file, and the file over the defaults.
 
     Args:
         path: A YAML file.
-        overrides: `section.key=value`, the value in YAML: `train.max_steps=100`.
+        overrides: `section.key=value`, with the value in YAML: `train.max_steps=100`.
 
     Raises:
-        ConfigError: The file is absent or no YAML, or keys or values are wrong: all of them in one message.
+        ConfigError: The file is absent, not YAML or a config of another trainer, or keys or values are invalid; one
+            message lists all of them.
     """
     path = Path(path)
     try:
@@ -32,11 +34,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         hint = "'qlora init' writes one" if path.suffix in (".yaml", ".yml") else "a config is a YAML file"
         raise ConfigError(f"Config file not found: {path} ({hint}).") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, and no run's: it has no config.yaml and run.json.") from None
+        raise ConfigError(
+            f"{path} is a folder, but not a run: it has no config.yaml and run.json. Name a YAML file."
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r:.80}.")
+    if (trainer := recognize(values)) is not None:
+        raise ConfigError(f"{path} is a config of {trainer}. Convert it with: qlora init --from {path} -o my.yaml")
     values = {section: keys for section, keys in values.items() if keys is not None}  # all its keys commented out
     for override in overrides:
         _apply_override(values, override)
@@ -48,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with every path that is here made absolute, so that a run is found again from another folder."""
+    """Return the config with existing paths made absolute, so that its run works from another folder."""
 
     def resolved(value: object) -> object:
         path = Path(value).expanduser() if isinstance(value, str) and value else None
@@ -60,15 +66,16 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         sources = getattr(config.data, key)
         if isinstance(sources, list):
             paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
-    if config.data.cache_dir is not None:  # it is made if it is not there
+    if config.data.cache_dir is not None:  # created if it is absent
         paths["cache_dir"] = str(Path(config.data.cache_dir).expanduser().absolute())
-    if Path(config.data.chat_template).suffix:  # a bare word is a built-in name, whatever lies here
+    # A word without a suffix of letters, such as llama3.1, is a template's name, no matter which files are here.
+    if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML, every key written out."""
+    """Return the config as YAML with every key."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -76,7 +83,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals or not dot:
-        raise ConfigError(f"Override '{override}' should read section.key=value, as train.max_steps=100.")
+        raise ConfigError(f"Override '{override}' should read section.key=value, as {_meant(section, text)}.")
     try:
         value = parse_yaml(text)
     except ValueError as error:
@@ -85,11 +92,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[section] = {**(group if isinstance(group, dict) else {}), name: value}
 
 
+def _meant(name: str, value: str) -> str:
+    """Return an override in full for a key without its section, or an example if no key is close."""
+    near = [NAMES[name]] if name in NAMES else full_names(name) or close_names(name)
+    keys = [key for key in near if "." in key]
+    return f"{keys[0]}={value}" if keys and value else "train.max_steps=100"
+
+
 def _describe(problem: Any) -> str:
     location = problem["loc"]
     key = _key_of(location)
     if problem["type"] == "extra_forbidden":
-        return f"  {key}: unknown key.{_suggest(location)}"
+        return f"  {key}: unknown key.{suggest(location)}"
     if problem["type"] == "missing" and isinstance(location[-1], str):
         return f"  {key}: missing; it has no default."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
@@ -97,42 +111,10 @@ def _describe(problem: Any) -> str:
 
 
 def _key_of(location: Sequence[str | int]) -> str:
-    """What a user wrote: `section.key`, and of a source in a list `data.train[0].path`."""
+    """Return the key as the user wrote it: `section.key`, or `data.train[0].path` for a source in a list."""
     key = ".".join(map(str, location[:2]))
-    # Below section.key pydantic also names the members of a union, which a user never wrote.
+    # Below section.key, pydantic also names the members of a union, which are not in the file.
     for place, (part, name) in enumerate(pairwise(location)):
         if isinstance(part, int):
             return ".".join([f"{key}[{part}]", str(name), *map(str, location[place + 2 :])])
     return key
-
-
-def _suggest(location: Sequence[str | int]) -> str:
-    name = str(location[-1])
-    if len(location) > 2:  # of a source
-        near = difflib.get_close_matches(name, SourceSection.model_fields, n=1)
-        if near:
-            return f" Did you mean {near[0]}?"
-    if name in ALIASES:
-        return f" Here it is {ALIASES[name]}."
-    sections = {section: _keys_of(section) for section in RunConfig.model_fields}
-    exact = [f"{section}.{name}" for section, keys in sections.items() if name in keys]
-    if exact:
-        return f" Did you mean {' or '.join(exact)}?"
-    if len(location) == 1:
-        near = difflib.get_close_matches(name, sections, n=1)
-    else:
-        section = str(location[0])
-        near = [f"{section}.{key}" for key in difflib.get_close_matches(name, sections[section], n=1)]
-    near += [
-        f"{section}.{key}"
-        for section, keys in sections.items()
-        for key in difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
-    ]
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-def _keys_of(section: str) -> list[str]:
-    annotation = RunConfig.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, BaseModel)
-    return list(annotation.model_fields)

@@ -1,10 +1,10 @@
-"""Rows to examples, to tokens with the weight of each, to packed rows, to batches."""
+"""Data: rows to examples, to tokens with weights, to packed rows, to batches."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
-from qlora.data.new_tokens import add_new_tokens, new_token_ids
-from qlora.data.prepare import Treatment
+from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
+from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
 from qlora.data.sources import Source
@@ -18,11 +18,11 @@ __all__ = [
     "BatchPlan",
     "DataReport",
     "Datasets",
+    "EncodeOptions",
     "ExampleSet",
     "Piece",
     "Source",
     "TokenizedExample",
-    "Treatment",
     "add_new_tokens",
     "answer_end_id",
     "apply_template",
@@ -33,6 +33,7 @@ __all__ = [
     "make_example",
     "new_token_ids",
     "pieces",
+    "set_special_tokens",
     "supervised_bytes",
     "template_name",
 ]

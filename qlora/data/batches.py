@@ -1,4 +1,4 @@
-"""Examples to batches, in a seeded order that a step number alone continues."""
+"""Batches of documents, in a seeded order that follows from the step number alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora.data.packing import Rows, one_per_row, pack_best_fit
+from qlora.data.packing import Rows, pack_groups
 from qlora.data.store import ExampleSet
 from qlora.data.tokens import TokenizedExample
 
@@ -17,20 +17,21 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: a document per row, padded on the right, or all documents behind one another in one row.
+    """A micro-batch: a document per row, padded on the right, or all documents packed into one row.
 
     Attributes:
         input_ids: (batch, seq), int64.
-        position_ids: (batch, seq), int64: from 0 in every document; in a row of several this is what keeps them apart.
+        position_ids: (batch, seq), int64: from 0 in every document, which separates the documents of a packed row.
         attention_mask: (batch, seq), int64: 1 for tokens, 0 for padding, by length and never by pad id; None if there
             is no padding.
-        labels: (batch, seq), int64: the token that follows in the document, or `IGNORE_INDEX` where it is not learned.
-        supervised: (labels that count,), int64: where they are in the flattened batch, so that no device is asked.
-        weights: (labels that count,), fp32, of their losses; None where all count alike.
+        labels: (batch, seq), int64: the next token of the document, or `IGNORE_INDEX` where that is not supervised.
+        supervised: (supervised labels,), int64: their indices in the flattened batch, computed on the host so that
+            no device is synchronized.
+        weights: (supervised labels,), fp32, of their losses; None if all are 1.
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
-        lengths: Tokens of each document.
-        num_supervised: Labels that count, known without asking the device.
-        total_weight: Of them all.
+        lengths: Number of tokens of each document.
+        num_supervised: Number of supervised labels, known without synchronizing the device.
+        total_weight: Sum of their weights.
     """
 
     input_ids: torch.Tensor
@@ -45,22 +46,22 @@ class Batch:
     total_weight: float
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """Copy the batch to a device."""
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                # From pinned memory, or the host may wait for the copy.
+                # Only copies from pinned memory are asynchronous.
                 source = value.pin_memory() if device.type == "cuda" else value
                 values[name] = source.to(device, non_blocking=True)
         return Batch(**values)
 
 
 def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch:
-    """Puts documents into one batch, their labels shifted by one.
+    """Collate documents into one batch, with labels shifted by one.
 
     Args:
         examples: One document each.
-        packed: All in one row, without padding; else a row each, padded to the longest.
+        packed: Put all documents into one row, without padding; otherwise each is a row, padded to the longest.
     """
     lengths = [len(example) for example in examples]
     shape = (1, sum(lengths)) if packed else (len(examples), max(lengths))
@@ -92,16 +93,18 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
 
 
 def eval_batches(examples: Sequence[TokenizedExample], batch_size: int, capacity: int | None = None) -> Iterator[Batch]:
-    """All examples once, the longest first, so that a batch which does not fit fails at once.
+    """Yield all examples once, the longest first, so that a batch too large for the memory fails at once.
 
     Args:
-        examples: To evaluate on.
-        batch_size: Examples at a time; of packed ones, rows.
-        capacity: Tokens of a row that examples are packed into; None gives each a row of its own.
+        examples: Examples to evaluate on; the groups of an `ExampleSet` stay together.
+        batch_size: Number of rows at a time: of packed rows, or of groups.
+        capacity: Tokens of a packed row for each document of a group; None gives each group a row of its own.
     """
-    lengths = _lengths_of(examples)
-    longest_first = np.argsort(-lengths, kind="stable")
-    rows = one_per_row(longest_first) if capacity is None else pack_best_fit(lengths, capacity)
+    if isinstance(examples, ExampleSet):
+        lengths, group_size = examples.lengths, examples.group_size
+    else:
+        lengths, group_size = np.array([len(example) for example in examples]), 1
+    rows = pack_groups(lengths, group_size, capacity, longest_first=True)
     for start in range(0, len(rows), batch_size):
         chosen = [examples[index] for row in rows[start : start + batch_size] for index in row]
         yield collate(chosen, packed=capacity is not None)
@@ -109,22 +112,23 @@ def eval_batches(examples: Sequence[TokenizedExample], batch_size: int, capacity
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Which examples go into which optimizer step, on which process.
+    """The examples of each optimizer step, on each process.
 
-    Examples are first packed into rows of up to `capacity` tokens, or each is a row of its own. Every epoch is a
-    new permutation of the rows, drawn from (seed, epoch). A step takes `micro_batch_size ·
-    gradient_accumulation_steps` rows per process, the last one of an epoch what is left; within a step, rows of
-    like length share a micro-batch, so that little is padded and yet no step is of long ones alone. All follows from
-    the step number, so that a run continues anywhere without replaying.
+    Examples are first packed into rows, or each group of them is a row of its own; a group is never parted. Every
+    epoch is a new permutation of the rows, drawn from (seed, epoch). A step takes `micro_batch_size ·
+    gradient_accumulation_steps` rows per process, the last step of an epoch what is left; within a step, rows of
+    similar length share a micro-batch, so little is padded and yet no step has long rows only. Everything follows
+    from the step number, so a run continues at any step without replaying those before.
 
     Args:
         lengths: (examples,), int, in tokens.
-        micro_batch_size: Rows of a micro-batch.
-        gradient_accumulation_steps: Micro-batches of a step, on each process.
-        capacity: Tokens of a row that examples are packed into; None gives each a row of its own.
-        seed: Of the order.
-        rank: This process.
+        micro_batch_size: Number of rows of a micro-batch.
+        gradient_accumulation_steps: Number of micro-batches per step, on each process.
+        capacity: Tokens of a packed row for each document of a group; None gives each group a row of its own.
+        seed: Seed of the order.
+        rank: Rank of this process.
         world_size: Number of processes.
+        group_size: Number of consecutive examples that form a group.
     """
 
     lengths: np.ndarray
@@ -134,64 +138,63 @@ class BatchPlan:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    group_size: int = 1
     rows: Rows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        everything, capacity = np.arange(len(self.lengths)), self.capacity
-        rows = one_per_row(everything) if capacity is None else pack_best_fit(self.lengths, capacity)
-        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "rows", pack_groups(self.lengths, self.group_size, self.capacity))
 
     @property
     def rows_per_step(self) -> int:
-        """Over all processes."""
+        """Number of rows per step, over all processes."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every example once."""
+        """Number of optimizer steps that see every example once."""
         return -(-len(self.rows) // self.rows_per_step)
 
     @property
     def fill(self) -> float:
-        """Share of the packed rows' room that tokens take; 1 where nothing is packed."""
-        return float(np.sum(self.lengths)) / (len(self.rows) * self.capacity) if self.capacity else 1.0
+        """Share of the packed rows that is filled with tokens; 1 if nothing is packed."""
+        if not self.capacity:
+            return 1.0
+        return float(np.sum(self.lengths)) / (len(self.rows) * self.capacity * self.group_size)
 
     def window(self, step: int) -> list[int]:
-        """Indices of all examples of a step, over all processes; steps count from 0 over the whole run."""
+        """Return the indices of all examples of a step, over all processes; steps count from 0 over the whole run."""
         return [index for row in self._rows(step) for index in self.rows[row]]
 
     def micro_batches(self, step: int, num_parts: int = 1) -> list[list[int]]:
-        """Indices of this process's micro-batches of a step.
+        """Return the indices of this process's micro-batches of a step.
 
         Args:
-            step: From 0.
-            num_parts: That each is cut into, as far as it has examples, for less memory at the same sum of losses.
+            step: Number of the step, from 0.
+            num_parts: Number of parts that each micro-batch is divided into, or its number of groups if that is
+                smaller: less memory for the same sum of losses.
         """
         rows, size = self._rows(step), self.micro_batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         own = [[index for row in batch for index in self.rows[row]] for batch in batches[self.rank :: self.world_size]]
-        return [part.tolist() for batch in own for part in np.array_split(batch, min(num_parts, len(batch)))]
+        groups = [np.reshape(batch, (-1, self.group_size)) for batch in own]
+        return [part.ravel().tolist() for each in groups for part in np.array_split(each, min(num_parts, len(each)))]
 
     @property
-    def most_examples(self) -> int:
-        """That a micro-batch can have, on any process."""
-        return self.micro_batch_size * max(map(len, self.rows))
+    def max_parts(self) -> int:
+        """Number of groups in the largest micro-batch of any process: more parts can't be made of it."""
+        return self.micro_batch_size * max(map(len, self.rows)) // self.group_size
 
     def largest_micro_batch(self) -> list[int]:
-        """Indices of a micro-batch as large as any step's: its longest rows."""
+        """Return the indices of a micro-batch as large as any step's: the longest rows."""
         longest = np.argsort(-self.rows.num_tokens(self.lengths), kind="stable")[: self.micro_batch_size]
         return [index for row in longest for index in self.rows[row]]
 
     def _rows(self, step: int) -> list[int]:
-        """Rows of a step, the longest first."""
+        """Return the rows of a step, the longest first."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.rows_per_step
         drawn = _epoch_order(len(self.rows), self.seed, epoch)[start : start + self.rows_per_step].tolist()
         return sorted(drawn, key=lambda row: -sum(int(self.lengths[index]) for index in self.rows[row]))
-
-
-def _lengths_of(examples: Sequence[TokenizedExample]) -> np.ndarray:
-    return examples.lengths if isinstance(examples, ExampleSet) else np.array([len(example) for example in examples])
 
 
 @lru_cache(maxsize=2)

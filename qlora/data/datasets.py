@@ -6,18 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from qlora.data.cache import cache_folder
 from qlora.data.encode import ExampleEncoder
-from qlora.data.prepare import Treatment, prepare
+from qlora.data.options import EncodeOptions
+from qlora.data.prepare import prepare
 from qlora.data.report import DataReport
 from qlora.data.sources import Source
-from qlora.data.store import ExampleSet, ExampleStore, cache_folder, find_repeats
+from qlora.data.store import ExampleSet, ExampleStore, find_repeats
 from qlora.data.template import apply_template
 from qlora.errors import ConfigError, DataError, QLoRAError
 
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """The examples to learn from, those held out, and the reports, one per source: of training, then of evaluation."""
+    """The data of a run.
+
+    Attributes:
+        train: Examples to train on.
+        eval: Held-out examples.
+        reports: One report per source: first the training sources, then the evaluation sources.
+    """
 
     train: ExampleSet
     eval: ExampleSet
@@ -28,40 +36,44 @@ def build_datasets(
     tokenizer: Any,
     train: Sequence[Source],
     eval: Sequence[Source] | float = 0.0,
-    treatment: Treatment | None = None,
+    options: EncodeOptions | None = None,
     chat_template: str = "auto",
     cache_dir: str | None = None,
     seed: int = 0,
     deduplicate: bool = False,
 ) -> Datasets:
-    """Reads, formats and tokenizes the training and held-out examples, or finds them as they were kept.
+    """Read, format and tokenize training and held-out examples, or take them from the cache.
+
+    Groups of documents that belong together, such as the two of a preference pair, are deduplicated, held out and
+    drawn whole.
 
     Args:
-        tokenizer: Of transformers; gets the chat template.
-        train: Where the rows to learn from are.
-        eval: Sources too, or the share of each training source's rows to hold out, drawn by `seed`.
-        treatment: What is done with examples; by default as :class:`Treatment` says.
+        tokenizer: A tokenizer of transformers; its chat template is set.
+        train: Sources of the rows to train on.
+        eval: Sources of held-out rows, or the share of each training source's rows to hold out, drawn by `seed`.
+        options: How examples are tokenized; by default as :class:`EncodeOptions` says.
         chat_template: See :func:`qlora.data.template.apply_template`.
-        cache_dir: Where tokenized examples are kept; the user's cache if None.
-        seed: Of the choice of held-out examples, and of what a weight below 1 leaves out.
-        deduplicate: Leave out examples whose tokens and weights are those of an earlier one, over all sources in
-            their order, and training examples that are in an `eval` source.
+        cache_dir: Folder for tokenized examples; by default one in the user's cache.
+        seed: Seed for the choice of held-out examples, and of those that a weight below 1 leaves out.
+        deduplicate: Leave out examples with the same tokens and weights as an earlier one, over all sources in their
+            order, and training examples that are in an `eval` source.
 
     Raises:
-        DataError: A source can't be read, or there is nothing to learn from.
-        ConfigError: A source's mapping has a name that no format reads. All errors of all sources are told in one, of
-            the first one's kind.
+        DataError: A source can't be read, no example is left to train on, or sources with preference pairs are mixed
+            with others.
+        ConfigError: A source's mapping has a name that no format reads. The errors of all sources are raised as one,
+            of the first error's type.
     """
-    treatment = treatment or Treatment()
+    options = options or EncodeOptions()
     template = apply_template(tokenizer, chat_template)
-    encoder = ExampleEncoder(tokenizer, treatment.loss_on)
+    encoder = ExampleEncoder(tokenizer, options.loss_on)
     cache = cache_folder(cache_dir)
-    held_out_sources = [] if isinstance(eval, float | int) else list(eval)
+    eval_sources = [] if isinstance(eval, float | int) else list(eval)
     stores, reports = [], []
     errors: list[QLoRAError] = []
-    for source in (*train, *held_out_sources):
+    for source in (*train, *eval_sources):
         try:
-            store, report = prepare(source, encoder, treatment, cache)
+            store, report = prepare(source, encoder, options, cache)
         except (ConfigError, DataError) as error:
             errors.append(error)
             continue
@@ -70,18 +82,21 @@ def build_datasets(
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
 
-    # What is held out in files of its own comes first, so that training gives way to it.
+    # Evaluation sources come first, so that repeats are removed from the training set.
     order = [*range(len(train), len(stores)), *range(len(train))]
-    left = {number: np.arange(len(stores[number])) for number in order}
+    left = {number: np.arange(stores[number].num_groups) for number in order}
     if deduplicate:
         repeats = find_repeats([stores[number] for number in order])
         left = {number: np.flatnonzero(~repeated) for number, repeated in zip(order, repeats, strict=True)}
-        reports = [replace(one, deduplicated=one.examples - len(left[number])) for number, one in enumerate(reports)]
+        for number, store in enumerate(stores):
+            removed = (store.num_groups - len(left[number])) * store.group_size
+            reports[number] = replace(reports[number], deduplicated=removed)
     if not any(len(left[number]) for number in range(len(train))):
-        raise DataError("data.deduplicate: every training example is also in data.eval, so none is left to learn from.")
+        raise DataError("data.deduplicate: every training example is also in data.eval, so none is left to train on.")
 
     share = float(eval) if isinstance(eval, float | int) else 0.0
-    learned, held_out = [], []
+    trained: dict[int, np.ndarray] = {}
+    held_out: dict[int, np.ndarray] = {}
     for number, source in enumerate(train):
         kept, out, note = _hold_out(stores[number], left[number], share, seed)
         if not len(kept) and len(left[number]):
@@ -90,53 +105,72 @@ def build_datasets(
                     f"data.eval: holding out {share} of the {len(left[number])} examples of {source.path} "
                     "leaves none to train on."
                 )
-            kept, out, note = left[number], out[:0], "no example of it is held out, as none would be left to train on"
+            kept, out, note = left[number], out[:0], "none of its examples is held out, as none would be left to train"
         if note:
             reports[number].notes.append(note)
-        kept = _draw(kept, source.weight, np.random.default_rng((seed, number)))
-        reports[number] = replace(reports[number], drawn=len(kept))
-        learned.append(_places(number, kept))
-        held_out.append(_places(number, out))
+        trained[number] = _draw(kept, source.weight, np.random.default_rng((seed, number)))
+        held_out[number] = out
+        reports[number] = replace(reports[number], drawn=len(trained[number]) * stores[number].group_size)
     for number in range(len(train), len(stores)):
-        reports[number] = replace(reports[number], drawn=len(left[number]))
-        held_out.append(_places(number, left[number]))
-    if share and not any(map(len, held_out)):
+        held_out[number] = left[number]
+        reports[number] = replace(reports[number], drawn=len(left[number]) * stores[number].group_size)
+    if share and not any(map(len, held_out.values())):
         reports[0].notes.append("no example is held out, so there is no evaluation")
-    return Datasets(
-        ExampleSet(stores, np.concatenate(learned)),
-        ExampleSet(stores, np.concatenate(held_out)),
-        reports,
-    )
+    return Datasets(_choose(stores, trained, reports), _choose(stores, held_out, reports), reports)
 
 
 def _hold_out(
-    store: ExampleStore, examples: np.ndarray, share: float, seed: int
+    store: ExampleStore, groups: np.ndarray, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Draw whole rows, so that no part of one is trained on; of a single row, a long text, its parts.
+    """Hold out a share of the rows, each with all its groups, or of the groups if they are parts of a single row.
 
     Returns:
-        The examples to learn from, those held out, and why the latter are none although a share is asked for.
+        Groups to train on, groups held out, and why there are none of the latter although a share is asked for.
     """
-    if not share or not len(examples):
-        return examples, examples[:0], None
-    rows, unit_of = np.unique(store.rows[examples], return_inverse=True)
+    if not share or not len(groups):
+        return groups, groups[:0], None
+    rows, unit_of = np.unique(store.rows[groups], return_inverse=True)
     if len(rows) == 1:
-        unit_of = np.arange(len(examples))
+        unit_of = np.arange(len(groups))
     num_units = int(unit_of[-1]) + 1
     count = round(share * num_units)
     if not count:
         what = f"{num_units} {'rows' if len(rows) > 1 else 'examples'}"
-        return examples, examples[:0], f"no example of it is held out: {share:g} (data.eval) of {what} rounds to 0"
+        note = f"none of its examples is held out: {share:g} (data.eval) of {what} rounds to 0"
+        return groups, groups[:0], note
     is_out = np.isin(unit_of, np.random.default_rng(seed).permutation(num_units)[:count])
-    return examples[~is_out], examples[is_out], None
+    return groups[~is_out], groups[is_out], None
 
 
-def _draw(examples: np.ndarray, weight: float, generator: np.random.Generator) -> np.ndarray:
-    """Examples as often as a weight says: all of them so many times, and for the rest of it a part of them."""
-    part = np.sort(generator.permutation(len(examples))[: round(weight % 1 * len(examples))])
-    drawn = np.concatenate([*[examples] * int(weight), examples[part]])
-    return drawn if len(drawn) else examples[:1]
+def _draw(groups: np.ndarray, weight: float, generator: np.random.Generator) -> np.ndarray:
+    """Repeat groups by the integer part of a weight, and draw a share of them for the rest; at least one."""
+    part = np.sort(generator.permutation(len(groups))[: round(weight % 1 * len(groups))])
+    drawn = np.concatenate([*[groups] * int(weight), groups[part]])
+    return drawn if len(drawn) else groups[:1]
 
 
-def _places(store: int, examples: np.ndarray) -> np.ndarray:
-    return np.stack([np.full_like(examples, store), examples], axis=1)
+def _choose(stores: Sequence[ExampleStore], groups: dict[int, np.ndarray], reports: Sequence[DataReport]) -> ExampleSet:
+    """Collect groups by number of their store.
+
+    Raises:
+        DataError: They are not all of the same size.
+    """
+    first_of: dict[int, DataReport] = {}
+    for number, chosen in groups.items():
+        if len(chosen):
+            first_of.setdefault(stores[number].group_size, reports[number])
+    if len(first_of) > 1:
+        named = " and ".join(f"{report.source} ({report.format})" for report in first_of.values())
+        raise DataError(
+            f"{named} can't be mixed, as only one has pairs of answers; leave one out, or set format: chosen for the "
+            "pairs."
+        )
+    size = next(iter(first_of), 1)
+    places = [_places(number, chosen, size) for number, chosen in groups.items()]
+    return ExampleSet(stores, np.concatenate(places), size)
+
+
+def _places(store: int, groups: np.ndarray, group_size: int) -> np.ndarray:
+    """Return (documents, 2): number of the store, and of each document of the groups in it."""
+    documents = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    return np.stack([np.full_like(documents, store), documents], axis=1)

@@ -1,4 +1,4 @@
-"""What a row says, whatever its columns were."""
+"""Examples: the content of a row, independent of its columns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,25 +10,26 @@ class PartWeights:
     """The weights within one answer.
 
     Attributes:
-        parts: Key of the turn, `content` or `reasoning_content`; first character in it and the one behind the last; and
-            how much these count. Where the last part of the content ends the answer, the end token counts as it does.
-        rest: How much everything else of the answer counts.
+        parts: For each part the turn's key that it is in, `content` or `reasoning_content`, its first character, the
+            one after its last, and its weight. If the last part of the content ends the answer, the end token has the
+            weight of this part.
+        rest: Weight of everything else in the answer.
     """
 
     parts: list[tuple[str, int, int, float]]
     rest: float = 1.0
 
     @property
-    def largest(self) -> float:
-        """The largest weight: 0 if nothing of the answer is learned."""
+    def max_weight(self) -> float:
+        """Largest weight: 0 if nothing of the answer is supervised."""
         return max([self.rest, *(weight for *_, weight in self.parts)])
 
 
 class JoinedParts(str):
-    """A turn's content given in parts: their texts, joined by lines as servers do for templates that read text.
+    """A turn's content given in parts, joined with line breaks as servers do for templates that read text.
 
     Attributes:
-        parts: The text of each part, for templates that read parts.
+        parts: Text of each part, for templates that read parts.
     """
 
     parts: tuple[str, ...]
@@ -45,18 +46,18 @@ class JoinedParts(str):
 
 
 def parts_of(content: str) -> tuple[str, ...]:
-    """The texts of the parts that a turn's content was given in."""
+    """Return the texts of the parts that a turn's content was given in."""
     return content.parts if isinstance(content, JoinedParts) else (content,)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns for a chat template.
+    """A conversation for a chat template.
 
     Attributes:
-        messages: `{"role": …, "content": …}` each; see :class:`qlora.data.turns.TurnReader` for the other keys.
-        tools: Tools that the assistant may call, described as templates read them.
-        weights: Of each turn's loss, or None where all count alike.
+        messages: One `{"role": …, "content": …}` per turn; :class:`qlora.data.turns.TurnReader` lists the other keys.
+        tools: Descriptions of tools that the assistant may call, in the form that templates read.
+        weights: Weight of each turn's loss, or None if all are equal.
     """
 
     messages: list[dict[str, Any]]
@@ -66,7 +67,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Raw text after raw text, without a template; an empty prompt is continued pretraining."""
+    """Text that completes a prompt, without a template; for continued pretraining the prompt is empty."""
 
     prompt: str
     completion: str
@@ -74,7 +75,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Ids that are tokens already, with the weight of each one's loss."""
+    """Token ids, with the weight of each token's loss."""
 
     input_ids: list[int]
     weights: list[float]
@@ -82,7 +83,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two ways to go on from the same turns, the first one preferred."""
+    """Two continuations of the same turns, of which the first is preferred."""
 
     chosen: Conversation
     rejected: Conversation
@@ -90,7 +91,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """A conversation whose last answer was found good or bad."""
+    """A conversation whose last answer was rated good or bad."""
 
     conversation: Conversation
     is_good: bool
@@ -98,7 +99,7 @@ class Rated:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text of a class."""
+    """A text with its class."""
 
     text: str
     label: str

@@ -1,4 +1,4 @@
-"""JSON files to values one at a time, however they are laid out."""
+"""Values of JSON files of any layout, read one at a time."""
 
 import re
 from collections.abc import Iterator
@@ -9,18 +9,19 @@ from typing import Any, TextIO
 from qlora.errors import DataError
 from qlora.files.json_values import WHITESPACE, decode_value, parse_value
 
-# Characters read at a time; doubled while a single value does not fit.
+# Number of characters read at a time, doubled while a single value does not fit.
 BLOCK = 1 << 20
-# Of the longest row: a tokenizer needs about a hundred bytes for each of them, and a few KB of gzip may be any number.
+# Length of the longest row: a tokenizer needs about a hundred bytes per character, and a few KB of gzip can expand to
+# any number of them.
 MAX_CHARACTERS = 1 << 26
 NO_SEPARATOR = re.compile(rf"[^{WHITESPACE},]")
-# A value that a block cuts off breaks no further from its end than this: "-Infinity" and "\ud83d" are shorter.
+# A value that a block cuts off fails within this many characters of the end: "-Infinity" and "\ud83d" are shorter.
 LONGEST_ATOM = 12
 
 
 def starts_lines(stream: TextIO) -> bool:
-    """Whether a JSON file has a value on each line: no array, and the first line is whole."""
-    parts = iter(lambda: stream.readline(BLOCK), "")  # the one line of an array may be the whole file
+    """Return whether a JSON file has one value per line: it isn't an array, and its first line is complete."""
+    parts = iter(lambda: stream.readline(BLOCK), "")  # an array may be the whole file in one line
     line = next((part for part in parts if part.strip()), "")
     if line.lstrip().startswith("["):
         return False
@@ -29,19 +30,19 @@ def starts_lines(stream: TextIO) -> bool:
     try:
         parse_value(line)
     except JSONDecodeError:
-        # A broken first line among others is told as such; an object laid out over lines breaks off at the line's end.
+        # A broken first line is reported as such; the first line of an object over several lines is incomplete.
         return line.strip() not in ("{", "") and line.rstrip().endswith("}")
     return True
 
 
 def lines_of(stream: Any, path: Path) -> Iterator[Any]:
-    """The lines of a textual or binary stream.
+    """Yield the lines of a text or binary stream.
 
     Raises:
-        DataError: One is too long to be a row.
+        DataError: A line is longer than `MAX_CHARACTERS`.
     """
     number = 0
-    # Only \n and \r end a line: JSON strings may hold the other separators that str.splitlines() cuts at.
+    # Only \n and \r end a line: JSON strings may contain the other separators of str.splitlines().
     while line := stream.readline(MAX_CHARACTERS):
         number += 1
         if len(line) >= MAX_CHARACTERS:
@@ -50,10 +51,10 @@ def lines_of(stream: Any, path: Path) -> Iterator[Any]:
 
 
 def json_lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any, str]]:
-    """Line number, value and problem of every line that is not blank.
+    """Yield line number, value and problem of every line that is not blank.
 
     Raises:
-        DataError: A line is too long to be a row.
+        DataError: A line is longer than `MAX_CHARACTERS`.
     """
     for number, line in enumerate(lines_of(stream, path), start=1):
         if not line.strip():
@@ -65,10 +66,10 @@ def json_lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
-    """The items of an array, or the values that follow one another, without ever holding the whole file.
+    """Yield the items of an array, or values one after another, without reading the whole file into memory.
 
     Raises:
-        DataError: The JSON is broken, or a value too long to be a row; the line is told.
+        DataError: The JSON is broken, or a value is longer than `MAX_CHARACTERS`; the message names the line.
     """
     block, text, position, lines_before = BLOCK, "", 0, 0
     started = in_array = closed = at_end = False
@@ -94,7 +95,7 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
                 if at_end or not _is_cut_off(error):
                     raise _broken(path, text, error.pos, lines_before, error.msg) from None
             else:
-                if at_end or len(text) - end > 2:  # "1." and "1e+" are numbers that go on in the next block
+                if at_end or len(text) - end > 2:  # "1." and "1e+" may continue in the next block
                     yield value
                     position = end
                     continue
@@ -112,12 +113,14 @@ def json_values(stream: TextIO, path: Path) -> Iterator[Any]:
 
 
 def _is_cut_off(error: JSONDecodeError) -> bool:
-    """Whether the rest of the file may mend it: without this, a mistake early on would have all of it read."""
+    """Return whether the next block may complete the value, so that an early mistake doesn't read the whole file."""
     return error.msg.startswith("Unterminated string") or len(error.doc) - error.pos < LONGEST_ATOM
 
 
 def _too_long(path: Path, number: int) -> DataError:
-    return DataError(f"{path}:{number}: a row of more than {MAX_CHARACTERS >> 20} Mi characters; cut it into several.")
+    return DataError(
+        f"{path}:{number}: a row of more than {MAX_CHARACTERS >> 20} Mi characters; split it into several."
+    )
 
 
 def _broken(path: Path, text: str, position: int, lines_before: int, message: str) -> DataError:

@@ -1,25 +1,26 @@
-"""Tokens added to a tokenizer, and the ids that they get."""
+"""Tokens added to a tokenizer with their ids, and the tokens that it ends and pads texts with."""
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from qlora.errors import DataError
 
 
 def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """Adds tokens behind all others; text that holds one is cut there, and they stay in what is decoded.
+    """Add tokens after all others; each occurrence of one in a text becomes this token.
 
-    They are no special tokens, which decoding leaves out: a program that reads answers looks for such tokens in them.
+    They are not special tokens, which decoding may skip, because programs look for such tokens in answers.
 
     Args:
-        tokenizer: Of transformers; changed in place.
-        tokens: As they stand in the text.
+        tokenizer: A tokenizer of transformers; changed in place.
+        tokens: The tokens' texts.
 
     Returns:
-        Their ids.
+        The ids of the tokens.
 
     Raises:
-        DataError: The tokenizer has one already, or can't write one.
+        DataError: The tokenizer already has one, or decodes one to another text.
     """
     from transformers import AddedToken
 
@@ -27,33 +28,54 @@ def add_new_tokens(tokenizer: Any, tokens: Sequence[str]) -> range:
     there = [f"{token!r} (id {known[token]})" for token in tokens if token in known]
     if there:
         raise DataError(
-            f"data.new_tokens: the base's tokenizer has {', '.join(there)} already; leave out what it has, or train "
-            "all rows with lora.modules_to_save."
+            f"data.new_tokens: the base's tokenizer already has {', '.join(there)}; remove these, or train all rows of "
+            "the embedding with lora.modules_to_save."
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = new_token_ids(tokenizer, tokens)
     for token, id_ in zip(tokens, ids, strict=True):
         written = tokenizer.decode([id_])
-        if written.strip() != token.strip():  # decoders over bytes take letters such as å for one
-            raise DataError(
-                f"data.new_tokens: the tokenizer writes {token!r} as {written!r}; name it in ASCII letters."
-            )
+        if written.strip() != token.strip():  # byte-level decoders take letters such as å for a byte
+            raise DataError(f"data.new_tokens: the tokenizer decodes {token!r} to {written!r}; use ASCII letters.")
     return ids
 
 
 def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
-    """The ids of tokens that were added, which lie behind one another.
+    """Return the ids of added tokens, which are consecutive.
 
     Raises:
-        DataError: They don't, or the tokenizer has not all of them.
+        DataError: They aren't consecutive, or the tokenizer lacks some of them.
     """
     if not tokens:
         return range(0)
     vocabulary = tokenizer.get_vocab()
     absent = [token for token in tokens if token not in vocabulary]
     if absent:
-        raise DataError(f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; take the run's own.")
+        raise DataError(
+            f"data.new_tokens: the tokenizer has no {', '.join(map(repr, absent))}; use the run's own tokenizer."
+        )
     ids = [vocabulary[token] for token in tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which do not follow on one another.")
+        raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which are not consecutive.")
     return range(ids[0], ids[-1] + 1)
+
+
+def set_special_tokens(tokenizer: Any, tokens: Mapping[Literal["eos_token", "pad_token"], str]) -> None:
+    """Set the tokens that a tokenizer ends or pads texts with; they are saved with it.
+
+    Args:
+        tokenizer: A tokenizer of transformers; changed in place.
+        tokens: The token of each key, `eos_token` or `pad_token`.
+
+    Raises:
+        DataError: The tokenizer does not have one of them.
+    """
+    known = tokenizer.get_vocab() if tokens else {}
+    for key, token in tokens.items():
+        if token not in known:
+            raise DataError(
+                f"data.special_tokens: {key} is {token!r}, which the tokenizer does not have; name one of its tokens, "
+                f"or add it with data.new_tokens: [{json.dumps(token)}]."
+            )
+    if tokens:
+        tokenizer.add_special_tokens(dict(tokens))

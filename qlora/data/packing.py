@@ -1,4 +1,4 @@
-"""Documents into rows of a fixed length, with as little left empty as can be."""
+"""Rows of a fixed length packed from documents by best fit."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-# Documents looked at together: numbers of numpy are slow one by one, and all of them as Python's take much memory.
+# Number of documents converted to Python's numbers at a time: one by one is slow, and all together take much memory.
 BLOCK = 1 << 16
 
 
 class Rows(Sequence[list[int]]):
-    """Which documents each row holds, in a few bytes per document.
+    """The documents of each row, in a few bytes per document.
 
     Args:
         documents: (documents,), int64, row after row.
@@ -25,7 +25,7 @@ class Rows(Sequence[list[int]]):
         return len(self._starts) - 1
 
     def num_tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """(rows,), of each, given those of every document."""
+        """Return the number of tokens of each row, (rows,), given those of every document."""
         return np.add.reduceat(lengths[self._documents], self._starts[:-1])
 
     def __getitem__(self, row: Any) -> Any:
@@ -35,16 +35,39 @@ class Rows(Sequence[list[int]]):
             raise IndexError(row)
         return self._documents[self._starts[row] : self._starts[row + 1]].tolist()
 
+    def with_groups_of(self, size: int) -> "Rows":
+        """Replace each document, taken as the number of a group, by the group's consecutive documents."""
+        documents = self._documents[:, None] * size + np.arange(size)
+        return Rows(documents.reshape(-1), self._starts * size)
 
-def one_per_row(documents: np.ndarray) -> Rows:
-    """Each document as a row of its own, in the order given."""
+
+def pack_groups(
+    lengths: np.ndarray, group_size: int = 1, capacity: int | None = None, longest_first: bool = False
+) -> Rows:
+    """Put groups of consecutive documents into rows; a group is never parted.
+
+    Args:
+        lengths: (documents,), int, in tokens.
+        group_size: Number of documents per group.
+        capacity: Tokens of a row for each document of a group; None gives each group a row of its own.
+        longest_first: Sort rows of one group by length instead of keeping their order.
+    """
+    totals = lengths.reshape(-1, group_size).sum(axis=1)
+    if capacity is not None:
+        rows = pack_best_fit(totals, capacity * group_size)
+    else:
+        rows = _one_per_row(np.argsort(-totals, kind="stable") if longest_first else np.arange(len(totals)))
+    return rows.with_groups_of(group_size)
+
+
+def _one_per_row(documents: np.ndarray) -> Rows:
     return Rows(documents, np.arange(len(documents) + 1))
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> Rows:
-    """Packs documents by best fit decreasing: the longest first, each where it leaves the least room.
+    """Pack documents by best fit decreasing: the longest first, each into the row where it leaves the least room.
 
-    Among equals the order of `lengths` decides, so that the same documents always give the same rows.
+    Among equals the order of `lengths` decides, so the same documents always give the same rows.
 
     Args:
         lengths: (documents,), int, in tokens, none longer than `capacity`.
@@ -56,7 +79,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> Rows:
     assert not len(lengths) or int(lengths.max()) <= capacity
     row_of = np.empty(len(lengths), dtype=np.int64)
     num_rows = 0
-    # Rows by the room they have left; how much room there is anywhere, sorted.
+    # Rows by their free room, and all values of free room, sorted.
     by_room: dict[int, list[int]] = {}
     rooms: list[int] = []
     for document, size in _longest_first(lengths):

@@ -1,106 +1,88 @@
-"""One source, tokenized once and then kept, with a report on every row."""
+"""One source, tokenized once and cached, with a report on its rows."""
 
 import hashlib
-import json
 import time
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora.data.encode import Begun, Encoded, ExampleEncoder
+from qlora.data.cache import find_entry, new_entry, write_report
+from qlora.data.cache_key import key_of, stamps_of
+from qlora.data.encode import Encoded, ExampleEncoder, PendingExamples
 from qlora.data.examples import Conversation, Example, Labelled
 from qlora.data.formats import COLUMNS, RowReader
-from qlora.data.problems import ProblemLog
+from qlora.data.options import EncodeOptions
+from qlora.data.problems import ProblemLog, counted
 from qlora.data.report import DataReport
-from qlora.data.rows import BadRow, Row, load_hub, read_rows
+from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.serving import tokenizer_notes
-from qlora.data.sources import Source, file_notes, find_files
-from qlora.data.store import ExampleStore, ExampleWriter, find_entry, new_entry
+from qlora.data.sources import Source, file_notes
+from qlora.data.store import ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
-# Rows tokenized together: as many as hold so much text. Two such batches are in memory at a time.
+# Characters and rows that are tokenized at a time. Two such batches are in memory at once.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
 
 
-@dataclass(frozen=True, slots=True)
-class Treatment:
-    """What is done with examples; with the tokenizer and the source, all that decides what is learned.
-
-    Attributes:
-        loss_on: See :class:`qlora.data.encode.ExampleEncoder`.
-        max_seq_len: Tokens of the longest example.
-        overlong: What becomes of longer ones: `drop`, `truncate`, `split` or `error`. Always counted.
-        on_bad_row: `error`, or `drop`, which is counted.
-    """
-
-    loss_on: str = "assistant"
-    max_seq_len: int = 2048
-    overlong: str = "drop"
-    on_bad_row: str = "error"
-
-
 def prepare(
-    source: Source, encoder: ExampleEncoder, treatment: Treatment, cache: Path
+    source: Source, encoder: ExampleEncoder, options: EncodeOptions, cache: Path
 ) -> tuple[ExampleStore, DataReport]:
-    """The tokenized examples of a source: found, or made and kept.
+    """Return the tokenized examples of a source from the cache, tokenizing them first if they aren't there.
 
     Raises:
-        DataError: The source can't be read, rows are bad, or none is left to learn from.
+        DataError: The source can't be read, rows can't be used, or no example is left to train on.
     """
-    stamps = _stamps(source)
-    key = _key(source, encoder.tokenizer, treatment)
-    about = find_entry(cache, key)
-    if about is None:
+    stamps = stamps_of(source)
+    key = key_of(source, encoder.tokenizer, options)
+    found = find_entry(cache, key)
+    if found is None:
         with new_entry(cache, key) as folder:
-            _Build(source, encoder, treatment, folder).run()
-            if _stamps(source) != stamps:  # the key would name what the files held before
-                raise DataError(f"{source.path} was changed while it was read; start again when it is written.")
-        about = find_entry(cache, key)
-    if about is None:
-        raise DataError(f"{cache / key} was written, but can't be read again; set data.cache_dir elsewhere.")
-    report = DataReport(**about["report"])
-    if report.bad_rows and treatment.on_bad_row == "error":
-        raise DataError(f"{report.describe_problems()}\ndata.on_bad_row: drop leaves such rows out.")
+            _Build(source, encoder, options, folder).run()
+            if stamps_of(source) != stamps:  # the key would describe the previous content of the files
+                raise DataError(f"{source.path} changed while it was read; start again once it is complete.")
+        found = find_entry(cache, key)
+    if found is None:
+        raise DataError(f"{cache / key} was written but can't be read back; set data.cache_dir to another folder.")
+    report = DataReport(**found)
+    if report.bad_rows and options.on_bad_row == "error":
+        raise DataError(f"{report.describe_problems()}\nTo drop such rows, set data.on_bad_row: drop.")
     return ExampleStore(cache / key), report
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows on their way.
+class _PendingRows:
+    """A batch of rows that is being tokenized.
 
     Attributes:
-        rows: As they were read.
-        read: What each says, or why it says nothing.
-        begun: Those that say something.
+        rows: The rows as they were read.
+        examples: For each row its example, or why it has none.
+        encodings: The pending examples.
     """
 
     rows: list[Row | BadRow]
-    read: list[Example | str]
-    begun: Begun
+    examples: list[Example | str]
+    encodings: PendingExamples
 
 
 class _Build:
     """Reads and tokenizes one source into a folder, a batch of rows at a time."""
 
-    def __init__(self, source: Source, encoder: ExampleEncoder, treatment: Treatment, folder: Path) -> None:
-        self.source, self.encoder, self.treatment, self.folder = source, encoder, treatment, folder
+    def __init__(self, source: Source, encoder: ExampleEncoder, options: EncodeOptions, folder: Path) -> None:
+        self.source, self.encoder, self.options, self.folder = source, encoder, options, folder
         self.report = DataReport(source.path)
         self._problems = ProblemLog()
-        # Of every row and document, so in 8 bytes each.
+        # One entry per row and per document, so 8 bytes each.
         self._hashes, self._lengths = array("Q"), array("q")
 
     def run(self) -> None:
-        """Writes examples and report, bad rows left out.
+        """Write examples and report, leaving out rows that can't be used.
 
         Raises:
             DataError: The source can't be read, or no row is left.
@@ -112,25 +94,25 @@ class _Build:
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         writer = ExampleWriter(self.folder)
         try:
-            under_way: _Batch | None = None
+            pending: _PendingRows | None = None
             for rows in _batches(islice(read_rows(source, rule), source.max_rows)):
-                # One batch is tokenized while the next is read and rendered.
+                # A batch is tokenized while the next one is read and rendered.
                 begun = self._begin(rows, reader)
-                if under_way is not None:
-                    self._finish(under_way, writer)
-                under_way = begun
-            if under_way is not None:
-                self._finish(under_way, writer)
+                if pending is not None:
+                    self._finish(pending, writer)
+                pending = begun
+            if pending is not None:
+                self._finish(pending, writer)
         except BaseException:
             writer.abandon()
             raise
-        about = writer.close()
+        report.digest = writer.close()
         report.format = reader.format
         report.problems = self._problems.problems()
         if not report.examples:
             raise DataError(self._describe_nothing())
         report.duplicates = len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
-        report.measure(np.asarray(self._lengths), self.treatment.max_seq_len)
+        report.measure(np.asarray(self._lengths), self.options.max_seq_len)
         report.unread_columns, report.unread_keys = sorted(reader.unread), sorted(reader.unread_keys)
         report.notes = [*sorted(reader.notes), *tokenizer_notes(self.encoder.tokenizer), *file_notes(source)]
         report.notes += rule.notes()
@@ -138,26 +120,26 @@ class _Build:
             report.notes.append(f"max_rows: at most {report.rows} rows were read")
         if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
             report.notes += self.encoder.facts.notes()
-        report.digest = about["digest"]
         report.seconds = time.perf_counter() - started
-        (self.folder / "about.json").write_text(json.dumps(about | {"report": report.as_dict()}), encoding="utf-8")
+        write_report(self.folder, report.as_dict())
 
-    def _begin(self, rows: list[Row | BadRow], reader: RowReader) -> _Batch:
-        """Reads a batch of rows and has it tokenized."""
+    def _begin(self, rows: list[Row | BadRow], reader: RowReader) -> _PendingRows:
+        """Read a batch of rows and start tokenizing it."""
         if reader.format == "auto":
             reader.detect(row for row in rows if isinstance(row, Row))
-        read: list[Example | str] = []
+        examples: list[Example | str] = []
         for row in rows:
             try:
-                read.append(row.problem if isinstance(row, BadRow) else reader.read(row))
+                examples.append(row.problem if isinstance(row, BadRow) else reader.read(row))
             except DataError as error:
-                read.append(str(error))
-        return _Batch(rows, read, self.encoder.begin([example for example in read if not isinstance(example, str)]))
+                examples.append(str(error))
+        pending = self.encoder.begin([example for example in examples if not isinstance(example, str)])
+        return _PendingRows(rows, examples, pending)
 
-    def _finish(self, batch: _Batch, writer: ExampleWriter) -> None:
-        """Writes the examples of a batch that was begun."""
-        encoded = iter(self.encoder.finish(batch.begun))
-        for row, example in zip(batch.rows, batch.read, strict=True):
+    def _finish(self, batch: _PendingRows, writer: ExampleWriter) -> None:
+        """Write the examples of a pending batch."""
+        encoded = iter(self.encoder.finish(batch.encodings))
+        for row, example in zip(batch.rows, batch.examples, strict=True):
             number = self.report.rows
             self.report.rows += 1
             result = example if isinstance(example, str) else next(encoded)
@@ -165,18 +147,20 @@ class _Build:
                 self._refuse(row, str(result))
             elif not all(map(len, result.documents)):
                 self._refuse(row, "it has no tokens.")
-            elif not isinstance(example, Labelled) and not any(part.num_supervised for part in result.documents):
-                self._refuse(row, "no token of this row is supervised; it needs an answer that is learned.")
+            elif not isinstance(example, Labelled) and not any(map(_is_supervised, result.groups)):
+                self._refuse(row, "no token of this row is supervised; it needs an answer that is trained on.")
             else:
                 self._write(number, row, example, result, writer)
 
     def _write(self, number: int, row: Row | BadRow, example: Example, result: Encoded, writer: ExampleWriter) -> None:
-        report, treatment = self.report, self.treatment
-        if treatment.overlong == "error":
+        report, options = self.report, self.options
+        is_single = result.group_size == 1
+        if options.overlong == "error" or options.overlong == "split" and not is_single:
             longest = max(map(len, result.documents))
-            if longest > treatment.max_seq_len:
-                what = f"{longest} tokens, more than data.max_seq_len ({treatment.max_seq_len}); raise it, or set "
-                self._refuse(row, what + "data.overlong to drop, truncate or split.")
+            if longest > options.max_seq_len:
+                what = f"{longest} tokens, more than data.max_seq_len ({options.max_seq_len}); raise it, or set "
+                choices = "drop, truncate or split" if is_single else "drop or truncate, as a pair can't be split"
+                self._refuse(row, f"{what}data.overlong to {choices}.")
                 return
         report.per_answer += result.per_answer
         report.eos_added += result.eos_added
@@ -185,13 +169,13 @@ class _Build:
         report.empty_answers += isinstance(example, Conversation) and _has_empty_answer(example)
         content = b"".join(document.input_ids.tobytes() for document in result.documents)
         self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-        for document in result.documents:
-            self._lengths.append(len(document))
-            for part in _fit(document, treatment, report.overlong):
+        for group in result.groups:
+            self._lengths.extend(map(len, group))
+            for part in _fit(group, options, report.overlong):
                 writer.append(part, number)
-                report.examples += 1
-                report.tokens += len(part)
-                report.supervised_tokens += part.num_supervised
+                report.examples += len(part)
+                report.tokens += sum(map(len, part))
+                report.supervised_tokens += sum(document.num_supervised for document in part)
 
     def _refuse(self, row: Row | BadRow, problem: str) -> None:
         self.report.bad_rows += 1
@@ -199,11 +183,11 @@ class _Build:
 
     def _describe_nothing(self) -> str:
         report = self.report
-        lines = [f"{report.source}: of {report.rows} rows no example is left to learn from."]
+        lines = [f"{report.source}: {counted(report.rows, 'row')}, but no example is left to train on."]
         if report.overlong:
             lines.append(
-                f"{sum(report.overlong.values())} were too long: data.max_seq_len is {self.treatment.max_seq_len}, "
-                f"data.overlong {self.treatment.overlong}; raise the one, or set the other to truncate or split."
+                f"{sum(report.overlong.values())} were too long: data.max_seq_len is {self.options.max_seq_len} and "
+                f"data.overlong is {self.options.overlong}; raise max_seq_len, or set overlong to truncate or split."
             )
         if report.bad_rows:
             lines.append(report.describe_problems())
@@ -211,7 +195,7 @@ class _Build:
 
 
 def _batches(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    """Rows in groups that hold so much text that tokenizing them together pays, and no more."""
+    """Split rows into batches with just enough text to tokenize efficiently."""
     batch: list[Row | BadRow] = []
     size = 0
     for row in rows:
@@ -232,18 +216,25 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, list) else 1
 
 
-def _fit(example: TokenizedExample, treatment: Treatment, counts: dict[str, int]) -> Iterator[TokenizedExample]:
-    """The parts of an example that are trained on, none longer than allowed; counts what was done."""
-    limit, overlong = treatment.max_seq_len, treatment.overlong
-    if len(example) <= limit:
-        yield example
+def _fit(
+    group: Sequence[TokenizedExample], options: EncodeOptions, counts: dict[str, int]
+) -> Iterator[Sequence[TokenizedExample]]:
+    """Yield a group if it fits `max_seq_len`, else what `overlong` leaves of it; add to the counts of documents."""
+    limit, overlong = options.max_seq_len, options.overlong
+    if max(map(len, group)) <= limit:
+        yield group
         return
-    starts = {"drop": [], "truncate": [0], "split": range(0, len(example), limit)}[overlong]
-    parts = [example[start : start + limit] for start in starts]
-    kept = [part for part in parts if part.num_supervised]
-    fate = {"truncate": "truncated", "split": "split"}[overlong] if kept else "dropped"
-    counts[fate] = counts.get(fate, 0) + 1
+    starts = {"drop": [], "truncate": [0], "split": range(0, max(map(len, group)), limit)}[overlong]
+    parts = [[document[start : start + limit] for document in group] for start in starts]
+    kept = [part for part in parts if _is_supervised(part)]
+    outcome = {"truncate": "truncated", "split": "split"}[overlong] if kept else "dropped"
+    counts[outcome] = counts.get(outcome, 0) + len(group)
     yield from kept
+
+
+def _is_supervised(group: Sequence[TokenizedExample]) -> bool:
+    """Return whether every document of a group has a supervised token."""
+    return all(document.num_supervised for document in group)
 
 
 def _has_empty_answer(example: Conversation) -> bool:
@@ -251,50 +242,3 @@ def _has_empty_answer(example: Conversation) -> bool:
         turn["role"] == "assistant" and not turn["content"].strip() and "tool_calls" not in turn
         for turn in example.messages
     )
-
-
-def _key(source: Source, tokenizer: Any, treatment: Treatment) -> str:
-    """A name for all that decides what a source's tokenized examples are."""
-    paths = find_files(source)
-    if paths and source.max_rows is None:
-        content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
-    elif paths:  # hashing a large file may take far longer than reading its first rows
-        abouts = [(path.absolute(), path.stat()) for path in paths]
-        content = [(str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns) for path, about in abouts]
-    else:
-        content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
-    about = [
-        _hash_of_code(),
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        asdict(replace(treatment, on_bad_row="drop")),
-        asdict(replace(source, weight=1.0)),
-        content,
-    ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _stamps(source: Source) -> list[tuple[int, int]]:
-    """Size and time of change of each file of a source."""
-    return [(about.st_size, about.st_mtime_ns) for about in (path.stat() for path in find_files(source))]
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}.") from None
-
-
-@cache
-def _hash_of_code() -> str:
-    """Of what reads, renders and tokenizes: a change there may change what comes of it."""
-    digest = hashlib.sha256()
-    for file in sorted(files("qlora.data").iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".py"):
-            digest.update(file.read_bytes())
-    for package in ("transformers", "tokenizers", "datasets"):
-        digest.update(version(package).encode())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Bad rows, grouped by what is wrong with them."""
+"""Bad rows, grouped by their problem."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ from typing import TypedDict
 
 from qlora.errors import without_secrets
 
-# Shown in place of values that differ.
+# Placeholder for values that differ.
 HIDDEN = "…"
-# Causes that are kept, rows shown of each, and characters shown of a row.
+# Maximum number of causes, of rows shown for each, and of characters shown of a row.
 KEPT_CAUSES, SHOWN_EXAMPLES, SHOWN_CHARACTERS = 20, 3, 100
-# What messages say of one row rather than of its kind.
+# Parts of messages that are specific to one row.
 VALUES = re.compile(
     "|".join([
         r"(?<=, not )(?!with |shifted).*",  # should be text, not 3
         r"(?<=: )[\[{].*(?=;)",  # a turn has no role: {…}; map its keys
-        r"(?<=says, ).*(?=;)",  # what a turn says, 'Hi'; set data.chat_template
+        r"(?<=turn's text, ).*(?=;)",  # the user turn's text, 'Hi'; set data.chat_template
         r"(?<=of )['\"].*['\"](?= is)",  # character 3 of 'Hi' is half a surrogate pair
         r"(?<!')\b\d[\d.]*\b",
     ]),
@@ -30,7 +30,7 @@ class Problem(TypedDict):
     Attributes:
         cause: What is wrong; values that differ between rows are replaced by ….
         count: Number of rows.
-        examples: The first of them: where each is, and what it holds.
+        examples: The first of them, each with its origin and content.
     """
 
     cause: str
@@ -43,10 +43,10 @@ class _Group:
     """Rows of one cause.
 
     Attributes:
-        kind: What their texts say around their values.
-        values: Between the parts of `kind`, the value that all rows share, or None where they differ.
+        kind: Parts of their messages between the values.
+        values: Values between the parts of `kind`, or None where rows differ.
         count: Number of rows.
-        examples: Origin, text and excerpt of the first rows.
+        examples: Origin, message and excerpt of the first rows.
     """
 
     kind: tuple[str, ...]
@@ -55,7 +55,7 @@ class _Group:
     examples: list[tuple[str, str, str]] = field(default_factory=list)
 
     def describe(self) -> Problem:
-        """Return the cause with its examples: their own texts where these differ, else what each row holds."""
+        """Return the cause with its examples: their own messages if these differ, else an excerpt of each row."""
         shown = [HIDDEN if value is None else value for value in self.values]
         return {
             "cause": "".join(chain(*zip_longest(self.kind, shown, fillvalue=""))),
@@ -68,7 +68,7 @@ class _Group:
 
 
 class ProblemLog:
-    """Counts bad rows by cause; holds a few causes with a few rows each, however many there are."""
+    """Counts bad rows by cause; keeps a limited number of causes with a few rows each."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, ...], _Group] = {}
@@ -77,9 +77,9 @@ class ProblemLog:
         """Count a row.
 
         Args:
-            origin: Where it is.
-            problem: What is wrong; the origin in front is left out.
-            values: What the row holds, or None if it can't be read.
+            origin: Its origin.
+            problem: What is wrong, with or without the origin in front.
+            values: Its values, or None if it can't be read.
         """
         text = problem.removeprefix(f"{origin}: ")
         kind = tuple(VALUES.split(text))
@@ -94,12 +94,12 @@ class ProblemLog:
             group.examples.append((origin, text, excerpt))
 
     def problems(self) -> list[Problem]:
-        """The causes, the most frequent first."""
+        """Return the causes, the most frequent first."""
         return [group.describe() for group in sorted(self._groups.values(), key=lambda group: -group.count)]
 
 
 def problem_lines(problems: list[Problem]) -> list[str]:
-    """A line for each cause, and one for each of its examples."""
+    """Return a line for each cause, and one for each of its examples."""
     lines = []
     for problem in problems:
         count = problem["count"]

@@ -1,4 +1,4 @@
-"""Prompts to answer, read from a file: rows as training reads them, but without the answer."""
+"""Prompts from a file: rows as training reads them, but without the answer."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from qlora.data.tables import HeaderRule
 from qlora.data.template import render
 from qlora.errors import DataError
 
-# The column that an answer is written to.
+# Column for the answer.
 ANSWER = "answer"
 MAX_SHOWN = 10
 
@@ -28,7 +28,7 @@ class Prompt:
     Attributes:
         origin: File and line or row number, for messages.
         columns: The row's columns as a JSON object.
-        conversation: What the columns say.
+        conversation: The conversation in the columns.
     """
 
     origin: str
@@ -49,7 +49,7 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
         system: System message for rows without one.
 
     Raises:
-        DataError: There is no such file, or rows can't be answered; names all of them.
+        DataError: There is no such file, or rows can't be answered; the message names these rows.
     """
     if not Path(path).is_file():
         raise DataError(f"--prompts: there is no file {path}.")
@@ -65,29 +65,41 @@ def read_prompts(path: str, system: str | None = None) -> list[Prompt]:
 
 
 def check_prompts(tokenizer: Any, prompts: Iterable[Prompt]) -> None:
-    """Check that the chat template accepts every prompt and writes everything that it has.
+    """Check that the chat template accepts every prompt and leaves nothing of it out.
 
     Raises:
         ConfigError: The template begins with BOS twice.
-        DataError: It refuses some, or leaves something out; names all of them.
+        DataError: It refuses prompts or leaves out part of them; the message names these prompts.
     """
     facts, problems = TemplateFacts(tokenizer), []
     for prompt in prompts:
-        messages, tools = prompt.conversation.messages, prompt.conversation.tools
         try:
-            facts.check(messages, tools)
-            text = render(tokenizer, messages, tools, add_generation_prompt=True)
-            facts.check_written([message for message in messages if message["role"] != "assistant"], text)
+            check_prompt(tokenizer, facts, prompt.conversation)
         except DataError as error:
             problems.append(f"{prompt.origin}: {error}")
     _raise_problems(problems)
+
+
+def check_prompt(tokenizer: Any, facts: TemplateFacts, conversation: Conversation) -> None:
+    """Check that the chat template accepts a prompt and writes everything that it has.
+
+    Raises:
+        ConfigError: The template begins with BOS twice.
+        DataError: It refuses the prompt, or leaves something out.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    facts.check(messages, tools)
+    text = render(tokenizer, messages, tools, add_generation_prompt=True)
+    facts.check_written([message for message in messages if message["role"] != "assistant"], text)
 
 
 def _read_prompt(reader: RowReader, row: Row | BadRow, system: str | None) -> Prompt:
     if isinstance(row, BadRow):
         raise DataError(f"{row.origin}: {row.problem}")
     if ANSWER in row.values:
-        raise DataError(f"{row.origin}: it already has a column '{ANSWER}', where its answer would go; rename it.")
+        raise DataError(
+            f"{row.origin}: it already has a column '{ANSWER}', which is the name of the answer's column; rename it."
+        )
     conversation = reader.read_prompt(row)
     if system and conversation.messages[0]["role"] != "system":
         conversation.messages.insert(0, {"role": "system", "content": system})
@@ -95,7 +107,7 @@ def _read_prompt(reader: RowReader, row: Row | BadRow, system: str | None) -> Pr
         columns = _as_json(row.values)
         columns.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{row.origin}: a column holds half a surrogate pair, which can't be written.") from None
+        raise DataError(f"{row.origin}: a column has half a surrogate pair, which can't be written.") from None
     except TypeError as error:
         raise DataError(f"{row.origin}: its columns can't be written as JSON: {error}; convert or drop them.") from None
     return Prompt(row.origin, columns, conversation)

@@ -1,4 +1,4 @@
-"""What became of the rows of a source, in numbers."""
+"""Statistics on the rows of a source."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,31 +12,36 @@ QUANTILES = {"shortest": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of the rows of one source.
+    """Statistics on the rows of one source.
 
     Attributes:
-        format: As which the rows were read.
-        rows: That were read, bad ones among them.
-        bad_rows: That can't be used, and were left out.
-        problems: What is wrong with them, by cause.
-        unread_columns: That the format does not read.
+        source: Path of the source.
+        format: Format of the rows.
+        chat_template: Description of the chat template.
+        rows: Number of rows read, including bad ones.
+        bad_rows: Number of rows that can't be used and were dropped.
+        problems: Problems of the bad rows, by cause.
+        unread_columns: Columns that the format does not read.
         unread_keys: Keys of turns and of their parts that are not read.
-        duplicates: Rows that an earlier one says already, token for token.
-        examples: Documents to learn from.
-        deduplicated: Of those, how many are left out as they repeat an earlier or a held-out one of the run.
-        drawn: Of those, how many an epoch sees, by the source's weight and without those held out or left out; of a
-            source to evaluate on, how many it is evaluated on.
-        per_answer: Conversations that became a document per answer, as their template rewrites earlier turns.
-        eos_added: Conversations that got the tokenizer's EOS, as their template ends no answer.
-        empty_answers: Conversations with an answer of no text.
-        switched: Answers behind a prompt with thinking switched on or off, by the switch that a server needs.
-        control_tokens: Control tokens in the text of turns, and how often each occurs.
-        overlong: What was done with examples that were too long, and how often.
-        lengths: Quantiles of the documents' lengths in tokens, before any was cut or left out.
-        histogram: Of these lengths: the longest of each bin, and how many documents it has.
-        notes: What else a user should know.
-        seconds: That reading and tokenizing took, when it was done.
-        digest: Of all ids and weights: equal when the same is learned from.
+        duplicates: Number of rows with the same tokens as an earlier row of the source.
+        examples: Number of documents.
+        deduplicated: Number of these that were removed because they repeat an earlier or a held-out one of the run.
+        drawn: Number of documents that an epoch sees, after deduplication, holding out and the source's weight; for an
+            evaluation source, the number that the evaluation sees.
+        tokens: Number of tokens.
+        supervised_tokens: Number of tokens included in the loss.
+        per_answer: Number of conversations with a document per answer, as their template changes earlier turns.
+        eos_added: Number of conversations that the tokenizer's EOS was added to, as their template ends no answer.
+        empty_answers: Number of conversations with an answer without text.
+        switched: Number of answers after a prompt with thinking switched on or off, by the setting a server needs.
+        control_tokens: Number of control tokens in the text of turns, by token.
+        overlong: Number of documents dropped, truncated or split because they, or others of their group, were too
+            long.
+        lengths: Quantiles of the documents' lengths in tokens, before any was truncated or dropped.
+        histogram: Histogram of these lengths: the longest length and the number of documents of each bin.
+        notes: Anything else a user should know.
+        seconds: Time that reading and tokenizing took, in seconds.
+        digest: Digest of all ids and weights: equal for equal training data.
     """
 
     source: str
@@ -66,21 +71,21 @@ class DataReport:
     digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as values for JSON."""
         return asdict(self)
 
     @property
     def supervised_share(self) -> float:
-        """Of all tokens, those that are learned."""
+        """Share of the tokens that is supervised."""
         return self.supervised_tokens / max(1, self.tokens)
 
     def measure(self, lengths: np.ndarray, max_seq_len: int) -> None:
-        """Fills in quantiles and histogram of documents' lengths."""
+        """Fill in quantiles and histogram of documents' lengths."""
         self.lengths = {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()}
         self.histogram = histogram(lengths, max_seq_len)
 
     def bars(self) -> list[tuple[int, int, int, float]]:
-        """The histogram to draw: first and last length of each bin, its documents, and its share of the fullest bin."""
+        """Return first and last length of each bin, its number of documents, and that as a share of the fullest bin."""
         starts = [1, *(high + 1 for high, _ in self.histogram)]
         fullest = max((count for _, count in self.histogram), default=1)
         return [(low, high, count, count / fullest) for low, (high, count) in zip(starts, self.histogram, strict=False)]
@@ -91,21 +96,21 @@ class DataReport:
         return "\n".join([head, *self.problem_lines()])
 
     def problem_lines(self) -> list[str]:
-        """The causes of bad rows with examples, and how many rows have other causes."""
+        """Return lines on the causes of bad rows with examples, and on the number of rows with other causes."""
         others = self.bad_rows - sum(problem["count"] for problem in self.problems)
         return problem_lines(self.problems) + ([f"{counted(others, 'row')}: other causes"] if others else [])
 
     def remarks(self) -> list[str]:
-        """Everything that is not as in a plain case, a line each."""
+        """Return a line for everything out of the ordinary."""
         counts = {
-            "bad rows left out": self.bad_rows,
+            "bad rows dropped": self.bad_rows,
             "rows that repeat an earlier one": self.duplicates,
-            "examples left out, as they repeat an earlier or a held-out one": self.deduplicated,
-            "conversations trained answer by answer, as a server would show each another history": self.per_answer,
-            "conversations got EOS added, as the template ends no answer": self.eos_added,
+            "examples removed, as they repeat an earlier or a held-out one": self.deduplicated,
+            "conversations trained answer by answer, as the history that a server renders differs": self.per_answer,
+            "conversations with EOS added, as the template writes no end token": self.eos_added,
             "conversations with an empty answer": self.empty_answers,
         }
-        counts |= {f"documents longer than max_seq_len {fate}": count for fate, count in self.overlong.items()}
+        counts |= {f"documents {outcome} because of max_seq_len": count for outcome, count in self.overlong.items()}
         counts |= {
             f"answers that need {switch} in the prompt; set it on the server": count
             for switch, count in self.switched.items()
@@ -115,15 +120,14 @@ class DataReport:
             found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
             total = counted(sum(self.control_tokens.values()), "control token")
             lines.append(
-                f"{total} in the text of turns, tokenized as such: {found}; an end token inside an answer is not "
-                "learned"
+                f"{total} in the text of turns, tokenized as such: {found}; an end token in an answer is not supervised"
             )
         unread = {"columns": self.unread_columns, "keys of turns": self.unread_keys}
         lines += [f"{what} not read: {', '.join(names)}" for what, names in unread.items() if names]
         return lines + self.notes
 
     def summary(self) -> str:
-        """One line for people, and one more for each remark."""
+        """Return one line, and another for each remark."""
         drawn = f", {self.drawn} of them an epoch" if self.drawn != self.examples else ""
         head = (
             f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples{drawn}, {self.tokens} tokens, "
@@ -133,10 +137,10 @@ class DataReport:
 
 
 def histogram(lengths: np.ndarray, max_seq_len: int) -> list[list[int]]:
-    """Counts lengths in bins that double, one of which ends at `max_seq_len`.
+    """Count lengths in bins of doubling width, one of which ends at `max_seq_len`.
 
     Returns:
-        The longest length of each bin, and how many are in it and in none before; empty bins at the ends left out.
+        The longest length and the count of each bin, without empty bins at both ends.
     """
     longest = int(np.max(lengths, initial=0))
     edges = [8]

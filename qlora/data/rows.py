@@ -1,4 +1,4 @@
-"""Sources to rows, each of which knows where it came from. Nothing is held but the row at hand."""
+"""Rows of sources, read one at a time, each with its origin."""
 
 import codecs
 import csv
@@ -15,7 +15,7 @@ from qlora.data.sources import TYPES, Source, find_files, type_of
 from qlora.data.tables import HeaderRule, table_rows
 from qlora.errors import DataError
 
-# Kinds of table, and what is between their fields.
+# Delimiters by type of table.
 TABLES = {"csv": ",", "tsv": "\t"}
 
 
@@ -24,7 +24,7 @@ class Row:
     """One row as it was read.
 
     Attributes:
-        values: By column.
+        values: Values by column.
         origin: File and line or row number, for messages.
     """
 
@@ -34,7 +34,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that can't be read, and why."""
+    """A row that can't be read.
+
+    Attributes:
+        origin: File and line or row number, for messages.
+        problem: Why it can't be read.
+    """
 
     origin: str
     problem: str
@@ -44,22 +49,22 @@ def read_rows(source: Source, rule: HeaderRule) -> Iterator[Row | BadRow]:
     """Read a source row by row.
 
     Args:
-        source: Where the rows are.
+        source: The source.
         rule: Decides whether tables begin with a header.
 
     Raises:
-        DataError: The source is absent, empty, of a kind that can't be read, or broken beyond a row.
+        DataError: The source is absent, empty, of an unknown type, or broken as a whole.
     """
     files = [(file, _kind_of(file, source)) for file in find_files(source)]
     if source.header != "auto" and not any(kind in TABLES for _, kind in files):
-        raise DataError(f"{source.path}: header is for CSV and TSV files, and it has none; leave header out.")
+        raise DataError(f"{source.path}: header applies to CSV and TSV files, and it has none; remove header.")
     of_files = (row for file, kind in files for row in _read_file(file, kind, source.encoding, rule))
     num_rows = 0
     for row in of_files if files else _read_hub(source):
         num_rows += 1
         yield row
     if not num_rows:
-        raise DataError(f"{source.path} holds no rows.")
+        raise DataError(f"{source.path} has no rows.")
 
 
 def _kind_of(path: Path, source: Source) -> str:
@@ -67,11 +72,11 @@ def _kind_of(path: Path, source: Source) -> str:
     kinds = sorted({*TYPES.values(), "lines"})
     if kind is None:
         raise DataError(
-            f"{path}: '{path.suffix}' files can't be read; use one of {', '.join(TYPES)} (textual ones also with .gz), "
-            f"or tell what it holds with type: {', '.join(kinds)}."
+            f"{path}: '{path.suffix}' files can't be read; use one of {', '.join(TYPES)} (text files also as .gz), "
+            f"or set type to one of {', '.join(kinds)}."
         )
     if kind not in kinds:
-        raise DataError(f"{path}: type '{kind}' is unknown; there are auto, {', '.join(kinds)}.")
+        raise DataError(f"{path}: type '{kind}' is unknown; use one of auto, {', '.join(kinds)}.")
     return kind
 
 
@@ -90,18 +95,18 @@ def _read_file(path: Path, kind: str, encoding: str, rule: HeaderRule) -> Iterat
 
 
 def _open_text(path: Path, encoding: str) -> AbstractContextManager[TextIO]:
-    """Opens a textual file, with line ends as they are and without its byte-order mark."""
+    """Open a text file, keeping line ends and skipping a byte-order mark."""
     try:
         "".encode(encoding)
     except (LookupError, ValueError):
-        raise DataError(f"encoding: '{encoding}' is unknown; utf-8, latin-1 and utf-16 are usual.") from None
+        raise DataError(f"encoding: '{encoding}' is unknown; common ones are utf-8, latin-1 and utf-16.") from None
     name = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     return _open(path, "rt", encoding=name, newline="")
 
 
 @contextmanager
 def _open(path: Path, mode: str, **how: str) -> Iterator[Any]:
-    """Opens a file, unpacking it by its name, and tells what is wrong with it."""
+    """Open a file, decompress it if its suffix is .gz, and raise DataError for whatever is wrong with it."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, mode, **how) as stream:
@@ -113,26 +118,26 @@ def _open(path: Path, mode: str, **how: str) -> Iterator[Any]:
 
 
 def _undecodable(path: Path, encoding: str) -> str:
-    """Where the first character is that has no meaning in an encoding."""
-    wholly = f" is not {encoding}; convert it, or set encoding for this source."
+    """Describe the first place in a file that can't be decoded."""
+    anywhere = f" is not {encoding}; convert it, or set encoding for this source."
     if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
-        return wholly  # its lines can't be told apart by their bytes
+        return anywhere  # its line ends can't be found in the bytes
     with _open(path, "rb") as stream:
         head = stream.read(2)
         if head in (b"\xff\xfe", b"\xfe\xff"):
             return " is UTF-16; set encoding: utf-16 for this source."
         if head == b"\x1f\x8b":
-            return " is compressed by gzip; its name should end in .gz."
+            return " is compressed with gzip; rename it to end in .gz."
         stream.seek(0)
         for number, line in enumerate(lines_of(stream, path), start=1):
             try:
                 line.decode(encoding)
             except UnicodeDecodeError as error:
-                where = f"byte 0x{line[error.start]:02x}, byte {error.start + 1} of the line"
-                return f":{number}: this is not {encoding} ({where}); convert it, or set encoding for this source."
-            except UnicodeError:  # of encodings that tell no place
+                where = f"byte 0x{line[error.start]:02x} at position {error.start + 1} of the line"
+                return f":{number}: invalid {encoding} ({where}); convert it, or set encoding for this source."
+            except UnicodeError:  # some encodings give no position
                 break
-    return wholly
+    return anywhere
 
 
 def _read_json(stream: TextIO, path: Path) -> Iterator[Row | BadRow]:
@@ -149,12 +154,12 @@ def _row(value: Any, origin: str) -> Row | BadRow:
     if isinstance(value, str):
         return Row({"text": value}, origin)
     if not isinstance(value, dict):
-        return BadRow(origin, f"a row should be an object with named columns, not {value!r:.80}.")
+        return BadRow(origin, f"a row should be a JSON object, not {value!r:.80}.")
     return Row(value, origin)
 
 
 def _read_table(stream: TextIO, path: Path, kind: str, rule: HeaderRule) -> Iterator[Row | BadRow]:
-    csv.field_size_limit(MAX_CHARACTERS)  # documents are longer than its 128 KB
+    csv.field_size_limit(MAX_CHARACTERS)  # its default of 128 KB is too short for documents
     for number, values, problem in table_rows(lines_of(stream, path), path, TABLES[kind], rule):
         yield BadRow(f"{path}:{number}", problem) if problem else Row(values, f"{path}:{number}")
 
@@ -164,7 +169,7 @@ def _read_text(stream: TextIO, path: Path) -> Iterator[Row]:
     if len(text) > MAX_CHARACTERS:
         raise DataError(
             f"{path} is one document of more than {MAX_CHARACTERS >> 20} Mi characters; set type: lines to make each "
-            "line a row, or make it a .jsonl of documents."
+            "line a row, or convert it to a .jsonl of documents."
         )
     if text.strip():
         yield Row({"text": text.replace("\r\n", "\n")}, str(path))
@@ -185,7 +190,7 @@ _READERS: dict[str, Any] = {
 
 
 def _read_columns(path: Path, kind: str) -> Iterator[Row]:
-    """Rows of a parquet or arrow file, in whose nested columns an absent key is a None."""
+    """Read the rows of a parquet or arrow file; its nested columns have None for absent keys."""
     from datasets import load_dataset
 
     try:
@@ -204,10 +209,10 @@ def _read_hub(source: Source) -> Iterator[Row]:
 
 
 def load_hub(source: Source) -> Any:
-    """A data set on the hub, downloaded once by datasets.
+    """Load a dataset from the hub, or from the cache of `datasets`.
 
     Raises:
-        DataError: It can't be had.
+        DataError: It is not available.
     """
     from datasets import load_dataset
 
@@ -216,11 +221,11 @@ def load_hub(source: Source) -> Any:
     try:
         return load_dataset(name, **subset, split=source.split or split or "train", revision=source.revision)
     except Exception as error:  # the hub's client raises errors of many libraries
-        raise DataError(f"{source.path} is no file here, and can't be read from the hub: {error}") from error
+        raise DataError(f"{source.path} is not a local file, and can't be read from the hub: {error}") from error
 
 
 def _undecoded(rows: Any) -> Any:
-    """Rows as they are stored: decoding would open whatever file or address they say that an image or sound is at."""
+    """Return rows without decoding, which would open any file or address that an image or audio column names."""
     return rows.decode(False)
 
 

@@ -1,4 +1,4 @@
-"""Examples as text again, in pieces that tell what of them is learned."""
+"""Examples decoded into pieces of text that show what is supervised."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,9 +12,9 @@ class Piece:
     """A run of tokens of one kind.
 
     Attributes:
-        text: As it decodes where it stands.
-        weight: Of the loss of each of its tokens; 0 where it is not learned.
-        is_special: It is a control token.
+        text: Its text, decoded in context.
+        weight: Weight of the loss of each of its tokens; 0 if they are not supervised.
+        is_special: Whether it is a control token.
     """
 
     text: str
@@ -23,7 +23,7 @@ class Piece:
 
 
 def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:
-    """Cuts an example where what is learned begins or ends, and around every control token."""
+    """Cut an example where the weight changes, and around every control token."""
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids, weights = example.input_ids.tolist(), example.weights.tolist()
@@ -34,11 +34,11 @@ def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:
 
     cut, before = [], ""
     for (weight, is_special, _), places in groupby(range(len(ids)), key=kind):
-        # By the whole text so far: a piece on its own may decode without its leading space.
+        # Decode everything so far, since a piece on its own may lose its leading space.
         end = max(places) + 1
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         if end < len(ids):
-            text = text.rstrip("\ufffd")  # a character that its next token completes
+            text = text.rstrip("\ufffd")  # a character that the next token completes
         cut.append(Piece(text[len(before) :], weight, is_special))
         before = text
     return cut

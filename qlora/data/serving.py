@@ -1,5 +1,6 @@
-"""What of a tokenizer or its chat template would make a server feed other ids than were trained on."""
+"""Checks of tokenizer and chat template, so that a server feeds the ids that were trained on."""
 
+import json
 import re
 from collections import Counter
 from functools import cached_property
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.examples import parts_of
-from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render
+from qlora.data.named_templates import missing_control_tokens
+from qlora.data.template import PROBE, THINKING_SWITCHES, adds_bos, render, template_name
 from qlora.errors import ConfigError, DataError
 
 QUESTION = {"role": "user", "content": "a"}
@@ -16,31 +18,31 @@ TOOL = {
     "type": "function",
     "function": {"name": PROBE, "description": "a", "parameters": {"type": "object", "properties": {}}},
 }
-CALL_ID = "abcdefgh1"  # of the length that Mistral's templates demand
-# Texts on whose leading spaces two readings of one tokenizer file may differ.
+CALL_ID = "abcdefgh1"  # of the length that Mistral's templates require
+# Texts whose leading spaces transformers and tokenizers may tokenize differently.
 SPACED = (" Hello", "  Hello", "\n Hello")
-# A thought written into an answer's content, and the answer behind it.
+# A thought in an answer's content, and the answer after it.
 THOUGHT = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)*)", re.DOTALL)
 
 
 class TemplateFacts:
-    """What a tokenizer's chat template does, found out by rendering probes with it when it is first needed."""
+    """Facts about a tokenizer's chat template, found by rendering probes with it on first use."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def check(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
-        """Check that the template writes everything a conversation has.
+        """Check that the template writes everything that a conversation has.
 
         Raises:
             ConfigError: The template begins with BOS twice.
-            DataError: The template does not write what the conversation has.
+            DataError: The template leaves out something that the conversation has.
         """
         self._check_bos()
         if not self._writes_text:
             raise DataError(
-                "the chat template writes no plain text, as some that are made for images; set data.chat_template to "
-                "chatml, or to a jinja file made for text."
+                "the chat template doesn't write plain text, like some templates made for images; set "
+                "data.chat_template to chatml, or to a jinja file made for text."
             )
         roles = {message["role"] for message in messages}
         keys = {key for message in messages for key in message}
@@ -58,41 +60,51 @@ class TemplateFacts:
         if lost:
             raise DataError(
                 f"the chat template leaves out this conversation's {' and '.join(lost)}; set data.chat_template to one "
-                "that writes them (the built-in chatml does), or take them out of the data."
+                "that writes them (the built-in chatml does), or remove them from the data."
             )
 
     def check_written(self, messages: list[dict[str, Any]], text: str) -> None:
-        """Check that what turns say is in what was made of them, each time that a turn says it.
+        """Check that a rendered text contains the content of every turn, as often as turns have it.
 
-        A template may move a thought that begins an answer into its own marks, but not drop it, and may write no part
-        of an answer as a thought that is none.
+        A template may move a thought that begins an answer between marks of its own, but may not drop it, and may not
+        turn another part of an answer into a thought.
 
         Raises:
-            DataError: A turn's text is not there.
+            DataError: The text lacks a turn's content.
         """
         for message in messages:
             lost = _first_lost(message, text) or _lost_once(message, messages, text)
             if lost is not None:
                 raise DataError(
-                    f"the chat template leaves out or changes what a turn of {message['role']} says, {lost!r:.60}; set "
+                    f"the chat template leaves out or changes the {message['role']} turn's text, {lost!r:.60}; set "
                     "data.chat_template to one that writes it (the built-in chatml does)."
                 )
 
     def notes(self) -> list[str]:
-        """What a user should know of the template."""
+        """Return what a user should know about the template, a line each."""
         notes, ids = [], self._prompt_ids
         if ids is not None and adds_bos(self._tokenizer) and ids[:1] != [self._tokenizer.bos_token_id]:
             notes.append(
-                "the chat template writes no BOS, though the tokenizer starts plain text with it: transformers and "
-                "vLLM feed conversations without, llama.cpp with it"
+                "the chat template writes no BOS, although the tokenizer starts plain text with it: transformers and "
+                "vLLM feed conversations without BOS, llama.cpp with it"
             )
         if re.search("strftime_now|date_string", str(self._tokenizer.chat_template)):
-            notes.append("the chat template writes a date: that of the day on which the data was tokenized")
+            notes.append("the chat template writes the current date; the data has the date on which it was tokenized")
+        name = template_name(self._tokenizer)
+        if name is not None and (missing := missing_control_tokens(self._tokenizer, name)):
+            ends = [token for token in missing if token in (self.tail or "")]
+            behind = f", and answers end with the text {' '.join(ends)} and EOS" if ends else ""
+            notes.append(
+                f"the tokenizer has no {', '.join(missing)}: the chat template {name} writes them as ordinary text"
+                f"{behind}; to train them as tokens, set data.new_tokens: {json.dumps(missing)}"
+            )
         return notes
 
     def modes(self, answer: dict[str, Any]) -> tuple[bool | None, ...]:
-        """How a server may have the template write the prompt for an answer: as it does by default, or else with
-        thinking switched on for an answer that thinks, and off for another, if it has such a switch.
+        """Return the modes in which a server may render the prompt for an answer.
+
+        These are the default, and if the template has a switch for thinking: on for an answer that thinks, off for
+        another.
         """
         if not self._switch:
             return (None,)
@@ -100,22 +112,22 @@ class TemplateFacts:
         return None, thinks
 
     def switch(self, thinking: bool | None) -> Counter[str]:
-        """The setting that a server needs for a prompt in one of :meth:`modes`, counted once; empty for the default."""
+        """Count once the setting that a server needs for a prompt in one of :meth:`modes`; empty for the default."""
         return Counter() if thinking is None else Counter([f"{self._switch}={str(thinking).lower()}"])
 
     def header_of(self, span: str, before: str) -> str:
-        """What a template writes in front of an answer, if an answer's span begins with it."""
+        """Return the header that a template writes before an answer, if an answer's span begins with one."""
         headers = [header for header in self._headers if span.startswith(header) and not before.endswith(header)]
         return max(headers, key=len, default="")
 
     def begins_turn(self, text: str) -> bool:
-        """Whether the first control token of what is behind an answer's words opens a turn instead of ending one."""
+        """Return whether the first control token after an answer's text opens a turn instead of ending one."""
         found = self.control_token.search(text)
         return found is not None and found[0] in self._openers
 
     @cached_property
     def tail(self) -> str | None:
-        """What the template writes behind the words of an answer; None if it does not write a plain answer."""
+        """Text that the template writes after the content of an answer; None if it refuses a plain answer."""
         _, found, behind = self._probed([QUESTION, ANSWER | {"content": PROBE}]).rpartition(PROBE)
         return behind if found else None
 
@@ -127,12 +139,12 @@ class TemplateFacts:
 
     @cached_property
     def control_token(self) -> re.Pattern[str]:
-        """Matches the tokenizer's control tokens."""
+        """Pattern that matches the tokenizer's control tokens."""
         tokens = self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
         return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))))
 
     def control_tokens(self, value: Any) -> list[str]:
-        """Control tokens in a text, or in all texts of a list or an object, its keys among them."""
+        """Return the control tokens in a text, or in all texts of a list or an object, including its keys."""
         if isinstance(value, str):
             return self.control_token.findall(value)
         if isinstance(value, dict):
@@ -140,7 +152,7 @@ class TemplateFacts:
         return [token for each in value for token in self.control_tokens(each)] if isinstance(value, list) else []
 
     def mark_control_tokens(self, value: Any) -> Any:
-        """A value as in :meth:`control_tokens`, with PROBE in front of each control token."""
+        """Return a value, as in :meth:`control_tokens`, with PROBE inserted before each control token."""
         if isinstance(value, str):
             return self.control_token.sub(lambda found: PROBE + found[0], value)
         if isinstance(value, dict):
@@ -149,25 +161,25 @@ class TemplateFacts:
 
     @cached_property
     def _openers(self) -> set[str]:
-        """Control tokens that begin an answer, but end none."""
+        """Control tokens that begin an answer, but don't end one."""
         tail = self.control_token.findall(self.tail or "")[:1]
         return {token for header in self._headers for token in self.control_token.findall(header)} - {*tail}
 
     @cached_property
     def _headers(self) -> list[str]:
-        """What stands between a question and its answer, as the template renders it and as its prompt ends."""
+        """Texts between a question and its answer: in a rendered conversation, and at the end of a prompt."""
         asked, probe = self._probed([QUESTION]), ANSWER | {"content": PROBE}
         found = [self._probed([QUESTION, probe]).partition(PROBE)[0], self._probed([QUESTION], True)]
         return [text[len(asked) :] for text in found if asked and len(text) > len(asked) and text.startswith(asked)]
 
     @cached_property
     def _switch(self) -> str | None:
-        """The variable of the template that switches thinking."""
+        """Name of the template's variable that switches thinking, or None."""
         names = re.findall(r"\b(?:" + "|".join(THINKING_SWITCHES) + r")\b", str(self._tokenizer.chat_template))
         return next((name for name in THINKING_SWITCHES if name in names), None)
 
     def _probed(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """A conversation as text, with a tool if the template demands one; empty if it refuses that, too."""
+        """Render a conversation, with a tool if the template requires one; return an empty text if it refuses both."""
         for tools in (None, [TOOL]):
             try:
                 return render(self._tokenizer, messages, tools, add_generation_prompt)
@@ -183,7 +195,7 @@ class TemplateFacts:
     def _check_bos(self) -> None:
         bos = self._tokenizer.bos_token_id
         if bos is not None and self._prompt_ids is not None and self._prompt_ids[:2] == [bos, bos]:
-            raise ConfigError("data.chat_template: the template begins a conversation with BOS twice; take one out.")
+            raise ConfigError("data.chat_template: the template begins a conversation with BOS twice; remove one.")
 
     @cached_property
     def _writes_text(self) -> bool:
@@ -220,31 +232,31 @@ class TemplateFacts:
         try:
             return PROBE in render(self._tokenizer, messages, tools, thinking=thinking)
         except DataError:
-            return True  # it refuses the probe for another reason; a row's own refusal tells it
+            return True  # the template refuses the probe for another reason, which a row's own error will show
 
 
 def _first_lost(message: dict[str, Any], text: str) -> str | None:
-    """What a turn says first that is not in a text, in its order; None if all is."""
+    """Return the first piece of a turn's content that a text lacks, in order; None if it has all."""
     if message["role"] == "tool":  # templates write results as JSON, or escape them
         return None
-    thoughts, words = [], message["content"]
+    thoughts, content = [], message["content"]
     if message["role"] == "assistant":
         thoughts = [message.get("reasoning_content", "")]
-        if thought := THOUGHT.fullmatch(words):
-            thoughts, words = [*thoughts, thought[1]], thought[2]
+        if thought := THOUGHT.fullmatch(content):
+            thoughts, content = [*thoughts, thought[1]], thought[2]
     thoughts = [thought.strip() for thought in thoughts if thought.strip()]
     place = 0
-    for number, piece in enumerate((*thoughts, *map(str.strip, parts_of(words)))):
+    for number, piece in enumerate((*thoughts, *map(str.strip, parts_of(content)))):
         place = text.find(piece, place)
         is_first_thought = number == 0 and thoughts
-        if place < 0 or is_first_thought and "</think>" in text[:place]:  # behind a thought that was closed
+        if place < 0 or is_first_thought and "</think>" in text[:place]:  # after the end of another thought
             return piece
         place += len(piece)
     return None
 
 
 def _lost_once(message: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str | None:
-    """What a turn says, if fewer places of a text have it than turns do; None otherwise."""
+    """Return a piece of a turn's content that a text has less often than the turns do; None if there is none."""
     if message["role"] in ("assistant", "tool"):
         return None
     spoken = [part for other in messages for part in parts_of(other["content"])]
@@ -253,13 +265,13 @@ def _lost_once(message: dict[str, Any], messages: list[dict[str, Any]], text: st
 
 
 def _call(name: str) -> dict[str, Any]:
-    """A turn that calls a function."""
+    """Return a turn that calls a function."""
     call = {"type": "function", "id": CALL_ID, "function": {"name": name, "arguments": {}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def tokenizer_notes(tokenizer: Any) -> list[str]:
-    """What a user should know of a tokenizer: where transformers reads its file otherwise than other tools do."""
+    """Return a line if transformers tokenizes leading spaces differently than the tokenizer's own file says."""
     from tokenizers import Tokenizer
 
     path = Path(tokenizer.name_or_path) / "tokenizer.json"
@@ -273,7 +285,7 @@ def tokenizer_notes(tokenizer: Any) -> list[str]:
         )
         if here != there:
             return [
-                f"transformers turns {text!r} into {here}, the tokenizer.json itself (and llama.cpp) into {there}: "
-                "begin no completion and no answer with a space"
+                f"transformers tokenizes {text!r} as {here}, tokenizer.json itself (and llama.cpp) as {there}: "
+                "don't begin completions or answers with a space"
             ]
     return []

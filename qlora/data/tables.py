@@ -1,4 +1,4 @@
-"""CSV and TSV to rows, with a header line or without."""
+"""Rows of CSV and TSV files, with or without a header line."""
 
 import csv
 from collections import Counter
@@ -10,7 +10,7 @@ from qlora.errors import DataError
 
 
 class HeaderRule:
-    """Decides whether the tables of a source begin with a header line, and remembers why.
+    """Decides whether the tables of a source begin with a header line, and records why.
 
     With `auto`, the first line is a header if it has a column name that is read, and data if columns are mapped by
     number. If the first line matches both rules or neither, it is rejected: guessing would lose a row or train on a
@@ -30,7 +30,7 @@ class HeaderRule:
         """Decide for the table whose first line has these fields.
 
         Raises:
-            DataError: The rule is `auto`, and the line does not decide it.
+            DataError: The rule is `auto`, and the line is ambiguous.
         """
         if isinstance(self._header, bool):
             return self._header
@@ -66,22 +66,22 @@ def table_rows(
     """Read a table row by row; without a header its columns are named `0`, `1`, ….
 
     Args:
-        lines: Of the table, with their ends.
-        path: Named in errors.
-        delimiter: Between fields.
-        rule: Decides about the first line.
+        lines: Lines of the table, with their line ends.
+        path: Path of the file, for messages.
+        delimiter: Character between fields.
+        rule: Rule for the first line.
 
     Yields:
-        Line on which the row begins, values by column, and what is wrong with it: an empty text if nothing is.
+        Number of the line on which the row begins, values by column, and what is wrong with it, or an empty text.
 
     Raises:
-        DataError: The header is broken, or can't be decided about.
+        DataError: The header is broken, or `rule` can't decide.
     """
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[str] | None = None
     named_by = "the header names"
     while True:
-        number = reader.line_num + 1  # where it begins: a quote that is not closed runs to the file's end
+        number = reader.line_num + 1  # the row's first line: an unclosed quote runs to the end of the file
         try:
             fields = next(reader)
         except StopIteration:

@@ -1,34 +1,35 @@
-"""Chat templates: which one is used, and the ids it gives. Training, generate and chat go through here."""
+"""Chat templates: choose one and render conversations with it, for training, generate and chat alike."""
 
 import json
+from difflib import get_close_matches
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qlora.data.examples import parts_of
+from qlora.data.named_templates import mark_control_tokens, read_named, template_names
 from qlora.errors import DataError
 
 DEFAULT_TEMPLATE = "alpaca"
-BUILT_IN = ("alpaca", "chatml")
-# Where multimodal models keep the template that their tokenizer lacks.
+# Files in which multimodal models keep the template that their tokenizer lacks.
 PROCESSOR_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
-# Variables by which templates let a server switch thinking on or off.
+# Variables with which a server switches thinking on or off in a template.
 THINKING_SWITCHES = ("enable_thinking", "thinking", "open_thinking")
-# A text that no template writes by itself.
+# Text that no template writes by itself.
 PROBE = "qwxzk"
 
 
 def apply_template(tokenizer: Any, chat_template: str) -> str:
-    """Sets the tokenizer's chat template, which is saved with every adapter and model.
+    """Set the tokenizer's chat template, which is saved with every adapter and model.
 
     Args:
-        tokenizer: Of transformers; changed in place.
-        chat_template: `auto` (the tokenizer's own, else that of the base's processor, else `alpaca`), a built-in name,
-            or a jinja file.
+        tokenizer: A tokenizer of transformers; changed in place. With a template by name, the template's control
+            tokens become special tokens, if the tokenizer has them.
+        chat_template: `auto` (the tokenizer's own, else that of the base's processor, else `alpaca`), a name of
+            :func:`qlora.data.named_templates.template_names`, or a jinja file.
 
     Returns:
-        Which template is used, for people to read.
+        Which template is used, for reports.
 
     Raises:
         DataError: There is no such file or name, or the processor's file is damaged.
@@ -41,19 +42,29 @@ def apply_template(tokenizer: Any, chat_template: str) -> str:
                 tokenizer.chat_template = found
                 return f"{path.name} of the base (the tokenizer has none)"
     name = DEFAULT_TEMPLATE if chat_template == "auto" else chat_template
-    if name in BUILT_IN:
-        tokenizer.chat_template = _built_in(tokenizer, name)
-        return f"{name} (the tokenizer has none)" if chat_template == "auto" else name
+    if name in template_names():
+        mark_control_tokens(tokenizer, name)
+        tokenizer.chat_template = _named(tokenizer, name)
+        return f"{name} ({'the tokenizer has none' if chat_template == 'auto' else 'by name'})"
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(("auto", *BUILT_IN))
-        raise DataError(f"data.chat_template: '{name}' is neither a jinja file nor one of {known}.")
+        raise DataError(_unknown_template(name))
     tokenizer.chat_template = _read_template(path)
     return str(path)
 
 
+def _unknown_template(name: str) -> str:
+    """Describe a template that is neither a file nor a name, with the closest names."""
+    names = ["auto", *template_names()]
+    near = get_close_matches(name.lower(), names)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"data.chat_template: {name!r} is neither a jinja file nor a template's name; {hint}Names: {', '.join(names)}."
+    )
+
+
 def _read_template(path: Path) -> str | None:
-    """The template in a jinja file, or under its key in a processor's JSON file."""
+    """Return the template in a jinja file, or under its key in a processor's JSON file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -63,28 +74,28 @@ def _read_template(path: Path) -> str | None:
     try:
         template = json.loads(text).get("chat_template")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"data.chat_template: {path} is no JSON object: {error}; download it again.") from None
+        raise DataError(f"data.chat_template: {path} is not a JSON object: {error}; download it again.") from None
     if not isinstance(template, str | None):
         raise DataError(
-            f"data.chat_template: {path} has several templates; save the one to use as a jinja file, and name that."
+            f"data.chat_template: {path} has several templates; save one as a jinja file and name that file."
         )
     return template
 
 
-def template_name(tokenizer: Any) -> str:
-    """Return the name of the built-in chat template that a tokenizer has, or that it has its own."""
-    names = (name for name in BUILT_IN if tokenizer.chat_template == _built_in(tokenizer, name))
-    return next(names, "the tokenizer's own")
+def template_name(tokenizer: Any) -> str | None:
+    """Return the name of the tokenizer's chat template; None if it is none of those by name."""
+    names = (name for name in template_names() if tokenizer.chat_template == _named(tokenizer, name))
+    return next(names, None)
 
 
-def _built_in(tokenizer: Any, name: str) -> str:
-    text = files("qlora.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
-    # Where a tokenizer starts every text with BOS, so does its template; a server then feeds the same ids.
-    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + text
+def _named(tokenizer: Any, name: str) -> str:
+    text = read_named(name).text
+    # If the tokenizer starts every text with BOS, the template does too, so that a server feeds the same ids.
+    return ("{{ bos_token }}" if "bos_token" not in text and adds_bos(tokenizer) else "") + text
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer starts a plain text with BOS."""
+    """Return whether the tokenizer starts a plain text with BOS."""
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
@@ -96,17 +107,17 @@ def render(
     add_generation_prompt: bool = False,
     thinking: bool | None = None,
 ) -> str:
-    """Renders a conversation as text.
+    """Render a conversation as text.
 
     Args:
-        tokenizer: With its template in place.
-        messages: The turns, whose content is text; a template that reads parts gets the parts that it was given in.
+        tokenizer: A tokenizer with its template set.
+        messages: The turns. Their content is text; a template that reads parts gets the parts that it was given in.
         tools: Descriptions of the tools that may be called.
-        add_generation_prompt: End with what asks for an answer.
-        thinking: Switch the template's thinking on or off; by default it is as the template has it.
+        add_generation_prompt: End with the header of an answer.
+        thinking: Switch the template's thinking on or off; None keeps the template's default.
 
     Raises:
-        DataError: The template refuses it; the message has its reason.
+        DataError: The template refuses the conversation; the message has its reason.
     """
     if _reads_parts(tokenizer, str(tokenizer.chat_template)):
         messages = [message | {"content": _as_parts(message["content"])} for message in messages]
@@ -115,7 +126,7 @@ def render(
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
         )
-    except Exception as error:  # a template is a program: besides its own refusals it can fail in any way
+    except Exception as error:  # a template is a program and can fail in any way
         raise DataError(f"the chat template refuses this conversation: {error}") from error
 
 
@@ -125,7 +136,7 @@ def _as_parts(text: str) -> list[dict[str, str]]:
 
 @lru_cache(maxsize=16)
 def _reads_parts(tokenizer: Any, chat_template: str) -> bool:
-    """Whether a tokenizer's template, named for the cache, writes content given as parts, and no content of text."""
+    """Return whether a tokenizer's template writes content given as parts, but not as text; its text is a cache key."""
 
     def times_written(content: Any) -> int:
         turns = [{"role": role, "content": content} for role in ("user", "assistant")]
@@ -141,5 +152,5 @@ def _reads_parts(tokenizer: Any, chat_template: str) -> bool:
 def encode_prompt(
     tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
-    """Return the ids of a conversation that the model is to answer: what comes before an answer in training."""
+    """Return the ids of a conversation up to the model's answer, as they stand before an answer in training."""
     return tokenizer(render(tokenizer, messages, tools, add_generation_prompt=True), add_special_tokens=False).input_ids

@@ -1,4 +1,4 @@
-"""A document in tokens, and how much each of them counts."""
+"""A document in tokens, with the weight of each."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One document.
+    """One document in tokens.
 
     Attributes:
         input_ids: (length,), int32.
-        weights: (length,), float16: how much the loss of predicting the token counts; 0 where it is not learned. The
-            first never is: nothing comes before it.
+        weights: (length,), float16: weight of the loss of predicting the token, 0 if it is not supervised. The first
+            is always 0, as no token precedes it.
     """
 
     input_ids: np.ndarray
@@ -25,32 +25,32 @@ class TokenizedExample:
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """(length,), bool: the token is to be predicted."""
+        """(length,), bool: whether the token is supervised."""
         return self.weights > 0
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that are to be predicted."""
+        """Number of supervised tokens."""
         return int(np.count_nonzero(self.weights))
 
     @property
     def total_weight(self) -> float:
-        """Of all tokens; their number where each counts as one."""
+        """Sum of all weights: the number of supervised tokens if each has weight 1."""
         return float(self.weights.sum(dtype=np.float64))
 
     def __getitem__(self, span: slice) -> "TokenizedExample":
-        """A part of the document, as a document of its own."""
+        """Return a part of the document as a document of its own."""
         return make_example(self.input_ids[span], self.weights[span])
 
 
 def make_example(input_ids: Any, weights: Any) -> TokenizedExample:
-    """Builds an example from ids and their weights, any sequences of equal length; a mask of truths serves too."""
+    """Build an example from ids and weights, sequences of equal length; weights may also be a mask of booleans."""
     weights = np.array(weights, dtype=np.float16)
     weights[:1] = 0
     return TokenizedExample(np.asarray(input_ids, dtype=np.int32), weights)
 
 
 def supervised_bytes(tokenizer: Any, examples: Iterable[TokenizedExample]) -> int:
-    """Bytes of UTF-8 that the supervised tokens of examples stand for, special tokens left out."""
+    """Count the UTF-8 bytes that the supervised tokens of examples decode to, without special tokens."""
     texts = (tokenizer.decode(example.input_ids[example.loss_mask], skip_special_tokens=True) for example in examples)
     return sum(len(text.encode()) for text in texts)

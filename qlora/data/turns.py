@@ -1,4 +1,4 @@
-"""Turns of a conversation in the dialects there are, to the one that chat templates read."""
+"""Turns of a conversation, from the dialects of different trainers to the form that chat templates read."""
 
 import json
 import re
@@ -8,10 +8,10 @@ from typing import Any
 from qlora.data.examples import JoinedParts, PartWeights
 from qlora.data.masks import DETAILS, OFFSETS, WEIGHT_KEYS, details_of, join_weights, read_details, read_weight
 from qlora.data.rows import Row
+from qlora.data.values import check_unicode, parse_json
 from qlora.errors import DataError
-from qlora.files.json_values import parse_value
 
-# Names of speakers in files, by the role that a chat template knows.
+# Names of roles in files, by the role that a chat template knows.
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -19,7 +19,7 @@ ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-# Turns of these speakers are calls in JSON, as ShareGPT writes them.
+# Turns with these roles are calls in JSON, as in ShareGPT.
 CALLERS = ("function_call", "tool_call")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -28,11 +28,11 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 CALL_KEYS = ("tool_calls", "function_call")
 # Keys of a call and of the function in it.
 FUNCTION_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
-# How a turn begins in HH-RLHF's text form, which holds a conversation as one text.
+# Start of a turn in HH-RLHF's text form, which has a conversation as one text.
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
 TRANSCRIPT_FORM = r"'\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends"
-# Keys of a turn that are read, whatever its role; and of a turn of a tool.
+# Keys that are read in turns of every role, and in turns of a tool.
 TURN_KEYS = {*REASONING_KEYS, *CALL_KEYS, *WEIGHT_KEYS}
 RESULT_KEYS = ("name", "tool_call_id")
 
@@ -41,8 +41,8 @@ class TurnReader:
     """Reads the turns of rows.
 
     Args:
-        columns: Our name of a turn's key, `role` or `content`, to theirs.
-        roles: Their name of a speaker to ours.
+        columns: Names of a turn's keys in the data, by our names `role` and `content`; other names are ignored.
+        roles: Our names of roles, by the names in the data.
 
     Attributes:
         unread: Keys of turns and of their parts that nothing read, over all rows.
@@ -57,20 +57,20 @@ class TurnReader:
     def read_all(
         self, row: Row, column: str, turns: Any, read_elsewhere: Iterable[str] = ()
     ) -> tuple[list[dict[str, Any]], list[float | PartWeights] | None]:
-        """Reads a list of turns.
+        """Read a list of turns.
 
         Args:
-            row: The row that holds them.
-            column: Where in it.
-            turns: A list of objects, one such object, or such a list as JSON.
+            row: The row, for messages.
+            column: The column, for messages.
+            turns: A list of objects, a single object, or a list of objects as JSON.
             read_elsewhere: Keys of turns that the caller reads.
 
         Returns:
-            The turns with `role`, `content` and, where there are such, `reasoning_content`, `tool_calls`, `name` and
+            The turns with `role`, `content` and, if present, `reasoning_content`, `tool_calls`, `name` and
             `tool_call_id`; and the weight of each, or None if no turn has one.
 
         Raises:
-            DataError: They are no turns; the row and the turn are named.
+            DataError: A value is not a turn; the message names the row and the turn.
         """
         if isinstance(turns, str):  # a table holds lists as JSON
             turns = parse_json(row, column, turns)
@@ -94,7 +94,7 @@ class TurnReader:
         role = self._role_of.get(name) if isinstance(name, str) else None
         if role not in ROLES:
             known = ", ".join(sorted(self._role_of))
-            raise DataError(f"{row.origin}: role {name!r:.80} is none of {known}; map it with data.roles.")
+            raise DataError(f"{row.origin}: role {name!r:.80} is unknown; map it with data.roles to one of {known}.")
         media = [key for key in MEDIA_KEYS if turn.get(key)]
         if media:
             raise DataError(f"{row.origin}: a turn has {', '.join(media)}; only text is supported.")
@@ -137,24 +137,26 @@ class TurnReader:
             *read_elsewhere,
         }
         self._note_unread(turn, read)
-        says_more = bool(called) or any(turn.get(key) for key in (*REASONING_KEYS, *DETAILS))
+        has_more = bool(called) or any(turn.get(key) for key in (*REASONING_KEYS, *DETAILS))
         weight = read_weight(row, turn)
         largest = max(filter(None, [weight, *(part for *_, part in parts)]), default=0)
         if largest and role != "assistant":
-            raise DataError(f"{row.origin}: a {role} turn has weight {largest}; only answers can be learned.")
-        return message, join_weights(row, weight, parts, says_more)
+            raise DataError(
+                f"{row.origin}: a {role} turn has weight {largest}; only assistant turns can be trained on."
+            )
+        return message, join_weights(row, weight, parts, has_more)
 
     def _note_unread(self, values: dict[str, Any], known: set[str]) -> None:
         self.unread |= {key for key, value in values.items() if key not in known and value is not None}
 
     def _call(self, row: Row, call: Any) -> dict[str, Any]:
-        """A call with its arguments as an object: templates write a string of JSON as a string."""
+        """Read a call, with its arguments as an object, since templates would quote a JSON string."""
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{row.origin}: a tool call should have 'name' and 'arguments', not {call!r:.80}.")
         for values in (call, function):
             if read_weight(row, values) is not None:
-                raise DataError(f"{row.origin}: a call has a weight; give it to the whole turn.")
+                raise DataError(f"{row.origin}: a call has a weight; set the weight of the whole turn instead.")
             self._note_unread(values, FUNCTION_KEYS)
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
@@ -169,12 +171,11 @@ class TurnReader:
     def _join_parts(
         self, row: Row, parts: list[Any]
     ) -> tuple[dict[str, Any], list[tuple[str, int, int, float | None]], list[Any]]:
-        """Joins the parts of a content, without anything between them if one has a weight, since they are then
-        stretches of one text.
+        """Join the parts of a content: with line breaks, or without any if a part has a weight.
 
         Returns:
-            `content` and, where there is such, `reasoning_content`; each part's place and weight, if one has a weight;
-            and calls.
+            `content` and, if present, `reasoning_content`; place and weight of each part if one has a weight; and
+            calls.
         """
         texts: dict[str, list[tuple[str, float | None]]] = {"content": [], "reasoning_content": []}
         calls, weights = [], []
@@ -193,17 +194,19 @@ class TurnReader:
             if kind == "tool_call":
                 calls.append(parse_json(row, kind, value) if isinstance(value, str) else value)
                 if weight is not None:
-                    raise DataError(f"{row.origin}: a part that is a call has a weight; give it to the whole turn.")
+                    raise DataError(
+                        f"{row.origin}: a part that is a call has a weight; set the weight of the whole turn instead."
+                    )
             else:
                 key = "content" if kind == "text" else "reasoning_content"
                 texts[key].append((check_unicode(row, value), weight))
         is_weighted = any(weight is not None for weight in weights)
         join = "".join if is_weighted else JoinedParts
-        joined = {key: join(text for text, _ in said) for key, said in texts.items()}
+        joined = {key: join(text for text, _ in pieces) for key, pieces in texts.items()}
         places: list[tuple[str, int, int, float | None]] = []
-        for key, said in texts.items() if is_weighted else ():
+        for key, pieces in texts.items() if is_weighted else ():
             begin = 0
-            for text, own in said:
+            for text, own in pieces:
                 places.append((key, begin, begin + len(text), own))
                 begin += len(text)
         if not texts["reasoning_content"]:
@@ -212,7 +215,7 @@ class TurnReader:
 
 
 def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
-    """The descriptions of tools that a conversation may use, as chat templates read them; None if there are none."""
+    """Read the descriptions of a conversation's tools into the form that chat templates read; None if it has none."""
     if isinstance(tools, str) and tools.strip():
         tools = parse_json(row, "tools", tools)
     if not tools:
@@ -224,66 +227,40 @@ def read_tools(row: Row, tools: Any) -> list[dict[str, Any]] | None:
 
 
 def read_transcript(text: str) -> list[dict[str, Any]] | None:
-    """Reads a conversation in HH-RLHF's text form, `\\n\\nHuman: …\\n\\nAssistant: …`.
+    """Read a conversation in HH-RLHF's text form, `\\n\\nHuman: …\\n\\nAssistant: …`.
 
     Returns:
-        Its turns, without an empty answer at the end, as a prompt has one; None if the text is not in this form.
+        Its turns, without the empty answer at the end of a prompt; None if the text is not in this form.
     """
     before, *pieces = SPEAKER.split(text)
     if before or pieces[:1] != ["Human"]:
         return None
-    said = zip(pieces[::2], map(read_spoken, pieces[1::2]), strict=True)
-    turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in said]
+    spoken = zip(pieces[::2], map(read_spoken, pieces[1::2]), strict=True)
+    turns = [{"role": ROLE_OF[name.lower()], "content": content} for name, content in spoken]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def read_spoken(text: str) -> str:
-    """What is said behind a speaker's mark in HH-RLHF's text form: the text without the blank behind the mark, blank
-    lines in front, and blanks at the end; an indented first line stays so.
+    """Read the text after a speaker's mark in HH-RLHF's text form.
+
+    Removes the blank after the mark, blank lines in front, and blanks at the end; keeps the first line's indentation.
     """
     return re.sub(r"\A ?(?:[^\S\n]*\n)*", "", text).rstrip()
 
 
-def parse_json(row: Row, name: str, text: str) -> Any:
-    """Parses JSON inside a column.
-
-    Raises:
-        DataError: It is none.
-    """
-    try:
-        return parse_value(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{row.origin}: '{name}' should be JSON, not {text!r:.80} ({error}).") from None
-
-
-def check_unicode(row: Row, text: Any) -> str:
-    """Check that a value is text that can be encoded: JSON can hold halves of a surrogate pair, which break tokenizers.
-
-    Raises:
-        DataError: It is not.
-    """
-    if not isinstance(text, str):
-        raise DataError(f"{row.origin}: a turn's content should be text or parts, not {text!r:.80}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.origin}: character {error.start} of {text!r:.40} is half a surrogate pair.") from None
-    return text
-
-
 def _only_one(row: Row, given: Mapping[str, Any]) -> Any:
-    """The value of a turn's keys that mean the same; the first that is not empty.
+    """Return the value of a turn's keys with the same meaning: the first that is not empty.
 
     Raises:
         DataError: Two of them differ, so one would be lost.
     """
-    said = {key: value for key, value in given.items() if value}
-    first = next((value for value in (said or given).values() if value is not None), None)
-    if any(value != first for value in said.values()):
-        raise DataError(f"{row.origin}: {' and '.join(said)} of a turn differ; keep one of them.")
+    filled = {key: value for key, value in given.items() if value}
+    first = next((value for value in (filled or given).values() if value is not None), None)
+    if any(value != first for value in filled.values()):
+        raise DataError(f"{row.origin}: {' and '.join(filled)} of a turn differ; keep one of them.")
     return first
 
 
 def _check_nested(row: Row, value: Any) -> None:
-    """Check that all text in a value can be encoded, wherever it is."""
+    """Check that all text anywhere in a value can be encoded."""
     check_unicode(row, json.dumps(value, ensure_ascii=False, default=str))

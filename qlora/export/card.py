@@ -152,12 +152,14 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     lora, train, data = config.lora, config.train, config.data
     quantization, in_use = record.quantization, record.in_use
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    by_layer = {"ranks": lora.rank_pattern, "alphas": lora.alpha_pattern}
+    own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
     rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     return {
         "steps": run.step,
         "rows per step": f"{rows} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
-        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}",
+        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}{own}",
         "adapted layers": targets,
         **_rows_trained(record, config),
         "learnt from": data.loss_on,

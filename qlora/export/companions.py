@@ -11,7 +11,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.export.card import write_card
 from qlora.export.weights import MergedWeights
 from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
-from qlora.model.base import GENERATION_FILE
+from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -89,6 +89,8 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
 
     generation = load_generation_config(weights.files.folder)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
+    if "pad_token" in weights.config.data.special_tokens:
+        generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses what many published models have: a temperature without do_sample.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
 

@@ -7,22 +7,21 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, StoredRows, adapter_scaling, read_adapter_rows, read_adapter_tensors
+from qlora.checkpoint import RunDirectory, StoredRows, adapter_scalings, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError, ModelError
-from qlora.export.names import ends_in_files, names_in_files, transposed_modules
 from qlora.files import BaseFiles
 from qlora.files.headers import read_header
-from qlora.files.json_files import parse_object
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
-from qlora.model import adapter_spec, build_skeleton, resolve_device
-from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
+from qlora.kernels import LowRank, fold
+from qlora.model import BITSANDBYTES_4BIT, BaseWeights, adapter_spec, build_skeleton, resolve_device, weight_format
+from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
+from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
-QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 class MergedWeights:
@@ -65,22 +64,17 @@ class MergedWeights:
                 f"{self.files.name} is not the base that was trained on: {', '.join(self.base_differs)} differ. "
                 "Put the files of that time back, train on these, or merge all the same with --force."
             )
-        if onto == "original" and self.files.is_bitsandbytes_4bit:
+        if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
             raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        self._scaling = adapter_scaling(run.adapter)
-        trained = adapter_spec(self.config.lora).scaling
-        if not math.isclose(self._scaling, trained):
-            raise ExportError(
-                f"{run.adapter} has a scaling of {self._scaling:g}, the run trained with "
-                f"{trained:g}; take the run's own adapter."
-            )
-        self._stored = StoredTensors(self.files.headers)
-        self._shapes = {name: self._shape(name) for name in self.files.tensors if not self._is_statistic(name)}
+        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
+        self._scalings = adapter_scalings(run.adapter, adapted)
+        self._check_scalings(run)
+        self._base = BaseWeights(self.files)
+        self._shapes = dict(self._base.shapes)
         skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = transposed_modules(skeleton)
-        self._embedding, self._head = ends_in_files(skeleton, self._shapes)
-        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
+        self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
         path = run.adapter / WEIGHTS_FILE
         self._factors = StoredTensors({path: read_header(path)})
         self._adapted = self._by_name_in_files(adapted, skeleton)
@@ -111,7 +105,7 @@ class MergedWeights:
     def notes(self) -> list[str]:
         """Where these may not be quite the weights that the adapter was trained on."""
         here, then = self.device.type, self._trained_on
-        if then == here or all(map(self._is_packed, self._quantized)):
+        if then == here or all(map(self._base.is_4bit, self._quantized)):
             return []
         return [
             f"quantized again on {here}, where the run was trained on {then}: a few weights may have got other codes; "
@@ -130,41 +124,33 @@ class MergedWeights:
     @property
     def num_embeddings(self) -> int | None:
         """Rows of embedding and head where tokens were added behind the base's; None where they are the base's."""
-        longer = [self._shapes[name][0] for name in self._rows if self._shapes[name] != self._stored.shape(name)]
+        longer = [self._shapes[name][0] for name in self._rows if self._shapes[name] != self._base.shapes[name]]
         return longer[0] if longer else None
 
     def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
         """All tensors in the order of the base's files; what is no floating-point number keeps its dtype."""
-        layout = []
-        for name, shape in self._shapes.items():
-            stored = self._stored.dtype(name)
-            is_weight = stored.is_floating_point or self._is_packed(name)
-            layout.append(TensorLayout(name, shape, dtype if is_weight else stored))
-        return layout
+        return [
+            TensorLayout(name, shape, dtype if self._base.is_floating_point(name) else self._base.dtype(name))
+            for name, shape in self._shapes.items()
+        ]
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor of the merged model in blocks of its rows, the first ones first.
+        """Yield one tensor of the merged model in blocks of its rows, in order.
 
         Yields:
-            Rows in fp32 on the device; of what is no floating-point number, as they are stored.
+            Rows in fp32 on the device; integers as they are stored.
         """
         base = self._dequantized(name)
-        update = self._update(name)
+        deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
             stored = self._read_rows(name, rows) if base is None else base[rows]
             block = stored.to(self.device)
             if block.is_floating_point():
                 block = block.float()
-            if update is not None:
-                lora_A, lora_B = update
-                if self._adapted[name] in self._transposed:
-                    block.addmm_(lora_A[:, rows].T, lora_B.T, alpha=self._scaling)
-                else:
-                    block.addmm_(lora_B[rows], lora_A, alpha=self._scaling)
-            yield block
+            yield fold(block, [delta.rows(rows) for delta in deltas], out=block)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the merged model, fp32; what is no floating-point number as it is stored."""
+        """Return one tensor of the merged model, fp32; integers as they are stored."""
         whole = torch.empty(0)
         for rows, block in zip(row_blocks(self._shapes[name]), self.blocks(name), strict=True):
             if block.shape == self._shapes[name]:
@@ -179,12 +165,12 @@ class MergedWeights:
 
         Whole, as in training: with double quantization the statistics of a block hang on those of all others.
         """
-        if self._is_packed(name):
-            return dequantize(*self._read_packed(name), self._compute_dtype)
+        if self._base.is_4bit(name):
+            return dequantize(*self._base.read_4bit(name, self.device), self._compute_dtype)
         if name not in self._quantized:
             return None
         is_transposed = self._quantized[name] in self._transposed
-        weight = self._stored.read(name).to(self.device).to(self._compute_dtype)
+        weight = self._base.read(name).to(self.device).to(self._compute_dtype)
         settings = self.record.quantization
         assert settings.block_size is not None  # as the record has quantized layers
         packed = quantize(weight.T if is_transposed else weight, settings.double_quant, settings.block_size)
@@ -192,57 +178,42 @@ class MergedWeights:
         weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
 
-    def _update(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A, (rank, in), and B, (out, rank), of an adapted weight in fp32."""
+    def _deltas(self, name: str) -> tuple[LowRank, ...]:
+        """What the adapter adds to a tensor, in fp32 and in the tensor's orientation; nothing to most."""
         if name not in self._adapted:
-            return None
-        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(self._adapted[name]))
-        return lora_A, lora_B
+            return ()
+        module = self._adapted[name]
+        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(module))
+        delta = LowRank(lora_A, lora_B, self._scalings[module])
+        return (delta.T if module in self._transposed else delta,)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a tensor that went through no 4 bits: the trained ones of the adapter, the others of the base."""
         if name not in self._rows:
-            return self._stored.read(name, rows)
+            return self._base.read(name, rows)
         tensor, ids = self._rows[name].tensor, self._rows[name].ids
         first, last, _ = rows.indices(self._shapes[name][0])
         start, stop = (min(max(bound, first), last) for bound in (ids.start, ids.stop))
         parts = [
-            self._stored.read(name, slice(first, start)),
+            self._base.read(name, slice(first, start)),
             self._factors.read(tensor, slice(start - ids.start, stop - ids.start)),
-            self._stored.read(name, slice(stop, last)),
+            self._base.read(name, slice(stop, last)),
         ]
         return torch.cat([part.float() for part in parts])
 
-    def _is_statistic(self, name: str) -> bool:
-        """Whether a tensor belongs to a weight in 4 bits."""
-        return f"{name.rpartition('.weight.')[0]}.weight.absmax" in self.files.tensors
-
-    def _is_packed(self, name: str) -> bool:
-        return f"{name}.absmax" in self.files.tensors
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if not self._is_packed(name):
-            return self._stored.shape(name)
-        try:
-            state = next(key for key in self.files.tensors if key.startswith(f"{name}{QUANT_STATE}"))
-            shape = tuple(parse_object(bytes(self._stored.read(state).tolist()))["shape"])
-            packed = 2 * math.prod(self._stored.shape(name)) * self._stored.dtype(name).itemsize
-            if any(type(number) is not int or number < 1 for number in shape) or packed < math.prod(shape):
-                raise ValueError(f"a shape of {shape}")
-        except (StopIteration, ValueError, TypeError, KeyError) as error:
-            raise ExportError(f"{self.files.name}: {name} has a damaged state: {error!r}.") from None
-        return shape
-
-    def _read_packed(self, name: str) -> tuple[torch.Tensor, Any]:
-        """A weight that the files hold in 4 bits."""
-        prefix = name.removesuffix("weight")
-        keys = [name, *(key for key in self.files.tensors if key.startswith(f"{name}."))]
-        return from_checkpoint_tensors(
-            {key.removeprefix(prefix): self._stored.read(key).to(self.device) for key in keys}
-        )
+    def _check_scalings(self, run: RunDirectory) -> None:
+        """Check that every module has the scaling that the run trained with; raises ExportError otherwise."""
+        specs = adapter_spec(self.config.lora).by_layer([*self.record.parameters.adapted, *self._scalings])
+        for module, scaling in self._scalings.items():
+            trained = specs[module].scaling
+            if not math.isclose(scaling, trained):
+                raise ExportError(
+                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; take the "
+                    "run's own adapter."
+                )
 
     def _check_factors(self) -> None:
-        """Sees that every update has its weight's shape, before anything is written."""
+        """Check that every update has its weight's shape before anything is written; raises ExportError otherwise."""
         for name, module in self._adapted.items():
             (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
             shape = (columns, rows) if module in self._transposed else (rows, columns)
@@ -261,8 +232,8 @@ class MergedWeights:
                 f"run.json it should have those of {', '.join(modules) or 'nothing'}; take the run's own adapter."
             )
         if self.record.parameters.shared_rows:
-            single, _ = names_in_files(skeleton, self._shapes)
-            modules = [module for module in modules if f"{module}.weight" in single]
+            one_to_one, _ = names_in_files(skeleton, self._shapes)
+            modules = [module for module in modules if f"{module}.weight" in one_to_one]
         return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
@@ -271,17 +242,17 @@ class MergedWeights:
         Raises:
             ExportError: Some are not there, or not as tensors of their own.
         """
-        single, made = names_in_files(skeleton, self._shapes)
+        one_to_one, converted = names_in_files(skeleton, self._shapes)
         modules = list(modules)
-        fused = [module for module in modules if f"{module}.weight" in made]
+        fused = [module for module in modules if f"{module}.weight" in converted]
         if fused:
-            sources = ", ".join(made[f"{fused[0]}.weight"][:3])
+            sources = ", ".join(converted[f"{fused[0]}.weight"][:3])
             raise ExportError(
                 f"{len(fused)} layers are not tensors of their own in the files of {self.files.name} "
                 f"({', '.join(fused[:3])} …; the first is made of {sources}), so nothing was merged. "
                 "Train without them in lora.targets, and merge --onto original if they are quantized."
             )
-        missing = [module for module in modules if f"{module}.weight" not in single]
+        missing = [module for module in modules if f"{module}.weight" not in one_to_one]
         if missing:
             near = difflib.get_close_matches(f"{missing[0]}.weight", self._shapes, n=1)
             hint = f" The nearest name there is {near[0]}." if near else ""
@@ -290,7 +261,7 @@ class MergedWeights:
                 f"({', '.join(missing[:3])} …), so nothing was merged.{hint} "
                 "Load the base with transformers, save it, and train on that."
             )
-        return {single[f"{module}.weight"]: module for module in modules}
+        return {one_to_one[f"{module}.weight"]: module for module in modules}
 
 
 def _device_here(kind: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and what they hold: locks, JSON, safetensors, a base's files."""
+"""Files and folders that are written completely or not at all, locks, JSON, safetensors, and a base's files."""
 
 from qlora.files.atomic import discard, free_bytes, make_folder, old_name, sync, write_aside, write_bytes, write_text
 from qlora.files.base_files import BaseFiles, find_tokenizer

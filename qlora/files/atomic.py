@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
 import os
@@ -15,15 +15,15 @@ from qlora.errors import CheckpointError
 
 @contextmanager
 def write_aside(target: Path, error: type[Exception] = CheckpointError, needed: int = 0) -> Iterator[Path]:
-    """Gives a folder beside `target` to write into; at the end it is synced and takes the target's place.
+    """Give a folder next to `target` to write into; at the end it is synced and replaces the target.
 
-    If anything fails, the new folder is removed and the old one is untouched. What a killed process leaves,
-    :func:`settle` puts right; it is called here, before and after.
+    If anything fails, the new folder is removed and the old one is unchanged. :func:`settle` recovers from a process
+    that was killed; it is called here, before and after.
 
     Args:
-        target: A folder, there or not.
-        error: Raised in place of an `OSError`, or safetensors' own error on a full disk, naming the target and
-            the space left.
+        target: A folder, which may exist.
+        error: Raised instead of an `OSError`, or safetensors' own error on a full disk, with the target's name and
+            the free space.
         needed: Bytes that have to be free before anything is written.
     """
     target = target.expanduser().absolute()
@@ -49,21 +49,21 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError, needed: 
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes a text file as :func:`write_bytes` does."""
+    """Write a text file as :func:`write_bytes` does."""
     write_bytes(target, text.encode())
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Writes a file aside, synced, and moves it into place.
+    """Write a file under another name, sync it, and move it into place.
 
     Raises:
-        CheckpointError: The disk is full or the folder can't be written.
+        CheckpointError: The disk is full, or the folder can't be written.
     """
     aside, *_ = _beside(target)
     try:
         make_folder(target.parent)
         aside.unlink(missing_ok=True)
-        with aside.open("xb") as file:  # through no link that lies there
+        with aside.open("xb") as file:  # never through a link of this name
             file.write(content)
         sync(aside)
         aside.replace(target)
@@ -76,10 +76,10 @@ def write_bytes(target: Path, content: bytes) -> None:
 
 
 def settle(target: Path) -> None:
-    """Puts right what a killed writer left beside a file or folder.
+    """Recover from an interrupted write of a file or folder.
 
-    The old one comes back if the new one was not in its place yet, and the rest is removed: what has its place was
-    synced before it got there.
+    The old one is restored if the new one had not replaced it yet, and leftovers are removed. A new one that is in
+    place is complete, since it was synced before.
     """
     aside, old, gone = _beside(target)
     if old.exists() and not target.exists():
@@ -89,10 +89,10 @@ def settle(target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder so that no half of it is ever found by its name.
+    """Remove a folder so that a part of it is never found under its name.
 
     Raises:
-        CheckpointError: The disk refuses.
+        CheckpointError: It can't be removed.
     """
     *_, gone = _beside(folder)
     try:
@@ -110,17 +110,17 @@ def old_name(path: Path) -> Path:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and its parents, each on the disk before the next; returns those that were not there."""
+    """Create a folder and its parents, each synced before the next; return those that did not exist."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
         sync(each.parent)
-    folder.mkdir(exist_ok=True)  # a file in its place is told
+    folder.mkdir(exist_ok=True)  # raises if it is a file
     return missing
 
 
 def share_files(folder: Path) -> None:
-    """Give the files of a new folder the rights that the umask gave the folder; safetensors writes them 0600."""
+    """Give the files of a new folder the permissions that the umask gave the folder; safetensors writes them 0600."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -128,19 +128,19 @@ def share_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Has the disk hold all that is in a folder before anything else happens."""
+    """Flush a folder and everything in it to the disk."""
     for path in sorted(folder.rglob("*")):
         sync(path)
     sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold a file, or a folder's names, before anything else happens."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as problem:
-        # Some network and FUSE file systems can't sync a folder, and then have no other way to be asked.
+        # Some network and FUSE file systems can't sync a folder, and offer no other way.
         if problem.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -148,19 +148,19 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(target: Path) -> int:
-    """What is free where a target is, or is to be."""
+    """Return the free bytes on the disk of a target, which may not exist yet."""
     folder = next(each for each in (target, *target.absolute().parents) if each.is_dir())
     return shutil.disk_usage(folder).free
 
 
 def space_left(target: Path, needed: int = 0) -> str:
-    """Sentences for an error's end: what a target takes, if that is known, and what is free there."""
+    """Return the end of an error message: what a target takes, if that is known, and what is free there."""
     wanted = f" It takes {needed / 1e6:.1f} MB." if needed else ""
     return f"{wanted} {free_bytes(target) / 1e6:.1f} MB are free there."
 
 
 def _beside(target: Path) -> tuple[Path, Path, Path]:
-    """Names beside a target for the new one, the old one, and one that is being removed."""
+    """Return the names next to a target for the new one, the old one, and one that is being removed."""
     aside, old, gone = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old", "gone"))
     return aside, old, gone
 

@@ -1,14 +1,11 @@
-"""The files of a base model: found, checked to be whole, and told apart by a fingerprint."""
+"""The files of a base model: found, checked to be complete, and identified by a fingerprint."""
 
 import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
 
 from qlora.errors import ModelError
 from qlora.files.headers import read_header
@@ -17,8 +14,10 @@ from qlora.files.json_files import read_object
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
 HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
-# Python objects, which are programs to whoever reads them.
+# Reading a pickle can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
 
@@ -28,7 +27,7 @@ class BaseFiles:
     """A folder with a model's config, weights in safetensors, and tokenizer.
 
     Attributes:
-        folder: Where they are.
+        folder: The folder.
         name: The folder or hub id that was asked for.
     """
 
@@ -36,25 +35,33 @@ class BaseFiles:
     name: str
 
     @classmethod
-    def resolve(cls, base: str, revision: str | None = None, with_code: bool = False) -> "BaseFiles":
-        """Finds a base by folder or hub id; downloads what is not in the hub's cache.
+    def resolve(
+        cls, base: str, revision: str | None = None, with_code: bool = False, with_weights: bool = True
+    ) -> "BaseFiles":
+        """Find a base by folder or hub id; download what is not in the hub's cache.
 
         Args:
-            base: A folder, or an id on the hub.
-            revision: On the hub.
-            with_code: Download the Python files that come with it, too.
+            base: A folder, or a model id on the hub.
+            revision: Revision on the hub.
+            with_code: Download the model's Python files too.
+            with_weights: Download the weights too, and check that they are complete.
 
         Raises:
-            ModelError: It is neither, has no config or safetensors, a file is damaged or leads elsewhere.
+            ModelError: The base does not exist, has no config or safetensors, a file is damaged, or a link leads out
+                of the folder.
         """
-        folder = _find_folder(base, revision, HUB_PATTERNS, with_code)
+        patterns = HUB_PATTERNS if with_weights else TOKENIZER_PATTERNS
+        folder = _find_folder(base, revision, patterns, with_code)
+        if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+            raise unsupported_format(base, "GGUF")
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{base} has no config.json, so it is no model folder of transformers.")
+            raise ModelError(f"{base} has no config.json, so it is not a model folder of transformers.")
         files = cls(folder, base)
-        if not files.weight_files:
+        assert files.config is not None  # read now, so that a damaged file is reported before anything is loaded
+        if with_weights and not files.weight_files:
             raise ModelError(f"{base} holds no *.safetensors{describe_pickles(folder)}.")
-        assert files.headers  # read now, so that a damaged file is told before anything is loaded
-        assert files.config is not None
+        if with_weights:
+            assert files.headers
         return files
 
     @cached_property
@@ -62,7 +69,7 @@ class BaseFiles:
         """The model's config.json.
 
         Raises:
-            ModelError: It is no JSON object.
+            ModelError: It is not a JSON object.
         """
         return read_object(self.folder / "config.json", ModelError, "download it again")
 
@@ -71,26 +78,20 @@ class BaseFiles:
         """The safetensors files that make up the model.
 
         Raises:
-            ModelError: The index is damaged, or names what is not there or no weight file of this folder.
+            ModelError: The index is damaged, or names a file that is missing or not a weight file of this folder.
         """
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if index.is_file():
-            weight_map = read_object(index, ModelError, "download it again").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ModelError(f"{index} is damaged; download it again (it has no weight_map).")
-            names = set(map(str, weight_map.values()))
-            wrong = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
-            if wrong:
-                raise ModelError(f"{index} names {wrong[0]!r:.80}, which is no *.safetensors of its folder.")
-            missing = sorted(name for name in names if not (self.folder / name).is_file())
-            if missing:
-                raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it again.")
-            if single.is_file() and single.name not in names:
-                raise ModelError(
-                    f"{self.folder} has {single.name} and {index.name} for other files; remove one of them."
-                )
-            return [self.folder / name for name in sorted(names)]
-        return [single] if single.is_file() else []
+        files = self._named_files
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it again.")
+        if (self.folder / SINGLE_FILE).is_file() and self.folder / SINGLE_FILE not in files:
+            raise ModelError(f"{self.folder} has {SINGLE_FILE} and {INDEX_FILE} for other files; remove one of them.")
+        return files
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether all weight files are in the folder, rather than its config alone."""
+        return bool(self._named_files) and all(path.is_file() for path in self._named_files)
 
     @cached_property
     def tensors(self) -> dict[str, Path]:
@@ -99,40 +100,12 @@ class BaseFiles:
 
     @cached_property
     def headers(self) -> dict[Path, dict[str, Any]]:
-        """What each weight file says of its tensors: dtype, shape and place.
+        """Dtype, shape and offsets of the tensors in each weight file.
 
         Raises:
             ModelError: A file is cut short or damaged.
         """
         return {path: read_header(path) for path in self.weight_files}
-
-    def open_tensors(self) -> dict[str, Any]:
-        """All tensors by name, each read from its file when it is indexed, and not before."""
-        # Read and not mapped: pages of a mapped file count as this process's memory until the system wants them back.
-        return {
-            name: file.get_slice(name)
-            for path, header in self.headers.items()
-            for file in [safe_open(path, framework="pt", backend="pread")]
-            for name in header
-        }
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor as stored; None if it is not there by this name, or there in 4 bits."""
-        if name not in self.tensors or f"{name}.absmax" in self.tensors:
-            return None
-        return tuple(self.headers[self.tensors[name]][name]["shape"])
-
-    def dtype_name(self, name: str) -> str:
-        """Dtype of a tensor as safetensors writes it: F16, BF16, I64, …"""
-        return self.headers[self.tensors[name]][name]["dtype"]
-
-    @property
-    def most_parameters(self) -> int:
-        """That the weight files can hold: their values, or as many as a bit each would make where they are packed."""
-        entries = [entry for header in self.headers.values() for entry in header.values()]
-        if "quantization_config" in self.config or self.is_bitsandbytes_4bit:
-            return 8 * sum(last - first for first, last in (entry["data_offsets"] for entry in entries))
-        return sum(prod(entry["shape"]) for entry in entries)
 
     @property
     def commit(self) -> str | None:
@@ -140,31 +113,48 @@ class BaseFiles:
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def differing(self, fingerprint: dict[str, str]) -> list[str]:
-        """Names of the files that are not those of an earlier fingerprint."""
+        """Return the names of the files that differ from an earlier fingerprint."""
         here = self.fingerprint()
         return sorted(name for name in {*fingerprint, *here} if fingerprint.get(name) != here.get(name))
 
-    @property
-    def is_bitsandbytes_4bit(self) -> bool:
-        """Whether the weights are in bitsandbytes' 4-bit format already."""
-        return any(".quant_state.bitsandbytes__" in name for name in self.tensors)
-
     def fingerprint(self) -> dict[str, str]:
-        """A hash per file: of config.json whole; of a weight file its size, header and evenly spaced samples.
+        """Hash each file: config.json whole; of a weight file its size, header and evenly spaced samples.
 
-        Samples of 64 × 64 KiB tell fine-tunes of a model apart in a second where hashing 140 GB takes minutes.
+        64 samples of 64 KiB tell fine-tunes of a model apart in a second where hashing 140 GB takes minutes.
         """
         hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
         return hashes | {path.name: _sampled_sha256(path) for path in self.weight_files}
 
+    @cached_property
+    def _named_files(self) -> list[Path]:
+        """The weight files that the index names, or the single one if there is no index."""
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if not index.is_file():
+            return [single] if single.is_file() else []
+        weight_map = read_object(index, ModelError, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index} is damaged; download it again (it has no weight_map).")
+        names = sorted(set(map(str, weight_map.values())))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"{index} names {name!r:.80}, which is no *.safetensors of its folder.")
+        return [self.folder / name for name in names]
+
 
 def find_tokenizer(base: str, revision: str | None = None, with_code: bool = False) -> Path:
-    """The folder of a base's tokenizer, without downloading its weights; see :meth:`BaseFiles.resolve`."""
+    """Return the folder of a base's tokenizer, without its weights; see :meth:`BaseFiles.resolve`."""
     return _find_folder(base, revision, TOKENIZER_PATTERNS, with_code)
 
 
+def unsupported_format(base: str, stored_in: str) -> ModelError:
+    """Return the error for a base whose weights are stored in a format that cannot be read."""
+    return ModelError(
+        f"{base} is stored in {stored_in}, which is not supported; use the same model in 16-bit safetensors."
+    )
+
+
 def describe_pickles(folder: Path) -> str:
-    """What an error says of the pickled files in a folder that lacks others: nothing where there are none."""
+    """Return what to add to an error about missing files: which pickled ones are there; empty if none are."""
     names = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not names:
         return ""
@@ -176,6 +166,8 @@ def describe_pickles(folder: Path) -> str:
 
 def _find_folder(base: str, revision: str | None, patterns: list[str], with_code: bool) -> Path:
     folder = Path(base).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise unsupported_format(base, "GGUF")
     if not folder.is_dir():
         return _download(base, revision, patterns + ["*.py"] * with_code)
     _check_links(folder)
@@ -183,9 +175,12 @@ def _find_folder(base: str, revision: str | None, patterns: list[str], with_code
 
 
 def _check_links(folder: Path) -> None:
-    """Sees that no file is a link out of the folder: what is found there is read, and released with what is made of it.
+    """Check that no file is a link out of the folder, since a release copies what the folder holds.
 
     In the hub's cache, links lead to the model's blobs, and from there to wherever its client keeps those.
+
+    Raises:
+        ModelError: A link leads elsewhere.
     """
     here = folder.resolve()
     blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else None
@@ -205,7 +200,7 @@ def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{base} is no model folder here, and can't be had from the hub: {reason}") from error
+        raise ModelError(f"{base} is no folder here, and the hub did not give it: {reason}") from error
 
 
 def _sampled_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors, checked before a byte of theirs is read or room is made for them."""
+"""The header of a safetensors file, checked before its tensors are read or memory is allocated for them."""
 
 from math import prod
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qlora.errors import ModelError
 from qlora.files.json_files import MAX_BYTES, parse_object
 
-# Of the format: github.com/huggingface/safetensors; and as many dimensions as torch has.
+# The format: github.com/huggingface/safetensors. torch has as many dimensions.
 MAX_DIMENSIONS = 64
 LARGEST_OF_NONE = 1 << 20
 DTYPE_BITS = {
@@ -20,10 +20,10 @@ DTYPE_BITS = {
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Dtype, shape and place of every tensor in a safetensors file, by name.
+    """Read dtype, shape and offsets of every tensor in a safetensors file, by name.
 
     Raises:
-        ModelError: The file is cut short, is no safetensors file, or its header contradicts itself.
+        ModelError: The file is cut short, is not a safetensors file, or its header contradicts itself.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -35,10 +35,10 @@ def read_header(path: Path) -> dict[str, Any]:
         header = parse_object(content)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata are no texts by name")
+            raise ValueError("its metadata are not strings by name")
         end = _check_places(header, size)
         if size == 8 + length + end:
-            with safe_open(path, framework="pt"):  # it reads JSON more strictly, and the values later
+            with safe_open(path, framework="pt"):  # it parses JSON more strictly, and does not read values here
                 pass
     except (ValueError, TypeError, KeyError, SafetensorError) as problem:
         raise ModelError(f"{path} has a damaged header; download it again ({problem}).") from None
@@ -48,15 +48,15 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _check_places(header: dict[str, Any], size: int) -> int:
-    """Sees that tensors lie behind one another without gap or overlap, each as long as its shape and dtype say.
+    """Check that tensors follow each other without gap or overlap, each as long as its shape and dtype require.
 
-    A tensor of no values may have any sizes but one; they too may not be larger than a file of this size can have.
+    A tensor without values may have any other sizes, up to what a file of this size could hold.
 
     Returns:
-        Where the last one ends.
+        The offset where the last tensor ends.
 
     Raises:
-        ValueError: They don't, or the header says none of it, which may be a `TypeError` or `KeyError` too.
+        ValueError: They do not. A header without these entries may also raise `TypeError` or `KeyError`.
     """
     end, largest = 0, max(8 * size, LARGEST_OF_NONE)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -64,7 +64,7 @@ def _check_places(header: dict[str, Any], size: int) -> int:
         if dtype not in DTYPE_BITS:
             raise ValueError(f"{name} is in the unknown dtype {dtype!r:.40}")
         if not all(type(number) is int and 0 <= number <= largest for number in (*shape, first, last)):
-            raise ValueError(f"{name} has sizes that are none")
+            raise ValueError(f"{name} has impossible sizes")
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"{name} has {len(shape)} dimensions")
         if first != end or 8 * (last - first) != prod(shape) * DTYPE_BITS[dtype]:

@@ -1,4 +1,4 @@
-"""JSON objects from files that anyone may have written: read whole, or refused by their name."""
+"""JSON objects from files that anyone may have written; a damaged one is refused with its name."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 from qlora.errors import QLoRAError
 from qlora.files.json_values import parse_value
 
-# The most that safetensors allows for a header; configs, records and indices have far less.
+# safetensors' limit for a header; configs, records and indices are far smaller.
 MAX_BYTES = 100_000_000
 
 
 def read_object(path: Path, error: type[QLoRAError], remedy: str) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
+    """Read a file that holds one JSON object.
 
     Args:
-        path: Of the file.
+        path: The file.
         error: Raised if it holds something else, or can't be read.
-        remedy: What to do then.
+        remedy: What the message says to do then.
     """
     try:
         with path.open("rb") as file:
@@ -27,14 +27,14 @@ def read_object(path: Path, error: type[QLoRAError], remedy: str) -> dict[str, A
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object that a file's bytes stand for.
+    """Parse the JSON object in a file's bytes.
 
     Raises:
-        ValueError: They stand for something else, for one that is nested too deeply, or are too many.
+        ValueError: They are not a JSON object, it is nested too deeply, or there are too many.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes")
     value = parse_value(content.decode("utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"no object, but {value!r:.40}")
+        raise ValueError(f"not an object: {value!r:.40}")
     return value

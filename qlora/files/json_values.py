@@ -1,20 +1,20 @@
-"""JSON values from text that anyone may have written: parsed strictly, and no deeper than can be walked."""
+"""JSON values from text that anyone may have written, parsed strictly and with limited nesting."""
 
 import json
 from json import JSONDecodeError
 from typing import Any
 
 WHITESPACE = " \t\r\n"
-# Deeper values are nobody's data, and break code that walks through them by recursion.
+# No real data is nested deeper, and recursive code fails on it.
 MAX_DEPTH = 100
 _DECODER = json.JSONDecoder()
 
 
 def parse_value(text: str) -> Any:
-    """Parses the one value that a text holds.
+    """Parse a text that holds one value.
 
     Raises:
-        JSONDecodeError: It does not, or its value is one that can't be worked with.
+        JSONDecodeError: It holds none or more, or one that is nested too deeply.
     """
     value, end = decode_value(text, len(text) - len(text.lstrip(WHITESPACE)))
     if text[end:].strip(WHITESPACE):
@@ -23,7 +23,7 @@ def parse_value(text: str) -> Any:
 
 
 def decode_value(text: str, position: int) -> tuple[Any, int]:
-    """A value and where it ends; whatever is wrong with it is a JSONDecodeError."""
+    """Parse the value at a position; return it and where it ends, or raise a JSONDecodeError."""
     try:
         value, end = _DECODER.raw_decode(text, position)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that tells who holds it."""
+"""One run at a time in a directory: a lock that names its holder."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from qlora.files.atomic import make_folder, space_left
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[str | None]:
-    """Holds a lock file, and removes it at the end, with the folders that were made for it and are empty.
+    """Hold a lock file, and remove it at the end, with the folders that were created for it if they are empty.
 
-    The system itself lets go of the lock when the process ends, however it ends: a killed process or a reboot leaves a
-    file that no one holds, which the next one takes over.
+    The system releases the lock when the process ends for any reason. A killed process or a reboot leaves a file that
+    is not locked, and the next process takes it over.
 
     Args:
-        path: Of the file, in the folder that is to have one writer.
+        path: The lock file, in the folder that may have one writer.
 
     Yields:
-        None, or what to tell the user where the file system has no locks.
+        None, or a warning for the user if the file system has no locks.
 
     Raises:
-        CheckpointError: Another process holds it, or the folder can't be written.
+        CheckpointError: Another process holds the lock, or the folder can't be written.
     """
     try:
         made = make_folder(path.parent)
@@ -39,7 +39,7 @@ def hold_lock(path: Path) -> Iterator[str | None]:
     try:
         yield warning
     finally:
-        if _is_at(file, path):  # and not another one's, where the folder was removed and made anew
+        if _is_at(file, path):  # not another process's file in a folder that was removed and created again
             path.unlink()
         file.close()
         with suppress(OSError):
@@ -56,15 +56,15 @@ def _claim(path: Path) -> tuple[TextIO, str | None]:
                     raise CheckpointError(_describe_holder(file, path))
         except OSError as error:
             warning = (
-                f"{path.parent}: its file system has no locks ({error.strerror}), so see to it yourself that no other "
-                "run writes there."
+                f"{path.parent}: its file system has no locks ({error.strerror}); make sure that no other run writes "
+                "there."
             )
         if _is_at(file, path):
             file.truncate(0)
             file.write(json.dumps(_describe_self()))
             file.flush()
             return file, warning
-        file.close()  # whoever held it has removed it meanwhile
+        file.close()  # its last holder has removed it meanwhile
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
@@ -83,7 +83,7 @@ def _describe_holder(file: TextIO, path: Path) -> str:
     file.seek(0)
     try:
         holder = "process {pid} on {host} since {since}".format(**json.load(file))
-    except (ValueError, KeyError, TypeError):  # it has the lock, and has not written who it is yet
+    except (ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
         holder = "another process"
     return (
         f"{path.parent} is in use by {holder}. Wait for it, stop it (kill -TERM saves its state), or choose another "

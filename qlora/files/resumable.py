@@ -1,4 +1,4 @@
-"""A folder beside the target that an interrupted merge goes on in, and that one process at a time writes into."""
+"""A folder next to the target in which an interrupted merge resumes, written by one process at a time."""
 
 import errno
 import os
@@ -14,39 +14,39 @@ from safetensors import SafetensorError
 from qlora.errors import ExportError
 from qlora.files.atomic import free_bytes, space_left, sync, sync_folder
 
-# What is being written, as a key; locked by the process that writes.
+# Holds the key of what is being written; locked by the process that writes.
 STATE_FILE = "merge_state"
 
 
 def new_folder(path: str | Path) -> Path:
-    """Where a folder may be written, as an absolute path: what is beside it, and its name, are told by that alone.
+    """Return the absolute path of a folder that is about to be written.
 
     Raises:
-        ExportError: Something is there already, be it a link, which no folder can take the place of.
+        ExportError: The path exists already and is not an empty folder; a link counts too.
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         left = _aside(folder)
-        also = f" {left} is left of a merge that was stopped as it ended; remove it too." if left.exists() else ""
+        also = f" {left} is left from an interrupted merge; remove it too." if left.exists() else ""
         raise ExportError(f"{folder} exists already; choose another folder or remove it.{also}")
     return folder
 
 
 @contextmanager
 def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
-    """Gives a folder beside `target` to write into: new, or as an interrupted writer of the same key left it.
+    """Give a folder next to `target` to write into: a new one, or what an interrupted writer of the same key left.
 
-    It is removed at the end, from which :func:`put_in_place` saves what is to stay, and when writing fails. What a
-    killed or interrupted process wrote is kept, and so it is when something else fails.
+    It is removed at the end and when writing fails; :func:`put_in_place` moves what is to stay out of it before. When
+    the process is killed or interrupted, or anything else fails, it is kept.
 
     Args:
-        target: A folder that is not there yet, or empty.
-        key: Tells what is written; whoever has the same writes the same bytes.
+        target: A folder that does not exist yet, or is empty.
+        key: Identifies what is written; the same key stands for the same bytes.
         needed: Bytes that will have been written at the end.
 
     Raises:
-        ExportError: Something else lies there, another process writes there, or the disk refuses or has too little
-            room, which is told before anything is written.
+        ExportError: The folder holds something else, another process writes into it, the disk fails, or it has too
+            little space, which is checked before anything is written.
     """
     target = target.expanduser().absolute()
     aside = _aside(target)
@@ -69,10 +69,10 @@ def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Syncs a folder and gives it the target's name, unless something came to be there meanwhile.
+    """Sync a folder and rename it to the target, unless something was created there meanwhile.
 
     Raises:
-        OSError: The target is not empty, or the disk refuses.
+        OSError: The target is not empty, or the disk fails.
     """
     target = target.expanduser().absolute()
     sync_folder(folder)
@@ -87,12 +87,12 @@ def _aside(target: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _claim(aside: Path, state: TextIO, key: str) -> None:
-    """Locks the folder for as long as the state file is open, and sees that it is ours to go on in."""
+    """Lock the folder for as long as the state file is open, and check that it holds the same merge or nothing."""
     try:
         is_there = lock_descriptor(state.fileno(), blocking=False) and os.path.samestat(
             os.fstat(state.fileno()), (aside / STATE_FILE).stat()
@@ -107,8 +107,8 @@ def _claim(aside: Path, state: TextIO, key: str) -> None:
         return
     if found or any(path.name != STATE_FILE for path in aside.iterdir()):
         raise ExportError(
-            f"{aside} holds what a merge with other settings, or of another run, left when it was interrupted; the "
-            f"same command as then goes on with it. Remove {aside}, or choose another folder."
+            f"{aside} holds what a merge with other settings, or of another run, left when it was interrupted; "
+            f"repeat that command to resume it. Remove {aside}, or choose another folder."
         )
     state.write(key)
     state.flush()

@@ -1,4 +1,4 @@
-"""Safetensors shards written tensor by tensor, so that no shard is ever held in memory."""
+"""Safetensors shards written tensor by tensor, so that no shard is held in memory."""
 
 import json
 import os
@@ -27,7 +27,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """A tensor that is to be written."""
+    """Name, shape and dtype of a tensor that will be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,26 +35,26 @@ class TensorLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Of its values."""
+        """Bytes of its values."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
-    """Writes tensors in a layout known beforehand, into as many files as the limit asks for.
+    """Writes tensors in a layout known in advance, split into files of limited size.
 
     The format is a length, a JSON header and the tensors' bytes (github.com/huggingface/safetensors); its own
     library writes a file only from tensors that are all in memory.
 
-    What an interrupted writer of the same layout left in the folder is taken over: files by their header and size,
-    and of the first that is not whole the tensors that are.
+    It resumes what an interrupted writer of the same layout left in the folder: complete files, recognized by header
+    and size, and the complete tensors of the first incomplete file.
 
     Args:
-        folder: For the files and, if there are several, their index.
+        folder: Folder for the files and, if there are several, their index.
         layout: The tensors, in the order in which they will be written.
-        max_bytes: Of tensors per file; one that is larger has a file to itself.
+        max_bytes: Largest number of bytes of tensors per file; a larger tensor gets a file of its own.
 
     Attributes:
-        num_bytes: Of all tensors.
+        num_bytes: Bytes of all tensors.
         remaining: The tensors that are still to be written, in order.
     """
 
@@ -69,11 +69,11 @@ class ShardWriter:
         self.remaining = list(layout[self._num_written() :])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next tensor of the layout."""
+        """Write the next tensor of the layout."""
         self.write_blocks(name, [tensor])
 
     def write_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
-        """Writes the next tensor of the layout from blocks of its rows, the first ones first."""
+        """Write the next tensor of the layout from blocks of its rows, in order."""
         expected = self.remaining[0]
         assert name == expected.name, f"{name} came in place of {expected}"
         if self._shard_of[name] != self._current:
@@ -87,7 +87,7 @@ class ShardWriter:
         del self.remaining[0]
 
     def close(self) -> None:
-        """Ends the last file and writes the index."""
+        """Finish the last file and write the index."""
         self._end()
         if len(self._shards) > 1:
             weight_map = {name: self._name(shard) for name, shard in self._shard_of.items()}
@@ -95,7 +95,7 @@ class ShardWriter:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _open(self, shard: int) -> None:
-        """Begins a file, or goes on with one after the tensors that are in it."""
+        """Start a file, or continue one after the tensors that it holds."""
         self._end()
         path, header = self.folder / self._name(shard), self._headers[shard]
         num_written = self._num_whole(shard)
@@ -109,12 +109,12 @@ class ShardWriter:
     def _end(self) -> None:
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())  # a file that is whole stays so, whatever happens while the next is written
+            os.fsync(self._file.fileno())  # so that it stays complete if writing the next one is interrupted
             self._file.close()
             self._file = None
 
     def _num_written(self) -> int:
-        """Tensors that are in the folder, up to the first that is not."""
+        """Return the number of tensors in the folder, up to the first that is missing."""
         count = 0
         for shard, part in enumerate(self._shards):
             num_whole = self._num_whole(shard)
@@ -124,7 +124,7 @@ class ShardWriter:
         return count
 
     def _num_whole(self, shard: int) -> int:
-        """Tensors that a file holds to their last byte; none in a file that is not of this layout."""
+        """Return the number of tensors that a file holds completely; 0 if it has another layout."""
         path, header = self.folder / self._name(shard), self._headers[shard]
         if not path.is_file():
             return 0
@@ -142,7 +142,7 @@ class ShardWriter:
 
 
 def _header(part: Sequence[TensorLayout]) -> bytes:
-    """What a file begins with: its header's length, and the header."""
+    """Return the start of a file: its header's length, and the header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in part:

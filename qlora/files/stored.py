@@ -19,45 +19,51 @@ BLOCK_NUMEL = 1 << 17
 
 
 class StoredTensors:
-    """Tensors by name, read when asked for and from their rows alone.
+    """Tensors by name, read when asked for and only their rows; threads may read at the same time.
 
     safetensors' own slices map the file, whose pages then count as this process's memory, or read the whole tensor.
 
     Args:
-        headers: What each file says of its tensors, as :func:`qlora.files.headers.read_header` gives it.
+        headers: Dtype, shape and offsets of the tensors in each file, from :func:`qlora.files.headers.read_header`.
     """
 
     def __init__(self, headers: Mapping[Path, Mapping[str, Any]]) -> None:
         self._entries = {name: (path, entry) for path, header in headers.items() for name, entry in header.items()}
-        self._path: Path | None = None
-        self._file: FileIO | None = None
-        self._start = 0
+        self._opened: dict[Path, tuple[FileIO, int]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._entries[name][1]["shape"])
 
+    def dtype_name(self, name: str) -> str:
+        """Return the dtype of a tensor as safetensors names it: F16, BF16, I64, …"""
+        return self._entries[name][1]["dtype"]
+
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor.
+        """Return the dtype of a tensor.
 
         Raises:
-            ExportError: It is one that is not read here.
+            ExportError: The dtype is not supported.
         """
-        path, entry = self._entries[name]
-        if entry["dtype"] not in DTYPES:
+        stored_in = self.dtype_name(name)
+        if stored_in not in DTYPES:
             raise ExportError(
-                f"{path}: {name} is in {entry['dtype']}; read are {', '.join(DTYPES)} and bitsandbytes' 4 bits."
+                f"{self._entries[name][0]}: {name} is in {stored_in}; supported are {', '.join(DTYPES)} and "
+                "bitsandbytes 4-bit."
             )
-        return DTYPES[entry["dtype"]]
+        return DTYPES[stored_in]
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Reads a tensor, or some of its rows (along its first dimension).
+        """Read a tensor, or some of its rows (along its first dimension).
 
         Raises:
-            ExportError: The file ends before the tensor does.
+            ExportError: The file ends before the tensor does, or the dtype is not supported.
         """
         shape = self.shape(name)
         first = 0
@@ -66,30 +72,50 @@ class StoredTensors:
             shape = (last - first, *shape[1:])
         values = torch.empty(shape, dtype=self.dtype(name))
         buffer = values.view(-1).view(torch.uint8).numpy().data
-        file = self._open(self._entries[name][0])
-        offset = self._entries[name][1]["data_offsets"][0] + first * prod(shape[1:]) * values.itemsize
-        file.seek(self._start + offset)
+        path, entry = self._entries[name]
+        file, start = self._open(path)
+        offset = start + entry["data_offsets"][0] + first * prod(shape[1:]) * values.itemsize
         while buffer:  # one read gives 2 GiB at most
-            count = file.readinto(buffer)
+            count = os.preadv(file.fileno(), [buffer], offset)
             if not count:
-                raise ExportError(f"{self._path} ends within {name}; it was changed meanwhile.")
-            buffer = buffer[count:]
+                raise ExportError(f"{path} ends within {name}; it was changed meanwhile.")
+            buffer, offset = buffer[count:], offset + count
         return values
 
-    def _open(self, path: Path) -> FileIO:
-        """The file, kept open until another is asked for: tensors are mostly read in their order."""
-        if self._file is None or path != self._path:
-            if self._file is not None:
-                self._file.close()
-            self._path, self._file = path, path.open("rb", buffering=0)
+    def lazy(self) -> dict[str, "LazyTensor"]:
+        """Return all tensors by name, to be read later."""
+        return {name: LazyTensor(self, name) for name in self}
+
+    def _open(self, path: Path) -> tuple[FileIO, int]:
+        """Return the open file, and the offset of its first tensor."""
+        if path not in self._opened:
+            file = path.open("rb", buffering=0)
             if hasattr(os, "posix_fadvise"):  # the system then reads further ahead; a tenth of a merge's time
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            self._start = 8 + int.from_bytes(self._file.read(8), "little")
-        return self._file
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._opened[path] = file, 8 + int.from_bytes(file.read(8), "little")
+        return self._opened[path]
+
+
+class LazyTensor:
+    """A stored tensor that is read when it is indexed; transformers loads it like a slice of safetensors."""
+
+    def __init__(self, stored: StoredTensors, name: str) -> None:
+        self._stored, self._name = stored, name
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self._stored.shape(self._name))
+
+    def get_dtype(self) -> str:
+        """Return the dtype as safetensors names it."""
+        return self._stored.dtype_name(self._name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._stored.read(self._name)[index]
 
 
 def row_blocks(shape: tuple[int, ...], block_numel: int = BLOCK_NUMEL) -> Iterator[slice]:
-    """Splits a tensor's first dimension into blocks of about as many numbers as asked for, at least a row each."""
+    """Split a tensor's first dimension into blocks of about `block_numel` numbers, of at least one row each."""
     if not shape:
         yield slice(None)
         return

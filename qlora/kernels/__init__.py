@@ -1,6 +1,7 @@
 """Fast operations, each with a twin in plain torch."""
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
+from qlora.kernels.deltas import LowRank, fold
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.liger import liger_twin, liger_version, why_not_liger
@@ -14,9 +15,11 @@ __all__ = [
     "ACTIVATIONS",
     "HAS_TRITON",
     "GatedProduct",
+    "LowRank",
     "RMSNorm",
     "Recipe",
     "dequantize_4bit_plain",
+    "fold",
     "liger_twin",
     "liger_version",
     "linear_cross_entropy",

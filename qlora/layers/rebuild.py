@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, liger_twin, liger_version, rebuilt, why_not_liger
+from qlora.lora import lora_layers
 
 PROBE_ROWS = 64
 # How far two functions that are the same may be apart, as a share of a row's size: a last bit here and there, by the
@@ -89,7 +90,8 @@ def rebuild_activations(model: Any) -> str:
 
 
 def _replacement(module: Any, chooser: "_Chooser") -> nn.Module | None:
-    if any(parameter.requires_grad for name, parameter in module.named_parameters() if "lora_" not in name):
+    factors = {factor for _, layer in lora_layers(module) for factor in layer.parameters(recurse=False)}
+    if any(parameter.requires_grad and parameter not in factors for parameter in module.parameters()):
         return None
     if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not list(module.children()):
         return RebuiltNorm(module, chooser.norm(module))

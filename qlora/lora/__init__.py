@@ -5,6 +5,7 @@ from qlora.lora.inject import add_lora, lora_layers, match_targets, wrap_linears
 from qlora.lora.linear import LoraLinear
 from qlora.lora.rows import TrainedEmbedding, TrainedHead, TrainedRows, head_blocks, train_rows, trained_rows
 from qlora.lora.spec import AdapterSpec
+from qlora.lora.switch import adapters_off
 
 __all__ = [
     "AdapterSpec",
@@ -13,6 +14,7 @@ __all__ = [
     "TrainedHead",
     "TrainedRows",
     "WeightsKept",
+    "adapters_off",
     "add_lora",
     "choose_form",
     "head_blocks",

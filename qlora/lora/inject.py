@@ -1,8 +1,8 @@
-"""Which linear layers of a model get an adapter, and putting it there."""
+"""Selects the linear layers of a model that get an adapter, and wraps them."""
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,17 +15,17 @@ ALL_LINEAR = "all-linear"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapted layers of a model, with their names, in the model's order."""
+    """Yield the adapted layers of a model with their names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
 
 
 def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` asks for, in the model's order.
+    """Return the names of the linear layers that `targets` asks for, in the model's order.
 
     Args:
-        model: Its linears are `nn.Linear` or any module with `dequantize`.
+        model: A model whose linear layers are `nn.Linear` or any module with `dequantize`.
         targets: `all-linear` (every linear but the output head), or one or more full names, last parts of
             names (`q_proj`), or regular expressions that match a full name.
 
@@ -65,6 +65,8 @@ def add_lora(
     dtype: torch.dtype | str = torch.bfloat16,
     form: str = "auto",
     seed: int = 0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Freeze a model and wrap its linear layers in :class:`LoraLinear`, in place.
 
@@ -72,21 +74,35 @@ def add_lora(
         model: A causal language model, or any module with linear layers.
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
-        dropout: On the input of the low-rank branch.
+        dropout: Probability of dropping an input of the low-rank branch.
         targets: See :func:`match_targets`.
         init: First values of A: `kaiming` or `gaussian`. B is zero.
         rslora: Scale by alpha / sqrt(rank).
-        dtype: Of the factors.
+        dtype: Dtype of the factors.
         form: How products are computed: `separate`, `folded`, or `auto` for the faster one.
-        seed: Of the first values.
+        seed: Seed of the first values.
+        rank_pattern: Ranks of some layers, by regular expressions that match the end of a layer's name from a dot on;
+            the first that matches counts, as in PEFT. `{"down_proj": 32, r"layers\\.0\\..*": 8}`
+        alpha_pattern: Alphas of some layers, in the same way.
 
     Returns:
         The names of the adapted layers.
 
     Raises:
-        ModelError: A value is out of range or unknown, a target matches nothing, or the model has adapters already.
+        ModelError: A value is out of range or unknown, a target or pattern matches nothing, or the model has adapters
+            already.
     """
-    spec = AdapterSpec(rank, alpha, dropout, init, rslora, dtype, form)
+    spec = AdapterSpec(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        init=init,
+        rslora=rslora,
+        dtype=dtype,
+        form=form,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+    )
     return wrap_linears(model, spec, targets, seed)
 
 
@@ -96,15 +112,15 @@ def wrap_linears(
     """Freeze a model and wrap its linear layers in adapters of a spec, in place; see :func:`add_lora`."""
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
-    names = match_targets(model, targets)
+    specs = spec.by_layer(match_targets(model, targets))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        layer = LoraLinear(model.get_submodule(name), spec)
+    for name, own_spec in specs.items():
+        layer = LoraLinear(model.get_submodule(name), own_spec)
         layer.reset(generator)
         layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
         model.set_submodule(name, layer)
-    return names
+    return list(specs)
 
 
 def _is_linear(module: nn.Module) -> bool:

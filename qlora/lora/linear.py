@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.kernels import LowRank, fold
 from qlora.lora.function import lora_linear
 from qlora.lora.spec import AdapterSpec
 
@@ -18,11 +19,14 @@ class LoraLinear(nn.Module):
     Args:
         base: `nn.Linear` or `NF4Linear`; its bias is kept.
         spec: Rank, scaling, first values and form of the update.
+
+    Attributes:
+        is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
     """
 
     def __init__(self, base: Any, spec: AdapterSpec) -> None:
         super().__init__()
-        self.base, self.spec = base, spec
+        self.base, self.spec, self.is_off = base, spec, False
         shape_A, shape_B = spec.shapes(base.out_features, base.in_features)
         self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=spec.dtype, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=spec.dtype, device=base.weight.device))
@@ -52,17 +56,26 @@ class LoraLinear(nn.Module):
         self.lora_A.copy_(values)
         self.lora_B.zero_()
 
+    @property
+    def deltas(self) -> tuple[LowRank, ...]:
+        """The terms that the adapter adds to the weight."""
+        return (LowRank(self.lora_A, self.lora_B, self.spec.scaling),)
+
+    @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
-        """scaling · B A, (out_features, in_features), fp32."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()).mul_(self.spec.scaling)
+        """Return what the adapter adds to the weight, scaling · B A, (out_features, in_features), fp32."""
+        zeros = self.lora_A.new_zeros(self.out_features, self.in_features, dtype=torch.float32)
+        return fold(zeros, [delta.to(torch.float32) for delta in self.deltas], out=zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
+        if self.is_off:
+            return self.base(x)
         spec = self.spec
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores; no device is waited for.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return lora_linear(x, self.lora_A, self.lora_B, self.base, spec.scaling, spec.form, dropout, seed)
+        return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
 
     def extra_repr(self) -> str:
         """The numbers that tell one adapter from another."""

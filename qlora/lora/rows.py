@@ -12,18 +12,22 @@ from qlora.errors import ModelError
 
 
 class TrainedRows(nn.Module):
-    """Rows of a weight that are trained, all or some behind one another.
+    """Consecutive rows of a weight that are trained, some or all of them.
 
     Args:
-        values: (rows, features), that they begin with.
-        ids: That they are for.
-        num_frozen: Rows of the base's weight.
+        values: Initial values, (rows, features).
+        ids: Ids of the rows.
+        num_frozen: Number of rows of the base's weight.
+
+    Attributes:
+        is_off: Whether the base's rows are used instead, see :func:`qlora.lora.adapters_off`.
     """
 
     def __init__(self, values: torch.Tensor, ids: range, num_frozen: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
         self.ids, self.num_frozen = ids, num_frozen
+        self.is_off = False
 
     @property
     def is_whole(self) -> bool:
@@ -32,25 +36,42 @@ class TrainedRows(nn.Module):
 
     @property
     def num_rows(self) -> int:
-        """Of base and new tokens together."""
+        """Number of rows of base and new tokens together."""
         return max(self.num_frozen, self.ids.stop)
 
+    @property
+    def used_ids(self) -> range:
+        """Ids whose rows are not taken from the base's weight: all trained ones; off, those that the base lacks."""
+        if not self.is_off:
+            return self.ids
+        return range(max(self.ids.start, self.num_frozen), max(self.ids.stop, self.num_frozen))
+
+    def used_rows(self, frozen: torch.Tensor) -> torch.Tensor:
+        """Return the rows of :attr:`used_ids`, as they are trained; off, as they were initialized.
+
+        Args:
+            frozen: The base's weight, (rows, features).
+        """
+        if not self.is_off:
+            return self.weight
+        return _mean_row(frozen, self.ids).to(self.weight.dtype).expand(len(self.used_ids), -1)
+
     def release(self, base: Any) -> None:
-        """Lets go of a base's weight where nothing reads it any more, but not of its dtype and device."""
+        """Free a base's weight if all its rows are trained; an empty one keeps its dtype and device."""
         if self.is_whole:
             base.weight = nn.Parameter(base.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def extra_repr(self) -> str:
-        """What tells one from another."""
+        """Ids and number of rows."""
         return f"{self.ids.start} to {self.ids.stop - 1} of {self.num_rows}"
 
 
 class TrainedEmbedding(nn.Module):
-    """An embedding of which some rows are trained; whatever else its class does to a row it does to these, too.
+    """An embedding with trained rows; what else its class does to a row is done to these, too.
 
     Args:
-        base: The frozen one.
-        rows: In the place of the base's.
+        base: The frozen embedding.
+        rows: Trained rows, used instead of the base's.
     """
 
     def __init__(self, base: nn.Embedding, rows: TrainedRows) -> None:
@@ -64,15 +85,18 @@ class TrainedEmbedding(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Ids that there are rows for."""
+        """Number of ids that have rows."""
         return self.rows.num_rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., features), in the base's dtype."""
-        flat, frozen, own_ids = ids.flatten(), self.base.weight, self.rows.ids
+        flat, frozen = ids.flatten(), self.base.weight
+        own_ids = self.rows.used_ids
+        if not own_ids:
+            return self.base(ids)
         # No id lies outside where all rows are trained, and elsewhere those rows are not taken.
         places = (flat - own_ids.start).clamp(0, len(own_ids) - 1) if not self.rows.is_whole else flat
-        table = _LookUp.apply(self.rows.weight, places, self._padding, frozen.dtype)
+        table = _LookUp.apply(self.rows.used_rows(frozen), places, self._padding, frozen.dtype)
         if not self.rows.is_whole:
             is_own = (flat >= own_ids.start) & (flat < own_ids.stop)
             others = F.embedding(flat.masked_fill(is_own, 0), frozen)  # which may have no row for the own ones
@@ -83,11 +107,11 @@ class TrainedEmbedding(nn.Module):
 
 
 class TrainedHead(nn.Module):
-    """An output head of which some rows are trained.
+    """An output head with trained rows.
 
     Args:
-        base: The frozen one.
-        rows: In the place of the base's.
+        base: The frozen head.
+        rows: Trained rows, used instead of the base's.
     """
 
     def __init__(self, base: nn.Linear, rows: TrainedRows) -> None:
@@ -97,29 +121,34 @@ class TrainedHead(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(rows,), frozen."""
+        """Frozen bias, (rows,)."""
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """The weight as consecutive blocks of its rows, trained and frozen."""
+        """Return the weight as consecutive blocks of its rows, trained and frozen."""
         if self.rows.is_whole:
             return (self.rows.weight,)
-        before, behind = self.base.weight[: self.rows.ids.start], self.base.weight[self.rows.ids.stop :]
-        return tuple(block for block in (before, self.rows.weight, behind) if len(block))
+        ids, frozen = self.rows.used_ids, self.base.weight
+        if not ids:
+            return (frozen,)
+        before, behind = frozen[: ids.start], frozen[ids.stop :]
+        return tuple(block for block in (before, self.rows.used_rows(frozen), behind) if len(block))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., features) -> (..., rows), in the dtype of `x`."""
+        if not self.rows.used_ids:
+            return self.base(x)
         logits = torch.cat([F.linear(x, block.to(x.dtype)) for block in self.blocks()], dim=-1)
         return logits if self.bias is None else logits + self.bias
 
 
 def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
-    """The weight of an output head as consecutive blocks of its rows, (rows, features) each."""
+    """Return the weight of an output head as consecutive blocks of its rows, (rows, features) each."""
     return head.blocks() if isinstance(head, TrainedHead) else (head.weight,)
 
 
 def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
-    """Rows that are trained of a model's embedding and head, with the modules' names; one that they share, twice."""
+    """Yield the trained rows of a model's embedding and head with the modules' names; shared rows twice."""
     for name, module in model.named_modules():
         if isinstance(module, TrainedEmbedding | TrainedHead):
             yield name, module.rows
@@ -129,19 +158,20 @@ def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
 def train_rows(
     model: Any, modules: Sequence[str] = (), new_ids: range = range(0), dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, range]:
-    """Wraps the embedding and the head of a frozen model so that rows of them are trained, in place.
+    """Wrap the embedding and the head of a frozen model so that rows of them are trained, in place.
 
-    Rows of new tokens begin as the mean of those before them: their logits then are the mean of the others, and what
-    the model predicts hardly changes (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    Rows of new tokens are initialized to the mean of the rows before them: their logits are the mean of the others, and
+    predictions hardly change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
         model: A causal language model of transformers.
-        modules: Names, or their last parts, of those trained in full. Where embedding and head are one, both are.
-        new_ids: Of tokens added to the vocabulary; their rows are trained in any case, and made where there are none.
-        dtype: Of trained rows.
+        modules: Names, or their last parts, of the modules trained in full. If embedding and head share a weight, both
+            are.
+        new_ids: Ids of tokens added to the vocabulary; their rows are trained, and added if there are none.
+        dtype: Dtype of trained rows.
 
     Returns:
-        The ids whose rows are trained, by the names of the modules.
+        The ids of the trained rows by the names of the modules.
 
     Raises:
         ModelError: A name is neither the embedding's nor the head's, or one can't be trained or made longer.
@@ -174,10 +204,10 @@ def train_rows(
 
 
 def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:
-    """The layers that are named.
+    """Return the layers that are named.
 
     Raises:
-        ModelError: A name is none of theirs.
+        ModelError: A name is that of no layer.
     """
     matches = {asked: [name for name in allowed if f".{name}".endswith(f".{asked}")] for asked in modules}
     unknown = [asked for asked, found in matches.items() if not found]
@@ -214,16 +244,19 @@ def _first_values(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch
     stored = weight[ids.start : ids.stop]
     values[: len(stored)] = stored
     if new_ids:
-        values[new_ids.start - ids.start : new_ids.stop - ids.start] = weight[: new_ids.start].mean(
-            dim=0, dtype=torch.float32
-        )
+        values[new_ids.start - ids.start : new_ids.stop - ids.start] = _mean_row(weight, new_ids)
     return values
 
 
-class _LookUp(torch.autograd.Function):
-    """Rows by their places, cast; the one in the place `padding` gets no gradient.
+def _mean_row(weight: torch.Tensor, new_ids: range) -> torch.Tensor:
+    """The mean of the rows before those of new tokens, (features,), fp32."""
+    return weight[: new_ids.start].mean(dim=0, dtype=torch.float32)
 
-    A row's gradients are summed in fp32: a frequent token's, in 16 bits one after the other, would lose digits.
+
+class _LookUp(torch.autograd.Function):
+    """Looks up rows by their places and casts them; the row in the place `padding` gets no gradient.
+
+    The gradients of a row are summed in fp32: those of a frequent token would lose digits in 16 bits.
     """
 
     @staticmethod

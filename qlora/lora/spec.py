@@ -1,7 +1,10 @@
 """What an adapter is: its ranks, scaling, first values and form, validated once and asked everywhere."""
 
 import math
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ class AdapterSpec:
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank.
         dtype: Dtype of A and B.
         form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
+        rank_pattern: Ranks of some layers, see :func:`by_pattern`.
+        alpha_pattern: Alphas of some layers.
 
     Raises:
         ModelError: A value is out of range or unknown; names all of them.
@@ -39,12 +44,14 @@ class AdapterSpec:
     rslora: bool = False
     dtype: Any = torch.bfloat16
     form: str = "auto"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", as_dtype(self.dtype, ModelError))
         problems = {
-            f"rank: {self.rank!r} should be a whole number from 1": type(self.rank) is int and self.rank >= 1,
-            f"alpha: {self.alpha!r} should be a number above 0": _is_number(self.alpha) and self.alpha > 0,
+            f"rank: {self.rank!r} should be a whole number from 1": _is_rank(self.rank),
+            f"alpha: {self.alpha!r} should be a number above 0": _is_alpha(self.alpha),
             f"dropout: {self.dropout!r} should be from 0 and below 1": _is_number(self.dropout)
             and 0 <= self.dropout < 1,
             f"init: {self.init!r} should be one of {', '.join(INITS)}": self.init in INITS,
@@ -53,19 +60,98 @@ class AdapterSpec:
             f"form: 'folded' can't drop inputs, so it needs dropout 0, not {self.dropout!r}": not (
                 self.form == "folded" and self.dropout
             ),
+            f"rank_pattern: {self.rank_pattern!r} should map regular expressions to whole numbers from 1": (
+                is_pattern_map(self.rank_pattern) and all(map(_is_rank, self.rank_pattern.values()))
+            ),
+            f"alpha_pattern: {self.alpha_pattern!r} should map regular expressions to numbers above 0": (
+                is_pattern_map(self.alpha_pattern) and all(map(_is_alpha, self.alpha_pattern.values()))
+            ),
         }
         if wrong := [problem for problem, is_right in problems.items() if not is_right]:
             raise ModelError("The adapter can't be made:\n" + "\n".join(f"  {problem}" for problem in wrong))
 
     @property
     def scaling(self) -> float:
-        """The factor on B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """The factor on B A in layers that no pattern matches."""
+        return scaling(self.rank, self.alpha, self.rslora)
 
     def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B for a weight of (out_features, in_features)."""
+        """Shapes of A and B for a weight of (out_features, in_features) in layers that no pattern matches."""
         return (self.rank, in_features), (out_features, self.rank)
+
+    def by_layer(self, names: Iterable[str]) -> dict[str, "AdapterSpec"]:
+        """Return the spec of each layer, with its own rank and alpha and without patterns.
+
+        Args:
+            names: Full names of all adapted layers.
+
+        Raises:
+            ModelError: A pattern matches none of them; names all such patterns.
+        """
+        names = list(names)
+        unmatched = [
+            f"lora.{key}: '{pattern}' matches no adapted layer, so it would change nothing; correct or remove it."
+            for key in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, key)
+            if not any(matches(pattern, name) for name in names)
+        ]
+        if unmatched:
+            raise ModelError("\n".join(unmatched))
+        specs = {}
+        for name in names:
+            rank = by_pattern(self.rank_pattern, name, self.rank)
+            alpha = by_pattern(self.alpha_pattern, name, self.alpha)
+            specs[name] = replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+        return specs
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """Return the factor on B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches a layer's name, as PEFT does.
+
+    Args:
+        patterns: Values by regular expressions, see :func:`matches`.
+        name: Full name of the layer.
+        default: The value if no pattern matches.
+    """
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a name, or the end of one from a dot on, as in PEFT's `get_pattern_key`."""
+    return re.match(_anchored(pattern), name) is not None
+
+
+def is_pattern_map(patterns: object) -> bool:
+    """Whether an object maps patterns to values."""
+    return isinstance(patterns, Mapping) and all(
+        isinstance(pattern, str) and is_regex(_anchored(pattern)) for pattern in patterns
+    )
+
+
+def is_regex(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        return bool(re.compile(text))
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+def _anchored(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value: object) -> bool:
+    return _is_number(value) and value > 0  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -10,13 +10,12 @@ import torch
 
 from qlora.config import RunConfig
 from qlora.errors import ModelError
-from qlora.files import BaseFiles, find_tokenizer
+from qlora.files import BaseFiles
 from qlora.kernels.cross_entropy import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model.base import resolve_compute_dtype, resolve_device
-from qlora.model.loss import Loss
+from qlora.model import Loss, resolve_compute_dtype, resolve_device
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # What CUDA and its libraries take of a device before a tensor is there: assumed, as it differs by driver and device.
@@ -146,11 +145,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     dtype = torch.bfloat16 if absent and section.compute_dtype == "auto" else resolve_compute_dtype(
         section.compute_dtype, device
     )  # fmt: skip
-    folder = find_tokenizer(section.base, section.revision, section.trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{section.base} has no config.json, so it is no model folder of transformers.")
+    files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code, with_weights=False)
     row, rows = config.data.max_seq_len, config.train.micro_batch_size
-    files = BaseFiles(Path(folder), section.base)
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row, row=row, loss=loss)
     return Estimate(
         footprint=footprint,

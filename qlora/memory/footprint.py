@@ -14,8 +14,7 @@ from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
-from qlora.model import Loss, adapter_spec
-from qlora.model.base import build_skeleton, load_tokenizer
+from qlora.model import BITSANDBYTES_4BIT, Loss, adapter_spec, build_skeleton, load_tokenizer, weight_format
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -81,15 +80,15 @@ def take_footprint(
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
     spec = adapter_spec(config.lora)
-    lora_dtype = spec.dtype
-    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), lora_dtype)
+    specs = spec.by_layer(names)
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), spec.dtype)
     weights = _weight_bytes(model, quantized, bool(quantization))
-    shapes = [shape for one in adapted.values() for shape in spec.shapes(one.out_features, one.in_features)]
-    trained = [nn.Parameter(torch.empty(shape, dtype=lora_dtype, device="meta")) for shape in shapes]
+    shapes = [shape for name, one in adapted.items() for shape in specs[name].shapes(one.out_features, one.in_features)]
+    trained = [nn.Parameter(torch.empty(shape, dtype=spec.dtype, device="meta")) for shape in shapes]
     flat = FlatParameters(("", each) for each in [*trained, *{rows.weight for _, rows in trained_rows(model)}])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
-    stack = Stack(model, adapted, quantized)
+    stack = Stack(model, adapted, specs, quantized)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -129,21 +128,10 @@ def _new_ids(config: RunConfig, files: BaseFiles) -> range:
 
 
 def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
-    """Whether the base's 4-bit statistics are quantized too; None if it is not in 4 bits."""
-    stored = files.config.get("quantization_config") or {}
-    is_4bit = stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and stored.get("load_in_4bit")
-    if stored and not is_4bit:
-        raise ModelError(
-            f"{files.name} is quantized already, by {stored.get('quant_method')} and not in bitsandbytes' 4 bits; "
-            "set model.base to the model that it was made from."
-        )
-    if config.model.quantization == "none":
-        if is_4bit:
-            raise ModelError(
-                f"model.quantization: none, but {files.name} is quantized to 4 bits already; leave it at nf4."
-            )
-        return None
-    return bool(stored.get("bnb_4bit_use_double_quant")) if is_4bit else config.model.double_quant
+    """Return whether the 4-bit weights' statistics are quantized too; None if the weights are not in 4 bits."""
+    if weight_format(files, config.model.quantization) == BITSANDBYTES_4BIT:
+        return bool(files.config["quantization_config"].get("bnb_4bit_use_double_quant"))
+    return config.model.double_quant if config.model.quantization == "nf4" else None
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:

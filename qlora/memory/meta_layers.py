@@ -13,9 +13,8 @@ from qlora.errors import ModelError
 from qlora.kernels import scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
-from qlora.lora import LoraLinear, choose_form
+from qlora.lora import AdapterSpec, LoraLinear, choose_form
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
-from qlora.model import adapter_spec
 from qlora.nf4 import NF4Linear
 
 # Longer than any row.
@@ -27,12 +26,15 @@ class Stack:
 
     Args:
         model: A skeleton.
-        adapted: The linears that get adapters, by name.
-        quantized: Those in 4 bits.
+        adapted: Linear layers that get adapters, by name.
+        specs: Specs of these adapters, by name.
+        quantized: Linear layers in 4 bits, by name.
     """
 
-    def __init__(self, model: Any, adapted: dict[str, Any], quantized: dict[str, Any]) -> None:
-        self.model, self.adapted, self.quantized = model, adapted, quantized
+    def __init__(
+        self, model: Any, adapted: dict[str, Any], specs: dict[str, AdapterSpec], quantized: dict[str, Any]
+    ) -> None:
+        self.model, self.adapted, self.specs, self.quantized = model, adapted, specs, quantized
         self.name, layers = _find_layers(model)
         self.prefixes = [f"{self.name}.{index}." for index in range(len(layers))]
         types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
@@ -40,7 +42,10 @@ class Stack:
             (
                 type(layer), kind,
                 tuple((name, parameter.shape) for name, parameter in layer.named_parameters()),
-                tuple(name for name, _ in layer.named_modules() if f"{prefix}{name}" in adapted),
+                tuple(
+                    (name, specs[f"{prefix}{name}"].rank) for name, _ in layer.named_modules()
+                    if f"{prefix}{name}" in specs
+                ),
             )
             for layer, kind, prefix in zip(layers, types, self.prefixes, strict=False)
         ]  # fmt: skip
@@ -53,7 +58,6 @@ class Stack:
         """Leaves the model the layers that are kept, quantized and adapted."""
         model, lora = self.model, config.lora
         form = choose_form(lora.form, tokens, device, lora.dropout)
-        spec = replace(adapter_spec(lora), form=form)
         prefixes = tuple(self.prefixes[index] for index in self.kept)
         for name in {**self.quantized, **self.adapted}:
             if name.startswith(prefixes):
@@ -61,7 +65,7 @@ class Stack:
                 if name in self.quantized:
                     layer = _EmptyLinear(layer, device)
                 if name in self.adapted:
-                    layer = LoraLinear(layer, spec)
+                    layer = LoraLinear(layer, replace(self.specs[name], form=form))
                 model.set_submodule(name, layer)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()
@@ -122,7 +126,7 @@ class _EmptyLinear(NF4Linear):
         super().__init__(packed, SimpleNamespace(shape=linear.weight.shape), linear.bias)
         self._writes_scratch = device.type == "cuda"
 
-    def weight_for_product(self, dtype: torch.dtype, update: Any = None, lasting: bool = False) -> torch.Tensor:
+    def weight_for_product(self, dtype: torch.dtype, deltas: Any = (), lasting: bool = False) -> torch.Tensor:
         """A tensor where the layer that it stands for has one."""
         if self._writes_scratch and not lasting:
             return scratch(self.quant_state.shape, dtype, self.weight.device)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
-from qlora.data import Datasets, Source, Treatment, build_datasets
+from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
 from qlora.lora import AdapterSpec, train_rows, trained_rows, wrap_linears
 from qlora.model.base import load_base
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
@@ -60,6 +60,20 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
     )
 
 
+def set_tokens(section: DataSection, tokenizer: Any) -> range:
+    """Add the tokens that a config adds to the base's tokenizer, and set its special tokens.
+
+    Returns:
+        The ids of the added tokens.
+
+    Raises:
+        DataError: The tokenizer already has a token to add, or lacks a special token.
+    """
+    new_ids = add_new_tokens(tokenizer, section.new_tokens)
+    set_special_tokens(tokenizer, section.special_tokens)
+    return new_ids
+
+
 def datasets_from_section(
     section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
 ) -> Datasets:
@@ -78,7 +92,7 @@ def datasets_from_section(
         [_source(section, source) for source in section.eval]
         if isinstance(section.eval, list)
         else section.eval or 0.0,
-        Treatment(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
         chat_template="auto" if own_template else section.chat_template,
         cache_dir=section.cache_dir,
         seed=seed,

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 from qlora.data import answer_end_id, encode_prompt
+from qlora.data.examples import Conversation
+from qlora.data.prompts import check_prompt
+from qlora.data.serving import TemplateFacts
 from qlora.errors import ConfigError
 from qlora.model.restore import load_model
 
@@ -41,15 +44,22 @@ def generate(
     Raises:
         ConfigError: A setting is out of range.
         ModelError: There is no such model.
-        DataError: The chat template can't render a prompt.
+        DataError: The chat template would leave out or change part of a prompt.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device)
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    given: Sequence[Any] = [prompts] if is_single else prompts
+    system_turn = [{"role": "system", "content": system}] if system else []
+    conversations = [
+        [*system_turn, {"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        for prompt in given
+    ]
+    facts = TemplateFacts(tokenizer)
+    for messages in conversations:
+        check_prompt(tokenizer, facts, Conversation(messages))
     answers = []
-    for number, prompt in enumerate([prompts] if is_single else prompts):
-        messages = [{"role": "system", "content": system}] if system and isinstance(prompt, str) else []
-        messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for number, messages in enumerate(conversations):
         torch.manual_seed(seed + number)
         answers.append(answer(loaded, tokenizer, messages, max_new_tokens, temperature, top_p=top_p))
     return answers[0] if is_single else answers

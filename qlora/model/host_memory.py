@@ -1,20 +1,20 @@
-"""Keeps the host's memory small while a base is loaded."""
+"""Keeping host memory small while a base is loaded."""
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 SMALL, LARGE = 1 << 20, 32 << 20
 
 
 @contextmanager
 def returned_to_system() -> Iterator[None]:
-    """Has buffers over 1 MiB go back to the system as soon as they are freed.
+    """Return buffers over 1 MiB to the system as soon as they are freed.
 
-    glibc keeps them for itself once a few were freed; between the weights that stay, what is left of the tensors
-    that were quantized then adds up to more than the 4-bit model. Afterwards it keeps them again, as it would have
-    learnt to, since training frees and takes the same sizes each step. Elsewhere this does nothing.
+    glibc keeps them once a few were freed; between the weights that stay, what is left of the tensors that were
+    quantized then adds up to more than the 4-bit model. Afterwards it keeps them again, as it would have by then,
+    since training frees and allocates the same sizes in each step. With another C library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -13,9 +13,9 @@ def take_inventory(model: nn.Module) -> Inventory:
     in_4bit = adapted = num_bytes = 0
     quantized, unquantized = [], []
     with_rows = dict(trained_rows(model))
-    all_rows = {*with_rows.values()}  # one, where embedding and head share them
+    all_rows = {*with_rows.values()}  # a single one if embedding and head share them
     trained = sum(rows.weight.numel() for rows in all_rows)
-    # A weight whose rows are all trained is no longer in the model, but was part of the base.
+    # A weight whose rows are all trained was removed from the base, but counts as its parameter.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
     seen = {rows.weight for rows in all_rows}
     for name, module in model.named_modules():
@@ -52,7 +52,7 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def frozen_checksum(model: nn.Module) -> int:
-    """Sum the bytes of all frozen weights and their statistics; the sum differs if training wrote to them."""
+    """Sum the bytes of all frozen weights and their statistics; the sum changes if training writes to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     frozen += [module.quant_state.absmax for module in model.modules() if isinstance(module, NF4Linear)]

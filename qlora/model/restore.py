@@ -7,10 +7,12 @@ import torch
 
 from qlora.checkpoint import RunDirectory, load_adapter
 from qlora.config import load_config
-from qlora.data import add_new_tokens, apply_template, new_token_ids
+from qlora.data import apply_template, new_token_ids
 from qlora.files import BaseFiles
-from qlora.model.base import load_base, load_tokenizer
-from qlora.model.from_config import adapt, base_from_section
+from qlora.model.base import load_base
+from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
+from qlora.model.from_config import adapt, base_from_section, set_tokens
+from qlora.model.tokenizer import load_tokenizer
 
 
 def load_run_tokenizer(run: RunDirectory) -> Any:
@@ -28,7 +30,7 @@ def load_run_tokenizer(run: RunDirectory) -> Any:
         return load_tokenizer(run.final_adapter, section.trust_remote_code)
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
     tokenizer = load_tokenizer(files.folder, section.trust_remote_code)
-    add_new_tokens(tokenizer, config.data.new_tokens)
+    set_tokens(config.data, tokenizer)
     apply_template(tokenizer, config.data.chat_template)
     return tokenizer
 
@@ -65,7 +67,7 @@ def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any
     """
     if RunDirectory.find(path) is not None:
         return load_run(path, device)
-    quantization = "nf4" if BaseFiles.resolve(path).is_bitsandbytes_4bit else "none"
+    quantization = "nf4" if weight_format(BaseFiles.resolve(path)) == BITSANDBYTES_4BIT else "none"
     model, tokenizer = load_base(path, quantization=quantization, device=device)
     apply_template(tokenizer, "auto")
     return model, tokenizer

@@ -1,12 +1,18 @@
-"""The one door to bitsandbytes' 4-bit: quantize, dequantize, NF4Linear."""
+"""The one door to bitsandbytes' 4-bit: quantize, dequantize, NF4Linear, and 4-bit weights in checkpoint files."""
 
+from qlora.nf4.checkpoint import (
+    QUANT_STATE,
+    checkpoint_layout,
+    from_checkpoint_tensors,
+    statistics_by_weight,
+    to_checkpoint_tensors,
+)
 from qlora.nf4.linear import NF4Linear
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
     dequantize,
     dequantize_path,
-    from_checkpoint_tensors,
     is_bitsandbytes_linear,
     nf4_num_bytes,
     quantize,
@@ -15,11 +21,15 @@ from qlora.nf4.quantize import (
 __all__ = [
     "BLOCK_SIZE",
     "NESTED_BLOCK_SIZE",
+    "QUANT_STATE",
     "NF4Linear",
+    "checkpoint_layout",
     "dequantize",
     "dequantize_path",
     "from_checkpoint_tensors",
     "is_bitsandbytes_linear",
     "nf4_num_bytes",
     "quantize",
+    "statistics_by_weight",
+    "to_checkpoint_tensors",
 ]

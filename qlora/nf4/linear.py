@@ -1,6 +1,6 @@
 """NF4Linear: a frozen linear layer that holds 4-bit weights and dequantizes on the fly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import scratch
-from qlora.nf4.quantize import LoraUpdate, dequantize, nf4_num_bytes, quantize
+from qlora.kernels import LowRank, fold, scratch
+from qlora.nf4.checkpoint import from_checkpoint_tensors
+from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -54,7 +55,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: Any, double_quant: bool = True) -> "NF4Linear":
-        """Quantizes an `nn.Linear`, or takes over the weight of bitsandbytes' `Linear4bit` without copying."""
+        """Quantize an `nn.Linear`, or take over the weight of bitsandbytes' `Linear4bit` without copying."""
         weight, bias = linear.weight, linear.bias
         state = getattr(weight, "quant_state", None)
         # A plain tensor sheds bitsandbytes' parameter class, whose `.to()` would quantize again.
@@ -64,18 +65,18 @@ class NF4Linear(nn.Module):
         return cls(packed, state, None if bias is None else bias.data)
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight, (out_features, in_features), in `dtype`."""
+        """Return the weight, (out_features, in_features), in `dtype`."""
         return dequantize(self.weight, self.quant_state, dtype, out)
 
     def weight_for_product(
-        self, dtype: torch.dtype, update: LoraUpdate | None = None, lasting: bool = False
+        self, dtype: torch.dtype, deltas: Sequence[LowRank] = (), lasting: bool = False
     ) -> torch.Tensor:
-        """The weight for a product that is started at once; to be read only.
+        """Return the weight for a product that starts at once; read it only.
 
         Args:
-            dtype: Of the result.
-            update: (A, B, scaling); scaling · B A is added to the weight in `dtype`, and the sum rounded once.
-            lasting: Whether it is wanted for later too. Else the next call may overwrite it.
+            dtype: Dtype of the result.
+            deltas: Terms added to the weight in `dtype`, see :func:`qlora.kernels.fold`.
+            lasting: Whether the result is needed for longer; otherwise the next call may overwrite it.
 
         Returns:
             (out_features, in_features).
@@ -83,23 +84,24 @@ class NF4Linear(nn.Module):
         on_cpu, held = not self.weight.is_cuda, self._held
         if held is not None and held.dtype != dtype:
             held = None
-        if held is not None and update is None:
+        if held is not None and not deltas:
             return held
         # bitsandbytes gives a new tensor on CPUs, whatever `out` is.
         is_new = lasting or (on_cpu and held is None)
         out = None if is_new else scratch(self.quant_state.shape, dtype, self.weight.device)
-        if held is not None and update is not None and on_cpu:
-            lora_A, lora_B, scaling = update
-            return torch.addmm(held, lora_B, lora_A, alpha=scaling, out=out)
-        # On a GPU the fused kernel reads fewer bytes of codes than of a held weight.
-        return dequantize(self.weight, self.quant_state, dtype, out, update)
+        if held is not None and on_cpu:
+            return fold(held, deltas, out)
+        # On a GPU the fused kernel reads fewer bytes of codes than of a held weight; it adds one low-rank term.
+        first, others = (deltas[0], deltas[1:]) if deltas else (None, ())
+        weight = dequantize(self.weight, self.quant_state, dtype, out, first)
+        return fold(weight, others, out=weight)
 
     def hold(self, dtype: torch.dtype) -> None:
-        """Keeps the dequantized weight from now on, for products in `dtype`: 2 bytes per parameter in 16 bits."""
+        """Keep the dequantized weight for products in `dtype`: 2 bytes per parameter in 16 bits."""
         self._held = self.dequantize(dtype)
 
     def release(self) -> None:
-        """Undoes :meth:`hold`."""
+        """Undo :meth:`hold`."""
         self._held = None
 
     @property
@@ -113,7 +115,7 @@ class NF4Linear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held by the weight and its statistics."""
+        """Bytes of the weight and its statistics."""
         return nf4_num_bytes(self.weight, self.quant_state)
 
     def extra_repr(self) -> str:
@@ -125,6 +127,45 @@ class NF4Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.quant_state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The statistics lie under the weight's name, where torch expects nothing.
+        key = f"{prefix}weight"
+        given = {name.removeprefix(f"{key}."): state_dict[name] for name in state_dict if name.startswith(f"{key}.")}
+        own = self.quant_state.as_dict(packed=True)
+        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(f"{key}.")}
+        found = len(missing_keys), len(error_msgs)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if strict:
+            missing_keys += [f"{key}.{name}" for name in own if name not in given]
+            unexpected_keys += [f"{key}.{name}" for name in given if name not in own]
+        error_msgs += [
+            f"size mismatch for {key}.{name}: copying a param with shape {given[name].shape} from checkpoint, "
+            f"the shape in current model is {own[name].shape}."
+            for name in own
+            if name in given and not name.startswith("quant_state.") and given[name].shape != own[name].shape
+        ]
+        if found != (len(missing_keys), len(error_msgs)) or not {*own} <= {*given}:
+            return
+        parts = {f"weight.{name}": given[name].to(self.weight.device, copy=True) for name in own}
+        _, state = from_checkpoint_tensors({"weight": self.weight, **parts})
+        if state.shape != self.quant_state.shape or state.blocksize != self.quant_state.blocksize:
+            error_msgs.append(
+                f"size mismatch for {key}: the checkpoint has {tuple(state.shape)} in blocks of {state.blocksize}, "
+                f"the model {tuple(self.quant_state.shape)} in blocks of {self.quant_state.blocksize}."
+            )
+            return
+        self.quant_state = state
+        self.release()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
         # The statistics follow the weight to its device, and never its dtype: they are what undoes it.

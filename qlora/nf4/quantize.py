@@ -1,27 +1,24 @@
-"""Weights to NF4 and back, in bitsandbytes' state format: on its kernels, or on a fused one that gives its bits.
+"""Quantizing weights to NF4 and back, in bitsandbytes' state format, with its kernels or a bit-identical fused one.
 
-bitsandbytes brings torch's compiler with it, a second and a half, so it is imported when a weight is at hand.
+bitsandbytes imports torch's compiler, which takes a second and a half, so it is imported only where it is called.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON, quantize_4bit_cpu
+from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
 from qlora.kernels.dequantize import TILE_COLUMNS
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64
-# Of these blocks, as many share a scale of their own in double quantization.
+# In double quantization, the absmax values of this many blocks share a scale.
 NESTED_BLOCK_SIZE = 256
-# A, (rank, in), and B, (out, rank), in the dtype of the weight asked for, and the factor on their product B A.
-LoraUpdate = tuple[torch.Tensor, torch.Tensor, float]
 
-# What the fused kernel has shown on each device: the kinds of weight, each compiled apart, of which it gave one with
-# bitsandbytes' bits, and why it was given up.
+# By device: the kinds of weight for which the fused kernel gave bitsandbytes' bits (each kind is compiled separately),
+# and why it is not used.
 _proven: set[tuple[object, ...]] = set()
 _given_up: dict[torch.device, str] = {}
 
@@ -29,15 +26,15 @@ _given_up: dict[torch.device, str] = {}
 def quantize(
     weight: torch.Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE
 ) -> tuple[torch.Tensor, "QuantState"]:
-    """Quantizes a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
+    """Quantize a weight to NF4 (QLoRA, arXiv:2305.14314, §3).
 
     Args:
-        weight: (out, in), fp32, bf16 or fp16. Sizes need not be multiples of the block.
+        weight: (out, in), fp32, bf16 or fp16, of any size.
         double_quant: Quantize the blocks' absmax to 8 bits too.
-        block_size: Weights that share one absmax.
+        block_size: Number of weights that share one absmax.
 
     Returns:
-        The packed codes, (ceil(out * in / 2), 1) uint8, and what is needed to undo it.
+        The packed codes, (ceil(out * in / 2), 1) uint8, and the state needed to dequantize them.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
@@ -61,38 +58,38 @@ def dequantize(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
-    """Undoes :func:`quantize`, with one rounding from fp32 to `dtype`.
+    """Dequantize a weight, with one rounding from fp32 to `dtype`.
 
     Args:
         packed: The codes, uint8.
         state: The blocks' statistics.
-        dtype: Of the result: fp32, bf16 or fp16, whatever the weight had before.
-        out: (out, in) of `dtype`, written in place if given.
-        update: Added to the weight in `dtype`; the sum is rounded once more.
+        dtype: Dtype of the result: fp32, bf16 or fp16; it need not be the original one.
+        out: A tensor, (out, in) in `dtype`, to write the result into.
+        delta: Added to the weight in `dtype`, the dtype of its factors; the sum is rounded once more.
 
     Returns:
         The weight, (out, in).
     """
     device = packed.device
     if _why_not_fused(device) is not None:
-        return _dequantize_bitsandbytes(packed, state, dtype, out, update)
-    kind = _kind(device, dtype, state, update)
+        return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
+    kind = _kind(device, dtype, state, delta)
     if kind in _proven:
-        return _dequantize_fused(packed, state, dtype, out, update)
-    # The first of its kind on this device is computed by both, and bitsandbytes' is the one that counts.
-    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, update)
+        return _dequantize_fused(packed, state, dtype, out, delta)
+    # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
+    wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     try:
-        if update is None:
+        if delta is None:
             is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
-        else:  # not with its own values: B is zero at first, and shows nothing
-            trial = _random_update(update)
+        else:  # with random values: B is zero at first, and would not show a difference
+            trial = _random_delta(delta)
             is_same = _close(
-                _dequantize_fused(packed, state, dtype, update=trial),
+                _dequantize_fused(packed, state, dtype, delta=trial),
                 _dequantize_bitsandbytes(packed, state, dtype, None, trial),
             )
-    except Exception as error:  # Whatever Triton can lack: a C compiler, Python's headers, a folder to write to.
+    except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
         message = " ".join(str(error).split())[:200]
         _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
         return wanted
@@ -105,8 +102,8 @@ def dequantize(
 
 
 def dequantize_path(device: torch.device) -> str:
-    """Which kernel :func:`dequantize` uses on a device, and why."""
-    device = torch.empty(0, device=device).device  # With its index, as tensors have it.
+    """Describe which kernel :func:`dequantize` uses on a device, and why."""
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
     reason = _why_not_fused(device)
     if reason is not None:
         return f"bitsandbytes: {reason}"
@@ -115,20 +112,19 @@ def dequantize_path(device: torch.device) -> str:
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
-def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", update: LoraUpdate | None) -> tuple:
-    """What is compiled apart from the others."""
+def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
+    """Return what the fused kernel is compiled for."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    if update is None:
+    if delta is None:
         return kind
-    width, rank = state.shape[1], update[0].shape[0]
+    width, rank = state.shape[1], delta.A.shape[0]
     return (*kind, width % 2 == 0, width % min(TILE_COLUMNS, state.blocksize) == 0, rank <= 16)
 
 
-def _random_update(update: LoraUpdate) -> LoraUpdate:
-    generator = torch.Generator().manual_seed(0)  # of its own, as a run's must not move
-    lora_A, lora_B, scaling = update
-    trial_A, trial_B = (torch.randn(one.shape, generator=generator).to(one) * 0.1 for one in (lora_A, lora_B))
-    return trial_A, trial_B, scaling
+def _random_delta(delta: LowRank) -> LowRank:
+    generator = torch.Generator().manual_seed(0)  # a run's own must not advance
+    A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
+    return LowRank(A, B, delta.scaling)
 
 
 def _why_not_fused(device: torch.device) -> str | None:
@@ -144,13 +140,13 @@ def _dequantize_fused(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
-    update: LoraUpdate | None = None,
+    delta: LowRank | None = None,
 ) -> torch.Tensor:
     from qlora.kernels.dequantize_triton import dequantize_4bit_triton
 
     options: dict[str, Any] = {}
-    if update is not None:
-        options = dict(zip(("lora_A", "lora_B", "scaling"), update, strict=True))
+    if delta is not None:
+        options = {"lora_A": delta.A, "lora_B": delta.B, "scaling": delta.scaling}
     if state.nested:
         options |= {
             "nested_code": state.state2.code,
@@ -159,18 +155,18 @@ def _dequantize_fused(
             "nested_block_size": state.state2.blocksize,
         }
     return dequantize_4bit_triton(
-        packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **options, out=out
+        packed, state.code, state.absmax, state.shape, dtype, block_size=state.blocksize, **options, out=out
     )
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # As integers: -0 is not 0, and NaN is itself.
+    # Compared as integers, since -0 == 0 and NaN != NaN.
     integers = torch.int32 if one.dtype == torch.float32 else torch.int16
     return torch.equal(one.view(integers), other.view(integers))
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # Sums in two orders may round to neighbours; a wrong one is further away.
+    # Sums in two orders may round to neighbouring numbers; a wrong one differs by more.
     return torch.allclose(one, other, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-6)
 
 
@@ -179,13 +175,10 @@ def _dequantize_bitsandbytes(
     state: "QuantState",
     dtype: torch.dtype,
     out: torch.Tensor | None,
-    update: LoraUpdate | None,
+    delta: LowRank | None,
 ) -> torch.Tensor:
     weight = _dequantize_bitsandbytes_alone(packed, state, dtype, out)
-    if update is not None:
-        lora_A, lora_B, scaling = update
-        weight.addmm_(lora_B, lora_A, alpha=scaling)
-    return weight
+    return weight if delta is None else delta.fold(weight, out=weight)
 
 
 def _dequantize_bitsandbytes_alone(
@@ -202,8 +195,8 @@ def _dequantize_bitsandbytes_alone(
             return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
         return out
-    # As one row: blocks run on from row to row, which bitsandbytes' AVX-512 kernel forgets where a row is no whole
-    # number of them. Nor has it an `out` on CPUs.
+    # As one row: blocks continue from row to row, which bitsandbytes' AVX-512 kernel gets wrong where a row is not a
+    # whole number of blocks. On CPUs it has no `out`.
     flat = (1, state.shape.numel())
     weight = torch.ops.bitsandbytes.dequantize_4bit.default(
         packed, absmax, state.blocksize, state.quant_type, flat, dtype
@@ -212,32 +205,15 @@ def _dequantize_bitsandbytes_alone(
 
 
 def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
-    """Bytes that a quantized weight holds, its statistics included."""
+    """Return the bytes of a quantized weight, its statistics included."""
     tensors = [packed, state.absmax]
     if state.nested:
         tensors += [state.state2.absmax, state.offset]
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, "QuantState"]:
-    """Reads a weight out of a checkpoint that bitsandbytes wrote.
-
-    Args:
-        tensors: `weight` and its `weight.*` statistics, by those names.
-
-    Returns:
-        The packed codes and their state, as :func:`quantize` gives them.
-    """
-    from bitsandbytes.functional import QuantState
-
-    # `from_dict` empties the mapping that it is given.
-    statistics = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    packed = tensors["weight"]
-    return packed, QuantState.from_dict(statistics, device=packed.device)
-
-
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:
-    """Whether transformers put one of bitsandbytes' own 4-bit linears here."""
+    """Return whether a module is bitsandbytes' own 4-bit linear, as transformers puts it into a model."""
     from bitsandbytes.nn import Linear4bit
 
     return isinstance(module, Linear4bit)

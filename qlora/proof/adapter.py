@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qlora.checkpoint import RunDirectory, adapter_scaling, read_adapter_tensors, step_of
+from qlora.checkpoint import RunDirectory, adapter_scalings, read_adapter_tensors, step_of
 from qlora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
 from qlora.data import ExampleSet
@@ -37,19 +37,31 @@ class LayerCheck:
 
 
 def check_adapter_files(run: RunDirectory) -> list[str]:
-    """Whether an adapter's scaling, layers and ranks are the run's, and its values those of the last checkpoint."""
-    lora, record = load_config(run.config).lora, run.read_record()
+    """Check an adapter's layers, ranks and scalings against the run's, and its values against the last checkpoint's.
+
+    Returns:
+        A line for each mismatch.
+    """
+    adapted = run.read_record().parameters.adapted
+    specs = adapter_spec(load_config(run.config).lora).by_layer(adapted)
     factors = read_adapter_tensors(run.adapter)
-    problems = []
-    own, saved = adapter_spec(lora).scaling, adapter_scaling(run.adapter)
-    if not math.isclose(own, saved):
-        problems.append(f"{run.adapter} has a scaling of {saved:g}, the run trained with {own:g}")
-    adapted = {*record.parameters.adapted}
-    problems += [f"{run.adapter} lacks the factors of {name}" for name in sorted(adapted - {*factors})]
-    problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*factors} - adapted)]
-    for name, (lora_A, _) in factors.items():
-        if len(lora_A) != lora.rank:
-            problems.append(f"{run.adapter}: {name} has rank {len(lora_A)}, the run trained with {lora.rank}")
+    saved = adapter_scalings(run.adapter, factors)
+    problems = [f"{run.adapter} lacks the factors of {name}" for name in sorted({*specs} - {*factors})]
+    problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*factors} - {*specs})]
+    others: dict[tuple[float, float], list[str]] = {}
+    for name, spec in specs.items():
+        if name not in factors:
+            continue
+        rank = len(factors[name][0])
+        if rank != spec.rank:
+            problems.append(f"{run.adapter}: {name} has rank {rank}, the run trained with {spec.rank}")
+        if not math.isclose(spec.scaling, saved[name]):
+            others.setdefault((saved[name], spec.scaling), []).append(name)
+    problems += [
+        f"{run.adapter} has a scaling of {found:g}, the run trained with {own:g}, in {len(names)} layers: "
+        f"{', '.join(names[:3])}{' …' * (len(names) > 3)}"
+        for (found, own), names in others.items()
+    ]
     checkpoints = run.list_checkpoints()
     if checkpoints and checkpoints[-1] != run.adapter and step_of(checkpoints[-1]) == run.step:
         problems += _compare_saved(checkpoints[-1], run.adapter)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
-from qlora.checkpoint.adapter import CHANGING_INITS, read_adapter_header
+from qlora.checkpoint.adapter import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.checkpoint.adapter_rows import PREFIX
+from qlora.lora.spec import scaling
 
 # What `--max-lora-rank` of vLLM can be; it is 16 if not given (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -69,17 +70,6 @@ def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
     }
 
 
-def trained_scaling(config: dict[str, Any], module: str) -> float:
-    """The factor on a module's B A as PEFT has it, patterns and all."""
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
 def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str, list[int]], base: Any) -> Verdict:
     verdict = Verdict()
     _check_rows(verdict, config, others, base)
@@ -92,9 +82,7 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     absent = sorted({*ranks} - modules)
     if absent:
         verdict.refuse(f"the base has no layer {absent[0]}")
-    wrong = [
-        module for module, rank in ranks.items() if rank != _by_pattern(config.get("rank_pattern"), module, config["r"])
-    ]
+    wrong = [module for module, rank in ranks.items() if rank != config_rank(config, module)]
     if wrong:
         verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, which is not what the config says")
     meant = _meant(config, modules)
@@ -135,13 +123,13 @@ def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]
             verdict.refuse(f"it refuses {what} ({key})")
     if config.get("bias", "none") != "none":
         verdict.refuse(f"it refuses trained biases (bias: {config['bias']})")
-    if str(config.get("init_lora_weights")).startswith(CHANGING_INITS):
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGING_INITS):
         verdict.refuse(f"init_lora_weights: {config['init_lora_weights']} has changed the base that it adds to")
     unknown = [name for name in others if not name.endswith(VLLM_SKIPPED)]
     if unknown:
         verdict.refuse(f"{unknown[0]} is no factor of a layer")
-    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-    _check_scaling(verdict, config, dict.fromkeys(ranks, config["lora_alpha"] / root))
+    served = scaling(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))  # one for all modules
+    _check_scaling(verdict, config, dict.fromkeys(ranks, served))
     rank = max([config["r"], *ranks.values()])
     if rank > VLLM_RANKS[-1]:
         verdict.refuse(f"rank {rank} is above {VLLM_RANKS[-1]}")
@@ -174,12 +162,12 @@ def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list
 
 def _check_scaling(verdict: Verdict, config: dict[str, Any], scalings: dict[str, float]) -> None:
     """Whether a client scales every module as it was trained."""
-    for module, scaling in scalings.items():
-        trained = trained_scaling(config, module)
-        if not math.isclose(scaling, trained, rel_tol=1e-6):
+    for module, served in scalings.items():
+        trained = config_scaling(config, module)
+        if not math.isclose(served, trained, rel_tol=1e-6):
             keys = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
             because = f", as it does not read {' and '.join(keys)}" if keys else ""
-            verdict.refuse(f"it would scale {module} by {scaling:g} and not {trained:g}{because}, and not say so")
+            verdict.refuse(f"it would scale {module} by {served:g} and not {trained:g}{because}, and not say so")
             return
 
 

@@ -1,5 +1,6 @@
-"""The merged weights of a run, computed a second time in another way than merge computes them."""
+"""The merged weights of a run, computed a second time and in another way than merge does."""
 
+import re
 from typing import Any
 
 import torch
@@ -8,11 +9,10 @@ from safetensors.torch import load_file
 from qlora.checkpoint import RunDirectory, read_adapter_rows, read_adapter_tensors
 from qlora.checkpoint.adapter import WEIGHTS_FILE
 from qlora.config import load_config
-from qlora.export.names import names_in_files, transposed_modules
 from qlora.files import BaseFiles
-from qlora.files.stored import StoredTensors
-from qlora.model import build_skeleton
-from qlora.nf4 import dequantize, from_checkpoint_tensors, quantize
+from qlora.model import BaseWeights, build_skeleton
+from qlora.model.names import names_in_files, transposed_modules
+from qlora.nf4 import dequantize, quantize
 
 
 class ExpectedWeights:
@@ -28,23 +28,18 @@ class ExpectedWeights:
         device: To quantize on, as the merge did.
 
     Attributes:
-        names: Of the tensors, in the base's order.
-        compute_dtype: That the run's weights were dequantized to.
-        unplaced: Adapted modules that no tensor of the base's files is the weight of.
+        names: Names of the tensors, in the base's order.
+        compute_dtype: Dtype that the run's weights were dequantized to.
+        unplaced: Adapted modules whose weight is not a tensor of the base's files.
     """
 
     def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
         config, self._record = load_config(run.config), run.read_record()
         self._onto, self._device = onto, device
         self.compute_dtype = getattr(torch, self._record.in_use.compute_dtype)
-        # A second writing of the formula, on purpose.
-        rank, alpha = config.lora.rank, config.lora.alpha
-        self._scaling = alpha * rank**-0.5 if config.lora.rslora else alpha / rank
-        self._stored = StoredTensors(base.headers)
-        self._packed = {name.removesuffix(".absmax") for name in base.tensors if name.endswith(".weight.absmax")}
-        self._statistics = {name: [key for key in base.tensors if key.startswith(f"{name}.")] for name in self._packed}
-        statistics = {key for keys in self._statistics.values() for key in keys}
-        self.names = [name for name in base.tensors if name not in statistics]
+        self._lora = config.lora
+        self._base = BaseWeights(base)
+        self.names = list(self._base.shapes)
 
         skeleton = build_skeleton(base, config.model.trust_remote_code)
         factors = read_adapter_tensors(run.adapter)
@@ -62,7 +57,7 @@ class ExpectedWeights:
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
     def adapted(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base weight of an adapted layer and its update, (out, in) and fp64 each."""
+        """Return the base weight of an adapted layer and its update, (out, in) and fp64 each."""
         name = next(name for name, other in self._modules.items() if other == module)
         base, rows = self.base(name), slice(0, None)
         weight, update = self.rows(name, rows, base), self.update(name, rows)[0]
@@ -78,13 +73,11 @@ class ExpectedWeights:
 
     def base(self, name: str) -> torch.Tensor | None:
         """A weight that went through 4 bits, whole, as training saw it; None for one that is as in the files."""
-        if name in self._packed:
-            keys = [name, *self._statistics[name]]
-            parts = {f"weight{key.removeprefix(name)}": self._stored.read(key).to(self._device) for key in keys}
-            return dequantize(*from_checkpoint_tensors(parts), self.compute_dtype).cpu()
+        if self._base.is_4bit(name):
+            return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
-        weight = self._stored.read(name)
+        weight = self._base.read(name)
         weight = (weight.T if name in self._transposed else weight).to(self._device, self.compute_dtype)
         settings = self._record.quantization
         assert settings.block_size is not None  # as the record has quantized layers
@@ -95,13 +88,13 @@ class ExpectedWeights:
     def shape(self, name: str, base: torch.Tensor | None) -> tuple[int, ...]:
         """Of a tensor, whose base weight is given if it went through 4 bits."""
         if name in self._trained:
-            size, features = self._stored.shape(name)
+            size, features = self._base.shapes[name]
             return max(size, self._trained[name][0].stop), features
-        return self._stored.shape(name) if base is None else tuple(base.shape)
+        return self._base.shapes[name] if base is None else tuple(base.shape)
 
     def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
         """Rows of the base weight, or as they were trained: fp64, or as stored where they are no floating point."""
-        values = self._stored.read(name, rows) if base is None else base[rows]
+        values = self._base.read(name, rows) if base is None else base[rows]
         if not values.is_floating_point():
             return values
         if name not in self._trained:
@@ -115,13 +108,22 @@ class ExpectedWeights:
         return found
 
     def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of scaling · B A in fp64, and of a bound on what a sum of its products in fp32 can be off by."""
+        """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""
         lora_A, lora_B = self._factors[name]
         left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
-        left, right = left[rows].double() * self._scaling, right.double()
-        # Each element is a sum of rank products: Cauchy and Schwarz bound what their absolute values sum up to.
+        left, right = left[rows].double() * self._scaling(self._modules[name]), right.double()
+        # Each element is a sum of rank products; Cauchy-Schwarz bounds the sum of their absolute values.
         size = torch.outer(left.norm(dim=1), right.norm(dim=0))
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
+
+    def _scaling(self, module: str) -> float:
+        """The factor on B A by the config: a second writing of the formula and of PEFT's patterns, on purpose."""
+        own = self._lora
+        rank, alpha = (
+            next((value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", module)), default)
+            for patterns, default in ((own.rank_pattern, own.rank), (own.alpha_pattern, own.alpha))
+        )
+        return alpha * rank**-0.5 if own.rslora else alpha / rank
 
 
 def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
+from qlora.config import RunConfig
 from qlora.errors import ModelError
-from qlora.export.names import ends_in_files
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.model import end_token_ids, load_generation_config, load_tokenizer
-from qlora.model.base import GENERATION_FILE
+from qlora.model.names import embedding_and_head_tensors
+from qlora.model.tokenizer import GENERATION_FILE
 
 # Prose, code, numbers, spaces, scripts and signs that tokenizers part ways on.
 SAMPLE_TEXTS = (
@@ -82,18 +83,20 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
     return problems
 
 
-def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, trust_remote_code: bool = False) -> list[str]:
-    """Whether the folder's tokenizer gives the run's ids, and its template and end tokens are those trained with.
+def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, config: RunConfig) -> list[str]:
+    """Check that the folder's tokenizer gives the run's ids, and that template and special tokens are the run's.
 
     Args:
         base: The base's files.
         written: The merged folder.
         expected: The run's tokenizer.
-        trust_remote_code: Run code that comes with the folder's.
+        config: The run's config.
     """
     try:
-        tokenizer = load_tokenizer(written.folder, trust_remote_code)
+        tokenizer = load_tokenizer(written.folder, config.model.trust_remote_code)
         problems = _check_end_tokens(base, written, expected)
+        if "pad_token" in config.data.special_tokens:
+            problems += _check_pad_token(written, expected)
     except ModelError as error:
         return [str(error)]
     for text in (*SAMPLE_TEXTS, "".join(expected.get_added_vocab())):
@@ -119,6 +122,13 @@ def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> li
     return lost + [f"{GENERATION_FILE} ends at {_show(tokenizer, id_)}" for id_ in sorted(found - wanted)]
 
 
+def _check_pad_token(written: BaseFiles, tokenizer: Any) -> list[str]:
+    """Check that generation pads with the token that the config sets."""
+    found = load_generation_config(written.folder).pad_token_id
+    wanted = tokenizer.pad_token_id
+    return [] if found == wanted else [f"{GENERATION_FILE} has pad_token_id {found}, not {_show(tokenizer, wanted)}"]
+
+
 def _described(config: dict[str, Any]) -> dict[str, Any]:
     """What a config says of the architecture; of a model with images, in a part of it too."""
     return {
@@ -135,7 +145,7 @@ def _is_tied(skeleton: Any) -> bool:
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
     """The tensor that holds the head, unless it holds the embeddings once more."""
-    embeddings, head = ends_in_files(skeleton, files.tensors)
+    embeddings, head = embedding_and_head_tensors(skeleton, files.tensors)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head
     stored = StoredTensors(files.headers)

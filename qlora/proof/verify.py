@@ -171,7 +171,7 @@ def _compare_gguf(
 ) -> dict[str, Any]:
     """Reads a GGUF file back."""
     assert merged.gguf is not None
-    trust_remote_code = load_config(run.config).model.trust_remote_code
+    config = load_config(run.config)
     tokenizer = load_run_tokenizer(run)
     ends = end_token_ids(load_generation_config(base.folder), tokenizer)
     expected = _expected_weights(run, base, merged)
@@ -181,7 +181,7 @@ def _compare_gguf(
         problems.append(str(error))
         return {}
     written = BaseFiles(merged.folder, str(merged.folder))
-    problems += check.problems + check_tokenizer(base, written, tokenizer, trust_remote_code)
+    problems += check.problems + check_tokenizer(base, written, tokenizer, config)
     return {"tensors_checked": check.checked, "max_weight_difference": check.max_difference}
 
 
@@ -189,10 +189,10 @@ def _compare_folder(
     run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Reads a folder of safetensors back, and runs it and the run."""
-    trust_remote_code = load_config(run.config).model.trust_remote_code
+    config = load_config(run.config)
     try:
         written = BaseFiles.resolve(str(merged.folder))
-        merged_skeleton = build_skeleton(written, trust_remote_code)
+        merged_skeleton = build_skeleton(written, config.model.trust_remote_code)
     except ModelError as error:
         problems.append(str(error))
         return {}
@@ -201,7 +201,7 @@ def _compare_folder(
     problems += tensors.problems + check_weight_files(written)
     problems += check_config(base, written, merged.dtype) + check_head(skeleton, base, merged_skeleton, written)
     tokenizer = load_run_tokenizer(run)
-    problems += check_tokenizer(base, written, tokenizer, trust_remote_code)
+    problems += check_tokenizer(base, written, tokenizer, config)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
     return found | _compare_predictions(run, written, merged, device, problems)
 

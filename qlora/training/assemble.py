@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, Datasets, add_new_tokens, collate, make_example
+from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
@@ -20,7 +20,9 @@ from qlora.model import (
     datasets_from_section,
     load_tokenizer,
     optimizer_from_section,
+    set_tokens,
     take_inventory,
+    weight_format,
 )
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_from_section
@@ -115,9 +117,10 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+        weight_format(files, model_section.quantization)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
-        new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+        new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
@@ -135,7 +138,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
-        rank=processes.rank, world_size=processes.world_size,
+        rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
     fit = fit_memory(config, model, objective.loss, largest.to(processes.device), processes)

@@ -8,7 +8,7 @@ import torch
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
-from qlora.data import eval_batches, supervised_bytes
+from qlora.data import eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError
 from qlora.model import base_from_section, datasets_from_section, load_run
 from qlora.model import evaluate as evaluate_batches
@@ -71,6 +71,9 @@ def evaluate(
     config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
     model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
     section = config.data
+    if run is None:  # the base, without the tokens that training adds
+        own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
+        set_special_tokens(tokenizer, own)
     if data is not None:
         # Every row of the file counts, however few of its own the run was trained on.
         whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}

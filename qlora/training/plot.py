@@ -5,29 +5,59 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Share of the logged steps that the smoothed training loss averages over.
+SMOOTHED_SHARE = 0.05
+Points = list[tuple[int, float]]
 
-def draw_losses(metrics: Sequence[dict[str, Any]], target: Path) -> bool:
-    """Draw training and held-out loss over the steps as a PNG.
+
+def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "") -> bool:
+    """Draw training loss, its smoothed course, held-out loss and learning rate over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
         target: Path of the PNG.
+        title: Title of the image.
 
     Returns:
-        Whether it was drawn; matplotlib is an optional dependency.
+        Whether it was drawn: matplotlib is an optional dependency, and the disk may be full.
     """
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
 
+    training, held_out, rates = (_points(metrics, key) for key in ("loss", "eval_loss", "learning_rate"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(line["step"], line[key]) for line in metrics if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel="mean loss", ylim=(0, None))
+    if training:
+        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.3, label="training")
+        axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(title=title, xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120)
+    lines = axes.get_lines()
+    if rates:
+        rate_axes = axes.twinx()
+        rate_axes.plot(*zip(*rates, strict=True), "--", color="tab:gray", linewidth=1, label="learning rate")
+        rate_axes.set(ylabel="learning rate", ylim=(0, None))
+        lines = [*lines, *rate_axes.get_lines()]
+    axes.legend(handles=lines)
+    try:
+        figure.savefig(target, dpi=120)
+    except OSError:
+        return False
     return True
+
+
+def _points(metrics: Sequence[dict[str, Any]], key: str) -> Points:
+    return [(line["step"], line[key]) for line in metrics if key in line]
+
+
+def _smoothed(points: Points) -> Points:
+    """Return an exponential moving average, without the pull of its start towards zero."""
+    decay = 1 - 1 / max(1.0, SMOOTHED_SHARE * len(points))
+    smoothed, total, weight = [], 0.0, 0.0
+    for step, value in points:
+        total, weight = decay * total + value, decay * weight + 1
+        smoothed.append((step, total / weight))
+    return smoothed

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, add_new_tokens, pieces
+from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
-from qlora.model import datasets_from_section, load_tokenizer
+from qlora.model import datasets_from_section, load_tokenizer, set_tokens
 from qlora.objectives import objective_from_section
 from qlora.training.schedule import resolve_total_steps
 
@@ -81,7 +81,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+    new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
     problems = objective_from_section(section).unsupported_reasons(datasets.reports)
@@ -94,7 +94,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        data.max_seq_len if data.packing else None,
+        data.max_seq_len if data.packing else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
         reports=datasets.reports,

@@ -10,6 +10,7 @@ from torch import nn
 from qlora.about import __version__
 from qlora.checkpoint import BaseRecord, ExampleCounts, Quantization, RunRecord
 from qlora.files import BaseFiles
+from qlora.model import BITSANDBYTES_4BIT, weight_format
 from qlora.nf4 import NF4Linear
 from qlora.training.assemble import Assembly
 from qlora.training.resume import Start
@@ -45,7 +46,7 @@ def _describe_quantization(model: nn.Module, files: BaseFiles) -> Quantization:
         kind="none" if state is None else state.quant_type,
         double_quant=state is not None and state.nested,
         block_size=None if state is None else state.blocksize,
-        from_4bit_checkpoint=files.is_bitsandbytes_4bit,
+        from_4bit_checkpoint=weight_format(files) == BITSANDBYTES_4BIT,
     )
 
 

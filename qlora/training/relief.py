@@ -77,7 +77,7 @@ class MemoryRelief:
         return f"model.recompute is {self.level} in place of {before}"
 
     def _cut_micro_batches(self) -> str | None:
-        if self._progress.num_parts >= self._plan.most_examples:
+        if self._progress.num_parts >= self._plan.max_parts:
             return None
         self._progress.num_parts *= 2
         apply_recompute(self._model, self.level)  # again, to drop what it holds on the host for the aborted step

@@ -1,7 +1,4 @@
-"""Real training processes, killed at random moments and continued; their end is held against an unkilled run's.
-
-Needs qlora alone; a test loads it by its path.
-"""
+"""Real training processes, killed at random moments and continued; each end is compared with an unkilled run's."""
 
 import json
 import os
@@ -66,6 +63,7 @@ class Forked:
         try:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a test runner's own write elsewhere
             run()
             code = 0
         except SystemExit as stop:

@@ -5,14 +5,16 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from qlora.checkpoint import load_adapter, read_adapter_config, read_adapter_tensors, save_adapter
+from qlora.checkpoint.adapter import _as_patterns
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora, lora_layers
+from qlora.lora.spec import by_pattern
 from qlora.model import load_base
 from qlora.nf4 import NF4Linear
 from tests.tiny import make_base
@@ -21,6 +23,9 @@ GPT2 = {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_
 # Largest difference over largest logit. fp32: sums in another order. bf16: PEFT rounds the update and the base's
 # product apart, each by 2^-9, in every one of 14 layers.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 14 * 2**-8}
+
+
+FOREIGN = {"rank_pattern": {"up_proj": 6}, "alpha_pattern": {r"layers\.1\..*": 5}}
 
 
 def adapted_model(base, generator, compute_dtype="float32", **settings):
@@ -90,6 +95,47 @@ def test_a_scaling_by_the_root_of_the_rank_is_saved_as_alpha_over_rank(rank, tin
         served = (lora_B.float() @ lora_A.float()) * (config["lora_alpha"] / config["r"])
         assert torch.equal(served, layer.delta_weight())
         assert torch.equal(loaded[name].delta_weight(), layer.delta_weight())
+
+
+PATTERNS = {
+    "rank_pattern": {"up_proj": 6, r"layers\.1\.self_attn\.(q|k)_proj": 2, "o_proj": 4},
+    "alpha_pattern": {r"0\.mlp\..*": 3, "k_proj": 12.5},
+}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_computes_the_same_with_ranks_and_alphas_by_layer(rslora, tiny_base, tmp_path, generator):
+    model = adapted_model(tiny_base, generator, rslora=rslora, **PATTERNS)
+    adapter = save(model, tmp_path / "adapter")
+    config = read_adapter_config(adapter)
+    assert (config["r"], config["rank_pattern"]["model.layers.1.mlp.up_proj"]) == (4, 6)
+    assert not {"model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"} & {*config["rank_pattern"]}
+    ids = torch.randint(256, (2, 20), generator=generator)
+    found, expected = logits_of(load_with_peft(tiny_base, adapter, model), ids), logits_of(model, ids)
+    assert (found - expected).abs().max() < TOLERANCE["float32"] * expected.abs().max()
+    other = adapted_model(tiny_base, generator, rslora=rslora, **PATTERNS)
+    load_adapter(other, adapter)
+    assert torch.equal(logits_of(other, ids), expected)
+
+
+def test_an_adapter_that_peft_saved_with_patterns_loads_and_computes_the_same(tiny_base, tmp_path, generator):
+    model = adapted_model(tiny_base, generator, targets=["q_proj", "up_proj"], **FOREIGN)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(**settings, **FOREIGN))
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    ids = torch.randint(256, (2, 20), generator=generator)
+    found = logits_of(load_with_peft(tiny_base, tmp_path / "theirs", model), ids)
+    assert (found - logits_of(model, ids)).abs().max() < TOLERANCE["float32"] * found.abs().max()
+    with pytest.raises(CheckpointError, match=r"up_proj has factors .* \(4,|up_proj has factors \(6, 64\)"):
+        load_adapter(adapted_model(tiny_base, generator, targets=["q_proj", "up_proj"]), tmp_path / "theirs")
+
+
+def test_a_name_that_ends_another_one_is_saved_as_a_pattern_for_itself_alone():
+    ranks = {"layers.0.up": 2, "vision.layers.0.up": 4, "vision.layers.1.up": 4, "layers.1.up": 3}
+    common, patterns = _as_patterns(ranks)
+    assert {name: by_pattern(patterns, name, common) for name in ranks} == ranks
+    assert common == 4
 
 
 def test_peft_computes_the_same_for_gpt2s_transposed_layers(tmp_path, generator, seed):

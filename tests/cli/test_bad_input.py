@@ -103,20 +103,20 @@ def test_a_missing_config(tmp_path, verb):
 @pytest.mark.parametrize("name", ["none.jsonl", "none", "none.csv"])
 def test_a_missing_data_file(try_training, tmp_path, name):
     code, message = try_training(data=tmp_path / name)
-    assert code == 1
+    assert code == 2
     assert f"not found: {tmp_path / name}" in message
 
 
 def test_a_missing_eval_file(try_training, tmp_path):
     code, message = try_training(data__eval=str(tmp_path / "none.jsonl"))
-    assert code == 1
+    assert code == 2
     assert f"not found: {tmp_path / 'none.jsonl'}" in message
 
 
 def test_an_empty_data_file(try_training, tmp_path):
     code, message = try_training(data=write_jsonl(tmp_path / "empty.jsonl", []))
     assert code == 1
-    assert message == f"{tmp_path / 'empty.jsonl'} holds no rows."
+    assert message == f"{tmp_path / 'empty.jsonl'} has no rows."
 
 
 def test_a_half_broken_data_file(try_training, tmp_path):
@@ -137,7 +137,7 @@ def test_rows_with_nothing_to_learn(try_training, tmp_path):
     assert message.startswith(f"31 of 33 rows of {data} can't be used:")
     assert message.count("31 rows: no token of this row is supervised") == 1
     assert f"  {data}:2: {silent}\n" in message
-    assert message.endswith("data.on_bad_row: drop leaves such rows out.")
+    assert message.endswith("To drop such rows, set data.on_bad_row: drop.")
 
 
 def test_columns_of_no_format(try_training, tmp_path):
@@ -151,7 +151,7 @@ def test_rows_that_are_all_too_long(try_training):
     code, message = try_training(data__max_seq_len=8)
     assert code == 1
     assert "data.max_seq_len is 8" in message
-    assert "data.overlong drop" in message
+    assert "data.overlong is drop" in message
 
 
 def test_an_unknown_chat_template(try_training):

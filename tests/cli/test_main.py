@@ -15,7 +15,7 @@ from tests.tiny import run_config
 
 HELP = "import sys; sys.argv = ['qlora', *sys.argv[1:]]; from qlora.cli.main import main; main()"
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "safetensors", "numpy")
-VERBS = ("init", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
+VERBS = ("init", "explain", "train", "eval", "generate", "chat", "merge", "verify", "doctor")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,15 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def places(tiny_base, alpaca_file, tmp_path_factory):
+    """A config, its finished run, and a folder that is not there; not to be changed."""
+    folder = tmp_path_factory.mktemp("places")
+    config = run_config(tiny_base, alpaca_file, folder / "run", train__max_steps=1, data__eval=None)
+    train(load_config(config))
+    return {"config": config, "run": folder / "run", "out": folder / "out"}
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(("verb", "target", "told"), [
     (
@@ -121,14 +130,9 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
     ),
     (["merge", "{run}", "-o", "{out}"], "qlora.export.merge", "The same command continues."),
 ])  # fmt: skip
-def test_a_signal_outside_of_training_says_how_to_go_on(
-    number, code, verb, target, told, tiny_base, alpaca_file, tmp_path, monkeypatch
-):
-    config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=1, data__eval=None)
-    train(load_config(config))
+def test_a_signal_outside_of_training_says_how_to_go_on(number, code, verb, target, told, places, monkeypatch):
     monkeypatch.setattr(target, lambda *_, **__: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)
-    places = {"config": config, "run": tmp_path / "run", "out": tmp_path / "out"}
     done = run(*(part.format(**places) for part in verb))
     assert done.code == code
     assert done.err.endswith(f"Stopped.\n{told}\n")

@@ -57,6 +57,17 @@ def test_it_tells_the_run_that_training_makes(config):
     assert round(report["packing_fill"], 4) == record["in_use"]["packing_fill"]
 
 
+def test_a_template_by_name_is_shown_with_the_tokens_that_it_lacks(config):
+    shown = run("preview", config, "data.chat_template=llama3", "data.max_seq_len=512").out
+    assert "chat template: llama3 (by name)" in shown
+    assert 'set data.new_tokens: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]' in shown
+
+
+def test_an_unknown_template_is_one_error_with_the_closest_name(config):
+    message = run("preview", config, "data.chat_template=llama-3").error()
+    assert "'llama-3' is neither a jinja file nor a template's name; did you mean llama3" in message
+
+
 def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     data = rows_file(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3})
     arguments = ("preview", config, f"data.train={data}", "data.eval=null")
@@ -66,7 +77,7 @@ def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     assert f"{data}:2: {{'instruction': 'a', 'output': 3}}" in refused.out
     assert "this config can't be trained: data.on_bad_row: error, and 1 rows can't be used." in refused.out
     assert "⟦b</s>⟧" in refused.out
-    assert "1 bad rows left out" in run(*arguments, "data.on_bad_row=drop").out
+    assert "1 bad rows dropped" in run(*arguments, "data.on_bad_row=drop").out
 
 
 def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
@@ -86,7 +97,7 @@ def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
     }]  # fmt: skip
     assert report["notes"] == [
         "max_rows: at most 10 rows were read",
-        "no example of it is held out: 0.1 (data.eval) of 4 rows rounds to 0",
+        "none of its examples is held out: 0.1 (data.eval) of 4 rows rounds to 0",
         "no example is held out, so there is no evaluation",
     ]
 
@@ -109,7 +120,7 @@ def test_the_lengths_are_drawn_and_those_too_long_marked(config, tmp_path):
     assert [line for line in lines if "longer than max_seq_len" in line and "█" in line] == [
         line for line in lines if "257–512" in line
     ]
-    assert "1 documents longer than max_seq_len dropped" in "\n".join(lines)
+    assert "1 documents dropped because of max_seq_len" in "\n".join(lines)
 
 
 def test_no_model_is_loaded(config, tiny_base, tmp_path):

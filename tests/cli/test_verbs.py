@@ -531,6 +531,30 @@ def test_chat_goes_on_after_a_conversation_that_the_template_refuses(run_dir, mo
     assert done.out == "> > > ['Two']\n> "
 
 
+@pytest.fixture
+def without_system(tmp_path, tiny_base):
+    """A model whose template leaves system messages out."""
+    folder = shutil.copytree(tiny_base, tmp_path / "model")
+    text = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    return folder
+
+
+LEFT_OUT = "the chat template leaves out this conversation's system turn"
+
+
+def test_generate_refuses_a_prompt_that_the_template_leaves_out(without_system):
+    assert LEFT_OUT in run("generate", without_system, "--prompt", "Hi", "--system", "Be short.").error()
+    assert run("generate", without_system, "--prompt", "Hi", "--max-new-tokens", 1).code == 0
+
+
+def test_chat_refuses_a_system_message_that_the_template_leaves_out(without_system, asked):
+    done = run("chat", without_system, "--system", "Be short.", stdin="One\n/system\nTwo")
+    assert done.code == 0
+    assert LEFT_OUT in done.err
+    assert [[message["content"] for message in messages] for messages, _ in asked] == [["Two"]]
+
+
 def test_chat_shows_the_answer_without_the_prompt(run_dir):
     options = ["--max-new-tokens", 12, "--temperature", 0]
     answer = run("generate", run_dir, "--prompt", "Repeat tin 3 times", *options).out

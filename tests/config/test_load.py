@@ -55,6 +55,8 @@ INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {
     "lora.rank": [0, -4, 1.5, "many"],
     "lora.alpha": [0, -1, INF, NAN],
+    "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 1.5}, {"(": 4}, {"(?i)q_proj": 4}, {"a)(b": "x"}, ["q_proj"], 3],
+    "lora.alpha_pattern": [{"q_proj": 0}, {"q_proj": INF}, {"[": 4}, "q_proj"],
     "lora.dropout": [-0.1, 1, 1.5],
     "lora.targets": [[], "", [3], 3],
     "data.max_rows": [0, -1, 1.5, True, "many"],
@@ -170,6 +172,38 @@ def test_a_malformed_override_is_shown_the_form(write, override):
     message = problems(write(), [override])
     assert f"'{override}'" in message
     assert "section.key=value" in message
+
+
+@pytest.mark.parametrize(("override", "meant"), [
+    ("lr=1e-3", "train.learning_rate=1e-3"),
+    ("learning_rate=1e-3", "train.learning_rate=1e-3"),
+    ("max_steps=3", "train.max_steps=3"),
+    ("lora_r=8", "lora.rank=8"),
+    ("max_step=3", "train.max_steps=3"),
+    ("banana=3", "train.max_steps=100"),
+])  # fmt: skip
+def test_an_override_without_a_section_is_shown_in_full(write, override, meant):
+    assert problems(write(), [override]).endswith(f"should read section.key=value, as {meant}.")
+
+
+@pytest.mark.parametrize("name", ["model_type", "strict", "tf32", "database"])
+def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
+    assert "Did you mean" not in problems(write({name: 1}))
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("load_in_8bit", "no 8-bit base"), ("wandb_project", "environment"), ("deepspeed", "processes"),
+    ("train.neftune_noise_alpha", "NEFTune"),
+])  # fmt: skip
+def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
+    message = problems(write({name: 1}))
+    assert f"  {name}: unknown key. It has no counterpart: " in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("trackers", ["tensorboard", ["tensorboard"]], ids=str)
+def test_a_single_tracker_needs_no_list(write, trackers):
+    assert load_config(write({"train.trackers": trackers})).train.trackers == ["tensorboard"]
 
 
 def test_an_override_with_a_broken_value_is_named(write):
@@ -350,7 +384,7 @@ def test_a_value_out_of_range_is_told_with_its_key(write, key, value):
     message = problems(write({key: value}))
     assert f"  {key}: " in message
     assert "should" in message or "required" in message
-    parts = value if isinstance(value, list) else []
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
     assert any(repr(shown) in message for shown in (value, *parts))
 
 
@@ -499,12 +533,18 @@ def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkey
     assert absolute_paths(elsewhere) == elsewhere  # ids on the hub
 
 
-@pytest.mark.parametrize("name", ["auto", "alpaca", "chatml"])
+@pytest.mark.parametrize("name", ["auto", "alpaca", "chatml", "llama3.1", "qwen3-instruct"])
 def test_a_built_in_template_stays_one_beside_a_folder_of_its_name(name, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     config = RunConfig.model_validate({**MINIMAL, "data": {"train": "rows.jsonl", "chat_template": name}})
     assert absolute_paths(config).data.chat_template == name
+
+
+def test_a_special_token_of_another_kind_is_refused():
+    data = {"train": "rows.jsonl", "special_tokens": {"mask_token": "<mask>"}}
+    with pytest.raises(ValueError, match="'eos_token' or 'pad_token'"):
+        RunConfig.model_validate({**MINIMAL, "data": data})
 
 
 @pytest.mark.parametrize("key", ["eval_every", "save_every"])

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora.data.encode import Encoded, ExampleEncoder
-from qlora.data.formats import Conversation, Example
+from qlora.data.examples import Conversation, Example
 from qlora.data.template import apply_template
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
@@ -100,7 +100,7 @@ def stretches(example: TokenizedExample) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def learnt(encoder: ExampleEncoder, example: TokenizedExample) -> list[str]:
+def supervised_texts(encoder: ExampleEncoder, example: TokenizedExample) -> list[str]:
     """The supervised stretches of an example, decoded."""
     return [encoder.tokenizer.decode(example.input_ids[begin:end]) for begin, end in stretches(example)]
 
@@ -138,7 +138,11 @@ def _byte_level(tokenizer: Tokenizer, trim: bool) -> Tokenizer:
 
 def family_tokenizer(realdata: Path, path: Path) -> Any:
     """A real tokenizer that knows the control tokens of a template, with the template in place."""
-    text = path.read_text(encoding="utf-8")
+    return tokenizer_for(realdata, path.read_text(encoding="utf-8"))
+
+
+def tokenizer_for(realdata: Path, text: str) -> Any:
+    """The same, by the template's text."""
     inner = Tokenizer.from_str(real_tokenizer(realdata, "minimind").backend_tokenizer.to_str())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|endoftext|>")
     controls = [AddedToken(token, special=True, normalized=False) for token in sorted(set(CONTROL.findall(text)))]

@@ -1,4 +1,4 @@
-"""Labels, padding, and an order in which nothing is lost or seen twice."""
+"""Batches: labels, padding, and an order in which every example is seen once an epoch."""
 
 import random
 from collections import Counter
@@ -40,7 +40,7 @@ def random_plan(rng, capacity=None, **fixed):
 
 
 def replaced(plan, **changes):
-    """The same plan with other settings, made anew."""
+    """A new plan with some settings changed."""
     names = ("lengths", "micro_batch_size", "gradient_accumulation_steps", "capacity", "seed", "rank", "world_size")
     return BatchPlan(**{name: getattr(plan, name) for name in names} | changes)
 
@@ -60,7 +60,7 @@ def test_labels_are_the_supervised_next_tokens(rng):
             assert batch.labels[row, position] == wanted
 
 
-def test_padding_is_told_by_length_even_where_real_tokens_look_like_it(rng):
+def test_padding_is_masked_by_length_even_if_real_tokens_have_the_same_id(rng):
     examples = [make_example([0] * length, [True] * length) for length in rng.sample(range(2, 20), k=4)]
     batch = collate(examples)
     assert batch.attention_mask.sum(1).tolist() == [len(example) for example in examples]
@@ -100,7 +100,7 @@ def random_weighted(rng):
     return make_example(rng.choices(range(9), k=length), rng.choices([0, 0.25, 1, 2], k=length - 1) + [0.5])
 
 
-def test_packed_documents_lie_behind_one_another_with_positions_of_their_own(rng):
+def test_packed_documents_follow_each_other_with_positions_of_their_own(rng):
     examples = [random_example(rng) for _ in range(rng.randrange(1, 8))]
     batch = collate(examples, packed=True)
     assert batch.attention_mask is None
@@ -259,7 +259,7 @@ def test_grouping_by_length_leaves_the_steps_as_they_are_drawn(rng):
         assert sorted(plan.window(step)) == sorted(other.window(step))
 
 
-def test_packed_rows_hold_no_more_than_their_capacity_and_the_fill_tells_how_much(rng):
+def test_packed_rows_do_not_exceed_their_capacity_and_fill_is_their_share(rng):
     plan = random_plan(rng, capacity=64)
     totals = [sum(plan.lengths[index] for index in row) for row in plan.rows]
     assert max(totals) <= 64

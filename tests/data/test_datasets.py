@@ -1,4 +1,4 @@
-"""What becomes of every row: kept, cut, held out or told."""
+"""Datasets: every row is trained on, truncated, held out or reported."""
 
 import errno
 import json
@@ -10,13 +10,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets, prepare
+from qlora.data import EncodeOptions, Source, build_datasets, cache_key, prepare
 from qlora.data.problems import SHOWN_EXAMPLES, counted
 from qlora.errors import ConfigError, DataError
 from tests.tiny import make_tokenizer, only, write_jsonl
 
 MAX = 20
-# Trains a conversation answer by answer, as it writes earlier answers anew.
+# Requires a document per answer, as it changes earlier answers.
 REWRITING = (
     "{% for m in messages %}<{{ m.role }}>"
     "{{ '<gone>' if m.role == 'assistant' and not loop.last else m.content }}{{ eos_token }}{% endfor %}"
@@ -34,13 +34,13 @@ def text_rows(lengths):
     return [{"text": chr(ord("a") + number % 26) * (length - 2)} for number, length in enumerate(lengths)]
 
 
-def build(path, rows, eval=0.0, source=None, template="auto", cache=None, seed=0, **treatment):
-    """Data of one file; `source` is how to read it, `treatment` what is done with it."""
+def build(path, rows, eval=0.0, source=None, template="auto", cache=None, seed=0, **options):
+    """Data of one file; `source` says how to read it, `options` how to encode it."""
     if rows is not None:
         write_jsonl(path, rows)
     sources = [Source(str(path), **(source or {}))]
-    treatment = Treatment(**{"max_seq_len": MAX, **treatment})
-    return build_datasets(make_tokenizer(), sources, eval, treatment, template, cache and str(cache), seed)
+    options = EncodeOptions(**{"max_seq_len": MAX, **options})
+    return build_datasets(make_tokenizer(), sources, eval, options, template, cache and str(cache), seed)
 
 
 def refusal(path, rows, **settings):
@@ -105,7 +105,7 @@ def test_overlong_examples_are_split_and_counted(path, lengths):
     assert datasets.reports[0].overlong == {"split": sum(length > MAX for length in lengths)}
 
 
-def test_an_overlong_example_is_an_error_where_asked_for(path):
+def test_an_overlong_example_is_an_error_if_requested(path):
     assert build(path, text_rows([MAX, 5]), overlong="error").reports[0].examples == 2
     message = refusal(path, text_rows([5, MAX + 3, MAX, MAX + 1]), overlong="error")
     lines = message.splitlines()
@@ -133,7 +133,7 @@ def test_nothing_left_is_an_error_with_the_remedy(path):
     assert "3 rows" in message
     assert "3 were too long" in message
     assert f"data.max_seq_len is {MAX}" in message
-    assert "data.overlong drop" in message
+    assert "data.overlong is drop" in message
 
 
 def test_the_report_adds_up(path, rng):
@@ -152,13 +152,13 @@ def test_the_report_adds_up(path, rng):
     assert json.loads(json.dumps(report.as_dict()))["rows"] == len(rows)
 
 
-def test_the_summary_tells_the_numbers(path):
+def test_the_summary_has_the_numbers(path):
     rows = [{"prompt": "abc", "completion": "defg"}, *[{"prompt": "a" * MAX, "completion": "b"}] * 3]
     summary = build(path, rows).reports[0].summary()
     lines = summary.splitlines()
     assert lines[0].startswith(f"{path}: 4 rows as completion, 1 examples, 9 tokens, 56% supervised; ")
     assert lines[0].endswith("chat template: alpaca (the tokenizer has none)")
-    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents longer than max_seq_len dropped"]
+    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents dropped because of max_seq_len"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 41])
@@ -169,15 +169,15 @@ def test_a_cause_of_bad_rows_is_named_once_with_its_count_and_examples(path, num
     shown = [f"  {path}:{number + 2}: {bad[0]}" for number in range(min(num_rows, SHOWN_EXAMPLES))]
     assert lines == [
         f"{num_rows} of {num_rows + 2} rows of {path} can't be used:",
-        f"{counted(num_rows, 'row')}: no token of this row is supervised; it needs an answer that is learned.",
+        f"{counted(num_rows, 'row')}: no token of this row is supervised; it needs an answer that is trained on.",
         *shown,
-        "data.on_bad_row: drop leaves such rows out.",
+        "To drop such rows, set data.on_bad_row: drop.",
     ]
 
 
 @pytest.mark.parametrize("num_bad", [1, 25])
 def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_bad):
-    """Lines that are no JSON, rows that are no objects, columns that are wrong, and answers that are absent."""
+    """Lines that aren't JSON, rows that aren't objects, wrong columns and absent answers."""
     good = [json.dumps({"instruction": f"Q{number}", "output": "A" * rng.randrange(1, 9)}) for number in range(5)]
     kinds = {
         '{"instruction": "cut o': "broken JSON",
@@ -199,40 +199,40 @@ def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_b
         where = [number for number, line in enumerate(lines, 1) if kinds.get(line, "")[:9] == problem["cause"][:9]]
         assert [text.startswith(f"{path}:{number}") for number, text in zip(where, problem["examples"], strict=False)]
         assert len(problem["examples"]) == min(problem["count"], SHOWN_EXAMPLES)
-    assert f"  {num_bad} bad rows left out" in report.summary().splitlines()
+    assert f"  {num_bad} bad rows dropped" in report.summary().splitlines()
 
 
-def test_bad_rows_alone_leave_nothing_to_learn_from(path):
+def test_bad_rows_alone_leave_nothing_to_train_on(path):
     message = refusal(path, [{"instruction": "Q"}, {"instruction": "Q", "output": 3}], on_bad_row="drop")
-    assert "of 2 rows no example is left to learn from" in message
+    assert "2 rows, but no example is left to train on" in message
     assert f"{path}:1: " in message
     assert f"{path}:2: " in message
     assert "data.on_bad_row" not in message  # it is set already
 
 
-def test_the_errors_of_all_sources_are_told_at_once(path, tmp_path):
+def test_the_errors_of_all_sources_are_reported_at_once(path, tmp_path):
     good = write_jsonl(tmp_path / "good.jsonl", text_rows([5, 6]))
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": 3}])
     long = write_jsonl(tmp_path / "long.jsonl", text_rows([MAX + 1]))
     train = [Source(str(each)) for each in (tmp_path / "none.jsonl", good, bad)]
-    with pytest.raises(DataError) as caught:
-        build_datasets(make_tokenizer(), train, [Source(str(long))], Treatment(max_seq_len=MAX))
+    with pytest.raises(ConfigError) as caught:
+        build_datasets(make_tokenizer(), train, [Source(str(long))], EncodeOptions(max_seq_len=MAX))
     message = str(caught.value)
     assert f"not found: {tmp_path / 'none.jsonl'}" in message
     assert f"1 of 2 rows of {bad}" in message
-    assert f"{long}: of 1 rows no example" in message
+    assert f"{long}: 1 row, but no example" in message
     assert str(good) not in message
 
 
-def test_a_wrong_mapping_is_told_with_the_errors_of_other_sources(path, tmp_path):
+def test_a_wrong_mapping_is_reported_with_the_errors_of_other_sources(path, tmp_path):
     mapped = Source(str(write_jsonl(path, text_rows([5]))), columns={"txt": "text"})
     with pytest.raises(ConfigError) as caught:
-        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, Treatment())
+        build_datasets(make_tokenizer(), [mapped, Source(str(tmp_path / "none.jsonl"))], 0.0, EncodeOptions())
     assert "no format has a column 'txt'" in str(caught.value)
     assert f"not found: {tmp_path / 'none.jsonl'}" in str(caught.value)
 
 
-def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
+def test_rows_that_are_wrong_in_different_ways_are_reported_together(path):
     rows = [
         {"instruction": "A", "output": "B"},
         {"instruction": 3, "output": "B"},
@@ -249,11 +249,11 @@ def test_rows_that_are_wrong_in_different_ways_are_told_together(path):
         f"  {path}:2: {rows[1]}",
         "1 row: there is neither 'output' nor 'response'.",
         f"  {path}:3: {rows[2]}",
-        "data.on_bad_row: drop leaves such rows out.",
+        "To drop such rows, set data.on_bad_row: drop.",
     ]
 
 
-def test_what_a_template_refuses_is_told_with_the_row(path, tmp_path):
+def test_what_a_template_refuses_is_reported_with_the_row(path, tmp_path):
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('only one turn') }}")
     rows = [{"instruction": "A", "output": "B"}]
@@ -289,7 +289,7 @@ def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, 
     assert (len(datasets.train), len(datasets.eval)) == (num_rows - num_out, num_out)
     unit = "examples" if num_rows == 1 else "rows"
     notes = [
-        f"no example of it is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
+        f"none of its examples is held out: {share} (data.eval) of {num_rows} {unit} rounds to 0",
         "no example is held out, so there is no evaluation",
     ]
     assert datasets.reports[0].notes == (notes if num_out == 0 else [])
@@ -298,9 +298,11 @@ def test_a_share_is_of_whole_rows_and_holds_out_none_of_too_few(path, num_rows, 
 def test_a_source_too_small_to_hold_out_of_leaves_the_evaluation_to_the_others(path, tmp_path):
     small = write_jsonl(path, [{"text": "one"}, {"text": "two"}])
     large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"row {number}"} for number in range(20)])
-    built = build_datasets(make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, Treatment(max_seq_len=MAX))
+    built = build_datasets(
+        make_tokenizer(), [Source(str(small)), Source(str(large))], 0.1, EncodeOptions(max_seq_len=MAX)
+    )
     assert [report.drawn for report in built.reports] == [2, 18]
-    assert built.reports[0].notes == ["no example of it is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
+    assert built.reports[0].notes == ["none of its examples is held out: 0.1 (data.eval) of 2 rows rounds to 0"]
     assert built.reports[1].notes == []
     assert len(built.eval) == 2
 
@@ -341,14 +343,14 @@ def test_loss_on_reaches_the_examples(path):
 
 @pytest.fixture
 def rewriting(tmp_path):
-    """A template that trains a conversation answer by answer."""
+    """A template that requires a document per answer."""
     template = tmp_path / "rewriting.jinja"
     template.write_text(REWRITING)
     return str(template)
 
 
 def conversations(count, answers):
-    """Rows whose every token run tells the row: the letter is in each of its contents."""
+    """Rows of which every part shows its row: all contents have the row's letter."""
     return [
         {
             "messages": [
@@ -372,7 +374,7 @@ def test_a_row_with_a_document_per_answer_is_counted_once(path, rewriting):
 
 
 @pytest.mark.parametrize("kind", ["split", "rewritten"])
-def test_no_row_is_learnt_from_and_held_out(path, rewriting, rng, kind):
+def test_no_row_is_trained_on_and_held_out(path, rewriting, rng, kind):
     num_rows = rng.randrange(6, 20)
     if kind == "split":
         rows = [{"text": chr(ord("A") + number) * (3 * MAX - 2)} for number in range(num_rows)]
@@ -381,15 +383,15 @@ def test_no_row_is_learnt_from_and_held_out(path, rewriting, rng, kind):
         settings = {"max_seq_len": 500, "template": rewriting, "eval": 0.4, "seed": rng.randrange(10**6)}
         datasets = build(path, conversations(num_rows, answers=3), **settings)
     decode = make_tokenizer().decode
-    learnt, held_out = (
+    trained, held_out = (
         [frozenset(filter(str.isupper, decode(example.input_ids, skip_special_tokens=True))) for example in examples]
         for examples in (datasets.train, datasets.eval)
     )
-    assert {len(letters) for letters in learnt + held_out} == {1}
-    assert set(learnt).isdisjoint(held_out)
+    assert {len(letters) for letters in trained + held_out} == {1}
+    assert set(trained).isdisjoint(held_out)
     assert len(set(held_out)) == round(0.4 * num_rows)
     assert len(held_out) == 3 * round(0.4 * num_rows)
-    assert len(learnt) == 3 * (num_rows - round(0.4 * num_rows))
+    assert len(trained) == 3 * (num_rows - round(0.4 * num_rows))
 
 
 def weighted(tmp_path, rng, weights, **settings):
@@ -400,7 +402,7 @@ def weighted(tmp_path, rng, weights, **settings):
         file = write_jsonl(tmp_path / f"{number}.jsonl", [{"text": text} for text in texts])
         sources.append(Source(str(file), weight=weight))
         rows.append(texts)
-    built = build_datasets(make_tokenizer(), sources, **{"treatment": Treatment(max_seq_len=MAX), **settings})
+    built = build_datasets(make_tokenizer(), sources, **{"options": EncodeOptions(max_seq_len=MAX), **settings})
     decode = make_tokenizer().decode
     drawn, out = ([Counter() for _ in weights] for _ in range(2))
     for counts, examples in ((drawn, built.train), (out, built.eval)):
@@ -432,11 +434,11 @@ def test_the_seed_decides_what_a_weight_leaves_out(tmp_path, rng):
 
 def test_a_weight_repeats_nothing_that_is_held_out(tmp_path, rng):
     rows, drawn, out, _ = weighted(tmp_path, rng, [2, 0.5], eval=0.25)
-    for texts, learnt, held_out, weight in zip(rows, drawn, out, (2, 0.5), strict=True):
+    for texts, trained, held_out, weight in zip(rows, drawn, out, (2, 0.5), strict=True):
         assert set(held_out.values()) == {1}
         assert len(held_out) == round(0.25 * len(texts))
-        assert set(learnt).isdisjoint(held_out)
-        assert learnt.total() == round(weight * (len(texts) - len(held_out)))
+        assert set(trained).isdisjoint(held_out)
+        assert trained.total() == round(weight * (len(texts) - len(held_out)))
 
 
 def test_a_small_weight_still_draws_one(tmp_path, rng):
@@ -452,7 +454,7 @@ def test_sources_are_read_each_in_its_own_way(tmp_path):
         Source(str(first), format="alpaca", columns={"instruction": "question", "output": "answer"}),
         Source(str(second), type="lines", encoding="utf-16"),
     ]
-    built = build_datasets(make_tokenizer(), sources, treatment=Treatment(max_seq_len=500))
+    built = build_datasets(make_tokenizer(), sources, options=EncodeOptions(max_seq_len=500))
     decode = make_tokenizer().decode
     assert [report.format for report in built.reports] == ["alpaca", "text"]
     assert decode(built.train[0].input_ids[built.train[0].loss_mask]) == "A</s>"
@@ -460,8 +462,8 @@ def test_sources_are_read_each_in_its_own_way(tmp_path):
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate", "split", "error"])
-def test_what_is_done_with_overlong_examples_never_goes_uncounted(path, lengths, overlong):
-    """Every row is kept whole, or counted as what became of it."""
+def test_overlong_examples_are_always_counted(path, lengths, overlong):
+    """Every row is kept whole or counted."""
     built = build(path, text_rows(lengths), overlong=overlong, on_bad_row="drop")
     report, num_long = built.reports[0], sum(length > MAX for length in lengths)
     counted = sum(report.overlong.values()) + report.bad_rows
@@ -486,7 +488,7 @@ def test_rows_of_one_prompt_and_different_answers_are_no_duplicates(path):
     assert build(path, rows).reports[0].duplicates == 1
 
 
-def test_columns_that_are_not_read_are_told(path):
+def test_columns_that_are_not_read_are_reported(path):
     report = build(path, [{"text": "a", "source": "web"}, {"text": "b", "id": 3}]).reports[0]
     assert report.unread_columns == ["id", "source"]
     assert "  columns not read: id, source" in report.summary().splitlines()
@@ -504,7 +506,7 @@ def test_answers_without_text_are_counted(path):
     assert build(path, rows, max_seq_len=500).reports[0].empty_answers == 2
 
 
-def test_only_the_last_answer_is_learnt_where_asked_for(path):
+def test_only_the_last_answer_is_supervised_if_requested(path):
     rows = conversations(1, answers=3)
     of_all, of_last = (only(list(build(path, rows, max_seq_len=500, loss_on=on).train)) for on in ("assistant", "last"))
     assert np.array_equal(of_all.input_ids, of_last.input_ids)
@@ -518,8 +520,8 @@ def test_the_weights_of_turns_reach_the_tokens(path):
         {"role": "user", "content": "Q"}, {"role": "assistant", "content": "BBBB", "weight": 0.5},
     ]  # fmt: skip
     example = only(list(build(path, [{"messages": turns}], max_seq_len=500).train))
-    learnt = make_tokenizer().decode(example.input_ids[example.loss_mask])
-    assert learnt == "BBBB</s>"
+    trained = make_tokenizer().decode(example.input_ids[example.loss_mask])
+    assert trained == "BBBB</s>"
     assert example.total_weight == 0.5 * example.num_supervised
 
 
@@ -546,7 +548,7 @@ def test_a_single_long_text_is_held_out_by_its_parts(path):
     assert (len(datasets.train), len(datasets.eval)) == (7, 3)
 
 
-def test_the_digest_tells_data_of_equal_counts_apart(path):
+def test_data_with_equal_counts_have_different_digests(path):
     digests = []
     for rows in ([{"text": "one"}], [{"text": "one"}], [{"text": "two"}]):
         digests.append(build(path, rows).reports[0].digest)
@@ -561,7 +563,7 @@ def no_tokenizing(monkeypatch):
     return lambda: monkeypatch.setattr(prepare.ExampleEncoder, "begin", None)
 
 
-def test_what_is_kept_is_found_again_and_not_tokenized_anew(path, tmp_path, rng, no_tokenizing):
+def test_cached_data_is_found_and_not_tokenized_again(path, tmp_path, rng, no_tokenizing):
     rows = [{"text": f"row {number}" * rng.randrange(1, 9)} for number in range(30)]
     first = build(path, rows, cache=tmp_path / "cache", eval=0.2, overlong="split")
     no_tokenizing()
@@ -616,8 +618,8 @@ def test_what_is_drawn_makes_no_entry_of_its_own(path, tmp_path, change, no_toke
 def test_another_file_or_another_content_makes_an_entry_of_its_own(path, tmp_path):
     cache = tmp_path / "cache"
     build(path, [{"text": "one"}], cache=cache)
-    learnt = only(list(build(path, [{"text": "two"}], cache=cache).train))
-    assert make_tokenizer().decode(learnt.input_ids) == "<s>two</s>"
+    trained = only(list(build(path, [{"text": "two"}], cache=cache).train))
+    assert make_tokenizer().decode(trained.input_ids) == "<s>two</s>"
     build(tmp_path / "other.jsonl", [{"text": "two"}], cache=cache)
     assert len(entries(cache)) == 3
 
@@ -633,17 +635,17 @@ def test_another_tokenizer_makes_an_entry_of_its_own(path, tmp_path):
 
 def test_another_version_of_what_tokenizes_makes_an_entry_of_its_own(path, tmp_path, monkeypatch):
     build(path, ROWS, cache=tmp_path / "cache")
-    monkeypatch.setattr(prepare, "_hash_of_code", lambda: "other")
+    monkeypatch.setattr(cache_key, "_hash_of_code", lambda: "other")
     build(path, None, cache=tmp_path / "cache")
     assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_a_source_that_holds_nothing_to_learn_leaves_nothing_in_the_cache(path, tmp_path):
+def test_a_source_that_holds_nothing_to_train_on_leaves_nothing_in_the_cache(path, tmp_path):
     assert "no example is left" in refusal(path, [{"text": 2}, {"text": 3}], cache=tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 
 
-def test_bad_rows_are_told_again_and_let_pass_without_tokenizing_again(path, tmp_path, no_tokenizing):
+def test_bad_rows_are_reported_again_and_dropped_without_tokenizing_again(path, tmp_path, no_tokenizing):
     cache = tmp_path / "cache"
     first = refusal(path, [{"text": "a"}, {"text": 3}], cache=cache)
     assert "1 of 2 rows" in first
@@ -661,15 +663,15 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(path, tmp_path, monkey
         return original(self, examples)
 
     monkeypatch.setattr(prepare.ExampleEncoder, "begin", begin)
-    assert "was changed while it was read" in refusal(path, [{"text": "a"}], cache=tmp_path / "cache")
+    assert "changed while it was read" in refusal(path, [{"text": "a"}], cache=tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 
 
-def test_columns_that_mean_nothing_are_told_once_whatever_becomes_of_bad_rows(path):
+def test_unknown_columns_are_reported_once_for_every_on_bad_row(path):
     rows = [{"question": str(number), "answer": "a"} for number in range(9)]
     for on_bad_row in ("error", "drop"):
         message = refusal(path, rows, on_bad_row=on_bad_row)
-        assert message.count("['answer', 'question'] are none of the formats known") == 1
+        assert message.count("no format has the columns ['answer', 'question']") == 1
 
 
 def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
@@ -678,7 +680,7 @@ def test_the_first_row_whose_columns_mean_something_decides_the_format(path):
 
 
 @pytest.mark.parametrize(("max_rows", "num_read"), [(1, 1), (4, 4), (9, 9), (10, 9), (None, 9)])
-def test_the_first_rows_alone_are_read_where_asked_for(path, max_rows, num_read):
+def test_the_first_rows_alone_are_read_if_requested(path, max_rows, num_read):
     rows = [{"text": f"row {number}"} for number in range(9)]
     built = build(path, rows, source={"max_rows": max_rows})
     assert keys(built.train) == keys(build(path, rows).train)[:num_read]
@@ -695,10 +697,10 @@ def test_bad_rows_count_as_read(path):
 
 
 def test_no_more_of_a_file_is_read_than_its_first_rows(path, tmp_path, monkeypatch):
-    """Neither to tokenize it nor to name its entry: what lies behind is not even looked at."""
+    """Neither to tokenize it nor to name its entry: the rest of the file isn't accessed."""
     lines = [json.dumps({"text": f"row {number}"}) for number in range(1000)]
     path.write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(prepare.hashlib, "file_digest", None)
+    monkeypatch.setattr(cache_key.hashlib, "file_digest", None)
     taken, original = [], prepare.read_rows
 
     def read_rows(*arguments):
@@ -732,12 +734,12 @@ def test_the_files_of_a_folder_that_are_read_are_named_and_the_others_too(tmp_pa
     for name in ("train", "test-easy", "test-hard"):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", [{"text": name}])
     report = build(tmp_path / "data", None, source={"split": split}).reports[0]
-    assert report.notes == [f"files read: {read}", f"files left out: {left_out}"]
+    assert report.notes == [f"files read: {read}", f"files ignored: {left_out}"]
 
 
 def test_a_split_of_a_single_file_is_reported_as_not_used(path):
     assert build(path, [{"text": "a"}], source={"split": "test"}).reports[0].notes == [
-        "split 'test' is not used, as rows.jsonl is one file"
+        "split 'test' is ignored, as rows.jsonl is a single file"
     ]
 
 
@@ -747,10 +749,18 @@ def test_without_a_folder_of_its_own_the_users_cache_is_taken(path, tmp_path, mo
     assert len(entries(tmp_path / "xdg" / "qlora" / "data")) == 1
 
 
-def test_a_file_that_can_not_be_read_is_told(path, tmp_path, monkeypatch):
+def test_a_file_that_can_not_be_read_is_reported(path, tmp_path, monkeypatch):
     def refuse(*_arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(prepare.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(cache_key.hashlib, "file_digest", refuse)
     assert refusal(path, ROWS, cache=tmp_path / "cache") == f"{path} can't be read: {os.strerror(errno.EIO)}."
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"loss_on": "answers"}, {"overlong": "cut"}, {"on_bad_row": "skip"}, {"max_seq_len": 0}]
+)
+def test_unknown_options_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=f"^{only(list(wrong))}: "):
+        EncodeOptions(**wrong)

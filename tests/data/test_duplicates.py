@@ -1,10 +1,10 @@
-"""Examples that say the same: left out once asked for, over all sources, and never on both sides of an evaluation."""
+"""Duplicates: removed if requested, over all sources, and never both trained on and held out."""
 
 import random
 
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets
+from qlora.data import EncodeOptions, Source, build_datasets
 from qlora.errors import DataError
 from tests.tiny import make_tokenizer, write_jsonl
 
@@ -18,18 +18,18 @@ def rng(seed):
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds data of sources that are given by their rows; texts stand for rows of text."""
+    """Builds datasets from the rows of each source; a string is a row of text."""
 
     def file(name, rows):
         return write_jsonl(tmp_path / f"{name}.jsonl", [{"text": row} if isinstance(row, str) else row for row in rows])
 
-    def build(train, eval=0.0, weights=None, deduplicate=True, seed=0, **treatment):
+    def build(train, eval=0.0, weights=None, deduplicate=True, seed=0, **options):
         train = [Source(str(file(f"train{n}", rows)), weight=(weights or {}).get(n, 1)) for n, rows in enumerate(train)]
         if isinstance(eval, list):
             eval = [Source(str(file("eval", eval)))]
-        treatment = Treatment(**{"max_seq_len": MAX, **treatment})
+        options = EncodeOptions(**{"max_seq_len": MAX, **options})
         cache = str(tmp_path / "cache")
-        return build_datasets(make_tokenizer(), train, eval, treatment, "auto", cache, seed, deduplicate)
+        return build_datasets(make_tokenizer(), train, eval, options, "auto", cache, seed, deduplicate)
 
     return build
 
@@ -53,7 +53,7 @@ def test_the_first_of_each_is_kept_over_all_sources_in_their_order(build, rng):
         new = set(source) - seen
         seen |= new
         assert (report.examples, report.deduplicated, report.drawn) == (len(source), len(source) - len(new), len(new))
-        line = f"  {len(source) - len(new)} examples left out, as they repeat an earlier or a held-out one"
+        line = f"  {len(source) - len(new)} examples removed, as they repeat an earlier or a held-out one"
         assert (line in report.summary().splitlines()) is (len(new) < len(source))
 
 
@@ -89,10 +89,10 @@ def test_a_weight_repeats_what_is_left(build):
     assert texts(built.train) == ["a", "b", "a", "b", "c"]
 
 
-def test_what_is_learned_differently_is_no_duplicate(build):
+def test_the_same_tokens_with_other_weights_are_no_duplicate(build):
     rows = [
         {"prompt": "ab", "completion": "cd"},
-        {"prompt": "abc", "completion": "d"},  # the same tokens, of which fewer are learned
+        {"prompt": "abc", "completion": "d"},  # the same tokens, of which fewer are supervised
         {"prompt": "ab", "completion": "cd", "note": "the same again"},
     ]
     built = build([rows])
@@ -100,8 +100,8 @@ def test_what_is_learned_differently_is_no_duplicate(build):
     assert [example.num_supervised for example in built.train] == [3, 2]
 
 
-def test_documents_are_compared_as_they_are_learned(build):
-    """Rows that differ only where they are cut off are the same, and so are the parts of split ones."""
+def test_documents_are_compared_as_they_are_trained_on(build):
+    """Rows that differ only after the truncation are equal, and so are equal parts of split ones."""
     rows = ["x" * MAX + "one", "x" * MAX + "another"]
     assert build([rows], overlong="truncate").reports[0].deduplicated == 1
     parts = build([["y" * (3 * MAX - 1) + "z"]], overlong="split")

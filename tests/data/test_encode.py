@@ -1,11 +1,11 @@
-"""Which tokens are learnt: answers with their end tokens, and nothing else, from prompts as a server feeds them."""
+"""Supervised tokens: answers with their end tokens, and nothing else, after prompts as a server feeds them."""
 
 import random
 
 import pytest
 
 from qlora.data.encode import ExampleEncoder, answer_end_id
-from qlora.data.formats import Completion, Conversation, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Labelled, Preference, Rated, Tokens
 from qlora.data.template import apply_template, encode_prompt, render
 from qlora.errors import DataError
 from tests.data.chats import (
@@ -17,10 +17,10 @@ from tests.data.chats import (
     WITHOUT_END,
     encode,
     encoder,
-    learnt,
     phrase,
     real_tokenizer,
     stretches,
+    supervised_texts,
     trimming_gpt2,
     turns,
     words,
@@ -67,17 +67,17 @@ def weights_of(encoder, document):
     """Each supervised stretch with its weights."""
     return [
         (text, set(document.weights[begin:end].tolist()))
-        for text, (begin, end) in zip(learnt(encoder, document), stretches(document), strict=True)
+        for text, (begin, end) in zip(supervised_texts(encoder, document), stretches(document), strict=True)
     ]
 
 
-@pytest.mark.parametrize(("template", "end"), ENDS, ids=["alpaca", "chatml", "newline-behind"])
+@pytest.mark.parametrize(("template", "end"), ENDS, ids=["alpaca", "chatml", "newline-after"])
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_every_answer_and_its_end_token_are_supervised_and_nothing_else(rng, template, end, add_bos):
     several = encoder(template, add_bos=add_bos)
     contents = [words(rng) for _ in range(2 * rng.randrange(1, 6))]
     document = only(documents(several, Conversation(turns(*contents))))
-    assert learnt(several, document) == [answer + end for answer in contents[1::2]]
+    assert supervised_texts(several, document) == [answer + end for answer in contents[1::2]]
     assert several.tokenizer.decode(document.input_ids) == render(several.tokenizer, turns(*contents))
 
 
@@ -94,7 +94,7 @@ def test_loss_on_last_supervises_the_last_answer_alone(rng):
     last = encoder("chatml", loss_on="last")
     contents = [words(rng) for _ in range(5)]  # a question that no one answers is at the end
     document = only(documents(last, Conversation(turns(*contents))))
-    assert learnt(last, document) == [contents[3] + "<|im_end|>"]
+    assert supervised_texts(last, document) == [contents[3] + "<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml", REWRITING])
@@ -133,30 +133,30 @@ def test_an_added_end_token_has_the_weight_of_its_answer(rng):
 
 def test_a_trailing_question_is_not_supervised(rng):
     alpaca, contents = encoder(), [words(rng) for _ in range(3)]
-    assert learnt(alpaca, only(documents(alpaca, Conversation(turns(*contents))))) == [contents[1] + "</s>"]
+    assert supervised_texts(alpaca, only(documents(alpaca, Conversation(turns(*contents))))) == [contents[1] + "</s>"]
 
 
 def test_an_empty_answer_is_to_stop_at_once(rng):
     alpaca = encoder()
-    assert learnt(alpaca, only(documents(alpaca, Conversation(turns(words(rng), ""))))) == ["</s>"]
+    assert supervised_texts(alpaca, only(documents(alpaca, Conversation(turns(words(rng), ""))))) == ["</s>"]
 
 
-def test_a_conversation_without_an_answer_has_nothing_to_learn(rng):
+def test_a_conversation_without_an_answer_has_nothing_to_train_on(rng):
     assert only(documents(encoder(), Conversation(turns(words(rng))))).num_supervised == 0
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml"])
 def test_an_answer_to_nothing_is_refused(rng, template):
     messages = [{"role": "assistant", "content": words(rng)}, *turns(words(rng), words(rng))]
-    with pytest.raises(DataError, match="begins with an answer, which nothing asks for; take that turn out"):
+    with pytest.raises(DataError, match="begins with an answer, which has no prompt; remove that turn"):
         encode(encoder(template), Conversation(messages))
 
 
-def test_an_answer_to_nothing_may_stay_if_it_is_not_learnt(rng):
+def test_an_answer_to_nothing_may_stay_if_it_is_not_supervised(rng):
     chatml, contents = encoder("chatml"), [words(rng) for _ in range(3)]
     messages = [{"role": "assistant", "content": contents[0]}, *turns(*contents[1:])]
     document = only(documents(chatml, Conversation(messages, None, [0.0, 0.0, 1.0])))
-    assert learnt(chatml, document) == [contents[2] + "<|im_end|>"]
+    assert supervised_texts(chatml, document) == [contents[2] + "<|im_end|>"]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
@@ -167,14 +167,14 @@ def test_an_end_token_is_appended_where_the_template_has_none(rng, bos, loss_on)
     document = only(encoded.documents)
     assert encoded.eos_added
     assert document.input_ids.tolist().count(EOS) == 1
-    assert learnt(endless, document)[-1].endswith(answer + "</s>")
+    assert supervised_texts(endless, document)[-1].endswith(answer + "</s>")
 
 
 def test_an_end_token_is_appended_where_only_a_tag_of_the_answer_is_special(rng):
     tagged, answer = encoder(TAGGED), phrase(rng)
     encoded = encode(tagged, Conversation(turns(words(rng), answer)))
     assert encoded.eos_added
-    assert learnt(tagged, only(encoded.documents)) == ["<|im_end|>" + answer + "</s>"]
+    assert supervised_texts(tagged, only(encoded.documents)) == ["<|im_end|>" + answer + "</s>"]
 
 
 def test_an_end_token_is_appended_under_loss_on_all_where_only_questions_end_with_one(rng):
@@ -186,7 +186,7 @@ def test_an_end_token_is_appended_under_loss_on_all_where_only_questions_end_wit
 
 
 @pytest.mark.parametrize("template", [WITHOUT_END, "alpaca", "chatml"])
-def test_what_follows_the_last_learnt_answer_is_left_out_so_that_it_ends(rng, template):
+def test_what_follows_the_last_supervised_answer_is_left_out_so_that_it_ends(rng, template):
     messages = turns(words(rng), words(rng), words(rng))
     asked, answered = encoder(template), Conversation(messages[:2])
     encoded, expected = encode(asked, Conversation(messages)), encode(asked, answered)
@@ -195,7 +195,7 @@ def test_what_follows_the_last_learnt_answer_is_left_out_so_that_it_ends(rng, te
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml"])
-def test_under_loss_on_all_what_follows_the_last_answer_is_learnt_too(rng, template):
+def test_under_loss_on_all_what_follows_the_last_answer_is_supervised_too(rng, template):
     messages = turns(words(rng), words(rng), "and then?")
     asked = encoder(template, "all")
     document = only(encode(asked, Conversation(messages)).documents)
@@ -215,7 +215,7 @@ def test_what_a_template_leaves_out_of_a_turn_is_refused(role):
         "{% for m in messages %}{% if m.role != '" + role + "' %}{{ m.content }}|{% endif %}{% endfor %}"
     )
     messages = [{"role": "system", "content": "s1"}, *turns("q1", "a1", "q2", "a2")]
-    with pytest.raises(DataError, match=f"leaves out .*{role}|writes no plain text"):
+    with pytest.raises(DataError, match=f"leaves out .*{role}|doesn't write plain text"):
         encode(forgetful, Conversation(messages))
 
 
@@ -249,16 +249,16 @@ def test_each_answer_is_a_document_where_the_template_rewrites_what_was_said(rng
     rewriting, contents = encoder(REWRITING), [words(rng) for _ in range(5)]
     encoded = encode(rewriting, Conversation(turns(*contents)))
     assert encoded.per_answer
-    assert [learnt(rewriting, document) for document in encoded.documents] == [
+    assert [supervised_texts(rewriting, document) for document in encoded.documents] == [
         [contents[1] + "</s>"],
         [contents[3] + "</s>"],
     ]
 
 
-def test_only_learnt_answers_become_documents_where_the_template_rewrites(rng):
+def test_only_supervised_answers_become_documents_where_the_template_rewrites(rng):
     rewriting, contents = encoder(REWRITING), [words(rng) for _ in range(6)]
     group = documents(rewriting, Conversation(turns(*contents), None, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]))
-    assert learnt(rewriting, only(group)) == [contents[3] + "</s>"]
+    assert supervised_texts(rewriting, only(group)) == [contents[3] + "</s>"]
 
 
 def test_a_template_whose_prompt_is_not_how_answers_begin_is_refused(rng):
@@ -275,7 +275,7 @@ def test_each_answer_is_a_document_where_a_token_would_join_an_earlier_one_to_it
     for document, turn in zip(encoded.documents, (1, 3), strict=True):
         prompt = served.prompt(tokenizer, messages[:turn])
         assert document.input_ids[: len(prompt)].tolist() == prompt
-        assert learnt(joined, document) == [messages[turn]["content"] + "<|im_end|>"]
+        assert supervised_texts(joined, document) == [messages[turn]["content"] + "<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", ["chatml", WITHOUT_END], ids=["chatml", "no-end"])
@@ -323,7 +323,7 @@ def test_a_completions_prompt_keeps_its_tokens_where_texts_get_a_mark_in_front(r
 def test_an_end_token_in_a_text_that_is_no_conversation_ends_nothing(rng):
     raw = encoder()
     document = only(documents(raw, Completion("a", "b<|im_end|>\nc")))
-    assert learnt(raw, document) == ["b<|im_end|>\nc</s>"]
+    assert supervised_texts(raw, document) == ["b<|im_end|>\nc</s>"]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
@@ -356,13 +356,13 @@ def test_ids_that_are_tokens_already_are_taken_as_they_are(rng):
 
 @pytest.mark.parametrize("ids", [[1, -1], [1, 2.5], [-100], [2**40]])
 def test_what_is_no_id_is_refused(ids):
-    with pytest.raises(DataError, match="input_ids should be ids of tokens, whole numbers from 0"):
+    with pytest.raises(DataError, match="input_ids should be token ids, integers from 0"):
         encode(encoder(), Tokens(ids, [1.0] * len(ids)))
 
 
 @pytest.mark.parametrize("template", ["chatml", REWRITING], ids=["whole", "rewriting"])
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_of_a_preference_each_last_answer_alone_is_learnt(rng, loss_on, template):
+def test_only_the_last_answers_of_a_preference_are_supervised(rng, loss_on, template):
     judging, asked = encoder(template, loss_on), turns(*(words(rng) for _ in range(3)))
     good, bad = ({"role": "assistant", "content": words(rng)} for _ in range(2))
     encoded = encode(judging, Preference(Conversation([*asked, good]), Conversation([*asked, bad])))
@@ -371,19 +371,19 @@ def test_of_a_preference_each_last_answer_alone_is_learnt(rng, loss_on, template
     for document, answer in zip(encoded.documents, (good, bad), strict=True):
         assert document.input_ids[: len(prompt)].tolist() == prompt
         assert stretches(document) == [(len(prompt), len(document))]
-        assert only(learnt(judging, document)).startswith(answer["content"])
+        assert only(supervised_texts(judging, document)).startswith(answer["content"])
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_of_a_rated_conversation_the_last_answer_alone_is_learnt(rng, loss_on):
+def test_only_the_last_answer_of_a_rated_conversation_is_supervised(rng, loss_on):
     judging, contents = encoder(loss_on=loss_on), [words(rng) for _ in range(4)]
     document = only(documents(judging, Rated(Conversation(turns(*contents)), True)))
-    assert learnt(judging, document) == [contents[3] + "</s>"]
+    assert supervised_texts(judging, document) == [contents[3] + "</s>"]
 
 
 def test_a_verdict_on_no_answer_is_refused(rng):
     open_end = Conversation(turns(words(rng), words(rng), words(rng)))
-    with pytest.raises(DataError, match="end with the answer that was judged, not with a user turn"):
+    with pytest.raises(DataError, match="end with the answer that was rated, not with a user turn"):
         encode(encoder(), Preference(open_end, open_end))
 
 
@@ -410,7 +410,7 @@ def test_nothing_becomes_nothing():
     assert encoder().encode([]) == []
 
 
-def test_tool_calls_and_reasoning_are_learnt_as_hermes_writes_them(rng):
+def test_tool_calls_and_reasoning_are_supervised_as_hermes_writes_them(rng):
     chatml, thought, result, answer = encoder("chatml", add_bos=False), words(rng), words(rng), words(rng)
     messages = [
         *turns("Rain?"),
@@ -420,7 +420,7 @@ def test_tool_calls_and_reasoning_are_learnt_as_hermes_writes_them(rng):
     ]
     document = only(documents(chatml, Conversation(messages, TOOLS)))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-    assert learnt(chatml, document) == [
+    assert supervised_texts(chatml, document) == [
         f"<think>\n{thought}\n</think>\n\n{call}\n{call}<|im_end|>",
         f"{answer}<|im_end|>",
     ]
@@ -439,7 +439,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 @pytest.mark.parametrize(
     ("template", "end"),
     [("alpaca", EOS), ("chatml", END_OF_TURN), (NEWLINE_BEHIND, END_OF_TURN), (WITHOUT_END, EOS), (SURPRISING, EOS)],
-    ids=["alpaca", "chatml", "newline-behind", "no-end", "refused"],
+    ids=["alpaca", "chatml", "newline-after", "no-end", "refused"],
 )
 def test_the_id_that_ends_answers_is_the_one_that_training_teaches(template, end):
     assert answer_end_id(encoder(template).tokenizer) == end

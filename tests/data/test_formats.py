@@ -1,4 +1,4 @@
-"""What columns mean, and what is said of those that mean nothing."""
+"""Formats: how columns are read, and how unknown ones are reported."""
 
 import json
 from collections import Counter
@@ -9,17 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data import formats
-from qlora.data.formats import (
-    FORMATS,
-    Completion,
-    Conversation,
-    Labelled,
-    Preference,
-    Rated,
-    RowReader,
-    Tokens,
-    detect_format,
-)
+from qlora.data.examples import Completion, Conversation, Labelled, Preference, Rated, Tokens
+from qlora.data.formats import FORMATS, RowReader, detect_format
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
 from qlora.data.tables import HeaderRule
@@ -102,18 +93,18 @@ def detected(values):
     ],
     ids=str,
 )
-def test_a_format_is_told_by_its_columns(values, format):
+def test_the_format_is_detected_from_the_columns(values, format):
     assert detected(values) == format
 
 
 @pytest.mark.parametrize(
     "columns", [{"instruction"}, {"prompt"}, {"completion"}, {"question", "answer"}, {"label"}, {"chosen"}, set()]
 )
-def test_unknown_columns_are_told_with_the_formats(columns):
+def test_unknown_columns_are_reported_with_the_formats(columns):
     with pytest.raises(DataError) as caught:
         detected(dict.fromkeys(columns, "x"))
     message = str(caught.value)
-    assert message.startswith(f"rows.jsonl:7: columns {sorted(columns)} are none")
+    assert message.startswith(f"rows.jsonl:7: no format has the columns {sorted(columns)}")
     assert "data.columns" in message
     assert [form for form in FORMATS.values() if form not in message] == []
 
@@ -128,7 +119,7 @@ def test_the_first_row_decides_the_format():
 
 def test_a_first_row_of_no_format_leaves_the_choice_to_the_next():
     reader = RowReader()
-    with pytest.raises(DataError, match="none of the formats"):
+    with pytest.raises(DataError, match="no format has the columns"):
         reader.read(Row({"words": "x"}, "a:1"))
     assert reader.read(Row({"text": "x"}, "a:2")) == Completion("", "x")
 
@@ -148,7 +139,7 @@ def test_an_empty_alpaca_input_or_system_adds_nothing(nothing):
 
 
 @pytest.mark.parametrize("form", [list, json.dumps], ids=["list", "json"])
-def test_alpaca_puts_system_and_history_first_and_input_behind_the_instruction(form):
+def test_alpaca_puts_system_and_history_first_and_input_after_the_instruction(form):
     history = form([["Hi", "Ho"], ["How?", "So."]])
     example = read(instruction="Add.", input="2 3", output="5", system="Be short.", history=history, tools=[TOOL])
     turns = [system("Be short."), HI, HO, user("How?"), assistant("So."), user("Add.\n\n2 3"), assistant("5")]
@@ -157,7 +148,7 @@ def test_alpaca_puts_system_and_history_first_and_input_behind_the_instruction(f
 
 @pytest.mark.parametrize("history", [3, {"a": 1}, "3", ["Hi"], [["Hi"]], [["Hi", 3]], [["Hi", "Ho", "Hm"]]], ids=str)
 def test_a_history_that_is_no_pairs_is_refused(history):
-    assert "'history' should hold pairs" in refusal(instruction="A", output="B", history=history)
+    assert "'history' should have pairs" in refusal(instruction="A", output="B", history=history)
 
 
 # Turns.
@@ -321,8 +312,8 @@ def test_a_preference_goes_on_from_a_history():
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        (TEXTS, "nothing is before the answer; its prompt should be in one of prompt, instruction, messages"),
-        (TURNS, "nothing is before the answer"),
+        (TEXTS, "there is nothing before the answer; put its prompt into one of prompt, instruction, messages"),
+        (TURNS, "there is nothing before the answer"),
         ({"prompt": "Hi", "chosen": "Ho", "rejected": None}, "'rejected' should be a list of turns, not None"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "Hm"}, "'chosen' should be a list of turns, not 3"),
         ({"prompt": 3, **TEXTS}, "column 'prompt' should be text, not 3"),
@@ -416,7 +407,7 @@ def test_the_best_path_through_a_tree_ends_with_an_answer(replies, answers):
         (tree("Ho"), "should be an object, not 'Ho'"),
         (node("Hi") | {"replies": 3}, "'replies' should be a list of messages, not 3"),
         (node("Hi") | {"replies": {"a": 1}}, "'replies' should be a list of messages, not {'a': 1}"),
-        (node("Hi", "narrator"), "role 'narrator' is none of"),
+        (node("Hi", "narrator"), "role 'narrator' is unknown"),
         (node(HALF), "half a surrogate pair"),
     ],
 )
@@ -487,7 +478,7 @@ def test_an_absent_column_is_named_with_its_row(format, values, column):
     ],
     ids=str,
 )
-def test_half_a_surrogate_pair_is_told_with_its_row(values):
+def test_half_a_surrogate_pair_is_reported_with_its_row(values):
     assert "half a surrogate pair" in refusal(**values)
     assert read(text="a\U0001f642") == Completion("", "a🙂")
 
@@ -576,7 +567,7 @@ def test_a_transcript_without_blank_lines_in_front_is_one_where_no_prompt_is():
 )
 def test_what_is_no_transcript_is_an_answer_that_nothing_asks_for(said):
     problem = refusal(chosen=said, rejected=said)
-    assert "nothing is before the answer" in problem
+    assert "there is nothing before the answer" in problem
     assert r"HH-RLHF's form, '\n\nHuman: …\n\nAssistant: …' with these marks and LF line ends" in problem
 
 
@@ -593,7 +584,7 @@ def test_a_text_that_is_a_transcript_is_text_and_noted():
 # Mappings.
 
 
-def test_columns_are_mapped_before_the_format_is_told():
+def test_columns_are_mapped_before_the_format_is_detected():
     columns = {"instruction": "question", "output": "answer"}
     assert read(columns=columns, question="Hi", answer="Ho") == Conversation([HI, HO])
     assert read(columns={"label": "category"}, text="x", category="joy") == Labelled("x", "joy")
@@ -657,8 +648,8 @@ def test_of_a_preference_the_chosen_answer_alone_can_be_read():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"format": "chatml"}, "data.format: 'chatml' is unknown; there are auto, alpaca"),
-        ({"columns": {"question": "instruction"}}, "data.columns: no format has a column 'question'; there are "),
+        ({"format": "chatml"}, "data.format: 'chatml' is unknown; use one of auto, alpaca"),
+        ({"columns": {"question": "instruction"}}, "data.columns: no format has a column 'question'; use one of "),
         ({"roles": {"Ann": "human"}}, "data.roles: Ann: 'human' should be system, user, assistant or tool"),
     ],
 )
@@ -707,10 +698,10 @@ any_row = forms.flatmap(lambda names: st.dictionaries(st.sampled_from(names), va
 def test_whatever_a_row_holds_it_is_read_or_refused(row, format):
     reader = RowReader(format)
     try:
-        told = "rows.jsonl:7: " + json.dumps(asdict(reader.read(Row(row, "rows.jsonl:7"))), ensure_ascii=False)
+        shown = "rows.jsonl:7: " + json.dumps(asdict(reader.read(Row(row, "rows.jsonl:7"))), ensure_ascii=False)
     except DataError as error:
-        told = str(error)
-    assert told.encode().startswith(b"rows.jsonl:7: ")
+        shown = str(error)
+    assert shown.encode().startswith(b"rows.jsonl:7: ")
     assert reader.format in ("auto", *FORMATS)
 
 
@@ -770,15 +761,15 @@ MAPPINGS = {
 }
 # What is no training data, or none of text.
 OTHER_FILES = {
-    "fastchat/fastchat/llm_judge/data/judge_prompts.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/vicuna_bench/question.jsonl": "none of the formats",
-    "fastchat/fastchat/llm_judge/data/vicuna_bench/reference_answer/gpt-4.jsonl": "none of the formats",
-    "humaneval/example_samples.jsonl": "none of the formats",
-    "llama_factory_demo/dataset_info.json": "none of the formats",
+    "fastchat/fastchat/llm_judge/data/judge_prompts.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/question.jsonl": "no format has the columns",
+    "fastchat/fastchat/llm_judge/data/vicuna_bench/reference_answer/gpt-4.jsonl": "no format has the columns",
+    "humaneval/example_samples.jsonl": "no format has the columns",
+    "llama_factory_demo/dataset_info.json": "no format has the columns",
     "llama_factory_demo/mllm_demo.json": "it has images",
-    "torchtune_tiny/vqa_tiny.json": "none of the formats",
+    "torchtune_tiny/vqa_tiny.json": "no format has the columns",
 }
 
 
@@ -795,7 +786,7 @@ def test_real_rows_are_understood(realdata, file, format, count):
 
 
 @pytest.mark.parametrize(("file", "problem"), OTHER_FILES.items())
-def test_real_rows_that_are_no_texts_to_learn_are_refused(realdata, file, problem):
+def test_real_rows_that_are_no_texts_are_refused(realdata, file, problem):
     row = next(read_rows(Source(str(realdata / "data" / file)), HeaderRule("auto", (), formats.COLUMNS)))
     with pytest.raises(DataError, match=problem):
         RowReader().read(row)

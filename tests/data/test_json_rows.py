@@ -1,4 +1,4 @@
-"""JSON of any layout to values, one at a time, wherever the blocks that are read end."""
+"""JSON of any layout, read value by value, for any position of the block borders."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def refusal(text):
 
 
 class CountingStream(io.StringIO):
-    """Knows how much of it was read."""
+    """A stream that counts the characters read."""
 
     characters = 0
 
@@ -112,7 +112,7 @@ def test_nothing_is_no_value(block, text):
         ('{"a": 1}\n]', 2, "Expecting value"),
     ],
 )
-def test_broken_json_is_told_with_its_line(block, text, line, problem):
+def test_broken_json_is_reported_with_its_line(block, text, line, problem):
     message = refusal(text)
     assert message.startswith(f"rows.json:{line}: broken JSON: ")
     assert problem in message
@@ -154,7 +154,7 @@ def test_a_large_array_is_not_read_whole_before_its_first_value(monkeypatch, ind
     assert stream.characters <= 1000
 
 
-def test_a_mistake_early_in_a_large_array_is_told_without_reading_the_rest(monkeypatch):
+def test_a_mistake_early_in_a_large_array_is_reported_without_reading_the_rest(monkeypatch):
     monkeypatch.setattr(json_rows, "BLOCK", 1000)
     stream = CountingStream('[\n{"a" 1},\n' + '{"b": "c"},\n' * 10_000 + "]")
     with pytest.raises(DataError, match=r"rows\.json:2: broken JSON: Expecting ':' delimiter"):
@@ -180,7 +180,7 @@ def test_a_mistake_early_in_a_large_array_is_told_without_reading_the_rest(monke
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_a_value_on_each_line_is_told_from_other_layouts(block, text, answer):
+def test_a_value_on_each_line_is_distinguished_from_other_layouts(block, text, answer):
     assert starts_lines(io.StringIO(text, newline="")) is answer
 
 

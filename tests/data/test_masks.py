@@ -1,4 +1,4 @@
-"""Which turns and parts are learned, as other trainers write it, and keys that nothing reads."""
+"""Masks and weights of turns and parts as other trainers write them, and keys that are not read."""
 
 import random
 
@@ -10,7 +10,7 @@ from qlora.data.masks import FLAGS, NUMBERS, read_weight
 from qlora.data.rows import Row
 from qlora.data.turns import TurnReader
 from qlora.errors import DataError
-from tests.data.chats import encode, encoder, learnt
+from tests.data.chats import encode, encoder, supervised_texts
 
 ROW = Row({}, "rows.jsonl:7")
 
@@ -38,7 +38,7 @@ def test_every_trainers_mask_of_a_turn_is_read(key, value, weight):
 
 
 @pytest.mark.parametrize("value", [True, 1])
-def test_a_masked_turn_is_not_learned(value):
+def test_a_masked_turn_is_not_supervised(value):
     assert weights(answer(masked=value), answer()) == [0.0, 1.0]
 
 
@@ -63,8 +63,8 @@ def test_keys_that_disagree_are_refused_and_those_that_agree_are_not():
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 @pytest.mark.parametrize("key", ["loss", "trainable", "loss_scale"])
-def test_a_mask_does_not_make_a_prompt_learned(role, key):
-    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+def test_a_mask_does_not_make_a_prompt_supervised(role, key):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only assistant turns can be trained on"):
         weights({"role": role, "content": "Hi", key: 1})
 
 
@@ -101,18 +101,18 @@ def test_parts_that_are_all_masked_mask_the_turn():
     assert weights(answer([text("a", train=False), text("b", masked=True)])) == [0.0]
 
 
-def test_a_call_beside_masked_parts_is_learned():
+def test_a_call_beside_masked_parts_is_supervised():
     call = {"type": "tool_call", "value": {"name": "f", "arguments": {}}}
     assert weights(answer([text("a", train=False), call])) == [PartWeights([("content", 0, 1, 0.0)], 1.0)]
 
 
 def test_a_call_that_is_masked_by_itself_is_refused():
     call = {"type": "tool_call", "value": {"name": "f", "arguments": {}}, "train": False}
-    with pytest.raises(DataError, match="a part that is a call has a weight; give it to the whole turn"):
+    with pytest.raises(DataError, match="a part that is a call has a weight; set the weight of the whole turn instead"):
         weights(answer([text("a"), call]))
 
 
-def test_a_part_of_a_question_may_not_be_learned():
+def test_a_part_of_a_question_may_not_be_supervised():
     with pytest.raises(DataError, match="a user turn has weight 1.0"):
         weights({"role": "user", "content": [text("a", train=True), text("b", train=False)]})
 
@@ -133,9 +133,9 @@ def test_stretches_of_characters_are_read_with_their_last_one(key):
     [
         ({"begin_offset": 0, "end_offset": 4, "train": False}, "has characters 0 to 4, but the content has 4"),
         ({"begin_offset": 3, "end_offset": 1, "train": False}, "has characters 3 to 1"),
-        ({"begin_offset": 0, "end_offset": 1}, "should hold begin_offset, end_offset and train"),
-        ({"begin_offset": "0", "end_offset": 1, "train": True}, "should hold begin_offset"),
-        ("all", "should hold begin_offset"),
+        ({"begin_offset": 0, "end_offset": 1}, "should have begin_offset, end_offset and train"),
+        ({"begin_offset": "0", "end_offset": 1, "train": True}, "should have begin_offset"),
+        ("all", "should have begin_offset"),
     ],
 )
 def test_stretches_that_are_none_are_refused(detail, problem):
@@ -155,7 +155,7 @@ def stretch(begin, end, train):
         ("hello there", [stretch(0, 9, True), stretch(2, 3, True), stretch(5, 6, False)], "characters 5 to 6"),
         ("hello there", [stretch(4, 8, 0.5), stretch(0, 4, False)], "characters 4 to 4"),
     ],
-    ids=["part", "part behind", "inside", "edge"],
+    ids=["part", "part after", "inside", "edge"],
 )
 def test_masks_of_one_stretch_that_disagree_are_refused(said, stretches, where):
     with pytest.raises(DataError, match=f"rows.jsonl:7: two masks of one turn disagree on {where}"):
@@ -178,8 +178,8 @@ def test_masks_of_one_stretch_may_agree():
     ],
     ids=["part", "stretch"],
 )
-def test_no_stretch_of_a_prompt_may_be_learned(role, keys):
-    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only answers can be learned"):
+def test_no_stretch_of_a_prompt_may_be_supervised(role, keys):
+    with pytest.raises(DataError, match=f"a {role} turn has weight 1.0; only assistant turns can be trained on"):
         weights({"role": role, "content": "Hi", **keys})
 
 
@@ -191,61 +191,63 @@ def test_a_masked_part_of_a_question_may_be_next_to_one_without_a_mask():
 def test_a_call_with_a_weight_is_refused(inner):
     function = {"name": "f", "arguments": {}}
     call = {"function": function | {"train": False}} if inner else {"function": function, "train": False}
-    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; give it to the whole turn"):
+    with pytest.raises(DataError, match="rows.jsonl:7: a call has a weight; set the weight of the whole turn instead"):
         weights(answer("", tool_calls=[call]))
 
 
-# What is learned of rows.
+# Supervised tokens of rows.
 
 
 def read(format="auto", **row):
     return RowReader(format).read(Row(row, "rows.jsonl:7"))
 
 
-def learned(example, loss_on="assistant"):
-    """The stretches of an example that are learned, one list for each document."""
+def supervised(example, loss_on="assistant"):
+    """The supervised texts of an example, one list for each document."""
     chatml = encoder("chatml", loss_on, add_bos=False)
-    return [learnt(chatml, document) for document in encode(chatml, example).documents]
+    return [supervised_texts(chatml, document) for document in encode(chatml, example).documents]
 
 
 def test_masks_of_a_tree_of_replies_are_read():
     draft = {"role": "assistant", "text": "draft", "train": False}
     again = {"role": "prompter", "text": "Again?", "replies": [{"role": "assistant", "text": "good"}]}
     tree = {"role": "prompter", "text": "Rain?", "replies": [draft | {"replies": [again]}]}
-    assert learned(read(message_tree_id="x", prompt=tree)) == [["good<|im_end|>"]]
+    assert supervised(read(message_tree_id="x", prompt=tree)) == [["good<|im_end|>"]]
 
 
 PARTS = [text("draft ", train=False), text("good")]
 
 
-def test_masked_parts_of_judged_answers_are_not_learned():
+def test_masked_parts_of_judged_answers_are_not_supervised():
     pair = read(prompt="Rain?", chosen=[answer(PARTS)], rejected=[answer("bad")])
-    assert learned(pair) == [["good<|im_end|>"], ["bad<|im_end|>"]]
+    assert supervised(pair) == [["good<|im_end|>"], ["bad<|im_end|>"]]
     rated = read(label=True, prompt=[{"role": "user", "content": "Rain?"}], completion=[answer(PARTS)])
-    assert learned(rated) == [["good<|im_end|>"]]
+    assert supervised(rated) == [["good<|im_end|>"]]
 
 
 def test_a_judged_answer_that_is_masked_is_refused():
     asked = [{"role": "user", "content": "Rain?"}]
     rated = read(label=False, messages=[*asked, answer("first"), *asked, answer("No.", train=False)])
-    with pytest.raises(DataError, match="the answer that was judged has weight 0.*take the mask out"):
-        learned(rated)
+    with pytest.raises(DataError, match="the answer that was rated has weight 0.*remove the mask"):
+        supervised(rated)
 
 
 @pytest.mark.parametrize("key", ["train", "loss", "weight"])
-def test_masked_questions_are_not_learned_where_everything_else_is(key):
+def test_masked_questions_are_not_supervised_where_everything_else_is(key):
     system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}
     row = read(messages=[system | {key: 0}, question, answer("No."), question | {key: 0}, answer("Yes.", weight=0.5)])
-    first, second = learned(row, "all")[0]
+    first, second = supervised(row, "all")[0]
     assert first == "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>"
     assert second == "<|im_start|>assistant\nYes.<|im_end|>"
 
 
-def test_a_masked_part_of_a_question_is_refused_where_everything_is_learned():
+def test_a_masked_part_of_a_question_is_refused_where_everything_is_supervised():
     row = read(messages=[{"role": "user", "content": [text("a", train=False), text("b")]}, answer()])
-    assert learned(row) == [["Ho<|im_end|>"]]
-    with pytest.raises(DataError, match="loss_on: all can't mask parts of a user turn; mask the whole turn"):
-        learned(row, "all")
+    assert supervised(row) == [["Ho<|im_end|>"]]
+    with pytest.raises(
+        DataError, match="loss_on: all doesn't support masks of parts of a user turn; mask the whole turn"
+    ):
+        supervised(row, "all")
 
 
 # Keys that nothing reads.

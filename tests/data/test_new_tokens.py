@@ -1,4 +1,4 @@
-"""New tokens: behind all others, found in any text, and counted."""
+"""New tokens: after all others, found in any text, and counted."""
 
 import random
 
@@ -14,7 +14,7 @@ from tests.tiny import make_tokenizer, write_jsonl
 TOKENS = ["<tool>", "</tool>", "Angstrom"]
 
 
-def test_they_get_the_ids_behind_all_others_and_cut_the_text(tmp_path):
+def test_they_get_the_ids_after_all_others_and_cut_the_text(tmp_path):
     tokenizer = make_tokenizer()
     size = len(tokenizer)
     assert add_new_tokens(tokenizer, TOKENS) == range(size, size + 3)
@@ -37,26 +37,30 @@ def test_without_any_a_tokenizer_is_as_it_was():
 @pytest.mark.parametrize("token", ["</s>", "a"])
 def test_what_the_tokenizer_has_is_refused_with_its_id(token):
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=rf"data.new_tokens: .*'{token}' \(id {tokenizer.get_vocab()[token]}\) already"):
+    with pytest.raises(
+        DataError, match=rf"data.new_tokens: .*already has '{token}' \(id {tokenizer.get_vocab()[token]}\)"
+    ):
         add_new_tokens(tokenizer, ["<tool>", token])
 
 
 def test_what_it_would_write_otherwise_is_refused():
-    with pytest.raises(DataError, match="writes 'Ångström' as"):
+    with pytest.raises(DataError, match="decodes 'Ångström' to"):
         add_new_tokens(make_tokenizer(), ["<tool>", "Ångström"])
 
 
-def test_tokens_that_another_tokenizer_lacks_are_told():
-    with pytest.raises(DataError, match=r"the tokenizer has no '<tool>', '</tool>', 'Angstrom'; take the run's own"):
+def test_tokens_that_another_tokenizer_lacks_are_reported():
+    with pytest.raises(
+        DataError, match=r"the tokenizer has no '<tool>', '</tool>', 'Angstrom'; use the run's own tokenizer"
+    ):
         new_token_ids(make_tokenizer(), TOKENS)
     tokenizer = make_tokenizer()
     add_new_tokens(tokenizer, [*TOKENS[1:], TOKENS[0]])
-    with pytest.raises(DataError, match="do not follow on one another"):
+    with pytest.raises(DataError, match="are not consecutive"):
         new_token_ids(tokenizer, TOKENS)
 
 
 def test_examples_are_counted_as_often_as_they_are_chosen(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("qlora.data.store.COUNTED_AT_A_TIME", 7)
+    monkeypatch.setattr("qlora.data.store.IDS_PER_BLOCK", 7)
     draw = random.Random(seed)
     tokenizer = make_tokenizer()
     ids = add_new_tokens(tokenizer, TOKENS)

@@ -1,4 +1,4 @@
-"""Documents into rows: none lost, none cut, and no fuller rows to be had by looking longer."""
+"""Packing: no document is lost or cut, and rows are as full as by exhaustive best fit."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qlora.data import BatchPlan, Source, Treatment, build_datasets
+from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets
 from qlora.data.packing import pack_best_fit
 from tests.reference.packing import pack
 
@@ -52,8 +52,8 @@ def test_many_documents_take_little_time(seed):
 def test_real_instructions_fill_their_rows(realdata, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(realdata / "tokenizers" / "qwen3")
     source = Source(str(realdata / "data" / "llama_factory_demo" / "alpaca_en_demo.json"))
-    treatment = Treatment(max_seq_len=2048)
-    built = build_datasets(tokenizer, [source], treatment=treatment, chat_template="chatml", cache_dir=str(tmp_path))
+    options = EncodeOptions(max_seq_len=2048)
+    built = build_datasets(tokenizer, [source], options=options, chat_template="chatml", cache_dir=str(tmp_path))
     plan = BatchPlan(built.train.lengths, 1, 1, capacity=2048)
     assert len(built.train) > 900
     assert plan.fill >= 0.97

@@ -1,4 +1,4 @@
-"""Bad rows by cause: once each, however their values differ, and no more of them than can be read."""
+"""Bad rows by cause: each cause once, for any values, and a readable number of rows."""
 
 import random
 
@@ -19,8 +19,8 @@ def log_of(*texts, values=None):
     ("'a' should be text, not 3.", "'a' should be text, not [1; 'x. y'].", "'a' should be text, not …"),
     ("a turn has no 'role': {'x': 1}; map it.", "a turn has no 'role': ['; ']; map it.",
      "a turn has no 'role': …; map it."),
-    ("what a turn of user says, 'Hi'; set it.", "what a turn of user says, 'so; it is'; set it.",
-     "what a turn of user says, …; set it."),
+    ("the user turn's text, 'Hi'; set it.", "the user turn's text, 'so; it is'; set it.",
+     "the user turn's text, …; set it."),
     ("character 3 of 'a b' is half a pair.", "character 17 of 'c' is half a pair.", "character … of … is half a pair."),
     ("2 fields, but the header names 3.", "4 fields, but the header names 3.", "… fields, but the header names 3."),
     ("a weight should be 0, not 7.5.", "a weight should be 0, not 'x'.", "a weight should be 0, not …"),

@@ -1,4 +1,4 @@
-"""Prompts read from a file: what the template would leave out of them is refused."""
+"""Prompts from a file: those that the template would not write in full are refused."""
 
 import json
 
@@ -26,7 +26,7 @@ ROWS = [
     ("template", "lost"),
     [
         (WITHOUT_SYSTEM, {2: "system turn", 3: "tools"}),
-        (FIRST_ONLY, {2: "what a turn of user says, 'useruser'", 3: "tools", 4: "what a turn of user says, 'Why?'"}),
+        (FIRST_ONLY, {2: "the user turn's text, 'useruser'", 3: "tools", 4: "the user turn's text, 'Why?'"}),
     ],
 )
 def test_what_the_template_would_leave_out_of_prompts_is_refused(tmp_path, template, lost):

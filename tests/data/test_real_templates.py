@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.errors import DataError
-from tests.data.chats import answers, chat, encode, family_tokenizer, learnt, real_tokenizer, stretches
+from tests.data.chats import answers, chat, encode, family_tokenizer, real_tokenizer, stretches, supervised_texts
 from tests.reference import served
 from tests.tiny import only
 
@@ -19,13 +19,13 @@ KINDS = ("single", "multi", "system", "reasoning", "tools")
 # How the encoder refuses a conversation.
 PLACE, UNENDED, LEFT_OUT, REFUSED = "place", "unended", "left out", "refused"
 REFUSALS = {
-    PLACE: "is not how its rendering of the answer begins",
-    UNENDED: "begins another turn behind an answer that it has not ended",
+    PLACE: "rendering of the answer does not begin with its prompt",
+    UNENDED: "begins another turn after an answer without ending the answer",
     LEFT_OUT: "the chat template leaves out",
     REFUSED: "the chat template refuses this conversation",
 }
 
-# What TRL's marks hold more than we learn, in front of an answer and behind it; then kinds that go otherwise.
+# Text that TRL's marks include but we don't supervise, before an answer and after it; then kinds that differ.
 # In front: a part of the generation prompt. A server feeds it, so the model never writes it; ours is right.
 # Behind: the newline after the end token. A server stops before it, so theirs learns what is never asked for.
 SAME, NEWLINE = ("", ""), ("", "\n")
@@ -33,7 +33,7 @@ THINK = ("<think>\n", "\n")
 NO_THOUGHT = ("<think>\n\n</think>\n\n", "\n")
 # The prompt opens a thought by default; that of an answer without one has thinking switched off.
 SWITCHED_OFF = dict.fromkeys(("single", "multi", "system", "tools"), {("<think></think>", "\n")})
-# The EOS that closes a conversation, behind the end token of its last answer and a line end.
+# The EOS that closes a conversation, after the end token of its last answer and a line end.
 CLOSED = ("", "\n<|endoftext|>")
 PLAIN_TEXT_ONLY = {"reasoning": LEFT_OUT, "tools": LEFT_OUT}
 # The prompt opens a thought that the rendering of an answer without one closes at once, in other characters.
@@ -74,10 +74,10 @@ MARKS = {
     "qwen3_vl": (NEWLINE, {"reasoning": LEFT_OUT}),
 }
 
-# What becomes of each of KINDS: w, a whole document; a, one per answer, as earlier turns are written anew, a token
-# would join an earlier answer to its prompt, or an earlier answer has no end; -, the template leaves a part out; ?, its
-# prompt is not how its rendering of an answer begins, or it begins another turn behind an answer without an end; !, it
-# refuses, as those do that need tools, columns of their own, or lists with methods.
+# Result for each of KINDS: w, a whole document; a, one per answer, because earlier turns are changed, a token would
+# join an earlier answer to its prompt, or an earlier answer has no end token; -, the template leaves out a part; ?, its
+# rendering of an answer does not begin with its prompt, or it begins another turn after an answer without an end; !,
+# it raises an error, like templates that need tools, columns of their own, or lists with methods.
 WHOLE, PER_ANSWER = "w", "a"
 CODES = {LEFT_OUT: "-", PLACE: "?", UNENDED: "?", REFUSED: "!"}
 SERVED = {
@@ -140,7 +140,7 @@ SERVED = {
 
 
 def outcome(encoder, conversation):
-    """What became of a conversation: its refusal's first words, or its documents."""
+    """Result for a conversation: the first words of its error, or its documents."""
     try:
         return encode(encoder, conversation).documents
     except DataError as error:
@@ -148,7 +148,7 @@ def outcome(encoder, conversation):
 
 
 def marked(tokenizer, conversation, as_parts):
-    """The last stretch of each answer that the template's generation marks hold, by transformers."""
+    """The last span of each answer within the template's generation marks, by transformers."""
     found, messages = [], conversation.messages
     if as_parts:
         messages = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
@@ -174,14 +174,16 @@ def whole(tokenizer, conversation):
 
 
 def around(theirs, ours):
-    """What a stretch has more than another in front and behind, after a minus what it has less."""
+    """Text that a span has in addition to another, before and after it; after a minus, text that it lacks."""
     at, own, length = SequenceMatcher(None, theirs, ours, autojunk=False).find_longest_match()
     pairs = ((theirs[:at], ours[:own]), (theirs[at + length :], ours[own + length :]))
     return tuple(more + f"-{less}" if less else more for more, less in pairs)
 
 
 @pytest.mark.parametrize("name", MARKS)
-def test_what_is_learnt_is_what_generation_marks_hold_but_for_what_a_server_writes_or_never_reads(realdata, name, seed):
+def test_supervised_tokens_are_those_of_generation_marks_except_what_a_server_writes_or_never_reads(
+    realdata, name, seed
+):
     rng = random.Random(seed)
     tokenizer = family_tokenizer(realdata, realdata / "chat_templates" / "trl" / f"{name}_training.jinja")
     encoder = ExampleEncoder(tokenizer)
@@ -190,7 +192,7 @@ def test_what_is_learnt_is_what_generation_marks_hold_but_for_what_a_server_writ
         conversation = chat(rng, kind)
         found = outcome(encoder, conversation)
         if not isinstance(found, str):
-            ours = [text for document in found for text in learnt(encoder, document)]
+            ours = [text for document in found for text in supervised_texts(encoder, document)]
             theirs = marked(tokenizer, conversation, as_parts=name in READ_PARTS)
             if usual == SAME and len(found) == 1:
                 assert (only(found).input_ids.tolist(), only(found).loss_mask.tolist()) == whole(
@@ -251,7 +253,7 @@ AS_TEXT = [".</", "s", ">"]
 
 
 def golden(realdata, name, template):
-    """Ids and mask that were made elsewhere, without padding, and ours of the same conversation."""
+    """Ids and mask made with another program, without padding, and ours of the same conversation."""
     tokenizer = real_tokenizer(realdata, "tinyllama_chat_hf")
     rows = json.loads((realdata / f"{GOLDEN}.json").read_text(encoding="utf-8"))["conversations"]
     theirs = json.loads((realdata / f"{GOLDEN}.{name}.json").read_text(encoding="utf-8"))

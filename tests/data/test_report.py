@@ -1,4 +1,4 @@
-"""Reports: numbers that add up, and a line for all that is not plain."""
+"""Reports: numbers that add up, and a line for everything out of the ordinary."""
 
 import json
 import random
@@ -67,13 +67,13 @@ def test_a_plain_report_is_one_line():
 
 
 @pytest.mark.parametrize(("changes", "line"), [
-    ({"bad_rows": 2}, "2 bad rows left out"),
-    ({"deduplicated": 9}, "9 examples left out, as they repeat an earlier or a held-out one"),
+    ({"bad_rows": 2}, "2 bad rows dropped"),
+    ({"deduplicated": 9}, "9 examples removed, as they repeat an earlier or a held-out one"),
     ({"duplicates": 4}, "4 rows that repeat an earlier one"),
-    ({"per_answer": 5}, "5 conversations trained answer by answer, as a server would show each another history"),
-    ({"eos_added": 6}, "6 conversations got EOS added, as the template ends no answer"),
+    ({"per_answer": 5}, "5 conversations trained answer by answer, as the history that a server renders differs"),
+    ({"eos_added": 6}, "6 conversations with EOS added, as the template writes no end token"),
     ({"empty_answers": 7}, "7 conversations with an empty answer"),
-    ({"overlong": {"truncated": 8}}, "8 documents longer than max_seq_len truncated"),
+    ({"overlong": {"truncated": 8}}, "8 documents truncated because of max_seq_len"),
     ({"unread_columns": ["id", "lang"]}, "columns not read: id, lang"),
     ({"unread_keys": ["id", "lang"]}, "keys of turns not read: id, lang"),
     (
@@ -82,12 +82,12 @@ def test_a_plain_report_is_one_line():
     ),
     (
         {"control_tokens": {"<s>": 2, "</s>": 1}},
-        "3 control tokens in the text of turns, tokenized as such: </s> 1, <s> 2; an end token inside an answer is not "
-        "learned",
+        "3 control tokens in the text of turns, tokenized as such: </s> 1, <s> 2; an end token in an answer is not "
+        "supervised",
     ),
     (
         {"control_tokens": {"<s>": 1}},
-        "1 control token in the text of turns, tokenized as such: <s> 1; an end token inside an answer is not learned",
+        "1 control token in the text of turns, tokenized as such: <s> 1; an end token in an answer is not supervised",
     ),
     ({"notes": ["begin no answer with a space"]}, "begin no answer with a space"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip

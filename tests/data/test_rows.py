@@ -1,10 +1,11 @@
-"""Files, folders and data sets to rows: what is read, and what is refused with the line that is wrong."""
+"""Rows of files, folders and datasets: what is read, and what is refused with its line."""
 
 import csv
 import gzip
 import io
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from qlora.data import rows as rows_module
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.sources import Source, find_files
 from qlora.data.tables import HeaderRule
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from tests.tiny import write_jsonl
 
 # Names of columns that nothing knows are a table's header here.
@@ -56,7 +57,7 @@ def refusal(path, **how):
 
 
 def write(path, content, encoding="utf-8"):
-    """Writes text or bytes, packed if the name says so."""
+    """Write text or bytes, compressed if the suffix is .gz."""
     content = content if isinstance(content, bytes) else content.encode(encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
@@ -127,7 +128,7 @@ def test_a_row_knows_where_it_came_from(tmp_path, name, lines, origins):
     assert found == [f"{tmp_path}/{origin}" for origin in origins]
 
 
-def test_broken_lines_are_told_and_the_others_are_read(tmp_path, rng):
+def test_broken_lines_are_reported_and_the_others_are_read(tmp_path, rng):
     lines = [json.dumps({"a": number}) for number in range(20)]
     broken = set(rng.sample(range(1, 20), k=5))
     for number in broken:
@@ -146,7 +147,7 @@ def test_broken_lines_are_told_and_the_others_are_read(tmp_path, rng):
     ("name", "form", "origin"),
     [("rows.jsonl", '{{"a": 1}}\n{}\n', "rows.jsonl:2"), ("rows.json", '[{{"a": 1}}, {}]', "rows.json row 2")],
 )
-def test_a_row_that_is_no_object_is_told(tmp_path, value, name, form, origin):
+def test_a_row_that_is_no_object_is_reported(tmp_path, value, name, form, origin):
     good, bad = read(write(tmp_path / name, form.format(value)))
     assert good.values == {"a": 1}
     assert bad.origin == f"{tmp_path}/{origin}"
@@ -187,7 +188,7 @@ def test_a_field_may_be_long(tmp_path):
         ('"1"x,2', "broken CSV: ',' expected after '\"'."),
     ],
 )
-def test_a_broken_line_of_a_table_is_told_and_the_others_are_read(tmp_path, line, problem):
+def test_a_broken_line_of_a_table_is_reported_and_the_others_are_read(tmp_path, line, problem):
     path = write(tmp_path / "rows.csv", f"a,b\n1,2\n{line}\n\n3,4\n")
     assert read(path) == [
         Row({"a": "1", "b": "2"}, f"{path}:2"),
@@ -196,7 +197,7 @@ def test_a_broken_line_of_a_table_is_told_and_the_others_are_read(tmp_path, line
     ]
 
 
-def test_a_quote_that_is_not_closed_is_told_where_it_begins(tmp_path):
+def test_a_quote_that_is_not_closed_is_reported_where_it_begins(tmp_path):
     path = write(tmp_path / "rows.csv", 'a,b\n1,2\n3,"4\n5,6\n7,8\n')
     assert read(path)[1:] == [BadRow(f"{path}:3", "broken CSV: unexpected end of data.")]
 
@@ -247,7 +248,7 @@ def test_lines_may_be_rows_of_text(tmp_path, name, newline):
     ("type", "text"),
     [("json", '[{"a": "1"}]'), ("jsonl", '{"a": "1"}'), ("csv", "a\n1\n"), ("tsv", "a\n1\n")],
 )
-def test_a_type_tells_what_the_name_does_not(tmp_path, type, text):
+def test_a_type_replaces_an_unknown_suffix(tmp_path, type, text):
     assert values(write(tmp_path / "rows.data", text), type=type) == [{"a": "1"}]
     assert values(write(tmp_path / "rows.txt.gz", text), type=type) == [{"a": "1"}]
 
@@ -257,7 +258,7 @@ def test_a_file_of_an_unknown_kind_is_refused_with_the_known_ones(tmp_path, name
     message = refusal(write(tmp_path / name, "a,b\n1,2\n"))
     assert message.startswith(str(tmp_path / name))
     assert ".json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt" in message
-    assert "type: arrow, csv, json, jsonl, lines, parquet, text, tsv" in message
+    assert "type to one of arrow, csv, json, jsonl, lines, parquet, text, tsv" in message
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones(tmp_path):
@@ -285,18 +286,18 @@ def test_an_encoding_can_be_set(tmp_path, name, text, encoding):
 def test_bytes_of_another_encoding_are_refused_with_the_line(tmp_path, name):
     path = write(tmp_path / name, '"one"\n"größer"\n', "latin-1")
     message = refusal(path)
-    assert message.startswith(f"{path}:2: this is not utf-8 (byte 0xf6, byte 4 of the line)")
+    assert message.startswith(f"{path}:2: invalid utf-8 (byte 0xf6 at position 4 of the line)")
     assert "set encoding" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_utf16_is_told_by_its_mark(tmp_path, encoding):
+def test_utf16_is_recognized_by_its_mark(tmp_path, encoding):
     text = "\ufeff" * (encoding != "utf-16") + '{"text": "größer"}'
     message = refusal(write(tmp_path / "rows.jsonl", text, encoding))
     assert message == f"{tmp_path}/rows.jsonl is UTF-16; set encoding: utf-16 for this source."
 
 
-def test_utf16_that_breaks_off_is_not_told_to_be_utf16(tmp_path):
+def test_truncated_utf16_is_not_called_utf16(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"text": "größer"}'.encode("utf-16")[:-1])
     assert refusal(path, encoding="utf-16").startswith(f"{path} is not utf-16; convert it")
 
@@ -327,11 +328,11 @@ def test_a_broken_gzip_file_is_named(tmp_path, rows, damage, name):
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"], ids=["empty", "blank", "bom"])
 def test_a_file_without_rows_is_refused(tmp_path, name, content):
     message = refusal(write(tmp_path / name, content if name != "rows.tsv" else "a\tb\n"))
-    assert f"{tmp_path / name} holds no rows" in message
+    assert f"{tmp_path / name} has no rows" in message
 
 
 def test_an_empty_array_is_refused(tmp_path):
-    assert "holds no rows" in refusal(write(tmp_path / "rows.json", "[]"))
+    assert "has no rows" in refusal(write(tmp_path / "rows.json", "[]"))
 
 
 def test_rows_come_before_the_file_is_read_whole(tmp_path):
@@ -418,15 +419,15 @@ def test_the_files_of_a_split_are_read_in_order(folder, names, split, chosen):
 @pytest.mark.parametrize(
     ("names", "split", "there"),
     [
-        (["test.jsonl", "valid.jsonl"], None, "'train' (there is test.jsonl, valid.jsonl)"),
-        (["a.jsonl"], "test", "'test' (there is a.jsonl)"),
-        (["readme.md"], None, "'train' (there is nothing)"),
+        (["test.jsonl", "valid.jsonl"], None, "'train' (it has test.jsonl, valid.jsonl)"),
+        (["a.jsonl"], "test", "'test' (it has a.jsonl)"),
+        (["readme.md"], None, "'train' (it has nothing)"),
     ],
 )
 def test_a_folder_without_the_split_is_refused_with_what_is_there(folder, names, split, there):
     path = folder(*names)
     message = refusal(path, split=split)
-    assert message.startswith(f"{path} holds no data of the split {there}")
+    assert message.startswith(f"{path} has no data of the split {there}")
     assert "set split" in message
 
 
@@ -440,7 +441,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/rows.jsonl", "x" * 5000 + ".jsonl"], ids=["home", "long"])
-def test_a_name_that_can_be_none_is_told(name):
+def test_a_name_that_can_be_none_is_reported(name):
     assert refusal(name).startswith(f"{name} can't be read: ")
 
 
@@ -450,12 +451,13 @@ def test_a_name_that_can_be_none_is_told(name):
 def test_a_missing_file_is_named_without_asking_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)  # the import fails
-    assert f"Data file not found: {source}" in refusal(source)
+    with pytest.raises(ConfigError, match=re.escape(f"Data file not found: {source}")):
+        read(source)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose every data set has two rows, and the calls it got."""
+    """A hub whose datasets all have two rows, and the calls that it received."""
     calls = []
 
     def load_dataset(name, split, revision):
@@ -487,9 +489,9 @@ def test_another_name_is_a_data_set_on_the_hub(hub, source, asked):
     assert hub == [asked]
 
 
-def test_what_the_hub_refuses_is_told(hub):
+def test_what_the_hub_refuses_is_reported(hub):
     message = refusal("owner/secret")
-    assert message.startswith("owner/secret is no file here")
+    assert message.startswith("owner/secret is not a local file")
     assert "no owner/secret for you" in message
 
 
@@ -517,11 +519,11 @@ def test_whatever_bytes_a_file_holds_it_gives_rows_or_a_refusal(tmp_path_factory
         write(path, content)
     source = Source(str(path), encoding=encoding, type="lines" if "all" in name else "auto")
     try:
-        told = [row.origin for row in read_rows(source, HeaderRule("auto", ())) if isinstance(row, Row | BadRow)]
+        shown = [row.origin for row in read_rows(source, HeaderRule("auto", ())) if isinstance(row, Row | BadRow)]
     except DataError as error:
-        told = [str(error)]
-    assert told
-    assert [origin for origin in told if not origin.startswith(str(path))] == []
+        shown = [str(error)]
+    assert shown
+    assert [origin for origin in shown if not origin.startswith(str(path))] == []
 
 
 # Real files.
@@ -548,7 +550,7 @@ def test_real_files_are_read_whole(realdata, file, how, count):
     assert len(found) == count
 
 
-def test_a_real_file_of_another_encoding_is_told_with_its_line(realdata):
+def test_a_real_file_of_another_encoding_is_reported_with_its_line(realdata):
     path = realdata / "data" / "trec" / "TREC.train.all"
     number = next(n for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if max(line, default=0) > 127)
-    assert refusal(path, type="lines").startswith(f"{path}:{number}: this is not utf-8")
+    assert refusal(path, type="lines").startswith(f"{path}:{number}: invalid utf-8")

@@ -1,4 +1,4 @@
-"""Examples as text again, in pieces."""
+"""Examples decoded into pieces of text."""
 
 import random
 

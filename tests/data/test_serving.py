@@ -1,4 +1,4 @@
-"""What would be left out in silence or fed otherwise by a server is refused or told."""
+"""Templates and tokenizers that drop text, or make a server feed other ids, are refused or reported."""
 
 import random
 
@@ -7,7 +7,7 @@ from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.data.serving import TemplateFacts, tokenizer_notes
 from qlora.data.template import apply_template
 from qlora.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ def test_what_the_template_leaves_out_is_refused_and_named(template, messages, t
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.image }}{% endfor %}", "{{ bos_token }}"])
 def test_a_template_that_writes_no_plain_text_is_refused(template):
-    with pytest.raises(DataError, match="writes no plain text.*set data.chat_template to chatml"):
+    with pytest.raises(DataError, match="doesn't write plain text.*set data.chat_template to chatml"):
         facts(template).check([QUESTION, ANSWER], None)
 
 
@@ -103,8 +103,8 @@ def test_reasoning_may_be_the_same_as_the_answer(content):
 
 
 @pytest.mark.parametrize("text", ["<think></think><think>4</think>4", "<think>4</think>"])
-def test_a_thought_behind_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
-    with pytest.raises(DataError, match="what a turn of assistant says, '4'"):
+def test_a_thought_after_one_that_was_closed_and_an_answer_that_is_lost_are_still_missed(text):
+    with pytest.raises(DataError, match="the assistant turn's text, '4'"):
         facts("chatml").check_written([ANSWER | {"content": "4", "reasoning_content": "4"}], text)
 
 
@@ -127,13 +127,13 @@ def test_a_turn_that_another_contains_is_missed_if_the_template_drops_it(said, l
     (result,) = ExampleEncoder(tokenizer).encode([Conversation(turns(*said))])
     assert isinstance(result, DataError) == (lost is not None)
     if lost:
-        assert f"leaves out or changes what a turn of user says, {lost!r}; set data.chat_template" in str(result)
+        assert f"leaves out or changes the user turn's text, {lost!r}; set data.chat_template" in str(result)
 
 
 def test_a_second_system_turn_of_the_same_words_is_missed():
     tokenizer = make_tokenizer(chat_template=plain_if("m.role != 'system'"))
     (result,) = ExampleEncoder(tokenizer).encode([Conversation([SYSTEM, QUESTION, SYSTEM, ANSWER])])
-    assert "what a turn of system says, 'Be kind.'" in str(result)
+    assert "the system turn's text, 'Be kind.'" in str(result)
 
 
 def test_turns_that_repeat_or_contain_each_other_pass_where_they_are_written(seed):
@@ -148,7 +148,7 @@ def test_bos_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("template", "add_bos", "told"),
+    ("template", "add_bos", "noted"),
     [
         (PLAIN, True, True),
         ("{{ bos_token }}" + PLAIN, True, False),
@@ -159,9 +159,9 @@ def test_bos_twice_is_refused():
     ],
     ids=["none", "written", "not-the-tokenizers-way", "alpaca", "chatml", "refuses-all"],
 )
-def test_a_template_without_the_bos_that_texts_get_is_told(template, add_bos, told):
+def test_a_template_without_the_bos_that_texts_get_is_reported(template, add_bos, noted):
     notes = facts(template, add_bos).notes()
-    assert ["writes no BOS" in note for note in notes] == [True] * told
+    assert ["writes no BOS" in note for note in notes] == [True] * noted
 
 
 def test_a_tokenizer_that_transformers_reads_as_its_file_says_has_no_note(tmp_path):
@@ -170,12 +170,12 @@ def test_a_tokenizer_that_transformers_reads_as_its_file_says_has_no_note(tmp_pa
     assert tokenizer_notes(make_tokenizer()) == []  # of no file
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_is_told(tmp_path):
+def test_a_tokenizer_that_transformers_reads_differently_from_its_file_is_reported(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded.backend_tokenizer.normalizer = normalizers.Strip()
     (note,) = tokenizer_notes(loaded)
-    assert "begin no completion and no answer with a space" in note
+    assert "don't begin completions or answers with a space" in note
     assert "' Hello'" in note
 
 

@@ -1,23 +1,15 @@
-"""Tokenized examples on disk: read as they were written, whole or not at all, and not for ever."""
+"""Tokenized documents on disk: read as they were written, in columns that describe themselves."""
 
-import errno
+import hashlib
 import json
-import multiprocessing
-import os
 import random
-import resource
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from qlora.data import ExampleSet, Source, build_datasets, make_example, store
-from qlora.data.store import KEPT_SECONDS, ExampleStore, ExampleWriter, cache_folder, find_entry, new_entry
-from qlora.errors import DataError
-from tests.tiny import make_tokenizer, only, write_jsonl
+from qlora.data import ExampleSet, make_example
+from qlora.data.store import HEADER, Column, ExampleStore, ExampleWriter, find_repeats, read_header
+from tests.tiny import only
 
 
 @pytest.fixture
@@ -36,11 +28,13 @@ def random_examples(rng, count):
     ]
 
 
-def write(folder, examples, rows=None):
+def write(folder, examples, rows=None, group_size=1, columns=(), values=None):
+    """Write examples in groups, `values` giving those of the additional columns for each; return the digest."""
     folder.mkdir(exist_ok=True)
-    writer = ExampleWriter(folder)
-    for number, example in enumerate(examples):
-        writer.append(example, number if rows is None else rows[number])
+    writer = ExampleWriter(folder, columns)
+    for number in range(len(examples) // group_size):
+        documents = examples[number * group_size : (number + 1) * group_size]
+        writer.append(documents, number if rows is None else rows[number], values and values[number])
     return writer.close()
 
 
@@ -51,23 +45,24 @@ def same(one, other):
 def test_examples_are_read_as_they_were_written(tmp_path, rng):
     examples = random_examples(rng, rng.randrange(1, 40))
     rows = sorted(rng.randrange(99) for _ in examples)
-    about = write(tmp_path / "store", examples, rows)
+    digest = write(tmp_path / "store", examples, rows)
     read = ExampleStore(tmp_path / "store")
     assert len(read) == len(examples)
     assert all(same(read[index], example) for index, example in enumerate(examples))
     assert read.lengths.tolist() == list(map(len, examples))
     assert read.rows.tolist() == rows
     assert read.largest_id() == max(int(example.input_ids.max()) for example in examples)
-    assert about["bytes"] == {path.name.removesuffix(".bin"): path.stat().st_size for path in tmp_path.glob("store/*")}
+    content = ((one.input_ids.tobytes(), one.weights.tobytes(), len(one).to_bytes(8, "little")) for one in examples)
+    assert digest == hashlib.sha256(b"".join(part for parts in content for part in parts)).hexdigest()  # as in 0.1.0
 
 
 @pytest.mark.parametrize(("change", "differs"), [
     ("nothing", False), ("row", False), ("id", True), ("weight", True), ("border", True), ("order", True),
 ])  # fmt: skip
-def test_the_digest_tells_what_is_learnt_apart(tmp_path, rng, change, differs):
+def test_the_digest_depends_on_ids_weights_and_borders(tmp_path, rng, change, differs):
     examples = [make_example([number, 2, 3], [0, 1, 1]) for number in range(rng.randrange(2, 9))]
     rows = list(range(len(examples)))
-    before = write(tmp_path / "one", examples, rows)["digest"]
+    before = write(tmp_path / "one", examples, rows)
     first = examples[0]
     if change == "row":
         rows[-1] += 1
@@ -79,7 +74,7 @@ def test_the_digest_tells_what_is_learnt_apart(tmp_path, rng, change, differs):
         examples[:2] = [make_example([0, 2, 3, 1], [0, 1, 1, 0]), make_example([2, 3], [0, 1])]
     elif change == "order":
         examples.reverse()
-    assert (write(tmp_path / "other", examples, rows)["digest"] != before) == differs
+    assert (write(tmp_path / "other", examples, rows) != before) == differs
 
 
 def test_a_set_reads_what_was_chosen_in_its_order(tmp_path, rng):
@@ -98,229 +93,109 @@ def test_a_set_reads_what_was_chosen_in_its_order(tmp_path, rng):
         chosen[50]
 
 
-@pytest.fixture
-def path(tmp_path):
-    return write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {number}"} for number in range(20)])
+def test_a_set_of_groups_has_the_rows_of_its_groups_and_parts_none(tmp_path, rng):
+    examples = random_examples(rng, 12)
+    write(tmp_path / "store", examples, rows=[3, 5, 5, 8, 9, 11], group_size=2)
+    read = ExampleStore(tmp_path / "store")
+    assert (read.group_size, read.num_groups, len(read)) == (2, 6, 12)
+    places = np.array([[0, place] for group in (4, 1, 4) for place in (2 * group, 2 * group + 1)])
+    chosen = ExampleSet([read], places, group_size=2)
+    assert all(same(found, examples[place]) for found, (_, place) in zip(chosen, places, strict=True))
+    assert chosen.rows_of([1, 2]) == {0: [6, 10]}
+    assert chosen.values("rows").tolist() == [9, 5, 9]
+    assert [len(one) for one in chosen[2:6]] == chosen.lengths[2:6].tolist()
+    assert chosen[2:4].rows_of([0]) == {0: [6]}
+    for parted in (slice(1, 3), slice(0, 3), slice(0, 4, 2)):
+        with pytest.raises(ValueError, match="parts a group of 2"):
+            chosen[parted]
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
+COLUMNS = (
+    Column("entropy", "float32", "token"),
+    Column("label", "int16", "document"),
+    Column("image", "(2, 3)uint8", "group"),
+    Column("origin", "int32", "group", is_compared=False),
+)
 
 
-def build(path, cache):
-    return build_datasets(make_tokenizer(), [Source(str(path))], cache_dir=str(cache)).train
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def overwrite(path):
-    path.write_text('{"bytes": ')
-
-
-@pytest.mark.parametrize("damage", [cut, overwrite, os.remove])
-@pytest.mark.parametrize("name", ["input_ids.bin", "weights.bin", "lengths.bin", "rows.bin", "about.json"])
-def test_a_damaged_entry_is_made_anew(path, cache, name, damage):
-    ids = [example.input_ids.tolist() for example in build(path, cache)]
-    entry = only(list(cache.iterdir()))
-    whole = contents(entry)
-    damage(entry / name)
-    assert find_entry(cache, entry.name) is None
-    assert [example.input_ids.tolist() for example in build(path, cache)] == ids
-    assert list(cache.iterdir()) == [entry]
-    assert {name: data for name, data in contents(entry).items() if name.suffix == ".bin"} == {
-        name: data for name, data in whole.items() if name.suffix == ".bin"
+def random_values(rng, group):
+    return {
+        "entropy": [[rng.random() for _ in range(len(document))] for document in group],
+        "label": [rng.randrange(9) for _ in group],
+        "image": [[rng.randrange(256) for _ in range(3)] for _ in range(2)],
+        "origin": rng.randrange(9),
     }
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DataError])
-def test_what_is_broken_off_leaves_nothing(cache, error):
-    def write_half():
-        with new_entry(cache, "0" * 32) as folder:
-            (folder / "input_ids.bin").write_bytes(b"half")
-            raise error("on the way")
-
-    with pytest.raises(error, match="on the way"):
-        write_half()
-    assert list(cache.iterdir()) == []
-
-
-def test_nothing_is_there_under_its_name_before_it_is_whole(cache, rng):
-    with new_entry(cache, "0" * 32) as folder:
-        write(folder, random_examples(rng, 3))
-        assert not (cache / ("0" * 32)).exists()
-        assert folder.parent == cache  # a rename over file systems would copy
-    assert (cache / ("0" * 32)).is_dir()
-    assert len(list(cache.iterdir())) == 1
+def test_additional_columns_are_read_as_they_were_written(tmp_path, rng):
+    examples = random_examples(rng, 10)
+    groups = [examples[start : start + 2] for start in range(0, 10, 2)]
+    values = [random_values(rng, group) for group in groups]
+    write(tmp_path / "store", examples, group_size=2, columns=COLUMNS, values=values)
+    read = ExampleStore(tmp_path / "store")
+    assert {*COLUMNS} <= {*read.columns.values()}
+    assert read.values("entropy") == pytest.approx([each for one in values for each in sum(one["entropy"], [])])
+    assert read.values("label").tolist() == [label for one in values for label in one["label"]]
+    assert read.values("image").tolist() == [one["image"] for one in values]
+    chosen = ExampleSet([read], np.array([[0, 6], [0, 7], [0, 0], [0, 1]]), group_size=2)
+    assert chosen.values("label").tolist() == [*values[3]["label"], *values[0]["label"]]
+    assert chosen.values("image").tolist() == [values[3]["image"], values[0]["image"]]
+    assert same(read[3], examples[3])
 
 
-def test_the_faster_of_two_runs_is_not_disturbed(path, cache):
-    """One entry, made twice at once: the second finds the first's in place, and leaves it."""
-    build(path, cache)
-    entry = only(list(cache.iterdir()))
-    inode = entry.stat().st_ino
-    with new_entry(cache, entry.name) as folder:
-        (folder / "input_ids.bin").write_bytes(b"other")
-    assert list(cache.iterdir()) == [entry]
-    assert entry.stat().st_ino == inode
-    assert find_entry(cache, entry.name) is not None
+@pytest.mark.parametrize(
+    ("column", "differs"), [("entropy", True), ("label", True), ("image", True), ("origin", False)]
+)
+def test_compared_columns_decide_on_digest_and_repeats(tmp_path, rng, column, differs):
+    group = random_examples(rng, 2)
+    one = random_values(rng, group)
+    other = one | {column: {"entropy": [[9.0] * len(document) for document in group], "label": [9, 9]}.get(column, 9)}
+    if column == "image":
+        other["image"] = [[row[0] ^ 1, *row[1:]] for row in one["image"]]
+    digests = {
+        write(tmp_path / str(number), group, group_size=2, columns=COLUMNS, values=[values])
+        for number, values in enumerate((one, other))
+    }
+    repeats = find_repeats([ExampleStore(tmp_path / "0"), ExampleStore(tmp_path / "1")])
+    assert (len(digests) == 2) == differs
+    assert [each.tolist() for each in repeats] == [[False], [not differs]]
 
 
-def make_entry(cache, examples, barrier):
-    """What a process does that needs the entry."""
-    barrier.wait()
-    if find_entry(cache, "a" * 32) is None:
-        with new_entry(cache, "a" * 32) as folder:
-            (folder / "about.json").write_text(json.dumps(write(folder, examples) | {"report": {}}))
-    assert find_entry(cache, "a" * 32) is not None
-    assert same(ExampleStore(cache / ("a" * 32))[-1], examples[-1])
+@pytest.mark.parametrize("wrong", [{"entropy": [[0.5]]}, {"label": [[1, 2]]}, {"image": [1, 2, 3]}])
+def test_an_entry_of_another_shape_than_its_column_is_refused(tmp_path, rng, wrong):
+    group = [make_example([1, 2, 3], [0, 1, 1])]
+    with pytest.raises(ValueError, match=f"{only(wrong)}: an entry of shape"):
+        write(tmp_path / "store", group, columns=COLUMNS, values=[random_values(rng, group) | wrong])
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("trial", range(5))
-def test_processes_that_put_one_entry_in_place_at_once_all_have_it(cache, rng, damaged, trial):
-    if damaged:
-        (cache / ("a" * 32)).mkdir(parents=True)
-        (cache / ("a" * 32) / "about.json").write_text("{}")
-    context = multiprocessing.get_context("fork")
-    arguments = (cache, random_examples(rng, 20), context.Barrier(4))
-    processes = [context.Process(target=make_entry, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert [entry.name for entry in cache.iterdir()] == ["a" * 32]
+def test_groups_of_different_sizes_are_refused(tmp_path, rng):
+    writer = ExampleWriter(tmp_path)
+    writer.append(random_examples(rng, 2), 0)
+    with pytest.raises(ValueError, match="a group of 1 documents in a store with groups of 2"):
+        writer.append(random_examples(rng, 1), 1)
 
 
-@pytest.mark.slow
-def test_processes_that_tokenize_one_source_at_once_all_have_it(path, cache):
-    program = (
-        "import sys, time\n"
-        "from qlora.data import Source, build_datasets\n"
-        "from tests.tiny import make_tokenizer\n"
-        "tokenizer = make_tokenizer()\n"
-        "print('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        "train = build_datasets(tokenizer, [Source(sys.argv[1])], cache_dir=sys.argv[2]).train\n"
-        "print(sum(int(example.input_ids.sum()) for example in train), flush=True)\n"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(path), str(cache)], **pipes) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert {out for out, _ in outputs} == {f"{sum(int(each.input_ids.sum()) for each in build(path, cache))}\n"}
-    assert len(list(cache.iterdir())) == 1
+def change(header, **changes):
+    return header | changes
 
 
-@pytest.mark.parametrize("room", [0, 500, 20_000])
-def test_a_full_disk_is_told_with_the_key_and_leaves_nothing(path, cache, room):
-    """Files may not grow beyond some bytes: as on a full disk, some of what is written fails when it is flushed."""
-    write_jsonl(path, [{"text": "x" * 1000}] * 20)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        with pytest.raises(DataError) as caught:
-            build(path, cache)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    message = str(caught.value)
-    assert f"can't be kept in {cache}: {os.strerror(errno.EFBIG)}" in message
-    assert "set data.cache_dir elsewhere" in message
-    assert list(cache.iterdir()) == []
-    assert len(build(path, cache)) == 20
+DAMAGES = {
+    "size": lambda header: change(header, group_size=0),
+    "kind": lambda header: change(header, group_size="two"),
+    "column": lambda header: change(header, columns=header["columns"][1:]),
+    "dtype": lambda header: change(header, columns=[one | {"dtype": "int8"} for one in header["columns"]]),
+    "bytes": lambda header: change(header, columns=[one | {"bytes": one["bytes"] + 1} for one in header["columns"]]),
+    "unit": lambda header: change(header, columns=[one | {"per": "row"} for one in header["columns"]]),
+    "key": lambda header: change(header, columns=[one | {"shade": 1} for one in header["columns"]]),
+    "list": lambda header: [header],
+}
 
 
-@pytest.mark.parametrize("where", ["file", "below a file"])
-def test_a_cache_that_can_not_be_written_is_told_with_the_key(path, tmp_path, where):
-    (tmp_path / "taken").write_text("mine")
-    cache = tmp_path / "taken" if where == "file" else tmp_path / "taken" / "below"
-    with pytest.raises(DataError) as caught:
-        build(path, cache)
-    assert str(cache) in str(caught.value)
-    assert "data.cache_dir" in str(caught.value)
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_a_cache_that_can_only_be_read_serves_what_it_has(path, cache, monkeypatch):
-    def refuse(*_arguments, **_settings):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    before = [example.input_ids.tolist() for example in build(path, cache)]
-    monkeypatch.setattr(store.os, "utime", refuse)
-    monkeypatch.setattr(store.tempfile, "mkdtemp", refuse)
-    assert [example.input_ids.tolist() for example in build(path, cache)] == before
-    write_jsonl(path, [{"text": "new"}])
-    with pytest.raises(DataError, match=r"Permission denied; set data\.cache_dir elsewhere"):
-        build(path, cache)
-
-
-def age(path, seconds):
-    os.utime(path, (time.time() - seconds,) * 2)
-
-
-def test_entries_that_were_not_used_for_long_are_removed(path, cache, tmp_path):
-    names = {"a" * 32: KEPT_SECONDS + 60, "b" * 32: KEPT_SECONDS - 60, ".qlora-new-abc_1": KEPT_SECONDS + 60}
-    for name, seconds in names.items():
-        (cache / name).mkdir(parents=True)
-        (cache / name / "input_ids.bin").write_bytes(b"1234")
-        age(cache / name / "input_ids.bin", seconds)
-        age(cache / name, seconds)
-    (cache / ".qlora-new-abc_2").mkdir()
-    (cache / ".qlora-new-abc_2" / "input_ids.bin").write_bytes(b"1234")  # is being written by another run
-    age(cache / ".qlora-new-abc_2", KEPT_SECONDS + 60)
-    build(path, cache)
-    assert (cache / ".qlora-new-abc_2").is_dir()
-    assert {entry.name for entry in cache.iterdir()} & set(names) == {"b" * 32}
-
-
-def test_an_entry_that_is_used_stays(path, cache, tmp_path):
-    build(path, cache)
-    entry = only(list(cache.iterdir()))
-    age(entry, KEPT_SECONDS + 60)
-    build(path, cache)  # is found, and is young again
-    build(write_jsonl(tmp_path / "other.jsonl", [{"text": "other"}]), cache)
-    assert entry.is_dir()
-    assert len(list(cache.iterdir())) == 2
-
-
-@pytest.mark.parametrize("mine", ["notes", "models/llama/model.bin", "0123abc", ".new-thing", "A" * 32])
-def test_what_is_not_of_this_cache_is_left_alone_however_old(path, cache, mine):
-    """A user may have named a folder that holds other things too."""
-    (cache / mine).parent.mkdir(parents=True, exist_ok=True)
-    (cache / mine).write_text("mine")
-    for each in (cache / mine, *(cache / mine).parents):
-        if each.is_relative_to(cache):
-            age(each, 10 * KEPT_SECONDS)
-    build(path, cache)
-    assert (cache / mine).read_text() == "mine"
-
-
-def test_an_entry_that_another_run_removes_meanwhile_is_no_error(path, cache, monkeypatch):
-    gone = [SimpleNamespace(name="a" * 32, stat=lambda: os.stat(cache / "gone"))]
-    cache.mkdir()
-    monkeypatch.setattr(type(cache), "iterdir", lambda self: iter(gone))
-    assert len(build(path, cache)) == 20
-
-
-@pytest.mark.parametrize(("cache_dir", "xdg", "expected"), [
-    ("/somewhere", "/xdg", "/somewhere"),
-    ("~/mine", "/xdg", "/home/me/mine"),
-    (None, "/xdg", "/xdg/qlora/data"),
-    (None, "", "/home/me/.cache/qlora/data"),
-])  # fmt: skip
-def test_where_the_cache_is(cache_dir, xdg, expected, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-    assert str(cache_folder(cache_dir)) == expected
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_header_is_refused(tmp_path, rng, damage):
+    write(tmp_path, random_examples(rng, 3))
+    assert read_header(tmp_path)[0] == 1
+    header = json.loads((tmp_path / HEADER).read_text())
+    (tmp_path / HEADER).write_text(json.dumps(damage(header)))
+    with pytest.raises(ValueError, match=r"damaged|other sizes|per 'row' is unknown"):
+        read_header(tmp_path)

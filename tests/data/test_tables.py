@@ -1,10 +1,10 @@
-"""Tables with a header and without: what decides, what the report says, and what is refused."""
+"""Tables with and without a header: how this is decided, reported, and refused if ambiguous."""
 
 import itertools
 
 import pytest
 
-from qlora.data import Source, Treatment, build_datasets
+from qlora.data import EncodeOptions, Source, build_datasets
 from qlora.data.formats import COLUMNS
 from qlora.data.rows import BadRow, read_rows
 from qlora.data.tables import HeaderRule
@@ -25,7 +25,7 @@ def write_table(path, header, rows=PAIRS):
 
 
 def build(*sources):
-    built = build_datasets(make_tokenizer(), sources, treatment=Treatment(max_seq_len=500))
+    built = build_datasets(make_tokenizer(), sources, options=EncodeOptions(max_seq_len=500))
     decode = make_tokenizer().decode
     return built, [decode(example.input_ids) for example in built.train]
 
@@ -51,7 +51,7 @@ def path(request, tmp_path):
     (("1", "0"), {"instruction": "1", "output": "0"}, "auto", "a header, because it names 1, 0"),
     (None, BY_NUMBER, False, None),
 ])  # fmt: skip
-def test_no_row_is_lost_and_no_header_learned(path, header, columns, setting, note):
+def test_no_row_is_lost_and_no_header_is_trained_on(path, header, columns, setting, note):
     built, texts = build(Source(str(write_table(path, header)), columns=columns, header=setting))
     assert len(texts) == len(PAIRS)
     for text, (question, answer) in zip(texts, PAIRS, strict=True):
@@ -80,13 +80,13 @@ def test_a_first_line_that_contradicts_the_mapping_is_refused(path):
     )
 
 
-def test_a_header_may_be_read_as_a_row_where_asked_for(path):
+def test_a_header_may_be_read_as_a_row_if_requested(path):
     _, texts = build(Source(str(write_table(path, ("text", "label"))), columns=BY_NUMBER, header=False))
     assert len(texts) == 3
     assert texts[0].endswith("label</s>")
 
 
-def test_rows_of_another_width_are_told_by_the_first_row(path):
+def test_rows_of_another_width_than_the_first_are_reported(path):
     write_table(path, None, [*PAIRS, ("alone",), PAIRS[0]])
     rows = list(read_rows(Source(str(path), header=False), HeaderRule(False, ())))
     assert rows[2] == BadRow(f"{path}:3", "1 fields, but the first row has 2.")
@@ -109,7 +109,9 @@ def test_each_file_of_a_folder_decides_for_itself(tmp_path):
 
 def test_a_header_is_not_for_other_kinds_of_file(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
-    assert refusal(path, header=False) == f"{path}: header is for CSV and TSV files, and it has none; leave header out."
+    assert (
+        refusal(path, header=False) == f"{path}: header applies to CSV and TSV files, and it has none; remove header."
+    )
 
 
 @pytest.mark.parametrize("setting", ["auto", True, False])

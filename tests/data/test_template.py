@@ -1,4 +1,4 @@
-"""Which template is used, BOS exactly once, and prompts that are what training saw."""
+"""Templates: which one is used, BOS exactly once, and prompts equal to those of training."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora.data.encode import ExampleEncoder
-from qlora.data.formats import Completion, Conversation
+from qlora.data.examples import Completion, Conversation
 from qlora.data.template import adds_bos, apply_template, encode_prompt, render
 from qlora.errors import DataError
 from tests.data import chats
@@ -65,7 +65,7 @@ def encode(tokenizer, messages):
 
 
 def wrong_prefixes(tokenizer, messages):
-    """Answers whose prompt, as generation encodes it, is not how the trained ids begin."""
+    """Answers whose trained ids do not begin with the prompt that generation encodes."""
     documents = [document.input_ids.tolist() for document in encode_all(tokenizer, messages)]
     prompts = {
         turn: encode_prompt(tokenizer, messages[:turn])
@@ -85,7 +85,7 @@ def test_auto_keeps_the_tokenizers_own_template():
     assert "own" in used
 
 
-def test_auto_takes_alpaca_where_there_is_none_and_tells_so():
+def test_auto_takes_alpaca_if_there_is_none_and_reports_it():
     tokenizer, asked = make_tokenizer(), make_tokenizer()
     used = apply_template(tokenizer, "auto")
     apply_template(asked, "alpaca")
@@ -123,7 +123,11 @@ def test_a_processor_without_a_template_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("[1]", "is no JSON object"), ("{", "is no JSON object"), ('{"chat_template": {"a": "b"}}', "several templates")],
+    [
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ('{"chat_template": {"a": "b"}}', "several templates"),
+    ],
 )
 def test_a_damaged_file_of_a_processor_is_named(tmp_path, content, problem):
     make_tokenizer().save_pretrained(tmp_path)
@@ -153,7 +157,7 @@ def test_a_built_in_template_replaces_the_own_one(name, text):
         {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "Bye"},
     ]
-    assert apply_template(tokenizer, name) == name
+    assert apply_template(tokenizer, name) == f"{name} (by name)"
     assert render(tokenizer, messages, add_generation_prompt=True) == text
 
 
@@ -166,7 +170,7 @@ def test_a_jinja_file_is_used_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["alpacca", "none/mine.jinja", ""])
-def test_an_unknown_template_is_told_the_known_ones(tmp_path, monkeypatch, name):
+def test_an_unknown_template_is_refused_with_the_known_ones(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer(chat_template=OWN)
     with pytest.raises(DataError, match=f"data.chat_template: '{name}'.*auto, alpaca, chatml"):

@@ -1,11 +1,11 @@
-"""A document in tokens: its weights, its parts, and the bytes that it teaches."""
+"""A document in tokens: its weights, its parts, and its supervised bytes."""
 
 import random
 
 import numpy as np
 import pytest
 
-from qlora.data.formats import Conversation
+from qlora.data.examples import Conversation
 from qlora.data.tokens import make_example, supervised_bytes
 from tests.data.chats import encode, encoder, turns, words
 from tests.tiny import only
@@ -23,7 +23,7 @@ def test_the_first_token_is_never_supervised(rng):
     assert not example.loss_mask[0]
 
 
-def test_weights_tell_what_is_learnt_and_how_much(rng):
+def test_weights_say_what_is_supervised_and_how_much(rng):
     weights = [rng.choice([0.0, 0.25, 1.0, 2.0]) for _ in range(50)]
     example = make_example(range(50), weights)
     assert (example.input_ids.dtype, example.weights.dtype) == (np.int32, np.float16)

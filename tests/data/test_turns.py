@@ -1,4 +1,4 @@
-"""Turns in every dialect, to the one that chat templates read."""
+"""Turns in every dialect, read to the form of chat templates."""
 
 import json
 import random
@@ -75,7 +75,7 @@ def test_keys_and_roles_can_be_mapped():
 )
 def test_an_unknown_role_is_named_with_the_known_ones(role):
     message = refusal([{"role": role, "content": "Hi"}])
-    assert f"role {role!r:.80} is none of assistant, bot, " in message
+    assert f"role {role!r:.80} is unknown; map it with data.roles to one of assistant, bot, " in message
     assert "data.roles" in message
 
 
@@ -91,7 +91,7 @@ def test_what_is_no_list_of_turns_is_refused(turns):
 
 
 @pytest.mark.parametrize("text", ["Hi", "", "[{]", "[" * 5000], ids=["words", "nothing", "broken", "deep"])
-def test_text_that_is_no_json_is_told(text):
+def test_text_that_is_no_json_is_reported(text):
     assert refusal(text).startswith("rows.jsonl:7: 'messages' should be JSON, not ")
     with pytest.raises(DataError, match="'history' should be JSON"):
         parse_json(ROW, "history", text)
@@ -306,7 +306,7 @@ def test_a_prompt_has_no_weight(weight):
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
-def test_a_prompt_that_should_be_learnt_is_refused(role):
+def test_a_prompt_that_should_be_supervised_is_refused(role):
     assert f"a {role} turn has weight 1.0" in refusal([{"role": role, "content": "Hi", "weight": 1}])
 
 
@@ -361,11 +361,11 @@ def test_what_describes_no_tools_is_refused(tools):
     ],
     ids=str,
 )
-def test_half_a_surrogate_pair_is_told_wherever_it_is(turn):
+def test_half_a_surrogate_pair_is_reported_wherever_it_is(turn):
     assert "half a surrogate pair" in refusal([turn])
 
 
 @pytest.mark.parametrize("form", [list, json.dumps], ids=["list", "json"])
-def test_half_a_surrogate_pair_in_a_tool_is_told(form):
+def test_half_a_surrogate_pair_in_a_tool_is_reported(form):
     with pytest.raises(DataError, match="half a surrogate pair"):
         read_tools(ROW, form([{**TOOL, "description": HALF}]))

@@ -10,19 +10,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qlora.checkpoint import RunDirectory
-from qlora.config import load_config
 from qlora.export import merge
 from qlora.export.card import public_name, read_license, write_card
-from qlora.training import train
-from tests.tiny import run_config
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base, alpaca_file, tmp_path_factory):
+def run(merged):
     """A trained run; not to be changed."""
-    folder = tmp_path_factory.mktemp("card") / "run"
-    train(load_config(run_config(tiny_base, alpaca_file, folder)))
-    return RunDirectory.open(folder)
+    return RunDirectory.open(merged / "run")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Every family's shapes, released: merged both ways, verified, and read by PEFT as the merge reads."""
+"""Shapes of families, released: merged both ways, verified, and read by PEFT as the merge reads.
+
+`scripts.dev.bench.proof_families` tries more, which differ from these by less; test_merge compares each family's bits.
+"""
 
 import pytest
 import transformers
@@ -6,9 +9,12 @@ import transformers
 from scripts.dev.bench import proof_families as families
 from tests.tiny import make_base
 
+# Tied, with biases; odd widths; biases of its own; norms of queries and keys, one key head; scaled, with a window.
+NAMES = ("llama, tied, biases", "mistral, odd sizes", "qwen2, tied", "qwen3, tied, one key head", "gemma3")
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_release_is_the_run_and_what_peft_computes(name, alpaca_file, tmp_path, seed):
     pytest.importorskip("peft")
     config_class, sizes = families.FAMILIES[name]

@@ -28,6 +28,7 @@ from qlora.export.gguf.model import write_gguf
 from qlora.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from qlora.files import BaseFiles
 from qlora.files.shards import TensorLayout
+from qlora.model import BaseWeights
 from tests.tiny import make_base, make_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
@@ -60,12 +61,13 @@ CHECK_TEXT = (
 
 def layout_of(folder):
     files = BaseFiles.resolve(str(folder))
-    return [TensorLayout(name, files.shape(name), torch.float32) for name in files.tensors], files.open_tensors()
+    weights = BaseWeights(files)
+    return [TensorLayout(name, shape, torch.float32) for name, shape in weights.shapes.items()], weights
 
 
 def write(folder, out_file, dtype="f16"):
-    layout, opened = layout_of(folder)
-    return write_gguf(folder, layout, lambda name: opened[name][:].float(), out_file, dtype)
+    layout, weights = layout_of(folder)
+    return write_gguf(folder, layout, lambda name: weights.read(name).float(), out_file, dtype)
 
 
 def read(path):
@@ -142,7 +144,7 @@ def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype, tmp_path, seed)
         # 172 values are no whole number of blocks of 32.
         assert tensors["blk.1.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
         assert np.array_equal(tensors["blk.1.ffn_down.weight"].data, down.half().numpy())
-        assert "2 of 16 matrices are in f16, as their rows are no multiple of 32" in report.notes
+        assert "2 of 16 matrices are in f16, since their rows are not a multiple of 32" in report.notes
     else:
         cast = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
         assert torch.equal(values, embedding.to(cast).float())
@@ -165,10 +167,10 @@ def test_the_head_in_a_tied_models_file_counts_if_it_is_another(repeats, tmp_pat
 
 
 def test_each_tensor_is_asked_for_once_in_the_order_of_the_file(tiny_base, tmp_path):
-    layout, opened = layout_of(tiny_base)
+    layout, weights = layout_of(tiny_base)
     asked = []
     write_gguf(
-        tiny_base, layout, lambda name: asked.append(name) or opened[name][:].float(), tmp_path / "m.gguf", "bf16"
+        tiny_base, layout, lambda name: asked.append(name) or weights.read(name).float(), tmp_path / "m.gguf", "bf16"
     )
     assert asked == [entry.name for entry in layout]
 
@@ -199,7 +201,7 @@ def test_of_too_many_end_tokens_the_one_that_was_taught_is_named(tmp_path, seed)
     fields, _ = read(tmp_path / "model.gguf")
     named = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
     assert named == [257, 258, 5]
-    assert "of the 5 tokens that end an answer 3 are named" in report.notes
+    assert "3 of the 5 tokens that end an answer are written; GGUF has no room for more" in report.notes
 
 
 def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
@@ -236,7 +238,7 @@ def test_a_way_of_splitting_text_that_llama_cpp_has_no_name_for_is_refused(tmp_p
         [pre_tokenizers.Split(Regex("q+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.save_pretrained(base)
-    with pytest.raises(ExportError, match=r"not known here.*q\+.*docs/release.md"):
+    with pytest.raises(ExportError, match=r"No name of llama.cpp is known .*q\+.*docs/release.md"):
         write(base, tmp_path / "model.gguf")
 
 
@@ -251,7 +253,7 @@ def test_a_way_of_splitting_text_that_llama_cpp_has_no_name_for_is_refused(tmp_p
 def test_a_sentencepiece_that_does_more_than_llama_cpps_is_refused(change, realdata):
     backend = Tokenizer.from_file(str(realdata / "tokenizers/tinyllama_chat_hf/tokenizer.json"))
     change(backend)
-    with pytest.raises(ExportError, match="changes or cuts text"):
+    with pytest.raises(ExportError, match="changes or splits text"):
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 32000, [], None)
 
 
@@ -284,7 +286,7 @@ def test_tensors_without_a_name_in_gguf_are_refused(tiny_base, tmp_path):
         write_gguf(tiny_base, [*layout, odd], lambda name: torch.zeros(1), tmp_path / "m.gguf")
 
 
-def test_without_the_package_the_remedy_is_told(tiny_base, tmp_path, monkeypatch):
+def test_without_the_package_the_remedy_is_reported(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ExportError, match="pip install gguf"):
         write(tiny_base, tmp_path / "model.gguf")
@@ -352,9 +354,9 @@ def test_what_llama_cpp_feeds_otherwise_is_noted(tmp_path, seed, realdata):
     tokenizer.save_pretrained(base)
     GenerationConfig(eos_token_id=[2, 5, 6, 7]).save_pretrained(base)
     attention, space, ends = write(base, tmp_path / "model.gguf").notes
-    assert "the model to 64 of it" in attention
-    assert "a space before what follows a special token" in space
-    assert "of the 4 tokens that end an answer 3 are named" in ends
+    assert "the model to the last 64" in attention
+    assert "a space after a special token" in space
+    assert "3 of the 4 tokens that end an answer are written; GGUF has no room for more" in ends
     base = make_base(tmp_path / "qwen", seed, Qwen2Config, vocab_size=152000)
     Qwen2Tokenizer.from_pretrained(realdata / "tokenizers/qwen3").save_pretrained(base)
     assert "(NFC)" in "".join(write(base, tmp_path / "model.gguf").notes)

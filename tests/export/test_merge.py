@@ -38,6 +38,8 @@ from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import make_base, make_tokenizer, run_config
 
+pytestmark = pytest.mark.slow
+
 GPT2 = {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 WEIGHTS = "model.safetensors"
 DTYPES = ["float16", "bfloat16", "float32"]

@@ -7,23 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.config import load_config
 from qlora.errors import ExportError
 from qlora.export import merge
 from qlora.export.gguf.merge import merge_to_gguf
-from qlora.training import train
 from tests.cli import run as run_command
-from tests.tiny import run_config
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 
-@pytest.fixture(scope="module")
-def run(tiny_base, alpaca_file, tmp_path_factory):
+@pytest.fixture
+def run(merged):
     """A trained run; not to be changed."""
-    folder = tmp_path_factory.mktemp("gguf") / "run"
-    train(load_config(run_config(tiny_base, alpaca_file, folder, train__max_steps=3)))
-    return folder
+    return merged / "run"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

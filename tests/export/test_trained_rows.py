@@ -17,6 +17,8 @@ from qlora.training import train
 from tests.export import forget_adapter
 from tests.tiny import SIZES, make_base, run_config, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROWS = SIZES["vocab_size"]
 TOKENS = ["<tool>", "</tool>"]
 BOTH = ["embed_tokens", "lm_head"]

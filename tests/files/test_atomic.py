@@ -90,7 +90,7 @@ def write_tensors(folder):
 
 
 @pytest.mark.parametrize("write", [write_plain, write_tensors])
-def test_a_full_disk_is_told_with_the_space_left_and_the_old_folder_stays(write, target):
+def test_a_full_disk_is_reported_with_the_space_left_and_the_old_folder_stays(write, target):
     with no_room_for(10_000), pytest.raises(CheckpointError, match=r"target can't be written.* \d+\.\d MB are free"):  # noqa: SIM117
         with write_aside(target) as folder:
             write(folder)
@@ -203,7 +203,7 @@ def test_files_and_folders_are_on_the_disk_before_they_get_their_names(tmp_path,
     assert synced[-1] == str(target.parent)
 
 
-def test_folders_that_are_made_are_told(tmp_path):
+def test_folders_that_are_created_are_returned(tmp_path):
     assert make_folder(tmp_path / "a" / "b") == [tmp_path / "a" / "b", tmp_path / "a"]
     assert make_folder(tmp_path / "a" / "b") == []
 
@@ -225,7 +225,7 @@ def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_place_that_is_a_file_is_told(tmp_path):
+def test_a_place_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="can't be written"):
         write_text(tmp_path / "file" / "text", "x")

@@ -100,12 +100,20 @@ def test_a_folder_without_config_or_weights_is_no_model(base):
         BaseFiles.resolve(str(base))
 
 
-def test_4bit_files_are_known_by_their_tensors(base):
-    assert not BaseFiles.resolve(str(base)).is_bitsandbytes_4bit
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors = load_file(base / WEIGHTS) | {f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(3, dtype=torch.uint8)}
-    save_file(tensors, base / WEIGHTS)
-    assert BaseFiles.resolve(str(base)).is_bitsandbytes_4bit
+def test_weights_are_here_when_all_files_are(sharded):
+    assert BaseFiles.resolve(str(sharded)).has_weights
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    files = BaseFiles.resolve(str(sharded), with_weights=False)
+    assert not files.has_weights
+    assert files.config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_gguf_is_refused_as_a_file_and_as_a_folder(with_weights, base):
+    (base / WEIGHTS).rename(base / "model.gguf")
+    for path in (base, base / "model.gguf"):
+        with pytest.raises(ModelError, match=f"^{path} is stored in GGUF, which is not supported; use the same model"):
+            BaseFiles.resolve(str(path), with_weights=with_weights)
 
 
 def fingerprint(base):

@@ -14,12 +14,12 @@ from qlora.errors import CheckpointError
 from qlora.files import hold_lock
 
 HOLD = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from qlora.files.lock import hold_lock
 with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 
@@ -46,7 +46,7 @@ def test_the_folder_stays_if_something_is_in_it_or_it_was_there(lock, tmp_path):
     assert lock.parent.is_dir()
 
 
-def test_a_second_holder_is_told_of_the_first_who_is_not_disturbed(lock):
+def test_a_second_holder_gets_the_name_of_the_first(lock):
     with hold_lock(lock):
         before = lock.read_text()
         holder = rf"one is in use by process {os.getpid()} on {socket.gethostname()} since 20\d\d-"
@@ -85,7 +85,7 @@ def test_the_lock_of_a_folder_that_was_made_anew_is_left_to_its_holder(lock):
     assert lock.read_text() == "another's"
 
 
-def test_a_file_system_without_locks_is_told_of(lock, monkeypatch):
+def test_a_file_system_without_locks_is_reported(lock, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -95,7 +95,7 @@ def test_a_file_system_without_locks_is_told_of(lock, monkeypatch):
     assert not lock.exists()
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+def test_a_folder_that_can_not_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"one can't be written: .* MB are free"):  # noqa: SIM117
         with hold_lock(tmp_path / "file" / "one" / "run.lock"):

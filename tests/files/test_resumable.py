@@ -60,7 +60,7 @@ def test_a_killed_process_leaves_its_work_and_no_lock(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, ExportError])
-def test_a_failure_is_told_and_leaves_nothing(error, tmp_path):
+def test_a_failure_is_reported_and_leaves_nothing(error, tmp_path):
     with pytest.raises(ExportError, match="on the way"):
         write_half(tmp_path / "out", error=error)
     assert list(tmp_path.iterdir()) == []

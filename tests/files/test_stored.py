@@ -1,6 +1,7 @@
 """Reading stored tensors by rows: what safetensors reads, of every shape and dtype."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from qlora.errors import ExportError
 from qlora.files.headers import read_header
-from qlora.files.stored import StoredTensors, row_blocks
+from qlora.files.stored import DTYPES, StoredTensors, row_blocks
 
 
 @pytest.fixture
@@ -50,7 +51,23 @@ def test_blocks_of_rows_make_up_the_tensor(stored, tensors):
             assert torch.equal(found, tensor), (name, block_numel)
 
 
-def test_a_file_that_became_shorter_is_told_with_the_tensor(tmp_path, generator):
+def test_threads_may_read_at_the_same_time(stored, tensors):
+    names = [*tensors] * 50
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(stored.read, names))
+    assert all(torch.equal(each, tensors[name]) for name, each in zip(names, found, strict=True))
+
+
+def test_a_lazy_tensor_is_read_when_it_is_indexed(stored, tensors):
+    lazy = stored.lazy()
+    assert lazy.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert lazy[name].get_shape() == list(tensor.shape)
+        assert DTYPES[lazy[name].get_dtype()] == tensor.dtype
+        assert torch.equal(lazy[name][...], tensor), name
+
+
+def test_a_file_that_became_shorter_is_reported_with_the_tensor(tmp_path, generator):
     path = tmp_path / "file"
     save_file({"a": torch.randn(8, 2, generator=generator), "b": torch.randn(8, 2, generator=generator)}, path)
     stored = StoredTensors({path: read_header(path)})
@@ -60,8 +77,8 @@ def test_a_file_that_became_shorter_is_told_with_the_tensor(tmp_path, generator)
         stored.read("b")
 
 
-def test_a_dtype_that_is_not_read_is_told_with_the_tensor(tmp_path):
+def test_a_dtype_that_is_not_read_is_reported_with_the_tensor(tmp_path):
     path = tmp_path / "file"
     save_file({"small": torch.zeros(4).to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(ExportError, match="small is in F8_E4M3; read are F16"):
+    with pytest.raises(ExportError, match="small is in F8_E4M3; supported are F16"):
         StoredTensors({path: read_header(path)}).read("small")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora.kernels import HAS_TRITON, dequantize_4bit_plain
+from qlora.kernels import HAS_TRITON, LowRank, dequantize_4bit_plain
 from qlora.nf4 import dequantize, dequantize_path, quantize
 from tests.reference import nf4 as reference
 
@@ -329,8 +329,8 @@ def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fuse
 
     fused_on_cpu(forgetful)
     packed, state = quantize(random_weight((64, 172), generator))
-    update = (torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
-    dequantize(packed, state, torch.float32, update=update)
+    delta = LowRank(torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
+    dequantize(packed, state, torch.float32, delta=delta)
     assert "other bits" in door._given_up[packed.device]
 
 

@@ -29,6 +29,7 @@ from qlora.errors import ModelError
 from qlora.layers import apply_recompute, use_document_attention
 from qlora.lora import add_lora, lora_layers
 from qlora.model import check_isolation, load_base, supervised_loss
+from tests.combinations import pairs
 from tests.tiny import make_base
 
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -91,12 +92,11 @@ def loss_and_gradients(model, batches):
     return loss.item(), [parameter.grad.clone() for parameter in layers]
 
 
-@families(KEEPS_APART)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_packed_row_learns_what_its_documents_do_apart(
-    config_class, sizes, attention, recompute, tmp_path, seed, generator
-):
+@pytest.mark.parametrize(
+    ("family", "attention", "recompute"), pairs(tuple(KEEPS_APART), ("sdpa", "eager"), ("none", "full"))
+)
+def test_a_packed_row_learns_what_its_documents_do_apart(family, attention, recompute, tmp_path, seed, generator):
+    config_class, sizes = KEEPS_APART[family]
     model = load(tmp_path, seed, config_class, sizes, attention)
     add_lora(model, rank=4, dtype=torch.float32)
     for _, layer in lora_layers(model):
@@ -203,12 +203,15 @@ def test_weights_count_in_the_loss_of_a_batch(tiny_base, generator):
 
 
 # A small range leaves a random model's layers almost without effect, and so makes a leak a weak one.
-@pytest.mark.parametrize("initializer_range", [0.02, 0.1])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@families(KEEPS_APART)
+RANGES = (0.02, 0.1)
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(("family", "compute_dtype", "initializer_range"), pairs(tuple(KEEPS_APART), DTYPES, RANGES))
 def test_the_check_passes_where_documents_are_kept_apart(
-    config_class, sizes, compute_dtype, initializer_range, tmp_path, seed, generator
+    family, compute_dtype, initializer_range, tmp_path, seed, generator
 ):
+    config_class, sizes = KEEPS_APART[family]
     if config_class is MixtralConfig and compute_dtype == "bfloat16":
         pytest.skip("its experts' sizes are too small for a product in bf16")
     sizes = sizes | {"initializer_range": initializer_range}
@@ -219,12 +222,11 @@ def test_the_check_passes_where_documents_are_kept_apart(
     assert not model.training
 
 
-@pytest.mark.parametrize("initializer_range", [0.02, 0.1])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@families(MIXES)
+@pytest.mark.parametrize(("family", "compute_dtype", "initializer_range"), pairs(tuple(MIXES), DTYPES, RANGES))
 def test_a_model_that_mixes_documents_is_refused_with_the_remedy(
-    config_class, sizes, compute_dtype, initializer_range, tmp_path, seed, generator
+    family, compute_dtype, initializer_range, tmp_path, seed, generator
 ):
+    config_class, sizes = MIXES[family]
     if config_class is MambaConfig and compute_dtype == "bfloat16":
         pytest.skip("its plain implementation runs in fp32 alone")
     sizes = sizes | {"initializer_range": initializer_range}

@@ -204,6 +204,20 @@ def test_a_norm_that_is_trained_is_left_alone(tiny_base):
     assert not isinstance(model.model.norm, RebuiltNorm)
 
 
+def test_an_mlp_is_replaced_if_its_adapters_alone_are_trained(tiny_base):
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, rank=4)
+    other = model.model.layers[1].mlp
+    other.down_proj.lora_gate = torch.nn.Parameter(torch.zeros(1))  # of the adapter, and so trained like its factors
+    other.up_proj.base.lora_norm = torch.nn.Parameter(torch.zeros(1))  # named like a factor, but not one
+    rebuild_activations(model)
+    assert isinstance(model.model.layers[0].mlp, GatedMLP)
+    assert model.model.layers[1].mlp is other
+    del other.up_proj.base.lora_norm
+    rebuild_activations(model)
+    assert isinstance(model.model.layers[1].mlp, GatedMLP)
+
+
 def held_bytes_per_token(model, one):
     """Bytes of what lives between forward and backward for its sake, parameters left out, per token."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -22,6 +22,7 @@ from qlora.layers.region import _is_kept
 from qlora.lora import add_lora, lora_layers, train_rows
 from qlora.model import load_base, supervised_loss
 from scripts.dev.bench import counts
+from tests.combinations import pairs
 from tests.tiny import make_base
 
 ALL = ["none", "mlp", "attention", "full", "offload", "offload+tiled"]
@@ -84,13 +85,14 @@ def shrink_tiles(model, num_tokens):
             mlp.run = partial(tile_mlp, num_tokens=num_tokens)
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize(("config_class", "sizes", "levels"), FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "packed", "dropout", "compute_dtype"),
+    pairs(tuple(FAMILIES), (True, False), (0.0, 0.3), ("bfloat16", "float32")),
+)
 def test_gradients_are_those_without_it_bit_for_bit(
-    config_class, sizes, levels, packed, dropout, compute_dtype, apart, tmp_path, generator, seed
+    family, packed, dropout, compute_dtype, apart, tmp_path, generator, seed
 ):
+    config_class, sizes, levels = FAMILIES[family]
     base = make_base(tmp_path / "base", seed, config_class, **sizes)
     model, batch = make_model(base, generator, dropout, compute_dtype, packed), random_batch(generator, packed=packed)
     if model.config._attn_implementation == "eager":
@@ -120,9 +122,9 @@ def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apa
         assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("config_class", [LlamaConfig, Gemma3TextConfig])
+@pytest.mark.parametrize(
+    ("config_class", "dropout", "packed"), pairs((LlamaConfig, Gemma3TextConfig), (0.0, 0.3), (True, False))
+)
 def test_tiles_are_what_they_are_without_recomputation(config_class, dropout, packed, apart, tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, config_class)
     model, batch = make_model(base, generator, dropout, "float32", packed), random_batch(generator, packed=packed)
@@ -180,6 +182,7 @@ def big_model(folder, generator):
     return make_model(make_base(folder / "base", 0, **SHAPE), generator, rank=RANK), random_batch(generator, (128, 128))
 
 
+@pytest.mark.slow
 def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     held = {}
@@ -204,6 +207,7 @@ def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     assert all(0 <= extra <= 2 * state for extra in rest.values()), rest
 
 
+@pytest.mark.slow
 def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     work = {}

@@ -202,3 +202,25 @@ def test_the_same_seed_gives_the_same_values_and_another_seed_others(model, init
 def _adapted(model, seed):
     add_lora(model, rank=4, seed=seed)
     return list(lora_layers(model))
+
+
+def test_layers_have_ranks_and_scalings_of_their_own(model, generator):
+    add_lora(model, rank=4, alpha=8, rank_pattern={"up_proj": 6, r"0\..*\.q_proj": 2}, alpha_pattern={"up_proj": 3})
+    for name, layer in lora_layers(model):
+        rank = 6 if "up_proj" in name else 2 if ".0.self_attn.q_proj" in name else 4
+        assert layer.lora_A.shape == (rank, layer.in_features), name
+        assert layer.lora_B.shape == (layer.out_features, rank), name
+        assert layer.spec.scaling == (0.5 if "up_proj" in name else 8 / rank), name
+        layer.lora_B.data.normal_(generator=generator)
+    model(torch.randint(61, (2, 7), generator=generator)).logits.sum().backward()
+    assert all(layer.lora_A.grad.abs().max() > 0 for _, layer in lora_layers(model))
+
+
+def test_patterns_that_match_no_adapted_layer_are_named_and_leave_the_model_as_it_was(model):
+    patterns = {"rank_pattern": {"q_proj": 2, "up_porj": 3}, "alpha_pattern": {"up_proj": 3}}
+    with pytest.raises(ModelError) as caught:
+        add_lora(model, targets=["q_proj"], **patterns)
+    assert "lora.rank_pattern: 'up_porj'" in str(caught.value)
+    assert "lora.alpha_pattern: 'up_proj'" in str(caught.value)
+    assert "'q_proj'" not in str(caught.value)
+    assert not list(lora_layers(model))

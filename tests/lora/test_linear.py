@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora import kernels
-from qlora.lora import AdapterSpec, LoraLinear, WeightsKept
+from qlora.lora import AdapterSpec, LoraLinear, WeightsKept, function
 from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
@@ -417,3 +417,29 @@ def test_an_input_that_was_changed_in_place_is_saved_and_not_built_again(generat
     found = torch.autograd.grad(layer(x), (layer.lora_A, layer.lora_B), grad_output)
     _, *wanted = gradients(layer, (3 * torch.tanh(source)).detach().requires_grad_(), grad_output)
     assert all(error(one, other) < 1e-6 for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["nf4", "linear"])
+def test_a_frozen_term_counts_in_output_and_gradients_and_gets_none(kind, form, held, generator):
+    base = make_base(kind, generator)
+    terms = [
+        kernels.LowRank(normal(generator, rank, IN) * 0.1, normal(generator, OUT, rank) * 0.1, scaling)
+        for rank, scaling in ((3, -1.5), (RANK, 2.0))
+    ]
+    frozen, trained = terms
+    x, grad_output = normal(generator, 6, IN).requires_grad_(), normal(generator, 6, OUT)
+    weight = (base.dequantize(torch.float32) if kind == "nf4" else base.weight) + frozen.scaling * frozen.B @ frozen.A
+    wanted = lora_linear(x, weight, base.bias, trained.A, trained.B, trained.scaling, grad_output)
+    if held and kind == "nf4":
+        base.hold(torch.float32)
+    for factor in (trained.A, trained.B):
+        factor.requires_grad_()
+    y = function.lora_linear(x, base, terms, form=form)
+    y.backward(grad_output)
+    assert error(y, wanted.y) < 2e-6
+    for found, reference in ((x, wanted.grad_x), (trained.A, wanted.grad_A), (trained.B, wanted.grad_B)):
+        assert error(found.grad, reference) < 2e-6
+    assert frozen.A.grad is None
+    assert frozen.B.grad is None

@@ -176,3 +176,42 @@ def test_a_state_dict_holds_what_undoes_the_codes(generator):
     parts = {name: tensor for name, tensor in state.items() if name.startswith("weight")}
     assert torch.equal(dequantize(*from_checkpoint_tensors(parts), torch.float32), layer.dequantize(torch.float32))
     assert torch.equal(state["bias"], linear.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_dict_loads_back_bit_for_bit(assign, double_quant, bias, generator):
+    source, other = (
+        nn.Sequential(random_nf4((33, 50), generator, torch.bfloat16, bias, double_quant)) for _ in range(2)
+    )
+    x = torch.randn(3, 50, generator=generator).bfloat16()
+    other[0].hold(torch.bfloat16)
+    assert not torch.equal(other(x), source(x))
+    assert (
+        str(other.load_state_dict(source.state_dict(), strict=True, assign=assign)) == "<All keys matched successfully>"
+    )
+    assert torch.equal(other(x), source(x))
+    assert_unchanged(other[0], contents(source[0]))
+    assert other[0].quant_state.absmax.data_ptr() != source[0].quant_state.absmax.data_ptr()
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_state_dict_with_other_sizes_or_without_statistics_is_refused_by_torchs_list(generator):
+    layer = random_nf4((33, 50), generator)
+    state, before = layer.state_dict(), contents(layer)
+    for lost in [name for name in state if name != "bias"]:
+        with pytest.raises(RuntimeError, match=rf'(?s)Missing key\(s\) in state_dict: "{lost}"'):
+            layer.load_state_dict({name: tensor for name, tensor in state.items() if name != lost})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight\.other"'):
+        layer.load_state_dict({**state, "weight.other": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch for weight:.*size mismatch for weight\.absmax:"):
+        layer.load_state_dict(random_nf4((70, 50), generator).state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight: the checkpoint has \(50, 33\)"):
+        layer.load_state_dict({**random_nf4((50, 33), generator).state_dict(), "bias": layer.bias})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight\.nested_absmax"'):
+        layer.load_state_dict(random_nf4((33, 50), generator, double_quant=False).state_dict())
+    layer.load_state_dict(state)
+    assert {name: tensor.dtype for name, tensor in contents(layer).items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }

@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from qlora.nf4 import dequantize, from_checkpoint_tensors, is_bitsandbytes_linear, nf4_num_bytes, quantize
+from qlora.nf4 import dequantize, is_bitsandbytes_linear, nf4_num_bytes, quantize
 from tests.reference import nf4 as reference
 
 # Whole blocks, then sizes that are no multiple of 64, of 32 or of 2.
@@ -120,28 +120,6 @@ def test_a_large_weight_costs_the_papers_bytes_per_parameter(generator):
     assert nf4_num_bytes(*quantize(weight)) / weight.numel() == pytest.approx(0.516, abs=5e-4)
     # 32 bits a block without the second quantization.
     assert nf4_num_bytes(*quantize(weight, double_quant=False)) / weight.numel() == pytest.approx(0.5625)
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(96, 128), (33, 50)])
-def test_a_checkpoint_of_bitsandbytes_is_read_and_left_whole(shape, double_quant, generator):
-    weight = random_weight(shape, generator)
-    layer = bitsandbytes.nn.Linear4bit(
-        shape[1], shape[0], bias=False, quant_type="nf4", compress_statistics=double_quant
-    )
-    layer.weight.data.copy_(weight)
-    layer = layer.to("cpu")
-    assert is_bitsandbytes_linear(layer)
-    tensors = dict(layer.state_dict())
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-
-    packed, state = from_checkpoint_tensors(tensors)
-
-    assert torch.equal(
-        dequantize(packed, state, torch.float32), dequantize(*quantize(weight, double_quant), torch.float32)
-    )
-    assert tensors.keys() == before.keys()
-    assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
 def test_a_plain_linear_is_not_taken_for_bitsandbytes():

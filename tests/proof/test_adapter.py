@@ -20,6 +20,8 @@ from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import make_base, run_config
 
+pytestmark = pytest.mark.slow
+
 UP = "model.layers.{}.mlp.up_proj"
 
 
@@ -78,13 +80,11 @@ def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
     assert "has a scaling of 4, the run trained with 2" in done.out
 
 
-@pytest.mark.parametrize("values", [
-    {"rank_pattern": {"up_proj": 3}}, {"alpha_pattern": {"up_proj": 3}}, {"init_lora_weights": "pissa_niter_4"},
-])  # fmt: skip
+@pytest.mark.parametrize("values", [{"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "lora_ga"}])
 @pytest.mark.parametrize("use", [load_run, verify, lambda run: merge(run, run.with_name("other"))])
 def test_an_adapter_that_is_no_plain_lora_is_refused_rather_than_read_as_one(use, values, own):
     change_config(own, **values)
-    with pytest.raises(CheckpointError, match=f"has .*{next(iter(values))}.*plain LoRA"):
+    with pytest.raises(CheckpointError, match="init_lora_weights: .*plain LoRA"):
         use(own / "run")
 
 
@@ -93,6 +93,17 @@ def test_an_adapter_with_another_scaling_than_its_run_is_not_used(own):
     for use in (load_run, lambda run: merge(run, run.with_name("other"))):
         with pytest.raises(QLoRAError, match="has a scaling of 4, the run trained with 2"):
             use(own / "run")
+
+
+@pytest.mark.parametrize("values", [{"rank_pattern": {"up_proj": 3}}, {"alpha_pattern": {"up_proj": 3}}])
+def test_an_adapter_with_another_scaling_in_some_layers_is_refused_with_their_names(values, own):
+    change_config(own, **values)
+    for use in (load_run, lambda run: merge(run, run.with_name("other"))):
+        with pytest.raises(QLoRAError, match=r"up_proj has a scaling of .*, the run trained with 2"):
+            use(own / "run")
+    report = verify(own / "run")
+    assert not report.matches
+    assert any(f"in 2 layers: {UP.format(0)}, {UP.format(1)}" in problem for problem in report.problems)
 
 
 def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):

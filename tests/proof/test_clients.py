@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qlora.checkpoint import save_adapter
+from qlora.checkpoint.adapter import config_scaling
 from qlora.errors import CheckpointError
 from qlora.files import BaseFiles
 from qlora.lora import add_lora
 from qlora.model import build_skeleton, load_base
-from qlora.proof.clients import check_clients, trained_scaling
+from qlora.proof.clients import check_clients
 from tests.tiny import make_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -99,6 +100,7 @@ def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_pa
         ({"use_rslora": True}, ["peft", "vllm"]),
         ({"alpha_pattern": {"up_proj": 3}}, ["peft"]),
         ({"rank_pattern": {"layers.1.mlp.up_proj": 6}}, ["peft", "llama.cpp"]),
+        ({"init_lora_weights": "eva"}, ALL),  # which changes no weight of the base
         ({"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"up_proj": 12}}, ["peft", "vllm"]),
         ({"use_dora": True}, ["peft"]),
         ({"modules_to_save": ["lm_head"]}, ["peft"]),
@@ -118,6 +120,25 @@ def test_what_peft_saves_is_refused_where_it_would_not_be_served_rightly(
     assert all(verdict.loads != bool(verdict.reasons) for verdict in verdicts.values())
 
 
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM takes one scaling for all
+        ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, ["peft", "vllm"]),  # llama.cpp one alpha
+        ({"rank_pattern": {"up_proj": 2}, "rslora": True}, ["peft"]),
+        ({"alpha_pattern": {".*_proj": 4}}, ALL),  # the same in all layers after all
+    ],
+    ids=str,
+)
+def test_ranks_by_layer_load_where_they_are_scaled_rightly(settings, served, tiny_base, skeleton, tmp_path):
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, rank=4, alpha=8, **settings)
+    save_adapter(model, tmp_path, "someone/base")
+    verdicts = check_clients(tmp_path, skeleton)
+    assert loads(verdicts) == served, verdicts
+    assert passed_over_by_peft(tiny_base, tmp_path) == []
+
+
 def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
     patterns = {
         "rank_pattern": {"up_proj": 2, "layers.1.self_attn.q_proj": 8, "proj": 7},
@@ -134,7 +155,7 @@ def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
         }
         assert len({*scalings.values()}) == 4
         for module, scaling in scalings.items():
-            assert trained_scaling(config, module) == pytest.approx(scaling, rel=1e-12), module
+            assert config_scaling(config, module) == pytest.approx(scaling, rel=1e-12), module
 
 
 def test_the_reason_names_layer_scale_and_key(tiny_base, skeleton, tmp_path, generator):
@@ -181,6 +202,8 @@ def test_gpt2s_transposed_layers_are_refused_by_llama_cpp_alone(tmp_path, genera
         {"lora_bias": True},
         {"layer_replication": [[0, 2], [0, 2]]},
         {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "OLoRA"},
+        {"init_lora_weights": "lora_ga"},
         {"trainable_token_indices": [3]},
     ],
     ids=str,
@@ -240,6 +263,6 @@ def test_a_foreign_adapters_update_has_the_scale_that_is_told(tiny_base, tmp_pat
     update = model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").float()
     factors = {name.rsplit(".lora_")[1][0]: value for name, value in load_file(folder / WEIGHTS).items() if UP in name}
     served = factors["B"].float() @ factors["A"].float() * 8 / 4
-    scale = trained_scaling(json.loads((folder / CONFIG).read_text()), UP)
+    scale = config_scaling(json.loads((folder / CONFIG).read_text()), UP)
     assert torch.allclose(served * scale / 2, update, rtol=1e-2, atol=1e-2)
     assert not torch.allclose(served, update, rtol=1e-1, atol=1e-1)

@@ -13,6 +13,8 @@ from qlora.training import train
 from tests.cli import run as run_command
 from tests.tiny import make_base, only, run_config
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 ROPE = {

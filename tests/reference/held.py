@@ -36,5 +36,8 @@ def _walk(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, set)):
         for item in value:
             yield from _walk(item, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _walk(vars(value), seen)
+    elif not isinstance(value, type):
+        if hasattr(value, "__dict__"):
+            yield from _walk(vars(value), seen)
+        for name in getattr(type(value), "__slots__", ()):
+            yield from _walk(getattr(value, name, None), seen)

@@ -1,13 +1,17 @@
 """Fixtures of training runs that are interrupted."""
 
 import os
+import shutil
 import signal
 
 import pytest
 
 from qlora.config import load_config
+from qlora.training import train
 from qlora.training.metrics import MetricsLog
 from tests.tiny import run_config
+
+SETTINGS = {"lora__dropout": 0.1, "train__eval_every": 2, "train__save_every": 100}
 
 
 @pytest.fixture
@@ -30,8 +34,31 @@ def interrupt_after(monkeypatch):
 
 @pytest.fixture
 def configure(tiny_base, alpaca_file, tmp_path):
+    """Builds a config whose run is in `tmp_path`."""
+
     def build(name="run", **settings):
-        settings = {"lora__dropout": 0.1, "train__eval_every": 2, "train__save_every": 100, **settings}
-        return load_config(run_config(tiny_base, alpaca_file, tmp_path / name, **settings))
+        return load_config(run_config(tiny_base, alpaca_file, tmp_path / name, **(SETTINGS | settings)))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_base, alpaca_file, tmp_path_factory):
+    """The folder of a finished run of `configure()`; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(load_config(run_config(tiny_base, alpaca_file, folder, **SETTINGS)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped_run(tiny_base, alpaca_file, tmp_path_factory):
+    """The folder of a run of `configure()` that was stopped after two steps; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train(load_config(run_config(tiny_base, alpaca_file, folder, **SETTINGS)), stop_at=2)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it where `configure()` has its run."""
+    return shutil.copytree(stopped_run, tmp_path / "run")

@@ -1,34 +1,73 @@
-"""Trains configs under a launcher, each process its own: `torchrun … -m tests.training.ranks FILE`.
+"""Several processes of one run: forked from the test's, which has imported and compiled everything already."""
 
-FILE is JSON: for each case the config file of every process and the step to stop at. Prints one JSON line per process.
-"""
-
-import json
+import multiprocessing
 import os
-import sys
-from pathlib import Path
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
-from qlora.config import load_config
-from qlora.errors import QLoRAError
-from qlora.training import train
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+COUNT = 2
+# Seconds, for a machine with much else to do.
+TIMEOUT = 600
+
+needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process can't use CUDA")
 
 
-def outcome(config: str, stop_at: int | None) -> list[object]:
-    """Status and steps of a run, or its error."""
+def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function in two processes that find what torchrun would have set.
+
+    Args:
+        function: Called with `arguments` in both processes. What it returns or raises must be picklable.
+        arguments: Of the function.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        AssertionError: A process ended without an answer, or there was none in time.
+    """
+    context, port = multiprocessing.get_context("fork"), free_port()
+    receivers, processes = [], []
     try:
-        result = train(load_config(config), stop_at=stop_at)
-    except QLoRAError as error:
-        return [type(error).__name__, str(error)]
-    return [result.status, result.steps]
+        for rank in range(COUNT):
+            receiver, sender = context.Pipe(duplex=False)
+            processes.append(context.Process(target=_answer, args=(rank, port, sender, function, arguments)))
+            processes[-1].start()
+            sender.close()  # so that its end is that of the process
+            receivers.append(receiver)
+        return [_receive(rank, receiver) for rank, receiver in enumerate(receivers)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def main() -> None:
-    """Trains every case in order; a case's error ends it on all processes, and the next one starts."""
-    rank = int(os.environ["RANK"])
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    found = {name: outcome(case["configs"][rank], case.get("stop_at")) for name, case in cases.items()}
-    print(json.dumps({"rank": rank, "found": found}), flush=True)
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-if __name__ == "__main__":
-    main()
+def _answer(rank: int, port: int, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Call the function as a process of its rank, and send what it returns."""
+    values = {
+        "RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": COUNT,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in values.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the one process of the test
+    sender.send(function(*arguments))
+
+
+def _receive(rank: int, receiver: Connection) -> Any:
+    assert receiver.poll(TIMEOUT), f"process {rank} sent nothing in {TIMEOUT} s"
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise AssertionError(f"process {rank} ended without an answer") from None

@@ -1,14 +1,20 @@
 """`qlora doctor --check-resume`: proves that a config's run continues exactly, and finds one that does not."""
 
 import json
+import multiprocessing
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
 from qlora.training import train
 from tests.cli import run
 from tests.tiny import run_config
+from tests.training.ranks import needs_fork
+
+pytestmark = pytest.mark.slow
 
 module = import_module("qlora.training.check_resume")
 
@@ -34,8 +40,17 @@ def here(monkeypatch):
     return arrange
 
 
-@pytest.mark.slow
-def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp_path):
+def test_a_session_is_a_process_of_its_own(config, tmp_path):
+    apart = RunDirectory(tmp_path / "apart")
+    assert module._train_apart(load_config(config), apart, 1).steps == 1
+    assert apart.list_checkpoints() == [apart.checkpoint(1)]
+
+
+@needs_fork
+def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp_path, monkeypatch):
+    """In three forked processes: what each imports is the same."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: fork)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("mine")
     report = run("doctor", "--check-resume", config, "--json").json()

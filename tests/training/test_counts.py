@@ -19,6 +19,8 @@ from scripts.dev.bench import counts
 from tests.tiny import make_base
 from tests.training.test_loop import counting
 
+pytestmark = pytest.mark.slow
+
 LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 
 
@@ -61,10 +63,13 @@ def step(tmp_path, seed, generator):
     return build
 
 
+APART, PACKED = (None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")
+
+
 @pytest.mark.parametrize(
-    ("capacity", "optimizer"), [(None, "paged_adamw_8bit"), (2 * LENGTH, "adamw_32bit")], ids=["apart", "packed"]
+    ("config_class", "capacity", "optimizer"),
+    [(LlamaConfig, *APART), (LlamaConfig, *PACKED), (Qwen3Config, *PACKED), (Gemma2Config, *APART)],
 )
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
 def test_the_host_waits_once_a_step(config_class, optimizer, capacity, step):
     model, count = step(config_class, optimizer, capacity, counting(SUPERVISED))
     for level in recompute_levels(model):

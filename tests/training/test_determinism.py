@@ -12,6 +12,8 @@ from qlora.training import train
 from qlora.training.determinism import deterministic_algorithms
 from tests.tiny import run_config
 
+pytestmark = pytest.mark.slow
+
 # Of the clock, and of what else the process holds.
 MEASURED = {"tokens_per_second", "peak_memory"}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from qlora.training.guard import MAX_SKIPPED
 from qlora.training.progress import WATCH_AFTER, Progress
 from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
+
+pytestmark = pytest.mark.slow
 
 
 def write_rows(path, num_rows, poisoned_rows):
@@ -39,13 +42,14 @@ def lines_of(config):
     return RunDirectory(config.train.output_dir).read_metrics()
 
 
-@pytest.fixture(params=[True, False], ids=["packed", "apart"])
-def stopped(request, poisoned_base, tmp_path):
-    """A run that met its poisoned row, what it said, and the file that it left."""
-    config = config_of(poisoned_base, tmp_path, data__packing=request.param, data__max_seq_len=64)
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
+def stopped(request, poisoned_base, tmp_path_factory):
+    """A run that met its poisoned row, its error, and the file that it left; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = config_of(poisoned_base, folder, data__packing=request.param, data__max_seq_len=64)
     with pytest.raises(ModelError) as raised:
         train(config)
-    (kept,) = (tmp_path / "run" / "replay").iterdir()
+    (kept,) = (folder / "run" / "replay").iterdir()
     return config, str(raised.value), kept
 
 
@@ -161,11 +165,13 @@ def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path, capsys
     assert all(value.isfinite().all() for name, value in model.named_parameters() if ".lora_" in name)
 
 
-def test_a_run_that_stopped_goes_on_when_it_may_skip_as_its_error_says(stopped):
+def test_a_run_that_stopped_goes_on_when_it_may_skip_as_its_error_says(stopped, tmp_path):
     config, told, _ = stopped
     assert "set train.on_nonfinite: skip" in told
-    section = config.train.model_copy(update={"on_nonfinite": "skip"})
-    assert train(config.model_copy(update={"train": section})).status == "finished"
+    copy = shutil.copytree(config.train.output_dir, tmp_path / "run")
+    section = config.train.model_copy(update={"on_nonfinite": "skip", "output_dir": str(copy)})
+    config = config.model_copy(update={"train": section})
+    assert train(config).status == "finished"
     assert [line["step"] for line in lines_of(config)] == list(range(1, 7))
 
 

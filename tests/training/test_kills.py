@@ -6,12 +6,14 @@ import pytest
 
 from scripts.dev import kills
 from tests.tiny import run_config
+from tests.training.ranks import needs_fork
 
 
+@needs_fork
 @pytest.mark.slow
 def test_killed_runs_go_on_and_end_as_if_they_never_were(tiny_base, alpaca_file, tmp_path, seed):
     config = run_config(tiny_base, alpaca_file, tmp_path / "config", train__max_steps=12, lora__dropout=0.1)
-    recipe = kills.Recipe("tiny", config, save_every=2)
+    recipe = kills.Recipe("tiny", config, save_every=2, warm=True)
     counts = kills.kill_often(recipe, tmp_path, 2, random.Random(seed))
     assert counts.kills == counts.continued == 2
     assert counts.differing == 0

@@ -19,6 +19,8 @@ from qlora.model import load_run
 from qlora.proof import verify
 from qlora.training import train
 
+pytestmark = pytest.mark.slow
+
 OLDER_RUNS = Path(__file__).parents[1] / "runs_of_0_1_0"
 
 

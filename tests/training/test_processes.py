@@ -2,38 +2,43 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
+from qlora.errors import QLoRAError
 from qlora.export import merge
 from qlora.proof import verify
 from qlora.training import train
+from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
+from tests.training.ranks import call_in_two, needs_fork
 from tests.training.same_run import assert_same_run, rewrite
 
-
-def run_in_two(*module):
-    """Standard output of a module that runs in two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *module], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+pytestmark = [needs_fork, pytest.mark.slow]
 
 
-def launch(verb, config):
-    """Runs a verb in two processes; its report, of which there is one, not two."""
-    return json.loads(run_in_two("qlora", verb, str(config), "--json"))
+def train_in_two(config):
+    """Run `qlora train` in two processes; returns its report, of which there is one, not two."""
+    first, second = call_in_two(run, "train", config, "--json")
+    assert (second.code, second.out) == (0, ""), second.err
+    return first.json()
 
 
-@pytest.mark.slow
+def outcomes(cases):
+    """Train every case of this process in order; a case's error ends it on all processes, and the next one starts."""
+    rank, found = int(os.environ["RANK"]), {}
+    for name, (configs, stop_at) in cases.items():
+        try:
+            result = train(load_config(configs[rank]), stop_at=stop_at)
+            found[name] = [result.status, result.steps]
+        except QLoRAError as error:
+            found[name] = [type(error).__name__, str(error)]
+    return found
+
+
 def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_file, tmp_path):
     """Each process has its own config, as on machines that were set up one by one."""
     other_base = make_base(tmp_path / "other" / tiny_base.name, seed=9)
@@ -53,22 +58,19 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     (tmp_path / "damaged" / "run.json").write_text(json.dumps(record))
     rewrite(tmp_path / "damaged" / "checkpoints" / "step-000002", "origin.json", in_use=record["in_use"])
     cases = {
-        "stopped": {"configs": [first, elsewhere], "stop_at": 2},
-        "continued": {"configs": [first, elsewhere]},
-        "whole": {"configs": [config("whole"), config("whole-too")]},
-        "rate": {"configs": [config("a"), config("b", train__learning_rate=1e-3)]},
-        "steps": {"configs": [config("c"), config("d", train__max_steps=7)]},
-        "base": {"configs": [config("e"), config("f", other_base)]},
-        "rows": {"configs": [config("g"), config("h", rows=other_rows)]},
-        "absent": {"configs": [config("i"), config("j", rows=tmp_path / "absent" / alpaca_file.name)]},
-        "bad": {"configs": [config("k", rows=tmp_path / "absent" / alpaca_file.name), config("l")]},
-        "damaged": {"configs": [damaged, config("m")]},
+        "stopped": ([first, elsewhere], 2),
+        "continued": ([first, elsewhere], None),
+        "whole": ([config("whole"), config("whole-too")], None),
+        "rate": ([config("a"), config("b", train__learning_rate=1e-3)], None),
+        "steps": ([config("c"), config("d", train__max_steps=7)], None),
+        "base": ([config("e"), config("f", other_base)], None),
+        "rows": ([config("g"), config("h", rows=other_rows)], None),
+        "absent": ([config("i"), config("j", rows=tmp_path / "absent" / alpaca_file.name)], None),
+        "bad": ([config("k", rows=tmp_path / "absent" / alpaca_file.name), config("l")], None),
+        "damaged": ([damaged, config("m")], None),
     }
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    lines = run_in_two("tests.training.ranks", str(tmp_path / "cases.json")).splitlines()
-    by_rank = {line["rank"]: line["found"] for line in map(json.loads, lines)}
-    assert by_rank[0] == by_rank[1]
-    found = by_rank[0]
+    found, other = call_in_two(outcomes, cases)
+    assert found == other
     assert found["stopped"] == ["interrupted", 2]
     assert found["continued"] == found["whole"] == ["finished", 6]
     assert_same_run(tmp_path / "first", tmp_path / "whole")
@@ -83,7 +85,7 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
         assert kind == "ConfigError"
         assert "Process 1 of 2 has other inputs than process 0" in message
         assert f"\n  {difference}" in message
-    assert found["absent"][0] == found["bad"][0] == "DataError"
+    assert found["absent"][0] == found["bad"][0] == "ConfigError"
     assert found["absent"][1].startswith("Process 1 of 2: ")
     assert not found["bad"][1].startswith("Process ")
     assert found["damaged"][0] == "CheckpointError"  # which the first process alone meets, as it starts to write
@@ -91,21 +93,18 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [True, False])
-def test_two_processes_train_what_one_trains_with_twice_the_batch(packing, tiny_base, alpaca_file, tmp_path):
+def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):
+    """Packed; test_loop adds up the gradient of both processes, packed and apart."""
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "train__optimizer": "adamw_32bit"}
-    settings["data__packing"] = packing
     one = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "one", **settings)))
     config = run_config(tiny_base, alpaca_file, tmp_path / "two", train__micro_batch_size=1, **settings)
-    two = launch("train", config)
+    two = train_in_two(config)
     assert two["losses"] == pytest.approx(one.losses, rel=1e-4)
     assert list(two["eval_losses"].values()) == pytest.approx(list(one.eval_losses.values()), rel=1e-3)
     merge(tmp_path / "two", tmp_path / "merged")
     assert verify(tmp_path / "two", tmp_path / "merged").matches
 
 
-@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(poisoned_base, tmp_path):
     """Only one of two processes has the row; both must leave the step out, or their adapters would drift apart."""
     rows = [{"text": f"row {row} of the book{POISON * (row == 17)} ends"} for row in range(1, 25)]
@@ -114,7 +113,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(poisoned_bas
         "train__gradient_accumulation_steps": 1,
     }  # fmt: skip
     config = run_config(poisoned_base, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run", **settings)
-    assert launch("train", config)["status"] == "finished"
+    assert train_in_two(config)["status"] == "finished"
     lines = RunDirectory(tmp_path / "run").read_metrics()
     (skipped,) = (line for line in lines if "skipped" in line)
     assert 17 in next(iter(skipped["rows"].values()))

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from itertools import count
@@ -19,18 +18,19 @@ from qlora.files import hold_lock
 from qlora.optim import OPTIMIZERS
 from qlora.training import plan_run, train
 from qlora.training.metrics import MetricsLog
+from scripts.dev import kills
+from tests.combinations import pairs
 from tests.tiny import write_jsonl
+from tests.training.ranks import needs_fork
 from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize(("packing", "dropout", "evaluation"), [
-    (True, 0.0, 0.2),
-    (False, 0.1, 0.2),
-    (True, 0.1, None),
-    (False, 0.0, None),
-])  # fmt: skip
-@pytest.mark.parametrize("rounding", ["stochastic", "master"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+@pytest.mark.parametrize(
+    ("optimizer", "rounding", "packing", "dropout", "evaluation"),
+    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None)),
+)
 def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
     optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
 ):
@@ -80,40 +80,36 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(configure, tmp_path, monk
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_parts_that_a_run_was_cut_into_are_told_when_it_goes_on(configure, tmp_path):
-    train(configure(), stop_at=2)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+def test_parts_that_a_run_was_cut_into_are_told_when_it_goes_on(configure, stopped):
+    checkpoint = stopped / "checkpoints" / "step-000002"
     rewrite(checkpoint, "progress.json", num_parts=2)
     train(configure())
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["in_use"]["micro_batch_parts"] == 2
+    assert json.loads((stopped / "run.json").read_text())["in_use"]["micro_batch_parts"] == 2
 
 
 @pytest.mark.parametrize("values", [
     {"step": 1.5}, {"step": -1}, {"step": True}, {"num_parts": 0}, {"skipped": 0.5}, {"tokens": None},
     {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"usual_loss": float("inf")}, {"more": 1},
 ])  # fmt: skip
-def test_progress_that_can_not_be_is_refused(values, configure, tmp_path):
-    train(configure(), stop_at=2)
-    rewrite(tmp_path / "run" / "checkpoints" / "step-000002", "progress.json", **values)
+def test_progress_that_can_not_be_is_refused(values, configure, stopped):
+    rewrite(stopped / "checkpoints" / "step-000002", "progress.json", **values)
     with pytest.raises(CheckpointError, match="progress should be numbers"):
         train(configure())
 
 
 @pytest.mark.parametrize("values", [{"settings": 3}, {"base": []}, {"data": [3]}, {"data": None}, {"in_use": None}])
-def test_an_origin_that_can_not_be_is_refused(values, configure, tmp_path):
-    train(configure(), stop_at=2)
-    rewrite(tmp_path / "run" / "checkpoints" / "step-000002", "origin.json", **values)
+def test_an_origin_that_can_not_be_is_refused(values, configure, stopped):
+    rewrite(stopped / "checkpoints" / "step-000002", "origin.json", **values)
     with pytest.raises(CheckpointError, match="does not say what it followed from"):
         train(configure())
 
 
 @pytest.fixture
-def forget_keys(tmp_path):
+def forget_keys(stopped):
     """Makes a stopped run one of a version that did not know the newest keys."""
 
     def forget(added=("deduplicate", "max_rows"), added_of_sources=("header", "max_rows")):
-        run = tmp_path / "run"
-        (checkpoint,) = (run / "checkpoints").iterdir()
+        (checkpoint,) = (stopped / "checkpoints").iterdir()
         origin = json.loads((checkpoint / "origin.json").read_text())
         for key in added:
             del origin["settings"][f"data.{key}"]
@@ -121,20 +117,18 @@ def forget_keys(tmp_path):
             for key in added_of_sources:
                 del source[key]
         rewrite(checkpoint, "origin.json", settings=origin["settings"], examples=None)
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load((stopped / "config.yaml").read_text())
         for key in added:
             del config["data"][key]
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (stopped / "config.yaml").write_text(yaml.safe_dump(config))
 
     return forget
 
 
-def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_keys, tmp_path):
-    train(configure("whole"))
-    train(configure(), stop_at=2)
+def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_keys, stopped, whole):
     forget_keys()
     assert train(configure()).status == "finished"
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(stopped, whole)
 
 
 @pytest.mark.parametrize(("settings", "line"), [
@@ -142,20 +136,18 @@ def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_ke
     ({"data__max_rows": 39}, "data.max_rows: null → 39"),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_old", [False, True])
-def test_a_run_does_not_go_on_with_other_rows(settings, line, is_old, configure, forget_keys, tmp_path):
-    train(configure(), stop_at=2)
+def test_a_run_does_not_go_on_with_other_rows(settings, line, is_old, configure, stopped, forget_keys):
     if is_old:
         forget_keys()
     with pytest.raises(ConfigError, match=line):
         train(configure(**settings))
 
 
-def test_a_run_whose_examples_were_chosen_otherwise_does_not_go_on(configure, tmp_path):
-    train(configure(), stop_at=2)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+def test_a_run_whose_examples_were_chosen_otherwise_does_not_go_on(configure, stopped):
+    record = json.loads((stopped / "run.json").read_text())
     train_count = record["examples"]["train"]
     record["examples"]["train"] += 1
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    (stopped / "run.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=f"number of examples: .*{train_count + 1}.* → .*{train_count}"):
         train(configure())
 
@@ -172,14 +164,13 @@ def test_a_run_that_leaves_out_duplicates_goes_on_as_if_it_never_stopped(configu
     assert record["data"][0]["deduplicated"] == 30
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(configure, tmp_path, monkeypatch):
-    train(configure("whole"))
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(configure, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "log_step", lambda *arguments: sys.exit("killed"))
     with pytest.raises(SystemExit):
         train(configure())
     monkeypatch.undo()
     assert train(configure()).status == "finished"
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_an_interruption_in_the_last_step_is_the_end(configure, interrupt_after, tmp_path):
@@ -270,22 +261,15 @@ def test_a_signal_saves_the_state_and_is_told(number, configure, interrupt_after
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
 
 
-def test_an_unfinished_last_line_is_passed_over(configure, interrupt_after, tmp_path, monkeypatch):
-    train(configure("whole"))
-    interrupt_after(3)
-    train(configure())
-    monkeypatch.undo()
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "epo')
+def test_an_unfinished_last_line_is_passed_over(configure, stopped, whole):
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epo')
     assert train(configure()).status == "finished"
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(stopped, whole)
 
 
-def test_a_broken_line_in_the_middle_is_named(configure, interrupt_after, tmp_path, monkeypatch):
-    interrupt_after(3)
-    train(configure())
-    monkeypatch.undo()
-    path = tmp_path / "run" / "metrics.jsonl"
+def test_a_broken_line_in_the_middle_is_named(configure, stopped):
+    path = stopped / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
     before = path.read_bytes()
@@ -308,26 +292,18 @@ def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
     assert {path.name for path in folder.iterdir()} == {"step-000006", "step-000200-backup"}
 
 
-@pytest.mark.slow
+@needs_fork
 def test_the_command_stops_at_ctrl_c_with_its_state_saved_and_goes_on(configure, tmp_path):
     settings = {"train__max_steps": 40, "train__eval_every": 20}
     train(configure("whole", **settings))
     configure(**settings)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    command = [sys.executable, "-c", "from qlora.cli.main import main; main()", "train", str(tmp_path / "run.yaml")]
-
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        shown = []
-        for line in process.stderr:
-            shown.append(line)
-            if line.startswith("step 2/40  loss"):
-                process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
-    assert process.returncode == 130, "".join(shown)
-    assert "interrupted" in output
-    assert "Traceback" not in "".join(shown)
+    recipe = kills.Recipe("ctrl-c", tmp_path / "run.yaml", save_every=100, warm=True)
+    process, log = kills.start(recipe, tmp_path / "run"), kills.log_of(tmp_path / "run")
+    assert kills.wait_until(lambda: "step 2/40  loss" in log.read_text(), process), log.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(600) == 130, log.read_text()
+    assert "interrupted" in log.read_text()
+    assert "Traceback" not in log.read_text()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert 2 <= int(checkpoint.name.removeprefix("step-")) < 40
     assert (checkpoint / "manifest.json").is_file()

@@ -652,7 +652,7 @@ def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_
     report = RunDirectory(tmp_path / "run").read_record().data[0]
     assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40
     assert f"40 rows as alpaca, {report['examples']} examples" in told
-    assert f"{report['overlong']['dropped']} documents longer than max_seq_len dropped" in told
+    assert f"{report['overlong']['dropped']} documents dropped because of max_seq_len" in told
     assert "in 4 bits" in told
     assert "not paged" in told
 

@@ -13,9 +13,12 @@ from qlora.training.resume import find_start
 from tests.tiny import run_config
 from tests.training.same_run import assert_same_run, damage, lines_of
 
+pytestmark = pytest.mark.slow
 
-def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(configure, interrupt_after, tmp_path, monkeypatch):
-    train(configure("whole"))
+
+def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(
+    configure, interrupt_after, whole, tmp_path, monkeypatch
+):
     interrupt_after(3)
     train(configure("first"))
     monkeypatch.undo()
@@ -27,7 +30,7 @@ def test_a_checkpoint_elsewhere_can_be_started_from_by_its_path(configure, inter
             train(configure(**{key: value}), resume=str(checkpoint))
     result = train(configure(), resume=str(checkpoint))
     assert result.steps == 6
-    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
+    assert lines_of(tmp_path / "run") == [line for line in lines_of(whole) if line["step"] > 3]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoint)
 
 
@@ -50,9 +53,8 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(other, tiny_base,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_that_is_asked_for_is_refused(configure, tmp_path):
-    train(configure(), stop_at=2)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(configure, stopped):
+    checkpoint = stopped / "checkpoints" / "step-000002"
     damage(checkpoint)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing or damaged"):
         train(configure(), resume=str(checkpoint))
@@ -65,26 +67,23 @@ def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
         plan_run(configure(), resume=str(tmp_path))
 
 
-def test_a_run_can_be_started_from_by_its_own_path(configure, tmp_path, capsys):
-    train(configure("whole"))
+def test_a_run_can_be_started_from_by_its_own_path(configure, whole, tmp_path, capsys):
     train(configure("first", train__save_every=2), stop_at=3)
     result = train(configure(), resume=str(tmp_path / "first"))
     assert (result.steps, result.trained_steps) == (6, 3)
-    assert lines_of(tmp_path / "run") == [line for line in lines_of(tmp_path / "whole") if line["step"] > 3]
-    final = train(configure("longer", train__max_steps=7), resume=str(tmp_path / "whole" / "adapter"))
+    assert lines_of(tmp_path / "run") == [line for line in lines_of(whole) if line["step"] > 3]
+    final = train(configure("longer", train__max_steps=7), resume=str(whole / "adapter"))
     assert (final.steps, final.trained_steps) == (7, 1)
     assert "The learning rate jumps" in capsys.readouterr().err
 
 
-def test_the_same_command_with_a_checkpoint_goes_on_with_what_it_started(configure, tmp_path):
-    train(configure("whole"))
-    train(configure("first"), stop_at=2)
-    checkpoint = str(tmp_path / "first" / "checkpoints" / "step-000002")
+def test_the_same_command_with_a_checkpoint_goes_on_with_what_it_started(configure, whole, stopped_run, tmp_path):
+    checkpoint = str(stopped_run / "checkpoints" / "step-000002")
     for stop, trained in ((3, 1), (5, 2), (None, 1)):
         assert train(configure(), resume=checkpoint, stop_at=stop).trained_steps == trained
     # The stop at step 2 left the evaluation due there to the run that continues.
     assert lines_of(tmp_path / "run") == [
-        line for line in lines_of(tmp_path / "whole") if line["step"] > 2 or (line["step"] == 2 and "eval_loss" in line)
+        line for line in lines_of(whole) if line["step"] > 2 or (line["step"] == 2 and "eval_loss" in line)
     ]
 
 
@@ -120,21 +119,18 @@ def test_a_moved_project_goes_on(tiny_base, alpaca_file, tmp_path):
     ("data__packing", False),
     ("model__double_quant", False),
 ])  # fmt: skip
-def test_another_setting_is_no_continuation(key, value, configure, interrupt_after):
-    interrupt_after(2)
-    train(configure())
+def test_another_setting_is_no_continuation(key, value, configure, stopped):
     with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
         train(configure(**{key: value}))
 
 
-def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
+def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, whole, tmp_path, monkeypatch):
     """A run whose disk filled up goes on with its cache on another."""
-    train(configure("whole"))
     interrupt_after(3)
     train(configure(data__cache_dir=str(tmp_path / "one")))
     monkeypatch.undo()
     assert train(configure(data__cache_dir=str(tmp_path / "other"))).status == "finished"
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_another_base_under_the_same_name_is_no_continuation(tiny_base, alpaca_file, interrupt_after, tmp_path):
@@ -164,11 +160,8 @@ def test_other_data_under_the_same_name_is_no_continuation(changed, tiny_base, a
         train(config)
 
 
-def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after, tmp_path, monkeypatch):
-    interrupt_after(2)
-    train(configure())
-    monkeypatch.undo()
-    path = tmp_path / "run" / "run.json"
+def test_what_was_in_use_may_not_change_within_a_run(configure, stopped):
+    path = stopped / "run.json"
     whole = path.read_text()
     for key, value in (("processes", 2), ("compute_dtype", "float16"), ("rounding", "master")):
         record = json.loads(whole)
@@ -182,13 +175,11 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, interrupt_after,
     assert train(configure()).status == "finished"
 
 
-def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, tmp_path):
-    folder = tmp_path / "run" / "checkpoints"
-    config = configure()
-    train(config, stop_at=2)
+def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, stopped):
+    config, folder = configure(), stopped / "checkpoints"
     (folder / "step-000002").rename(folder / "step-999999")
     shutil.copytree(folder / "step-999999", folder / "step-1000000")
-    run = RunDirectory(tmp_path / "run")
+    run = RunDirectory(stopped)
     assert find_start(run, config, "auto").checkpoint == folder / "step-1000000"
     with pytest.raises(ConfigError, match="newer checkpoints .*step-999999"):
         find_start(run, config, str(folder / "step-999999"))

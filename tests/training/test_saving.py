@@ -16,6 +16,8 @@ from qlora.training.metrics import MetricsLog
 from tests.tiny import run_config
 from tests.training.same_run import assert_same_run, lines_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def configure(tiny_base, alpaca_file, tmp_path):

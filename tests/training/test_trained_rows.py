@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,11 @@ from qlora.model import answer, load_base, load_run, load_tokenizer
 from qlora.training import train
 from qlora.training.metrics import MetricsLog
 from qlora.training.preview import preview
+from tests.cli import run
 from tests.tiny import SIZES, make_base, run_config, write_jsonl
+from tests.training.ranks import call_in_two, needs_fork
+
+pytestmark = pytest.mark.slow
 
 ROWS = SIZES["vocab_size"]
 TOKENS = ["<tool>", "</tool>"]
@@ -118,7 +120,7 @@ def test_tokens_that_are_in_no_example_are_told(tiny_base, tool_file, tmp_path, 
 
 def test_a_token_that_the_base_has_is_refused(tiny_base, tool_file, tmp_path):
     config = load_config(run_config(tiny_base, tool_file, tmp_path / "run", data__new_tokens=["</s>"]))
-    with pytest.raises(DataError, match=r"'</s>' \(id 257\) already"):
+    with pytest.raises(DataError, match=r"already has '</s>' \(id 257\)"):
         train(config)
 
 
@@ -130,18 +132,15 @@ def test_a_plain_runs_adapter_has_nothing_of_it(tiny_base, tool_file, tmp_path):
     assert model.dtype == load_base(str(tiny_base))[0].dtype
 
 
-@pytest.mark.slow
+@needs_fork
 @pytest.mark.parametrize("kind", ["new rows", "in full"])
 def test_two_processes_train_what_one_does(kind, tied_base, tool_file, tmp_path):
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "lora__dtype": "float32", **KINDS[kind]}
     settings["train__optimizer"] = "adamw_32bit"
     one = train(load_config(run_config(tied_base, tool_file, tmp_path / "one", **settings)))
     config = run_config(tied_base, tool_file, tmp_path / "two", train__micro_batch_size=1, **settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "qlora"]
-    command = [sys.executable, *launcher, "train", str(config), "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment).stdout
-    assert json.loads(output)["losses"] == pytest.approx(one.losses, rel=1e-4)
+    two, _ = call_in_two(run, "train", config, "--json")
+    assert two.json()["losses"] == pytest.approx(one.losses, rel=1e-4)
     found, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows, rtol=1e-2, atol=1e-3)

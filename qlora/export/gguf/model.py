@@ -19,21 +19,21 @@ FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qw
 DTYPES = ("f16", "bf16", "q8_0")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# What llama.cpp computes YaRN with in these architectures, whatever a file says.
+# llama.cpp computes YaRN with these values in these architectures, and ignores the file's.
 YARN_CONSTANTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFReport:
-    """What was written.
+    """The result of :func:`write_gguf`.
 
     Attributes:
         path: The file.
-        dtype: Of its matrices; vectors are in fp32.
-        tensors: In it.
-        num_bytes: Of the file.
-        notes: Where it is not quite the model asked for.
-        seconds: Taken.
+        dtype: Dtype of its matrices; vectors are in fp32.
+        tensors: Number of tensors in the file.
+        num_bytes: Size of the file.
+        notes: Where the file differs from the model.
+        seconds: Seconds that it took.
     """
 
     path: str
@@ -44,13 +44,13 @@ class GGUFReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A tensor of the file, and the one that it is made from."""
+    """A tensor of the file, and the name of the model's tensor that it is made from."""
 
     name: str
     source: str
@@ -67,23 +67,25 @@ def write_gguf(
     dtype: str = "f16",
     name: str | None = None,
 ) -> GGUFReport:
-    """Writes a model of the Llama, Mistral or Qwen (2, 2.5, 3) families, its tokenizer and chat template.
+    """Write a model of the Llama, Mistral or Qwen (2, 2.5, 3) families, with its tokenizer and chat template.
 
-    Names are those of the `gguf` package, numbers those of llama.cpp's convert_hf_to_gguf.py: matrices in `dtype`,
-    vectors and norms in fp32, the rows of Llama's and Mistral's queries and keys from halves to pairs.
+    Names are those of the `gguf` package. Values are those of llama.cpp's convert_hf_to_gguf.py: matrices in `dtype`,
+    vectors and norms in fp32, and the rows of Llama's and Mistral's queries and keys reordered from halves to pairs.
 
     Args:
-        folder: With config.json, tokenizer, and generation_config.json if there is one.
+        folder: Folder with config.json, the tokenizer, and optionally generation_config.json.
         layout: The model's tensors, by their names in transformers' files.
-        read: Gives a tensor in fp32.
-        out_file: Written in place.
-        dtype: `f16`, `bf16` or `q8_0`; a matrix whose rows are no multiple of 32 is in f16 where q8_0 is asked for.
-        name: Of the model, for people.
+        read: Returns a tensor in fp32 by its name.
+        out_file: The file to write.
+        dtype: `f16`, `bf16` or `q8_0`. With `q8_0`, a matrix whose rows are not a multiple of 32 is written in f16.
+        name: Display name of the model.
 
     Raises:
-        ExportError: `gguf` is not installed, the family or tokenizer is not known, or a value does not fit.
+        ExportError: `gguf` is not installed, the dtype, family or tokenizer is not supported, or a value does not fit.
     """
     started = time.perf_counter()
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype: {dtype!r} should be one of {', '.join(DTYPES)}.")
     gguf = _import_gguf()
     config = _read_config(folder)
     writer = gguf.GGUFWriter(out_file, FAMILIES[config.model_type])
@@ -136,16 +138,16 @@ def _import_gguf() -> Any:
 
 
 def _read_config(folder: Path) -> Any:
-    """A config that llama.cpp computes alike.
+    """Read a model's config.
 
     Raises:
-        ExportError: It would compute something else.
+        ExportError: llama.cpp would not compute what the config describes.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
-        raise ExportError(f"GGUF is written for {', '.join(FAMILIES)}, and not for {config.model_type}. {OTHER_WAY}")
+        raise ExportError(f"GGUF export supports {', '.join(FAMILIES)}, not {config.model_type}. {OTHER_WAY}")
     rope = config.rope_parameters
     unknown = {
         "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
@@ -158,12 +160,12 @@ def _read_config(folder: Path) -> Any:
         unknown |= {key: rope[key] for key, value in YARN_CONSTANTS.items() if rope.get(key) not in (None, value)}
     for key, value in unknown.items():
         if value is not None:
-            raise ExportError(f"{key}: {value} can't be said in a GGUF file of {config.model_type}. {OTHER_WAY}")
+            raise ExportError(f"A GGUF file of {config.model_type} can't express {key}: {value}. {OTHER_WAY}")
     return config
 
 
 def _has_pairs(config: Any) -> bool:
-    """Whether llama.cpp turns neighbouring rows of queries and keys, where transformers turns halves of a head."""
+    """Return whether llama.cpp rotates neighbouring rows of queries and keys, where transformers rotates halves."""
     return FAMILIES[config.model_type] == "llama"
 
 
@@ -196,7 +198,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _rope_factors(config: Any) -> torch.Tensor | None:
-    """What Llama 3.1 divides each rotation's frequency by, (head_dim / 2,) fp32; a tensor in GGUF."""
+    """Return the divisors of Llama 3.1's rotary frequencies, (head_dim / 2,) fp32, which are a tensor in GGUF."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
@@ -209,7 +211,7 @@ def _rope_factors(config: Any) -> torch.Tensor | None:
 
 
 def _yarn_attention_factor(config: Any) -> float:
-    """What YaRN multiplies sines and cosines by, over what llama.cpp does of itself: 1 + log(factor) / 10."""
+    """Return YaRN's factor on sines and cosines, relative to llama.cpp's own: 1 + log(factor) / 10."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
@@ -217,13 +219,13 @@ def _yarn_attention_factor(config: Any) -> float:
 
 
 def _repeats_embedding(layout: Sequence[TensorLayout], read: Callable[[str], torch.Tensor]) -> bool:
-    """Whether a tied model's files hold the head, too; one of other values counts, as it does for transformers."""
+    """Return whether the files hold a head that equals the embedding; transformers uses one with other values."""
     names = {entry.name for entry in layout}
     return {EMBEDDING, HEAD} <= names and torch.equal(read(EMBEDDING), read(HEAD))
 
 
 def _plan(layout: Sequence[TensorLayout], config: Any, dtype: str) -> list[_Planned]:
-    """The file's tensors in their order.
+    """Plan the file's tensors in order.
 
     Raises:
         ExportError: A tensor has no name in GGUF.
@@ -256,7 +258,7 @@ def _plan(layout: Sequence[TensorLayout], config: Any, dtype: str) -> list[_Plan
 
 
 def _in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
-    """Puts the rows of each head's halves next to each other where llama.cpp wants them so."""
+    """Interleave the rows of each head's halves if llama.cpp rotates pairs of rows."""
     if not _has_pairs(config) or name.split(".")[-2] not in ("attn_q", "attn_k"):
         return tensor
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
@@ -264,7 +266,7 @@ def _in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
 
 
 def _encode(tensor: _Planned, values: torch.Tensor) -> Any:
-    """The bytes of a tensor as an array.
+    """Encode a tensor as an array in its kind.
 
     Raises:
         ExportError: A value is not finite, or too large.
@@ -288,7 +290,7 @@ def _notes(plan: list[_Planned], config: Any, dtype: str) -> list[str]:
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
     other = [tensor.source for tensor in matrices if tensor.kind.name != dtype.upper()]
     if other:
-        notes.append(f"{len(other)} of {len(matrices)} matrices are in f16, as their rows are no multiple of 32")
+        notes.append(f"{len(other)} of {len(matrices)} matrices are in f16, since their rows are not a multiple of 32")
     if getattr(config, "sliding_window", None):
-        notes.append(f"llama.cpp attends to all before a token, the model to {config.sliding_window} of it")
+        notes.append(f"llama.cpp attends to all previous tokens, the model to the last {config.sliding_window}")
     return notes

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp holds one in a GGUF file: tokens, their types, merges or scores, and special ids."""
+"""A tokenizer in a GGUF file: tokens, their types, merges or scores, and special ids."""
 
 import json
 import re
@@ -26,8 +26,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What llama.cpp does under each name (src/llama-vocab.cpp): how text is split, and whether a piece that is a token
-# as a whole is taken without its merges.
+# llama.cpp's names (src/llama-vocab.cpp) by how text is split, and by whether a piece that is one token skips the
+# merges.
 PRE_TOKENIZERS = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGITS, _GPT2), False): "smollm",
@@ -40,19 +40,19 @@ PRE_TOKENIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """A tokenizer as a GGUF file describes it.
 
     Attributes:
         model: `gpt2` for BPE over bytes, `llama` for SentencePiece's BPE.
-        pre: Name of the way text is split before the merges.
-        tokens: As many as the embedding has rows.
+        pre: Name of how text is split before the merges.
+        tokens: One for each row of the embedding.
         types: llama.cpp's number for the kind of each token.
-        merges: Of `gpt2`.
-        scores: Of `llama`: the higher, the earlier a token is merged.
+        merges: Merges, for `gpt2`.
+        scores: Scores, for `llama`: tokens with higher scores are merged first.
         special: Ids by name: bos, eos, eot, eom, unk, pad.
-        adds: Whether bos and eos are put around a text, and a space before it.
+        adds: Whether bos and eos are added around a text, and a space in front.
         template: The chat template, or several by name.
-        notes: Where llama.cpp will feed other tokens than the tokenizer.
+        notes: Where llama.cpp's tokens differ from the tokenizer's.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Vocabulary:
     notes: list[str]
 
     def add_to(self, writer: Any) -> None:
-        """Puts it into a `gguf.GGUFWriter`."""
+        """Add the tokenizer to a `gguf.GGUFWriter`."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -86,16 +86,16 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos_token_id: int | None) -> Vocabulary:
-    """Reads a tokenizer of transformers.
+    """Read a tokenizer of transformers.
 
     Args:
-        tokenizer: With a tokenizer.json, as every fast one has.
-        num_rows: Of the embedding; ids without a token are filled up.
-        end_token_ids: All that end an answer.
-        bos_token_id: Of the model's config, for tokenizers that have none.
+        tokenizer: A fast tokenizer, which has a tokenizer.json.
+        num_rows: Rows of the embedding; ids without a token get placeholders.
+        end_token_ids: All ids that end an answer.
+        bos_token_id: The id in the model's config, for tokenizers that have none.
 
     Raises:
-        ExportError: llama.cpp has no such tokenizer.
+        ExportError: llama.cpp has no equivalent tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -103,7 +103,7 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos
     description = json.loads(backend.to_str())
     model, added = description["model"], {token["id"]: token for token in description["added_tokens"]}
     if model["type"] != "BPE":
-        raise ExportError(f"The tokenizer is {model['type']}; GGUF is written for BPE alone. {OTHER_WAY}")
+        raise ExportError(f"The tokenizer is {model['type']}; GGUF export supports BPE only. {OTHER_WAY}")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     texts = {token_id: text for text, token_id in model["vocab"].items()}
     texts |= {token_id: token["content"] for token_id, token in added.items()}
@@ -140,10 +140,10 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos
 
 
 def _check_spaces_alone(description: dict[str, Any]) -> None:
-    """Sees that text is changed in its spaces alone before the merges, and not cut: llama.cpp does no more.
+    """Check that only spaces are changed before the merges, and text is not split, as in llama.cpp.
 
     Raises:
-        ExportError: It is; llama.cpp would feed other tokens than were trained on.
+        ExportError: More is changed, so llama.cpp's tokens would differ from those trained on.
     """
     parts = (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     steps = [step for key, inner in parts if (whole := description[key]) for step in whole.get(inner, [whole])]
@@ -154,15 +154,16 @@ def _check_spaces_alone(description: dict[str, Any]) -> None:
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                 continue
         raise ExportError(
-            f"The tokenizer changes or cuts text as llama.cpp's SentencePiece does not: {json.dumps(step)}. {OTHER_WAY}"
+            f"The tokenizer changes or splits text in a way that llama.cpp's SentencePiece does not: "
+            f"{json.dumps(step)}. {OTHER_WAY}"
         )
 
 
 def _pre_tokenizer_name(description: dict[str, Any]) -> str:
-    """The name by which llama.cpp splits text in the same way.
+    """Return llama.cpp's name for splitting text in the same way.
 
     Raises:
-        ExportError: There is none; under another name it would feed other tokens than were trained on.
+        ExportError: There is none; with another one, llama.cpp's tokens would differ from those trained on.
     """
     steps = description["pre_tokenizer"] or {}
     parts = [_splitting(step) for step in steps.get("pretokenizers", [steps])]
@@ -170,14 +171,14 @@ def _pre_tokenizer_name(description: dict[str, Any]) -> str:
     normalizer = (description["normalizer"] or {}).get("type")
     if key not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
         raise ExportError(
-            f"The tokenizer splits text in a way that is not known here by a name of llama.cpp "
+            f"No name of llama.cpp is known for how the tokenizer splits text "
             f"(normalizer {normalizer}, {' then '.join(key[0]) or 'no split'}, ignore_merges {key[1]}). {OTHER_WAY}"
         )
     return PRE_TOKENIZERS[key]
 
 
 def _splitting(step: dict[str, Any]) -> str:
-    """How one step splits text; empty if it does not."""
+    """Return how a step splits text; empty if it does not."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return _GPT2 if use_regex else ""
@@ -201,7 +202,7 @@ def _token_type(token_id: int, texts: dict[int, str], added: dict[int, dict[str,
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece's order: a tokenizer.json lists the pairs by the scores of what they make."""
+    """Return SentencePiece's scores; a tokenizer.json lists the pairs in the order of their results' scores."""
     ranks: dict[str, int] = {}
     for merge in merges:
         ranks.setdefault("".join(merge), len(ranks))
@@ -212,22 +213,22 @@ def _notes(tokenizer: Any, description: dict[str, Any], is_sentencepiece: bool, 
     notes = []
     normalizer = (description["normalizer"] or {}).get("type")
     if normalizer == "NFC":
-        notes.append("llama.cpp does not bring text into Unicode's composed form (NFC) first")
+        notes.append("llama.cpp does not normalize text to NFC first")
     if is_sentencepiece and tokenizer.eos_token is not None:
         first = tokenizer("a", add_special_tokens=False).input_ids
         behind = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False).input_ids[1:]
         if first != behind:
-            notes.append("llama.cpp puts a space before what follows a special token, the tokenizer does not")
+            notes.append("llama.cpp adds a space after a special token, the tokenizer does not")
     if len(ends) > NUM_ENDS:
-        notes.append(f"of the {len(ends)} tokens that end an answer {NUM_ENDS} are named")
+        notes.append(f"{NUM_ENDS} of the {len(ends)} tokens that end an answer are written; GGUF has no room for more")
     return notes
 
 
 def _special_ids(tokenizer: Any, bos: int | None, ends: list[int], with_unknown: bool) -> dict[str, int]:
-    """Ids by GGUF's names; of the tokens that end an answer it has room for three."""
+    """Return ids by GGUF's names, which include three for tokens that end an answer."""
     eos = tokenizer.eos_token_id
     ids = {"bos": bos, "eos": eos, "pad": tokenizer.pad_token_id}
-    taught = answer_end_id(tokenizer)  # without it, what was trained would not stop
+    taught = answer_end_id(tokenizer)  # the one that training taught comes first
     others = sorted({*ends} - {eos}, key=lambda token_id: (token_id != taught, token_id))
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     if with_unknown:

@@ -72,13 +72,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Trains with one of the two, on batches made by the same code."""
     import torch
 
-    from qlora.data import BatchPlan, Source, Treatment, build_datasets, collate, eval_batches
+    from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets, collate, eval_batches
     from qlora.model import evaluate
 
     build, train = SIDES[arguments.trainer]
     model, tokenizer = build(arguments.base, 8, 16, arguments.recompute)
     datasets = build_datasets(
-        tokenizer, [Source(arguments.text)], 0.02, Treatment(max_seq_len=arguments.seq_len, overlong="split")
+        tokenizer, [Source(arguments.text)], 0.02, EncodeOptions(max_seq_len=arguments.seq_len, overlong="split")
     )
     plan = BatchPlan(datasets.train.lengths, arguments.batch, 1)
     batches = [collate([datasets.train[index] for index in plan.window(step)]) for step in range(arguments.steps)]

@@ -114,17 +114,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prepares the file and tells seconds, tokens and the peaks of memory."""
     from transformers import AutoTokenizer
 
-    from qlora.data import BatchPlan, Source, Treatment, build_datasets
+    from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     tokenizer(["a b"] * 64)  # starts its threads
     folder = Path(arguments.measure)
     watch = Watch(folder / "cache")
     started = time.perf_counter()
-    treatment = Treatment(max_seq_len=arguments.seq_len, overlong="truncate")
-    datasets = build_datasets(
-        tokenizer, [Source(str(folder / "rows.jsonl"))], 0.0, treatment, cache_dir=str(watch.cache)
-    )
+    options = EncodeOptions(max_seq_len=arguments.seq_len, overlong="truncate")
+    datasets = build_datasets(tokenizer, [Source(str(folder / "rows.jsonl"))], 0.0, options, cache_dir=str(watch.cache))
     built = time.perf_counter()
     plan = BatchPlan(datasets.train.lengths, 1, 16, arguments.seq_len)
     packed = time.perf_counter()

@@ -134,14 +134,14 @@ def measure_qlora(arguments: argparse.Namespace) -> dict[str, float]:
     """Ours, from the file to packed rows."""
     from transformers import AutoTokenizer
 
-    from qlora.data import BatchPlan, Source, Treatment, build_datasets
+    from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer[0])
     template = arguments.template if arguments.form == ["messages"] else "auto"
-    treatment = Treatment(max_seq_len=arguments.seq_len, overlong="truncate")
+    options = EncodeOptions(max_seq_len=arguments.seq_len, overlong="truncate")
     started, cpu = time.perf_counter(), cpu_seconds()
     sources = [Source(arguments.file)]
-    datasets = build_datasets(tokenizer, sources, 0.0, treatment, template, cache_dir=arguments.cache)
+    datasets = build_datasets(tokenizer, sources, 0.0, options, template, cache_dir=arguments.cache)
     plan = BatchPlan(datasets.train.lengths, 1, 16, arguments.seq_len)
     seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
     report = datasets.reports[0]

@@ -20,7 +20,7 @@ from qlora.data.tables import HeaderRule
 from qlora.data.template import render
 from qlora.errors import QLoRAError
 from qlora.files import BaseFiles
-from qlora.model import build_skeleton, load_generation_config, load_tokenizer
+from qlora.model import BaseWeights, build_skeleton, load_generation_config, load_tokenizer
 from qlora.training.progress import Progress
 from scripts.dev.fuzzing.altering import altered_bytes, altered_value, contents, write_files
 from scripts.dev.fuzzing.samples import CALLS, CONFIG, ROWS, TEMPLATE, TURNS, Samples
@@ -112,7 +112,7 @@ def make_targets(samples: Samples) -> dict[str, Target]:
         "run": Target(lambda rng, folder: write_files(rng, folder, samples.run), read_run, 2),
         "base": Target(
             lambda rng, folder: write_files(rng, folder, samples.base),
-            lambda path: BaseFiles.resolve(str(path)).open_tensors(),
+            lambda path: BaseWeights(BaseFiles.resolve(str(path))).lazy(),
             2,
         ),
         "architecture": Target(

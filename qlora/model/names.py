@@ -1,21 +1,22 @@
-"""Parameters of a model by the names that its checkpoint has for them, and which way they lie there."""
+"""Names of a model's parameters in its checkpoint files, and the orientation they are stored in."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Finds each parameter's tensor as transformers would while loading, by its own tables.
+    """Find the stored tensors of each parameter, by the tables that transformers loads with.
 
-    transformers renames some checkpoints' tensors (a prefix more or less, a module that was called otherwise) and
-    makes some parameters out of several tensors, or several out of one.
+    While loading, transformers renames tensors of some checkpoints (another prefix, another module name), builds
+    some parameters from several tensors, and splits some tensors into several parameters.
 
     Args:
         skeleton: The model without weights.
         stored: Names of the tensors in the files.
 
     Returns:
-        The tensor of each parameter that is one tensor as it is, and the tensors that each other one is made of.
+        The tensor of each parameter that is one tensor as stored, and the tensors that each converted one is
+        built from.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -25,39 +26,39 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    single: dict[str, str] = {}
-    made: dict[str, list[str]] = {}
+    one_to_one: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
     for name in stored:
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if parameter not in parameters and name in parameters:
-            parameter, pattern = name, None  # a table may match what has its final name already
+            parameter, pattern = name, None  # a table may match a tensor that has its final name already
         if pattern is None:
-            single[parameter] = name
+            one_to_one[parameter] = name
             continue
         converter = next(converter for converter in converters if pattern in converter.source_patterns)
         for target in converter.target_patterns:
-            made.setdefault(parameter.replace(converter.target_patterns[0], target), []).append(name)
-    return single, made
+            converted.setdefault(parameter.replace(converter.target_patterns[0], target), []).append(name)
+    return one_to_one, converted
 
 
 def transposed_modules(skeleton: Any) -> set[str]:
-    """Layers of GPT-2's kind, whose weights are stored (in, out)."""
+    """Return the names of GPT-2's `Conv1D` layers, whose weights are stored as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     return {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
 
 
-def ends_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[str | None, str | None]:
-    """The tensors of a model's embedding and output head; None for one that has none of its own there.
+def embedding_and_head_tensors(skeleton: Any, stored: Iterable[str]) -> tuple[str | None, str | None]:
+    """Return the names of the stored embedding and output head; None for one that the files do not hold.
 
     Args:
         skeleton: The model without weights.
         stored: Names of the tensors in the files.
     """
-    single, _ = names_in_files(skeleton, stored)
+    one_to_one, _ = names_in_files(skeleton, stored)
     modules = {module: name for name, module in skeleton.named_modules()}
     embedding, head = (
-        single.get(f"{modules.get(layer)}.weight")
+        one_to_one.get(f"{modules.get(layer)}.weight")
         for layer in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     )
     return embedding, head

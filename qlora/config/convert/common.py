@@ -1,0 +1,210 @@
+"""What all trainers share: adapters, optimizers, sizes, paths and trackers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.config.convert import values
+from qlora.config.convert.base_model import translate_base
+from qlora.config.convert.draft import OFF, Draft
+from qlora.config.convert.names import NAMES, SAME_NAMES
+from qlora.config.convert.steps import translate_steps
+
+# Keys whose value is copied as a number.
+NUMBERS = {
+    "lora.rank", "lora.alpha", "lora.dropout", "data.max_rows", "data.max_seq_len", "train.epochs",
+    "train.micro_batch_size", "train.gradient_accumulation_steps", "train.learning_rate", "train.weight_decay",
+    "train.seed", "train.keep_checkpoints",
+}  # fmt: skip
+# Keys whose value is copied as true or false.
+FLAGS = {"lora.rslora", "model.trust_remote_code", "data.deduplicate", "train.deterministic"}
+
+
+def translate_common(draft: Draft, is_full: bool = False) -> None:
+    """Translate the keys that mean the same in every trainer.
+
+    Args:
+        draft: Peer-specific keys are taken from it before.
+        is_full: Whether the other config trains all weights.
+    """
+    if is_full:
+        draft.warn(
+            "It asks for full fine-tuning. qlora trains adapters on a frozen base; a learning rate for adapters is "
+            "usually ten times that of full fine-tuning."
+        )
+    translate_base(draft)
+    _adapters(draft)
+    _optimizer(draft)
+    _copy(draft)
+    _trackers(draft)
+    translate_steps(draft)
+
+
+def hold_out(draft: Draft, size: Any, name: str) -> None:
+    """Translate a share of the rows, or a number of rows, that is held out for evaluation."""
+    share = values.number(size)
+    if share is None or not share:
+        return
+    if share < 1:
+        draft.set("data.eval", float(share), name)
+    else:
+        draft.set("data.eval", 0.02, f"{name}: {share}, see above")
+        draft.warn(f"{name}: {share} is a number of rows; data.eval takes a share. It is set to 0.02.")
+
+
+def refuse_objective(draft: Draft, name: str) -> None:
+    """Drop the key that asks for an objective that is not available, and say what the rows can be used for."""
+    draft.warn(
+        f"{name}: {draft.peek(name)} asks for an objective that is not available: qlora preview shows the rows, and "
+        "qlora train refuses them. To learn the chosen answers of preference rows alone, set data.format: chosen."
+    )
+    draft.drop(name, "supervised fine-tuning is the only objective")
+
+
+def learn_from(draft: Draft, what: str, name: str) -> None:
+    """Set which tokens are supervised."""
+    draft.set("data.loss_on", what, name)
+
+
+def set_template(draft: Draft, name: Any, key: str) -> None:
+    """Translate the name of a chat template, or keep one that is written out."""
+    if name in OFF:
+        return
+    text = str(name)
+    ours = values.template(text)
+    if "{%" in text or "{{" in text:
+        draft.template = text
+    elif ours is not None:
+        draft.set("data.chat_template", ours, f"{key}: {text}")
+    elif text.endswith((".jinja", ".jinja2", ".j2")):
+        draft.set("data.chat_template", text, key)
+    else:
+        draft.set("data.chat_template", "auto", f"{key}: {text}, see above")
+        draft.warn(
+            f"{key}: {text} has no counterpart by name. data.chat_template: auto takes the base's own template; a "
+            "jinja file is accepted, too."
+        )
+
+
+def _adapters(draft: Draft) -> None:
+    everything = values.flag(draft.take("lora_target_linear"))
+    name, given = draft.take_named("lora_target_modules", "target_modules", "lora_target", "lora_modules")
+    found = values.names(given)
+    if everything:
+        draft.set("lora.targets", "all-linear", "lora_target_linear")
+    elif found in (["all"], ["all-linear"]):
+        draft.set("lora.targets", "all-linear", f"{name}: {found[0]}")
+    elif isinstance(given, str) and re.search(r"[\\*()\[\]|+?]", given):
+        draft.set("lora.targets", given, f"{name}, a regular expression")
+    elif found:
+        draft.set("lora.targets", found, name)
+    initial = draft.take("init_lora_weights", "peft_init_lora_weights")
+    if initial == "gaussian":
+        draft.set("lora.init", "gaussian", "init_lora_weights")
+    elif initial not in (None, True, False, "true", "default"):
+        draft.warn(f"init_lora_weights: {initial} is not available; factor A is kaiming, factor B is zero.")
+    modules = values.names(draft.take("lora_modules_to_save", "modules_to_save", "additional_target"))
+    if modules:
+        draft.set("lora.modules_to_save", modules, "modules_to_save")
+    bias = draft.peek("bias")
+    if bias not in (None, "none", False):
+        draft.warn(f"bias: {bias} trains biases; only the adapters are trained here.")
+
+
+def _optimizer(draft: Draft) -> None:
+    key, name = draft.take_named("optimizer", "optim")
+    if name not in OFF:
+        ours = values.optimizer(name)
+        draft.set("train.optimizer", ours or "paged_adamw_8bit", f"{key}: {name}{'' if ours else ', see above'}")
+        if ours is None:
+            draft.warn(
+                f"The optimizer {name} is not available; train.optimizer is paged_adamw_8bit, which may need another "
+                "learning rate."
+            )
+    betas = [values.number(draft.take(name)) for name in ("adam_beta1", "adam_beta2")]
+    if any(beta is not None for beta in betas):
+        pair = [default if beta is None else beta for beta, default in zip(betas, (0.9, 0.999), strict=True)]
+        draft.set("train.betas", pair, "adam_beta1, adam_beta2")
+    norm = values.number(draft.take("max_grad_norm"))
+    if norm is not None:
+        draft.set("train.max_grad_norm", norm or None, "max_grad_norm")
+
+
+def _copy(draft: Draft) -> None:
+    """Translate what is a matter of names: paths, numbers, truth values."""
+    logging = values.number(draft.take("logging_steps"))
+    if logging is not None and logging >= 1:
+        draft.set("train.log_every", int(logging), "logging_steps")
+    _packing(draft)
+    names = ("tokens", "added_tokens", "new_special_tokens", "add_special_tokens", "add_tokens")
+    tokens = draft.peek(*names)
+    if values.names(tokens):
+        draft.set("data.new_tokens", values.names(tokens), draft.take_named(*names)[0])
+    elif isinstance(tokens, dict):
+        draft.drop("tokens", "special tokens are read from the base's tokenizer")
+    _ends_and_rates(draft)
+    overlong = draft.take("excess_length_strategy", "truncation_mode")
+    if overlong is not None:
+        draft.set("data.overlong", values.OVERLONG.get(overlong, "truncate"), f"excess length: {overlong}")
+    for name, value in draft.left():
+        key = SAME_NAMES.get(name) or NAMES.get(name)
+        if key is None or value in (None, ""):
+            continue
+        if key in NUMBERS and (found := values.number(value)) is not None:
+            draft.set(key, found, name)
+            draft.take(name)
+        elif key in FLAGS:
+            draft.set(key, bool(values.flag(value)), name)
+            draft.take(name)
+        elif key in ("model.base", "model.revision", "train.output_dir", "data.cache_dir") and isinstance(value, str):
+            draft.set(key, value, name)
+            draft.take(name)
+
+
+def _ends_and_rates(draft: Draft) -> None:
+    """Translate the end token, and what applies to layers or trained rows of their own."""
+    special = draft.peek("special_tokens")
+    end = special.get("eos_token") if isinstance(special, dict) else None
+    if isinstance(end, str) and end:
+        draft.take("special_tokens")
+        draft.set("data.special_tokens", {"eos_token": end}, "special_tokens")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = draft.peek(name, f"peft_{name}")
+        if isinstance(patterns, dict) and patterns:
+            draft.set(f"lora.{name}", patterns, draft.take_named(name, f"peft_{name}")[0])
+    key, rate = draft.take_named("embedding_learning_rate", "embedding_lr")
+    if rate is None:
+        return
+    if draft.values.keys() & {"lora.modules_to_save", "data.new_tokens"} and values.number(rate):
+        draft.set("train.embedding_learning_rate", values.number(rate), key)
+    else:
+        draft.drop(key, "no embedding or head is trained")
+
+
+def _packing(draft: Draft) -> None:
+    name, packing = draft.take_named("sample_packing", "neat_packing", "packing")
+    if values.flag(packing) is not None:
+        draft.set("data.packing", values.flag(packing), name)
+
+
+def _trackers(draft: Draft) -> None:
+    found = [name for name in values.names(draft.take("report_to")) if name.lower() not in ("none", "all", "null")]
+    for tracker in ("wandb", "tensorboard", "mlflow"):
+        switches = [draft.take(f"use_{tracker}"), draft.take(f"enable_{tracker}")]
+        if any(map(values.flag, switches)):
+            found.append(tracker)
+    if draft.peek("wandb_project") not in OFF and not found and draft.trainer == "axolotl":
+        found.append("wandb")
+    if found:
+        draft.set("train.trackers", list(dict.fromkeys(found)), "report_to")
+
+
+def flatten(given: Mapping[str, Any], keep: set[str]) -> dict[str, Any]:
+    """Return the leaves of nested groups by their own names; `keep` names mappings that are values."""
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, dict) and name not in keep:
+            flat |= flatten(value, keep)
+        else:
+            flat[str(name)] = value
+    return flat

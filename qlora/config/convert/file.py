@@ -1,0 +1,138 @@
+"""A file of another trainer to a config of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora.config.convert.command import parse_command
+from qlora.config.convert.detect import TRAINERS, Trainer, detect
+from qlora.config.convert.draft import Draft
+from qlora.config.convert.write import config_text, summary_lines
+from qlora.config.plain_yaml import MAX_CHARACTERS, parse_yaml
+from qlora.config.sections import RunConfig
+from qlora.errors import ConfigError
+
+# What a required key is set to if the other config does not say it.
+PLACEHOLDERS = {
+    "model.base": "path/to/base",
+    "data.train": [{"path": "data/train.jsonl"}],
+    "train.output_dir": "runs/converted",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A converted config.
+
+    Attributes:
+        trainer: Whose config it was.
+        text: The config of ours, with comments.
+        warnings: What differs from what the other config asks for.
+        summary: What was dropped and why, as lines.
+        draft: How each key was handled.
+        template: A chat template that was written inside the other config; it belongs next to the new one.
+    """
+
+    trainer: str
+    text: str
+    warnings: list[str]
+    summary: list[str]
+    draft: Draft
+    template: str | None
+
+
+def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conversion:
+    """Convert a config of another trainer.
+
+    Args:
+        path: YAML, or a shell script or text file with a command line.
+        template_file: Name for a chat template that is written inside the config.
+
+    Raises:
+        ConfigError: The file can't be read, or is of no trainer that is known, or is a config of ours.
+    """
+    trainer, values = _read(path)
+    draft = Draft(trainer.name, values)
+    trainer.translate(draft, path.parent)
+    if draft.template is not None:
+        draft.set("data.chat_template", template_file, "written in the original")
+    for key, value in PLACEHOLDERS.items():
+        if draft.values.get(key) in (None, []):
+            draft.values.pop(key, None)
+            draft.set(key, value, "not said there: set it")
+            draft.warn(f"{key} is not said; set it.")
+    draft.drop_rest()
+    _drop_invalid(draft)
+    order = [f"{section}.{key}" for section, keys in _all_keys().items() for key in keys]
+    draft.values = {key: draft.values[key] for key in order if key in draft.values}
+    text = config_text(draft, path.name)
+    return Conversion(trainer.name, text, draft.warnings, summary_lines(draft), draft, draft.template)
+
+
+def recognize(values: Any) -> str | None:
+    """Return the name of the trainer that a YAML file's values are for; None if they are ours or unknown."""
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values) or is_ours(values):
+        return None
+    found = detect(values)
+    return None if found is None else found[0].name
+
+
+def is_ours(values: dict[str, Any]) -> bool:
+    """Whether values have a section with one of our keys in it."""
+    sections = _all_keys()
+    return any(isinstance(keys, dict) and keys.keys() & {*sections.get(name, ())} for name, keys in values.items())
+
+
+def _read(path: Path) -> tuple[Trainer, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there; --from takes a config of another trainer.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{path} has {len(text)} characters; a config has {MAX_CHARACTERS} at most.")
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        values = None if path.suffix not in (".yaml", ".yml") else error
+    if isinstance(values, ValueError):
+        raise ConfigError(f"{path} can't be read as YAML: {values}")
+    program = ""
+    if not isinstance(values, dict):
+        program, values = parse_command(text) or ("", {})
+    values = {str(name): value for name, value in values.items()}
+    if is_ours(values):
+        raise ConfigError(f"{path} is a config of qlora already.")
+    found = detect(values, program)
+    if found is None:
+        names = ", ".join(trainer.name for trainer in TRAINERS)
+        raise ConfigError(f"{path} is not recognized as a config of {names}: it has few or none of their keys.")
+    return found
+
+
+def _drop_invalid(draft: Draft) -> None:
+    """Leave out values that a section refuses, and say so; what is left loads."""
+    for _ in range(len(draft.values)):
+        values: dict[str, dict[str, Any]] = {}
+        for key, value in draft.values.items():
+            section, _, name = key.partition(".")
+            values.setdefault(section, {})[name] = value
+        try:
+            RunConfig.model_validate(values)
+            return
+        except ValidationError as error:
+            for problem in error.errors():
+                key = ".".join(map(str, problem["loc"][:2]))
+                reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                if key in draft.values:
+                    draft.warn(f"{key} ({draft.comments.pop(key)}) is left out: {problem['input']!r:.80} {reason}.")
+                    del draft.values[key]
+            for key, value in PLACEHOLDERS.items():
+                draft.set(key, value, "set it")
+
+
+def _all_keys() -> dict[str, list[str]]:
+    return {name: list(field.annotation.model_fields) for name, field in RunConfig.model_fields.items()}  # type: ignore[union-attr]

@@ -1,0 +1,83 @@
+"""What other trainers call our keys: for conversion, hints and `qlora explain`."""
+
+# Names of axolotl, LLaMA-Factory, TRL with transformers' arguments, and unsloth, by our key.
+NAMES_OF = {
+    "model.base": (
+        "base_model base_model_name_or_path model_name_or_path model_name model_id pretrained_model_name_or_path"
+    ),
+    "model.revision": "revision_of_model model_revision",
+    "model.quantization": (
+        "adapter load_in_4bit quantization_bit bits use_4bit_quantization use_bnb_4bit_quantization quant_type "
+        "bnb_4bit_quant_type quantization_type bnb_config_kwargs"
+    ),
+    "model.double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant use_nested_quant double_quantization",
+    "model.compute_dtype": "bf16 fp16 bfloat16 float16 torch_dtype pure_bf16 bnb_4bit_compute_dtype",
+    "model.attention": (
+        "flash_attention flash_attn use_flash_attn use_flash_attention_2 attn_implementation sdp_attention "
+        "eager_attention flex_attention xformers_attention"
+    ),
+    "model.recompute": (
+        "activation_checkpointing gradient_checkpointing use_gradient_checkpointing "
+        "disable_gradient_checkpointing activation_offloading"
+    ),
+    "lora.rank": "lora_r lora_rank r",
+    "lora.alpha": "lora_alpha",
+    "lora.rank_pattern": "peft_rank_pattern",
+    "lora.alpha_pattern": "peft_alpha_pattern",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "lora_target lora_target_linear lora_target_modules target_modules lora_modules",
+    "lora.rslora": "use_rslora peft_use_rslora",
+    "lora.init": "init_lora_weights peft_init_lora_weights",
+    "lora.modules_to_save": "lora_modules_to_save additional_target train_embeddings embedding_trainable",
+    "data.train": (
+        "datasets dataset dataset_name pretraining_dataset dataset_mixture dataset_mixer train_file train_files "
+        "data_path local_dataset dataset_path data_files"
+    ),
+    "data.eval": (
+        "val_set_size val_size test_datasets eval_dataset eval_dataset_size test_split_size validation_file "
+        "eval_file local_eval_dataset eval_split_size"
+    ),
+    "data.format": "format_type dataset_format",
+    "data.columns": "field_messages message_property_mappings dataset_text_field",
+    "data.max_rows": "max_samples max_train_samples",
+    "data.deduplicate": "dataset_exact_deduplication exact_deduplication",
+    "data.chat_template": "template chat_template_path chat_template_jinja chat_template_format",
+    "data.new_tokens": (
+        "tokens added_tokens new_special_tokens add_special_tokens add_tokens trainable_token_indices "
+        "fix_untrained_tokens"
+    ),
+    "data.special_tokens": "eos_token pad_token",
+    "data.loss_on": (
+        "train_on_inputs train_on_prompt train_on_source mask_history roles_to_train assistant_only_loss "
+        "completion_only_loss completions_only train_on_completions train_on_responses_only"
+    ),
+    "data.max_seq_len": "sequence_len cutoff_len max_length max_seq_length model_max_length",
+    "data.overlong": "excess_length_strategy truncation_mode",
+    "data.packing": "sample_packing neat_packing",
+    "data.cache_dir": "dataset_prepared_path tokenized_path",
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.micro_batch_size": "per_device_train_batch_size per_gpu_train_batch_size batch_size train_batch_size",
+    "train.gradient_accumulation_steps": "grad_accum accumulation_steps",
+    "train.learning_rate": "lr",
+    "train.lr_scheduler": "lr_scheduler_type",
+    "train.min_learning_rate": "cosine_min_lr_ratio lr_scheduler_kwargs min_lr",
+    "train.embedding_learning_rate": "embedding_lr",
+    "train.warmup_ratio": "warmup_steps",
+    "train.optimizer": "optim",
+    "train.betas": "adam_beta1 adam_beta2",
+    "train.deterministic": "full_determinism",
+    "train.seed": "random_state random_seed",
+    "train.log_every": "logging_steps",
+    "train.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
+    "train.save_every": "save_steps saves_per_epoch save_strategy",
+    "train.keep_checkpoints": "save_total_limit",
+    "train.trackers": "report_to use_wandb use_tensorboard use_mlflow use_comet enable_wandb enable_tensorboard",
+}
+NAMES = {name: key for key, names in NAMES_OF.items() for name in names.split()}
+NAMES["resume_from_checkpoint"] = "the option --resume auto|PATH"
+# Keys that are called alike here and there.
+SAME_NAMES = {
+    name: f"train.{name}"
+    for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",
+                 "output_dir")
+} | {"trust_remote_code": "model.trust_remote_code", "max_seq_len": "data.max_seq_len"}  # fmt: skip

@@ -1,0 +1,20 @@
+"""What a config may say: sections, keys, types, defaults, ranges and meanings."""
+
+from qlora.config.sections.data import DataSection, SourceSection
+from qlora.config.sections.export import ExportSection
+from qlora.config.sections.lora import LoraSection
+from qlora.config.sections.model import ModelSection
+from qlora.config.sections.run import RunConfig
+from qlora.config.sections.train import TrainSection
+from qlora.config.sections.values import parse_size
+
+__all__ = [
+    "DataSection",
+    "ExportSection",
+    "LoraSection",
+    "ModelSection",
+    "RunConfig",
+    "SourceSection",
+    "TrainSection",
+    "parse_size",
+]

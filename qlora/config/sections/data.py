@@ -1,0 +1,194 @@
+"""The section `data`, and a source in it: the rows and how they become examples."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from qlora.config.sections.base import Section
+from qlora.config.sections.values import Columns, Count, NewTokens, PathText
+
+Format = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
+    "classification", "oasst",
+]  # fmt: skip
+
+
+class SourceSection(Section):
+    """One source of rows and how to read it. Keys that are absent here are taken from `data`."""
+
+    path: PathText = Field(
+        description="A file, a folder of files, or a dataset on the hub (owner/name, or owner/name:split).",
+        examples=["data/train.jsonl"],
+    )
+    weight: float = Field(
+        default=1,
+        gt=0,
+        le=100,
+        description="How often an epoch sees the source's examples: 2 is twice, 0.5 a half of them, drawn by "
+        "train.seed.",
+        examples=[2],
+    )
+    split: str | None = Field(
+        default=None,
+        description="Split of a folder or of a dataset on the hub; null takes train.",
+        examples=["train_sft"],
+    )
+    subset: str | None = Field(
+        default=None,
+        description="Subset of a dataset on the hub that has several.",
+        examples=["wikitext-2-raw-v1"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a dataset on the hub.",
+        examples=["v1.0"],
+    )
+    type: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "lines"] = Field(
+        default="auto",
+        description="What a file contains, if its name does not tell. lines makes each line a row of text.",
+        examples=["lines"],
+    )
+    encoding: str = Field(default="utf-8", description="Encoding of text files.", examples=["latin-1"])
+    header: Literal["auto", True, False] = Field(
+        default="auto",
+        description="Whether the first line of a CSV or TSV names its columns. auto decides by the names, and asks "
+        "if it can't.",
+        examples=[False],
+    )
+    max_rows: Count | None = Field(
+        default=None,
+        description="Read the first so many rows; null takes data.max_rows.",
+        examples=[10000],
+    )
+    format: Format | None = Field(
+        default=None,
+        description="Format of this source's rows; null takes data.format.",
+        examples=["alpaca"],
+    )
+    columns: Columns | None = Field(
+        default=None,
+        description="Column names of this source, as data.columns; null takes data.columns.",
+        examples=[{"instruction": "question", "output": "answer"}],
+    )
+    roles: dict[str, str] | None = Field(
+        default=None,
+        description="Speaker names of this source, as data.roles; null takes data.roles.",
+        examples=[{"agent": "assistant"}],
+    )
+
+
+def _list_sources(value: object) -> object:
+    """Return a path, a source or a list of them as a list of sources."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str | dict | SourceSection) for one in values):
+        raise ValueError("should be a path, a source (path, weight, format, …) or a list of them")
+    return [{"path": one} if isinstance(one, str) else one for one in values]
+
+
+def _check_eval(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML reads 2e-2, without a dot, as text
+        except ValueError:
+            return _list_sources(value)
+    if isinstance(value, bool) or isinstance(value, int | float) and not 0 <= value < 1:
+        raise ValueError("should be a file or dataset to evaluate on, or a share of the rows below 1")
+    return value if value is None or isinstance(value, int | float) else _list_sources(value)
+
+
+WrittenSources = str | SourceSection | list[str | SourceSection]
+Sources = Annotated[list[SourceSection], BeforeValidator(_list_sources, json_schema_input_type=WrittenSources)]
+EvalSources = Annotated[
+    Annotated[list[SourceSection], Tag("sources")] | Annotated[float | None, Tag("share")],
+    Discriminator(lambda value: "sources" if isinstance(value, list) else "share"),
+    BeforeValidator(_check_eval, json_schema_input_type=Annotated[float, Field(ge=0, lt=1)] | WrittenSources | None),
+]
+
+
+class DataSection(Section):
+    """The rows to learn from and how they become examples."""
+
+    train: Sources = Field(
+        description="Rows to train on: a path, a source with keys of its own, or a list of them.",
+        examples=["data/train.jsonl"],
+    )
+    eval: EvalSources = Field(
+        default=None,
+        description="Held-out rows: a share of the training rows, or sources as for data.train; null holds out none.",
+        examples=[0.02],
+    )
+    format: Format = Field(
+        default="auto",
+        description="What the columns mean. auto detects it from the column names; qlora preview prints the result.",
+        examples=["alpaca"],
+    )
+    columns: Columns = Field(
+        default={},
+        description="Column names of your data, each after the name that the format expects; role and content name the "
+        "keys of a turn. Columns of a table without a header have numbers.",
+        examples=[{"instruction": "question", "output": "answer"}],
+    )
+    roles: dict[str, str] = Field(
+        default={},
+        description="Speaker names of your data, each with its meaning: system, user, assistant or tool.",
+        examples=[{"agent": "assistant", "caller": "user"}],
+    )
+    max_rows: Count | None = Field(
+        default=None,
+        description="Read the first so many rows of each source; null reads all.",
+        examples=[1000],
+    )
+    deduplicate: bool = Field(
+        default=False,
+        description="Leave out examples with the same tokens as an earlier one, and training examples that are held "
+        "out.",
+        examples=[True],
+    )
+    chat_template: PathText = Field(
+        default="auto",
+        description="Chat template: auto (the tokenizer's own, else alpaca), the name of a built-in one, or a jinja "
+        "file. It is saved with the adapter and the merged model.",
+        examples=["chatml"],
+    )
+    new_tokens: NewTokens = Field(
+        default=[],
+        description="Tokens added to the vocabulary; their rows of embedding and head are trained.",
+        examples=[["<tool>", "</tool>"]],
+    )
+    special_tokens: dict[Literal["eos_token", "pad_token"], str] = Field(
+        default={},
+        description="The tokenizer's end and pad token: tokens that it has, or that data.new_tokens adds.",
+        examples=[{"eos_token": "<|im_end|>"}],
+    )
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="Supervised tokens: every answer with its end token, the last answer only, or everything.",
+        examples=["last"],
+    )
+    max_seq_len: int = Field(
+        default=2048,
+        ge=8,
+        strict=True,
+        description="Longest sequence, in tokens. Packed sequences have this length.",
+        examples=[4096],
+    )
+    overlong: Literal["drop", "truncate", "split", "error"] = Field(
+        default="drop",
+        description="How documents longer than data.max_seq_len are handled. The report counts them.",
+        examples=["truncate"],
+    )
+    packing: bool = Field(
+        default=True,
+        description="Put several documents into one sequence. They do not see each other.",
+        examples=[False],
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        default="error",
+        description="How rows are handled that can't be read or have nothing to learn.",
+        examples=["drop"],
+    )
+    cache_dir: PathText | None = Field(
+        default=None,
+        description="Folder for tokenized data; null takes $XDG_CACHE_HOME/qlora/data or ~/.cache/qlora/data.",
+        examples=["/scratch/qlora-data"],
+    )

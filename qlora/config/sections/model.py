@@ -1,0 +1,61 @@
+"""The section `model`: the base model and how it is held."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from qlora.config.sections.base import Section
+from qlora.config.sections.values import ComputeDtype, PathText
+
+
+class ModelSection(Section):
+    """The base model and how it is held in memory."""
+
+    base: PathText = Field(
+        description="Base model: a local folder or a model id on the hub. Any causal language model of transformers.",
+        examples=["meta-llama/Llama-3.1-8B"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a base on the hub; null takes the default branch.",
+        examples=["main"],
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with the base. Set it only for bases whose code you have read.",
+        examples=[True],
+    )
+    quantization: Literal["nf4", "none"] = Field(
+        default="nf4",
+        description="How the base's linear layers are held: 4-bit NormalFloat, or none for 16 bits.",
+        examples=["none"],
+    )
+    double_quant: bool = Field(
+        default=True,
+        description="Store the quantization statistics in 8 bits as well: 0.516 instead of 0.563 bytes per parameter.",
+        examples=[False],
+    )
+    compute_dtype: ComputeDtype = Field(
+        default="auto",
+        description="Dtype of activations and products. auto takes bfloat16 where the hardware has it, else float16 on "
+        "GPUs and float32 on CPUs. bf16, fp16 and fp32 are accepted.",
+        examples=["bfloat16"],
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        default="auto",
+        description="Attention implementation of transformers. auto takes the fastest one that keeps packed documents "
+        "apart on this machine.",
+        examples=["sdpa"],
+    )
+    weight_cache: Literal["auto", "none"] = Field(
+        default="auto",
+        description="Keep dequantized weights in memory that is free. It saves time and does not change results; none "
+        "switches it off.",
+        examples=["none"],
+    )
+    recompute: Literal["auto", "none", "mlp", "attention", "full", "offload", "offload+tiled"] = Field(
+        default="auto",
+        description="Activation checkpointing (also called gradient checkpointing): how much of the forward pass is "
+        "computed again in the backward pass. auto takes the cheapest level that fits into memory.",
+        examples=["full"],
+    )

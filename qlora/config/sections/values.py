@@ -1,0 +1,111 @@
+"""Types that several sections share, and their checks."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from qlora.config.sections.base import UNUSABLE
+from qlora.dtypes import full_name
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as `5GB` or `500MB` (powers of ten) or `24GiB` (powers of two).
+
+    Raises:
+        ValueError: The text has another form, or stands for zero bytes.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if not size:
+        raise ValueError("should be a size such as 5GB or 500MB")
+    return size
+
+
+def _check_size(value: str) -> str:
+    parse_size(value)
+    return value
+
+
+def _check_path(value: str) -> str:
+    if not value:
+        raise ValueError("should name a file or folder")
+    if UNUSABLE.search(value):
+        return value  # reported by Section with the other texts
+    try:
+        os.lstat(Path(value).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # reported by the code that opens it
+    except (OSError, RuntimeError) as error:  # name too long, home of an unknown user, no permission
+        raise ValueError(f"can't be a path: {getattr(error, 'strerror', None) or error}") from None
+    return value
+
+
+def _check_share_or_steps(value: int | float | None) -> int | float | None:
+    if isinstance(value, bool) or value is not None and (value <= 0 or (value > 1 and value != int(value))):
+        raise ValueError("should be a number of steps, or a share of the run between 0 and 1")
+    return value
+
+
+def _check_pattern(value: str) -> str:
+    try:
+        re.compile(f"({value})")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"should be a regular expression: {error}") from None
+    return value
+
+
+def _check_new_tokens(value: list[str]) -> list[str]:
+    if not all(token.strip() for token in value) or len(set(value)) < len(value):
+        raise ValueError("should name each token once, and none that is empty or a space")
+    return value
+
+
+def _check_targets(value: str | list[str]) -> str | list[str]:
+    if not value:
+        raise ValueError("should name a layer at least, or be all-linear")
+    return value
+
+
+def _column_names(value: object) -> object:
+    """Return a mapping with column numbers as names."""
+    if not isinstance(value, dict):
+        return value
+    return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
+Size = Annotated[str, AfterValidator(_check_size)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Alpha = Annotated[float, Field(gt=0)]
+Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
+NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
+Columns = Annotated[dict[str, str], BeforeValidator(_column_names, json_schema_input_type=dict[str, str | int])]
+Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+ComputeDtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    BeforeValidator(
+        full_name,
+        json_schema_input_type=Literal["auto", "bfloat16", "float16", "float32"] | Literal["bf16", "fp16", "fp32"],
+    ),
+]
+AdapterDtype = Annotated[
+    Literal["bfloat16", "float32"],
+    BeforeValidator(full_name, json_schema_input_type=Literal["bfloat16", "float32"] | Literal["bf16", "fp32"]),
+]
+ExportDtype = Annotated[
+    Literal["float16", "bfloat16", "float32"],
+    BeforeValidator(
+        full_name, json_schema_input_type=Literal["float16", "bfloat16", "float32"] | Literal["fp16", "bf16", "fp32"]
+    ),
+]

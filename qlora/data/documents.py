@@ -1,0 +1,47 @@
+"""Rows that are read without a chat template: text, token ids and labelled text."""
+
+from qlora.data.examples import Completion, Labelled, Tokens
+from qlora.data.masks import check_weight
+from qlora.data.rows import Row
+from qlora.data.turns import TurnReader
+from qlora.data.values import check_unicode, numbers_of, text_of
+from qlora.errors import DataError
+
+IGNORED_LABEL = -100
+
+
+def read_text(_turns: TurnReader, row: Row) -> Completion:
+    """Read `text`."""
+    return Completion("", text_of(row, "text"))
+
+
+def read_tokenized(_turns: TurnReader, row: Row) -> Tokens:
+    """Read `input_ids` with `loss_mask` or `labels`; positions that `attention_mask` excludes are removed."""
+    ids = numbers_of(row, "input_ids")
+    if not ids:
+        raise DataError(f"{row.origin}: 'input_ids' is empty.")
+    weights = [1.0] * len(ids)
+    if row.values.get("loss_mask") is not None:
+        weights = [check_weight(row, weight) for weight in numbers_of(row, "loss_mask", len(ids))]
+    elif row.values.get("labels") is not None:
+        labels = numbers_of(row, "labels", len(ids))
+        for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
+            if label not in (IGNORED_LABEL, token):
+                raise DataError(
+                    f"{row.origin}: label {place} is {label}, neither input id {token} nor {IGNORED_LABEL}; labels "
+                    "should be the ids themselves, not shifted."
+                )
+        weights = [float(label != IGNORED_LABEL) for label in labels]
+    is_padding = [False] * len(ids)
+    if row.values.get("attention_mask") is not None:
+        is_padding = [not attended for attended in numbers_of(row, "attention_mask", len(ids))]
+    kept = [place for place in range(len(ids)) if not is_padding[place]]
+    return Tokens([ids[place] for place in kept], [weights[place] for place in kept])
+
+
+def read_classification(_turns: TurnReader, row: Row) -> Labelled:
+    """Read `text` and `label`, a name or a number."""
+    label = row.values.get("label")
+    if not isinstance(label, str | int):
+        raise DataError(f"{row.origin}: 'label' should be a name or a number, not {label!r:.80}.")
+    return Labelled(text_of(row, "text"), check_unicode(row, str(label)))

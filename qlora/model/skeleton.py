@@ -1,0 +1,73 @@
+"""A base's architecture without weights, built from a config that anyone may have written."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qlora.errors import ModelError
+from qlora.files import BaseFiles
+from qlora.model.formats import weight_format
+
+# Config keys that count modules, and how many a model may have of each.
+COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
+MAX_COUNT = 10_000
+# Config keys that may name a kernel to download from the hub.
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+
+
+def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+    """Build a base's architecture without weights, on the meta device.
+
+    Args:
+        files: The base's files; its config.json is all that is needed.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ModelError: The weights' format is not supported, transformers does not know the architecture, it needs code
+            that may not be run, or its sizes are impossible.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weight_format(files)
+    _check_config(files)
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value can make an architecture raise anything
+        reason = reason_for_users(error, trust_remote_code)
+        raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+
+
+def reason_for_users(error: Exception, trust_remote_code: bool) -> str:
+    """Return the message of an error of transformers; where it asks to run code, with the setting's name here."""
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return (
+            "it comes with code of its own, which runs with all your rights; read it, and set model.trust_remote_code: "
+            "true (--trust-remote-code) if you trust it"
+        )
+    return str(error) or type(error).__name__
+
+
+def _check_config(files: BaseFiles) -> None:
+    """Check that a config asks neither for code from the hub nor for more modules than any model has.
+
+    Each module takes memory by itself, even on the meta device, where weights take none.
+    """
+    for key, value in _walk(files.config):
+        if key.endswith(KERNEL_KEYS) and isinstance(value, str) and "/" in value:
+            raise ModelError(
+                f"{files.name}: config.json asks for code from the hub, {key}: {value!r:.80}; take it out."
+            )
+        if COUNT_KEYS.search(key) and isinstance(value, int | float) and value > MAX_COUNT:
+            raise ModelError(f"{files.name}: config.json asks for {key}: {value}, and no model has over {MAX_COUNT}.")
+
+
+def _walk(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, including those of nested sections."""
+    for key, value in values.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _walk(value)

@@ -1,0 +1,1 @@
+"""Key sets of public configs of other trainers, with values of our own."""

@@ -1,0 +1,420 @@
+"""Configs of other trainers become configs of ours, and every key of theirs is accounted for."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora.config import load_config
+from qlora.config.convert import convert_file
+from qlora.config.convert.names import NAMES, SAME_NAMES
+from qlora.config.hints import keys_of
+from qlora.errors import ConfigError
+from tests.config.peers.key_sets import AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH, values_of
+
+PUBLIC = {
+    **{name: ("axolotl", words) for name, words in AXOLOTL.items()},
+    **{name: ("LLaMA-Factory", words) for name, words in LLAMA_FACTORY.items()},
+    **{name: ("TRL", words) for name, words in TRL.items()},
+    **{name: ("unsloth", words) for name, words in UNSLOTH.items()},
+}
+
+
+AXOLOTL_BASE = {
+    "base_model": "org/base", "datasets": [{"path": "rows.jsonl", "type": "alpaca"}], "output_dir": "out",
+    "sequence_len": 1024, "micro_batch_size": 2, "num_epochs": 2, "adapter": "qlora", "load_in_4bit": True,
+}  # fmt: skip
+LLAMA_FACTORY_BASE = {
+    "model_name_or_path": "org/base", "stage": "sft", "finetuning_type": "lora", "dataset": "mine", "cutoff_len": 512,
+    "template": "llama3", "output_dir": "out",
+}  # fmt: skip
+TRL_BASE = {
+    "model_name_or_path": "org/base", "dataset_name": "org/chats", "use_peft": True, "load_in_4bit": True,
+    "lora_target_modules": "all-linear", "num_train_epochs": 2, "output_dir": "out",
+}  # fmt: skip
+UNSLOTH_BASE = {
+    "model_name": "org/base", "max_seq_length": 1024, "r": 8, "random_state": 3407, "dataset": "rows.jsonl",
+    "use_gradient_checkpointing": "unsloth", "output_dir": "out",
+}  # fmt: skip
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Converts values or the text of a script; returns the conversion and the loaded config."""
+
+    def convert(given, name=None):
+        path = tmp_path / (name or ("theirs.sh" if isinstance(given, str) else "theirs.yml"))
+        path.write_text(given if isinstance(given, str) else yaml.safe_dump(given), encoding="utf-8")
+        conversion = convert_file(path, str(tmp_path / "ours.jinja"))
+        ours = tmp_path / "ours.yaml"
+        ours.write_text(conversion.text, encoding="utf-8")
+        return conversion, load_config(ours)
+
+    return convert
+
+
+def leaves(values):
+    """Names of keys, those inside of groups of unsloth's included."""
+    for name, value in values.items():
+        if isinstance(value, dict) and name in ("model", "data", "training", "lora", "logging") or name.isupper():
+            yield from leaves(value) if isinstance(value, dict) else [name.lower()]
+        else:
+            yield name
+
+
+def test_there_are_enough_public_key_sets():
+    assert len(PUBLIC) >= 40
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_key_set_converts_and_every_key_is_accounted_for(convert, name):
+    trainer, words = PUBLIC[name]
+    values = values_of(words)
+    conversion, _ = convert(values)
+    draft = conversion.draft
+    assert conversion.trainer == trainer
+    assert draft.unknown == []
+    assert set(leaves(values)) - {*draft.translated, *draft.dropped, *draft.off} == set()
+    assert all(draft.dropped.values())
+    for dropped in draft.dropped:
+        assert dropped in conversion.text
+
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize("theirs", [
+    {"hub_token": SECRET}, {"base_model": f"https://me:{SECRET}@host/model"}, {"wandb_project": f"hf_{SECRET}"},
+    {"datasets": [{"path": f"hf_{SECRET}", "type": f"hf_{SECRET}"}]}, {"chat_template": f"hf_{SECRET}"},
+    {"optimizer": f"hf_{SECRET}"}, {f"hf_{SECRET}": 1}, {"lora_target_modules": [f"hf_{SECRET}"]},
+], ids=lambda theirs: next(iter(theirs))[:20])  # fmt: skip
+def test_secrets_are_in_no_output(convert, theirs):
+    conversion, _ = convert(AXOLOTL_BASE | theirs)
+    assert SECRET not in conversion.text + "".join(conversion.warnings + conversion.summary)
+
+
+def test_control_characters_reach_neither_the_file_nor_the_screen(convert):
+    conversion, _ = convert(AXOLOTL_BASE | {"optimizer": "a\x1b[2Jb", "odd\x1bkey\ninjected: 1": 1})
+    assert "\x1b" not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert "\ninjected" not in conversion.text
+
+
+def test_variables_of_a_script_do_not_multiply(convert):
+    bomb = "A=0123456789\n" + "".join(
+        f"{new}=${old}${old}${old}${old}\n" for old, new in pairwise("ABCDEFGHIJKLMNOPQRST")
+    )
+    conversion, _ = convert(f"{bomb}trl sft --model_name_or_path org/b --dataset_name org/d --run_name {'$T' * 1000}")
+    assert len(conversion.text) < 10_000
+
+
+def get(config, key):
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+@pytest.mark.parametrize(("base", "theirs", "key", "value"), [
+    (AXOLOTL_BASE, {"optimizer": "adamw_bnb_8bit"}, "train.optimizer", "adamw_8bit"),
+    (AXOLOTL_BASE, {"optimizer": "paged_adamw_32bit"}, "train.optimizer", "paged_adamw_32bit"),
+    (AXOLOTL_BASE, {"optimizer": "adamw_torch_fused"}, "train.optimizer", "adamw_32bit"),
+    (AXOLOTL_BASE, {}, "train.optimizer", "adamw_32bit"),
+    (AXOLOTL_BASE, {"lora_target_linear": True, "lora_target_modules": ["q_proj"]}, "lora.targets", "all-linear"),
+    (AXOLOTL_BASE, {"lora_target_modules": ["q_proj", "v_proj"]}, "lora.targets", ["q_proj", "v_proj"]),
+    (AXOLOTL_BASE, {"lora_target_modules": r"layers.[\d]+.mlp.up_proj"}, "lora.targets", r"layers.[\d]+.mlp.up_proj"),
+    (AXOLOTL_BASE, {"sample_packing": True}, "data.packing", True),
+    (AXOLOTL_BASE, {}, "data.packing", False),
+    (AXOLOTL_BASE, {"warmup_steps": 10, "max_steps": 200}, "train.warmup_ratio", 0.05),
+    (AXOLOTL_BASE, {"warmup_ratio": 0.1}, "train.warmup_ratio", 0.1),
+    (AXOLOTL_BASE, {"evals_per_epoch": 4}, "train.eval_every", 0.125),
+    (AXOLOTL_BASE, {"saves_per_epoch": 1}, "train.save_every", 0.5),
+    (AXOLOTL_BASE, {"eval_steps": 50}, "train.eval_every", 50),
+    (AXOLOTL_BASE, {"eval_steps": 0.05}, "train.eval_every", 0.05),
+    (AXOLOTL_BASE, {"val_set_size": 0.02}, "data.eval", 0.02),
+    (AXOLOTL_BASE, {"val_set_size": 0}, "data.eval", None),
+    (AXOLOTL_BASE, {"bf16": "auto"}, "model.compute_dtype", "auto"),
+    (AXOLOTL_BASE, {"bf16": True}, "model.compute_dtype", "bfloat16"),
+    (AXOLOTL_BASE, {"bf16": False, "fp16": True}, "model.compute_dtype", "float16"),
+    (AXOLOTL_BASE, {"load_in_4bit": False, "adapter": "lora"}, "model.quantization", "none"),
+    (AXOLOTL_BASE, {}, "model.quantization", "nf4"),
+    (AXOLOTL_BASE, {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "model.double_quant", False),
+    (AXOLOTL_BASE, {"peft_use_rslora": True}, "lora.rslora", True),
+    (AXOLOTL_BASE, {"train_on_inputs": True}, "data.loss_on", "all"),
+    (AXOLOTL_BASE, {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, "lora.modules_to_save",
+     ["embed_tokens", "lm_head"]),
+    (AXOLOTL_BASE, {"tokens": ["<a>", "<b>"]}, "data.new_tokens", ["<a>", "<b>"]),
+    (AXOLOTL_BASE, {"batch_size": 16}, "train.gradient_accumulation_steps", 8),
+    (AXOLOTL_BASE, {"gradient_checkpointing": "offload"}, "model.recompute", "offload"),
+    (AXOLOTL_BASE, {"gradient_checkpointing": False}, "model.recompute", "none"),
+    (AXOLOTL_BASE, {"attn_implementation": "sdpa"}, "model.attention", "sdpa"),
+    (AXOLOTL_BASE, {"flash_attention": True}, "model.attention", "auto"),
+    (AXOLOTL_BASE, {"wandb_project": "mine"}, "train.trackers", ["wandb"]),
+    (AXOLOTL_BASE, {"learning_rate": "2e-4", "cosine_min_lr_ratio": 0.1}, "train.min_learning_rate", 2e-5),
+    (AXOLOTL_BASE, {"excess_length_strategy": "raise"}, "data.overlong", "error"),
+    (AXOLOTL_BASE, {}, "data.chat_template", "alpaca"),
+    (AXOLOTL_BASE, {"datasets": [{"path": "r.jsonl", "type": "chat_template"}], "chat_template": "chatml"},
+     "data.chat_template", "chatml"),
+    (AXOLOTL_BASE, {"datasets": [{"path": "r.jsonl", "type": "completion"}]}, "data.overlong", "split"),
+    (AXOLOTL_BASE, {"seed": 7}, "train.seed", 7),
+    (LLAMA_FACTORY_BASE, {"template": "qwen3_nothink"}, "data.chat_template", "qwen3"),
+    (LLAMA_FACTORY_BASE, {}, "data.chat_template", "llama3"),
+    (LLAMA_FACTORY_BASE, {"lora_rank": 16}, "lora.alpha", 32),
+    (LLAMA_FACTORY_BASE, {"lora_target": "q_proj,v_proj"}, "lora.targets", ["q_proj", "v_proj"]),
+    (LLAMA_FACTORY_BASE, {"lora_target": "all"}, "lora.targets", "all-linear"),
+    (LLAMA_FACTORY_BASE, {"quantization_bit": 4}, "model.quantization", "nf4"),
+    (LLAMA_FACTORY_BASE, {"mask_history": True}, "data.loss_on", "last"),
+    (LLAMA_FACTORY_BASE, {"neat_packing": True}, "data.packing", True),
+    (LLAMA_FACTORY_BASE, {"stage": "pt"}, "data.format", "text"),
+    (LLAMA_FACTORY_BASE, {"warmup_steps": 0.1}, "train.warmup_ratio", 0.1),
+    (LLAMA_FACTORY_BASE, {"new_special_tokens": "<a>,<b>"}, "data.new_tokens", ["<a>", "<b>"]),
+    (LLAMA_FACTORY_BASE, {"max_samples": 100}, "data.max_rows", 100),
+    (LLAMA_FACTORY_BASE, {}, "train.learning_rate", 5e-5),
+    (LLAMA_FACTORY_BASE, {}, "data.overlong", "truncate"),
+    (TRL_BASE, {"eval_strategy": "no"}, "train.eval_every", None),
+    (TRL_BASE, {"save_strategy": "epoch"}, "train.save_every", 0.5),
+    (TRL_BASE, {"lr_scheduler_type": "constant"}, "train.warmup_ratio", 0.0),
+    (TRL_BASE, {"learning_rate": 1e-4, "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "train.min_learning_rate", 1e-5),
+    (TRL_BASE, {"assistant_only_loss": True}, "data.loss_on", "assistant"),
+    (TRL_BASE, {"completion_only_loss": False}, "data.loss_on", "all"),
+    (TRL_BASE, {}, "model.double_quant", False),
+    (TRL_BASE, {"use_bnb_nested_quant": True}, "model.double_quant", True),
+    (TRL_BASE, {"max_steps": -1}, "train.max_steps", None),
+    (TRL_BASE, {"report_to": "tensorboard"}, "train.trackers", ["tensorboard"]),
+    (TRL_BASE, {"report_to": "none"}, "train.trackers", []),
+    (TRL_BASE, {"max_grad_norm": 0}, "train.max_grad_norm", None),
+    (TRL_BASE, {"torch_dtype": "bfloat16"}, "model.compute_dtype", "bfloat16"),
+    (TRL_BASE, {"adam_beta2": 0.95}, "train.betas", (0.9, 0.95)),
+    (TRL_BASE, {}, "lora.dropout", 0.05),
+    (TRL_BASE, {"chat_template_path": "mine.jinja"}, "data.chat_template", "mine.jinja"),
+    (UNSLOTH_BASE, {}, "model.recompute", "auto"),
+    (UNSLOTH_BASE, {}, "lora.rank", 8),
+    (UNSLOTH_BASE, {}, "train.seed", 3407),
+    (UNSLOTH_BASE, {}, "model.quantization", "nf4"),
+    (UNSLOTH_BASE, {"load_in_4bit": False}, "model.quantization", "none"),
+    (UNSLOTH_BASE, {"train_on_completions": False}, "data.loss_on", "all"),
+], ids=str)  # fmt: skip
+def test_a_value_becomes_ours(convert, base, theirs, key, value):
+    _, config = convert(base | theirs)
+    assert get(config, key) == value
+
+
+@pytest.mark.parametrize(("base", "theirs", "words"), [
+    (AXOLOTL_BASE, {"adapter": None, "load_in_4bit": False}, ["full fine-tuning"]),
+    (AXOLOTL_BASE, {"rl": "dpo"}, ["rl: dpo", "not available", "data.format: chosen"]),
+    (AXOLOTL_BASE, {"load_in_4bit": False, "adapter": "lora", "load_in_8bit": True}, ["8 bits", "nf4"]),
+    (AXOLOTL_BASE, {"warmup_steps": 10}, ["warmup_steps: 10", "train.warmup_ratio", "qlora preview"]),
+    (AXOLOTL_BASE, {"optimizer": "lion_8bit"}, ["lion_8bit", "not available"]),
+    (AXOLOTL_BASE, {"lr_scheduler": "rex"}, ["rex", "cosine"]),
+    (AXOLOTL_BASE, {"peft_use_dora": True}, ["DoRA"]),
+    (AXOLOTL_BASE, {"early_stopping_patience": 3}, ["early_stopping_patience"]),
+    (AXOLOTL_BASE, {"chat_template": "jamba", "datasets": [{"path": "r", "type": "chat_template"}]},
+     ["chat_template: jamba", "auto"]),
+    (AXOLOTL_BASE, {"val_set_size": 500}, ["500", "share"]),
+    (AXOLOTL_BASE, {"datasets": [{"path": "r", "type": "chat_template", "split": "train[:20%]"}]}, ["train[:20%]"]),
+    (AXOLOTL_BASE, {"lora_dropout": 1.5}, ["lora.dropout", "left out", "less than 1"]),
+    (AXOLOTL_BASE, {"base_model": None}, ["model.base is not said"]),
+    (LLAMA_FACTORY_BASE, {"finetuning_type": "full"}, ["full fine-tuning"]),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo"}, ["stage: dpo"]),
+    (LLAMA_FACTORY_BASE, {"packing": True}, ["documents see each other"]),
+    (LLAMA_FACTORY_BASE, {"loraplus_lr_ratio": 16.0}, ["loraplus_lr_ratio", "one learning rate"]),
+    (LLAMA_FACTORY_BASE, {}, ["dataset mine", "dataset_info.json"]),
+    (TRL_BASE, {}, ["every token", "data.loss_on"]),
+    (TRL_BASE, {"use_peft": False, "lora_target_modules": None}, ["full fine-tuning"]),
+    (TRL_BASE, {"lora_target_modules": None}, ["all-linear"]),
+    (TRL_BASE, {"beta": 0.1}, ["objective"]),
+    (UNSLOTH_BASE, {"full_finetuning": True}, ["full fine-tuning"]),
+], ids=str)  # fmt: skip
+def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
+    conversion, _ = convert(base | theirs)
+    reported = "\n".join(conversion.warnings)
+    assert [word for word in words if word not in reported] == []
+    assert conversion.text.index("Check these first") < conversion.text.index("\nmodel:")
+
+
+def test_a_known_key_with_a_value_that_has_no_counterpart_is_dropped_with_its_key_here(convert):
+    conversion, _ = convert(TRL_BASE | {"gradient_accumulation_steps": "auto", "train_embeddings": True})
+    assert conversion.draft.dropped["train_embeddings"] == "lora.modules_to_save takes no such value"
+    assert conversion.draft.dropped["gradient_accumulation_steps"].startswith("train.gradient_accumulation_steps")
+
+
+def test_a_key_that_nothing_knows_is_named(convert):
+    conversion, _ = convert(AXOLOTL_BASE | {"flux_capacitor": 88})
+    assert conversion.draft.unknown == ["flux_capacitor"]
+    assert "Unknown to qlora, so dropped: flux_capacitor" in conversion.text
+
+
+def test_the_columns_and_roles_of_axolotls_turns_become_ours(convert):
+    _, config = convert(AXOLOTL_BASE | {"datasets": [{
+        "path": "rows.jsonl", "type": "chat_template", "field_messages": "talk", "message_property_mappings":
+        {"role": "who", "content": "what"}, "roles": {"user": ["caller"], "assistant": ["agent", "gpt"]},
+    }]})  # fmt: skip
+    (source,) = config.data.train
+    assert source.columns == {"messages": "talk", "role": "who", "content": "what"}
+    assert source.roles == {"caller": "user", "agent": "assistant"}
+
+
+def test_axolotls_own_prompt_formats_name_their_columns(convert):
+    kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction}"}
+    conversion, config = convert(AXOLOTL_BASE | {"datasets": [{"path": "rows.jsonl", "type": kind}]})
+    assert config.data.train[0].columns == {"instruction": "q", "output": "a"}
+    assert any("prompt format of its own" in warning for warning in conversion.warnings)
+
+
+def test_files_of_a_json_dataset_become_sources(convert):
+    _, config = convert(AXOLOTL_BASE | {"datasets": [
+        {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "alpaca"},
+        {"path": "org/name", "name": "main", "split": "validation", "revision": "v1", "type": "alpaca"},
+    ]})  # fmt: skip
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl", "org/name"]
+    assert (config.data.train[2].subset, config.data.train[2].split, config.data.train[2].revision) == (
+        "main", "validation", "v1",
+    )  # fmt: skip
+
+
+INFO = {
+    "mine": {"file_name": "mine.json", "columns": {"prompt": "question", "response": "answer", "query": ""}},
+    "talks": {
+        "file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "talk"},
+        "tags": {"role_tag": "who", "content_tag": "text", "user_tag": "caller", "assistant_tag": "gpt"},
+    },
+    "far": {"hf_hub_url": "org/far", "subset": "en", "split": "train_sft", "num_samples": 50},
+    "wiki": {"file_name": "wiki.txt", "columns": {"prompt": "content"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [".", "data"])
+def test_datasets_are_found_through_dataset_info(convert, tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "dataset_info.json").write_text(json.dumps(INFO))
+    conversion, config = convert(LLAMA_FACTORY_BASE | {"dataset": "mine, talks, far"})
+    mine, talks, far = config.data.train
+    assert (mine.path, mine.columns) == (
+        str(tmp_path / place / "mine.json"),
+        {"instruction": "question", "output": "answer"},
+    )
+    assert talks.columns == {"messages": "talk", "role": "who", "content": "text"}
+    assert talks.roles == {"caller": "user"}
+    assert (far.path, far.subset, far.split, far.max_rows) == ("org/far", "en", "train_sft", 50)
+    assert not any("dataset_info" in warning for warning in conversion.warnings)
+
+
+def test_pretraining_text_is_read_from_its_column(convert, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps(INFO))
+    _, config = convert(LLAMA_FACTORY_BASE | {"stage": "pt", "dataset": "wiki"})
+    assert config.data.train[0].columns == {"text": "content"}
+    assert (config.data.format, config.data.overlong, config.data.packing) == ("text", "split", True)
+
+
+SCRIPT = r"""#!/bin/bash
+set -x
+MODEL=org/base   # not a plain assignment, because of this comment
+MODEL=org/real
+export OUT="runs/here"
+mkdir -p "$OUT"
+accelerate launch --num_processes 4 --config_file fsdp.yaml sft.py \
+    --model_name_or_path ${MODEL} \
+    --dataset_name "org/chats" \
+    --use_peft --lora_r=8 --lora-alpha 16 \
+    --lora_target_modules q_proj v_proj \
+    --load_in_4bit True \
+    --learning_rate 1e-4 \
+    --output_dir $OUT > "$OUT/log" 2>&1 && echo --done
+"""
+
+
+def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path):
+    conversion, config = convert(SCRIPT + f"touch {tmp_path / 'was-run'}\n")
+    assert conversion.trainer == "TRL"
+    assert (config.model.base, config.train.output_dir) == ("org/real", "runs/here")
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16, ["q_proj", "v_proj"])
+    assert config.train.learning_rate == 1e-4
+    assert "num_processes" not in conversion.text
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(("command", "trainer"), [
+    ("llamafactory-cli train --model_name_or_path org/b --dataset a --output_dir o", "LLaMA-Factory"),
+    ("torchrun --nproc_per_node 2 src/train.py --model_name_or_path org/b --stage sft", "LLaMA-Factory"),
+    ("python unsloth-cli.py --model_name org/b --r 16 --dataset org/rows", "unsloth"),
+    ("trl sft --model_name_or_path org/b --dataset_name org/rows", "TRL"),
+    ("python -m trl.scripts.sft --model_name_or_path org/b --dataset_name org/rows", "TRL"),
+])  # fmt: skip
+def test_the_trainer_is_told_from_the_command(convert, command, trainer):
+    conversion, config = convert(command)
+    assert conversion.trainer == trainer
+    assert config.model.base == "org/b"
+
+
+def test_a_template_that_is_written_out_becomes_a_file(convert, tmp_path):
+    written = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    conversion, config = convert(TRL_BASE | {"chat_template": written})
+    assert conversion.template == written
+    assert config.data.chat_template == str(tmp_path / "ours.jinja")
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    ("recipe: x\nfoo: 1\n", "is not recognized as a config of axolotl, LLaMA-Factory, unsloth, TRL"),
+    ("model: {base: b}\ndata: {train: t}\ntrain: {output_dir: o}\n", "is a config of qlora already"),
+    ("just words\n", "is not recognized"),
+    ("a: [\n", "can't be read as YAML"),
+    ("", "is not recognized"),
+    ("- a\n- b\n", "is not recognized"),
+])  # fmt: skip
+def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, told):
+    path = tmp_path / "theirs.yml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        convert_file(path)
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [
+    {"base_model": 3, "datasets": "x", "sequence_len": [1], "adapter": {"a": 1}},
+    {"base_model": ["a"], "datasets": [3, None, {"path": None}], "num_epochs": "many", "roles": 1},
+    {"base_model": "b", "datasets": [{"path": "p", "type": 3, "roles": [1], "message_property_mappings": None}],
+     "lora_target_modules": {"a": 1}, "adapter": "lora"},
+    {"base_model": "b", "datasets": {"path": "p"}, "special_tokens": 3, "optimizer": [1], "lr_scheduler": 5,
+     "warmup_steps": "x", "sequence_len": 2.5},
+    {"model_name_or_path": 1, "dataset": 3, "stage": ["sft"], "template": {"a": 1}, "cutoff_len": None, "lora_rank": 0},
+    {"model_name_or_path": "b", "dataset_mixture": {"datasets": [1, {"id": 3}]}, "use_peft": 1, "num_train_epochs": 0},
+    {"model_name_or_path": "b\n# injected: true", "use_peft": True, "dataset_name": "d\ntrain: {x: 1}"},
+], ids=lambda values: str(values)[:30])  # fmt: skip
+def test_odd_values_still_give_a_config_that_loads(convert, values):
+    convert(values)
+
+
+def test_a_converted_config_can_be_previewed(convert, tiny_base, alpaca_file):
+    from qlora.training import preview
+
+    _, config = convert(
+        AXOLOTL_BASE | {"base_model": str(tiny_base), "datasets": [{"path": str(alpaca_file), "type": "alpaca"}]}
+    )
+    assert preview(config, 1).train_examples > 0
+
+
+def test_another_trainers_config_is_answered_with_one_line(tmp_path):
+    path = tmp_path / "axolotl.yml"
+    path.write_text(yaml.safe_dump(values_of(AXOLOTL["axolotl llama-3/qlora-1b.yml"])))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path} is a config of axolotl. Convert it with: qlora init --from {path} -o my.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_our_own_configs_are_not_taken_for_another_trainers(recipe):
+    with pytest.raises(ConfigError, match="is a config of qlora already"):
+        convert_file(recipe)
+
+
+def test_the_table_in_the_docs_says_what_the_conversion_does():
+    page = (Path(__file__).parents[2] / "docs" / "arriving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+\.\w+)` \|(.*)\|$", page, re.MULTILINE)
+    assert len(rows) > 30
+    known = NAMES | SAME_NAMES | {"wandb_project": "train.trackers"}
+    for key, cells in rows:
+        section, _, name = key.partition(".")
+        assert name in keys_of(section)
+        assert [theirs for theirs in re.findall(r"`(\w+)`", cells) if theirs != name and known.get(theirs) != key] == []
