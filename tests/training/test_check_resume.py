@@ -60,7 +60,7 @@ def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp
 
 
 def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
-    restore = import_module("qlora.training.run").load_state
+    restore = import_module("qlora.training.prepare").load_state
 
     def forget(folder, model, optimizer):
         progress = restore(folder, model, optimizer)

@@ -94,7 +94,7 @@ def test_room_is_asked_for_only_for_what_is_not_there_yet(configure, disk, tmp_p
 def test_a_save_is_tried_before_the_first_step(configure, tmp_path, monkeypatch):
     tried = []
 
-    def refuse(folder, *_):
+    def refuse(folder, *_, **__):
         tried.append(folder.name)
         raise CheckpointError("refused")
 
