@@ -48,6 +48,7 @@ def test_a_level_that_is_asked_for_is_the_one_shown(config):
     assert report["level"] == "full"
 
 
+@pytest.mark.slow
 def test_a_probe_measures_what_was_reckoned(config):
     # In a process of its own: what other models took for products is kept, and would be measured.
     command = [sys.executable, "-m", "qlora", "estimate", str(config), "--probe", "--json"]
