@@ -107,6 +107,20 @@ def test_the_card_of_a_base_is_no_bomb(tmp_path):
     assert read_license(tmp_path) == {"license": "mit"}
 
 
+@pytest.mark.parametrize("script", [
+    "trl sft --model_name_or_path $(touch {marker}) --dataset_name `touch {marker}`; touch {marker}",
+    "X=$(touch {marker})\ntrl sft --model_name_or_path ${{X:-$(touch {marker})}} --dataset_name b | tee {marker}",
+    "model_name_or_path: !!python/object/apply:os.mknod [{marker}]\ndataset_name: b",
+])  # fmt: skip
+def test_a_script_that_is_converted_is_not_run(tmp_path, script):
+    path = tmp_path / "theirs.sh"
+    path.write_text(script.format(marker=tmp_path / "was-run"))
+    done = run("init", "--from", path, "-o", tmp_path / "ours.yaml")
+    assert done.code in (0, 2)
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "was-run").exists()
+
+
 # Secrets.
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, learn_from, refuse_objective, set_template, translate_common
+from qlora.config.convert.common import hold_out, refuse_objective, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
 
 # Keys by which axolotl's configs are recognized.
@@ -56,7 +56,7 @@ def translate(draft: Draft, folder: Path) -> None:
     _objective(draft)
     hold_out(draft, draft.take("val_set_size"), "val_set_size")
     if values.flag(draft.take("train_on_inputs")):
-        learn_from(draft, "all", "train_on_inputs")
+        draft.set("data.loss_on", "all", "train_on_inputs")
     total, micro = draft.take("batch_size"), values.number(draft.peek("micro_batch_size"))
     if values.number(total) and micro and draft.peek("gradient_accumulation_steps") is None:
         steps = max(1, int(total) // int(micro))
@@ -104,6 +104,10 @@ def _data(draft: Draft) -> None:
         draft.set(key, sources, name)
     if styles == {"alpaca"}:
         draft.set("data.chat_template", "alpaca", "type: alpaca writes its prompts in this style")
+        draft.warn(
+            "type: alpaca puts a sentence (Below is an instruction that describes a task. …) in front of its prompts; "
+            "the chat template alpaca here has the same headings without it. Name a jinja file to have it."
+        )
     else:
         if len(styles - {"text"}) > 1:
             draft.warn("Its datasets have prompts in several styles; here one chat template writes all of them.")

@@ -61,11 +61,6 @@ def refuse_objective(draft: Draft, name: str) -> None:
     draft.drop(name, "supervised fine-tuning is the only objective")
 
 
-def learn_from(draft: Draft, what: str, name: str) -> None:
-    """Set which tokens are supervised."""
-    draft.set("data.loss_on", what, name)
-
-
 def set_template(draft: Draft, name: Any, key: str) -> None:
     """Translate the name of a chat template, or keep one that is written out."""
     if name in OFF:
@@ -156,6 +151,10 @@ def _copy(draft: Draft) -> None:
         elif key in FLAGS:
             draft.set(key, bool(values.flag(value)), name)
             draft.take(name)
+            if key == "model.trust_remote_code" and values.flag(value):
+                draft.warn(
+                    "trust_remote_code: true runs Python code that comes with the base; keep it if you trust it."
+                )
         elif key in ("model.base", "model.revision", "train.output_dir", "data.cache_dir") and isinstance(value, str):
             draft.set(key, value, name)
             draft.take(name)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, learn_from, refuse_objective, set_template, translate_common
+from qlora.config.convert.common import hold_out, refuse_objective, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
 
 # Keys by which LLaMA-Factory's configs are recognized.
@@ -55,9 +55,9 @@ def translate(draft: Draft, folder: Path) -> None:
     set_template(draft, draft.take("template"), "template")
     hold_out(draft, draft.take("val_size"), "val_size")
     if values.flag(draft.take("train_on_prompt")):
-        learn_from(draft, "all", "train_on_prompt")
+        draft.set("data.loss_on", "all", "train_on_prompt")
     if values.flag(draft.take("mask_history")):
-        learn_from(draft, "last", "mask_history")
+        draft.set("data.loss_on", "last", "mask_history")
     if values.flag(draft.peek("packing")) and not values.flag(draft.peek("neat_packing")):
         draft.warn("packing lets documents see each other there; here they never do.")
     translate_common(draft, is_full=method in ("full", "freeze"))

@@ -7,7 +7,6 @@ from qlora.config.convert import values
 from qlora.config.convert.common import (
     flatten,
     hold_out,
-    learn_from,
     refuse_objective,
     set_template,
     translate_common,
@@ -70,9 +69,9 @@ def supervision(draft: Draft) -> None:
              "train_on_responses_only")  # fmt: skip
     given = [values.flag(draft.take(name)) for name in names]
     if any(given):
-        learn_from(draft, "assistant", "answers only")
+        draft.set("data.loss_on", "assistant", "answers only")
     elif False in given:
-        learn_from(draft, "all", "not answers only")
+        draft.set("data.loss_on", "all", "not answers only")
     else:
         draft.warn(
             f"{draft.trainer} learns every token of a conversation by default; here answers alone are learned. "
