@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from qlora.model import generate, load_base, load_run
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
-    from qlora.training import EvaluationReport, Preview, RunResult, evaluate, preview, train
+    from qlora.training import Callback, EvaluationReport, Preview, RunResult, estimate, evaluate, preview, train
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
 _HOMES = {
+    "Callback": "qlora.training",
     "EvaluationReport": "qlora.training",
     "LoraLinear": "qlora.lora",
     "MergeReport": "qlora.export",
@@ -28,6 +29,7 @@ _HOMES = {
     "VerifyReport": "qlora.proof",
     "adapters_off": "qlora.lora",
     "add_lora": "qlora.lora",
+    "estimate": "qlora.training",
     "evaluate": "qlora.training",
     "generate": "qlora.model",
     "load_base": "qlora.model",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "__version__",
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -59,6 +62,7 @@ __all__ = [
     "VerifyReport",
     "adapters_off",
     "add_lora",
+    "estimate",
     "evaluate",
     "generate",
     "load_base",

@@ -37,32 +37,32 @@ def estimate(
     """
     if probe and gpu is not None:
         raise typer.BadParameter("--probe measures on this machine; omit --gpu.")
-    size = None if gpu is None else _parse_size(gpu)
+    if gpu is not None:
+        _check_size(gpu)
 
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
     with _without_collecting():
-        from qlora.memory.estimate import available_bytes, estimate
-        from qlora.memory.estimate import report as report_of
-        from qlora.objectives import objective_from_section
+        from qlora.training import estimate as run_estimation
 
-        loss = objective_from_section(settings.train).loss
-        result = estimate(settings, loss, "auto" if size is None else "cuda")
-    free = available_bytes(result.device) if size is None else size
-    report = report_of(result, free, settings.model.recompute)
+        result = run_estimation(settings, gpu)
+    report = result.as_dict()
     if probe:
         from qlora.memory.probe import measure_step, prepare
+        from qlora.model import resolve_device
+        from qlora.objectives import objective_from_section
 
-        level = report["level"] or result.levels[-1]
-        expected = report["levels"][level]["total"] - report["levels"][level]["bytes"]["context"]
-        measured = measure_step(prepare(settings, result.device), settings, level, loss)
+        level = result.level or list(result.levels)[-1]
+        expected = result.levels[level]["total"] - result.levels[level]["bytes"]["context"]
+        loss = objective_from_section(settings.train).loss
+        measured = measure_step(prepare(settings, resolve_device()), settings, level, loss)
         report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
     if as_json:
         show_report(report, as_json)
     else:
         _show(report, settings.model.base)
-    if report["level"] is None:
+    if result.level is None:
         raise typer.Exit(1)
 
 
@@ -76,11 +76,11 @@ def _without_collecting() -> Iterator[None]:
         gc.enable()
 
 
-def _parse_size(text: str) -> int:
+def _check_size(text: str) -> None:
     from qlora.config.sections import parse_size
 
     try:
-        return parse_size(text)
+        parse_size(text)
     except ValueError as error:
         raise typer.BadParameter(f"--gpu {text}: {error}") from None
 

@@ -1,6 +1,5 @@
 """The `qlora` command: its verbs, and exit codes for their errors."""
 
-import logging
 import os
 import signal
 import sys
@@ -84,5 +83,3 @@ def main() -> None:
 def quiet_libraries() -> None:
     """Keep libraries' warnings off the screen, unless the user set their verbosity."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # It warns on import that an optional inference kernel is absent, which is never used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

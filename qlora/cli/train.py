@@ -75,7 +75,7 @@ def train(
             show_report(_describe(plan), as_json, "\n".join([f"{config}: nothing was written", *plan.notes]))
         return
     with stopping_with("Nothing was trained in this session. Run the same command to start again."):
-        result = run_training(settings, resume, fresh=fresh)
+        result = run_training(settings, resume, fresh=fresh, show_progress=True)
     if is_first:
         values = result.as_dict()
         if report_file is not None:

@@ -1,6 +1,6 @@
 """YAML and command-line overrides to a RunConfig; all problems are reported together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file. Overrides win over the file, and the file over the defaults.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config. Overrides win over the config, and the config over the defaults.
 
     Args:
-        path: A YAML file.
+        source: A YAML file, or its sections as a dict: `{"model": {"base": …}, "data": {"train": …}, …}`.
         overrides: `section.key=value`, with the value in YAML: `train.max_steps=100`.
 
     Raises:
         ConfigError: The file is absent, not YAML or a config of another trainer, or keys or values are invalid; one
             message lists all of them.
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        return _validate("config", source, overrides)
+    path = Path(source)
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,14 +45,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r:.80}.")
     if (trainer := recognize(values)) is not None:
         raise ConfigError(f"{path} is a config of {trainer}. Convert it with: qlora init --from {path} -o my.yaml")
-    values = {section: keys for section, keys in values.items() if keys is not None}  # all its keys commented out
+    return _validate(str(path), values, overrides)
+
+
+def _validate(name: str, sections: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    values = {section: keys for section, keys in sections.items() if keys is not None}  # all its keys commented out
     for override in overrides:
         _apply_override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
-        raise ConfigError("\n".join([f"{path}: {len(lines)} problem(s)", *lines])) from None
+        raise ConfigError("\n".join([f"{name}: {len(lines)} problem(s)", *lines])) from None
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

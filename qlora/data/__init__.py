@@ -3,6 +3,7 @@
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
+from qlora.data.given_rows import store_rows
 from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
@@ -34,6 +35,7 @@ __all__ = [
     "new_token_ids",
     "pieces",
     "set_special_tokens",
+    "store_rows",
     "supervised_bytes",
     "template_name",
 ]

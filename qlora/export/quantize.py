@@ -27,7 +27,7 @@ COPIED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class QuantizeReport:
     """The result of :func:`quantize_model`.
 
@@ -52,6 +52,9 @@ class QuantizeReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<QuantizeReport: {self.quantized} layers in 4 bits, {self.out_dir}>"
 
 
 def quantize_model(

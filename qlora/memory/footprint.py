@@ -24,17 +24,18 @@ CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of a run, apart from what its device needs for itself.
+    """Bytes of a run, without those that its device takes for itself.
 
     Attributes:
-        weights: Of the base.
-        adapters: Factors and rows trained in full, and their flat gradient.
-        optimizer: State.
-        update: What an optimizer step takes on top, when no activations are there.
-        held: For each level, the cheapest in time first, what is held at moments of which any may be the largest.
-        layers_dequantized: Bytes that each layer's 4-bit weights have once they are dequantized.
-        rows_attend: Whether attention is over whole rows, however many documents are in them.
-        vocabulary: Rows of the head.
+        weights: Bytes of the base.
+        adapters: Bytes of factors, of rows trained in full, and of their flat gradient.
+        optimizer: Bytes of the optimizer's state.
+        update: Bytes that an optimizer step takes for a moment, when there are no activations.
+        held: For each level, the fastest first, the memory at moments of which each may be the peak.
+        layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
+        rows_attend: Whether attention spans whole sequences, even if they have several documents.
+        vocabulary: Number of rows of the head.
+        positions: Number of positions that the model was made for; None if its config does not say.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class Footprint:
     layers_dequantized: list[int]
     rows_attend: bool
     vocabulary: int
+    positions: int | None
 
 
 def take_footprint(
@@ -109,11 +111,12 @@ def take_footprint(
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         vocabulary=sum(map(len, head_blocks(model.get_output_embeddings()))),
+        positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
 def _check_task(files: BaseFiles) -> None:
-    """Sees that a base was made to go on with text; the weights of others lack the head that is trained against."""
+    """Check that a base is a causal language model; the weights of others lack its head."""
     for name in files.config.get("architectures") or []:
         _, is_named, task = name.rpartition("For")
         if is_named and task not in CAUSAL_TASKS:
@@ -121,7 +124,7 @@ def _check_task(files: BaseFiles) -> None:
 
 
 def _new_ids(config: RunConfig, files: BaseFiles) -> range:
-    """Of the tokens that a config adds; without any, no tokenizer is needed."""
+    """Return the ids of tokens that a config adds; without any, no tokenizer is needed."""
     if not config.data.new_tokens:
         return range(0)
     return add_new_tokens(load_tokenizer(files.folder, config.model.trust_remote_code), config.data.new_tokens)
@@ -135,7 +138,7 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:
-    """Bytes of so many parameters in 4 bits, their statistics included."""
+    """Return the bytes of a number of parameters in 4 bits, including their statistics."""
     blocks = -(-numel // BLOCK_SIZE)
     statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics

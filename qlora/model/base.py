@@ -1,5 +1,8 @@
 """Loading a base: each linear layer is quantized to NF4 as it is read, and becomes an `NF4Linear`."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,7 +83,7 @@ def load_base(
         layers = find_quantized_layers(skeleton, arguments["quantization_config"], base, tensors)
         tensors = replace_when_read(tensors, layers, on_weight)
     try:
-        with returned_to_system():
+        with returned_to_system(), _bars_on_terminals():
             model, info = type(skeleton).from_pretrained(
                 None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
             )
@@ -92,6 +95,21 @@ def load_base(
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
     return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Show transformers' progress bars on a terminal only: in logs and notebooks each update would be a line."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _check_shapes(weights: BaseWeights, base: str, skeleton: Any) -> None:

@@ -1,5 +1,7 @@
 """The one door to bitsandbytes' 4-bit: quantize, dequantize, NF4Linear, and 4-bit weights in checkpoint files."""
 
+import logging
+
 from qlora.nf4.checkpoint import (
     QUANT_STATE,
     checkpoint_layout,
@@ -33,3 +35,6 @@ __all__ = [
     "statistics_by_weight",
     "to_checkpoint_tensors",
 ]
+
+# On import, bitsandbytes warns that an optional inference kernel is absent; qlora never uses it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)

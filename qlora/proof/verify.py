@@ -1,7 +1,7 @@
-"""A run's adapter, or what was merged from it, held against the run: tensors, files, and what they predict."""
+"""A run's adapter, or its merged model, compared with the run: tensors, files and predictions."""
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from qlora.checkpoint import RunDirectory, adapter_digest
 from qlora.config import load_config
 from qlora.data import eval_batches
-from qlora.errors import CheckpointError, DataError, ExportError, ModelError
+from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
 from qlora.export.held_out import held_out_examples
 from qlora.export.merged import Merged, read_merged
 from qlora.files import BaseFiles
@@ -32,36 +32,37 @@ from qlora.proof.gguf import check_gguf
 from qlora.proof.predictions import compare, predict
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
-# Mean KL divergence and difference of losses, in nats, above which two models are not the same: ten times
-# what bf16 against fp16 arithmetic was seen to make.
+# Mean KL divergence and difference of losses, in nats, above which two models don't match: ten times the difference
+# measured between bf16 and fp16 arithmetic.
 MAX_KL = 0.01
 MAX_LOSS_DIFFERENCE = 0.01
-# Examples that the losses are compared on.
+# Number of examples for the comparison of losses.
 NUM_EXAMPLES = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class VerifyReport:
-    """How far apart adapter model and merged model are; None is what was not or could not be compared.
+    """Comparison of the adapter model with the merged model; None is what was not compared.
 
     Attributes:
-        matches: Whether they are the same within the bounds.
-        problems: Why not.
-        onto: The base weights that were merged into; None where the adapter was verified by itself.
-        base_differs: Files of the base that are not those trained on.
+        matches: Whether they match within the bounds.
+        problems: The mismatches.
+        onto: Base weights that were merged onto; None if the adapter was verified by itself.
+        base_differs: Files of the base that differ from those used in training.
         clients: Whether other tools would load the adapter itself.
-        layers_checked: Adapted layers whose outputs were computed a second time, from weights that were too.
-        max_layer_difference: Of these outputs, in shares of them.
-        tensors_checked: Written tensors compared with a second computation, within half a unit of the last place.
-        max_weight_difference: Of a written value from the one before rounding.
-        positions: Whose logits were compared.
-        max_logit_difference: Over all positions and tokens.
-        mean_logit_difference: Over the same.
-        mean_kl: KL(adapter ‖ merged), nats per position.
-        top1_agreement: Share of positions with the same likeliest token.
-        greedy_agreement: Share of the tokens that both put after fixed prompts, until the first that differs.
-        adapter_loss: On held-out examples, or without those on training examples.
-        merged_loss: On the same.
+        layers_checked: Number of adapted layers whose weights and outputs were computed a second time.
+        max_layer_difference: Largest difference of these outputs, as a share of them.
+        tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.
+        max_weight_difference: Largest difference of a written value from the one before rounding.
+        positions: Number of positions whose logits were compared.
+        max_logit_difference: Largest difference over all positions and tokens.
+        mean_logit_difference: Mean difference over the same.
+        mean_kl: KL(adapter ‖ merged), in nats per position.
+        top1_agreement: Share of positions with the same most likely token.
+        greedy_agreement: Share of greedy tokens after fixed prompts that are equal, up to the first that differs.
+        adapter_loss: Loss of the adapter model on held-out examples, or without those on training examples.
+        merged_loss: Loss of the merged model on the same examples.
+        notes: Explanations of values that look like a mismatch and are none.
     """
 
     matches: bool
@@ -81,28 +82,33 @@ class VerifyReport:
     greedy_agreement: float | None = None
     adapter_loss: float | None = None
     merged_loss: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        verdict = "matches the run" if self.matches else f"{len(self.problems)} mismatches: {self.problems[0]}"
+        return f"<VerifyReport: {verdict}>"
 
 
 def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto") -> VerifyReport:
-    """Compares what was merged with the run that it came from; without it, the run's adapter with the run.
+    """Compare a merged model with the run that it came from; without one, the run's adapter with the run.
 
     Args:
         run_dir: The run, or one of its checkpoints.
-        out_dir: What :func:`qlora.merge` wrote. A GGUF file's tensors, sizes and vocabulary are compared; what it
-            predicts is llama.cpp's to say.
-        device: To run models on, one after the other.
+        out_dir: A folder that :func:`qlora.merge` wrote. Tensors, sizes and vocabulary of a GGUF file are compared, but
+            not its predictions; use llama.cpp for those.
+        device: Device to run the models on, one after the other.
 
     Raises:
-        ExportError: The folder holds nothing merged.
+        ExportError: The folder contains no merged model.
         QLoRAError: The run or its base can't be read.
     """
     run = RunDirectory.open(run_dir)
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
-    resolve_device(device)  # told now rather than after the tensors
+    resolve_device(device)  # so that a wrong one is reported before the tensors are compared
     model = load_config(run.config).model
     base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
     skeleton = build_skeleton(base, model.trust_remote_code)
@@ -116,12 +122,12 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         found = {}
     elif merged.adapter not in (None, adapter_digest(run.adapter)):
         problems.append(
-            f"merged from another adapter than {run.adapter}: of another run, or of this one before it was started "
-            "over; merge again"
+            f"it was merged from another adapter than {run.adapter}: from another run, or from this one before it was "
+            "started over. Merge again."
         )
         found = {}
     elif {*merged.base_differs} - {*base_differs}:
-        found = {}  # the base that was merged into is not here, and from another all would differ
+        found = {}  # the base that was merged onto is not here, so every tensor would differ
     elif merged.gguf is not None:
         found = _compare_gguf(run, base, merged, skeleton, problems)
     else:
@@ -132,29 +138,40 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         onto=None if merged is None else merged.onto,
         base_differs=base_differs,
         clients=check_clients(run.adapter, skeleton),
+        notes=_notes(problems, found),
         **found,
     )
 
 
+def _notes(problems: list[str], found: dict[str, Any]) -> list[str]:
+    """Explain greedy answers that differ although everything matches."""
+    if problems or found.get("greedy_agreement", 1.0) == 1.0:
+        return []
+    return [
+        "Some greedy answers differ although the distributions match: where two tokens are almost equally likely, "
+        "rounding to the merged dtype decides between them, and the rest of the answer follows."
+    ]
+
+
 def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[str]:
-    """Whether the base is the one trained on, or else the other one that merge was forced to take."""
+    """Check that the base is the one used in training, or the other one that a merge was forced to use."""
     if {*differs} - {*taken}:
-        return [f"{base.name} is not the base that was trained on: {', '.join(differs)} differ"]
+        return [f"{base.name} is not the base used in training: {', '.join(differs)} differ"]
     if {*taken} - {*differs}:
         return [
-            f"merged into another base than the one trained on ({', '.join(taken)} differed), and {base.name} is not "
-            "that base; so the tensors were not compared"
+            f"it was merged onto a base other than the one used in training ({', '.join(taken)} differed), and "
+            f"{base.name} is not that base, so the tensors were not compared"
         ]
     return []
 
 
 def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
-    """Loads the run, and computes its adapted layers a second time."""
+    """Load the run, and compute its adapted layers a second time."""
     try:
         model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
-    except (CheckpointError, DataError) as error:  # its files were compared all the same
-        problems.append(f"what it computes was not compared: {error}")
+    except (CheckpointError, ConfigError, DataError) as error:  # its files were compared even so
+        problems.append(f"its outputs were not compared: {error}")
         return {}
     layers = check_layers(model, ExpectedWeights(run, base, "dequantized", model.device), examples)
     problems += layers.problems
@@ -169,7 +186,7 @@ def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: l
 def _compare_gguf(
     run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, problems: list[str]
 ) -> dict[str, Any]:
-    """Reads a GGUF file back."""
+    """Compare a GGUF file."""
     assert merged.gguf is not None
     config = load_config(run.config)
     tokenizer = load_run_tokenizer(run)
@@ -227,8 +244,8 @@ def _compare_predictions(
     try:
         model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
-    except (CheckpointError, DataError) as error:  # the tensors were compared all the same
-        problems.append(f"what it predicts was not compared: {error}")
+    except (CheckpointError, ConfigError, DataError) as error:  # the tensors were compared all the same
+        problems.append(f"its predictions were not compared: {error}")
         return {}
     adapter = predict(model, tokenizer, examples)
     del model

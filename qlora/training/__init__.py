@@ -1,13 +1,16 @@
 """Training runs."""
 
 from qlora.training.assemble import RunPlan
+from qlora.training.callbacks import Callback
 from qlora.training.check_resume import ResumeCheck, check_resume
+from qlora.training.estimation import estimate
 from qlora.training.evaluation import EvaluationReport, evaluate
 from qlora.training.preview import Preview, preview
 from qlora.training.replay import ReplayReport, replay
 from qlora.training.run import RunResult, plan_run, train
 
 __all__ = [
+    "Callback",
     "EvaluationReport",
     "Preview",
     "ReplayReport",
@@ -15,6 +18,7 @@ __all__ = [
     "RunPlan",
     "RunResult",
     "check_resume",
+    "estimate",
     "evaluate",
     "plan_run",
     "preview",

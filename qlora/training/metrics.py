@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, the progress line, and accelerate's trackers."""
+"""The log of a run: metrics.jsonl, the display, and accelerate's trackers."""
 
 import json
 import math
@@ -9,19 +9,16 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora.checkpoint import RunDirectory
 from qlora.model import Evaluation
 from qlora.processes import Processes
+from qlora.training.display import Display
 from qlora.training.loop import StepReport
-from qlora.training.progress import Progress as RunProgress
+from qlora.training.progress import Progress
 
 # Values of a line that depend on the clock or the system, so that no run repeats them.
 VOLATILE = ("tokens_per_second", "peak_memory")
-# Number of lines printed over a run if there is no terminal.
-PLAIN_LINES = 20
 # Number of rows of a source that are named on the screen.
 SHOWN_ROWS = 8
 
@@ -35,7 +32,7 @@ class MetricsLog:
         total_steps: Number of steps of the run.
         steps_per_epoch: Number of steps per epoch.
         log_every: Number of steps between lines.
-        start_step: Step at which this session starts.
+        display: Display of the run.
     """
 
     def __init__(
@@ -45,35 +42,21 @@ class MetricsLog:
         total_steps: int,
         steps_per_epoch: int,
         log_every: int,
-        start_step: int,
+        display: Display,
     ) -> None:
         self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
-        self.log_every, self.is_main = log_every, processes.is_first
-        self._plain_every = max(1, total_steps // PLAIN_LINES)
+        self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
         # Without a buffer, so that a killed process leaves everything that it logged.
         self._file = run.metrics.open("ab", buffering=0) if self.is_main else None
         self._unwritten = b""
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if self.is_main and self._console.is_terminal:
-            columns = (
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
-            self._bar.start()
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Print lines to stderr."""
+        """Print messages that a user should see, or keep them for the result."""
         if self.is_main:
-            for line in lines:
-                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.display.announce(lines)
 
-    def log_step(self, progress: RunProgress, report: StepReport) -> None:
+    def log_step(self, progress: Progress, report: StepReport) -> None:
         """Log an optimizer step, if it is due."""
         self._since_line["tokens"] += report.tokens
         self._since_line["seconds"] += report.seconds
@@ -98,11 +81,11 @@ class MetricsLog:
                 "dead_adapters": report.dead_adapters,
             }
         )
-        line = f"loss {report.loss:.4f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=progress.step, description=line)
-        elif progress.step % self._plain_every == 0 or progress.step == self.total_steps:
-            self._console.print(f"step {progress.step}/{self.total_steps}  {line}", highlight=False)
+        self.display.show_step(
+            progress.step,
+            f"epoch {progress.step / self.steps_per_epoch:.2f}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
+            f"grad norm {report.grad_norm:.2f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB",
+        )
 
     def log_event(self, step: int, kind: str, message: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Log and print an event.
@@ -117,7 +100,7 @@ class MetricsLog:
             return
         self._write({"step": step, **self._epoch(step), kind: message} | ({} if rows is None else {"rows": rows}))
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
-        self.announce([f"step {step}/{self.total_steps}  {message}{about}"])
+        self.announce([f"step {step:,}/{self.total_steps:,}  {message}{about}"])
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log an evaluation."""
@@ -133,12 +116,11 @@ class MetricsLog:
                 **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             }
         )
-        self._console.print(f"step {step}/{self.total_steps}  held-out loss {evaluation.loss:.4f}", highlight=False)
+        self.display.show_event(step, f"held-out loss {evaluation.loss:.4f}")
 
     def close(self) -> None:
-        """Close the progress line and the file."""
-        if self._bar is not None:
-            self._bar.stop()
+        """End the progress line, and close the file."""
+        self.display.close()
         if self._file is not None:
             self._file.close()
 

@@ -32,7 +32,7 @@ class Sample:
     pieces: list[Piece]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Preview:
     """What a config would train on.
 
@@ -65,6 +65,13 @@ class Preview:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        problems = f", {len(self.problems)} problems" if self.problems else ""
+        return (
+            f"<Preview: an epoch of {self.train_examples:,} examples, {self.tokens_per_epoch:,} tokens and "
+            f"{self.steps_per_epoch:,} steps{problems}>"
+        )
 
 
 def preview(config: RunConfig, num_samples: int = 5) -> Preview:

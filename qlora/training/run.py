@@ -1,6 +1,7 @@
 """A training run: started or continued, trained for a session, and recorded in its directory."""
 
 import signal
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,16 +15,19 @@ from qlora.model import frozen_checksum, resolve_device
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
+from qlora.training.callbacks import Callback
 from qlora.training.determinism import deterministic_algorithms
+from qlora.training.display import Display
+from qlora.training.given import as_config
 from qlora.training.metrics import peak_memory_bytes
 from qlora.training.origin import OWN_KEYS, flatten
 from qlora.training.plot import draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, find_start
-from qlora.training.session import how_to_continue, run_session
+from qlora.training.session import SessionOptions, how_to_continue, run_session
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """State of a run after a session.
 
@@ -55,6 +59,11 @@ class RunResult:
         """Return JSON values."""
         return asdict(self) | {"run_dir": str(self.run_dir)}
 
+    def __repr__(self) -> str:
+        loss = f", loss {self.losses[-1]:.4f}" if self.losses else ""
+        held_out = f", held-out loss {list(self.eval_losses.values())[-1]:.4f}" if self.eval_losses else ""
+        return f"<RunResult: {self.status} at step {self.steps:,}{loss}{held_out}, {self.run_dir}>"
+
 
 def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> RunPlan:
     """Assemble a run without training or writing anything; raises every error that shows before step 1.
@@ -83,23 +92,36 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     return replace(assembly.plan, in_use=prepared.record.in_use, notes=notes)
 
 
-def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, fresh: bool = False) -> RunResult:
+def train(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    resume: str = "auto",
+    stop_at: int | None = None,
+    fresh: bool = False,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
+    show_progress: bool = False,
+) -> RunResult:
     """Train a run, from its start or from where an earlier session stopped.
 
     Only one run at a time trains in a directory; see :func:`qlora.checkpoint.hold_lock`. Of several processes, the
     first decides where the run starts, and only the first writes.
 
     Args:
-        config: Config that :func:`qlora.load_config` returned.
+        config: Config that :func:`qlora.load_config` returned, or what it takes: a YAML file, or sections in a dict.
         resume: `auto` continues the run of the same output_dir; a path starts from that checkpoint, or from the last
             checkpoint of that run.
         stop_at: Step to save and stop after, as at Ctrl-C.
         fresh: Start over. A run in output_dir is moved aside first, to a folder named `NAME.old-1` next to it.
+        rows: Rows to train on in place of `data.train`: a list of dicts, or a `datasets.Dataset`. They are written to
+            a file in the user's cache, so that the run continues and can be evaluated without them.
+        callbacks: Called at every step, evaluation and save; see :class:`qlora.Callback`.
+        show_progress: Print a progress line and messages to standard error. Without it, messages are notes of the
+            result.
 
     Raises:
         QLoRAError: The run can't start, or failed; what was saved stays.
     """
-    config = absolute_paths(config)
+    config = absolute_paths(as_config(config, rows))
     run = RunDirectory(config.train.output_dir)
     processes = _start_processes(config)
     start, remarks = Start(), []
@@ -117,7 +139,8 @@ def train(config: RunConfig, resume: str = "auto", stop_at: int | None = None, f
         with deterministic_algorithms(config.train.deterministic):
             assembly = assemble(config, processes)
             try:
-                return _train(assembly, run, start, stop_at, remarks)
+                options = SessionOptions(stop_at, callbacks)
+                return _train(assembly, run, start, options, remarks=remarks, is_shown=show_progress)
             finally:
                 processes.end()
 
@@ -132,7 +155,15 @@ def _agree_on(processes: Processes, start: Start, config: RunConfig) -> Start:
     return processes.broadcast(start)
 
 
-def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | None, remarks: list[str]) -> RunResult:
+def _train(
+    assembly: Assembly,
+    run: RunDirectory,
+    start: Start,
+    options: SessionOptions,
+    *,
+    remarks: list[str],
+    is_shown: bool,
+) -> RunResult:
     model, processes, total_steps = assembly.model, assembly.processes, assembly.plan.total_steps
     prepared = prepare_run(assembly, run, start)
     record, progress, first_step = prepared.record, prepared.progress, prepared.progress.step
@@ -150,7 +181,10 @@ def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | N
             write_text(run.config, dump_config(assembly.config))
     remarks += start.describe_damage() + start.describe_jump(assembly.config, first_step, total_steps)
     checksum = frozen_checksum(model)
-    received, in_use = run_session(assembly, run, prepared, stop_at, remarks)
+    display = Display(total_steps, first_step, is_shown and processes.is_first)
+    display.show([*(report.summary() for report in assembly.plan.datasets.reports), assembly.plan.summary()])
+    display.announce(remarks)
+    received, in_use = run_session(assembly, run, prepared, display, options)
 
     is_finished = progress.step == total_steps
     record = replace(record, in_use=in_use, status="finished" if is_finished else "interrupted", steps=progress.step)
@@ -161,8 +195,8 @@ def _train(assembly: Assembly, run: RunDirectory, start: Start, stop_at: int | N
             if is_finished:
                 _save_final_adapter(assembly, run)
             run.write_record(record)
-            draw_losses(run.read_metrics(), run.path / "loss.png")
-    notes = []
+            draw_losses(run.read_metrics(), run.path / "loss.png", title=run.path.name)
+    notes = [*display.messages]
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=received)

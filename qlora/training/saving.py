@@ -40,7 +40,7 @@ class Saver:
             self._write(self.run.trial, progress)
             discard(self.run.trial)
 
-    def save(self, progress: Progress, is_last: bool) -> None:
+    def save(self, progress: Progress, is_last: bool) -> Path | None:
         """Save the state after a step, and remove the oldest checkpoints.
 
         If a save fails before the last step, the failure is shown and the run continues until the next one, which may
@@ -50,15 +50,19 @@ class Saver:
             progress: Progress of the run.
             is_last: Whether no step follows in this session.
 
+        Returns:
+            The checkpoint; None if it was not saved, or by another process.
+
         Raises:
             CheckpointError: The save failed, and either it is the last one or the two before failed too.
         """
         if not self.assembly.processes.is_first:
-            return
+            return None
+        folder = self.run.checkpoint(progress.step)
         try:
             if not self.run.record.is_file():
                 raise CheckpointError(f"{self.run.path} was removed or unmounted while the run was on.")
-            self._write(self.run.checkpoint(progress.step), progress)
+            self._write(folder, progress)
         except CheckpointError as problem:
             self._failures += 1
             checkpoints = self.run.list_checkpoints()
@@ -67,12 +71,13 @@ class Saver:
             if is_last or self._failures == MAX_FAILURES:
                 raise CheckpointError(message) from problem
             self.log.announce([f"{message} The run goes on and saves again at the next interval."])
-            return
+            return None
         self._failures = 0
         try:
             drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
         except CheckpointError as problem:  # the new checkpoint is whole, so only space is lost
             self.log.announce([f"Step {progress.step} is saved. {problem} It is tried again at the next save."])
+        return folder
 
     def _write(self, folder: Path, progress: Progress) -> None:
         try:

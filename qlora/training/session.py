@@ -1,7 +1,10 @@
 """A session of a run: it trains, evaluates and saves until the end of the run, a signal or an error."""
 
 import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -10,6 +13,8 @@ from qlora.data import eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
 from qlora.training.assemble import Assembly
+from qlora.training.callbacks import Callback, call_all
+from qlora.training.display import Display
 from qlora.training.guard import StepGuard
 from qlora.training.interrupt import Interruption
 from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
@@ -19,17 +24,30 @@ from qlora.training.saving import Saver
 from qlora.training.schedule import rate_of, resolve_interval
 
 
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What the caller of a session asked for.
+
+    Attributes:
+        stop_at: Step to save and stop after; None for the end of the run.
+        callbacks: Called by the first process.
+    """
+
+    stop_at: int | None = None
+    callbacks: Sequence[Callback] = ()
+
+
 def run_session(
-    assembly: Assembly, run: RunDirectory, prepared: Prepared, stop_at: int | None, remarks: list[str]
+    assembly: Assembly, run: RunDirectory, prepared: Prepared, display: Display, options: SessionOptions
 ) -> tuple[signal.Signals | None, InUse]:
-    """Train until the end, a signal or `stop_at`, saving and evaluating on the way.
+    """Train until the end, a signal or a given step, saving and evaluating on the way.
 
     Args:
         assembly: Parts of the run.
         run: Directory of the run.
         prepared: The run, ready to train; its progress is changed in place.
-        stop_at: Step to save and stop after.
-        remarks: Lines to show before the first step.
+        display: Display of the run.
+        options: What the caller asked for.
 
     Returns:
         The signal that ended the session, if one did, and what the run used at the end.
@@ -39,6 +57,7 @@ def run_session(
     """
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     progress, total = prepared.progress, plan.total_steps
+    first_step = progress.step
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
     is_evaluated = processes.broadcast(
@@ -50,32 +69,47 @@ def run_session(
         total_steps=total,
         steps_per_epoch=plan.steps_per_epoch,
         log_every=config.log_every,
-        start_step=progress.step,
+        display=display,
     )
-    log.announce([*(report.summary() for report in plan.datasets.reports), plan.summary(), *remarks])
     saver = Saver(run, assembly, prepared.origin, log)
     guard = StepGuard(run, assembly, progress, log, prepared.record.in_use)
 
     def evaluates_at(step: int) -> bool:
         return step in (0, total) or eval_every is not None and step % eval_every == 0
 
+    def save_unsaved() -> None:
+        if progress.step > first_step:  # before that, there is nothing new to save
+            saver.save(progress, True)
+
+    def call(name: str, *arguments: Any) -> None:
+        if processes.is_first:
+            call_all(options.callbacks, name, (progress.step, *arguments), save_unsaved)
+
+    def save_now(is_last: bool) -> None:
+        folder = saver.save(progress, is_last)
+        if folder is not None:
+            call("on_save", folder)
+
     def evaluate_now() -> None:
         if plan.datasets.eval:
-            log.log_evaluation(progress.step, _evaluate_all(assembly))
+            evaluation = _evaluate_all(assembly)
+            log.log_evaluation(progress.step, evaluation)
+            call("on_evaluation", evaluation)
 
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
         guard.note(report)
+        call("on_step", report)
         is_last = progress.step == total
         # Several processes must stop after the same step, so they use what they exchanged in that step.
         stop = interruption.requested if processes.world_size == 1 else report.stop_asked
-        stop = stop or progress.step == stop_at
+        stop = stop or progress.step == options.stop_at
         is_asked = interruption.take_save_request()
         if is_last or stop or (save_every and progress.step % save_every == 0):
             with processes.raise_together():
-                saver.save(progress, is_last or stop)
+                save_now(is_last or stop)
         elif is_asked:  # of this process alone
-            saver.save(progress, False)
+            save_now(False)
         # After the save, because a stop may leave no time for more; a continued run evaluates then.
         if evaluates_at(progress.step) and (is_last or not stop):
             evaluate_now()

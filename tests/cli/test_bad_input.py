@@ -327,7 +327,7 @@ def test_a_merge_onto_another_base_than_was_trained_on(run_dir, own_base, tmp_pa
     finally:
         path.write_bytes(whole)
     assert done.code == 1
-    assert f"{own_base} is not the base that was trained on: {file} differ" in done.error()
+    assert f"{own_base} is not the base used in training: {file} differ" in done.error()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -134,7 +134,7 @@ def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
     save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)
     lacks, not_compared = verify(own / "run").problems
     assert lacks == f"{path.parent} lacks the factors of {UP.format(1)}"
-    assert "what it computes was not compared: " in not_compared
+    assert "its outputs were not compared: " in not_compared
     assert "differ in 1 modules" in not_compared
     with pytest.raises(CheckpointError, match="differ in 1 modules"):
         load_run(own / "run")

@@ -168,7 +168,7 @@ def test_data_that_are_gone_cost_the_comparison_of_predictions_alone(own):
     for folder in (own / "out", None):
         report = verify(own / "run", folder)
         (problem,) = report.problems
-        assert "was not compared: " in problem
+        assert "were not compared: " in problem
         assert "gone.json" in problem
     assert verify(own / "run", own / "out").tensors_checked == 21
 
@@ -206,10 +206,12 @@ def test_a_merge_into_another_base_is_told(own, alpaca_file, tmp_path, seed):
     report = verify(own / "run", own / "wrong")
     assert report.problems == []  # as was asked for
     assert report.base_differs == ["model.safetensors"]
-    assert "another base than the one trained on: model.safetensors" in run("verify", own / "run", own / "wrong").out
+    assert (
+        "a base other than the one used in training: model.safetensors" in run("verify", own / "run", own / "wrong").out
+    )
     path.write_text(right)
     (problem,) = verify(own / "run", own / "wrong").problems  # and not one for each tensor
-    assert problem.startswith("merged into another base than the one trained on (model.safetensors differed), and ")
+    assert problem.startswith("it was merged onto a base other than the one used in training (model.safetensors diff")
 
 
 def test_a_base_that_was_changed_since_is_told(own, tiny_base):
@@ -220,7 +222,7 @@ def test_a_base_that_was_changed_since_is_told(own, tiny_base):
     path = own / "run" / "config.yaml"
     path.write_text(path.read_text().replace(str(tiny_base), str(base)))
     report = verify(own / "run", own / "out")
-    assert report.problems[0] == f"{base} is not the base that was trained on: model.safetensors differ"
+    assert report.problems[0] == f"{base} is not the base used in training: model.safetensors differ"
     assert report.problems[1].startswith(f"tensor {UP.format(0)} {NOT_MERGED}")
     assert report.base_differs == ["model.safetensors"]
 
@@ -312,8 +314,8 @@ def test_another_run_than_the_one_merged_is_told(own, tiny_base, alpaca_file, tm
     report = verify(other, own / "out")
     assert not report.matches
     assert report.problems == [
-        f"merged from another adapter than {other / 'adapter'}: of another run, or of this one before it was started "
-        "over; merge again"
+        f"it was merged from another adapter than {other / 'adapter'}: from another run, or from this one before it "
+        "was started over. Merge again."
     ]
     forget_adapter(own / "out")
     report = verify(other, own / "out")

@@ -145,7 +145,7 @@ def test_a_kept_step_that_someone_else_wrote_is_refused_if_it_can_be_none(damage
 
 def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path, capsys):
     config = config_of(poisoned_base, tmp_path, train__on_nonfinite="skip")
-    result = train(config)
+    result = train(config, show_progress=True)
     told = capsys.readouterr().err.splitlines()
     (kept,) = (tmp_path / "run" / "replay").iterdir()
     assert f"To see where it breaks: qlora train --replay {kept}." in told

@@ -366,7 +366,7 @@ def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpa
     shutil.copytree(tmp_path / "run", tmp_path / "constant")
     capsys.readouterr()
 
-    train(load_config(config, ["train.max_steps=6"]))
+    train(load_config(config, ["train.max_steps=6"]), show_progress=True)
     lines = capsys.readouterr().err.splitlines()
     after = metrics(tmp_path / "run")[4]["learning_rate"]
     assert after > 1.3 * rates[-1]
@@ -375,13 +375,12 @@ def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpa
     assert "now spans 6 steps instead of 4" in lines[jump]
     assert "train.lr_scheduler=constant" in lines[jump]
     assert "train.min_learning_rate" in lines[jump]
-    assert jump < min(number for number, line in enumerate(lines) if line.startswith("step "))
+    assert jump < min(number for number, line in enumerate(lines) if "  step " in line)
 
     # The way out that it names.
     constant = [f"train.output_dir={tmp_path / 'constant'}", "train.max_steps=6", "train.lr_scheduler=constant"]
     overrides = [*constant, f"train.learning_rate={rates[-1]:.3g}", "train.warmup_ratio=0"]
-    assert train(load_config(config, overrides), stop_at=5).steps == 5
-    assert "jumps" not in capsys.readouterr().err
+    assert not any("jumps" in note for note in train(load_config(config, overrides), stop_at=5).notes)
     assert train(load_config(config, overrides)).status == "finished"
     found = [line["learning_rate"] for line in metrics(tmp_path / "constant")]
     assert found[4:] == pytest.approx([rates[-1]] * 2, rel=1e-2)
@@ -647,7 +646,7 @@ def test_a_run_whose_every_step_overflows_is_no_finished_one(tiny_base, alpaca_f
 
 def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_file, tmp_path, capsys):
     settings = {"data__max_seq_len": 60, "train__max_steps": 1, "data__eval": None}
-    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)), show_progress=True)
     told = capsys.readouterr().err
     report = RunDirectory(tmp_path / "run").read_record().data[0]
     assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40

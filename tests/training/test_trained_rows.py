@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tied, tiny_base, tied_base
 
 def test_every_row_that_is_read_moves_and_is_told(tiny_base, tool_file, tmp_path, capfd):
     settings = KINDS[WITH_NEW] | {"data__eval": None}
-    train(load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings)))
+    train(load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings)), show_progress=True)
     assert f"{ROWS + 2} rows of model.embed_tokens, 2 rows of lm_head among them" in capfd.readouterr().err
     parameters = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
     assert parameters["trained_rows"] == {"model.embed_tokens": [0, ROWS + 2], "lm_head": [ROWS, ROWS + 2]}
@@ -112,7 +112,7 @@ def test_a_run_answers_with_its_new_tokens(tied_base, tool_file, tmp_path):
 def test_tokens_that_are_in_no_example_are_told(tiny_base, tool_file, tmp_path, capfd):
     settings = {"data__new_tokens": [*TOKENS, "<never>"], "train__max_steps": 1}
     config = load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings))
-    train(config)
+    train(config, show_progress=True)
     told = "in no training example, so nothing is learnt of their use: '<never>'"
     assert told in capfd.readouterr().err
     assert any(note.endswith(told) for note in preview(config).reports[0].notes)

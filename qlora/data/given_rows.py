@@ -1,0 +1,44 @@
+"""Rows in memory, as a file that a config can name."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora.data.cache import cache_folder
+from qlora.errors import CheckpointError, DataError
+from qlora.files import write_bytes
+
+
+def store_rows(rows: Iterable[Mapping[str, Any]], cache_dir: str | None = None) -> Path:
+    """Write rows to a file in the cache of tokenized data; equal rows have the same file.
+
+    Args:
+        rows: A list of dicts, a `datasets.Dataset`, or anything else that yields dicts.
+        cache_dir: Folder of the cache; by default the one in the user's cache.
+
+    Returns:
+        A JSONL file, named by its content.
+
+    Raises:
+        DataError: There are no rows, a row is not a dict of JSON values, or the file can't be written.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"Row {number} is {row!r:.80}; rows should be dicts.")
+        try:
+            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"Row {number} has a value that JSON has not: {error}.") from None
+    if not lines:
+        raise DataError("There are no rows to train on.")
+    content = "".join(lines).encode()
+    path = cache_folder(cache_dir) / "rows" / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    if not (path.is_file() and path.stat().st_size == len(content)):
+        try:
+            write_bytes(path, content)
+        except CheckpointError as error:
+            raise DataError(f"{error} Set data.cache_dir to another folder.") from None
+    return path

@@ -1,0 +1,57 @@
+"""Callbacks of a run: code of a user that is called while it trains."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.model import Evaluation
+from qlora.training.loop import StepReport
+
+
+class Callback:
+    """Called while a run trains; subclass it and override the methods you need.
+
+    Of several processes, only the first calls them. An exception ends the session: the state is saved first, and the
+    exception is raised as it is, so that the same call of :func:`qlora.train` continues the run.
+    """
+
+    def on_step(self, step: int, report: StepReport) -> None:
+        """Handle a finished optimizer step.
+
+        Args:
+            step: Number of steps done.
+            report: Loss, metrics, gradient norm, learning rate, tokens and seconds of the step.
+        """
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Handle an evaluation on held-out examples.
+
+        Args:
+            step: Number of steps done.
+            evaluation: Its loss, perplexity and metrics.
+        """
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """Handle a saved checkpoint.
+
+        Args:
+            step: Number of steps done.
+            folder: The checkpoint; `adapter_model.safetensors` in it is the adapter. Older ones may be removed later.
+        """
+
+
+def call_all(callbacks: Sequence[Callback], name: str, arguments: Sequence[Any], save: Callable[[], None]) -> None:
+    """Call a method of all callbacks in order.
+
+    Args:
+        callbacks: The callbacks.
+        name: Name of the method.
+        arguments: Its arguments.
+        save: Saves the run's state, before an exception is raised.
+    """
+    try:
+        for callback in callbacks:
+            getattr(callback, name)(*arguments)
+    except BaseException:
+        save()
+        raise

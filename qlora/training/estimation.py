@@ -1,0 +1,29 @@
+"""The peak memory of a config's run, without its model."""
+
+from qlora.config import RunConfig
+from qlora.config.sections import parse_size
+from qlora.errors import ConfigError
+from qlora.memory.estimate import available_bytes
+from qlora.memory.estimate import estimate as estimate_bytes
+from qlora.memory.report import MemoryReport, make_report
+from qlora.objectives import objective_from_section
+
+
+def estimate(config: RunConfig, gpu: str | None = None) -> MemoryReport:
+    """Predict the peak memory of a run by level of recomputation, and what fits; no model is loaded.
+
+    Args:
+        config: Config that :func:`qlora.load_config` returned. The base's config.json is enough.
+        gpu: Free memory of a GPU that this machine need not have, such as `24GB` or `24GiB`; default: this machine.
+
+    Raises:
+        ConfigError: `gpu` is not a size.
+        ModelError: The base's config is not available, or describes a model that can't be trained.
+    """
+    try:
+        size = None if gpu is None else parse_size(gpu)
+    except ValueError as error:
+        raise ConfigError(f"gpu: {gpu!r} {error}.") from None
+    predicted = estimate_bytes(config, objective_from_section(config.train).loss, "auto" if size is None else "cuda")
+    free_bytes = available_bytes(predicted.device) if size is None else size
+    return make_report(predicted, free_bytes, config.model.recompute)
