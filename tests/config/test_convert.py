@@ -75,7 +75,7 @@ def test_a_public_key_set_converts_and_every_key_is_accounted_for(convert, name)
     values = values_of(words)
     conversion, _ = convert(values)
     draft = conversion.draft
-    assert conversion.trainer == trainer
+    assert conversion.draft.trainer == trainer
     assert draft.unknown == []
     assert set(leaves(values)) - {*draft.translated, *draft.dropped, *draft.off} == set()
     assert all(draft.dropped.values())
@@ -93,12 +93,12 @@ SECRET = "0123456789abcdef0123456789abcdef"
 ], ids=lambda theirs: next(iter(theirs))[:20])  # fmt: skip
 def test_secrets_are_in_no_output(convert, theirs):
     conversion, _ = convert(AXOLOTL_BASE | theirs)
-    assert SECRET not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert SECRET not in conversion.text + "".join(conversion.draft.warnings + conversion.summary)
 
 
 def test_control_characters_reach_neither_the_file_nor_the_screen(convert):
     conversion, _ = convert(AXOLOTL_BASE | {"optimizer": "a\x1b[2Jb", "odd\x1bkey\ninjected: 1": 1})
-    assert "\x1b" not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert "\x1b" not in conversion.text + "".join(conversion.draft.warnings + conversion.summary)
     assert "\ninjected" not in conversion.text
 
 
@@ -216,7 +216,7 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     (AXOLOTL_BASE, {"val_set_size": 500}, ["500", "share"]),
     (AXOLOTL_BASE, {"datasets": [{"path": "r", "type": "chat_template", "split": "train[:20%]"}]}, ["train[:20%]"]),
     (AXOLOTL_BASE, {"lora_dropout": 1.5}, ["lora.dropout", "left out", "less than 1"]),
-    (AXOLOTL_BASE, {"base_model": None}, ["model.base is not said"]),
+    (AXOLOTL_BASE, {"base_model": None}, ["model.base is not in the original"]),
     (LLAMA_FACTORY_BASE, {"finetuning_type": "full"}, ["full fine-tuning"]),
     (LLAMA_FACTORY_BASE, {"stage": "dpo"}, ["stage: dpo"]),
     (LLAMA_FACTORY_BASE, {"packing": True}, ["documents see each other"]),
@@ -230,7 +230,7 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
 ], ids=str)  # fmt: skip
 def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
     conversion, _ = convert(base | theirs)
-    reported = "\n".join(conversion.warnings)
+    reported = "\n".join(conversion.draft.warnings)
     assert [word for word in words if word not in reported] == []
     assert conversion.text.index("Check these first") < conversion.text.index("\nmodel:")
 
@@ -261,7 +261,7 @@ def test_axolotls_own_prompt_formats_name_their_columns(convert):
     kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction}"}
     conversion, config = convert(AXOLOTL_BASE | {"datasets": [{"path": "rows.jsonl", "type": kind}]})
     assert config.data.train[0].columns == {"instruction": "q", "output": "a"}
-    assert any("prompt format of its own" in warning for warning in conversion.warnings)
+    assert any("prompt format of its own" in warning for warning in conversion.draft.warnings)
 
 
 def test_files_of_a_json_dataset_become_sources(convert):
@@ -299,7 +299,7 @@ def test_datasets_are_found_through_dataset_info(convert, tmp_path, place):
     assert talks.columns == {"messages": "talk", "role": "who", "content": "text"}
     assert talks.roles == {"caller": "user"}
     assert (far.path, far.subset, far.split, far.max_rows) == ("org/far", "en", "train_sft", 50)
-    assert not any("dataset_info" in warning for warning in conversion.warnings)
+    assert not any("dataset_info" in warning for warning in conversion.draft.warnings)
 
 
 def test_pretraining_text_is_read_from_its_column(convert, tmp_path):
@@ -328,7 +328,7 @@ accelerate launch --num_processes 4 --config_file fsdp.yaml sft.py \
 
 def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path):
     conversion, config = convert(SCRIPT + f"touch {tmp_path / 'was-run'}\n")
-    assert conversion.trainer == "TRL"
+    assert conversion.draft.trainer == "TRL"
     assert (config.model.base, config.train.output_dir) == ("org/real", "runs/here")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16, ["q_proj", "v_proj"])
     assert config.train.learning_rate == 1e-4
@@ -345,14 +345,14 @@ def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path
 ])  # fmt: skip
 def test_the_trainer_is_told_from_the_command(convert, command, trainer):
     conversion, config = convert(command)
-    assert conversion.trainer == trainer
+    assert conversion.draft.trainer == trainer
     assert config.model.base == "org/b"
 
 
 def test_a_template_that_is_written_out_becomes_a_file(convert, tmp_path):
     written = "{% for message in messages %}{{ message.content }}{% endfor %}"
     conversion, config = convert(TRL_BASE | {"chat_template": written})
-    assert conversion.template == written
+    assert conversion.draft.template == written
     assert config.data.chat_template == str(tmp_path / "ours.jinja")
 
 

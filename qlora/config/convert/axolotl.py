@@ -48,7 +48,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """Translate an axolotl config.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the config; unused, since paths are relative to where axolotl is started.
     """
     is_full = draft.peek("adapter") in OFF

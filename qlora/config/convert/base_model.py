@@ -13,11 +13,14 @@ def translate_base(draft: Draft) -> None:
 
 
 def _quantization(draft: Draft) -> None:
-    bits = values.number(draft.take("quantization_bit", "bits"))
-    four = [draft.take(name) for name in ("load_in_4bit", "use_4bit_quantization", "use_bnb_4bit_quantization")]
+    bits_key, given = draft.take_named("quantization_bit", "bits")
+    bits = values.number(given)
+    four = {name: draft.take(name) for name in ("load_in_4bit", "use_4bit_quantization", "use_bnb_4bit_quantization")}
     eight = [draft.peek(name) for name in ("load_in_8bit", "load_in_fp8")]
     adapter = draft.take("adapter")
-    is_four = bits == 4 or any(map(values.flag, four)) or adapter == "qlora"
+    asked = [name for name, value in four.items() if values.flag(value)]
+    asked += [f"{bits_key}: 4"] * (bits == 4) + ["adapter: qlora"] * (adapter == "qlora")
+    is_four = bool(asked)
     is_eight = bits == 8 or any(map(values.flag, eight))
     if bits not in (None, 4, 8, 16, 32):
         draft.warn(f"A base in {bits} bits is not available; model.quantization is nf4, 4 bits.")
@@ -27,7 +30,7 @@ def _quantization(draft: Draft) -> None:
     if is_four and kind not in (None, "nf4"):
         draft.warn(f"The 4-bit type {kind} is not available; model.quantization: nf4 is used.")
     if is_four:
-        draft.set("model.quantization", "nf4", "4-bit base")
+        draft.set("model.quantization", "nf4", ", ".join(asked) or f"{bits_key}: {bits}, see above")
     elif is_eight:
         draft.set("model.quantization", "nf4", "instead of an 8-bit base, see above")
         draft.warn("It loads the base in 8 bits. Here it is in 4 bits (nf4); model.quantization: none keeps 16 bits.")

@@ -33,7 +33,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """Translate a LLaMA-Factory config.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the config, where dataset_info.json is looked for as well.
     """
     method = draft.peek("finetuning_type")
