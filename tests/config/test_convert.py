@@ -1,6 +1,7 @@
 """Configs of other trainers become configs of ours, and every key of theirs is accounted for."""
 
 import json
+import random
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -386,6 +387,22 @@ def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, told):
 ], ids=lambda values: str(values)[:30])  # fmt: skip
 def test_odd_values_still_give_a_config_that_loads(convert, values):
     convert(values)
+
+
+ODD = [
+    None, True, 0, -1, 1.5, "", "x", "a b", [], ["a"], [1, None], {}, {"a": 1}, {"path": ["x"]}, "1e-4", float("inf"),
+    [[1]], {"datasets": "x"}, {"datasets": [{"id": ["x"]}]}, 10**30, "\x1b[2J", "${X}",
+    [{"path": {"a": 1}, "type": ["x"], "roles": {"user": [["a"]]}, "split": 3}],
+    [{"path": "p", "type": {"field_instruction": ["x"]}, "message_property_mappings": 3, "field_messages": ["m"]}],
+]  # fmt: skip
+
+
+def test_odd_values_in_public_key_sets_give_a_config_that_loads(convert, seed):
+    rng = random.Random(seed)
+    for _ in range(150):
+        values = values_of(PUBLIC[rng.choice(sorted(PUBLIC))][1])
+        changed = rng.sample(sorted(values), min(len(values), rng.choice([1, 3, 8])))
+        convert(values | {name: rng.choice(ODD) for name in changed})
 
 
 def test_a_converted_config_can_be_previewed(convert, tiny_base, alpaca_file):

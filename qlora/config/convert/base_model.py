@@ -25,7 +25,7 @@ def _quantization(draft: Draft) -> None:
     if bits not in (None, 4, 8, 16, 32):
         draft.warn(f"A base in {bits} bits is not available; model.quantization is nf4, 4 bits.")
         is_four = True
-    kinds = dict(draft.take("bnb_config_kwargs") or {})
+    kinds = values.mapping(draft.take("bnb_config_kwargs"))
     kind = draft.take("bnb_4bit_quant_type", "quant_type", "quantization_type") or kinds.get("bnb_4bit_quant_type")
     if is_four and kind not in (None, "nf4"):
         draft.warn(f"The 4-bit type {kind} is not available; model.quantization: nf4 is used.")
@@ -73,7 +73,7 @@ def _attention(draft: Draft) -> None:
                      "use_flash_attention_2", "xformers_attention", "sdp_attention", "eager_attention",
                      "flex_attention")
     ]  # fmt: skip
-    named = next((values.ATTENTION[name] for name in attention[:2] if name in values.ATTENTION), None)
+    named = next((values.ATTENTION[str(name)] for name in attention[:2] if str(name) in values.ATTENTION), None)
     if named is not None or any(value not in OFF for value in attention):
         draft.set("model.attention", named or "auto", "attention; auto takes the fastest that keeps documents apart")
 
