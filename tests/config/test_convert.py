@@ -11,6 +11,7 @@ import yaml
 
 from qlora.config import load_config
 from qlora.config.convert import convert_file
+from qlora.config.convert.detect import detect
 from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.config.hints import keys_of
 from qlora.errors import ConfigError
@@ -402,7 +403,9 @@ def test_odd_values_in_public_key_sets_give_a_config_that_loads(convert, seed):
     for _ in range(150):
         values = values_of(PUBLIC[rng.choice(sorted(PUBLIC))][1])
         changed = rng.sample(sorted(values), min(len(values), rng.choice([1, 3, 8])))
-        convert(values | {name: rng.choice(ODD) for name in changed})
+        values |= {name: rng.choice(ODD) for name in changed}
+        if detect(values) is not None:  # groups of keys may have been replaced
+            convert(values)
 
 
 def test_a_converted_config_can_be_previewed(convert, tiny_base, alpaca_file):

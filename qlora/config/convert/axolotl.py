@@ -57,9 +57,9 @@ def translate(draft: Draft, folder: Path) -> None:
     hold_out(draft, draft.take("val_set_size"), "val_set_size")
     if values.flag(draft.take("train_on_inputs")):
         draft.set("data.loss_on", "all", "train_on_inputs")
-    total, micro = draft.take("batch_size"), values.number(draft.peek("micro_batch_size"))
-    if values.number(total) and micro and draft.peek("gradient_accumulation_steps") is None:
-        steps = max(1, int(total) // int(micro))
+    total, micro = values.number(draft.take("batch_size")), values.number(draft.peek("micro_batch_size"))
+    if total and micro and draft.peek("gradient_accumulation_steps") is None:
+        steps = max(1, int(total // micro))
         draft.set("train.gradient_accumulation_steps", steps, f"batch_size: {total} ÷ micro_batch_size: {micro}")
     translate_common(draft, is_full)
     if draft.values.get("data.format") == "text":
