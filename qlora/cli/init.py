@@ -12,7 +12,10 @@ from qlora.errors import ConfigError
 def init(
     recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; without one they are listed.")] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: RECIPE.yaml", callback=expand_home)
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Default: RECIPE.yaml, or my.yaml for --from.", callback=expand_home
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -77,13 +80,14 @@ def _convert(source: Path, target: Path) -> None:
 
     template = target.with_suffix(".jinja")
     conversion = convert_file(source, str(template))
-    if conversion.template is not None:
-        _write(template, conversion.template, "")
+    draft = conversion.draft
+    if draft.template is not None:
+        _write(template, draft.template, "")
     _write(target, conversion.text, "")
-    print(f"Converted {source}, a config of {conversion.trainer}.")
-    if conversion.warnings:
+    print(f"Converted {source}, a config of {draft.trainer}.")
+    if draft.warnings:
         print("\nCheck these first:")
-        for warning in conversion.warnings:
+        for warning in draft.warnings:
             print(f"  - {warning}")
     print("\n".join(["", *conversion.summary, ""]))
     print(f"Next: qlora preview {target}")

@@ -1,6 +1,7 @@
 """Configs of other trainers become configs of ours, and every key of theirs is accounted for."""
 
 import json
+import random
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from qlora.config import load_config
 from qlora.config.convert import convert_file
+from qlora.config.convert.detect import detect
 from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.config.hints import keys_of
 from qlora.errors import ConfigError
@@ -75,7 +77,7 @@ def test_a_public_key_set_converts_and_every_key_is_accounted_for(convert, name)
     values = values_of(words)
     conversion, _ = convert(values)
     draft = conversion.draft
-    assert conversion.trainer == trainer
+    assert conversion.draft.trainer == trainer
     assert draft.unknown == []
     assert set(leaves(values)) - {*draft.translated, *draft.dropped, *draft.off} == set()
     assert all(draft.dropped.values())
@@ -93,12 +95,12 @@ SECRET = "0123456789abcdef0123456789abcdef"
 ], ids=lambda theirs: next(iter(theirs))[:20])  # fmt: skip
 def test_secrets_are_in_no_output(convert, theirs):
     conversion, _ = convert(AXOLOTL_BASE | theirs)
-    assert SECRET not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert SECRET not in conversion.text + "".join(conversion.draft.warnings + conversion.summary)
 
 
 def test_control_characters_reach_neither_the_file_nor_the_screen(convert):
     conversion, _ = convert(AXOLOTL_BASE | {"optimizer": "a\x1b[2Jb", "odd\x1bkey\ninjected: 1": 1})
-    assert "\x1b" not in conversion.text + "".join(conversion.warnings + conversion.summary)
+    assert "\x1b" not in conversion.text + "".join(conversion.draft.warnings + conversion.summary)
     assert "\ninjected" not in conversion.text
 
 
@@ -216,7 +218,7 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     (AXOLOTL_BASE, {"val_set_size": 500}, ["500", "share"]),
     (AXOLOTL_BASE, {"datasets": [{"path": "r", "type": "chat_template", "split": "train[:20%]"}]}, ["train[:20%]"]),
     (AXOLOTL_BASE, {"lora_dropout": 1.5}, ["lora.dropout", "left out", "less than 1"]),
-    (AXOLOTL_BASE, {"base_model": None}, ["model.base is not said"]),
+    (AXOLOTL_BASE, {"base_model": None}, ["model.base is not in the original"]),
     (LLAMA_FACTORY_BASE, {"finetuning_type": "full"}, ["full fine-tuning"]),
     (LLAMA_FACTORY_BASE, {"stage": "dpo"}, ["stage: dpo"]),
     (LLAMA_FACTORY_BASE, {"packing": True}, ["documents see each other"]),
@@ -230,7 +232,7 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
 ], ids=str)  # fmt: skip
 def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
     conversion, _ = convert(base | theirs)
-    reported = "\n".join(conversion.warnings)
+    reported = "\n".join(conversion.draft.warnings)
     assert [word for word in words if word not in reported] == []
     assert conversion.text.index("Check these first") < conversion.text.index("\nmodel:")
 
@@ -261,7 +263,7 @@ def test_axolotls_own_prompt_formats_name_their_columns(convert):
     kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction}"}
     conversion, config = convert(AXOLOTL_BASE | {"datasets": [{"path": "rows.jsonl", "type": kind}]})
     assert config.data.train[0].columns == {"instruction": "q", "output": "a"}
-    assert any("prompt format of its own" in warning for warning in conversion.warnings)
+    assert any("prompt format of its own" in warning for warning in conversion.draft.warnings)
 
 
 def test_files_of_a_json_dataset_become_sources(convert):
@@ -299,7 +301,7 @@ def test_datasets_are_found_through_dataset_info(convert, tmp_path, place):
     assert talks.columns == {"messages": "talk", "role": "who", "content": "text"}
     assert talks.roles == {"caller": "user"}
     assert (far.path, far.subset, far.split, far.max_rows) == ("org/far", "en", "train_sft", 50)
-    assert not any("dataset_info" in warning for warning in conversion.warnings)
+    assert not any("dataset_info" in warning for warning in conversion.draft.warnings)
 
 
 def test_pretraining_text_is_read_from_its_column(convert, tmp_path):
@@ -328,7 +330,7 @@ accelerate launch --num_processes 4 --config_file fsdp.yaml sft.py \
 
 def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path):
     conversion, config = convert(SCRIPT + f"touch {tmp_path / 'was-run'}\n")
-    assert conversion.trainer == "TRL"
+    assert conversion.draft.trainer == "TRL"
     assert (config.model.base, config.train.output_dir) == ("org/real", "runs/here")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16, ["q_proj", "v_proj"])
     assert config.train.learning_rate == 1e-4
@@ -345,14 +347,14 @@ def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path
 ])  # fmt: skip
 def test_the_trainer_is_told_from_the_command(convert, command, trainer):
     conversion, config = convert(command)
-    assert conversion.trainer == trainer
+    assert conversion.draft.trainer == trainer
     assert config.model.base == "org/b"
 
 
 def test_a_template_that_is_written_out_becomes_a_file(convert, tmp_path):
     written = "{% for message in messages %}{{ message.content }}{% endfor %}"
     conversion, config = convert(TRL_BASE | {"chat_template": written})
-    assert conversion.template == written
+    assert conversion.draft.template == written
     assert config.data.chat_template == str(tmp_path / "ours.jinja")
 
 
@@ -386,6 +388,24 @@ def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, told):
 ], ids=lambda values: str(values)[:30])  # fmt: skip
 def test_odd_values_still_give_a_config_that_loads(convert, values):
     convert(values)
+
+
+ODD = [
+    None, True, 0, -1, 1.5, "", "x", "a b", [], ["a"], [1, None], {}, {"a": 1}, {"path": ["x"]}, "1e-4", float("inf"),
+    [[1]], {"datasets": "x"}, {"datasets": [{"id": ["x"]}]}, 10**30, "\x1b[2J", "${X}",
+    [{"path": {"a": 1}, "type": ["x"], "roles": {"user": [["a"]]}, "split": 3}],
+    [{"path": "p", "type": {"field_instruction": ["x"]}, "message_property_mappings": 3, "field_messages": ["m"]}],
+]  # fmt: skip
+
+
+def test_odd_values_in_public_key_sets_give_a_config_that_loads(convert, seed):
+    rng = random.Random(seed)
+    for _ in range(150):
+        values = values_of(PUBLIC[rng.choice(sorted(PUBLIC))][1])
+        changed = rng.sample(sorted(values), min(len(values), rng.choice([1, 3, 8])))
+        values |= {name: rng.choice(ODD) for name in changed}
+        if detect(values) is not None:  # groups of keys may have been replaced
+            convert(values)
 
 
 def test_a_converted_config_can_be_previewed(convert, tiny_base, alpaca_file):

@@ -39,16 +39,16 @@ TYPES: dict[str, tuple[str | None, dict[str, str]]] = {
 }  # fmt: skip
 # Whose prompts are written in the style of Alpaca, whatever the chat template.
 ALPACA_STYLE = {"alpaca", "gpteacher"}
-FILE_TYPES = {"json", "csv", "parquet", "arrow", "text"}
+FILE_TYPES = ("json", "csv", "parquet", "arrow", "text")
 # Speakers that are known here without a mapping.
-KNOWN_ROLES = {"system", "user", "human", "assistant", "gpt", "tool"}
+KNOWN_ROLES = ("system", "user", "human", "assistant", "gpt", "tool")
 
 
 def translate(draft: Draft, folder: Path) -> None:
     """Translate an axolotl config.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the config; unused, since paths are relative to where axolotl is started.
     """
     is_full = draft.peek("adapter") in OFF
@@ -57,9 +57,9 @@ def translate(draft: Draft, folder: Path) -> None:
     hold_out(draft, draft.take("val_set_size"), "val_set_size")
     if values.flag(draft.take("train_on_inputs")):
         draft.set("data.loss_on", "all", "train_on_inputs")
-    total, micro = draft.take("batch_size"), values.number(draft.peek("micro_batch_size"))
-    if values.number(total) and micro and draft.peek("gradient_accumulation_steps") is None:
-        steps = max(1, int(total) // int(micro))
+    total, micro = values.number(draft.take("batch_size")), values.number(draft.peek("micro_batch_size"))
+    if total and micro and draft.peek("gradient_accumulation_steps") is None:
+        steps = max(1, int(total // micro))
         draft.set("train.gradient_accumulation_steps", steps, f"batch_size: {total} ÷ micro_batch_size: {micro}")
     translate_common(draft, is_full)
     if draft.values.get("data.format") == "text":
@@ -185,15 +185,15 @@ def _format(draft: Draft, entry: dict[str, Any], path: Any) -> dict[str, Any]:
     for ours in ("chosen", "rejected"):
         if (theirs := entry.pop(f"field_{ours}", None)) not in (None, ours):
             columns[ours] = theirs
-    mapping = dict(entry.pop("message_property_mappings", None) or {})
+    mapping = values.mapping(entry.pop("message_property_mappings", None))
     for ours, standard in (("role", ("role", "from")), ("content", ("content", "value"))):
         theirs = entry.pop(f"message_field_{ours}", None) or mapping.get(ours)
         if theirs not in (None, *standard):
             columns[ours] = theirs
-    given = entry.pop("roles", None)
+    given = values.mapping(entry.pop("roles", None))
     roles = {
         str(theirs): str(ours)
-        for ours, those in (given if isinstance(given, dict) else {}).items()
+        for ours, those in given.items()
         for theirs in (those if isinstance(those, list) else [those])
         if theirs != ours and theirs not in KNOWN_ROLES
     }

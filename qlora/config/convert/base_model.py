@@ -13,21 +13,24 @@ def translate_base(draft: Draft) -> None:
 
 
 def _quantization(draft: Draft) -> None:
-    bits = values.number(draft.take("quantization_bit", "bits"))
-    four = [draft.take(name) for name in ("load_in_4bit", "use_4bit_quantization", "use_bnb_4bit_quantization")]
+    bits_key, given = draft.take_named("quantization_bit", "bits")
+    bits = values.number(given)
+    four = {name: draft.take(name) for name in ("load_in_4bit", "use_4bit_quantization", "use_bnb_4bit_quantization")}
     eight = [draft.peek(name) for name in ("load_in_8bit", "load_in_fp8")]
     adapter = draft.take("adapter")
-    is_four = bits == 4 or any(map(values.flag, four)) or adapter == "qlora"
+    asked = [name for name, value in four.items() if values.flag(value)]
+    asked += [f"{bits_key}: 4"] * (bits == 4) + ["adapter: qlora"] * (adapter == "qlora")
+    is_four = bool(asked)
     is_eight = bits == 8 or any(map(values.flag, eight))
     if bits not in (None, 4, 8, 16, 32):
         draft.warn(f"A base in {bits} bits is not available; model.quantization is nf4, 4 bits.")
         is_four = True
-    kinds = dict(draft.take("bnb_config_kwargs") or {})
+    kinds = values.mapping(draft.take("bnb_config_kwargs"))
     kind = draft.take("bnb_4bit_quant_type", "quant_type", "quantization_type") or kinds.get("bnb_4bit_quant_type")
     if is_four and kind not in (None, "nf4"):
         draft.warn(f"The 4-bit type {kind} is not available; model.quantization: nf4 is used.")
     if is_four:
-        draft.set("model.quantization", "nf4", "4-bit base")
+        draft.set("model.quantization", "nf4", ", ".join(asked) or f"{bits_key}: {bits}, see above")
     elif is_eight:
         draft.set("model.quantization", "nf4", "instead of an 8-bit base, see above")
         draft.warn("It loads the base in 8 bits. Here it is in 4 bits (nf4); model.quantization: none keeps 16 bits.")
@@ -70,7 +73,7 @@ def _attention(draft: Draft) -> None:
                      "use_flash_attention_2", "xformers_attention", "sdp_attention", "eager_attention",
                      "flex_attention")
     ]  # fmt: skip
-    named = next((values.ATTENTION[name] for name in attention[:2] if name in values.ATTENTION), None)
+    named = next((values.ATTENTION[str(name)] for name in attention[:2] if str(name) in values.ATTENTION), None)
     if named is not None or any(value not in OFF for value in attention):
         draft.set("model.attention", named or "auto", "attention; auto takes the fastest that keeps documents apart")
 

@@ -140,7 +140,7 @@ def _copy(draft: Draft) -> None:
     _ends_and_rates(draft)
     overlong = draft.take("excess_length_strategy", "truncation_mode")
     if overlong is not None:
-        draft.set("data.overlong", values.OVERLONG.get(overlong, "truncate"), f"excess length: {overlong}")
+        draft.set("data.overlong", values.OVERLONG.get(str(overlong), "truncate"), f"excess length: {overlong}")
     for name, value in draft.left():
         key = SAME_NAMES.get(name) or NAMES.get(name)
         if key is None or value in (None, ""):

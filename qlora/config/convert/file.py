@@ -27,20 +27,17 @@ class Conversion:
     """A converted config.
 
     Attributes:
-        trainer: Whose config it was.
         text: The config of ours, with comments.
-        warnings: What differs from what the other config asks for.
-        summary: What was dropped and why, as lines.
-        draft: How each key was handled.
-        template: A chat template that was written inside the other config; it belongs next to the new one.
+        draft: How each key was handled: what was dropped and why, and what to check.
     """
 
-    trainer: str
     text: str
-    warnings: list[str]
-    summary: list[str]
     draft: Draft
-    template: str | None
+
+    @property
+    def summary(self) -> list[str]:
+        """What was dropped and why, as lines."""
+        return summary_lines(self.draft)
 
 
 def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conversion:
@@ -61,14 +58,13 @@ def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conv
     for key, value in PLACEHOLDERS.items():
         if draft.values.get(key) in (None, []):
             draft.values.pop(key, None)
-            draft.set(key, value, "not said there: set it")
-            draft.warn(f"{key} is not said; set it.")
+            draft.set(key, value, "not in the original: set it")
+            draft.warn(f"{key} is not in the original; set it.")
     draft.drop_rest()
     _drop_invalid(draft)
     order = [f"{section}.{key}" for section, keys in _all_keys().items() for key in keys]
     draft.values = {key: draft.values[key] for key in order if key in draft.values}
-    text = config_text(draft, path.name)
-    return Conversion(trainer.name, text, draft.warnings, summary_lines(draft), draft, draft.template)
+    return Conversion(config_text(draft, path.name), draft)
 
 
 def recognize(values: Any) -> str | None:

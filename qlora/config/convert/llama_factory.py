@@ -25,7 +25,7 @@ COLUMNS = {
 }  # fmt: skip
 TURN_KEYS = {"role": ("role", "from"), "content": ("content", "value")}
 ROLES = {"user": "user", "assistant": "assistant", "observation": "tool", "system": "system"}
-KNOWN_ROLES = {"system", "user", "human", "assistant", "gpt", "tool", "observation"}
+KNOWN_ROLES = ("system", "user", "human", "assistant", "gpt", "tool", "observation")
 MAX_INFO_BYTES = 10 << 20
 
 
@@ -33,7 +33,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """Translate a LLaMA-Factory config.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the config, where dataset_info.json is looked for as well.
     """
     method = draft.peek("finetuning_type")
@@ -100,8 +100,7 @@ def _source(draft: Draft, name: str, found: tuple[Path, dict[str, Any]], stage: 
     if number := values.number(entry.get("num_samples")):
         source["max_rows"] = int(number)
     columns = _columns(entry, stage)
-    tags = entry.get("tags") if isinstance(entry.get("tags"), dict) else {}
-    assert isinstance(tags, dict)
+    tags = values.mapping(entry.get("tags"))
     columns |= {
         ours: str(tags[f"{ours}_tag"])
         for ours, standard in TURN_KEYS.items()
@@ -113,14 +112,13 @@ def _source(draft: Draft, name: str, found: tuple[Path, dict[str, Any]], stage: 
         if tags.get(f"{theirs}_tag") is not None and tags[f"{theirs}_tag"] not in KNOWN_ROLES
     }
     for media in ("images", "videos", "audios"):
-        if media in (entry.get("columns") or {}):
+        if media in values.mapping(entry.get("columns")):
             draft.warn(f"dataset {name} has {media}; only text is supported, and its rows are refused.")
     return source | ({"columns": columns} if columns else {}) | ({"roles": roles} if roles else {})
 
 
 def _columns(entry: dict[str, Any], stage: str) -> dict[str, str]:
-    given = entry.get("columns")
-    columns = given if isinstance(given, dict) else {}
+    columns = values.mapping(entry.get("columns"))
     if stage == "pt":
         theirs = columns.get("prompt", "instruction")
         return {} if theirs == "text" else {"text": str(theirs)}

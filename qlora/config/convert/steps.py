@@ -25,8 +25,7 @@ def _schedule(draft: Draft) -> None:
         if difference:
             draft.warn(f"The schedule {name} becomes {ours}: {difference}.")
     peak = values.number(draft.values.get("train.learning_rate"))
-    options = draft.take("lr_scheduler_kwargs")
-    options = options if isinstance(options, dict) else {}
+    options = values.mapping(draft.take("lr_scheduler_kwargs"))
     ratio = values.number(draft.take("cosine_min_lr_ratio")) or values.number(options.get("min_lr_rate"))
     floor = values.number(draft.take("min_lr")) or values.number(options.get("min_lr"))
     if floor is None and ratio is not None and peak is not None:
@@ -76,7 +75,7 @@ def _intervals(draft: Draft) -> None:
 
 def _share(draft: Draft, per_epoch: int | float) -> float:
     """Return the share of a run between two events, so many in each epoch."""
-    epochs = draft.values.get("train.epochs", 1)
+    epochs = max(draft.values.get("train.epochs", 1), 0.01)
     if "train.max_steps" in draft.values:
         draft.warn("The run ends by train.max_steps, so intervals by epoch are set as shares of the whole run.")
         epochs = 1

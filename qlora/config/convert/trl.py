@@ -37,7 +37,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """Translate TRL's arguments.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the file; unused, since paths are relative to where TRL is started.
     """
     adapters = draft.peek(

@@ -27,7 +27,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """Translate unsloth's arguments.
 
     Args:
-        draft: Of its values.
+        draft: Draft with its values.
         folder: Folder of the file; unused, since paths are relative to where unsloth is started.
     """
     base = draft.take("model")

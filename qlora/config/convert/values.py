@@ -99,3 +99,8 @@ def paths(value: Any) -> list[str]:
     """Return a list of paths from a path or a list of them."""
     found = value if isinstance(value, list | tuple) else [value]
     return [path for path in found if isinstance(path, str) and path]
+
+
+def mapping(value: Any) -> dict[Any, Any]:
+    """Return a mapping, empty if the value is none."""
+    return value if isinstance(value, dict) else {}
