@@ -13,7 +13,7 @@ from qlora.config.plain_yaml import parse_yaml
 from qlora.errors import ConfigError, DataError, ExportError, QLoRAError
 from qlora.export.card import read_license
 from qlora.files import write_text
-from qlora.files.resumable import continued_aside
+from qlora.files.resumable import resumable_folder
 from qlora.training.resume import check_folder
 from tests.cli import run
 from tests.tiny import run_config
@@ -224,11 +224,11 @@ def test_a_text_is_written_through_no_link_that_lies_beside_it(tmp_path):
 def test_a_merge_goes_on_in_no_folder_that_someone_else_put_there(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.merging").symlink_to("elsewhere")
-    with pytest.raises(ExportError, match="put there by someone else"), continued_aside(tmp_path / "out", "key"):
+    with pytest.raises(ExportError, match="put there by someone else"), resumable_folder(tmp_path / "out", "key"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
     (tmp_path / ".out.merging").unlink()
     (tmp_path / ".out.merging").mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    with pytest.raises(ExportError, match="put there by someone else"), continued_aside(tmp_path / "out", "key"):
+    with pytest.raises(ExportError, match="put there by someone else"), resumable_folder(tmp_path / "out", "key"):
         pass

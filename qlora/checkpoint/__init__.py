@@ -27,9 +27,9 @@ from qlora.checkpoint.state import (
     drop_old_checkpoints,
     load_state,
     newest_whole,
+    quarantine,
     read_origin,
     save_checkpoint,
-    set_aside,
 )
 
 __all__ = [
@@ -57,6 +57,6 @@ __all__ = [
     "read_origin",
     "save_adapter",
     "save_checkpoint",
-    "set_aside",
+    "quarantine",
     "step_of",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import CheckpointError
-from qlora.lora import TrainedRows, trained_rows
+from qlora.lora import EmbeddingRows, trained_rows
 
 PREFIX = "base_model.model."
 # What PEFT calls modules trained in full, and rows by their ids, in its config; and the tensor of the latter.
@@ -112,9 +112,9 @@ def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping
             )
 
 
-def _with_tensors(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
+def _with_tensors(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:
     """Modules whose rows are in the file: of new tokens PEFT has those of a shared weight once."""
-    seen: set[TrainedRows] = set()
+    seen: set[EmbeddingRows] = set()
     for name, rows in trained_rows(model):
         if rows.is_whole or rows not in seen:
             yield name, rows

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
 from qlora.errors import CheckpointError
-from qlora.files.atomic import discard, write_aside
+from qlora.files.atomic import atomic_folder, discard
 from qlora.files.json_files import parse_object, read_object
 from qlora.optim import FlatOptimizer
 
@@ -48,14 +48,14 @@ def save_checkpoint(
     Raises:
         CheckpointError: The disk is full or can't be written; nothing half-written is left.
     """
-    with write_aside(folder, needed=checkpoint_bytes(model, optimizer)) as aside:
-        save_adapter(model, aside, base_name)
+    with atomic_folder(folder, needed=checkpoint_bytes(model, optimizer)) as staging:
+        save_adapter(model, staging, base_name)
         save_file({key: value.cpu().contiguous() for key, value in optimizer.state_dict().items()},
-                  aside / OPTIMIZER_FILE)  # fmt: skip
-        (aside / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        (aside / ORIGIN_FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in aside.iterdir()}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+                  staging / OPTIMIZER_FILE)  # fmt: skip
+        (staging / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        (staging / ORIGIN_FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def check_whole(folder: Path) -> None:
             raise CheckpointError(f"{path} is missing or damaged; remove {folder} to continue from an earlier one.")
 
 
-def set_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Gives a damaged checkpoint a name that no run continues from, and returns it.
 
     Raises:

@@ -21,7 +21,7 @@ from qlora.export.companions import (
 )
 from qlora.export.held_out import held_out_examples, written_loss
 from qlora.export.weights import ONTO, MergedWeights
-from qlora.files.resumable import continued_aside, new_folder, put_in_place
+from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
 from qlora.model import load_run_tokenizer
 
@@ -66,12 +66,12 @@ def merge_to_folder(
     losses: dict[str, float] = {}
     if onto == "best":  # read now, so that data that are gone are told before anything is written
         examples = held_out_examples(weights.config, load_run_tokenizer(run))
-    with continued_aside(out_dir, key, num_bytes * len(candidates)) as aside:
+    with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
         for base, candidate in candidates.items():
-            _write_weights(aside / base, candidate, dtype, max_bytes, progress)
-            write_companions(aside / base, run, candidate, dtype)
+            _write_weights(staging / base, candidate, dtype, max_bytes, progress)
+            write_companions(staging / base, run, candidate, dtype)
             if onto == "best":
-                losses[base] = written_loss(aside / base, dtype, examples, candidate.device, has_code)
+                losses[base] = written_loss(staging / base, dtype, examples, candidate.device, has_code)
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
             out_dir=str(out_dir),
@@ -90,8 +90,8 @@ def merge_to_folder(
             seconds=round(time.perf_counter() - started, 3),
             notes=candidates[chosen].notes + _notes_on_losses(losses, weights.record),
         )
-        write_report_and_card(aside / chosen, report, run, weights.files.folder)
-        put_in_place(aside / chosen, out_dir)
+        write_report_and_card(staging / chosen, report, run, weights.files.folder)
+        put_in_place(staging / chosen, out_dir)
     return report
 
 

@@ -14,7 +14,7 @@ from qlora.config.sections import parse_size
 from qlora.dtypes import as_dtype
 from qlora.errors import ExportError
 from qlora.export.card import write_quantized_card
-from qlora.files import BaseFiles, write_aside
+from qlora.files import BaseFiles, atomic_folder
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
 from qlora.model import BITSANDBYTES_4BIT, BaseWeights, build_skeleton, resolve_device, weight_format
@@ -99,7 +99,7 @@ def quantize_model(
     layers = find_quantized_layers(build_skeleton(files, trust_remote_code), settings, base, weights.shapes)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
-    with write_aside(out_dir, ExportError) as folder:
+    with atomic_folder(out_dir, ExportError) as folder:
         writer = ShardWriter(folder, layout, parse_size(max_shard_size))
         for name in weights.shapes:
             value = weights.read(name)

@@ -1,6 +1,6 @@
 """Files and folders that are written completely or not at all, locks, JSON, safetensors, and a base's files."""
 
-from qlora.files.atomic import discard, free_bytes, make_folder, old_name, sync, write_aside, write_bytes, write_text
+from qlora.files.atomic import atomic_folder, discard, free_bytes, make_folder, old_name, sync, write_bytes, write_text
 from qlora.files.base_files import BaseFiles, find_tokenizer
 from qlora.files.lock import hold_lock
 
@@ -13,7 +13,7 @@ __all__ = [
     "make_folder",
     "old_name",
     "sync",
-    "write_aside",
+    "atomic_folder",
     "write_bytes",
     "write_text",
 ]

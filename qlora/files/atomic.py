@@ -14,7 +14,7 @@ from qlora.errors import CheckpointError
 
 
 @contextmanager
-def write_aside(target: Path, error: type[Exception] = CheckpointError, needed: int = 0) -> Iterator[Path]:
+def atomic_folder(target: Path, error: type[Exception] = CheckpointError, needed: int = 0) -> Iterator[Path]:
     """Give a folder next to `target` to write into; at the end it is synced and replaces the target.
 
     If anything fails, the new folder is removed and the old one is unchanged. :func:`settle` recovers from a process
@@ -27,19 +27,19 @@ def write_aside(target: Path, error: type[Exception] = CheckpointError, needed: 
         needed: Bytes that have to be free before anything is written.
     """
     target = target.expanduser().absolute()
-    aside, old, _ = _beside(target)
+    staging, old, _ = _staging_paths(target)
     try:
         make_folder(target.parent)
         settle(target)
         if needed > free_bytes(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        aside.mkdir()
-        yield aside
-        share_files(aside)
-        sync_folder(aside)
+        staging.mkdir()
+        yield staging
+        share_files(staging)
+        sync_folder(staging)
         if target.exists():
             target.rename(old)
-        aside.rename(target)
+        staging.rename(target)
         sync(target.parent)
     except (OSError, SafetensorError) as problem:
         raise error(f"{target} can't be written: {problem}.{space_left(target, needed)}") from problem
@@ -59,20 +59,20 @@ def write_bytes(target: Path, content: bytes) -> None:
     Raises:
         CheckpointError: The disk is full, or the folder can't be written.
     """
-    aside, *_ = _beside(target)
+    staging, *_ = _staging_paths(target)
     try:
         make_folder(target.parent)
-        aside.unlink(missing_ok=True)
-        with aside.open("xb") as file:  # never through a link of this name
+        staging.unlink(missing_ok=True)
+        with staging.open("xb") as file:  # never through a link of this name
             file.write(content)
-        sync(aside)
-        aside.replace(target)
+        sync(staging)
+        staging.replace(target)
         sync(target.parent)
     except OSError as problem:
         raise CheckpointError(f"{target} can't be written: {problem}.{space_left(target)}") from problem
     finally:
         with suppress(OSError):
-            aside.unlink()
+            staging.unlink()
 
 
 def settle(target: Path) -> None:
@@ -81,10 +81,10 @@ def settle(target: Path) -> None:
     The old one is restored if the new one had not replaced it yet, and leftovers are removed. A new one that is in
     place is complete, since it was synced before.
     """
-    aside, old, gone = _beside(target)
+    staging, old, gone = _staging_paths(target)
     if old.exists() and not target.exists():
         old.rename(target)
-    for leftover in (aside, old, gone):
+    for leftover in (staging, old, gone):
         _remove(leftover)
 
 
@@ -94,7 +94,7 @@ def discard(folder: Path) -> None:
     Raises:
         CheckpointError: It can't be removed.
     """
-    *_, gone = _beside(folder)
+    *_, gone = _staging_paths(folder)
     try:
         _remove(gone)
         folder.rename(gone)
@@ -159,10 +159,10 @@ def space_left(target: Path, needed: int = 0) -> str:
     return f"{wanted} {free_bytes(target) / 1e6:.1f} MB are free there."
 
 
-def _beside(target: Path) -> tuple[Path, Path, Path]:
+def _staging_paths(target: Path) -> tuple[Path, Path, Path]:
     """Return the names next to a target for the new one, the old one, and one that is being removed."""
-    aside, old, gone = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old", "gone"))
-    return aside, old, gone
+    staging, old, gone = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old", "gone"))
+    return staging, old, gone
 
 
 def _remove(path: Path) -> None:

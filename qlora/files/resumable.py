@@ -26,14 +26,14 @@ def new_folder(path: str | Path) -> Path:
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        left = _aside(folder)
+        left = _staging(folder)
         also = f" {left} is left from an interrupted merge; remove it too." if left.exists() else ""
         raise ExportError(f"{folder} exists already; choose another folder or remove it.{also}")
     return folder
 
 
 @contextmanager
-def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
+def resumable_folder(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
     """Give a folder next to `target` to write into: a new one, or what an interrupted writer of the same key left.
 
     It is removed at the end and when writing fails; :func:`put_in_place` moves what is to stay out of it before. When
@@ -49,21 +49,21 @@ def continued_aside(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
             little space, which is checked before anything is written.
     """
     target = target.expanduser().absolute()
-    aside = _aside(target)
+    staging = _staging(target)
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        if aside.is_symlink() or aside.stat().st_uid != os.geteuid():  # in a folder that others may write to
-            raise ExportError(f"{aside} was put there by someone else; choose another folder.")
-        with (aside / STATE_FILE).open("a+", encoding="utf-8") as state:
-            _claim(aside, state, key)
-            if needed - _size(aside) > free_bytes(target):
+        staging.mkdir(parents=True, exist_ok=True)
+        if staging.is_symlink() or staging.stat().st_uid != os.geteuid():  # in a folder that others may write to
+            raise ExportError(f"{staging} was put there by someone else; choose another folder.")
+        with (staging / STATE_FILE).open("a+", encoding="utf-8") as state:
+            _claim(staging, state, key)
+            if needed - _size(staging) > free_bytes(target):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
-                yield aside
+                yield staging
             except (OSError, SafetensorError, ExportError):
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         raise ExportError(f"{target} can't be written: {problem}.{space_left(target, needed)}") from problem
 
@@ -82,7 +82,7 @@ def put_in_place(folder: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _aside(target: Path) -> Path:
+def _staging(target: Path) -> Path:
     return target.with_name(f".{target.name}.merging")
 
 
@@ -91,24 +91,24 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _claim(aside: Path, state: TextIO, key: str) -> None:
+def _claim(staging: Path, state: TextIO, key: str) -> None:
     """Lock the folder for as long as the state file is open, and check that it holds the same merge or nothing."""
     try:
         is_there = lock_descriptor(state.fileno(), blocking=False) and os.path.samestat(
-            os.fstat(state.fileno()), (aside / STATE_FILE).stat()
+            os.fstat(state.fileno()), (staging / STATE_FILE).stat()
         )
     except FileNotFoundError:
         is_there = False
     if not is_there:
-        raise ExportError(f"{aside} is being written by another qlora merge; wait for it, or choose another folder.")
+        raise ExportError(f"{staging} is being written by another qlora merge; wait for it, or choose another folder.")
     state.seek(0)
     found = state.read()
     if found == key:
         return
-    if found or any(path.name != STATE_FILE for path in aside.iterdir()):
+    if found or any(path.name != STATE_FILE for path in staging.iterdir()):
         raise ExportError(
-            f"{aside} holds what a merge with other settings, or of another run, left when it was interrupted; "
-            f"repeat that command to resume it. Remove {aside}, or choose another folder."
+            f"{staging} holds what a merge with other settings, or of another run, left when it was interrupted; "
+            f"repeat that command to resume it. Remove {staging}, or choose another folder."
         )
     state.write(key)
     state.flush()

@@ -4,7 +4,7 @@ from qlora.kernels.cross_entropy import linear_cross_entropy
 from qlora.kernels.deltas import LowRank, fold
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
-from qlora.kernels.liger import liger_twin, liger_version, why_not_liger
+from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.norm import RMSNorm
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
@@ -28,5 +28,5 @@ __all__ = [
     "recipe_of",
     "save_first",
     "scratch",
-    "why_not_liger",
+    "liger_unavailable_reason",
 ]

@@ -17,7 +17,7 @@ def liger_version() -> str | None:
         return None
 
 
-def why_not_liger(device: torch.device) -> str | None:
+def liger_unavailable_reason(device: torch.device) -> str | None:
     """Return why liger-kernel can't be used on a device, or None if it can."""
     if device.type != "cuda":
         return "liger-kernel is for CUDA"

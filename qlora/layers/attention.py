@@ -28,7 +28,7 @@ def use_document_attention(model: Any) -> str:
         The attention in use, and if it is another one, the reason.
     """
     current = model.config._attn_implementation
-    reason = _why_not(model)
+    reason = _unsupported_reason(model)
     if reason is not None:
         return f"{current}, with a mask over all documents of a row: {reason}"
     _register()
@@ -151,7 +151,7 @@ def _varlen(
     return attended[None]
 
 
-def _why_not(model: Any) -> str | None:
+def _unsupported_reason(model: Any) -> str | None:
     """Return why a model can't attend within documents, or None if it can."""
     config = model.config.get_text_config()
     if model.config._attn_implementation != "sdpa":

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, liger_twin, liger_version, rebuilt, why_not_liger
+from qlora.kernels import (
+    ACTIVATIONS,
+    GatedProduct,
+    RMSNorm,
+    liger_twin,
+    liger_unavailable_reason,
+    liger_version,
+    rebuilt,
+)
 from qlora.lora import lora_layers
 
 PROBE_ROWS = 64
@@ -110,7 +118,7 @@ class _Chooser:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._generator = torch.Generator().manual_seed(0)
-        self._why_never = why_not_liger(device)
+        self._why_never = liger_unavailable_reason(device)
         self._why_plain = dict[str, None]()  # an ordered set
         self._liger_used = False
 

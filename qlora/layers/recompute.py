@@ -68,8 +68,8 @@ def apply_recompute(model: Any, level: str) -> str:
         level = "full" if "full" in levels else "none"
     if level not in levels:
         raise ModelError(
-            f"{type(model).__name__} does not support model.recompute={level}: {_why_not(model, level)}. Set "
-            f"model.recompute={' or '.join(levels)}."
+            f"{type(model).__name__} does not support model.recompute={level}: {_unsupported_reason(model, level)}. "
+            f"Set model.recompute={' or '.join(levels)}."
         )
     layers = _layers(model)
     store = HostStore(model.device) if level.startswith("offload") else None
@@ -93,7 +93,7 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _why_not(model: Any, level: str) -> str:
+def _unsupported_reason(model: Any, level: str) -> str:
     if not _layers(model):
         return "it has no layers that support checkpointing"
     if level == "attention":

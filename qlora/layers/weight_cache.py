@@ -5,7 +5,7 @@ from typing import Any
 from qlora.nf4 import NF4Linear
 
 
-def hold_weights(model: Any, num_bytes: float) -> int:
+def cache_weights(model: Any, num_bytes: float) -> int:
     """Keeps the dequantized weights of as many linear layers as fit, in the model's order; the results are the same.
 
     Args:
@@ -15,11 +15,11 @@ def hold_weights(model: Any, num_bytes: float) -> int:
     Returns:
         The number of weights that are kept.
     """
-    num_held = 0
+    num_cached = 0
     for linear in (module for module in model.modules() if isinstance(module, NF4Linear)):
         num_bytes -= linear.in_features * linear.out_features * model.dtype.itemsize
         if num_bytes < 0:
             break
-        linear.hold(model.dtype)
-        num_held += 1
-    return num_held
+        linear.cache_weight(model.dtype)
+        num_cached += 1
+    return num_cached

@@ -1,9 +1,9 @@
 """LoraLinear over any linear layer, its injection into a model, and embeddings and heads trained in full."""
 
-from qlora.lora.function import WeightsKept, choose_form
+from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.inject import add_lora, lora_layers, match_targets, wrap_linears
 from qlora.lora.linear import LoraLinear
-from qlora.lora.rows import TrainedEmbedding, TrainedHead, TrainedRows, head_blocks, train_rows, trained_rows
+from qlora.lora.rows import EmbeddingRows, TrainedEmbedding, TrainedHead, head_blocks, train_rows, trained_rows
 from qlora.lora.spec import AdapterSpec
 from qlora.lora.switch import adapters_off
 
@@ -12,8 +12,8 @@ __all__ = [
     "LoraLinear",
     "TrainedEmbedding",
     "TrainedHead",
-    "TrainedRows",
-    "WeightsKept",
+    "EmbeddingRows",
+    "RecomputedWeights",
     "adapters_off",
     "add_lora",
     "choose_form",

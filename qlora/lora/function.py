@@ -80,17 +80,17 @@ def lora_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class WeightsKept:
+class RecomputedWeights:
     """Entered while a layer is recomputed; keeps the weights that its linear layers use for their backward."""
 
     _depth = 0
     _weights: ClassVar[dict[int, torch.Tensor]] = {}  # by the id of the base layer
 
     def __enter__(self) -> None:
-        WeightsKept._depth += 1
+        RecomputedWeights._depth += 1
 
     def __exit__(self, *error: object) -> None:
-        WeightsKept._depth -= 1
+        RecomputedWeights._depth -= 1
 
     @classmethod
     def is_on(cls) -> bool:
@@ -167,11 +167,11 @@ class _LoraLinear(torch.autograd.Function):
         base, dtype = call.base, rows.dtype
         deltas = call.deltas(factors, dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
-        keeps = WeightsKept.is_on() and ctx.needs_input_grad[0]
-        WeightsKept.take(base)  # of a backward that was aborted
+        keeps = RecomputedWeights.is_on() and ctx.needs_input_grad[0]
+        RecomputedWeights.take(base)  # of a backward that was aborted
         weight = call.weight(deltas, dtype, lasting=keeps)
         if keeps:
-            WeightsKept.put(base, weight)
+            RecomputedWeights.put(base, weight)
         y = F.linear(rows, weight, bias)
         if call.form == "separate":
             mask = call.mask(rows)
@@ -192,7 +192,7 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, _, _, *needed = ctx.needs_input_grad
         grad_x = None
         if needs_x:
-            weight = WeightsKept.take(call.base)
+            weight = RecomputedWeights.take(call.base)
             grad_x = grad @ (call.weight(deltas, x.dtype) if weight is None else weight)
         share = grad_x if call.form == "separate" else None  # folded, the deltas are in the weight
         grads: list[torch.Tensor | None] = []

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import ModelError
 
 
-class TrainedRows(nn.Module):
+class EmbeddingRows(nn.Module):
     """Consecutive rows of a weight that are trained, some or all of them.
 
     Args:
@@ -74,7 +74,7 @@ class TrainedEmbedding(nn.Module):
         rows: Trained rows, used instead of the base's.
     """
 
-    def __init__(self, base: nn.Embedding, rows: TrainedRows) -> None:
+    def __init__(self, base: nn.Embedding, rows: EmbeddingRows) -> None:
         super().__init__()
         self.base = base  # before the rows, as the dtype of its weight is taken for the model's
         self.rows = rows
@@ -114,7 +114,7 @@ class TrainedHead(nn.Module):
         rows: Trained rows, used instead of the base's.
     """
 
-    def __init__(self, base: nn.Linear, rows: TrainedRows) -> None:
+    def __init__(self, base: nn.Linear, rows: EmbeddingRows) -> None:
         super().__init__()
         self.base, self.rows = base, rows
         rows.release(base)
@@ -147,7 +147,7 @@ def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
     return head.blocks() if isinstance(head, TrainedHead) else (head.weight,)
 
 
-def trained_rows(model: nn.Module) -> Iterator[tuple[str, TrainedRows]]:
+def trained_rows(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:
     """Yield the trained rows of a model's embedding and head with the modules' names; shared rows twice."""
     for name, module in model.named_modules():
         if isinstance(module, TrainedEmbedding | TrainedHead):
@@ -192,12 +192,12 @@ def train_rows(
     for name, layer in layers.items():
         if spans[name]:
             _check(name, layer, new_ids)
-    rows: TrainedRows | None = None
+    rows: EmbeddingRows | None = None
     for name, layer in layers.items():
         if spans[name]:
             if rows is None or not is_tied:
                 values = _first_values(layer.weight, spans[name], new_ids, dtype)
-                rows = TrainedRows(values, spans[name], len(layer.weight))
+                rows = EmbeddingRows(values, spans[name], len(layer.weight))
             wrapped = TrainedEmbedding(layer, rows) if layer is embedding else TrainedHead(layer, rows)
             model.set_submodule(name, wrapped.train(model.training))
     return {name: span for name, span in spans.items() if span}

@@ -7,7 +7,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.lora.linear import LoraLinear
-from qlora.lora.rows import TrainedRows
+from qlora.lora.rows import EmbeddingRows
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: Embedding or head are trained in full, so the model no longer holds the base's.
     """
-    parts = [module for module in model.modules() if isinstance(module, LoraLinear | TrainedRows)]
-    if any(isinstance(part, TrainedRows) and part.is_whole for part in parts):
+    parts = [module for module in model.modules() if isinstance(module, LoraLinear | EmbeddingRows)]
+    if any(isinstance(part, EmbeddingRows) and part.is_whole for part in parts):
         raise ModelError(
             "The adapters can't be switched off: embedding or head are trained in full, and the model does not hold "
             "the base's rows. Leave lora.modules_to_save empty, or load the base a second time."

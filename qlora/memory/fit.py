@@ -11,8 +11,8 @@ import torch
 from qlora.config import RunConfig
 from qlora.data import Batch
 from qlora.errors import ModelError
-from qlora.layers import apply_recompute, hold_weights, recompute_levels
-from qlora.lora import WeightsKept, choose_form
+from qlora.layers import apply_recompute, cache_weights, recompute_levels
+from qlora.lora import RecomputedWeights, choose_form
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.memory.probe import measure_peak
 from qlora.model import Loss
@@ -29,7 +29,7 @@ class Fit:
     Attributes:
         level: Level of recomputation.
         why: Reason for the level.
-        num_held: Number of dequantized weights that are cached.
+        num_cached: Number of dequantized weights that are cached.
         estimated: Predicted bytes of the largest micro-batch, without cached weights; None if they are not known.
         measured: Bytes that the allocator measured for it; None if it was not tried.
         available: Bytes that the run may take.
@@ -37,7 +37,7 @@ class Fit:
 
     level: str
     why: str
-    num_held: int
+    num_cached: int
     estimated: int | None
     measured: int | None
     available: int
@@ -101,12 +101,12 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         measured = max(measured, 0 if expected is None else expected.update_bytes)
     apply_recompute(model, level)
     estimated = None if expected is None else expected.total_bytes(level, tokens)
-    num_held = 0
+    num_cached = 0
     taken = estimated if measured is None else measured
     if taken is not None and config.model.weight_cache == "auto" and _is_cache_used(config, tokens, device):
         left = (1 - MARGIN) * available - taken
-        num_held = hold_weights(model, left if device.type == "cuda" else HOST_SHARE * left)
-    return Fit(level=level, why=why, num_held=num_held, estimated=estimated, measured=measured, available=available)
+        num_cached = cache_weights(model, left if device.type == "cuda" else HOST_SHARE * left)
+    return Fit(level=level, why=why, num_cached=num_cached, estimated=estimated, measured=measured, available=available)
 
 
 def settle_level(
@@ -171,7 +171,7 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
     except torch.OutOfMemoryError:
         return math.inf
     finally:
-        WeightsKept.clear()
+        RecomputedWeights.clear()
         model.zero_grad()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)

@@ -51,7 +51,7 @@ class NF4Linear(nn.Module):
         self.quant_state = quant_state
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = quant_state.shape
-        self._held: torch.Tensor | None = None
+        self._cached: torch.Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: Any, double_quant: bool = True) -> "NF4Linear":
@@ -81,33 +81,33 @@ class NF4Linear(nn.Module):
         Returns:
             (out_features, in_features).
         """
-        on_cpu, held = not self.weight.is_cuda, self._held
-        if held is not None and held.dtype != dtype:
-            held = None
-        if held is not None and not deltas:
-            return held
+        on_cpu, cached = not self.weight.is_cuda, self._cached
+        if cached is not None and cached.dtype != dtype:
+            cached = None
+        if cached is not None and not deltas:
+            return cached
         # bitsandbytes gives a new tensor on CPUs, whatever `out` is.
-        is_new = lasting or (on_cpu and held is None)
+        is_new = lasting or (on_cpu and cached is None)
         out = None if is_new else scratch(self.quant_state.shape, dtype, self.weight.device)
-        if held is not None and on_cpu:
-            return fold(held, deltas, out)
-        # On a GPU the fused kernel reads fewer bytes of codes than of a held weight; it adds one low-rank term.
+        if cached is not None and on_cpu:
+            return fold(cached, deltas, out)
+        # On a GPU the fused kernel reads fewer bytes of codes than of a cached weight; it adds one low-rank term.
         first, others = (deltas[0], deltas[1:]) if deltas else (None, ())
         weight = dequantize(self.weight, self.quant_state, dtype, out, first)
         return fold(weight, others, out=weight)
 
-    def hold(self, dtype: torch.dtype) -> None:
+    def cache_weight(self, dtype: torch.dtype) -> None:
         """Keep the dequantized weight for products in `dtype`: 2 bytes per parameter in 16 bits."""
-        self._held = self.dequantize(dtype)
+        self._cached = self.dequantize(dtype)
 
-    def release(self) -> None:
-        """Undo :meth:`hold`."""
-        self._held = None
+    def uncache_weight(self) -> None:
+        """Undo :meth:`cache_weight`."""
+        self._cached = None
 
     @property
-    def is_held(self) -> bool:
-        """Whether the dequantized weight is kept."""
-        return self._held is not None
+    def is_cached(self) -> bool:
+        """Whether the dequantized weight is cached."""
+        return self._cached is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
@@ -165,11 +165,11 @@ class NF4Linear(nn.Module):
             )
             return
         self.quant_state = state
-        self.release()
+        self.uncache_weight()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
         # The statistics follow the weight to its device, and never its dtype: they are what undoes it.
         super()._apply(fn, recurse)
-        self.release()
+        self.uncache_weight()
         self.quant_state.to(self.weight.device)
         return self

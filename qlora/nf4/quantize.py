@@ -73,7 +73,7 @@ def dequantize(
         The weight, (out, in).
     """
     device = packed.device
-    if _why_not_fused(device) is not None:
+    if _unfused_reason(device) is not None:
         return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     kind = _kind(device, dtype, state, delta)
     if kind in _proven:
@@ -104,7 +104,7 @@ def dequantize(
 def dequantize_path(device: torch.device) -> str:
     """Describe which kernel :func:`dequantize` uses on a device, and why."""
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
-    reason = _why_not_fused(device)
+    reason = _unfused_reason(device)
     if reason is not None:
         return f"bitsandbytes: {reason}"
     if any(kind[0] == device for kind in _proven):
@@ -127,7 +127,7 @@ def _random_delta(delta: LowRank) -> LowRank:
     return LowRank(A, B, delta.scaling)
 
 
-def _why_not_fused(device: torch.device) -> str | None:
+def _unfused_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "the fused kernel is for CUDA"
     if not HAS_TRITON:

@@ -152,7 +152,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         recompute=fit.level,
         recompute_why=fit.why,
         tiled=fit.level == "offload+tiled",
-        weights_kept=fit.num_held,
+        weights_kept=fit.num_cached,
         memory=MemoryUse(fit.available, fit.estimated, fit.measured),
         optimizer=section.optimizer,
         optimizer_state_paged=optimizer.is_paged,

@@ -65,7 +65,7 @@ class StepGuard:
             ModelError: It can't be reduced further.
         """
         change = self._relief.reduce_memory(step)
-        weights_kept = self.in_use.weights_kept if self._relief.num_held is None else self._relief.num_held
+        weights_kept = self.in_use.weights_kept if self._relief.num_cached is None else self._relief.num_cached
         self.in_use = replace(
             self.in_use,
             recompute=self._relief.level,

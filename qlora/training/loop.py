@@ -10,7 +10,7 @@ import torch
 
 from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
-from qlora.lora import WeightsKept, lora_layers
+from qlora.lora import RecomputedWeights, lora_layers
 from qlora.model import Loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
@@ -265,7 +265,7 @@ def _accumulate(
             sums.append(parts.loss.sums(computed) / num_units)
     except torch.OutOfMemoryError:
         # The backward would have taken these; the tensors of the forward are freed with its frames.
-        WeightsKept.clear()
+        RecomputedWeights.clear()
         return False
     return True
 

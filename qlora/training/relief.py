@@ -28,12 +28,12 @@ class MemoryRelief:
 
     Attributes:
         level: Level of recomputation now in use.
-        num_held: Number of cached weights once the cache was dropped; None before.
+        num_cached: Number of cached weights once the cache was dropped; None before.
     """
 
     def __init__(self, model: Any, plan: BatchPlan, progress: Progress, level: str, may_raise: bool) -> None:
         self.level = level
-        self.num_held: int | None = None
+        self.num_cached: int | None = None
         self._model, self._plan, self._progress, self._may_raise = model, plan, progress, may_raise
 
     def reduce_memory(self, step: int) -> str:
@@ -60,12 +60,12 @@ class MemoryRelief:
         return change
 
     def _release_weights(self) -> str | None:
-        if self.num_held == 0:
+        if self.num_cached == 0:
             return None
-        self.num_held = 0
-        held = [module for module in self._model.modules() if isinstance(module, NF4Linear) and module.is_held]
+        self.num_cached = 0
+        held = [module for module in self._model.modules() if isinstance(module, NF4Linear) and module.is_cached]
         for linear in held:
-            linear.release()
+            linear.uncache_weight()
         return f"{len(held)} dequantized weights are no longer kept" if held else None
 
     def _raise_level(self) -> str | None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, save_adapter, set_aside
+from qlora.checkpoint import RunDirectory, quarantine, save_adapter
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.errors import ModelError
-from qlora.files import hold_lock, write_aside, write_text
+from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.model import frozen_checksum, resolve_device
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -174,7 +174,7 @@ def _train(
             if start.fresh and run.exists():
                 remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
             for folder in start.damaged:
-                set_aside(folder)
+                quarantine(folder)
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
             # Before the config, because a config without a record is not taken for a run.
             run.write_record(record)
@@ -204,7 +204,7 @@ def _train(
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
     """Write the trained adapter with its tokenizer and chat template."""
-    with write_aside(run.adapter) as folder:
+    with atomic_folder(run.adapter) as folder:
         save_adapter(assembly.model, folder, assembly.config.model.base)
         assembly.tokenizer.save_pretrained(folder)
 

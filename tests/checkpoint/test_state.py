@@ -12,9 +12,9 @@ from qlora.checkpoint import (
     drop_old_checkpoints,
     load_state,
     newest_whole,
+    quarantine,
     read_origin,
     save_checkpoint,
-    set_aside,
 )
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora
@@ -170,10 +170,10 @@ def test_a_manifest_that_names_too_little_is_no_whole_checkpoint(text, saved):
 
 def test_a_damaged_checkpoint_gets_another_name_again_and_again(saved):
     first, second = copies(saved, 6, 9)
-    set_aside(first)
+    quarantine(first)
     second.rename(first)
     (first / "progress.json").unlink()
-    assert set_aside(first).name == "step-000006.damaged"
+    assert quarantine(first).name == "step-000006.damaged"
     assert {path.name for path in saved[0].parent.iterdir()} == {"step-000003", "step-000006.damaged"}
     assert not (saved[0].parent / "step-000006.damaged" / "progress.json").exists()
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora.errors import CheckpointError, ExportError
-from qlora.files import discard, free_bytes, write_aside, write_text
+from qlora.files import atomic_folder, discard, free_bytes, write_text
 from qlora.files.atomic import make_folder, settle
 
 
@@ -36,7 +36,7 @@ def target(tmp_path):
 
 
 def write_half(target, error):
-    with write_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("new")
         raise error("on the way")
 
@@ -48,7 +48,7 @@ def assert_only_old(target):
 
 
 def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(target):
-    with write_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "other").write_text("new")
         (folder / "nested").mkdir()
         (folder / "nested" / "deep").write_text("new")
@@ -62,7 +62,7 @@ def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(target):
 
 
 def test_a_folder_that_was_not_there_is_made_with_its_parents(tmp_path):
-    with write_aside(tmp_path / "a" / "b") as folder:
+    with atomic_folder(tmp_path / "a" / "b") as folder:
         (folder / "file").write_text("new")
     assert (tmp_path / "a" / "b" / "file").read_text() == "new"
 
@@ -92,13 +92,13 @@ def write_tensors(folder):
 @pytest.mark.parametrize("write", [write_plain, write_tensors])
 def test_a_full_disk_is_reported_with_the_space_left_and_the_old_folder_stays(write, target):
     with no_room_for(10_000), pytest.raises(CheckpointError, match=r"target can't be written.* \d+\.\d MB are free"):  # noqa: SIM117
-        with write_aside(target) as folder:
+        with atomic_folder(target) as folder:
             write(folder)
     assert_only_old(target)
 
 
 def test_the_error_is_of_the_kind_that_is_asked_for(target):
-    with pytest.raises(ExportError, match="can't be written"), write_aside(target, ExportError):
+    with pytest.raises(ExportError, match="can't be written"), atomic_folder(target, ExportError):
         raise OSError("no room")
     assert_only_old(target)
 
@@ -112,7 +112,7 @@ def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(target, monkeyp
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", refuse_the_new)
-    with pytest.raises(CheckpointError, match="not now"), write_aside(target) as folder:
+    with pytest.raises(CheckpointError, match="not now"), atomic_folder(target) as folder:
         (folder / "file").write_text("new")
     assert_only_old(target)
 
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_beside_is_cleared_away(target):
         leftover = target.with_name(f".{target.name}.{suffix}")
         leftover.mkdir()
         (leftover / "junk").write_text("half")
-    with write_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("new")
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert [path.name for path in target.iterdir()] == ["file"]
@@ -174,7 +174,7 @@ def test_nothing_is_written_where_there_is_no_room(target):
         pytest.raises(
             CheckpointError, match=rf"target can't be .*It takes {needed / 1e6:.1f} MB\. \d+\.\d MB are free"
         ),
-        write_aside(target, needed=needed),
+        atomic_folder(target, needed=needed),
     ):
         pytest.fail("there is no room to write into")
     assert_only_old(target)
@@ -194,7 +194,7 @@ def test_files_and_folders_are_on_the_disk_before_they_get_their_names(tmp_path,
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    with write_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "nested").mkdir()
         (folder / "nested" / "file").write_text("new")
     aside = tmp_path / "a" / ".target.new"
@@ -229,5 +229,5 @@ def test_a_place_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="can't be written"):
         write_text(tmp_path / "file" / "text", "x")
-    with pytest.raises(CheckpointError, match="can't be written"), write_aside(tmp_path / "file" / "folder"):
+    with pytest.raises(CheckpointError, match="can't be written"), atomic_folder(tmp_path / "file" / "folder"):
         pass

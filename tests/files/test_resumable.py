@@ -6,26 +6,26 @@ import sys
 import pytest
 
 from qlora.errors import DataError, ExportError
-from qlora.files.resumable import continued_aside, put_in_place
+from qlora.files.resumable import put_in_place, resumable_folder
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qlora.files.resumable import continued_aside
-with continued_aside(Path(sys.argv[1]), "key") as aside:
+from qlora.files.resumable import resumable_folder
+with resumable_folder(Path(sys.argv[1]), "key") as aside:
     (aside / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def write_half(target, key="key", error=KeyboardInterrupt):
-    with continued_aside(target, key) as aside:
+    with resumable_folder(target, key) as aside:
         (aside / "half").write_text("half")
         raise error("on the way")
 
 
 def replace_by_half(target):
-    with continued_aside(target, "key") as aside:
+    with resumable_folder(target, "key") as aside:
         (aside / "new").mkdir()
         target.mkdir()
         (target / "mine").write_text("precious")
@@ -34,7 +34,7 @@ def replace_by_half(target):
 
 def test_what_is_put_in_place_stays_and_the_rest_goes(tmp_path):
     target = tmp_path / "parent" / "out"
-    with continued_aside(target, "key") as aside:
+    with resumable_folder(target, "key") as aside:
         for name in ("good", "bad"):
             (aside / name).mkdir()
             (aside / name / "file").write_text(name)
@@ -48,14 +48,14 @@ def test_what_is_put_in_place_stays_and_the_rest_goes(tmp_path):
 def test_what_an_interrupted_writer_left_is_there_for_the_next(error, tmp_path):
     with pytest.raises(error):
         write_half(tmp_path / "out", error=error)
-    with continued_aside(tmp_path / "out", "key") as aside:
+    with resumable_folder(tmp_path / "out", "key") as aside:
         assert (aside / "half").read_text() == "half"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_leaves_its_work_and_no_lock(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
-    with continued_aside(tmp_path / "out", "key") as aside:
+    with resumable_folder(tmp_path / "out", "key") as aside:
         assert (aside / "half").read_text() == "half"
 
 
@@ -80,7 +80,7 @@ def test_anothers_leftovers_are_refused_and_not_touched(tmp_path):
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
-    with continued_aside(tmp_path / "out", "key") as aside:
+    with resumable_folder(tmp_path / "out", "key") as aside:
         (aside / "half").write_text("half")
         with pytest.raises(ExportError, match="being written by another qlora merge"):
             write_half(tmp_path / "out")

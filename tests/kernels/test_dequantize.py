@@ -265,7 +265,7 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     monkeypatch.setattr(door, "_proven", set())
     monkeypatch.setattr(door, "_given_up", {})
-    monkeypatch.setattr(door, "_why_not_fused", lambda device: door._given_up.get(device))
+    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._given_up.get(device))
     calls = []
 
     def use(kernel):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora.kernels import GatedProduct, RMSNorm, liger_twin, liger_version, rebuilt, why_not_liger
+from qlora.kernels import GatedProduct, RMSNorm, liger_twin, liger_unavailable_reason, liger_version, rebuilt
 from tests.reference.activations import with_gradients
 
 on_cuda = [
@@ -14,14 +14,14 @@ on_cuda = [
 
 
 def test_it_is_for_cuda():
-    assert why_not_liger(torch.device("cpu")) == "liger-kernel is for CUDA"
+    assert liger_unavailable_reason(torch.device("cpu")) == "liger-kernel is for CUDA"
 
 
 def test_that_it_is_not_installed_is_told(monkeypatch):
     monkeypatch.setattr("qlora.kernels.liger.liger_version", lambda: None)
-    assert why_not_liger(torch.device("cuda")) == "liger-kernel is not installed"
+    assert liger_unavailable_reason(torch.device("cuda")) == "liger-kernel is not installed"
     monkeypatch.setattr("qlora.kernels.liger.liger_version", lambda: "0.8.5")
-    assert why_not_liger(torch.device("cuda")) is None
+    assert liger_unavailable_reason(torch.device("cuda")) is None
 
 
 def test_there_is_none_for_another_function():

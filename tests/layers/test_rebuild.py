@@ -138,7 +138,7 @@ def test_without_liger_the_reason_is_told(tiny_base):
 
 
 def use_liger(monkeypatch, twin):
-    monkeypatch.setattr("qlora.layers.rebuild.why_not_liger", lambda device: None)
+    monkeypatch.setattr("qlora.layers.rebuild.liger_unavailable_reason", lambda device: None)
     monkeypatch.setattr("qlora.layers.rebuild.liger_version", lambda: "1.2.3")
     monkeypatch.setattr("qlora.layers.rebuild.liger_twin", twin)
 

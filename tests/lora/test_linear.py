@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora import kernels
-from qlora.lora import AdapterSpec, LoraLinear, WeightsKept, function
+from qlora.lora import AdapterSpec, LoraLinear, RecomputedWeights, function
 from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
@@ -194,9 +194,9 @@ def test_a_held_weight_changes_no_bit(dtype, form, generator):
     x = normal(generator, 6, IN).to(dtype).requires_grad_()
     grad_output = normal(generator, 6, OUT).to(dtype)
     wanted = [layer(x).detach(), *gradients(layer, x, grad_output)]
-    layer.base.hold(dtype)
+    layer.base.cache_weight(dtype)
     assert all(map(torch.equal, wanted, [layer(x).detach(), *gradients(layer, x, grad_output)]))
-    layer.base.release()
+    layer.base.uncache_weight()
     assert all(map(torch.equal, wanted, [layer(x).detach(), *gradients(layer, x, grad_output)]))
 
 
@@ -242,7 +242,7 @@ def test_recomputation_stops_before_the_last_product_and_keeps_the_weights_befor
     # Forward and backward; the first is recomputed besides, the second is not.
     counts, wanted = run()
     assert counts == [3, 2]
-    counts, found = run(context_fn=lambda: (nullcontext(), WeightsKept()))
+    counts, found = run(context_fn=lambda: (nullcontext(), RecomputedWeights()))
     assert counts == [2, 2]
     assert all(map(torch.equal, found, wanted))
 
@@ -433,7 +433,7 @@ def test_a_frozen_term_counts_in_output_and_gradients_and_gets_none(kind, form, 
     weight = (base.dequantize(torch.float32) if kind == "nf4" else base.weight) + frozen.scaling * frozen.B @ frozen.A
     wanted = lora_linear(x, weight, base.bias, trained.A, trained.B, trained.scaling, grad_output)
     if held and kind == "nf4":
-        base.hold(torch.float32)
+        base.cache_weight(torch.float32)
     for factor in (trained.A, trained.B):
         factor.requires_grad_()
     y = function.lora_linear(x, base, terms, form=form)

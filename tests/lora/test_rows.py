@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, L
 from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import rebuild_activations
-from qlora.lora import TrainedEmbedding, TrainedRows, add_lora, lora_layers, train_rows, trained_rows
+from qlora.lora import EmbeddingRows, TrainedEmbedding, add_lora, lora_layers, train_rows, trained_rows
 from qlora.model import check_loss, supervised_loss
 from qlora.optim import FlatParameters
 from tests.tiny import SIZES
@@ -131,7 +131,7 @@ def test_new_rows_beside_a_whole_embedding_are_a_part_of_it(seed):
 
 def test_a_frequent_tokens_gradient_is_summed_in_fp32(generator):
     """In bf16, one small gradient after the other would be lost behind the sum of those before."""
-    rows = TrainedRows(torch.zeros(8, 4).bfloat16(), range(8), 8)
+    rows = EmbeddingRows(torch.zeros(8, 4).bfloat16(), range(8), 8)
     layer = TrainedEmbedding(nn.Embedding(8, 4).bfloat16(), rows)
     flat = FlatParameters([("rows", rows.weight)])
     grad = (torch.rand(5000, 4, generator=generator) + 0.5).bfloat16()

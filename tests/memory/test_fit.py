@@ -88,14 +88,14 @@ def prepared(tiny_base, alpaca_file, tmp_path, generator):
 
 
 def held(model):
-    return sum(module._held is not None for module in model.modules() if isinstance(module, NF4Linear))
+    return sum(module._cached is not None for module in model.modules() if isinstance(module, NF4Linear))
 
 
 def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prepared):
     config, model, batch = prepared()
     found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
     linears = sum(isinstance(module, NF4Linear) for module in model.modules())
-    assert (found.level, found.num_held, held(model)) == ("none", linears, linears)
+    assert (found.level, found.num_cached, held(model)) == ("none", linears, linears)
     assert not model.model.layers[0].gradient_checkpointing
 
 
@@ -107,7 +107,7 @@ def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
         monkeypatch.setattr(fit, "available_bytes", lambda *_, level=level: total(level, 64) / (1 - fit.MARGIN) + 1)
         found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
         chosen.append(found.level)
-        assert (found.num_held, found.estimated) == (0, total(level, 64))
+        assert (found.num_cached, found.estimated) == (0, total(level, 64))
     assert chosen == LEVELS
     assert model.model.layers[0].gradient_checkpointing
     monkeypatch.setattr(fit, "available_bytes", lambda *_: total("full", 64))
@@ -122,7 +122,7 @@ def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, mo
         two = sum(model.dtype.itemsize * linear.in_features * linear.out_features for linear in linears[:2])
         needed = fit.estimate(config, SUPERVISED, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
         monkeypatch.setattr(fit, "available_bytes", lambda *_, needed=needed: needed / (1 - fit.MARGIN) + 4)
-        assert fit.fit_memory(config, model, SUPERVISED, batch, ALONE).num_held == held(model) == expected
+        assert fit.fit_memory(config, model, SUPERVISED, batch, ALONE).num_cached == held(model) == expected
 
 
 def test_a_level_that_is_asked_for_is_used(prepared):
@@ -138,5 +138,5 @@ def test_a_model_whose_memory_can_not_be_told_is_recomputed_as_far_as_it_can_be(
     config, model, batch = prepared()
     monkeypatch.setattr(fit, "estimate", unknown)
     found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
-    assert (found.level, found.num_held, found.estimated) == ("full", 0, None)
+    assert (found.level, found.num_cached, found.estimated) == ("full", 0, None)
     assert "Odd has no layers" in found.why

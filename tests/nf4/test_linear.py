@@ -186,7 +186,7 @@ def test_a_state_dict_loads_back_bit_for_bit(assign, double_quant, bias, generat
         nn.Sequential(random_nf4((33, 50), generator, torch.bfloat16, bias, double_quant)) for _ in range(2)
     )
     x = torch.randn(3, 50, generator=generator).bfloat16()
-    other[0].hold(torch.bfloat16)
+    other[0].cache_weight(torch.bfloat16)
     assert not torch.equal(other(x), source(x))
     assert (
         str(other.load_state_dict(source.state_dict(), strict=True, assign=assign)) == "<All keys matched successfully>"

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from qlora.data import BatchPlan, make_example
-from qlora.layers import apply_recompute, hold_weights, rebuild_activations, recompute_levels, use_document_attention
+from qlora.layers import apply_recompute, cache_weights, rebuild_activations, recompute_levels, use_document_attention
 from qlora.lora import add_lora
 from qlora.model import SUPERVISED, load_base
 from qlora.optim import FlatParameters, make_optimizer
@@ -91,7 +91,7 @@ def test_weights_are_dequantized_no_more_often_than_their_products_need(step):
     num_weights, num_bytes = LAYERS * 7, sum(
         2 * module.in_features * module.out_features for module in model.modules() if hasattr(module, "quant_state")
     )  # fmt: skip
-    assert hold_weights(model, num_bytes) == num_weights
+    assert cache_weights(model, num_bytes) == num_weights
     assert count()[1] == 0
 
 
@@ -101,6 +101,6 @@ def test_as_many_weights_are_held_as_fit(step):
     _, all_dequantized = count()
     first = next(module for module in model.modules() if hasattr(module, "quant_state"))
     num_bytes = 2 * first.in_features * first.out_features
-    assert hold_weights(model, num_bytes - 1) == 0
-    assert hold_weights(model, num_bytes) == 1
+    assert cache_weights(model, num_bytes - 1) == 0
+    assert cache_weights(model, num_bytes) == 1
     assert count()[1] == all_dequantized - MICRO_BATCHES  # the first layer's q, which has a forward alone

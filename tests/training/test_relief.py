@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.errors import ModelError
-from qlora.layers import apply_recompute, hold_weights, recompute_levels
+from qlora.layers import apply_recompute, cache_weights, recompute_levels
 from qlora.memory.probe import Storages, measure_peak
 from qlora.model import SUPERVISED
 from qlora.nf4 import NF4Linear
@@ -96,11 +96,11 @@ def test_micro_batches_are_halved_at_the_same_gradient(capacity, tiny_base, exam
 
 def test_kept_weights_go_first(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
-    num_held = hold_weights(trainer.model, 2**30)
+    num_cached = cache_weights(trainer.model, 2**30)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
-    assert relief.reduce_memory(0) == f"{num_held} dequantized weights are no longer kept"
-    assert not any(module.is_held for module in trainer.model.modules() if isinstance(module, NF4Linear))
-    assert (relief.num_held, relief.level) == (0, "none")
+    assert relief.reduce_memory(0) == f"{num_cached} dequantized weights are no longer kept"
+    assert not any(module.is_cached for module in trainer.model.modules() if isinstance(module, NF4Linear))
+    assert (relief.num_cached, relief.level) == (0, "none")
     assert "model.recompute is" in relief.reduce_memory(0)
 
 

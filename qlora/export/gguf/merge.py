@@ -11,7 +11,7 @@ from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress, write_companions, write_report_and_card
 from qlora.export.gguf.model import write_gguf
 from qlora.export.weights import MergedWeights
-from qlora.files import write_aside
+from qlora.files import atomic_folder
 from qlora.files.resumable import new_folder
 
 GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
@@ -52,7 +52,7 @@ def merge_to_gguf(
         return value
 
     needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms, which stay in fp32, are little beside
-    with write_aside(out_dir, ExportError, needed) as folder:
+    with atomic_folder(out_dir, ExportError, needed) as folder:
         write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
         written = write_gguf(folder, layout, read, out_file, GGUF_DTYPES[dtype], out_dir.name)

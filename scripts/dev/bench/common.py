@@ -91,7 +91,7 @@ def build_qlora(
     base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False
 ) -> tuple[Any, Any]:
     """Our base with our adapters, in training mode, and its tokenizer; `holds` keeps its dequantized weights."""
-    from qlora.layers import apply_recompute, hold_weights, rebuild_activations, use_document_attention
+    from qlora.layers import apply_recompute, cache_weights, rebuild_activations, use_document_attention
     from qlora.lora import add_lora, lora_layers
     from qlora.model import load_base
 
@@ -103,7 +103,7 @@ def build_qlora(
     rebuild_activations(model)
     apply_recompute(model, recompute)
     if holds:
-        hold_weights(model, math.inf)
+        cache_weights(model, math.inf)
     return model.train(), tokenizer
 
 

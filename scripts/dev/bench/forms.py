@@ -44,24 +44,24 @@ def main() -> None:
     sizes = SHAPES[arguments.shape]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     for width, out in ((hidden, hidden), (hidden, inner), (inner, hidden)):
-        for is_held in (False, True):
-            layer = make_layer(width, out, arguments.rank, is_held)
+        for is_cached in (False, True):
+            layer = make_layer(width, out, arguments.rank, is_cached)
             ratios = " | ".join(f"{ratio(layer, tokens, arguments.rounds):.2f}" for tokens in TOKENS)
-            lines.append(f"| {width} → {out} | {'held' if is_held else 'dequantized'} | {ratios} |")
+            lines.append(f"| {width} → {out} | {'held' if is_cached else 'dequantized'} | {ratios} |")
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, TITLE, lines)
 
 
-def make_layer(width: int, out: int, rank: int, is_held: bool) -> LoraLinear:
+def make_layer(width: int, out: int, rank: int, is_cached: bool) -> LoraLinear:
     """A layer in the midst of training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = NF4Linear.from_linear(torch.nn.Linear(width, out, bias=False, device=device, dtype=torch.bfloat16))
     layer = LoraLinear(base, AdapterSpec(rank, 2 * rank))
     layer.reset(torch.Generator().manual_seed(0))
     layer.lora_B.data.normal_(std=0.01)
-    if is_held:
-        base.hold(torch.bfloat16)
+    if is_cached:
+        base.cache_weight(torch.bfloat16)
     return layer
 
 
