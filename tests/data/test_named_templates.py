@@ -19,9 +19,9 @@ from tests.data.chats import (
     TOOLS,
     encode,
     family_tokenizer,
-    learnt,
     phrase,
     real_tokenizer,
+    supervised_texts,
     tokenizer_for,
 )
 from tests.reference import families
@@ -167,7 +167,7 @@ def test_an_answer_ends_with_the_end_of_its_turn(realdata, name):
     found = encode(
         encoder, Conversation([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
     )
-    (text,) = learnt(encoder, only(found.documents))
+    (text,) = supervised_texts(encoder, only(found.documents))
     ends = {token for token in read_named(name).control_tokens if "end" in token.lower() or token == "<|eot_id|>"}
     end = tokenizer.convert_ids_to_tokens(answer_end_id(tokenizer))
     assert end in (ends or {tokenizer.eos_token})
@@ -271,7 +271,7 @@ def test_missing_control_tokens_are_reported_with_the_remedy(realdata):
     )
     encoder = ExampleEncoder(tokenizer)
     found = encode(encoder, Conversation([QUESTION, ANSWER]))
-    assert learnt(encoder, only(found.documents)) == ["So.<|im_end|></s>"]
+    assert supervised_texts(encoder, only(found.documents)) == ["So.<|im_end|></s>"]
 
 
 def test_missing_control_tokens_that_are_added_end_answers(realdata, tmp_path):
@@ -282,7 +282,7 @@ def test_missing_control_tokens_that_are_added_end_answers(realdata, tmp_path):
     encoder = ExampleEncoder(tokenizer)
     found = encode(encoder, Conversation([QUESTION, ANSWER, QUESTION, ANSWER]))
     document = only(found.documents)
-    assert learnt(encoder, document) == ["So.<|im_end|>"] * 2
+    assert supervised_texts(encoder, document) == ["So.<|im_end|>"] * 2
     assert not found.eos_added
     assert {*document.input_ids.tolist()} >= {*new}
     assert answer_end_id(tokenizer) == new[1]
