@@ -1,47 +1,49 @@
-"""YAML as plain values: no tags that make objects, no aliases that multiply, nothing but what is written."""
+"""YAML as plain values: no tags that create objects, no duplicate keys, and aliases only up to a limit."""
 
 from typing import Any
 
 import yaml
 
-# More than a config has; and as many values as it may stand for, its aliases written out.
+# More than any config needs: characters, and values with every alias expanded.
 MAX_CHARACTERS, MAX_VALUES = 1 << 20, 100_000
 
 
 def parse_yaml(text: str) -> Any:
-    """The values that a YAML text stands for.
+    """Return the values of a YAML text.
 
     Raises:
-        ValueError: It is broken, has tags beyond YAML's own or a key twice, or stands for more than any config.
+        ValueError: The text is not YAML, has tags that are not YAML's own or a duplicate key, or is too large.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"it has {len(text)} characters, and {MAX_CHARACTERS} are the most")
+        raise ValueError(f"it has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        # In Python, not libyaml: its composer recurses on the C stack, which deep nesting would overflow.
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
         if node is None:
             return None
         if _count_values(node, {}) > MAX_VALUES:
-            raise ValueError(f"its aliases stand for more than {MAX_VALUES} values")
-        return yaml.safe_load(text)
+            raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
+        return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    # Of a date that is none, of base64 that is broken, of a key that can't be one, PyYAML raises Python's own errors.
+    # PyYAML raises Python's own errors for invalid dates, invalid base64 and keys that can't be hashed.
     except (yaml.YAMLError, TypeError, AttributeError, OverflowError, LookupError) as error:
         raise ValueError(str(error)) from None
 
 
 def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Values below a node with every alias written out; `known` holds those of nodes seen, None while one is open."""
+    """Count the values below a node with every alias expanded; `known` has those of nodes seen, None for open ones."""
     if id(node) not in known:
         known[id(node)] = None
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             if len(set(names)) < len(names):
-                raise ValueError(f"a key is there twice: {next(name for name in names if names.count(name) > 1)}")
+                raise ValueError(f"a key appears twice: {next(name for name in names if names.count(name) > 1)}")
             children = [each for pair in children for each in pair]
         known[id(node)] = 1 + sum(_count_values(child, known) for child in children)
     count = known[id(node)]
     if count is None:
-        raise ValueError("an alias stands for what it is part of")
+        raise ValueError("an alias refers to a value that contains it")
     return count
