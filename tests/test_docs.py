@@ -19,7 +19,7 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted(ROOT.glob("docs/*.md"))
 # Pages whose blocks can be followed from the first to the last.
 FOLLOWED = ["README.md", "docs/chat.md", "docs/pretraining.md", "docs/new-tokens.md", "docs/release.md"]
-FOLLOWED += ["docs/commands.md"]
+FOLLOWED += ["docs/commands.md", "docs/python.md"]
 HUB_ID = re.compile(r"\b(?:meta-llama|Qwen)/[\w.-]+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -132,7 +132,7 @@ def test_a_page_can_be_followed(page, reader, tiny_base):
             if rows:
                 write_jsonl(Path(yaml.safe_load(text)["data"]["train"]), rows * 60)
         elif language == "python":
-            code = HUB_ID.sub(str(tiny_base), text).replace("max_steps=100", "max_steps=3")
+            code = re.sub(r'(max_steps"?[=:] ?)\d+', r"\g<1>2", HUB_ID.sub(str(tiny_base), text))
             exec(compile(code, page, "exec"), names)
         elif language == "bash":
             for line in text.splitlines():
