@@ -17,12 +17,12 @@ def as_dtype(value: Any, error: type[Exception]) -> "torch.dtype":
     """Return the dtype for a name or a dtype.
 
     Args:
-        value: A floating-point `torch.dtype`, or its name: `bfloat16`, `bf16`, ….
+        value: `torch.bfloat16`, `torch.float16` or `torch.float32`, or a name of one: `bfloat16`, `bf16`, ….
         error: Type of the exception raised for anything else.
     """
     import torch
 
     dtype = getattr(torch, full_name(value), None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise error(f"dtype: {value!r} should be one of bfloat16, float16 and float32, or bf16, fp16 and fp32.")
     return dtype

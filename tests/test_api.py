@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import qlora
+from tests.tiny import run_config
 
 
 def test_dir_lists_what_can_be_used():
@@ -19,6 +20,18 @@ def test_dir_lists_what_can_be_used():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'tarin'"):
         qlora.tarin  # noqa: B018 (the access is what fails)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda config: qlora.estimate(config, 24), "gpu: 24 should be a size such as 24GB"),
+    (lambda config: qlora.preview(config, -1), "num_samples: -1 should be 0 or more"),
+    (lambda config: qlora.train({"data": "x.jsonl"}, rows=[{"text": "a"}]), "data: 'x.jsonl' should be a section"),
+    (lambda config: qlora.load_base(config.model.base, compute_dtype="float64"), "float64' should be one of bfloat16"),
+])  # fmt: skip
+def test_a_wrong_argument_is_one_error_that_names_it(call, message, tiny_base, tmp_path):
+    config = qlora.load_config(run_config(tiny_base, tmp_path / "rows.jsonl", tmp_path / "run"))
+    with pytest.raises(qlora.QLoRAError, match=message):
+        call(config)
 
 
 def test_importing_it_loads_no_torch():

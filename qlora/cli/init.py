@@ -81,6 +81,7 @@ def _convert(source: Path, target: Path) -> None:
     template = target.with_suffix(".jinja")
     conversion = convert_file(source, str(template))
     draft = conversion.draft
+    _check_free(target)
     if draft.template is not None:
         _write(template, draft.template, "")
     _write(target, conversion.text, "")
@@ -93,9 +94,13 @@ def _convert(source: Path, target: Path) -> None:
     print(f"Next: qlora preview {target}")
 
 
-def _write(target: Path, text: str, next_step: str | None = None) -> None:
+def _check_free(target: Path) -> None:
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file with -o.")
+
+
+def _write(target: Path, text: str, next_step: str | None = None) -> None:
+    _check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")

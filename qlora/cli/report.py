@@ -1,6 +1,7 @@
 """Reports on the screen: aligned lines for people, or one JSON object for programs."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,8 +58,8 @@ def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> No
 
 
 def as_json_text(values: Mapping[str, Any]) -> str:
-    """Return a report as one JSON object."""
-    return json.dumps(values, default=str)
+    """Return a report as one JSON object; JSON has no numbers that are not finite, so these are null."""
+    return json.dumps(_finite(values), default=str, allow_nan=False)
 
 
 def format_size(num_bytes: float) -> str:
@@ -86,6 +87,15 @@ def format_value(key: str, value: Any) -> str:
     if key.endswith("_per_second"):
         return f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _label(key: str) -> str:

@@ -1,5 +1,6 @@
 """The cache of tokenized data: one folder per key, complete or absent."""
 
+import errno
 import json
 import os
 import re
@@ -68,6 +69,9 @@ def new_entry(cache: Path, key: str) -> Iterator[Path]:
         yield staging
         _put_in_place(staging, cache, key)
     except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else cache
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not place.is_relative_to(cache):
+            raise DataError(f"{place} can't be read: {error.strerror or error}.") from error
         raise DataError(
             f"Tokenized data can't be written to {cache}: {error.strerror or error}; set data.cache_dir to another "
             "folder."

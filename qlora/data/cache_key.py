@@ -58,7 +58,8 @@ def _hash_file(path: Path) -> str:
 def _hash_of_code() -> str:
     """Hash the code that reads, renders and tokenizes, as a change to it may change the result."""
     digest = hashlib.sha256()
-    for file in sorted(files("qlora.data").iterdir(), key=lambda entry: entry.name):
+    readers = [files("qlora.files") / "json_values.py", *files("qlora.data").iterdir()]
+    for file in sorted(readers, key=lambda entry: entry.name):
         if file.name.endswith(".py"):
             digest.update(file.read_bytes())
     for package in ("transformers", "tokenizers", "datasets"):

@@ -10,10 +10,11 @@ from qlora.data.answers import draft_conversation
 from qlora.data.draft_tokens import DraftTokenizer
 from qlora.data.drafts import Answer, Draft
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.options import CHOICES
 from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
 from qlora.data.template import adds_bos
 from qlora.data.tokens import TokenizedExample, make_example
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class ExampleEncoder:
             raise DataError("The tokenizer has no EOS token, so the model would not learn to stop; set its eos_token.")
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} has no character offsets of tokens; use a fast tokenizer.")
+        if loss_on not in CHOICES["loss_on"]:
+            raise ConfigError(f"loss_on: {loss_on!r} should be one of {', '.join(CHOICES['loss_on'])}.")
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         self.facts = TemplateFacts(tokenizer)

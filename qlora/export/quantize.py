@@ -27,6 +27,9 @@ COPIED = (
 )  # fmt: skip
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class QuantizeReport:
     """The result of :func:`quantize_model`.
@@ -89,6 +92,10 @@ def quantize_model(
             its files.
     """
     started = time.perf_counter()
+    try:
+        max_bytes = parse_size(max_shard_size)
+    except (ValueError, TypeError):
+        raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
@@ -100,7 +107,7 @@ def quantize_model(
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
     with atomic_folder(out_dir, ExportError) as folder:
-        writer = ShardWriter(folder, layout, parse_size(max_shard_size))
+        writer = ShardWriter(folder, layout, max_bytes)
         for name in weights.shapes:
             value = weights.read(name)
             if value.is_floating_point():
@@ -119,29 +126,35 @@ def quantize_model(
         }
         write_quantized_card(folder, out_dir.name, base, files.folder, rows)
     return QuantizeReport(
-        str(out_dir),
-        _name(target),
-        len(layers),
-        len(layout),
-        writer.num_bytes,
-        sum(path.stat().st_size for path in files.weight_files),
-        round(time.perf_counter() - started, 3),
+        out_dir=str(out_dir),
+        dtype=_name(target),
+        quantized=len(layers),
+        tensors=len(layout),
+        num_bytes=writer.num_bytes,
+        base_bytes=sum(path.stat().st_size for path in files.weight_files),
+        seconds=round(time.perf_counter() - started, 3),
     )
 
 
 def _own_dtype(files: BaseFiles, weights: BaseWeights) -> torch.dtype:
-    """Return the dtype that the config names, or else that of the first weight.
+    """Return the dtype that the config names, or else that of the first floating-point tensor.
 
     Raises:
-        ExportError: The config names an unknown one.
+        ExportError: The config names another one than bfloat16, float16 and float32, or no tensor has one of them.
     """
     named = files.config.get("dtype") or files.config.get("torch_dtype")
     if isinstance(named, str) and named != "auto":
         dtype = getattr(torch, named.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ExportError(f"{files.name}: config.json names the unknown dtype {named!r:.40}; give --dtype.")
+        if dtype not in DTYPES:
+            raise ExportError(
+                f"{files.name}: config.json names the dtype {named!r:.40}, which is not available; give --dtype."
+            )
         return dtype
-    return weights.dtype(next(iter(weights.shapes)))
+    dtypes = (weights.dtype(name) for name in weights.shapes)
+    dtype = next((dtype for dtype in dtypes if dtype in DTYPES), None)
+    if dtype is None:
+        raise ExportError(f"{files.name} has no tensor in bfloat16, float16 or float32; give --dtype.")
+    return dtype
 
 
 def _layout(

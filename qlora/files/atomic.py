@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError
@@ -18,7 +19,7 @@ def atomic_folder(target: Path, error: type[Exception] = CheckpointError, needed
     """Give a folder next to `target` to write into; at the end it is synced and replaces the target.
 
     If anything fails, the new folder is removed and the old one is unchanged. :func:`settle` recovers from a process
-    that was killed; it is called here, before and after.
+    that was killed; it is called here, before and after. One process at a time writes to a target.
 
     Args:
         target: A folder, which may exist.
@@ -28,12 +29,17 @@ def atomic_folder(target: Path, error: type[Exception] = CheckpointError, needed
     """
     target = target.expanduser().absolute()
     staging, old, _ = _staging_paths(target)
+    lock: int | None = None
     try:
         make_folder(target.parent)
         settle(target)
+        if _is_locked(staging):
+            raise error(f"{target} is being written by another process; wait for it, or choose another folder.")
         if needed > free_bytes(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY)
+        _lock(lock)
         yield staging
         share_files(staging)
         sync_folder(staging)
@@ -44,6 +50,8 @@ def atomic_folder(target: Path, error: type[Exception] = CheckpointError, needed
     except (OSError, SafetensorError) as problem:
         raise error(f"{target} can't be written: {problem}.{space_left(target, needed)}") from problem
     finally:
+        if lock is not None:
+            os.close(lock)
         with suppress(OSError):
             settle(target)
 
@@ -79,9 +87,11 @@ def settle(target: Path) -> None:
     """Recover from an interrupted write of a file or folder.
 
     The old one is restored if the new one had not replaced it yet, and leftovers are removed. A new one that is in
-    place is complete, since it was synced before.
+    place is complete, since it was synced before. What another process is writing stays.
     """
     staging, old, gone = _staging_paths(target)
+    if _is_locked(staging):
+        return
     if old.exists() and not target.exists():
         old.rename(target)
     for leftover in (staging, old, gone):
@@ -163,6 +173,26 @@ def _staging_paths(target: Path) -> tuple[Path, Path, Path]:
     """Return the names next to a target for the new one, the old one, and one that is being removed."""
     staging, old, gone = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old", "gone"))
     return staging, old, gone
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder until it is closed; returns False if another process has locked it."""
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:  # some network file systems have no locks, and offer no other way
+        return True
+
+
+def _is_locked(folder: Path) -> bool:
+    """Check whether a process is writing into a staging folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # absent, or not one of ours
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -56,9 +56,9 @@ def resumable_folder(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
             raise ExportError(f"{staging} was put there by someone else; choose another folder.")
         with (staging / STATE_FILE).open("a+", encoding="utf-8") as state:
             _claim(staging, state, key)
-            if needed - _size(staging) > free_bytes(target):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
+                if needed - _size(staging) > free_bytes(target):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 yield staging
             except (OSError, SafetensorError, ExportError):
                 shutil.rmtree(staging, ignore_errors=True)

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels import LowRank, fold, recipe_of, save_first, scratch
 from qlora.kernels.rebuild import Source
+from qlora.lora.spec import FORMS
 
-FORMS = ("separate", "folded")
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
 # (docs/benchmarks/forms.md). Derived for CUDA, not measured: folding costs as much as `rank` more tokens and no pass
 # over activations, so that only the launches of small batches make it slower.
@@ -27,7 +27,12 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         num_tokens: Number of rows of the input.
         device: Device of the input.
         dropout: Probability of dropping an input of the deltas, which only the separate form can.
+
+    Raises:
+        ValueError: There is no such form, or it can't drop inputs.
     """
+    if form not in FORMS or (dropout and form == "folded"):
+        raise ValueError(f"form {form!r} with dropout {dropout} should be one of {', '.join(FORMS)}, folded without it")
     if dropout:
         return "separate"
     if form != "auto":

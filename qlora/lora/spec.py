@@ -14,7 +14,7 @@ from qlora.errors import ModelError
 
 INITS = ("kaiming", "gaussian")
 FORMS = ("auto", "separate", "folded")
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class AdapterSpec:
             and 0 <= self.dropout < 1,
             f"init: {self.init!r} should be one of {', '.join(INITS)}": self.init in INITS,
             f"form: {self.form!r} should be one of {', '.join(FORMS)}": self.form in FORMS,
-            f"dtype: {self.dtype} should be bfloat16, float32 or float16": self.dtype in DTYPES,
+            f"dtype: {self.dtype} should be bfloat16 or float32": self.dtype in DTYPES,
             f"form: 'folded' can't drop inputs, so it needs dropout 0, not {self.dropout!r}": not (
                 self.form == "folded" and self.dropout
             ),

@@ -15,7 +15,7 @@ from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.model.from_config import adapt, base_from_section, optimizer_from_section
 from qlora.model.loss import Loss
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Linear, statistics
 from qlora.optim import FlatOptimizer
 
 
@@ -137,6 +137,5 @@ def _tensors(model: Any, optimizer: FlatOptimizer) -> list[torch.Tensor]:
     tensors += [state for name, state in optimizer.state_dict().items() if name not in ("generator", "step")]
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            state = module.quant_state
-            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+            tensors += statistics(module.quant_state)
     return tensors

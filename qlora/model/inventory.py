@@ -5,7 +5,7 @@ from torch import nn
 
 from qlora.checkpoint import Inventory
 from qlora.lora import LoraLinear, lora_layers, trained_rows
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Linear, statistics
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -54,8 +54,10 @@ def take_inventory(model: nn.Module) -> Inventory:
 def frozen_checksum(model: nn.Module) -> int:
     """Sum the bytes of all frozen weights and their statistics; the sum changes if training writes to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    frozen += [module.quant_state.absmax for module in model.modules() if isinstance(module, NF4Linear)]
+    frozen: list[torch.Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            frozen += statistics(module.quant_state)
     for tensor in frozen:
-        total += tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)
+        total += tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
     return int(total)

@@ -18,6 +18,7 @@ from qlora.nf4.quantize import (
     is_bitsandbytes_linear,
     nf4_num_bytes,
     quantize,
+    statistics,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "is_bitsandbytes_linear",
     "nf4_num_bytes",
     "quantize",
+    "statistics",
     "statistics_by_weight",
     "to_checkpoint_tensors",
 ]

@@ -206,10 +206,12 @@ def _dequantize_bitsandbytes_alone(
 
 def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
     """Return the bytes of a quantized weight, its statistics included."""
-    tensors = [packed, state.absmax]
-    if state.nested:
-        tensors += [state.state2.absmax, state.offset]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in (packed, *statistics(state)))
+
+
+def statistics(state: "QuantState") -> list[torch.Tensor]:
+    """Return the tensors that dequantize the codes of a weight: the blocks' absmax, and what dequantizes these."""
+    return [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
 
 
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:

@@ -20,7 +20,8 @@ def check_same(processes: Processes, facts: Mapping[str, Any]) -> None:
     """
     everyone = processes.gather(dict(facts))
     for rank, other in enumerate(everyone):
-        if differences := describe_changes(everyone[0], other):
+        missing = dict.fromkeys(everyone[0].keys() - other.keys())
+        if differences := describe_changes(everyone[0], other | missing):
             raise ConfigError(
                 f"Process {rank} of {processes.world_size} has other inputs than process 0 (0 → {rank}):\n"
                 + "\n".join(f"  {difference}" for difference in differences)

@@ -132,7 +132,10 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     check_same(
         processes,
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
-        | {f"examples of {Path(report.source).name}": report.digest[:12] for report in datasets.reports},
+        | {
+            f"examples of {Path(report.source).name} (source {number})": report.digest[:12]
+            for number, report in enumerate(datasets.reports, 1)
+        },
     )
     optimizer = optimizer_from_section(model, section)
     batches = BatchPlan(

@@ -22,8 +22,8 @@ def estimate(config: RunConfig, gpu: str | None = None) -> MemoryReport:
     """
     try:
         size = None if gpu is None else parse_size(gpu)
-    except ValueError as error:
-        raise ConfigError(f"gpu: {gpu!r} {error}.") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"gpu: {gpu!r} should be a size such as 24GB or 24GiB.") from None
     predicted = estimate_bytes(config, objective_from_section(config.train).loss, "auto" if size is None else "cuda")
     free_bytes = available_bytes(predicted.device) if size is None else size
     return make_report(predicted, free_bytes, config.model.recompute)

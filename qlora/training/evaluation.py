@@ -79,6 +79,8 @@ def evaluate(
         whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
+    if problems := objective_from_section(config.train).unsupported_reasons(datasets.reports):
+        raise ConfigError("\n".join(problems))
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora.config import RunConfig, load_config
 from qlora.data import store_rows
+from qlora.errors import ConfigError
 
 
 def as_config(
@@ -26,6 +27,10 @@ def as_config(
         return config if isinstance(config, RunConfig) else load_config(config)
     if isinstance(config, Mapping):
         data = config.get("data") or {}
+        if not isinstance(data, Mapping):
+            raise ConfigError(
+                f"data: {data!r:.80} should be a section with keys; the rows take the place of data.train."
+            )
         path = store_rows(rows, data.get("cache_dir"))
         return load_config({**config, "data": {**data, "train": str(path)}})
     loaded = config if isinstance(config, RunConfig) else load_config(config)

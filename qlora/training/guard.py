@@ -48,11 +48,11 @@ class StepGuard:
         """
         assembly, rows = self._assembly, self._rows(found.suspects)
         saved = self._save(found, rows)
-        message = f"{found.message} Learnt from were rows {describe_rows(rows)}. {saved}"
+        message = f"{found.message} The step trained on rows {describe_rows(rows)}. {saved}"
         if assembly.config.train.on_nonfinite == "stop":
             raise ModelError(f"{message} To go on without such steps, set train.on_nonfinite: skip.")
         most = max(MAX_SKIPPED, int(MAX_SKIPPED_SHARE * assembly.plan.total_steps))
-        if self._progress.skipped == most:
+        if self._progress.skipped >= most:
             raise ModelError(f"{message} {most} steps were skipped before it, and no more are.")
         numbers = f"skipped: the loss is {found.loss}, the gradient's norm {found.grad_norm}."
         self._log.log_event(found.step + 1, "skipped", numbers, rows)

@@ -8,6 +8,7 @@ import numpy as np
 
 from qlora.config import RunConfig
 from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
+from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, load_tokenizer, set_tokens
@@ -84,6 +85,8 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     Raises:
         QLoRAError: The tokenizer or a source can't be read, or no example is left.
     """
+    if num_samples < 0:
+        raise ConfigError(f"num_samples: {num_samples} should be 0 or more.")
     section = config.train
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora.checkpoint import RunDirectory, quarantine, save_adapter
 from qlora.config import RunConfig, absolute_paths, dump_config
-from qlora.errors import ModelError
+from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.model import frozen_checksum, resolve_device
 from qlora.processes import Processes
@@ -103,7 +103,7 @@ def train(
 ) -> RunResult:
     """Train a run, from its start or from where an earlier session stopped.
 
-    Only one run at a time trains in a directory; see :func:`qlora.checkpoint.hold_lock`. Of several processes, the
+    Only one run at a time trains in a directory; see :func:`qlora.files.hold_lock`. Of several processes, the
     first decides where the run starts, and only the first writes.
 
     Args:
@@ -169,6 +169,8 @@ def _train(
     record, progress, first_step = prepared.record, prepared.progress, prepared.progress.step
     if run.path in start.origins and start.finished_steps == first_step == total_steps:
         return _already_finished(run, start, assembly.config)
+    if options.stop_at is not None and options.stop_at <= first_step:
+        raise ConfigError(f"stop_at: {options.stop_at} should be after step {first_step}, where the run starts now.")
     with processes.raise_together():
         if processes.is_first:
             if start.fresh and run.exists():

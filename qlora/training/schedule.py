@@ -18,7 +18,12 @@ def learning_rate(
         kind: `cosine` and `linear` fall to the minimum at the end, `constant` stays at the peak.
         warmup_ratio: Share of the run over which the rate rises linearly from zero.
         minimum: Rate that the schedule falls to.
+
+    Raises:
+        ValueError: There is no such kind.
     """
+    if kind not in ("cosine", "linear", "constant"):
+        raise ValueError(f"kind {kind!r} should be cosine, linear or constant")
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)

@@ -186,3 +186,31 @@ def test_its_card_says_what_it_was_made_from_and_nothing_of_this_machine(license
     assert (f"license: {license}" in card) == (license is not None)
     assert "base_model" not in card  # which is for models on the hub
     assert str(tmp_path) not in card
+
+
+def without_dtype(base, **changes):
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_without_a_dtype_in_the_config_the_first_floating_point_tensor_decides(tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, dtype=torch.bfloat16)
+    without_dtype(base)
+    tensors = {"model.a_buffer": torch.arange(4), **load_file(base / "model.safetensors")}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert quantize_model(str(base), tmp_path / "4bit").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("named", ["int8", "float64", "float99"])
+def test_a_dtype_that_weights_can_not_have_is_refused(named, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed)
+    without_dtype(base, dtype=named)
+    with pytest.raises(ExportError, match=f"'{named}', which is not available; give --dtype"):
+        quantize_model(str(base), tmp_path / "4bit")
+
+
+def test_a_shard_size_that_is_none_is_refused_before_anything_is_written(tiny_base, tmp_path):
+    with pytest.raises(ExportError, match="max_shard_size: 'lots' should be a size"):
+        quantize_model(str(tiny_base), tmp_path / "4bit", max_shard_size="lots")
+    assert list(tmp_path.iterdir()) == []

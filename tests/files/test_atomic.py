@@ -231,3 +231,26 @@ def test_a_place_that_is_a_file_is_reported(tmp_path):
         write_text(tmp_path / "file" / "text", "x")
     with pytest.raises(CheckpointError, match="can't be written"), atomic_folder(tmp_path / "file" / "folder"):
         pass
+
+
+def test_a_second_writer_is_refused_and_the_first_one_is_complete(target):
+    with atomic_folder(target) as folder:
+        (folder / "one").write_text("one")
+        with (
+            pytest.raises(ExportError, match="is being written by another process; wait for it"),
+            atomic_folder(target, ExportError) as other,
+        ):
+            (other / "two").write_text("two")
+        settle(target)
+        (folder / "file").write_text("new")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"one": "one", "file": "new"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_what_a_killed_writer_left_is_replaced(target):
+    staging = target.with_name(".target.new")
+    staging.mkdir()
+    (staging / "half").write_text("half")
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["file"]

@@ -92,3 +92,13 @@ def test_a_target_that_came_to_be_meanwhile_is_not_replaced(tmp_path):
     with pytest.raises(ExportError, match="out can't be written"):
         replace_by_half(target)
     assert (target / "mine").read_text() == "precious"
+
+
+def test_too_little_space_leaves_nothing_that_blocks_another_merge(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(ExportError, match="No space left"), resumable_folder(target, "key", 1 << 60):
+        pass
+    with resumable_folder(target, "other") as staging:
+        (staging / "new").mkdir()
+        put_in_place(staging / "new", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

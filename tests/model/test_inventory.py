@@ -95,6 +95,10 @@ def test_the_checksum_sees_a_changed_byte_of_the_base_and_not_the_adapters(base,
     for _, rows in trained_rows(model):
         rows.weight.data.fill_(1.0)
     assert frozen_checksum(model) == before
-    packed = model.model.layers[seed % 2].mlp.up_proj.base.weight
-    packed.data[seed % len(packed)] ^= 1
-    assert frozen_checksum(model) != before
+    base_layer = model.model.layers[seed % 2].mlp.up_proj.base
+    state = base_layer.quant_state
+    for tensor in (base_layer.weight.data, state.absmax, state.state2.absmax, state.offset):
+        changed = tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+        changed[seed % len(changed)] ^= 1
+        assert frozen_checksum(model) != before
+        changed[seed % len(changed)] ^= 1

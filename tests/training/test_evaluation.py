@@ -45,3 +45,9 @@ def test_bad_arguments_are_refused(run_dir):
     config = load_config(run_dir / "config.yaml", ["data.eval=null"])
     with pytest.raises(ConfigError, match="holds out no example; name a file with --data"):
         qlora.evaluate(config, device="cpu")
+
+
+def test_rows_that_the_objective_can_not_learn_from_are_refused(run_dir, tmp_path):
+    pairs = [{"prompt": "Say oak", "chosen": "oak", "rejected": "tin"}] * 3
+    with pytest.raises(ConfigError, match="sft can't learn from the preference rows"):
+        qlora.evaluate(run_dir, data=write_jsonl(tmp_path / "pairs.jsonl", pairs), device="cpu")

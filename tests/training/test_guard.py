@@ -56,7 +56,7 @@ def stopped(request, poisoned_base, tmp_path_factory):
 def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(stopped):
     config, told, kept = stopped
     assert "the loss is nan" in told
-    assert "17" in told.partition("Learnt from were rows ")[2].partition(" of ")[0].replace(",", " ").split()
+    assert "17" in told.partition("The step trained on rows ")[2].partition(" of ")[0].replace(",", " ").split()
     assert f"--replay {kept}." in told
     step = int(kept.stem.removeprefix("step-"))
     steps = [line["step"] for line in lines_of(config)]

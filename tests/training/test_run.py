@@ -738,3 +738,12 @@ def test_rows_of_another_objective_are_refused_with_the_remedy(tiny_base, tmp_pa
     with pytest.raises(ConfigError, match=r"can't learn from the preference rows of .*set data.format: chosen"):
         train(load_config(run_config(tiny_base, data, tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 3])
+def test_a_step_to_stop_at_that_is_past_is_refused(stop_at, tiny_base, alpaca_file, tmp_path):
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", data__eval=None))
+    assert train(config, stop_at=3).steps == 3
+    with pytest.raises(ConfigError, match=f"stop_at: {stop_at} should be after step 3"):
+        train(config, stop_at=stop_at)
+    assert train(config, stop_at=4).steps == 4
