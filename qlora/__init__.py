@@ -7,13 +7,24 @@ from qlora.about import __version__, unsupported_reason
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError, QLoRAError
 
 if TYPE_CHECKING:
+    from qlora.checkpoint import save_adapter
     from qlora.config import RunConfig, load_config
     from qlora.export import MergeReport, QuantizeReport, merge, quantize
     from qlora.lora import LoraLinear, adapters_off, add_lora
     from qlora.model import generate, load_base, load_run
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
-    from qlora.training import Callback, EvaluationReport, Preview, RunResult, estimate, evaluate, preview, train
+    from qlora.training import (
+        Callback,
+        EvaluationReport,
+        Preview,
+        RunResult,
+        StopTraining,
+        estimate,
+        evaluate,
+        preview,
+        train,
+    )
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
 _HOMES = {
@@ -26,6 +37,7 @@ _HOMES = {
     "QuantizeReport": "qlora.export",
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
+    "StopTraining": "qlora.training",
     "VerifyReport": "qlora.proof",
     "adapters_off": "qlora.lora",
     "add_lora": "qlora.lora",
@@ -38,6 +50,7 @@ _HOMES = {
     "merge": "qlora.export",
     "preview": "qlora.training",
     "quantize": "qlora.export",
+    "save_adapter": "qlora.checkpoint",
     "train": "qlora.training",
     "verify": "qlora.proof",
 }
@@ -59,6 +72,7 @@ __all__ = [
     "QuantizeReport",
     "RunConfig",
     "RunResult",
+    "StopTraining",
     "VerifyReport",
     "adapters_off",
     "add_lora",
@@ -71,6 +85,7 @@ __all__ = [
     "merge",
     "preview",
     "quantize",
+    "save_adapter",
     "train",
     "verify",
 ]

@@ -6,8 +6,12 @@
 # moved to DIR.old-N and the run is merged again.
 set -euo pipefail
 usage="usage: export.sh RUN DIR [options of qlora merge]"
-run=${1:?$usage}
-merged=${2:?$usage}
+if [ $# -lt 2 ]; then
+  echo "$usage" >&2
+  exit 2
+fi
+run=$1
+merged=$2
 merged=${merged%/}
 shift 2
 here=${0%"${0##*/}"} # not dirname: Bash loses a SIGINT that arrives while it waits for a command

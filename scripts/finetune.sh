@@ -6,8 +6,12 @@
 # --dry-run and --replay are refused because they train nothing.
 set -euo pipefail
 usage="usage: finetune.sh CONFIG MERGED_DIR [options of qlora train, section.key=value …]"
-config=${1:?$usage}
-merged=${2:?$usage}
+if [ $# -lt 2 ]; then
+  echo "$usage" >&2
+  exit 2
+fi
+config=$1
+merged=$2
 shift 2
 here=${0%"${0##*/}"} # not dirname: Bash loses a SIGINT that arrives while it waits for a command
 here=${here:-./}

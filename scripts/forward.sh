@@ -38,6 +38,12 @@ except OSError as error:
     print(f"{sys.argv[1]}: {error.strerror}", file=sys.stderr)
     sys.exit(127)'
 
+# Use the checkout's virtual environment if none is active, as in a cron job.
+checkout=${BASH_SOURCE[0]%"${BASH_SOURCE[0]##*/}"}..
+if ! command -v qlora >/dev/null && [ -x "$checkout/.venv/bin/qlora" ]; then
+  PATH=$(cd "$checkout" && pwd)/.venv/bin:$PATH
+fi
+
 forward() {
   local code
   [ "$stop_code" = 0 ] || return "$stop_code"

@@ -60,14 +60,26 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a folder.
 
     Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse keys that they do not know. The scaling is
     written as alpha / rank, with rsLoRA too: llama.cpp reads no other and does not report it. Layers whose rank or
     alpha is not the most common one are listed by their names in `rank_pattern` and `alpha_pattern`.
+
+    Args:
+        model: Model with adapters.
+        folder: Folder, which is created if it is absent.
+        base_name: Folder or hub id of the base, for tools that load the adapter.
+
+    Raises:
+        CheckpointError: The model has no adapters.
     """
     layers = dict(lora_layers(model))
+    if not layers:
+        raise CheckpointError(f"{type(model).__name__} has no adapters to save; add some with add_lora.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     specs = {name: layer.spec for name, layer in layers.items()}
     ranks = {name: spec.rank for name, spec in specs.items()}
     alphas = {name: spec.scaling * spec.rank if spec.rslora else spec.alpha for name, spec in specs.items()}

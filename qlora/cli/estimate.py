@@ -113,7 +113,8 @@ def _show(report: dict[str, Any], base: str) -> None:
     Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)
     shown = report["level"] or list(levels)[-1]
     console.print(_bar(levels[shown]["bytes"], free, coloured))
-    console.print(Text(report["why"], style="" if report["level"] else "bold red"))
+    why = f"recompute {report['level']}: {report['why']}" if report["level"] else report["why"]
+    console.print(Text(why, style="" if report["level"] else "bold red"))
     if not levels[shown]["bytes"]["activations"]:
         console.print(Text("memory peaks in the optimizer's step, when there are no activations"))
     if levels[shown]["bytes"]["context"]:

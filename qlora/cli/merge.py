@@ -72,6 +72,7 @@ def merge(
 
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.config import load_config
+    from qlora.errors import ExportError
     from qlora.export import merge as run_merge
     from qlora.export.companions import REPORT_FILE
     from qlora.export.push import check_repo, push
@@ -92,6 +93,11 @@ def merge(
     if update and (folder / REPORT_FILE).exists():
         wanted = adapter_digest(opened.adapter), weights_dtype, settings.onto, format == "gguf"
         values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
+    elif (folder / REPORT_FILE).exists():
+        raise ExportError(
+            f"{output} already holds a merge; choose another folder, or add --update, which merges again if it is "
+            "another one."
+        )
     if values is None:
         next_call = "starts again" if format == "gguf" else "continues"
         with stopping_with(f"The same command {next_call}."), _progress_bar(shown=not as_json) as on_progress:

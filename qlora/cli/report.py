@@ -13,7 +13,13 @@ LABELS = {
     "continued_bytes": "written by an interrupted merge",
     "greedy_agreement": "greedy answers equal for",
     "layers_checked": "layers compared",
-    "losses": "loss",
+    "losses": "loss, first and last step",
+    "eval_losses": "held-out loss",
+    "seconds": "time",
+    "recompute_why": "reason for it",
+    "weights_kept": "weights cached",
+    "micro_batch_parts": "parts of a micro-batch",
+    "tiled": "MLP in tiles",
     "max_layer_difference": "largest difference of a layer's output",
     "max_logit_difference": "largest difference of a logit",
     "max_weight_difference": "largest difference of a weight",
@@ -49,12 +55,16 @@ def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> No
         return
     if title:
         print(title)
-    shown = {_label(key): format_value(key, value) for key, value in values.items() if key != "notes" and _says(value)}
+    shown = {
+        _label(key): format_value(key, value)
+        for key, value in values.items()
+        if key != "notes" and _says(value) and (key, value) != ("continued_bytes", 0)
+    }
     width = max(map(len, shown), default=0)
     for label, text in shown.items():
         print(f"  {label:<{width}}  {text}")
     for note in values.get("notes", ()):
-        print(f"  note: {note}")
+        print(f"  {note}" if note.startswith("Next: ") else f"  note: {note}")
 
 
 def as_json_text(values: Mapping[str, Any]) -> str:
@@ -71,7 +81,8 @@ def format_size(num_bytes: float) -> str:
 def format_value(key: str, value: Any) -> str:
     """Return a value of a report as people read it; its key tells the unit."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{_label(str(name))}: {format_value(str(name), item)}" for name, item in value.items())
+        shown = {_label(str(name)): format_value(str(name), item) for name, item in value.items() if _says(item)}
+        return ", ".join(f"{label}: {text}" for label, text in shown.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(format_value(key, item) for item in value)
     if isinstance(value, bool):

@@ -83,7 +83,10 @@ def train(
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
             values["eval_losses"] = {f"step {step:,}": f"{loss:.4f}" for step, loss in result.eval_losses.items()}
-            del values["signal"], values["notes"]  # the exit code and the title have them
+            del values["signal"]  # the exit code has it, and the title the notes
+            values["notes"] = []
+            if result.status == "finished":
+                values["notes"] = [f"Next: qlora merge {result.run_dir} -o DIR, or qlora generate {result.run_dir}"]
         show_report(values, as_json, "\n".join([f"Run {result.status}.", *result.notes]))
     if result.status == "interrupted":
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

@@ -27,7 +27,10 @@ def store_rows(rows: Iterable[Mapping[str, Any]], cache_dir: str | None = None) 
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise DataError(f"Row {number} is {row!r:.80}; rows should be dicts.")
+            raise DataError(
+                f"Row {number} is {row!r:.80}; rows should be dicts: a list of them or a datasets.Dataset, not a "
+                f"{type(rows).__name__}. Of a pandas DataFrame, give df.to_dict('records')."
+            )
         try:
             lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:

@@ -178,7 +178,7 @@ def choose_level(
     previous = None
     for level in levels:
         if estimate.fits(level, free_bytes, tokens):
-            needed = f"{level} takes {_gib(estimate.total_bytes(level, tokens))} of {free}"
+            needed = f"it takes {_gib(estimate.total_bytes(level, tokens))} of {free}"
             if previous is None:
                 return level, needed
             return level, f"{needed}; {previous} would take {_gib(estimate.total_bytes(previous, tokens))}"

@@ -39,7 +39,7 @@ class MemoryReport:
         return asdict(self)
 
     def __repr__(self) -> str:
-        return f"<MemoryReport: {self.why if self.level else 'does not fit: ' + self.why}>"
+        return f"<MemoryReport: recompute {self.level}: {self.why}>" if self.level else f"<MemoryReport: {self.why}>"
 
 
 def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> MemoryReport:

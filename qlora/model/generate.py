@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qlora.data import answer_end_id, encode_prompt
+from qlora.data import answer_end_id, apply_template, encode_prompt
 from qlora.data.examples import Conversation
 from qlora.data.prompts import check_prompt
 from qlora.data.serving import TemplateFacts
@@ -48,6 +48,8 @@ def generate(
     """
     check_sampling(max_new_tokens, temperature, top_p)
     loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device)
+    if getattr(tokenizer, "chat_template", None) is None:
+        apply_template(tokenizer, "auto")  # as for a model that is given by its path
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
     given: Sequence[Any] = [prompts] if is_single else prompts
     system_turn = [{"role": "system", "content": system}] if system else []

@@ -1,7 +1,7 @@
 """Training runs."""
 
 from qlora.training.assemble import RunPlan
-from qlora.training.callbacks import Callback
+from qlora.training.callbacks import Callback, StopTraining
 from qlora.training.check_resume import ResumeCheck, check_resume
 from qlora.training.estimation import estimate
 from qlora.training.evaluation import EvaluationReport, evaluate
@@ -17,6 +17,7 @@ __all__ = [
     "ResumeCheck",
     "RunPlan",
     "RunResult",
+    "StopTraining",
     "check_resume",
     "estimate",
     "evaluate",

@@ -18,7 +18,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._save_asked = False
+        self._stop_asked = self._save_asked = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -35,7 +35,11 @@ class Interruption:
     @property
     def requested(self) -> bool:
         """Whether a stop was requested."""
-        return self.signal is not None
+        return self._stop_asked or self.signal is not None
+
+    def request_stop(self) -> None:
+        """Request a stop without a signal."""
+        self._stop_asked = True
 
     def take_save_request(self) -> bool:
         """Return whether a save was requested since the last call."""

@@ -1,5 +1,6 @@
 """Preview of what a config would train on, without loading its model."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, load_tokenizer, set_tokens
 from qlora.objectives import objective_from_section
+from qlora.training.given import as_config
 from qlora.training.schedule import resolve_total_steps
 
 
@@ -75,11 +77,11 @@ class Preview:
         )
 
 
-def preview(config: RunConfig, num_samples: int = 5) -> Preview:
+def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int = 5) -> Preview:
     """Tokenize a config's data as a run would, without its bad rows, and describe it.
 
     Args:
-        config: Config that :func:`qlora.load_config` returned.
+        config: Config that :func:`qlora.load_config` returned, or what it takes.
         num_samples: Number of examples to show.
 
     Raises:
@@ -87,6 +89,7 @@ def preview(config: RunConfig, num_samples: int = 5) -> Preview:
     """
     if num_samples < 0:
         raise ConfigError(f"num_samples: {num_samples} should be 0 or more.")
+    config = as_config(config)
     section = config.train
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)

@@ -15,7 +15,7 @@ from qlora.model import frozen_checksum, resolve_device
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
-from qlora.training.callbacks import Callback
+from qlora.training.callbacks import Callback, check_callbacks
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.display import Display
 from qlora.training.given import as_config
@@ -121,6 +121,7 @@ def train(
     Raises:
         QLoRAError: The run can't start, or failed; what was saved stays.
     """
+    check_callbacks(callbacks)
     config = absolute_paths(as_config(config, rows))
     run = RunDirectory(config.train.output_dir)
     processes = _start_processes(config)
@@ -135,7 +136,7 @@ def train(
                 start = find_start(run, config, resume, fresh)
         start = _agree_on(processes, start, config)
         if start.is_done:
-            return _already_finished(run, start, config)
+            return _already_finished(run, start, config, resume)
         with deterministic_algorithms(config.train.deterministic):
             assembly = assemble(config, processes)
             try:
@@ -168,7 +169,7 @@ def _train(
     prepared = prepare_run(assembly, run, start)
     record, progress, first_step = prepared.record, prepared.progress, prepared.progress.step
     if run.path in start.origins and start.finished_steps == first_step == total_steps:
-        return _already_finished(run, start, assembly.config)
+        return _already_finished(run, start, assembly.config, "auto")
     if options.stop_at is not None and options.stop_at <= first_step:
         raise ConfigError(f"stop_at: {options.stop_at} should be after step {first_step}, where the run starts now.")
     with processes.raise_together():
@@ -185,6 +186,8 @@ def _train(
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)
     display.show([*(report.summary() for report in assembly.plan.datasets.reports), assembly.plan.summary()])
+    if first_step:
+        display.show([f"Continuing after step {first_step:,} from {start.checkpoint}."])
     display.announce(remarks)
     received, in_use = run_session(assembly, run, prepared, display, options)
 
@@ -211,10 +214,13 @@ def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
         assembly.tokenizer.save_pretrained(folder)
 
 
-def _already_finished(run: RunDirectory, start: Start, config: RunConfig) -> RunResult:
+def _already_finished(run: RunDirectory, start: Start, config: RunConfig, resume: str) -> RunResult:
     """Return the result of the session that finished the run, and what to do next."""
     assert start.finished_steps is not None
-    return _result(run, "finished", start.finished_steps, 0, notes=_notes_when_done(run, start, config))
+    notes = _notes_when_done(run, start, config)
+    if resume != "auto":
+        notes.append(f"--resume {resume} had no effect; to start from there, choose another train.output_dir.")
+    return _result(run, "finished", start.finished_steps, 0, notes=notes)
 
 
 def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list[str]:

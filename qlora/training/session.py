@@ -82,8 +82,8 @@ def run_session(
             saver.save(progress, True)
 
     def call(name: str, *arguments: Any) -> None:
-        if processes.is_first:
-            call_all(options.callbacks, name, (progress.step, *arguments), save_unsaved)
+        if processes.is_first and call_all(options.callbacks, name, (progress.step, *arguments), save_unsaved):
+            interruption.request_stop()
 
     def save_now(is_last: bool) -> None:
         folder = saver.save(progress, is_last)
@@ -113,6 +113,9 @@ def run_session(
         # After the save, because a stop may leave no time for more; a continued run evaluates then.
         if evaluates_at(progress.step) and (is_last or not stop):
             evaluate_now()
+        if not (stop or is_last) and processes.world_size == 1 and interruption.requested:  # by a callback since
+            saver.save(progress, True)
+            stop = True
         return not stop
 
     with Interruption() as interruption:

@@ -32,7 +32,7 @@ def test_the_report_adds_up(config):
 
 def test_the_table_and_the_bar_show_it(config):
     shown = run("estimate", config, "--gpu", "1GiB").out
-    for word in ["offload+tiled", *KINDS, "longest row", "W weights", "· free", "none takes"]:
+    for word in ["offload+tiled", *KINDS, "longest row", "W weights", "· free", "recompute none: it takes"]:
         assert word in shown
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import qlora
 from qlora.config import load_config
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
 from tests.tiny import run_config
 from tests.training.same_run import assert_same_run, lines_of
 
@@ -63,6 +63,35 @@ def test_an_exception_in_a_callback_is_raised_as_it_is_with_the_state_saved(meth
     result = qlora.train(configure(train__save_every=2))
     assert result.trained_steps == 6 - step
     assert_same_run(tmp_path / "run", whole)
+
+
+class Stopping(qlora.Callback):
+    def __init__(self, method, step):
+        self.method, self.step = method, step
+
+    def on_step(self, step, report):
+        self.stop("on_step", step)
+
+    def on_evaluation(self, step, evaluation):
+        self.stop("on_evaluation", step)
+
+    def stop(self, method, step):
+        if (method, step) == (self.method, self.step):
+            raise qlora.StopTraining
+
+
+@pytest.mark.parametrize(("method", "step"), [("on_step", 3), ("on_evaluation", 4)])
+def test_a_callback_can_stop_the_run_which_continues_equal(method, step, configure, whole, tmp_path):
+    result = qlora.train(configure(), callbacks=[Stopping(method, step)])
+    assert (result.status, result.steps, result.signal) == ("interrupted", step, None)
+    assert qlora.train(configure()).trained_steps == 6 - step
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("callbacks", [Recorder(), [Recorder], [print]], ids=["object", "class", "function"])
+def test_callbacks_of_another_kind_are_refused_before_anything_is_loaded(callbacks, tmp_path):
+    with pytest.raises(ConfigError, match="callbacks: .* should be a list of objects of subclasses of qlora.Callback"):
+        qlora.train(tmp_path / "none.yaml", callbacks=callbacks)
 
 
 def test_an_exception_before_the_first_step_leaves_nothing_to_continue(configure, whole, tmp_path):

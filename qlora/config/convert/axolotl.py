@@ -176,7 +176,8 @@ def _format(draft: Draft, entry: dict[str, Any], path: Any) -> dict[str, Any]:
             columns = dict(known[1])
             if ":" in kind and known[0] == "alpaca" or name == "alpaca_chat":
                 draft.warn(f"type: {kind} writes prompts in a style of its own; here the chat template writes them.")
-    field = entry.pop("field", None)
+    text_column = entry.pop("text_column", None)
+    field = entry.pop("field", None) or text_column
     if field not in (None, "text") and result.get("format") == "text":
         columns["text"] = field
     turns = entry.pop("field_messages", None)

@@ -43,7 +43,7 @@ def translate_common(draft: Draft, is_full: bool = False) -> None:
 def hold_out(draft: Draft, size: Any, name: str) -> None:
     """Translate a share of the rows, or a number of rows, that is held out for evaluation."""
     share = values.number(size)
-    if share is None or not share:
+    if share is None or not share or "data.eval" in draft.values:  # a test set of its own wins
         return
     if share < 1:
         draft.set("data.eval", float(share), name)
@@ -167,6 +167,13 @@ def _ends_and_rates(draft: Draft) -> None:
     if isinstance(end, str) and end:
         draft.take("special_tokens")
         draft.set("data.special_tokens", {"eos_token": end}, "special_tokens")
+    if isinstance(special, dict):
+        added = values.names(special.get("additional_special_tokens"))
+        if added:
+            draft.take("special_tokens")
+            draft.set("data.new_tokens", added, "special_tokens: additional_special_tokens")
+        for name in special.keys() - {"eos_token", "additional_special_tokens"} if end or added else ():
+            draft.dropped[f"special_tokens.{name}"] = "the base's tokenizer has its own"
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = draft.peek(name, f"peft_{name}")
         if isinstance(patterns, dict) and patterns:
@@ -196,6 +203,10 @@ def _trackers(draft: Draft) -> None:
         found.append("wandb")
     if found:
         draft.set("train.trackers", list(dict.fromkeys(found)), "report_to")
+        draft.warn(
+            f"train.trackers: {', '.join(dict.fromkeys(found))} must be installed (pip install …); to train without, "
+            "set train.trackers: []."
+        )
 
 
 def flatten(given: Mapping[str, Any], keep: set[str]) -> dict[str, Any]:
