@@ -364,7 +364,7 @@ def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
     before = contents(own_base)
     done = run("verify", run_dir, own_base)
     assert done.code == 1
-    assert f"{own_base} was not written by qlora merge" in done.error()
+    assert f"{own_base} has no merge_report.json; give a folder that qlora merge wrote" in done.error()
     assert contents(own_base) == before
 
 
