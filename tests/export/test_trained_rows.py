@@ -129,7 +129,7 @@ def test_a_changed_row_is_reported(name, row, runs, tmp_path):
     tensors[name][row, 7] *= 1.01
     save_file(tensors, path, metadata={"format": "pt"})
     (problem,) = verify(run, tmp_path / "out").problems
-    assert problem.startswith(f"tensor {name} is not the base's with the rows that were trained")
+    assert problem.startswith(f"tensor {name} is not the base's with the trained rows")
 
 
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "tied, in full"])

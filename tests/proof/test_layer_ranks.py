@@ -1,4 +1,4 @@
-"""A run whose layers have ranks and alphas of their own: continued, merged, written as GGUF and verified."""
+"""A run with ranks and alphas by layer: continued, merged, written as GGUF and verified."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_the_gguf_file_is_verified(run, tmp_path):
     assert report.tensors_checked == 21
 
 
-def test_a_continued_run_is_the_uninterrupted_one(run, tiny_base, alpaca_file, tmp_path):
+def test_a_continued_run_equals_the_uninterrupted_one(run, tiny_base, alpaca_file, tmp_path):
     rslora = "rslora: true" in (run / "config.yaml").read_text()
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", lora__rslora=rslora, **PATTERNS))
     train(config, stop_at=4)
@@ -61,7 +61,7 @@ def test_a_continued_run_is_the_uninterrupted_one(run, tiny_base, alpaca_file, t
     assert_same_run(tmp_path / "run", run)
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_before_step_1(tiny_base, alpaca_file, tmp_path):
+def test_a_pattern_that_matches_nothing_is_refused_before_step_1(tiny_base, alpaca_file, tmp_path):
     from qlora.errors import ModelError
     from qlora.memory.estimate import estimate
 
