@@ -305,5 +305,5 @@ def test_factors_that_are_none_are_refused(tmp_path, shapes, dtype):
     tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in zip(FACTORS, shapes, strict=True)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == set(FACTORS)
-    with pytest.raises(CheckpointError, match=r"up_proj.* (is no LoRA factor|has factors)"):
+    with pytest.raises(CheckpointError, match=r"up_proj.* (is not a LoRA factor|has factors)"):
         read_adapter_tensors(tmp_path)

@@ -356,7 +356,7 @@ def test_a_merge_of_a_run_without_an_adapter(run_dir, tmp_path):
     shutil.rmtree(copy / "adapter")
     done = run("merge", copy, "-o", tmp_path / "out")
     assert done.code == 1
-    assert f"{copy / 'adapter'} holds no adapter" in done.error()
+    assert f"{copy / 'adapter'} has no adapter" in done.error()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

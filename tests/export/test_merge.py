@@ -673,7 +673,7 @@ def test_a_folder_without_a_finished_run_is_refused(own_run, tmp_path):
     with pytest.raises(CheckpointError, match="is not a run"):
         merge(tmp_path, tmp_path / "out")
     shutil.rmtree(own_run[1] / "adapter")
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter"):
         merge(own_run[1], tmp_path / "out")
 
 

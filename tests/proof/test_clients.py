@@ -251,7 +251,7 @@ def test_layers_that_the_base_lacks_are_reported(own, skeleton):
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_folder_without_an_adapter_is_refused(name, own, skeleton):
     (own / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"holds no adapter: {name} is missing"):
+    with pytest.raises(CheckpointError, match=rf"has no adapter: {name} is missing"):
         check_clients(own, skeleton)
 
 
