@@ -174,7 +174,7 @@ def test_a_link_out_of_a_model_is_refused_as_it_would_be_released(base, tmp_path
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to("../" * len(Path(name).parts) + "secret")
-    with pytest.raises(ModelError, match=r"is a link to .*secret, outside of .*put the file itself there"):
+    with pytest.raises(ModelError, match=r"is a link to .*secret, outside of .*replace it by the file"):
         BaseFiles.resolve(str(base))
 
 

@@ -191,7 +191,7 @@ def test_a_missing_base(try_training, tmp_path, verb):
         done = run("generate", missing, "--prompt", "Hi")
         code, message = done.code, done.error()
     assert code == 1
-    assert message == f"There is no model folder {missing}."
+    assert message == f"The model folder {missing} does not exist."
 
 
 def test_a_base_without_a_config(try_training, base):
@@ -205,7 +205,7 @@ def test_a_base_without_safetensors(try_training, base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     code, message = try_training(base=base)
     assert code == 1
-    assert f"{base} holds no *.safetensors" in message
+    assert f"{base} has no *.safetensors" in message
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.3, 0.999])
@@ -224,7 +224,7 @@ def test_a_base_file_that_is_no_safetensors(try_training, base):
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     code, message = try_training(base=base)
     assert code == 1
-    assert f"{path} is no safetensors file" in message
+    assert f"{path} is not a safetensors file" in message
 
 
 def test_a_base_that_lacks_a_shard(try_training, base):

@@ -429,7 +429,7 @@ def test_files_of_another_merge_are_refused_and_not_touched(run, exact_run, tmp_
         merge(run, tmp_path / "out", on_progress=Interruption(100_000))
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for other, settings in ((run, {"dtype": "bfloat16"}), (run, {"onto": "original"}), (exact_run, {})):
-        with pytest.raises(ExportError, match="with other settings, or of another run"):
+        with pytest.raises(ExportError, match="with other settings or of another run"):
             merge(other, tmp_path / "out", **settings)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
     assert merge(run, tmp_path / "out").continued_bytes > 0

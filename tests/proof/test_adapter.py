@@ -119,7 +119,7 @@ def test_a_value_changed_since_the_last_step_is_reported(own, seed):
 def test_a_damaged_checkpoint_is_reported_and_the_rest_is_compared(own):
     path = sorted((own / "run" / "checkpoints").iterdir())[-1] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    for damage in ("cut short", "is missing"):
+    for damage in ("truncated", "is missing"):
         report = verify(own / "run")
         (problem,) = report.problems
         assert problem.startswith("the adapter can't be compared with the last checkpoint")
