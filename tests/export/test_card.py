@@ -129,10 +129,7 @@ def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
             {"LICENSE.txt": "Ask me first."},
             {"license": "other", "license_name": "of-the-base", "license_link": "LICENSE.txt"},
         ),
-        (
-            {"LICENSES/MIT.txt": "MIT License"},
-            {},
-        ),  # licences of parts of the model, none of which may be chosen for all
+        ({"LICENSES/MIT.txt": "MIT License"}, {}),  # the licence of a part of the model, not of the whole
     ],
 )
 def test_the_licence_is_that_of_the_base(files, expected, tmp_path, run, report):

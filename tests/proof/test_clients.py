@@ -123,11 +123,8 @@ def test_an_adapter_of_peft_is_refused_by_tools_that_would_compute_it_wrongly(
 @pytest.mark.parametrize(
     ("settings", "served"),
     [
-        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM uses one scaling for all
-        (
-            {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}},
-            ["peft", "vllm"],
-        ),  # llama.cpp uses one alpha
+        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM: one scaling for all
+        ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, ["peft", "vllm"]),  # llama.cpp: one alpha
         ({"rank_pattern": {"up_proj": 2}, "rslora": True}, ["peft"]),
         ({"alpha_pattern": {".*_proj": 4}}, ALL),  # the pattern matches all layers
     ],
