@@ -5,9 +5,11 @@ import json
 import pytest
 
 from qlora.config import load_config
+from qlora.errors import ModelError
 from qlora.export import merge
 from qlora.export.gguf.merge import merge_to_gguf
-from qlora.model import load_run
+from qlora.memory.estimate import estimate
+from qlora.model import SUPERVISED, load_run
 from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import run_config
@@ -62,11 +64,8 @@ def test_a_continued_run_equals_the_uninterrupted_one(run, tiny_base, alpaca_fil
 
 
 def test_a_pattern_that_matches_nothing_is_refused_before_step_1(tiny_base, alpaca_file, tmp_path):
-    from qlora.errors import ModelError
-    from qlora.memory.estimate import estimate
-
     path = run_config(tiny_base, alpaca_file, tmp_path / "run", lora__rank_pattern={"up_porj": 3})
-    for use in (train, estimate):
+    for use in (train, lambda config: estimate(config, SUPERVISED)):
         with pytest.raises(ModelError, match=r"lora\.rank_pattern: 'up_porj' matches no adapted layer"):
             use(load_config(path))
 
