@@ -347,7 +347,8 @@ def test_a_merge_of_a_run_whose_record_says_nothing(run_dir, tmp_path):
     (copy / "run.json").write_text("{}")
     done = run("merge", copy, "-o", tmp_path / "out")
     assert done.code == 1
-    assert f"{copy / 'run.json'} lacks status" in done.error()
+    assert f"{copy / 'run.json'} lacks versions, " in done.error()
+    assert ", status; it was not written by qlora train" in done.error()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
