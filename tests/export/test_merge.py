@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.config import load_config
-from qlora.errors import CheckpointError, DataError, ExportError
+from qlora.errors import CheckpointError, ConfigError, ExportError
 from qlora.export import merge
 from qlora.export.folder import cast_checked
 from qlora.files.stored import BLOCK_NUMEL
@@ -560,7 +560,7 @@ def test_missing_data_are_reported_before_anything_is_written(own_run, tmp_path)
     _, run = own_run
     path = run / "config.yaml"
     path.write_text(re.sub(r"path: .*rows.jsonl", "path: /gone/rows.jsonl", path.read_text()))
-    with pytest.raises(DataError, match="/gone/rows.jsonl"):
+    with pytest.raises(ConfigError, match="/gone/rows.jsonl"):
         merge(run, tmp_path / "out", onto="best")
     assert not list(tmp_path.glob("*out*"))
 
