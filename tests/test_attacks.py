@@ -161,7 +161,7 @@ def test_a_config_that_asks_for_a_kernel_of_the_hub_is_refused(base, key, sectio
 def test_an_index_names_weight_files_of_its_folder_alone(base, name):
     shutil.copy(base / "model.safetensors", base.parent / "other.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match=r"index\.json names .*no \*\.safetensors of its folder"):
+    with pytest.raises(ModelError, match=r"index\.json names .*not a \*\.safetensors of its folder"):
         BaseFiles.resolve(str(base))
 
 
