@@ -161,7 +161,7 @@ def test_a_config_that_asks_for_a_kernel_of_the_hub_is_refused(base, key, sectio
 def test_an_index_names_weight_files_of_its_folder_alone(base, name):
     shutil.copy(base / "model.safetensors", base.parent / "other.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match=r"index\.json names .*no \*\.safetensors of its folder"):
+    with pytest.raises(ModelError, match=r"index\.json names .*not a \*\.safetensors of its folder"):
         BaseFiles.resolve(str(base))
 
 
@@ -174,7 +174,7 @@ def test_a_link_out_of_a_model_is_refused_as_it_would_be_released(base, tmp_path
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to("../" * len(Path(name).parts) + "secret")
-    with pytest.raises(ModelError, match=r"is a link to .*secret, outside of .*put the file itself there"):
+    with pytest.raises(ModelError, match=r"is a link to .*secret, outside of .*replace it by the file"):
         BaseFiles.resolve(str(base))
 
 
@@ -305,5 +305,5 @@ def test_factors_that_are_none_are_refused(tmp_path, shapes, dtype):
     tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in zip(FACTORS, shapes, strict=True)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == set(FACTORS)
-    with pytest.raises(CheckpointError, match=r"up_proj.* (is no LoRA factor|has factors)"):
+    with pytest.raises(CheckpointError, match=r"up_proj.* (is not a LoRA factor|has factors)"):
         read_adapter_tensors(tmp_path)

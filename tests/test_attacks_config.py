@@ -224,11 +224,11 @@ def test_a_text_is_written_through_no_link_that_lies_beside_it(tmp_path):
 def test_a_merge_goes_on_in_no_folder_that_someone_else_put_there(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.merging").symlink_to("elsewhere")
-    with pytest.raises(ExportError, match="put there by someone else"), resumable_folder(tmp_path / "out", "key"):
+    with pytest.raises(ExportError, match="created by another user"), resumable_folder(tmp_path / "out", "key"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
     (tmp_path / ".out.merging").unlink()
     (tmp_path / ".out.merging").mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    with pytest.raises(ExportError, match="put there by someone else"), resumable_folder(tmp_path / "out", "key"):
+    with pytest.raises(ExportError, match="created by another user"), resumable_folder(tmp_path / "out", "key"):
         pass

@@ -1,4 +1,4 @@
-"""Files of a run: adapters in PEFT's format, training state, the run directory, and the base's files."""
+"""Files of a run: adapters in PEFT's format, training state, the run's record and its directory."""
 
 from qlora.checkpoint.adapter import (
     adapter_digest,

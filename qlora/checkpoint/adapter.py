@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, with the keys that every tool reads."""
+"""Adapters in PEFT's format, with only the keys that all tools read."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, matches, scali
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# More than any layer is wide.
+# Above the width of any layer.
 MAX_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
-# Values of init_lora_weights that change the base's weights: the adapter is for a base that is not the published one.
+# Values of init_lora_weights that change the base's weights, so that the adapter does not fit the published base.
 CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -56,21 +56,21 @@ def adapter_digest(folder: Path) -> str:
 def _weights_file(folder: Path) -> Path:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
+        raise CheckpointError(f"{folder} has no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
     return path
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a folder.
 
-    Only the keys that PEFT, vLLM and llama.cpp need are written: some refuse keys that they do not know. The scaling is
-    written as alpha / rank, with rsLoRA too: llama.cpp reads no other and does not report it. Layers whose rank or
-    alpha is not the most common one are listed by their names in `rank_pattern` and `alpha_pattern`.
+    Only the keys that PEFT, vLLM and llama.cpp need are written, because some tools refuse unknown keys. The scaling is
+    written as alpha / rank even with rsLoRA, because llama.cpp silently ignores other scalings. Layers whose rank or
+    alpha is not the most common one are listed by name in `rank_pattern` and `alpha_pattern`.
 
     Args:
         model: Model with adapters.
         folder: Folder, which is created if it is absent.
-        base_name: Folder or hub id of the base, for tools that load the adapter.
+        base_name: Folder or hub id of the base, for the adapter's config.
 
     Raises:
         CheckpointError: The model has no adapters.
@@ -108,7 +108,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
 
 
 def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common of values by layer, and the others by patterns that each match one layer."""
+    """Return the most common of values by layer, and the others by patterns that each match a single layer."""
     common = Counter(values.values()).most_common(1)[0][0]
     others = {}
     for name, value in values.items():
@@ -126,12 +126,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no adapter: {CONFIG_FILE} is missing.")
+        raise CheckpointError(f"{folder} has no adapter: {CONFIG_FILE} is missing.")
     config = read_object(path, CheckpointError, "save or download it again")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     is_scale = isinstance(alpha, int | float) and abs(alpha) < LARGEST_ALPHA
     if type(rank) is not int or not 0 < rank <= MAX_RANK or not is_scale:
-        raise CheckpointError(f"{path} names no r and lora_alpha, so the adapter's scale is unknown.")
+        raise CheckpointError(
+            f"{path} has no valid r and lora_alpha, so the adapter's scaling is unknown; save or download it again."
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not is_pattern_map(patterns) or not all(
@@ -140,7 +142,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} should map regular expressions to numbers above 0.")
     targets = config.get("target_modules") or []
     if not isinstance(targets, list) and not (isinstance(targets, str) and is_regex(targets)):
-        raise CheckpointError(f"{path}: target_modules is no list of names and no regular expression.")
+        raise CheckpointError(f"{path}: target_modules should be a list of names or a regular expression.")
     check_rows_config(config, path)
     return config
 
@@ -151,7 +153,7 @@ def config_rank(config: Mapping[str, Any], module: str) -> int:
 
 
 def config_scaling(config: Mapping[str, Any], module: str) -> float:
-    """Return the factor on a module's B A that an adapter's config stands for, as PEFT computes it."""
+    """Return the factor on a module's B A by an adapter's config, as PEFT computes it."""
     alpha = by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return scaling(config_rank(config, module), alpha, bool(config.get("use_rslora")))
 
@@ -164,7 +166,7 @@ def adapter_scalings(folder: Path, modules: Iterable[str]) -> dict[str, float]:
         modules: Names of the modules.
 
     Raises:
-        CheckpointError: The adapter is for a base of its own, whose weights its initial values changed.
+        CheckpointError: The adapter's initialization changed the base's weights.
     """
     config = read_adapter_config(folder)
     if str(config.get("init_lora_weights")).lower().startswith(CHANGING_INITS):
@@ -177,7 +179,7 @@ def adapter_scalings(folder: Path, modules: Iterable[str]) -> dict[str, float]:
 
 
 def read_adapter_header(folder: Path) -> dict[str, Any]:
-    """Read dtype, shape and place of an adapter's tensors, by name.
+    """Read dtype, shape and offsets of an adapter's tensors, by name.
 
     Raises:
         CheckpointError: The file is missing or damaged, or factors in it are not matrices.
@@ -190,7 +192,9 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
     for name, entry in header.items():
         is_factor = name.endswith((".lora_A.weight", ".lora_B.weight"))
         if is_factor and (len(entry["shape"]) != 2 or entry["dtype"] not in FACTOR_DTYPES):
-            raise CheckpointError(f"{path}: {name} is no LoRA factor: {entry['dtype']} {entry['shape']}.")
+            raise CheckpointError(
+                f"{path}: {name} is not a LoRA factor: {entry['dtype']} {entry['shape']}; save or download it again."
+            )
     return header
 
 
@@ -198,16 +202,18 @@ def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Te
     """Read the factors by module name: A (rank, in) and B (out, rank).
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds other tensors than pairs of factors and trained rows.
+        CheckpointError: The file is missing, damaged, or has tensors other than pairs of factors and trained rows.
     """
     path, header = folder / WEIGHTS_FILE, read_adapter_header(folder)
     for name, rows in read_adapter_rows(folder).items():
         header.pop(rows.tensor)
         header.pop(f"{PREFIX}{name}.bias", None)
     names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in header}
-    wanted = {f"{PREFIX}{name}.lora_{factor}.weight" for name in names for factor in "AB"}
-    if wanted != set(header):
-        raise CheckpointError(f"{path}: not pairs of LoRA factors: {sorted(wanted ^ set(header))[:4]}")
+    expected = {f"{PREFIX}{name}.lora_{factor}.weight" for name in names for factor in "AB"}
+    if expected != set(header):
+        raise CheckpointError(
+            f"{path}: tensors that are not pairs of LoRA factors: {', '.join(sorted(expected ^ set(header))[:4])}."
+        )
     pairs = {name: [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"] for name in sorted(names)}
     for name, (key_A, key_B) in pairs.items():
         if header[key_A]["shape"][0] != header[key_B]["shape"][1]:
@@ -217,26 +223,28 @@ def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Te
 
 
 def read_adapter_rows(folder: Path) -> dict[str, StoredRows]:
-    """Read where the file has rows that were trained in full, by module name.
+    """Read the tensor and ids of the rows trained in full, by module name.
 
     Raises:
-        CheckpointError: The adapter is missing or damaged, or config and file differ in them.
+        CheckpointError: The adapter is missing or damaged, or its config and file list different rows.
     """
     return read_rows(read_adapter_config(folder), read_adapter_header(folder))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copy an adapter's factors and trained rows into the layers of a model that has matching ones.
+    """Copy an adapter's factors and trained rows into a model with the same adapted layers.
 
     Raises:
-        CheckpointError: The adapter has other modules, shapes, rows or scalings than the model; names them.
+        CheckpointError: The adapter's modules, shapes, rows or scalings differ from the model's; names them.
     """
     factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
     scalings = adapter_scalings(folder, factors)
     if set(factors) != set(layers):
-        apart = sorted(set(factors) ^ set(layers))
-        raise CheckpointError(f"{folder}: adapter and model differ in {len(apart)} modules: {', '.join(apart[:4])} …")
+        mismatches = sorted(set(factors) ^ set(layers))
+        raise CheckpointError(
+            f"{folder}: adapter and model differ in {len(mismatches)} modules: {', '.join(mismatches[:4])} …"
+        )
     for name, (lora_A, lora_B) in factors.items():
         layer = layers[name]
         if lora_A.shape != layer.lora_A.shape or lora_B.shape != layer.lora_B.shape:
@@ -254,8 +262,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
-    """Last parts of the adapted names if these select exactly the adapted layers, else full names."""
+    """Return the last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
     linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
-    meant = {name for name in linears if name.rpartition(".")[2] in parts}
-    return parts if meant == set(adapted) else sorted(adapted)
+    selected = {name for name in linears if name.rpartition(".")[2] in parts}
+    return parts if selected == set(adapted) else sorted(adapted)

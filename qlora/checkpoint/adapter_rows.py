@@ -1,4 +1,4 @@
-"""Rows of embedding and head that were trained in full, as PEFT has them in an adapter."""
+"""Rows of embedding and head trained in full, as PEFT stores them in an adapter."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from qlora.errors import CheckpointError
 from qlora.lora import EmbeddingRows, trained_rows
 
 PREFIX = "base_model.model."
-# What PEFT calls modules trained in full, and rows by their ids, in its config; and the tensor of the latter.
+# PEFT's config keys for modules trained in full and for rows trained by id, and its name for the tensor of such rows.
 WHOLE_KEY, IDS_KEY = "modules_to_save", "trainable_token_indices"
 DELTA = "token_adapter.trainable_tokens_delta"
 
@@ -22,8 +22,8 @@ class StoredRows:
     """Rows of a module in an adapter's file.
 
     Attributes:
-        tensor: Its name there.
-        ids: That the rows are for.
+        tensor: Name of the tensor in the file.
+        ids: Token ids of the rows.
     """
 
     tensor: str
@@ -31,7 +31,7 @@ class StoredRows:
 
 
 def rows_config(model: nn.Module) -> dict[str, Any]:
-    """The keys of PEFT's config that say which rows were trained; none where none were."""
+    """Return the keys of PEFT's config that list the trained rows; empty if there are none."""
     trained = dict(_with_tensors(model))
     whole = [name for name, rows in trained.items() if rows.is_whole]
     ids = {name: list(rows.ids) for name, rows in trained.items() if not rows.is_whole}
@@ -39,39 +39,39 @@ def rows_config(model: nn.Module) -> dict[str, Any]:
 
 
 def rows_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained rows by PEFT's names; a copy each, as PEFT has for embedding and head of one weight, too."""
+    """Return copies of the trained rows by PEFT's names; PEFT stores those of a tied embedding and head twice."""
     tensors = {}
     for name, rows in _with_tensors(model):
         tensors[_tensor_name(name, rows.is_whole)] = rows.weight.detach().cpu().clone()
         bias = getattr(model.get_submodule(name), "bias", None)
         if rows.is_whole and bias is not None:
-            tensors[f"{PREFIX}{name}.bias"] = bias.detach().cpu().clone()  # PEFT saves modules as they are
+            tensors[f"{PREFIX}{name}.bias"] = bias.detach().cpu().clone()  # PEFT saves whole modules
     return tensors
 
 
 def check_rows_config(config: Mapping[str, Any], path: Path) -> None:
-    """Sees that a config's keys for trained rows hold names and ids.
+    """Check that a config's keys for trained rows have names and ids.
 
     Raises:
-        CheckpointError: They don't.
+        CheckpointError: They do not.
     """
     whole, by_ids = config.get(WHOLE_KEY) or [], config.get(IDS_KEY) or {}
     lists = list(by_ids.values()) if isinstance(by_ids, dict) else [by_ids]
     if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise CheckpointError(f"{path}: {WHOLE_KEY} is no list of names.")
+        raise CheckpointError(f"{path}: {WHOLE_KEY} should be a list of names.")
     if not all(isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids) for ids in lists):
-        raise CheckpointError(f"{path}: {IDS_KEY} holds no ids by module.")
+        raise CheckpointError(f"{path}: {IDS_KEY} should map modules to lists of ids.")
 
 
 def read_rows(config: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, StoredRows]:
-    """Where an adapter's file has the rows of each module.
+    """Return the trained rows of each module.
 
     Args:
-        config: Of the adapter.
-        header: Of its file.
+        config: Config of the adapter.
+        header: Header of the adapter's tensors file.
 
     Raises:
-        CheckpointError: They are not where the config says, or not rows of consecutive ids.
+        CheckpointError: The file lacks rows that the config lists, or their ids are not consecutive.
     """
     whole, by_ids = config.get(WHOLE_KEY) or [], config.get(IDS_KEY) or {}
     if isinstance(by_ids, list):
@@ -86,17 +86,17 @@ def read_rows(config: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str,
         start = min(by_ids.get(name, []), default=0)
         ids = range(start, start + shape[0])
         if name in by_ids and list(ids) != by_ids[name]:
-            raise CheckpointError(f"The adapter's {IDS_KEY} of {name} are not {shape[0]} ids one behind the other.")
+            raise CheckpointError(f"The adapter's {IDS_KEY} of {name} should be {shape[0]} consecutive ids.")
         rows[name] = StoredRows(tensor, ids)
     return rows
 
 
 @torch.no_grad()
 def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copies an adapter's rows into a model that trains the same ones.
+    """Copy an adapter's rows into a model that trains the same rows.
 
     Raises:
-        CheckpointError: It trains others, or embedding and head have one weight in it and two in the adapter.
+        CheckpointError: The model trains other rows, or ties embedding and head while the adapter's differ.
     """
     trained = dict(_with_tensors(model))
     for name in sorted({*trained} | {*rows}):
@@ -108,12 +108,12 @@ def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping
     for name, own_rows in trained.items():
         if not torch.equal(own_rows.weight, tensors[rows[name].tensor].to(own_rows.weight)):
             raise CheckpointError(
-                f"The adapter has other rows for {name}, which shares its weight with another module."
+                f"The adapter has different rows for {name}, which shares its weight with another module."
             )
 
 
 def _with_tensors(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:
-    """Modules whose rows are in the file: of new tokens PEFT has those of a shared weight once."""
+    """Yield the modules whose rows are in the file; PEFT stores new tokens' rows of a tied weight once."""
     seen: set[EmbeddingRows] = set()
     for name, rows in trained_rows(model):
         if rows.is_whole or rows not in seen:

@@ -1,4 +1,4 @@
-"""A run's record, run.json: where the run came from, what it uses, and how far it is."""
+"""A run's record, run.json: its origin, the values in use, and its status."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -39,7 +39,7 @@ class Quantization:
         kind: `nf4`, or `none`.
         double_quant: Whether the statistics are quantized too.
         block_size: Number of elements per block; None if nothing is quantized.
-        from_4bit_checkpoint: Whether the base's files hold 4-bit weights.
+        from_4bit_checkpoint: Whether the base's files have 4-bit weights.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class InUse:
-    """What a run uses: the value of every `auto`, and the parts of this machine that the config asks for.
+    """Values that a run uses where the config says `auto` or leaves the choice open.
 
     Attributes:
         device: Device of the first process.
@@ -83,8 +83,8 @@ class InUse:
         optimizer_state_paged: Whether its state is paged.
         rounding: How updates are rounded to the parameters' dtype.
         micro_batch_parts: Number of parts that each micro-batch is computed in.
-        deterministic: What is known about repeating the same bytes; None if the config does not ask for it.
-        packing_fill: Share of the packed rows that is filled with tokens; None if nothing is packed.
+        deterministic: How far the run's bytes are reproducible; None if the config does not ask for it.
+        packing_fill: Share of the packed sequences that is filled with tokens; None without packing.
     """
 
     device: str
@@ -112,14 +112,14 @@ class Inventory:
 
     Attributes:
         num_parameters: Number of the base's parameters, each counted once.
-        num_trained: Number of trained elements: of the adapters, and of rows trained in full.
+        num_trained: Number of trained parameters, in adapters and in rows trained in full.
         quantized_share: Share of the base's parameters that are in 4 bits.
         adapted_share: Share of the base's parameters that are in layers with an adapter.
         base_bytes: Bytes of the base, without embeddings and heads whose rows are all trained.
         quantized: Names of the quantized layers.
         unquantized: Names of all parameters that are not quantized.
-        trained_rows: First and one past the last of the rows trained in full, by the module's name.
-        shared_rows: Whether embedding and head are one weight, and so are their trained rows.
+        trained_rows: Index of the first row trained in full and one past the last, by the module's name.
+        shared_rows: Whether embedding and head are tied, and so are their trained rows.
         adapted: Names of the layers with an adapter.
     """
 
@@ -135,11 +135,11 @@ class Inventory:
     adapted: list[str]
 
     def describe_rows(self) -> str:
-        """Describe the rows that are trained besides the adapters; empty if there are none."""
+        """Return a description of the rows trained in full; empty if there are none."""
         if not self.trained_rows:
             return ""
         rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
-        return f" ({', '.join(rows)} among them{', which share their weight' if self.shared_rows else ''})"
+        return f" (including {', '.join(rows)}{', which share their weight' if self.shared_rows else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class ExampleCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What run.json holds.
+    """The contents of run.json.
 
     Attributes:
         versions: Versions of Python and packages.
@@ -164,10 +164,10 @@ class RunRecord:
         in_use: What the run uses.
         continued_from: Checkpoint that the last session continued from.
         started_from: Checkpoint of another run that this run started from.
-        final_step: Step of the adapter that an earlier end of the run left.
+        final_step: Step of the final adapter of a finished run that is being extended.
         parameters: Parameters of the model.
         data: Data report of each source as JSON values. Its keys differ between versions; `source` and `digest` are
-            always there.
+            always present.
         examples: Number of examples.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
@@ -195,7 +195,7 @@ class RunRecord:
         return self.status == "finished"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values as run.json has them."""
+        """Return the values in the form of run.json."""
         values = asdict(self)
         if self.steps is None:
             del values["steps"]
@@ -209,16 +209,16 @@ def read_record(path: Path) -> RunRecord:
     """Read a run.json, of this version or an older one.
 
     Raises:
-        CheckpointError: The file is damaged, or lacks something that qlora 0.1.0 already wrote.
+        CheckpointError: The file is damaged, or lacks a key that qlora 0.1.0 already wrote.
     """
     values = read_object(path, CheckpointError, "it was not written by qlora train")
     try:
-        # As JSON again, because pydantic builds a dataclass from a dict in its strict mode only when it parses.
+        # Through JSON, because in strict mode pydantic builds dataclasses from dicts only when it parses.
         record = READER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problems = {".".join(map(str, each["loc"])): each["type"] == "missing" for each in error.errors()}
         missing = [key for key, is_missing in problems.items() if is_missing]
-        problem = f" lacks {', '.join(missing)}" if missing else f": {', '.join(problems)} can't be"
+        problem = f" lacks {', '.join(missing)}" if missing else f": invalid value of {', '.join(problems)}"
         raise CheckpointError(f"{path}{problem}; it was not written by qlora train.") from None
     is_wrong = {
         "quantization.block_size": record.parameters.quantized and record.quantization.block_size is None,
@@ -226,5 +226,5 @@ def read_record(path: Path) -> RunRecord:
         "steps": record.is_finished and record.steps is None,
     }
     if wrong := [key for key, problem in is_wrong.items() if problem]:
-        raise CheckpointError(f"{path}: {', '.join(wrong)} can't be; it was not written by qlora train.")
+        raise CheckpointError(f"{path}: invalid value of {', '.join(wrong)}; it was not written by qlora train.")
     return record

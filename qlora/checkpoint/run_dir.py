@@ -1,4 +1,4 @@
-"""The directory of a run: what lies where, and its records."""
+"""The directory of a run: its paths, record and metrics."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from qlora.errors import CheckpointError
 from qlora.files.atomic import discard, make_folder, old_name, settle, sync, write_text
 from qlora.files.json_files import parse_object
 
-# Of a line in metrics.jsonl, beside the step that each has.
+# Numbers in a line of metrics.jsonl, besides the step that every line has.
 NUMBERS = ("loss", "eval_loss", "tokens_per_second", "peak_memory")
 
 
@@ -38,7 +38,7 @@ class RunDirectory:
 
     @classmethod
     def find(cls, path: str | Path) -> "RunDirectory | None":
-        """The run that a path names: its output_dir, its final adapter or one of its checkpoints. None for others.
+        """Return the run whose output_dir, final adapter or checkpoint a path is; None for other paths.
 
         Raises:
             CheckpointError: The run has no such checkpoint.
@@ -53,22 +53,23 @@ class RunDirectory:
             if run.exists() and (absolute == run.adapter or is_checkpoint):
                 if not absolute.is_dir():
                     there = ", ".join(each.name for each in run.list_checkpoints()) or "none"
-                    raise CheckpointError(f"{absolute} is not there; the checkpoints of {run.path} are: {there}.")
+                    raise CheckpointError(f"{absolute} does not exist; the checkpoints of {run.path} are: {there}.")
                 run.adapter = absolute
                 return run
         return None
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """The run that a path names, see :meth:`find`.
+        """Open the run of a path; see :meth:`find`.
 
         Raises:
-            CheckpointError: There is no run, it is not finished and no checkpoint is named, or that is damaged.
+            CheckpointError: There is no run, the run is not finished and the path is not one of its checkpoints, or the
+                checkpoint is damaged.
         """
         run = cls.find(path)
         if run is None:
             raise CheckpointError(
-                f"{path} is not a run, its adapter/ or one of its checkpoints: a run has a config.yaml and a run.json."
+                f"{path} is not a run, its adapter/ or one of its checkpoints; a run has a config.yaml and a run.json."
             )
         if run.adapter != run.final_adapter:
             check_whole(run.adapter)
@@ -78,38 +79,38 @@ class RunDirectory:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the adapter was trained for."""
+        """Number of optimizer steps that the adapter was trained for."""
         step = step_of(self.adapter)
         return step if step is not None else self.final_step or 0
 
     @property
     def final_step(self) -> int | None:
-        """Optimizer steps that the final adapter was trained for; None if there is none.
+        """Number of optimizer steps that the final adapter was trained for; None if there is none.
 
-        A run that is being extended keeps the adapter of its first end until its second.
+        A run that is being extended keeps its previous final adapter until it finishes again.
         """
         record = self.read_record()
         return record.steps if record.is_finished else record.final_step
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Return whether a run was started here."""
         return self.config.is_file() and self.record.is_file()
 
     def checkpoint(self, step: int) -> Path:
-        """Where the state after a step lies."""
+        """Return the folder of the checkpoint after a step."""
         return self.checkpoints / f"step-{step:06d}"
 
     def replay(self, step: int) -> Path:
-        """Where a step is kept that went wrong."""
+        """Return the file that a failed step is saved in for a replay."""
         return self.path / "replay" / f"step-{step:06d}.safetensors"
 
     def list_checkpoints(self) -> list[Path]:
-        """Checkpoints, the oldest first."""
+        """Return the folders of the checkpoints, the oldest first."""
         steps = {path: step_of(path) for path in self.checkpoints.glob("step-*")}
         return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
 
     def clear_leftovers(self) -> None:
-        """Puts right what a killed process left half-written here; for the one process that holds the lock."""
+        """Recover from interrupted writes; only for the process that holds the lock."""
         for target in (self.config, self.record, self.metrics, self.adapter, self.trial):
             settle(target)
         if self.trial.exists():
@@ -122,7 +123,7 @@ class RunDirectory:
         """Read run.json.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: The file is damaged.
         """
         return read_record(self.record)
 
@@ -131,12 +132,12 @@ class RunDirectory:
         write_text(self.record, json.dumps(record.as_dict(), indent=2) + "\n")
 
     def move_aside(self) -> Path:
-        """Move all that the directory holds, the lock aside, into a new folder next to it; returns that folder.
+        """Move the directory's contents, except the lock, into a new folder next to it, and return that folder.
 
-        The record goes last: what a killed process leaves is still a run.
+        The record is moved last, so that the directory is still a run if the process is killed.
 
         Raises:
-            CheckpointError: The disk refuses.
+            CheckpointError: A file can't be moved.
         """
         target = old_name(self.path)
         try:
@@ -147,19 +148,19 @@ class RunDirectory:
             sync(target)
             sync(self.path)
         except OSError as problem:
-            with suppress(OSError):  # what was moved stays there
+            with suppress(OSError):  # a folder with moved files stays
                 target.rmdir()
             raise CheckpointError(f"{self.path} can't be moved to {target}: {problem}.") from problem
         return target
 
     def read_metrics(self, until: int | None = None) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
+        """Return the lines of metrics.jsonl, without a last line that a killed process left unfinished.
 
         Args:
-            until: The last step to read; what was logged after it may be damaged.
+            until: Last step to read; later lines may be damaged. None for all.
 
         Raises:
-            CheckpointError: Another line is broken.
+            CheckpointError: Another line is damaged.
         """
         lines = (
             self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.is_file() else []
@@ -180,7 +181,7 @@ class RunDirectory:
         return values
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drops the lines after a step: what was logged after the checkpoint that a run continues from."""
+        """Drop the lines after a step, which were logged after the checkpoint that the run continues from."""
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
 
     def _check_finished(self) -> None:
@@ -194,6 +195,6 @@ class RunDirectory:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint's folder is named after, if it is named so."""
+    """Return the step in the name of a checkpoint's folder; None for other folders."""
     match = re.fullmatch(r"step-(\d+)", checkpoint.name)
     return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Training state on disk: everything that a continued run needs, whole or not at all."""
+"""Training state on disk: everything that a run needs to continue, written completely or not at all."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
 ORIGIN_FILE = "origin.json"
 NEEDED_FILES = {WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE, ORIGIN_FILE}
-# Of JSON and headers, beside the tensors.
+# Bytes of JSON files and headers, in addition to the tensors.
 SMALL_BYTES = 1 << 20
 
 
@@ -32,21 +32,21 @@ def save_checkpoint(
     base_name: str,
     origin: dict[str, Any],
 ) -> None:
-    """Writes adapter, optimizer, progress and origin, with a manifest of sizes and hashes.
+    """Write adapter, optimizer, progress and origin, with a manifest of sizes and hashes.
 
-    Batches, schedule and dropout follow from the step and the config's seed; the rounding generator's state is
-    the optimizer's.
+    Batches, schedule and dropout follow from the step and the config's seed; the optimizer's state includes that of the
+    rounding generator.
 
     Args:
-        folder: Of this checkpoint.
-        model: With adapters.
-        optimizer: Over them.
-        progress: Plain values that the loop continues from.
-        base_name: For the adapter's config.
-        origin: Plain values that tell runs apart: a checkpoint goes on in none but its own.
+        folder: Folder of the checkpoint.
+        model: Model with adapters.
+        optimizer: Optimizer of the adapters.
+        progress: JSON values that the loop continues from.
+        base_name: Folder or hub id of the base, for the adapter's config.
+        origin: JSON values that identify the run; a checkpoint continues only in its own run.
 
     Raises:
-        CheckpointError: The disk is full or can't be written; nothing half-written is left.
+        CheckpointError: The disk is full or can't be written; no partial files are left.
     """
     with atomic_folder(folder, needed=checkpoint_bytes(model, optimizer)) as staging:
         save_adapter(model, staging, base_name)
@@ -59,10 +59,10 @@ def save_checkpoint(
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict[str, Any]:
-    """Restores a checkpoint into a model and optimizer made from the same config.
+    """Restore a checkpoint into a model and optimizer created from the same config.
 
     Returns:
-        The progress that was saved.
+        The saved progress.
 
     Raises:
         CheckpointError: A file is missing or damaged, or belongs to another run.
@@ -73,34 +73,38 @@ def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict
         optimizer.load_state_dict(load_file(folder / OPTIMIZER_FILE))
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} was not saved by a run of this kind, or by another version of qlora: {error}. Continue it with "
-            "that version, or choose another train.output_dir."
+            f"{folder} was saved by a run with other settings, or by another version of qlora: {error}. Continue it "
+            "with that version, or choose another train.output_dir."
         ) from None
     return read_object(folder / PROGRESS_FILE, CheckpointError, f"remove {folder} to continue from an earlier one")
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """What tells a whole checkpoint's run apart from others."""
+    """Return the values that identify the run of a complete checkpoint.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     return read_object(folder / ORIGIN_FILE, CheckpointError, f"remove {folder} to continue from an earlier one")
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> int:
-    """What a checkpoint takes on the disk."""
+    """Return the bytes that a checkpoint takes on the disk, at most."""
     return adapter_bytes(model) + sum(value.nbytes for value in optimizer.state_dict().values()) + SMALL_BYTES
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """What the trained parameters take on the disk."""
-    # Those of embedding and head are written for both, though they be one.
+    """Return the bytes that the trained parameters take on the disk."""
+    # Tied parameters of embedding and head are written twice.
     named = model.named_parameters(remove_duplicate=False)
     return sum(parameter.nbytes for _, parameter in named if parameter.requires_grad)
 
 
 def newest_whole(checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and what is wrong with each that is newer.
+    """Return the newest complete checkpoint, None if there is none, and the problem of each newer one.
 
     Args:
-        checkpoints: The oldest first.
+        checkpoints: Folders of checkpoints, the oldest first.
     """
     damaged = {}
     for folder in reversed(checkpoints):
@@ -114,20 +118,24 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]
 
 
 def check_whole(folder: Path) -> None:
-    """Compares every file with the manifest.
+    """Check every file of a checkpoint against the manifest.
 
     Raises:
-        CheckpointError: One is missing or differs.
+        CheckpointError: A file is missing or damaged.
     """
     try:
         manifest = parse_object((folder / MANIFEST).read_bytes())
         entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} can't be read: {error!r}.") from None
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: its {MANIFEST} can't be read: {error!r}."
+        ) from None
     if foreign := [name for name in manifest if Path(name).name != name]:
-        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} names {foreign[0]!r:.80}.")
-    if lacking := NEEDED_FILES.difference(manifest):
-        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} lacks {', '.join(sorted(lacking))}.")
+        raise CheckpointError(f"{folder} is not a complete checkpoint: its {MANIFEST} names {foreign[0]!r:.80}.")
+    if missing := NEEDED_FILES.difference(manifest):
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: its {MANIFEST} lacks {', '.join(sorted(missing))}."
+        )
     for name, size, digest in entries:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
@@ -135,10 +143,10 @@ def check_whole(folder: Path) -> None:
 
 
 def quarantine(folder: Path) -> Path:
-    """Gives a damaged checkpoint a name that no run continues from, and returns it.
+    """Rename a damaged checkpoint so that no run continues from it, and return its new path.
 
     Raises:
-        CheckpointError: The disk refuses.
+        CheckpointError: It can't be renamed.
     """
     target = folder.with_name(f"{folder.name}.damaged")
     if target.exists():
@@ -150,7 +158,7 @@ def quarantine(folder: Path) -> Path:
 
 
 def drop_old_checkpoints(checkpoints: list[Path], keep: int) -> None:
-    """Removes all but the newest."""
+    """Remove all but the newest `keep` checkpoints of a list, the oldest first."""
     for folder in checkpoints[:-keep]:
         discard(folder)
 

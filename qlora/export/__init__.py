@@ -1,4 +1,4 @@
-"""Release: a run merged into weights that load without qlora, and models in 4 bits on disk."""
+"""Release weights: runs merged into models that load without qlora, and models stored in 4 bits."""
 
 from qlora.export.companions import MergeReport
 from qlora.export.merge import merge

@@ -1,4 +1,4 @@
-"""The model card: what a release was made from and how, without a word of this machine."""
+"""The model card of a release: how it was made, without paths of this machine."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 LICENSE_KEYS = ("license", "license_name", "license_link")
-# How the text of a licence begins, and the hub's name for it.
+# First words of a licence's text, and the hub's name for it.
 LICENSES = {
     "MIT License": "mit",
     "The MIT License": "mit",
@@ -24,21 +24,21 @@ LICENSES = {
     "BSD 2-Clause License": "bsd-2-clause",
     "Mozilla Public License Version 2.0": "mpl-2.0",
 }
-PIPE = r"\|"  # in a cell of a table, in code too
+PIPE = r"\|"  # in a table's cell, even inside code
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
 
 def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes a release's README.md.
+    """Write a release's README.md.
 
-    A base or a data file given by its path is named by the last part of it alone.
+    A base or a data file given by its path appears only with the last part of the path.
 
     Args:
-        folder: The release.
-        name: Of the release.
-        run: What it was made from.
-        base_folder: The base's files, for its licence.
-        report: Of the merge.
+        folder: Folder of the release.
+        name: Name of the release.
+        run: Run that was merged.
+        base_folder: Folder with the base's files, for its licence.
+        report: Values of the merge report.
     """
     record, config = run.read_record(), load_config(run.config)
     base, base_on_hub = public_name(record.base.name)
@@ -54,10 +54,10 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, the adapter merged into its weights.",
+        f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, with the adapter merged into its weights.",
         "## Data",
-        _table(["source", "format", "documents", "tokens", "learnt from"], _data_rows(record)),
-        f"{record.examples.train} documents were trained on, {record.examples.eval} held out.",
+        _table(["source", "format", "documents", "tokens", "supervised tokens"], _data_rows(record)),
+        f"{record.examples.train} documents for training, {record.examples.eval} held out.",
         "## Training",
         _table(["setting", ""], _settings(run, record, config).items()),
         "## Losses",
@@ -71,14 +71,14 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
 
 
 def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, rows: Mapping[str, Any]) -> None:
-    """Writes the README.md of a model in 4 bits.
+    """Write the README.md of a model in 4 bits.
 
     Args:
-        folder: The model in 4 bits.
-        name: Of it.
-        base: Folder or hub id of what it was made from; a folder is named by the last part of its path alone.
-        base_folder: Its files, for its licence.
-        rows: What was done, by its name.
+        folder: Folder of the model in 4 bits.
+        name: Name of the model.
+        base: Folder or hub id of the original model; a folder appears only with the last part of its path.
+        base_folder: Folder with the original model's files, for its licence.
+        rows: Rows of the card's table: values by name.
     """
     base, is_on_hub = public_name(base)
     license = read_license(base_folder)
@@ -89,7 +89,7 @@ def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, 
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{_link(base, is_on_hub)} in bitsandbytes' 4 bits, which transformers loads as it is.",
+        f"{_link(base, is_on_hub)} in bitsandbytes' 4-bit format, which transformers loads directly.",
         _table(["", ""], rows.items()),
         "## Licence",
         _license_text(base, license),
@@ -98,7 +98,7 @@ def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, 
 
 
 def public_name(source: str) -> tuple[str, bool]:
-    """A name that says nothing of this machine, and whether it is one on the hub."""
+    """Return a source's name without this machine's folders, and whether it is a hub id."""
     name = source.rpartition(":")[0] if HUB_ID.fullmatch(source.rpartition(":")[0]) else source
     is_path = Path(name).expanduser().exists() or name.endswith(FILE_SUFFIXES)
     if HUB_ID.fullmatch(name) and not is_path:
@@ -107,7 +107,7 @@ def public_name(source: str) -> tuple[str, bool]:
 
 
 def read_license(base_folder: Path) -> dict[str, str]:
-    """A model's licence as the hub writes it: what its card says, or else its licence file."""
+    """Return a model's licence under the hub's keys: from its card, or else from its licence file; empty if unknown."""
     card = base_folder / CARD_FILE
     match = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     try:
@@ -127,8 +127,8 @@ def read_license(base_folder: Path) -> dict[str, str]:
 
 def _license_text(base: str, license: Mapping[str, str]) -> str:
     if not license:
-        return f"{base} names no licence; ask those who made it."
-    return f"That of {base}: {license.get('license_name', license['license'])}. The data may ask for more."
+        return f"{base} states no licence; ask its authors."
+    return f"That of {base}: {license.get('license_name', license['license'])}. The data may have further terms."
 
 
 def _sources(config: RunConfig) -> list[str]:
@@ -154,15 +154,15 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     by_layer = {"ranks": lora.rank_pattern, "alphas": lora.alpha_pattern}
     own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
-    rows = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
+    sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     return {
         "steps": run.step,
-        "rows per step": f"{rows} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
+        "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}{own}",
         "adapted layers": targets,
         **_rows_trained(record, config),
-        "learnt from": data.loss_on,
+        "loss on": data.loss_on,
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
         f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
@@ -173,7 +173,7 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
 
 
 def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
-    """What of embedding and head was trained in full, if anything was."""
+    """Return the card's lines on rows of embedding and head trained in full; empty if there are none."""
     rows = record.parameters.trained_rows
     lines = {"rows trained in full": ", ".join(f"{stop - start} of {name}" for name, (start, stop) in rows.items())}
     lines["new tokens"] = " ".join(f"`{token}`" for token in config.data.new_tokens)
@@ -181,10 +181,10 @@ def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
 
 
 def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
-    """The last training loss, and the held-out ones."""
+    """Return the held-out losses and the last training loss, with their steps."""
     lines = run.read_metrics(until=run.step)
-    held_out = [(line["step"], f"{line['eval_loss']:.4f} held out") for line in lines if "eval_loss" in line]
-    last = [(line["step"], f"{line['loss']:.4f} in training") for line in lines if "loss" in line][-1:]
+    held_out = [(line["step"], f"{line['eval_loss']:.4f} held-out") for line in lines if "eval_loss" in line]
+    last = [(line["step"], f"{line['loss']:.4f} training") for line in lines if "loss" in line][-1:]
     return held_out + last
 
 
@@ -196,7 +196,7 @@ def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:
         "tensors": report.get("tensors"),
         "bytes": report.get("num_bytes"),
         "loss by base": ", ".join(f"{base} {loss:.4f}" for base, loss in (report.get("losses") or {}).items()),
-        "base's files that are not those trained on": ", ".join(report.get("base_differs") or []),
+        "files that differ from the base used in training": ", ".join(report.get("base_differs") or []),
         "notes": "; ".join(report.get("notes") or []),
     }
     return {key: value for key, value in rows.items() if value not in (None, "")}

@@ -1,4 +1,4 @@
-"""What every release holds besides its weights: config, tokenizer, report and model card."""
+"""Files of a release next to its weights: config, tokenizer, merge report and model card."""
 
 import json
 import shutil
@@ -30,16 +30,16 @@ class MergeReport:
         adapter: SHA-256 of the adapter's tensors file.
         dtype: Dtype of the merged weights.
         onto: Base weights that were merged onto, `dequantized` or `original`.
-        losses: With `onto="best"`, loss by base weights: on the run's held-out examples, or, as the notes say, on
-            training examples if the run held none out.
-        merged: Number of layers that an adapter was added to; all that the run adapted.
+        losses: With `onto="best"`, loss by base weights on the run's held-out examples; on training examples if the
+            run has no held-out ones, which the notes then say.
+        merged: Number of layers that an adapter was merged into: all that the run adapted.
         tensors: Number of tensors written.
         num_bytes: Bytes of the tensors.
-        continued_bytes: Bytes of these that an interrupted merge had written already.
+        continued_bytes: Bytes of the tensors that an interrupted merge wrote earlier.
         device: Device that computed the merge.
         base_differs: With `force`, files of the base that differ from those used in training.
-        seconds: Duration.
-        notes: Where what was written differs from the trained model.
+        seconds: Duration of the merge in seconds.
+        notes: Ways in which the written model may differ from the trained one.
     """
 
     out_dir: str
@@ -74,7 +74,7 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
     if weights.num_embeddings is not None:
         _set_vocab_size(config, weights.num_embeddings)
     if weights.has_own_head:
-        # transformers notices a stored head that differs from the embedding even so; other tools don't.
+        # transformers also uses a stored head that differs from the embedding without this; other tools don't.
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = load_run_tokenizer(run)
@@ -91,20 +91,20 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
     generation.eos_token_id = end_token_ids(generation, tokenizer)
     if "pad_token" in weights.config.data.special_tokens:
         generation.pad_token_id = tokenizer.pad_token_id
-    # save_pretrained refuses what many published models have: a temperature without do_sample.
+    # save_pretrained refuses a temperature without do_sample, which many published models have.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
 
 
 def _copy_tokenizer(adapter: Path, folder: Path) -> None:
     for path in adapter.iterdir():
-        if path.is_dir():  # of chat templates, where there are several
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # an interrupted merge may have been here
+        if path.is_dir():  # several chat templates
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)  # left by an interrupted merge
         elif path.name not in ADAPTER_FILES:
             shutil.copyfile(path, folder / path.name)
 
 
 def _set_vocab_size(config: dict[str, Any], size: int) -> None:
-    """Set the number of rows of embedding and head; models with images keep it in a section of their config."""
+    """Set the number of rows of embedding and head, which models with images keep in a section of their config."""
     text = config.get("text_config")
     if isinstance(text, dict):
         config["text_config"] = text | {"vocab_size": size}
@@ -113,7 +113,7 @@ def _set_vocab_size(config: dict[str, Any], size: int) -> None:
 
 
 def write_report_and_card(folder: Path, report: MergeReport, run: RunDirectory, base_folder: Path) -> None:
-    """Write a release's report and model card, which hold no path of this machine."""
+    """Write a release's report and model card, without paths of this machine."""
     name = Path(report.out_dir).name
     released = report.as_dict() | {"out_dir": name, "run_dir": run.path.name}
     (folder / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run merged into a folder of safetensors files, which transformers loads alone."""
+"""Merge a run into a folder of safetensors files that transformers loads without qlora."""
 
 import hashlib
 import json
@@ -39,22 +39,22 @@ def merge_to_folder(
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Merge a run's adapter into its base, and write a folder that transformers loads alone; see :func:`qlora.merge`.
+    """Merge a run's adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
 
     Each tensor is read in blocks of rows, merged in fp32, cast once, checked and written before the next is read. The
-    same call continues an interrupted merge.
+    same call resumes an interrupted merge.
     """
     started = time.perf_counter()
     dtype = full_name(dtype)
     if dtype not in DTYPES:
-        raise ExportError(f"Weights are written in {', '.join(DTYPES)}, not in {dtype!r}.")
+        raise ExportError(f"dtype: {dtype!r} should be one of {', '.join(DTYPES)}.")
     try:
         max_bytes = parse_size(max_shard_size)
     except (ValueError, TypeError):
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     run = RunDirectory.open(run_dir)
-    # Read before the weights: if the run is trained on meanwhile, the report must not claim its newer adapter.
+    # Read before the weights: if the run continues meanwhile, the report must not claim its newer adapter.
     step, adapter = run.step, adapter_digest(run.adapter)
     candidates = {base: MergedWeights(run, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
     weights = next(iter(candidates.values()))
@@ -64,7 +64,7 @@ def merge_to_folder(
     progress = _Progress(on_progress, num_bytes * len(candidates))
     has_code = weights.config.model.trust_remote_code
     losses: dict[str, float] = {}
-    if onto == "best":  # read now, so that data that are gone are told before anything is written
+    if onto == "best":  # read now, so that missing data are reported before anything is written
         examples = held_out_examples(weights.config, load_run_tokenizer(run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
         for base, candidate in candidates.items():
@@ -96,17 +96,21 @@ def merge_to_folder(
 
 
 def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds fp32 to the target, once.
+    """Round an fp32 tensor to a dtype.
 
     Raises:
-        ExportError: A value is not finite there.
+        ExportError: A value is not finite in the dtype.
     """
     cast = tensor.to(dtype)
-    # A sum is finite only where all are, and much faster than looking at each; it may overflow by itself.
+    # A finite sum proves every value finite, and is much faster than a check of each; but a sum can also overflow.
     if cast.is_floating_point() and not cast.sum().isfinite() and not cast.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
         largest = tensor.abs().max().item()
-        remedy = "merge with --dtype bfloat16 or float32" if math.isfinite(largest) else "base or adapter is damaged"
+        remedy = (
+            "merge with --dtype bfloat16 or float32"
+            if math.isfinite(largest)
+            else "base or adapter is damaged; download the base again or take another checkpoint"
+        )
         raise ExportError(
             f"{name}: a value of {largest:.6g} does not fit {kind} (largest {torch.finfo(dtype).max:g}); {remedy}."
         )
@@ -114,7 +118,11 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def _better(losses: dict[str, float], dtype: str) -> str:
-    """The base with the lower loss; the first of equals."""
+    """Return the base with the lowest finite loss; the first of equal ones.
+
+    Raises:
+        ExportError: No loss is finite.
+    """
     finite = {base: loss for base, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise ExportError(f"Neither base has a finite loss in {dtype}; merge with --dtype bfloat16 or float32.")
@@ -122,34 +130,37 @@ def _better(losses: dict[str, float], dtype: str) -> str:
 
 
 def _notes_on_losses(losses: dict[str, float], record: RunRecord) -> list[str]:
-    """What the losses are of, where it is not what one takes them for."""
+    """Return a note if the losses by base are not held-out losses."""
     if not losses or record.examples.eval:
         return []
-    return ["the run held nothing out: the losses by base are of examples that it was trained on"]
+    return ["the run has no held-out examples, so the losses by base are training losses"]
 
 
 class _Progress:
-    """Bytes written so far, over all that is to be written.
+    """Count of the bytes written so far.
 
     Args:
-        tell: Is told of every step.
-        total: Bytes in all.
+        on_progress: Called after every addition.
+        total: Bytes that will be written.
+
+    Attributes:
+        continued: Bytes that an interrupted merge wrote.
     """
 
-    def __init__(self, tell: OnProgress | None, total: int) -> None:
-        self._tell, self._total, self._done = tell, total, 0
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        self._on_progress, self._total, self._done = on_progress, total, 0
         self.continued = 0
 
     def add(self, num_bytes: int, continued: bool = False) -> None:
-        """Counts what was written, or taken over."""
+        """Add bytes that were written now, or by an interrupted merge."""
         self._done += num_bytes
         self.continued += num_bytes * continued
-        if self._tell is not None:
-            self._tell(self._done, self._total)
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
 
 
 def _key(run: RunDirectory, weights: MergedWeights, dtype: str, onto: str, max_bytes: int) -> str:
-    """Tells apart merges that would not write the same bytes."""
+    """Return a key that is equal only for merges that write the same bytes."""
     digest = hashlib.sha256()
     for path in (run.record, *(run.adapter / name for name in ADAPTER_FILES)):
         with path.open("rb") as file:
@@ -160,7 +171,7 @@ def _key(run: RunDirectory, weights: MergedWeights, dtype: str, onto: str, max_b
 
 
 def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: int, progress: _Progress) -> None:
-    """Writes the tensors that are not in the folder yet."""
+    """Write the tensors that are not in the folder yet."""
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder, weights.layout(getattr(torch, dtype)), max_bytes)
     remaining = list(writer.remaining)

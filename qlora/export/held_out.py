@@ -1,4 +1,4 @@
-"""What a run's weights are judged by: its held-out examples, and the loss that a written model has on them."""
+"""A run's held-out examples, and the loss of a written model on them."""
 
 import gc
 from pathlib import Path
@@ -10,16 +10,16 @@ from qlora.config import RunConfig
 from qlora.data import ExampleSet, eval_batches
 from qlora.model import datasets_from_section, evaluate, load_base
 
-# Training examples that stand in where a run held none out.
+# Number of training examples that replace held-out ones in a run without them.
 NUM_TRAIN_EXAMPLES = 64
 
 
 def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
-    """The examples that a run was evaluated on; without those, some that it was trained on.
+    """Return the held-out examples of a run; if it has none, its first training examples.
 
     Args:
-        config: Of the run.
-        tokenizer: The run's own, with its template.
+        config: Config of the run.
+        tokenizer: Tokenizer of the run, with its template.
 
     Raises:
         DataError: The run's data can't be read.
@@ -31,13 +31,13 @@ def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
 def written_loss(
     folder: Path, dtype: str, examples: ExampleSet, device: str | torch.device, trust_remote_code: bool = False
 ) -> float:
-    """Loads a merged model and computes its loss.
+    """Load a merged model, and return its mean loss in nats per supervised token.
 
     Args:
-        folder: With weights, config and the run's tokenizer.
-        dtype: Of the weights, and to compute in.
-        examples: Of the run's data.
-        device: To compute on.
+        folder: Folder with weights, config and the run's tokenizer.
+        dtype: Dtype of the weights and of the computation.
+        examples: Examples of the run's data.
+        device: Device to compute on.
         trust_remote_code: Run code that comes with the model.
 
     Raises:

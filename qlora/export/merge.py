@@ -27,18 +27,18 @@ def merge(
         run_dir: A finished run, or a checkpoint of a run.
         out_dir: A new folder; it appears once everything in it is written.
         dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16` or `q8_0`.
-        onto: `dequantized`, the weights that the adapter was trained on; `original`, those of the base's files; or
-            `best`, whichever has the lower loss on the run's held-out examples. For `best` the disk holds both for a
-            while, and each is loaded whole, one after the other; not for GGUF.
+        onto: Base weights to merge onto: `dequantized`, those that the adapter was trained on; `original`, those of
+            the base's files; or `best`, the ones with the lower loss on the run's held-out examples. `best` needs disk
+            space for both and loads each merged model in turn; not for GGUF.
         max_shard_size: Size limit of a weight file, such as `5GB`, the default; not for GGUF, which is one file.
-        device: Device to merge and evaluate on, see :class:`qlora.export.weights.MergedWeights`.
+        device: Device to merge and evaluate on; see :class:`qlora.export.weights.MergedWeights`.
         force: Merge into a base other than the one used in training; the report names the files that differ.
         on_progress: Called with the bytes written so far and the total.
         format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
 
     Raises:
-        ExportError: An argument is unknown, the folder exists, the base is another one, a value does not fit the dtype,
-            the model can't be written as GGUF, or the disk is full.
+        ExportError: An argument is unknown, the folder exists, the base is not the one used in training, a value does
+            not fit the dtype, the model can't be written as GGUF, or the disk is full.
         CheckpointError: The run is damaged.
     """
     if format not in FORMATS:

@@ -1,4 +1,4 @@
-"""What a folder holds that merge wrote, by its report."""
+"""A merged folder, as its merge report describes it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,18 @@ from qlora.files.json_files import parse_object
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A merge as its report describes it.
+    """A merged model.
 
     Attributes:
-        folder: That holds it.
-        dtype: Of its weights.
-        onto: `dequantized` or `original` base weights.
-        device: That it was computed on.
-        base_differs: Files of the base that are not those trained on.
-        step: Of the run; None in a report that lacks it.
+        folder: Folder of the model.
+        dtype: Dtype of its weights.
+        onto: Base weights that were merged onto, `dequantized` or `original`.
+        device: Device that computed the merge.
+        base_differs: Files of the base that differ from those used in training.
+        step: Step of the run; None in a report that lacks it.
         adapter: SHA-256 of the adapter's tensors file; None in a report that lacks it.
-        gguf: The file, if it is one for llama.cpp.
-        report: All that the report says.
+        gguf: The GGUF file, if the model is one.
+        report: All values of the report.
     """
 
     folder: Path
@@ -39,26 +39,26 @@ class Merged:
     report: dict[str, Any]
 
     def is_merge_of(self, adapter: str, dtype: str, onto: str, as_gguf: bool) -> bool:
-        """Check whether a merge with these arguments would write the same model.
+        """Return whether a merge with these arguments would write the same model.
 
         Args:
             adapter: SHA-256 of the adapter's tensors file.
-            dtype: Of the weights.
+            dtype: Dtype of the weights.
             onto: `dequantized`, `original`, or `best`, which only a merge that compared losses satisfies.
-            as_gguf: Whether a file for llama.cpp is wanted.
+            as_gguf: Whether the model should be a GGUF file.
         """
         is_onto = bool(self.report.get("losses")) if onto == "best" else onto == self.onto
         return (self.adapter, self.dtype, self.gguf is not None) == (adapter, dtype, as_gguf) and is_onto
 
 
 def read_merged(folder: Path) -> Merged:
-    """Read the report of what merge wrote into a folder.
+    """Read the merge report of a folder.
 
     Raises:
         ExportError: The folder has no report, or a damaged one.
     """
     if folder.is_file():
-        raise ExportError(f"{folder} is a file; give the folder that qlora merge wrote it into.")
+        raise ExportError(f"{folder} is a file; give the folder that qlora merge wrote.")
     path = folder / REPORT_FILE
     try:
         report = parse_object(path.read_bytes())
@@ -73,6 +73,6 @@ def read_merged(folder: Path) -> Merged:
             raise ValueError(f"{report['dtype']} onto {report['onto']}")
         return Merged(folder, report["dtype"], report["onto"], device, base_differs, step, adapter, gguf, report)
     except FileNotFoundError:
-        raise ExportError(f"{folder} was not written by qlora merge: it has no {REPORT_FILE}.") from None
+        raise ExportError(f"{folder} has no {REPORT_FILE}; give a folder that qlora merge wrote.") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} is damaged: {error!r}") from None
+        raise ExportError(f"{path} is damaged ({error!r}); merge again.") from None

@@ -1,4 +1,4 @@
-"""A release folder onto the hub, after a look for what should stay here."""
+"""Upload of a release folder to the hub, after a check for secrets and local paths."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -14,30 +14,30 @@ RELEASED = (
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.gguf", "*.model")
-# Words of a vocabulary look like anything.
+# Not searched for local paths, because a vocabulary's tokens can look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 PATH = re.compile(r"(?<![\w./:])/(?:[\w.+@-]+/)+[\w.+@-]+")
 
 
 class HubClient(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
+    """The methods of `huggingface_hub.HfApi` that :func:`push` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
-        """Makes a repository where there is none."""
+        """Create a repository unless it exists."""
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str, allow_patterns: list[str]) -> Any:
-        """Uploads files in one commit."""
+        """Upload files in one commit."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What was uploaded, or would be.
+    """The result of :func:`push`.
 
     Attributes:
-        repo: On the hub.
-        private: Whether it is made so, if it is new.
-        files: By name, with their bytes.
-        num_bytes: Of all.
+        repo: Repository on the hub.
+        private: Whether the repository is created as a private one, if it is new.
+        files: Bytes of each file, by name.
+        num_bytes: Bytes of all files.
         dry_run: Whether nothing was sent.
     """
 
@@ -48,24 +48,25 @@ class PushReport:
     dry_run: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def push(
     folder: Path, repo: str, private: bool = True, dry_run: bool = False, client: HubClient | None = None
 ) -> PushReport:
-    """Uploads a release folder in one commit.
+    """Upload a release folder in one commit.
 
     Args:
-        folder: What `merge` or `quantize` wrote.
-        repo: `owner/name`, or a name of one's own.
-        private: Make a new repository private; one that is there stays what it is.
-        dry_run: Look and report, and send nothing.
-        client: In place of `huggingface_hub.HfApi`, which is logged in by `hf auth login` or HF_TOKEN.
+        folder: Folder that `merge` or `quantize` wrote.
+        repo: `owner/name`, or the name alone for a repository of your account.
+        private: Make a new repository private; an existing one keeps its visibility.
+        dry_run: Check and report, but send nothing.
+        client: Client of the hub; default: `huggingface_hub.HfApi`, which uses `hf auth login` or HF_TOKEN.
 
     Raises:
-        ExportError: The folder holds what is no part of a release or must not be public, or the hub refuses.
+        ExportError: The folder contains files that do not belong to a release or must not be public, or the upload
+            failed.
     """
     check_repo(repo)
     files = list_release(folder)
@@ -88,51 +89,52 @@ def push(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         again = f"hf upload {repo} {folder}{' --private' * private}"
         raise ExportError(
-            f"{folder} is whole, but {repo} refused it: {reason}; see hf auth whoami, and upload it with {again}"
+            f"{folder} is complete, but the upload to {repo} failed: {reason}. Check hf auth whoami, then run {again}"
         ) from error
     return report
 
 
 def check_repo(repo: str) -> None:
-    """Sees that a name can be one of a repository.
+    """Check that a name is a valid repository id.
 
     Raises:
-        ExportError: It can't.
+        ExportError: It is not.
     """
     if not REPO_ID.fullmatch(repo):
-        raise ExportError(f"'{repo}' is no name of a repository; it is owner/name, or a name of one's own.")
+        raise ExportError(f"'{repo}' is not a repository id; give owner/name, or the name alone for your account.")
 
 
 def list_release(folder: Path) -> dict[str, int]:
-    """The files of a release by name, with their bytes.
+    """Return the bytes of each file of a release, by name, after a check of the files.
 
     Raises:
-        ExportError: There is none, or a file that is no part of one, or a secret or a path of this machine in one.
+        ExportError: The folder has no weights, a file that does not belong to a release, or one with a secret or a
+            path of this machine.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    if not any(_is_one(path, WEIGHTS) for path in paths):
-        raise ExportError(f"{folder} holds no weights to upload.")
+    if not any(_matches(path, WEIGHTS) for path in paths):
+        raise ExportError(f"{folder} has no weights to upload; give a folder that qlora merge or qlora quantize wrote.")
     problems = []
     for path in paths:
         name = str(path.relative_to(folder))
-        if not _is_one(path, RELEASED) or name.startswith(".") or path.is_symlink():
-            problems.append(f"{name} is no part of a release")
-        elif not _is_one(path, WEIGHTS):
-            problems += [f"{name} holds {what}" for what in _findings(path)]
+        if not _matches(path, RELEASED) or name.startswith(".") or path.is_symlink():
+            problems.append(f"{name} does not belong to a release")
+        elif not _matches(path, WEIGHTS):
+            problems += [f"{name} contains {finding}" for finding in _findings(path)]
     if problems:
-        raise ExportError(f"{folder} is not uploaded: {'; '.join(problems)}. Remove that, or move it away.")
+        raise ExportError(f"{folder} was not uploaded: {'; '.join(problems)}. Remove these, or move them elsewhere.")
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
 
 
-def _is_one(path: Path, patterns: tuple[str, ...]) -> bool:
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _findings(path: Path) -> list[str]:
-    """What should not be public; secrets are named by their kind and not shown."""
+    """Return descriptions of contents that must not be public; of a secret only the kind."""
     text = path.read_text(encoding="utf-8", errors="replace")
     found = find_secrets(text)
-    if not _is_one(path, VOCABULARIES):
+    if not _matches(path, VOCABULARIES):
         here = next((match for match in PATH.findall(text) if Path(match).parent.is_dir()), None)
         if here:
             found.append(f"a path of this machine ({here})")

@@ -1,4 +1,4 @@
-"""A model's weights in bitsandbytes' 4-bit format, written as a folder that transformers and training load."""
+"""Quantize a model into a folder in bitsandbytes' 4-bit format, which transformers and training load."""
 
 import json
 import math
@@ -36,12 +36,12 @@ class QuantizeReport:
 
     Attributes:
         out_dir: The model folder.
-        dtype: Dtype of the tensors that are not quantized, and of the weights before they were.
+        dtype: Dtype of the tensors that are not quantized, and of the other weights before quantization.
         quantized: Number of layers in 4 bits.
-        tensors: Number of tensors in the folder, statistics included.
+        tensors: Number of tensors in the folder, including statistics.
         num_bytes: Bytes of these tensors.
-        base_bytes: Bytes of the weight files that it was made from.
-        seconds: Seconds that it took.
+        base_bytes: Bytes of the original weight files.
+        seconds: Duration in seconds.
     """
 
     out_dir: str
@@ -53,7 +53,7 @@ class QuantizeReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def __repr__(self) -> str:
@@ -70,13 +70,13 @@ def quantize_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> QuantizeReport:
-    """Quantize the linear layers that `load_base` would, and write them under bitsandbytes' names.
+    """Quantize the linear layers that `load_base` quantizes, and write them under bitsandbytes' names.
 
     Each tensor is read, quantized and written before the next is read.
 
     Args:
         base: A folder, or a model id on the hub.
-        out_dir: A folder that does not exist yet; it appears when all of it is written.
+        out_dir: A new folder; it appears once everything in it is written.
         double_quant: Quantize the blocks' statistics too.
         dtype: `bfloat16`, `float16` or `float32`: weights are cast to it before they are quantized, and the other
             tensors stay in it; `auto` for the model's own. Loading the result in another compute dtype is not
@@ -87,9 +87,10 @@ def quantize_model(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        ExportError: The folder exists, the model is quantized already, a value does not fit, the disk is full.
-        ModelError: The model can't be found or read, its architecture is not known, or a layer is not one tensor in
-            its files.
+        ExportError: The folder exists, the model is quantized already, a value does not fit the dtype, or the disk is
+            full.
+        ModelError: The model can't be found or read, its architecture is unknown, or a layer is not one tensor in its
+            files.
     """
     started = time.perf_counter()
     try:
@@ -121,7 +122,7 @@ def quantize_model(
         rows = {
             "layers in 4 bits": len(layers),
             "quantization": f"NF4 in blocks of {BLOCK_SIZE}, double quantization: {double_quant}",
-            "all else, and compute": _name(target),
+            "other tensors and compute": _name(target),
             "bytes": writer.num_bytes,
         }
         write_quantized_card(folder, out_dir.name, base, files.folder, rows)
@@ -177,7 +178,7 @@ def _write_quantized(writer: ShardWriter, name: str, weight: torch.Tensor, doubl
     tensors = to_checkpoint_tensors(name, *quantize(weight, double_quant))
     for entry in _quantized_layout(name, weight.numel(), double_quant):
         tensor = tensors.pop(entry.name)
-        assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} in place of {entry.shape}"
+        assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} instead of {entry.shape}"
         writer.write(entry.name, tensor)
     assert not tensors, f"{name}: {', '.join(tensors)} would be lost"
 

@@ -1,4 +1,4 @@
-"""The merged weights of a run, one tensor at a time, from the base's files and the adapter."""
+"""The merged weights of a run, computed one tensor at a time from the base's files and the adapter."""
 
 import difflib
 import math
@@ -25,33 +25,33 @@ ONTO = ("dequantized", "original")
 
 
 class MergedWeights:
-    """Every tensor of the merged model by its name in the base's files, in fp32, computed when asked for.
+    """The tensors of the merged model by their names in the base's files, in fp32, each computed on demand.
 
-    Quantizing is a device's own: a GPU's kernel may give other bits than the CPU's, so a run's weights are had
-    again, bit for bit, on the kind of device that it was trained on.
+    Devices may quantize differently: a GPU's kernel can give other codes than the CPU's. The weights are equal to
+    those of training, bit for bit, only on the kind of device that the run was trained on.
 
     Args:
-        run: A finished run, or one at a checkpoint.
-        onto: `dequantized`, the weights that the adapter was trained on, or `original`.
-        device: To compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one. None is the kind that the run was
-            trained on, if it is here, and the CPU if not.
-        force: Take a base other than the one trained on, if the adapter's shapes are its own.
+        run: A finished run, or a run at a checkpoint.
+        onto: Base weights to merge onto: `dequantized`, those that the adapter was trained on, or `original`.
+        device: Device to compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one. None for the kind of device
+            that the run was trained on, or the CPU if this machine has none.
+        force: Accept a base other than the one used in training, if it has the adapter's shapes.
 
     Attributes:
-        base_differs: Files of the base that are not those trained on; none but with `force`.
+        base_differs: Files of the base that differ from those used in training; empty without `force`.
 
     Raises:
-        ExportError: The base is not the one trained on, or its files lack adapted modules; or
-            there are no such base weights.
+        ExportError: The base is not the one used in training, its files lack adapted modules, or `onto` is unknown or
+            not available.
         CheckpointError: The run or its adapter is damaged.
-        ModelError: The base can't be found, or there is no such device.
+        ModelError: The base can't be found, or the device is not available.
     """
 
     def __init__(
         self, run: RunDirectory, onto: str, device: str | torch.device | None = None, force: bool = False
     ) -> None:
         if onto not in ONTO:
-            raise ExportError(f"There are no {onto!r} weights to merge onto; take {' or '.join(ONTO)}.")
+            raise ExportError(f"onto: {onto!r} should be one of {', '.join(ONTO)}.")
         self.record = run.read_record()
         self.config: RunConfig = load_config(run.config)
         self._trained_on = self.record.in_use.device.partition(":")[0]
@@ -61,13 +61,13 @@ class MergedWeights:
         self.base_differs = self.files.differing(self.record.base.files)
         if self.base_differs and not force:
             raise ExportError(
-                f"{self.files.name} is not the base that was trained on: {', '.join(self.base_differs)} differ. "
-                "Put the files of that time back, train on these, or merge all the same with --force."
+                f"{self.files.name} is not the base used in training: {', '.join(self.base_differs)} differ. Restore "
+                "the earlier files, train on the current ones, or merge anyway with --force."
             )
         if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
-            raise ExportError(f"{self.files.name} holds 4-bit weights alone; merge --onto dequantized.")
+            raise ExportError(f"{self.files.name} has only 4-bit weights; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        adapted = list(read_adapter_tensors(run.adapter))  # mapped: what is not touched takes no memory
+        adapted = list(read_adapter_tensors(run.adapter))  # memory-mapped, so unread values take no memory
         self._scalings = adapter_scalings(run.adapter, adapted)
         self._check_scalings(run)
         self._base = BaseWeights(self.files)
@@ -83,7 +83,8 @@ class MergedWeights:
             (size, features), given = self._shapes[name], self._factors.shape(rows.tensor)
             if given[1] != features or rows.ids.start > size:
                 raise ExportError(
-                    f"{name}: the adapter has rows {rows.ids} of {given[1]} features for {size, features}."
+                    f"{name}: the adapter has rows {rows.ids.start} to {rows.ids.stop - 1} of {given[1]} features, the "
+                    f"base {size} rows of {features}; take the base and adapter of the same run."
                 )
             self._shapes[name] = (max(size, rows.ids.stop), features)
         quantized = self.record.parameters.quantized if onto == "dequantized" else ()
@@ -93,28 +94,28 @@ class MergedWeights:
         if missing:
             raise ExportError(
                 f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
-                f"({', '.join(missing[:3])} …); take the run's own adapter."
+                f"({', '.join(missing[:3])} …); use the run's own adapter."
             )
 
     @property
     def num_adapted(self) -> int:
-        """Weights that the adapter changes."""
+        """Number of weights that an adapter is merged into."""
         return len(self._adapted)
 
     @property
     def notes(self) -> list[str]:
-        """Where these may not be quite the weights that the adapter was trained on."""
+        """Ways in which these may differ from the weights that the adapter was trained on."""
         here, then = self.device.type, self._trained_on
         if then == here or all(map(self._base.is_4bit, self._quantized)):
             return []
         return [
-            f"quantized again on {here}, where the run was trained on {then}: a few weights may have got other codes; "
-            f"--device {then} takes the same kernels"
+            f"quantized a second time on {here}, but the run was trained on {then}: a few weights may have other "
+            f"codes; --device {then} uses the same kernels"
         ]
 
     @property
     def has_own_head(self) -> bool:
-        """Whether the files hold a head that is not the embedding again."""
+        """Whether the files have a head that differs from the embedding."""
         if self._embedding is None or self._head is None:
             return False
         if self._shapes[self._embedding] != self._shapes[self._head]:
@@ -123,12 +124,12 @@ class MergedWeights:
 
     @property
     def num_embeddings(self) -> int | None:
-        """Rows of embedding and head where tokens were added behind the base's; None where they are the base's."""
+        """Number of rows of embedding and head if tokens were added; None if it is the base's number."""
         longer = [self._shapes[name][0] for name in self._rows if self._shapes[name] != self._base.shapes[name]]
         return longer[0] if longer else None
 
     def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
-        """All tensors in the order of the base's files; what is no floating-point number keeps its dtype."""
+        """Return the layout of all tensors in the order of the base's files; integers keep their dtype."""
         return [
             TensorLayout(name, shape, dtype if self._base.is_floating_point(name) else self._base.dtype(name))
             for name, shape in self._shapes.items()
@@ -161,9 +162,9 @@ class MergedWeights:
         return whole
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
-        """A weight as training saw it, in the compute dtype; None where that is what the files hold.
+        """Return a whole weight as training used it, in the compute dtype; None if it is used as stored in the files.
 
-        Whole, as in training: with double quantization the statistics of a block hang on those of all others.
+        With double quantization the statistics of a block depend on those of all others, so it is not split into rows.
         """
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self.device), self._compute_dtype)
@@ -172,14 +173,14 @@ class MergedWeights:
         is_transposed = self._quantized[name] in self._transposed
         weight = self._base.read(name).to(self.device).to(self._compute_dtype)
         settings = self.record.quantization
-        assert settings.block_size is not None  # as the record has quantized layers
+        assert settings.block_size is not None  # because the record has quantized layers
         packed = quantize(weight.T if is_transposed else weight, settings.double_quant, settings.block_size)
         del weight
         weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
 
     def _deltas(self, name: str) -> tuple[LowRank, ...]:
-        """What the adapter adds to a tensor, in fp32 and in the tensor's orientation; nothing to most."""
+        """Return the adapter's updates of a tensor, in fp32 and in the tensor's orientation; empty if it has none."""
         if name not in self._adapted:
             return ()
         module = self._adapted[name]
@@ -188,7 +189,7 @@ class MergedWeights:
         return (delta.T if module in self._transposed else delta,)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a tensor that went through no 4 bits: the trained ones of the adapter, the others of the base."""
+        """Return rows of a tensor that is not quantized: trained rows from the adapter, the others from the base."""
         if name not in self._rows:
             return self._base.read(name, rows)
         tensor, ids = self._rows[name].tensor, self._rows[name].ids
@@ -202,34 +203,37 @@ class MergedWeights:
         return torch.cat([part.float() for part in parts])
 
     def _check_scalings(self, run: RunDirectory) -> None:
-        """Check that every module has the scaling that the run trained with; raises ExportError otherwise."""
+        """Check that every module has the scaling used in training; raises ExportError otherwise."""
         specs = adapter_spec(self.config.lora).by_layer([*self.record.parameters.adapted, *self._scalings])
         for module, scaling in self._scalings.items():
             trained = specs[module].scaling
             if not math.isclose(scaling, trained):
                 raise ExportError(
-                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; take the "
+                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; use the "
                     "run's own adapter."
                 )
 
     def _check_factors(self) -> None:
-        """Check that every update has its weight's shape before anything is written; raises ExportError otherwise."""
+        """Check that every update has the shape of its weight; raises ExportError otherwise."""
         for name, module in self._adapted.items():
             (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
             shape = (columns, rows) if module in self._transposed else (rows, columns)
             if shape != self._shapes[name]:
-                raise ExportError(f"{name}: the adapter is for {shape}, the base has {self._shapes[name]}.")
+                raise ExportError(
+                    f"{name}: the adapter is for a shape of {shape}, the base has {self._shapes[name]}; take the base "
+                    "and adapter of the same run."
+                )
 
     def _rows_by_name_in_files(self, rows: dict[str, StoredRows], skeleton: Any) -> dict[str, StoredRows]:
-        """Trained rows by the names in the files; those of a shared weight also by the name of a copy of it there."""
+        """Return trained rows by the names in the files; those of a shared weight under each name it is stored by."""
         modules = list(self.record.parameters.trained_rows)
         if rows and self.record.parameters.shared_rows:
             shared = next(iter(rows.values()))
             rows = {module: rows.get(module, shared) for module in modules}
         if {*rows} != {*modules}:
             raise ExportError(
-                f"The adapter has rows of {', '.join(sorted(rows)) or 'nothing'} that were trained in full, and by "
-                f"run.json it should have those of {', '.join(modules) or 'nothing'}; take the run's own adapter."
+                f"The adapter has fully trained rows of {', '.join(sorted(rows)) or 'no module'}, but run.json lists "
+                f"{', '.join(modules) or 'no module'}; use the run's own adapter."
             )
         if self.record.parameters.shared_rows:
             one_to_one, _ = names_in_files(skeleton, self._shapes)
@@ -237,10 +241,10 @@ class MergedWeights:
         return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
-        """Modules by the names that their weights have in the files.
+        """Return modules by the names of their weights in the files.
 
         Raises:
-            ExportError: Some are not there, or not as tensors of their own.
+            ExportError: A module's weight is missing, or part of another tensor.
         """
         one_to_one, converted = names_in_files(skeleton, self._shapes)
         modules = list(modules)
@@ -257,9 +261,9 @@ class MergedWeights:
             near = difflib.get_close_matches(f"{missing[0]}.weight", self._shapes, n=1)
             hint = f" The nearest name there is {near[0]}." if near else ""
             raise ExportError(
-                f"{len(missing)} layers are not in the files of {self.files.name} by their names "
+                f"{len(missing)} layers are not in the files of {self.files.name} under their names "
                 f"({', '.join(missing[:3])} …), so nothing was merged.{hint} "
-                "Load the base with transformers, save it, and train on that."
+                "Load the base with transformers, save it, and train on the saved copy."
             )
         return {one_to_one[f"{module}.weight"]: module for module in modules}
 

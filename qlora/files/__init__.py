@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, locks, JSON, safetensors, and a base's files."""
+"""File I/O: atomic writes, locks, JSON, safetensors, and a base's files."""
 
 from qlora.files.atomic import atomic_folder, discard, free_bytes, make_folder, old_name, sync, write_bytes, write_text
 from qlora.files.base_files import BaseFiles, find_tokenizer

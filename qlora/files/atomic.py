@@ -16,16 +16,16 @@ from qlora.errors import CheckpointError
 
 @contextmanager
 def atomic_folder(target: Path, error: type[Exception] = CheckpointError, needed: int = 0) -> Iterator[Path]:
-    """Give a folder next to `target` to write into; at the end it is synced and replaces the target.
+    """Context that yields a folder next to `target` to write into; on exit it is synced and replaces the target.
 
     If anything fails, the new folder is removed and the old one is unchanged. :func:`settle` recovers from a process
     that was killed; it is called here, before and after. One process at a time writes to a target.
 
     Args:
         target: A folder, which may exist.
-        error: Raised instead of an `OSError`, or safetensors' own error on a full disk, with the target's name and
-            the free space.
-        needed: Bytes that have to be free before anything is written.
+        error: Type of the error raised for an `OSError` or a `SafetensorError`, such as on a full disk; its message has
+            the target's name and the free space.
+        needed: Bytes that must be free before anything is written.
     """
     target = target.expanduser().absolute()
     staging, old, _ = _staging_paths(target)
@@ -86,8 +86,8 @@ def write_bytes(target: Path, content: bytes) -> None:
 def settle(target: Path) -> None:
     """Recover from an interrupted write of a file or folder.
 
-    The old one is restored if the new one had not replaced it yet, and leftovers are removed. A new one that is in
-    place is complete, since it was synced before. What another process is writing stays.
+    The old version is restored unless the new one is in place, and leftovers are removed. A new version in place is
+    complete, since it was synced before. What another process is writing stays.
     """
     staging, old, gone = _staging_paths(target)
     if _is_locked(staging):
@@ -99,7 +99,7 @@ def settle(target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that a part of it is never found under its name.
+    """Remove a folder, renaming it first so that no part of it is ever found under its name.
 
     Raises:
         CheckpointError: It can't be removed.
@@ -164,13 +164,13 @@ def free_bytes(target: Path) -> int:
 
 
 def space_left(target: Path, needed: int = 0) -> str:
-    """Return the end of an error message: what a target takes, if that is known, and what is free there."""
+    """Return the end of an error message: the space that a target takes, if it is known, and the free space."""
     wanted = f" It takes {needed / 1e6:.1f} MB." if needed else ""
     return f"{wanted} {free_bytes(target) / 1e6:.1f} MB are free there."
 
 
 def _staging_paths(target: Path) -> tuple[Path, Path, Path]:
-    """Return the names next to a target for the new one, the old one, and one that is being removed."""
+    """Return the paths next to a target for the new version, the old one, and one that is being removed."""
     staging, old, gone = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old", "gone"))
     return staging, old, gone
 

@@ -14,7 +14,7 @@ from qlora.files.json_files import read_object
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
 HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
-# Reading a pickle can run code.
+# Not read, because reading a pickle can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -28,7 +28,7 @@ class BaseFiles:
 
     Attributes:
         folder: The folder.
-        name: The folder or hub id that was asked for.
+        name: The folder or hub id passed to :meth:`resolve`.
     """
 
     folder: Path
@@ -55,11 +55,11 @@ class BaseFiles:
         if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
             raise unsupported_format(base, "GGUF")
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{base} has no config.json, so it is not a model folder of transformers.")
+            raise ModelError(f"{base} has no config.json; give a model folder of transformers.")
         files = cls(folder, base)
         assert files.config is not None  # read now, so that a damaged file is reported before anything is loaded
         if with_weights and not files.weight_files:
-            raise ModelError(f"{base} holds no *.safetensors{describe_pickles(folder)}.")
+            raise ModelError(f"{base} has no *.safetensors{describe_pickles(folder)}.")
         if with_weights:
             assert files.headers
         return files
@@ -118,9 +118,9 @@ class BaseFiles:
         return sorted(name for name in {*fingerprint, *here} if fingerprint.get(name) != here.get(name))
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash each file: config.json whole; of a weight file its size, header and evenly spaced samples.
+        """Return a SHA-256 per file: of all of config.json, and of a weight file's size, header and spaced samples.
 
-        64 samples of 64 KiB tell fine-tunes of a model apart in a second where hashing 140 GB takes minutes.
+        64 samples of 64 KiB distinguish fine-tunes of a model in a second, while hashing 140 GB takes minutes.
         """
         hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
         return hashes | {path.name: _sampled_sha256(path) for path in self.weight_files}
@@ -137,7 +137,7 @@ class BaseFiles:
         names = sorted(set(map(str, weight_map.values())))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ModelError(f"{index} names {name!r:.80}, which is no *.safetensors of its folder.")
+                raise ModelError(f"{index} names {name!r:.80}, which is not a *.safetensors of its folder.")
         return [self.folder / name for name in names]
 
 
@@ -154,13 +154,13 @@ def unsupported_format(base: str, stored_in: str) -> ModelError:
 
 
 def describe_pickles(folder: Path) -> str:
-    """Return what to add to an error about missing files: which pickled ones are there; empty if none are."""
+    """Return the end of an error about missing files that names the pickled ones there; empty if there are none."""
     names = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not names:
         return ""
     return (
-        f"; pickled weights are not read, as they can run code ({', '.join(names[:4])}): take a revision in "
-        "safetensors, or, where you trust them, load them with transformers and save them"
+        f"; pickled weights are not read, because they can run code ({', '.join(names[:4])}): use a revision in "
+        "safetensors, or, if you trust them, load them with transformers and save them"
     )
 
 
@@ -188,19 +188,19 @@ def _check_links(folder: Path) -> None:
         if not path.is_symlink() or path.resolve().is_relative_to(here):
             continue
         if Path(os.path.normpath(path.parent / path.readlink())).parent != blobs:
-            raise ModelError(f"{path} is a link to {path.readlink()}, outside of {folder}; put the file itself there.")
+            raise ModelError(f"{path} is a link to {path.readlink()}, outside of {folder}; replace it by the file.")
 
 
 def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise ModelError(f"There is no model folder {base}.")
+        raise ModelError(f"The model folder {base} does not exist.")
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{base} is no folder here, and the hub did not give it: {reason}") from error
+        raise ModelError(f"{base} is not a local folder, and could not be downloaded from the hub: {reason}") from error
 
 
 def _sampled_sha256(path: Path) -> str:

@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from qlora.errors import ModelError
 from qlora.files.json_files import MAX_BYTES, parse_object
 
-# The format: github.com/huggingface/safetensors. torch has as many dimensions.
+# Format: github.com/huggingface/safetensors. torch supports as many dimensions.
 MAX_DIMENSIONS = 64
+# Size of a dimension of a tensor without values that is always allowed.
 LARGEST_OF_NONE = 1 << 20
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -23,13 +24,13 @@ def read_header(path: Path) -> dict[str, Any]:
     """Read dtype, shape and offsets of every tensor in a safetensors file, by name.
 
     Raises:
-        ModelError: The file is cut short, is not a safetensors file, or its header contradicts itself.
+        ModelError: The file is truncated, is not a safetensors file, or its header contradicts itself.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ModelError(f"{path} is no safetensors file, or cut short at {size} bytes; download it again.")
+            raise ModelError(f"{path} is not a safetensors file, or truncated at {size} bytes; download it again.")
         content = file.read(min(length, MAX_BYTES + 1))
     try:
         header = parse_object(content)
@@ -43,7 +44,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, SafetensorError) as problem:
         raise ModelError(f"{path} has a damaged header; download it again ({problem}).") from None
     if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes where its header asks for {8 + length + end}; download it again.")
+        raise ModelError(f"{path} has {size} bytes, its header describes {8 + length + end}; download it again.")
     return header
 
 

@@ -1,4 +1,4 @@
-"""JSON objects from files that anyone may have written; a damaged one is refused with its name."""
+"""JSON objects from untrusted files; a damaged file is refused with its name."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ def read_object(path: Path, error: type[QLoRAError], remedy: str) -> dict[str, A
 
     Args:
         path: The file.
-        error: Raised if it holds something else, or can't be read.
-        remedy: What the message says to do then.
+        error: Type of the error raised if the file has anything else, or can't be read.
+        remedy: What to do then, for the message.
     """
     try:
         with path.open("rb") as file:
@@ -30,7 +30,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """Parse the JSON object in a file's bytes.
 
     Raises:
-        ValueError: They are not a JSON object, it is nested too deeply, or there are too many.
+        ValueError: The bytes are not a JSON object, the object is nested too deeply, or the file is too large.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes")

@@ -1,20 +1,20 @@
-"""JSON values from text that anyone may have written, parsed strictly and with limited nesting."""
+"""JSON values from untrusted text, parsed strictly and with limited nesting."""
 
 import json
 from json import JSONDecodeError
 from typing import Any
 
 WHITESPACE = " \t\r\n"
-# No real data is nested deeper, and recursive code fails on it.
+# No real data is nested deeper, and recursive code fails on deeper values.
 MAX_DEPTH = 100
 _DECODER = json.JSONDecoder()
 
 
 def parse_value(text: str) -> Any:
-    """Parse a text that holds one value.
+    """Parse a text that consists of one value.
 
     Raises:
-        JSONDecodeError: It holds none or more, or one that is nested too deeply.
+        JSONDecodeError: The text is not exactly one value, or the value is nested too deeply.
     """
     value, end = decode_value(text, len(text) - len(text.lstrip(WHITESPACE)))
     if text[end:].strip(WHITESPACE):
@@ -23,7 +23,11 @@ def parse_value(text: str) -> Any:
 
 
 def decode_value(text: str, position: int) -> tuple[Any, int]:
-    """Parse the value at a position; return it and where it ends, or raise a JSONDecodeError."""
+    """Parse the value at a position, and return it and the position of its end.
+
+    Raises:
+        JSONDecodeError: There is no value, or it is nested too deeply.
+    """
     try:
         value, end = _DECODER.raw_decode(text, position)
     except RecursionError:

@@ -17,13 +17,13 @@ from qlora.files.atomic import make_folder, space_left
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[str | None]:
-    """Hold a lock file, and remove it at the end, with the folders that were created for it if they are empty.
+    """Context that holds a lock file; on exit it removes the file and the empty folders that were created for it.
 
-    The system releases the lock when the process ends for any reason. A killed process or a reboot leaves a file that
-    is not locked, and the next process takes it over.
+    The system releases the lock when the process ends for any reason. A killed process or a reboot leaves an unlocked
+    file, which the next process takes over.
 
     Args:
-        path: The lock file, in the folder that may have one writer.
+        path: Path of the lock file, in the folder that may have one writer.
 
     Yields:
         None, or a warning for the user if the file system has no locks.
@@ -64,7 +64,7 @@ def _claim(path: Path) -> tuple[TextIO, str | None]:
             file.write(json.dumps(_describe_self()))
             file.flush()
             return file, warning
-        file.close()  # its last holder has removed it meanwhile
+        file.close()  # its last holder removed it meanwhile
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

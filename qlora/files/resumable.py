@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from qlora.errors import ExportError
 from qlora.files.atomic import free_bytes, space_left, sync, sync_folder
 
-# Holds the key of what is being written; locked by the process that writes.
+# Contains the key of the files being written; locked by the process that writes.
 STATE_FILE = "merge_state"
 
 
@@ -34,26 +34,27 @@ def new_folder(path: str | Path) -> Path:
 
 @contextmanager
 def resumable_folder(target: Path, key: str, needed: int = 0) -> Iterator[Path]:
-    """Give a folder next to `target` to write into: a new one, or what an interrupted writer of the same key left.
+    """Context that yields a folder next to `target` to write into: a new one, or one of an interrupted writer.
 
-    It is removed at the end and when writing fails; :func:`put_in_place` moves what is to stay out of it before. When
-    the process is killed or interrupted, or anything else fails, it is kept.
+    The folder is removed on exit and when writing fails; move the files that should stay out of it with
+    :func:`put_in_place`. It is kept if the process is killed or interrupted, or fails for another reason.
 
     Args:
         target: A folder that does not exist yet, or is empty.
-        key: Identifies what is written; the same key stands for the same bytes.
-        needed: Bytes that will have been written at the end.
+        key: Identifies the files being written: equal keys mean equal bytes. An interrupted writer's folder is used
+            only if it has the same key.
+        needed: Bytes of all files at the end.
 
     Raises:
-        ExportError: The folder holds something else, another process writes into it, the disk fails, or it has too
-            little space, which is checked before anything is written.
+        ExportError: The folder has other files, another process writes into it, the disk fails, or it has too little
+            space, which is checked before anything is written.
     """
     target = target.expanduser().absolute()
     staging = _staging(target)
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        if staging.is_symlink() or staging.stat().st_uid != os.geteuid():  # in a folder that others may write to
-            raise ExportError(f"{staging} was put there by someone else; choose another folder.")
+        if staging.is_symlink() or staging.stat().st_uid != os.geteuid():  # others may write to the parent folder
+            raise ExportError(f"{staging} was created by another user; choose another folder.")
         with (staging / STATE_FILE).open("a+", encoding="utf-8") as state:
             _claim(staging, state, key)
             try:
@@ -92,7 +93,7 @@ def _size(folder: Path) -> int:
 
 
 def _claim(staging: Path, state: TextIO, key: str) -> None:
-    """Lock the folder for as long as the state file is open, and check that it holds the same merge or nothing."""
+    """Lock the folder for as long as the state file is open, and check that it has the same key or is empty."""
     try:
         is_there = lock_descriptor(state.fileno(), blocking=False) and os.path.samestat(
             os.fstat(state.fileno()), (staging / STATE_FILE).stat()
@@ -107,8 +108,8 @@ def _claim(staging: Path, state: TextIO, key: str) -> None:
         return
     if found or any(path.name != STATE_FILE for path in staging.iterdir()):
         raise ExportError(
-            f"{staging} holds what a merge with other settings, or of another run, left when it was interrupted; "
-            f"repeat that command to resume it. Remove {staging}, or choose another folder."
+            f"{staging} has files of an interrupted merge with other settings or of another run. Repeat that command "
+            f"to resume it, remove {staging}, or choose another folder."
         )
     state.write(key)
     state.flush()

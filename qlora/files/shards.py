@@ -1,4 +1,4 @@
-"""Safetensors shards written tensor by tensor, so that no shard is held in memory."""
+"""Safetensors shards written tensor by tensor, so that no shard has to fit in memory."""
 
 import json
 import os
@@ -75,15 +75,15 @@ class ShardWriter:
     def write_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
         """Write the next tensor of the layout from blocks of its rows, in order."""
         expected = self.remaining[0]
-        assert name == expected.name, f"{name} came in place of {expected}"
+        assert name == expected.name, f"{name} instead of {expected}"
         if self._shard_of[name] != self._current:
             self._open(self._shard_of[name])
         assert self._file is not None
         num_bytes = 0
         for block in blocks:
-            assert block.dtype == expected.dtype, f"{name} in {block.dtype} came in place of {expected}"
+            assert block.dtype == expected.dtype, f"{name} in {block.dtype} instead of {expected}"
             num_bytes += self._file.write(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        assert num_bytes == expected.num_bytes, f"{num_bytes} bytes came for {expected}"
+        assert num_bytes == expected.num_bytes, f"{num_bytes} bytes for {expected}"
         del self.remaining[0]
 
     def close(self) -> None:

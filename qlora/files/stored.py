@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, read from the disk by rows."""
+"""Tensors of safetensors files, read by rows."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,15 +13,15 @@ from qlora.errors import ExportError
 from qlora.files.shards import DTYPE_NAMES
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-# Numbers per block of rows: as fp32 they and an update of the same size stay in a core's cache, and malloc keeps their
-# memory for the next block. Half or twice as many took longer.
+# Elements per block of rows: in fp32, a block and an update of the same size fit a core's cache, and malloc keeps their
+# memory for the next block. Half or twice as many were slower.
 BLOCK_NUMEL = 1 << 17
 
 
 class StoredTensors:
-    """Tensors by name, read when asked for and only their rows; threads may read at the same time.
+    """Tensors by name, of which single rows can be read; threads may read at the same time.
 
-    safetensors' own slices map the file, whose pages then count as this process's memory, or read the whole tensor.
+    safetensors' own slices either map the file, whose pages count as this process's memory, or read the whole tensor.
 
     Args:
         headers: Dtype, shape and offsets of the tensors in each file, from :func:`qlora.files.headers.read_header`.
@@ -75,10 +75,10 @@ class StoredTensors:
         path, entry = self._entries[name]
         file, start = self._open(path)
         offset = start + entry["data_offsets"][0] + first * prod(shape[1:]) * values.itemsize
-        while buffer:  # one read gives 2 GiB at most
+        while buffer:  # a read returns at most 2 GiB
             count = os.preadv(file.fileno(), [buffer], offset)
             if not count:
-                raise ExportError(f"{path} ends within {name}; it was changed meanwhile.")
+                raise ExportError(f"{path} ends within {name}; it changed while it was read.")
             buffer, offset = buffer[count:], offset + count
         return values
 
@@ -90,7 +90,7 @@ class StoredTensors:
         """Return the open file, and the offset of its first tensor."""
         if path not in self._opened:
             file = path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):  # the system then reads further ahead; a tenth of a merge's time
+            if hasattr(os, "posix_fadvise"):  # the system reads further ahead, which saves a tenth of a merge's time
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self._opened[path] = file, 8 + int.from_bytes(file.read(8), "little")
         return self._opened[path]
@@ -115,7 +115,7 @@ class LazyTensor:
 
 
 def row_blocks(shape: tuple[int, ...], block_numel: int = BLOCK_NUMEL) -> Iterator[slice]:
-    """Split a tensor's first dimension into blocks of about `block_numel` numbers, of at least one row each."""
+    """Split a tensor's first dimension into blocks of about `block_numel` elements, with at least one row each."""
     if not shape:
         yield slice(None)
         return

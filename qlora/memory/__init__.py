@@ -1,1 +1,1 @@
-"""What a run will hold, and what fits."""
+"""Memory of a run: predicted, measured, and fitted to a device."""

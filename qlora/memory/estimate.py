@@ -32,10 +32,10 @@ class Estimate:
         footprint: Bytes of the model and of a step.
         device: Device of the run.
         dtype: Compute dtype.
-        micro_batch_size: Sequences of a micro-batch.
-        max_seq_len: Most tokens of a sequence.
-        packing: Whether sequences of a micro-batch are joined into one.
-        chunk_tokens: Tokens whose logits are held at a time.
+        micro_batch_size: Number of sequences per micro-batch.
+        max_seq_len: Largest number of tokens per sequence.
+        packing: Whether the sequences of a micro-batch are joined into one.
+        chunk_tokens: Number of tokens whose logits are in memory at a time.
     """
 
     footprint: Footprint
@@ -53,7 +53,7 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest micro-batch that the config allows."""
+        """Number of tokens of the largest micro-batch that the config allows."""
         return self.micro_batch_size * self.max_seq_len
 
     def bytes_by_kind(self, level: str, tokens: int, row: int | None = None) -> dict[str, int]:
@@ -61,8 +61,8 @@ class Estimate:
 
         Args:
             level: One of `levels`.
-            tokens: Tokens of a micro-batch.
-            row: Tokens of its longest sequence; default: `max_seq_len`.
+            tokens: Number of tokens of the micro-batch.
+            row: Number of tokens of its longest sequence; default: `max_seq_len`.
         """
         row = min(row or self.max_seq_len, tokens)
         if self.packing and self.footprint.rows_attend:
@@ -84,16 +84,16 @@ class Estimate:
 
     @property
     def update_bytes(self) -> int:
-        """Bytes during the optimizer's step, when there are no activations."""
+        """Bytes in use during the optimizer's step, when there are no activations."""
         footprint, context = self.footprint, CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
         return footprint.weights + footprint.adapters + footprint.optimizer + footprint.update + context
 
     def largest_micro_batch(self, level: str, free_bytes: int) -> int:
         """Return the number of sequences of `max_seq_len` tokens that fit with the margin; 0 if none does."""
-        return self._most(lambda rows: self.fits(level, free_bytes, rows * self.max_seq_len))
+        return self._most(lambda sequences: self.fits(level, free_bytes, sequences * self.max_seq_len))
 
     def longest_context(self, level: str, free_bytes: int) -> int:
-        """Return the tokens of a single sequence that fit with the margin, up to the model's number of positions."""
+        """Return the length of the longest sequence that fits with the margin, at most the model's positions."""
         most = self._most(lambda tokens: self.fits(level, free_bytes, tokens, tokens))
         return most if self.footprint.positions is None else min(most, self.footprint.positions)
 
@@ -132,9 +132,9 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     """Predict a run's memory from its config and its base's config.json.
 
     Args:
-        config: Config of the run. Its data are not read; the largest micro-batch that it allows for is assumed.
+        config: Config of the run. Its data are not read; the largest micro-batch that it allows is assumed.
         loss: Loss that is minimized.
-        device: `auto` for this machine's; `cuda` may also be one that this machine does not have.
+        device: `auto` for this machine's device; `cuda` also works without one.
 
     Raises:
         ModelError: The base's config is not available, or describes a model that can't be trained.
@@ -166,12 +166,12 @@ def choose_level(
 
     Args:
         estimate: Prediction for the run.
-        free_bytes: Bytes that the run may take, with those it has taken already: see :func:`available_bytes`.
-        tokens: Tokens of the largest micro-batch.
+        free_bytes: Bytes that the run may take, including those it has taken already; see :func:`available_bytes`.
+        tokens: Number of tokens of the largest micro-batch.
         levels: Levels to choose from; default: all.
 
     Raises:
-        ModelError: None fits.
+        ModelError: No level fits.
     """
     levels = estimate.levels if levels is None else levels
     free = f"{free_bytes / 2**30:.2f} GiB, of which {MARGIN:.0%} stay free"
@@ -185,17 +185,17 @@ def choose_level(
         previous = level
     least = min(estimate.total_bytes(level, tokens) for level in levels)
     raise ModelError(
-        f"A micro-batch of {tokens:,} tokens needs at least {_gib(least)}, and there are {free}. Lower "
+        f"A micro-batch of {tokens:,} tokens needs at least {_gib(least)}, but the device has {free}. Lower "
         "train.micro_batch_size, data.max_seq_len or lora.rank, or use a smaller base."
     )
 
 
 def available_bytes(device: torch.device, loaded_bytes: int = 0) -> int:
-    """Return the bytes of a device that a run may take, with those it has taken already.
+    """Return the bytes of a device that a run may take, including those it has taken already.
 
     Args:
-        device: A device of this machine.
-        loaded_bytes: Bytes of a model that is loaded already; not needed on CUDA, where torch knows.
+        device: Device of this machine.
+        loaded_bytes: Bytes of a model that is loaded already; not needed on CUDA, where torch counts them.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

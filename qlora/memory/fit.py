@@ -44,11 +44,10 @@ class Fit:
 
 
 def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, processes: Processes) -> Fit:
-    """Choose and apply the fastest level of recomputation that fits, and cache weights in the memory that is left.
+    """Apply the fastest level of recomputation that fits, and cache dequantized weights in the memory that is left.
 
-    Results are equal bit for bit at every level except with tiles. If the device has memory of its own, the largest
-    micro-batch is tried: one that does not fit fails before the first step, and the estimate is corrected. Several
-    processes use what fits the one with the least memory.
+    Results are equal bit for bit at every level except with tiles. On CUDA, the largest micro-batch is tried before the
+    first step, which corrects the estimate. All processes use what fits the one with the least memory.
 
     Args:
         config: Config of the run.
@@ -58,7 +57,7 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         processes: Processes of the run.
 
     Raises:
-        ModelError: Nothing fits, or the level that the config sets does not; on all processes.
+        ModelError: No level fits, or the level that the config sets does not; raised on all processes.
     """
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
@@ -71,13 +70,13 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         expected, unknown = None, str(error)
     levels = recompute_levels(model)
     level: str = config.model.recompute
-    why = "it was asked for"
+    why = "set by model.recompute"
     if level != "auto":
         levels = [level]
     elif expected is None:
-        # A GPU tries them from the fastest on; elsewhere the level that takes least is the safe one.
+        # On a GPU the levels are tried, the fastest first; elsewhere the level that takes the least memory is safe.
         level = levels[0] if device.type == "cuda" else levels[-1]
-        why = f"what a step takes is not known: {unknown}"
+        why = f"the memory of a step is unknown: {unknown}"
     else:
         levels = [level for level in levels if level in expected.levels]
         try:
@@ -97,7 +96,7 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
             tokens=tokens,
             measure=lambda level: processes.max(_try(model, loss, largest, level)),
         )
-        # The trial does not include the optimizer's step.
+        # The trial does not run the optimizer's step.
         measured = max(measured, 0 if expected is None else expected.update_bytes)
     apply_recompute(model, level)
     estimated = None if expected is None else expected.total_bytes(level, tokens)
@@ -119,7 +118,7 @@ def settle_level(
     tokens: int,
     measure: Callable[[str], float],
 ) -> tuple[str, int, str]:
-    """Correct the choice of a level by trying it.
+    """Try a level, and correct the choice by what it takes.
 
     Args:
         levels: Levels to choose from, the fastest first.
@@ -134,7 +133,7 @@ def settle_level(
         The level, the bytes that it takes, and the reason for it.
 
     Raises:
-        ModelError: None fits.
+        ModelError: No level fits.
     """
     failed = []
     for candidate in levels[levels.index(level) :]:
@@ -145,7 +144,7 @@ def settle_level(
     else:
         raise ModelError(
             f"A micro-batch of {tokens} tokens does not fit into {_gib(limit)}: {', '.join(failed)}. Lower "
-            "train.micro_batch_size, data.max_seq_len or lora.rank, or take a smaller base."
+            "train.micro_batch_size, data.max_seq_len or lora.rank, or use a smaller base."
         )
     if failed:
         return candidate, int(measured), f"{candidate} took {_gib(measured)} of {_gib(limit)} when tried; {failed[-1]}"
@@ -156,8 +155,8 @@ def settle_level(
             if correction * expected.total_bytes(cheaper, tokens) <= limit:
                 taken = measure(cheaper)
                 if taken <= limit:
-                    told = f"{_gib(taken)} of {_gib(limit)} when tried, less than expected"
-                    return cheaper, int(taken), f"{cheaper} took {told}"
+                    why = f"{cheaper} took {_gib(taken)} of {_gib(limit)} when tried, less than expected"
+                    return cheaper, int(taken), why
                 break
     return candidate, int(measured), why
 
@@ -178,7 +177,7 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
 
 
 def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool:
-    # On a GPU, folding reads the 4-bit codes, which are fewer bytes than a kept weight.
+    # On a GPU, folding reads the 4-bit codes, which are fewer bytes than a cached weight.
     form = choose_form(config.lora.form, tokens, device, config.lora.dropout)
     return config.model.quantization == "nf4" and (device.type == "cpu" or form == "separate")
 

@@ -1,4 +1,4 @@
-"""What a run would hold at each level of recomputation, by its config and that of its base."""
+"""Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,18 +24,18 @@ CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of a run, without those that its device takes for itself.
+    """Bytes of a run, without those that the device itself takes.
 
     Attributes:
         weights: Bytes of the base.
         adapters: Bytes of factors, of rows trained in full, and of their flat gradient.
         optimizer: Bytes of the optimizer's state.
-        update: Bytes that an optimizer step takes for a moment, when there are no activations.
-        held: For each level, the fastest first, the memory at moments of which each may be the peak.
+        update: Temporary bytes of an optimizer step, when there are no activations.
+        held: For each level, the fastest first, the memory at each moment that may be the peak.
         layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
-        rows_attend: Whether attention spans whole sequences, even if they have several documents.
+        rows_attend: Whether attention spans whole sequences, even if they contain several documents.
         vocabulary: Number of rows of the head.
-        positions: Number of positions that the model was made for; None if its config does not say.
+        positions: Number of positions that the model supports; None if its config does not say.
     """
 
     weights: int
@@ -52,7 +52,7 @@ class Footprint:
 def take_footprint(
     config: RunConfig, files: BaseFiles, device: torch.device, dtype: torch.dtype, *, tokens: int, row: int, loss: Loss
 ) -> Footprint:
-    """Run a step's own code on the meta device, with one layer of each kind, and compute what all layers would hold.
+    """Run a training step on the meta device with one layer of each kind, and extrapolate to all layers.
 
     Args:
         config: Config of the run.
@@ -64,14 +64,16 @@ def take_footprint(
         loss: Loss that is minimized.
 
     Raises:
-        ModelError: The base is none that can be trained, or its step can't be run without data.
+        ModelError: The base can't be trained, or its step can't be run on the meta device.
     """
     _check_task(files)
     quantization = _quantization(config, files)
     model = build_skeleton(files, config.model.trust_remote_code)
     head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{files.name}: {type(model).__name__} has no output head to train with.")
+        raise ModelError(
+            f"{files.name}: {type(model).__name__} has no output head; set model.base to a model with one."
+        )
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -100,7 +102,7 @@ def take_footprint(
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{type(model).__name__} can't be run without its values, so not estimated: {reason}"
+            f"{type(model).__name__} can't be run on the meta device, so its memory can't be estimated: {reason}"
         ) from error
     return Footprint(
         weights=weights,
@@ -148,7 +150,7 @@ def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: boo
     in_4bit = {id(module.weight) for module in quantized.values()}
     total = sum(
         nf4_bytes(parameter.numel(), double_quant) if id(parameter) in in_4bit else parameter.nbytes
-        for parameter in model.parameters()  # each once, however often it is used
+        for parameter in model.parameters()  # each once, even if modules share it
         if not parameter.requires_grad
     )
     return total + sum(buffer.nbytes for buffer in model.buffers())

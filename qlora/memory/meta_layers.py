@@ -1,4 +1,4 @@
-"""A few layers of a model on the meta device, one of each kind, that are trained in the place of all of them."""
+"""A model reduced to one layer of each kind on the meta device, from which the memory of all layers is extrapolated."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,15 +17,15 @@ from qlora.lora import AdapterSpec, LoraLinear, choose_form
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
 from qlora.nf4 import NF4Linear
 
-# Longer than any row.
+# Longer than any sequence.
 ENDLESS = 1 << 40
 
 
 class Stack:
-    """A model's layers, and one of each kind that stands for the others.
+    """A model's layers, and one of each kind that represents the others.
 
     Args:
-        model: A skeleton.
+        model: Skeleton of the model.
         adapted: Linear layers that get adapters, by name.
         specs: Specs of these adapters, by name.
         quantized: Linear layers in 4 bits, by name.
@@ -55,7 +55,7 @@ class Stack:
         self.layers = [layers[index] for index in self.kept]
 
     def reduce(self, config: RunConfig, device: torch.device, tokens: int) -> None:
-        """Leaves the model the layers that are kept, quantized and adapted."""
+        """Remove all other layers from the model, and quantize and adapt those that remain."""
         model, lora = self.model, config.lora
         form = choose_form(lora.form, tokens, device, lora.dropout)
         prefixes = tuple(self.prefixes[index] for index in self.kept)
@@ -76,24 +76,24 @@ class Stack:
         largest = self._largest_scratch(form, device)
         dtype = model.dtype
         self.scratch = scratch((1, largest), dtype, torch.device("meta"))
-        # On a GPU the backward has a thread of its own, and so memory of its own for it.
+        # On a GPU the backward runs in another thread, which has a scratch buffer of its own.
         times = 2 if device.type == "cuda" else 1
         self.always = Held(buffers=Bytes(times * largest * dtype.itemsize))
 
     def _largest_scratch(self, form: str, device: torch.device) -> int:
-        """Elements of the longest weight that is written into memory for every next one."""
-        # On a CPU, only where what is folded is in 16 bits: what is dequantized there is a new tensor.
+        """Return the number of elements of the largest weight that is written into the scratch buffer."""
+        # On a CPU these are only folded 16-bit weights: dequantizing allocates a new tensor there.
         written = self.quantized if device.type == "cuda" else {}
         if form == "folded":
             written = {name: one for name, one in self.adapted.items() if name not in self.quantized} | written
         return max((module.weight.numel() for module in written.values()), default=0)
 
     def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Held]:
-        """What all layers would hold, from what those kept do.
+        """Return the memory at each moment of a step with all layers.
 
         Args:
-            moments: Of a step.
-            layers_hold: Between forward and backward, each layer kept.
+            moments: Moments of a step with the layers that are kept.
+            layers_hold: Memory of each kept layer between its forward and its backward.
         """
         hold = {kind: layers_hold[self.kept.index(index)] for kind, index in self.last.items()}
         below, extras = Held(), {}
@@ -115,11 +115,14 @@ def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
         is_list = id(module) in inside and isinstance(module, nn.ModuleList) and len(module) > 0
         if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
             return name, module
-    raise ModelError(f"{type(model).__name__} has no layers that are known here, so its memory can't be estimated.")
+    raise ModelError(
+        f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, so its memory can't be "
+        "estimated."
+    )
 
 
 class _EmptyLinear(NF4Linear):
-    """A quantized linear on the meta device, where bitsandbytes has nothing to dequantize."""
+    """A quantized linear layer on the meta device, which bitsandbytes does not support."""
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
@@ -127,23 +130,23 @@ class _EmptyLinear(NF4Linear):
         self._writes_scratch = device.type == "cuda"
 
     def weight_for_product(self, dtype: torch.dtype, deltas: Any = (), lasting: bool = False) -> torch.Tensor:
-        """A tensor where the layer that it stands for has one."""
+        """Return a meta tensor in the same kind of memory as the real layer's weight."""
         if self._writes_scratch and not lasting:
             return scratch(self.quant_state.shape, dtype, self.weight.device)
         return torch.empty(self.quant_state.shape, dtype=dtype, device="meta")
 
 
 def set_attention(model: Any, config: RunConfig, device: torch.device, row: int) -> None:
-    """Gives a model the attention that a run would use, as far as it makes a difference to what is held."""
+    """Set the attention that a run would use, as far as it affects memory."""
     if config.model.attention == "eager":
         model.set_attn_implementation("eager")
     elif config.model.attention == "auto":
         use_document_attention(model)
         if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS:
-            model.set_attn_implementation("sdpa")  # one kernel for all documents, which keeps as much as for one
+            model.set_attn_implementation("sdpa")  # one kernel for all documents keeps as much as for a single one
     by_documents = device.type == "cuda" and config.data.packing and model.config._attn_implementation == "sdpa"
     for holder in (model.config.get_text_config(), *model.modules()):
         window = getattr(holder, "sliding_window", None)
         if isinstance(window, int):
-            # To the short rows that are run it should be what the window is to the rows of the run.
+            # The traced sequences are short: 1 is below their length where the run's window is below `row`.
             holder.sliding_window = 1 if row > window and not by_documents else ENDLESS

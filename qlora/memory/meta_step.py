@@ -1,4 +1,4 @@
-"""A step on the meta device at each level of recomputation, and what it holds when it holds most."""
+"""A step on the meta device at each level of recomputation, and the moments of its largest memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
 from qlora.model.loss import Loss
 
-# Divides no size, so that none is taken for one that depends on the tokens.
+# Divides no size, so that every size counts as independent of the tokens.
 NEVER = (1 << 61) - 1
 
 
 def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, list[Held]]:
-    """Run a step at each level of recomputation that a run could have.
+    """Run a step at each level of recomputation that the model supports.
 
     Args:
         stack: Layers of the model, reduced to those that represent the others.
@@ -30,7 +30,7 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         loss: Loss that is minimized.
 
     Returns:
-        For each level, the fastest first, what a run holds at those moments that can be the largest.
+        For each level, the fastest first, the memory at each moment that may be the peak.
     """
     model = stack.model
     with Timeline(1):
@@ -51,8 +51,9 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
             trace = _trace(stack, loss, long, 1)
         held[level] = _finish(stack, trace, head, trace.layers_hold)
     if device.type == "cuda":
-        assert levels[-1] == "full"  # which the trace is of
-        # On the host are the inputs of all but the last layer and of the one that is fetched: as many as are kept.
+        assert levels[-1] == "full"  # `trace` is of the last level
+        # Offloading moves the layers' inputs to the host, except those of the last layer and of the one being fetched,
+        # which the kept layers account for.
         nothing = [Held()] * len(stack.kept)
         held["offload"] = _finish(stack, trace, head, nothing)
         if "mlp" in levels:
@@ -62,7 +63,7 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
 
 
 def _fit_tiled(stack: Stack, loss: Loss) -> Held:
-    """Return the largest moment as a line through two numbers of tiles; their size is fixed."""
+    """Return the largest moment as a linear function of the tokens, fitted to two numbers of tiles of fixed size."""
     for module in stack.model.modules():
         if isinstance(module, GatedMLP):
             module.run = tile_mlp
@@ -114,7 +115,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
         timeline.place = place
 
     def begin(place: int, inputs: Any) -> None:
-        if not is_backward:  # nor a layer that is computed again
+        if not is_backward:  # the backward runs forwards too, where it recomputes layers
             move(place)
             starts.append(timeline.held)
             if place and inputs and inputs[0].requires_grad:

@@ -14,14 +14,14 @@ class MemoryReport:
     Attributes:
         device: Device of the run.
         compute_dtype: Compute dtype.
-        micro_batch_size: Sequences of a micro-batch.
-        max_seq_len: Most tokens of a sequence.
+        micro_batch_size: Number of sequences per micro-batch.
+        max_seq_len: Largest number of tokens per sequence.
         free_bytes: Bytes that the run may take.
-        margin: Share of these that stays free.
+        margin: Share of these bytes that stays free.
         levels: For each level of recomputation, the fastest first: `bytes` by kind, `total`, whether it `fits`, the
             `largest_micro_batch`, the `longest_context` and the number of `weight_cache_layers`.
         level: The level to use; None if the run does not fit.
-        why: Why it is this level, or why none fits.
+        why: Reason for the level, or why no level fits.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""What a step holds at every moment, as polynomials in its tokens: the step itself, run on the meta device."""
+"""Memory of a step at every moment, as polynomials in its tokens, recorded from a step on the meta device."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -15,28 +15,28 @@ HEAD = -1
 
 
 class Bytes(NamedTuple):
-    """Bytes as a polynomial: constant + linear · tokens + quadratic · tokens · (tokens of a row)."""
+    """Bytes as a polynomial: constant + linear · tokens + quadratic · tokens · (tokens of a sequence)."""
 
     constant: float = 0.0
     linear: float = 0.0
     quadratic: float = 0.0
 
     def plus(self, other: "Bytes", times: float = 1) -> "Bytes":
-        """The sum with so many times another."""
+        """Return the sum of this and a multiple of another."""
         return Bytes(*(one + times * another for one, another in zip(self, other, strict=True)))
 
     def at(self, tokens: int, row: int) -> float:
-        """Bytes of so many tokens in rows of so many."""
+        """Return the bytes for a number of tokens, in sequences of `row` tokens."""
         return self.constant + self.linear * tokens + self.quadratic * tokens * row
 
 
 class Held(NamedTuple):
-    """Bytes by kind.
+    """Bytes in use, by kind.
 
     Attributes:
-        activations: Of the layers, kept or in use, with their gradients.
-        loss: Of the head and the loss.
-        buffers: Of any size that does not depend on the tokens: dequantized weights.
+        activations: Bytes of the layers' activations, saved or in use, and their gradients.
+        loss: Bytes of the head's and the loss's tensors.
+        buffers: Bytes of tensors whose size does not depend on the tokens, such as dequantized weights.
     """
 
     activations: Bytes = Bytes()
@@ -44,21 +44,21 @@ class Held(NamedTuple):
     buffers: Bytes = Bytes()
 
     def plus(self, other: "Held", times: float = 1) -> "Held":
-        """The sum with so many times another."""
+        """Return the sum of this and a multiple of another."""
         return Held(*(one.plus(another, times) for one, another in zip(self, other, strict=True)))
 
     @property
     def total(self) -> Bytes:
-        """Of all kinds."""
+        """Sum over all kinds."""
         return self.activations.plus(self.loss).plus(self.buffers)
 
 
 class Moment(NamedTuple):
-    """What is held after an operation.
+    """Memory after an operation.
 
     Attributes:
-        place: Index of the layer that is computed, forward or backward; `HEAD` behind the last.
-        held: By then.
+        place: Index of the layer that is computed, forward or backward; `HEAD` after the last layer.
+        held: Bytes in use after the operation.
     """
 
     place: int
@@ -66,32 +66,34 @@ class Moment(NamedTuple):
 
 
 class Timeline(TorchDispatchMode):
-    """Records the bytes of all storages that are made while it is entered, until they are freed.
+    """Context that records the bytes of all storages created in it, until they are freed.
 
-    Sizes are told apart by what they are multiples of, so that one run tells of any number of tokens. Who asks for
-    values gets zeros, and yes: two functions are no distance apart, and a row is one document.
+    A storage whose size is a multiple of `tokens` or its square scales with the number of tokens or its square, so a
+    single step gives the memory for any number of tokens. Code that reads values of meta tensors gets 0 or True, so
+    that comparisons find tensors equal, and a sequence a single document.
 
     Args:
-        tokens: Of the step that is run, in one row; a prime that divides no other size.
-        known: Tensors that were there before.
-        fixed: Sizes, in bytes, of what hangs on no tokens wherever it is made: trained rows and their gradients.
+        tokens: Number of tokens of the step, in one sequence; a prime that divides no other size.
+        known: Tensors that exist before.
+        fixed: Sizes in bytes that do not depend on the tokens, even if created by the head: those of rows trained in
+            full and of their gradients.
 
     Attributes:
-        place: Given to moments.
+        place: Place that the next moments get.
     """
 
     def __init__(self, tokens: int, known: Iterable[torch.Tensor] = (), fixed: Iterable[int] = ()) -> None:
         super().__init__()
         self.place = 0
         self._tokens, self._fixed = tokens, {*fixed}
-        # By place in Held and by power of the tokens; plain numbers, as there are thousands of changes.
+        # By kind and by power of the tokens; plain numbers, since there are thousands of changes.
         self._bytes = [0] * len(Held._fields) * len(Bytes._fields)
         self._moments: dict[tuple[int, ...], None] = {}
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
         self._scope = ExitStack()
 
     def __enter__(self) -> "Timeline":
-        # Meta tensors have attention in parts alone, with all scores. Here they get it of one kernel, as elsewhere.
+        # On meta tensors torch computes attention from its parts, with all scores; real devices use a fused kernel.
         library = self._scope.enter_context(_scoped_library("aten", "IMPL"))
         library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
         return super().__enter__()
@@ -102,11 +104,11 @@ class Timeline(TorchDispatchMode):
 
     @property
     def held(self) -> Held:
-        """What is held now."""
+        """Bytes in use now."""
         return _as_held(self._bytes)
 
     def moments(self) -> list[Moment]:
-        """Those behind the operations that made a storage."""
+        """Return the moments after operations that created a storage, without duplicates."""
         return [Moment(place, _as_held(numbers)) for place, *numbers in self._moments]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +139,7 @@ class Timeline(TorchDispatchMode):
         return True
 
     def _sort(self, size: int) -> tuple[int, int]:
-        """Which of the numbers a storage belongs to, and what it adds."""
+        """Return the index of the number that a storage of a size counts towards, and what it adds to it."""
         if size in self._fixed:
             return Held._fields.index("buffers") * len(Bytes._fields), size
         power = 0
@@ -157,7 +159,10 @@ Shortcut = Callable[[Any, Any], Any]
 
 @cache
 def _shortcut(func: Any) -> Shortcut | None:
-    """What gives the result of an operation on meta tensors where torch's own way is slow or there is none."""
+    """Return a replacement for an operation that torch computes slowly or not at all on meta tensors; None for others.
+
+    A replacement returns NotImplemented for arguments that it does not handle.
+    """
     if func in ANSWERS:
         return ANSWERS[func]
     mutated = [each.name for each in func._schema.arguments if each.is_write]
@@ -171,13 +176,13 @@ def _shortcut(func: Any) -> Shortcut | None:
 
 
 def _written(name: str, args: Any, kwargs: Any) -> Any:
-    """The tensor that an operation writes into, without doing it."""
+    """Return the tensor that an operation writes into, without running the operation."""
     tensor = kwargs[name] if name in kwargs else args[0]
     return tensor if tensor.is_meta else NotImplemented
 
 
 def _like_inputs(is_bool: bool, args: Any, kwargs: Any) -> Any:
-    """A tensor of the shape, strides and dtype of those that an operation takes element by element."""
+    """Return a tensor with the shape, strides and dtype that a pointwise operation's result has."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     largest = max(tensors, key=torch.Tensor.numel)
     if not (largest.is_meta and largest.is_contiguous()):
@@ -229,7 +234,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Keeps nothing but inputs, output and logsumexp."""
+    """Compute attention with a kernel that saves only inputs, output and logsumexp for the backward."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     width = value.shape[-1]
     if width < query.shape[-1]:

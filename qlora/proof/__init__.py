@@ -1,4 +1,4 @@
-"""The proof of a release: adapters and merged models compared with the run that made them."""
+"""Verification of a release: adapters and merged models compared with their run."""
 
 from qlora.proof.verify import VerifyReport, verify
 

@@ -1,4 +1,4 @@
-"""A run's adapter by itself: its files against the run, its layers against their weights computed a second time."""
+"""Verify an adapter without a merge: its files against the run, its layers against weights computed a second time."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from qlora.lora import LoraLinear, lora_layers
 from qlora.model import adapter_spec
 from qlora.proof.expected import ExpectedWeights
 
-# Tokens that go through the model; each layer's product with them is computed again in fp64.
+# Number of tokens that the model is run on; each layer's product with them is computed a second time in fp64.
 NUM_TOKENS = 128
 
 
 @dataclass(slots=True)
 class LayerCheck:
-    """What became of the comparison.
+    """The result of :func:`check_layers`.
 
     Attributes:
-        problems: A line for each layer that computes something else.
-        checked: Layers that were compared.
-        max_difference: Of a layer's outputs from the expected ones, in shares of those.
+        problems: A line for each mismatch.
+        checked: Number of layers that were compared.
+        max_difference: Largest relative difference of a layer's outputs from the expected ones.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -73,30 +73,32 @@ def _compare_saved(checkpoint: Path, adapter: Path) -> list[str]:
         read_adapter_header(checkpoint)
     except CheckpointError as error:
         return [
-            f"the adapter can't be compared with the last checkpoint; remove that, if the run needs it no more: {error}"
+            f"the adapter can't be compared with the last checkpoint: {error} Remove that checkpoint if the run no "
+            "longer needs it."
         ]
-    saved_then, here = (load_file(folder / WEIGHTS_FILE) for folder in (checkpoint, adapter))
+    saved, found = (load_file(folder / WEIGHTS_FILE) for folder in (checkpoint, adapter))
     return [
-        f"{adapter}: {name} is not what the run saved after its last step"
-        for name in sorted({*saved_then} & {*here})
-        if not torch.equal(saved_then[name], here[name])
+        f"{adapter}: {name} differs from the checkpoint of the last step"
+        for name in sorted({*saved} & {*found})
+        if not torch.equal(saved[name], found[name])
     ]
 
 
 @torch.no_grad()
 def check_layers(model: Any, expected: ExpectedWeights, examples: ExampleSet) -> LayerCheck:
-    """Runs a model over a few tokens, and compares what each adapted layer puts out with x (W + scaling · B A)ᵀ.
+    """Run a model on a few tokens, and compare each adapted layer's output with x (W + scaling · B A)ᵀ.
 
-    Each is held against its own inputs, so that an error shows where it arises and no second model is needed.
+    Each layer is compared for its own inputs, so that an error is reported only for the layer that causes it, and no
+    second model is needed.
 
     Args:
-        model: With adapters.
-        expected: The weights that it was trained on, with the update.
-        examples: To take tokens from.
+        model: Model with adapters.
+        expected: Weights that the model was trained on, with the updates.
+        examples: Examples to take the tokens from.
     """
     check = LayerCheck()
     check.problems += [
-        f"{name} was not compared: the base's files hold its weight in no tensor of its own"
+        f"{name} was not compared: its weight is not a tensor of its own in the base's files"
         for name in expected.unplaced
     ]
 
@@ -104,23 +106,25 @@ def check_layers(model: Any, expected: ExpectedWeights, examples: ExampleSet) ->
         base, update = expected.adapted(name)
         eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, expected.compute_dtype))
         x, y = x.flatten(0, -2).double().cpu(), y.flatten(0, -2).double().cpu()
-        moved = x @ update.T
-        wanted = x @ base.T + moved
+        update_output = x @ update.T
+        wanted = x @ base.T + update_output
         if layer.base.bias is not None:
             wanted += layer.base.bias.double().cpu()
         error = y - wanted
-        # What rounding each product to the compute dtype adds up to, if no two of the roundings have to do with one
-        # another; sums and the two factors' own roundings get as much again, twice.
-        noise = (x.square() @ base.square().T).sum().sqrt() + wanted.norm() + moved.norm()
+        # Norm of the errors from rounding each product to the compute dtype, if the roundings are independent; the sums
+        # and the two factors' roundings get as much, twice.
+        noise = (x.square() @ base.square().T).sum().sqrt() + wanted.norm() + update_output.norm()
         bound = 4 * eps * noise.item()
-        share = ((error * moved).sum() / moved.square().sum().clamp_min(1e-30)).item()
+        share = ((error * update_output).sum() / update_output.square().sum().clamp_min(1e-30)).item()
         significant = 16 * bound / math.sqrt(error.numel())
         check.checked += 1
         check.max_difference = max(check.max_difference, (error.norm() / wanted.norm()).item())
-        rest = (error - share * moved).norm().item()
-        if not rest <= bound:  # of NaN it is false
-            check.problems.append(f"{name} puts out something else: off by {error.norm() / wanted.norm():.2g}")
-        elif abs(share) > 0.02 and abs(share) * moved.norm().item() > significant:
+        rest = (error - share * update_output).norm().item()
+        if not rest <= bound:  # also true for NaN
+            check.problems.append(
+                f"{name} computes other outputs: their relative difference is {error.norm() / wanted.norm():.2g}"
+            )
+        elif abs(share) > 0.02 and abs(share) * update_output.norm().item() > significant:
             check.problems.append(f"{name} computes with {round(1 + share, 2) + 0.0:g} times its update")
 
     handles = [

@@ -1,4 +1,4 @@
-"""Whether PEFT, vLLM and llama.cpp would load an adapter and compute with it what it was trained as."""
+"""Check whether PEFT, vLLM and llama.cpp would load an adapter and compute the same update as training."""
 
 import math
 import re
@@ -11,22 +11,22 @@ from qlora.checkpoint.adapter import CHANGING_INITS, config_rank, config_scaling
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.lora.spec import scaling
 
-# What `--max-lora-rank` of vLLM can be; it is 16 if not given (vllm/config/lora.py).
+# Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
-# Copies of the base's own weights that PEFT saves beside an adapter of these; vLLM passes over them.
+# Copies of the base's weights that PEFT saves with an adapter of embedding or head; vLLM skips them.
 VLLM_SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
 @dataclass(slots=True)
 class Verdict:
-    """On one client.
+    """Whether one client can use an adapter.
 
     Attributes:
-        loads: Whether it would load the adapter, and scale it rightly.
-        reasons: Why not.
-        needs: What it has to be given, or what could not be seen from here.
+        loads: Whether the client would load the adapter, and scale it correctly.
+        reasons: Reasons why not.
+        needs: Options that the client needs, and properties that were not checked.
     """
 
     loads: bool = True
@@ -34,29 +34,29 @@ class Verdict:
     needs: list[str] = field(default_factory=list)
 
     def refuse(self, reason: str) -> None:
-        """Adds a reason against."""
+        """Add a reason why the client can't use the adapter."""
         self.loads = False
         self.reasons.append(reason)
 
     def __str__(self) -> str:
-        verdict = "loads it" if self.loads else "does not: " + "; ".join(self.reasons)
+        verdict = "loads it" if self.loads else "does not load it: " + "; ".join(self.reasons)
         return verdict + "".join(f" ({need})" for need in self.needs)
 
 
 def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
-    """Holds an adapter's folder against the rules of the tools that load adapters, without running them.
+    """Check an adapter's folder by the rules of the tools that load adapters, without running them.
 
     Rules: peft/tuners/lora; vllm/lora/peft_helper.py; convert_lora_to_gguf.py and src/llama-adapter.h of llama.cpp.
 
     Args:
-        adapter: With `adapter_config.json` and `adapter_model.safetensors`.
-        base: The architecture that it is for, without weights.
+        adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base: Skeleton of the base that the adapter is for.
 
     Returns:
         A verdict for each of `peft`, `vllm` and `llama.cpp`.
 
     Raises:
-        CheckpointError: The folder holds no adapter, or a damaged one.
+        CheckpointError: The folder has no adapter, or a damaged one.
     """
     config = read_adapter_config(adapter)
     header = read_adapter_header(adapter)
@@ -77,24 +77,24 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
         verdict.refuse(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
     foreign = [name for name in others if not name.startswith(PREFIX)]
     if foreign:
-        verdict.refuse(f"it passes over {foreign[0]}, whose name does not begin with {PREFIX}")
+        verdict.refuse(f"it skips {foreign[0]}, whose name does not begin with {PREFIX}")
     modules = {name for name, module in base.named_modules() if hasattr(module, "weight")}
     absent = sorted({*ranks} - modules)
     if absent:
         verdict.refuse(f"the base has no layer {absent[0]}")
     wrong = [module for module, rank in ranks.items() if rank != config_rank(config, module)]
     if wrong:
-        verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, which is not what the config says")
-    meant = _meant(config, modules)
-    if meant is None:
-        verdict.needs.append("which layers target_modules means was not checked")
-    elif meant != {*ranks} and not absent:
-        verdict.refuse(f"target_modules and the tensors differ in {sorted(meant ^ {*ranks})[0]}")
+        verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, the config says {config_rank(config, wrong[0])}")
+    selected = _selected(config, modules)
+    if selected is None:
+        verdict.needs.append("the layers that target_modules selects were not checked")
+    elif selected != {*ranks} and not absent:
+        verdict.refuse(f"target_modules and the tensors differ in {sorted(selected ^ {*ranks})[0]}")
     return verdict
 
 
 def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list[int]], base: Any) -> None:
-    """Whether PEFT has a place for rows that were trained in full, and computes with them what was trained."""
+    """Check that PEFT can load rows trained in full, and computes the same with them."""
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     names = {name: module for name, module in base.named_modules() if module in (head, embeddings)}
     by_ids = config.get("trainable_token_indices") or {}
@@ -105,14 +105,14 @@ def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list
         verdict.needs.append(f"after resize_token_embeddings({size}) of the base, and the adapter's tokenizer")
     biased = [name for name in by_ids if getattr(names.get(name), "bias", None) is not None]
     if biased:
-        verdict.refuse(f"it leaves out the bias of {biased[0]} where single rows of it are trained")
+        verdict.refuse(f"it omits the bias of {biased[0]} if only some of its rows are trained")
 
 
 def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> Verdict:
-    verdict = Verdict(needs=["whether it takes adapters for this architecture was not checked"])
+    verdict = Verdict(needs=["its support of adapters for this architecture was not checked"])
     if not config.get("target_modules"):
         verdict.refuse("target_modules is not set")
-    for key, what in {
+    for key, feature in {
         "use_dora": "DoRA",
         "lora_bias": "biases of the factors",
         "layer_replication": "replicated layers",
@@ -120,14 +120,14 @@ def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]
         "trainable_token_indices": "embeddings of single tokens",
     }.items():
         if config.get(key):
-            verdict.refuse(f"it refuses {what} ({key})")
+            verdict.refuse(f"it refuses {feature} ({key})")
     if config.get("bias", "none") != "none":
         verdict.refuse(f"it refuses trained biases (bias: {config['bias']})")
     if str(config.get("init_lora_weights")).lower().startswith(CHANGING_INITS):
-        verdict.refuse(f"init_lora_weights: {config['init_lora_weights']} has changed the base that it adds to")
+        verdict.refuse(f"init_lora_weights: {config['init_lora_weights']} changed the base's weights in training")
     unknown = [name for name in others if not name.endswith(VLLM_SKIPPED)]
     if unknown:
-        verdict.refuse(f"{unknown[0]} is no factor of a layer")
+        verdict.refuse(f"{unknown[0]} is not a LoRA factor")
     served = scaling(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))  # one for all modules
     _check_scaling(verdict, config, dict.fromkeys(ranks, served))
     rank = max([config["r"], *ranks.values()])
@@ -139,20 +139,20 @@ def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]
 
 
 def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list[str], base: Any) -> Verdict:
-    verdict = Verdict(needs=["whether its converter knows this architecture was not checked"])
+    verdict = Verdict(needs=["its converter's support of this architecture was not checked"])
     unknown = [
         name for name in others if not re.search(r"\.lora_embedding_[AB]|_layernorm|\.norm|\.base_layer\.weight", name)
     ]
     if unknown:
-        verdict.refuse(f"its converter stops at {unknown[0]}, which is neither lora_A nor lora_B")
+        verdict.refuse(f"its converter fails on {unknown[0]}, which is neither lora_A nor lora_B")
     modules = dict(base.named_modules())
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     for module in ranks:
         if modules.get(module) is head and head is not None and head.weight is embeddings.weight:
-            verdict.refuse(f"{module} shares its weight with the embeddings, where it has no place for an update")
+            verdict.refuse(f"it can't update {module} separately from the embeddings that share its weight")
         if type(modules.get(module)).__name__ == "Conv1D":
             verdict.refuse(
-                f"its converter turns the weight of {module} over, and so the factors, which lie the right way"
+                f"its converter transposes the weight of {module}, and with it the factors, which are not transposed"
             )
             break
     alpha = config["lora_alpha"]
@@ -161,18 +161,18 @@ def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list
 
 
 def _check_scaling(verdict: Verdict, config: dict[str, Any], scalings: dict[str, float]) -> None:
-    """Whether a client scales every module as it was trained."""
+    """Check that a client scales every module as in training."""
     for module, served in scalings.items():
         trained = config_scaling(config, module)
         if not math.isclose(served, trained, rel_tol=1e-6):
             keys = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
             because = f", as it does not read {' and '.join(keys)}" if keys else ""
-            verdict.refuse(f"it would scale {module} by {served:g} and not {trained:g}{because}, and not say so")
+            verdict.refuse(f"it would silently scale {module} by {served:g} instead of {trained:g}{because}")
             return
 
 
-def _meant(config: dict[str, Any], modules: set[str]) -> set[str] | None:
-    """The modules that target_modules selects; None where other keys have a say in that."""
+def _selected(config: dict[str, Any], modules: set[str]) -> set[str] | None:
+    """Return the modules that target_modules selects; None if the selection depends on other keys."""
     targets = config.get("target_modules") or []
     if targets == "all-linear" or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return None

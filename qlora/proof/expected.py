@@ -1,4 +1,4 @@
-"""The merged weights of a run, computed a second time and in another way than merge does."""
+"""The merged weights of a run, computed a second time by other code than merge's."""
 
 import re
 from typing import Any
@@ -18,19 +18,19 @@ from qlora.nf4 import dequantize, quantize
 class ExpectedWeights:
     """The merged weights of a run, by their names in the base's files, in fp64.
 
-    The base's file is read, quantized and dequantized as in training; the scaling is the config's and not the
-    adapter's. Where :class:`qlora.export.weights.MergedWeights` adds in fp32, this adds in fp64.
+    The base's files are read, quantized and dequantized as in training. The scaling comes from the config, not from the
+    adapter. :class:`qlora.export.weights.MergedWeights` adds updates in fp32, this class in fp64.
 
     Args:
         run: The run.
-        base: Its base's files.
-        onto: `dequantized` or `original`.
-        device: To quantize on, as the merge did.
+        base: Files of its base.
+        onto: Base weights that were merged onto, `dequantized` or `original`.
+        device: Device to quantize on, the same kind as the merge's.
 
     Attributes:
         names: Names of the tensors, in the base's order.
         compute_dtype: Dtype that the run's weights were dequantized to.
-        unplaced: Adapted modules whose weight is not a tensor of the base's files.
+        unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
     """
 
     def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
@@ -64,15 +64,15 @@ class ExpectedWeights:
         return (weight.T, update.T) if name in self._transposed else (weight, update)
 
     def is_adapted(self, name: str) -> bool:
-        """Whether an update is added to a tensor."""
+        """Return whether an update is added to a tensor."""
         return name in self._factors
 
     def has_trained_rows(self, name: str) -> bool:
-        """Whether rows of a tensor were trained in full."""
+        """Return whether rows of a tensor were trained in full."""
         return name in self._trained
 
     def base(self, name: str) -> torch.Tensor | None:
-        """A weight that went through 4 bits, whole, as training saw it; None for one that is as in the files."""
+        """Return a whole dequantized weight, as training used it; None for a weight that is used as in the files."""
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
@@ -80,20 +80,25 @@ class ExpectedWeights:
         weight = self._base.read(name)
         weight = (weight.T if name in self._transposed else weight).to(self._device, self.compute_dtype)
         settings = self._record.quantization
-        assert settings.block_size is not None  # as the record has quantized layers
+        assert settings.block_size is not None  # because the record has quantized layers
         packed = quantize(weight, settings.double_quant, settings.block_size)
         weight = dequantize(*packed, self.compute_dtype).cpu()
         return weight.T if name in self._transposed else weight
 
     def shape(self, name: str, base: torch.Tensor | None) -> tuple[int, ...]:
-        """Of a tensor, whose base weight is given if it went through 4 bits."""
+        """Return the shape of a tensor.
+
+        Args:
+            name: Name of the tensor.
+            base: Result of :meth:`base`.
+        """
         if name in self._trained:
             size, features = self._base.shapes[name]
             return max(size, self._trained[name][0].stop), features
         return self._base.shapes[name] if base is None else tuple(base.shape)
 
     def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
-        """Rows of the base weight, or as they were trained: fp64, or as stored where they are no floating point."""
+        """Return rows of a base weight, with those trained in full: in fp64; integers as they are stored."""
         values = self._base.read(name, rows) if base is None else base[rows]
         if not values.is_floating_point():
             return values
@@ -117,7 +122,7 @@ class ExpectedWeights:
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
 
     def _scaling(self, module: str) -> float:
-        """The factor on B A by the config: a second writing of the formula and of PEFT's patterns, on purpose."""
+        """Return the factor on B A from the config; implements formula and patterns a second time, on purpose."""
         own = self._lora
         rank, alpha = (
             next((value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", module)), default)
@@ -127,7 +132,7 @@ class ExpectedWeights:
 
 
 def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:
-    """The ids whose rows were trained, and the rows, by module; where embedding and head are one, of both."""
+    """Return ids and values of the rows trained in full, by module; for both modules if embedding and head are tied."""
     tensors = load_file(run.adapter / WEIGHTS_FILE)
     trained = {module: (rows.ids, tensors[rows.tensor]) for module, rows in read_adapter_rows(run.adapter).items()}
     if are_shared and trained:

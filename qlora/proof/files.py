@@ -1,4 +1,4 @@
-"""What lies beside a merged model's tensors: index, config, tokenizer, template, end tokens; held against the run's."""
+"""Verify a merged folder's files other than tensors: index, config, tokenizer, chat template and end tokens."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 from qlora.model.names import embedding_and_head_tensors
 from qlora.model.tokenizer import GENERATION_FILE
 
-# Prose, code, numbers, spaces, scripts and signs that tokenizers part ways on.
+# Prose, code, numbers, spaces, scripts and symbols on which tokenizers differ.
 SAMPLE_TEXTS = (
     "Hello, world! It's the 3rd of May, 12:30.",
     "  two spaces,\ttab,\n\nlines\r\nand a trailing one ",
@@ -24,33 +24,43 @@ SAMPLE_TEXTS = (
     "<s></s><|im_start|>user\n<|im_end|><|eot_id|><unk>[INST]",
 )
 
-# Of a config, what a merge may change (and other checks see), and what changes nothing.
+# Keys of a config that a merge may change (verified elsewhere), and keys without effect.
 MERGED_KEYS = {"dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "vocab_size"}
 IDLE_KEYS = {"transformers_version", "_name_or_path"}
 
 
 def check_weight_files(written: BaseFiles) -> list[str]:
-    """Whether whoever loads the folder finds the same tensors, be it by its index or by the files that there are."""
+    """Check that loading by the index and loading all files give the same tensors.
+
+    Returns:
+        A line for each mismatch.
+    """
     own = {path.name for path in written.weight_files}
     others = sorted({path.name for path in written.folder.glob("*.safetensors")} - own)
-    problems = [f"{name} is no file of the model, and may be loaded in its place or with it" for name in others]
+    problems = [f"{name} is not a file of the model, and may be loaded with it or instead of it" for name in others]
     index = written.folder / "model.safetensors.index.json"
     if index.is_file():
         places = parse_object(index.read_bytes())["weight_map"]
         wrong = sorted(name for name, path in written.tensors.items() if places.get(name) != path.name)
         wrong += sorted({*places} - {*written.tensors})
         if wrong:
-            problems.append(f"{index.name} names the wrong file for {len(wrong)} tensors, the first is {wrong[0]}")
+            problems.append(f"{index.name} names the wrong file for {len(wrong)} tensors; the first is {wrong[0]}")
     return problems
 
 
 def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
-    """Whether config.json describes the base; a window or a scaling of positions would show in long texts alone.
+    """Check that config.json describes the base's architecture.
+
+    The comparison of predictions could miss a difference, since a window or a scaling of positions affects only long
+    texts.
 
     Args:
-        base: Its files.
+        base: Files of the base.
         written: The merged folder.
-        dtype: Of the merge.
+        dtype: Dtype of the merge.
+
+    Returns:
+        A line for each mismatch.
     """
     expected, found = _described(base.config), _described(written.config)
     problems = [
@@ -63,34 +73,40 @@ def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
 
 
 def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles) -> list[str]:
-    """Whether config and files agree on the output head, shared with the embeddings or of its own, as the base has it.
+    """Check that config and files agree on whether the output head is tied, and that it is tied as in the base.
 
     Args:
-        base: The base's architecture, without weights.
-        base_files: Its files.
-        merged: The architecture of the merged folder.
-        written: That folder.
+        base: Skeleton of the base.
+        base_files: Files of the base.
+        merged: Skeleton of the merged model.
+        written: The merged folder.
+
+    Returns:
+        A line for each mismatch.
     """
     problems, is_tied, head = [], _is_tied(merged), _own_head(merged, written)
     if is_tied and head is not None:
-        problems.append(f"config.json ties the head to the embeddings, and the files hold another in {head}")
+        problems.append(f"config.json ties the head to the embeddings, but the files have a different one in {head}")
     if not is_tied and head is None and merged.get_output_embeddings() is not None:
-        problems.append("config.json gives the head weights of its own, and the files hold none")
-    # transformers ties no head that the files hold other values of, whatever the base's config says.
+        problems.append("config.json does not tie the head to the embeddings, but the files have no weights for it")
+    # transformers does not tie a head whose stored values differ, even if the base's config says so.
     if is_tied != (_is_tied(base) and _own_head(base, base_files) is None):
-        change = "ties the head to the embeddings" if is_tied else "gives the head weights of its own"
-        problems.append(f"config.json {change}, and the base does not (tie_word_embeddings)")
+        change = "ties the head to the embeddings" if is_tied else "does not tie the head to the embeddings"
+        problems.append(f"config.json {change}, unlike the base (tie_word_embeddings)")
     return problems
 
 
 def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, config: RunConfig) -> list[str]:
-    """Check that the folder's tokenizer gives the run's ids, and that template and special tokens are the run's.
+    """Check that the folder's tokenizer has the run's ids, chat template and special tokens.
 
     Args:
-        base: The base's files.
+        base: Files of the base.
         written: The merged folder.
-        expected: The run's tokenizer.
-        config: The run's config.
+        expected: Tokenizer of the run.
+        config: Config of the run.
+
+    Returns:
+        A line for each mismatch.
     """
     try:
         tokenizer = load_tokenizer(written.folder, config.model.trust_remote_code)
@@ -107,12 +123,12 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, config: 
         if getattr(tokenizer, kind) != getattr(expected, kind):
             problems.append(f"the tokenizer's {kind} is {getattr(tokenizer, kind)}, not {getattr(expected, kind)}")
     if tokenizer.chat_template != expected.chat_template:
-        problems.append("the chat template is another")
+        problems.append("the chat template differs from the run's")
     return problems
 
 
 def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> list[str]:
-    """Whether generation ends where the base's did, and where training taught it to."""
+    """Check that generation ends at the end tokens of the base and of training."""
     if not (written.folder / GENERATION_FILE).is_file():
         return [f"{GENERATION_FILE} is missing"]
     own = load_generation_config(base.folder)
@@ -123,14 +139,14 @@ def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> li
 
 
 def _check_pad_token(written: BaseFiles, tokenizer: Any) -> list[str]:
-    """Check that generation pads with the token that the config sets."""
+    """Check that generation uses the padding token that the config sets."""
     found = load_generation_config(written.folder).pad_token_id
     wanted = tokenizer.pad_token_id
     return [] if found == wanted else [f"{GENERATION_FILE} has pad_token_id {found}, not {_show(tokenizer, wanted)}"]
 
 
 def _described(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of the architecture; of a model with images, in a part of it too."""
+    """Return the keys of a config that describe the architecture; a model with images has a section with more."""
     return {
         key: _described(value) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
@@ -144,7 +160,7 @@ def _is_tied(skeleton: Any) -> bool:
 
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
-    """The tensor that holds the head, unless it holds the embeddings once more."""
+    """Return the name of the head's tensor; None if there is none, or if it equals the embeddings of a tied model."""
     embeddings, head = embedding_and_head_tensors(skeleton, files.tensors)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head

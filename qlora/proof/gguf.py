@@ -1,4 +1,4 @@
-"""A GGUF file against the run: tensors, sizes and vocabulary."""
+"""Verify a GGUF file against the run: tensors, hyperparameters and vocabulary."""
 
 import math
 import re
@@ -13,8 +13,7 @@ from qlora.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora.proof.expected import ExpectedWeights
 from qlora.proof.tensors import TensorCheck, check_tensors
 
-# llama.cpp's names of what transformers calls otherwise; written down here once more rather than taken from the
-# package that wrote them.
+# llama.cpp's names by those of transformers: a second list, independent of the package that wrote the file.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 NAMES = {
@@ -33,24 +32,24 @@ NAMES = {
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-# That numbers of a kind are read in.
+# Dtypes that tensors of a kind are read as.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
 BLOCK_SIZE = 32  # of q8_0
 
 
 class GGUFFile:
-    """A GGUF file's tensors by their names in transformers' files, and what it says of itself.
+    """A GGUF file's tensors by their names in transformers' files, and its metadata.
 
     Args:
-        path: Of the file.
-        names: Of the tensors that are looked for.
-        dtype: Of its matrices: `float16`, `bfloat16` or `q8_0`.
-        config: Of the model.
+        path: Path of the file.
+        names: Names of the expected tensors.
+        dtype: Expected dtype of the matrices: `float16`, `bfloat16` or `q8_0`.
+        config: Config of the model.
 
     Attributes:
-        fields: What it says, by key.
-        rope_factors: That frequencies are divided by, if it has those.
-        names: Of its tensors; of those that are not looked for, in its own way.
+        fields: Metadata by key.
+        rope_factors: Divisors of the rotary frequencies; None if the file has none.
+        names: Names of the file's tensors; unexpected ones under their names in the file.
 
     Raises:
         ExportError: `gguf` is not installed, or the file is damaged.
@@ -65,7 +64,7 @@ class GGUFFile:
             reader = GGUFReader(path)
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ExportError(f"{path.name} is cut short or damaged: {error}") from None
+            raise ExportError(f"{path.name} is truncated or damaged ({error}); merge again.") from None
         self._matrix_kind, self._head_dim = KINDS[dtype], _head_dim(config)
         self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -74,18 +73,18 @@ class GGUFFile:
         self.rope_factors = None if factors is None else factors.data.tolist()
         self._tensors = {name: tensors.pop(other) for name, other in own.items()}
         if HEAD in names and HEAD not in self._tensors and EMBEDDING in self._tensors:
-            self._tensors[HEAD] = self._tensors[EMBEDDING]  # llama.cpp takes that where there is no other
+            self._tensors[HEAD] = self._tensors[EMBEDDING]  # llama.cpp uses the embedding if there is no head
         self.names = [*self._tensors, *tensors]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(reversed(self._tensors[name].shape.tolist()))
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Some of its rows, in transformers' order; those of q8_0 in fp32."""
+        """Return rows of a tensor in transformers' order; q8_0 is dequantized to fp32."""
         from gguf import quants
 
         tensor = self._tensors[name]
@@ -98,11 +97,14 @@ class GGUFFile:
         return torch.from_numpy(values.copy() if is_plain else quants.dequantize(values, tensor.tensor_type))
 
     def dtype(self, name: str) -> torch.dtype:
-        """fp32 for vectors, the file's for matrices, but f16 for those that q8_0's blocks don't divide."""
+        """Return the expected dtype of a tensor.
+
+        It is fp32 for vectors and the file's for matrices; with q8_0, f16 for rows that are not a multiple of 32.
+        """
         return DTYPES[self._kind(name)]
 
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Half a step of q8_0, whose step is its block's largest value / 127 in fp16."""
+        """Return half a step of q8_0 for each value, where a step is the block's largest value / 127, in fp16."""
         if self._kind(name) != "Q8_0":
             return None
         steps = values.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / 127
@@ -116,7 +118,10 @@ class GGUFFile:
         return "F16" if self._matrix_kind == "Q8_0" and shape[-1] % BLOCK_SIZE else self._matrix_kind
 
     def _order(self, name: str) -> torch.Tensor | None:
-        """Rows of queries and keys where llama.cpp has the two halves of a head in turns."""
+        """Return the file's row of each row in transformers' order; None if the orders are the same.
+
+        llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
+        """
         match = LAYER.fullmatch(name)
         if not self._has_pairs or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
             return None
@@ -128,22 +133,23 @@ class GGUFFile:
 def check_gguf(
     path: Path, expected: ExpectedWeights, dtype: str, config: Any, tokenizer: Any, ends: list[int]
 ) -> TensorCheck:
-    """Compares a file with what merging should have written.
+    """Compare a GGUF file with the file that merging should have written.
 
     Args:
-        path: Of the file.
-        expected: The merged weights, computed a second time.
-        dtype: That the merge report names.
-        config: Of the base.
-        tokenizer: The run's.
+        path: Path of the file.
+        expected: Merged weights, computed a second time.
+        dtype: Dtype that the merge report names.
+        config: Config of the base.
+        tokenizer: Tokenizer of the run.
         ends: Ids of the tokens that end an answer.
 
     Raises:
-        ExportError: `gguf` is not installed, the file is damaged, or llama.cpp has no such tokenizer.
+        ExportError: `gguf` is not installed, the file is damaged, or llama.cpp has no equivalent architecture or
+            tokenizer.
     """
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
-            f"{path.name}: GGUF is merged for {', '.join(ARCHITECTURES)}, and not for {config.model_type}."
+            f"{path.name}: GGUF export supports {', '.join(ARCHITECTURES)}, not {config.model_type}; merge to a folder."
         )
     file = GGUFFile(path, expected.names, dtype, config)
     check = check_tensors(expected, file)
@@ -155,14 +161,14 @@ def check_gguf(
         if not _is_same(found, value):
             check.problems.append(f"{path.name}: {key} is {found!r:.60}, not {value!r:.60}")
     if vocabulary.tokens[: len(tokenizer)] != tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
-        check.problems.append(f"{path.name}: its tokens are not the tokenizer's")
+        check.problems.append(f"{path.name}: its tokens differ from the tokenizer's")
     if not _is_same(file.rope_factors, _rope_factors(config)):
-        check.problems.append(f"{path.name}: rope_freqs.weight is not what the config's rope_parameters ask for")
+        check.problems.append(f"{path.name}: rope_freqs.weight does not match the config's rope_parameters")
     return check
 
 
 def _name(name: str) -> str:
-    """A tensor's name in the file; empty if it has none."""
+    """Return a tensor's name in the file; empty if it has none."""
     match = LAYER.fullmatch(name)
     if match is None:
         return OUTER.get(name, "")
@@ -170,7 +176,7 @@ def _name(name: str) -> str:
 
 
 def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
-    """What the file should say of the model, by its keys."""
+    """Return the expected metadata on the model, by key; None for a key that should be missing."""
     architecture, head_dim, rope = ARCHITECTURES[config.model_type], _head_dim(config), config.rope_parameters
     is_scaled, is_yarn = rope["rope_type"] in ("linear", "yarn"), rope["rope_type"] == "yarn"
     values = {
@@ -199,7 +205,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _vocabulary_fields(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What it should say of the tokenizer."""
+    """Return the expected metadata on the tokenizer, by key; None for a key that should be missing."""
     names = {"unk": "unknown", "pad": "padding"}
     ids = {name: vocabulary.special.get(name) for name in ("bos", "eos", "eot", "eom", "unk", "pad")}
     template = vocabulary.template
@@ -219,14 +225,14 @@ def _vocabulary_fields(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _yarn_factor(rope: dict[str, Any]) -> float:
-    """The scale of YaRN's attention over the usual one, which llama.cpp multiplies by it."""
-    growth, mscale, of_all = 0.1 * math.log(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
-    asked = (1 + mscale * growth) / (1 + of_all * growth) if mscale and of_all else 1 + growth
-    return (rope.get("attention_factor") or asked) / (1 + growth)
+    """Return YaRN's attention factor relative to llama.cpp's default, which llama.cpp multiplies by it."""
+    growth, mscale, all_dim = 0.1 * math.log(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
+    computed = (1 + mscale * growth) / (1 + all_dim * growth) if mscale and all_dim else 1 + growth
+    return (rope.get("attention_factor") or computed) / (1 + growth)
 
 
 def _rope_factors(config: Any) -> list[float] | None:
-    """What Llama 3.1 divides frequencies by: long waves by the factor, short ones by 1, those between by a blend."""
+    """Return the divisors of Llama 3.1's frequencies: the factor for long waves, 1 for short ones, else a blend."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
@@ -240,7 +246,7 @@ def _rope_factors(config: Any) -> list[float] | None:
 
 
 def _is_same(found: Any, wanted: Any) -> bool:
-    """Whether a value is another in fp32; an empty list is as good as none."""
+    """Return whether two values are equal in fp32; an empty list equals a missing one."""
     if isinstance(wanted, float) and isinstance(found, float):
         return math.isclose(found, wanted, rel_tol=1e-5)
     if isinstance(wanted, list) and isinstance(found, list):

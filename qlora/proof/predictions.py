@@ -1,4 +1,4 @@
-"""What two models predict, one in memory at a time: logits, losses, and greedy answers to fixed prompts."""
+"""Predictions of two models, one in memory at a time: logits, losses, and greedy answers to fixed prompts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from qlora.data import ExampleSet, eval_batches
 from qlora.model import end_token_ids, evaluate
 
-# Positions whose whole distributions are compared; 512 of a 128k vocabulary are 256 MiB.
+# Number of positions whose whole distributions are compared; with a vocabulary of 128k their logits take 256 MiB.
 NUM_POSITIONS = 512
 PROMPTS = ("Once upon a time", "The capital of France is", "Question: What is 17 + 25?\nAnswer:", "def fibonacci(n):\n")
 NUM_NEW_TOKENS = 32
@@ -16,12 +16,12 @@ NUM_NEW_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Of one model.
+    """Predictions of one model.
 
     Attributes:
-        logits: Of the first positions, (positions, vocabulary) each, fp32 on the CPU.
-        loss: On all examples.
-        answers: Ids that greedy generation puts after each prompt.
+        logits: Logits of the first positions, by example: (positions, vocabulary), fp32 on the CPU.
+        loss: Loss on all examples, in nats per supervised token.
+        answers: Ids of the greedy answer to each prompt.
     """
 
     logits: list[torch.Tensor]
@@ -31,15 +31,15 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Between the predictions of two models, p and q.
+    """Distance between the predictions of two models, p and q.
 
     Attributes:
-        positions: Compared.
-        max_logit_difference: Over all positions and tokens.
-        mean_logit_difference: Over the same.
-        mean_kl: KL(p ‖ q), nats per position.
-        top1_agreement: Share of positions with the same likeliest token.
-        greedy_agreement: Share of the tokens that both put after the prompts, until the first that differs.
+        positions: Number of positions compared.
+        max_logit_difference: Largest difference over all positions and tokens.
+        mean_logit_difference: Mean difference over the same.
+        mean_kl: KL(p ‖ q), in nats per position.
+        top1_agreement: Share of positions with the same most likely token.
+        greedy_agreement: Share of greedy tokens after the prompts that are equal, up to the first that differs.
     """
 
     positions: int
@@ -52,21 +52,21 @@ class Distance:
 
 @torch.no_grad()
 def predict(model: Any, tokenizer: Any, examples: ExampleSet) -> Predictions:
-    """Runs a model over the first positions, all examples, and the prompts."""
+    """Return a model's logits at the first positions, loss on all examples, and answers to the prompts."""
     logits: list[torch.Tensor] = []
-    missing = NUM_POSITIONS
+    remaining = NUM_POSITIONS
     for example in examples:
-        if missing <= 0:
+        if remaining <= 0:
             break
-        ids = torch.from_numpy(example.input_ids[:missing]).long()[None].to(model.device)
+        ids = torch.from_numpy(example.input_ids[:remaining]).long()[None].to(model.device)
         logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
-        missing -= ids.shape[1]
+        remaining -= ids.shape[1]
     loss = evaluate(model, eval_batches(examples, 1)).loss
     return Predictions(logits, loss, [_answer(model, tokenizer, prompt) for prompt in PROMPTS])
 
 
 def compare(one: Predictions, other: Predictions) -> Distance:
-    """Holds two models' predictions against each other, an example at a time."""
+    """Return the distance between the predictions of two models."""
     largest, total, kl, agreeing = 0.0, 0.0, 0.0, 0
     for p, q in zip(one.logits, other.logits, strict=True):
         difference = (p - q).abs()
@@ -82,7 +82,7 @@ def compare(one: Predictions, other: Predictions) -> Distance:
 
 
 def _shared(one: list[int], other: list[int]) -> int:
-    """How many ids two answers begin with in common."""
+    """Return the number of equal ids at the start of two answers."""
     length = min(len(one), len(other))
     return next((place for place in range(length) if one[place] != other[place]), length)
 

@@ -1,4 +1,4 @@
-"""A merged model's tensors against those computed a second time, and what would explain a difference."""
+"""Verify a merged model's tensors against those computed a second time, and explain mismatches."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from qlora.files import BaseFiles
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.proof.expected import ExpectedWeights
 
-# Values of a tensor by which it is known when it lies in another's place.
+# Number of values of a tensor by which swapped tensors are recognized.
 NUM_SAMPLED = 64
 
 
 @dataclass(slots=True)
 class TensorCheck:
-    """What became of the comparison.
+    """The result of :func:`check_tensors`.
 
     Attributes:
-        problems: A line for each tensor that is not what it should be.
-        checked: Tensors that were compared.
-        max_difference: From the unrounded values, over all numbers.
+        problems: A line for each mismatch.
+        checked: Number of tensors that were compared.
+        max_difference: Largest difference of a value from the expected one before rounding.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -35,29 +35,29 @@ class Written(Protocol):
 
     @property
     def names(self) -> Iterable[str]:
-        """Of the tensors."""
+        """Names of the tensors."""
 
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Some of its rows, in the dtype that the file has them in."""
+        """Return rows of a tensor, in the file's dtype."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """That its floating-point numbers should have."""
+        """Return the dtype that a tensor should have if it is a floating-point one."""
 
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """What its format may be off by from rows of these values, beyond their rounding; None if nothing."""
+        """Return the difference that the format allows for each value, beyond rounding; None if it allows none."""
 
 
 class WrittenFolder:
-    """A merged folder's safetensors.
+    """The safetensors of a merged folder.
 
     Args:
-        files: Of it.
-        dtype: That all floating-point numbers should have.
+        files: Files of the folder.
+        dtype: Dtype that all floating-point tensors should have.
     """
 
     def __init__(self, files: BaseFiles, dtype: torch.dtype) -> None:
@@ -68,30 +68,30 @@ class WrittenFolder:
         return name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return the shape of a tensor."""
         return self._stored.shape(name)
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Some of its rows."""
+        """Return rows of a tensor, in the file's dtype."""
         return self._stored.read(name, rows)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The same for all."""
+        """Return the dtype of the merge."""
         return self._dtype
 
     def slack(self, name: str, values: torch.Tensor) -> None:
-        """None: values are rounded once."""
+        """Return None, since values are only rounded once."""
 
 
 def check_tensors(expected: ExpectedWeights, written: Written) -> TensorCheck:
-    """Compares every written tensor, in blocks of its rows, within half a unit of its last place.
+    """Compare every written tensor, in blocks of its rows, to within half a unit in the last place.
 
     Args:
-        expected: What should be there.
-        written: What is.
+        expected: Merged weights, computed a second time.
+        written: Tensors of the merged model.
     """
     check, known = TensorCheck(), {*expected.names}
-    check.problems += [f"the base's files hold no weight of the adapted layer {name}" for name in expected.unplaced]
+    check.problems += [f"the base's files have no weight of the adapted layer {name}" for name in expected.unplaced]
     check.problems += [f"tensor {name} is missing" for name in expected.names if name not in written]
     check.problems += [f"tensor {name} is not in the base" for name in written.names if name not in known]
     comparisons = [_compare(expected, written, name) for name in expected.names if name in written]
@@ -106,7 +106,7 @@ def _compare(expected: ExpectedWeights, written: Written, name: str) -> "_Compar
     base = expected.base(name)
     shape = expected.shape(name, base)
     if written.shape(name) != shape:
-        comparison.wrong_kind = f"has the shape {written.shape(name)}, not {shape}"
+        comparison.kind_mismatch = f"has the shape {written.shape(name)}, not {shape}"
         return comparison
     slack = partial(written.slack, name)
     for rows in row_blocks(shape):
@@ -117,20 +117,26 @@ def _compare(expected: ExpectedWeights, written: Written, name: str) -> "_Compar
 
 @dataclass(slots=True)
 class _Comparison:
-    """A written tensor against what it should be, and what helps to say why it is apart.
+    """The comparison of one written tensor, with the values that explain a mismatch.
 
     Attributes:
-        dtype: That it should have, if its numbers are floating-point ones.
-        has_trained_rows: It is an embedding or a head of which rows were trained in full.
-        wrong_kind: What is wrong with its shape or dtype.
-        sums: Of squares of the base's weights, of what was added to them, and of the update; of the latter two's
-            product.
+        name: Name of the tensor.
+        dtype: Dtype that it should have if it is a floating-point one.
+        has_trained_rows: Whether it is an embedding or a head with rows trained in full.
+        kind_mismatch: Mismatch of its shape or dtype; empty if there is none.
+        is_equal: Whether all values so far match.
+        is_adapted: Whether an update is added to it.
+        max_difference: Largest difference of a value from the expected one before rounding.
+        found: First written values; None before any.
+        expected: First expected values; None before any.
+        sums: Sums over all elements of base², added², update² and added · update, where `added` is the written weight
+            minus the base's.
     """
 
     name: str
     dtype: torch.dtype
     has_trained_rows: bool = False
-    wrong_kind: str = ""
+    kind_mismatch: str = ""
     is_equal: bool = True
     is_adapted: bool = False
     max_difference: float = 0.0
@@ -145,10 +151,10 @@ class _Comparison:
         update: tuple[torch.Tensor, torch.Tensor] | None,
         slack: Callable[[torch.Tensor], torch.Tensor | None],
     ) -> None:
-        """Compares the next rows."""
+        """Compare the next rows."""
         wanted = self.dtype if base.is_floating_point() else base.dtype
         if found.dtype != wanted:
-            self.wrong_kind = f"is in {_name(found.dtype)}, not {_name(wanted)}"
+            self.kind_mismatch = f"is in {_name(found.dtype)}, not {_name(wanted)}"
         expected = base if update is None else base + update[0]
         if self.found is None:
             self.found, self.expected = found.flatten()[:NUM_SAMPLED], expected.flatten()[:NUM_SAMPLED]
@@ -158,7 +164,7 @@ class _Comparison:
         found = found.double()
         difference = (found - expected).abs()
         self.max_difference = max([self.max_difference, *difference.flatten().amax(keepdim=True).tolist()])
-        # Only what is not the nearest number outright is looked at: one in thousands, where fp32 rounded first.
+        # Only values that are not the nearest number get a bound: one in thousands, for which fp32 was rounded first.
         other = found != expected.to(self.dtype).double()
         bound = spacing(expected[other], self.dtype) / 2 + expected[other].abs() * 2.0**-24
         allowed = slack(expected)
@@ -170,27 +176,27 @@ class _Comparison:
             added = found - base
             products = (base * base, added * added, update[0] * update[0], added * update[0])
             self.sums += torch.stack([product.sum() for product in products])
-        self.is_equal &= bool((difference[other] <= bound).all())  # of NaN it is false
+        self.is_equal &= bool((difference[other] <= bound).all())  # false for NaN
 
     def problem(self, others: Iterable["_Comparison"]) -> str | None:
-        """What speaks against it, with the mistake that would have made it, if it is one of the known."""
-        if self.wrong_kind:
-            return f"tensor {self.name} {self.wrong_kind}"
+        """Return a description of the mismatch and its likely cause; None if there is no mismatch."""
+        if self.kind_mismatch:
+            return f"tensor {self.name} {self.kind_mismatch}"
         if self.is_equal:
             return None
-        what = "base + scaling·B·A" if self.is_adapted else "the base's"
+        expected = "base + scaling·B·A" if self.is_adapted else "the base's"
         if self.has_trained_rows:
-            what = "the base's with the rows that were trained"
-        return f"tensor {self.name} is not {what}: {self._reason(others)}"
+            expected = "the base's with the trained rows"
+        return f"tensor {self.name} is not {expected}: {self._reason(others)}"
 
     def _reason(self, others: Iterable["_Comparison"]) -> str:
         for other in others:
             if other.name != self.name and _is_rounded(self.found, other.expected):
-                return f"it holds {other.name}"
+                return f"it contains {other.name}"
         base, added, update, along = self.sums.tolist()
         share = along / update if update else 1.0
         rounding = base * (torch.finfo(self.dtype).eps / 2) ** 2
-        if added - share * along < 0.01 * update + rounding:  # what was added lies along the update
+        if added - share * along < 0.01 * update + rounding:  # the added values are a multiple of the update
             if abs(share) < 0.05:
                 return "its update is missing"
             if abs(share - 1) > 0.01:
@@ -199,14 +205,14 @@ class _Comparison:
 
 
 def spacing(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance from numbers to their neighbours in a dtype, fp64."""
+    """Return the distance from each number to the next larger one in magnitude in a dtype, fp64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(values.double().abs().clamp_min(info.tiny))
     return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent - 1)
 
 
 def _is_rounded(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
-    """Whether values are others in a narrower dtype."""
+    """Return whether values equal the expected ones, rounded to a narrower dtype."""
     if found is None or expected is None or found.shape != expected.shape or not expected.is_floating_point():
         return False
     return bool(((found.double() - expected).abs() <= spacing(expected, found.dtype)).all())

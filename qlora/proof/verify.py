@@ -1,4 +1,4 @@
-"""A run's adapter, or its merged model, compared with the run: tensors, files and predictions."""
+"""Verify a run's adapter or merged model against the run: tensors, files and predictions."""
 
 import gc
 from dataclasses import asdict, dataclass, field
@@ -42,27 +42,27 @@ NUM_EXAMPLES = 64
 
 @dataclass(frozen=True, slots=True, repr=False)
 class VerifyReport:
-    """Comparison of the adapter model with the merged model; None is what was not compared.
+    """Comparison of the adapter model with the merged model; values that were not compared are None.
 
     Attributes:
         matches: Whether they match within the bounds.
         problems: The mismatches.
         onto: Base weights that were merged onto; None if the adapter was verified by itself.
         base_differs: Files of the base that differ from those used in training.
-        clients: Whether other tools would load the adapter itself.
+        clients: Whether other tools would load the adapter, by tool.
         layers_checked: Number of adapted layers whose weights and outputs were computed a second time.
-        max_layer_difference: Largest difference of these outputs, as a share of them.
+        max_layer_difference: Largest relative difference of these outputs.
         tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.
-        max_weight_difference: Largest difference of a written value from the one before rounding.
+        max_weight_difference: Largest difference of a written value from the expected one before rounding.
         positions: Number of positions whose logits were compared.
         max_logit_difference: Largest difference over all positions and tokens.
         mean_logit_difference: Mean difference over the same.
         mean_kl: KL(adapter ‖ merged), in nats per position.
         top1_agreement: Share of positions with the same most likely token.
         greedy_agreement: Share of greedy tokens after fixed prompts that are equal, up to the first that differs.
-        adapter_loss: Loss of the adapter model on held-out examples, or without those on training examples.
+        adapter_loss: Loss of the adapter model on the held-out examples; on training examples if there are none.
         merged_loss: Loss of the merged model on the same examples.
-        notes: Explanations of values that look like a mismatch and are none.
+        notes: Explanations of values that look like a mismatch but are not one.
     """
 
     matches: bool
@@ -94,21 +94,21 @@ class VerifyReport:
 
 
 def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto") -> VerifyReport:
-    """Compare a merged model with the run that it came from; without one, the run's adapter with the run.
+    """Compare a merged model with its run; without a merged model, compare the run's adapter with the run.
 
     Args:
         run_dir: The run, or one of its checkpoints.
-        out_dir: A folder that :func:`qlora.merge` wrote. Tensors, sizes and vocabulary of a GGUF file are compared, but
-            not its predictions; use llama.cpp for those.
+        out_dir: A folder that :func:`qlora.merge` wrote. Tensors, hyperparameters and vocabulary of a GGUF file are
+            compared, but not its predictions; use llama.cpp for those.
         device: Device to run the models on, one after the other.
 
     Raises:
-        ExportError: The folder contains no merged model.
+        ExportError: The folder has no merged model.
         QLoRAError: The run or its base can't be read.
     """
     run = RunDirectory.open(run_dir)
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
-    resolve_device(device)  # so that a wrong one is reported before the tensors are compared
+    resolve_device(device)  # so that an unknown one is reported before the tensors are compared
     model = load_config(run.config).model
     base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
     skeleton = build_skeleton(base, model.trust_remote_code)
@@ -122,12 +122,12 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
         found = {}
     elif merged.adapter not in (None, adapter_digest(run.adapter)):
         problems.append(
-            f"it was merged from another adapter than {run.adapter}: from another run, or from this one before it was "
-            "started over. Merge again."
+            f"it was merged from an adapter other than {run.adapter}: from another run, or from this run before it was "
+            "started again. Merge again."
         )
         found = {}
     elif {*merged.base_differs} - {*base_differs}:
-        found = {}  # the base that was merged onto is not here, so every tensor would differ
+        found = {}  # the base that was merged onto is missing, so every tensor would differ
     elif merged.gguf is not None:
         found = _compare_gguf(run, base, merged, skeleton, problems)
     else:
@@ -170,7 +170,7 @@ def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: l
     try:
         model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
-    except (CheckpointError, ConfigError, DataError) as error:  # its files were compared even so
+    except (CheckpointError, ConfigError, DataError) as error:  # the files were compared already
         problems.append(f"its outputs were not compared: {error}")
         return {}
     layers = check_layers(model, ExpectedWeights(run, base, "dequantized", model.device), examples)
@@ -186,7 +186,7 @@ def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: l
 def _compare_gguf(
     run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, problems: list[str]
 ) -> dict[str, Any]:
-    """Compare a GGUF file."""
+    """Compare a GGUF file's tensors, hyperparameters and vocabulary."""
     assert merged.gguf is not None
     config = load_config(run.config)
     tokenizer = load_run_tokenizer(run)
@@ -205,7 +205,7 @@ def _compare_gguf(
 def _compare_folder(
     run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, device: str, problems: list[str]
 ) -> dict[str, Any]:
-    """Reads a folder of safetensors back, and runs it and the run."""
+    """Compare a folder of safetensors, and its predictions with the run's."""
     config = load_config(run.config)
     try:
         written = BaseFiles.resolve(str(merged.folder))
@@ -239,12 +239,12 @@ def _expected_weights(run: RunDirectory, base: BaseFiles, merged: Merged) -> Exp
 def _compare_predictions(
     run: RunDirectory, written: BaseFiles, merged: Merged, device: str, problems: list[str]
 ) -> dict[str, Any]:
-    """Runs both models, one after the other; adds what is apart to the problems."""
+    """Run both models, one after the other, and add mismatches to the problems."""
     config = load_config(run.config)
     try:
         model, tokenizer = load_run(run.adapter, device)
         examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
-    except (CheckpointError, ConfigError, DataError) as error:  # the tensors were compared all the same
+    except (CheckpointError, ConfigError, DataError) as error:  # the tensors were compared already
         problems.append(f"its predictions were not compared: {error}")
         return {}
     adapter = predict(model, tokenizer, examples)
@@ -268,19 +268,19 @@ def _compare_predictions(
         return {"adapter_loss": adapter.loss}
     other = predict(model, tokenizer, examples)
     distance = compare(adapter, other)
-    problems += _apart(merged.onto, distance.mean_kl, adapter.loss, other.loss)
+    problems += _prediction_mismatches(merged.onto, distance.mean_kl, adapter.loss, other.loss)
     return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
-def _apart(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
-    """What speaks against the two being the same; the comparisons are false for NaN."""
+def _prediction_mismatches(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
+    """Return a line for each bound that the predictions exceed; NaN exceeds every bound."""
     if onto == "original":
-        # On other base weights than it was trained on the model is another; it must only not be worse.
-        is_as_good = merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE
-        told = (
+        # Onto base weights other than those of training the predictions differ; they must only not be worse.
+        if merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE:
+            return []
+        return [
             f"loss {merged_loss:.4f} is worse than the adapter's {adapter_loss:.4f}; merge --onto dequantized or best"
-        )
-        return [] if is_as_good else [told]
+        ]
     problems = []
     if not mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {mean_kl:.4g} is above {MAX_KL}")

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT reads them and computes the same, and a wrong one is refused by name."""
+"""Adapters on disk: PEFT reads them and computes the same, and mismatches are refused by name."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ from tests.tiny import make_base
 
 GPT2 = {"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 # Largest difference over largest logit. fp32: sums in another order. bf16: PEFT rounds the update and the base's
-# product apart, each by 2^-9, in every one of 14 layers.
+# product separately, each by 2^-9, in each of 14 layers.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 14 * 2**-8}
 
 
@@ -29,7 +29,7 @@ FOREIGN = {"rank_pattern": {"up_proj": 6}, "alpha_pattern": {r"layers\.1\..*": 5
 
 
 def adapted_model(base, generator, compute_dtype="float32", **settings):
-    """A model in the midst of training: B is not zero."""
+    """Return a model as in the middle of training: B is not zero."""
     model, _ = load_base(str(base), compute_dtype=compute_dtype)
     add_lora(model, **{"rank": 4, "alpha": 8, **settings})
     for _, layer in lora_layers(model):
@@ -44,7 +44,7 @@ def save(model, folder):
 
 
 def load_with_peft(base, adapter, model):
-    """PEFT's adapter on a plain model whose linears hold what ours dequantize to."""
+    """Load an adapter with PEFT onto a plain model whose linear layers have the dequantized weights of `model`."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=model.dtype)
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear):
@@ -77,12 +77,12 @@ def test_peft_computes_the_same(compute_dtype, rslora, tiny_base, tmp_path, gene
     bare = logits_of(load_base(str(tiny_base), compute_dtype=compute_dtype)[0], ids)
     limit = TOLERANCE[compute_dtype] * expected.abs().max()
     assert (found - expected).abs().max() < limit
-    assert (bare - expected).abs().max() > 4 * limit  # without the adapter it would be seen
+    assert (bare - expected).abs().max() > 4 * limit  # a missing adapter would be detected
 
 
 @pytest.mark.parametrize("rank", [4, 3])
-def test_a_scaling_by_the_root_of_the_rank_is_saved_as_alpha_over_rank(rank, tiny_base, tmp_path, generator):
-    """llama.cpp reads no other; and a run's own loader gets the same update."""
+def test_an_rslora_scaling_is_saved_as_alpha_over_rank(rank, tiny_base, tmp_path, generator):
+    """llama.cpp reads no other scaling, and a run's own loader gets the same update."""
     model = adapted_model(tiny_base, generator, rank=rank, rslora=True)
     adapter = save(model, tmp_path / "adapter")
     config, factors = read_adapter_config(adapter), read_adapter_tensors(adapter)
@@ -131,7 +131,7 @@ def test_an_adapter_that_peft_saved_with_patterns_loads_and_computes_the_same(ti
         load_adapter(adapted_model(tiny_base, generator, targets=["q_proj", "up_proj"]), tmp_path / "theirs")
 
 
-def test_a_name_that_ends_another_one_is_saved_as_a_pattern_for_itself_alone():
+def test_a_name_that_ends_another_one_is_saved_as_a_pattern_for_itself_only():
     ranks = {"layers.0.up": 2, "vision.layers.0.up": 4, "vision.layers.1.up": 4, "layers.1.up": 3}
     common, patterns = _as_patterns(ranks)
     assert {name: by_pattern(patterns, name, common) for name in ranks} == ranks
@@ -164,14 +164,14 @@ def test_peft_adapts_exactly_the_layers_that_were_trained(targets, tiny_base, tm
     assert adapted_by_peft(load_with_peft(tiny_base, adapter, model)) == {name for name, _ in lora_layers(model)}
 
 
-def test_targets_are_short_names_where_those_are_enough(tiny_base, tmp_path, generator):
+def test_targets_are_short_names_if_those_are_unambiguous(tiny_base, tmp_path, generator):
     short = save(adapted_model(tiny_base, generator, targets=r".*self_attn\.[qk]_proj"), tmp_path / "short")
     assert read_adapter_config(short)["target_modules"] == ["k_proj", "q_proj"]
     full = save(adapted_model(tiny_base, generator, targets=["model.layers.0.mlp.up_proj"]), tmp_path / "full")
     assert read_adapter_config(full)["target_modules"] == ["model.layers.0.mlp.up_proj"]
 
 
-def test_the_config_holds_what_servers_read_and_nothing_else(tiny_base, tmp_path, generator):
+def test_the_config_has_only_the_keys_that_servers_read(tiny_base, tmp_path, generator):
     config = read_adapter_config(save(adapted_model(tiny_base, generator, dropout=0.1), tmp_path / "adapter"))
     assert config.pop("target_modules") == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -200,7 +200,7 @@ def test_factors_are_stored_by_pefts_names_shapes_and_dtype(tiny_base, tmp_path,
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
 
 
-def test_a_loaded_adapter_has_the_bits_of_the_saved_one(tiny_base, tmp_path, generator):
+def test_a_loaded_adapter_equals_the_saved_one(tiny_base, tmp_path, generator):
     model = adapted_model(tiny_base, generator)
     adapter = save(model, tmp_path / "adapter")
     other = adapted_model(tiny_base, generator, seed=5)
@@ -226,7 +226,7 @@ def test_an_adapter_of_another_rank_is_refused_with_the_shapes(tiny_base, tmp_pa
 
 
 @pytest.mark.parametrize("size", [0, 4, 60, -1])
-def test_a_file_that_is_cut_short_is_refused(size, tiny_base, tmp_path, generator):
+def test_a_truncated_file_is_refused(size, tiny_base, tmp_path, generator):
     model = adapted_model(tiny_base, generator)
     path = save(model, tmp_path / "adapter") / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
@@ -253,7 +253,7 @@ def test_a_missing_file_is_named(name, tiny_base, tmp_path, generator):
         (read_adapter_config if name.endswith("json") else read_adapter_tensors)(adapter)
 
 
-def test_a_damaged_config_is_told(tmp_path):
+def test_a_damaged_config_is_reported(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4})[:-2])
     with pytest.raises(CheckpointError, match="damaged"):
         read_adapter_config(tmp_path)
@@ -286,10 +286,10 @@ def test_peft_reads_an_adapter_of_a_real_model_after_training(realdata, tmp_path
 
 
 @pytest.mark.parametrize("lost", ["lora_alpha", "r"])
-def test_an_adapter_config_without_its_scale_is_refused(lost, tiny_base, tmp_path, generator):
+def test_an_adapter_config_without_its_scaling_is_refused(lost, tiny_base, tmp_path, generator):
     folder = save(adapted_model(tiny_base, generator), tmp_path / "adapter")
     config = read_adapter_config(folder)
     del config[lost]
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json names no r and lora_alpha"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json has no valid r and lora_alpha"):
         read_adapter_config(folder)

@@ -31,7 +31,7 @@ CASES = {
 
 
 def trained_model(base, modules, new_ids, generator, dtype=torch.float32):
-    """In the midst of training: nothing is as it began."""
+    """Return a model as in the middle of training: no trained value is the initial one."""
     model, _ = load_base(str(base), quantization="none", compute_dtype="float32")
     add_lora(model, rank=4, alpha=8, dtype=dtype)
     train_rows(model, modules, new_ids, dtype)
@@ -82,7 +82,7 @@ def test_peft_and_a_fresh_model_compute_the_same(case, tmp_path, generator, seed
     assert torch.equal(logits_of(fresh, ids), expected)
 
 
-def test_an_adapter_without_rows_says_nothing_of_them(tiny_base, tmp_path, generator):
+def test_an_adapter_without_rows_has_no_keys_for_them(tiny_base, tmp_path, generator):
     adapter = save(trained_model(tiny_base, [], range(0), generator), tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert not {"modules_to_save", "trainable_token_indices"} & {*config}
@@ -90,7 +90,7 @@ def test_an_adapter_without_rows_says_nothing_of_them(tiny_base, tmp_path, gener
     assert read_adapter_rows(adapter) == {}
 
 
-def test_rows_and_factors_are_told_apart(saved):
+def test_rows_and_factors_are_read_separately(saved):
     model, adapter = saved
     assert {*read_adapter_tensors(adapter)} == {name for name, _ in lora_layers(model)}
     rows, tensors = read_adapter_rows(adapter), load_file(adapter / "adapter_model.safetensors")
@@ -103,7 +103,7 @@ def test_rows_and_factors_are_told_apart(saved):
 
 
 @pytest.mark.parametrize(
-    ("modules", "new_ids", "told"),
+    ("modules", "new_ids", "message"),
     [
         ([], BEHIND, f"rows of lm_head for the ids 0 to {BEHIND.stop - 1}, the model for the ids {ROWS} to"),
         (["lm_head"], range(0), rf"lm_head for the ids 0 to {BEHIND.stop - 1}, the model for the ids 0 to {ROWS - 1}"),
@@ -111,31 +111,31 @@ def test_rows_and_factors_are_told_apart(saved):
         ([], range(0), "the model for no ids"),
     ],
 )
-def test_a_model_that_trains_other_rows_is_refused(modules, new_ids, told, saved, tiny_base, generator):
-    with pytest.raises(CheckpointError, match=told):
+def test_a_model_that_trains_other_rows_is_refused(modules, new_ids, message, saved, tiny_base, generator):
+    with pytest.raises(CheckpointError, match=message):
         load_adapter(trained_model(tiny_base, modules, new_ids, generator), saved[1])
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
-        ("modules_to_save", "lm_head", "no list of names"),
+        ("modules_to_save", "lm_head", "should be a list of names"),
         ("modules_to_save", ["lm_head", "model.norm"], "names trained rows of model.norm, but its file has no"),
-        ("trainable_token_indices", {"model.embed_tokens": [1, 2.5]}, "no ids by module"),
-        ("trainable_token_indices", {"model.embed_tokens": [7, 9, 8]}, "not 3 ids one behind the other"),
-        ("trainable_token_indices", {"model.embed_tokens": []}, "not 3 ids one behind the other"),
+        ("trainable_token_indices", {"model.embed_tokens": [1, 2.5]}, "should map modules to lists of ids"),
+        ("trainable_token_indices", {"model.embed_tokens": [7, 9, 8]}, "should be 3 consecutive ids"),
+        ("trainable_token_indices", {"model.embed_tokens": []}, "should be 3 consecutive ids"),
         ("trainable_token_indices", [7, 8, 9], "names no modules"),
         ("modules_to_save", None, "not pairs of LoRA factors"),
     ],
 )
-def test_a_config_that_does_not_fit_its_file_is_refused(key, value, told, saved):
+def test_a_config_that_does_not_fit_its_file_is_refused(key, value, message, saved):
     path = saved[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_adapter_tensors(saved[1])
 
 
-def test_two_weights_for_one_are_refused(tmp_path, generator, seed):
+def test_two_weights_for_a_shared_one_are_refused(tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=True)
     model = trained_model(base, BOTH, range(0), generator)
     path = save(model, tmp_path / "adapter") / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""A run's directory: its checkpoints, its log, and recovery from an interrupted write."""
+"""A run's directory: its checkpoints, its metrics, and recovery from an interrupted write."""
 
 import json
 
@@ -13,7 +13,7 @@ def run(tmp_path):
     return RunDirectory(tmp_path / "run")
 
 
-def test_checkpoints_are_those_with_a_step_alone_the_oldest_first(run):
+def test_only_folders_with_a_step_are_checkpoints_the_oldest_first(run):
     names = ["step-000003", "step-000020", "step-999999", "step-1000000"]
     for name in [*reversed(names), "step-000200-backup", "step-", "step-x", "old-step-000001", ".step-000004.new"]:
         (run.checkpoints / name).mkdir(parents=True)
@@ -22,7 +22,7 @@ def test_checkpoints_are_those_with_a_step_alone_the_oldest_first(run):
     assert run.checkpoint(1_000_000).name == "step-1000000"
 
 
-def test_lines_after_a_step_are_dropped_with_the_unfinished_one(run):
+def test_lines_after_a_step_and_an_unfinished_one_are_dropped(run):
     run.path.mkdir()
     lines = [{"step": step} for step in (0, 1, 1, 2)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
@@ -31,7 +31,7 @@ def test_lines_after_a_step_are_dropped_with_the_unfinished_one(run):
     assert run.metrics.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1}\n'
 
 
-def test_what_a_killed_process_left_is_put_right_and_nothing_else_is_touched(run):
+def test_leftovers_of_a_killed_process_are_cleared_and_nothing_else_is_touched(run):
     for name in ("step-000002", ".step-000004.new", ".step-000001.gone", ".step-000003.old", "trial", ".trial.new"):
         (run.checkpoints / name).mkdir(parents=True)
         (run.checkpoints / name / "file").write_text(name)
@@ -45,7 +45,7 @@ def test_what_a_killed_process_left_is_put_right_and_nothing_else_is_touched(run
     assert {path.name for path in run.path.iterdir()} == {"checkpoints", "adapter", ".mine.new", ".old"}
 
 
-def test_what_was_logged_after_a_checkpoint_may_be_damaged(run):
+def test_lines_logged_after_a_checkpoint_may_be_damaged(run):
     run.path.mkdir()
     run.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n{"step": 4}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:4 is damaged"):

@@ -1,4 +1,4 @@
-"""Training state on disk: all of it comes back, and a damaged file is named."""
+"""Training state on disk: it is restored completely, and a damaged file is reported."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def make_parts(base, optimizer="paged_adamw_8bit", rounding="stochastic", rank=4
 
 
 def take_step(optimizer, generator):
-    for parameter in optimizer.flat._parameters:  # and not what lies between them, which never has a gradient
+    for parameter in optimizer.flat._parameters:  # not the padding between them, which never has a gradient
         parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))
     optimizer.step(1e-3)
 
@@ -46,7 +46,7 @@ def trained(model):
 
 @pytest.fixture
 def saved(tiny_base, tmp_path, generator):
-    """A checkpoint after three steps, and what it was made from."""
+    """A checkpoint after three steps, with its model and optimizer."""
     model, optimizer = make_parts(tiny_base)
     for _ in range(3):
         take_step(optimizer, generator)
@@ -57,7 +57,7 @@ def saved(tiny_base, tmp_path, generator):
 
 @pytest.mark.parametrize("rounding", ["stochastic", "master"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_optimizer_goes_on_bit_for_bit(name, rounding, tiny_base, tmp_path, generator, seed):
+def test_a_restored_optimizer_continues_bit_for_bit(name, rounding, tiny_base, tmp_path, generator, seed):
     model, optimizer = make_parts(tiny_base, name, rounding)
     for _ in range(3):
         take_step(optimizer, generator)
@@ -100,12 +100,12 @@ def test_a_damaged_file_is_named(damage, name, saved, seed):
         load_state(*saved)
 
 
-def test_a_folder_without_a_manifest_is_no_whole_checkpoint(saved):
+def test_a_folder_without_a_manifest_is_not_a_complete_checkpoint(saved):
     (saved[0] / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_state(*saved)
     (saved[0] / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_state(*saved)
 
 
@@ -120,7 +120,7 @@ def test_the_state_of_other_adapters_is_refused(saved, tiny_base):
         load_state(saved[0], *make_parts(tiny_base, rank=8))
 
 
-def test_a_full_disk_leaves_no_checkpoint_and_says_so(tiny_base, tmp_path, saved):
+def test_a_full_disk_leaves_no_checkpoint_and_is_reported(tiny_base, tmp_path, saved):
     folder, model, optimizer = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for target in (folder, folder.with_name("step-000004")):
@@ -148,7 +148,7 @@ def copies(saved, *steps):
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(name, saved):
+def test_a_damaged_checkpoint_is_reported_and_skipped(name, saved):
     older, newer, newest = copies(saved, 6, 9, 12)
     (newest / name).unlink()
     (newer / name).write_bytes(b"\0" * 100)
@@ -162,13 +162,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(name, saved):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"progress.json": 3}'])
-def test_a_manifest_that_names_too_little_is_no_whole_checkpoint(text, saved):
+def test_a_manifest_that_lacks_files_is_not_a_complete_checkpoint(text, saved):
     (saved[0] / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         check_whole(saved[0])
 
 
-def test_a_damaged_checkpoint_gets_another_name_again_and_again(saved):
+def test_a_damaged_checkpoint_can_be_quarantined_repeatedly(saved):
     first, second = copies(saved, 6, 9)
     quarantine(first)
     second.rename(first)
@@ -178,13 +178,13 @@ def test_a_damaged_checkpoint_gets_another_name_again_and_again(saved):
     assert not (saved[0].parent / "step-000006.damaged" / "progress.json").exists()
 
 
-def test_a_checkpoint_tells_where_it_is_from(saved):
+def test_a_checkpoint_contains_its_origin(saved):
     assert read_origin(saved[0]) == ORIGIN
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "master"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_save_takes_no_more_than_is_asked_for_before(name, rounding, tiny_base, tmp_path):
+def test_a_save_takes_no_more_space_than_predicted(name, rounding, tiny_base, tmp_path):
     model, optimizer = make_parts(tiny_base, name, rounding)
     save_checkpoint(tmp_path / "state", model, optimizer, PROGRESS, "base", ORIGIN)
     taken = sum(path.stat().st_size for path in (tmp_path / "state").iterdir())

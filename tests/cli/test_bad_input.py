@@ -191,7 +191,7 @@ def test_a_missing_base(try_training, tmp_path, verb):
         done = run("generate", missing, "--prompt", "Hi")
         code, message = done.code, done.error()
     assert code == 1
-    assert message == f"There is no model folder {missing}."
+    assert message == f"The model folder {missing} does not exist."
 
 
 def test_a_base_without_a_config(try_training, base):
@@ -205,7 +205,7 @@ def test_a_base_without_safetensors(try_training, base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     code, message = try_training(base=base)
     assert code == 1
-    assert f"{base} holds no *.safetensors" in message
+    assert f"{base} has no *.safetensors" in message
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.3, 0.999])
@@ -224,7 +224,7 @@ def test_a_base_file_that_is_no_safetensors(try_training, base):
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     code, message = try_training(base=base)
     assert code == 1
-    assert f"{path} is no safetensors file" in message
+    assert f"{path} is not a safetensors file" in message
 
 
 def test_a_base_that_lacks_a_shard(try_training, base):
@@ -347,7 +347,8 @@ def test_a_merge_of_a_run_whose_record_says_nothing(run_dir, tmp_path):
     (copy / "run.json").write_text("{}")
     done = run("merge", copy, "-o", tmp_path / "out")
     assert done.code == 1
-    assert f"{copy / 'run.json'} lacks status" in done.error()
+    assert f"{copy / 'run.json'} lacks versions, " in done.error()
+    assert ", status; it was not written by qlora train" in done.error()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -356,7 +357,7 @@ def test_a_merge_of_a_run_without_an_adapter(run_dir, tmp_path):
     shutil.rmtree(copy / "adapter")
     done = run("merge", copy, "-o", tmp_path / "out")
     assert done.code == 1
-    assert f"{copy / 'adapter'} holds no adapter" in done.error()
+    assert f"{copy / 'adapter'} has no adapter" in done.error()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -364,7 +365,7 @@ def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
     before = contents(own_base)
     done = run("verify", run_dir, own_base)
     assert done.code == 1
-    assert f"{own_base} was not written by qlora merge" in done.error()
+    assert f"{own_base} has no merge_report.json; give a folder that qlora merge wrote" in done.error()
     assert contents(own_base) == before
 
 

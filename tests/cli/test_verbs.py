@@ -659,7 +659,7 @@ def test_a_checkpoint_that_was_removed_is_named_with_those_that_are_there(run_di
     for verb, *arguments in (("eval",), ("verify",), ("generate", "--prompt", "Hi")):
         done = run(verb, run_dir / "checkpoints" / "step-000009", *arguments)
         assert done.code == 1
-        assert "step-000009 is not there; the checkpoints of " in done.error()
+        assert "step-000009 does not exist; the checkpoints of " in done.error()
         assert "are: step-000003, step-000006." in done.error()
 
 

@@ -1,4 +1,4 @@
-"""What these tests share: a merged folder, changed."""
+"""Shared helpers: changes to a merged folder."""
 
 import json
 
@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 
 def change_tensors(folder, change):
-    """Loads what merge wrote, changes its tensors and saves them."""
+    """Load the tensors of a merged folder, change them and save them."""
     path = folder / "out" / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -14,7 +14,7 @@ def change_tensors(folder, change):
 
 
 def forget_adapter(folder):
-    """Leaves the adapter's hash out of a merge's report, as qlora 0.1.0 did: only the tensors tell whose it is."""
+    """Remove the adapter's hash from a merge report, as in those of qlora 0.1.0, so that the tensors are compared."""
     path = folder / "merge_report.json"
     report = json.loads(path.read_text())
     del report["adapter"]

@@ -1,4 +1,4 @@
-"""Runs and what merge made of them."""
+"""Runs and their merged folders."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.tiny import make_base, run_config
 
 @pytest.fixture(scope="session")
 def merged(tiny_base, alpaca_file, tmp_path_factory):
-    """A run and what merge made of it; not to be changed."""
+    """A run and its merged folder; not to be changed."""
     folder = tmp_path_factory.mktemp("verify")
     train(load_config(run_config(tiny_base, alpaca_file, folder / "run")))
     merge(folder / "run", folder / "out")
@@ -21,7 +21,7 @@ def merged(tiny_base, alpaca_file, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tied(alpaca_file, tmp_path_factory):
-    """The same of a base whose head is its embeddings; not to be changed."""
+    """The same with a base whose head is tied to its embedding; not to be changed."""
     folder = tmp_path_factory.mktemp("tied")
     base = make_base(folder / "base", seed=2, tie_word_embeddings=True)
     train(load_config(run_config(base, alpaca_file, folder / "run", train__max_steps=2)))
@@ -31,7 +31,7 @@ def tied(alpaca_file, tmp_path_factory):
 
 @pytest.fixture
 def own(merged, tmp_path):
-    """The same, to be spoilt."""
+    """A copy of `merged` that a test may change."""
     for name in ("run", "out"):
         shutil.copytree(merged / name, tmp_path / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Model cards: what the run's records say, in a form that the hub takes, and nothing of this machine."""
+"""Model cards: values of the run's records, with the hub's front matter and without paths of this machine."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def run(merged):
 
 @pytest.fixture(scope="module")
 def report(run, tmp_path_factory):
-    """What merging it reported."""
+    """The merge report of the run."""
     return merge(run.path, tmp_path_factory.mktemp("card") / "out").as_dict()
 
 
@@ -31,26 +31,26 @@ def card_of(folder, run, base, report):
     return (folder / "README.md").read_text()
 
 
-def test_it_tells_base_data_settings_losses_and_merge(run, report, tiny_base, alpaca_file, tmp_path):
+def test_the_card_contains_base_data_settings_losses_and_merge(run, report, tiny_base, alpaca_file, tmp_path):
     text = card_of(tmp_path, run, tiny_base, report)
     record, metrics = run.read_record(), run.read_metrics()
     assert text.split("---\n")[2].startswith("\n# my-release\n")
     assert f"{tiny_base.name}, fine-tuned with QLoRA" in text
     data = record.data[0]
     assert f"| {alpaca_file.name} | alpaca | {data['examples']} | {data['tokens']} |" in text
-    assert f"{record.examples.train} documents were trained on, {record.examples.eval} held out" in text
+    assert f"{record.examples.train} documents for training, {record.examples.eval} held out" in text
     assert "rank 4, alpha 8" in text
     assert "learning rate 0.01" in text
     for line in metrics:
         if "eval_loss" in line:
-            assert f"| {line['step']} | {line['eval_loss']:.4f} held out |" in text
+            assert f"| {line['step']} | {line['eval_loss']:.4f} held-out |" in text
     last = [line for line in metrics if "loss" in line][-1]
-    assert f"| {last['step']} | {last['loss']:.4f} in training |" in text
+    assert f"| {last['step']} | {last['loss']:.4f} training |" in text
     assert "| layers with an adapter | 14 |" in text
     assert "the dequantized base" in text
 
 
-def test_a_bar_in_a_token_is_no_end_of_a_cell_and_no_limit_is_told_as_none(run, report, tiny_base, tmp_path):
+def test_a_bar_in_a_token_does_not_end_a_cell_and_gradients_may_be_unclipped(run, report, tiny_base, tmp_path):
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
     config = yaml.safe_load(copy.config.read_text())
     config["data"]["new_tokens"] = ["<|call|>"]
@@ -61,21 +61,21 @@ def test_a_bar_in_a_token_is_no_end_of_a_cell_and_no_limit_is_told_as_none(run, 
     assert "gradients not clipped |" in text
 
 
-def test_the_hub_takes_its_front_matter(run, report, tiny_base, tmp_path):
+def test_the_front_matter_has_the_hubs_keys(run, report, tiny_base, tmp_path):
     front = ModelCard(card_of(tmp_path, run, tiny_base, report)).data.to_dict()
     assert front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "text-generation"
-    assert "base_model" not in front  # a folder is none
+    assert "base_model" not in front  # only for a base on the hub
 
 
-def test_nothing_of_this_machine_is_in_it(run, report, tiny_base, tmp_path):
+def test_the_card_contains_no_path_of_this_machine(run, report, tiny_base, tmp_path):
     text = card_of(tmp_path, run, tiny_base, report)
     for path in (tiny_base, run.path, tmp_path):
         assert str(path.parent) not in text
     assert not re.search(r"(?<![\w/:])/\w+/\w+", text.replace("https://", ""))
 
 
-def test_a_base_and_data_of_the_hub_are_linked(run, report, tiny_base, tmp_path):
+def test_a_base_and_data_from_the_hub_are_linked(run, report, tiny_base, tmp_path):
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
     record = copy.read_record()
     data = [{**record.data[0], "source": "owner/rows:train_sft"}]
@@ -104,11 +104,11 @@ def test_a_base_and_data_of_the_hub_are_linked(run, report, tiny_base, tmp_path)
         ("a/b/c", ("c", False)),
     ],
 )
-def test_names_that_are_not_of_the_hub_lose_their_folders(name, expected):
+def test_names_that_are_not_hub_ids_lose_their_folders(name, expected):
     assert public_name(name) == expected
 
 
-def test_a_folder_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
+def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert public_name("owner/name") == ("name", False)
@@ -129,10 +129,10 @@ def test_a_folder_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
             {"LICENSE.txt": "Ask me first."},
             {"license": "other", "license_name": "of-the-base", "license_link": "LICENSE.txt"},
         ),
-        ({"LICENSES/MIT.txt": "MIT License"}, {}),  # of the parts of it, and not for a program to choose from
+        ({"LICENSES/MIT.txt": "MIT License"}, {}),  # the licence of a part of the model, not of the whole
     ],
 )
-def test_the_licence_is_what_the_base_says(files, expected, tmp_path, run, report):
+def test_the_licence_is_that_of_the_base(files, expected, tmp_path, run, report):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -1,6 +1,7 @@
-"""Shapes of families, released: merged both ways, verified, and read by PEFT as the merge reads.
+"""Releases of model families: merged onto both bases, verified, and computed the same by PEFT.
 
-`scripts.dev.bench.proof_families` tries more, which differ from these by less; test_merge compares each family's bits.
+`scripts.dev.bench.proof_families` covers more families, with smaller differences; test_merge compares each family's
+bits.
 """
 
 import pytest
@@ -15,14 +16,14 @@ NAMES = ("llama, tied, biases", "mistral, odd sizes", "qwen2, tied", "qwen3, tie
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_release_is_the_run_and_what_peft_computes(name, alpaca_file, tmp_path, seed):
+def test_a_release_matches_the_run_and_peft(name, alpaca_file, tmp_path, seed):
     pytest.importorskip("peft")
     config_class, sizes = families.FAMILIES[name]
     sizes = families.SIZES | {"vocab_size": 264, "initializer_range": 0.02} | sizes
     base = make_base(tmp_path / "base", seed, getattr(transformers, config_class), **sizes)
     proof = families.prove(base, families.train_run(base, alpaca_file, tmp_path / "run"), tmp_path)
     assert proof.problems["dequantized"] == []
-    # On weights that it was not trained on, a random model may be worse by chance, which is told.
+    # Onto weights other than those of training, a random model may be worse by chance, which is reported.
     assert all("is worse than the adapter's" in problem for problem in proof.problems["original"])
     assert proof.tensors >= 20
     assert abs(proof.max_kl) < 1e-6

@@ -46,7 +46,7 @@ BASES = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
     "mistral": {"config_class": MistralConfig, "sliding_window": None},
-    "qwen2": {"config_class": Qwen2Config, "vocab_size": 264},  # whose tokenizer class adds a token
+    "qwen2": {"config_class": Qwen2Config, "vocab_size": 264},  # its tokenizer class adds a token
     "qwen2, tied": {"config_class": Qwen2Config, "vocab_size": 264, "tie_word_embeddings": True},
     "qwen3": {"config_class": Qwen3Config, "head_dim": 128},  # transformers reads no other back
 }
@@ -77,7 +77,7 @@ def read(path):
 
 
 def train_tokenizer(splitting, ignore_merges, text):
-    """A byte-level BPE with merges of its own and a way of splitting that is given."""
+    """Return a byte-level BPE tokenizer with its own merges and the given splitting."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     steps = {
         "a regex of its own": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -125,7 +125,7 @@ def test_transformers_reads_the_same_model_back(family, tmp_path, seed, generato
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype, tmp_path, seed):
+def test_matrices_are_rounded_once_and_vectors_are_exact(dtype, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, Qwen2Config, dtype=torch.float32, vocab_size=264)
     report = write(base, tmp_path / "model.gguf", dtype)
     _, tensors = read(tmp_path / "model.gguf")
@@ -141,7 +141,7 @@ def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype, tmp_path, seed)
         # Half a step, and the fp16 rounding of the step itself, 127 times 2^-11.
         assert ((values - embedding).abs() <= steps * (0.5 + 127 / 2048)).all()
         assert (values != embedding).any()
-        # 172 values are no whole number of blocks of 32.
+        # 172 values are not a multiple of 32.
         assert tensors["blk.1.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
         assert np.array_equal(tensors["blk.1.ffn_down.weight"].data, down.half().numpy())
         assert "2 of 16 matrices are in f16, since their rows are not a multiple of 32" in report.notes
@@ -152,7 +152,7 @@ def test_matrices_are_rounded_once_and_vectors_not_at_all(dtype, tmp_path, seed)
 
 
 @pytest.mark.parametrize("repeats", [True, False])
-def test_the_head_in_a_tied_models_file_counts_if_it_is_another(repeats, tmp_path, seed, generator):
+def test_the_head_in_a_tied_models_file_is_written_only_if_it_differs(repeats, tmp_path, seed, generator):
     base = make_base(tmp_path / "base", seed, dtype=torch.float16, tie_word_embeddings=True)
     tensors = load_file(base / "model.safetensors")
     other = torch.randn(259, 64, generator=generator).half()
@@ -166,7 +166,7 @@ def test_the_head_in_a_tied_models_file_counts_if_it_is_another(repeats, tmp_pat
     assert torch.equal(logits_of(found, ids), logits_of(expected, ids))
 
 
-def test_each_tensor_is_asked_for_once_in_the_order_of_the_file(tiny_base, tmp_path):
+def test_each_tensor_is_read_once_in_the_order_of_the_file(tiny_base, tmp_path):
     layout, weights = layout_of(tiny_base)
     asked = []
     write_gguf(
@@ -192,7 +192,7 @@ def test_template_and_end_tokens_are_in_the_file(tmp_path, seed):
     assert said["token_type"] == [int(gguf.TokenType.NORMAL)] * 256 + [int(gguf.TokenType.CONTROL)] * 3
 
 
-def test_of_too_many_end_tokens_the_one_that_was_taught_is_named(tmp_path, seed):
+def test_of_too_many_end_tokens_the_trained_one_is_kept(tmp_path, seed):
     base = make_base(tmp_path / "base", seed)
     template = "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
     make_tokenizer(chat_template=template).save_pretrained(base)
@@ -204,7 +204,7 @@ def test_of_too_many_end_tokens_the_one_that_was_taught_is_named(tmp_path, seed)
     assert "3 of the 5 tokens that end an answer are written; GGUF has no room for more" in report.notes
 
 
-def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
+def test_rows_of_the_embedding_without_a_token_get_placeholders(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, vocab_size=264)
     write(base, tmp_path / "model.gguf")
     fields, _ = read(tmp_path / "model.gguf")
@@ -215,7 +215,7 @@ def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4}, "not for gpt2.*convert_hf_to_gguf.py"),
+        ({"config_class": GPT2Config, "n_embd": 64, "n_layer": 2, "n_head": 4}, "not gpt2.*convert_hf_to_gguf.py"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type: dynamic"),
         ({"config_class": Qwen2Config, "rope_parameters": LLAMA3_ROPE}, "rope_type in Qwen: llama3"),
@@ -225,20 +225,20 @@ def test_rows_of_the_embedding_without_a_token_are_filled_up(tmp_path, seed):
         ({"vocab_size": 258, "eos_token_id": 257}, "ids up to 258, the embedding 258 rows"),
     ],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, message, tmp_path, seed):
+def test_a_model_that_llama_cpp_would_compute_differently_is_refused(changes, message, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, **changes)
     with pytest.raises(ExportError, match=message):
         write(base, tmp_path / "model.gguf")
 
 
-def test_a_way_of_splitting_text_that_llama_cpp_has_no_name_for_is_refused(tmp_path, seed):
+def test_splitting_text_in_a_way_unknown_to_llama_cpp_is_refused(tmp_path, seed):
     base = make_base(tmp_path / "base", seed)
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex("q+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.save_pretrained(base)
-    with pytest.raises(ExportError, match=r"No name of llama.cpp is known .*q\+.*docs/release.md"):
+    with pytest.raises(ExportError, match=r"llama.cpp has no known name .*q\+.*docs/release.md"):
         write(base, tmp_path / "model.gguf")
 
 
@@ -250,7 +250,7 @@ def test_a_way_of_splitting_text_that_llama_cpp_has_no_name_for_is_refused(tmp_p
         lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Metaspace(split=True)),
     ],
 )
-def test_a_sentencepiece_that_does_more_than_llama_cpps_is_refused(change, realdata):
+def test_a_sentencepiece_that_llama_cpp_lacks_is_refused(change, realdata):
     backend = Tokenizer.from_file(str(realdata / "tokenizers/tinyllama_chat_hf/tokenizer.json"))
     change(backend)
     with pytest.raises(ExportError, match="changes or splits text"):
@@ -262,7 +262,7 @@ def test_a_sentencepiece_that_does_more_than_llama_cpps_is_refused(change, reald
     [({}, 1.0), ({"attention_factor": 1.0}, 1 / (1 + 0.1 * math.log(4)))],
     ids=["the usual", "another"],
 )
-def test_yarns_attention_is_said_in_the_key_that_llama_cpp_reads(settings, factor, tmp_path, seed):
+def test_yarns_attention_factor_is_in_the_key_that_llama_cpp_reads(settings, factor, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, rope_parameters=YARN | settings)
     write(base, tmp_path / "model.gguf")
     fields, _ = read(tmp_path / "model.gguf")
@@ -300,7 +300,7 @@ HASHES = {
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_real_tokenizers_get_the_name_that_llama_cpp_knows_them_by(name, realdata):
+def test_real_tokenizers_get_llama_cpps_names(name, realdata):
     folder = realdata / "tokenizers" / name
     if name == "gpt2":
         tokenizer = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
@@ -314,7 +314,7 @@ def test_real_tokenizers_get_the_name_that_llama_cpp_knows_them_by(name, realdat
 
 
 def sentencepiece_scores(path):
-    """Scores by piece out of a tokenizer.model: messages of a piece, its score and its type, one after the other."""
+    """Return the scores by piece of a tokenizer.model, a sequence of messages with a piece, its score and its type."""
     data, at, scores = path.read_bytes(), 0, {}
     while data[at] == 0x0A:
         length, at, shift = 0, at + 1, 0
@@ -348,7 +348,7 @@ def test_scores_order_the_pieces_as_sentencepiece_does(name, realdata):
     assert found.adds["space"]
 
 
-def test_what_llama_cpp_feeds_otherwise_is_noted(tmp_path, seed, realdata):
+def test_differences_of_llama_cpps_input_are_noted(tmp_path, seed, realdata):
     base = make_base(tmp_path / "base", seed, MistralConfig, vocab_size=32000, sliding_window=64)
     tokenizer = AutoTokenizer.from_pretrained(realdata / "tokenizers/tinyllama_chat_hf")
     tokenizer.save_pretrained(base)
@@ -359,7 +359,7 @@ def test_what_llama_cpp_feeds_otherwise_is_noted(tmp_path, seed, realdata):
     assert "3 of the 4 tokens that end an answer are written; GGUF has no room for more" in ends
     base = make_base(tmp_path / "qwen", seed, Qwen2Config, vocab_size=152000)
     Qwen2Tokenizer.from_pretrained(realdata / "tokenizers/qwen3").save_pretrained(base)
-    assert "(NFC)" in "".join(write(base, tmp_path / "model.gguf").notes)
+    assert "does not normalize text to NFC" in "".join(write(base, tmp_path / "model.gguf").notes)
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def llama_cpp():
 
 
 def check_by_llama_cpp(llama_cpp, base, file, text):
-    """llama.cpp feeds the same tokens, and predicts the same from them."""
+    """Check that llama.cpp uses the same tokens and predicts the same from them."""
     model = llama_cpp.Llama(str(file), logits_all=True, verbose=False, n_ctx=512)
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(text).input_ids
@@ -385,7 +385,7 @@ def check_by_llama_cpp(llama_cpp, base, file, text):
 @pytest.mark.parametrize("family", [*BASES, "llama with biases", "llama 3.1", "yarn", "yarn, own scale"])
 def test_llama_cpp_computes_the_same(family, llama_cpp, tmp_path, seed, realdata):
     text = (realdata / "data/tinyshakespeare/input.txt").read_text()[:20000]
-    own = {  # which transformers does not read back from GGUF
+    own = {  # settings that transformers does not read back from GGUF
         "llama with biases": {"attention_bias": True, "mlp_bias": True},
         "llama 3.1": {"rope_parameters": LLAMA3_ROPE},
         "yarn": {"config_class": Qwen2Config, "rope_parameters": YARN},
@@ -395,12 +395,12 @@ def test_llama_cpp_computes_the_same(family, llama_cpp, tmp_path, seed, realdata
     train_tokenizer(("a regex of its own",), False, text).save_pretrained(base)
     write(base, tmp_path / "model.gguf")
     found, expected = check_by_llama_cpp(llama_cpp, base, tmp_path / "model.gguf", text[:700])
-    # It multiplies with activations in fp16.
+    # llama.cpp multiplies with activations in fp16.
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.slow
-def test_llama_cpp_predicts_as_a_real_model_does(llama_cpp, tmp_path, realdata):
+def test_llama_cpp_predicts_like_a_real_model(llama_cpp, tmp_path, realdata):
     base = realdata / "models/stories260K-hf"
     write(base, tmp_path / "model.gguf")
     text = "Once upon a time, there was a little girl. She said: “Où est-il?” 12 3 \n\n and more\tof it."
@@ -411,7 +411,9 @@ def test_llama_cpp_predicts_as_a_real_model_does(llama_cpp, tmp_path, realdata):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("splitting", "ignore_merges"), PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
-def test_llama_cpp_splits_text_as_the_name_says(splitting, ignore_merges, llama_cpp, tmp_path, seed, realdata):
+def test_llama_cpp_splits_text_under_the_name_as_the_tokenizer_does(
+    splitting, ignore_merges, llama_cpp, tmp_path, seed, realdata
+):
     text = (realdata / "data/tinyshakespeare/input.txt").read_text()[:100000]
     base = make_base(tmp_path / "base", seed, LlamaConfig, vocab_size=600, num_hidden_layers=1)
     tokenizer = train_tokenizer(splitting, ignore_merges, text + CHECK_TEXT)

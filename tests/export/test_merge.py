@@ -1,4 +1,4 @@
-"""Merged folders: they load with transformers alone, and hold base + scaling · B A in every bit."""
+"""Merged folders: they load in transformers without qlora, and equal base + scaling · B A in every bit."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.hrm_text import HrmTextConfig
 
 from qlora.config import load_config
-from qlora.errors import CheckpointError, DataError, ExportError
+from qlora.errors import CheckpointError, ConfigError, ExportError
 from qlora.export import merge
 from qlora.export.folder import cast_checked
 from qlora.files.stored import BLOCK_NUMEL
@@ -47,8 +47,8 @@ DTYPES = ["float16", "bfloat16", "float32"]
 # 2^-11, 2^-8 and 2^-24, which the attention of a random model makes larger.
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.1, "float32": 1e-4}
 
-# Prints the most bytes that merges held beyond those of the libraries that it imports. (A process begins with its
-# parent's ru_maxrss, but not with its VmHWM.)
+# Prints the peak memory of merges beyond that of the imported libraries, in bytes. (A process starts with its parent's
+# ru_maxrss, but not with its VmHWM.)
 PEAK = """
 import sys
 import bitsandbytes, transformers.models.llama.modeling_llama
@@ -76,7 +76,7 @@ def run(tiny_base, alpaca_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact_run(tiny_base, alpaca_file, tmp_path_factory):
-    """One whose adapter computes in fp32, so that what differs after a merge is the merge's rounding."""
+    """A run whose adapter computes in fp32, so that only the merge's rounding makes a difference."""
     folder = tmp_path_factory.mktemp("merge") / "exact"
     return train_on(tiny_base, alpaca_file, folder, model__compute_dtype="float32")
 
@@ -96,7 +96,7 @@ def tensors_of(folder):
 
 
 def deltas_of(run):
-    """scaling · B A by weight name, from the adapter's files alone."""
+    """Return scaling · B A by weight name, from the adapter's files."""
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     factors = load_file(run / "adapter" / "adapter_model.safetensors")
     deltas = {}
@@ -109,7 +109,7 @@ def deltas_of(run):
 
 
 def dequantized_of(base, compute_dtype="bfloat16"):
-    """Weights of the base as they are trained on, by weight name."""
+    """Return the base's weights as training uses them, by weight name."""
     model, _ = load_base(str(base), compute_dtype=compute_dtype)
     return {
         f"{name}.weight": module.dequantize(model.dtype).float()
@@ -138,7 +138,7 @@ def test_every_bit_is_base_plus_update_in_fp32_rounded_once(dtype, run, tiny_bas
     assert report.num_bytes == sum(value.nbytes for value in merged.values())
 
 
-def test_onto_the_original_every_bit_is_its_weight_plus_the_update(run, tiny_base, tmp_path):
+def test_onto_the_original_every_bit_is_the_weight_plus_the_update(run, tiny_base, tmp_path):
     merge(run, tmp_path / "out", "float32", onto="original")
     source, deltas = load_file(tiny_base / "model.safetensors"), deltas_of(run)
     for name, value in tensors_of(tmp_path / "out").items():
@@ -146,7 +146,7 @@ def test_onto_the_original_every_bit_is_its_weight_plus_the_update(run, tiny_bas
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_loads_with_transformers_alone_and_predicts_what_the_adapter_does(dtype, exact_run, tmp_path, generator):
+def test_the_folder_loads_in_transformers_and_predicts_like_the_adapter(dtype, exact_run, tmp_path, generator):
     merge(exact_run, tmp_path / "out", dtype)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
@@ -165,7 +165,7 @@ def test_it_loads_with_transformers_alone_and_predicts_what_the_adapter_does(dty
     assert own("a b").input_ids == tokenizer("a b").input_ids
 
 
-def test_a_scaling_by_the_root_of_the_rank_is_merged_as_such(tiny_base, alpaca_file, tmp_path):
+def test_an_rslora_scaling_is_merged(tiny_base, alpaca_file, tmp_path):
     run = train_on(tiny_base, alpaca_file, tmp_path / "run", lora__rslora=True)
     merge(run, tmp_path / "out", "float32")
     name, factors = "model.layers.0.mlp.up_proj", load_file(run / "adapter" / "adapter_model.safetensors")
@@ -175,7 +175,7 @@ def test_a_scaling_by_the_root_of_the_rank_is_merged_as_such(tiny_base, alpaca_f
     assert not torch.allclose(merged, weight + 2 * (B @ A), rtol=0, atol=1e-4)  # and not 8/4
 
 
-def test_layers_without_an_adapter_are_the_dequantized_ones(tiny_base, alpaca_file, tmp_path):
+def test_layers_without_an_adapter_are_dequantized(tiny_base, alpaca_file, tmp_path):
     run = train_on(tiny_base, alpaca_file, tmp_path / "run", lora__targets=["q_proj"])
     report = merge(run, tmp_path / "out", "float32")
     assert report.merged == 2
@@ -225,7 +225,7 @@ def test_a_base_in_bitsandbytes_4bit_is_merged(tiny_base, alpaca_file, tmp_path)
     for name, weight in dequantized.items():
         assert torch.equal(merged[name], weight + deltas[name]), name
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    with pytest.raises(ExportError, match="4-bit weights alone"):
+    with pytest.raises(ExportError, match="only 4-bit weights"):
         merge(run, tmp_path / "other", onto="original")
 
 
@@ -233,7 +233,7 @@ def test_a_base_in_bitsandbytes_4bit_is_merged(tiny_base, alpaca_file, tmp_path)
     ("settings", "embedding"), [({}, "model.embed_tokens.weight"), (GPT2, "transformer.wte.weight")]
 )
 @pytest.mark.parametrize("repeats", [True, False])
-def test_the_config_says_tied_where_the_files_head_is_the_embedding(
+def test_the_config_is_tied_if_the_files_head_is_the_embedding(
     repeats, settings, embedding, alpaca_file, tmp_path, seed, generator
 ):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=True, **settings)
@@ -281,7 +281,7 @@ def test_generation_settings_that_transformers_refuses_to_save_are_kept(own_run,
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_bases_licence_and_notice_come_along(own_run, tmp_path):
+def test_the_bases_licence_and_notice_are_copied(own_run, tmp_path):
     base, run = own_run
     for name in ("LICENSE", "NOTICE.txt"):
         (base / name).write_text(name)
@@ -290,7 +290,7 @@ def test_the_bases_licence_and_notice_come_along(own_run, tmp_path):
     assert [(tmp_path / "out" / name).read_text() for name in ("LICENSE", "NOTICE.txt")] == ["LICENSE", "NOTICE.txt"]
 
 
-def test_a_base_with_code_of_its_own_is_released_with_it(alpaca_file, tmp_path, seed):
+def test_a_base_with_custom_code_is_released_with_the_code(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed)
     (base / "own_config.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
@@ -317,7 +317,7 @@ def test_the_report_is_in_the_folder(run, tmp_path):
     assert not any((tmp_path / "out" / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
-def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(own_run, tmp_path):
+def test_a_value_that_does_not_fit_is_reported_and_nothing_is_left(own_run, tmp_path):
     _, run = own_run
     path = run / "adapter" / "adapter_model.safetensors"
     factors = load_file(path)
@@ -333,7 +333,7 @@ def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(own_run, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_values_fit_and_one_beyond_among_them_does_not(dtype, generator):
+def test_the_largest_values_fit_and_a_larger_one_does_not(dtype, generator):
     kind = getattr(torch, dtype)
     largest = torch.finfo(kind).max
     values = torch.full((1000,), largest)
@@ -347,7 +347,7 @@ def test_the_largest_values_fit_and_one_beyond_among_them_does_not(dtype, genera
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_weight_that_is_no_number_is_named(dtype, own_run, tmp_path):
+def test_a_nan_is_reported_with_its_tensor(dtype, own_run, tmp_path):
     _, run = own_run
     path = run / "adapter" / "adapter_model.safetensors"
     factors = load_file(path)
@@ -359,7 +359,7 @@ def test_a_weight_that_is_no_number_is_named(dtype, own_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_another_base_than_the_one_trained_on_is_refused(name, own_run, tmp_path):
+def test_a_base_other_than_the_one_used_in_training_is_refused(name, own_run, tmp_path):
     base, run = own_run
     merge(run, tmp_path / "before")
     if name == "config.json":
@@ -368,12 +368,12 @@ def test_another_base_than_the_one_trained_on_is_refused(name, own_run, tmp_path
         tensors = load_file(base / name)
         tensors["model.norm.weight"][3] += 1
         save_file(tensors, base / name, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=f"not the base that was trained on: {name}".replace(".", r"\.")):
+    with pytest.raises(ExportError, match=f"not the base used in training: {name}".replace(".", r"\.")):
         merge(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_in_it_is_never_written_over(run, tmp_path):
+def test_a_folder_that_is_not_empty_is_never_overwritten(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(ExportError, match="exists already"):
@@ -397,7 +397,7 @@ def contents(folder):
 
 
 class Interruption:
-    """Stops a merge as Ctrl-C does, once so many bytes are written."""
+    """Progress callback that stops a merge as Ctrl-C does, once a number of bytes is written."""
 
     def __init__(self, num_bytes):
         self.num_bytes, self.calls = num_bytes, []
@@ -409,7 +409,7 @@ class Interruption:
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
-def test_an_interrupted_merge_is_continued_where_it_stopped(max_shard_size, run, tmp_path):
+def test_an_interrupted_merge_resumes_where_it_stopped(max_shard_size, run, tmp_path):
     merge(run, tmp_path / "whole", max_shard_size=max_shard_size)
     for stop_at in (1, 100_000, 200_000):
         with pytest.raises(KeyboardInterrupt):
@@ -424,12 +424,12 @@ def test_an_interrupted_merge_is_continued_where_it_stopped(max_shard_size, run,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_what_another_merge_left_is_refused_and_not_touched(run, exact_run, tmp_path):
+def test_files_of_another_merge_are_refused_and_not_touched(run, exact_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out", on_progress=Interruption(100_000))
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for other, settings in ((run, {"dtype": "bfloat16"}), (run, {"onto": "original"}), (exact_run, {})):
-        with pytest.raises(ExportError, match="with other settings, or of another run"):
+        with pytest.raises(ExportError, match="with other settings or of another run"):
             merge(other, tmp_path / "out", **settings)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
     assert merge(run, tmp_path / "out").continued_bytes > 0
@@ -438,23 +438,23 @@ def test_what_another_merge_left_is_refused_and_not_touched(run, exact_run, tmp_
 def test_a_second_merge_into_the_same_folder_is_refused_while_one_writes(run, tmp_path):
     refused = []
 
-    def merge_beside(done, total):
+    def merge_meanwhile(done, total):
         with pytest.raises(ExportError, match="being written by another qlora merge") as raised:
             merge(run, tmp_path / "out")
         refused.append(raised)
 
-    merge(run, tmp_path / "out", on_progress=merge_beside)
+    merge(run, tmp_path / "out", on_progress=merge_meanwhile)
     assert refused
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_with_force_another_base_is_merged_into_and_the_report_says_what_differs(own_run, tmp_path):
+def test_force_merges_onto_another_base_and_the_report_names_the_differing_files(own_run, tmp_path):
     base, run = own_run
     name = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(base / WEIGHTS)
     tensors[name] += 1
     save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="merge all the same with --force"):
+    with pytest.raises(ExportError, match="merge anyway with --force"):
         merge(run, tmp_path / "out")
     report = merge(run, tmp_path / "out", "float32", onto="original", force=True)
     assert report.base_differs == [WEIGHTS]
@@ -465,13 +465,15 @@ def test_an_adapter_of_another_shape_is_refused_before_anything_is_written(own_r
     base, run = own_run
     shutil.rmtree(base)
     make_base(base, 0, intermediate_size=180)
-    with pytest.raises(ExportError, match=r"down_proj.*: the adapter is for \(64, 172\), the base has \(64, 180\)"):
+    with pytest.raises(
+        ExportError, match=r"down_proj.*: the adapter is for a shape of \(64, 172\), the base has \(64, 180\)"
+    ):
         merge(run, tmp_path / "out", force=True)
     assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize("held_out", [0.2, None])
-def test_of_both_bases_the_better_one_is_written(held_out, tiny_base, alpaca_file, tmp_path):
+def test_onto_best_writes_the_base_with_the_lower_loss(held_out, tiny_base, alpaca_file, tmp_path):
     run = train_on(tiny_base, alpaca_file, tmp_path / "run", data__eval=held_out)
     report = merge(run, tmp_path / "out", "float32", onto="best")
     losses = {}
@@ -484,7 +486,7 @@ def test_of_both_bases_the_better_one_is_written(held_out, tiny_base, alpaca_fil
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["losses"] == report.losses
 
 
-def test_a_choice_that_was_interrupted_is_continued(run, tmp_path):
+def test_an_interrupted_merge_onto_best_resumes(run, tmp_path):
     whole = merge(run, tmp_path / "whole", onto="best")
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out", onto="best", on_progress=Interruption(int(whole.num_bytes * 1.5)))
@@ -494,7 +496,7 @@ def test_a_choice_that_was_interrupted_is_continued(run, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_several_templates_do_not_stop_what_is_continued(own_run, tmp_path):
+def test_a_merge_with_several_templates_resumes(own_run, tmp_path):
     _, run = own_run
     turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     templates = {"default": turns, "tool_use": "{{ tools }}" + turns}
@@ -506,7 +508,7 @@ def test_several_templates_do_not_stop_what_is_continued(own_run, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
 
 
-def test_weights_of_many_blocks_have_every_bit_too(alpaca_file, tmp_path, seed):
+def test_weights_of_many_blocks_are_exact(alpaca_file, tmp_path, seed):
     sizes = {"hidden_size": 384, "intermediate_size": 1100, "num_hidden_layers": 1, "vocab_size": 1000}
     base = make_base(tmp_path / "base", seed, **sizes)
     run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
@@ -522,13 +524,13 @@ def test_weights_of_many_blocks_have_every_bit_too(alpaca_file, tmp_path, seed):
     [
         (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 93}),
         (MistralConfig, {"intermediate_size": 130, "tie_word_embeddings": True}),
-        (Qwen2Config, {}),  # biases of its own
+        (Qwen2Config, {}),  # has biases
         (Qwen3Config, {"tie_word_embeddings": True, "hidden_size": 60}),
-        (Gemma2Config, {}),  # tied of its own, with a norm that is 1 + w
+        (Gemma2Config, {}),  # tied by default, with a norm of 1 + w
         (Gemma3TextConfig, {"tie_word_embeddings": False}),
     ],
 )
-def test_families_and_odd_sizes_have_every_bit(config_class, sizes, alpaca_file, tmp_path, seed):
+def test_families_and_odd_sizes_are_exact(config_class, sizes, alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, config_class, **sizes)
     run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
     source, deltas = load_file(base / WEIGHTS), deltas_of(run)
@@ -543,10 +545,10 @@ def test_families_and_odd_sizes_have_every_bit(config_class, sizes, alpaca_file,
         assert not info["missing_keys"] | info["unexpected_keys"]
 
 
-def test_that_the_losses_are_not_held_out_ones_is_told_in_the_report_and_on_the_card(run, own_run, tmp_path):
+def test_report_and_card_note_losses_that_are_not_held_out(run, own_run, tmp_path):
     merge(run, tmp_path / "out", onto="best")
     (note,) = json.loads((tmp_path / "out" / "merge_report.json").read_text())["notes"]
-    assert note.startswith("the run held nothing out")
+    assert note.startswith("the run has no held-out examples")
     assert note in (tmp_path / "out" / "README.md").read_text()
     path = own_run[1] / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"examples": {"train": 32, "eval": 8}}))
@@ -554,27 +556,27 @@ def test_that_the_losses_are_not_held_out_ones_is_told_in_the_report_and_on_the_
     assert merge(run, tmp_path / "third").notes == []
 
 
-def test_data_that_are_gone_are_told_before_anything_is_written(own_run, tmp_path):
+def test_missing_data_are_reported_before_anything_is_written(own_run, tmp_path):
     _, run = own_run
     path = run / "config.yaml"
     path.write_text(re.sub(r"path: .*rows.jsonl", "path: /gone/rows.jsonl", path.read_text()))
-    with pytest.raises(DataError, match="/gone/rows.jsonl"):
+    with pytest.raises(ConfigError, match="/gone/rows.jsonl"):
         merge(run, tmp_path / "out", onto="best")
     assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize(
-    ("device", "onto", "is_told"),
+    ("device", "onto", "is_noted"),
     [("cuda:0", "dequantized", True), ("cuda:0", "original", False), ("cpu", "dequantized", False)],
 )
-def test_weights_quantized_by_other_kernels_than_in_training_are_told(device, onto, is_told, own_run, tmp_path):
+def test_quantizing_with_other_kernels_than_in_training_is_noted(device, onto, is_noted, own_run, tmp_path):
     path = own_run[1] / "run.json"
     record = json.loads(path.read_text())
     record["in_use"]["device"] = device
     path.write_text(json.dumps(record))
     notes = merge(own_run[1], tmp_path / "out", onto=onto).notes
     assert [note.partition(":")[0] for note in notes] == (
-        ["quantized again on cpu, where the run was trained on cuda"] if is_told else []
+        ["quantized a second time on cpu, but the run was trained on cuda"] if is_noted else []
     )
 
 
@@ -583,19 +585,19 @@ def test_weights_quantized_by_other_kernels_than_in_training_are_told(device, on
     [
         ({"dtype": "bf17"}, "'bf17'"),
         ({"dtype": "float64"}, "'float64'"),
-        ({"onto": "orignal"}, "no 'orignal' weights to merge onto"),
-        ({"onto": "Best"}, "no 'Best' weights to merge onto"),
+        ({"onto": "orignal"}, "onto: 'orignal' should be one of dequantized, original"),
+        ({"onto": "Best"}, "onto: 'Best' should be one of"),
         ({"max_shard_size": "big"}, "'big' should be a size"),
         ({"max_shard_size": 5}, "5 should be a size"),
     ],
 )
-def test_settings_that_there_are_not_are_refused_and_taken_for_no_others(settings, message, run, tmp_path):
+def test_unknown_settings_are_refused(settings, message, run, tmp_path):
     with pytest.raises(ExportError, match=message):
         merge(run, tmp_path / "out", **settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_working_directory_is_written_into_by_its_name(run, tmp_path, monkeypatch):
+def test_the_working_directory_can_be_the_target(run, tmp_path, monkeypatch):
     for name, given in (("mine", "."), ("other", "nowhere/..")):
         folder = tmp_path / name
         folder.mkdir()
@@ -605,7 +607,7 @@ def test_the_working_directory_is_written_into_by_its_name(run, tmp_path, monkey
         assert f"# {name}\n" in (folder / "README.md").read_text()
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     num_bytes = merge(run, tmp_path / "whole").num_bytes
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "out", on_progress=Interruption(100_000))
@@ -616,14 +618,14 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(run, tmp_pa
     ):
         merge(run, tmp_path / "new", on_progress=lambda *progress: written.append(progress))
     assert not written
-    assert merge(run, tmp_path / "out").continued_bytes >= 100_000  # what is there already needs no room
+    assert merge(run, tmp_path / "out").continued_bytes >= 100_000  # bytes written earlier need no space
 
 
-def test_where_neither_base_has_a_loss_nothing_is_written(own_run, tmp_path):
+def test_nothing_is_written_if_neither_base_has_a_finite_loss(own_run, tmp_path):
     base, run = own_run
     tensors = load_file(base / WEIGHTS)
     for name in ("model.norm.weight", "lm_head.weight"):
-        tensors[name] *= 1e30  # each fits bf16, and what they make together does not
+        tensors[name] *= 1e30  # each fits bf16, but their product does not
     save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ExportError, match="Neither base has a finite loss in bfloat16"):
         merge(run, tmp_path / "out", "bfloat16", onto="best", force=True)
@@ -645,7 +647,7 @@ def test_weights_that_transformers_renames_are_merged(alpaca_file, tmp_path, see
     assert verify(run, tmp_path / "out").matches
 
 
-def test_weights_that_are_no_tensors_of_their_own_are_refused_by_name(alpaca_file, tmp_path, seed):
+def test_weights_that_are_parts_of_other_tensors_are_refused_by_name(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, HrmTextConfig, num_hidden_layers=1, L_cycles=1, H_cycles=1)
     run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
     with pytest.raises(ExportError, match=r"12 layers are not tensors of their own .*made of .*mlp\.gate_up_proj"):
@@ -656,7 +658,7 @@ def test_weights_that_are_no_tensors_of_their_own_are_refused_by_name(alpaca_fil
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
-def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(alpaca_file, tmp_path, seed):
+def test_memory_is_bounded_by_the_largest_tensor(alpaca_file, tmp_path, seed):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}
     base = make_base(tmp_path / "base", seed, **sizes)
     bound = 4 * 4 * 512 * 2048 + 60e6
@@ -667,11 +669,11 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(alpaca_fil
     assert int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) < bound
 
 
-def test_an_unfinished_run_or_none_is_refused(own_run, tmp_path):
+def test_a_folder_without_a_finished_run_is_refused(own_run, tmp_path):
     with pytest.raises(CheckpointError, match="is not a run"):
         merge(tmp_path, tmp_path / "out")
     shutil.rmtree(own_run[1] / "adapter")
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="has no adapter"):
         merge(own_run[1], tmp_path / "out")
 
 
@@ -706,7 +708,7 @@ def test_a_merged_folder_can_be_trained_and_merged_again(run, alpaca_file, tmp_p
     first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     again = train_on(tmp_path / "out", alpaca_file, tmp_path / "again")
     losses = [json.loads(line)["loss"] for line in (again / "metrics.jsonl").read_text().splitlines()]
-    assert losses[0] < first[0]["loss"] - 0.3  # it starts where the first run led
+    assert losses[0] < first[0]["loss"] - 0.3  # it starts from the result of the first run
     assert merge(again, tmp_path / "twice").merged == 14
     assert not torch.equal(
         tensors_of(tmp_path / "twice")["model.layers.0.mlp.up_proj.weight"].float(),
@@ -714,7 +716,7 @@ def test_a_merged_folder_can_be_trained_and_merged_again(run, alpaca_file, tmp_p
     )
 
 
-def test_a_tensor_that_is_no_floating_point_number_is_kept_as_it_is(tiny_base, alpaca_file, tmp_path):
+def test_an_integer_tensor_is_unchanged(tiny_base, alpaca_file, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     counts = torch.tensor([2**40 + 1, -3])
     save_file(load_file(base / WEIGHTS) | {"model.counts": counts}, base / WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""A run merged into GGUF is the run merged into safetensors, rounded otherwise."""
+"""A run merged into GGUF equals the run merged into safetensors, up to the rounding of the format."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def run(merged):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
-def test_every_value_is_the_merged_one_rounded_once(dtype, onto, run, tmp_path):
+def test_every_value_is_the_merged_value_rounded_once(dtype, onto, run, tmp_path):
     seen = []
     report = merge_to_gguf(run, tmp_path / "out", dtype, onto, on_progress=lambda *steps: seen.append(steps))
     merge(run, tmp_path / "exact", "float32", onto)
@@ -42,7 +42,7 @@ def test_every_value_is_the_merged_one_rounded_once(dtype, onto, run, tmp_path):
     assert own("a b").input_ids == AutoTokenizer.from_pretrained(tmp_path / "exact")("a b").input_ids
 
 
-def test_progress_ends_at_the_whole_where_a_tied_model_holds_its_weight_twice(tied, tmp_path):
+def test_progress_ends_at_the_total_if_a_tied_model_has_its_weight_twice(tied, tmp_path):
     copy, base = (shutil.copytree(tied / name, tmp_path / name) for name in ("run", "base"))
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -56,13 +56,13 @@ def test_progress_ends_at_the_whole_where_a_tied_model_holds_its_weight_twice(ti
 
 
 @pytest.mark.parametrize(("dtype", "onto"), [("float32", "dequantized"), ("float16", "best")])
-def test_what_gguf_is_not_written_in_is_refused(dtype, onto, run, tmp_path):
-    with pytest.raises(ExportError, match=f"not in {dtype} onto {onto}"):
+def test_a_dtype_or_base_that_gguf_does_not_support_is_refused(dtype, onto, run, tmp_path):
+    with pytest.raises(ExportError, match=f"can't be written in {dtype} onto {onto}"):
         merge_to_gguf(run, tmp_path / "out", dtype, onto)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_writes_the_file_and_a_card_and_says_what_it_would_upload(run, tmp_path):
+def test_the_command_writes_file_and_card_and_a_dry_run_lists_the_upload(run, tmp_path):
     out = tmp_path / "mine"
     report = run_command(
         "merge",
@@ -86,7 +86,7 @@ def test_the_verb_writes_the_file_and_a_card_and_says_what_it_would_upload(run, 
     assert "| weights | q8_0 |" in card
 
 
-def test_a_release_in_safetensors_could_be_uploaded_too(run, tmp_path):
+def test_a_release_in_safetensors_can_be_uploaded(run, tmp_path):
     out = tmp_path / "mine"
     options = ["--max-shard-size", "200000", "--push-to-hub", "me/mine", "--dry-run", "--json"]
     report = run_command("merge", run, "-o", out, *options).json()
@@ -98,7 +98,7 @@ def test_a_release_in_safetensors_could_be_uploaded_too(run, tmp_path):
 @pytest.mark.parametrize(
     "options", [["--dtype", "q8_0"], ["--dry-run"], ["--public"], ["--push-to-hub", "a/b/c"]], ids=" ".join
 )
-def test_options_that_do_not_go_together_are_told_before_anything_is_written(options, run, tmp_path):
+def test_conflicting_options_are_refused_before_anything_is_written(options, run, tmp_path):
     done = run_command("merge", run, "-o", tmp_path / "out", *options)
     assert done.code in (1, 2)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Uploads: what is sent, to whom, and what is held back; without a network."""
+"""Uploads: files that are sent, and files that are refused; without a network."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from qlora.export.push import push
 
 
 class FakeHub:
-    """Keeps what it was asked for."""
+    """Client that records its calls."""
 
     def __init__(self, error=None):
         self.calls = []
@@ -47,7 +47,7 @@ def test_the_folder_is_sent_in_one_commit_to_a_private_repository(release):
     assert report.num_bytes == sum(report.files.values())
 
 
-def test_a_dry_run_sends_nothing_and_tells_the_same(release):
+def test_a_dry_run_sends_nothing_and_reports_the_same(release):
     hub = FakeHub()
     dry = push(release, "me/my-release", private=False, dry_run=True, client=hub)
     assert hub.calls == []
@@ -59,16 +59,16 @@ def test_a_dry_run_sends_nothing_and_tells_the_same(release):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("README.md", "token hf_" + "a1B2" * 9, "README.md holds a token of the hub"),
-        ("config.json", '{"key": "sk-' + "x" * 40 + '"}', "config.json holds an API key"),
-        ("tokenizer.json", '{"a": "ghp_' + "z" * 36 + '"}', "tokenizer.json holds a token of GitHub"),
-        ("notes.txt", "AKIA" + "Q" * 16, "notes.txt holds a key of AWS"),
-        ("notes.txt", "-----BEGIN RSA PRIVATE KEY-----", "notes.txt holds a private key"),
-        ("optimizer.pt", "", "optimizer.pt is no part of a release"),
-        (".env", "", ".env is no part of a release"),
+        ("README.md", "token hf_" + "a1B2" * 9, "README.md contains a token of the hub"),
+        ("config.json", '{"key": "sk-' + "x" * 40 + '"}', "config.json contains an API key"),
+        ("tokenizer.json", '{"a": "ghp_' + "z" * 36 + '"}', "tokenizer.json contains a token of GitHub"),
+        ("notes.txt", "AKIA" + "Q" * 16, "notes.txt contains a key of AWS"),
+        ("notes.txt", "-----BEGIN RSA PRIVATE KEY-----", "notes.txt contains a private key"),
+        ("optimizer.pt", "", "optimizer.pt does not belong to a release"),
+        (".env", "", ".env does not belong to a release"),
     ],
 )
-def test_what_should_stay_here_is_named_and_nothing_is_sent(name, text, message, release):
+def test_secrets_and_foreign_files_are_reported_and_nothing_is_sent(name, text, message, release):
     (release / name).write_text(text)
     hub = FakeHub()
     with pytest.raises(ExportError, match=message) as raised:
@@ -77,9 +77,9 @@ def test_what_should_stay_here_is_named_and_nothing_is_sent(name, text, message,
     assert not text or text not in str(raised.value)
 
 
-def test_paths_of_this_machine_are_held_back(release):
+def test_paths_of_this_machine_are_not_sent(release):
     (release / "merge_report.json").write_text(f'{{"out_dir": "{release}"}}')
-    with pytest.raises(ExportError, match=f"merge_report.json holds a path of this machine .{release}"):
+    with pytest.raises(ExportError, match=f"merge_report.json contains a path of this machine .{release}"):
         push(release, "me/my-release", dry_run=True)
 
 
@@ -90,12 +90,12 @@ def test_a_folder_without_weights_is_no_release(release):
 
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "/a", "a b", "https://huggingface.co/a/b", "../x"])
-def test_a_name_that_is_none_of_a_repository_is_refused(repo, release):
+def test_an_invalid_repository_id_is_refused(repo, release):
     with pytest.raises(ExportError, match="owner/name"):
         push(release, repo, dry_run=True)
 
 
-def test_the_hubs_refusal_is_told_and_that_the_folder_is_whole(release):
-    with pytest.raises(ExportError, match=r"is whole, but me/x refused it: 401 no token; see hf auth whoami") as told:
+def test_a_failed_upload_is_reported_with_the_command_to_repeat_it(release):
+    with pytest.raises(ExportError, match=r"is complete, but the upload to me/x failed: 401 no token\.") as raised:
         push(release, "me/x", client=FakeHub(ValueError("401 no token\nmore")))
-    assert str(told.value).endswith(f"hf upload me/x {release} --private")
+    assert str(raised.value).endswith(f"hf upload me/x {release} --private")

@@ -25,7 +25,7 @@ BASES = {
 
 
 def weights_of(model):
-    """Weights of the layers in 4 bits, by name, dequantized."""
+    """Return the dequantized weights of the layers in 4 bits, by name."""
     return {
         name: module.dequantize(torch.float32)
         for name, module in model.named_modules()
@@ -40,7 +40,9 @@ def tensors_of(folder):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", BASES)
-def test_it_loads_with_the_bits_of_quantizing_while_loading(family, dtype, double_quant, tmp_path, seed, generator):
+def test_the_folder_loads_with_the_bits_of_quantizing_while_loading(
+    family, dtype, double_quant, tmp_path, seed, generator
+):
     base = make_base(tmp_path / "base", seed, dtype=getattr(torch, dtype), **BASES[family])
     report = quantize_model(str(base), tmp_path / "4bit", double_quant)
     expected, _ = load_base(str(base), double_quant=double_quant, compute_dtype=dtype)
@@ -96,7 +98,7 @@ def test_an_fp32_model_is_cast_first_as_loading_does(tmp_path, seed):
     assert tensors_of(tmp_path / "4bit")["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_several_files_hold_what_one_does(tiny_base, tmp_path):
+def test_several_files_contain_the_same_tensors_as_one(tiny_base, tmp_path):
     quantize_model(str(tiny_base), tmp_path / "one")
     quantize_model(str(tiny_base), tmp_path / "several", max_shard_size="40KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
@@ -106,7 +108,7 @@ def test_several_files_hold_what_one_does(tiny_base, tmp_path):
     load_base(str(tmp_path / "several"))
 
 
-def test_tokenizer_template_and_generation_config_come_along(tmp_path, seed):
+def test_tokenizer_template_and_generation_config_are_copied(tmp_path, seed):
     base = make_base(tmp_path / "base", seed)
     make_tokenizer(chat_template="{{ messages[0].content }}").save_pretrained(base)
     (base / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
@@ -119,14 +121,14 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, seed):
     assert AutoTokenizer.from_pretrained(tmp_path / "4bit").chat_template == "{{ messages[0].content }}"
 
 
-def test_all_of_several_templates_come_along(tmp_path, seed):
+def test_all_templates_are_copied(tmp_path, seed):
     base, templates = make_base(tmp_path / "base", seed), {"default": "{{ bos_token }}", "tool_use": "{{ tools }}"}
     make_tokenizer(chat_template=templates).save_pretrained(base)
     quantize_model(str(base), tmp_path / "4bit")
     assert AutoTokenizer.from_pretrained(tmp_path / "4bit").chat_template == templates
 
 
-def test_a_run_on_it_is_a_run_on_the_16_bit_model(tiny_base, alpaca_file, tmp_path):
+def test_a_run_on_the_4_bit_folder_equals_one_on_the_16_bit_model(tiny_base, alpaca_file, tmp_path):
     quantize_model(str(tiny_base), tmp_path / "4bit")
     losses = []
     for name, base in (("wide", tiny_base), ("narrow", tmp_path / "4bit")):
@@ -141,14 +143,14 @@ def test_a_run_on_it_is_a_run_on_the_16_bit_model(tiny_base, alpaca_file, tmp_pa
     assert all(torch.equal(value, narrow[name]) for name, value in wide.items())
 
 
-def test_what_is_quantized_already_is_refused(tiny_base, tmp_path):
+def test_a_quantized_model_is_refused(tiny_base, tmp_path):
     quantize_model(str(tiny_base), tmp_path / "4bit")
     with pytest.raises(ExportError, match="quantized already; quantize the 16-bit model"):
         quantize_model(str(tmp_path / "4bit"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_a_config_that_says_that_nothing_is_quantized_is_taken_at_its_word(tmp_path, seed):
+def test_a_model_whose_config_disables_quantization_is_quantized(tmp_path, seed):
     base = make_base(tmp_path / "base", seed)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
@@ -164,7 +166,7 @@ def test_nothing_is_overwritten(tiny_base, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(tmp_path, seed):
+def test_a_value_that_does_not_fit_is_reported_and_nothing_is_left(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, dtype=torch.float32)
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
@@ -175,16 +177,16 @@ def test_a_value_that_does_not_fit_is_named_and_nothing_is_left(tmp_path, seed):
 
 
 @pytest.mark.parametrize("license", ["apache-2.0", None])
-def test_its_card_says_what_it_was_made_from_and_nothing_of_this_machine(license, tmp_path):
+def test_the_card_names_the_original_model_without_paths_of_this_machine(license, tmp_path):
     base = make_base(tmp_path / "my-base", 1)
     if license:
         (base / "README.md").write_text(f"---\nlicense: {license}\n---\n")
     report = quantize_model(str(base), tmp_path / "my-4bit")
     card = (tmp_path / "my-4bit" / "README.md").read_text()
-    assert "# my-4bit\n\nmy-base in bitsandbytes' 4 bits" in card
+    assert "# my-4bit\n\nmy-base in bitsandbytes' 4-bit format" in card
     assert f"| layers in 4 bits | {report.quantized} |" in card
     assert (f"license: {license}" in card) == (license is not None)
-    assert "base_model" not in card  # which is for models on the hub
+    assert "base_model" not in card  # only for models on the hub
     assert str(tmp_path) not in card
 
 

@@ -1,4 +1,4 @@
-"""Special tokens of a config: in the run's tokenizer, the merged folder and its generation config."""
+"""Special tokens of a config in the run's tokenizer, the merged folder and its generation config."""
 
 import json
 
@@ -30,18 +30,18 @@ def run(tiny_base, alpaca_file, tmp_path_factory):
     return folder
 
 
-def test_a_run_has_them_in_its_tokenizer(run):
+def test_a_run_has_the_special_tokens_in_its_tokenizer(run):
     for tokenizer in (AutoTokenizer.from_pretrained(run / "adapter"), load_run_tokenizer(RunDirectory.open(run))):
         assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
 
 
-def test_an_interrupted_run_has_them_before_its_end(run, tiny_base, tmp_path):
+def test_an_interrupted_run_has_the_special_tokens(run, tiny_base, tmp_path):
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     tokenizer = load_run_tokenizer(RunDirectory(tmp_path))
     assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
 
 
-def test_a_merged_folder_has_them_and_ends_and_pads_with_them(run, tmp_path):
+def test_a_merged_folder_ends_and_pads_with_the_special_tokens(run, tmp_path):
     merge(run, tmp_path / "out", device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_a_merged_folder_has_them_and_ends_and_pads_with_them(run, tmp_path):
     assert problem.startswith("generation_config.json has pad_token_id 0, not ")
 
 
-def test_one_that_the_tokenizer_lacks_is_an_error(tiny_base, alpaca_file, tmp_path):
+def test_a_special_token_that_the_tokenizer_lacks_is_refused(tiny_base, alpaca_file, tmp_path):
     settings = {"data__special_tokens": {"pad_token": PAD}}
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
     with pytest.raises(DataError, match="pad_token is '<pad>', which the tokenizer does not have"):

@@ -1,4 +1,4 @@
-"""Releases of runs that trained rows of embedding and head: merged, verified, read back, and as GGUF."""
+"""Releases of runs that trained rows of embedding and head: merged, verified, read back, and written as GGUF."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Trains a run of a kind when it is first asked for; not to be changed."""
+    """Return a function that trains a run of a kind on its first call; its runs must not be changed."""
     folder, made = tmp_path_factory.mktemp("rows"), {}
     texts = [f"<tool>{word} {count}</tool>" for word in ("tin", "oak", "fern") for count in range(1, 9)]
     data = write_jsonl(folder / "tools.jsonl", [{"instruction": text[6:-7], "output": text} for text in texts])
@@ -63,7 +63,7 @@ def logits_of(model, ids):
 
 
 def rows_of(run, base, module, size):
-    """What a weight should be, from the adapter's file and the base's alone."""
+    """Return the expected weight, from the files of adapter and base."""
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     expected = torch.full((size, SIZES["hidden_size"]), torch.nan)
@@ -79,7 +79,7 @@ def rows_of(run, base, module, size):
 
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_release_holds_the_trained_rows_and_passes(kind, onto, runs, tmp_path):
+def test_a_release_contains_the_trained_rows_and_is_verified(kind, onto, runs, tmp_path):
     run, (_, tied, _, _, tokens, size) = runs(kind), KINDS[kind]
     merge(run, tmp_path / "out", "float32", onto, max_shard_size="40KB")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -101,11 +101,11 @@ def test_a_release_holds_the_trained_rows_and_passes(kind, onto, runs, tmp_path)
         report = verify(run, tmp_path / "out")
         assert report.matches, report.problems
         assert report.max_weight_difference < 1e-6
-    again, _ = load_base(str(tmp_path / "out"))  # to be trained on
+    again, _ = load_base(str(tmp_path / "out"))  # as a base for another run
     assert again.get_input_embeddings().num_embeddings == size
 
 
-def test_a_base_that_holds_its_one_weight_twice_keeps_both_alike(runs, tmp_path):
+def test_a_base_with_its_shared_weight_twice_keeps_both_equal(runs, tmp_path):
     run = runs("tied, new rows")
     copy, base = (shutil.copytree(run.parent / name, tmp_path / name) for name in ("run", "base"))
     tensors = load_file(base / "model.safetensors")
@@ -121,7 +121,7 @@ def test_a_base_that_holds_its_one_weight_twice_keeps_both_alike(runs, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "row"), [(EMBEDDING, ROWS), (EMBEDDING, 3), (HEAD, ROWS + 1), (HEAD, 100)], ids=str)
-def test_a_spoilt_row_is_found(name, row, runs, tmp_path):
+def test_a_changed_row_is_reported(name, row, runs, tmp_path):
     run = runs("new rows")
     merge(run, tmp_path / "out", "float32")
     path = tmp_path / "out" / "model.safetensors"
@@ -129,11 +129,11 @@ def test_a_spoilt_row_is_found(name, row, runs, tmp_path):
     tensors[name][row, 7] *= 1.01
     save_file(tensors, path, metadata={"format": "pt"})
     (problem,) = verify(run, tmp_path / "out").problems
-    assert problem.startswith(f"tensor {name} is not the base's with the rows that were trained")
+    assert problem.startswith(f"tensor {name} is not the base's with the trained rows")
 
 
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "tied, in full"])
-def test_an_adapter_that_has_lost_its_rows_is_refused(kind, runs, tmp_path):
+def test_an_adapter_without_its_trained_rows_is_refused(kind, runs, tmp_path):
     merge(runs(kind), tmp_path / "whole")
     forget_adapter(tmp_path / "whole")
     run = shutil.copytree(runs(kind), tmp_path / "run")
@@ -143,14 +143,14 @@ def test_an_adapter_that_has_lost_its_rows_is_refused(kind, runs, tmp_path):
     config.write_text(json.dumps(kept))
     factors = {name: value for name, value in load_file(weights).items() if ".lora_" in name}
     save_file(factors, weights, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="rows of nothing"):
+    with pytest.raises(ExportError, match="rows of no module"):
         merge(run, tmp_path / "out")
     with pytest.raises(CheckpointError, match="for no ids, the model for the ids"):
         load_run(run)
     assert "for no ids, the model for the ids" in verify(run, tmp_path / "whole").problems[-1]
 
 
-def test_a_release_without_the_new_rows_is_found(runs, tmp_path):
+def test_a_release_without_the_new_rows_is_reported(runs, tmp_path):
     run = runs("new rows")
     merge(run, tmp_path / "out", "float32")
     path = tmp_path / "out" / "model.safetensors"
@@ -162,7 +162,7 @@ def test_a_release_without_the_new_rows_is_found(runs, tmp_path):
 
 
 @pytest.mark.parametrize(("run", "other"), [("new rows", "in full"), ("in full", "new rows")])
-def test_a_release_of_a_run_with_another_vocabulary_is_found(run, other, runs, tmp_path):
+def test_a_release_of_a_run_with_another_vocabulary_is_reported(run, other, runs, tmp_path):
     merge(runs(other), tmp_path / "out", "float32")
     forget_adapter(tmp_path / "out")
     report = verify(runs(run), tmp_path / "out")
@@ -171,7 +171,7 @@ def test_a_release_of_a_run_with_another_vocabulary_is_found(run, other, runs, t
     assert report.adapter_loss is not None
 
 
-def test_a_tokenizer_without_the_new_tokens_is_found(runs, tmp_path):
+def test_a_tokenizer_without_the_new_tokens_is_reported(runs, tmp_path):
     run = runs("new rows")
     merge(run, tmp_path / "out", "float32")
     AutoTokenizer.from_pretrained(run.parent / "base").save_pretrained(tmp_path / "out")
@@ -179,7 +179,7 @@ def test_a_tokenizer_without_the_new_tokens_is_found(runs, tmp_path):
     assert any("<tool></tool>" in problem for problem in problems)
 
 
-def test_clients_that_cannot_load_it_are_told(runs, tmp_path):
+def test_clients_that_cannot_load_the_adapter_are_reported(runs, tmp_path):
     merge(runs("new rows"), tmp_path / "out", "float32")
     clients = verify(runs("new rows"), tmp_path / "out").clients
     assert {name: verdict.loads for name, verdict in clients.items()} == {
@@ -188,7 +188,7 @@ def test_clients_that_cannot_load_it_are_told(runs, tmp_path):
     assert f"resize_token_embeddings({ROWS + 2})" in str(clients["peft"])
 
 
-def test_the_card_says_what_was_trained(runs, tmp_path):
+def test_the_card_lists_the_trained_rows(runs, tmp_path):
     merge(runs("the head in full, with new rows"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| rows trained in full | 2 of model.embed_tokens, {ROWS + 2} of lm_head |" in card

@@ -1,4 +1,4 @@
-"""Folders and files: there whole or not at all, whatever happens on the way."""
+"""Folders and files are written completely or not at all, even if writing fails or is killed."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ from qlora.files.atomic import make_folder, settle
 
 @contextmanager
 def no_room_for(num_bytes):
-    """Makes every file that grows beyond `num_bytes` fail as on a full disk: the system itself refuses."""
+    """Let the system refuse every write beyond `num_bytes` of a file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -28,7 +28,7 @@ def no_room_for(num_bytes):
 
 @pytest.fixture
 def target(tmp_path):
-    """A folder with an older version in it."""
+    """A folder with an old version of its files."""
     target = tmp_path / "place" / "target"
     target.mkdir(parents=True)
     (target / "file").write_text("old")
@@ -47,7 +47,7 @@ def assert_only_old(target):
     assert (target / "file").read_text() == "old"
 
 
-def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(target):
+def test_a_folder_replaces_the_old_one_as_a_whole(target):
     with atomic_folder(target) as folder:
         (folder / "other").write_text("new")
         (folder / "nested").mkdir()
@@ -61,21 +61,21 @@ def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(target):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_a_folder_that_was_not_there_is_made_with_its_parents(tmp_path):
+def test_a_new_folder_is_created_with_its_parents(tmp_path):
     with atomic_folder(tmp_path / "a" / "b") as folder:
         (folder / "file").write_text("new")
     assert (tmp_path / "a" / "b" / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, CheckpointError, OSError])
-def test_a_failure_leaves_the_old_folder_whole_and_nothing_else(error, target):
+def test_a_failure_leaves_only_the_old_folder(error, target):
     raised = CheckpointError if error is OSError else error
     with pytest.raises(raised):
         write_half(target, error)
     assert_only_old(target)
 
 
-def test_a_failure_where_nothing_was_before_leaves_nothing(tmp_path):
+def test_a_failure_without_an_old_folder_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="on the way"):
         write_half(tmp_path / "target", ValueError)
     assert list(tmp_path.iterdir()) == []
@@ -97,13 +97,13 @@ def test_a_full_disk_is_reported_with_the_space_left_and_the_old_folder_stays(wr
     assert_only_old(target)
 
 
-def test_the_error_is_of_the_kind_that_is_asked_for(target):
+def test_the_error_has_the_given_type(target):
     with pytest.raises(ExportError, match="can't be written"), atomic_folder(target, ExportError):
         raise OSError("no room")
     assert_only_old(target)
 
 
-def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(target, monkeypatch):
+def test_a_folder_that_can_not_be_renamed_leaves_the_old_one(target, monkeypatch):
     rename = Path.rename
 
     def refuse_the_new(self, other):
@@ -117,7 +117,7 @@ def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(target, monkeyp
     assert_only_old(target)
 
 
-def test_what_a_killed_process_left_beside_is_cleared_away(target):
+def test_leftovers_of_a_killed_process_are_removed(target):
     for suffix in ("new", "old"):
         leftover = target.with_name(f".{target.name}.{suffix}")
         leftover.mkdir()
@@ -129,7 +129,7 @@ def test_what_a_killed_process_left_beside_is_cleared_away(target):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(target):
-    """The old folder is out of its place then, and the new one not in it yet."""
+    """At that moment the old folder is renamed, and the new one not yet in place."""
     target.rename(target.with_name(f".{target.name}.old"))
     new = target.with_name(f".{target.name}.new")
     new.mkdir()
@@ -140,7 +140,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(target):
     assert_only_old(target)
 
 
-def test_a_kill_between_the_two_renames_is_made_up_for_even_if_the_next_write_fails(target):
+def test_a_kill_between_the_two_renames_is_recovered_even_if_the_next_write_fails(target):
     target.rename(target.with_name(f".{target.name}.old"))
     with pytest.raises(ValueError, match="on the way"):
         write_half(target, ValueError)
@@ -155,7 +155,7 @@ def test_a_kill_after_both_renames_leaves_the_new_one(target):
     assert (target / "file").read_text() == "new"
 
 
-def test_a_folder_that_is_being_removed_is_not_found_by_its_name(target, monkeypatch):
+def test_a_folder_that_is_being_removed_is_not_found_under_its_name(target, monkeypatch):
     def stop(path, **_):
         raise KeyboardInterrupt
 
@@ -164,11 +164,11 @@ def test_a_folder_that_is_being_removed_is_not_found_by_its_name(target, monkeyp
         with pytest.raises(KeyboardInterrupt):
             discard(target)
     assert not target.exists()
-    settle(target)  # and does not come back
+    settle(target)  # does not restore it
     assert list(target.parent.iterdir()) == []
 
 
-def test_nothing_is_written_where_there_is_no_room(target):
+def test_nothing_is_written_without_enough_space(target):
     needed = free_bytes(target) + 10**12
     with (
         pytest.raises(
@@ -208,7 +208,7 @@ def test_folders_that_are_created_are_returned(tmp_path):
     assert make_folder(tmp_path / "a" / "b") == []
 
 
-def test_a_text_is_replaced_whole(tmp_path):
+def test_a_text_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "deep" / "text"
     write_text(path, "one")
     write_text(path, "two ü")
@@ -225,7 +225,7 @@ def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_place_that_is_a_file_is_reported(tmp_path):
+def test_a_target_inside_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="can't be written"):
         write_text(tmp_path / "file" / "text", "x")

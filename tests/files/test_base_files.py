@@ -1,4 +1,4 @@
-"""A base's files: whole or refused, and known again by their fingerprint."""
+"""A base's files: incomplete ones are refused, and their fingerprint identifies them."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def base(tiny_base, tmp_path):
 
 @pytest.fixture
 def sharded(base):
-    """The base in two files with an index."""
+    """The base, stored in two files with an index."""
     tensors = load_file(base / WEIGHTS)
     names, weight_map = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
@@ -84,14 +84,14 @@ def test_a_damaged_index_is_named(text, sharded):
         BaseFiles.resolve(str(sharded))
 
 
-def test_a_shard_that_is_cut_short_is_named(sharded):
+def test_a_truncated_shard_is_reported(sharded):
     path = sharded / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors has \d+ bytes"):
         BaseFiles.resolve(str(sharded))
 
 
-def test_a_folder_without_config_or_weights_is_no_model(base):
+def test_a_folder_without_config_or_weights_is_refused(base):
     (base / WEIGHTS).rename(base / "elsewhere")
     with pytest.raises(ModelError, match="no \\*\\.safetensors"):
         BaseFiles.resolve(str(base))
@@ -100,7 +100,7 @@ def test_a_folder_without_config_or_weights_is_no_model(base):
         BaseFiles.resolve(str(base))
 
 
-def test_weights_are_here_when_all_files_are(sharded):
+def test_has_weights_requires_all_files(sharded):
     assert BaseFiles.resolve(str(sharded)).has_weights
     (sharded / "model-00002-of-00002.safetensors").unlink()
     files = BaseFiles.resolve(str(sharded), with_weights=False)
@@ -125,7 +125,7 @@ def test_a_copy_has_the_same_fingerprint(base, tmp_path):
     assert fingerprint(base).keys() == {"config.json", WEIGHTS}
 
 
-def test_a_changed_config_changes_its_hash_alone(base):
+def test_a_changed_config_changes_only_its_hash(base):
     before = fingerprint(base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
@@ -135,7 +135,7 @@ def test_a_changed_config_changes_its_hash_alone(base):
 
 
 def test_a_changed_weight_changes_the_hash_of_its_file(base, seed):
-    """A small file is sampled whole: any one byte counts."""
+    """The samples cover all of a small file, so any byte counts."""
     before = fingerprint(base)
     content = bytearray((base / WEIGHTS).read_bytes())
     data = 8 + int.from_bytes(content[:8], "little")
@@ -153,8 +153,8 @@ def test_a_changed_header_changes_the_hash_of_its_file(base):
     assert fingerprint(base)[WEIGHTS] != before[WEIGHTS]
 
 
-def test_a_tensor_trained_on_changes_the_hash_of_a_file_too_large_to_be_read_whole(base, generator):
-    """A fine-tune changes whole tensors; the samples of a larger file are close enough to meet each of them."""
+def test_a_fine_tuned_tensor_changes_the_hash_of_a_large_sampled_file(base, generator):
+    """A fine-tune changes whole tensors, and the samples of a large file are close enough to hit each of them."""
     hashes = set()
     tensors = {f"weight{index}": torch.randn(512, 1024, generator=generator) for index in range(8)}
     for changed in (None, *tensors):

@@ -1,4 +1,4 @@
-"""A directory's lock: one holder at a time, who is named, and who lets go of it however it ends."""
+"""A directory's lock: it has one named holder at a time, and is released however the holder ends."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def lock(tmp_path):
     return tmp_path / "runs" / "one" / "run.lock"
 
 
-def test_it_tells_who_holds_it_while_it_is_held_and_leaves_nothing(lock, tmp_path):
+def test_the_lock_file_names_its_holder_and_is_removed_at_the_end(lock, tmp_path):
     with hold_lock(lock) as warning:
         assert warning is None
         holder = json.loads(lock.read_text())
@@ -36,7 +36,7 @@ def test_it_tells_who_holds_it_while_it_is_held_and_leaves_nothing(lock, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_stays_if_something_is_in_it_or_it_was_there(lock, tmp_path):
+def test_the_folder_stays_if_it_is_not_empty_or_existed_before(lock, tmp_path):
     with hold_lock(lock):
         (lock.parent / "file").write_text("")
     assert [path.name for path in lock.parent.iterdir()] == ["file"]
@@ -46,7 +46,7 @@ def test_the_folder_stays_if_something_is_in_it_or_it_was_there(lock, tmp_path):
     assert lock.parent.is_dir()
 
 
-def test_a_second_holder_gets_the_name_of_the_first(lock):
+def test_a_second_holder_is_refused_with_the_name_of_the_first(lock):
     with hold_lock(lock):
         before = lock.read_text()
         holder = rf"one is in use by process {os.getpid()} on {socket.gethostname()} since 20\d\d-"
@@ -63,20 +63,20 @@ def test_a_killed_process_holds_nothing(lock):
         with pytest.raises(CheckpointError, match=f"in use by process {process.pid} on"), hold_lock(lock):
             pass
         process.send_signal(signal.SIGKILL)
-    assert json.loads(lock.read_text())["pid"] == process.pid  # it could not tidy up
+    assert json.loads(lock.read_text())["pid"] == process.pid  # a killed process leaves the file
     with hold_lock(lock):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 3}', "\0" * 9])
-def test_a_holder_that_has_not_said_who_it_is_is_one_too(text, lock):
+def test_a_holder_without_a_name_holds_the_lock_too(text, lock):
     with hold_lock(lock):
         lock.write_text(text)
         with pytest.raises(CheckpointError, match="in use by another process"), hold_lock(lock):
             pass
 
 
-def test_the_lock_of_a_folder_that_was_made_anew_is_left_to_its_holder(lock):
+def test_the_lock_of_a_recreated_folder_is_left_to_its_holder(lock):
     with hold_lock(lock):
         lock.unlink()
         with hold_lock(lock):
@@ -102,7 +102,7 @@ def test_a_folder_that_can_not_be_written_is_reported(tmp_path):
             pass
 
 
-def test_an_error_inside_is_passed_on_as_it_is(lock):
+def test_an_error_inside_is_raised_unchanged(lock):
     with pytest.raises(OSError, match="mine"), hold_lock(lock):
         raise OSError("mine")
     assert not lock.exists()

@@ -1,4 +1,4 @@
-"""The folder aside: kept for who continues, cleared by who ends, and never another's."""
+"""The staging folder of a merge: kept for a merge that resumes, removed at the end, and refused to other merges."""
 
 import subprocess
 import sys
@@ -12,51 +12,51 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qlora.files.resumable import resumable_folder
-with resumable_folder(Path(sys.argv[1]), "key") as aside:
-    (aside / "half").write_text("half")
+with resumable_folder(Path(sys.argv[1]), "key") as staging:
+    (staging / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def write_half(target, key="key", error=KeyboardInterrupt):
-    with resumable_folder(target, key) as aside:
-        (aside / "half").write_text("half")
+    with resumable_folder(target, key) as staging:
+        (staging / "half").write_text("half")
         raise error("on the way")
 
 
 def replace_by_half(target):
-    with resumable_folder(target, "key") as aside:
-        (aside / "new").mkdir()
+    with resumable_folder(target, "key") as staging:
+        (staging / "new").mkdir()
         target.mkdir()
         (target / "mine").write_text("precious")
-        put_in_place(aside / "new", target)
+        put_in_place(staging / "new", target)
 
 
-def test_what_is_put_in_place_stays_and_the_rest_goes(tmp_path):
+def test_the_folder_put_in_place_stays_and_the_rest_is_removed(tmp_path):
     target = tmp_path / "parent" / "out"
-    with resumable_folder(target, "key") as aside:
+    with resumable_folder(target, "key") as staging:
         for name in ("good", "bad"):
-            (aside / name).mkdir()
-            (aside / name / "file").write_text(name)
+            (staging / name).mkdir()
+            (staging / name / "file").write_text(name)
         assert not target.exists()
-        put_in_place(aside / "good", target)
+        put_in_place(staging / "good", target)
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert (target / "file").read_text() == "good"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, DataError])
-def test_what_an_interrupted_writer_left_is_there_for_the_next(error, tmp_path):
+def test_files_of_an_interrupted_writer_are_there_for_the_next(error, tmp_path):
     with pytest.raises(error):
         write_half(tmp_path / "out", error=error)
-    with resumable_folder(tmp_path / "out", "key") as aside:
-        assert (aside / "half").read_text() == "half"
+    with resumable_folder(tmp_path / "out", "key") as staging:
+        assert (staging / "half").read_text() == "half"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_leaves_its_work_and_no_lock(tmp_path):
+def test_a_killed_process_leaves_its_files_and_no_lock(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
-    with resumable_folder(tmp_path / "out", "key") as aside:
-        assert (aside / "half").read_text() == "half"
+    with resumable_folder(tmp_path / "out", "key") as staging:
+        assert (staging / "half").read_text() == "half"
 
 
 @pytest.mark.parametrize("error", [OSError, ExportError])
@@ -66,28 +66,28 @@ def test_a_failure_is_reported_and_leaves_nothing(error, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_anothers_leftovers_are_refused_and_not_touched(tmp_path):
-    aside = tmp_path / ".out.merging"
+def test_files_of_another_writer_are_refused_and_not_touched(tmp_path):
+    staging = tmp_path / ".out.merging"
     with pytest.raises(KeyboardInterrupt):
         write_half(tmp_path / "out", "first")
-    with pytest.raises(ExportError, match=r"\.out\.merging holds what a merge with other settings"):
+    with pytest.raises(ExportError, match=r"\.out\.merging has files of an interrupted merge with other settings"):
         write_half(tmp_path / "out", "second")
-    assert (aside / "half").read_text() == "half"
-    (aside / "merge_state").unlink()  # not written by a merge at all
-    with pytest.raises(ExportError, match="Remove .*or choose another folder"):
+    assert (staging / "half").read_text() == "half"
+    (staging / "merge_state").unlink()  # not written by a merge at all
+    with pytest.raises(ExportError, match="remove .*or choose another folder"):
         write_half(tmp_path / "out", "first")
-    assert (aside / "half").read_text() == "half"
+    assert (staging / "half").read_text() == "half"
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
-    with resumable_folder(tmp_path / "out", "key") as aside:
-        (aside / "half").write_text("half")
+    with resumable_folder(tmp_path / "out", "key") as staging:
+        (staging / "half").write_text("half")
         with pytest.raises(ExportError, match="being written by another qlora merge"):
             write_half(tmp_path / "out")
-        assert (aside / "half").read_text() == "half"
+        assert (staging / "half").read_text() == "half"
 
 
-def test_a_target_that_came_to_be_meanwhile_is_not_replaced(tmp_path):
+def test_a_target_created_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(ExportError, match="out can't be written"):
         replace_by_half(target)

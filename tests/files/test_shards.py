@@ -1,4 +1,4 @@
-"""Shards: what safetensors and transformers read, in files as large as asked for."""
+"""Shards: safetensors and transformers read them back, and their size is limited."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def test_safetensors_reads_back_every_bit(dtype, tensors, tmp_path):
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 200, 1700, 1800])
-def test_no_file_is_larger_than_asked_for_but_for_one_tensor(max_bytes, tensors, tmp_path):
+def test_no_file_exceeds_the_limit_except_for_a_single_tensor(max_bytes, tensors, tmp_path):
     writer = write(tmp_path, tensors, torch.float32, max_bytes)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     found = {}
@@ -65,16 +65,16 @@ def test_no_file_is_larger_than_asked_for_but_for_one_tensor(max_bytes, tensors,
     assert index["metadata"]["total_size"] == writer.num_bytes
 
 
-def test_tensors_that_do_not_lie_in_order_are_written_as_they_read(tmp_path, generator):
+def test_tensors_with_other_strides_are_written_in_order(tmp_path, generator):
     value = torch.randn(6, 4, generator=generator).T
     write(tmp_path, {"transposed": value}, torch.float32, 10**9)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["transposed"], value)
 
 
-def test_another_order_or_dtype_than_announced_is_a_mistake_of_ours(tmp_path):
+def test_an_order_or_dtype_that_contradicts_the_layout_fails(tmp_path):
     layout = [TensorLayout(name, (2,), torch.float16) for name in "ab"]
     writer = ShardWriter(tmp_path, layout, 100)
-    with pytest.raises(AssertionError, match="b came in place of .*'a'"):
+    with pytest.raises(AssertionError, match="b instead of .*'a'"):
         writer.write("b", torch.zeros(2, dtype=torch.float16))
     with pytest.raises(AssertionError, match="float32"):
         ShardWriter(tmp_path, layout, 100).write("a", torch.zeros(2))
@@ -88,7 +88,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_blocks_of_rows_make_the_file_that_the_whole_makes(tensors, tmp_path):
+def test_writing_blocks_of_rows_gives_the_same_file(tensors, tmp_path):
     for name in ("whole", "blocks"):
         (tmp_path / name).mkdir()
     write(tmp_path / "whole", tensors, torch.float32, 10**9)
@@ -99,14 +99,14 @@ def test_blocks_of_rows_make_the_file_that_the_whole_makes(tensors, tmp_path):
     assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
 
 
-def test_rows_that_are_missing_are_a_mistake_of_ours(tmp_path):
+def test_missing_rows_fail(tmp_path):
     writer = ShardWriter(tmp_path, [TensorLayout("a", (4,), torch.float32)], 100)
-    with pytest.raises(AssertionError, match="8 bytes came for .*'a'"):
+    with pytest.raises(AssertionError, match="8 bytes for .*'a'"):
         writer.write_blocks("a", [torch.zeros(2)])
 
 
 @pytest.mark.parametrize("max_bytes", [100, 1700, 10**9])
-def test_what_an_interrupted_writer_left_is_gone_on_with(max_bytes, tensors, tmp_path, seed):
+def test_files_of_an_interrupted_writer_are_resumed(max_bytes, tensors, tmp_path, seed):
     write(tmp_path, tensors, torch.float32, max_bytes)
     expected = contents(tmp_path)
     weight_files = sorted(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
@@ -123,7 +123,7 @@ def test_what_an_interrupted_writer_left_is_gone_on_with(max_bytes, tensors, tmp
         writer = ShardWriter(tmp_path, layout_of(tensors), max_bytes)
         num_left = sum(tensor.num_bytes for tensor in writer.remaining)
         assert writer.num_bytes - num_left <= size_left
-        # No more is done again than the tensor that was cut.
+        # Only the truncated tensor is written again.
         assert size_left < writer.num_bytes - num_left + writer.remaining[0].num_bytes + 2000
         assert [entry.name for entry in writer.remaining] == list(tensors)[-len(writer.remaining) :]
         for entry in list(writer.remaining):
@@ -132,7 +132,7 @@ def test_what_an_interrupted_writer_left_is_gone_on_with(max_bytes, tensors, tmp
         assert contents(tmp_path) == expected
 
 
-def test_a_file_of_another_layout_is_written_anew(tensors, tmp_path):
+def test_a_file_of_another_layout_is_rewritten(tensors, tmp_path):
     write(tmp_path, tensors, torch.float32, 10**9)
     expected = contents(tmp_path)
     other = {"z": torch.zeros(7), **tensors}
@@ -142,7 +142,7 @@ def test_a_file_of_another_layout_is_written_anew(tensors, tmp_path):
     assert contents(tmp_path) == expected
 
 
-def test_a_sharded_model_is_the_unsharded_one(tiny_base, alpaca_file, tmp_path):
+def test_a_sharded_model_equals_the_unsharded_one(tiny_base, alpaca_file, tmp_path):
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2, data__eval=None)))
     merge(tmp_path / "run", tmp_path / "one")
     merge(tmp_path / "run", tmp_path / "several", max_shard_size="60KB")

@@ -1,4 +1,4 @@
-"""Reading stored tensors by rows: what safetensors reads, of every shape and dtype."""
+"""Stored tensors: rows of every shape and dtype are read as safetensors reads them."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ def tensors(generator):
 
 @pytest.fixture
 def stored(tensors, tmp_path):
-    """The tensors in two files."""
+    """The tensors, stored in two files."""
     names = sorted(tensors)
     parts = {tmp_path / "a": names[::2], tmp_path / "b": names[1::2]}
     for path, part in parts.items():
@@ -67,7 +67,7 @@ def test_a_lazy_tensor_is_read_when_it_is_indexed(stored, tensors):
         assert torch.equal(lazy[name][...], tensor), name
 
 
-def test_a_file_that_became_shorter_is_reported_with_the_tensor(tmp_path, generator):
+def test_a_file_truncated_meanwhile_is_reported_with_the_tensor(tmp_path, generator):
     path = tmp_path / "file"
     save_file({"a": torch.randn(8, 2, generator=generator), "b": torch.randn(8, 2, generator=generator)}, path)
     stored = StoredTensors({path: read_header(path)})
@@ -77,7 +77,7 @@ def test_a_file_that_became_shorter_is_reported_with_the_tensor(tmp_path, genera
         stored.read("b")
 
 
-def test_a_dtype_that_is_not_read_is_reported_with_the_tensor(tmp_path):
+def test_an_unsupported_dtype_is_reported_with_the_tensor(tmp_path):
     path = tmp_path / "file"
     save_file({"small": torch.zeros(4).to(torch.float8_e4m3fn)}, path)
     with pytest.raises(ExportError, match="small is in F8_E4M3; supported are F16"):

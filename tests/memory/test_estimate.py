@@ -1,4 +1,4 @@
-"""The estimate of a run's memory, against what its step takes, and its choice of a level."""
+"""The estimate of a run's memory against the measured memory of its step, and the choice of a level."""
 
 import random
 from dataclasses import replace
@@ -46,7 +46,7 @@ def settings(base, tmp_path, *overrides, **keys):
     return load_config(path, overrides)
 
 
-def of_real(realdata, tmp_path, name, *overrides):
+def estimate_real(realdata, tmp_path, name, *overrides):
     keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 2}
     return estimate(settings(realdata / "configs" / name, tmp_path, *overrides, **keys), SUPERVISED, "cuda")
 
@@ -54,25 +54,25 @@ def of_real(realdata, tmp_path, name, *overrides):
 @pytest.fixture(scope="module")
 def llama_8b(realdata, tmp_path_factory):
     """The estimate of a run of an 8B model."""
-    return of_real(realdata, tmp_path_factory.mktemp("8b"), LLAMA_8B)
+    return estimate_real(realdata, tmp_path_factory.mktemp("8b"), LLAMA_8B)
 
 
-def apart(base, tmp_path, overrides, levels=slice(None)):
-    """How far the estimate of each level is from what a step takes, as a share."""
+def relative_errors(base, tmp_path, overrides, levels=slice(None)):
+    """Return the relative error of the estimate by level, against the measured step."""
     config = settings(base, tmp_path, *overrides)
-    reckoned, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
-    assert reckoned.levels == recompute_levels(model)
+    predicted, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
+    assert predicted.levels == recompute_levels(model)
     return {
-        level: reckoned.total_bytes(level, reckoned.tokens) / measure_step(model, config, level, SUPERVISED) - 1
-        for level in reckoned.levels[levels]
+        level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, SUPERVISED) - 1
+        for level in predicted.levels[levels]
     }
 
 
 @pytest.mark.slow
-def test_every_level_is_what_its_step_takes(base, tmp_path):
-    found = apart(base, tmp_path, ["data.max_seq_len=320"])
-    assert set(found) == {"none", "mlp", "attention", "full"}
-    assert max(map(abs, found.values())) <= TOLERANCE, found
+def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
+    errors = relative_errors(base, tmp_path, ["data.max_seq_len=320"])
+    assert set(errors) == {"none", "mlp", "attention", "full"}
+    assert max(map(abs, errors.values())) <= TOLERANCE, errors
 
 
 @pytest.mark.slow
@@ -90,21 +90,21 @@ def test_every_level_is_what_its_step_takes(base, tmp_path):
     ],
     ids=" ".join,
 )
-def test_every_setting_is_what_its_step_takes(base, tmp_path, overrides):
-    found = apart(base, tmp_path, overrides, slice(None, None, 3))
-    assert max(map(abs, found.values())) <= TOLERANCE, found
+def test_the_estimate_with_every_setting_matches_its_step(base, tmp_path, overrides):
+    errors = relative_errors(base, tmp_path, overrides, slice(None, None, 3))
+    assert max(map(abs, errors.values())) <= TOLERANCE, errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed):
-    """Of forward and backward alone: the optimizer's step takes more."""
+    """Only forward and backward are measured, because the optimizer's step takes more."""
     if tied:
         base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
     overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
     config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
-    reckoned, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
-    reckoned = replace(reckoned, footprint=replace(reckoned.footprint, update=0, optimizer=0))
+    predicted, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
+    predicted = replace(predicted, footprint=replace(predicted.footprint, update=0, optimizer=0))
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(32_000, (2, 160), generator=generator).numpy()
@@ -113,15 +113,15 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
     for module in model.modules():
         if isinstance(module, NF4Linear):
             held += [module.quant_state.absmax, module.quant_state.state2.absmax]
-    for level in reckoned.levels:
+    for level in predicted.levels:
         apply_recompute(model, level)
         measured = measure_peak(lambda: supervised_loss(model, batch).backward(), CPU, held)
-        assert reckoned.total_bytes(level, 320) == pytest.approx(measured, rel=0.01), level
+        assert predicted.total_bytes(level, 320) == pytest.approx(measured, rel=0.01), level
 
 
 @pytest.mark.parametrize("patterns", ["{}", "{up_proj: 9, 'layers.0.*': 1}"])
 @pytest.mark.parametrize("modules", ["[]", "[lm_head]"])
-def test_what_always_stays_is_counted_to_the_byte(modules, patterns, tmp_path, tiny_base):
+def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, tiny_base):
     overrides = ["train.optimizer=adamw_32bit", "train.rounding=master", "lora.rank=3"]
     overrides += [f"lora.rank_pattern={patterns}"]
     overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
@@ -138,7 +138,7 @@ def test_what_always_stays_is_counted_to_the_byte(modules, patterns, tmp_path, t
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_in_4_bits(generator, double_quant):
+def test_bytes_of_4_bit_weights(generator, double_quant):
     rows, columns = torch.randint(1, 400, (2,), generator=generator).tolist()
     packed, state = quantize(torch.randn(rows, columns, generator=generator), double_quant)
     assert nf4_bytes(rows * columns, double_quant) == nf4_num_bytes(packed, state)
@@ -155,14 +155,14 @@ def test_known_sizes_of_8b(llama_8b):
     assert sorted(slopes.values(), reverse=True) == list(slopes.values())
 
 
-def test_one_run_tells_of_any_number_of_tokens(realdata, tmp_path):
-    one = of_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=4096")
-    other = of_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=12288")
+def test_one_trace_predicts_any_number_of_tokens(realdata, tmp_path):
+    one = estimate_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=4096")
+    other = estimate_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=12288")
     for level in one.levels:
         assert one.total_bytes(level, 24_576) == other.total_bytes(level, 24_576)
 
 
-def test_what_it_says_fits_does_and_no_more(llama_8b, seed):
+def test_the_largest_sizes_fit_and_one_more_does_not(llama_8b, seed):
     free = random.Random(seed).randrange(9 << 30, 80 << 30)
     for level in llama_8b.levels:
         rows, tokens = llama_8b.largest_micro_batch(level, free), llama_8b.longest_context(level, free)
@@ -174,7 +174,7 @@ def test_what_it_says_fits_does_and_no_more(llama_8b, seed):
             assert fits(count + 1) > (1 - MARGIN) * free
 
 
-def test_the_cheapest_level_that_fits_is_chosen(llama_8b):
+def test_the_fastest_level_that_fits_is_chosen(llama_8b):
     totals = {level: llama_8b.total_bytes(level, llama_8b.tokens) for level in llama_8b.levels}
     for level, total in totals.items():
         chosen, why = choose_level(llama_8b, int(total / (1 - MARGIN)) + 1, llama_8b.tokens)
@@ -185,7 +185,7 @@ def test_the_cheapest_level_that_fits_is_chosen(llama_8b):
         choose_level(llama_8b, min(totals.values()), llama_8b.tokens)
 
 
-def test_weights_are_kept_as_far_as_there_is_room(llama_8b):
+def test_layers_are_cached_as_far_as_memory_allows(llama_8b):
     needed, layer = llama_8b.total_bytes("full", llama_8b.tokens), llama_8b.footprint.layers_dequantized[0]
     assert layer == 2 * (6_979_321_856 // 32)
     for count in (0, 1, 7, 32, 40):
@@ -193,7 +193,7 @@ def test_weights_are_kept_as_far_as_there_is_room(llama_8b):
         assert llama_8b.weight_cache_layers(free, "full", llama_8b.tokens) == min(count, 32)
 
 
-def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
+def test_sliding_windows_need_masks_only_on_a_cpu(realdata, tmp_path):
     config = settings(realdata / "configs" / "Mistral-7B-v0.1", tmp_path, data__max_seq_len=8192)
     quadratic = {
         device: max(held.total.quadratic for held in estimate(config, SUPERVISED, device).footprint.held["full"])
@@ -212,7 +212,7 @@ def test_sliding_windows_make_masks_on_a_cpu_alone(realdata, tmp_path):
 )
 def test_bases_that_cannot_be_trained_are_refused(realdata, tmp_path, name, problem):
     with pytest.raises(ModelError, match=problem):
-        of_real(realdata, tmp_path, name)
+        estimate_real(realdata, tmp_path, name)
 
 
 @pytest.mark.slow
@@ -220,13 +220,13 @@ def test_every_other_real_config_is_estimated(realdata, tmp_path):
     refused = []
     for folder in sorted((realdata / "configs").iterdir()):
         try:
-            reckoned = of_real(realdata, tmp_path, folder.name)
+            predicted = estimate_real(realdata, tmp_path, folder.name)
         except ModelError:
             refused.append(folder.name)
             continue
-        totals = [reckoned.total_bytes(level, reckoned.tokens) for level in reckoned.levels]
+        totals = [predicted.total_bytes(level, predicted.tokens) for level in predicted.levels]
         assert totals == sorted(totals, reverse=True), folder.name
-        assert min(totals) > reckoned.footprint.weights > 0, folder.name
+        assert min(totals) > predicted.footprint.weights > 0, folder.name
     assert refused == [
         "Llama-3.1-8B-Instruct_int8",
         "Llama-3.1-8B_int8_linear_rope",
@@ -242,7 +242,7 @@ def test_a_base_without_a_config_is_refused(tmp_path):
         estimate(settings(tmp_path / "empty", tmp_path), SUPERVISED, CPU)
 
 
-def test_measured_peaks_are_of_what_lives_at_once():
+def test_the_measured_peak_counts_tensors_that_are_alive_at_once():
     held = torch.ones(1000)
 
     def work():
@@ -253,5 +253,5 @@ def test_measured_peaks_are_of_what_lives_at_once():
     assert measure_peak(work, CPU, [held]) == 4 * (1000 + 2000 + 2000)
 
 
-def test_what_is_loaded_counts_as_available():
+def test_loaded_bytes_count_as_available():
     assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)

@@ -1,4 +1,4 @@
-"""A run takes the cheapest level that fits, corrected by what a step takes, and keeps weights in what is left."""
+"""A run uses the fastest level that fits, corrected by measurement, and caches weights in the memory that is left."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ LEVELS = ["none", "mlp", "attention", "full"]
 
 
 class Expected:
-    """An estimate, of bytes by level."""
+    """An estimate with given bytes by level."""
 
     def __init__(self, *num_bytes):
         self.num_bytes = dict(zip(LEVELS, num_bytes, strict=True))
@@ -28,7 +28,7 @@ class Expected:
 
 
 def settle(level, limit, real, expected):
-    """The level that is settled on, and those that were tried; more than there is runs out of memory."""
+    """Return the chosen level and the levels tried; one far above the limit runs out of memory."""
     tried = []
 
     def measure(level):
@@ -40,25 +40,25 @@ def settle(level, limit, real, expected):
     return *settled, tried
 
 
-def test_a_level_that_takes_what_was_expected_stays():
+def test_a_level_that_takes_what_was_expected_is_kept():
     real = (100, 60, 30, 20)
     assert settle("mlp", 70, real, Expected(*real)) == ("mlp", 60, "it fits", ["mlp"])
 
 
-@pytest.mark.parametrize(("limit", "told"), [(40, "mlp ran out of memory"), (58, "mlp took")])
-def test_a_level_that_takes_more_than_there_is_gives_way_to_the_next(limit, told):
+@pytest.mark.parametrize(("limit", "reason"), [(40, "mlp ran out of memory"), (58, "mlp took")])
+def test_a_level_that_takes_too_much_is_replaced_by_the_next(limit, reason):
     level, taken, why, tried = settle("mlp", limit, (100, 60, 30, 20), Expected(50, 30, 15, 10))
     assert (level, taken, tried) == ("attention", 30, ["mlp", "attention"])
-    assert told in why
+    assert reason in why
 
 
-def test_a_level_that_takes_less_than_expected_gives_way_to_a_cheaper_one_that_fits():
+def test_a_level_that_takes_less_than_expected_is_replaced_by_a_faster_one_that_fits():
     level, taken, why, tried = settle("full", 65, (100, 60, 30, 20), Expected(200, 120, 60, 40))
     assert (level, taken, tried) == ("mlp", 60, ["full", "mlp"])
     assert "less than expected" in why
 
 
-def test_a_cheaper_one_that_turns_out_not_to_fit_is_given_up():
+def test_a_faster_level_that_turns_out_not_to_fit_is_not_used():
     assert settle("full", 65, (100, 90, 30, 20), Expected(200, 120, 60, 40))[::3] == ("full", ["full", "mlp"])
 
 
@@ -66,14 +66,14 @@ def test_without_an_estimate_the_level_that_fits_is_kept():
     assert settle("full", 65, (100, 60, 30, 20), None)[::3] == ("full", ["full"])
 
 
-def test_what_fits_at_no_level_is_refused_with_all_that_was_tried():
+def test_a_batch_that_fits_at_no_level_is_refused_with_all_levels_tried():
     with pytest.raises(ModelError, match=r"64 tokens .*attention ran out.*full ran out.*Lower train\.micro_batch_size"):
         settle("attention", 5, (100, 60, 30, 20), Expected(5, 4, 3, 2))
 
 
 @pytest.fixture
 def prepared(tiny_base, alpaca_file, tmp_path, generator):
-    """A config, its model as it is trained, and a batch."""
+    """Return a config, its model as it is trained, and a batch."""
 
     def prepare(**settings):
         config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
@@ -87,19 +87,19 @@ def prepared(tiny_base, alpaca_file, tmp_path, generator):
     return prepare
 
 
-def held(model):
+def num_cached(model):
     return sum(module._cached is not None for module in model.modules() if isinstance(module, NF4Linear))
 
 
-def test_where_memory_is_plenty_nothing_is_recomputed_and_every_weight_kept(prepared):
+def test_with_enough_memory_nothing_is_recomputed_and_every_weight_is_cached(prepared):
     config, model, batch = prepared()
     found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
     linears = sum(isinstance(module, NF4Linear) for module in model.modules())
-    assert (found.level, found.num_cached, held(model)) == ("none", linears, linears)
+    assert (found.level, found.num_cached, num_cached(model)) == ("none", linears, linears)
     assert not model.model.layers[0].gradient_checkpointing
 
 
-def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
+def test_with_less_memory_more_is_recomputed(prepared, monkeypatch):
     config, model, batch = prepared()
     total = fit.estimate(config, SUPERVISED, "cpu").total_bytes
     chosen = []
@@ -115,25 +115,25 @@ def test_the_less_there_is_the_more_is_recomputed(prepared, monkeypatch):
         fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
 
 
-def test_weights_are_kept_in_what_is_left_unless_it_is_switched_off(prepared, monkeypatch):
+def test_weights_are_cached_in_the_memory_left_unless_the_cache_is_off(prepared, monkeypatch):
     for cache, expected in (("auto", 2), ("none", 0)):
         config, model, batch = prepared(model__weight_cache=cache)
         linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
         two = sum(model.dtype.itemsize * linear.in_features * linear.out_features for linear in linears[:2])
         needed = fit.estimate(config, SUPERVISED, "cpu").total_bytes("none", 64) + two / fit.HOST_SHARE
         monkeypatch.setattr(fit, "available_bytes", lambda *_, needed=needed: needed / (1 - fit.MARGIN) + 4)
-        assert fit.fit_memory(config, model, SUPERVISED, batch, ALONE).num_cached == held(model) == expected
+        assert fit.fit_memory(config, model, SUPERVISED, batch, ALONE).num_cached == num_cached(model) == expected
 
 
-def test_a_level_that_is_asked_for_is_used(prepared):
+def test_the_level_of_the_config_is_used(prepared):
     config, model, batch = prepared(model__recompute="full")
     found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
-    assert (found.level, found.why) == ("full", "it was asked for")
+    assert (found.level, found.why) == ("full", "set by model.recompute")
 
 
-def test_a_model_whose_memory_can_not_be_told_is_recomputed_as_far_as_it_can_be(prepared, monkeypatch):
+def test_a_model_whose_memory_is_unknown_is_recomputed_fully(prepared, monkeypatch):
     def unknown(*_):
-        raise ModelError("Odd has no layers that are known here")
+        raise ModelError("Odd has no layers")
 
     config, model, batch = prepared()
     monkeypatch.setattr(fit, "estimate", unknown)

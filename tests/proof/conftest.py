@@ -1,4 +1,4 @@
-"""The proof is of what the export's tests made."""
+"""Fixtures of the export tests: runs and their merged folders."""
 
 from tests.export.conftest import merged, own, tied
 

@@ -1,4 +1,4 @@
-"""Verification of an adapter by itself: it passes what a run left, and tells what is not the run's."""
+"""Verification of an adapter without a merge: a run's own adapter passes, and every mismatch is reported."""
 
 import json
 
@@ -31,7 +31,7 @@ def change_config(folder, **values):
 
 
 def loaded(folder):
-    """A run's model, its weights computed a second time, and its held-out examples."""
+    """Return a run's model, its weights computed a second time, and its held-out examples."""
     run = RunDirectory.open(folder)
     config = load_config(run.config)
     model, tokenizer = load_run(folder, "cpu")
@@ -39,7 +39,7 @@ def loaded(folder):
     return model, expected, held_out_examples(config, tokenizer)
 
 
-def test_what_a_run_left_passes(merged):
+def test_the_adapter_of_a_run_is_verified(merged):
     report = verify(merged / "run")
     assert report.problems == []
     assert (report.layers_checked, report.tensors_checked, report.onto) == (14, None, None)
@@ -49,7 +49,7 @@ def test_what_a_run_left_passes(merged):
     assert report.clients["peft"].loads
 
 
-def test_in_fp32_the_layers_are_equal_but_for_their_sums(tiny_base, alpaca_file, tmp_path):
+def test_in_fp32_the_layers_differ_only_by_the_rounding_of_sums(tiny_base, alpaca_file, tmp_path):
     config = run_config(
         tiny_base, alpaca_file, tmp_path / "run", model__compute_dtype="float32", lora__dtype="float32",
         lora__rslora=True, train__max_steps=2,
@@ -60,16 +60,16 @@ def test_in_fp32_the_layers_are_equal_but_for_their_sums(tiny_base, alpaca_file,
     assert report.max_layer_difference < 1e-5
 
 
-def test_layers_whose_weights_are_no_tensors_of_their_own_are_told(alpaca_file, tmp_path, seed):
+def test_layers_whose_weights_are_parts_of_other_tensors_are_reported(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, HrmTextConfig, num_hidden_layers=1, L_cycles=1, H_cycles=1)
     train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
     report = verify(tmp_path / "run")
     assert report.layers_checked
     assert len(report.problems) == 12
-    assert all("in no tensor of its own" in problem for problem in report.problems)
+    assert all("its weight is not a tensor of its own" in problem for problem in report.problems)
 
 
-def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
+def test_the_command_exits_with_1_on_a_changed_adapter(own):
     done = run_command("verify", own / "run", "--json")
     assert done.code == 0
     assert json.loads(done.out)["layers_checked"] == 14
@@ -82,7 +82,7 @@ def test_the_verb_exits_with_1_when_the_adapter_is_another(own):
 
 @pytest.mark.parametrize("values", [{"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "lora_ga"}])
 @pytest.mark.parametrize("use", [load_run, verify, lambda run: merge(run, run.with_name("other"))])
-def test_an_adapter_that_is_no_plain_lora_is_refused_rather_than_read_as_one(use, values, own):
+def test_an_adapter_that_is_not_plain_lora_is_refused(use, values, own):
     change_config(own, **values)
     with pytest.raises(CheckpointError, match="init_lora_weights: .*plain LoRA"):
         use(own / "run")
@@ -106,20 +106,20 @@ def test_an_adapter_with_another_scaling_in_some_layers_is_refused_with_their_na
     assert any(f"in 2 layers: {UP.format(0)}, {UP.format(1)}" in problem for problem in report.problems)
 
 
-def test_a_value_that_was_changed_since_the_last_step_is_told(own, seed):
+def test_a_value_changed_since_the_last_step_is_reported(own, seed):
     path = own / "run" / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = sorted(tensors)[seed % len(tensors)]
     flat = tensors[name].view(-1)
     flat[seed % len(flat)] += 1
     save_file(tensors, path)
-    assert verify(own / "run").problems == [f"{path.parent}: {name} is not what the run saved after its last step"]
+    assert verify(own / "run").problems == [f"{path.parent}: {name} differs from the checkpoint of the last step"]
 
 
-def test_a_checkpoint_that_is_damaged_is_told_and_the_rest_compared(own):
+def test_a_damaged_checkpoint_is_reported_and_the_rest_is_compared(own):
     path = sorted((own / "run" / "checkpoints").iterdir())[-1] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    for damage in ("cut short", "is missing"):
+    for damage in ("truncated", "is missing"):
         report = verify(own / "run")
         (problem,) = report.problems
         assert problem.startswith("the adapter can't be compared with the last checkpoint")
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_damaged_is_told_and_the_rest_compared(own):
         path.unlink(missing_ok=True)
 
 
-def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
+def test_an_adapter_that_lacks_a_layer_is_reported_and_does_not_load(own):
     path = own / "run" / "adapter" / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if UP.format(1) not in name}, path)
     lacks, not_compared = verify(own / "run").problems
@@ -141,7 +141,7 @@ def test_an_adapter_that_lacks_a_layer_is_told_and_does_not_load(own):
 
 
 @pytest.mark.parametrize("times", [0.0, 0.5, 2.0])
-def test_a_layer_with_another_scaling_is_told(times, merged):
+def test_a_layer_with_another_scaling_is_reported(times, merged):
     model, expected, examples = loaded(merged / "run")
     model.get_submodule(UP.format(1)).lora_B.data.mul_(times)
     assert check_layers(model, expected, examples).problems == [
@@ -149,12 +149,12 @@ def test_a_layer_with_another_scaling_is_told(times, merged):
     ]
 
 
-def test_layers_that_changed_places_are_told(merged):
+def test_swapped_layers_of_a_loaded_adapter_are_reported(merged):
     model, expected, examples = loaded(merged / "run")
     one, other = (model.get_submodule(UP.format(layer)) for layer in (0, 1))
     one.base, other.base = other.base, one.base
     check = check_layers(model, expected, examples)
-    assert [problem.partition(" puts out something else")[0] for problem in check.problems] == [
+    assert [problem.partition(" computes other outputs")[0] for problem in check.problems] == [
         UP.format(layer) for layer in (0, 1)
     ]
     assert check.max_difference > 0.5

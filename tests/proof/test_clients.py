@@ -1,4 +1,4 @@
-"""The check of adapters for other tools: what PEFT saves and loads itself, and each rule of vLLM and llama.cpp."""
+"""The check of adapters for other tools, against PEFT itself and each rule of vLLM and llama.cpp."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def skeleton(tiny_base):
 
 @pytest.fixture
 def own(tiny_base, tmp_path):
-    """An adapter as a run saves it, to be spoilt."""
+    """An adapter as a run saves it, which a test may change."""
     model, _ = load_base(str(tiny_base))
     add_lora(model, rank=4, alpha=8)
     (tmp_path / "own").mkdir()
@@ -39,8 +39,8 @@ def own(tiny_base, tmp_path):
     return tmp_path / "own"
 
 
-def of_peft(base, folder, generator, **settings):
-    """A folder that PEFT saved."""
+def save_with_peft(base, folder, generator, **settings):
+    """Save an adapter with PEFT, and return its folder."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,8 +60,8 @@ def change(folder, config=(), tensors=lambda _: None):
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def passed_over_by_peft(base, folder):
-    """Factors that PEFT finds no place for, or no values."""
+def skipped_by_peft(base, folder):
+    """Return the factors that PEFT does not load, and those that it lacks values for."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,14 +81,14 @@ ALL = ["peft", "vllm", "llama.cpp"]
     [{}, {"rslora": True}, {"rank": 3}, {"targets": [f"{UP}", "o_proj"]}, {"targets": r".*layers\.1\..*"}],
     ids=str,
 )
-def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_path):
+def test_the_adapter_of_a_run_loads_everywhere(settings, tiny_base, skeleton, tmp_path):
     model, _ = load_base(str(tiny_base))
     add_lora(model, **settings)
     save_adapter(model, tmp_path, "someone/base")
     verdicts = check_clients(tmp_path, skeleton)
     assert loads(verdicts) == ALL, verdicts
     assert str(verdicts["peft"]) == "loads it"
-    assert passed_over_by_peft(tiny_base, tmp_path) == []
+    assert skipped_by_peft(tiny_base, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_pa
         ({"use_rslora": True}, ["peft", "vllm"]),
         ({"alpha_pattern": {"up_proj": 3}}, ["peft"]),
         ({"rank_pattern": {"layers.1.mlp.up_proj": 6}}, ["peft", "llama.cpp"]),
-        ({"init_lora_weights": "eva"}, ALL),  # which changes no weight of the base
+        ({"init_lora_weights": "eva"}, ALL),  # does not change the base's weights
         ({"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"up_proj": 12}}, ["peft", "vllm"]),
         ({"use_dora": True}, ["peft"]),
         ({"modules_to_save": ["lm_head"]}, ["peft"]),
@@ -108,14 +108,14 @@ def test_what_a_run_saves_loads_everywhere(settings, tiny_base, skeleton, tmp_pa
     ],
     ids=str,
 )
-def test_what_peft_saves_is_refused_where_it_would_not_be_served_rightly(
+def test_an_adapter_of_peft_is_refused_by_tools_that_would_compute_it_wrongly(
     settings, served, tiny_base, skeleton, tmp_path, generator, seed
 ):
     base = tiny_base
     if "c_attn" in settings.get("target_modules", ()):
         base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
         skeleton = build_skeleton(BaseFiles.resolve(str(base)))
-    verdicts = check_clients(of_peft(base, tmp_path / "adapter", generator, **settings), skeleton)
+    verdicts = check_clients(save_with_peft(base, tmp_path / "adapter", generator, **settings), skeleton)
     assert loads(verdicts) == served, verdicts
     assert all(verdict.loads != bool(verdict.reasons) for verdict in verdicts.values())
 
@@ -123,29 +123,29 @@ def test_what_peft_saves_is_refused_where_it_would_not_be_served_rightly(
 @pytest.mark.parametrize(
     ("settings", "served"),
     [
-        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM takes one scaling for all
-        ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, ["peft", "vllm"]),  # llama.cpp one alpha
+        ({"rank_pattern": {"up_proj": 2}}, ["peft", "llama.cpp"]),  # vLLM: one scaling for all
+        ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, ["peft", "vllm"]),  # llama.cpp: one alpha
         ({"rank_pattern": {"up_proj": 2}, "rslora": True}, ["peft"]),
-        ({"alpha_pattern": {".*_proj": 4}}, ALL),  # the same in all layers after all
+        ({"alpha_pattern": {".*_proj": 4}}, ALL),  # the pattern matches all layers
     ],
     ids=str,
 )
-def test_ranks_by_layer_load_where_they_are_scaled_rightly(settings, served, tiny_base, skeleton, tmp_path):
+def test_ranks_by_layer_load_in_tools_that_scale_them_correctly(settings, served, tiny_base, skeleton, tmp_path):
     model, _ = load_base(str(tiny_base))
     add_lora(model, rank=4, alpha=8, **settings)
     save_adapter(model, tmp_path, "someone/base")
     verdicts = check_clients(tmp_path, skeleton)
     assert loads(verdicts) == served, verdicts
-    assert passed_over_by_peft(tiny_base, tmp_path) == []
+    assert skipped_by_peft(tiny_base, tmp_path) == []
 
 
-def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
+def test_scalings_equal_those_save_with_peft(tiny_base, tmp_path, generator):
     patterns = {
         "rank_pattern": {"up_proj": 2, "layers.1.self_attn.q_proj": 8, "proj": 7},
         "alpha_pattern": {"layers.0.mlp.up_proj": 5, r"layers\.\d\.self_attn\.q_proj": 3},
     }
     for rslora in (False, True):
-        folder = of_peft(tiny_base, tmp_path / str(rslora), generator, use_rslora=rslora, **patterns)
+        folder = save_with_peft(tiny_base, tmp_path / str(rslora), generator, use_rslora=rslora, **patterns)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
         config = json.loads((folder / CONFIG).read_text())
         scalings = {
@@ -159,35 +159,35 @@ def test_scalings_are_those_that_peft_has(tiny_base, tmp_path, generator):
 
 
 def test_the_reason_names_layer_scale_and_key(tiny_base, skeleton, tmp_path, generator):
-    verdicts = check_clients(of_peft(tiny_base, tmp_path, generator, use_rslora=True), skeleton)
+    verdicts = check_clients(save_with_peft(tiny_base, tmp_path, generator, use_rslora=True), skeleton)
     (reason,) = verdicts["llama.cpp"].reasons
-    assert reason == f"it would scale {UP} by 2 and not 4, as it does not read use_rslora, and not say so"
+    assert reason == f"it would silently scale {UP} by 2 instead of 4, as it does not read use_rslora"
     assert "--max-lora-rank" not in str(verdicts["vllm"])
 
 
 @pytest.mark.parametrize(
-    ("rank", "told"),
+    ("rank", "message"),
     [(16, None), (17, "--max-lora-rank 32"), (300, "--max-lora-rank 320"), (513, "rank 513 is above 512")],
 )
-def test_the_rank_that_vllm_has_to_be_started_with_is_told(rank, told, tiny_base, skeleton, tmp_path, generator):
-    folder = of_peft(tiny_base, tmp_path, generator, r=rank, target_modules=["q_proj"])
+def test_the_rank_option_that_vllm_needs_is_reported(rank, message, tiny_base, skeleton, tmp_path, generator):
+    folder = save_with_peft(tiny_base, tmp_path, generator, r=rank, target_modules=["q_proj"])
     verdict = check_clients(folder, skeleton)["vllm"]
     assert verdict.loads == (rank <= 512)
-    assert ("rank" in str(verdict)) == (told is not None)
-    assert told is None or told in str(verdict)
+    assert ("rank" in str(verdict)) == (message is not None)
+    assert message is None or message in str(verdict)
 
 
-def test_a_head_that_shares_its_weight_is_refused_by_llama_cpp_alone(tiny_base, tmp_path, generator, seed):
+def test_a_head_that_shares_its_weight_is_refused_only_by_llama_cpp(tiny_base, tmp_path, generator, seed):
     tied = make_base(tmp_path / "tied", seed, tie_word_embeddings=True)
     for base, served in ((tied, ["peft", "vllm"]), (tiny_base, ALL)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            folder = of_peft(base, tmp_path / "adapter", generator, target_modules=["lm_head"])
+            folder = save_with_peft(base, tmp_path / "adapter", generator, target_modules=["lm_head"])
         assert loads(check_clients(folder, build_skeleton(BaseFiles.resolve(str(base))))) == served
         shutil.rmtree(folder)
 
 
-def test_gpt2s_transposed_layers_are_refused_by_llama_cpp_alone(tmp_path, generator, seed):
+def test_gpt2s_transposed_layers_are_refused_only_by_llama_cpp(tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     model, _ = load_base(str(base))
     add_lora(model)
@@ -208,21 +208,21 @@ def test_gpt2s_transposed_layers_are_refused_by_llama_cpp_alone(tmp_path, genera
     ],
     ids=str,
 )
-def test_what_vllm_refuses_by_the_config_is_told_by_its_key(config, own, skeleton):
+def test_a_config_that_vllm_refuses_is_reported_with_its_key(config, own, skeleton):
     change(own, config)
     verdict = check_clients(own, skeleton)["vllm"]
     assert not verdict.loads
     assert any(next(iter(config)) in reason for reason in verdict.reasons)
 
 
-def test_layers_that_peft_would_pass_over_are_told(own, skeleton, tiny_base):
+def test_layers_that_peft_would_skip_are_reported(own, skeleton, tiny_base):
     change(own, {"target_modules": ["q_proj"]})
     verdict = check_clients(own, skeleton)["peft"]
     assert verdict.reasons == ["target_modules and the tensors differ in model.layers.0.mlp.down_proj"]
-    assert len(passed_over_by_peft(tiny_base, own)) == 2 * 2 * 6  # factors, layers, linears but one
+    assert len(skipped_by_peft(tiny_base, own)) == 2 * 2 * 6  # factors, layers, linears except one
 
 
-def test_tensors_by_other_names_are_told(own, skeleton):
+def test_tensors_with_other_names_are_reported(own, skeleton):
     def rename(tensors):
         for name in list(tensors):
             tensors[name.removeprefix("base_model.")] = tensors.pop(name)
@@ -233,32 +233,35 @@ def test_tensors_by_other_names_are_told(own, skeleton):
     assert "lora_A" in str(verdicts["llama.cpp"])
 
 
-def test_layers_that_the_base_lacks_are_told(own, skeleton):
+def test_layers_that_the_base_lacks_are_reported(own, skeleton):
     def rename(tensors):
         for name in list(tensors):
             tensors[name.replace("layers.1", "layers.9")] = tensors.pop(name)
 
     change(own, tensors=rename)
-    assert str(check_clients(own, skeleton)["peft"]) == "does not: the base has no layer model.layers.9.mlp.down_proj"
+    assert (
+        str(check_clients(own, skeleton)["peft"])
+        == "does not load it: the base has no layer model.layers.9.mlp.down_proj"
+    )
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_folder_without_an_adapter_is_refused(name, own, skeleton):
     (own / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"holds no adapter: {name} is missing"):
+    with pytest.raises(CheckpointError, match=rf"has no adapter: {name} is missing"):
         check_clients(own, skeleton)
 
 
-def test_a_rank_that_the_config_does_not_say_is_told(own, skeleton):
+def test_a_rank_that_contradicts_the_config_is_reported(own, skeleton):
     change(own, {"r": 8, "lora_alpha": 16})
     verdicts = check_clients(own, skeleton)
-    assert "has rank 4, which is not what the config says" in str(verdicts["peft"])
-    assert not verdicts["llama.cpp"].loads  # by the tensors' rank its scale is 4 and not 2
+    assert "has rank 4, the config says 8" in str(verdicts["peft"])
+    assert not verdicts["llama.cpp"].loads  # by the tensors' rank its scale is 4 instead of 2
 
 
-def test_a_foreign_adapters_update_has_the_scale_that_is_told(tiny_base, tmp_path, generator):
-    """What llama.cpp computes, alpha / rank by the tensors' own rank, against PEFT's own merge."""
-    folder = of_peft(tiny_base, tmp_path, generator, use_rslora=True, target_modules=["up_proj"])
+def test_a_foreign_adapters_update_has_the_reported_scale(tiny_base, tmp_path, generator):
+    """Compare llama.cpp's update, scaled by alpha / rank with the tensors' own rank, with that of PEFT's merge."""
+    folder = save_with_peft(tiny_base, tmp_path, generator, use_rslora=True, target_modules=["up_proj"])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
     update = model.get_submodule(f"base_model.model.{UP}").get_delta_weight("default").float()
     factors = {name.rsplit(".lora_")[1][0]: value for name, value in load_file(folder / WEIGHTS).items() if UP in name}

@@ -1,4 +1,4 @@
-"""What lies beside the weights: verification tells a head, tokenizer, template or end tokens that are not the run's."""
+"""Verification of files other than tensors: a mismatch of head, tokenizer, template or end tokens is reported."""
 
 import json
 import shutil
@@ -22,56 +22,57 @@ def set_tied(folder, is_tied):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": is_tied}))
 
 
-def test_an_untied_head_in_a_tied_model_is_told(tied, tmp_path):
+def test_an_untied_head_in_a_tied_model_is_reported(tied, tmp_path):
     shutil.copytree(tied / "out", tmp_path / "out")
     assert verify(tied / "run", tmp_path / "out").problems == []
     change_tensors(tmp_path, lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"] * 1.5}))
-    told = verify(tied / "run", tmp_path / "out").problems
-    assert f"tensor {HEAD} is not in the base" in told
-    assert f"config.json ties the head to the embeddings, and the files hold another in {HEAD}" in told
+    problems = verify(tied / "run", tmp_path / "out").problems
+    assert f"tensor {HEAD} is not in the base" in problems
+    assert f"config.json ties the head to the embeddings, but the files have a different one in {HEAD}" in problems
     set_tied(tmp_path / "out", False)
-    told = verify(tied / "run", tmp_path / "out").problems
-    assert f"tensor {HEAD} is not in the base" in told
-    assert "config.json gives the head weights of its own, and the base does not (tie_word_embeddings)" in told
+    problems = verify(tied / "run", tmp_path / "out").problems
+    assert f"tensor {HEAD} is not in the base" in problems
+    assert "config.json does not tie the head to the embeddings, unlike the base (tie_word_embeddings)" in problems
 
 
-def test_a_tied_model_whose_config_says_untied_is_told(tied, tmp_path):
+def test_a_tied_model_whose_config_says_untied_is_reported(tied, tmp_path):
     shutil.copytree(tied / "out", tmp_path / "out")
     set_tied(tmp_path / "out", False)
     report = verify(tied / "run", tmp_path / "out")
-    assert "config.json gives the head weights of its own, and the files hold none" in report.problems
+    problem = "config.json does not tie the head to the embeddings, but the files have no weights for it"
+    assert problem in report.problems
     assert report.merged_loss is None  # transformers would fill in random values
 
 
-def test_a_head_tied_in_an_untied_model_is_told(own):
+def test_a_head_tied_in_an_untied_model_is_reported(own):
     set_tied(own / "out", True)
-    told = verify(own / "run", own / "out").problems
-    assert f"config.json ties the head to the embeddings, and the files hold another in {HEAD}" in told
+    problems = verify(own / "run", own / "out").problems
+    assert f"config.json ties the head to the embeddings, but the files have a different one in {HEAD}" in problems
     change_tensors(own, lambda tensors: tensors.pop(HEAD))
     report = verify(own / "run", own / "out")
     assert f"tensor {HEAD} is missing" in report.problems
-    assert "config.json ties the head to the embeddings, and the base does not (tie_word_embeddings)" in report.problems
+    assert "config.json ties the head to the embeddings, unlike the base (tie_word_embeddings)" in report.problems
     assert any(problem.startswith("mean KL") for problem in report.problems)
 
 
-def test_a_head_of_its_own_that_the_bases_config_does_not_know_of_is_to_be_untied(tied, tmp_path):
-    """transformers goes by the files there, so that a config which says so is the right one."""
+def test_a_separate_head_of_a_base_with_a_tied_config_must_be_untied(tied, tmp_path):
+    """transformers uses the stored head even if the config says tied, so the release's config must say untied."""
     for name in ("base", "out"):
         shutil.copytree(tied / name, tmp_path / name)
         tensors = load_file(tmp_path / name / "model.safetensors")
         tensors[HEAD] = tensors["model.embed_tokens.weight"] * 1.5
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
 
-    def told():
+    def problems():
         base, out = (BaseFiles.resolve(str(tmp_path / name)) for name in ("base", "out"))
         return check_head(build_skeleton(base), base, build_skeleton(out), out)
 
-    assert len(told()) == 2
+    assert len(problems()) == 2
     set_tied(tmp_path / "out", False)
-    assert told() == []
+    assert problems() == []
 
 
-def test_changed_end_tokens_are_told(own):
+def test_changed_end_tokens_are_reported(own):
     path = own / "out" / "generation_config.json"
     right = json.loads(path.read_text())
     assert right["eos_token_id"] == [257]
@@ -86,30 +87,30 @@ def test_changed_end_tokens_are_told(own):
     assert verify(own / "run", own / "out").problems == ["generation_config.json is missing"]
 
 
-def test_a_tokenizer_that_gives_other_ids_is_told(own):
+def test_a_tokenizer_with_other_ids_is_reported(own):
     path = own / "out" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
     (problem,) = verify(own / "run", own / "out").problems
     assert problem.startswith('the tokenizer gives other ids for "Hello, world!')
 
 
-def test_another_chat_template_is_told(own):
+def test_another_chat_template_is_reported(own):
     path = own / "out" / "chat_template.jinja"
     path.write_text(path.read_text() + " ")
     report = verify(own / "run", own / "out")
     assert not report.matches
-    assert report.problems == ["the chat template is another"]
+    assert report.problems == ["the chat template differs from the run's"]
 
 
 @pytest.fixture
 def sharded(merged, tmp_path):
-    """A release of several files, to be spoilt."""
+    """A release of several files, which a test may change."""
     merge(merged / "run", tmp_path / "out", max_shard_size="60KB")
     assert verify(merged / "run", tmp_path / "out").problems == []
     return tmp_path / "out"
 
 
-def test_a_file_that_would_be_loaded_in_place_of_those_of_the_index_is_told(sharded, merged):
+def test_a_file_that_would_be_loaded_instead_of_the_indexed_ones_is_reported(sharded, merged):
     tensors = load_file(merged / "out" / "model.safetensors")
     save_file({name: value * 0 for name, value in tensors.items()}, sharded / "model.safetensors", {"format": "pt"})
     assert AutoModelForCausalLM.from_pretrained(sharded).lm_head.weight.abs().max() == 0
@@ -117,18 +118,18 @@ def test_a_file_that_would_be_loaded_in_place_of_those_of_the_index_is_told(shar
     assert "has model.safetensors and model.safetensors.index.json for other files" in problem
     (sharded / "model.safetensors").rename(sharded / "more.safetensors")
     assert verify(merged / "run", sharded).problems == [
-        "more.safetensors is no file of the model, and may be loaded in its place or with it"
+        "more.safetensors is not a file of the model, and may be loaded with it or instead of it"
     ]
 
 
-def test_files_that_changed_places_are_told(sharded, merged):
+def test_swapped_files_are_reported(sharded, merged):
     one, other = sorted(sharded.glob("*.safetensors"))[:2]
     names = sorted({**load_file(one), **load_file(other)})
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
     assert verify(merged / "run", sharded).problems == [
-        f"model.safetensors.index.json names the wrong file for {len(names)} tensors, the first is {names[0]}"
+        f"model.safetensors.index.json names the wrong file for {len(names)} tensors; the first is {names[0]}"
     ]
 
 
@@ -136,8 +137,8 @@ def test_files_that_changed_places_are_told(sharded, merged):
     ("key", "value"),
     [("max_position_embeddings", 32), ("sliding_window", 8), ("dtype", "float32"), ("bos_token_id", 7)],
 )
-def test_a_config_that_describes_another_model_is_told(key, value, own):
-    """None of these changes what is predicted after a short text."""
+def test_a_config_that_describes_another_model_is_reported(key, value, own):
+    """None of these keys changes the predictions for a short text."""
     path = own / "out" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     (problem,) = verify(own / "run", own / "out").problems
@@ -145,7 +146,7 @@ def test_a_config_that_describes_another_model_is_told(key, value, own):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
-def test_a_file_beside_the_weights_that_is_cut_short_is_told_once(name, own):
+def test_a_truncated_companion_file_is_reported_once(name, own):
     path = own / "out" / name
     path.write_bytes(path.read_bytes()[:50])
     report = verify(own / "run", own / "out")

@@ -1,4 +1,4 @@
-"""Verification of GGUF files: it passes what merge wrote, and tells tensors, sizes and tokens that are others."""
+"""Verification of GGUF files: merged files pass, and every mismatch of tensors, sizes and tokens is reported."""
 
 import shutil
 
@@ -44,7 +44,7 @@ def run(request, alpaca_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def released(merged, tmp_path_factory):
-    """A file of merge; not to be changed."""
+    """A merged GGUF file; not to be changed."""
     folder = tmp_path_factory.mktemp("released") / "out"
     merge_to_gguf(merged / "run", folder)
     return folder
@@ -52,19 +52,19 @@ def released(merged, tmp_path_factory):
 
 @pytest.fixture
 def out(released, tmp_path):
-    """The same, to be spoilt."""
+    """A copy of `released` that a test may change."""
     return shutil.copytree(released, tmp_path / "out")
 
 
 def opened(out):
-    """The file, whose bytes can be changed in place."""
+    """Return a reader of the file and its tensors, both of which change the file in place."""
     reader = gguf.GGUFReader(only(list(out.glob("*.gguf"))), "r+")
     return reader, {tensor.name: tensor.data for tensor in reader.tensors}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
-def test_what_merge_wrote_passes(dtype, onto, run, tmp_path):
+def test_a_merged_model_is_verified(dtype, onto, run, tmp_path):
     merge_to_gguf(run, tmp_path / "out", dtype, onto)
     report = verify(run, tmp_path / "out")
     assert report.problems == []
@@ -73,7 +73,7 @@ def test_what_merge_wrote_passes(dtype, onto, run, tmp_path):
     assert report.merged_loss is None
 
 
-def test_the_verb_exits_with_1_when_the_file_is_another(merged, out):
+def test_the_command_exits_with_1_on_a_changed_file(merged, out):
     assert run_command("verify", merged / "run", out, "--json").json()["tensors_checked"] == 21
     reader, tensors = opened(out)
     tensors[UP.format(0)][:], tensors[UP.format(1)][:] = tensors[UP.format(1)].copy(), tensors[UP.format(0)].copy()
@@ -82,17 +82,17 @@ def test_the_verb_exits_with_1_when_the_file_is_another(merged, out):
     assert done.code == 1
     for layer in (0, 1):
         name = "model.layers.{}.mlp.up_proj.weight"
-        assert f"{name.format(layer)} is not base + scaling·B·A: it holds {name.format(1 - layer)}" in done.out
+        assert f"{name.format(layer)} is not base + scaling·B·A: it contains {name.format(1 - layer)}" in done.out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
-def test_a_value_two_units_of_its_last_place_away_is_told(dtype, merged, tmp_path, seed):
+def test_a_value_off_by_two_units_in_the_last_place_is_reported(dtype, merged, tmp_path, seed):
     merge_to_gguf(merged / "run", tmp_path / "out", dtype)
     reader, tensors = opened(tmp_path / "out")
     row = seed % len(tensors[UP.format(0)])
     values = tensors[UP.format(0)][row]
     if dtype == "q8_0":
-        values[2] ^= 2  # a block is its step in fp16 and 32 bytes
+        values[2] ^= 2  # a block is a step in fp16 and 32 bytes
     else:
         values.view("uint16")[seed % 64] ^= 2
     del reader, tensors, values
@@ -102,7 +102,7 @@ def test_a_value_two_units_of_its_last_place_away_is_told(dtype, merged, tmp_pat
     )
 
 
-def test_rows_of_queries_that_were_not_put_in_pairs_are_told(merged, out):
+def test_query_rows_that_were_not_interleaved_are_reported(merged, out):
     reader, tensors = opened(out)
     size = 16
     halves = tensors[QUERY].copy().reshape(-1, size // 2, 2, tensors[QUERY].shape[1]).swapaxes(1, 2)
@@ -122,7 +122,7 @@ def test_rows_of_queries_that_were_not_put_in_pairs_are_told(merged, out):
         ("tokenizer.ggml.add_bos_token", False),
     ],
 )
-def test_a_number_that_is_not_the_models_is_told(key, value, merged, out):
+def test_a_wrong_hyperparameter_is_reported(key, value, merged, out):
     reader, _ = opened(out)
     assert reader.fields[key].contents() != value
     reader.fields[key].parts[-1][0] = value
@@ -130,7 +130,7 @@ def test_a_number_that_is_not_the_models_is_told(key, value, merged, out):
     assert f": {key} is " in only(verify(merged / "run", out).problems)
 
 
-def test_a_token_that_is_another_is_told(merged, out):
+def test_a_changed_token_is_reported(merged, out):
     reader, _ = opened(out)
     field = reader.fields["tokenizer.ggml.tokens"]
     field.parts[field.data[40]][0] ^= 1
@@ -138,14 +138,14 @@ def test_a_token_that_is_another_is_told(merged, out):
     assert ": tokenizer.ggml.tokens is " in only(verify(merged / "run", out).problems)
 
 
-def test_another_chat_template_is_told(merged, out):
+def test_another_chat_template_is_reported(merged, out):
     reader, _ = opened(out)
     reader.fields["tokenizer.chat_template"].parts[-1][3] ^= 1
     del reader
     assert ": tokenizer.chat_template is " in only(verify(merged / "run", out).problems)
 
 
-def test_factors_of_llama_3s_rotations_that_are_others_are_told(alpaca_file, tmp_path):
+def test_changed_factors_of_llama_3s_rotations_are_reported(alpaca_file, tmp_path):
     base = make_base(tmp_path / "base", seed=3, rope_parameters=ROPE)
     train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
     merge_to_gguf(tmp_path / "run", tmp_path / "out")
@@ -154,20 +154,19 @@ def test_factors_of_llama_3s_rotations_that_are_others_are_told(alpaca_file, tmp
     assert factors.min() < factors.max()
     tensors["rope_freqs.weight"][-1] *= 1.01
     del reader, tensors
-    assert "rope_freqs.weight is not what the config's" in only(verify(tmp_path / "run", tmp_path / "out").problems)
+    assert "rope_freqs.weight does not match the config's" in only(verify(tmp_path / "run", tmp_path / "out").problems)
 
 
-def test_another_dtype_than_the_report_says_is_told(merged, out):
+def test_a_dtype_that_contradicts_the_report_is_reported(merged, out):
     path = out / "merge_report.json"
     path.write_text(path.read_text().replace('"float16"', '"bfloat16"'))
-    told = verify(merged / "run", out).problems
-    assert "tensor lm_head.weight is in float16, not bfloat16" in told
+    assert "tensor lm_head.weight is in float16, not bfloat16" in verify(merged / "run", out).problems
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_file_that_is_cut_short_is_told(share, merged, out):
+def test_a_truncated_file_is_reported(share, merged, out):
     path = only(list(out.glob("*.gguf")))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     problem = only(verify(merged / "run", out).problems)
-    assert problem.startswith(f"{path.name} is cut short or damaged: ")
+    assert problem.startswith(f"{path.name} is truncated or damaged (")

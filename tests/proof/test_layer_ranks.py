@@ -1,13 +1,15 @@
-"""A run whose layers have ranks and alphas of their own: continued, merged, written as GGUF and verified."""
+"""A run with ranks and alphas by layer: continued, merged, written as GGUF and verified."""
 
 import json
 
 import pytest
 
 from qlora.config import load_config
+from qlora.errors import ModelError
 from qlora.export import merge
 from qlora.export.gguf.merge import merge_to_gguf
-from qlora.model import load_run
+from qlora.memory.estimate import estimate
+from qlora.model import SUPERVISED, load_run
 from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import run_config
@@ -53,7 +55,7 @@ def test_the_gguf_file_is_verified(run, tmp_path):
     assert report.tensors_checked == 21
 
 
-def test_a_continued_run_is_the_uninterrupted_one(run, tiny_base, alpaca_file, tmp_path):
+def test_a_continued_run_equals_the_uninterrupted_one(run, tiny_base, alpaca_file, tmp_path):
     rslora = "rslora: true" in (run / "config.yaml").read_text()
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", lora__rslora=rslora, **PATTERNS))
     train(config, stop_at=4)
@@ -61,12 +63,9 @@ def test_a_continued_run_is_the_uninterrupted_one(run, tiny_base, alpaca_file, t
     assert_same_run(tmp_path / "run", run)
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_before_step_1(tiny_base, alpaca_file, tmp_path):
-    from qlora.errors import ModelError
-    from qlora.memory.estimate import estimate
-
+def test_a_pattern_that_matches_nothing_is_refused_before_step_1(tiny_base, alpaca_file, tmp_path):
     path = run_config(tiny_base, alpaca_file, tmp_path / "run", lora__rank_pattern={"up_porj": 3})
-    for use in (train, estimate):
+    for use in (train, lambda config: estimate(config, SUPERVISED)):
         with pytest.raises(ModelError, match=r"lora\.rank_pattern: 'up_porj' matches no adapted layer"):
             use(load_config(path))
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 from qlora.proof.predictions import Predictions, compare
 
 
-def test_the_distance_is_that_of_the_formulas_over_all_positions(generator):
+def test_the_distance_equals_the_formulas_over_all_positions(generator):
     sizes = (5, 1, 12)
     one, other = ([torch.randn(size, 40, generator=generator) for size in sizes] for _ in range(2))
     distance = compare(Predictions(one, 0.0, [[1]]), Predictions(other, 0.0, [[1]]))
@@ -24,11 +24,11 @@ def test_the_distance_is_that_of_the_formulas_over_all_positions(generator):
     ("one", "other", "share"),
     [
         ([[1, 2, 3]], [[1, 2, 3]], 1),
-        ([[1, 2, 3, 4]], [[1, 2, 9, 4]], 1 / 2),  # what follows the first that differs does not count
+        ([[1, 2, 3, 4]], [[1, 2, 9, 4]], 1 / 2),  # tokens after the first that differs do not count
         ([[1, 2]], [[1, 2, 3, 4]], 1 / 2),  # one ended earlier
         ([[7], [1, 2, 3]], [[8], [1, 2, 3]], 3 / 4),
     ],
 )
-def test_greedy_answers_agree_until_the_first_token_that_differs(one, other, share):
+def test_greedy_answers_agree_up_to_the_first_token_that_differs(one, other, share):
     logits = [torch.zeros(1, 3)]
     assert compare(Predictions(logits, 0.0, one), Predictions(logits, 0.0, other)).greedy_agreement == share

@@ -1,4 +1,4 @@
-"""The distance between neighbouring numbers, on which the comparison of tensors rests."""
+"""The distance between neighbouring numbers, which bounds the comparison of tensors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_spacing_is_the_distance_to_the_next_number(dtype, generator):
-    """The next one in magnitude has the next bits."""
+    """Compare with the number that has the next bits, which is the next one in magnitude."""
     exponents = torch.randint(-20, 15, (2000,), generator=generator)
     values = torch.ldexp(torch.randn(2000, generator=generator), exponents).to(dtype)
     info = torch.finfo(dtype)

@@ -1,4 +1,4 @@
-"""Verification: it passes what merge wrote, and tells every way in which a folder is something else."""
+"""Verification of merged folders: the run's own merge passes, and every mismatch is reported."""
 
 import json
 import shutil
@@ -29,13 +29,13 @@ NOT_MERGED = "is not base + scaling·B·A"
 
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_merge_wrote_passes(dtype, onto, merged, tmp_path):
+def test_a_merged_model_is_verified(dtype, onto, merged, tmp_path):
     merge(merged / "run", tmp_path / "out", dtype, onto=onto)
     report = verify(merged / "run", tmp_path / "out")
     assert report.tensors_checked == 21
     assert report.positions == 512
     if onto == "original":
-        # Random weights lose by the change of base what they would lose by any; only the loss may be apart.
+        # With random weights, a change of the base can raise the loss, but nothing else may differ.
         assert all("is worse than the adapter's" in problem for problem in report.problems)
     else:
         assert report.problems == []
@@ -50,13 +50,13 @@ def test_what_merge_wrote_passes(dtype, onto, merged, tmp_path):
     }  # fmt: skip
 
 
-def test_the_adapters_loss_is_the_last_one_of_the_run(merged):
+def test_the_adapters_loss_is_the_last_loss_of_the_run(merged):
     lines = [json.loads(line) for line in (merged / "run" / "metrics.jsonl").read_text().splitlines()]
     report = verify(merged / "run", merged / "out")
     assert report.adapter_loss == pytest.approx(lines[-1]["eval_loss"], abs=2e-3)
 
 
-def test_a_gpt2_passes(alpaca_file, tmp_path, seed):
+def test_a_gpt2_is_verified(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=2)))
     merge(tmp_path / "run", tmp_path / "out", max_shard_size="60KB")
@@ -65,14 +65,14 @@ def test_a_gpt2_passes(alpaca_file, tmp_path, seed):
     assert report.tensors_checked == 28
 
 
-def test_a_run_scaled_by_the_root_of_the_rank_passes(tiny_base, alpaca_file, tmp_path):
+def test_an_rslora_run_is_verified(tiny_base, alpaca_file, tmp_path):
     config = run_config(tiny_base, alpaca_file, tmp_path / "run", lora__rslora=True, train__max_steps=2)
     train(load_config(config))
     merge(tmp_path / "run", tmp_path / "out")
     assert verify(tmp_path / "run", tmp_path / "out").problems == []
 
 
-def test_a_run_on_a_base_in_4_bits_passes(tiny_base, alpaca_file, tmp_path):
+def test_a_run_on_a_4_bit_base_is_verified(tiny_base, alpaca_file, tmp_path):
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -89,7 +89,7 @@ def test_a_run_on_a_base_in_4_bits_passes(tiny_base, alpaca_file, tmp_path):
     assert report.tensors_checked == 21
 
 
-def test_swapped_layers_are_told(own):
+def test_swapped_layers_are_reported(own):
     def swap(tensors):
         tensors[UP.format(0)], tensors[UP.format(1)] = tensors[UP.format(1)], tensors[UP.format(0)]
 
@@ -97,11 +97,11 @@ def test_swapped_layers_are_told(own):
     report = verify(own / "run", own / "out")
     assert not report.matches
     for layer in (0, 1):
-        assert f"tensor {UP.format(layer)} {NOT_MERGED}: it holds {UP.format(1 - layer)}" in report.problems
+        assert f"tensor {UP.format(layer)} {NOT_MERGED}: it contains {UP.format(1 - layer)}" in report.problems
     assert any("KL" in problem for problem in report.problems)
 
 
-def test_a_layer_without_its_update_is_told(own, tiny_base):
+def test_a_layer_without_its_update_is_reported(own, tiny_base):
     model, _ = load_base(str(tiny_base))
     bare = model.get_submodule(UP.format(1).removesuffix(".weight")).dequantize(model.dtype)
     change_tensors(own, lambda tensors: tensors.update({UP.format(1): bare.to(tensors[UP.format(1)].dtype)}))
@@ -110,7 +110,7 @@ def test_a_layer_without_its_update_is_told(own, tiny_base):
     assert report.problems[0] == f"tensor {UP.format(1)} {NOT_MERGED}: its update is missing"
 
 
-def test_a_merge_that_did_nothing_is_told_by_what_it_predicts(own, tiny_base):
+def test_a_merge_without_updates_is_reported_by_its_predictions(own, tiny_base):
     source = load_file(tiny_base / "model.safetensors")
     change_tensors(own, lambda tensors: tensors.update({name: value.half() for name, value in source.items()}))
     report = verify(own / "run", own / "out")
@@ -121,7 +121,7 @@ def test_a_merge_that_did_nothing_is_told_by_what_it_predicts(own, tiny_base):
     assert report.merged_loss > report.adapter_loss + 0.5
 
 
-def test_a_single_changed_value_is_told(own, seed):
+def test_a_single_changed_value_is_reported(own, seed):
     def nudge(tensors):
         flat = tensors["model.norm.weight"]
         flat[seed % len(flat)] *= 1.01
@@ -132,7 +132,7 @@ def test_a_single_changed_value_is_told(own, seed):
     assert report.problems[0].startswith("tensor model.norm.weight is not the base's: values differ by up to ")
 
 
-def test_a_wrong_scaling_is_told_for_every_tensor(own):
+def test_a_wrong_scaling_is_reported_for_every_tensor(own):
     run_dir, kept = own / "run", shutil.copytree(own / "run", own / "kept")
     adapter, settings = run_dir / "adapter" / "adapter_config.json", run_dir / "config.yaml"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_alpha": 24}))
@@ -150,7 +150,7 @@ def test_a_wrong_scaling_is_told_for_every_tensor(own):
     )
 
 
-def test_an_adapter_whose_config_has_another_scaling_than_the_run_is_told(own):
+def test_an_adapter_whose_config_has_another_scaling_than_the_run_is_reported(own):
     path = own / "run" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 16}))
     report = verify(own / "run", own / "out")
@@ -160,7 +160,7 @@ def test_an_adapter_whose_config_has_another_scaling_than_the_run_is_told(own):
     assert report.tensors_checked == 21
 
 
-def test_data_that_are_gone_cost_the_comparison_of_predictions_alone(own):
+def test_missing_data_prevent_only_the_comparison_of_predictions(own):
     path = own / "run" / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["data"]["train"][0]["path"] = str(own / "gone.json")
@@ -173,8 +173,8 @@ def test_data_that_are_gone_cost_the_comparison_of_predictions_alone(own):
     assert verify(own / "run", own / "out").tensors_checked == 21
 
 
-def test_a_mistake_of_merge_itself_is_told(merged, tmp_path, monkeypatch):
-    """The tensors are computed a second time, and not by the same code."""
+def test_a_mistake_of_merge_itself_is_reported(merged, tmp_path, monkeypatch):
+    """Verification computes the tensors by other code than merge."""
     blocks = MergedWeights.blocks
     monkeypatch.setattr(MergedWeights, "blocks", lambda self, name: (block * 1.01 for block in blocks(self, name)))
     merge(merged / "run", tmp_path / "out")
@@ -183,7 +183,7 @@ def test_a_mistake_of_merge_itself_is_told(merged, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_value_two_units_of_its_last_place_away_is_told(dtype, merged, tmp_path, seed):
+def test_a_value_off_by_two_units_in_the_last_place_is_reported(dtype, merged, tmp_path, seed):
     merge(merged / "run", tmp_path / "out", dtype)
 
     def nudge(tensors):
@@ -195,7 +195,7 @@ def test_a_value_two_units_of_its_last_place_away_is_told(dtype, merged, tmp_pat
     assert problem.startswith(f"tensor {UP.format(0)} {NOT_MERGED}: values differ by up to ")
 
 
-def test_a_merge_into_another_base_is_told(own, alpaca_file, tmp_path, seed):
+def test_a_merge_into_another_base_is_reported(own, alpaca_file, tmp_path, seed):
     make_base(tmp_path / "other", seed)
     path = own / "run" / "config.yaml"
     right = path.read_text()
@@ -204,17 +204,17 @@ def test_a_merge_into_another_base_is_told(own, alpaca_file, tmp_path, seed):
     )
     merge(own / "run", own / "wrong", force=True)
     report = verify(own / "run", own / "wrong")
-    assert report.problems == []  # as was asked for
+    assert report.problems == []  # the merge was forced
     assert report.base_differs == ["model.safetensors"]
     assert (
         "a base other than the one used in training: model.safetensors" in run("verify", own / "run", own / "wrong").out
     )
     path.write_text(right)
-    (problem,) = verify(own / "run", own / "wrong").problems  # and not one for each tensor
+    (problem,) = verify(own / "run", own / "wrong").problems  # instead of one for each tensor
     assert problem.startswith("it was merged onto a base other than the one used in training (model.safetensors diff")
 
 
-def test_a_base_that_was_changed_since_is_told(own, tiny_base):
+def test_a_base_changed_since_training_is_reported(own, tiny_base):
     base = shutil.copytree(tiny_base, own / "base")
     tensors = load_file(base / "model.safetensors")
     tensors[UP.format(0)][0, 0] += 1
@@ -227,7 +227,7 @@ def test_a_base_that_was_changed_since_is_told(own, tiny_base):
     assert report.base_differs == ["model.safetensors"]
 
 
-def test_a_tensor_too_many_is_told(own):
+def test_an_extra_tensor_is_reported(own):
     change_tensors(own, lambda tensors: tensors.update({"extra.weight": tensors["model.norm.weight"].clone()}))
     report = verify(own / "run", own / "out")
     assert not report.matches
@@ -235,7 +235,7 @@ def test_a_tensor_too_many_is_told(own):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", UP.format(1)])
-def test_a_tensor_too_few_is_told(name, own):
+def test_a_missing_tensor_is_reported(name, own):
     change_tensors(own, lambda tensors: tensors.pop(name))
     report = verify(own / "run", own / "out")
     assert not report.matches
@@ -243,7 +243,7 @@ def test_a_tensor_too_few_is_told(name, own):
     assert report.merged_loss is None
 
 
-def test_a_file_that_is_cut_short_is_told(own):
+def test_a_truncated_file_is_reported(own):
     path = own / "out" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     report = verify(own / "run", own / "out")
@@ -252,14 +252,14 @@ def test_a_file_that_is_cut_short_is_told(own):
     assert report.tensors_checked is None
 
 
-def test_a_tensor_of_another_shape_is_told(own):
+def test_a_tensor_of_another_shape_is_reported(own):
     change_tensors(own, lambda tensors: tensors.update({UP.format(0): tensors[UP.format(0)][:-1]}))
     report = verify(own / "run", own / "out")
     assert report.problems[0] == f"tensor {UP.format(0)} has the shape (171, 64), not (172, 64)"
 
 
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
-def test_what_was_merged_on_a_device_that_is_not_here_is_told_where_that_matters(onto, merged, tmp_path):
+def test_a_merge_of_an_absent_device_is_reported_if_it_needs_the_device(onto, merged, tmp_path):
     merge(merged / "run", tmp_path / "out", onto=onto)
     path = tmp_path / "out" / "merge_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "nowhere"}))
@@ -270,13 +270,13 @@ def test_what_was_merged_on_a_device_that_is_not_here_is_told_where_that_matters
             verify(merged / "run", tmp_path / "out")
 
 
-def test_a_file_in_the_place_of_its_folder_is_told(merged):
+def test_a_file_instead_of_its_folder_is_reported(merged):
     with pytest.raises(ExportError, match="is a file; give the folder"):
         verify(merged / "run", merged / "out" / "model.safetensors")
 
 
 def test_a_folder_that_merge_did_not_write_is_refused(merged, tiny_base):
-    with pytest.raises(ExportError, match="not written by qlora merge"):
+    with pytest.raises(ExportError, match=r"no merge_report\.json; give a folder that qlora merge wrote"):
         verify(merged / "run", tiny_base)
 
 
@@ -293,14 +293,14 @@ def test_a_folder_that_merge_did_not_write_is_refused(merged, tiny_base):
         '{"dtype": "float16", "onto": "original", "base_differs": [1]}',
     ],
 )
-def test_a_damaged_report_of_the_merge_is_told(text, merged, tmp_path):
+def test_a_damaged_report_of_the_merge_is_reported(text, merged, tmp_path):
     (tmp_path / "merge_report.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ExportError, match=r"merge_report\.json is damaged"):
         verify(merged / "run", tmp_path)
 
 
-def test_a_tensor_stored_in_another_dtype_is_told(own):
-    """Its values are the same; but whoever loads it by its file gets another model."""
+def test_a_tensor_stored_in_another_dtype_is_reported(own):
+    """The values are equal, but a tool that loads tensors in the file's dtype gets another model."""
     name = "model.norm.weight"
     change_tensors(own, lambda tensors: tensors.update({name: tensors[name].float()}))
     report = verify(own / "run", own / "out")
@@ -308,14 +308,14 @@ def test_a_tensor_stored_in_another_dtype_is_told(own):
     assert report.problems == [f"tensor {name} is in float32, not float16"]
 
 
-def test_another_run_than_the_one_merged_is_told(own, tiny_base, alpaca_file, tmp_path):
+def test_a_run_other_than_the_merged_one_is_reported(own, tiny_base, alpaca_file, tmp_path):
     other = tmp_path / "other"
     train(load_config(run_config(tiny_base, alpaca_file, other, train__seed=1)))
     report = verify(other, own / "out")
     assert not report.matches
     assert report.problems == [
-        f"it was merged from another adapter than {other / 'adapter'}: from another run, or from this one before it "
-        "was started over. Merge again."
+        f"it was merged from an adapter other than {other / 'adapter'}: from another run, or from this run before it "
+        "was started again. Merge again."
     ]
     forget_adapter(own / "out")
     report = verify(other, own / "out")
@@ -323,7 +323,7 @@ def test_another_run_than_the_one_merged_is_told(own, tiny_base, alpaca_file, tm
     assert sum("is not base + scaling·B·A" in problem for problem in report.problems) == 14
 
 
-def test_a_real_model_passes_and_its_base_does_not(realdata, tmp_path):
+def test_a_real_model_is_verified_and_its_base_is_not(realdata, tmp_path):
     base = realdata / "models" / "stories260K-hf"
     data = tmp_path / "plays.txt"
     data.write_text((realdata / "data/tinyshakespeare/input.txt").read_text(encoding="utf-8")[:40_000])

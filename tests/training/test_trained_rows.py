@@ -80,7 +80,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tied, tiny_base, tied_base
 def test_every_row_that_is_read_moves_and_is_told(tiny_base, tool_file, tmp_path, capfd):
     settings = KINDS[WITH_NEW] | {"data__eval": None}
     train(load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings)), show_progress=True)
-    assert f"{ROWS + 2} rows of model.embed_tokens, 2 rows of lm_head among them" in capfd.readouterr().err
+    assert f"(including {ROWS + 2} rows of model.embed_tokens, 2 rows of lm_head)" in capfd.readouterr().err
     parameters = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
     assert parameters["trained_rows"] == {"model.embed_tokens": [0, ROWS + 2], "lm_head": [ROWS, ROWS + 2]}
     assert not parameters["shared_rows"]

@@ -1,4 +1,4 @@
-"""A run's merged model as one GGUF file, from the base's files and the adapter."""
+"""Merge a run into one GGUF file, from the base's files and the adapter."""
 
 import time
 from pathlib import Path
@@ -26,7 +26,7 @@ def merge_to_gguf(
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Merge a run's adapter into its base, and write a GGUF file with tokenizer and config; see :func:`qlora.merge`.
+    """Merge a run's adapter into its base, and write a GGUF file, tokenizer and config; see :func:`qlora.merge`.
 
     Each tensor is merged in fp32 and written before the next is read.
     """
@@ -34,8 +34,8 @@ def merge_to_gguf(
     out_dir, dtype = new_folder(out_dir), full_name(dtype)
     if dtype not in GGUF_DTYPES or onto == "best":
         raise ExportError(
-            f"GGUF is written in {', '.join(GGUF_DTYPES)}, onto dequantized or original weights; "
-            f"not in {dtype} onto {onto}."
+            f"GGUF can't be written in {dtype} onto {onto}; use one of {', '.join(GGUF_DTYPES)}, onto dequantized or "
+            "original."
         )
     run = RunDirectory.open(run_dir)
     step, adapter = run.step, adapter_digest(run.adapter)  # before the weights, as in merge
@@ -46,12 +46,12 @@ def merge_to_gguf(
 
     def read(name: str) -> torch.Tensor:
         value = weights.tensor(name).cpu()
-        remaining.pop(name, None)  # embedding and head of a tied model may be read twice
+        remaining.pop(name, None)  # the embedding and head of a tied model may be read twice
         if on_progress is not None:
             on_progress(total - sum(remaining.values()), total)
         return value
 
-    needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms, which stay in fp32, are little beside
+    needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms stay in fp32, but are small
     with atomic_folder(out_dir, ExportError, needed) as folder:
         write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"

@@ -33,7 +33,7 @@ class GGUFReport:
         tensors: Number of tensors in the file.
         num_bytes: Size of the file.
         notes: Where the file differs from the model.
-        seconds: Seconds that it took.
+        seconds: Duration in seconds.
     """
 
     path: str
@@ -44,7 +44,7 @@ class GGUFReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -273,7 +273,7 @@ def _encode(tensor: _Planned, values: torch.Tensor) -> Any:
     """
     from gguf import GGMLQuantizationType, quants
 
-    assert tuple(values.shape) == tensor.shape, f"{tensor.source}: {tuple(values.shape)} in place of {tensor.shape}"
+    assert tuple(values.shape) == tensor.shape, f"{tensor.source}: {tuple(values.shape)} instead of {tensor.shape}"
     values = values.float().contiguous()
     cast = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}.get(tensor.kind)
     if cast is not None:

@@ -26,8 +26,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp's names (src/llama-vocab.cpp) by how text is split, and by whether a piece that is one token skips the
-# merges.
+# llama.cpp's names (src/llama-vocab.cpp) by how text is split, and by whether a piece that is a token itself skips
+# the merges.
 PRE_TOKENIZERS = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGITS, _GPT2), False): "smollm",
@@ -140,10 +140,10 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: list[int], bos
 
 
 def _check_spaces_alone(description: dict[str, Any]) -> None:
-    """Check that only spaces are changed before the merges, and text is not split, as in llama.cpp.
+    """Check that text is not split and only spaces are changed before the merges, as in llama.cpp.
 
     Raises:
-        ExportError: More is changed, so llama.cpp's tokens would differ from those trained on.
+        ExportError: More is changed, so llama.cpp's tokens would differ from those of training.
     """
     parts = (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
     steps = [step for key, inner in parts if (whole := description[key]) for step in whole.get(inner, [whole])]
@@ -163,7 +163,7 @@ def _pre_tokenizer_name(description: dict[str, Any]) -> str:
     """Return llama.cpp's name for splitting text in the same way.
 
     Raises:
-        ExportError: There is none; with another one, llama.cpp's tokens would differ from those trained on.
+        ExportError: There is none; with another one, llama.cpp's tokens would differ from those of training.
     """
     steps = description["pre_tokenizer"] or {}
     parts = [_splitting(step) for step in steps.get("pretokenizers", [steps])]
@@ -171,7 +171,7 @@ def _pre_tokenizer_name(description: dict[str, Any]) -> str:
     normalizer = (description["normalizer"] or {}).get("type")
     if key not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
         raise ExportError(
-            f"No name of llama.cpp is known for how the tokenizer splits text "
+            f"llama.cpp has no known name for how the tokenizer splits text "
             f"(normalizer {normalizer}, {' then '.join(key[0]) or 'no split'}, ignore_merges {key[1]}). {OTHER_WAY}"
         )
     return PRE_TOKENIZERS[key]
@@ -216,8 +216,8 @@ def _notes(tokenizer: Any, description: dict[str, Any], is_sentencepiece: bool, 
         notes.append("llama.cpp does not normalize text to NFC first")
     if is_sentencepiece and tokenizer.eos_token is not None:
         first = tokenizer("a", add_special_tokens=False).input_ids
-        behind = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False).input_ids[1:]
-        if first != behind:
+        after_special = tokenizer(f"{tokenizer.eos_token}a", add_special_tokens=False).input_ids[1:]
+        if first != after_special:
             notes.append("llama.cpp adds a space after a special token, the tokenizer does not")
     if len(ends) > NUM_ENDS:
         notes.append(f"{NUM_ENDS} of the {len(ends)} tokens that end an answer are written; GGUF has no room for more")
@@ -228,8 +228,8 @@ def _special_ids(tokenizer: Any, bos: int | None, ends: list[int], with_unknown:
     """Return ids by GGUF's names, which include three for tokens that end an answer."""
     eos = tokenizer.eos_token_id
     ids = {"bos": bos, "eos": eos, "pad": tokenizer.pad_token_id}
-    taught = answer_end_id(tokenizer)  # the one that training taught comes first
-    others = sorted({*ends} - {eos}, key=lambda token_id: (token_id != taught, token_id))
+    trained = answer_end_id(tokenizer)  # comes first
+    others = sorted({*ends} - {eos}, key=lambda token_id: (token_id != trained, token_id))
     ids |= dict(zip(("eot", "eom"), others, strict=False))
     if with_unknown:
         ids["unk"] = tokenizer.unk_token_id
