@@ -95,7 +95,7 @@ def test_a_piece_of_a_name_is_no_match(model, part):
         match_targets(model, part)
 
 
-def test_a_target_that_matches_nothing_is_told_with_the_nearest_name(model):
+def test_a_target_that_matches_nothing_is_reported_with_the_closest_name(model):
     with pytest.raises(ModelError) as caught:
         match_targets(model, ["v_proj", "q_porj"])
     message = str(caught.value)
@@ -104,7 +104,7 @@ def test_a_target_that_matches_nothing_is_told_with_the_nearest_name(model):
     assert "'v_proj'" not in message
 
 
-def test_all_wrong_targets_are_told_at_once(model):
+def test_all_wrong_targets_are_reported_at_once(model):
     with pytest.raises(ModelError) as caught:
         match_targets(model, ["q_porj", "k_proj", "dense_4h", "("])
     for wrong in ("'q_porj'", "'dense_4h'", "'('"):
@@ -112,7 +112,7 @@ def test_all_wrong_targets_are_told_at_once(model):
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens", "input_layernorm", "self_attn"])
-def test_a_target_that_is_no_linear_is_told_with_what_it_is(model, name):
+def test_a_target_that_is_not_a_linear_is_reported_with_its_type(model, name):
     kind = {"embed_tokens": "Embedding", "input_layernorm": "LlamaRMSNorm", "self_attn": "LlamaAttention"}
     with pytest.raises(ModelError, match=kind[name.rpartition(".")[2]]) as caught:
         match_targets(model, [name])

@@ -189,7 +189,7 @@ def test_folding_rounds_the_sum_of_weight_and_update_once(kind, dtype, generator
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_held_weight_changes_no_bit(dtype, form, generator):
+def test_a_cached_weight_changes_no_bit(dtype, form, generator):
     layer = make_layer("nf4", generator, dtype, form=form)
     x = normal(generator, 6, IN).to(dtype).requires_grad_()
     grad_output = normal(generator, 6, OUT).to(dtype)
@@ -409,7 +409,7 @@ def test_a_forward_in_inference_mode_leaves_training_possible(generator):
     assert torch.equal(layer(x.clone().requires_grad_()), expected)
 
 
-def test_an_input_that_was_changed_in_place_is_saved_and_not_built_again(generator):
+def test_an_input_that_was_changed_in_place_is_saved_and_not_rebuilt(generator):
     layer = make_layer("nf4", generator)
     source, grad_output = normal(generator, 4, IN).requires_grad_(), normal(generator, 4, OUT)
     x = kernels.rebuilt(torch.tanh, source)

@@ -118,7 +118,7 @@ def test_new_rows_begin_as_the_mean_and_the_base_stays(seed):
         assert torch.equal(model.get_submodule(name).base.weight, weight)
 
 
-def test_new_rows_beside_a_whole_embedding_are_a_part_of_it(seed):
+def test_new_rows_are_a_part_of_an_embedding_trained_in_full(seed):
     model = make_model(seed)
     weight = model.get_input_embeddings().weight.clone()
     assert train_rows(model, ["embed_tokens"], BEHIND, torch.float32)["model.embed_tokens"] == range(BEHIND.stop)
@@ -159,7 +159,7 @@ def test_anything_else_is_refused_by_its_name(name, seed):
         train_rows(make_model(seed), ["lm_head", name])
 
 
-def test_tokens_that_have_no_rows_already_are_told(seed):
+def test_tokens_that_have_no_rows_already_are_reported(seed):
     with pytest.raises(ModelError, match=f"first id is {ROWS + 1}, but model.embed_tokens has {ROWS} rows"):
         train_rows(make_model(seed), [], range(ROWS + 1, ROWS + 2))
 

@@ -27,7 +27,7 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     assert AdapterSpec(dtype=name).dtype == dtype
 
 
-@pytest.mark.parametrize(("values", "told"), [
+@pytest.mark.parametrize(("values", "message"), [
     ({"rank": 0}, "rank: 0 should be a whole number from 1"),
     ({"rank": 1.5}, "rank: 1.5 should be"),
     ({"rank": True}, "rank: True should be"),
@@ -49,8 +49,8 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     ({"dtype": "bf17"}, "dtype: 'bf17' should be one of bfloat16"),
     ({"dtype": torch.int8}, "dtype: torch.int8 should be one of bfloat16"),
 ])  # fmt: skip
-def test_a_value_that_can_not_be_is_refused(values, told):
-    with pytest.raises(ModelError, match=told):
+def test_an_impossible_value_is_refused(values, message):
+    with pytest.raises(ModelError, match=message):
         AdapterSpec(**values)
 
 
