@@ -202,7 +202,7 @@ def test_out_is_written_in_place(name, dtype, with_lora, generator, request):
     assert torch.equal(out, function(*positional, **nested, **factors))
 
 
-def test_nothing_is_written_beside_out(generator, interpreted):
+def test_nothing_is_written_outside_of_out(generator, interpreted):
     shape = (33, 51)
     packed, state = quantize(random_weight(shape, generator))
     positional, nested = arguments(packed, state, torch.float32)
@@ -263,9 +263,9 @@ def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
     """The door as on a device that the kernel is for, with the twin in the kernel's place and nothing shown yet."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    monkeypatch.setattr(door, "_proven", set())
-    monkeypatch.setattr(door, "_given_up", {})
-    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._given_up.get(device))
+    monkeypatch.setattr(door, "_verified", set())
+    monkeypatch.setattr(door, "_rejected", {})
+    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._rejected.get(device))
     calls = []
 
     def use(kernel):
@@ -304,7 +304,7 @@ def test_the_first_weight_of_a_kind_is_computed_by_both_and_then_by_the_kernel(
     assert (len(calls), len(by_bitsandbytes)) == (3, 2)
 
 
-def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
+def test_one_different_bit_rejects_the_kernel_with_the_reason(fused_on_cpu, generator):
     def wrong(*args, **kwargs):
         weight = dequantize_4bit_plain(*args, **kwargs)
         weight.view(-1)[weight.flatten().eq(0).nonzero()[0]] = -0.0
@@ -323,7 +323,7 @@ def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
     )
 
 
-def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fused_on_cpu, generator):
+def test_a_kernel_that_omits_the_lora_term_is_not_verified_by_a_term_of_zero(fused_on_cpu, generator):
     def forgetful(*arguments, lora_A=None, lora_B=None, scaling=1.0, **named):
         return dequantize_4bit_plain(*arguments, **named)
 
@@ -331,10 +331,10 @@ def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fuse
     packed, state = quantize(random_weight((64, 172), generator))
     delta = LowRank(torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
     dequantize(packed, state, torch.float32, delta=delta)
-    assert "other bits" in door._given_up[packed.device]
+    assert "other bits" in door._rejected[packed.device]
 
 
-def test_a_kernel_that_fails_is_given_up_and_says_so(fused_on_cpu, generator):
+def test_a_kernel_that_fails_is_rejected_with_the_reason(fused_on_cpu, generator):
     def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
@@ -384,7 +384,7 @@ class TestOnADevice:
         found = dequantize_4bit_triton(*positional, **nested, **factors)
         assert_one_rounding(found, packed, state, factors)
 
-    def test_the_door_takes_the_kernel(self, generator):
+    def test_dequantize_uses_the_kernel(self, generator):
         packed, state = quantize(random_weight((64, 172), generator).cuda())
         dequantize(packed, state, torch.bfloat16)
         assert dequantize_path(torch.device("cuda")) == "fused kernel: it gave bitsandbytes' bits here"
