@@ -234,7 +234,7 @@ def test_copies_of_a_late_stream_are_waited_for(late_store, generator):
     assert late_store._stream.num_lost == 0
 
 
-def test_each_is_under_way_while_what_needs_the_one_after_it_is_computed(late_store, generator):
+def test_each_copy_is_pending_while_the_layer_after_it_is_computed(late_store, generator):
     layers, under_way = Layers(late_store), []
     y, _ = layers(torch.randn(20, 16, generator=generator))
     for weight in layers.weights:
@@ -244,7 +244,7 @@ def test_each_is_under_way_while_what_needs_the_one_after_it_is_computed(late_st
 
 
 @pytest.mark.parametrize("num_backwards", [0, 1])
-def test_copies_under_way_are_waited_for_when_a_graph_is_given_up(num_backwards, late_store, generator):
+def test_pending_copies_are_waited_for_when_a_graph_is_dropped(num_backwards, late_store, generator):
     layers = Layers(late_store)
     for _ in range(3):
         y, inputs = layers(torch.randn(20, 16, generator=generator))

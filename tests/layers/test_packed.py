@@ -95,7 +95,9 @@ def loss_and_gradients(model, batches):
 @pytest.mark.parametrize(
     ("family", "attention", "recompute"), pairs(tuple(KEEPS_APART), ("sdpa", "eager"), ("none", "full"))
 )
-def test_a_packed_row_learns_what_its_documents_do_apart(family, attention, recompute, tmp_path, seed, generator):
+def test_a_packed_sequence_trains_what_its_documents_do_separately(
+    family, attention, recompute, tmp_path, seed, generator
+):
     config_class, sizes = KEEPS_APART[family]
     model = load(tmp_path, seed, config_class, sizes, attention)
     add_lora(model, rank=4, dtype=torch.float32)
@@ -121,7 +123,9 @@ def assert_same(packed_loss, packed, loss, apart):
 
 @families({name: family for name, family in KEEPS_APART.items() if name not in NOT_BY_DOCUMENTS})
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, recompute, tmp_path, seed, generator):
+def test_attention_by_documents_trains_what_they_do_separately(
+    config_class, sizes, recompute, tmp_path, seed, generator
+):
     model = load(tmp_path, seed, config_class, sizes)
     add_lora(model, rank=4, dtype=torch.float32)
     for _, layer in lora_layers(model):
@@ -137,7 +141,7 @@ def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, r
     check_isolation(model, *documents[-2:])
 
 
-def test_attention_by_documents_keeps_apart_what_a_mask_would_not(tmp_path, seed, generator):
+def test_attention_by_documents_separates_what_a_mask_would_not(tmp_path, seed, generator):
     """OPT's own mask is made from padding alone, whatever the positions say."""
     model = load(tmp_path, seed, *MIXES["opt, whose positions a mask tells"])
     documents = random_documents(generator)
@@ -176,7 +180,7 @@ def test_attention_by_documents_makes_no_tensor_of_all_tokens_squared(tiny_base,
 
 
 @families(KEEPS_APART)
-def test_a_padded_batch_learns_what_its_documents_do_apart(config_class, sizes, tmp_path, seed, generator):
+def test_a_padded_batch_trains_what_its_documents_do_separately(config_class, sizes, tmp_path, seed, generator):
     model = load(tmp_path, seed, config_class, sizes)
     documents = random_documents(generator)
     with torch.no_grad():
@@ -208,7 +212,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("family", "compute_dtype", "initializer_range"), pairs(tuple(KEEPS_APART), DTYPES, RANGES))
-def test_the_check_passes_where_documents_are_kept_apart(
+def test_the_check_passes_if_documents_are_separate(
     family, compute_dtype, initializer_range, tmp_path, seed, generator
 ):
     config_class, sizes = KEEPS_APART[family]

@@ -46,7 +46,7 @@ SHAPE = {
 
 @pytest.fixture
 def apart(monkeypatch):
-    """Has the CPU pass for a device whose memory is not the host's."""
+    """Have the CPU pass for a device whose memory is not the host's."""
     monkeypatch.setattr("qlora.layers.recompute.OFFLOADED_FROM", ("cpu",))
 
 
@@ -308,7 +308,7 @@ def test_auto_is_full_where_layers_can_be_recomputed(tiny_base):
 
 
 @pytest.mark.parametrize(
-    ("config_class", "settings", "level", "told"),
+    ("config_class", "settings", "level", "message"),
     [
         (MixtralConfig, {}, "mlp", "MixtralForCausalLM.*gate, up and down.*=none or attention or full"),
         (LlamaConfig, {"attention": "eager"}, "attention", "LlamaForCausalLM.*eager.*=none or mlp or full"),
@@ -317,15 +317,15 @@ def test_auto_is_full_where_layers_can_be_recomputed(tiny_base):
         (LlamaConfig, {}, "most", "there is no such level.*=none or mlp or attention or full"),
     ],
 )
-def test_a_level_that_a_model_can_not_have_is_refused(config_class, settings, level, told, tmp_path):
+def test_a_level_that_a_model_does_not_support_is_refused(config_class, settings, level, message, tmp_path):
     base = make_base(tmp_path / "base", 0, config_class)
     model, _ = load_base(str(base), **settings)
     rebuild_activations(model)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         apply_recompute(model, level)
 
 
-def test_a_model_whose_layers_can_not_be_recomputed_is_told():
+def test_a_model_whose_layers_can_not_be_recomputed_is_reported():
     model = nn.Sequential(nn.Linear(2, 2))
     assert recompute_levels(model) == ["none"]
     assert apply_recompute(model, "auto") == "none"
