@@ -30,7 +30,7 @@ def test_fine_tuning_refuses_rows_of_other_objectives_with_a_remedy():
     refused = reasons(SFT)
     assert refused.keys() == {"preference", "kto", "classification"}
     assert refused["preference"] == (
-        "train.objective: sft can't learn from the preference rows of rows.jsonl; to learn their answers alone, set "
+        "train.objective: sft can't learn from the preference rows of rows.jsonl; to train on their answers, set "
         "data.format: chosen."
     )
 

@@ -110,7 +110,7 @@ def test_state_takes_the_bits_it_is_named_for_whatever_the_size(name, generator)
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, seed):
+def test_a_restored_run_continues_bit_for_bit(dtype, rounding, name, generator, seed):
     values = torch.randn(33, 17, generator=generator).to(dtype)
     grads = random_grads(generator, 8, values.shape)
     parameter, flat = make_flat(values)
@@ -231,7 +231,7 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_changed(saved, load
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_the_share_of_lost_updates_is_told(rounding, generator):
+def test_the_share_of_lost_updates_is_reported(rounding, generator):
     # Elements of 1 lose an update of 1e-4 in bf16, where half a step is 2e-3; elements of 2^-20 do not.
     values = torch.cat([torch.full((600,), 1.0), torch.full((300,), 2.0**-20), torch.full((100,), 1.0)])
     parameter, flat = make_flat(values.bfloat16())
