@@ -79,7 +79,7 @@ def test_a_pickled_adapter_is_named_and_not_read(tmp_path, marker):
     assert not marker.exists()
 
 
-def test_pickles_beside_a_model_are_left_alone(base, marker):
+def test_pickles_next_to_a_model_are_ignored(base, marker):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin"):
         (base / name).write_bytes(pickle.dumps(Touch(marker)))
     load_base(str(base))
@@ -123,7 +123,7 @@ def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(own_code, marker):
     assert marker.exists()
 
 
-def test_every_loader_of_transformers_is_told_whether_code_may_be_run():
+def test_every_loader_of_transformers_is_passed_whether_code_may_be_run():
     """Without a word it asks on the terminal."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -276,7 +276,7 @@ def test_a_config_of_many_layers_takes_no_memory_before_it_is_refused(base):
     """As many as the files have weights for is what is given room."""
     change(base / "config.json", num_hidden_layers=60)
     build_skeleton(BaseFiles.resolve(str(base)))
-    with pytest.raises(ModelError, match=r"config\.json asks for [\d,]+ parameters, and there are [\d,]+"):
+    with pytest.raises(ModelError, match=r"config\.json describes [\d,]+ parameters, but the files hold [\d,]+"):
         load_base(str(base))
 
 
@@ -289,7 +289,7 @@ def test_a_config_of_many_layers_takes_no_memory_before_it_is_refused(base):
     ],
     ids=str,
 )  # fmt: skip
-def test_an_adapters_config_that_tells_no_scale_is_refused(tmp_path, values):
+def test_an_adapters_config_without_a_scale_is_refused(tmp_path, values):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8} | values))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         read_adapter_config(tmp_path)

@@ -137,7 +137,7 @@ def test_a_template_with_a_name_that_leads_elsewhere_is_refused_before_anything_
     templates = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     change(folder / "tokenizer_config.json", chat_template=templates)
-    with pytest.raises(ModelError, match="chat template named .*which is no file name"):
+    with pytest.raises(ModelError, match="chat template named .*which is not a file name"):
         load_tokenizer(folder)
     templates[1]["name"] = "tool_use"
     change(folder / "tokenizer_config.json", chat_template=templates)

@@ -35,7 +35,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_templates_prompt(loaded):
 
 
 def force_tokens(model, prompt_length, tokens):
-    """Makes the head's answer one token after another, by position."""
+    """Make the head's answer one token after another, by position."""
 
     def choose(_module, _inputs, logits):
         force_tokens.calls += 1
@@ -48,7 +48,7 @@ def force_tokens(model, prompt_length, tokens):
 
 
 @pytest.mark.parametrize("end", [257, 258])
-def test_it_stops_at_the_tokenizers_and_at_the_models_end_token(end, loaded):
+def test_it_stops_at_the_end_tokens_of_tokenizer_and_model(end, loaded):
     model, tokenizer = loaded
     model.generation_config.eos_token_id = 258  # as of a chat model whose tokenizer says otherwise
     letters = tokenizer("abcdef", add_special_tokens=False).input_ids
