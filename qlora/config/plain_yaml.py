@@ -4,12 +4,12 @@ from typing import Any
 
 import yaml
 
-# More than a config has; and as many values as it may stand for, its aliases written out.
+# Most characters of a config, and most values that it may stand for with its aliases written out.
 MAX_CHARACTERS, MAX_VALUES = 1 << 20, 100_000
 
 
 def parse_yaml(text: str) -> Any:
-    """The values that a YAML text stands for.
+    """Return the values that a YAML text stands for.
 
     Raises:
         ValueError: It is broken, has tags beyond YAML's own or a key twice, or stands for more than any config.
@@ -25,13 +25,13 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    # Of a date that is none, of base64 that is broken, of a key that can't be one, PyYAML raises Python's own errors.
+    # PyYAML raises Python's own errors for an impossible date, broken base64 or an unhashable key.
     except (yaml.YAMLError, TypeError, AttributeError, OverflowError, LookupError) as error:
         raise ValueError(str(error)) from None
 
 
 def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Values below a node with every alias written out; `known` holds those of nodes seen, None while one is open."""
+    """Return the number of values below a node, aliases written out; `known` has those of seen nodes, None if open."""
     if id(node) not in known:
         known[id(node)] = None
         children = node.value if isinstance(node, yaml.CollectionNode) else []

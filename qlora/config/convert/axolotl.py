@@ -37,7 +37,7 @@ TYPES: dict[str, tuple[str | None, dict[str, str]]] = {
     "sharegpt": (None, {}),
     "chat_template": (None, {}),
 }  # fmt: skip
-# Whose prompts are written in the style of Alpaca, whatever the chat template.
+# Types whose prompts have Alpaca's form, regardless of the chat template.
 ALPACA_STYLE = {"alpaca", "gpteacher"}
 FILE_TYPES = ("json", "csv", "parquet", "arrow", "text")
 # Speakers that are known here without a mapping.
