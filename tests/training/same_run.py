@@ -30,7 +30,7 @@ def damage(checkpoint):
 
 
 def rewrite(checkpoint, name, **values):
-    """Changes what one of a checkpoint's files says, and its manifest, as whoever can write it may."""
+    """Change what one of a checkpoint's files says, and its manifest, as whoever can write it may."""
     path, manifest = checkpoint / name, checkpoint / "manifest.json"
     content = json.dumps(json.loads(path.read_text()) | values).encode()
     path.write_bytes(content)

@@ -178,7 +178,7 @@ def test_progress_counts_steps_and_tokens(tiny_base, generator):
 
 
 @CAPACITIES
-def test_it_stops_when_it_is_told_and_goes_on_from_there(capacity, tiny_base, generator):
+def test_it_stops_when_asked_and_continues_from_there(capacity, tiny_base, generator):
     examples = random_examples(generator, 16)
     whole = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5)
     parts = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5, stop=2)
