@@ -36,7 +36,7 @@ class Outcome:
 
 
 def run(*arguments: Any, stdin: str = "") -> Outcome:
-    """Runs a command. An error that `main` does not turn into a message is raised, and fails the test."""
+    """Run a command. An error that `main` does not turn into a message is raised, and fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["qlora", *map(str, arguments)]),
