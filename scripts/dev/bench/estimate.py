@@ -1,6 +1,6 @@
-"""Holds the estimate of a run's memory against a step of real size on this machine: by level, reckoned and measured.
+"""Compare the estimate of a run's memory with a measured step of real size on this machine, by level.
 
-A base with random weights is made, of a shape or of so many of its layers, as a step of all may take too long.
+A base with random weights is made of a shape, or of some of its layers, because a step of all may take too long.
 
     python -m scripts.dev.bench.estimate --shape llama3-8b --layers 2 data.max_seq_len=256
 """
@@ -21,7 +21,7 @@ What CUDA itself takes is left out on both sides.
 
 
 def main() -> None:
-    """Makes the base and prints the table."""
+    """Make the base and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="limits")
     parser.add_argument("--layers", type=int, help="of the shape, as a step of all may take too long")
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def compare(config: str, overrides: list[str]) -> list[str]:
-    """A table with a row for each level that this machine can run."""
+    """Return a table with a row for each level that this machine supports."""
     from qlora.config import load_config
     from qlora.layers.recompute import recompute_levels
     from qlora.memory.estimate import estimate

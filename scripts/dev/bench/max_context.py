@@ -1,8 +1,8 @@
-"""Finds the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
+"""Find the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
 
 A process for each setting: forward, backward and update of one sequence of random tokens, longer or shorter until the
-longest that fits is known to a hundredth. The cap is put on torch's allocator. It needs CUDA. Until
-docs/benchmarks/max_context.md is there it has not been run on a GPU.
+longest that fits is known to 1%. The cap is set in torch's allocator. It needs CUDA. Without
+docs/benchmarks/max_context.md, it has not been run on a GPU.
 
     python -m scripts.dev.bench.max_context --cap 24 --out docs/benchmarks/max_context.md
 """
@@ -41,7 +41,7 @@ that length, `driver` what the device says was in use then, the context and page
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to; called with --side it is one of the measured processes."""
+    """Measure, print, and append to `--out` if it is given; with --side, be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", help=f"{', '.join(SHAPES)}, or the path of a config.json")
     parser.add_argument("--cap", type=float, default=24, help="GiB")
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def search(arguments: argparse.Namespace) -> dict[str, int]:
-    """The longest sequence of one side, and its memory."""
+    """Return the longest sequence of one side, and its memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / total))
     step = {"qlora": qlora_step, "peft": peft_step}[arguments.side](arguments)
@@ -107,7 +107,7 @@ def search(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
-    """The longest length that fits, to a hundredth of itself; 0 if not even the shortest does."""
+    """Return the longest length that fits, to 1%; 0 if the shortest does not fit."""
     if not fits(shortest):
         return 0
     low, high = shortest, shortest
@@ -121,7 +121,7 @@ def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
 
 
 def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A step of ours on a sequence of some length."""
+    """Return a function that makes a step of qlora on a sequence of a length."""
     from qlora.model import supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
 
@@ -141,7 +141,7 @@ def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
 
 
 def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A step of PEFT's model with bitsandbytes' optimizer."""
+    """Return a function that makes a step of PEFT's model with bitsandbytes' optimizer."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, "full")
@@ -158,7 +158,7 @@ def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
 
 
 def random_batch(length: int, model: Any) -> Any:
-    """One sequence, every token of it learnt."""
+    """Return one sequence in which every token is supervised."""
     import numpy as np
 
     from qlora.data import collate, make_example
