@@ -29,7 +29,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps tokenized data out of the user's cache; processes that tests start inherit it."""
+    """Keep tokenized data out of the user's cache; processes that tests start inherit it."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 

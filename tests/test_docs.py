@@ -107,7 +107,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def make_small(config, base):
-    """Rewrites a config so that it trains a tiny base for a moment; all other settings stay."""
+    """Rewrite a config so that it trains a tiny base for a moment; all other settings stay."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     settings["model"]["base"] = str(base)
     settings["data"]["max_seq_len"] = 128
@@ -140,7 +140,7 @@ def test_a_page_can_be_followed(page, reader, tiny_base):
 
 
 def follow(line, base):
-    """Runs a command of qlora; others install or download something."""
+    """Run a command of qlora; others install or download something."""
     command = shlex.split(line, comments=True)
     if command[:1] != ["qlora"]:
         return

@@ -58,7 +58,7 @@ def replace_layer(base, make):
 
 
 def verbs(base, tmp_path):
-    """Calls of every verb on a base; the data does not exist, so that reading it would be another error."""
+    """Call of every verb on a base; the data does not exist, so that reading it would be another error."""
     config = load_config(run_config(base, tmp_path / "missing.jsonl", tmp_path / "run"))
     return {
         "load": lambda: load_base(str(base)),

@@ -80,7 +80,7 @@ def test_another_system_is_refused_in_one_sentence(system, monkeypatch):
 
 @pytest.fixture
 def setup(tmp_path):
-    """Runs setup.sh in a checkout whose .venv only records what pip is asked for; gives its output and those calls."""
+    """Run setup.sh in a checkout whose .venv only records what pip is asked for; return its output and those calls."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")

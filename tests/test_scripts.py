@@ -58,19 +58,19 @@ def write_command(path, text):
 
 
 def start(*command):
-    """Starts a command in a session of its own, as a terminal and a service manager do."""
+    """Start a command in a session of its own, as a terminal and a service manager do."""
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
 def send(process, number, to_group):
-    """Sends a signal to a script alone, or to it and its process group."""
+    """Send a signal to a script alone, or to it and its process group."""
     (os.killpg if to_group else os.kill)(process.pid, number)
 
 
 def finish(process):
-    """Returns exit code and output of a command that is to end by itself."""
+    """Return exit code and output of a command that is to end by itself."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -80,7 +80,7 @@ def finish(process):
 
 
 def wait_for_step(process, run, step):
-    """Waits until a run has logged the loss of a step."""
+    """Wait until a run has logged the loss of a step."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if run.metrics.exists() and any(line["step"] >= step and "loss" in line for line in run.read_metrics()):
@@ -93,7 +93,7 @@ def wait_for_step(process, run, step):
 
 
 def start_in_turn(*commands):
-    """Starts commands under the scripts' forwarding of signals, each when the one before has succeeded."""
+    """Start commands under the scripts' forwarding of signals, each when the one before has succeeded."""
     lines = [f"source {SCRIPTS}/forward.sh", *(f"forward {command}" for command in commands)]
     return start("bash", "-c", "set -euo pipefail\n" + "\n".join(lines))
 
@@ -137,7 +137,7 @@ def test_exit_codes_are_passed_on(commands):
 
 @pytest.fixture
 def recorded(commands, tmp_path):
-    """Has `qlora merge` and `qlora verify` do nothing; gives what they were called with."""
+    """Have `qlora merge` and `qlora verify` do nothing; return what they were called with."""
     record = tmp_path / "arguments"
     train = f'[ "$1" != train ] || exec {sys.executable} -m qlora "$@"'
     write_command(commands / "qlora", f'#!/bin/sh\n{train}\necho "$@" >> {record}\n')
@@ -151,7 +151,7 @@ def recorded(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca_file, tmp_path):
+def test_finetune_stops_continues_merges_and_continues(recorded, tiny_base, alpaca_file, tmp_path):
     """Two sessions of a run, and a third that extends it; training is real."""
     config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__save_every=1000, train__eval_every=None)
     run, merged = RunDirectory(tmp_path / "run"), tmp_path / "merged"

@@ -46,7 +46,7 @@ def encoded(case, template):
 
 
 def change(at, learned):
-    """Learns a token or not: counted from the first one that is learned, or from the first behind that is not."""
+    """Learn a token or not: counted from the first one that is learned, or from the first behind that is not."""
 
     def changed(ids, mask):
         first = mask.index(True)
@@ -57,25 +57,25 @@ def change(at, learned):
 
 
 def unmask(ids, mask):
-    """Learns a masked part, too, which is in front of what is learned."""
+    """Learn a masked part, too, which is in front of what is learned."""
     first = mask.index(True)
     return ids, [place > first - 6 for place in range(len(ids))]
 
 
 def learn_next_header(ids, mask):
-    """Learns what begins the next turn, and EOS behind it."""
+    """Learn what begins the next turn, and EOS behind it."""
     ends = [place for place, index in enumerate(ids) if mask[place] and index == 257]
     learned = [any(end <= place < end + 9 for end in ends) or mask[place] for place in range(len(ids))]
     return [*ids, 257], [*learned, True]
 
 
 def learn_end_in_call(ids, mask):
-    """Learns all from the first token that is learned to the last."""
+    """Learn all from the first token that is learned to the last."""
     return ids, [True in mask[: place + 1] and True in mask[place:] for place in range(len(ids))]
 
 
 def mask_reasoning(ids, mask):
-    """Masks a word of the reasoning, and learns the same word of the content."""
+    """Mask a word of the reasoning, and learns the same word of the content."""
     word = make_tokenizer()("m1x", add_special_tokens=False).input_ids
     thought, said, *_ = (place for place in range(len(ids)) if ids[place : place + 3] == word)
     changed = {thought + step: False for step in range(3)} | {said + step: True for step in range(3)}

@@ -19,7 +19,7 @@ def probability_up(values: torch.Tensor) -> torch.Tensor:
 
 
 def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rounds up where a uniform number falls below that probability; bf16."""
+    """Round up where a uniform number falls below that probability; bf16."""
     below, above = neighbours(values)
     uniform = torch.rand(values.shape, dtype=torch.float64, generator=generator)
     return torch.where(uniform < probability_up(values), above, below)
