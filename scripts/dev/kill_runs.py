@@ -122,7 +122,7 @@ def real_recipes(folder: Path) -> Iterator[Recipe]:
     for name, data, settings in (
         ("plays, 8 bits, packed", plays, {"train": {"optimizer": "paged_adamw_8bit"}}),
         (
-            "instructions, 32 bits, apart",
+            "instructions, 32 bits, padded",
             instructions,
             {"data": {"packing": False}, "train": {"optimizer": "adamw_32bit"}},
         ),
@@ -197,18 +197,18 @@ def read_only_disk(work: Path) -> Counts:
     with small_disk(work / "read-only", 24, "ro") as disk:
         process = start(TINY, disk / "run")
         assert process.wait(600) == 1
-        told = log_of(disk / "run").read_text()
-        assert "run can't be written" in told
-        assert "Traceback" not in told
+        output = log_of(disk / "run").read_text()
+        assert "run can't be written" in output
+        assert "Traceback" not in output
     recipe, folder = replace(TINY, save_every=5), work / "run"
     whole, _ = finish(recipe, work / "whole")
     process = start(recipe, folder)
     assert wait_until(lambda: saved_step(folder) > 0, process), log_of(folder)
     with small_disk(folder / "checkpoints", 24, "ro"):
         assert process.wait(600) == 1
-    told = log_of(folder).read_text()
-    assert told.count("could not be saved") == 3
-    assert "Read-only file system" in told
+    output = log_of(folder).read_text()
+    assert output.count("could not be saved") == 3
+    assert "Read-only file system" in output
     finish(recipe, folder)
     return Counts(continued=1, runs=1, differing=len(differing(folder, whole)))
 

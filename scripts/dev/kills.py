@@ -186,8 +186,8 @@ def differing(folder: Path, whole: Path) -> list[str]:
     """Return the files that differ between two finished runs."""
     names = sorted({path.name for run in (folder, whole) for path in (run / "adapter").iterdir()})
     files = [run / "adapter" for run in (folder, whole)]
-    apart = [name for name in names if len({(each / name).read_bytes() for each in files}) > 1]
-    return apart + ["metrics.jsonl"] * (lines_of(folder) != lines_of(whole))
+    names_differing = [name for name in names if len({(each / name).read_bytes() for each in files}) > 1]
+    return names_differing + ["metrics.jsonl"] * (lines_of(folder) != lines_of(whole))
 
 
 def finish(recipe: Recipe, folder: Path) -> tuple[Path, float]:
@@ -238,9 +238,9 @@ def kill_often(
             assert lost <= (recipe.save_every if code < 0 else 0), (folder, lost, code)
             counts.most_lost = max(counts.most_lost, lost)
         counts.runs += 1
-        apart = differing(folder, whole)
-        counts.differing += len(apart)
-        assert not apart, (folder, apart)
+        names = differing(folder, whole)
+        counts.differing += len(names)
+        assert not names, (folder, names)
         shutil.rmtree(folder)
     return counts
 

@@ -16,9 +16,9 @@ from typing import Any
 from scripts.dev.bench.common import BENCHMARKS, REALDATA, append, build_peft, build_qlora, heading, run_child
 
 TARGET = BENCHMARKS / "beside_peft.md"
-TITLE = """# Beside PEFT + bitsandbytes
+TITLE = """# qlora and PEFT + bitsandbytes
 
-The same batches, seed, rank and learning rate, a process each in the order A B B A:
+The same batches, seed, rank and learning rate, each run in its own process in the order A B B A:
 `python -m scripts.dev.bench.beside_peft`.
 """
 ORDER = ("qlora", "peft", "peft", "qlora")

@@ -188,7 +188,7 @@ class _Operations(TorchDispatchMode):
             work.dequantized_statistics += _given(func, args, kwargs).get("absmax_8bit") is not None
             work.base_gemms += 1
         elif name in MATRIX_PRODUCTS:
-            factors = args[-2:]  # what is added to, in addmm, is no factor
+            factors = args[-2:]  # the first argument of addmm is added, not multiplied
             work.base_gemms += any(_key(factor) in self._weights for factor in factors)
         else:
             self._count_sync(name, args, kwargs, result)

@@ -31,17 +31,16 @@ BYTES_IN_TURN = 1 << 29
 TITLE = """# Dequantization as a share of a copy
 
 `python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md`. NF4 with double quantization to bf16, in
-blocks of 64. A time is a CUDA graph's, of as many weights in turn as no cache holds, so launches on the host are not in
-it; the median of ten. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
-two buffers on the same device, of which both the bytes read and those written count. The factors of the LoRA term are
-not counted.
+blocks of 64. Times are the median of ten runs of a CUDA graph over more weights than any cache holds, without
+launches on the host. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
+two buffers on the same device, which counts bytes read and written. The factors of the LoRA term are not counted.
 """
 
 
 def main() -> None:
     """Measure, print, and append to `--out` if it is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, nargs="*", default=[16, 64], help="of the LoRA term")
+    parser.add_argument("--rank", type=int, nargs="*", default=[16, 64], help="ranks of the LoRA term")
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

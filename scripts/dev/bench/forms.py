@@ -20,10 +20,10 @@ from scripts.dev.bench.common import SHAPES, append, heading
 
 TITLE = """# The two forms of a LoRA linear
 
-`python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md`. Forward and backward of one layer in bf16, its input
-needing a gradient: the time of two products, x Wᵀ and then + scaling · (x Aᵀ) Bᵀ, over the time of one product with
-W + scaling · B A. Above 1, folding is faster. `held` layers keep their dequantized weight. The minimum of the rounds of
-each form, which take turns.
+`python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md`. Forward and backward of a layer in bf16 whose input
+needs a gradient: the time of two products, x Wᵀ and then + scaling · (x Aᵀ) Bᵀ, over the time of one product with
+W + scaling · B A. Above 1, folding is faster. `held` layers cache their dequantized weight. Times are the minimum of
+rounds, in which the forms take turns.
 """
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 

@@ -19,10 +19,10 @@ from scripts.dev.bench.common import SHAPES, append, heading
 
 TITLE = """# Head and cross-entropy
 
-`python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 against
-random labels and the gradient of the hidden states, the head frozen. `all at once` is what a model of transformers
-does: logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Minimum
-of the rounds, which take turns; peak memory is what was allocated above the inputs.
+`python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 with
+random labels, and the gradient of the hidden states, with a frozen head. `all at once` is a model of transformers:
+logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Times are the
+minimum of rounds, in which the variants take turns; peak memory is above the inputs.
 """
 
 

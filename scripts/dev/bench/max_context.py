@@ -34,9 +34,9 @@ from scripts.dev.bench.common import (
 TITLE = """# The longest sequence under a memory cap
 
 `python -m scripts.dev.bench.max_context --out docs/benchmarks/max_context.md`. Forward, backward and update of one
-sequence of random tokens, every one learnt, batch 1, on a base with random weights; bisection until the longest that
-fits is known to a hundredth. The cap is on what torch's allocator reserves. `peak` is the most that it had allocated at
-that length, `driver` what the device says was in use then, the context and paged state included.
+sequence of random tokens, all supervised, batch 1, on a base with random weights; bisection until the longest that
+fits is known to 1%. The cap is on what torch's allocator reserves. `peak` is the most that it allocated at that
+length; `driver` is the memory in use by the device's count, including the context and paged state.
 """
 
 
@@ -44,10 +44,10 @@ def main() -> None:
     """Measure, print, and append to `--out` if it is given; with --side, be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--cap", type=float, default=24, help="GiB")
+    parser.add_argument("--cap", type=float, default=24, help="memory cap in GiB")
     parser.add_argument("--recompute", nargs="+", default=["full", "offload", "offload+tiled"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--longest", type=int, default=1 << 18, help="tokens that are not gone beyond")
+    parser.add_argument("--longest", type=int, default=1 << 18, help="largest number of tokens to try")
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     parser.add_argument("--side", choices=["qlora", "peft"], help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def main() -> None:
             "what a config needs is estimated anywhere by `qlora estimate`."
         )
     if unknown := set(arguments.recompute) - set(recompute_levels()):
-        sys.exit(f"--recompute: there is no {', '.join(unknown)}; the levels are {', '.join(recompute_levels())}.")
+        sys.exit(f"--recompute: unknown {', '.join(unknown)}; the levels are {', '.join(recompute_levels())}.")
     if arguments.side:
         print(json.dumps(search(arguments)))
         return

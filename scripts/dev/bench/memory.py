@@ -32,25 +32,25 @@ from scripts.dev.bench.common import (
 from scripts.dev.bench.counts import Held, Watch, Work, held_for_backward
 
 PEFT_SETTINGS = ("none", "none+bf16", "none+autocast", "full", "full+prepare", "full+autocast")
-TITLE = """# What a training step holds and does
+TITLE = """# Memory and work of a training step
 
 Counts, not timings: the same on every run. `python -m scripts.dev.bench.memory --out docs/benchmarks/memory.md`.
 
-- **Saved**: bytes per token that autograd keeps from the forward to the backward, each storage once and whole, the
-  model's own left out; **on ctx**: the same, hung on attributes of custom functions, where no saved-tensor hook sees
-  it; **alive**: bytes per token of every storage that the forward made and that is still there at its end, however it
-  is held, so nothing escapes it (checkpointed layers keep rotary tables in closures).
-- **MFLOP/token**: matrix products and attention, half of it where it is causal, forward + backward; what is computed
-  again counts with the backward.
+- **Saved**: bytes per token that autograd saves from the forward to the backward, each storage once and whole,
+  without the model's own; **on ctx**: the same, in attributes of custom functions, where no saved-tensor hook sees
+  it; **alive**: bytes per token of every storage that the forward made and that exists at its end, by whatever
+  reference, also in closures (where checkpointed layers keep rotary tables).
+- **MFLOP/token**: matrix products and attention, half of it if causal, forward + backward; recomputation counts
+  with the backward.
 - **Base GEMMs** and **dequantized** weights: per layer, forward + backward; each dequantized weight with its
-  statistics is two calls of bitsandbytes where statistics are quantized too.
-- **Syncs**: per optimizer step, what would make the host wait for a GPU, by dispatch: ours of `run_loop` as it is,
-  with the loss and norm that it reports; PEFT's of forward, backward, clipping and reading the loss, without its
-  optimizer, which on a GPU synchronizes once for every parameter where it is bitsandbytes'.
+  statistics is two calls of bitsandbytes if statistics are quantized too.
+- **Syncs**: per optimizer step, operations for which the host would wait for a GPU: for qlora in `run_loop`,
+  including the reported loss and norm; for PEFT in forward, backward, clipping and reading the loss, without its
+  optimizer (bitsandbytes' synchronizes once for every parameter on a GPU).
 
-PEFT's `prepare` is `prepare_model_for_kbit_training`, `bf16` factors held in bf16 and not fp32; `autocast` is what
-transformers' trainer does with `bf16=True`, and without it PEFT multiplies its fp32 factors in fp32. Its gradient
-checkpointing is transformers', not reentrant.
+PEFT's `prepare` is `prepare_model_for_kbit_training`, `bf16` stores factors in bf16 instead of fp32; `autocast` is
+transformers' `bf16=True`, without which PEFT multiplies its fp32 factors in fp32. Its gradient checkpointing is
+transformers', not reentrant.
 """
 
 
@@ -58,7 +58,9 @@ def main() -> None:
     """Count, print, and append to `--out` if it is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="saved with the random model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER, help="tokenizer that is saved with the random model"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)

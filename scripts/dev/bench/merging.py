@@ -26,8 +26,8 @@ TITLE = """# Memory and speed of a merge
 
 Random Llama checkpoints in bf16 merged to fp16: `python -m scripts.dev.bench.merging`. The bound on memory is 400 MB
 and four times the largest tensor in fp32. A copy reads the same files, casts and writes: by file with safetensors'
-load_file and save_file, or as a stream of blocks, which is the least that there is to do. All read from the disk and
-are synced to it.
+load_file and save_file, or as a stream of blocks, the least work possible. All read from the disk and are synced
+to it.
 
 | date | checkpoint MB | largest tensor MB | bound MB | peak MB: onto original, dequantized | seconds: copy by file, \
 as a stream | merge onto original | dequantized | speed onto original, of either copy's | hardware, versions |
@@ -40,9 +40,9 @@ def main() -> None:
     """Make the files, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="limits")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, where the disk is small")
+    parser.add_argument("--layers", type=int, help="number of layers, if the disk is too small for the shape's")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder of the temporary files")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

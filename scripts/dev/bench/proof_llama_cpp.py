@@ -101,13 +101,13 @@ def logits_in_llama_cpp(way: Way, ids: list[int]) -> torch.Tensor:
 def compare(expected: torch.Tensor, found: torch.Tensor) -> str:
     """Return the cells of a table: differences of two models' logits."""
     difference = (expected - found).abs().amax(-1)
-    apart = expected.argmax(-1) != found.argmax(-1)
+    differs = expected.argmax(-1) != found.argmax(-1)
     best = expected.topk(2).values
-    gaps = (best[:, 0] - best[:, 1])[apart]
+    gaps = (best[:, 0] - best[:, 1])[differs]
     # Of two logits as close as this each may be the larger one when both move by the difference.
-    explained = "" if not len(gaps) else f", whose two best lie up to {gaps.max():.1e} apart"
+    explained = "" if not len(gaps) else f", whose two best differ by up to {gaps.max():.1e}"
     size = expected.std().item()
-    return f"{difference.max():.1e} | {size:.2g} | {int((~apart).sum())} of {len(apart)}{explained}"
+    return f"{difference.max():.1e} | {size:.2g} | {int((~differs).sum())} of {len(differs)}{explained}"
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def prove(name: str, folder: Path, llama_cpp: Path) -> Iterator[str]:
 def main() -> None:
     """Verify each model, print the table and append it to a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout, for its converters")
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="checkout of llama.cpp, for its converters")
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--out", type=Path, help="page to append to")
     arguments = parser.parse_args()

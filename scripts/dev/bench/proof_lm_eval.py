@@ -108,15 +108,15 @@ def main() -> None:
     lines = heading("the same scores in lm-eval", "lm_eval", "torch", "transformers", "bitsandbytes", "peft") + [
         f"{len(before.log_likelihoods) // len(KINDS)} questions; the base before training has {before.accuracy:.1%}.",
         "",
-        "| base weights | model | accuracy | log-likelihoods apart by at most |",
+        "| base weights | model | accuracy | largest difference of log-likelihoods |",
         "|---|---|---|---|",
     ]
     for onto, ((first, adapter), (second, merged)) in pairs.items():
-        apart = max(
+        difference = max(
             abs(one - other) for one, other in zip(adapter.log_likelihoods, merged.log_likelihoods, strict=True)
         )
         lines += [f"| {onto} | {first} | {adapter.accuracy:.1%} | |"]
-        lines += [f"| {onto} | {second} | {merged.accuracy:.1%} | {apart:.1e} |"]
+        lines += [f"| {onto} | {second} | {merged.accuracy:.1%} | {difference:.1e} |"]
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, "# Release\n", lines)

@@ -48,7 +48,7 @@ HEAD = """
 def main() -> None:
     """Measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one else")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: a temporary one")
     parser.add_argument("--out", type=Path, default=TARGET)
     arguments = parser.parse_args()
     rows = []

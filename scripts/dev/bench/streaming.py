@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--tokenizer", default=str(realdata / "tokenizers" / "minimind"))
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--folder", help="to work in, where the system's temporary folder is too small")
+    parser.add_argument("--folder", help="folder to work in, if the system's temporary folder is too small")
     parser.add_argument("--out", type=Path, default=TARGET)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

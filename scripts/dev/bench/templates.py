@@ -94,11 +94,11 @@ def templates() -> dict[str, str | None]:
 def main() -> None:
     """Print every wrong case, and a table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--template", nargs="*", help="those whose name has one of these in it")
+    parser.add_argument("--template", nargs="*", help="only templates whose name contains one of these")
     parser.add_argument("--tokenizer", nargs="*", default=[*TOKENIZERS, FAMILY])
-    parser.add_argument("--conversation", nargs="*", help="some of them alone")
-    parser.add_argument("--out", type=Path, help="append the table here")
-    parser.add_argument("--needless", action="store_true", help="print the cases that were refused without need")
+    parser.add_argument("--conversation", nargs="*", help="only these conversations")
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    parser.add_argument("--needless", action="store_true", help="print the cases that were refused needlessly")
     arguments = parser.parse_args()
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     logging.disable(logging.ERROR)

@@ -23,11 +23,11 @@ from typing import Any
 TARGET = Path(__file__).parents[3] / "docs" / "benchmarks" / "tokenizing.md"
 TITLE = """# From a file to packed examples
 
-Tokens a second from a file on disk until packed examples with their masks are ready, both caches empty:
-`python -m scripts.dev.bench.tokenizing`. Imports and the loading of tokenizer and model don't count; what counts is
-`build_datasets` and `BatchPlan` of ours, and `load_dataset` and SFTTrainer's own preparation of TRL. Each runs in a
-process of its own, in the order A B B A. `again` is the seconds of a new process that finds what an earlier one kept;
-CPU seconds are of all cores, and tell more than the clock does where other programs ran too.
+Tokens per second from a file on disk to packed examples with masks, with empty caches:
+`python -m scripts.dev.bench.tokenizing`. Measured are `build_datasets` and `BatchPlan` of qlora, and `load_dataset` and
+SFTTrainer's own preparation of TRL, without imports and the loading of tokenizer and model. Each runs in its own
+process, in the order A B B A. `again` is the seconds of a new process with the cache of an earlier one; CPU seconds are
+of all cores, and are more reliable than the clock if other programs ran too.
 """
 # qlora, TRL with one process, TRL with two; and back.
 SIDES = ("qlora", "trl", "trl2")
@@ -39,11 +39,13 @@ def main() -> None:
     realdata = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", default=str(realdata / "data" / "llama_factory_demo" / "alpaca_en_demo.json"))
-    parser.add_argument("--repeat", type=int, default=10, help="how often each row is written")
+    parser.add_argument("--repeat", type=int, default=10, help="number of copies of each row")
     names = ("minimind", "qwen3")
     parser.add_argument("--tokenizer", nargs="+", default=[str(realdata / "tokenizers" / name) for name in names])
     template = realdata / "chat_templates" / "trl" / "qwen3_training.jinja"
-    parser.add_argument("--template", default=str(template), help="of `messages`, with marks of generation for TRL")
+    parser.add_argument(
+        "--template", default=str(template), help="template for `messages`, with generation marks for TRL"
+    )
     parser.add_argument(
         "--model", default=str(realdata / "models" / "stories260K-hf"), help="model that SFTTrainer needs"
     )
@@ -73,7 +75,7 @@ def table(arguments: argparse.Namespace) -> list[str]:
         "",
         f"{os.cpu_count()} cores of {processor()}; load before the runs {os.getloadavg()[0]:.1f}; {packages}",
         "",
-        "| tokenizer | form | side | tokens | learnt | rows | seconds (two runs) | CPU seconds | tokens/s | again |",
+        "| tokenizer | form | side | tokens | supervised | rows | seconds (2 runs) | CPU seconds | tokens/s | again |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tokenizer in arguments.tokenizer:

@@ -55,17 +55,18 @@ OTHER_SETTINGS = {"peft": ("none", "full"), "peft-liger": (), "unsloth": ("unslo
 HELD = "+held"
 COMPARED = 20
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
-TITLE = """# Training steps beside other trainers
+TITLE = """# Training steps of qlora and other trainers
 
 `python -m scripts.dev.bench.train_step --peer peft --out docs/benchmarks/train_step.md`: a process per run in the order
-A B B A; the same random weights, tokens, rank, targets and first values of the factors on both sides.
+A B B A; the same random weights, tokens, rank, targets and initial values of the factors on both sides.
 
 Tokens/s are of the median step after warm-up, of two runs. CPU seconds of a step are the host's over all threads; with
-one thread they tell more than the clock does where other programs ran too, with more they count waiting as well. MFU
+one thread they are more reliable than the clock if other programs ran too, with more they include waiting. MFU
 takes the operations that the model needs without recomputation (4 · linear weights + 7 · sequence · width · layers +
-6 · LoRA weights per token), HFU those that were dispatched, both of the best bf16 matrix product measured beside them.
-Peak memory is the allocator's on a GPU, and on a CPU how far resident memory rose during training above what it was
-with the model loaded. Where losses of the first steps differ by more than the tolerance, the row is void.
+6 · LoRA weights per token), HFU those that were dispatched, both as a share of the best bf16 matrix product measured in
+the same run. Peak memory is the allocator's on a GPU; on a CPU it is the rise
+of resident memory during training above that of the loaded model. If losses of the first steps differ by more than the
+tolerance, the row is void.
 
 **Not yet run on a GPU.**
 """
@@ -76,16 +77,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=PEERS, default="peft")
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="saved with the random model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER, help="tokenizer that is saved with the random model"
+    )
     parser.add_argument("--recompute", nargs="+", choices=settings(), default=[f"none{HELD}", "none", "full"])
-    parser.add_argument("--equal-only", action="store_true", help="leave out the other settings of each")
+    parser.add_argument("--equal-only", action="store_true", help="skip the other settings of each side")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=30, help="of a run, warm-up included")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a run, including warm-up")
     parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU; fewer than its cores where they are shared")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="of a loss, relative")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; fewer than the cores if they are shared")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="largest relative difference of a loss")
     parser.add_argument("--out", type=Path, help="page to append the table to")
     parser.add_argument("--side", choices=["qlora", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
