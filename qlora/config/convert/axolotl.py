@@ -89,7 +89,7 @@ def _data(draft: Draft) -> None:
         for given in entries if isinstance(entries, list) else []:
             entry = {"path": given, "type": "completion"} if isinstance(given, str) else given
             if not isinstance(entry, dict):
-                draft.warn(f"{name}: {given!r:.40} is no dataset.")
+                draft.warn(f"{name}: {given!r:.40} is not a dataset.")
                 continue
             entry = dict(entry)
             if name == "pretraining_dataset":

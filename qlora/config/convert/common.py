@@ -56,7 +56,7 @@ def refuse_objective(draft: Draft, name: str) -> None:
     """Drop the key of an objective that is not available, and warn what the rows can be used for."""
     draft.warn(
         f"{name}: {draft.peek(name)} asks for an objective that is not available: qlora preview shows the rows, and "
-        "qlora train refuses them. To learn the chosen answers of preference rows alone, set data.format: chosen."
+        "qlora train refuses them. To train on the chosen answers of preference rows, set data.format: chosen."
     )
     draft.drop(name, "supervised fine-tuning is the only objective")
 

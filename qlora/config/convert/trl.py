@@ -74,8 +74,8 @@ def supervision(draft: Draft) -> None:
         draft.set("data.loss_on", "all", "not answers only")
     else:
         draft.warn(
-            f"{draft.trainer} learns every token of a conversation by default; here answers alone are learned. "
-            "data.loss_on: all learns everything."
+            f"{draft.trainer} supervises every token of a conversation by default; here only answers are supervised. "
+            "data.loss_on: all supervises everything."
         )
 
 
