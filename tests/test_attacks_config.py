@@ -24,7 +24,7 @@ VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_
 
 
 def multiplied(start, step):
-    """Nine aliases to the power of nine."""
+    """Return YAML of nine aliases to the power of nine."""
     lines = [f"a: &a {start}"]
     lines += [f"{new}: &{new} {step.format(','.join([f'*{old}'] * 9))}" for old, new in zip(LETTERS, LETTERS[1:])]  # noqa: B905
     return "\n".join(lines)

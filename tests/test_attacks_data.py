@@ -21,13 +21,13 @@ from tests.tiny import make_tokenizer
 RULE = HeaderRule(header=True, mapped=[])
 
 TURNS = [{"role": "user", "content": "a"}]
-# What a row of images or sounds may tell datasets to open.
+# What a row of images or sounds may make datasets open.
 FEATURES = {"text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
 
 
 @pytest.fixture(scope="module")
 def gibibytes():
-    """Two GiB of spaces in two MB of gzip; several files of gzip behind one another are one."""
+    """Return two GiB of spaces in two MB of gzip, as concatenated gzip files."""
     return gzip.compress(b" " * (1 << 26)) * 32
 
 

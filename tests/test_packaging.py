@@ -1,4 +1,4 @@
-"""What pyproject.toml declares, what setup.sh installs, and where qlora runs."""
+"""Dependencies in pyproject.toml, installation by setup.sh, and supported systems."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def names_of(requirements):
 
 
 def imported_packages():
-    """Every third-party distribution that the package imports, by the module that does."""
+    """Return every third-party distribution that the package imports, with the importing modules."""
     found = {}
     for path in (ROOT / "qlora").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

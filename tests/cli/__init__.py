@@ -13,19 +13,19 @@ from qlora.cli.main import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code, standard output and standard error."""
+    """Result of a command: its exit code, standard output and standard error."""
 
     code: int
     out: str
     err: str
 
     def json(self) -> Any:
-        """The report; the only thing on standard output."""
+        """Return the report, the only thing on standard output."""
         assert self.code == 0, self.err
         return json.loads(self.out)
 
     def error(self) -> str:
-        """The one message, which is no traceback, and nothing on standard output."""
+        """Return the one message, after checking that there is no traceback and nothing on standard output."""
         assert self.code in (1, 2), self
         assert self.out == ""
         assert "Traceback" not in self.err

@@ -1,4 +1,4 @@
-"""What users get wrong: each is one message with the thing, its value and the remedy, and leaves nothing behind."""
+"""Mistakes of users: each is one message with the thing, its value and the remedy, and leaves no files behind."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ GOOD = {"instruction": "Say it", "output": "it"}
 
 @pytest.fixture
 def try_training(tmp_path, tiny_base, alpaca_file):
-    """Train a config with one thing wrong; return the exit code and the message, and sees that nothing was left."""
+    """Train a config with one thing wrong; return exit code and message, after checking that no file was left."""
 
     def try_training(*overrides, base=tiny_base, data=alpaca_file, **changes):
         config = run_config(base, data, tmp_path / "run", **changes)
@@ -31,7 +31,7 @@ def try_training(tmp_path, tiny_base, alpaca_file):
 
 @pytest.fixture(scope="module")
 def own_base(tmp_path_factory, tiny_base):
-    """A base of this file's own, which its tests may change."""
+    """Return a separate base, which tests of this file may change."""
     return shutil.copytree(tiny_base, tmp_path_factory.mktemp("bad") / "base")
 
 
@@ -257,7 +257,7 @@ def test_the_output_directory_of_another_run(config, run_dir, tmp_path):
     assert "train.seed: 0 → 3" in expected
     assert "--fresh" in expected
     assert data.name in expected
-    assert "max_steps" not in expected  # a run may go on for longer
+    assert "max_steps" not in expected  # a run may be extended
     assert contents(run_dir) == before
 
 

@@ -50,7 +50,7 @@ def test_a_level_that_is_asked_for_is_the_one_shown(config):
 
 @pytest.mark.slow
 def test_a_probe_measures_what_was_predicted(config):
-    # In a process of its own: what other models took for products is kept, and would be measured.
+    # In a separate process: buffers that other models left would be measured.
     command = [sys.executable, "-m", "qlora", "estimate", str(config), "--probe", "--json"]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert report["probe"]["ratio"] == pytest.approx(1, abs=0.05)

@@ -24,7 +24,7 @@ VERBS = ("init", "explain", "train", "eval", "generate", "chat", "merge", "verif
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_needs_no_model_imports_little(arguments, most):
-    """The time of a start is that of its imports, and their number is the same on a busy machine."""
+    """Startup time is import time, and the number of imports does not depend on the machine's load."""
     code = f"import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); {HELP}"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     modules = done.stdout.rpartition("MODULES ")[2].split()
@@ -114,7 +114,7 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
 
 @pytest.fixture(scope="module")
 def places(tiny_base, alpaca_file, tmp_path_factory):
-    """A config, its finished run, and a folder that is not there; not to be changed."""
+    """Return a config, its finished run, and a missing folder; not to be changed."""
     folder = tmp_path_factory.mktemp("places")
     config = run_config(tiny_base, alpaca_file, folder / "run", train__max_steps=1, data__eval=None)
     train(load_config(config))

@@ -134,7 +134,7 @@ def test_no_model_is_loaded(config, tiny_base, tmp_path):
 
 @pytest.fixture
 def page(config, tmp_path):
-    """A page about rows that look like markup."""
+    """Return a page about rows that look like markup."""
     data = rows_file(
         tmp_path,
         {"instruction": "<script>document.title = 'run'</script>", "output": "<b>bold</b> & so"},

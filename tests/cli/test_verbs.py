@@ -36,7 +36,7 @@ def config(tmp_path_factory, tiny_base, alpaca_file):
 
 @pytest.fixture(scope="module")
 def trained(config):
-    """What `train --json` reported."""
+    """Return the report of `train --json`."""
     file = config.with_name("report.json")
     report = run("train", config, "train.seed=5", "--json", "--report", file).json()
     assert json.loads(file.read_text()) == report
@@ -51,14 +51,14 @@ def run_dir(config, trained):
 
 @pytest.fixture(scope="module")
 def merged(run_dir):
-    """The run, merged; and what `merge --json` reported."""
+    """Return the merged run, and the report of `merge --json`."""
     folder = run_dir.with_name("merged")
     return folder, run("merge", run_dir, "-o", folder, "--json").json()
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The conversations that the model was to answer; it answers with their number."""
+    """Replace the model's answers by their number; return the conversations that it was asked."""
     seen = []
 
     def generate(model, tokenizer, messages, max_new_tokens, temperature, **_):
@@ -218,7 +218,7 @@ def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
 def test_eval_takes_another_file(config, run_dir, tmp_path, target):
     answers = ["tin tin", "moss", "é漢", "moss"]
     data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
-    if target == "config":  # what leaves out training rows leaves out none of these
+    if target == "config":  # training rows that are left out are not left out here
         values = json.loads(config.read_text())
         config = tmp_path / "limited.yaml"
         config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2, "deduplicate": True}}))

@@ -59,7 +59,7 @@ def convert(tmp_path):
 
 
 def leaves(values):
-    """Name of keys, those inside of groups of unsloth's included."""
+    """Return names of keys, including those inside of unsloth's groups."""
     for name, value in values.items():
         if isinstance(value, dict) and name in ("model", "data", "training", "lora", "logging") or name.isupper():
             yield from leaves(value) if isinstance(value, dict) else [name.lower()]

@@ -84,7 +84,7 @@ OUT_OF_RANGE = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config that has the needed keys and the given ones, and returns its path."""
+    """Write a config with the required keys and the given ones, and return its path."""
 
     def write(values=None, **dotted):
         config = {section: dict(keys) for section, keys in MINIMAL.items()}
@@ -108,7 +108,7 @@ def problems(path, overrides=()):
 
 
 def bounds(schema):
-    """Every JSON schema that says what values a key takes: its own and those of its alternatives."""
+    """Return every JSON schema of a key's values: its own and those of its alternatives."""
     return [schema, *(part for member in schema.get("anyOf", ()) for part in bounds(member))]
 
 

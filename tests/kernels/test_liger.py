@@ -1,4 +1,4 @@
-"""liger-kernel's functions: why they are not used, and, on CUDA, that they give what plain torch gives."""
+"""liger-kernel's functions: why they are not used, and that on CUDA they equal plain torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""RMSNorm: what models' own norms give, but for last bits, and gradients at least as good as autograd's."""
+"""RMSNorm: equal to models' own norms except for last bits, with gradients at least as exact as autograd's."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Tensors built again instead of kept: the same values and gradients, and less held."""
+"""Tensors rebuilt instead of saved: the same values and gradients, with less memory."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def gated(gate, up):
 
 
 def saved_storages(build):
-    """Storages kept for the backward of what is built, and what was built."""
+    """Return the storages saved for the backward, and the result."""
     kept = {}
 
     def pack(tensor):
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_the_function(generator):
 
 
 class Doubling:
-    """A function that says of itself what its gradient is: 5, to be told from what autograd would find."""
+    """A function with a gradient of its own: 5, which differs from autograd's."""
 
     def __call__(self, x):
         return 2 * x

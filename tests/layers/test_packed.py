@@ -1,4 +1,4 @@
-"""Documents packed into one row: the loss and the gradients that they have apart, or a refusal."""
+"""Documents packed into one sequence: the same loss and gradients as separately, or a refusal."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def families(choice):
 
 
 def random_documents(generator, lengths=(17, 2, 9, 23)):
-    """With different shares learnt, and different weights."""
+    """Return documents with different supervised shares and different weights."""
     documents = []
     for length in lengths:
         weights = torch.randint(3, (length,), generator=generator) / 2
@@ -142,7 +142,7 @@ def test_attention_by_documents_trains_what_they_do_separately(
 
 
 def test_attention_by_documents_separates_what_a_mask_would_not(tmp_path, seed, generator):
-    """OPT's own mask is made from padding alone, whatever the positions say."""
+    """OPT's own mask is made from padding alone, regardless of positions."""
     model = load(tmp_path, seed, *MIXES["opt, whose positions a mask tells"])
     documents = random_documents(generator)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_model_that_mixes_documents_is_refused_with_the_remedy(
 
 
 def test_a_mixture_that_the_model_hides_in_one_layer_is_found(tiny_base, generator):
-    """Every token gets a ten-thousandth of what the first of its row has: too little to be seen in a loss."""
+    """Every token gets 1/10,000 of the first token's state: too little to show in a loss."""
     model, _ = load_base(str(tiny_base), compute_dtype="float32")
     documents = random_documents(generator, (16, 16))
     check_isolation(model, *documents)

@@ -1,4 +1,4 @@
-"""A model whose norms and gated products are built again: the same but for last bits, and smaller."""
+"""A model whose norms and gated products are rebuilt: the same except for last bits, with less memory."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_an_mlp_of_the_same_names_that_does_more_is_left_alone(tiny_base):
 
 
 def chosen(model):
-    """The functions of a model's norms and products."""
+    """Return the functions of a model's norms and products."""
     modules = list(model.modules())
     norms = [module._function[0] for module in modules if isinstance(module, RebuiltNorm)]
     return norms, [module._product for module in modules if isinstance(module, GatedMLP)]
@@ -219,7 +219,7 @@ def test_an_mlp_is_replaced_if_its_adapters_alone_are_trained(tiny_base):
 
 
 def held_bytes_per_token(model, one):
-    """Bytes of what lives between forward and backward for its sake, parameters left out, per token."""
+    """Return the bytes per token that live between forward and backward, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held = {}
 

@@ -1,4 +1,4 @@
-"""Which layers `targets` means, what is refused, and what a model looks like afterwards."""
+"""Which layers `targets` selects, what is refused, and how the model changes."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_no_target_is_refused(model):
         ("self_attn.q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
         (r".*\.0\.self_attn\.[qk]_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]),
-        # In the model's order and once each, whatever the order asked for.
+        # In the model's order and once each, regardless of the order of targets.
         (
             ["model.layers.1.mlp.up_proj", r".*\.0\.mlp\.up_proj", "up_proj"],
             ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"],
@@ -186,7 +186,7 @@ def test_adapters_train_or_evaluate_as_the_model_does(model, training):
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_the_same_seed_gives_the_same_values_and_another_seed_others(model, init, seed):
     def values(seed, other=0):
-        torch.manual_seed(other)  # The global generator has no say.
+        torch.manual_seed(other)  # The global generator has no influence.
         model = LlamaForCausalLM(tiny_config())
         add_lora(model, rank=4, init=init, seed=seed)
         return torch.cat([layer.lora_A.detach().flatten() for _, layer in lora_layers(model)])

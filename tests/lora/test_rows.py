@@ -1,4 +1,4 @@
-"""Rows of embedding and head trained in full: loss, logits and gradients are those of a plain model in fp32."""
+"""Rows of embedding and head trained in full: loss, logits and gradients equal those of a plain model in fp32."""
 
 import copy
 
@@ -54,7 +54,7 @@ def adapted(model, modules, new_ids, dtype=torch.float32):
 
 
 def plain_twin(model, tuned, new_ids):
-    """A plain model of the same weights, its embeddings resized by transformers, with the updates added."""
+    """Return a plain model of the same weights, its embeddings resized by transformers, with the updates added."""
     if new_ids.stop > ROWS:
         model.resize_token_embeddings(new_ids.stop, mean_resizing=False)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_new_rows_are_a_part_of_an_embedding_trained_in_full(seed):
 
 
 def test_a_frequent_tokens_gradient_is_summed_in_fp32(generator):
-    """In bf16, one small gradient after the other would be lost behind the sum of those before."""
+    """In bf16, each small gradient would be lost in the sum of those before."""
     rows = EmbeddingRows(torch.zeros(8, 4).bfloat16(), range(8), 8)
     layer = TrainedEmbedding(nn.Embedding(8, 4).bfloat16(), rows)
     flat = FlatParameters([("rows", rows.weight)])

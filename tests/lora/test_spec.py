@@ -1,4 +1,4 @@
-"""An adapter's spec: its numbers, and every wrong value at once."""
+"""An adapter's spec: its numbers, and all wrong values in one error."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: {'q_proj': 0} should map regular expressions to whole numbers"),
     ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: .* should map"),
     ({"rank_pattern": {"(": 4}}, "rank_pattern: .* should map"),
-    ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* should map"),  # nor can PEFT read it, inside of its own
+    ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* should map"),  # PEFT can't read it either
     ({"rank_pattern": ["q_proj"]}, "rank_pattern: .* should map"),
     ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern: {'q_proj': -1} should map regular expressions to numbers"),
     ({"alpha_pattern": {3: 1.0}}, "alpha_pattern: .* should map"),

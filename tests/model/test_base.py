@@ -1,4 +1,4 @@
-"""Bases of several architectures: every linear in NF4, all else as in the files, and broken files named."""
+"""Bases of several architectures: every linear in NF4, the rest as in the files, and broken files named."""
 
 import json
 import subprocess
@@ -330,7 +330,7 @@ def test_a_real_model_loads_with_the_loss_in_its_notes(realdata):
         embeddings = file.get_tensor("model.embed_tokens.weight")
     assert torch.equal(model.model.embed_tokens.weight, embeddings)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    # Over the sample it is 1.379; a single story may lie half a nat beside that, a broken model at ln 512 = 6.2.
+    # Over the sample it is 1.379; a single story may differ by half a nat; a broken model has ln 512 = 6.2.
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(1.379, abs=0.5)
 
 

@@ -19,7 +19,7 @@ def loaded(tiny_base):
 
 
 def greedy(model, prompt, count):
-    """One token after another, without a cache."""
+    """Generate one token after another, without a cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -50,7 +50,7 @@ def force_tokens(model, prompt_length, tokens):
 @pytest.mark.parametrize("end", [257, 258])
 def test_it_stops_at_the_end_tokens_of_tokenizer_and_model(end, loaded):
     model, tokenizer = loaded
-    model.generation_config.eos_token_id = 258  # as of a chat model whose tokenizer says otherwise
+    model.generation_config.eos_token_id = 258  # as in a chat model whose tokenizer has another
     letters = tokenizer("abcdef", add_special_tokens=False).input_ids
     force_tokens(model, 0, [*letters[:3], end, *letters[3:]])
     assert answer(model, tokenizer, MESSAGES, max_new_tokens=20) == "abc"

@@ -1,4 +1,4 @@
-"""The supervised loss: cross-entropy of the model's own logits, whatever the architecture does to them."""
+"""The supervised loss: cross-entropy of the model's own logits, for every architecture."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 
 def random_batch(generator, lengths=(17, 5, 11)):
-    """Rows of different lengths, so that there is padding, with different shares supervised."""
+    """Return rows of different lengths, so that there is padding, with different shares supervised."""
     return collate([
         make_example(
             torch.randint(256, (length,), generator=generator).numpy(),
@@ -109,7 +109,7 @@ def test_the_check_passes_where_the_loss_is_right(sizes, compute_dtype, tmp_path
 
 def test_logits_that_are_scaled_in_an_unknown_way_are_reported(tmp_path, seed, generator):
     sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
-    sizes["initializer_range"] = 0.5  # logits that a factor is seen in, as a trained model's are
+    sizes["initializer_range"] = 0.5  # logits large enough that a factor shows, as a trained model's are
     for multiplier in (1.0, 0.25):
         base = make_base(tmp_path / str(multiplier), seed, FalconH1Config, lm_head_multiplier=multiplier, **sizes)
         model, _ = load_base(str(base), compute_dtype="float32")

@@ -1,4 +1,4 @@
-"""The flat buffer: parameters and gradients are views of it, and behave as before."""
+"""The flat buffer: parameters and gradients are views of it, and behave as without it."""
 
 import pytest
 import torch

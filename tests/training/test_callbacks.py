@@ -1,4 +1,4 @@
-"""What Python code sees of a run: callbacks, rows in memory, results, and no output unless it asks."""
+"""A run from Python: callbacks, rows in memory, results, and no output unless requested."""
 
 import json
 

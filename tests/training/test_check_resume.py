@@ -1,4 +1,4 @@
-"""`qlora doctor --check-resume`: proves that a config's run continues exactly, and finds one that does not."""
+"""`qlora doctor --check-resume`: passes a config whose run continues exactly, and finds one that does not."""
 
 import json
 import multiprocessing
@@ -21,13 +21,13 @@ module = import_module("qlora.training.check_resume")
 
 @pytest.fixture
 def config(tiny_base, alpaca_file, tmp_path):
-    """Of a run that is there already, and is not to be touched."""
+    """Return the config of an existing run, which must not be changed."""
     return run_config(tiny_base, alpaca_file, tmp_path / "run", train__trackers=["none-such"], lora__dropout=0.1)
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Have the sessions run in this process, where a test can meddle with them."""
+    """Run the sessions in this process, where a test can change them."""
 
     def arrange(meddle=lambda config, stop_at: config):
         def train_here(config, run, stop_at=None):
@@ -48,7 +48,7 @@ def test_a_session_is_a_process_of_its_own(config, tmp_path):
 
 @needs_fork
 def test_a_run_that_continues_exactly_is_reported_and_leaves_nothing(config, tmp_path, monkeypatch):
-    """In three forked processes: what each imports is the same."""
+    """In three forked processes, which share their imports."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr("multiprocessing.get_context", lambda method: fork)
     (tmp_path / "run").mkdir()

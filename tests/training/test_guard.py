@@ -1,4 +1,4 @@
-"""A step that goes wrong is told with its rows, kept, and skipped where that is asked for."""
+"""A step that fails is reported with its rows, saved for replay, and skipped if the config says so."""
 
 import json
 import math
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_rows(path, num_rows, poisoned_rows):
-    """Rows of text, some of which end in the poisoned letter."""
+    """Write rows of text, some of which end in the poisoned letter."""
     rows = [{"text": f"row {row} of the book{POISON * (row in poisoned_rows)} ends"} for row in range(1, num_rows + 1)]
     return write_jsonl(path, rows)
 
@@ -44,7 +44,7 @@ def lines_of(config):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
 def stopped(request, poisoned_base, tmp_path_factory):
-    """A run that met its poisoned row, its error, and the file that it left; not to be changed."""
+    """Return a run that met its poisoned row, its error, and the saved step; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     config = config_of(poisoned_base, folder, data__packing=request.param, data__max_seq_len=64)
     with pytest.raises(ModelError) as raised:
@@ -60,10 +60,10 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(stopped):
     assert f"--replay {kept}." in message
     step = int(kept.stem.removeprefix("step-"))
     steps = [line["step"] for line in lines_of(config)]
-    assert steps == list(range(1, step))  # nothing was logged of the step itself
+    assert steps == list(range(1, step))  # the step itself was not logged
     run = RunDirectory(config.train.output_dir)
     assert not run.read_record().is_finished
-    if step > 1:  # what was saved is what the step before came to
+    if step > 1:  # the saved state is that after the step before
         assert run.list_checkpoints()[-1].name == f"step-{step - 1:06d}"
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_skips_all_the_time_stops(poisoned_base, tmp_path):
 
 
 def test_a_loss_spike_is_reported_with_its_rows(tiny_base, tmp_path, generator):
-    """Rows of one word are learnt by heart; one of noise among them is a leap."""
+    """Rows of one word are memorized; a row of noise among them is a spike."""
     rows = [{"text": "tin " * 12} for _ in range(64)]
     letters = torch.randint(33, 126, (48,), generator=generator).tolist()
     rows[40] = {"text": "".join(map(chr, letters))}

@@ -1,4 +1,4 @@
-"""Ctrl-C once: the step at hand is finished; twice: at once."""
+"""Ctrl-C once stops after the current step; twice stops at once."""
 
 import os
 import signal

@@ -62,7 +62,7 @@ def test_an_interrupted_run_continues_as_if_it_never_stopped(configure, interrup
 
 
 def test_a_killed_run_continues_from_its_last_checkpoint(configure, tmp_path, monkeypatch):
-    """Lines after the checkpoint are written anew, and not twice."""
+    """Lines after the checkpoint are written again, not twice."""
     train(configure("whole", train__save_every=2))
     original = MetricsLog.log_step
 
@@ -106,7 +106,7 @@ def test_an_impossible_origin_is_refused(values, configure, stopped):
 
 @pytest.fixture
 def forget_keys(stopped):
-    """Make a stopped run one of a version that did not know the newest keys."""
+    """Rewrite a stopped run as one of a version without the newest keys."""
 
     def forget(added=("deduplicate", "max_rows"), added_of_sources=("header", "max_rows")):
         (checkpoint,) = (stopped / "checkpoints").iterdir()
@@ -190,7 +190,7 @@ def test_a_run_without_a_whole_checkpoint_is_reported_and_nothing_is_lost(config
 
 
 def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(configure, tmp_path):
-    """Log and record go back with it, and the damaged one stays out of the way of what is saved and dropped."""
+    """Log and record are restored with it, and the damaged one does not affect later saves and removals."""
     settings = {"train__save_every": 1, "train__keep_checkpoints": 1}
     train(configure("whole", **settings))
     train(configure(**settings | {"train__keep_checkpoints": 3}), stop_at=4)
@@ -221,7 +221,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_continues(configure, t
         def passing(original):
             def call(*arguments, **keywords):
                 if next(moments) >= moment:
-                    raise Killed  # and nothing is tidied up: what would is among the calls
+                    raise Killed  # nothing is cleaned up: that is among the calls too
                 return original(*arguments, **keywords)
 
             return call

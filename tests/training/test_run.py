@@ -1,4 +1,4 @@
-"""A whole run: what it trains, what it leaves behind, and what it refuses."""
+"""A whole run: its training, its files, and what it refuses."""
 
 import json
 import os
@@ -34,7 +34,7 @@ EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_supervised_t
 
 @pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
 def finished(request, tiny_base, alpaca_file, tmp_path_factory):
-    """A run of six steps, its result, and its directory."""
+    """Return a run of six steps, its result, and its directory."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     return train(load_config(run_config(tiny_base, alpaca_file, folder, data__packing=request.param))), folder
 
@@ -48,7 +48,7 @@ def record(folder):
 
 
 def learn_by(monkeypatch, compute, metrics=()):
-    """Replace the loss of every run to come, but not in the estimate of its memory."""
+    """Replace the loss of later runs, but not in the estimate of their memory."""
 
     def compute_unless_estimated(model, batch):
         return (SUPERVISED.compute if batch.input_ids.is_meta else compute)(model, batch)
@@ -349,7 +349,7 @@ def test_a_finished_run_is_reported_and_keeps_its_numbers(finished):
 
 
 def test_a_run_that_is_extended_to_its_own_length_is_finished(tiny_base, alpaca_file, tmp_path):
-    """By epochs in place of steps: what the length comes to shows after the data are read."""
+    """By epochs instead of steps, whose number is known only after the data is read."""
     settings = {"data__eval": None, "data__packing": False, "train__micro_batch_size": 4}
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=5, **settings)))
     before = contents(tmp_path / "run")
@@ -377,7 +377,7 @@ def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpa
     assert "train.min_learning_rate" in lines[jump]
     assert jump < min(number for number, line in enumerate(lines) if "  step " in line)
 
-    # The way out that it names.
+    # The remedy that it names.
     constant = [f"train.output_dir={tmp_path / 'constant'}", "train.max_steps=6", "train.lr_scheduler=constant"]
     overrides = [*constant, f"train.learning_rate={rates[-1]:.3g}", "train.warmup_ratio=0"]
     assert not any("jumps" in note for note in train(load_config(config, overrides), stop_at=5).notes)
@@ -444,7 +444,7 @@ def test_the_public_train_stays_a_function():
 
 
 def test_processes_that_accelerate_did_not_join_are_reported(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    """They would each train the whole run, and write it into one directory."""
+    """Each would train the whole run and write into one directory."""
     Accelerator(cpu=True)  # has looked at the environment already, and found one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="started 2 processes, but accelerate joined 1"):
@@ -613,7 +613,7 @@ def test_a_step_that_overflows_is_skipped_and_has_no_norm(tiny_base, alpaca_file
 
 
 FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
-FALCON["initializer_range"] = 0.5  # logits that a factor is seen in
+FALCON["initializer_range"] = 0.5  # logits large enough that a factor shows
 
 
 def test_a_run_that_can_not_have_the_right_loss_is_refused(alpaca_file, tmp_path, seed):
@@ -709,7 +709,7 @@ def test_packed_or_not_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_p
 
 @pytest.mark.parametrize("text", ["aaaaaaaa", "abcddcba"])
 def test_a_base_that_mixes_packed_documents_is_refused_for_any_first_document(text, tmp_path, seed):
-    """A text that reads the same backwards too must not hide it."""
+    """A palindrome must not hide it."""
     base = make_base(tmp_path / "base", seed, BloomConfig, n_layer=2, n_head=4)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}] * 4)
     config = run_config(base, data, tmp_path / "run", data__eval=None, train__max_steps=1)

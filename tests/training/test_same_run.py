@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoints alone: with the same settings, base and data, wherever they lie."""
+"""A run continues only from its own checkpoints: with the same settings, base and data, wherever they are."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrup
 
 
 def test_a_moved_project_continues(tiny_base, alpaca_file, tmp_path):
-    """Base, data and run are told by what they hold, and not by where they are."""
+    """Base, data and run are identified by their contents, not by their paths."""
     place = tmp_path / "here"
     for run in ("whole", "run"):
         place.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def test_another_setting_is_no_continuation(key, value, configure, stopped):
 
 
 def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, whole, tmp_path, monkeypatch):
-    """A run whose disk filled up goes on with its cache on another."""
+    """A run whose disk filled up continues with its cache on another."""
     interrupt_after(3)
     train(configure(data__cache_dir=str(tmp_path / "one")))
     monkeypatch.undo()

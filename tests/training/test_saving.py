@@ -1,4 +1,4 @@
-"""Saves: tried before the first step, done when asked, and what becomes of those that fail."""
+"""Saves: tried before the first step, made on request, and handled if they fail."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def configure(tiny_base, alpaca_file, tmp_path):
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Have something happen after a step is logged."""
+    """Call a function after a step is logged."""
 
     def arrange(step, happen):
         original = MetricsLog.log_step
@@ -85,7 +85,7 @@ def test_too_little_space_is_reported_before_anything_is_written(call, configure
 
 def test_room_is_asked_for_only_for_what_is_not_there_yet(configure, disk, tmp_path):
     train(configure(), stop_at=4)
-    disk.free = 2_000_000  # a checkpoint and the adapter, and no three checkpoints
+    disk.free = 2_000_000  # one checkpoint and the adapter, not three checkpoints
     with pytest.raises(CheckpointError, match="needs space for 3 checkpoints"):
         plan_run(configure("other"))
     assert train(configure()).status == "finished"
@@ -192,7 +192,7 @@ def test_a_run_saves_when_asked_and_continues(configure, after_step, tmp_path, m
 
 
 def test_a_stop_saves_before_an_evaluation_which_the_next_session_makes(configure, after_step, tmp_path, monkeypatch):
-    """An evaluation may take longer than what a stop leaves time for."""
+    """An evaluation may take longer than a stop allows."""
     train(configure("whole"))
     train(configure(), stop_at=3)
     assert saved_steps(tmp_path) == ["step-000002", "step-000003"]

@@ -1,4 +1,4 @@
-"""Runs that train rows of embedding and head: told, saved, continued, and the same on several processes."""
+"""Runs that train rows of embedding and head: reported, saved, continued, and equal on several processes."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_every_row_that_is_read_moves_and_is_recorded(tiny_base, tool_file, tmp_
 
 
 def test_a_run_answers_with_its_new_tokens(tied_base, tool_file, tmp_path):
-    """Trained long enough, a new token is what the model begins its answers with."""
+    """Trained long enough, the model begins its answers with a new token."""
     settings = {"train__max_steps": 40, "train__learning_rate": 2e-2, "train__eval_every": None, **KINDS["new rows"]}
     train(load_config(run_config(tied_base, tool_file, tmp_path / "run", **settings)))
     model, tokenizer = load_run(tmp_path / "run")
