@@ -110,13 +110,13 @@ def test_a_packed_sequence_trains_what_its_documents_do_separately(
             module.p = 0.0  # GPT-2 has some
     documents = random_documents(generator)
     packed_loss, packed = loss_and_gradients(model, [collate(documents, packed=True)])
-    loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
-    assert_same(packed_loss, packed, loss, apart)
+    loss, separate = loss_and_gradients(model, [collate([document]) for document in documents])
+    assert_same(packed_loss, packed, loss, separate)
 
 
-def assert_same(packed_loss, packed, loss, apart):
+def assert_same(packed_loss, packed, loss, separate):
     assert packed_loss == pytest.approx(loss, rel=1e-5)
-    for found, expected in zip(packed, apart, strict=True):
+    for found, expected in zip(packed, separate, strict=True):
         assert expected.abs().max() > 0
         assert (found - expected).norm() < 1e-4 * expected.norm()
 
@@ -133,11 +133,11 @@ def test_attention_by_documents_trains_what_they_do_separately(
     apply_recompute(model, recompute)
     model.train()
     documents = random_documents(generator)
-    loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
+    loss, separate = loss_and_gradients(model, [collate([document]) for document in documents])
     assert "by documents" in use_document_attention(model)
-    assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, apart)
-    assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, apart)
-    assert_same(*loss_and_gradients(model, [collate(documents)]), loss, apart)
+    assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, separate)
+    assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, separate)
+    assert_same(*loss_and_gradients(model, [collate(documents)]), loss, separate)
     check_isolation(model, *documents[-2:])
 
 
@@ -146,10 +146,10 @@ def test_attention_by_documents_separates_what_a_mask_would_not(tmp_path, seed, 
     model = load(tmp_path, seed, *MIXES["opt, whose positions a mask tells"])
     documents = random_documents(generator)
     with torch.no_grad():
-        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
+        separate = sum(supervised_loss(model, collate([document])).item() for document in documents)
         use_document_attention(model)
         packed = supervised_loss(model, collate(documents, packed=True)).item()
-    assert packed == pytest.approx(apart, rel=1e-5)
+    assert packed == pytest.approx(separate, rel=1e-5)
     check_isolation(model, *documents[-2:])
 
 
@@ -185,8 +185,8 @@ def test_a_padded_batch_trains_what_its_documents_do_separately(config_class, si
     documents = random_documents(generator)
     with torch.no_grad():
         together = supervised_loss(model, collate(documents)).item()
-        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
-    assert together == pytest.approx(apart, rel=1e-5)
+        separate = sum(supervised_loss(model, collate([document])).item() for document in documents)
+    assert together == pytest.approx(separate, rel=1e-5)
 
 
 def test_weights_count_in_the_loss_of_a_batch(tiny_base, generator):

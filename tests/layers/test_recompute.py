@@ -45,7 +45,7 @@ SHAPE = {
 
 
 @pytest.fixture
-def apart(monkeypatch):
+def own_memory(monkeypatch):
     """Treat the CPU as a device with its own memory."""
     monkeypatch.setattr("qlora.layers.recompute.OFFLOADED_FROM", ("cpu",))
 
@@ -90,7 +90,7 @@ def shrink_tiles(model, num_tokens):
     pairs(tuple(FAMILIES), (True, False), (0.0, 0.3), ("bfloat16", "float32")),
 )
 def test_gradients_are_those_without_it_bit_for_bit(
-    family, packed, dropout, compute_dtype, apart, tmp_path, generator, seed
+    family, packed, dropout, compute_dtype, own_memory, tmp_path, generator, seed
 ):
     config_class, sizes, levels = FAMILIES[family]
     base = make_base(tmp_path / "base", seed, config_class, **sizes)
@@ -109,7 +109,7 @@ def test_gradients_are_those_without_it_bit_for_bit(
 
 @pytest.mark.parametrize("new_ids", [range(0), range(250, 254)], ids=["in full", "new rows"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apart, tmp_path, generator, seed):
+def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, own_memory, tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=tied)
     model, batch = make_model(base, generator), random_batch(generator, (40, 23, 250))
     train_rows(model, [] if new_ids else ["embed_tokens", "lm_head"], new_ids)
@@ -125,7 +125,9 @@ def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apa
 @pytest.mark.parametrize(
     ("config_class", "dropout", "packed"), pairs((LlamaConfig, Gemma3TextConfig), (0.0, 0.3), (True, False))
 )
-def test_tiles_are_what_they_are_without_recomputation(config_class, dropout, packed, apart, tmp_path, generator, seed):
+def test_tiles_are_what_they_are_without_recomputation(
+    config_class, dropout, packed, own_memory, tmp_path, generator, seed
+):
     base = make_base(tmp_path / "base", seed, config_class)
     model, batch = make_model(base, generator, dropout, "float32", packed), random_batch(generator, packed=packed)
     whole_loss, whole = gradients(model, batch, seed)
@@ -144,7 +146,7 @@ def test_tiles_are_what_they_are_without_recomputation(config_class, dropout, pa
 
 
 @pytest.mark.parametrize("level", ["mlp", "attention", "full", "offload", "offload+tiled"])
-def test_a_retained_graph_gives_the_same_gradients_again(level, apart, tiny_base, generator):
+def test_a_retained_graph_gives_the_same_gradients_again(level, own_memory, tiny_base, generator):
     model, batch = make_model(tiny_base, generator), random_batch(generator)
     apply_recompute(model, level)
     shrink_tiles(model, 16)
@@ -183,7 +185,7 @@ def big_model(folder, generator):
 
 
 @pytest.mark.slow
-def test_every_level_holds_what_it_should(apart, tmp_path, generator):
+def test_every_level_holds_what_it_should(own_memory, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     held = {}
     for level in ALL:
@@ -208,7 +210,7 @@ def test_every_level_holds_what_it_should(apart, tmp_path, generator):
 
 
 @pytest.mark.slow
-def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
+def test_every_level_computes_again_what_it_should(own_memory, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     work = {}
     for level in ALL:
@@ -260,7 +262,7 @@ def is_tensor(thing):
     return isinstance(thing, torch.Tensor)
 
 
-def test_tiles_need_less_at_once(apart, tmp_path, generator):
+def test_tiles_need_less_at_once(own_memory, tmp_path, generator):
     base = make_base(tmp_path / "base", 0, intermediate_size=1024)
     model, batch = make_model(base, generator), random_batch(generator, (256, 256))
     peaks = {}

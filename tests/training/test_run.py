@@ -225,7 +225,7 @@ def test_accumulation_makes_no_difference_to_a_run(dtype, packing, tiny_base, al
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(packing, tiny_base, alpaca_file, tmp_path):
+def test_a_plan_writes_nothing_and_describes_the_run(packing, tiny_base, alpaca_file, tmp_path):
     settings = {"train__max_steps": None, "data__packing": packing}
     plan = plan_run(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
     # Of 128 tokens a row holds one document or two.
