@@ -192,7 +192,7 @@ def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("load_in_8bit", "no 8-bit base"), ("wandb_project", "environment"), ("deepspeed", "processes"),
+    ("load_in_8bit", "8-bit bases are not available"), ("wandb_project", "environment"), ("deepspeed", "processes"),
     ("train.neftune_noise_alpha", "NEFTune"),
 ])  # fmt: skip
 def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):

@@ -455,14 +455,14 @@ def test_processes_that_accelerate_did_not_join_are_reported(tiny_base, alpaca_f
 def test_fewer_steps_than_were_done_are_refused(finished):
     before = contents(finished[1])
     for start in (train, plan_run):
-        with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 asked for"):
+        with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 of the config"):
             start(load_config(finished[1] / "config.yaml", ["train.max_steps=4"]))
     assert contents(finished[1]) == before
 
 
 def test_an_id_without_an_embedding_is_reported_before_training(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, vocab_size=257)  # the end token's id is 257
-    with pytest.raises(DataError, match="gives id 257, but the model embeds 257 tokens"):
+    with pytest.raises(DataError, match="has id 257, but the model embeds 257 tokens"):
         train(load_config(run_config(base, alpaca_file, tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -620,7 +620,7 @@ def test_a_run_that_can_not_have_the_right_loss_is_refused(alpaca_file, tmp_path
     """FalconH1 multiplies its logits by a key of its own."""
     base = make_base(tmp_path / "base", seed, FalconH1Config, lm_head_multiplier=0.25, **FALCON)
     settings = {"model__quantization": "none", "lora__targets": ["q_proj"], "train__max_steps": 1}
-    with pytest.raises(ModelError, match="FalconH1ForCausalLM does more"):
+    with pytest.raises(ModelError, match="FalconH1ForCausalLM computes its logits"):
         train(load_config(run_config(base, alpaca_file, tmp_path / "run", **settings)))
     assert not (tmp_path / "run").exists()
 
