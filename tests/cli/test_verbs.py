@@ -425,7 +425,7 @@ def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
     first, *problems = done.error().splitlines()
     assert first == "6 rows can't be answered:"
     assert [f"{prompts}:{number}" in line for number, line in enumerate(problems, start=2)] == [True] * 6
-    expected = ["nothing is before", "should be text", "already has a column 'answer'", "an answer already", "images"]
+    expected = ["nothing before", "should be text", "already has a column 'answer'", "already an answer", "images"]
     assert [words for words, line in zip(expected, problems, strict=False) if words not in line] == []
     assert not output.exists()
 
