@@ -1,4 +1,4 @@
-"""The errors a user can cause; each names the thing, its value and the remedy, and shows no secret."""
+"""Errors that a user can cause; each names the thing, its value and the remedy, and shows no secret."""
 
 import os
 import re
@@ -12,7 +12,7 @@ SECRETS = {
     "a private key": re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END|\Z)"),
     "a password in a URL": re.compile(r"(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"),
 }
-# Environment variables whose values are secrets, whatever they look like.
+# Environment variables whose values are secrets, whatever their pattern.
 SECRET_NAMES = re.compile(r".*_(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)")
 LEAST_SECRET_CHARACTERS = 8
 
@@ -54,7 +54,7 @@ def find_secrets(text: str) -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with *** in place of secrets, found by their looks or in environment variables."""
+    """Return the text with secrets replaced by ***; they are found by pattern or in environment variables."""
     for name, value in os.environ.items():
         if SECRET_NAMES.fullmatch(name) and len(value) >= LEAST_SECRET_CHARACTERS:
             text = text.replace(value, "***")

@@ -1,4 +1,4 @@
-"""The processes of a run, under torchrun, accelerate or alone: the one door to accelerate's Accelerator."""
+"""The processes of a run, under torchrun, accelerate or alone: the only interface to accelerate's Accelerator."""
 
 import atexit
 import os
@@ -14,7 +14,7 @@ from qlora.errors import ConfigError, QLoRAError
 
 Value = TypeVar("Value")
 
-# Processes wait for the first one while it tokenizes, however large the data.
+# Processes wait this long for the first one, which may tokenize large data.
 PATIENCE = timedelta(hours=12)
 
 
@@ -25,7 +25,7 @@ class Processes:
     in the same order. Alone, they return what they are given.
 
     Args:
-        rank: Of this process, from 0.
+        rank: Rank of this process, from 0.
         world_size: Number of processes.
         device: Device that this process computes on.
         accelerator: accelerate's Accelerator; needed for several processes or for trackers.
@@ -44,11 +44,11 @@ class Processes:
         Args:
             on_cpu: Compute on the CPU even if accelerate finds a GPU.
             trackers: Names of accelerate's trackers to log to; they start on the first process.
-            folder: Where trackers write.
+            folder: Folder that trackers write to.
 
         Raises:
-            ConfigError: A tracker is unknown or not installed, or accelerate joined another number of processes than
-                the launcher started.
+            ConfigError: A tracker is unknown or not installed, or accelerate joined a different number of processes
+                than the launcher started.
         """
         from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -106,7 +106,7 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.world_size > 1:
             self._accelerator.wait_for_everyone()
 
@@ -127,7 +127,7 @@ class Processes:
         raise first
 
     def start_trackers(self, project: str) -> None:
-        """Start the trackers that were asked for."""
+        """Start the trackers that :meth:`start` was given."""
         if self._accelerator is not None:
             self._accelerator.init_trackers(project)
 
@@ -143,10 +143,10 @@ class Processes:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate has every tracker asked for; it would drop the others silently.
+    """Check that accelerate has every tracker; it would drop missing ones silently.
 
     Raises:
-        ConfigError: One is unknown or not installed.
+        ConfigError: A tracker is unknown or not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

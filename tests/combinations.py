@@ -7,12 +7,12 @@ from typing import Any
 
 
 def pairs(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Few combinations in which any two settings have any two of their values.
+    """Return few combinations in which any two settings have any two of their values.
 
     With QLORA_SWEEP=1 in the environment, these are all combinations.
 
     Args:
-        settings: Values of each.
+        settings: Values of each setting.
 
     Returns:
         Combinations for `pytest.mark.parametrize`, in an order that is always the same.
@@ -24,7 +24,7 @@ def pairs(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def _covering(every: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Take the combination that adds most pairs until there are all."""
+    """Take the combination that adds most pairs, until all pairs are covered."""
     of_each = [set(combinations(enumerate(places), 2)) for places in every]
     missing, taken = set().union(*of_each), []
     while missing:

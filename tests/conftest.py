@@ -1,4 +1,4 @@
-"""Fixtures that every folder shares."""
+"""Fixtures that all folders share."""
 
 import gc
 import os
@@ -10,32 +10,32 @@ import torch
 
 from tests.tiny import make_base, make_poisoned_base, write_jsonl
 
-# Tests are small: a second thread gains nothing, and where the cores are shared it waits a hundred times longer.
+# Tests are small: a second thread gains nothing, and on shared cores it waits a hundred times longer.
 torch.set_num_threads(1)
 
 REALDATA = Path(os.environ.get("QLORA_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
 
 
 def pytest_collection_finish() -> None:
-    """Keep collections of garbage from visiting half a million objects of modules that stay imported."""
+    """Exclude half a million objects of imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Let Python free these modules at exit: Triton's bindings report what is left."""
+    """Let Python free these modules at exit, because Triton's bindings report leaks."""
     gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps tokenized data out of the user's cache; processes that tests start inherit it."""
+    """Keep tokenized data out of the user's cache; processes that tests start inherit it."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed for each test; a failure shows it, and QLORA_TEST_SEED brings it back."""
+    """Return a new seed for each test; a failure shows it, and QLORA_TEST_SEED sets it."""
     seed = int(os.environ.get("QLORA_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"QLORA_TEST_SEED={seed}")
     return seed
@@ -43,13 +43,13 @@ def seed() -> int:
 
 @pytest.fixture
 def generator(seed: int) -> torch.Generator:
-    """The source of a test's random inputs."""
+    """Return the generator of a test's random inputs."""
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="session")
 def realdata() -> Path:
-    """Real models and data beside the checkout, or where QLORA_REALDATA says."""
+    """Return the folder of real models and data: next to the checkout, or QLORA_REALDATA."""
     if not REALDATA.is_dir():
         pytest.skip(f"no real data at {REALDATA}; set QLORA_REALDATA")
     return REALDATA

@@ -1,4 +1,4 @@
-"""What `import qlora` offers."""
+"""The names that `import qlora` offers."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md says what is there."""
+"""ARCHITECTURE.md describes the files that exist."""
 
 import re
 import tomllib

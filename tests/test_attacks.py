@@ -1,4 +1,4 @@
-"""Folders of models and adapters as attacks: nothing in them is run, read from elsewhere, or given room unchecked."""
+"""Folders of models and adapters as attacks: no code run, nothing read from elsewhere, no memory taken unchecked."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ FACTORS = [f"base_model.model.model.layers.0.mlp.up_proj.lora_{factor}.weight" f
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -42,7 +42,7 @@ def base(tiny_base, tmp_path):
 
 @pytest.fixture
 def marker(tmp_path):
-    """Where code leaves a file if it is run."""
+    """Return the file that code creates if it is run."""
     return tmp_path / "was-run"
 
 
@@ -79,7 +79,7 @@ def test_a_pickled_adapter_is_named_and_not_read(tmp_path, marker):
     assert not marker.exists()
 
 
-def test_pickles_beside_a_model_are_left_alone(base, marker):
+def test_pickles_next_to_a_model_are_ignored(base, marker):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin"):
         (base / name).write_bytes(pickle.dumps(Touch(marker)))
     load_base(str(base))
@@ -90,7 +90,7 @@ def test_pickles_beside_a_model_are_left_alone(base, marker):
 
 @pytest.fixture
 def own_code(base, marker):
-    """A base whose architecture and tokenizer are Python files beside it."""
+    """Return a base whose architecture and tokenizer are Python files in its folder."""
     body = OWN_CODE.format(marker=str(marker))
     (base / "own.py").write_text(body + OWN.format(parent="LlamaConfig", name="Own"))
     (base / "own_tokens.py").write_text(body + OWN.format(parent="PreTrainedTokenizerFast", name="OwnTokens"))
@@ -123,8 +123,8 @@ def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(own_code, marker):
     assert marker.exists()
 
 
-def test_every_loader_of_transformers_is_told_whether_code_may_be_run():
-    """Without a word it asks on the terminal."""
+def test_every_loader_of_transformers_is_passed_whether_code_may_be_run():
+    """By default it asks on the terminal."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -230,7 +230,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.write((1 << 40).to_bytes(8, "little"))
-        file.truncate(9 + (1 << 40))  # of holes
+        file.truncate(9 + (1 << 40))  # a sparse file
     with pytest.raises(ModelError, match="damaged header"):
         read_header(path)
 
@@ -273,10 +273,10 @@ def test_a_config_that_is_no_object_is_refused_by_its_name(base, text):
 
 
 def test_a_config_of_many_layers_takes_no_memory_before_it_is_refused(base):
-    """As many as the files have weights for is what is given room."""
+    """Memory is allocated only for as many layers as the files have weights for."""
     change(base / "config.json", num_hidden_layers=60)
     build_skeleton(BaseFiles.resolve(str(base)))
-    with pytest.raises(ModelError, match=r"config\.json asks for [\d,]+ parameters, and there are [\d,]+"):
+    with pytest.raises(ModelError, match=r"config\.json describes [\d,]+ parameters, but the files hold [\d,]+"):
         load_base(str(base))
 
 
@@ -289,7 +289,7 @@ def test_a_config_of_many_layers_takes_no_memory_before_it_is_refused(base):
     ],
     ids=str,
 )  # fmt: skip
-def test_an_adapters_config_that_tells_no_scale_is_refused(tmp_path, values):
+def test_an_adapters_config_without_a_scale_is_refused(tmp_path, values):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8} | values))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         read_adapter_config(tmp_path)

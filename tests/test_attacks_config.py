@@ -1,4 +1,4 @@
-"""Configs, environments and run directories as attacks: no code, no secret told or kept, no file written elsewhere."""
+"""Configs, environments and run directories as attacks: no code run, no secret shown, no file written elsewhere."""
 
 import json
 import os
@@ -24,7 +24,7 @@ VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_
 
 
 def multiplied(start, step):
-    """Nine aliases to the power of nine."""
+    """Return YAML of nine aliases to the power of nine."""
     lines = [f"a: &a {start}"]
     lines += [f"{new}: &{new} {step.format(','.join([f'*{old}'] * 9))}" for old, new in zip(LETTERS, LETTERS[1:])]  # noqa: B905
     return "\n".join(lines)
@@ -88,9 +88,9 @@ def test_a_size_of_more_digits_than_any_number_is_refused(config):
 @pytest.mark.parametrize(
     "key", ["model.base", "data.train", "data.chat_template", "data.cache_dir", "train.output_dir"]
 )
-@pytest.mark.parametrize(("value", "told"), [("", ""), ("~nobody-here/x", "home"), ("a" * 300, "too long")])
-def test_a_path_that_can_be_none_is_refused_by_its_key(config, key, value, told):
-    with pytest.raises(ConfigError, match=rf"{key}.*: '{value[:50]}.* .*{told}"):
+@pytest.mark.parametrize(("value", "message"), [("", ""), ("~nobody-here/x", "home"), ("a" * 300, "too long")])
+def test_a_path_that_can_be_none_is_refused_by_its_key(config, key, value, message):
+    with pytest.raises(ConfigError, match=rf"{key}.*: '{value[:50]}.* .*{message}"):
         load_config(config, [f"{key}='{value}'"])
 
 
@@ -138,7 +138,7 @@ def test_a_script_that_is_converted_is_not_run(tmp_path, script):
         ("hf_{secret}", "hf_{secret}"),
     ],
 )
-def test_a_secret_in_a_config_is_refused_and_not_told(config, key, value):
+def test_a_secret_in_a_config_is_refused_and_not_shown(config, key, value):
     secret = secrets.token_hex(20)
     done = run("train", config, f"{key}={value}".format(secret=secret))
     assert done.code == 2
@@ -151,19 +151,19 @@ def test_a_section_made_in_python_holds_no_secret_either():
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_an_error_tells_no_secret_of_the_environment(monkeypatch, name):
+def test_an_error_shows_no_secret_of_the_environment(monkeypatch, name):
     secret = secrets.token_urlsafe(20)
-    told = f"401 for https://me:pass@example.com/x with {secret} and {TOKEN}"
-    assert secret in str(QLoRAError(told))
+    message = f"401 for https://me:pass@example.com/x with {secret} and {TOKEN}"
+    assert secret in str(QLoRAError(message))
     monkeypatch.setenv(name, secret)
-    assert str(QLoRAError(told)) == "401 for https://***@example.com/x with *** and ***"
-    assert str(DataError(f"{told}")) == str(ExportError(QLoRAError(told)))
+    assert str(QLoRAError(message)) == "401 for https://***@example.com/x with *** and ***"
+    assert str(DataError(f"{message}")) == str(ExportError(QLoRAError(message)))
 
 
-def test_an_error_without_secrets_is_told_as_it_is(monkeypatch):
+def test_an_error_without_secrets_is_unchanged(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "a")
-    told = "a@b.c: https://example.com:80/x@y is hf_short, sk-learn and ~/a@b, {'://':8,'@':9}"
-    assert str(QLoRAError(told)) == told
+    message = "a@b.c: https://example.com:80/x@y is hf_short, sk-learn and ~/a@b, {'://':8,'@':9}"
+    assert str(QLoRAError(message)) == message
 
 
 def files_below(folder):
@@ -180,12 +180,12 @@ def test_what_is_written_holds_no_secret_and_has_the_modes_that_the_umask_leaves
     monkeypatch.setenv("HTTPS_PROXY", "http://me:proxypassword@127.0.0.1:9")
     before, written = os.umask(umask), tmp_path / "merged"
     try:
-        told = [run("train", config, "--json"), run("merge", tmp_path / "run", "-o", written, "--json")]
-        told += [run("verify", tmp_path / "run", written, "--json"), run("doctor", "--json")]
+        outcomes = [run("train", config, "--json"), run("merge", tmp_path / "run", "-o", written, "--json")]
+        outcomes += [run("verify", tmp_path / "run", written, "--json"), run("doctor", "--json")]
     finally:
         os.umask(before)
-    assert [done.code for done in told] == [0] * 4
-    texts = [*(done.out + done.err for done in told), *capfd.readouterr()]
+    assert [done.code for done in outcomes] == [0] * 4
+    texts = [*(done.out + done.err for done in outcomes), *capfd.readouterr()]
     files = files_below(tmp_path / "run") + files_below(written)
     texts += [path.read_bytes().decode("latin-1") for path in files]
     assert len(files) > 10
@@ -212,7 +212,7 @@ def test_a_run_directory_writes_through_no_link(tmp_path, config, name):
     assert mine.read_text() == "mine"
 
 
-def test_a_text_is_written_through_no_link_that_lies_beside_it(tmp_path):
+def test_a_text_is_not_written_through_a_link_next_to_it(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".run.json.new").symlink_to(tmp_path / "mine")
     write_text(tmp_path / "run.json", "{}")
@@ -221,7 +221,7 @@ def test_a_text_is_written_through_no_link_that_lies_beside_it(tmp_path):
     assert not (tmp_path / "run.json").is_symlink()
 
 
-def test_a_merge_goes_on_in_no_folder_that_someone_else_put_there(tmp_path, monkeypatch):
+def test_a_merge_continues_in_no_folder_that_someone_else_put_there(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.merging").symlink_to("elsewhere")
     with pytest.raises(ExportError, match="created by another user"), resumable_folder(tmp_path / "out", "key"):

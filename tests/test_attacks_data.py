@@ -21,13 +21,13 @@ from tests.tiny import make_tokenizer
 RULE = HeaderRule(header=True, mapped=[])
 
 TURNS = [{"role": "user", "content": "a"}]
-# What a row of images or sounds may tell datasets to open.
+# What a row of images or sounds may make datasets open.
 FEATURES = {"text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}}
 
 
 @pytest.fixture(scope="module")
 def gibibytes():
-    """Two GiB of spaces in two MB of gzip; several files of gzip behind one another are one."""
+    """Return two GiB of spaces in two MB of gzip, as concatenated gzip files."""
     return gzip.compress(b" " * (1 << 26)) * 32
 
 
@@ -137,7 +137,7 @@ def test_a_template_with_a_name_that_leads_elsewhere_is_refused_before_anything_
     templates = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     change(folder / "tokenizer_config.json", chat_template=templates)
-    with pytest.raises(ModelError, match="chat template named .*which is no file name"):
+    with pytest.raises(ModelError, match="chat template named .*which is not a file name"):
         load_tokenizer(folder)
     templates[1]["name"] = "tool_use"
     change(folder / "tokenizer_config.json", chat_template=templates)

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, and configs, commands and Python run as they are printed, on a tiny base."""
+"""README and docs: links work, and configs, commands and Python run as printed, on a tiny base."""
 
 import json
 import re
@@ -29,13 +29,13 @@ def by_name(path):
 
 
 def blocks(path, *languages):
-    """Language and text of the fenced blocks of a page."""
+    """Return language and text of the fenced blocks of a page."""
     found = BLOCK.findall(path.read_text(encoding="utf-8"))
     return [(language, text) for language, text in found if language in languages]
 
 
 def anchors(path):
-    """The anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -94,7 +94,7 @@ def test_scripts_that_are_named_exist():
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The current folder of someone who follows the docs, with the data that they name."""
+    """Return the current folder of a reader who follows the docs, with the data that they name."""
     words = ("tin", "oak", "fern", "moss") * 10
     instructions = [{"instruction": f"Repeat {word}", "output": word} for word in words]
     texts = [{"text": f"The {word} grows in the {word} garden. " * 9} for word in words]
@@ -107,7 +107,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def make_small(config, base):
-    """Rewrites a config so that it trains a tiny base for a moment; all other settings stay."""
+    """Rewrite a config to train a tiny base for a moment; other settings stay."""
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     settings["model"]["base"] = str(base)
     settings["data"]["max_seq_len"] = 128
@@ -140,7 +140,7 @@ def test_a_page_can_be_followed(page, reader, tiny_base):
 
 
 def follow(line, base):
-    """Runs a command of qlora; others install or download something."""
+    """Run a command of qlora; skip others, which install or download something."""
     command = shlex.split(line, comments=True)
     if command[:1] != ["qlora"]:
         return

@@ -1,4 +1,4 @@
-"""Bases in formats that cannot be read: refused by one sentence, the same in every verb, before anything is loaded."""
+"""Bases in unsupported formats: refused with the same sentence in every verb, before anything is loaded."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ DECLARED = {
     "bitsandbytes 8-bit": {"load_in_8bit": True, "load_in_4bit": False},
     "None": {"bits": 3},
 }
-# Tensors in place of a layer's weight, whose config does not declare them.
+# Tensors instead of a layer's weight, whose config does not declare them.
 UNDECLARED = {
     "FP8": lambda weight: {".weight": weight.to(torch.float8_e4m3fn), ".weight_scale_inv": torch.ones(2, 1)},
     "MXFP4": lambda weight: {"_proj_blocks": torch.zeros(4, 8).byte(), "_proj_scales": torch.zeros(4).byte()},
@@ -58,7 +58,7 @@ def replace_layer(base, make):
 
 
 def verbs(base, tmp_path):
-    """Calls of every verb on a base; the data does not exist, so that reading it would be another error."""
+    """Return calls of every verb on a base; the data does not exist, so that reading it would be another error."""
     config = load_config(run_config(base, tmp_path / "missing.jsonl", tmp_path / "run"))
     return {
         "load": lambda: load_base(str(base)),

@@ -1,4 +1,4 @@
-"""A few hostile inputs for every reader, and that a finding is found; scripts.dev.fuzz makes more."""
+"""A few hostile inputs for every reader, and a check that findings are found; scripts.dev.fuzz makes more."""
 
 import math
 import time
@@ -32,7 +32,7 @@ def test_what_is_damaged_or_hostile_is_read_or_refused(targets, seed, name):
 
 @pytest.mark.parametrize("name", ["base", "adapter", "checkpoint", "run", "rows", "tokenizer", "architecture"])
 def test_what_is_not_damaged_is_read(targets, tmp_path, monkeypatch, name):
-    """So that not all of it is refused for another reason than its damage."""
+    """Otherwise everything might be refused for another reason than its damage."""
     found = []
     monkeypatch.setattr(altering, "altered_file", lambda rng, name, content: content)
     monkeypatch.setattr(readers, "each_refused", lambda read: found.append(read()))
@@ -41,7 +41,7 @@ def test_what_is_not_damaged_is_read(targets, tmp_path, monkeypatch, name):
 
 
 class _Unmoved:
-    """Randomness that always says the first and the middle."""
+    """Randomness that always chooses the first or the middle."""
 
     def choice(self, values):
         return values[0]

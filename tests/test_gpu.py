@@ -1,4 +1,4 @@
-"""The main job on CUDA; what is special there, and the rest as on a CPU."""
+"""The main job on CUDA, and the parts that differ from a CPU."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_a_run_with_its_layers_inputs_on_the_host_learns(
     assert result.eval_losses[6] < result.eval_losses[0]
 
 
-def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: int, generator: torch.Generator):
+def test_a_step_that_runs_out_of_memory_is_retried_with_less(tmp_path: Path, seed: int, generator: torch.Generator):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 2048}
     base = make_base(tmp_path / "base", seed, **sizes)
     ids = torch.randint(256, (8, 2048), generator=generator).numpy()
@@ -112,17 +112,17 @@ def test_memory_that_runs_out_in_a_step_is_made_do_with(tmp_path: Path, seed: in
     apply_recompute(free.model, "full")
     least = measure_peak(lambda: free.run(3), free.model.device)
     assert least < 0.7 * needed
-    trainer, told = prepare(), []
+    trainer, changes = prepare(), []
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
     others = torch.cuda.memory_allocated() - trainer.flat.data.nbytes  # of the first trainer, still there
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((others + (needed + least) / 2) / total)
     try:
-        trainer.run(3, on_out_of_memory=lambda step: told.append(relief.reduce_memory(step)))
+        trainer.run(3, on_out_of_memory=lambda step: changes.append(relief.reduce_memory(step)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert told
+    assert changes
     assert relief.level != "none"
     assert trainer.losses == free.losses
 

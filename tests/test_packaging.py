@@ -1,4 +1,4 @@
-"""What pyproject.toml declares, what setup.sh installs, and where qlora runs."""
+"""Dependencies in pyproject.toml, installation by setup.sh, and supported systems."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def names_of(requirements):
 
 
 def imported_packages():
-    """Every third-party distribution that the package imports, by the module that does."""
+    """Return every third-party distribution that the package imports, with the importing modules."""
     found = {}
     for path in (ROOT / "qlora").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -80,7 +80,7 @@ def test_another_system_is_refused_in_one_sentence(system, monkeypatch):
 
 @pytest.fixture
 def setup(tmp_path):
-    """Runs setup.sh in a checkout whose .venv only records what pip is asked for; gives its output and those calls."""
+    """Run setup.sh in a checkout whose .venv only records what pip is asked for; return its output and those calls."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")

@@ -1,4 +1,4 @@
-"""The shell scripts under real signals, and called again."""
+"""The shell scripts under real signals, and when called again."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from qlora.checkpoint import RunDirectory
 from tests.tiny import run_config
 
-# Seconds, for a machine with much else to do.
+# Seconds, enough on a busy machine.
 TIMEOUT = 600
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STOPS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
@@ -41,7 +41,7 @@ exec {sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 "
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """A folder at the head of PATH, with this environment's python and qlora."""
+    """Return a folder at the head of PATH, with this environment's python and qlora."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").symlink_to(sys.executable)
@@ -58,19 +58,19 @@ def write_command(path, text):
 
 
 def start(*command):
-    """Starts a command in a session of its own, as a terminal and a service manager do."""
+    """Start a command in its own session, as a terminal and a service manager do."""
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
 def send(process, number, to_group):
-    """Sends a signal to a script alone, or to it and its process group."""
+    """Send a signal to a script only, or to its process group."""
     (os.killpg if to_group else os.kill)(process.pid, number)
 
 
 def finish(process):
-    """Returns exit code and output of a command that is to end by itself."""
+    """Wait for a command to end; return its exit code and output."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -80,7 +80,7 @@ def finish(process):
 
 
 def wait_for_step(process, run, step):
-    """Waits until a run has logged the loss of a step."""
+    """Wait until a run has logged the loss of a step."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         if run.metrics.exists() and any(line["step"] >= step and "loss" in line for line in run.read_metrics()):
@@ -93,7 +93,7 @@ def wait_for_step(process, run, step):
 
 
 def start_in_turn(*commands):
-    """Starts commands under the scripts' forwarding of signals, each when the one before has succeeded."""
+    """Start commands under the scripts' forwarding of signals, each when the one before has succeeded."""
     lines = [f"source {SCRIPTS}/forward.sh", *(f"forward {command}" for command in commands)]
     return start("bash", "-c", "set -euo pipefail\n" + "\n".join(lines))
 
@@ -116,7 +116,7 @@ def test_no_signal_is_lost_while_the_script_starts_its_command(commands, tmp_pat
     write_command(commands / "qlora", "#!/bin/sh\nsleep 2 >/dev/null 2>&1\nexit 7\n")
     for delay in (0.005, 0.01, 0.02, 0.04, 0.08):
         process = start("bash", SCRIPTS / "export.sh", tmp_path / "run", tmp_path / "merged")
-        time.sleep(delay)  # the moment of the signal is what is tried
+        time.sleep(delay)  # the moment of the signal is tested
         send(process, number, to_group)
         assert finish(process)[0] in (-number, 128 + number), delay
 
@@ -137,7 +137,7 @@ def test_exit_codes_are_passed_on(commands):
 
 @pytest.fixture
 def recorded(commands, tmp_path):
-    """Has `qlora merge` and `qlora verify` do nothing; gives what they were called with."""
+    """Replace `qlora merge` and `qlora verify` by commands that record their arguments; return the record."""
     record = tmp_path / "arguments"
     train = f'[ "$1" != train ] || exec {sys.executable} -m qlora "$@"'
     write_command(commands / "qlora", f'#!/bin/sh\n{train}\necho "$@" >> {record}\n')
@@ -151,7 +151,7 @@ def recorded(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetune_stops_continues_merges_and_goes_on(recorded, tiny_base, alpaca_file, tmp_path):
+def test_finetune_stops_continues_merges_and_continues(recorded, tiny_base, alpaca_file, tmp_path):
     """Two sessions of a run, and a third that extends it; training is real."""
     config = run_config(tiny_base, alpaca_file, tmp_path / "run", train__save_every=1000, train__eval_every=None)
     run, merged = RunDirectory(tmp_path / "run"), tmp_path / "merged"
@@ -211,7 +211,7 @@ def test_finetune_refuses_what_trains_nothing(recorded, tmp_path, option):
 
 
 def test_finetune_merges_the_run_that_was_trained(recorded, commands, tmp_path):
-    """Whatever looks like an override among the options."""
+    """Even if an option's value looks like an override."""
     write_command(
         commands / "qlora",
         f"""#!/bin/sh

@@ -1,4 +1,4 @@
-"""A few templates of the sweep, and that its reference finds faults; scripts.dev.bench.templates tries all."""
+"""A few templates of the sweep, and a check that its reference finds faults; see scripts.dev.bench.templates."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_what_is_learned_of_conversations_is_right_or_refused(realdata, monkeypa
         assert found["three answers"][0] == "right"
 
 
-# What begins the next turn is written behind an answer.
+# The beginning of the next turn is written after an answer.
 NEXT_HEADER = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' if loop.first else '' }}{{ m.content }} [/INST]"
     "{% else %}{{ m.content }}</s><s>[INST] {% endif %}{% endfor %}"
@@ -35,7 +35,7 @@ NEXT_HEADER = (
 
 
 def encoded(case, template):
-    """A tokenizer, a conversation, and what is learned of it, to be changed."""
+    """Return a tokenizer, a conversation, and its supervised tokens, to be changed."""
     tokenizer = make_tokenizer(chat_template=template)
     if template is None:
         apply_template(tokenizer, "chatml")
@@ -46,7 +46,7 @@ def encoded(case, template):
 
 
 def change(at, learned):
-    """Learns a token or not: counted from the first one that is learned, or from the first behind that is not."""
+    """Flip the supervision of a token, counted from the first supervised one or the first unsupervised one after it."""
 
     def changed(ids, mask):
         first = mask.index(True)
@@ -57,25 +57,25 @@ def change(at, learned):
 
 
 def unmask(ids, mask):
-    """Learns a masked part, too, which is in front of what is learned."""
+    """Supervise a masked part too, which is before the supervised text."""
     first = mask.index(True)
     return ids, [place > first - 6 for place in range(len(ids))]
 
 
 def learn_next_header(ids, mask):
-    """Learns what begins the next turn, and EOS behind it."""
+    """Supervise the beginning of the next turn, and EOS after it."""
     ends = [place for place, index in enumerate(ids) if mask[place] and index == 257]
     learned = [any(end <= place < end + 9 for end in ends) or mask[place] for place in range(len(ids))]
     return [*ids, 257], [*learned, True]
 
 
 def learn_end_in_call(ids, mask):
-    """Learns all from the first token that is learned to the last."""
+    """Supervise everything from the first to the last supervised token."""
     return ids, [True in mask[: place + 1] and True in mask[place:] for place in range(len(ids))]
 
 
 def mask_reasoning(ids, mask):
-    """Masks a word of the reasoning, and learns the same word of the content."""
+    """Mask a word of the reasoning, and supervise the same word of the content."""
     word = make_tokenizer()("m1x", add_special_tokens=False).input_ids
     thought, said, *_ = (place for place in range(len(ids)) if ids[place : place + 3] == word)
     changed = {thought + step: False for step in range(3)} | {said + step: True for step in range(3)}

@@ -29,7 +29,7 @@ POISON = "~"
 
 
 def make_tokenizer(add_bos: bool = True, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A token per byte, and BOS, EOS and an end-of-turn token."""
+    """Return a tokenizer with a token per byte, BOS, EOS and an end-of-turn token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
@@ -47,11 +47,11 @@ def make_tokenizer(add_bos: bool = True, chat_template: str | None = None) -> Pr
 def make_base(
     folder: Path, seed: int, config_class: Any = LlamaConfig, dtype: Any = torch.bfloat16, **sizes: Any
 ) -> Path:
-    """Saves a random model and its tokenizer, as a user would have them."""
+    """Save a random model and its tokenizer, as a user would have them."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **sizes})).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, so that a test sees one that is lost
+        for parameter in model.parameters():  # biases and norms too, so that a lost one shows
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
@@ -60,7 +60,7 @@ def make_base(
 
 
 def make_poisoned_base(folder: Path, seed: int) -> Path:
-    """Saves a model that multiplies its embeddings, where that of POISON is the largest number that there is."""
+    """Save a model that multiplies its embeddings, of which POISON's is the largest finite number."""
     base = make_base(folder, seed, GemmaConfig, tie_word_embeddings=False)
     tensors = load_file(base / "model.safetensors")
     vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
@@ -70,13 +70,13 @@ def make_poisoned_base(folder: Path, seed: int) -> Path:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes rows as JSON lines."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def run_config(base: Path, data: Path, output_dir: Path, **overrides: Any) -> Path:
-    """Writes a config that trains a tiny base in about a second; `section__key=value` changes it."""
+    """Write a config that trains a tiny base in about a second; `section__key=value` changes it."""
     config: dict[str, dict[str, Any]] = {
         "model": {"base": str(base)},
         "lora": {"rank": 4, "alpha": 8},
@@ -100,6 +100,6 @@ def run_config(base: Path, data: Path, output_dir: Path, **overrides: Any) -> Pa
 
 
 def only(items: list[Any]) -> Any:
-    """The one item that there should be."""
+    """Return the only item, after checking that there is one."""
     (item,) = items
     return item

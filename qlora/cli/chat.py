@@ -6,7 +6,7 @@ import sys
 from qlora.cli.generate import MaxNewTokens, Model, System, Temperature, TopP, check_sampling
 from qlora.cli.options import Device
 
-COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message and starts over, /exit or Ctrl-D ends"
+COMMANDS = "/reset starts over, /system TEXT sets the system message and starts over, /exit or Ctrl-D ends"
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 
 
@@ -52,7 +52,7 @@ def chat(
                 messages = _start(system)
                 _say("The conversation starts over, with this system message." if text else "No system message.")
             else:
-                _say(f"There is no /{verb}: {COMMANDS}.")
+                _say(f"Unknown command /{verb}: {COMMANDS}.")
             continue
         if not line:
             continue
@@ -60,12 +60,12 @@ def chat(
         try:
             check_prompt(tokenizer, facts, Conversation(messages))
             text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
-        except DataError as error:  # of the template, which may leave out a system message
+        except DataError as error:  # such as a template that leaves out a system message
             _say(str(error))
             messages.pop()
             continue
         except KeyboardInterrupt:
-            _say("\nStopped; the question is forgotten.")
+            _say("\nStopped; the question was dropped.")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": text})
@@ -76,5 +76,5 @@ def _start(system: str | None) -> list[dict[str, str]]:
 
 
 def _say(text: str) -> None:
-    """Print what is not the model's, on standard error."""
+    """Print a message that is not an answer of the model, on standard error."""
     print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`qlora doctor`: what this machine has, what will be used, and why."""
+"""`qlora doctor`: hardware, versions, and what a run would use here, with reasons."""
 
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show hardware and versions, and what will be used and why."""
+    """Show hardware and versions, and what a run would use here and why."""
     if check_resume is not None:
         _check_resume(check_resume, as_json)
         return

@@ -33,7 +33,7 @@ def estimate(
 ) -> None:
     """Predict peak memory by kind and level of recomputation, and what fits; no model is loaded.
 
-    It needs the base's config.json alone, and exits with 1 if the run does not fit.
+    It needs only the base's config.json, and exits with 1 if the run does not fit.
     """
     if probe and gpu is not None:
         raise typer.BadParameter("--probe measures on this machine; omit --gpu.")
@@ -109,7 +109,7 @@ def _show(report: dict[str, Any], base: str) -> None:
         cells += [str(level["largest_micro_batch"]), str(level["longest_context"])]
         style = "bold" if name == report["level"] else "" if level["fits"] else "dim"
         table.add_row(name, *cells, style=style)
-    # At full width even where the width of the screen is unknown.
+    # At full width even if the width of the screen is unknown.
     Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)
     shown = report["level"] or list(levels)[-1]
     console.print(_bar(levels[shown]["bytes"], free, coloured))
@@ -130,7 +130,7 @@ def _show(report: dict[str, Any], base: str) -> None:
 
 
 def _bar(bytes_by_kind: dict[str, int], free: int, coloured: bool) -> Any:
-    """Return a bar of memory by kind with what stays free; in letters where there are no colors."""
+    """Return a bar of used memory by kind and of free memory; without colors, kinds are letters."""
     from rich.text import Text
 
     text, key = Text(), Text("\n")

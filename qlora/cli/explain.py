@@ -1,4 +1,4 @@
-"""`qlora explain`: what a key means."""
+"""`qlora explain`: the reference of a config's keys."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -23,7 +23,7 @@ def explain(
 
     ours = NAMES.get(key or "", key)
     if ours is not None and ours.startswith("the option"):
-        raise ConfigError(f"{key} is {ours} of qlora train, and no key of a config.")
+        raise ConfigError(f"{key} is {ours} of qlora train, not a key of a config.")
     keys = list_keys() if ours is None else find_keys(ours)
     if as_json:
         print(as_json_text({found.name: asdict(found) for found in keys}))

@@ -21,7 +21,7 @@ Model = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder or hub id.", callback=expand_home)
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")]
 TopP = Annotated[
     float | None,
@@ -87,7 +87,7 @@ def generate(
 
 
 def check_sampling(temperature: float, top_p: float | None) -> None:
-    """Refuse --top-p where nothing is sampled."""
+    """Check that --top-p comes with a temperature above 0."""
     if top_p is not None and not temperature:
         raise typer.BadParameter("--top-p needs a --temperature above 0.")
 
@@ -147,7 +147,7 @@ def _answer_file(
 
 
 def _whole_lines(file: BinaryIO) -> int:
-    """Count the lines of a file, and drop a last one that a killed process left unfinished."""
+    """Count the lines of a file, and drop an unfinished last line that a killed process left."""
     file.seek(0)
     written = file.read()
     file.truncate(written.rfind(b"\n") + 1)
@@ -155,7 +155,7 @@ def _whole_lines(file: BinaryIO) -> int:
 
 
 def _shown(prompts: "list[Prompt]", done: int) -> "Iterable[Prompt]":
-    """Return the prompts that are left, with a progress bar on a terminal."""
+    """Return the remaining prompts, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -166,7 +166,7 @@ def _shown(prompts: "list[Prompt]", done: int) -> "Iterable[Prompt]":
 
 
 def _answer(model: Any, tokenizer: Any, conversation: "Conversation", seed: int, settings: dict[str, Any]) -> str:
-    """Answer one conversation, sampling by a seed of its own: a continued file gets the same answers."""
+    """Answer one conversation with its own seed, so that a continued file gets the same answers."""
     import torch
 
     from qlora.model import answer

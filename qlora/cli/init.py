@@ -10,7 +10,7 @@ from qlora.errors import ConfigError
 
 
 def init(
-    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; without one they are listed.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe; without it, recipes are listed.")] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -52,12 +52,12 @@ def init(
     else:
         recipes = _recipes()
         if recipe not in recipes:
-            raise ConfigError(f"There is no recipe '{recipe}'; there are {', '.join(recipes)}.")
+            raise ConfigError(f"Unknown recipe '{recipe}'; choose one of {', '.join(recipes)}.")
         _write(Path(output or f"{recipe}.yaml"), recipes[recipe].read_text(encoding="utf-8"))
 
 
 def recipe_folder() -> Path:
-    """Return the folder of the recipes: in the installed package, or in the checkout that it was installed from."""
+    """Return the folder of the recipes: in the installed package, or in its source checkout."""
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -1,4 +1,4 @@
-"""The `qlora` command: its verbs, and exit codes for their errors."""
+"""The `qlora` command: its verbs, and the exit codes of errors."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Options before the verb."""
+    """Handle the options before the verb."""
 
 
 app.command("init")(init)

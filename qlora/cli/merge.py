@@ -25,8 +25,8 @@ def merge(
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
         typer.Option(
-            help="Base weights: as the adapter was trained on, as in the base's files, or whichever evaluates better "
-            "(both are written for a while, which takes twice the disk space)."
+            help="Base weights: those that the adapter was trained on, those in the base's files, or the better in an "
+            "evaluation (both merges are written at first, which takes twice the disk space)."
         ),
     ] = None,
     format: Annotated[
@@ -66,7 +66,7 @@ def merge(
     if dtype == "q8_0" and format != "gguf":
         raise typer.BadParameter("--dtype q8_0 needs --format gguf.")
     if max_shard_size is not None and format == "gguf":
-        raise typer.BadParameter("--max-shard-size has no meaning for --format gguf, which writes one file.")
+        raise typer.BadParameter("--max-shard-size does not apply to --format gguf, which writes one file.")
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public need --push-to-hub.")
 
@@ -135,7 +135,7 @@ def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[st
 
 @contextmanager
 def _progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar on a terminal; elsewhere nothing."""
+    """Show a progress bar on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

@@ -7,7 +7,7 @@ import typer
 
 
 def expand_home(path: str | None) -> str | None:
-    """Expand a leading ~, which shells leave in --option=~/… and for unknown users."""
+    """Expand a leading ~, which shells don't expand in --option=~/… or for unknown users."""
     if path is None:
         return None
     expanded = os.path.expanduser(path)

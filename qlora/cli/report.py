@@ -43,7 +43,7 @@ UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
 def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Print a report on standard output.
 
-    People see what there is to say: no empty values, sizes and numbers with units, and notes on lines of their own.
+    For people, empty values are left out, sizes and numbers have units, and notes are on lines of their own.
 
     Args:
         values: The report.
@@ -58,7 +58,7 @@ def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> No
     shown = {
         _label(key): format_value(key, value)
         for key, value in values.items()
-        if key != "notes" and _says(value) and (key, value) != ("continued_bytes", 0)
+        if key != "notes" and _is_printed(value) and (key, value) != ("continued_bytes", 0)
     }
     width = max(map(len, shown), default=0)
     for label, text in shown.items():
@@ -73,15 +73,15 @@ def as_json_text(values: Mapping[str, Any]) -> str:
 
 
 def format_size(num_bytes: float) -> str:
-    """Return a number of bytes in the largest unit that it fills."""
+    """Return a number of bytes as text in the largest unit of which it has at least one."""
     unit = next((name for name, size in UNITS.items() if num_bytes >= size), "bytes")
     return f"{num_bytes / UNITS[unit]:,.{0 if unit == 'bytes' else 2}f} {unit}"
 
 
 def format_value(key: str, value: Any) -> str:
-    """Return a value of a report as people read it; its key tells the unit."""
+    """Return a value of a report as text for people; the unit follows from its key."""
     if isinstance(value, Mapping):
-        shown = {_label(str(name)): format_value(str(name), item) for name, item in value.items() if _says(item)}
+        shown = {_label(str(name)): format_value(str(name), item) for name, item in value.items() if _is_printed(item)}
         return ", ".join(f"{label}: {text}" for label, text in shown.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(format_value(key, item) for item in value)
@@ -113,6 +113,6 @@ def _label(key: str) -> str:
     return LABELS.get(key) or key.removesuffix("_bytes").replace("_", " ")
 
 
-def _says(value: Any) -> bool:
-    """Whether a value says anything: zeros do, but nothing and empty collections don't."""
+def _is_printed(value: Any) -> bool:
+    """Return whether a value is printed: zeros are, None and empty collections are not."""
     return value is not None and value != [] and value != {} and value != ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside of a training session, which saves first: a message, and exit code 130 or 143."""
+"""Ctrl-C and SIGTERM outside of a training session: a message, and exit code 130 or 143."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import typer
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """Raised on SIGTERM; not an Exception, so that no handler of errors catches it."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def stopping_with(message: str) -> Iterator[None]:
     """End the verb with a message if Ctrl-C or SIGTERM stops the body.
 
     Args:
-        message: What to do next; the notes of the exception take its place.
+        message: What to do next; the notes of the exception are printed instead if it has any.
     """
     try:
         yield

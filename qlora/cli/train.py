@@ -45,8 +45,7 @@ def train(
     """Train; continues an unfinished run of the same output_dir."""
     if report_file is not None and (dry_run or replay is not None):
         raise typer.BadParameter(
-            "--dry-run and --replay train nothing that could be reported or merged; use them with qlora train alone, "
-            "without --report."
+            "--dry-run and --replay train nothing to report or merge; use them with qlora train, without --report."
         )
 
     from qlora.config import load_config
@@ -68,7 +67,7 @@ def train(
     from qlora.training import plan_run  # after the config, so that a typo there is reported without loading torch
     from qlora.training import train as run_training
 
-    is_first = os.environ.get("RANK", "0") == "0"  # one report, however many processes a launcher started
+    is_first = os.environ.get("RANK", "0") == "0"  # one report for all processes of a launcher
     if dry_run:
         plan = plan_run(settings, resume, fresh)
         if is_first:

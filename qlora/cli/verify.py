@@ -29,7 +29,7 @@ def verify(
 
     report = run_verification(run, folder, device)
     values = report.as_dict()
-    if not as_json:  # one line for each client and problem
+    if not as_json:  # one line per client and problem
         values = {key: value for key, value in values.items() if key not in ("matches", "problems", "clients")}
         values |= {client: str(verdict) for client, verdict in report.clients.items()}
     verdict = "is" if report.matches else "is NOT"

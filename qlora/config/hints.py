@@ -1,4 +1,4 @@
-"""What a wrong key was probably meant to be."""
+"""Suggestions for unknown keys."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from qlora.config.convert.dropped import drop_reason
 from qlora.config.convert.names import NAMES
 from qlora.config.sections import RunConfig, SourceSection
 
-# Below this, a name at the top level is no misspelt section.
+# Least similarity of a name at the top level to a section for which it is taken.
 SECTION_CUTOFF = 0.75
 
 
 def suggest(location: Sequence[str | int]) -> str:
-    """Return a sentence on what an unknown key was meant to be, with a blank in front; empty if nothing is close.
+    """Return a sentence that suggests the key that was meant, with a leading blank; empty if nothing is close.
 
     Args:
         location: Where pydantic found the key: section, key, and for a key of a source its place.
@@ -37,12 +37,12 @@ def suggest(location: Sequence[str | int]) -> str:
 
 
 def full_names(name: str) -> list[str]:
-    """Return the full names of the keys that are called so, in whichever section."""
+    """Return the full names of the keys that have this name, in any section."""
     return [f"{section}.{name}" for section in RunConfig.model_fields if name in keys_of(section)]
 
 
 def close_names(name: str, section: str | None = None) -> list[str]:
-    """Return sections and keys that are written much like a name, the closest place first.
+    """Return sections and keys with a similar name; those in the given section first.
 
     Args:
         name: A section or a key.

@@ -1,4 +1,4 @@
-"""What is put into a transformers model: attention, recomputation, offload, kept weights."""
+"""Changes to a transformers model: attention, recomputation, offload and cached weights."""
 
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations

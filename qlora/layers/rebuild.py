@@ -1,4 +1,4 @@
-"""Norms and gated products of a model, built again in the backward pass instead of being kept for it."""
+"""Norms and gated products that are recomputed in the backward pass instead of being saved for it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,19 +19,19 @@ from qlora.kernels import (
 from qlora.lora import lora_layers
 
 PROBE_ROWS = 64
-# How far two functions that are the same may be apart, as a share of a row's size: a last bit here and there, by the
-# order of a sum. A rounding in another place is hundreds of times that.
+# Largest difference between two equal functions, as a share of a row's size: the order of a sum changes single last
+# bits. A rounding at another step differs by hundreds of times as much.
 TOLERANCE = 1e-5
 
 Function = Callable[..., torch.Tensor]
 
 
 class RebuiltNorm(nn.Module):
-    """A norm whose output is not kept; its parameters keep their names.
+    """A norm whose output is not saved; its parameters keep their names.
 
     Args:
         norm: The norm.
-        function: That computes it; the norm itself, if nothing does so faster.
+        function: Function that computes it; the norm itself if there is no faster one.
     """
 
     def __init__(self, norm: nn.Module, function: Function) -> None:
@@ -41,21 +41,21 @@ class RebuiltNorm(nn.Module):
         self._function = (function,)  # in a tuple, so that the norm's parameters do not get a second name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, features) -> (…, features)."""
+        """Map (…, features) to (…, features)."""
         return rebuilt(self._function[0], x)
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)), of which the product is not kept (SwiGLU, arXiv:2002.05202).
+    """down(act(gate(x)) · up(x)), whose product is not saved (SwiGLU, arXiv:2002.05202).
 
     Args:
         mlp: A module with these linear layers and `act_fn`.
-        product: That computes act(gate) · up.
+        product: Function that computes act(gate) · up.
     """
 
     def __init__(self, mlp: Any, product: Function) -> None:
         super().__init__()
-        # The gradient of the product comes from down_proj alone, and goes nowhere else.
+        # The product's gradient comes from down_proj only and is not used elsewhere.
         self._product = replace(product, overwrites=True) if isinstance(product, GatedProduct) else product
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             mlp.gate_proj,
@@ -63,30 +63,30 @@ class GatedMLP(nn.Module):
             mlp.down_proj,
             mlp.act_fn,
         )
-        # How a level of recomputation calls `compute` while the model is trained.
+        # Function with which a level of recomputation calls `compute` in training.
         self.run: Callable[[GatedMLP, torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, hidden) -> (…, hidden)."""
+        """Map (…, hidden) to (…, hidden)."""
         return self.compute(x) if self.run is None or not self.training else self.run(self, x)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The forward, as it is without recomputation."""
+        """Compute the forward without recomputation."""
         return self.down_proj(rebuilt(self._product, self.gate_proj(x), self.up_proj(x)))
 
 
 def rebuild_activations(model: Any) -> str:
-    """Replaces a model's norms and gated MLPs by ones that keep less and compute the same.
+    """Replace a model's norms and gated MLPs by modules that save less and compute the same.
 
-    What computes something else on a few random rows, or has parameters that are trained, is left as it is. So is the
-    rotary embedding: attention calls it as a function of its own Python module, out of reach of anything that belongs
-    to this model alone.
+    A module is left unchanged if its replacement computes something else on a few random rows, or if it has trained
+    parameters of its own. The rotary embedding is left unchanged too: attention calls it as a function of its Python
+    module, which can't be replaced for one model only.
 
     Args:
-        model: Of transformers.
+        model: A model of transformers.
 
     Returns:
-        What computes them now: `liger-kernel <version>`, `plain torch`, or both, and why.
+        What computes them now, for reports: `liger-kernel <version>`, `plain torch`, or both, and why.
     """
     chooser = _Chooser(model.device, model.dtype)
     for parent in list(model.modules()):
@@ -113,7 +113,7 @@ def _replacement(module: Any, chooser: "_Chooser") -> nn.Module | None:
 
 
 class _Chooser:
-    """Finds what computes norms and products fast, by trying it on random rows, and remembers why it was chosen."""
+    """Choose the fastest function for each norm and product by trying them on random rows; keep the reasons."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -123,7 +123,7 @@ class _Chooser:
         self._liger_used = False
 
     def report(self) -> str:
-        """Of all that was chosen."""
+        """Describe what was chosen, and why plain torch was."""
         plain = self._why_never or ", ".join(self._why_plain)
         parts = [f"liger-kernel {liger_version()}"] if self._liger_used else []
         if plain or not parts:
@@ -131,17 +131,17 @@ class _Chooser:
         return "; ".join(parts)
 
     def norm(self, norm: Any) -> Function:
-        """A function for a norm; the norm itself, if it has no form that is known here."""
+        """Return a function for a norm; the norm itself if its formula is not recognized."""
         weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if weight is None or weight.dim() != 1 or eps is None or getattr(norm, "bias", None) is not None:
             return norm
-        sizes = torch.logspace(-3, 1, PROBE_ROWS)[:, None]  # the first are so small that eps can be seen
+        sizes = torch.logspace(-3, 1, PROBE_ROWS)[:, None]  # the first are so small that eps matters
         x = self.random_rows(weight.shape[0], sizes).to(weight)
         forms = [RMSNorm(weight, eps, rounds_first=True), RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0)]
         return self._choose(type(norm).__name__, norm, forms, x)
 
     def product(self, act_fn: Function, features: int) -> Function:
-        """A function for act_fn(gate) · up."""
+        """Return a function for act_fn(gate) · up."""
 
         def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             return act_fn(gate) * up
@@ -151,7 +151,7 @@ class _Chooser:
         return self._choose(type(act_fn).__name__, product, forms, gate, up)
 
     def random_rows(self, features: int, sizes: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """(rows, features), of the model's dtype and on its device."""
+        """Return (rows, features), in the model's dtype and on its device."""
         rows = torch.randn(PROBE_ROWS, features, generator=self._generator) * sizes
         return rows.to(self._device, self._dtype)
 
@@ -165,14 +165,14 @@ class _Chooser:
                 self._liger_used = True
                 return liger
             reason = "has no" if liger is None else "gives something else for"
-        except Exception as error:  # A compiler of kernels can fail in any way, and nothing is lost without them.
+        except Exception as error:  # a kernel compiler can fail in any way, and plain torch works without it
             reason = f"fails ({type(error).__name__}: {error}) for"
         self._why_plain[f"liger-kernel {reason} {name}"] = None
         return plain
 
 
 def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:
-    """Whether a function gives what a model's own gives, and its gradients as well as its dtype lets them be."""
+    """Return whether a function has the results of the model's own, and its gradients within the dtype's precision."""
     inputs = tuple(each.detach().requires_grad_() for each in inputs)
     with torch.enable_grad():
         found, expected = rebuilt(function, *inputs), own(*inputs)
@@ -185,7 +185,7 @@ def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    if found.is_meta:  # There are no values to compare, and none will be computed.
+    if found.is_meta:  # there are no values to compare
         return True
     found, expected = found.detach().float(), expected.detach().float()
     sizes = expected.abs().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)

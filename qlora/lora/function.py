@@ -1,4 +1,4 @@
-"""The autograd function of an adapted linear layer, in two forms: it saves x, or what builds x again, and no weight."""
+"""The autograd function of an adapted linear layer, in two forms; saves x, or its recipe's inputs, and no weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from qlora.kernels.rebuild import Source
 from qlora.lora.spec import FORMS
 
 # Tokens from which folding is the faster form, by type of device. Measured on two CPU cores at rank 16
-# (docs/benchmarks/forms.md). Derived for CUDA, not measured: folding costs as much as `rank` more tokens and no pass
-# over activations, so that only the launches of small batches make it slower.
+# (docs/benchmarks/forms.md). Derived for CUDA, not measured: folding costs as much as `rank` more tokens and needs
+# no pass over activations, so only the kernel launches of small batches make it slower.
 FOLD_FROM_TOKENS = {"cpu": 2048, "cuda": 512}
 
 
@@ -26,7 +26,7 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         form: `separate`, `folded`, or `auto` for the faster one.
         num_tokens: Number of rows of the input.
         device: Device of the input.
-        dropout: Probability of dropping an input of the deltas, which only the separate form can.
+        dropout: Probability of dropping an input of the deltas, which only the separate form supports.
 
     Raises:
         ValueError: There is no such form, or it can't drop inputs.
@@ -43,7 +43,7 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
 
 def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """Return the scaled mask of inverted dropout, like `x`; the same for the same seed, so it need not be saved."""
-    device = "cpu" if x.is_meta else x.device  # no numbers are drawn where there are none
+    device = "cpu" if x.is_meta else x.device  # the meta device has no numbers to draw
     generator = torch.Generator(device=device).manual_seed(seed)
     return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
@@ -57,9 +57,9 @@ def lora_linear(
     weight once and computes one product.
 
     Args:
-        x: (..., in). If it has the attribute `recipe`, what it is built from is saved instead of it.
+        x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
         base: The frozen layer: `nn.Linear`, or one with `bias` and `weight_for_product`.
-        deltas: What is added to its weight; factors that do not require a gradient get none.
+        deltas: Terms added to its weight; factors that do not require a gradient get none.
         form: `auto`, `separate` or `folded`.
         dropout: Probability of dropping an input of the deltas.
         seed: Seed of the dropout.
@@ -81,7 +81,7 @@ def lora_linear(
         source=None if recipe is None else recipe.source,
     )
     y = _LoraLinear.apply(rows, saved, call, *factors)
-    # Outside of the function, as models that add to an output in place may not do so to a view made inside of one.
+    # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -120,7 +120,7 @@ class RecomputedWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a product needs beside its tensors.
+    """Arguments of a product besides its tensors.
 
     Attributes:
         base: The frozen layer.
@@ -144,7 +144,7 @@ class _Call:
         return [LowRank(A, B, scaling).to(dtype) for A, B, scaling in pairs]
 
     def mask(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Return the dropout's mask of x; None without dropout."""
+        """Return the dropout mask for x; None without dropout."""
         return dropout_mask(rows, self.dropout, self.seed) if self.dropout else None
 
     def weight(self, deltas: Sequence[LowRank], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:

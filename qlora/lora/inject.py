@@ -34,7 +34,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     if not linears:
-        raise ModelError(f"{type(model).__name__} has no linear layer, so there is nothing to adapt.")
+        raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = _output_head(model)
     matches = {}
     for pattern in [targets] if isinstance(targets, str) else targets:
@@ -49,7 +49,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     if any(model.get_submodule(name) is head for name in wanted):
         raise ModelError(
             "lora.targets: the output head can't be adapted: its loss is computed in chunks from a frozen weight, and "
-            "where it shares that with the embeddings no merge could hold the update. Leave it out."
+            "a merge can't store its update if it shares that weight with the embeddings. Leave it out."
         )
     return [name for name in linears if name in wanted]
 
@@ -76,11 +76,11 @@ def add_lora(
         alpha: The update is scaled by alpha / rank.
         dropout: Probability of dropping an input of the low-rank branch.
         targets: See :func:`match_targets`.
-        init: First values of A: `kaiming` or `gaussian`. B is zero.
+        init: Initial values of A: `kaiming` or `gaussian`. B is zero.
         rslora: Scale by alpha / sqrt(rank).
         dtype: Dtype of the factors.
         form: How products are computed: `separate`, `folded`, or `auto` for the faster one.
-        seed: Seed of the first values.
+        seed: Seed of the initial values.
         rank_pattern: Ranks of some layers, by regular expressions that match the end of a layer's name from a dot on;
             the first that matches counts, as in PEFT. `{"down_proj": 32, r"layers\\.0\\..*": 8}`
         alpha_pattern: Alphas of some layers, in the same way.
@@ -118,7 +118,9 @@ def wrap_linears(
     for name, own_spec in specs.items():
         layer = LoraLinear(model.get_submodule(name), own_spec)
         layer.reset(generator)
-        layer.train(model.training)  # A new module trains, and would drop inputs in a model that was loaded to run.
+        layer.train(
+            model.training
+        )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
     return list(specs)
 

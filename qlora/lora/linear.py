@@ -18,7 +18,7 @@ class LoraLinear(nn.Module):
 
     Args:
         base: `nn.Linear` or `NF4Linear`; its bias is kept.
-        spec: Rank, scaling, first values and form of the update.
+        spec: Rank, scaling, initial values and form of the update.
 
     Attributes:
         is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
@@ -33,17 +33,17 @@ class LoraLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Number of columns of the weight."""
         return self.base.in_features
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
+        """Number of rows of the weight."""
         return self.base.out_features
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Give A its first values, drawn on the CPU so that a seed means the same on every device.
+        """Initialize A and B; A is drawn on the CPU, so that a seed gives the same values on every device.
 
         Args:
             generator: A CPU generator.
@@ -63,20 +63,20 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
-        """Return what the adapter adds to the weight, scaling · B A, (out_features, in_features), fp32."""
+        """Return the sum of the adapter's terms, scaling · B A, (out_features, in_features), fp32."""
         zeros = self.lora_A.new_zeros(self.out_features, self.in_features, dtype=torch.float32)
         return fold(zeros, [delta.to(torch.float32) for delta in self.deltas], out=zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of `x`."""
+        """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
         if self.is_off:
             return self.base(x)
         spec = self.spec
         dropout = spec.dropout if self.training else 0.0
-        # Drawn from the CPU's generator, which recomputation restores; no device is waited for.
+        # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
         seed = int(torch.randint(2**31, ())) if dropout else 0
         return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
 
     def extra_repr(self) -> str:
-        """The numbers that tell one adapter from another."""
+        """Return rank, scaling and dropout."""
         return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}, dropout={self.spec.dropout}"

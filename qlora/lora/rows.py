@@ -41,13 +41,13 @@ class EmbeddingRows(nn.Module):
 
     @property
     def used_ids(self) -> range:
-        """Ids whose rows are not taken from the base's weight: all trained ones; off, those that the base lacks."""
+        """Ids whose rows are not taken from the base's weight: all trained ones; if off, those that the base lacks."""
         if not self.is_off:
             return self.ids
         return range(max(self.ids.start, self.num_frozen), max(self.ids.stop, self.num_frozen))
 
     def used_rows(self, frozen: torch.Tensor) -> torch.Tensor:
-        """Return the rows of :attr:`used_ids`, as they are trained; off, as they were initialized.
+        """Return the rows of :attr:`used_ids`: their trained values, or if off their initial values.
 
         Args:
             frozen: The base's weight, (rows, features).
@@ -57,17 +57,17 @@ class EmbeddingRows(nn.Module):
         return _mean_row(frozen, self.ids).to(self.weight.dtype).expand(len(self.used_ids), -1)
 
     def release(self, base: Any) -> None:
-        """Free a base's weight if all its rows are trained; an empty one keeps its dtype and device."""
+        """Free a base's weight if all its rows are trained; an empty weight keeps its dtype and device."""
         if self.is_whole:
             base.weight = nn.Parameter(base.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def extra_repr(self) -> str:
-        """Ids and number of rows."""
+        """Return ids and number of rows."""
         return f"{self.ids.start} to {self.ids.stop - 1} of {self.num_rows}"
 
 
 class TrainedEmbedding(nn.Module):
-    """An embedding with trained rows; what else its class does to a row is done to these, too.
+    """An embedding with trained rows, which its class processes like its own, such as by scaling them.
 
     Args:
         base: The frozen embedding.
@@ -76,12 +76,12 @@ class TrainedEmbedding(nn.Module):
 
     def __init__(self, base: nn.Embedding, rows: EmbeddingRows) -> None:
         super().__init__()
-        self.base = base  # before the rows, as the dtype of its weight is taken for the model's
+        self.base = base  # before the rows, because the model's dtype is read from the first weight
         self.rows = rows
         rows.release(base)
         padding = -1 if base.padding_idx is None else base.padding_idx
         self._padding = padding - rows.ids.start if padding in rows.ids else -1
-        base.padding_idx = None  # it gets tables with other rows in that place
+        base.padding_idx = None  # it gets tables with other rows at that index
 
     @property
     def num_embeddings(self) -> int:
@@ -89,17 +89,17 @@ class TrainedEmbedding(nn.Module):
         return self.rows.num_rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(...) -> (..., features), in the base's dtype."""
+        """Map (...) to (..., features), in the base's dtype."""
         flat, frozen = ids.flatten(), self.base.weight
         own_ids = self.rows.used_ids
         if not own_ids:
             return self.base(ids)
-        # No id lies outside where all rows are trained, and elsewhere those rows are not taken.
+        # If all rows are trained, no id lies outside; otherwise the rows of clamped ids are not used.
         places = (flat - own_ids.start).clamp(0, len(own_ids) - 1) if not self.rows.is_whole else flat
         table = _LookUp.apply(self.rows.used_rows(frozen), places, self._padding, frozen.dtype)
         if not self.rows.is_whole:
             is_own = (flat >= own_ids.start) & (flat < own_ids.stop)
-            others = F.embedding(flat.masked_fill(is_own, 0), frozen)  # which may have no row for the own ones
+            others = F.embedding(flat.masked_fill(is_own, 0), frozen)  # the frozen weight may have no row for own ids
             table = torch.where(is_own[:, None], table, others)
         # Its class may do more than look rows up: Gemma 3 scales them, in the dtype of its weight.
         in_table = torch.arange(len(flat), device=flat.device).view(ids.shape)
@@ -131,11 +131,11 @@ class TrainedHead(nn.Module):
         ids, frozen = self.rows.used_ids, self.base.weight
         if not ids:
             return (frozen,)
-        before, behind = frozen[: ids.start], frozen[ids.stop :]
-        return tuple(block for block in (before, self.rows.used_rows(frozen), behind) if len(block))
+        before, after = frozen[: ids.start], frozen[ids.stop :]
+        return tuple(block for block in (before, self.rows.used_rows(frozen), after) if len(block))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., features) -> (..., rows), in the dtype of `x`."""
+        """Map (..., features) to (..., rows), in the dtype of `x`."""
         if not self.rows.used_ids:
             return self.base(x)
         logits = torch.cat([F.linear(x, block.to(x.dtype)) for block in self.blocks()], dim=-1)
@@ -161,7 +161,7 @@ def train_rows(
     """Wrap the embedding and the head of a frozen model so that rows of them are trained, in place.
 
     Rows of new tokens are initialized to the mean of the rows before them: their logits are the mean of the others, and
-    predictions hardly change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    predictions barely change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
         model: A causal language model of transformers.
@@ -174,7 +174,7 @@ def train_rows(
         The ids of the trained rows by the names of the modules.
 
     Raises:
-        ModelError: A name is neither the embedding's nor the head's, or one can't be trained or made longer.
+        ModelError: A name is neither the embedding's nor the head's, or one can't be trained or extended.
     """
     if not modules and not new_ids:
         return {}
@@ -230,11 +230,11 @@ def _check(name: str, layer: Any, new_ids: range) -> None:
     if new_ids and new_ids.start > size:
         raise ModelError(
             f"data.new_tokens: their first id is {new_ids.start}, but {name} has {size} rows: the tokenizer has tokens "
-            "without rows already. Take the tokenizer that the base was published with."
+            "without rows already. Use the tokenizer that the base was published with."
         )
     if new_ids.stop > size and getattr(layer, "bias", None) is not None:
         raise ModelError(
-            f"data.new_tokens: {name} has {size} rows, each with a bias, and can't be made longer; resize the base "
+            f"data.new_tokens: {name} has {size} rows, each with a bias, and can't be extended; resize the base "
             "with transformers' resize_token_embeddings, save it, and train on that."
         )
 
@@ -249,14 +249,14 @@ def _first_values(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch
 
 
 def _mean_row(weight: torch.Tensor, new_ids: range) -> torch.Tensor:
-    """The mean of the rows before those of new tokens, (features,), fp32."""
+    """Return the mean of the rows before those of new tokens, (features,), fp32."""
     return weight[: new_ids.start].mean(dim=0, dtype=torch.float32)
 
 
 class _LookUp(torch.autograd.Function):
-    """Looks up rows by their places and casts them; the row in the place `padding` gets no gradient.
+    """Look up rows by index and cast them; the row at index `padding` gets no gradient.
 
-    The gradients of a row are summed in fp32: those of a frequent token would lose digits in 16 bits.
+    The gradients of a row are summed in fp32: those of a frequent token would lose precision in 16 bits.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What an adapter is: its ranks, scaling, first values and form, validated once and asked everywhere."""
+"""Specification of an adapter: ranks, scaling, initial values and form, validated once."""
 
 import math
 import re
@@ -25,7 +25,7 @@ class AdapterSpec:
         rank: Rows of A, columns of B.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an input of the low-rank branch while training.
-        init: First values of A: `kaiming`, uniform within ±1 / sqrt(in) as in PEFT, or `gaussian`, with deviation
+        init: Initial values of A: `kaiming`, uniform within ±1 / sqrt(in) as in PEFT, or `gaussian`, with deviation
             1 / rank. B is zero.
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank.
         dtype: Dtype of A and B.
@@ -68,7 +68,7 @@ class AdapterSpec:
             ),
         }
         if wrong := [problem for problem, is_right in problems.items() if not is_right]:
-            raise ModelError("The adapter can't be made:\n" + "\n".join(f"  {problem}" for problem in wrong))
+            raise ModelError("The adapter's settings are invalid:\n" + "\n".join(f"  {problem}" for problem in wrong))
 
     @property
     def scaling(self) -> float:
@@ -76,7 +76,7 @@ class AdapterSpec:
         return scaling(self.rank, self.alpha, self.rslora)
 
     def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B for a weight of (out_features, in_features) in layers that no pattern matches."""
+        """Return the shapes of A and B for a weight of (out_features, in_features) that no pattern matches."""
         return (self.rank, in_features), (out_features, self.rank)
 
     def by_layer(self, names: Iterable[str]) -> dict[str, "AdapterSpec"]:
@@ -122,19 +122,19 @@ def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a name, or the end of one from a dot on, as in PEFT's `get_pattern_key`."""
+    """Return whether a pattern matches a name, or the end of one from a dot on, as in PEFT's `get_pattern_key`."""
     return re.match(_anchored(pattern), name) is not None
 
 
 def is_pattern_map(patterns: object) -> bool:
-    """Whether an object maps patterns to values."""
+    """Return whether an object maps patterns to values."""
     return isinstance(patterns, Mapping) and all(
         isinstance(pattern, str) and is_regex(_anchored(pattern)) for pattern in patterns
     )
 
 
 def is_regex(text: str) -> bool:
-    """Whether a text is a regular expression."""
+    """Return whether a text is a regular expression."""
     try:
         return bool(re.compile(text))
     except (re.error, RecursionError, OverflowError):

@@ -1,4 +1,4 @@
-"""Adapters switched off, so that a model is its base for a while."""
+"""Adapters switched off for a while, so that the model computes what its base computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from qlora.lora.rows import EmbeddingRows
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Make a model compute exactly what its base computes, without a second copy; on exit it is as before.
+    """Make a model compute exactly what its base computes, without a second copy; on exit it is restored.
 
     Rows of new tokens that the base does not have keep their initial value, the mean of the rows before them. No
     dropout is drawn, so the random numbers of training do not change. Contexts can be nested. Run backward passes of
-    the adapted model outside of the context: activation checkpointing computes their forward again as the model is
-    then.
+    the adapted model outside of the context: activation checkpointing recomputes their forward in the
+    model's current state.
 
     Args:
         model: A model with adapters; without any, nothing changes.

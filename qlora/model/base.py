@@ -57,7 +57,8 @@ def load_base(
 
     Raises:
         ModelError: An argument is unknown, the base can't be found, read or loaded, its files lack weights that the
-            model needs, or `on_weight` failed, or was given where no weight is quantized while it is read.
+            model needs, or `on_weight` failed, or no weight is quantized for it
+            to replace.
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
@@ -67,7 +68,9 @@ def load_base(
     dtype = resolve_compute_dtype(compute_dtype, device)
     if on_weight is not None and (quantization == "none" or stored_in == BITSANDBYTES_4BIT):
         remedy = "set quantization: nf4" if quantization == "none" else "use the 16-bit model that it was made from"
-        raise ModelError(f"on_weight replaces weights before they are quantized, and none of {base} are; {remedy}.")
+        raise ModelError(
+            f"on_weight replaces weights before they are quantized, but no weight of {base} is quantized; {remedy}."
+        )
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
@@ -75,7 +78,9 @@ def load_base(
         arguments["quantization_config"] = nf4_settings(double_quant, dtype)
     skeleton = build_skeleton(files, trust_remote_code)
     if stored_in != BITSANDBYTES_4BIT:
-        vars(skeleton.config).pop("quantization_config", None)  # which describes weights that are read decoded
+        vars(skeleton.config).pop(
+            "quantization_config", None
+        )  # it describes the stored weights, which are decoded when read
     weights = BaseWeights(files)
     _check_shapes(weights, base, skeleton)
     tensors: dict[str, Any] = {**weights.lazy()}
@@ -113,21 +118,23 @@ def _bars_on_terminals() -> Iterator[None]:
 
 
 def _check_shapes(weights: BaseWeights, base: str, skeleton: Any) -> None:
-    """Check that the files hold what config.json describes; transformers does not always, and without the names.
+    """Check that the files hold what config.json describes; transformers checks less, and does not name the weights.
 
     Raises:
         ModelError: config.json describes far more parameters than there are, or other shapes.
     """
     problems = []
     described, stored = sum(value.numel() for value in skeleton.parameters()), weights.num_parameters
-    if described > 2 * stored:  # a tied head may count twice; missing weights would take memory before they are missed
-        problems.append(f"config.json asks for {described:,} parameters, and there are {stored:,}")
+    if (
+        described > 2 * stored
+    ):  # a tied head may count twice; missing weights would be allocated before they are reported
+        problems.append(f"config.json describes {described:,} parameters, but the files hold {stored:,}")
     for name, parameter in skeleton.state_dict().items():
         shape = weights.shapes.get(name)
         if shape is not None and not weights.is_4bit(name) and shape != tuple(parameter.shape):
-            problems.append(f"{name} is {shape} where config.json asks for {tuple(parameter.shape)}")
+            problems.append(f"{name} is {shape}, but config.json describes {tuple(parameter.shape)}")
     if problems:
-        raise ModelError(f"{base}: weights and config do not belong together: {_first(problems)}.")
+        raise ModelError(f"{base}: weights and config do not match: {_first(problems)}; download the base again.")
 
 
 def _check_complete(base: str, missing: set[str]) -> None:
@@ -160,12 +167,12 @@ def _first(items: list[str]) -> str:
 
 
 def _take_over_linears(model: Any) -> None:
-    """Replace bitsandbytes' own layers by `NF4Linear`, and remove what transformers keeps of its quantizer."""
+    """Replace bitsandbytes' own layers by `NF4Linear`, and remove transformers' quantizer from the model."""
     for name, module in list(model.named_modules()):
         if is_bitsandbytes_linear(module):
             model.set_submodule(name, NF4Linear.from_linear(module))
     if getattr(model, "is_quantized", False):
-        # What transformers would save, move or cast by these no longer describes the layers.
+        # Transformers saves, moves and casts by these attributes, which no longer describe the layers.
         model.is_quantized = model.is_loaded_in_4bit = False
         model.hf_quantizer = None
         del model.config.quantization_config

@@ -16,7 +16,7 @@ from qlora.nf4 import QUANT_STATE, from_checkpoint_tensors, statistics_by_weight
 class BaseWeights:
     """The weights of a base by their names in its files.
 
-    A weight stored in 4 bits is one entry, together with the statistics that its codes are decoded by. bitsandbytes
+    A weight stored in 4 bits is one entry, together with the statistics that decode its codes. bitsandbytes
     stores it as (out, in), also in models such as GPT-2, whose other files have (in, out).
 
     Args:
@@ -77,7 +77,7 @@ class BaseWeights:
         return from_checkpoint_tensors({key.removeprefix(prefix): self._stored.read(key).to(device) for key in keys})
 
     def lazy(self) -> dict[str, LazyTensor]:
-        """Return everything to load a model from, to be read later; a weight in 4 bits as its several tensors."""
+        """Return all tensors of the files without reading them; a weight in 4 bits is several tensors."""
         return self._stored.lazy()
 
     def _shape(self, name: str) -> tuple[int, ...]:

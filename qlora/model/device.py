@@ -7,7 +7,7 @@ from qlora.errors import ModelError
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device asked for; for `auto` the GPU, or the CPU if there is none.
+    """Return a device by its name; for `auto` the GPU, or the CPU if there is none.
 
     Raises:
         ModelError: The device is not available, or cannot compute.

@@ -1,4 +1,4 @@
-"""Storage formats of a base's weights: those that can be read; any other is refused before anything is loaded."""
+"""Storage formats of a base's weights; unsupported ones are rejected before anything is loaded."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from qlora.nf4 import QUANT_STATE
 
 PLAIN = "16 or 32 bits"
 BITSANDBYTES_4BIT = "bitsandbytes 4-bit"
-# The formats that can be read, each with the class that reads its tensors; one that stores several for a weight decodes
-# them there. bitsandbytes' codes stay as they are: `qlora.model.base_weights` gives them with their statistics.
+# The supported formats, each with the class that reads its tensors and decodes a weight that is stored as several.
+# bitsandbytes' codes are not decoded: `qlora.model.base_weights` returns them with their statistics.
 READERS = {PLAIN: StoredTensors, BITSANDBYTES_4BIT: StoredTensors}
 # Names of formats by their quant_method in config.json; another method keeps its own name.
 METHODS = {"fp8": "FP8", "mxfp4": "MXFP4", "gptq": "GPTQ", "awq": "AWQ"}
@@ -27,14 +27,14 @@ ENDINGS = {
 def weight_format(files: BaseFiles, quantization: str = "nf4") -> str:
     """Return the format of a base's weights, a key of `READERS`.
 
-    config.json declares it; tensors are looked at too if they are there, which `qlora estimate` does not need.
+    config.json declares it; tensors are checked too if they are present, which `qlora estimate` does not need.
 
     Args:
         files: The base's files.
-        quantization: What the weights are asked for as: `nf4` or `none`.
+        quantization: How the weights will be loaded: `nf4` or `none`.
 
     Raises:
-        ModelError: The format is not supported, config.json contradicts the tensors, or 4-bit weights are asked for
+        ModelError: The format is not supported, config.json contradicts the tensors, or 4-bit weights are loaded
             without quantization.
     """
     declared = _declared_format(files)

@@ -1,4 +1,4 @@
-"""The base, adapters, data and optimizer that a config asks for."""
+"""Base, adapters, data and optimizer from the sections of a config."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Loads the base that a config asks for."""
+    """Load the base that a config names, and its tokenizer."""
     return load_base(device=device, **section.model_dump(exclude={"recompute", "weight_cache"}))
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:
-    """The adapters that a config asks for."""
+    """Return the specification of a config's adapters."""
     return AdapterSpec(**section.model_dump(exclude={"targets", "modules_to_save"}))
 
 
 def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)) -> list[str]:
-    """Adds the adapters that a config asks for, and rows to train of embedding and head.
+    """Add a config's adapters to a model, and make rows of its embedding and head trainable.
 
     Args:
         model: A frozen base.
-        section: Of the config.
-        seed: Of the run.
-        new_ids: Of the tokens that the config adds.
+        section: LoRA section of the config.
+        seed: Seed of the run.
+        new_ids: Ids of the tokens that the config adds.
 
     Returns:
         The names of the adapted layers.
@@ -40,11 +40,11 @@ def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)
 
 
 def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
-    """Move the trained parameters of a model into a flat buffer, and make the optimizer that a config asks for.
+    """Move the trained parameters of a model into a flat buffer, and make a config's optimizer.
 
     Args:
-        model: With adapters.
-        section: Of the config.
+        model: Model with adapters.
+        section: Training section of the config.
     """
     rows = {id(each.weight) for _, each in trained_rows(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -77,14 +77,14 @@ def set_tokens(section: DataSection, tokenizer: Any) -> range:
 def datasets_from_section(
     section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
 ) -> Datasets:
-    """Builds the data that a config asks for.
+    """Build a config's training and held-out examples.
 
     Args:
-        section: Of the config.
-        tokenizer: Gets the chat template.
-        seed: Of the run.
-        own_template: The tokenizer is a run's and has the template that it was trained with, whose file may be gone.
-        new_ids: Of tokens that were added; of those that are in no training example the first report tells.
+        section: Data section of the config.
+        tokenizer: Tokenizer; the chat template is set in it.
+        seed: Seed of the run.
+        own_template: Whether the tokenizer is a run's and has its chat template already, whose file may be gone.
+        new_ids: Ids of added tokens; those that are in no training example are noted in the first report.
     """
     datasets = build_datasets(
         tokenizer,
@@ -102,12 +102,12 @@ def datasets_from_section(
     ids = [id_ for id_, count in zip(new_ids, counts, strict=True) if not count]
     if ids:
         absent = map(repr, tokenizer.convert_ids_to_tokens(ids))
-        told = f"new tokens that are in no training example, so nothing is learnt of their use: {', '.join(absent)}"
-        datasets.reports[0].notes.append(told)
+        note = f"new tokens that are in no training example, so their use is not trained: {', '.join(absent)}"
+        datasets.reports[0].notes.append(note)
     return datasets
 
 
 def _source(section: DataSection, source: SourceSection) -> Source:
-    """A source with what it leaves open filled in from the section."""
+    """Return a source, with the values that it does not set taken from the section."""
     shared = {key: getattr(section, key) for key in ("format", "columns", "roles", "max_rows")}
     return Source(**shared | source.model_dump(exclude_none=True))

@@ -32,10 +32,10 @@ def generate(
         prompts: A message of the user, or a conversation as a list of turns (`{"role": …, "content": …}`); or a list of
             either.
         system: The system message of prompts that are a single message.
-        max_new_tokens: The most tokens in an answer.
+        max_new_tokens: Largest number of tokens in an answer.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the most likely tokens that add up to this probability; needs a temperature above 0.
-        seed: Seed of the sampling. Prompt number i is answered with seed + i, whatever the other prompts are.
+        seed: Seed of the sampling. Prompt number i is answered with seed + i, regardless of the other prompts.
         device: Device for a model that is not loaded yet; `auto` takes a GPU if there is one.
 
     Returns:
@@ -71,7 +71,7 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float | None)
     """Check the settings of a generation.
 
     Raises:
-        ConfigError: One is out of range, or top_p is given where nothing is sampled; all problems at once.
+        ConfigError: A setting is out of range, or top_p is given without sampling; all problems at once.
     """
     problems = []
     if max_new_tokens < 1:
@@ -103,7 +103,7 @@ def answer(
         model: A causal language model, with or without adapters.
         tokenizer: Its tokenizer, with a chat template.
         messages: The conversation so far.
-        max_new_tokens: The most tokens in the answer.
+        max_new_tokens: Largest number of tokens in the answer.
         temperature: 0 takes the most likely token each time.
         streamer: A streamer of transformers, which shows tokens as they come.
         top_p: Sample from the most likely tokens that add up to this probability; default: the model's own setting.
@@ -132,7 +132,7 @@ def answer(
 
 
 def end_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: what training teaches through the chat template, EOS, and the model's own."""
+    """Return every id that ends an answer: the chat template's, EOS, and those of the model's generation config."""
     configured = generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({answer_end_id(tokenizer), tokenizer.eos_token_id, *ids} - {None})

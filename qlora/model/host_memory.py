@@ -12,9 +12,9 @@ SMALL, LARGE = 1 << 20, 32 << 20
 def returned_to_system() -> Iterator[None]:
     """Return buffers over 1 MiB to the system as soon as they are freed.
 
-    glibc keeps them once a few were freed; between the weights that stay, what is left of the tensors that were
-    quantized then adds up to more than the 4-bit model. Afterwards it keeps them again, as it would have by then,
-    since training frees and allocates the same sizes in each step. With another C library this does nothing.
+    glibc starts to keep them after a few were freed. While a base is quantized, such freed buffers between the weights
+    that stay add up to more than the 4-bit model. On exit glibc keeps them again, because training frees and allocates
+    the same sizes in each step. With another C library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -1,4 +1,4 @@
-"""Losses as values to pass on, and the supervised one, which never holds the logits of a batch."""
+"""Losses, and the supervised one, which never holds the logits of a whole batch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from qlora.kernels import linear_cross_entropy, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import head_blocks
 
-# Largest relative difference between the chunked loss and that of the model's logits; only the head's product differs.
+# Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
 TOLERANCE = 0.01
-# Largest share of a document's gradient in another document: above zero only for backends that mask by a large number.
+# Largest share of a document's gradient in another one; above zero only for backends that mask with a large number.
 LEAK = 1e-6
-# Largest relative change of a document's states behind another one: 16-bit rounding is below, wrong positions above.
+# Largest relative change of a document's states after another one: rounding in 16 bits is below, wrong positions above.
 CHANGE = 0.05
 
 
@@ -42,7 +42,7 @@ class Loss:
     Attributes:
         compute: Computes the loss of a batch that is on the model's device.
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
-        metrics: Names of the metrics of every :class:`StepLoss`. They are known ahead, because processes add up their
+        metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
     """
 
@@ -66,7 +66,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
     hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
-    recipe = recipe_of(hidden)  # of the last norm, whose input is all that is needed of it
+    recipe = recipe_of(hidden)  # of the last norm, whose input is enough to recompute it
     if recipe is not None:
         (hidden,) = recipe.inputs
     head = model.get_output_embeddings()
@@ -86,7 +86,7 @@ SUPERVISED = Loss(
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """Return a model's arguments for a batch; positions that restart in a row separate its documents, not a mask."""
+    """Return a model's arguments for a batch; positions that restart separate packed documents, not a mask."""
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -104,7 +104,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 
 
 def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExample) -> None:
-    """Check that documents packed into one row don't see each other: the loss of one has no gradient in another.
+    """Check that documents packed into one sequence don't see each other: the loss of one has no gradient in another.
 
     Without a leak that gradient is exactly zero, while outputs also differ by rounding.
 
@@ -133,22 +133,22 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
     before, own = grad[0].float().split([len(first), len(second)])
     leak = (before.norm() / own.norm()).item()
     with torch.no_grad():
-        alone, behind = (
+        alone, after = (
             model.base_model(**_inputs(model, collate(documents, packed=True).to(model.device))).last_hidden_state[0]
             for documents in ([second], [first, second])
         )
     # Positions may be wrong without any leak.
-    change = ((behind[len(first) :] - alone).float().norm() / alone.float().norm()).item()
+    change = ((after[len(first) :] - alone).float().norm() / alone.float().norm()).item()
     if not (leak <= LEAK and change <= CHANGE):
         raise ModelError(
-            f"{type(model).__name__} lets documents packed into one row change each other (gradient of one in another: "
-            f"{leak:.2g} of its own; its states change by {change:.1%}); set data.packing: false."
+            f"{type(model).__name__} lets documents packed into one sequence change each other (gradient of one in "
+            f"another: {leak:.2g} of its own; its states change by {change:.1%}); set data.packing: false."
         )
 
 
 @torch.no_grad()
 def check_loss(model: Any, batch: Batch) -> None:
-    """Compare the loss with that of the model's own logits, which some architectures compute in another way.
+    """Check the loss against that of the model's own logits, which some architectures compute in another way.
 
     Args:
         model: A model with or without adapters; it is left in evaluation mode.
@@ -158,7 +158,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         ModelError: They differ or are not finite, or the model can't run with its layers replaced.
     """
     try:
-        model.train()  # runs the path that some architectures have in training; their dropout changes its loss
+        model.train()  # runs the code that some architectures have for training only; its loss differs by dropout
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()
@@ -176,6 +176,6 @@ def check_loss(model: Any, batch: Batch) -> None:
         )
     if not abs(loss - expected) <= TOLERANCE * abs(expected):
         raise ModelError(
-            f"{type(model).__name__} does more between its hidden states and its logits than is known here (loss "
-            f"{loss:.4f} in chunks, {expected:.4f} by its own logits), so it can't be trained rightly."
+            f"{type(model).__name__} computes its logits from its hidden states in an unsupported way (loss {loss:.4f} "
+            f"in chunks, {expected:.4f} from its own logits), so training would be wrong; use another architecture."
         )

@@ -9,7 +9,7 @@ from qlora.errors import ModelError
 from qlora.files.stored import LazyTensor
 from qlora.model.quantization import QuantizedLayer
 
-# Takes a layer's name and its weight, (out, in); returns the weight to quantize in its place.
+# Takes a layer's name and its weight, (out, in); returns the weight to quantize instead.
 OnWeight = Callable[[str, torch.Tensor], torch.Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def replace_when_read(
     tensors: Mapping[str, LazyTensor], layers: Mapping[str, QuantizedLayer], on_weight: OnWeight
 ) -> dict[str, Any]:
-    """Have `on_weight` replace the weight of each layer at the moment its tensor is read.
+    """Replace the weight of each layer by what `on_weight` returns, when its tensor is read.
 
     Args:
         tensors: All tensors by their names in the files, not read yet.

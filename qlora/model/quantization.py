@@ -41,12 +41,12 @@ def find_quantized_layers(skeleton: Any, settings: Any, base: str, stored: Itera
 
     Args:
         skeleton: The model without weights. Its linear layers are replaced by bitsandbytes'.
-        settings: As :func:`nf4_settings` returns them.
+        settings: Settings that :func:`nf4_settings` returned.
         base: Name of the base, for messages.
         stored: Names of the tensors in its files.
 
     Raises:
-        ModelError: A layer is not one tensor as stored, but a part of one or several together.
+        ModelError: A layer is not stored as one tensor, but as a part of one or as several.
     """
     from transformers.quantizers import AutoHfQuantizer
 

@@ -59,7 +59,7 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
 
 
 def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Load a run, one of its checkpoints, or any model folder or hub id as it is stored, with a chat template in place.
+    """Load a run, one of its checkpoints, or any model folder or hub id as it is stored, with a chat template set.
 
     Raises:
         CheckpointError: A run is damaged.

@@ -1,4 +1,4 @@
-"""A base's architecture without weights, built from a config that anyone may have written."""
+"""A base's architecture without weights, built from an untrusted config."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.model.formats import weight_format
 
-# Config keys that count modules, and how many a model may have of each.
+# Config keys that count modules, and the largest number of each.
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
 MAX_COUNT = 10_000
 # Config keys that may name a kernel to download from the hub.
@@ -21,7 +21,7 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
     """Build a base's architecture without weights, on the meta device.
 
     Args:
-        files: The base's files; its config.json is all that is needed.
+        files: The base's files; only config.json is read.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -42,27 +42,27 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
 
 
 def reason_for_users(error: Exception, trust_remote_code: bool) -> str:
-    """Return the message of an error of transformers; where it asks to run code, with the setting's name here."""
+    """Return the message of an error of transformers; if it asks to run code, name the setting that allows it."""
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return (
-            "it comes with code of its own, which runs with all your rights; read it, and set model.trust_remote_code: "
-            "true (--trust-remote-code) if you trust it"
+            "it comes with code of its own, which would run with your permissions; read it, and set "
+            "model.trust_remote_code: true (--trust-remote-code) if you trust it"
         )
     return str(error) or type(error).__name__
 
 
 def _check_config(files: BaseFiles) -> None:
-    """Check that a config asks neither for code from the hub nor for more modules than any model has.
+    """Check that a config names no code from the hub, and no more modules than any model has.
 
     Each module takes memory by itself, even on the meta device, where weights take none.
     """
     for key, value in _walk(files.config):
         if key.endswith(KERNEL_KEYS) and isinstance(value, str) and "/" in value:
-            raise ModelError(
-                f"{files.name}: config.json asks for code from the hub, {key}: {value!r:.80}; take it out."
-            )
+            raise ModelError(f"{files.name}: config.json asks for code from the hub, {key}: {value!r:.80}; remove it.")
         if COUNT_KEYS.search(key) and isinstance(value, int | float) and value > MAX_COUNT:
-            raise ModelError(f"{files.name}: config.json asks for {key}: {value}, and no model has over {MAX_COUNT}.")
+            raise ModelError(
+                f"{files.name}: config.json asks for {key}: {value}, but no model has over {MAX_COUNT}; correct it."
+            )
 
 
 def _walk(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

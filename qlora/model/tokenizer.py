@@ -20,7 +20,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Run code that comes with it.
 
     Raises:
-        ModelError: The folder has no tokenizer, or one that needs code that may not be run or cannot be used.
+        ModelError: The folder has no tokenizer, or it can't be used, or needs code that may not be run.
     """
     from transformers import AutoTokenizer
 
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """Load how a model generates by default; transformers' defaults if its folder has no such file.
+    """Load a model's generation config; transformers' defaults if its folder has none.
 
     Raises:
         ModelError: The file is damaged, or its end tokens are not ids.
@@ -49,15 +49,21 @@ def load_generation_config(folder: Path) -> Any:
         raise ModelError(f"{folder / GENERATION_FILE} can't be read: {error}; download it again.") from error
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
-        raise ModelError(f"{folder / GENERATION_FILE}: eos_token_id {config.eos_token_id!r:.80} is no id.")
+        raise ModelError(
+            f"{folder / GENERATION_FILE}: eos_token_id {config.eos_token_id!r:.80} is not an id; download it again."
+        )
     return config
 
 
 def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Check that ids are small enough for a model and that templates have names they can be saved under."""
+    """Check that ids are small enough for a model, and that templates' names are file names."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= MAX_VOCABULARY:
-        raise ModelError(f"{folder}: the tokenizer has the id {largest}, and no model has {MAX_VOCABULARY} tokens.")
+        raise ModelError(
+            f"{folder}: the tokenizer has the id {largest}, but no model has {MAX_VOCABULARY} tokens; use another one."
+        )
     for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not TEMPLATE_NAME.fullmatch(name):
-            raise ModelError(f"{folder}: the tokenizer has a chat template named {name!r:.80}, which is no file name.")
+            raise ModelError(
+                f"{folder}: the tokenizer has a chat template named {name!r:.80}, which is not a file name; rename it."
+            )

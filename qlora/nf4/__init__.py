@@ -1,4 +1,4 @@
-"""The one door to bitsandbytes' 4-bit: quantize, dequantize, NF4Linear, and 4-bit weights in checkpoint files."""
+"""The only interface to bitsandbytes' 4-bit format: quantization, NF4Linear, and 4-bit weights in checkpoint files."""
 
 import logging
 

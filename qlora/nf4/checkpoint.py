@@ -39,7 +39,7 @@ def statistics_by_weight(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def from_checkpoint_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, "QuantState"]:
-    """Read a weight that bitsandbytes stored.
+    """Read a weight in the format that bitsandbytes stores.
 
     Args:
         tensors: `weight` and its statistics, `weight.*`, by these names. The mapping is left unchanged.

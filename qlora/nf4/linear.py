@@ -34,7 +34,7 @@ class NF4Linear(nn.Module):
     """A frozen linear layer in NF4.
 
     bitsandbytes' own `Linear4bit` is never used in a forward: its inference path repacks the weight in place
-    on some CPUs, after which neither gradients nor saved files are right.
+    on some CPUs, which makes gradients and saved files wrong.
 
     Args:
         packed: Codes, uint8, as :func:`qlora.nf4.quantize` gives them.
@@ -86,7 +86,7 @@ class NF4Linear(nn.Module):
             cached = None
         if cached is not None and not deltas:
             return cached
-        # bitsandbytes gives a new tensor on CPUs, whatever `out` is.
+        # bitsandbytes returns a new tensor on CPUs, regardless of `out`.
         is_new = lasting or (on_cpu and cached is None)
         out = None if is_new else scratch(self.quant_state.shape, dtype, self.weight.device)
         if cached is not None and on_cpu:
@@ -110,16 +110,16 @@ class NF4Linear(nn.Module):
         return self._cached is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of `x`."""
+        """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
         return _DequantizedLinear.apply(x, self)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weight and its statistics."""
+        """Number of bytes of the weight and its statistics."""
         return nf4_num_bytes(self.weight, self.quant_state)
 
     def extra_repr(self) -> str:
-        """Sizes, as `nn.Linear` prints them."""
+        """Return the sizes as `nn.Linear` prints them."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -138,7 +138,7 @@ class NF4Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # The statistics lie under the weight's name, where torch expects nothing.
+        # The statistics have names below the weight's, where torch expects none.
         key = f"{prefix}weight"
         given = {name.removeprefix(f"{key}."): state_dict[name] for name in state_dict if name.startswith(f"{key}.")}
         own = self.quant_state.as_dict(packed=True)
@@ -168,7 +168,7 @@ class NF4Linear(nn.Module):
         self.uncache_weight()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
-        # The statistics follow the weight to its device, and never its dtype: they are what undoes it.
+        # The statistics follow the weight to its device and keep their dtype, because dequantization needs it.
         super()._apply(fn, recurse)
         self.uncache_weight()
         self.quant_state.to(self.weight.device)

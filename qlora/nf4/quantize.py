@@ -17,10 +17,10 @@ BLOCK_SIZE = 64
 # In double quantization, the absmax values of this many blocks share a scale.
 NESTED_BLOCK_SIZE = 256
 
-# By device: the kinds of weight for which the fused kernel gave bitsandbytes' bits (each kind is compiled separately),
-# and why it is not used.
-_proven: set[tuple[object, ...]] = set()
-_given_up: dict[torch.device, str] = {}
+# The kinds of weight, with their device, for which the fused kernel matched bitsandbytes bit for bit (each kind is
+# compiled separately), and the devices on which it is not used, with the reason.
+_verified: set[tuple[object, ...]] = set()
+_rejected: dict[torch.device, str] = {}
 
 
 def quantize(
@@ -76,14 +76,14 @@ def dequantize(
     if _unfused_reason(device) is not None:
         return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     kind = _kind(device, dtype, state, delta)
-    if kind in _proven:
+    if kind in _verified:
         return _dequantize_fused(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
     wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     try:
         if delta is None:
             is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
-        else:  # with random values: B is zero at first, and would not show a difference
+        else:  # with random values: B starts at zero and would hide a difference
             trial = _random_delta(delta)
             is_same = _close(
                 _dequantize_fused(packed, state, dtype, delta=trial),
@@ -91,13 +91,13 @@ def dequantize(
             )
     except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
         message = " ".join(str(error).split())[:200]
-        _given_up[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
+        _rejected[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
         return wanted
     if is_same:
-        _proven.add(kind)
+        _verified.add(kind)
     else:
         shape = " × ".join(map(str, wanted.shape))
-        _given_up[device] = f"the fused kernel gave other bits for a {shape} weight in {dtype}"
+        _rejected[device] = f"the fused kernel gave other bits for a {shape} weight in {dtype}"
     return wanted
 
 
@@ -107,13 +107,13 @@ def dequantize_path(device: torch.device) -> str:
     reason = _unfused_reason(device)
     if reason is not None:
         return f"bitsandbytes: {reason}"
-    if any(kind[0] == device for kind in _proven):
+    if any(kind[0] == device for kind in _verified):
         return "fused kernel: it gave bitsandbytes' bits here"
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
 def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
-    """Return what the fused kernel is compiled for."""
+    """Return the properties that the fused kernel is compiled for."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
     if delta is None:
         return kind
@@ -122,7 +122,7 @@ def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: 
 
 
 def _random_delta(delta: LowRank) -> LowRank:
-    generator = torch.Generator().manual_seed(0)  # a run's own must not advance
+    generator = torch.Generator().manual_seed(0)  # not the run's generator, which must not advance
     A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
     return LowRank(A, B, delta.scaling)
 
@@ -132,7 +132,7 @@ def _unfused_reason(device: torch.device) -> str | None:
         return "the fused kernel is for CUDA"
     if not HAS_TRITON:
         return "Triton is not installed"
-    return _given_up.get(device)
+    return _rejected.get(device)
 
 
 def _dequantize_fused(

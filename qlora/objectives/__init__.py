@@ -1,4 +1,4 @@
-"""What is learned: objectives, each in a file of its own."""
+"""Training objectives, one per file."""
 
 from qlora.objectives.from_config import objective_from_section
 from qlora.objectives.objective import Objective

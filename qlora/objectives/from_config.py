@@ -1,4 +1,4 @@
-"""The objective that a config names: the list of all there are."""
+"""The objectives by name, and the one that a config names."""
 
 from qlora.config import TrainSection
 from qlora.objectives.objective import Objective

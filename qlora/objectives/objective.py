@@ -1,4 +1,4 @@
-"""What a run learns: its loss, and the formats of rows that the loss can be computed from."""
+"""A training objective: a loss, and the formats of rows that it can be computed from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from qlora.model import Loss
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a run learns from its rows.
+    """What a run trains for.
 
     Attributes:
         name: Value of `train.objective`.
         loss: Loss to train and evaluate with.
-        formats: Formats of rows that it learns from, of :data:`qlora.data.formats.FORMATS`.
-        remedies: What to do about rows of other formats, if there is more to say than which formats it learns from.
+        formats: Formats of rows that it supports, of :data:`qlora.data.formats.FORMATS`.
+        remedies: What to do about rows of another format, by format; default: name the supported formats.
     """
 
     name: str

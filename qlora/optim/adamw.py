@@ -11,20 +11,20 @@ from qlora.optim.rounding import TEMPORARY_BYTES, stochastic_round
 ROUNDINGS = ("stochastic", "master", "nearest")
 # Names of the state's buffers: the two moments, and the scales of their blocks in 8 bits.
 MOMENTS, SCALES = ("state1", "state2"), ("absmax1", "absmax2")
-# Parameters rounded at a time, which bounds the memory that rounding takes.
+# Number of parameters rounded at a time, which bounds the memory that rounding takes.
 BLOCK = 1 << 22
-# Bytes per parameter that counting the unchanged ones takes for a moment.
+# Temporary bytes per parameter for counting the unchanged ones.
 COUNTING_BYTES = 3
 
 
 class FlatAdamW:
-    """AdamW (arXiv:1711.05101) on a flat buffer: one kernel per step and group, whatever the number of adapters.
+    """AdamW (arXiv:1711.05101) on a flat buffer: one kernel per step and group, regardless of the number of adapters.
 
     The update is computed in fp32. Parameters in bf16 take it without losing small updates: rounded stochastically, or
     as a copy of an fp32 master. See :class:`qlora.optim.FlatOptimizer` for the attributes and methods.
 
     Args:
-        flat: Parameters and their gradients; on the meta device, only the byte counts can be asked for.
+        flat: Parameters and their gradients; on the meta device, only the byte counts are available.
         bits: Bits per element of each moment, 8 or 32. 8-bit state has a scale for every block of 256 elements.
         paged: Keep the moments in CUDA's managed memory, which the driver moves to the host when the device is full.
             Without CUDA they are in plain memory, and `is_paged` is False.
@@ -69,7 +69,7 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """Update the parameters in place from the flat gradient."""
         self.step_count += 1
-        # A copy: where nothing is rounded, the update would otherwise be made in the parameters themselves.
+        # A copy: otherwise fp32 parameters would be updated in place, before unchanged ones are counted.
         is_master = self.rounding == "master"
         weights = self._buffers["master"] if is_master else self.flat.data.to(torch.float32, copy=True)
         for group in self.flat.groups:
@@ -156,7 +156,7 @@ class FlatAdamW:
 
     @cached_property
     def _quant_maps(self) -> list[torch.Tensor]:
-        """The values that 8-bit codes of the two moments stand for."""
+        """Values of the 8-bit codes of the two moments."""
         return [_kernels().create_dynamic_map(signed=signed).to(self.flat.data.device) for signed in (True, False)]
 
     def _allocate(self, dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +168,7 @@ class FlatAdamW:
 
 
 def _part(buffer: torch.Tensor, span: slice) -> torch.Tensor:
-    """Some elements of a moment, marked as managed memory if the whole is: bitsandbytes looks for these attributes."""
+    """Return some elements of a moment, with the attributes by which bitsandbytes recognizes managed memory."""
     part = buffer[span]
     for mark in ("is_paged", "page_deviceid"):
         if hasattr(buffer, mark):
@@ -177,7 +177,7 @@ def _part(buffer: torch.Tensor, span: slice) -> torch.Tensor:
 
 
 def _kernels() -> Any:
-    """bitsandbytes' kernels; imported at first use, as they bring torch's compiler with them: a second and a half."""
+    """Return bitsandbytes' kernels, imported at first use: they import torch's compiler, which takes 1.5 seconds."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional

@@ -1,7 +1,7 @@
 """One buffer for all trained parameters and one for their gradients.
 
 Clipping, the update, the all-reduce, paging and the checkpoint become one call each, and state is paged and
-held in 8 bits whatever the size of a single factor.
+quantized to 8 bits regardless of the size of a single factor.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,17 +28,17 @@ class Group:
 
 
 class FlatParameters:
-    """Moves parameters into one flat buffer; each parameter becomes a view of it.
+    """Parameters moved into one flat buffer; each parameter becomes a view of it.
 
     Args:
         parameters: Names and parameters, all of one dtype on one device.
-        rate_of: Factor on the learning rate of a parameter, by its name. Parameters with the same factor lie together.
+        rate_of: Factor on the learning rate of a parameter, by its name. Parameters with the same factor are adjacent.
 
     Attributes:
         data: (size,), in the parameters' dtype, with unused padding between them.
         grad: (size,), fp32. Micro-batches add up here without losing small terms to bf16.
         names: Names of the parameters, in the buffer's order.
-        groups: One for each factor on the learning rate, in the buffer's order; together they cover the buffer.
+        groups: One group for each factor on the learning rate, in the buffer's order; together they cover the buffer.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The optimizers that a run can use, and what each of them does."""
+"""The optimizers that a run can use, by name, and their common interface."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,17 +34,17 @@ class FlatOptimizer(Protocol):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state on the device."""
+        """Number of bytes of the state."""
 
     @property
     def update_bytes(self) -> int:
-        """Bytes that :meth:`step` takes for a moment, besides parameters, gradients and state."""
+        """Number of temporary bytes in :meth:`step`, besides parameters, gradients and state."""
 
     def step(self, learning_rate: float) -> None:
         """Update the parameters in place from the flat gradient; each group at its factor times the learning rate."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that a continued run needs; the live buffers, not copies."""
+        """Return everything that a continued run needs: the live buffers, not copies."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore :meth:`state_dict` by copying.
@@ -54,7 +54,7 @@ class FlatOptimizer(Protocol):
         """
 
 
-# By the names of `train.optimizer`.
+# Optimizers by their names in `train.optimizer`.
 OPTIMIZERS: dict[str, Callable[..., FlatOptimizer]] = {
     "paged_adamw_8bit": partial(FlatAdamW, bits=8, paged=True),
     "paged_adamw_32bit": partial(FlatAdamW, bits=32, paged=True),

@@ -2,7 +2,7 @@
 
 import torch
 
-# Bytes that rounding one element takes for a moment, besides the element itself.
+# Temporary bytes for rounding one element, besides the element itself.
 TEMPORARY_BYTES = 15
 
 
@@ -10,7 +10,7 @@ def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.
     """Round fp32 to bf16, up or down with the probability that makes the expected value exact.
 
     A bf16 weight has 8 bits of precision: an update below 1/512 of it is lost whenever it is rounded to
-    nearest, and survives on average here.
+    nearest, and is kept on average here.
 
     Args:
         values: fp32.

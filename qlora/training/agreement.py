@@ -13,7 +13,7 @@ def check_same(processes: Processes, facts: Mapping[str, Any]) -> None:
 
     Args:
         processes: Processes of the run.
-        facts: JSON values by the names under which an error shows them.
+        facts: JSON values by their names in the error message.
 
     Raises:
         ConfigError: They differ; the error is the same on every process.

@@ -34,19 +34,19 @@ from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
 
 # Number of tokens that the loss is checked on.
-TRIED_TOKENS = 16
+CHECKED_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run would do, known before its first step.
+    """Plan of a run, complete before its first step.
 
     Attributes:
         total_steps: Number of optimizer steps of the whole run.
         steps_per_epoch: Number of optimizer steps that see every example once.
         inventory: Parameters of the model: quantized, adapted, or neither.
         datasets: Training and held-out examples.
-        in_use: What the run uses at its start.
+        in_use: Devices, dtypes, kernels and levels that the run uses at its start.
         notes: What a user should know before the first step.
     """
 
@@ -58,14 +58,14 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         inventory, in_use = self.inventory, self.in_use
         return (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
             f"state {'' if in_use.optimizer_state_paged else 'not '}paged; recompute {in_use.recompute} "
-            f"({in_use.recompute_why}), {in_use.weights_kept} dequantized weights kept"
+            f"({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
         )
 
 
@@ -75,14 +75,14 @@ class Assembly:
 
     Attributes:
         config: Config of the run.
-        objective: What is learned.
+        objective: Objective that is trained for.
         files: Files of the base.
         model: Model with adapters, in training mode.
         tokenizer: Tokenizer with the run's chat template and new tokens.
         optimizer: Optimizer over the trained parameters.
         processes: Processes of the run.
         batches: Plan of the examples of each step.
-        plan: What the run would do.
+        plan: Plan of the run.
     """
 
     config: RunConfig
@@ -112,7 +112,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     """Load base and data, and add adapters and optimizer.
 
     Raises:
-        QLoRAError: Anything wrong that shows before the first step, on every process.
+        QLoRAError: A check before the first step failed; the error is the same on every process.
     """
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
@@ -128,7 +128,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         if problems := objective.unsupported_reasons(datasets.reports):
             raise ConfigError("\n".join(problems))
         model, attention, activations = _load_checked(config, processes, datasets, new_ids)
-    # Before memory is fitted, where the processes exchange a number for every level that they try.
+    # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
@@ -186,9 +186,9 @@ def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, n
     model, _ = base_from_section(config.model, processes.device)
     adapt(model, config.lora, config.train.seed, new_ids)
     _check_fit(model, datasets)
-    tried = datasets.train[0].input_ids[:TRIED_TOKENS]
-    others = (tried + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
-    example, other = (make_example(ids, [True] * len(tried)) for ids in (tried, others))
+    ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
+    other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
+    example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
     check_loss(model, collate([example]).to(processes.device))
     attention = model.config._attn_implementation
     if config.model.attention == "auto":
@@ -196,12 +196,12 @@ def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, n
     if config.data.packing:
         check_isolation(model, example, other)
     activations = rebuild_activations(model)
-    check_loss(model, collate([example]).to(processes.device))  # again, as it will be trained
+    check_loss(model, collate([example]).to(processes.device))  # again, with the modules that will be trained
     return model.train(), attention, activations
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:
-    """Build data on the first process, then on the others, which read what it cached."""
+    """Build data on the first process, then on the others, which read its cache."""
     with processes.raise_together():
         datasets = build() if processes.is_first else None
     with processes.raise_together():
@@ -209,7 +209,7 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
 
 
 def _check_fit(model: Any, datasets: Datasets) -> None:
-    """Check that the model has an embedding for every id and enough positions; on a GPU a missing one is fatal.
+    """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
 
     Raises:
         DataError: An embedding or a position is missing.
@@ -219,8 +219,8 @@ def _check_fit(model: Any, datasets: Datasets) -> None:
     largest = max(store.largest_id() for store in stores)
     if largest >= num_embeddings:
         raise DataError(
-            f"The tokenizer gives id {largest}, but the model embeds {num_embeddings} tokens: they do not belong "
-            "together, or tokens were added without rows for them; name those to add in data.new_tokens."
+            f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
+            "or tokens were added without rows for them; name those to add in data.new_tokens."
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(int(store.lengths.max()) for store in stores)

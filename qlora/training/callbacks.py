@@ -1,4 +1,4 @@
-"""Callbacks of a run: code of a user that is called while it trains."""
+"""Callbacks of a run: user code that is called while it trains."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

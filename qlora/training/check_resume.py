@@ -47,29 +47,29 @@ def check_resume(config: RunConfig) -> ResumeCheck:
     not touched. Each session is a process of its own, as after a reboot.
 
     Raises:
-        QLoRAError: The config's run can't be begun.
+        QLoRAError: The config's run can't be started.
     """
     config = absolute_paths(config)
     parents = Path(config.train.output_dir).expanduser().parents
-    beside = next(each for each in parents if each.is_dir())
+    parent = next(each for each in parents if each.is_dir())
     try:
-        temporary = TemporaryDirectory(prefix=".check-resume-", dir=beside)
+        temporary = TemporaryDirectory(prefix=".check-resume-", dir=parent)
     except OSError as error:
-        raise CheckpointError(f"{beside} can't be written: {error}; choose another train.output_dir.") from error
+        raise CheckpointError(f"{parent} can't be written: {error}; choose another train.output_dir.") from error
     with temporary as folder:
         whole, stopped, again = (RunDirectory(Path(folder) / name) for name in ("whole", "stopped", "again"))
-        _train_apart(config, whole)
-        _train_apart(config, stopped, STEPS // 2)
-        _train_apart(config, stopped)
+        _train_in_process(config, whole)
+        _train_in_process(config, stopped, STEPS // 2)
+        _train_in_process(config, stopped)
         differing = _differing(stopped, whole)
         repeats = None
         if differing:
-            _train_apart(config, again)
+            _train_in_process(config, again)
             repeats = not _differing(again, whole)
     return ResumeCheck(not differing, STEPS, STEPS // 2, differing, repeats)
 
 
-def _train_apart(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
+def _train_in_process(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
     """Train in a new process, which shares only the disk with the others."""
     values = {"output_dir": str(run.path), "max_steps": STEPS, "eval_every": 2, "save_every": None, "log_every": 1}
     section = config.train.model_copy(update=values | {"trackers": []})
@@ -81,16 +81,16 @@ def _train_apart(config: RunConfig, run: RunDirectory, stop_at: int | None = Non
 def _differing(run: RunDirectory, expected: RunDirectory) -> list[str]:
     names = sorted(path.relative_to(expected.path) for path in _files(expected))
     found = {path.relative_to(run.path) for path in _files(run)}
-    apart = [str(name) for name in names if name not in found or _bytes(run, name) != _bytes(expected, name)]
+    differing = [str(name) for name in names if name not in found or _bytes(run, name) != _bytes(expected, name)]
     for line, other in zip(run.read_metrics(), expected.read_metrics(), strict=False):
-        apart += [
-            f"step {other['step']}, {key}: {line.get(key)!r}, and {value!r} in the run that was not stopped"
+        differing += [
+            f"step {other['step']}, {key}: {line.get(key)!r}, but {value!r} in the run that was not stopped"
             for key, value in other.items()
             if key not in VOLATILE and line.get(key) != value
         ]
     if len(run.read_metrics()) != len(expected.read_metrics()):
-        apart.append("metrics.jsonl: its number of lines")
-    return apart
+        differing.append("metrics.jsonl: number of lines")
+    return differing
 
 
 def _files(run: RunDirectory) -> list[Path]:

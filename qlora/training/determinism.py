@@ -1,4 +1,4 @@
-"""Runs that repeat the same bytes on one machine."""
+"""Deterministic algorithms, with which a run repeats the same bytes on one machine."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WORKSPACE_VARIABLE, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Context in which torch uses deterministic algorithms only, if wanted.
+    """Let torch use deterministic algorithms only in the body, if wanted.
 
     Raises:
         ModelError: An operation has none.
@@ -33,17 +33,17 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             raise
         raise ModelError(
             f"train.deterministic: {str(error).splitlines()[0]} Set train.deterministic: false, or model.attention: "
-            "eager if it is the attention's."
+            "eager if the operation is attention."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 def describe_determinism(wanted: bool, device: torch.device) -> str | None:
-    """Return what is known about repeating a run's bytes; None if the config does not ask for it."""
+    """Describe which parts of a run are deterministic; None if the config does not ask for it."""
     if not wanted:
         return None
-    told = "torch takes deterministic algorithms alone"
+    description = "torch uses deterministic algorithms only"
     if device.type == "cpu":
-        return told
-    return f"{told}; it does not watch the kernels of bitsandbytes, Triton and liger-kernel"
+        return description
+    return f"{description}; the kernels of bitsandbytes, Triton and liger-kernel are not checked"

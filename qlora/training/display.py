@@ -1,4 +1,4 @@
-"""What a run shows on the screen: a progress line on a terminal, timestamped lines elsewhere, or nothing."""
+"""Output of a run on the screen: a progress line on a terminal, timestamped lines elsewhere, or nothing."""
 
 import time
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Display:
             self._bar.start()
 
     def show(self, lines: Sequence[str]) -> None:
-        """Print lines that only inform."""
+        """Print informational lines."""
         if self._is_shown:
             for line in lines:
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -44,7 +44,7 @@ class Display:
         self.show(lines)
 
     def show_step(self, step: int, text: str) -> None:
-        """Show what a logged step did."""
+        """Show a logged step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
@@ -53,7 +53,7 @@ class Display:
             )
 
     def show_event(self, step: int, text: str) -> None:
-        """Print what happened at a step."""
+        """Print an event at a step."""
         self.show([f"step {step:,}/{self._total:,}  {text}"])
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The peak memory of a config's run, without its model."""
+"""Prediction of a run's peak memory, without loading its model."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -22,7 +22,7 @@ class EvaluationReport:
     Attributes:
         model: The model evaluated: a base, or a base with the adapter of a run.
         examples: Number of examples.
-        supervised_tokens: Number of tokens that the loss is the mean of.
+        supervised_tokens: Number of tokens that the loss is averaged over.
         loss: Mean over supervised tokens by their weights, in nats.
         perplexity: exp(loss).
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
@@ -58,7 +58,7 @@ def evaluate(
     Args:
         target: A run, one of its checkpoints, a config file, or a config of :func:`qlora.load_config`.
         data: A file to evaluate on instead of the examples that the config holds out; every row counts.
-        batch_size: Examples at a time.
+        batch_size: Number of examples per batch.
         device: `auto` takes a GPU if there is one.
 
     Raises:
@@ -75,7 +75,7 @@ def evaluate(
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
         set_special_tokens(tokenizer, own)
     if data is not None:
-        # Every row of the file counts, however few of its own the run was trained on.
+        # Every row of the file counts, even if the run limits the rows that it trains on.
         whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)

@@ -1,4 +1,4 @@
-"""A config and rows as Python code gives them: a file, a dict or a RunConfig, and rows in memory."""
+"""A config and rows that Python code passes: a file, a dict or a RunConfig, and rows in memory."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -17,7 +17,7 @@ MAX_SKIPPED, MAX_SKIPPED_SHARE = 10, 0.01
 
 
 class StepGuard:
-    """Records steps that fail, and lets the run continue if it can.
+    """Record steps that fail, and let the run continue if it can.
 
     Args:
         run: Directory of the run; steps to replay are saved in it.
@@ -27,7 +27,7 @@ class StepGuard:
         in_use: What the run uses when the session starts.
 
     Attributes:
-        in_use: What the run uses now: replaced when memory runs out.
+        in_use: What the run uses now; replaced when memory runs out.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class StepGuard:
         """Save the step for replay; then skip it if the config says so.
 
         Raises:
-            ModelError: The config does not say so, or too many steps were skipped.
+            ModelError: The config stops at such a step, or too many steps were skipped.
         """
         assembly, rows = self._assembly, self._rows(found.suspects)
         saved = self._save(found, rows)
-        message = f"{found.message} The step trained on rows {describe_rows(rows)}. {saved}"
+        message = f"{found.message} It trained on rows {describe_rows(rows)}. {saved}"
         if assembly.config.train.on_nonfinite == "stop":
-            raise ModelError(f"{message} To go on without such steps, set train.on_nonfinite: skip.")
+            raise ModelError(f"{message} To continue without such steps, set train.on_nonfinite: skip.")
         most = max(MAX_SKIPPED, int(MAX_SKIPPED_SHARE * assembly.plan.total_steps))
         if self._progress.skipped >= most:
-            raise ModelError(f"{message} {most} steps were skipped before it, and no more are.")
+            raise ModelError(f"{message} {most} steps were skipped already, which is the limit.")
         numbers = f"skipped: the loss is {found.loss}, the gradient's norm {found.grad_norm}."
         self._log.log_event(found.step + 1, "skipped", numbers, rows)
         self._log.announce([saved])
@@ -72,12 +72,12 @@ class StepGuard:
             weights_kept=weights_kept,
             micro_batch_parts=self._progress.num_parts,
         )
-        self._log.log_event(step + 1, "out_of_memory", f"memory ran out: {change}; the step is repeated.")
+        self._log.log_event(step + 1, "out_of_memory", f"memory ran out: {change}; the step is retried.")
 
     def note(self, report: StepReport) -> None:
         """Log a loss spike with the rows of its step."""
         if report.spike_above is not None:
-            change = f"the loss leapt to {report.loss:.4f} from about {report.spike_above:.4f}."
+            change = f"the loss jumped to {report.loss:.4f} from about {report.spike_above:.4f}."
             self._log.log_event(self._progress.step, "loss_spike", change, self._rows(report.examples))
 
     def _save(self, found: NonFinite, rows: dict[str, list[int]]) -> str:
@@ -92,8 +92,8 @@ class StepGuard:
         try:
             if self._assembly.processes.is_first:
                 save_step(path, self._assembly.loop_parts, found.step, self._progress.num_parts, about)
-        except CheckpointError as problem:  # must not hide why the step is saved
-            return f"It is not kept for replay: {problem}"
+        except CheckpointError as problem:  # must not hide the error for which the step is saved
+            return f"It could not be saved for replay: {problem}"
         return f"To see where it breaks: qlora train --replay {path}."
 
     def _rows(self, indices: Sequence[int]) -> dict[str, list[int]]:

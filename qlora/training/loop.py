@@ -20,7 +20,7 @@ from qlora.training.seeds import seed_step
 
 @dataclass(frozen=True, slots=True)
 class LoopParts:
-    """What every step uses.
+    """Parts of a run that every step uses.
 
     Attributes:
         model: Model with adapters, in training mode, on the processes' device.
@@ -107,7 +107,7 @@ class NonFinite:
 
     @property
     def message(self) -> str:
-        """What happened, and what to do, for a user."""
+        """Message for the user: what happened, and what to do."""
         return (
             f"Step {self.step + 1}: the loss is {self.loss} and the gradient's norm {self.grad_norm}. Nothing was "
             "updated; lower train.learning_rate, or set model.compute_dtype to bfloat16 or float32 if it is float16."
@@ -126,12 +126,12 @@ def refuse_out_of_memory(step: int) -> Never:
 
 @dataclass(frozen=True, slots=True)
 class LoopCallbacks:
-    """What the loop calls.
+    """Functions that the loop calls.
 
     Attributes:
-        after_step: Called after every step; logs, evaluates, saves, and returns whether to continue, the same on every
-            process.
-        stop_asked: Returns whether this process wants to stop; every process finds in the step's report whether any
+        after_step: Called after every step; logs, evaluates and saves. Returns whether to continue, the same on
+            every process.
+        stop_asked: Returns whether this process wants to stop; the step's report says on every process whether any
             of them does.
         on_nonfinite: Called on every process with a step whose numbers are not finite; raises, or the step is skipped.
         on_out_of_memory: Called on every process with a step, from 0, if memory ran out on any of them; raises, or
@@ -147,16 +147,16 @@ class LoopCallbacks:
 def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callbacks: LoopCallbacks) -> None:
     """Train from `progress` until the last step, or until `after_step` returns False.
 
-    A step's gradient is the sum over its micro-batches and processes, divided by the units of the whole window: how a
-    window is cut into micro-batches or spread over processes makes no difference. The host waits for the device once
+    A step's gradient is the sum over its micro-batches and processes, divided by the units of the whole window: it
+    does not depend on how the window is split into micro-batches or over processes. The host waits for the device once
     a step, between the gradient and its use. A step in which memory ran out changes nothing, and is retried once
     memory was freed.
 
     Args:
-        parts: What every step uses.
+        parts: Parts of the run.
         progress: Where to start; changed in place.
         schedule: How long and how fast to train.
-        callbacks: What is called during and after a step.
+        callbacks: Functions that are called during and after a step.
 
     Raises:
         ModelError: An adapter got no gradient in the first step, or a callback raised it.
@@ -194,7 +194,7 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
             continue
         is_first_update = optimizer.step_count == 0
         is_finite = math.isfinite(mean) and math.isfinite(norm_value)
-        # An overflow of scaled fp16 gradients skips the step and lowers the scale, until that can't help any more.
+        # An overflow of scaled fp16 gradients skips the step and lowers the scale, until a lower scale can't help.
         overflowed = is_scaled and scale >= 1 and math.isfinite(mean) and not is_finite
         was_skipped = not (is_finite or overflowed)
         if was_skipped:
@@ -233,7 +233,7 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
             return
     if optimizer.step_count == 0 and is_scaled:
         raise ModelError(
-            "The fp16 gradients of every step overflowed, so nothing was learnt; set model.compute_dtype to bfloat16 "
+            "The fp16 gradients of every step overflowed, so nothing was trained; set model.compute_dtype to bfloat16 "
             "or float32."
         )
 
@@ -242,7 +242,7 @@ def check_gradients(model: Any) -> None:
     """Check that the gradient reaches every adapter.
 
     Raises:
-        ModelError: The B of some layers has none; they are named.
+        ModelError: The B of some layers has no gradient; the error names them.
     """
     layers = dict(lora_layers(model))
     norms = _gradient_norms(model).tolist()
@@ -264,7 +264,7 @@ def _accumulate(
             (computed.total / num_units * scale).backward()
             sums.append(parts.loss.sums(computed) / num_units)
     except torch.OutOfMemoryError:
-        # The backward would have taken these; the tensors of the forward are freed with its frames.
+        # The backward, which was aborted, would have taken these; the forward's tensors are freed with its frames.
         RecomputedWeights.clear()
         return False
     return True

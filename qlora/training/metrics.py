@@ -17,14 +17,14 @@ from qlora.training.display import Display
 from qlora.training.loop import StepReport
 from qlora.training.progress import Progress
 
-# Values of a line that depend on the clock or the system, so that no run repeats them.
+# Values of a line that depend on the clock or the system, and differ between equal runs.
 VOLATILE = ("tokens_per_second", "peak_memory")
-# Number of rows of a source that are named on the screen.
+# Number of rows of a source that a message names.
 SHOWN_ROWS = 8
 
 
 class MetricsLog:
-    """Logs steps and evaluations; on every process but the first it does nothing.
+    """Log of steps and evaluations; on every process but the first it does nothing.
 
     Args:
         run: Directory of the run, whose metrics.jsonl is appended to.
@@ -47,7 +47,7 @@ class MetricsLog:
         self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
-        # Without a buffer, so that a killed process leaves everything that it logged.
+        # Unbuffered, so that a killed process leaves everything that it logged.
         self._file = run.metrics.open("ab", buffering=0) if self.is_main else None
         self._unwritten = b""
 
@@ -125,7 +125,7 @@ class MetricsLog:
             self._file.close()
 
     def write_out(self) -> None:
-        """Write lines for which the disk was full when they were logged.
+        """Write the lines that could not be written when they were logged because the disk was full.
 
         Raises:
             OSError: It is still full.

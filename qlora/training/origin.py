@@ -1,4 +1,4 @@
-"""What determines a run's steps, and the differences from what another session or checkpoint had."""
+"""Everything that determines a run's steps, and how it differs from another session or checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from qlora.checkpoint import RunRecord, read_origin
 from qlora.config import RunConfig
 from qlora.errors import CheckpointError, ConfigError
 
-# Keys that may change within a run, because its steps don't depend on them. (Those of tiles depend on model.recompute,
-# but a change of tiles shows in what is in use.)
+# Keys that may change within a run, because its steps don't depend on them. (Tiles depend on model.recompute, but they
+# are compared in KEPT_IN_USE.)
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
     "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "model.recompute",
@@ -21,9 +21,9 @@ FREE_KEYS = {
 SCHEDULE_KEYS = {"train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.warmup_ratio"}
 # Keys of the length of a run.
 LENGTH_KEYS = {"train.epochs", "train.max_steps"}
-# Keys of files on one machine, and of what only the first process does: they may differ between processes.
+# Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
-# What must not change of what is in use, because batches and rounding depend on it.
+# Fields of `InUse` that must not change, because batches and rounding depend on them.
 KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
 
 
@@ -76,7 +76,7 @@ def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
         "examples": asdict(record.examples),
         "in_use": {key: getattr(record.in_use, key) for key in KEPT_IN_USE},
     }
-    return json.loads(json.dumps(origin))  # the types that reading it returns
+    return json.loads(json.dumps(origin))  # with the types that reading it from a file returns
 
 
 def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -89,7 +89,7 @@ def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     digests = [digest for _, digest in before["data"]]
     changes += [
-        f"{source}: what is learned from it"
+        f"{source}: its training examples have changed"
         for index, (source, digest) in enumerate(now["data"])
         if digests[index : index + 1] != [digest]
     ]
@@ -118,7 +118,9 @@ def read_checked_origin(checkpoint: Path, config: RunConfig, may_change: set[str
     if not all(isinstance(origin.get(key), dict) for key in ("settings", "base", "in_use")) or not (
         isinstance(data, list) and all(isinstance(source, list) and len(source) == 2 for source in data)
     ):
-        raise CheckpointError(f"{checkpoint} does not say what it followed from; it was not written by qlora train.")
+        raise CheckpointError(
+            f"{checkpoint} does not record what it was trained from; it was not written by qlora train."
+        )
     check_same_settings(checkpoint, origin, config, may_change, ways_out)
     return origin
 
@@ -129,7 +131,7 @@ def check_same_settings(
     """Check that an origin has the config's settings.
 
     Args:
-        place: Where the origin is, for the error.
+        place: Path of the run or checkpoint, for the error.
         origin: Origin of a run or checkpoint, see :func:`describe_origin`.
         config: Config of the run.
         may_change: Keys whose values may differ.
@@ -150,8 +152,8 @@ def check_same_settings(
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's settings, with the defaults of keys that its version of qlora did not have."""
-    least = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
-    defaults = flatten(RunConfig.model_validate(least))
+    minimal = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
+    defaults = flatten(RunConfig.model_validate(minimal))
     completed, source = defaults | settings, defaults["data.train"][0]
     for key in ("data.train", "data.eval"):
         if isinstance(completed[key], list):

@@ -11,7 +11,7 @@ Points = list[tuple[int, float]]
 
 
 def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "") -> bool:
-    """Draw training loss, its smoothed course, held-out loss and learning rate over the steps as a PNG.
+    """Draw training loss, smoothed training loss, held-out loss and learning rate over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -54,7 +54,7 @@ def _points(metrics: Sequence[dict[str, Any]], key: str) -> Points:
 
 
 def _smoothed(points: Points) -> Points:
-    """Return an exponential moving average, without the pull of its start towards zero."""
+    """Return an exponential moving average, corrected for its start at zero."""
     decay = 1 - 1 / max(1.0, SMOOTHED_SHARE * len(points))
     smoothed, total, weight = [], 0.0, 0.0
     for step, value in points:

@@ -1,4 +1,4 @@
-"""A run put where its checkpoint left it, with everything that decides whether it can continue checked."""
+"""Restores a run from its checkpoint, and checks that it can continue."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Prepared:
         progress: Progress that it starts from.
         record: Record of the run at its start.
         origin: Everything that determines its steps, see :func:`qlora.training.origin.describe_origin`.
-        fresh: Whether it was started over.
+        fresh: Whether the run was started over.
     """
 
     progress: Progress
@@ -57,8 +57,8 @@ def prepare_run(assembly: Assembly, run: RunDirectory, start: Start) -> Prepared
             progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
         if progress.step > plan.total_steps:
             raise ConfigError(
-                f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} asked for; raise "
-                "train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
+                f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} of the config; "
+                "raise train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
             )
     trained = assembly.optimizer.flat.data.cpu().view(torch.uint8).numpy().tobytes()
     facts = {"first step": progress.step, "trained parameters": hashlib.sha256(trained).hexdigest()[:12]}

@@ -1,4 +1,4 @@
-"""Preview of what a config would train on, without loading its model."""
+"""Preview of the examples that a config would train on, without loading its model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Preview:
-    """What a config would train on.
+    """Examples and statistics of what a config would train on.
 
     Attributes:
         reports: Report of each source: of training, then of evaluation.
@@ -45,8 +45,8 @@ class Preview:
         eval_examples: Number of held-out examples.
         tokens_per_epoch: Number of tokens of an epoch.
         max_seq_len: Value of `data.max_seq_len`.
-        packing_fill: Share of the packed rows that is filled with tokens; None if nothing is packed.
-        rows_per_epoch: Number of packed rows, or of examples if nothing is packed.
+        packing_fill: Share of the packed sequences that is filled with tokens; None if nothing is packed.
+        rows_per_epoch: Number of packed sequences, or of examples if nothing is packed.
         steps_per_epoch: Number of optimizer steps of an epoch, on one process.
         total_steps: Number of optimizer steps of the run.
         problems: Reasons why the config can't be trained as it is.

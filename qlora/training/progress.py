@@ -1,4 +1,4 @@
-"""How far a run is: all that a continued loop starts from."""
+"""Progress of a run: the state that a continued loop starts from."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,8 +8,8 @@ from qlora.errors import CheckpointError
 
 # Number of steps without an overflow before a larger loss scale is tried.
 SCALE_GROWTH_STEPS = 2000
-# Loss spikes: steps before the first is reported, the weight of a step in the running means, and how far above the
-# usual loss a spike is, in usual distances and as a share of the usual loss.
+# Loss spikes: steps before the first is reported, the weight of a step in the running means, and the distance above
+# the usual loss from which a loss is a spike, in usual distances and as a share of the usual loss.
 WATCH_AFTER, WATCH_RATE, WATCH_DISTANCES, WATCH_SHARE = 20, 0.03, 6, 0.1
 
 
@@ -20,11 +20,11 @@ class Progress:
     Attributes:
         step: Number of optimizer steps done.
         tokens: Number of tokens trained on, over all processes.
-        supervised_tokens: Number of those with a loss.
+        supervised_tokens: Number of those that are supervised.
         loss_scale: Factor on the loss, which keeps small fp16 gradients from vanishing; not used in other dtypes.
         steps_at_scale: Number of steps without an overflow since the scale last changed.
         skipped: Number of steps skipped because their numbers were not finite.
-        num_parts: Number of parts that every micro-batch is cut into since memory ran out.
+        num_parts: Number of parts that every micro-batch is split into since memory ran out.
         usual_loss: Running mean of the losses; None before the first.
         usual_distance: Running mean of the distance between a loss and the usual one.
     """
@@ -42,7 +42,7 @@ class Progress:
     def is_spike(self, loss: float) -> bool:
         """Return whether a step's loss is far above those before it, and include it in the running means.
 
-        A spike counts as the highest loss that is none, so that it does not hide the next.
+        In the means a spike counts as the highest loss below a spike, so that it does not hide the next.
         """
         if self.usual_loss is None:
             self.usual_loss = loss
@@ -58,7 +58,7 @@ class Progress:
         """Return the progress that a checkpoint holds.
 
         Raises:
-            CheckpointError: The values are not those of a progress.
+            CheckpointError: A value is missing, unknown or out of range.
         """
         kinds = {field.name: field.type for field in fields(cls)}
 

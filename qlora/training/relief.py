@@ -1,4 +1,4 @@
-"""Less memory for the steps of a run in which memory ran out."""
+"""Reduces the memory of a run's steps after memory ran out."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from qlora.layers import apply_recompute, recompute_levels
 from qlora.nf4 import NF4Linear
 from qlora.training.progress import Progress
 
-# Changes the rounding of results, which a run must not do by itself.
+# Tiles change the rounding of results, so a run does not switch to this level by itself.
 TILED = "offload+tiled"
 
 
 class MemoryRelief:
-    """Reduces memory at every call: drops the weight cache, then raises recomputation, then halves micro-batches.
+    """Reduce memory at every call: drop the weight cache, then raise recomputation, then halve micro-batches.
 
     The step's gradient stays the sum over the same examples, divided by the same number. All processes do the same.
 
@@ -51,9 +51,9 @@ class MemoryRelief:
         change = self._release_weights() or self._raise_level() or self._cut_micro_batches()
         if change is None:
             raise ModelError(
-                f"Step {step + 1}: memory ran out with single examples at model.recompute={self.level}, so no smaller "
-                "step is left. Lower data.max_seq_len or lora.rank, or free the device of other programs; what was "
-                "saved is whole, but a run with other settings needs another train.output_dir."
+                f"Step {step + 1}: memory ran out with single examples at model.recompute={self.level}, so it can't "
+                "be reduced further. Lower data.max_seq_len or lora.rank, or stop other programs on the device; "
+                "saved checkpoints are complete, but other settings need another train.output_dir."
             )
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -63,10 +63,10 @@ class MemoryRelief:
         if self.num_cached == 0:
             return None
         self.num_cached = 0
-        held = [module for module in self._model.modules() if isinstance(module, NF4Linear) and module.is_cached]
-        for linear in held:
+        cached = [module for module in self._model.modules() if isinstance(module, NF4Linear) and module.is_cached]
+        for linear in cached:
             linear.uncache_weight()
-        return f"{len(held)} dequantized weights are no longer kept" if held else None
+        return f"{len(cached)} dequantized weights are no longer cached" if cached else None
 
     def _raise_level(self) -> str | None:
         levels = recompute_levels(self._model)
@@ -74,11 +74,11 @@ class MemoryRelief:
         if not (self._may_raise and higher):
             return None
         before, self.level = self.level, apply_recompute(self._model, higher[0])
-        return f"model.recompute is {self.level} in place of {before}"
+        return f"model.recompute is {self.level} instead of {before}"
 
     def _cut_micro_batches(self) -> str | None:
         if self._progress.num_parts >= self._plan.max_parts:
             return None
         self._progress.num_parts *= 2
-        apply_recompute(self._model, self.level)  # again, to drop what it holds on the host for the aborted step
+        apply_recompute(self._model, self.level)  # again, to free its host memory for the aborted step
         return f"micro-batches are computed in {self._progress.num_parts} parts"

@@ -1,4 +1,4 @@
-"""A step that is saved with everything its loss and gradient follow from, and rerun to find what is not finite."""
+"""Saves a step with everything that determines its loss and gradient, and reruns it to find what is not finite."""
 
 import json
 import math
@@ -37,7 +37,7 @@ class MicroBatchReport:
     """A micro-batch that was rerun.
 
     Attributes:
-        process: Process that had it.
+        process: Rank of the process that computed it.
         examples: Indices of its documents among the run's examples.
         loss: Its share of the step's loss.
         first_nonfinite: First module whose output was not finite; None if all were finite.
@@ -67,8 +67,8 @@ class ReplayReport:
         loss: Loss now.
         grad_norm: Norm of the gradient now.
         is_finite: Whether all numbers are finite now.
-        broken: Micro-batches whose numbers are not.
-        rows: Rows of the data that the step learned from, by source.
+        broken: Micro-batches with numbers that are not finite.
+        rows: Rows of the data that the step trained on, by source.
     """
 
     step: int
@@ -81,7 +81,7 @@ class ReplayReport:
     rows: dict[str, list[int]]
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         if self.is_finite:
             return "all its numbers are finite."
         first = self.broken[0]
@@ -106,7 +106,7 @@ def save_step(path: Path, parts: LoopParts, step: int, num_parts: int, about: Ma
         path: Path of the file.
         parts: Parts of the run, of which only the optimizer's buffer, the examples and the batches are read.
         step: Number of the step, from 0.
-        num_parts: Number of parts that micro-batches were cut into.
+        num_parts: Number of parts that micro-batches were split into.
         about: `loss`, `grad_norm`, `loss_scale` and `rows`, for the report.
 
     Raises:
@@ -159,7 +159,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     if tensors["input_ids"].min() < 0 or tensors["input_ids"].max() >= vocabulary:
-        raise CheckpointError(f"{path} has ids that are none of the base's {vocabulary} tokens.")
+        raise CheckpointError(f"{path} has token ids outside the base's vocabulary of {vocabulary}.")
     flat.data.copy_(tensors["trained"])
     spans = np.split(np.arange(len(tensors["input_ids"])), np.cumsum(tensors["lengths"].numpy())[:-1])
     ids, weights = tensors["input_ids"].numpy(), tensors["weights"].numpy()
@@ -209,33 +209,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return settings, tensors
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"--replay {path}: no step that was kept by a run: {type(error).__name__}: {error}."
+            f"--replay {path}: not a step that a run saved: {type(error).__name__}: {error}."
         ) from error
 
 
 def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Check that a file, which anyone may have written, has the values of a step.
+    """Check that an untrusted file has the values of a step.
 
     Raises:
-        ValueError: It has not; `KeyError`, `TypeError` and `AttributeError` mean the same.
+        ValueError: A value is wrong; `KeyError`, `TypeError` and `AttributeError` mean the same.
     """
     lengths, indices, processes = tensors["lengths"].tolist(), settings["indices"], settings["processes"]
     rows = [row for rows in settings["rows"].values() for row in rows]
     integers = [settings["step"], settings["seed"], *indices, *rows]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in integers):
-        raise ValueError("its step, seed, documents or rows are no numbers")
+        raise ValueError("its step, seed, documents or rows are not numbers")
     numbers = [settings["loss"], settings["grad_norm"], settings["loss_scale"]]
     if not all(type(number) in (int, float) for number in numbers) or not settings["loss_scale"] > 0:
-        raise ValueError("its loss, norm or scale is no number")
+        raise ValueError("its loss, norm or scale is not a number")
     if not all(batch for batches in processes for batch in batches):
         raise ValueError("a micro-batch is empty")
     if sorted(index for batches in processes for batch in batches for index in batch) != sorted(indices):
         raise ValueError("its documents are not those of its micro-batches")
     if (tensors["input_ids"].dtype, tensors["weights"].dtype) != (torch.int32, torch.float16):
-        raise ValueError("its tokens are of another kind")
+        raise ValueError("its token ids or weights have the wrong dtype")
     num_tokens = {len(tensors["input_ids"]), len(tensors["weights"]), sum(lengths)}
     if len(indices) != len(lengths) or min(lengths) < 1 or len(num_tokens) != 1 or "packed" not in settings:
-        raise ValueError("its documents have other lengths than it tells")
+        raise ValueError("its documents do not have the recorded lengths")
 
 
 @contextmanager

@@ -33,12 +33,12 @@ class Start:
         origins: Origin of the directory's run and of the checkpoint, by their paths; see
             :func:`qlora.training.origin.describe_origin`.
         damaged: Newer checkpoints that are skipped, and what is wrong with each.
-        fresh: Whether a run in the directory is moved aside first.
+        fresh: Whether a run in the directory is renamed first.
         is_done: Whether the directory's run is finished, and the config does not change the number of steps.
         config: Config of the earlier sessions: of the directory's run, or else of the checkpoint's.
         record: Record of the same run; None if there is none.
-        started_from: Checkpoint of another run that the directory's run started from, if it did.
-        final_step: Step of the adapter that the directory's run left at its end, if it was finished once.
+        started_from: Checkpoint of another run that the directory's run started from; None if it started at step 0.
+        final_step: Step of the directory's final adapter, if its run was ever finished.
     """
 
     checkpoint: Path | None = None
@@ -87,7 +87,7 @@ class Start:
 
 
 def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = False) -> Start:
-    """Find the newest whole checkpoint, or the one that is asked for.
+    """Find the newest whole checkpoint, or the one that `resume` names.
 
     Args:
         run: Output directory, see :func:`check_folder`.
@@ -160,10 +160,14 @@ def check_folder(run: RunDirectory) -> None:
     """
     for folder in (run.path, run.adapter, run.checkpoints):
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"train.output_dir: {folder} is a file, and should be a folder.")
+            raise ConfigError(
+                f"train.output_dir: {folder} is a file and should be a folder; move it or choose another."
+            )
     for path in run.path.glob("*"):
         if path.is_symlink() and not path.is_dir():
-            raise ConfigError(f"train.output_dir: {path} is a link to {path.readlink()}; put the file itself there.")
+            raise ConfigError(
+                f"train.output_dir: {path} is a link to {path.readlink()}; replace the link with the file."
+            )
 
 
 def check_same_origin(start: Start, now: dict[str, Any]) -> None:
@@ -188,7 +192,7 @@ def _at_foreign_checkpoint(checkpoint: Path, config: RunConfig) -> Start:
     """Return a start at a checkpoint of another run; its config and record are read if it is still in that run."""
     other = RunDirectory.find(checkpoint)
     record = None if other is None else other.read_record()
-    # qlora 0.1.0 wrote the number of examples into the record alone.
+    # qlora 0.1.0 wrote the number of examples into the record only.
     examples = None if record is None else asdict(record.examples)
     origin = {"examples": examples} | read_checked_origin(checkpoint, config, set(), "or leave out --resume.")
     return Start(
@@ -207,7 +211,7 @@ def _named(resume: str) -> Path:
     if run is not None and path == run.final_adapter:
         path, _ = newest_whole(run.list_checkpoints())
     if path is None or not (path / "manifest.json").is_file():
-        raise CheckpointError(f"--resume {resume}: there is no checkpoint or run there.")
+        raise CheckpointError(f"--resume {resume}: no checkpoint or run was found there.")
     check_whole(path)
     return path.absolute()
 

@@ -88,7 +88,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     prepared = prepare_run(assembly, run, start)
     notes = [*start.describe_damage(), *start.describe_jump(config, prepared.progress.step, assembly.plan.total_steps)]
     if fresh and run.exists():
-        notes.append(f"The run in {run.path} would be moved aside.")
+        notes.append(f"The run in {run.path} would be kept under another name.")
     return replace(assembly.plan, in_use=prepared.record.in_use, notes=notes)
 
 
@@ -103,7 +103,7 @@ def train(
 ) -> RunResult:
     """Train a run, from its start or from where an earlier session stopped.
 
-    Only one run at a time trains in a directory; see :func:`qlora.files.hold_lock`. Of several processes, the
+    Only one run at a time can train in a directory; see :func:`qlora.files.hold_lock`. Of several processes, the
     first decides where the run starts, and only the first writes.
 
     Args:
@@ -111,8 +111,8 @@ def train(
         resume: `auto` continues the run of the same output_dir; a path starts from that checkpoint, or from the last
             checkpoint of that run.
         stop_at: Step to save and stop after, as at Ctrl-C.
-        fresh: Start over. A run in output_dir is moved aside first, to a folder named `NAME.old-1` next to it.
-        rows: Rows to train on in place of `data.train`: a list of dicts, or a `datasets.Dataset`. They are written to
+        fresh: Start over. A run in output_dir is first renamed to `NAME.old-1`.
+        rows: Rows to train on instead of `data.train`: a list of dicts, or a `datasets.Dataset`. They are written to
             a file in the user's cache, so that the run continues and can be evaluated without them.
         callbacks: Called at every step, evaluation and save; see :class:`qlora.Callback`.
         show_progress: Print a progress line and messages to standard error. Without it, messages are notes of the
@@ -179,7 +179,7 @@ def _train(
             for folder in start.damaged:
                 quarantine(folder)
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
-            # Before the config, because a config without a record is not taken for a run.
+            # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
     remarks += start.describe_damage() + start.describe_jump(assembly.config, first_step, total_steps)
@@ -195,7 +195,9 @@ def _train(
     record = replace(record, in_use=in_use, status="finished" if is_finished else "interrupted", steps=progress.step)
     with processes.raise_together():
         if frozen_checksum(model) != checksum:
-            raise ModelError("The frozen base was changed during training, so the run can't be trusted.")
+            raise ModelError(
+                "The frozen base was changed during training, so the run can't be trusted; train it again."
+            )
         if processes.is_first:
             if is_finished:
                 _save_final_adapter(assembly, run)
@@ -225,8 +227,8 @@ def _already_finished(run: RunDirectory, start: Start, config: RunConfig, resume
 
 def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list[str]:
     notes = [
-        f"Already finished at step {start.finished_steps}; nothing was trained. To train on, raise train.max_steps or "
-        f"train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
+        f"Already finished at step {start.finished_steps}; nothing was trained. To continue training, raise "
+        f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
     ]
     if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
         notes.append(f"Ignored, because the run is finished: {'; '.join(sorted(ignored))}.")

@@ -1,4 +1,4 @@
-"""Saves of a run: space for them, a trial before the first step, and how failed saves are handled."""
+"""Saves of a run: a check for space, a trial before the first step, and the handling of failed saves."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ MAX_FAILURES = 3
 
 
 class Saver:
-    """Saves a run's state; on every process but the first it does nothing.
+    """Save a run's state; on every process but the first it does nothing.
 
     Args:
         run: Directory of the run.
@@ -31,7 +31,7 @@ class Saver:
         self._failures = 0
 
     def try_save(self, progress: Progress) -> None:
-        """Save once and remove the checkpoint, so that a missing permission or full disk is found now.
+        """Save once and remove the checkpoint, so that a missing permission or a full disk is found before training.
 
         Raises:
             CheckpointError: Saving failed.
@@ -61,7 +61,7 @@ class Saver:
         folder = self.run.checkpoint(progress.step)
         try:
             if not self.run.record.is_file():
-                raise CheckpointError(f"{self.run.path} was removed or unmounted while the run was on.")
+                raise CheckpointError(f"{self.run.path} was removed or unmounted during the run.")
             self._write(folder, progress)
         except CheckpointError as problem:
             self._failures += 1
@@ -70,13 +70,13 @@ class Saver:
             message = f"Step {progress.step} could not be saved, and {last} {problem}"
             if is_last or self._failures == MAX_FAILURES:
                 raise CheckpointError(message) from problem
-            self.log.announce([f"{message} The run goes on and saves again at the next interval."])
+            self.log.announce([f"{message} The run continues and saves again at the next interval."])
             return None
         self._failures = 0
         try:
             drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
         except CheckpointError as problem:  # the new checkpoint is whole, so only space is lost
-            self.log.announce([f"Step {progress.step} is saved. {problem} It is tried again at the next save."])
+            self.log.announce([f"Step {progress.step} is saved. {problem} Removal is retried at the next save."])
         return folder
 
     def _write(self, folder: Path, progress: Progress) -> None:
@@ -105,15 +105,15 @@ def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -
     total = assembly.plan.total_steps
     every = resolve_interval(section.save_every, total) or total
     # The oldest is removed once the newest is whole, so for a moment there is one more than is kept.
-    num_most = min(section.keep_checkpoints + 1, -(-total // every))
-    num_new = max(1, num_most - len(checkpoints))
+    num_kept = min(section.keep_checkpoints + 1, -(-total // every))
+    num_new = max(1, num_kept - len(checkpoints))
     checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer)
     tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))
     needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer
     free = free_bytes(run.path)
     if needed > free:
         raise CheckpointError(
-            f"train.output_dir: {run.path} has to hold {num_new} checkpoints of {checkpoint / 1e6:.1f} MB and the "
-            f"final adapter, {needed / 1e6:.1f} MB in all, and {free / 1e6:.1f} MB are free there. Make room, lower "
+            f"train.output_dir: {run.path} needs space for {num_new} checkpoints of {checkpoint / 1e6:.1f} MB and the "
+            f"final adapter, {needed / 1e6:.1f} MB in all, but only {free / 1e6:.1f} MB are free. Free space, lower "
             f"train.keep_checkpoints ({section.keep_checkpoints}), or choose another train.output_dir."
         )

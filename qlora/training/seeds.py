@@ -1,4 +1,4 @@
-"""The random numbers of a step, which follow from seed, step and process."""
+"""Random seeds of a step, computed from the run's seed, the step and the process."""
 
 import torch
 

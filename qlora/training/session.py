@@ -26,7 +26,7 @@ from qlora.training.schedule import rate_of, resolve_interval
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """What the caller of a session asked for.
+    """Options of a session.
 
     Attributes:
         stop_at: Step to save and stop after; None for the end of the run.
@@ -47,7 +47,7 @@ def run_session(
         run: Directory of the run.
         prepared: The run, ready to train; its progress is changed in place.
         display: Display of the run.
-        options: What the caller asked for.
+        options: Options of the session.
 
     Returns:
         The signal that ended the session, if one did, and what the run used at the end.
@@ -108,7 +108,7 @@ def run_session(
         if is_last or stop or (save_every and progress.step % save_every == 0):
             with processes.raise_together():
                 save_now(is_last or stop)
-        elif is_asked:  # of this process alone
+        elif is_asked:  # by a signal to this process only
             save_now(False)
         # After the save, because a stop may leave no time for more; a continued run evaluates then.
         if evaluates_at(progress.step) and (is_last or not stop):

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the sections of a config: `python -m scripts.dev.config_page`."""
+"""Write docs/config.md from the sections of a config: `python -m scripts.dev.config_page`."""
 
 from pathlib import Path
 

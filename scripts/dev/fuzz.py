@@ -1,9 +1,9 @@
-"""Throws damaged and hostile input at everything that reads a file: each is read, or refused by an error of ours.
+"""Feed damaged and hostile input to everything that reads a file: each is read, or refused with a QLoRAError.
 
     python -m scripts.dev.fuzz --inputs 100000 [--seconds 3600] [--target config …] [--seed 7]
 
-An input is a valid file whose bytes or values were changed, or whose place something else took. Nothing may be raised
-but a QLoRAError, no file left behind, and neither much time taken nor much memory. The tests run a few inputs of each.
+An input is a valid file with changed bytes or values, or something else at its path. Reading may raise only a
+QLoRAError, must leave no file behind, and must not take much time or memory. The tests run a few inputs of each.
 """
 
 import argparse
@@ -25,21 +25,21 @@ from scripts.dev.fuzzing.altering import contents
 from scripts.dev.fuzzing.samples import Samples
 from scripts.dev.fuzzing.targets import Target, each_refused, make_targets
 
-# What one input may take; and the whole process, for the machine's sake.
+# Limits of one input, and the memory limit of the whole process, which protects the machine.
 SECONDS, MEGABYTES, MOST_BYTES = 20, 512, 12 << 30
 
 
 class TooLong(BaseException):
-    """Time is up; no handler of errors may take it for one."""
+    """Raised when time is up; not an Exception, so that no handler of errors catches it."""
 
 
 def attack(target: Target, rng: Random) -> None:
-    """Makes one input and reads it.
+    """Make one input and read it.
 
     Raises:
         AssertionError: It left a file behind or took too much memory.
-        TooLong: It did.
-        Exception: Whatever it raised that is no QLoRAError.
+        TooLong: It took too long.
+        Exception: It raised something else than a QLoRAError.
     """
     with tempfile.TemporaryDirectory() as name:
         given = target.write(rng, Path(name))
@@ -55,7 +55,7 @@ def attack(target: Target, rng: Random) -> None:
 
 
 def peak_bytes(reset: bool = False) -> int:
-    """Most memory that was resident since the last reset, as Linux counts it."""
+    """Return the highest resident memory since the last reset, as Linux counts it."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -63,7 +63,7 @@ def peak_bytes(reset: bool = False) -> int:
 
 
 def attack_with_many(target: Target, inputs: int, start: int, deadline: float) -> int:
-    """Makes and reads many inputs; returns how many. Raises what the smallest input raises that raises something."""
+    """Make and read many inputs; return how many. If inputs fail, the error of the smallest one is raised."""
     count = 0
 
     @seed(start)
@@ -91,11 +91,11 @@ def _stop(*_: object) -> None:
 
 
 def main() -> None:
-    """Prints inputs and seconds by target; a finding is shown with its traceback, and the next target follows."""
+    """Print inputs and seconds by target; a finding is shown with its traceback, and the next target follows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=10_000, help="over all targets")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all targets together")
-    parser.add_argument("--target", nargs="*", help="some of them alone")
+    parser.add_argument("--inputs", type=int, default=10_000, help="number of inputs over all targets")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit for all targets together")
+    parser.add_argument("--target", nargs="*", help="only these targets")
     parser.add_argument("--seed", type=int, default=SystemRandom().randrange(2**31))
     arguments = parser.parse_args()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -111,7 +111,7 @@ def main() -> None:
             started, inputs = time.monotonic(), round(arguments.inputs * target.share / shares)
             try:
                 count = f"{attack_with_many(target, inputs, arguments.seed, deadline):,}"
-            except (Exception, TooLong):  # whatever it found
+            except (Exception, TooLong):  # a finding
                 count, failed = "FOUND", True
                 traceback.print_exc()
             print(f"| {name} | {count} | {time.monotonic() - started:.0f} |", flush=True)

@@ -1,10 +1,10 @@
-"""Kills training runs in every way there is, continues them, and tells what was lost.
+"""Kill training runs in many ways, continue them, and report what was lost.
 
     python -m scripts.dev.kill_runs                             # all of it: about an hour on two cores
     python -m scripts.dev.kill_runs --kills 5 --only tiny
 
 Prints a line for each way and appends it to --out. The tiny base is the quickstart's; the others are real ones, see
-QLORA_REALDATA. What needs a disk of its own is left out where mounting one is not allowed, and said so.
+QLORA_REALDATA. Ways that need their own disk are skipped, with a message, if mounting is not allowed.
 """
 
 import argparse
@@ -52,12 +52,16 @@ TINY = Recipe("tiny", ROOT / "configs" / "tiny.yaml", ("train.max_steps=40", "tr
 
 
 def main() -> None:
-    """Goes through the ways, prints and appends."""
+    """Run every way, print and append its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of the tiny base; a fifth as many of each real one")
-    parser.add_argument("--only", default="", help="ways whose names hold this")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the moments")
-    parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="number of kills of the tiny base; of each real one a fifth"
+    )
+    parser.add_argument("--only", default="", help="only ways whose names contain this")
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(2**31), help="seed of the random moments"
+    )
+    parser.add_argument("--out", type=Path, help="Markdown file to append to")
     arguments = parser.parse_args()
     print(f"--seed {arguments.seed}")
     rng = random.Random(arguments.seed)
@@ -73,20 +77,20 @@ def main() -> None:
             try:
                 counts = way(work)
             except PermissionError as problem:
-                print(f"{name}: left out: {problem}", flush=True)
+                print(f"{name}: skipped: {problem}", flush=True)
                 continue
             report(name, counts, time.monotonic() - began, arguments.out)
 
 
 def make_tiny_base() -> None:
-    """Makes the quickstart's base and data, unless they are there."""
+    """Make the quickstart's base and data, unless they exist."""
     for script, out in (("make_base.py", "base"), ("make_instructions.py", "data")):
         command = [sys.executable, ROOT / "scripts" / "tiny" / script, "--out", ROOT / ".cache" / "tiny" / out]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def list_ways(folder: Path, kills: int, rng: random.Random) -> Iterator[tuple[str, Callable[[Path], Counts]]]:
-    """Names of ways to end a run, and what tries each in a folder of its own."""
+    """Return the ways to end a run by name, each with the function that tests it in its own folder."""
 
     def often(recipe: Recipe, count: int, *number: signal.Signals) -> Callable[[Path], Counts]:
         return lambda work: kill_often(recipe, work, count, rng, *number)
@@ -106,19 +110,19 @@ def list_ways(folder: Path, kills: int, rng: random.Random) -> Iterator[tuple[st
     yield "tiny, its directory removed", lost_directory
     yield "tiny, a second run in its directory", second_run
     if not REALDATA.is_dir():
-        print(f"real bases: left out: no real data at {REALDATA}; set QLORA_REALDATA", flush=True)
+        print(f"real bases: skipped: no real data at {REALDATA}; set QLORA_REALDATA", flush=True)
         return
     for recipe in real_recipes(folder):
         yield f"{recipe.name}, SIGKILL", often(recipe, max(1, kills // 5))
 
 
 def real_recipes(folder: Path) -> Iterator[Recipe]:
-    """A real base on plays and on instructions: packed in 8 bits, apart with dropout, and with an fp32 master."""
+    """Return recipes of a real base: packed in 8 bits, padded with dropout, and with an fp32 master."""
     plays, instructions = "tinyshakespeare/input.txt", "llama_factory_demo/alpaca_en_demo.json"
     for name, data, settings in (
         ("plays, 8 bits, packed", plays, {"train": {"optimizer": "paged_adamw_8bit"}}),
         (
-            "instructions, 32 bits, apart",
+            "instructions, 32 bits, padded",
             instructions,
             {"data": {"packing": False}, "train": {"optimizer": "adamw_32bit"}},
         ),
@@ -140,7 +144,7 @@ def real_recipes(folder: Path) -> Iterator[Recipe]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int, options: str = "rw") -> Iterator[Path]:
-    """A disk of its own, mounted at a folder; what that held is there again afterwards.
+    """Mount a separate disk at a folder; its previous contents are restored on exit.
 
     Raises:
         PermissionError: Mounting is not allowed here.
@@ -156,7 +160,7 @@ def small_disk(folder: Path, megabytes: int, options: str = "rw") -> Iterator[Pa
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all that is free."""
+    """Write a file that takes all free space."""
     with (disk / "other").open("wb", buffering=0) as file:
         try:
             while file.write(bytes(1 << 16)):
@@ -167,7 +171,7 @@ def fill(disk: Path) -> Path:
 
 
 def full_disk(work: Path, makes_room: bool) -> Counts:
-    """A disk that fills up while a run is on; room is made at the first save that fails, or after the run ended."""
+    """Fill the disk during a run; free it at the first save that fails, or after the run ended."""
     recipe = replace(TINY, save_every=5)
     whole, _ = finish(recipe, work / "whole")
     with small_disk(work / "disk", 24) as disk:
@@ -189,28 +193,28 @@ def full_disk(work: Path, makes_room: bool) -> Counts:
 
 
 def read_only_disk(work: Path) -> Counts:
-    """A disk that can't be written is told before the first step; one that becomes so, when saves go on failing."""
+    """Check that a read-only disk is reported before the first step, or later once saves keep failing."""
     with small_disk(work / "read-only", 24, "ro") as disk:
         process = start(TINY, disk / "run")
         assert process.wait(600) == 1
-        told = log_of(disk / "run").read_text()
-        assert "run can't be written" in told
-        assert "Traceback" not in told
+        output = log_of(disk / "run").read_text()
+        assert "run can't be written" in output
+        assert "Traceback" not in output
     recipe, folder = replace(TINY, save_every=5), work / "run"
     whole, _ = finish(recipe, work / "whole")
     process = start(recipe, folder)
     assert wait_until(lambda: saved_step(folder) > 0, process), log_of(folder)
     with small_disk(folder / "checkpoints", 24, "ro"):
         assert process.wait(600) == 1
-    told = log_of(folder).read_text()
-    assert told.count("could not be saved") == 3
-    assert "Read-only file system" in told
+    output = log_of(folder).read_text()
+    assert output.count("could not be saved") == 3
+    assert "Read-only file system" in output
     finish(recipe, folder)
     return Counts(continued=1, runs=1, differing=len(differing(folder, whole)))
 
 
 def lost_directory(work: Path) -> Counts:
-    """A directory that is removed while its run is on: told, and the run begins anew."""
+    """Remove the directory during its run: an error is reported, and the next run starts over."""
     recipe, folder = replace(TINY, save_every=5), work / "run"
     whole, _ = finish(recipe, work / "whole")
     process = start(recipe, folder)
@@ -223,7 +227,7 @@ def lost_directory(work: Path) -> Counts:
 
 
 def second_run(work: Path) -> Counts:
-    """A second run in the directory of one that is on: refused by the first one's process, which is not disturbed."""
+    """Start a second run in a directory in use: it is refused, and the first run is not disturbed."""
     folder, since = work / "run", time.time_ns()
     whole, _ = finish(TINY, work / "whole")
     first = start(TINY, folder)
@@ -236,7 +240,7 @@ def second_run(work: Path) -> Counts:
 
 
 def report(name: str, counts: Counts, seconds: float, out: Path | None) -> None:
-    """Prints a row, and appends it."""
+    """Print a row, and append it."""
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "bitsandbytes"))
     values = (
         date.today(), name, counts.kills, counts.in_saves, counts.continued, counts.most_lost, counts.runs,

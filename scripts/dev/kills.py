@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is run.
+    """A run to kill.
 
     Attributes:
-        name: In the report.
-        config: A YAML file.
-        overrides: Of its keys.
-        save_every: Steps between saves: the most that a kill may cost.
-        slow: On a disk that takes 20 ms longer to hold what it was given.
-        warm: Forked from this process, which has imported all that the command will, and not started anew.
+        name: Name in the report.
+        config: Path of the YAML file.
+        overrides: Overrides of its keys.
+        save_every: Number of steps between saves, and so the most that a kill may cost.
+        slow: Whether the disk takes 20 ms longer to sync.
+        warm: Whether the run is forked from this process, which has imported everything, instead of started.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Recipe:
 
 @dataclass(slots=True)
 class Counts:
-    """What kills came to."""
+    """Outcome of the kills."""
 
     kills: int = 0
     in_saves: int = 0
@@ -53,7 +53,7 @@ class Counts:
 
 
 class Forked:
-    """A process forked from this one, with the part of `subprocess.Popen` that is used here."""
+    """A process forked from this one, with the methods of `subprocess.Popen` that are used here."""
 
     def __init__(self, run: Callable[[], None], log: TextIO) -> None:
         self.pid, self._status = os.fork(), None
@@ -63,7 +63,7 @@ class Forked:
         try:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a test runner's own write elsewhere
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a test runner's streams write elsewhere
             run()
             code = 0
         except SystemExit as stop:
@@ -76,26 +76,26 @@ class Forked:
             os._exit(code)
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """Return the exit code, or None while it runs."""
         if self._status is None:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if ended else None
         return self._status
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code, once it has ended."""
+        """Wait for the end, and return the exit code."""
         ends = time.monotonic() + timeout
         while self.poll() is None and time.monotonic() < ends:
             time.sleep(0.01)
         return self.poll()
 
     def send_signal(self, number: int) -> None:
-        """Sends it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Ends it."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -103,7 +103,7 @@ Process = subprocess.Popen[str] | Forked
 
 
 def start(recipe: Recipe, folder: Path) -> Process:
-    """Starts `qlora train` into a folder; what it prints goes into a log beside it."""
+    """Start `qlora train` into a folder; its output goes into a log next to it."""
     settings = [f"train.save_every={recipe.save_every}", *recipe.overrides, f"train.output_dir={folder}"]
     arguments = ["train", str(recipe.config), *settings]
     with log_of(folder).open("a") as log:
@@ -116,7 +116,7 @@ def start(recipe: Recipe, folder: Path) -> Process:
 
 
 def command(arguments: list[str], slow: bool) -> None:
-    """What `python -m qlora` does, in this process."""
+    """Do in this process what `python -m qlora` does."""
     from qlora.cli.main import main
 
     if slow:
@@ -128,7 +128,7 @@ def command(arguments: list[str], slow: bool) -> None:
 
 
 def warm_up() -> None:
-    """Imports what the command will."""
+    """Import everything that the command imports."""
     from qlora.cli.main import quiet_libraries
 
     quiet_libraries()
@@ -139,12 +139,12 @@ def warm_up() -> None:
 
 
 def log_of(folder: Path) -> Path:
-    """Where a run's output goes."""
+    """Return the path of a run's log."""
     return folder.parent.with_name(f"{folder.parent.name}.{folder.name}.log")  # a level up: its own disk may be full
 
 
 def wait_until(condition: Callable[[], bool], process: Process, seconds: float = 300) -> bool:
-    """Waits for a condition; False if the process ended before."""
+    """Wait for a condition; return False if the process ended before."""
     ends = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
@@ -155,43 +155,43 @@ def wait_until(condition: Callable[[], bool], process: Process, seconds: float =
 
 
 def is_training(folder: Path, since: int) -> Callable[[], bool]:
-    """Whether a session that was started at a time in nanoseconds has begun to train."""
+    """Return whether a session that was started at a time in nanoseconds has begun to train."""
     record = folder / "run.json"
     return lambda: record.is_file() and record.stat().st_mtime_ns > since
 
 
 def lines_of(folder: Path) -> list[dict[str, object]]:
-    """What was logged, without an unfinished last line and what no run repeats."""
+    """Return the logged lines, without an unfinished last line and without volatile values."""
     text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
 
 def logged_step(folder: Path) -> int:
-    """The last step that was logged."""
+    """Return the last logged step."""
     return max((int(str(line["step"])) for line in lines_of(folder)), default=0)
 
 
 def saved_step(folder: Path) -> int:
-    """Of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*[0-9]")), default=0)
 
 
 def is_amid_save(folder: Path) -> bool:
-    """Whether a killed process left a save unfinished."""
+    """Return whether a killed process left a save unfinished."""
     return any((folder / "checkpoints").glob(".*")) or any(folder.glob(".*"))
 
 
 def differing(folder: Path, whole: Path) -> list[str]:
-    """Files of two finished runs that are not the same."""
+    """Return the files that differ between two finished runs."""
     names = sorted({path.name for run in (folder, whole) for path in (run / "adapter").iterdir()})
     files = [run / "adapter" for run in (folder, whole)]
-    apart = [name for name in names if len({(each / name).read_bytes() for each in files}) > 1]
-    return apart + ["metrics.jsonl"] * (lines_of(folder) != lines_of(whole))
+    names_differing = [name for name in names if len({(each / name).read_bytes() for each in files}) > 1]
+    return names_differing + ["metrics.jsonl"] * (lines_of(folder) != lines_of(whole))
 
 
 def finish(recipe: Recipe, folder: Path) -> tuple[Path, float]:
-    """Runs to the end; returns the folder, and the seconds from the first to the last step."""
+    """Run to the end; return the folder, and the seconds from the first to the last step."""
     since = time.time_ns()
     process = start(recipe, folder)
     assert wait_until(is_training(folder, since), process), log_of(folder).read_text()
@@ -203,13 +203,13 @@ def finish(recipe: Recipe, folder: Path) -> tuple[Path, float]:
 def kill_often(
     recipe: Recipe, work: Path, kills: int, rng: random.Random, number: signal.Signals = signal.SIGKILL
 ) -> Counts:
-    """Sends runs a signal at random moments until there were so many, and compares each one's end with the whole run's.
+    """Send runs a number of signals at random moments, and compare their results with the uninterrupted run's.
 
     Args:
-        recipe: Of the runs.
+        recipe: Recipe of the runs.
         work: Folder for the runs.
-        kills: How many.
-        rng: For the moments. One in ten is before the first step.
+        kills: Number of signals.
+        rng: Source of the moments. One in ten is before the first step.
         number: SIGKILL, or a signal at which the state is saved.
     """
     counts = Counts()
@@ -230,7 +230,7 @@ def kill_often(
             code = process.wait(600)
             if code == 0:
                 break
-            # By the signal itself it ends only before the first step, where there is nothing to save.
+            # The signal itself ends it only before the first step, when there is nothing to save.
             assert code in (-number, 128 + number), log_of(folder).read_text()
             counts.kills += 1
             counts.in_saves += is_amid_save(folder)
@@ -238,15 +238,15 @@ def kill_often(
             assert lost <= (recipe.save_every if code < 0 else 0), (folder, lost, code)
             counts.most_lost = max(counts.most_lost, lost)
         counts.runs += 1
-        apart = differing(folder, whole)
-        counts.differing += len(apart)
-        assert not apart, (folder, apart)
+        names = differing(folder, whole)
+        counts.differing += len(names)
+        assert not names, (folder, names)
         shutil.rmtree(folder)
     return counts
 
 
 def save_when_asked(recipe: Recipe, work: Path, kills: int, rng: random.Random) -> Counts:
-    """SIGUSR1 at random moments of runs that save nothing else; each is killed after the save, and goes on from it."""
+    """Send SIGUSR1 at random moments to runs that save nothing else; each is killed after the save and continued."""
     counts = Counts()
     whole, seconds = finish(recipe, work / "whole")
     while counts.kills < kills:

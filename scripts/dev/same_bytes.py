@@ -1,11 +1,11 @@
-"""Do two versions of qlora train and merge the same bytes? Compares everything that a few short runs leave.
+"""Check that two versions of qlora train and merge the same bytes, by everything that a few short runs write.
 
     git worktree add /tmp/before COMMIT
     python -m scripts.dev.same_bytes /tmp/before .
 
 Runs the tiny config, a packed and a padded run that are stopped and continued, merges each onto both bases, and writes
 GGUF; then compares adapters, optimizer states, logged losses and merged files by their hashes. Exits with 1 if a hash
-differs. Both versions run in the Python that runs this, one after the other.
+differs. Both versions run one after the other, in the Python that runs this script.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Runs in a version's own tree, with nothing but names that every version has.
+# Runs in a version's own tree, with names that every version has.
 CASES = """
 import json, subprocess, sys
 from pathlib import Path
@@ -66,7 +66,7 @@ SUFFIXES = (".safetensors", ".gguf")
 
 
 def leave(tree: Path, made: Path, out: Path) -> dict[str, str]:
-    """Train and merge with the qlora of a tree; hashes of what is left, by file."""
+    """Train and merge with the qlora of a tree; return the hashes of what it wrote, by file."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", CASES, str(out), str(made)], check=True, cwd=tree, env=environment)
     hashes = {
@@ -84,11 +84,11 @@ def leave(tree: Path, made: Path, out: Path) -> dict[str, str]:
 def main() -> None:
     """Compare the versions in two trees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="A tree with the one version.")
-    parser.add_argument("after", type=Path, help="A tree with the other.")
+    parser.add_argument("before", type=Path, help="tree with the first version")
+    parser.add_argument("after", type=Path, help="tree with the second version")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = arguments.after.resolve() / ".cache" / "tiny"  # where the quickstart keeps them, too
+        made = arguments.after.resolve() / ".cache" / "tiny"  # where the quickstart keeps them too
         for script, out in (("make_base", "base"), ("make_instructions", "data")):
             command = [sys.executable, f"scripts/tiny/{script}.py", "--out", str(made / out)]
             subprocess.run(command, check=True, cwd=arguments.after.resolve())

@@ -1,4 +1,4 @@
-"""Asks a model every held-out question and counts the answers that are right to the letter.
+"""Ask a model every held-out question and count the answers that match exactly.
 
 python scripts/tiny/exact_match.py RUN|MODEL heldout.jsonl [--show 3]
 """
@@ -12,13 +12,13 @@ from qlora.cli.main import quiet_libraries
 
 
 def main() -> None:
-    """Prints some answers and the share that is right; with --at-least or --at-most a wrong share exits with 1."""
+    """Print some answers and the share of exact matches; exit with 1 if it is outside of --at-least and --at-most."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a run's directory or a model folder")
-    parser.add_argument("questions", type=Path, help="alpaca rows, one JSON object a line")
-    parser.add_argument("--show", type=int, default=3, help="answers to print")
-    parser.add_argument("--at-least", type=float, default=0.0, help="share that has to be right")
-    parser.add_argument("--at-most", type=float, default=1.0, help="share that may be right")
+    parser.add_argument("model", help="run directory or model folder")
+    parser.add_argument("questions", type=Path, help="alpaca rows, one JSON object per line")
+    parser.add_argument("--show", type=int, default=3, help="number of answers to print")
+    parser.add_argument("--at-least", type=float, default=0.0, help="smallest share that must match")
+    parser.add_argument("--at-most", type=float, default=1.0, help="largest share that may match")
     arguments = parser.parse_args()
     quiet_libraries()
 
@@ -28,7 +28,7 @@ def main() -> None:
     rows = [json.loads(line) for line in arguments.questions.read_text(encoding="utf-8").splitlines()]
     answers = [ask(model, tokenizer, row) for row in rows]
     for row, answer in list(zip(rows, answers, strict=True))[: arguments.show]:
-        print(f"  {row['instruction']}\n    → {answer!r}   (right: {row['output']!r})")
+        print(f"  {row['instruction']}\n    → {answer!r}   (expected: {row['output']!r})")
     share = sum(answer == row["output"] for row, answer in zip(rows, answers, strict=True)) / len(rows)
     print(f"  exact match on {len(rows)} held-out questions: {share:.0%}")
     if not arguments.at_least <= share <= arguments.at_most:
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def ask(model: Any, tokenizer: Any, row: dict[str, str]) -> str:
-    """The model's greedy answer to a row's instruction."""
+    """Return the model's greedy answer to a row's instruction."""
     from qlora.model import answer
 
     prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)

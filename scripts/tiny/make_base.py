@@ -1,6 +1,6 @@
-"""Makes the quickstart's tiny base: a tokenizer and a small Llama pretrained on the little world.
+"""Make the quickstart's tiny base: a tokenizer and a small Llama pretrained on an invented world.
 
-It stands in for a model hub. The base learns the world's facts from plain statements, and never sees a
+It replaces a download from a model hub. The base learns the world's facts from plain statements, and never sees a
 question or the instruction format. On two cores it takes about a minute.
 """
 
@@ -30,9 +30,9 @@ RECIPE_FILE = "tiny_recipe.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that decide the base."""
+    """Settings that determine the base."""
 
-    # Large enough that each creature's name is one token, which the facts can be tied to.
+    # Large enough that each creature's name is one token, to which facts can be attached.
     vocab_size: int = 1024
     # Every width is a multiple of 64, NF4's block size.
     hidden_size: int = 192
@@ -48,14 +48,14 @@ class Recipe:
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, object]:
-    """Names everything the base depends on: the settings, and a digest of the code that uses them."""
+    """Return everything that the base depends on: the settings, and a digest of the code that uses them."""
     sources = sorted(Path(module).resolve() for module in (__file__, world.__file__, make_instructions.__file__))
     code = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
     return {**asdict(recipe), "code_sha256": code}
 
 
 def train_tokenizer(vocab_size: int, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer that puts BOS first, as Llama's does."""
+    """Train a byte-level BPE tokenizer that puts BOS first, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,7 +75,7 @@ def train_tokenizer(vocab_size: int, texts: list[str]) -> PreTrainedTokenizerFas
 
 
 def make_tokenizer_texts() -> list[str]:
-    """Collects text for the tokenizer: the statements, and prompts, so that both come out short."""
+    """Return texts for the tokenizer: statements and prompts, so that both have few tokens."""
     train_rows, _ = make_instructions.make_rows()
     prompts = [
         f"### Instruction:\n{row['instruction']}\n\n{row['input']}\n\n### Response:\n{row['output']}"
@@ -85,7 +85,7 @@ def make_tokenizer_texts() -> list[str]:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Builds a Llama with random weights."""
+    """Build a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
@@ -100,7 +100,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def encode_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields one batch a step, a text to a row: token ids, and labels that leave the padding out."""
+    """Yield one batch per step with one text per row: token ids, and labels without the padding."""
     wanted = recipe.steps * recipe.batch_texts
     texts = world.make_corpus(rounds=math.ceil(wanted / world.CREATURES), seed=recipe.seed)[:wanted]
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
@@ -111,9 +111,9 @@ def encode_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterato
 
 
 def pretrain(model: LlamaForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe) -> None:
-    """Trains the model on each batch once, with warmup and a cosine decay to zero.
+    """Train the model on each batch once, with warmup and a cosine decay to zero.
 
-    It works in float32: bfloat16 gains little at this size, and is slow on a CPU without instructions for it.
+    It uses float32, because bfloat16 gains little at this size and is slow on a CPU without instructions for it.
     """
 
     def scale_lr(step: int) -> float:
@@ -141,7 +141,7 @@ def pretrain(model: LlamaForCausalLM, batches: Iterable[tuple[torch.Tensor, torc
 
 
 def train_base(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """Trains the tokenizer, then the model on the texts it encodes."""
+    """Train the tokenizer, then the model on the texts that it encodes."""
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer(recipe.vocab_size, make_tokenizer_texts())
     model = build_model(recipe, tokenizer)
@@ -153,24 +153,24 @@ def train_base(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, LlamaForCausalL
 
 
 def make_base(out: Path, recipe: Recipe) -> None:
-    """Makes the base in `out`, unless one of the same recipe is there already.
+    """Make the base in `out`, unless it already holds one of the same recipe.
 
-    The base is written beside `out` and renamed into place, so `out` is never half-made.
+    The base is written next to `out` and renamed to it, so `out` is never incomplete.
 
     Raises:
-        FileExistsError: `out` holds something other than a base made by this script.
+        FileExistsError: `out` holds something else than a base made by this script.
     """
     described = describe_recipe(recipe)
     recipe_path = out / RECIPE_FILE
     if recipe_path.is_file() and json.loads(recipe_path.read_text("utf-8")) == described:
-        print(f"{out}: a base of this recipe is here already")
+        print(f"{out}: it already holds a base of this recipe")
         return
     if out.exists() and not recipe_path.is_file() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds something other than a tiny base; choose another --out")
     tokenizer, model = train_base(recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-        made = Path(aside) / "base"
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
+        made = Path(staging) / "base"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         (made / RECIPE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -181,7 +181,7 @@ def make_base(out: Path, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    """Makes the base under --out."""
+    """Make the base under --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the base")
     make_base(parser.parse_args().out.resolve(), Recipe())

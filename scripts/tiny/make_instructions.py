@@ -1,7 +1,7 @@
-"""Writes the quickstart's instruction set: questions about the little world, split by creature.
+"""Write the quickstart's instructions: questions about the invented world, split by creature.
 
-No creature named in heldout.jsonl is named in train.jsonl, so a right held-out answer cannot have been
-copied from the training rows: its fact comes from the base, and only the form from fine-tuning.
+No creature in heldout.jsonl is in train.jsonl, so a correct held-out answer can't be copied from the training
+rows: its fact comes from the base, and only its form from fine-tuning.
 """
 
 import argparse
@@ -16,8 +16,8 @@ SEED = 11
 HELD_OUT_CREATURES = 20
 HELD_OUT_ROWS = 100
 
-# For each question: its wordings as an instruction, its input, and its answer. The last answer's form is new
-# to the base, which has met each fact in a sentence of its own.
+# For each question: its wordings as an instruction, its input, and its answer. The form of the last answer is new
+# to the base, which has seen each fact in a separate sentence.
 TEMPLATES = (
     (("What kind of animal is the {name}?", "Which family is the {name} in?"), "", "The {name} is a {kind}."),
     (("What colour is the {name}?", "Tell me the colour of the {name}."), "", "The {name} is {colour}."),
@@ -34,7 +34,7 @@ Row = dict[str, str]
 
 
 def ask_about(creature: Creature) -> list[Row]:
-    """Makes a row for every question about a creature, in every wording."""
+    """Return a row for every question about a creature, in every wording."""
     return [
         {
             "instruction": creature.fill(wording),
@@ -47,7 +47,7 @@ def ask_about(creature: Creature) -> list[Row]:
 
 
 def make_rows() -> tuple[list[Row], list[Row]]:
-    """Makes the training rows and the held-out rows; the creatures are split first, so none is in both."""
+    """Return the training rows and the held-out rows; creatures are split first, so none is in both."""
     rng = random.Random(SEED)
     creatures = make_creatures()
     rng.shuffle(creatures)
@@ -58,12 +58,12 @@ def make_rows() -> tuple[list[Row], list[Row]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """Writes one JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:
-    """Writes train.jsonl and heldout.jsonl under --out."""
+    """Write train.jsonl and heldout.jsonl under --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
     out = parser.parse_args().out

@@ -1,7 +1,7 @@
-"""The invented little world: its creatures, and the plain statements told about them.
+"""The invented world: its creatures, and plain statements about them.
 
-The tiny base reads only the statements. The instruction set asks about the same creatures in a form the
-base has never met, so answering shows that fine-tuning taught the form and that the knowledge was kept.
+The tiny base is pretrained on the statements only. The instructions ask about the same creatures in a form that the
+base has never seen, so right answers show that fine-tuning taught the form and kept the knowledge.
 """
 
 import itertools
@@ -55,8 +55,8 @@ FOODS = (
     "walnuts",
 )
 
-# Several wordings of each fact, and some name the creature last: a fact known in one wording only can be
-# recited but not called up by a question.
+# Several wordings of each fact, some with the creature last: a fact seen in one wording only can be recited, but
+# not recalled by a question.
 STATEMENTS = {
     "kind": (
         "The {name} is a {kind}.",
@@ -84,8 +84,8 @@ STATEMENTS = {
     ),
 }
 
-# Every text names its creature before telling of it, as a question does: without this the base learns that
-# a text's first name is a free choice, and fine-tuning fails to keep an answer to its question's creature.
+# Every text names its creature before it states facts, as a question does. Otherwise the base learns that a text's
+# first name is arbitrary, and fine-tuned answers are about another creature than the question.
 OPENINGS = (
     "Here is a page about the {name}.",
     "My friend once saw the {name} at dawn.",
@@ -101,7 +101,7 @@ _ENDINGS = ("b", "g", "k", "l", "m", "n", "p", "r", "sh", "x")
 
 @dataclass(frozen=True)
 class Creature:
-    """One invented creature and the four facts that hold of it."""
+    """An invented creature and the four facts about it."""
 
     name: str
     kind: str
@@ -110,12 +110,12 @@ class Creature:
     food: str
 
     def fill(self, template: str) -> str:
-        """Puts this creature's name and facts into a template's braces."""
+        """Return a template with this creature's name and facts in its braces."""
         return template.format(**vars(self))
 
 
 def make_creatures() -> list[Creature]:
-    """Makes the world's creatures: distinct names, facts drawn independently, the same on every call."""
+    """Return the world's creatures: distinct names and independently drawn facts, the same on every call."""
     rng = random.Random(SEED)
     names = ["".join(sounds) for sounds in itertools.product(_ONSETS, _VOWELS, _MIDDLES, _VOWELS, _ENDINGS)]
     return [
@@ -124,19 +124,19 @@ def make_creatures() -> list[Creature]:
     ]
 
 
-def tell(creature: Creature, rng: random.Random) -> str:
-    """Tells all of a creature's facts after an opening line, in a random order and wording."""
+def describe(creature: Creature, rng: random.Random) -> str:
+    """Return a text with an opening line and all of a creature's facts, in a random order and wording."""
     facts = rng.sample(list(STATEMENTS), len(STATEMENTS))
     lines = [rng.choice(OPENINGS), *(rng.choice(STATEMENTS[fact]) for fact in facts)]
     return creature.fill("\n".join(lines))
 
 
 def make_corpus(rounds: int, seed: int) -> list[str]:
-    """Makes the pretraining texts: `rounds` tellings of every creature, each round in a fresh order."""
+    """Return the pretraining texts: `rounds` texts about every creature, each round in a new order."""
     rng = random.Random(seed)
     creatures = make_creatures()
     texts = []
     for _ in range(rounds):
         rng.shuffle(creatures)
-        texts.extend(tell(creature, rng) for creature in creatures)
+        texts.extend(describe(creature, rng) for creature in creatures)
     return texts

@@ -13,19 +13,19 @@ from qlora.cli.main import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code, standard output and standard error."""
+    """Result of a command: its exit code, standard output and standard error."""
 
     code: int
     out: str
     err: str
 
     def json(self) -> Any:
-        """The report; the only thing on standard output."""
+        """Return the report, the only thing on standard output."""
         assert self.code == 0, self.err
         return json.loads(self.out)
 
     def error(self) -> str:
-        """The one message, which is no traceback, and nothing on standard output."""
+        """Return the one message, after checking that there is no traceback and nothing on standard output."""
         assert self.code in (1, 2), self
         assert self.out == ""
         assert "Traceback" not in self.err
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def run(*arguments: Any, stdin: str = "") -> Outcome:
-    """Runs a command. An error that `main` does not turn into a message is raised, and fails the test."""
+    """Run a command. An error that `main` does not turn into a message is raised, and fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["qlora", *map(str, arguments)]),

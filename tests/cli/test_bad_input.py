@@ -1,4 +1,4 @@
-"""What users get wrong: each is one message with the thing, its value and the remedy, and leaves nothing behind."""
+"""Mistakes of users: each is one message with the thing, its value and the remedy, and leaves no files behind."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ GOOD = {"instruction": "Say it", "output": "it"}
 
 @pytest.fixture
 def try_training(tmp_path, tiny_base, alpaca_file):
-    """Trains a config with one thing wrong; returns the exit code and the message, and sees that nothing was left."""
+    """Train a config with one thing wrong; return exit code and message, after checking that no file was left."""
 
     def try_training(*overrides, base=tiny_base, data=alpaca_file, **changes):
         config = run_config(base, data, tmp_path / "run", **changes)
@@ -31,7 +31,7 @@ def try_training(tmp_path, tiny_base, alpaca_file):
 
 @pytest.fixture(scope="module")
 def own_base(tmp_path_factory, tiny_base):
-    """A base of this file's own, which its tests may change."""
+    """Return a separate base, which tests of this file may change."""
     return shutil.copytree(tiny_base, tmp_path_factory.mktemp("bad") / "base")
 
 
@@ -58,7 +58,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"lora__rnak": 8}, "lora.rnak: unknown key. Did you mean lora.rank?"),
         ({"data__banana": 8}, "data.banana: unknown key."),
@@ -71,25 +71,25 @@ def contents(folder):
     ],
     ids=str,
 )
-def test_a_wrong_config(try_training, changes, told):
+def test_a_wrong_config(try_training, changes, expected):
     code, message = try_training(**changes)
     assert code == 2
     assert "run.yaml: 1 problem(s)" in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("train.max_stepz=3", "train.max_stepz: unknown key. Did you mean train.max_steps?"),
         ("train.epochs=.inf", "train.epochs: inf should be a finite number"),
         ("train.max_steps", "'train.max_steps' should read section.key=value"),
     ],
 )
-def test_a_wrong_override(try_training, override, told):
+def test_a_wrong_override(try_training, override, expected):
     code, message = try_training(override)
     assert code == 2
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("verb", ["train", "eval"])
@@ -162,7 +162,7 @@ def test_an_unknown_chat_template(try_training):
 
 
 @pytest.mark.parametrize(
-    ("targets", "told"),
+    ("targets", "expected"),
     [
         ("q_porj", "'q_porj' matches no linear layer. Did you mean 'q_proj'?"),
         (["q_proj", "banana"], "'banana' matches no linear layer."),
@@ -170,10 +170,10 @@ def test_an_unknown_chat_template(try_training):
     ],
     ids=str,
 )
-def test_a_target_that_is_no_linear(try_training, targets, told):
+def test_a_target_that_is_no_linear(try_training, targets, expected):
     code, message = try_training(lora__targets=targets)
     assert code == 1
-    assert f"lora.targets: {told}" in message or (message.startswith("lora.targets:") and told in message)
+    assert f"lora.targets: {expected}" in message or (message.startswith("lora.targets:") and expected in message)
 
 
 def test_a_base_without_linear_layers():
@@ -250,14 +250,14 @@ def test_the_output_directory_of_another_run(config, run_dir, tmp_path):
     data = write_jsonl(tmp_path / "other.jsonl", [GOOD] * 9)
     done = run("train", config, "lora.rank=7", "train.seed=3", "train.max_steps=4", f"data.train={data}")
     assert done.code == 2
-    told = done.error()
-    assert str(run_dir) in told
-    assert "train.output_dir" in told
-    assert "lora.rank: 4 → 7" in told
-    assert "train.seed: 0 → 3" in told
-    assert "--fresh" in told
-    assert data.name in told
-    assert "max_steps" not in told  # a run may go on for longer
+    expected = done.error()
+    assert str(run_dir) in expected
+    assert "train.output_dir" in expected
+    assert "lora.rank: 4 → 7" in expected
+    assert "train.seed: 0 → 3" in expected
+    assert "--fresh" in expected
+    assert data.name in expected
+    assert "max_steps" not in expected  # a run may be extended
     assert contents(run_dir) == before
 
 
@@ -304,7 +304,7 @@ def test_a_merge_with_a_wrong_size(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["merge", "verify"])
-def test_a_run_that_is_none(tmp_path, verb):
+def test_a_folder_that_is_not_a_run(tmp_path, verb):
     arguments = ["-o", tmp_path / "out"] if verb == "merge" else [tmp_path]
     done = run(verb, tmp_path / "no-run", *arguments)
     assert done.code == 1

@@ -36,7 +36,7 @@ def test_the_table_and_the_bar_show_it(config):
         assert word in shown
 
 
-def test_what_does_not_fit_is_told_and_fails(config):
+def test_a_run_that_does_not_fit_is_reported_and_fails(config):
     result = run("estimate", config, "--gpu", "1MB")
     assert result.code == 1
     assert "too much" in result.out
@@ -49,8 +49,8 @@ def test_a_level_that_is_asked_for_is_the_one_shown(config):
 
 
 @pytest.mark.slow
-def test_a_probe_measures_what_was_reckoned(config):
-    # In a process of its own: what other models took for products is kept, and would be measured.
+def test_a_probe_measures_what_was_predicted(config):
+    # In a separate process: buffers that other models left would be measured.
     command = [sys.executable, "-m", "qlora", "estimate", str(config), "--probe", "--json"]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert report["probe"]["ratio"] == pytest.approx(1, abs=0.05)

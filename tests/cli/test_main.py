@@ -24,7 +24,7 @@ VERBS = ("init", "explain", "train", "eval", "generate", "chat", "merge", "verif
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_needs_no_model_imports_little(arguments, most):
-    """The time of a start is that of its imports, and their number is the same on a busy machine."""
+    """Startup time is import time, and the number of imports does not depend on the machine's load."""
     code = f"import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); {HELP}"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     modules = done.stdout.rpartition("MODULES ")[2].split()
@@ -49,7 +49,7 @@ def test_every_verb_has_help(verb, option):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["trane"], "trane"),
         (["train"], "CONFIG"),
@@ -65,10 +65,10 @@ def test_every_verb_has_help(verb, option):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_use_exits_with_2_and_names_the_mistake(arguments, told):
+def test_wrong_use_exits_with_2_and_names_the_mistake(arguments, message):
     done = run(*arguments)
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert done.out == ""
 
@@ -108,13 +108,13 @@ def test_in_a_shell_an_error_is_one_message_on_standard_error():
     done = subprocess.run([sys.executable, "-c", HELP, "init", "gpt9"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: There is no recipe 'gpt9'; ")
+    assert done.stderr.startswith("error: Unknown recipe 'gpt9'; ")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
 def places(tiny_base, alpaca_file, tmp_path_factory):
-    """A config, its finished run, and a folder that is not there; not to be changed."""
+    """Return a config, its finished run, and a missing folder; not to be changed."""
     folder = tmp_path_factory.mktemp("places")
     config = run_config(tiny_base, alpaca_file, folder / "run", train__max_steps=1, data__eval=None)
     train(load_config(config))
@@ -122,7 +122,7 @@ def places(tiny_base, alpaca_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize(("verb", "target", "told"), [
+@pytest.mark.parametrize(("verb", "target", "message"), [
     (
         ["train", "{config}"],
         "qlora.training.train",
@@ -130,12 +130,12 @@ def places(tiny_base, alpaca_file, tmp_path_factory):
     ),
     (["merge", "{run}", "-o", "{out}"], "qlora.export.merge", "The same command continues."),
 ])  # fmt: skip
-def test_a_signal_outside_of_training_says_how_to_go_on(number, code, verb, target, told, places, monkeypatch):
+def test_a_signal_outside_of_training_shows_how_to_continue(number, code, verb, target, message, places, monkeypatch):
     monkeypatch.setattr(target, lambda *_, **__: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)
     done = run(*(part.format(**places) for part in verb))
     assert done.code == code
-    assert done.err.endswith(f"Stopped.\n{told}\n")
+    assert done.err.endswith(f"Stopped.\n{message}\n")
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -25,7 +25,7 @@ def rows_file(tmp_path, *rows):
     return write_jsonl(tmp_path / "mine.jsonl", list(rows))
 
 
-def test_what_is_learnt_stands_in_brackets(config, tmp_path):
+def test_supervised_text_is_in_brackets(config, tmp_path):
     data = rows_file(tmp_path, {"instruction": "How?", "output": "So [it] is."})
     shown = run("preview", config, f"data.train={data}", "data.eval=null", "-n", "1").out
     assert "### Response:\n⟦So [it] is.</s>⟧" in shown
@@ -43,7 +43,7 @@ def test_samples_join_to_what_is_trained(config):
         assert sample["num_supervised"] == len(learnt.encode()) - len("</s>") + 1
 
 
-def test_it_tells_the_run_that_training_makes(config):
+def test_it_shows_the_run_that_training_makes(config):
     report = run("preview", config, "--json").json()
     settings = load_config(config)
     train(settings)
@@ -102,7 +102,7 @@ def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
     ]
 
 
-def test_rows_for_another_objective_are_shown_and_told(config, tmp_path):
+def test_rows_for_another_objective_are_shown_and_reported(config, tmp_path):
     data = rows_file(tmp_path, {"prompt": "Say", "chosen": "yes", "rejected": "no"})
     shown = run("preview", config, f"data.train={data}", "data.eval=null")
     assert "⟦yes</s>⟧" in shown.out
@@ -134,7 +134,7 @@ def test_no_model_is_loaded(config, tiny_base, tmp_path):
 
 @pytest.fixture
 def page(config, tmp_path):
-    """A page about rows that look like markup."""
+    """Return a page about rows that look like markup."""
     data = rows_file(
         tmp_path,
         {"instruction": "<script>document.title = 'run'</script>", "output": "<b>bold</b> & so"},
@@ -164,6 +164,6 @@ def test_a_browser_shows_the_page(page, tmp_path):
     assert max(widths) == 100
 
 
-def test_a_page_that_can_not_be_written_is_told(config, tmp_path):
+def test_a_page_that_can_not_be_written_is_reported(config, tmp_path):
     refused = run("preview", config, "--html", tmp_path / "absent" / "page.html")
     assert "page.html: can't be written: No such file or directory" in refused.error()

@@ -24,7 +24,7 @@ def test_a_folder_that_is_there_is_kept(tiny_base, tmp_path):
     assert (done.code, "exists already" in done.err) == (1, True)
 
 
-def test_a_size_that_is_none_is_wrong_use(tiny_base, tmp_path):
+def test_an_invalid_size_is_wrong_use(tiny_base, tmp_path):
     done = run("quantize", tiny_base, "-o", tmp_path / "4bit", "--max-shard-size", "much")
     assert done.code == 2
     assert "much" in done.err

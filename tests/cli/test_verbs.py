@@ -36,7 +36,7 @@ def config(tmp_path_factory, tiny_base, alpaca_file):
 
 @pytest.fixture(scope="module")
 def trained(config):
-    """What `train --json` reported."""
+    """Return the report of `train --json`."""
     file = config.with_name("report.json")
     report = run("train", config, "train.seed=5", "--json", "--report", file).json()
     assert json.loads(file.read_text()) == report
@@ -51,14 +51,14 @@ def run_dir(config, trained):
 
 @pytest.fixture(scope="module")
 def merged(run_dir):
-    """The run, merged; and what `merge --json` reported."""
+    """Return the merged run, and the report of `merge --json`."""
     folder = run_dir.with_name("merged")
     return folder, run("merge", run_dir, "-o", folder, "--json").json()
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The conversations that the model was to answer; it answers with their number."""
+    """Replace the model's answers by their number; return the conversations that it was asked."""
     seen = []
 
     def generate(model, tokenizer, messages, max_new_tokens, temperature, **_):
@@ -109,7 +109,7 @@ def test_init_overwrites_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["mine.yaml", "sub/mine.yaml"])
-def test_init_into_a_place_that_can_not_be_written_is_told(tmp_path, place):
+def test_init_into_a_place_that_can_not_be_written_is_reported(tmp_path, place):
     (tmp_path / "file").write_text("mine")
     target = tmp_path / "file" / place
     done = run("init", RECIPES[0], "-o", target)
@@ -154,7 +154,7 @@ def test_train_again_does_nothing_more(config, trained, run_dir):
     assert (run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_train_tells_people_the_first_and_last_loss(config, trained):
+def test_train_prints_the_first_and_last_loss_for_people(config, trained):
     done = run("train", config, "train.seed=5")
     assert done.code == 0
     assert "Run finished." in done.out
@@ -162,7 +162,7 @@ def test_train_tells_people_the_first_and_last_loss(config, trained):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_train_exits_as_a_shell_tells_a_signal(tmp_path, tiny_base, alpaca_file, monkeypatch, number, code):
+def test_train_exits_with_a_shells_code_of_the_signal(tmp_path, tiny_base, alpaca_file, monkeypatch, number, code):
     original = MetricsLog.log_step
 
     def log_step(self, progress, report):
@@ -177,7 +177,7 @@ def test_train_exits_as_a_shell_tells_a_signal(tmp_path, tiny_base, alpaca_file,
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_dry_run_tells_the_plan_and_writes_nothing(packing, tmp_path, tiny_base, alpaca_file):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(packing, tmp_path, tiny_base, alpaca_file):
     path = run_config(tiny_base, alpaca_file, tmp_path / "run", data__packing=packing)
     before = files_of(tmp_path)
     plan = run("train", path, "--dry-run", "--json").json()
@@ -218,7 +218,7 @@ def test_eval_of_a_config_is_the_loss_that_training_began_with(config, trained):
 def test_eval_takes_another_file(config, run_dir, tmp_path, target):
     answers = ["tin tin", "moss", "é漢", "moss"]
     data = write_jsonl(tmp_path / "other.jsonl", [{"instruction": "Say", "output": answer} for answer in answers])
-    if target == "config":  # what leaves out training rows leaves out none of these
+    if target == "config":  # training rows that are left out are not left out here
         values = json.loads(config.read_text())
         config = tmp_path / "limited.yaml"
         config.write_text(json.dumps({**values, "data": {**values["data"], "max_rows": 2, "deduplicate": True}}))
@@ -238,7 +238,7 @@ def test_eval_of_answers_without_text_has_no_bits_per_byte(run_dir, tmp_path):
     assert report["bits_per_byte"] is None
 
 
-def test_eval_tells_people_the_same_numbers(run_dir):
+def test_eval_prints_the_same_numbers_for_people(run_dir):
     report = run("eval", run_dir, "--json").json()
     done = run("eval", run_dir)
     assert f"{report['perplexity']:.6g}" in done.out
@@ -425,8 +425,8 @@ def test_generate_names_every_bad_row_before_it_loads_the_model(tmp_path):
     first, *problems = done.error().splitlines()
     assert first == "6 rows can't be answered:"
     assert [f"{prompts}:{number}" in line for number, line in enumerate(problems, start=2)] == [True] * 6
-    told = ["nothing is before", "should be text", "already has a column 'answer'", "an answer already", "images"]
-    assert [words for words, line in zip(told, problems, strict=False) if words not in line] == []
+    expected = ["nothing before", "should be text", "already has a column 'answer'", "already an answer", "images"]
+    assert [words for words, line in zip(expected, problems, strict=False) if words not in line] == []
     assert not output.exists()
 
 
@@ -444,7 +444,7 @@ def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ([], "--prompt TEXT or --prompts FILE"),
         (["--prompt", "x", "--prompts", "y"], "--prompt TEXT or --prompts FILE"),
@@ -454,10 +454,10 @@ def test_generate_names_the_prompts_that_the_template_refuses(tiny_base, tmp_pat
         (["--prompt", "x", "--temperature", "1", "--top-p", "1.1"], "--top-p"),
     ],
 )
-def test_generate_refuses_options_that_do_not_go_together(options, told):
+def test_generate_refuses_options_that_do_not_go_together(options, message):
     done = run("generate", "no-model", *options)
     assert done.code == 2
-    assert told in " ".join(done.err.replace("│", " ").split())
+    assert message in " ".join(done.err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("place", ["there.jsonl", "there.jsonl/answers.jsonl"])
@@ -514,11 +514,11 @@ def test_chat_greets_with_model_template_and_commands(run_dir, asked):
     greeting, commands, unknown = done.err.splitlines()[-3:]  # after the bar of the weights that load
     assert greeting == f"{run_dir}, chat template: alpaca"
     assert [name for name in ("/exit", "/reset", "/system TEXT", "Ctrl-D") if name not in commands] == []
-    assert unknown.startswith("There is no /help: /reset ")
+    assert unknown.startswith("Unknown command /help: /reset ")
     assert [messages[-1]["content"] for messages, _ in asked] == ["/usr/bin is what?"]
 
 
-def test_chat_goes_on_after_a_conversation_that_the_template_refuses(run_dir, monkeypatch):
+def test_chat_continues_after_a_conversation_that_the_template_refuses(run_dir, monkeypatch):
     def refuse(model, tokenizer, messages, *_, **__):
         if messages[0]["role"] == "system":
             raise DataError("no system messages")
@@ -563,15 +563,15 @@ def test_chat_shows_the_answer_without_the_prompt(run_dir):
     assert done.out.replace("> ", "").strip() == answer.strip()
 
 
-def test_doctor_tells_versions_hardware_and_what_is_used():
+def test_doctor_shows_versions_hardware_and_what_is_used():
     report = run("doctor", "--json").json()
     assert report["versions"]["torch"] == torch.__version__
     assert report["in_use"]["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
     done = run("doctor")
     assert done.code == 0
     # In parentheses is the error of a weight that is drawn each time.
-    told = [torch.__version__, *(text.partition(" (")[0] for text in report["in_use"].values())]
-    assert [text for text in told if text not in done.out] == []
+    expected = [torch.__version__, *(text.partition(" (")[0] for text in report["in_use"].values())]
+    assert [text for text in expected if text not in done.out] == []
 
 
 def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merged, tmp_path):

@@ -45,7 +45,7 @@ UNSLOTH_BASE = {
 
 @pytest.fixture
 def convert(tmp_path):
-    """Converts values or the text of a script; returns the conversion and the loaded config."""
+    """Convert values or the text of a script; return the conversion and the loaded config."""
 
     def convert(given, name=None):
         path = tmp_path / (name or ("theirs.sh" if isinstance(given, str) else "theirs.yml"))
@@ -59,7 +59,7 @@ def convert(tmp_path):
 
 
 def leaves(values):
-    """Names of keys, those inside of groups of unsloth's included."""
+    """Return names of keys, including those inside of unsloth's groups."""
     for name, value in values.items():
         if isinstance(value, dict) and name in ("model", "data", "training", "lora", "logging") or name.isupper():
             yield from leaves(value) if isinstance(value, dict) else [name.lower()]
@@ -345,7 +345,7 @@ def test_a_command_line_in_a_script_is_read_without_running_it(convert, tmp_path
     ("trl sft --model_name_or_path org/b --dataset_name org/rows", "TRL"),
     ("python -m trl.scripts.sft --model_name_or_path org/b --dataset_name org/rows", "TRL"),
 ])  # fmt: skip
-def test_the_trainer_is_told_from_the_command(convert, command, trainer):
+def test_the_trainer_is_detected_from_the_command(convert, command, trainer):
     conversion, config = convert(command)
     assert conversion.draft.trainer == trainer
     assert config.model.base == "org/b"
@@ -358,7 +358,7 @@ def test_a_template_that_is_written_out_becomes_a_file(convert, tmp_path):
     assert config.data.chat_template == str(tmp_path / "ours.jinja")
 
 
-@pytest.mark.parametrize(("content", "told"), [
+@pytest.mark.parametrize(("content", "message"), [
     ("recipe: x\nfoo: 1\n", "is not recognized as a config of axolotl, LLaMA-Factory, unsloth, TRL"),
     ("model: {base: b}\ndata: {train: t}\ntrain: {output_dir: o}\n", "is a config of qlora already"),
     ("just words\n", "is not recognized"),
@@ -366,13 +366,13 @@ def test_a_template_that_is_written_out_becomes_a_file(convert, tmp_path):
     ("", "is not recognized"),
     ("- a\n- b\n", "is not recognized"),
 ])  # fmt: skip
-def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, told):
+def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, message):
     path = tmp_path / "theirs.yml"
     path.write_text(content)
     with pytest.raises(ConfigError) as caught:
         convert_file(path)
     assert str(path) in str(caught.value)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("values", [

@@ -1,4 +1,4 @@
-"""YAML and overrides into a config, and every problem told with the key that was meant."""
+"""YAML and overrides into a config; every problem is reported with the key that was meant."""
 
 import random
 import string
@@ -13,7 +13,7 @@ from qlora.errors import ConfigError
 MINIMAL = {"model": {"base": "some/base"}, "data": {"train": "rows.jsonl"}, "train": {"output_dir": "runs/x"}}
 SECTIONS = {section: list(field.annotation.model_fields) for section, field in RunConfig.model_fields.items()}
 
-# knowledge/PEERS.md §5, and our key for each name there.
+# Names of other trainers, and our key for each.
 PEERS = {
     "base_model": "model.base",
     "model_name_or_path": "model.base",
@@ -84,7 +84,7 @@ OUT_OF_RANGE = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a config that has the needed keys and the given ones, and returns its path."""
+    """Write a config with the required keys and the given ones, and return its path."""
 
     def write(values=None, **dotted):
         config = {section: dict(keys) for section, keys in MINIMAL.items()}
@@ -108,7 +108,7 @@ def problems(path, overrides=()):
 
 
 def bounds(schema):
-    """Every JSON schema that says what values a key takes: its own and those of its alternatives."""
+    """Return every JSON schema of a key's values: its own and those of its alternatives."""
     return [schema, *(part for member in schema.get("anyOf", ()) for part in bounds(member))]
 
 
@@ -192,7 +192,7 @@ def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("load_in_8bit", "no 8-bit base"), ("wandb_project", "environment"), ("deepspeed", "processes"),
+    ("load_in_8bit", "8-bit bases are not available"), ("wandb_project", "environment"), ("deepspeed", "processes"),
     ("train.neftune_noise_alpha", "NEFTune"),
 ])  # fmt: skip
 def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
@@ -212,7 +212,7 @@ def test_an_override_with_a_broken_value_is_named(write):
     assert "YAML" in message
 
 
-def test_an_overrides_unknown_key_is_told_like_one_of_the_file(write):
+def test_an_overrides_unknown_key_is_reported_like_one_of_the_file(write):
     assert "train.max_step: unknown key. Did you mean train.max_steps?" in problems(write(), ["train.max_step=3"])
 
 
@@ -238,9 +238,9 @@ def test_a_number_needs_no_dot(tmp_path, rate):
 def test_sources_are_a_path_a_source_or_a_list_of_them(write, key, written, paths):
     sources = getattr(load_config(write({f"data.{key}": written})).data, key)
     assert [source.path for source in sources] == paths
-    told = [one for one in (written if isinstance(written, list) else [written]) if isinstance(one, dict)]
-    kept = [source.model_dump(include=set(one)) for one in told for source in sources if source.path == one["path"]]
-    assert kept == told
+    expected = [one for one in (written if isinstance(written, list) else [written]) if isinstance(one, dict)]
+    kept = [source.model_dump(include=set(one)) for one in expected for source in sources if source.path == one["path"]]
+    assert kept == expected
 
 
 def test_what_a_source_does_not_say_is_left_open(write):
@@ -254,7 +254,7 @@ def test_columns_may_be_given_by_number(write):
 
 
 @pytest.mark.parametrize("key", ["train", "eval"])
-@pytest.mark.parametrize(("sources", "told"), [
+@pytest.mark.parametrize(("sources", "expected"), [
     ({"path": "a", "wieght": 2}, "[0].wieght: unknown key. Did you mean weight?"),
     (["a", {"path": "b", "max_seq_len": 2}], "[1].max_seq_len: unknown key. Did you mean data.max_seq_len?"),
     (["a", {"weight": 2}], "[1].path: missing; it has no default."),
@@ -270,9 +270,9 @@ def test_columns_may_be_given_by_number(write):
     ([], ": [] should be a path, a source (path, weight, format, …) or a list of them"),
     (["a", 3], ": ['a', 3] should be a path, "),
 ], ids=str)  # fmt: skip
-def test_what_is_wrong_with_a_source_is_told_once_with_its_place(write, key, sources, told):
+def test_a_problem_of_a_source_is_reported_once_with_its_position(write, key, sources, expected):
     message = problems(write({f"data.{key}": sources}))
-    assert f"  data.{key}{told}" in message
+    assert f"  data.{key}{expected}" in message
     assert "1 problem(s)" in message
 
 
@@ -284,18 +284,18 @@ def test_folding_with_dropout_is_refused_with_both_ways_out(write):
 
 @pytest.mark.parametrize("tokens", [["<a>", "<b>", "<a>"], ["<a>", " "], [""]])
 def test_new_tokens_are_named_once_and_none_is_empty(write, tokens):
-    told = problems(write({"data.new_tokens": tokens}))
-    assert "data.new_tokens: " in told
-    assert "should name each token once" in told
+    expected = problems(write({"data.new_tokens": tokens}))
+    assert "data.new_tokens: " in expected
+    assert "should name each token once" in expected
     assert load_config(write({"data.new_tokens": ["<a>", "a b"]})).data.new_tokens == ["<a>", "a b"]
 
 
-def test_all_problems_are_told_in_one_error(write):
+def test_all_problems_are_reported_in_one_error(write):
     path = write({"lora.rank": 0, "lora.alfa": 1, "train.optim": "x", "data.overlong": "cut", "modle": {}})
     path.write_text(path.read_text().replace("output_dir: runs/x", ""))
     message = problems(path)
-    told = ["lora.rank", "lora.alfa", "train.optim", "data.overlong", "modle", "train.output_dir"]
-    assert [key for key in told if f"  {key}: " not in message] == []
+    expected = ["lora.rank", "lora.alfa", "train.optim", "data.overlong", "modle", "train.output_dir"]
+    assert [key for key in expected if f"  {key}: " not in message] == []
     assert message.startswith(f"{path}: 6 problem(s)\n")
     assert len(message.splitlines()) == 7
 
@@ -320,7 +320,7 @@ def test_a_missing_section_is_named(write, section):
 
 
 @pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys])
-def test_a_misspelt_key_is_told_the_right_one(write, seed, key):
+def test_a_misspelt_key_is_answered_with_the_right_one(write, seed, key):
     rng = random.Random(seed)
     section, _, name = key.partition(".")
     position = rng.randrange(1, len(name))
@@ -333,30 +333,30 @@ def test_a_misspelt_key_is_told_the_right_one(write, seed, key):
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))
-def test_a_misspelt_section_is_told_the_right_one(write, section):
+def test_a_misspelt_section_is_answered_with_the_right_one(write, section):
     assert f"  {section}s: unknown key. Did you mean {section}?" in problems(write({f"{section}s": {}}))
 
 
-def test_a_key_like_none_is_only_told_to_be_unknown(write):
+def test_a_key_unlike_any_other_is_only_reported_as_unknown(write):
     message = problems(write({"train.qqqqqqqq": 1}))
     assert "  train.qqqqqqqq: unknown key." in message
     assert "Did you mean" not in message
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_top_level_name_of_another_trainer_is_told_ours(write, name):
+def test_a_top_level_name_of_another_trainer_is_answered_with_ours(write, name):
     message = problems(write({name: 1}))
     assert f"  {name}: unknown key." in message
     assert PEERS[name] in message
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_another_trainers_name_inside_a_section_is_told_ours(write, name):
+def test_another_trainers_name_inside_a_section_is_answered_with_ours(write, name):
     for section in (section for section in SECTIONS if name not in SECTIONS[section]):
         assert PEERS[name] in problems(write({f"{section}.{name}": 1}))
 
 
-def test_a_key_in_the_wrong_section_is_told_the_right_one(write):
+def test_a_key_in_the_wrong_section_is_answered_with_the_right_one(write):
     wrong = [
         (key, f"{section}.{key}", other)
         for section, keys in SECTIONS.items()
@@ -380,7 +380,7 @@ def test_every_bounded_number_is_tried():
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values], ids=str
 )
-def test_a_value_out_of_range_is_told_with_its_key(write, key, value):
+def test_a_value_out_of_range_is_reported_with_its_key(write, key, value):
     message = problems(write({key: value}))
     assert f"  {key}: " in message
     assert "should" in message or "required" in message
@@ -389,7 +389,7 @@ def test_a_value_out_of_range_is_told_with_its_key(write, key, value):
 
 
 @pytest.mark.parametrize("key", CHOICES)
-def test_a_value_that_is_no_choice_is_told_the_choices(write, seed, key):
+def test_a_value_that_is_not_a_choice_is_answered_with_the_choices(write, seed, key):
     wrong = "".join(random.Random(seed).choices(string.ascii_lowercase, k=8))
     message = problems(write({key: wrong}))
     assert f"  {key}: '{wrong}'" in message
@@ -534,7 +534,7 @@ def test_paths_that_are_here_become_absolute_and_all_else_stays(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["auto", "alpaca", "chatml", "llama3.1", "qwen3-instruct"])
-def test_a_built_in_template_stays_one_beside_a_folder_of_its_name(name, tmp_path, monkeypatch):
+def test_a_built_in_template_is_used_even_if_a_folder_has_its_name(name, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     config = RunConfig.model_validate({**MINIMAL, "data": {"train": "rows.jsonl", "chat_template": name}})

@@ -1,4 +1,4 @@
-"""Every key is described, and the page, the full config and the schema say what the sections say."""
+"""Every key is described, and the page, the full config and the schema agree with the sections."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_config_with_every_key_loads_with_every_key_at_its_default(tmp_path):
 
 
 def unknown_to(schema, value, root):
-    """Keys of a value that a schema has not, and values that no alternative of it allows, by a few of its rules."""
+    """Return keys of a value that a schema lacks, and values that no alternative allows, by a few of its rules."""
     if "$ref" in schema:
         return unknown_to(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root)
     if "anyOf" in schema:

@@ -1,4 +1,4 @@
-"""Head and loss in chunks: the same loss and gradient, and never all logits."""
+"""Head and loss in chunks: the same loss and gradient, without all logits at once."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make_inputs(generator, rows, features, vocabulary, dtype=torch.float32):
 
 
 def random_weights(generator, rows):
-    """Some of them zero."""
+    """Return weights, some of them zero."""
     return torch.rand(rows, generator=generator) * 3 * (torch.rand(rows, generator=generator) < 0.8)
 
 
@@ -143,7 +143,7 @@ def test_no_rows_give_a_loss_of_zero_and_an_empty_gradient(generator):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The size of the largest tensor that any operation gave, in elements."""
+    """The size of the largest tensor that any operation returned, in elements."""
 
     size = 0
 
@@ -189,7 +189,7 @@ def test_the_head_is_read_once_a_chunk_in_full_chunks(generator):
 
 
 def split_at(weight, bounds, trained):
-    """Blocks of a weight's rows, those at the places `trained` with a gradient."""
+    """Return blocks of a weight's rows, those at the indices `trained` with a gradient."""
     blocks = weight.tensor_split(sorted(bounds))
     return [block.clone().requires_grad_(place in trained) for place, block in enumerate(blocks)]
 

@@ -1,4 +1,4 @@
-"""Deltas: folded, added and differentiated as the product of their factors says, alone and several together."""
+"""Deltas: folded, added and differentiated as the product of their factors, one and several."""
 
 import pytest
 import torch

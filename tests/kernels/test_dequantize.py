@@ -18,16 +18,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (out, in): whole blocks; a small model's down and up projections; one and a half blocks a row; more than 256 blocks;
 # an even width that is no multiple of a tile; an odd width; an odd number of weights; a single one.
 SHAPES = [(64, 128), (64, 172), (172, 64), (64, 96), (130, 190), (33, 50), (12, 75), (7, 13), (1, 1)]
-# By this name the package gives the function.
+# The package exports the function under this name.
 door = sys.modules["qlora.nf4.quantize"]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """The module of the kernel, for Triton's interpreter, which runs on a CPU.
+    """Return the kernel's module for Triton's interpreter, which runs on a CPU.
 
-    Triton looks at the variable where a kernel is defined, so that the module that others import stays compiled.
+    Triton reads the variable when a kernel is defined, so the module that others import stays compiled.
     """
     if not HAS_TRITON:
         pytest.skip("Triton is not installed: pip install triton")
@@ -40,7 +40,7 @@ def interpreted() -> ModuleType:
 
 
 def random_weight(shape, generator):
-    """Rows of unlike scale; where there is room, a block and a half of zeros."""
+    """Return rows of different scales; if they are long enough, with a block and a half of zeros."""
     weight = torch.randn(shape, generator=generator) * (torch.rand(shape[0], 1, generator=generator) + 0.1) * 0.02
     if weight.numel() > 512:
         weight.view(-1)[128:320] = 0
@@ -53,7 +53,7 @@ def random_factors(shape, rank, dtype, generator):
 
 
 def arguments(packed, state, dtype):
-    """What the kernels take, out of bitsandbytes' state."""
+    """Return the kernels' arguments from bitsandbytes' state."""
     positional = (packed, state.code, state.absmax, tuple(state.shape), dtype, state.blocksize)
     if not state.nested:
         return positional, {}
@@ -67,22 +67,22 @@ def arguments(packed, state, dtype):
 
 
 def bits(tensor):
-    """Where -0 is not 0."""
+    """Return the bits as integers, in which -0 is not 0."""
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def as_interpreted(weight, dtype):
-    """An fp32 weight in `dtype` as Triton's interpreter casts it: to bf16 it cuts, where every device rounds."""
+    """Cast an fp32 weight as Triton's interpreter does, which truncates to bf16 where every device rounds."""
     if dtype != torch.bfloat16:
         return weight.to(dtype)
     return (weight.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def assert_one_rounding(found, packed, state, factors):
-    """Each weight is what fp32 arithmetic gives, up to its error, in the nearest number of the dtype.
+    """Check that each weight is the result of fp32 arithmetic, within its error, rounded once to the dtype.
 
-    The exact sum of products is taken in fp64. fp32 errs by 2^-24 of each product's and sum's magnitude, of which a
-    rank's worth adds up; the dtype then by half the distance of its numbers.
+    The exact sum of products is computed in fp64. fp32 errs by 2^-24 of each product's and sum's magnitude, added up
+    over the rank; the dtype then errs by half the distance of its numbers.
     """
     positional, nested = arguments(packed, state, found.dtype)
     weight = dequantize_4bit_plain(*positional, **nested).double()
@@ -161,7 +161,7 @@ def test_the_twin_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(shape
     assert_one_rounding(dequantize_4bit_plain(*positional, **nested, **factors), packed, state, factors)
 
 
-# Without bf16: the interpreter multiplies its bit patterns, and cuts instead of rounding to it.
+# Without bf16: the interpreter multiplies its bit patterns, and truncates instead of rounding.
 @pytest.mark.parametrize("rank", [1, 8, 16, 20, 256])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -202,7 +202,7 @@ def test_out_is_written_in_place(name, dtype, with_lora, generator, request):
     assert torch.equal(out, function(*positional, **nested, **factors))
 
 
-def test_nothing_is_written_beside_out(generator, interpreted):
+def test_nothing_is_written_outside_of_out(generator, interpreted):
     shape = (33, 51)
     packed, state = quantize(random_weight(shape, generator))
     positional, nested = arguments(packed, state, torch.float32)
@@ -214,7 +214,7 @@ def test_nothing_is_written_beside_out(generator, interpreted):
 
 
 def compile_kernel(capability, nested, factor_dtype):
-    """The kernel's assembly for a GPU that need not be here."""
+    """Return the kernel's assembly for a GPU, which need not be present."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -239,7 +239,7 @@ def compile_kernel(capability, nested, factor_dtype):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH_OPTIONS).asm["ptx"]
 
 
-# What the interpreter can't see: that the kernel compiles, rounds, and makes no two operations into one.
+# The interpreter does not show that the kernel compiles, rounds, and fuses no two operations.
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 80, 89, 90])
 @pytest.mark.parametrize("nested", [True, False])
@@ -261,11 +261,11 @@ def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
 
 @pytest.fixture
 def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
-    """The door as on a device that the kernel is for, with the twin in the kernel's place and nothing shown yet."""
+    """Make `dequantize` on a CPU use the twin as its fused kernel, with no kind of weight verified yet."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    monkeypatch.setattr(door, "_proven", set())
-    monkeypatch.setattr(door, "_given_up", {})
-    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._given_up.get(device))
+    monkeypatch.setattr(door, "_verified", set())
+    monkeypatch.setattr(door, "_rejected", {})
+    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._rejected.get(device))
     calls = []
 
     def use(kernel):
@@ -299,12 +299,12 @@ def test_the_first_weight_of_a_kind_is_computed_by_both_and_then_by_the_kernel(
     assert dequantize(packed, state, torch.bfloat16, out=out) is out
     assert torch.equal(out, first)
     assert (len(calls), len(by_bitsandbytes)) == (2, 1)
-    # Another dtype is another kernel, compiled apart.
+    # Another dtype is another kernel, compiled separately.
     dequantize(packed, state, torch.float32)
     assert (len(calls), len(by_bitsandbytes)) == (3, 2)
 
 
-def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
+def test_one_different_bit_rejects_the_kernel_with_the_reason(fused_on_cpu, generator):
     def wrong(*args, **kwargs):
         weight = dequantize_4bit_plain(*args, **kwargs)
         weight.view(-1)[weight.flatten().eq(0).nonzero()[0]] = -0.0
@@ -323,7 +323,7 @@ def test_one_other_bit_gives_the_kernel_up_and_says_so(fused_on_cpu, generator):
     )
 
 
-def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fused_on_cpu, generator):
+def test_a_kernel_that_omits_the_lora_term_is_not_verified_by_a_term_of_zero(fused_on_cpu, generator):
     def forgetful(*arguments, lora_A=None, lora_B=None, scaling=1.0, **named):
         return dequantize_4bit_plain(*arguments, **named)
 
@@ -331,10 +331,10 @@ def test_a_kernel_that_forgets_the_lora_term_is_not_proven_while_it_is_zero(fuse
     packed, state = quantize(random_weight((64, 172), generator))
     delta = LowRank(torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
     dequantize(packed, state, torch.float32, delta=delta)
-    assert "other bits" in door._given_up[packed.device]
+    assert "other bits" in door._rejected[packed.device]
 
 
-def test_a_kernel_that_fails_is_given_up_and_says_so(fused_on_cpu, generator):
+def test_a_kernel_that_fails_is_rejected_with_the_reason(fused_on_cpu, generator):
     def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
@@ -384,7 +384,7 @@ class TestOnADevice:
         found = dequantize_4bit_triton(*positional, **nested, **factors)
         assert_one_rounding(found, packed, state, factors)
 
-    def test_the_door_takes_the_kernel(self, generator):
+    def test_dequantize_uses_the_kernel(self, generator):
         packed, state = quantize(random_weight((64, 172), generator).cuda())
         dequantize(packed, state, torch.bfloat16)
         assert dequantize_path(torch.device("cuda")) == "fused kernel: it gave bitsandbytes' bits here"

@@ -1,4 +1,4 @@
-"""liger-kernel's functions: why they are not used, and, on CUDA, that they give what plain torch gives."""
+"""liger-kernel's functions: why they are not used, and that on CUDA they equal plain torch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_it_is_for_cuda():
     assert liger_unavailable_reason(torch.device("cpu")) == "liger-kernel is for CUDA"
 
 
-def test_that_it_is_not_installed_is_told(monkeypatch):
+def test_a_missing_package_is_the_reason(monkeypatch):
     monkeypatch.setattr("qlora.kernels.liger.liger_version", lambda: None)
     assert liger_unavailable_reason(torch.device("cuda")) == "liger-kernel is not installed"
     monkeypatch.setattr("qlora.kernels.liger.liger_version", lambda: "0.8.5")

@@ -1,4 +1,4 @@
-"""RMSNorm: what models' own norms give, but for last bits, and gradients at least as good as autograd's."""
+"""RMSNorm: equal to models' own norms except for last bits, with gradients at least as exact as autograd's."""
 
 from functools import partial
 
@@ -67,7 +67,7 @@ def test_its_gradient_is_as_near_to_the_true_one_as_autograds(form, dtype, gener
     assert error <= 1.01 * eager_error + 1e-7  # the last is a few last bits of fp32
 
 
-def test_the_form_can_be_told_from_what_it_gives(generator):
+def test_forms_give_different_results(generator):
     x = rows(172, torch.bfloat16, generator)
     _, norm = make("llama", 172, torch.bfloat16, generator)
     assert (norm(x) != RMSNorm(norm.weight, EPS)(x)).float().mean() > 0.05

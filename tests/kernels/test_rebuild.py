@@ -1,4 +1,4 @@
-"""Tensors built again instead of kept: the same values and gradients, and less held."""
+"""Tensors rebuilt instead of saved: the same values and gradients, with less memory."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def gated(gate, up):
 
 
 def saved_storages(build):
-    """Storages kept for the backward of what is built, and what was built."""
+    """Return the storages saved for the backward, and the result."""
     kept = {}
 
     def pack(tensor):
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_the_function(generator):
 
 
 class Doubling:
-    """A function that says of itself what its gradient is: 5, to be told from what autograd would find."""
+    """A function with a gradient of its own: 5, which differs from autograd's."""
 
     def __call__(self, x):
         return 2 * x
@@ -54,7 +54,7 @@ def test_a_function_that_knows_its_gradients_is_asked_for_them(generator):
     assert torch.equal(torch.autograd.grad(result.sum(), x)[0], torch.full_like(x, 5))
 
 
-def test_who_runs_a_recipe_under_autograd_gets_these_gradients_too(generator):
+def test_a_recipe_run_under_autograd_has_these_gradients_too(generator):
     x = torch.randn(3, 4, generator=generator, requires_grad=True)
     function = rebuilt(Doubling(), x).recipe.source.function
     assert torch.equal(torch.autograd.grad(function(x).sum(), x)[0], torch.full_like(x, 5))
@@ -108,7 +108,7 @@ def test_adapters_get_the_gradients_that_they_get_from_a_kept_input(generator, c
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_what_is_built_again_is_neither_kept_nor_hung_on_the_graph(generator):
+def test_a_rebuilt_tensor_is_neither_saved_nor_on_the_graph(generator):
     adapters = layers(generator, 3)
     inputs = [torch.randn(5, 6, generator=generator, requires_grad=True) for _ in range(2)]
 

@@ -22,7 +22,7 @@ def make_store():
 
 
 class Layers:
-    """A few functions one after the other, each checkpointed, its input in a store."""
+    """A few functions in sequence, each checkpointed with its input in a store."""
 
     def __init__(self, store, count=4, features=16, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -32,7 +32,7 @@ class Layers:
         ]
 
     def __call__(self, x):
-        """The result, and weak references to each layer's input."""
+        """Return the result, and weak references to each layer's input."""
         inputs = []
         for weight in self.weights:
             inputs.append(StorageWeakRef(x.untyped_storage()))
@@ -60,7 +60,7 @@ def test_a_tensor_comes_back_bit_for_bit(shape, dtype, generator):
         z = y.square()
     pointer = StorageWeakRef(y.untyped_storage())
     with store.hooks(other := torch.ones(1)):
-        torch.ones(1, requires_grad=True) * other  # what is saved next lets go of what was before
+        torch.ones(1, requires_grad=True) * other  # the next save frees the one before
     del y
     gc.collect()
     assert pointer.expired()
@@ -130,7 +130,7 @@ def test_a_forward_without_a_backward_leaks_nothing(num_backwards, generator):
     expected = layers.gradients(layers.plain(x))
     for _ in range(3):
         y, inputs = layers(x.clone())
-        if num_backwards:  # one that does not come to its end
+        if num_backwards:  # one that is aborted
             torch.autograd.grad(y.sum(), layers.weights[-1], retain_graph=True)
         del y
         assert all(reference.expired() for reference in inputs)
@@ -161,9 +161,9 @@ def test_a_retained_graph_can_be_gone_through_again(generator):
 
 
 class LateStream:
-    """A stream of copies that does each one as late as it may: when it is waited for.
+    """A stream of copies that makes each one as late as possible: when it is waited for.
 
-    It holds no memory for them, as a device does not: what was let go of before its copy was done is lost.
+    Like a device, it keeps no memory alive for them: a tensor that is freed before its copy is made is lost.
     """
 
     def __init__(self):
@@ -190,7 +190,7 @@ class LateStream:
 
 
 class Queued(TorchFunctionMode):
-    """Leaves copies to a stream."""
+    """Copies that are queued on a stream."""
 
     def __init__(self, stream):
         super().__init__()
@@ -208,7 +208,7 @@ class Queued(TorchFunctionMode):
 
 @pytest.fixture
 def late_store(monkeypatch):
-    """A store whose copies run on a stream that is late."""
+    """Return a store whose copies run on a late stream."""
     store = make_store()
     stream = store._stream = LateStream()
 
@@ -234,7 +234,7 @@ def test_copies_of_a_late_stream_are_waited_for(late_store, generator):
     assert late_store._stream.num_lost == 0
 
 
-def test_each_is_under_way_while_what_needs_the_one_after_it_is_computed(late_store, generator):
+def test_each_copy_is_pending_while_the_layer_after_it_is_computed(late_store, generator):
     layers, under_way = Layers(late_store), []
     y, _ = layers(torch.randn(20, 16, generator=generator))
     for weight in layers.weights:
@@ -244,7 +244,7 @@ def test_each_is_under_way_while_what_needs_the_one_after_it_is_computed(late_st
 
 
 @pytest.mark.parametrize("num_backwards", [0, 1])
-def test_copies_under_way_are_waited_for_when_a_graph_is_given_up(num_backwards, late_store, generator):
+def test_pending_copies_are_waited_for_when_a_graph_is_dropped(num_backwards, late_store, generator):
     layers = Layers(late_store)
     for _ in range(3):
         y, inputs = layers(torch.randn(20, 16, generator=generator))

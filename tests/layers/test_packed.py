@@ -1,4 +1,4 @@
-"""Documents packed into one row: the loss and the gradients that they have apart, or a refusal."""
+"""Documents packed into one sequence: the same loss and gradients as separately, or a refusal."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def families(choice):
 
 
 def random_documents(generator, lengths=(17, 2, 9, 23)):
-    """With different shares learnt, and different weights."""
+    """Return documents with different supervised shares and different weights."""
     documents = []
     for length in lengths:
         weights = torch.randint(3, (length,), generator=generator) / 2
@@ -95,7 +95,9 @@ def loss_and_gradients(model, batches):
 @pytest.mark.parametrize(
     ("family", "attention", "recompute"), pairs(tuple(KEEPS_APART), ("sdpa", "eager"), ("none", "full"))
 )
-def test_a_packed_row_learns_what_its_documents_do_apart(family, attention, recompute, tmp_path, seed, generator):
+def test_a_packed_sequence_trains_what_its_documents_do_separately(
+    family, attention, recompute, tmp_path, seed, generator
+):
     config_class, sizes = KEEPS_APART[family]
     model = load(tmp_path, seed, config_class, sizes, attention)
     add_lora(model, rank=4, dtype=torch.float32)
@@ -108,20 +110,22 @@ def test_a_packed_row_learns_what_its_documents_do_apart(family, attention, reco
             module.p = 0.0  # GPT-2 has some
     documents = random_documents(generator)
     packed_loss, packed = loss_and_gradients(model, [collate(documents, packed=True)])
-    loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
-    assert_same(packed_loss, packed, loss, apart)
+    loss, separate = loss_and_gradients(model, [collate([document]) for document in documents])
+    assert_same(packed_loss, packed, loss, separate)
 
 
-def assert_same(packed_loss, packed, loss, apart):
+def assert_same(packed_loss, packed, loss, separate):
     assert packed_loss == pytest.approx(loss, rel=1e-5)
-    for found, expected in zip(packed, apart, strict=True):
+    for found, expected in zip(packed, separate, strict=True):
         assert expected.abs().max() > 0
         assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 @families({name: family for name, family in KEEPS_APART.items() if name not in NOT_BY_DOCUMENTS})
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, recompute, tmp_path, seed, generator):
+def test_attention_by_documents_trains_what_they_do_separately(
+    config_class, sizes, recompute, tmp_path, seed, generator
+):
     model = load(tmp_path, seed, config_class, sizes)
     add_lora(model, rank=4, dtype=torch.float32)
     for _, layer in lora_layers(model):
@@ -129,23 +133,23 @@ def test_attention_by_documents_learns_what_they_do_apart(config_class, sizes, r
     apply_recompute(model, recompute)
     model.train()
     documents = random_documents(generator)
-    loss, apart = loss_and_gradients(model, [collate([document]) for document in documents])
+    loss, separate = loss_and_gradients(model, [collate([document]) for document in documents])
     assert "by documents" in use_document_attention(model)
-    assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, apart)
-    assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, apart)
-    assert_same(*loss_and_gradients(model, [collate(documents)]), loss, apart)
+    assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, separate)
+    assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, separate)
+    assert_same(*loss_and_gradients(model, [collate(documents)]), loss, separate)
     check_isolation(model, *documents[-2:])
 
 
-def test_attention_by_documents_keeps_apart_what_a_mask_would_not(tmp_path, seed, generator):
-    """OPT's own mask is made from padding alone, whatever the positions say."""
+def test_attention_by_documents_separates_what_a_mask_would_not(tmp_path, seed, generator):
+    """OPT's own mask is made from padding alone, regardless of positions."""
     model = load(tmp_path, seed, *MIXES["opt, whose positions a mask tells"])
     documents = random_documents(generator)
     with torch.no_grad():
-        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
+        separate = sum(supervised_loss(model, collate([document])).item() for document in documents)
         use_document_attention(model)
         packed = supervised_loss(model, collate(documents, packed=True)).item()
-    assert packed == pytest.approx(apart, rel=1e-5)
+    assert packed == pytest.approx(separate, rel=1e-5)
     check_isolation(model, *documents[-2:])
 
 
@@ -176,13 +180,13 @@ def test_attention_by_documents_makes_no_tensor_of_all_tokens_squared(tiny_base,
 
 
 @families(KEEPS_APART)
-def test_a_padded_batch_learns_what_its_documents_do_apart(config_class, sizes, tmp_path, seed, generator):
+def test_a_padded_batch_trains_what_its_documents_do_separately(config_class, sizes, tmp_path, seed, generator):
     model = load(tmp_path, seed, config_class, sizes)
     documents = random_documents(generator)
     with torch.no_grad():
         together = supervised_loss(model, collate(documents)).item()
-        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
-    assert together == pytest.approx(apart, rel=1e-5)
+        separate = sum(supervised_loss(model, collate([document])).item() for document in documents)
+    assert together == pytest.approx(separate, rel=1e-5)
 
 
 def test_weights_count_in_the_loss_of_a_batch(tiny_base, generator):
@@ -208,7 +212,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("family", "compute_dtype", "initializer_range"), pairs(tuple(KEEPS_APART), DTYPES, RANGES))
-def test_the_check_passes_where_documents_are_kept_apart(
+def test_the_check_passes_if_documents_are_separate(
     family, compute_dtype, initializer_range, tmp_path, seed, generator
 ):
     config_class, sizes = KEEPS_APART[family]
@@ -236,7 +240,7 @@ def test_a_model_that_mixes_documents_is_refused_with_the_remedy(
 
 
 def test_a_mixture_that_the_model_hides_in_one_layer_is_found(tiny_base, generator):
-    """Every token gets a ten-thousandth of what the first of its row has: too little to be seen in a loss."""
+    """Every token gets 1/10,000 of the first token's state: too little to show in a loss."""
     model, _ = load_base(str(tiny_base), compute_dtype="float32")
     documents = random_documents(generator, (16, 16))
     check_isolation(model, *documents)

@@ -1,4 +1,4 @@
-"""A model whose norms and gated products are built again: the same but for last bits, and smaller."""
+"""A model whose norms and gated products are rebuilt: the same except for last bits, with less memory."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_an_mlp_of_the_same_names_that_does_more_is_left_alone(tiny_base):
 
 
 def chosen(model):
-    """The functions of a model's norms and products."""
+    """Return the functions of a model's norms and products."""
     modules = list(model.modules())
     norms = [module._function[0] for module in modules if isinstance(module, RebuiltNorm)]
     return norms, [module._product for module in modules if isinstance(module, GatedMLP)]
@@ -99,7 +99,7 @@ def chosen(model):
         (Gemma2Config, (1.0, False), "gelu_tanh"),
     ],
 )
-def test_what_norms_and_products_are_is_found_out(config_class, form, activation, compute_dtype, tmp_path, seed):
+def test_norms_and_products_are_recognized(config_class, form, activation, compute_dtype, tmp_path, seed):
     model = load_base(str(make_base(tmp_path / "base", seed, config_class)), compute_dtype=compute_dtype)[0]
     rebuild_activations(model)
     norms, products = chosen(model)
@@ -107,7 +107,7 @@ def test_what_norms_and_products_are_is_found_out(config_class, form, activation
     assert set(products) == {GatedProduct(activation, overwrites=True)}
 
 
-def test_what_is_none_that_is_known_runs_as_it_is(tmp_path, seed, generator):
+def test_an_unknown_norm_runs_as_it_is(tmp_path, seed, generator):
     base = make_base(tmp_path / "base", seed, LlamaConfig, hidden_act="quick_gelu")
     model = load_base(str(base), compute_dtype="float32")[0]
     own = model.model.norm
@@ -133,7 +133,7 @@ def test_a_model_without_values_is_replaced_too(tiny_base):
     assert [len(each) for each in chosen(model)] == [5, 2]
 
 
-def test_without_liger_the_reason_is_told(tiny_base):
+def test_without_liger_the_reason_is_reported(tiny_base):
     assert rebuild_activations(load_base(str(tiny_base))[0]) == "plain torch: liger-kernel is for CUDA"
 
 
@@ -219,7 +219,7 @@ def test_an_mlp_is_replaced_if_its_adapters_alone_are_trained(tiny_base):
 
 
 def held_bytes_per_token(model, one):
-    """Bytes of what lives between forward and backward for its sake, parameters left out, per token."""
+    """Return the bytes per token that live between forward and backward, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held = {}
 

@@ -1,4 +1,4 @@
-"""Recomputation: at every level the same gradients bit for bit, from ever fewer held bytes."""
+"""Recomputation: at every level the same gradients bit for bit, with fewer bytes held from level to level."""
 
 import threading
 from functools import partial
@@ -36,7 +36,7 @@ FAMILIES = {
     "mixtral, with experts": (MixtralConfig, {"num_local_experts": 4, "intermediate_size": 176}, NO_GATED_MLP),
     "gpt2, with dropout": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, NO_GATED_MLP),
 }
-# What bytes and products are counted for.
+# The shape for which bytes and products are counted.
 HIDDEN, FFN, LAYERS, RANK = 512, 1408, 4, 16
 SHAPE = {
     "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
@@ -45,8 +45,8 @@ SHAPE = {
 
 
 @pytest.fixture
-def apart(monkeypatch):
-    """Has the CPU pass for a device whose memory is not the host's."""
+def own_memory(monkeypatch):
+    """Treat the CPU as a device with its own memory."""
     monkeypatch.setattr("qlora.layers.recompute.OFFLOADED_FROM", ("cpu",))
 
 
@@ -79,7 +79,7 @@ def gated_mlps(model):
 
 
 def shrink_tiles(model, num_tokens):
-    """Where there are tiles, to less than a test's few tokens."""
+    """Shrink tiles, if the level has any, below a test's few tokens."""
     for mlp in gated_mlps(model):
         if mlp.run is tile_mlp:
             mlp.run = partial(tile_mlp, num_tokens=num_tokens)
@@ -90,7 +90,7 @@ def shrink_tiles(model, num_tokens):
     pairs(tuple(FAMILIES), (True, False), (0.0, 0.3), ("bfloat16", "float32")),
 )
 def test_gradients_are_those_without_it_bit_for_bit(
-    family, packed, dropout, compute_dtype, apart, tmp_path, generator, seed
+    family, packed, dropout, compute_dtype, own_memory, tmp_path, generator, seed
 ):
     config_class, sizes, levels = FAMILIES[family]
     base = make_base(tmp_path / "base", seed, config_class, **sizes)
@@ -109,7 +109,7 @@ def test_gradients_are_those_without_it_bit_for_bit(
 
 @pytest.mark.parametrize("new_ids", [range(0), range(250, 254)], ids=["in full", "new rows"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apart, tmp_path, generator, seed):
+def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, own_memory, tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=tied)
     model, batch = make_model(base, generator), random_batch(generator, (40, 23, 250))
     train_rows(model, [] if new_ids else ["embed_tokens", "lm_head"], new_ids)
@@ -125,7 +125,9 @@ def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, apa
 @pytest.mark.parametrize(
     ("config_class", "dropout", "packed"), pairs((LlamaConfig, Gemma3TextConfig), (0.0, 0.3), (True, False))
 )
-def test_tiles_are_what_they_are_without_recomputation(config_class, dropout, packed, apart, tmp_path, generator, seed):
+def test_tiles_are_what_they_are_without_recomputation(
+    config_class, dropout, packed, own_memory, tmp_path, generator, seed
+):
     base = make_base(tmp_path / "base", seed, config_class)
     model, batch = make_model(base, generator, dropout, "float32", packed), random_batch(generator, packed=packed)
     whole_loss, whole = gradients(model, batch, seed)
@@ -138,13 +140,13 @@ def test_tiles_are_what_they_are_without_recomputation(config_class, dropout, pa
     assert loss == again
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 1e-6 * grad.norm(), name
-        if not dropout:  # else tiles draw other masks than the whole
+        if not dropout:  # otherwise tiles draw other masks than the whole
             assert (whole[name] - grad).norm() <= 1e-5 * grad.norm(), name
     assert dropout or loss == pytest.approx(whole_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("level", ["mlp", "attention", "full", "offload", "offload+tiled"])
-def test_a_retained_graph_gives_the_same_gradients_again(level, apart, tiny_base, generator):
+def test_a_retained_graph_gives_the_same_gradients_again(level, own_memory, tiny_base, generator):
     model, batch = make_model(tiny_base, generator), random_batch(generator)
     apply_recompute(model, level)
     shrink_tiles(model, 16)
@@ -157,7 +159,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(level, apart, tiny_base
 
 @pytest.mark.parametrize("form", ["separate", "folded"])
 def test_a_backward_in_a_thread_of_its_own_may_take_memory_of_its_own(form, tiny_base, generator, seed):
-    """As on GPUs, where autograd has its own: operations are recomputed there that the forward had no need for."""
+    """As on GPUs, where autograd has its own thread: it recomputes operations that the forward did not need."""
     model, batch = make_model(tiny_base, generator, form=form), random_batch(generator)
     _, expected = gradients(model, batch, seed)
     apply_recompute(model, "attention")
@@ -178,12 +180,12 @@ def test_a_backward_in_a_thread_of_its_own_may_take_memory_of_its_own(form, tiny
 
 
 def big_model(folder, generator):
-    """Of a shape whose bytes and products can be told, and a batch of two documents for it."""
+    """Return a model of a shape whose bytes and products can be computed, and a batch of two documents for it."""
     return make_model(make_base(folder / "base", 0, **SHAPE), generator, rank=RANK), random_batch(generator, (128, 128))
 
 
 @pytest.mark.slow
-def test_every_level_holds_what_it_should(apart, tmp_path, generator):
+def test_every_level_holds_what_it_should(own_memory, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     held = {}
     for level in ALL:
@@ -193,7 +195,7 @@ def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     projections, key_values, logsumexp = 2 * FFN * 2, HIDDEN * 2, 8 * 4
     state = HIDDEN * 2
     expected = {
-        # Both residuals, queries, keys, values, and what they give: by documents and, on a CPU, joined.
+        # Both residuals, queries, keys, values, and their output: by documents and, on a CPU, joined.
         "none": LAYERS * (5 * state + key_values + logsumexp + projections),
         "mlp": LAYERS * (5 * state + key_values + logsumexp),
         "attention": LAYERS * (2 * state + logsumexp),
@@ -203,12 +205,12 @@ def test_every_level_holds_what_it_should(apart, tmp_path, generator):
     }
     rest = {level: held[level] - expected[level] for level in ALL}
     assert held["none"] > held["mlp"] > held["attention"] > held["full"] > held["offload"] == held["offload+tiled"]
-    # Of the batch, positions, the loss and states of random generators; not of a layer.
+    # The batch, positions, the loss and states of random generators; not of a layer.
     assert all(0 <= extra <= 2 * state for extra in rest.values()), rest
 
 
 @pytest.mark.slow
-def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
+def test_every_level_computes_again_what_it_should(own_memory, tmp_path, generator):
     model, batch = big_model(tmp_path, generator)
     work = {}
     for level in ALL:
@@ -232,7 +234,7 @@ def test_every_level_computes_again_what_it_should(apart, tmp_path, generator):
 
 
 class PeakOfStorages(TorchDispatchMode):
-    """The most bytes that were there at once of what operations made."""
+    """The largest number of bytes of storages from operations at one time."""
 
     def __init__(self):
         super().__init__()
@@ -260,7 +262,7 @@ def is_tensor(thing):
     return isinstance(thing, torch.Tensor)
 
 
-def test_tiles_need_less_at_once(apart, tmp_path, generator):
+def test_tiles_need_less_at_once(own_memory, tmp_path, generator):
     base = make_base(tmp_path / "base", 0, intermediate_size=1024)
     model, batch = make_model(base, generator), random_batch(generator, (256, 256))
     peaks = {}
@@ -294,7 +296,7 @@ def test_the_first_layers_input_asks_for_no_gradient(tiny_base, generator):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_an_attention_kernel_that_draws_is_called_again(dropout, generator):
-    """What is drawn after it would be something else otherwise. No kernel on CPUs draws."""
+    """Otherwise the random numbers after it would differ. No kernel on CPUs draws any."""
     query = torch.randn(1, 1, 4, 8, generator=generator)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert _is_kept(kernel, (query, query, query, dropout), {}) == (not dropout)
@@ -308,7 +310,7 @@ def test_auto_is_full_where_layers_can_be_recomputed(tiny_base):
 
 
 @pytest.mark.parametrize(
-    ("config_class", "settings", "level", "told"),
+    ("config_class", "settings", "level", "message"),
     [
         (MixtralConfig, {}, "mlp", "MixtralForCausalLM.*gate, up and down.*=none or attention or full"),
         (LlamaConfig, {"attention": "eager"}, "attention", "LlamaForCausalLM.*eager.*=none or mlp or full"),
@@ -317,15 +319,15 @@ def test_auto_is_full_where_layers_can_be_recomputed(tiny_base):
         (LlamaConfig, {}, "most", "there is no such level.*=none or mlp or attention or full"),
     ],
 )
-def test_a_level_that_a_model_can_not_have_is_refused(config_class, settings, level, told, tmp_path):
+def test_a_level_that_a_model_does_not_support_is_refused(config_class, settings, level, message, tmp_path):
     base = make_base(tmp_path / "base", 0, config_class)
     model, _ = load_base(str(base), **settings)
     rebuild_activations(model)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         apply_recompute(model, level)
 
 
-def test_a_model_whose_layers_can_not_be_recomputed_is_told():
+def test_a_model_whose_layers_can_not_be_recomputed_is_reported():
     model = nn.Sequential(nn.Linear(2, 2))
     assert recompute_levels(model) == ["none"]
     assert apply_recompute(model, "auto") == "none"

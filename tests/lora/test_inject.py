@@ -1,4 +1,4 @@
-"""Which layers `targets` means, what is refused, and what a model looks like afterwards."""
+"""Which layers `targets` selects, what is refused, and how the model changes."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_no_target_is_refused(model):
         ("self_attn.q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
         (r".*\.0\.self_attn\.[qk]_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]),
-        # In the model's order and once each, whatever the order asked for.
+        # In the model's order and once each, regardless of the order of targets.
         (
             ["model.layers.1.mlp.up_proj", r".*\.0\.mlp\.up_proj", "up_proj"],
             ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"],
@@ -95,7 +95,7 @@ def test_a_piece_of_a_name_is_no_match(model, part):
         match_targets(model, part)
 
 
-def test_a_target_that_matches_nothing_is_told_with_the_nearest_name(model):
+def test_a_target_that_matches_nothing_is_reported_with_the_closest_name(model):
     with pytest.raises(ModelError) as caught:
         match_targets(model, ["v_proj", "q_porj"])
     message = str(caught.value)
@@ -104,7 +104,7 @@ def test_a_target_that_matches_nothing_is_told_with_the_nearest_name(model):
     assert "'v_proj'" not in message
 
 
-def test_all_wrong_targets_are_told_at_once(model):
+def test_all_wrong_targets_are_reported_at_once(model):
     with pytest.raises(ModelError) as caught:
         match_targets(model, ["q_porj", "k_proj", "dense_4h", "("])
     for wrong in ("'q_porj'", "'dense_4h'", "'('"):
@@ -112,7 +112,7 @@ def test_all_wrong_targets_are_told_at_once(model):
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens", "input_layernorm", "self_attn"])
-def test_a_target_that_is_no_linear_is_told_with_what_it_is(model, name):
+def test_a_target_that_is_not_a_linear_is_reported_with_its_type(model, name):
     kind = {"embed_tokens": "Embedding", "input_layernorm": "LlamaRMSNorm", "self_attn": "LlamaAttention"}
     with pytest.raises(ModelError, match=kind[name.rpartition(".")[2]]) as caught:
         match_targets(model, [name])
@@ -186,7 +186,7 @@ def test_adapters_train_or_evaluate_as_the_model_does(model, training):
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_the_same_seed_gives_the_same_values_and_another_seed_others(model, init, seed):
     def values(seed, other=0):
-        torch.manual_seed(other)  # The global generator has no say.
+        torch.manual_seed(other)  # The global generator has no influence.
         model = LlamaForCausalLM(tiny_config())
         add_lora(model, rank=4, init=init, seed=seed)
         return torch.cat([layer.lora_A.detach().flatten() for _, layer in lora_layers(model)])

@@ -1,4 +1,4 @@
-"""LoraLinear: the base bit for bit at first, exact gradients, and x alone kept."""
+"""LoraLinear: the base bit for bit at first, exact gradients, and only x saved."""
 
 import math
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ def make_base(kind, generator, dtype=torch.float32, bias=True):
 
 
 def make_layer(kind, generator, dtype=torch.float32, bias=True, factors=None, **kwargs):
-    """An adapter in the midst of training: B is not zero."""
+    """Return an adapter as during training: B is not zero."""
     layer = LoraLinear(make_base(kind, generator, dtype, bias), AdapterSpec(RANK, 8, dtype=factors or dtype, **kwargs))
     layer.reset(generator)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_output_and_gradients_are_the_references(kind, dtype, factors, bias, lea
     layer = make_layer(kind, generator, dtype, bias, factors, form=form)
     x = normal(generator, *lead, IN).to(dtype).requires_grad_()
     grad_output = normal(generator, *lead, OUT).to(dtype)
-    # The weight as the layer uses it, rounded to the dtype it computes in: rounding is not under test.
+    # The weight rounded to the dtype of the product, as the layer uses it: rounding is not under test.
     wanted = lora_linear(
         x, weight_of(layer, dtype), layer.base.bias, layer.lora_A, layer.lora_B, layer.spec.scaling, grad_output
     )
@@ -167,8 +167,8 @@ def test_x_and_the_factors_are_all_that_is_saved(kind, dropout, generator):
     y, saved = saved_tensors(lambda: layer(x))
     addresses = sorted(tensor.data_ptr() for tensor in saved)
     assert addresses == sorted(tensor.data_ptr() for tensor in (x, layer.lora_A, layer.lora_B))
-    # Nothing past the hooks either, where recomputation and offloading could not see it: what hangs on ctx is the
-    # base layer and its own tensors.
+    # Nothing bypasses the hooks, where recomputation and offloading could not see it: ctx refers to the base layer and
+    # its own tensors only.
     own = {tensor.data_ptr() for tensor in tensors_on_ctx(layer.base)}
     (function, _), *_ = y.grad_fn.next_functions  # y is a view of what it gave
     others = [tensor for tensor in tensors_on_ctx(function) if tensor.data_ptr() not in own]
@@ -182,14 +182,14 @@ def test_folding_rounds_the_sum_of_weight_and_update_once(kind, dtype, generator
     found = layer(torch.eye(IN, dtype=dtype)).T
     update = layer.spec.scaling * (layer.lora_B.double() @ layer.lora_A.double())
     wanted = (weight_of(layer, dtype).double() + update).to(dtype)
-    # Only where fp32 sums in another order lie on the other side of a rounding's edge do they differ.
+    # They differ only if fp32 sums in another order round to the other neighbour.
     assert (found == wanted).double().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
     assert error(found, wanted) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_held_weight_changes_no_bit(dtype, form, generator):
+def test_a_cached_weight_changes_no_bit(dtype, form, generator):
     layer = make_layer("nf4", generator, dtype, form=form)
     x = normal(generator, 6, IN).to(dtype).requires_grad_()
     grad_output = normal(generator, 6, OUT).to(dtype)
@@ -207,11 +207,11 @@ def test_the_form_follows_the_tokens_unless_one_is_asked_for():
     assert choose_form("auto", 1 << 20, torch.device("meta"), 0.0) == "separate"
     for form in FORMS:
         assert choose_form(form, 1, cpu, 0.0) == choose_form(form, 1 << 20, cpu, 0.0) == form
-        assert choose_form(form, 1 << 20, cpu, 0.1) == "separate"  # dropped inputs are not the base's
+        assert choose_form(form, 1 << 20, cpu, 0.1) == "separate"  # the base's inputs are not dropped
 
 
 class Counted:
-    """A base that counts the weights it is asked for."""
+    """A base that counts the weights that it returns."""
 
     def __init__(self, base):
         self.base, self.bias, self.count = base, base.bias, 0
@@ -239,7 +239,7 @@ def test_recomputation_stops_before_the_last_product_and_keeps_the_weights_befor
             layer.lora_A.grad = layer.lora_B.grad = None
         return counts, results
 
-    # Forward and backward; the first is recomputed besides, the second is not.
+    # Forward and backward; the first is also recomputed, the second is not.
     counts, wanted = run()
     assert counts == [3, 2]
     counts, found = run(context_fn=lambda: (nullcontext(), RecomputedWeights()))
@@ -409,7 +409,7 @@ def test_a_forward_in_inference_mode_leaves_training_possible(generator):
     assert torch.equal(layer(x.clone().requires_grad_()), expected)
 
 
-def test_an_input_that_was_changed_in_place_is_saved_and_not_built_again(generator):
+def test_an_input_that_was_changed_in_place_is_saved_and_not_rebuilt(generator):
     layer = make_layer("nf4", generator)
     source, grad_output = normal(generator, 4, IN).requires_grad_(), normal(generator, 4, OUT)
     x = kernels.rebuilt(torch.tanh, source)

@@ -1,4 +1,4 @@
-"""Rows of embedding and head trained in full: loss, logits and gradients are those of a plain model in fp32."""
+"""Rows of embedding and head trained in full: loss, logits and gradients equal those of a plain model in fp32."""
 
 import copy
 
@@ -54,7 +54,7 @@ def adapted(model, modules, new_ids, dtype=torch.float32):
 
 
 def plain_twin(model, tuned, new_ids):
-    """A plain model of the same weights, its embeddings resized by transformers, with the updates added."""
+    """Return a plain model of the same weights, its embeddings resized by transformers, with the updates added."""
     if new_ids.stop > ROWS:
         model.resize_token_embeddings(new_ids.stop, mean_resizing=False)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_new_rows_begin_as_the_mean_and_the_base_stays(seed):
         assert torch.equal(model.get_submodule(name).base.weight, weight)
 
 
-def test_new_rows_beside_a_whole_embedding_are_a_part_of_it(seed):
+def test_new_rows_are_a_part_of_an_embedding_trained_in_full(seed):
     model = make_model(seed)
     weight = model.get_input_embeddings().weight.clone()
     assert train_rows(model, ["embed_tokens"], BEHIND, torch.float32)["model.embed_tokens"] == range(BEHIND.stop)
@@ -130,7 +130,7 @@ def test_new_rows_beside_a_whole_embedding_are_a_part_of_it(seed):
 
 
 def test_a_frequent_tokens_gradient_is_summed_in_fp32(generator):
-    """In bf16, one small gradient after the other would be lost behind the sum of those before."""
+    """In bf16, each small gradient would be lost in the sum of those before."""
     rows = EmbeddingRows(torch.zeros(8, 4).bfloat16(), range(8), 8)
     layer = TrainedEmbedding(nn.Embedding(8, 4).bfloat16(), rows)
     flat = FlatParameters([("rows", rows.weight)])
@@ -159,7 +159,7 @@ def test_anything_else_is_refused_by_its_name(name, seed):
         train_rows(make_model(seed), ["lm_head", name])
 
 
-def test_tokens_that_have_no_rows_already_are_told(seed):
+def test_tokens_that_have_no_rows_already_are_reported(seed):
     with pytest.raises(ModelError, match=f"first id is {ROWS + 1}, but model.embed_tokens has {ROWS} rows"):
         train_rows(make_model(seed), [], range(ROWS + 1, ROWS + 2))
 

@@ -1,4 +1,4 @@
-"""An adapter's spec: its numbers, and every wrong value at once."""
+"""An adapter's spec: its numbers, and all wrong values in one error."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     assert AdapterSpec(dtype=name).dtype == dtype
 
 
-@pytest.mark.parametrize(("values", "told"), [
+@pytest.mark.parametrize(("values", "message"), [
     ({"rank": 0}, "rank: 0 should be a whole number from 1"),
     ({"rank": 1.5}, "rank: 1.5 should be"),
     ({"rank": True}, "rank: True should be"),
@@ -42,15 +42,15 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: {'q_proj': 0} should map regular expressions to whole numbers"),
     ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: .* should map"),
     ({"rank_pattern": {"(": 4}}, "rank_pattern: .* should map"),
-    ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* should map"),  # nor can PEFT read it, inside of its own
+    ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* should map"),  # PEFT can't read it either
     ({"rank_pattern": ["q_proj"]}, "rank_pattern: .* should map"),
     ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern: {'q_proj': -1} should map regular expressions to numbers"),
     ({"alpha_pattern": {3: 1.0}}, "alpha_pattern: .* should map"),
     ({"dtype": "bf17"}, "dtype: 'bf17' should be one of bfloat16"),
     ({"dtype": torch.int8}, "dtype: torch.int8 should be one of bfloat16"),
 ])  # fmt: skip
-def test_a_value_that_can_not_be_is_refused(values, told):
-    with pytest.raises(ModelError, match=told):
+def test_an_impossible_value_is_refused(values, message):
+    with pytest.raises(ModelError, match=message):
         AdapterSpec(**values)
 
 

@@ -1,4 +1,4 @@
-"""Bases of several architectures: every linear in NF4, all else as in the files, and broken files named."""
+"""Bases of several architectures: every linear in NF4, the rest as in the files, and broken files named."""
 
 import json
 import subprocess
@@ -330,17 +330,17 @@ def test_a_real_model_loads_with_the_loss_in_its_notes(realdata):
         embeddings = file.get_tensor("model.embed_tokens.weight")
     assert torch.equal(model.model.embed_tokens.weight, embeddings)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    # Over the sample it is 1.379; a single story may lie half a nat beside that, a broken model at ln 512 = 6.2.
+    # Over the sample it is 1.379; a single story may differ by half a nat; a broken model has ln 512 = 6.2.
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(1.379, abs=0.5)
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ({"quantization": "nf3"}, "quantization: 'nf3' should be one of nf4, none"),
     ({"quantization": "NF4"}, "quantization: 'NF4' should be one of nf4, none"),
     ({"compute_dtype": "bf17"}, "dtype: 'bf17' should be one of bfloat16"),
 ])  # fmt: skip
-def test_an_argument_that_means_nothing_is_refused(arguments, told, tiny_base):
-    with pytest.raises(ModelError, match=told):
+def test_an_unknown_argument_is_refused(arguments, message, tiny_base):
+    with pytest.raises(ModelError, match=message):
         load_base(str(tiny_base), **arguments)
 
 

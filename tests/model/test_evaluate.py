@@ -1,4 +1,4 @@
-"""Evaluation: the training loss over held-out examples, and no trace of it afterwards."""
+"""Evaluation: the training loss over held-out examples, without side effects."""
 
 import copy
 import math
@@ -106,7 +106,7 @@ def test_shares_of_processes_are_added_up(model, generator):
 
 
 def by_documents(model, batch):
-    """The supervised loss, with the number of documents as a metric."""
+    """Return the supervised loss, with the number of documents as a metric."""
     total = supervised_loss(model, batch)
     return StepLoss(total, {"documents": torch.full_like(total, len(batch.lengths))})
 

@@ -1,4 +1,4 @@
-"""What a config asks for, made from its sections."""
+"""The parts of a run, made from a config's sections."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def rows_config(base, folder, modules=("embed_tokens",), **keys):
 
 
 def test_rows_are_trained_at_the_embedding_learning_rate(tiny_base, tmp_path):
-    """The first AdamW step moves every element by its rate, whatever its gradient."""
+    """The first AdamW step moves every element by its rate, regardless of its gradient."""
     config = load_config(rows_config(tiny_base, tmp_path, embedding_learning_rate=1e-3))
     model, _ = base_from_section(config.model, "cpu")
     adapt(model, config.lora, 0)

@@ -19,7 +19,7 @@ def loaded(tiny_base):
 
 
 def greedy(model, prompt, count):
-    """One token after another, without a cache."""
+    """Generate one token after another, without a cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -35,7 +35,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_templates_prompt(loaded):
 
 
 def force_tokens(model, prompt_length, tokens):
-    """Makes the head's answer one token after another, by position."""
+    """Make the head's answer one token after another, by position."""
 
     def choose(_module, _inputs, logits):
         force_tokens.calls += 1
@@ -48,9 +48,9 @@ def force_tokens(model, prompt_length, tokens):
 
 
 @pytest.mark.parametrize("end", [257, 258])
-def test_it_stops_at_the_tokenizers_and_at_the_models_end_token(end, loaded):
+def test_it_stops_at_the_end_tokens_of_tokenizer_and_model(end, loaded):
     model, tokenizer = loaded
-    model.generation_config.eos_token_id = 258  # as of a chat model whose tokenizer says otherwise
+    model.generation_config.eos_token_id = 258  # as in a chat model whose tokenizer has another
     letters = tokenizer("abcdef", add_special_tokens=False).input_ids
     force_tokens(model, 0, [*letters[:3], end, *letters[3:]])
     assert answer(model, tokenizer, MESSAGES, max_new_tokens=20) == "abc"

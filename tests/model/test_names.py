@@ -24,9 +24,9 @@ def names_of(folder):
     [
         (LlamaConfig, {}, 0, 0),
         (Qwen3Config, {"tie_word_embeddings": True}, 0, 0),
-        (NemotronHConfig, NEMOTRON, 10, 0),  # all but the head: backbone. is model.
-        (MixtralConfig, {"num_local_experts": 2}, 2, 4),  # experts lie apart in the files
-        (HrmTextConfig, {}, 4, 24),  # queries, keys and values lie together
+        (NemotronHConfig, NEMOTRON, 10, 0),  # all but the head: `backbone.` is `model.`
+        (MixtralConfig, {"num_local_experts": 2}, 2, 4),  # experts are separate in the files
+        (HrmTextConfig, {}, 4, 24),  # queries, keys and values are one tensor
     ],
 )
 def test_the_tensor_found_is_the_one_that_is_loaded(config_class, sizes, num_renamed, num_converted, tmp_path, seed):

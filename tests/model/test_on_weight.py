@@ -1,4 +1,4 @@
-"""Weights replaced while a base is loaded: seen as stored, quantized as returned, one at a time."""
+"""Weights replaced while a base is loaded: passed as stored, quantized as returned, one at a time."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""NF4Linear: the product with the dequantized weight, nothing kept, nothing changed."""
+"""NF4Linear: the product with the dequantized weight, without saving or changing anything."""
 
 import copy
 
@@ -25,7 +25,7 @@ def random_nf4(shape, generator, dtype=torch.float32, bias=True, double_quant=Tr
 
 
 def contents(layer):
-    """A copy of every tensor that the weight consists of."""
+    """Return a copy of every tensor of the weight."""
     state = layer.quant_state
     tensors = {"weight": layer.weight, "absmax": state.absmax, "code": state.code}
     if state.nested:
@@ -67,8 +67,8 @@ def test_forward_keeps_no_tensor_for_backward(generator):
     x = torch.randn(8, 96, generator=generator, requires_grad=True)
     y, saved = saved_tensors(lambda: layer(x))
     assert saved == []
-    # The layer itself hangs on ctx, with its codes and statistics: no floating tensor there is as large as the
-    # smallest of x, y and the weight.
+    # ctx refers to the layer with its codes and statistics: no floating tensor in it is as large as the smallest of
+    # x, y and the weight.
     hanging = tensors_on_ctx(y.grad_fn)
     assert any(tensor is layer.weight for tensor in hanging), "the walk did not reach the layer"
     smallest = min(x.numel(), y.numel(), 64 * 96)

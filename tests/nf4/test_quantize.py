@@ -15,13 +15,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def random_weight(shape, generator, dtype=torch.float32):
-    # The size of weights in a language model; rows of unlike scale give blocks of unlike absmax.
+    # The size of weights in a language model; rows of different scales give blocks of different absmax.
     scale = torch.rand(shape[0], 1, generator=generator) + 0.1
     return (torch.randn(shape, generator=generator) * scale * 0.02).to(dtype)
 
 
 def codes_that_differ(weight, packed):
-    """How many codes are not the nearest, leaving out weights that sit on a boundary within fp32's rounding."""
+    """Return how many codes are not the nearest, without weights that sit on a boundary within fp32's rounding."""
     found, wanted = reference.unpack(packed, weight.numel()), reference.quantize(weight)
     scaled = weight.float().flatten() / reference.absmax_per_value(weight)
     boundaries = (reference.CODE[1:] + reference.CODE[:-1]) / 2
@@ -127,7 +127,7 @@ def test_a_plain_linear_is_not_taken_for_bitsandbytes():
 
 
 def with_odd_values(weight, generator):
-    """The weight with blocks that tell search and lookup apart: on boundaries and beside them, zero, tiny, huge."""
+    """Return the weight with blocks on which search and lookup may differ: at and near boundaries, zero, tiny, huge."""
     blocks = weight.view(-1, 64)
     code = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
     boundaries = (code[1:] + code[:-1]) / 2

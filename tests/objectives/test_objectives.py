@@ -1,4 +1,4 @@
-"""Objectives: every name of the config has one, and rows that it can't learn from are refused with what to do."""
+"""Objectives: every name of the config has one, and rows of unsupported formats are refused with the remedy."""
 
 from dataclasses import replace
 from typing import get_args
@@ -21,7 +21,7 @@ def test_every_name_of_the_config_is_an_objective(name, tmp_path):
 
 
 def reasons(objective):
-    """Formats that are refused, and why."""
+    """Return the refused formats, and why."""
     found = {name: objective.unsupported_reasons([DataReport("rows.jsonl", format=name)]) for name in FORMATS}
     return {name: reason for name, (reason, *_) in ((name, one) for name, one in found.items() if one)}
 
@@ -30,7 +30,7 @@ def test_fine_tuning_refuses_rows_of_other_objectives_with_a_remedy():
     refused = reasons(SFT)
     assert refused.keys() == {"preference", "kto", "classification"}
     assert refused["preference"] == (
-        "train.objective: sft can't learn from the preference rows of rows.jsonl; to learn their answers alone, set "
+        "train.objective: sft can't learn from the preference rows of rows.jsonl; to train on their answers, set "
         "data.format: chosen."
     )
 

@@ -1,4 +1,4 @@
-"""FlatAdamW: the paper's update, bitsandbytes' bits, and a state that continues where it stopped."""
+"""FlatAdamW: the paper's update, bitsandbytes' bits, and a state that continues exactly."""
 
 import io
 
@@ -21,7 +21,7 @@ def make_flat(values):
 
 
 def random_grads(generator, steps, shape):
-    """Gradients of sizes that differ between elements by orders of magnitude, with a direction that lasts."""
+    """Return gradients whose sizes differ between elements by orders of magnitude, with a constant direction."""
     direction = torch.randn(shape, generator=generator)
     scale = 10 ** (4 * torch.rand(shape, generator=generator) - 5)
     return [(direction + torch.randn(shape, generator=generator)) * scale for _ in range(steps)]
@@ -69,7 +69,7 @@ def test_betas_eps_and_a_changing_learning_rate_are_followed(generator):
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8_bit_updates_stay_close_to_32_bit_ones(name, weight_decay, generator):
     values = torch.randn(64, 64, generator=generator)
-    # Gradients of like size, as within one factor: a block of 8-bit state has one scale.
+    # Gradients of similar size, as within one factor: a block of 8-bit state has one scale.
     direction = torch.randn(64, 64, generator=generator)
     grads = [direction + torch.randn(64, 64, generator=generator) for _ in range(20)]
     results = {}
@@ -110,7 +110,7 @@ def test_state_takes_the_bits_it_is_named_for_whatever_the_size(name, generator)
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, seed):
+def test_a_restored_run_continues_bit_for_bit(dtype, rounding, name, generator, seed):
     values = torch.randn(33, 17, generator=generator).to(dtype)
     grads = random_grads(generator, 8, values.shape)
     parameter, flat = make_flat(values)
@@ -122,7 +122,7 @@ def test_a_restored_run_goes_on_bit_for_bit(dtype, rounding, name, generator, se
 
     file.seek(0)
     state, stopped_at = torch.load(file)
-    # Another seed and other values at first: all must come from the state.
+    # Another seed and other initial values: everything must come from the state.
     restored, restored_flat = make_flat(torch.zeros_like(values))
     other = make_optimizer(name, restored_flat, weight_decay=0.1, rounding=rounding, seed=seed + 1)
     with torch.no_grad():
@@ -171,12 +171,12 @@ def test_bytes_are_those_that_state_and_update_take(dtype, rounding, name, gener
     state = real.state_dict()
     assert real.state_bytes == sum(value.nbytes for key, value in state.items() if key not in ("generator", "step"))
     held = [real.flat.data, real.flat.grad, *state.values()]
-    real.step(1e-3)  # once before, for what is made at first use and kept
+    real.step(1e-3)  # once before, for tensors that are made at first use
     peak = measure_peak(lambda: real.step(1e-3), torch.device("cpu"), held)
     measured = peak - sum(
         {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in held}.values()
     )
-    assert real.update_bytes == pytest.approx(measured, abs=200)  # beside scalars
+    assert real.update_bytes == pytest.approx(measured, abs=200)  # besides scalars
     assert (optimizers["meta"].state_bytes, optimizers["meta"].update_bytes) == (real.state_bytes, real.update_bytes)
 
 
@@ -231,7 +231,7 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_changed(saved, load
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_the_share_of_lost_updates_is_told(rounding, generator):
+def test_the_share_of_lost_updates_is_reported(rounding, generator):
     # Elements of 1 lose an update of 1e-4 in bf16, where half a step is 2e-3; elements of 2^-20 do not.
     values = torch.cat([torch.full((600,), 1.0), torch.full((300,), 2.0**-20), torch.full((100,), 1.0)])
     parameter, flat = make_flat(values.bfloat16())

@@ -1,4 +1,4 @@
-"""The flat buffer: parameters and gradients are views of it, and behave as before."""
+"""The flat buffer: parameters and gradients are views of it, and behave as without it."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_gradients_of_two_backward_passes_add_up_in_fp32_in_the_buffer(dtype, ge
         assert torch.equal(flat.grad[start : start + parameter.numel()], parameter.grad.flatten())
 
 
-def test_a_small_gradient_survives_beside_a_large_one(generator):
+def test_a_small_gradient_survives_next_to_a_large_one(generator):
     parameter = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     flat = FlatParameters([("p", parameter)])
     for size in [1.0] + [2.0**-10] * 8:
@@ -84,7 +84,7 @@ def test_a_small_gradient_survives_beside_a_large_one(generator):
     assert torch.equal(flat.grad[:4], torch.full((4,), 1 + 8 * 2.0**-10))
 
 
-def test_zero_grad_starts_anew_even_after_a_gradient_was_set_to_none(generator):
+def test_zero_grad_works_even_after_a_gradient_was_set_to_none(generator):
     named = make_parameters(generator)
     flat = FlatParameters(named)
     for _, parameter in named:
@@ -114,7 +114,7 @@ def test_clipping_is_torchs(max_norm, generator):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=0)
 
 
-def test_without_a_limit_the_norm_is_told_and_the_gradient_kept(generator):
+def test_without_a_limit_the_norm_is_returned_and_the_gradient_unchanged(generator):
     flat = FlatParameters(make_parameters(generator))
     flat.grad.normal_(generator=generator)
     before = flat.grad.clone()

@@ -16,7 +16,7 @@ VOCABULARY, BATCH, LENGTH, STEPS, LEARNING_RATE = 64, 8, 32, 200, 3e-5
 
 
 def make_text(table, rows, generator):
-    """Text of a Markov chain: which token follows which, (vocabulary, vocabulary)."""
+    """Return text of a Markov chain with transition probabilities (vocabulary, vocabulary)."""
     tokens = torch.empty(rows, LENGTH + 1, dtype=torch.long)
     tokens[:, 0] = torch.randint(VOCABULARY, (rows,), generator=generator)
     for i in range(LENGTH):
@@ -34,7 +34,7 @@ def loss_of(model, tokens):
 
 
 def make_base(text):
-    """A Llama that has learned `text`, its linears in NF4."""
+    """Return a Llama trained on `text`, with its linears in NF4."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
@@ -77,7 +77,7 @@ def test_only_rounding_to_nearest_lags_behind_fp32_factors():
     base = make_base(make_text(old, 200 * BATCH, generator))
     text, held_out = make_text(new, STEPS * BATCH, generator), make_text(new, 128, generator)
     runs = {
-        "fp32": (torch.float32, "nearest"),  # fp32 takes an update as it is.
+        "fp32": (torch.float32, "nearest"),  # fp32 loses no update.
         "nearest": (torch.bfloat16, "nearest"),
         "stochastic": (torch.bfloat16, "stochastic"),
         "master": (torch.bfloat16, "master"),

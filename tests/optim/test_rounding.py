@@ -11,7 +11,7 @@ from tests.reference import rounding as reference
 
 
 def random_values(generator, size):
-    """fp32 of both signs over many orders of magnitude, those of bf16's subnormals among them."""
+    """Return fp32 numbers of both signs over many orders of magnitude, including bf16's subnormals."""
     exponents = torch.randint(-130, 100, (size,), generator=generator)
     return torch.ldexp(torch.randn(size, generator=generator), exponents)
 
@@ -55,7 +55,7 @@ def test_values_that_bf16_holds_are_unchanged(generator):
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1.0, torch.finfo(torch.bfloat16).max])
     values = torch.cat([values, special.bfloat16()])
     rounded = stochastic_round(values.float(), generator)
-    # Bits, so that -0 is told from 0.
+    # Bits, because -0 equals 0.
     assert torch.equal(rounded.view(torch.int16), values.view(torch.int16))
 
 

@@ -1,1 +1,1 @@
-"""Slow, obvious versions, in plain fp32 torch, that the fast code is held against."""
+"""Slow, obvious versions in plain fp32 torch that the fast code is compared with."""

@@ -23,7 +23,7 @@ def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor
 def with_gradients(
     function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], grad_output: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """What a function gives for inputs in a dtype, and the gradients of these."""
+    """Return a function's result for inputs in a dtype, and their gradients."""
     inputs = [each.detach().to(dtype).requires_grad_() for each in inputs]
     result = function(*inputs)
     return (result.detach(), *torch.autograd.grad(result, inputs, grad_output.to(dtype)))

@@ -1,4 +1,4 @@
-"""Head and summed cross-entropy, each row by its weight, in fp32, with all logits at once."""
+"""Head and summed cross-entropy, each row with its weight, in fp32, with all logits at once."""
 
 import torch
 
@@ -12,7 +12,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, a scalar, and the gradient of `hidden`, both fp32."""
+    """Return the loss, a scalar, and the gradient of `hidden`, both fp32."""
     hidden = hidden.detach().float().requires_grad_()
     logits = hidden @ weight.detach().float().T
     if bias is not None:

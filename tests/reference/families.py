@@ -1,22 +1,22 @@
-"""Formats of model families, by their publishers' descriptions: a string is put together turn by turn."""
+"""Formats of model families by their publishers' descriptions: strings built turn by turn."""
 
 import json
 
 
 def chatml(messages, tools, is_prompt):
-    """Without the line end behind a last answer, which no server reads."""
+    """Return ChatML, without the line end after a last answer, which no server reads."""
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
     return text + "<|im_start|>assistant\n" if is_prompt else text.removesuffix("\n")
 
 
 def phi4(messages, tools, is_prompt):
-    """Every turn behind its role, without line ends."""
+    """Return every turn after its role, without line ends."""
     text = "".join(f"<|im_start|>{turn['role']}<|im_sep|>{turn['content']}<|im_end|>" for turn in messages)
     return text + "<|im_start|>assistant<|im_sep|>" * is_prompt
 
 
 def llama2(messages, tools, is_prompt):
-    """Each question with its answer is a text of its own; the system message is in the first question."""
+    """Return a text for each question with its answer; the system message is in the first question."""
     system, turns = _split(messages)
     if system is not None:
         turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
@@ -27,7 +27,7 @@ def llama2(messages, tools, is_prompt):
 
 
 def mistral(messages, tools, is_prompt):
-    """Version 3 of the tokenizer, on SentencePiece; system message and tools are in the last question."""
+    """Return the format of tokenizer version 3, on SentencePiece; system message and tools are in the last question."""
     system, turns = messages[0]["content"], messages[1:]
     if messages[0]["role"] != "system":
         system, turns = None, messages
@@ -54,6 +54,6 @@ def _json(value):
 
 
 def _split(messages):
-    """The system message, or None, and what the turns say."""
+    """Return the system message, or None, and the contents of the turns."""
     contents = [turn["content"] for turn in messages]
     return (contents[0], contents[1:]) if messages[0]["role"] == "system" else (None, contents)

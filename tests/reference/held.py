@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward: through `save_for_backward`, and hung on ctx behind its back."""
+"""Tensors that a forward keeps for its backward: through `save_for_backward`, and as attributes of ctx."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def saved_tensors(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
-    """What `run` returns, and the tensors that autograd saved meanwhile."""
+    """Return the result of `run`, and the tensors that autograd saved during it."""
     saved: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def saved_tensors(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
 
 
 def tensors_on_ctx(grad_fn: Any) -> list[torch.Tensor]:
-    """Tensors that hang on the ctx of a custom function, in modules and containers there too."""
+    """Return tensors that a custom function's ctx refers to, also in modules and containers."""
     return list(_walk(vars(grad_fn), set()))
 
 

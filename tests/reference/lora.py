@@ -7,7 +7,7 @@ import torch
 
 @dataclass
 class LoraResult:
-    """What a forward and backward give, all fp32."""
+    """Results of forward and backward, all fp32."""
 
     y: torch.Tensor
     grad_x: torch.Tensor

@@ -11,27 +11,27 @@ CODE = torch.tensor([
 
 
 def absmax_per_value(weight: torch.Tensor, block_size: int = 64) -> torch.Tensor:
-    """The largest magnitude of each value's block, flat; the last block may be short."""
+    """Return the largest magnitude of each value's block, flat; the last block may be short."""
     blocks = weight.detach().float().flatten().split(block_size)
     return torch.cat([block.abs().max().expand(len(block)) for block in blocks])
 
 
 def quantize(weight: torch.Tensor, block_size: int = 64) -> torch.Tensor:
-    """The index of the nearest code value for each weight, (out * in,)."""
+    """Return the index of the nearest code value for each weight, (out * in,)."""
     absmax = absmax_per_value(weight, block_size)
     scaled = weight.detach().float().flatten() / absmax.where(absmax > 0, 1)
     return (scaled[:, None] - CODE).abs().argmin(dim=1)
 
 
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Code values times each value's absmax, fp32."""
+    """Return code values times each value's absmax, fp32."""
     return (CODE[codes] * absmax).view(shape)
 
 
 def double_quant_bound(absmax: torch.Tensor, group: int = 256) -> torch.Tensor:
-    """How far each block's absmax, (blocks,), may move when it is held in 8 bits.
+    """Return how far each block's absmax, (blocks,), may move when it is stored in 8 bits.
 
-    The mean of all absmax is taken off, and the rest is held by groups of 256. The 8-bit code's widest gap,
+    The mean of all absmax is subtracted, and the rest is quantized in groups of 256. The 8-bit code's widest gap,
     relative to the largest of its group, is 0.9 / 64 (64 steps between 0.1 and 1): half of it is the error.
     """
     centered = absmax - absmax.mean()
@@ -42,6 +42,6 @@ def double_quant_bound(absmax: torch.Tensor, group: int = 256) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, num_values: int) -> torch.Tensor:
-    """The codes out of bytes that hold two each, the first in the upper half."""
+    """Return the codes from bytes that hold two each, the first in the upper half."""
     pairs = packed.flatten().long()
     return torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:num_values]

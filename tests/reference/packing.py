@@ -1,8 +1,8 @@
-"""Best fit decreasing by looking at every row for every document."""
+"""Best fit decreasing that tries every sequence for every document."""
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The documents of each row."""
+    """Return the documents of each sequence."""
     rows: list[list[int]] = []
     for document in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         best, least = None, capacity + 1

@@ -4,7 +4,7 @@ import torch
 
 
 def neighbours(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest bf16 value at or below each finite value, and the smallest at or above it."""
+    """Return the largest bf16 value at or below each finite value, and the smallest at or above it."""
     nearest = values.bfloat16()
     infinity = torch.tensor(float("inf"), dtype=torch.bfloat16)
     below = torch.where(nearest.float() > values, nearest.nextafter(-infinity), nearest)
@@ -13,13 +13,13 @@ def neighbours(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def probability_up(values: torch.Tensor) -> torch.Tensor:
-    """The probability of the upper neighbour that makes the expected value exact, fp64."""
+    """Return the probability of the upper neighbour that makes the expected value exact, fp64."""
     below, above = (neighbour.double() for neighbour in neighbours(values))
     return torch.where(above > below, (values.double() - below) / (above - below).where(above > below, 1), 0)
 
 
 def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rounds up where a uniform number falls below that probability; bf16."""
+    """Round up where a uniform number is below that probability; returns bf16."""
     below, above = neighbours(values)
     uniform = torch.rand(values.shape, dtype=torch.float64, generator=generator)
     return torch.where(uniform < probability_up(values), above, below)

@@ -16,7 +16,7 @@ SETTINGS = {"lora__dropout": 0.1, "train__eval_every": 2, "train__save_every": 1
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """Sends this process a signal while the given step is at hand."""
+    """Send this process a signal during the given step."""
 
     def arrange(step, number=signal.SIGINT):
         original = MetricsLog.log_step
@@ -34,7 +34,7 @@ def interrupt_after(monkeypatch):
 
 @pytest.fixture
 def configure(tiny_base, alpaca_file, tmp_path):
-    """Builds a config whose run is in `tmp_path`."""
+    """Build a config whose run is in `tmp_path`."""
 
     def build(name="run", **settings):
         return load_config(run_config(tiny_base, alpaca_file, tmp_path / name, **(SETTINGS | settings)))
@@ -60,5 +60,5 @@ def stopped_run(tiny_base, alpaca_file, tmp_path_factory):
 
 @pytest.fixture
 def stopped(stopped_run, tmp_path):
-    """A copy of it where `configure()` has its run."""
+    """Return a copy of the stopped run where `configure()` has its run."""
     return shutil.copytree(stopped_run, tmp_path / "run")

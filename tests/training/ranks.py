@@ -23,13 +23,13 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     Args:
         function: Called with `arguments` in both processes. What it returns or raises must be picklable.
-        arguments: Of the function.
+        arguments: Arguments of the function.
 
     Returns:
         What the function returned, by rank.
 
     Raises:
-        AssertionError: A process ended without an answer, or there was none in time.
+        AssertionError: A process ended without an answer, or gave none in time.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
     receivers, processes = [], []
@@ -38,7 +38,7 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
             receiver, sender = context.Pipe(duplex=False)
             processes.append(context.Process(target=_answer, args=(rank, port, sender, function, arguments)))
             processes[-1].start()
-            sender.close()  # so that its end is that of the process
+            sender.close()  # so that it ends with the process
             receivers.append(receiver)
         return [_receive(rank, receiver) for rank, receiver in enumerate(receivers)]
     finally:
@@ -48,7 +48,7 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def free_port() -> int:
-    """A port of this machine that was free a moment ago."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -61,7 +61,7 @@ def _answer(rank: int, port: int, sender: Connection, function: Callable[..., An
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     os.environ.update({name: str(value) for name, value in values.items()})
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the one process of the test
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the test's single process
     sender.send(function(*arguments))
 
 

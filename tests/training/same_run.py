@@ -1,4 +1,4 @@
-"""Whether two runs left the same, and checkpoints that are not whole, or not what they were."""
+"""Helpers that compare two runs, and that damage or alter checkpoints."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from qlora.training.metrics import VOLATILE
 
 
 def lines_of(folder):
-    """What was logged, without what a clock says."""
+    """Return the logged lines without volatile values."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
@@ -30,7 +30,7 @@ def damage(checkpoint):
 
 
 def rewrite(checkpoint, name, **values):
-    """Changes what one of a checkpoint's files says, and its manifest, as whoever can write it may."""
+    """Change one of a checkpoint's files and its manifest, as anyone with write access can."""
     path, manifest = checkpoint / name, checkpoint / "manifest.json"
     content = json.dumps(json.loads(path.read_text()) | values).encode()
     path.write_bytes(content)

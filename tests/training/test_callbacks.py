@@ -1,4 +1,4 @@
-"""What Python code sees of a run: callbacks, rows in memory, results, and no output unless it asks."""
+"""A run from Python: callbacks, rows in memory, results, and no output unless requested."""
 
 import json
 
@@ -134,7 +134,7 @@ def test_rows_in_memory_are_trained_on_like_a_file(kind, tiny_base, tmp_path):
     assert qlora.evaluate(tmp_path / kind, data=path, device="cpu").examples == len(ROWS)
 
 
-def test_a_dict_needs_no_data_train_beside_rows(tiny_base, tmp_path):
+def test_a_dict_with_rows_needs_no_data_train(tiny_base, tmp_path):
     sections = {
         "model": {"base": str(tiny_base)},
         "lora": {"rank": 4},

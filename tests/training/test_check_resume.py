@@ -1,4 +1,4 @@
-"""`qlora doctor --check-resume`: proves that a config's run continues exactly, and finds one that does not."""
+"""`qlora doctor --check-resume`: passes a config whose run continues exactly, and finds one that does not."""
 
 import json
 import multiprocessing
@@ -21,13 +21,13 @@ module = import_module("qlora.training.check_resume")
 
 @pytest.fixture
 def config(tiny_base, alpaca_file, tmp_path):
-    """Of a run that is there already, and is not to be touched."""
+    """Return the config of an existing run, which must not be changed."""
     return run_config(tiny_base, alpaca_file, tmp_path / "run", train__trackers=["none-such"], lora__dropout=0.1)
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Has the sessions run in this process, where a test can meddle with them."""
+    """Run the sessions in this process, where a test can change them."""
 
     def arrange(meddle=lambda config, stop_at: config):
         def train_here(config, run, stop_at=None):
@@ -35,20 +35,20 @@ def here(monkeypatch):
             config = config.model_copy(update={"train": config.train.model_copy(update=values)})
             return train(meddle(config, stop_at), stop_at=stop_at)
 
-        monkeypatch.setattr(module, "_train_apart", train_here)
+        monkeypatch.setattr(module, "_train_in_process", train_here)
 
     return arrange
 
 
 def test_a_session_is_a_process_of_its_own(config, tmp_path):
     apart = RunDirectory(tmp_path / "apart")
-    assert module._train_apart(load_config(config), apart, 1).steps == 1
+    assert module._train_in_process(load_config(config), apart, 1).steps == 1
     assert apart.list_checkpoints() == [apart.checkpoint(1)]
 
 
 @needs_fork
-def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp_path, monkeypatch):
-    """In three forked processes: what each imports is the same."""
+def test_a_run_that_continues_exactly_is_reported_and_leaves_nothing(config, tmp_path, monkeypatch):
+    """In three forked processes, which share their imports."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr("multiprocessing.get_context", lambda method: fork)
     (tmp_path / "run").mkdir()
@@ -59,7 +59,7 @@ def test_a_run_that_continues_exactly_is_told_so_and_nothing_is_left(config, tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
-def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
+def test_a_run_that_does_not_is_reported_with_the_differences(config, here, monkeypatch):
     restore = import_module("qlora.training.prepare").load_state
 
     def forget(folder, model, optimizer):
@@ -77,7 +77,7 @@ def test_a_run_that_does_not_is_told_by_what_differs(config, here, monkeypatch):
     assert "step 4, loss: " in done.out
 
 
-def test_a_machine_that_does_not_repeat_its_results_is_told_apart(config, here):
+def test_a_machine_that_does_not_repeat_its_results_is_reported_as_such(config, here):
     seeds = iter(range(9))
 
     def meddle(config, stop_at):
@@ -93,13 +93,13 @@ def test_a_machine_that_does_not_repeat_its_results_is_told_apart(config, here):
     assert not list(Path(config).parent.glob(".check-resume-*"))
 
 
-def test_a_config_that_can_not_be_run_is_told(tmp_path):
+def test_a_config_that_can_not_be_run_is_reported(tmp_path):
     done = run("doctor", "--check-resume", tmp_path / "none.yaml")
     assert done.code == 2
     assert "none.yaml" in done.error()
 
 
-def test_a_folder_that_can_not_be_written_is_told(tiny_base, alpaca_file, tmp_path):
+def test_an_unwritable_folder_is_reported(tiny_base, alpaca_file, tmp_path):
     config = run_config(tiny_base, alpaca_file, tmp_path / "run")
     values = json.loads(config.read_text())
     values["train"]["output_dir"] = "/proc/run"

@@ -1,4 +1,4 @@
-"""What an optimizer step does, counted: a lost saving or one more wait of the host fails here, on any machine."""
+"""Counts of an optimizer step: lost memory savings or one more wait of the host fail here, on any machine."""
 
 import math
 
@@ -26,7 +26,7 @@ LAYERS, LENGTH, MICRO_BATCHES = 4, 48, 3
 
 @pytest.fixture
 def step(tmp_path, seed, generator):
-    """A model, and a function that counts the work of its second optimizer step; the first one checks gradients."""
+    """Return a model, and a counter of the work of its second optimizer step; the first one checks gradients."""
 
     def build(config_class, optimizer="paged_adamw_8bit", capacity=None, loss=SUPERVISED):
         base = make_base(tmp_path / "base", seed, config_class, num_hidden_layers=LAYERS)
@@ -103,4 +103,4 @@ def test_as_many_weights_are_held_as_fit(step):
     num_bytes = 2 * first.in_features * first.out_features
     assert cache_weights(model, num_bytes - 1) == 0
     assert cache_weights(model, num_bytes) == 1
-    assert count()[1] == all_dequantized - MICRO_BATCHES  # the first layer's q, which has a forward alone
+    assert count()[1] == all_dequantized - MICRO_BATCHES  # the first layer's q, which has a forward only

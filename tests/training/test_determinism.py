@@ -1,4 +1,4 @@
-"""A run that is to be deterministic gives the same bytes twice, and ends where it can't be."""
+"""A deterministic run gives the same bytes twice, and stops at an operation that is not."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.tiny import run_config
 
 pytestmark = pytest.mark.slow
 
-# Of the clock, and of what else the process holds.
+# Values of the clock, and of the process's other memory.
 MEASURED = {"tokens_per_second", "peak_memory"}
 
 
@@ -28,14 +28,14 @@ def test_two_runs_give_the_same_bytes(packing, tiny_base, alpaca_file, tmp_path)
         lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in run.read_metrics()]
         adapter = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
         found.append((lines, adapter))
-        assert run.read_record().in_use.deterministic == "torch takes deterministic algorithms alone"
+        assert run.read_record().in_use.deterministic == "torch uses deterministic algorithms only"
     assert found[0] == found[1]
     assert "adapter_model.safetensors" in found[0][1]
     assert json.dumps(found[0][0])
-    assert not torch.are_deterministic_algorithms_enabled()  # the process is left as it was
+    assert not torch.are_deterministic_algorithms_enabled()  # the process's settings are restored
 
 
-def test_an_operation_without_a_deterministic_algorithm_is_told():
+def test_an_operation_without_a_deterministic_algorithm_is_reported():
     with pytest.raises(ModelError, match=r"train\.deterministic: .*put_"), deterministic_algorithms(True):
         torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
     assert not torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""A step that goes wrong is told with its rows, kept, and skipped where that is asked for."""
+"""A step that fails is reported with its rows, saved for replay, and skipped if the config says so."""
 
 import json
 import math
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_rows(path, num_rows, poisoned_rows):
-    """Rows of text, some of which end in the poisoned letter."""
+    """Write rows of text, some of which end in the poisoned letter."""
     rows = [{"text": f"row {row} of the book{POISON * (row in poisoned_rows)} ends"} for row in range(1, num_rows + 1)]
     return write_jsonl(path, rows)
 
@@ -44,7 +44,7 @@ def lines_of(config):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
 def stopped(request, poisoned_base, tmp_path_factory):
-    """A run that met its poisoned row, its error, and the file that it left; not to be changed."""
+    """Return a run that met its poisoned row, its error, and the saved step; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     config = config_of(poisoned_base, folder, data__packing=request.param, data__max_seq_len=64)
     with pytest.raises(ModelError) as raised:
@@ -54,20 +54,20 @@ def stopped(request, poisoned_base, tmp_path_factory):
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_names_the_rows(stopped):
-    config, told, kept = stopped
-    assert "the loss is nan" in told
-    assert "17" in told.partition("The step trained on rows ")[2].partition(" of ")[0].replace(",", " ").split()
-    assert f"--replay {kept}." in told
+    config, message, kept = stopped
+    assert "the loss is nan" in message
+    assert "17" in message.partition("It trained on rows ")[2].partition(" of ")[0].replace(",", " ").split()
+    assert f"--replay {kept}." in message
     step = int(kept.stem.removeprefix("step-"))
     steps = [line["step"] for line in lines_of(config)]
-    assert steps == list(range(1, step))  # nothing was logged of the step itself
+    assert steps == list(range(1, step))  # the step itself was not logged
     run = RunDirectory(config.train.output_dir)
     assert not run.read_record().is_finished
-    if step > 1:  # what was saved is what the step before came to
+    if step > 1:  # the saved state is that after the step before
         assert run.list_checkpoints()[-1].name == f"step-{step - 1:06d}"
 
 
-def test_the_kept_step_shows_where_it_breaks(stopped):
+def test_the_saved_step_shows_where_it_breaks(stopped):
     config, _, kept = stopped
     report = replay(config, kept)
     assert not report.is_finite
@@ -79,7 +79,7 @@ def test_the_kept_step_shows_where_it_breaks(stopped):
     json.loads(json.dumps(report.as_dict(), allow_nan=False))
 
 
-def test_a_kept_step_that_a_remedy_helps_is_finite(stopped, tmp_path):
+def test_a_saved_step_is_finite_with_a_remedy(stopped, tmp_path):
     config, _, kept = stopped
     sound = make_base(tmp_path / "sound", 1, GemmaConfig, tie_word_embeddings=False)
     remedied = config.model_copy(update={"model": config.model.model_copy(update={"base": str(sound)})})
@@ -90,7 +90,7 @@ def test_a_kept_step_that_a_remedy_helps_is_finite(stopped, tmp_path):
     assert report.grad_norm > 0
 
 
-def test_a_kept_step_begins_with_the_values_that_it_had(stopped, tmp_path):
+def test_a_saved_step_starts_from_the_values_that_it_had(stopped, tmp_path):
     config, _, kept = stopped
     step = int(kept.stem.removeprefix("step-"))
     checkpoint = RunDirectory(config.train.output_dir).checkpoint(step - 1)
@@ -104,12 +104,12 @@ def test_a_kept_step_begins_with_the_values_that_it_had(stopped, tmp_path):
         )
 
 
-def test_a_file_that_is_no_kept_step_is_refused(stopped, tmp_path):
+def test_a_file_that_is_not_a_saved_step_is_refused(stopped, tmp_path):
     config, _, kept = stopped
     other = tmp_path / "other.safetensors"
     save_file({"trained": torch.zeros(3)}, other)
     for path in (other, tmp_path / "absent", tmp_path):
-        with pytest.raises(CheckpointError, match="no step that was kept"):
+        with pytest.raises(CheckpointError, match="not a step that a run saved"):
             replay(config, path)
     wider = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 8})})
     with pytest.raises(CheckpointError, match=r"Replay it with the config\.yaml of its run"):
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_kept_step_is_refused(stopped, tmp_path):
     lambda settings, tensors: tensors.update(input_ids=tensors["input_ids"].float()),
     lambda settings, tensors: tensors["input_ids"].add_(10_000),
 ])  # fmt: skip
-def test_a_kept_step_that_someone_else_wrote_is_refused_if_it_can_be_none(damage, stopped, tmp_path):
+def test_a_saved_step_with_impossible_values_is_refused(damage, stopped, tmp_path):
     config, _, kept = stopped
     tensors = load_file(kept)
     with safe_open(kept, framework="pt") as file:
@@ -139,17 +139,17 @@ def test_a_kept_step_that_someone_else_wrote_is_refused_if_it_can_be_none(damage
     damage(settings, tensors)
     path = tmp_path / "other.safetensors"
     save_file(tensors, path, metadata={"step": json.dumps(settings)})
-    with pytest.raises(CheckpointError, match=r"no step that was kept|ids that are none"):
+    with pytest.raises(CheckpointError, match=r"not a step that a run saved|ids outside the base's vocabulary"):
         replay(config, path)
 
 
-def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path, capsys):
+def test_a_run_that_may_skip_continues_and_reports_it(poisoned_base, tmp_path, capsys):
     config = config_of(poisoned_base, tmp_path, train__on_nonfinite="skip")
     result = train(config, show_progress=True)
-    told = capsys.readouterr().err.splitlines()
+    message = capsys.readouterr().err.splitlines()
     (kept,) = (tmp_path / "run" / "replay").iterdir()
-    assert f"To see where it breaks: qlora train --replay {kept}." in told
-    assert any("skipped: the loss is nan" in line and line.endswith("rows.jsonl.") for line in told)  # in one piece
+    assert f"To see where it breaks: qlora train --replay {kept}." in message
+    assert any("skipped: the loss is nan" in line and line.endswith("rows.jsonl.") for line in message)  # in one piece
     assert result.status == "finished"
     assert result.steps == 6
     lines = lines_of(config)
@@ -165,9 +165,9 @@ def test_a_run_that_may_skip_goes_on_and_says_so(poisoned_base, tmp_path, capsys
     assert all(value.isfinite().all() for name, value in model.named_parameters() if ".lora_" in name)
 
 
-def test_a_run_that_stopped_goes_on_when_it_may_skip_as_its_error_says(stopped, tmp_path):
-    config, told, _ = stopped
-    assert "set train.on_nonfinite: skip" in told
+def test_a_stopped_run_continues_with_the_setting_that_its_error_names(stopped, tmp_path):
+    config, message, _ = stopped
+    assert "set train.on_nonfinite: skip" in message
     copy = shutil.copytree(config.train.output_dir, tmp_path / "run")
     section = config.train.model_copy(update={"on_nonfinite": "skip", "output_dir": str(copy)})
     config = config.model_copy(update={"train": section})
@@ -180,13 +180,13 @@ def test_a_run_that_skips_all_the_time_stops(poisoned_base, tmp_path):
         poisoned_base, tmp_path, poisoned_rows=range(5, 25), train__on_nonfinite="skip", train__max_steps=40,
         train__gradient_accumulation_steps=1,
     )  # fmt: skip
-    with pytest.raises(ModelError, match=f"{MAX_SKIPPED} steps were skipped before it"):
+    with pytest.raises(ModelError, match=f"{MAX_SKIPPED} steps were skipped already"):
         train(config)
     assert sum("skipped" in line for line in lines_of(config)) == MAX_SKIPPED
 
 
-def test_a_loss_that_leaps_is_told_with_its_rows(tiny_base, tmp_path, generator):
-    """Rows of one word are learnt by heart; one of noise among them is a leap."""
+def test_a_loss_spike_is_reported_with_its_rows(tiny_base, tmp_path, generator):
+    """Rows of one word are memorized; a row of noise among them is a spike."""
     rows = [{"text": "tin " * 12} for _ in range(64)]
     letters = torch.randint(33, 126, (48,), generator=generator).tolist()
     rows[40] = {"text": "".join(map(chr, letters))}
@@ -203,7 +203,7 @@ def test_a_loss_that_leaps_is_told_with_its_rows(tiny_base, tmp_path, generator)
     assert list(leaps[-1]["rows"].values()) == [[41]]
 
 
-def test_losses_that_scatter_are_no_leaps(generator):
+def test_noisy_losses_are_not_reported_as_spikes(generator):
     progress = Progress()
     losses = 2 + 0.3 * torch.randn(2000, generator=generator)
     found = []
@@ -212,7 +212,7 @@ def test_losses_that_scatter_are_no_leaps(generator):
     assert sum(found) <= 2
 
 
-def test_a_loss_that_stays_high_is_told_at_first_alone(generator):
+def test_a_loss_that_stays_high_is_reported_once(generator):
     progress = Progress()
     losses = torch.cat([torch.full((200,), 2.0), torch.full((400,), 4.0)]) + 0.05 * torch.randn(
         600, generator=generator
@@ -233,7 +233,7 @@ def test_the_first_steps_are_only_watched():
     assert not any(found)
 
 
-def test_the_command_replays_with_the_config_of_the_run_that_kept_the_step(stopped):
+def test_the_command_replays_with_the_config_of_the_run_that_saved_the_step(stopped):
     *_, kept = stopped
     done = run("train", "--replay", kept)
     assert done.code == 1

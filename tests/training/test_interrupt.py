@@ -1,4 +1,4 @@
-"""Ctrl-C once: the step at hand is finished; twice: at once."""
+"""Ctrl-C once stops after the current step; twice stops at once."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_first_is_a_wish():
+def test_the_first_signal_requests_a_stop():
     with Interruption() as interruption:
         assert not interruption.requested
         press_ctrl_c()
         assert interruption.requested
 
 
-def test_the_second_stops_at_once():
+def test_the_second_signal_stops_at_once():
     with Interruption() as interruption:
         press_ctrl_c()
         assert interruption.requested
@@ -45,7 +45,7 @@ def test_afterwards_ctrl_c_is_what_it_was_even_after_an_error():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_sigusr1_is_a_wish_to_save_and_to_go_on():
+def test_sigusr1_requests_a_save_and_training_continues():
     before = signal.getsignal(signal.SIGUSR1)
     with Interruption() as interruption:
         assert not interruption.take_save_request()
@@ -60,7 +60,7 @@ def test_sigusr1_is_a_wish_to_save_and_to_go_on():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_sigterm_is_a_wish_too_and_told():
+def test_sigterm_requests_a_stop_and_is_reported():
     before = signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:
         assert interruption.signal is None

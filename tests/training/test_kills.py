@@ -11,7 +11,7 @@ from tests.training.ranks import needs_fork
 
 @needs_fork
 @pytest.mark.slow
-def test_killed_runs_go_on_and_end_as_if_they_never_were(tiny_base, alpaca_file, tmp_path, seed):
+def test_killed_runs_continue_and_end_like_uninterrupted_ones(tiny_base, alpaca_file, tmp_path, seed):
     config = run_config(tiny_base, alpaca_file, tmp_path / "config", train__max_steps=12, lora__dropout=0.1)
     recipe = kills.Recipe("tiny", config, save_every=2, warm=True)
     counts = kills.kill_often(recipe, tmp_path, 2, random.Random(seed))

@@ -1,4 +1,4 @@
-"""The loop: gradients of the whole window, adapters alone changed, and errors instead of silent failure."""
+"""The loop: gradients of the whole window, only adapters changed, and errors instead of silent failure."""
 
 import copy
 
@@ -19,7 +19,7 @@ from qlora.training.progress import Progress
 
 
 def random_examples(generator, count):
-    """Of different lengths, with different shares supervised."""
+    """Return examples of different lengths, with different shares supervised."""
     examples = []
     for index in range(count):
         length = int(torch.randint(6, 40, (), generator=generator))
@@ -37,7 +37,7 @@ CAPACITIES = pytest.mark.parametrize("capacity", [None, 80], ids=["apart", "pack
 
 
 class Trainer:
-    """A model with adapters and all that the loop takes; keeps reports and each step's gradient."""
+    """A model with adapters and the loop's other arguments; keeps reports and each step's gradient."""
 
     loss = SUPERVISED
 
@@ -71,7 +71,7 @@ class Trainer:
 
 
 def counting(loss):
-    """A loss with two metrics: its total, and the supervised tokens."""
+    """Return a loss with two metrics: its total, and the supervised tokens."""
 
     def compute(model, batch):
         total = loss.compute(model, batch).total
@@ -81,7 +81,7 @@ def counting(loss):
 
 
 def reference_gradient(model, examples):
-    """Mean cross-entropy over all supervised tokens of the window, as one batch, by plain autograd."""
+    """Return the gradient of the mean cross-entropy over the window's supervised tokens, as one batch, by autograd."""
     batch = collate(examples)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
@@ -178,7 +178,7 @@ def test_progress_counts_steps_and_tokens(tiny_base, generator):
 
 
 @CAPACITIES
-def test_it_stops_when_it_is_told_and_goes_on_from_there(capacity, tiny_base, generator):
+def test_it_stops_when_asked_and_continues_from_there(capacity, tiny_base, generator):
     examples = random_examples(generator, 16)
     whole = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5)
     parts = Trainer(tiny_base, examples, dropout=0.2, capacity=capacity).run(5, stop=2)
@@ -189,7 +189,7 @@ def test_it_stops_when_it_is_told_and_goes_on_from_there(capacity, tiny_base, ge
 
 
 def test_every_step_drops_other_inputs(tiny_base, generator):
-    """The rate is so low that only dropout can make the same window's loss another."""
+    """The rate is so low that only dropout can change the loss of the same window."""
     trainer = Trainer(tiny_base, random_examples(generator, 4), dropout=0.5)
     for _, layer in lora_layers(trainer.model):
         layer.lora_B.data.normal_(std=0.1, generator=generator)
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(value, tiny_b
 
 @CAPACITIES
 def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, generator):
-    """Two processes one after the other, each handed the sum of both gradients, as an all-reduce would."""
+    """Two processes in turn, each given the sum of both gradients, as by an all-reduce."""
     examples = random_examples(generator, 24)
     single = Trainer(tiny_base, examples, micro=1, accumulation=4, capacity=capacity)
     single.loss = counting(SUPERVISED)
@@ -256,7 +256,7 @@ def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, g
 
 
 def test_gradients_that_overflow_whatever_the_scale_stop_the_run(tiny_base, generator):
-    """The scale is halved at each, from 65536; below 1 the gradients themselves are at fault."""
+    """The scale is halved at each, from 65536; below 1 the gradients themselves overflow."""
     trainer = Trainer(tiny_base, random_examples(generator, 4), micro=1, accumulation=1, compute_dtype="float16")
     layer = next(layer for _, layer in lora_layers(trainer.model))
     layer.lora_B.register_hook(lambda grad: torch.full_like(grad, float("inf")))
@@ -300,7 +300,7 @@ def test_metrics_are_means_over_the_units_of_the_whole_window(capacity, tiny_bas
 
 
 def test_a_loss_of_other_units_is_their_mean(tiny_base, generator):
-    """Documents in place of supervised tokens, without any change to the loop."""
+    """Documents instead of supervised tokens, without any change to the loop."""
     examples = random_examples(generator, 4)
     trainer = Trainer(tiny_base, examples, 2, 2)
     trainer.loss = Loss(lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: 1.0)

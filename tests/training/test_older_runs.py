@@ -1,6 +1,6 @@
 """Runs that qlora 0.1.0 (commit 7a44b9f) made still continue, merge and verify.
 
-They lie in tests/runs_of_0_1_0: `base` is a random Llama of one layer, `finished` a run of four steps on `rows.jsonl`,
+They are in tests/runs_of_0_1_0: `base` is a random Llama of one layer, `finished` a run of four steps on `rows.jsonl`,
 `interrupted` the same run stopped after two, both on a CPU.
 """
 
@@ -49,7 +49,7 @@ def test_an_older_interrupted_run_ends_as_it_would_have_then(older_runs, tmp_pat
     result = resume(older_runs / "interrupted")
     assert (result.status, result.steps, result.trained_steps) == ("finished", 4, 2)
     then = RunDirectory(older_runs / "finished").read_metrics()
-    # Another processor rounds otherwise.
+    # Another processor rounds differently.
     assert result.losses == pytest.approx([line["loss"] for line in then if "loss" in line], abs=1e-2)
     merge(older_runs / "interrupted", tmp_path / "merged")
     assert verify(older_runs / "interrupted", tmp_path / "merged").matches
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_an_older_run_loads(older_runs):
 
 
 def test_what_an_older_run_can_not_continue_with_is_refused_with_the_versions(older_runs):
-    """0.1.0 held one example out of any source, however small."""
+    """0.1.0 held out one example of every source, however small."""
     record = older_runs / "interrupted" / "run.json"
     record.write_text(record.read_text().replace('"train": 10', '"train": 9'))
     with pytest.raises(ConfigError, match=rf"number of examples: .*(.|\n)*qlora: 0\.1\.0 → {__version__}\n"):

@@ -1,4 +1,4 @@
-"""The loss curve: what it shows, and what it does about a disk that is full."""
+"""The loss curve: its contents, and a full disk."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ METRICS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, in place of files."""
+    """Return the figures that are saved, instead of writing files."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     return figures
@@ -29,7 +29,9 @@ def test_it_shows_losses_and_the_learning_rate_by_step(drawn, tmp_path):
     assert lines["learning rate"][-1] == [40, pytest.approx(4e-3)]
     smoothed = [value for _, value in lines["training, smoothed"]]
     assert smoothed[0] == 4.0
-    assert all(value >= line["loss"] for value, line in zip(smoothed, METRICS, strict=True))  # it lags a falling loss
+    assert all(
+        value >= line["loss"] for value, line in zip(smoothed, METRICS, strict=True)
+    )  # it lags behind a falling loss
 
 
 def test_a_run_without_logged_steps_is_drawn_too(tmp_path):

@@ -88,13 +88,13 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     assert found["absent"][0] == found["bad"][0] == "ConfigError"
     assert found["absent"][1].startswith("Process 1 of 2: ")
     assert not found["bad"][1].startswith("Process ")
-    assert found["damaged"][0] == "CheckpointError"  # which the first process alone meets, as it starts to write
+    assert found["damaged"][0] == "CheckpointError"  # which only the first process meets, when it starts to write
     assert "metrics.jsonl:1 is damaged" in found["damaged"][1]
     assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
 
 
 def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):
-    """Packed; test_loop adds up the gradient of both processes, packed and apart."""
+    """Packed; test_loop tests the summed gradient of both processes, packed and not."""
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "train__optimizer": "adamw_32bit"}
     one = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "one", **settings)))
     config = run_config(tiny_base, alpaca_file, tmp_path / "two", train__micro_batch_size=1, **settings)
@@ -106,7 +106,7 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alp
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(poisoned_base, tmp_path):
-    """Only one of two processes has the row; both must leave the step out, or their adapters would drift apart."""
+    """Only one of two processes has the row; both must skip the step, or their adapters would differ."""
     rows = [{"text": f"row {row} of the book{POISON * (row == 17)} ends"} for row in range(1, 25)]
     settings = {
         "data__eval": None, "data__packing": False, "train__micro_batch_size": 2, "train__on_nonfinite": "skip",

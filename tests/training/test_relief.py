@@ -1,4 +1,4 @@
-"""A step that memory runs out in is repeated with less, to the same gradient."""
+"""A step in which memory runs out is retried with less memory, and has the same gradient."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 class Limited(Storages):
-    """An allocator that has so many bytes for what is made from now on."""
+    """An allocator with so many bytes for new storages."""
 
     def __init__(self, num_bytes):
         super().__init__(torch.device("cpu"), ())
@@ -35,23 +35,23 @@ def prepare(tiny_base, examples, **settings):
     settings = {"micro": 4, "accumulation": 1, "compute_dtype": "bfloat16"} | settings
     trainer = Trainer(tiny_base, examples, **settings)
     apply_recompute(trainer.model, "none")
-    trainer.run(1)  # what is taken at first use stays
+    trainer.run(1)  # memory taken at first use stays
     return trainer
 
 
 def step_bytes(trainer):
-    """What a step takes that is repeated in every one."""
+    """Return the memory that every step takes."""
     steps = trainer.progress.step + 1
     return measure_peak(lambda: trainer.run(steps), torch.device("cpu"))
 
 
 def run_limited(trainer, num_bytes, may_raise=True, level="none"):
-    """Trains on with an allocator of so many bytes; what was given up."""
-    relief, told = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
+    """Train on with an allocator of so many bytes; return the relief and the changes that it made."""
+    relief, changes = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
 
     with Limited(num_bytes):
-        trainer.run(1 + STEPS, on_out_of_memory=lambda step: told.append((step, relief.reduce_memory(step))))
-    return relief, told
+        trainer.run(1 + STEPS, on_out_of_memory=lambda step: changes.append((step, relief.reduce_memory(step))))
+    return relief, changes
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def examples(generator):
     return random_examples(generator, 16)
 
 
-def test_more_is_computed_again_and_the_results_are_the_same_bits(tiny_base, examples):
+def test_recomputation_rises_and_results_have_the_same_bits(tiny_base, examples):
     needed = {}
     for level in ("none", "full"):
         trainer = prepare(tiny_base, examples)
@@ -68,9 +68,9 @@ def test_more_is_computed_again_and_the_results_are_the_same_bits(tiny_base, exa
     assert needed["full"] < 0.9 * needed["none"]
     free = prepare(tiny_base, examples).run(1 + STEPS)
     trainer = prepare(tiny_base, examples)
-    relief, told = run_limited(trainer, (needed["full"] + needed["none"]) // 2)
+    relief, changes = run_limited(trainer, (needed["full"] + needed["none"]) // 2)
     assert relief.level in recompute_levels(trainer.model)[1:]
-    assert "model.recompute is" in told[-1][1]
+    assert "model.recompute is" in changes[-1][1]
     assert trainer.progress.num_parts == 1
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
@@ -83,10 +83,10 @@ def test_micro_batches_are_halved_at_the_same_gradient(capacity, tiny_base, exam
     free = prepare(tiny_base, examples, **settings)
     needed = max(step_bytes(free) for _ in range(STEPS))
     trainer = prepare(tiny_base, examples, **settings)
-    relief, told = run_limited(trainer, int(0.7 * needed), may_raise=False)
+    relief, changes = run_limited(trainer, int(0.7 * needed), may_raise=False)
     assert relief.level == "none"
     assert trainer.progress.num_parts in (2, 4)
-    assert f"{trainer.progress.num_parts} parts" in told[-1][1]
+    assert f"{trainer.progress.num_parts} parts" in changes[-1][1]
     assert trainer.progress.step == 1 + STEPS
     assert trainer.losses == pytest.approx(free.losses, rel=1e-4)
     assert trainer.progress.supervised_tokens == free.progress.supervised_tokens
@@ -94,24 +94,24 @@ def test_micro_batches_are_halved_at_the_same_gradient(capacity, tiny_base, exam
         assert (grad - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_kept_weights_go_first(tiny_base, examples):
+def test_cached_weights_are_dropped_first(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     num_cached = cache_weights(trainer.model, 2**30)
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
-    assert relief.reduce_memory(0) == f"{num_cached} dequantized weights are no longer kept"
+    assert relief.reduce_memory(0) == f"{num_cached} dequantized weights are no longer cached"
     assert not any(module.is_cached for module in trainer.model.modules() if isinstance(module, NF4Linear))
     assert (relief.num_cached, relief.level) == (0, "none")
     assert "model.recompute is" in relief.reduce_memory(0)
 
 
-def test_all_is_given_up_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
+def test_all_measures_are_taken_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     before = trainer.flat.data.clone()
     relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
     levels = recompute_levels(trainer.model)[1:]
-    told = [relief.reduce_memory(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
-    assert [f"is {level} in place" in what for level, what in zip(levels, told, strict=False)] == [True] * len(levels)
-    assert ["parts" in what for what in told[-2:]] == [True, True]
+    changes = [relief.reduce_memory(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
+    assert [f"is {level} instead" in what for level, what in zip(levels, changes, strict=False)] == [True] * len(levels)
+    assert ["parts" in what for what in changes[-2:]] == [True, True]
     with pytest.raises(ModelError, match=r"Step 5: memory ran out with single examples at model\.recompute=full"):
         relief.reduce_memory(4)
     assert trainer.progress.num_parts == 4
@@ -134,26 +134,26 @@ def test_a_run_without_room_for_one_example_changes_nothing(tiny_base, examples)
     assert trainer.progress.step == 1
 
 
-def test_a_step_that_another_process_has_no_room_for_is_repeated_here_too(tiny_base, examples):
-    """Else the processes would wait for each other with gradients of different steps."""
+def test_a_step_that_another_process_has_no_memory_for_is_retried_here_too(tiny_base, examples):
+    """Otherwise the processes would wait for each other with gradients of different steps."""
     free = prepare(tiny_base, examples, compute_dtype="float32").run(1 + STEPS)
-    trainer, told = prepare(tiny_base, examples, compute_dtype="float32"), []
+    trainer, steps = prepare(tiny_base, examples, compute_dtype="float32"), []
 
     def add(tensor):
         # Of the other process nothing is added but, in the first step, that it ran out.
-        is_first = tensor.shape == (3,) and not told
+        is_first = tensor.shape == (3,) and not steps
         return tensor + tensor.new_tensor([0, 0, 1]) if is_first else tensor
 
     processes = Processes(world_size=2)
     processes.sum = add
-    trainer.run(1 + STEPS, processes=processes, on_out_of_memory=told.append)
-    assert told == [1]
+    trainer.run(1 + STEPS, processes=processes, on_out_of_memory=steps.append)
+    assert steps == [1]
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
 
 
 def test_a_process_that_runs_out_at_once_sends_as_many_sums_as_the_others(tiny_base, examples):
-    """Else the sum over processes would hang, or add up different things."""
+    """Otherwise the sum over processes would hang, or add up different things."""
     trainer, shapes, calls = prepare(tiny_base, examples), [], []
 
     def compute(model, batch):

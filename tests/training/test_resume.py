@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
     ("optimizer", "rounding", "packing", "dropout", "evaluation"),
     pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None)),
 )
-def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
+def test_a_run_stopped_after_any_step_continues_as_if_it_never_was(
     optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
 ):
     steps = 5
@@ -44,7 +44,7 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_never_was(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_an_interrupted_run_goes_on_as_if_it_never_stopped(configure, interrupt_after, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_as_if_it_never_stopped(configure, interrupt_after, tmp_path, monkeypatch):
     settings = {"train__max_steps": 10}
     train(configure("whole", **settings))
     interrupt_after(3)
@@ -61,8 +61,8 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(configure, interrupt_
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(configure, tmp_path, monkeypatch):
-    """Lines after the checkpoint are written anew, and not twice."""
+def test_a_killed_run_continues_from_its_last_checkpoint(configure, tmp_path, monkeypatch):
+    """Lines after the checkpoint are written again, not twice."""
     train(configure("whole", train__save_every=2))
     original = MetricsLog.log_step
 
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(configure, tmp_path, monk
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_parts_that_a_run_was_cut_into_are_told_when_it_goes_on(configure, stopped):
+def test_parts_of_micro_batches_are_reported_when_a_run_continues(configure, stopped):
     checkpoint = stopped / "checkpoints" / "step-000002"
     rewrite(checkpoint, "progress.json", num_parts=2)
     train(configure())
@@ -91,22 +91,22 @@ def test_parts_that_a_run_was_cut_into_are_told_when_it_goes_on(configure, stopp
     {"step": 1.5}, {"step": -1}, {"step": True}, {"num_parts": 0}, {"skipped": 0.5}, {"tokens": None},
     {"loss_scale": 0.0}, {"loss_scale": float("nan")}, {"usual_loss": float("inf")}, {"more": 1},
 ])  # fmt: skip
-def test_progress_that_can_not_be_is_refused(values, configure, stopped):
+def test_impossible_progress_is_refused(values, configure, stopped):
     rewrite(stopped / "checkpoints" / "step-000002", "progress.json", **values)
     with pytest.raises(CheckpointError, match="progress should be numbers"):
         train(configure())
 
 
 @pytest.mark.parametrize("values", [{"settings": 3}, {"base": []}, {"data": [3]}, {"data": None}, {"in_use": None}])
-def test_an_origin_that_can_not_be_is_refused(values, configure, stopped):
+def test_an_impossible_origin_is_refused(values, configure, stopped):
     rewrite(stopped / "checkpoints" / "step-000002", "origin.json", **values)
-    with pytest.raises(CheckpointError, match="does not say what it followed from"):
+    with pytest.raises(CheckpointError, match="does not record what it was trained from"):
         train(configure())
 
 
 @pytest.fixture
 def forget_keys(stopped):
-    """Makes a stopped run one of a version that did not know the newest keys."""
+    """Rewrite a stopped run as one of a version without the newest keys."""
 
     def forget(added=("deduplicate", "max_rows"), added_of_sources=("header", "max_rows")):
         (checkpoint,) = (stopped / "checkpoints").iterdir()
@@ -125,7 +125,7 @@ def forget_keys(stopped):
     return forget
 
 
-def test_a_run_of_a_version_without_the_newest_keys_goes_on(configure, forget_keys, stopped, whole):
+def test_a_run_of_a_version_without_the_newest_keys_continues(configure, forget_keys, stopped, whole):
     forget_keys()
     assert train(configure()).status == "finished"
     assert_same_run(stopped, whole)
@@ -152,7 +152,7 @@ def test_a_run_whose_examples_were_chosen_otherwise_does_not_go_on(configure, st
         train(configure())
 
 
-def test_a_run_that_leaves_out_duplicates_goes_on_as_if_it_never_stopped(configure, tmp_path):
+def test_a_run_that_leaves_out_duplicates_continues_as_if_it_never_stopped(configure, tmp_path):
     rows = [{"instruction": f"Q{number % 20}", "output": "A"} for number in range(50)]
     settings = {"data__train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "data__deduplicate": True}
     train(configure("whole", **settings))
@@ -164,7 +164,7 @@ def test_a_run_that_leaves_out_duplicates_goes_on_as_if_it_never_stopped(configu
     assert record["data"][0]["deduplicated"] == 30
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(configure, whole, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(configure, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "log_step", lambda *arguments: sys.exit("killed"))
     with pytest.raises(SystemExit):
         train(configure())
@@ -179,7 +179,7 @@ def test_an_interruption_in_the_last_step_is_the_end(configure, interrupt_after,
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_without_any_whole_checkpoint_is_told_of_and_nothing_is_lost(configure, tmp_path):
+def test_a_run_without_a_whole_checkpoint_is_reported_and_nothing_is_lost(configure, tmp_path):
     train(configure(train__save_every=1), stop_at=2)
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         damage(checkpoint)
@@ -190,17 +190,17 @@ def test_a_run_without_any_whole_checkpoint_is_told_of_and_nothing_is_lost(confi
 
 
 def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(configure, tmp_path):
-    """Log and record go back with it, and the damaged one stays out of the way of what is saved and dropped."""
+    """Log and record are restored with it, and the damaged one does not affect later saves and removals."""
     settings = {"train__save_every": 1, "train__keep_checkpoints": 1}
     train(configure("whole", **settings))
     train(configure(**settings | {"train__keep_checkpoints": 3}), stop_at=4)
     checkpoints = tmp_path / "run" / "checkpoints"
     damage(checkpoints / "step-000004")
     (checkpoints / "step-000003" / "manifest.json").unlink()
-    told = "\n".join(train(configure(**settings), stop_at=3).notes)
-    assert "step-000004 is skipped, and step-000002 continued: " in told
-    assert "optimizer.safetensors is missing or damaged" in told
-    assert "step-000003 is skipped" in told
+    message = "\n".join(train(configure(**settings), stop_at=3).notes)
+    assert "step-000004 is skipped, and step-000002 continued: " in message
+    assert "optimizer.safetensors is missing or damaged" in message
+    assert "step-000003 is skipped" in message
     assert json.loads((tmp_path / "run" / "run.json").read_text())["continued_from"] == str(checkpoints / "step-000002")
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"step-000003", "step-000003.damaged", "step-000004.damaged"}
@@ -208,7 +208,7 @@ def test_the_last_whole_checkpoint_is_continued_when_a_newer_one_is_damaged(conf
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_goes_on(configure, tmp_path, monkeypatch, seed):
+def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_continues(configure, tmp_path, monkeypatch, seed):
     """Every sync, rename and removal is such a moment."""
     settings = {"train__save_every": 2, "train__keep_checkpoints": 1, "train__max_steps": 4, "data__eval": None}
 
@@ -221,7 +221,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_run_that_goes_on(configure, tmp
         def passing(original):
             def call(*arguments, **keywords):
                 if next(moments) >= moment:
-                    raise Killed  # and nothing is tidied up: what would is among the calls
+                    raise Killed  # nothing is cleaned up: that is among the calls too
                 return original(*arguments, **keywords)
 
             return call
@@ -252,7 +252,7 @@ def test_a_run_in_use_is_left_alone(configure, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_state_and_is_told(number, configure, interrupt_after, tmp_path):
+def test_a_signal_saves_the_state_and_is_reported(number, configure, interrupt_after, tmp_path):
     interrupt_after(2, number)
     result = train(configure())
     assert (result.status, result.steps, result.signal) == ("interrupted", 2, number)
@@ -292,7 +292,7 @@ def test_a_copy_of_a_checkpoint_is_neither_continued_from_nor_removed(
 
 
 @needs_fork
-def test_the_command_stops_at_ctrl_c_with_its_state_saved_and_goes_on(configure, tmp_path):
+def test_the_command_stops_at_ctrl_c_with_its_state_saved_and_continues(configure, tmp_path):
     settings = {"train__max_steps": 40, "train__eval_every": 20}
     train(configure("whole", **settings))
     configure(**settings)

@@ -1,4 +1,4 @@
-"""A whole run: what it trains, what it leaves behind, and what it refuses."""
+"""A whole run: its training, its files, and what it refuses."""
 
 import json
 import os
@@ -34,7 +34,7 @@ EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_supervised_t
 
 @pytest.fixture(scope="module", params=[True, False], ids=["packed", "apart"])
 def finished(request, tiny_base, alpaca_file, tmp_path_factory):
-    """A run of six steps, its result, and its directory."""
+    """Return a run of six steps, its result, and its directory."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     return train(load_config(run_config(tiny_base, alpaca_file, folder, data__packing=request.param))), folder
 
@@ -48,7 +48,7 @@ def record(folder):
 
 
 def learn_by(monkeypatch, compute, metrics=()):
-    """Replaces the loss of every run to come, but not in the estimate of its memory."""
+    """Replace the loss of later runs, but not in the estimate of their memory."""
 
     def compute_unless_estimated(model, batch):
         return (SUPERVISED.compute if batch.input_ids.is_meta else compute)(model, batch)
@@ -107,7 +107,7 @@ def test_the_first_evaluation_is_that_of_the_bare_base(finished, tiny_base):
     )
 
 
-def test_run_json_tells_where_the_run_came_from(finished, tiny_base):
+def test_run_json_records_where_the_run_came_from(finished, tiny_base):
     values = record(finished[1])
     assert values["status"] == "finished"
     assert values["steps"] == values["total_steps"] == 6
@@ -129,7 +129,7 @@ def test_run_json_tells_where_the_run_came_from(finished, tiny_base):
     assert 0.5 < fill <= 1 if packing else fill is None
 
 
-def test_run_json_tells_the_share_that_is_quantized_and_all_that_is_not_by_name(finished, tiny_base):
+def test_run_json_has_the_share_that_is_quantized_and_the_names_of_the_rest(finished, tiny_base):
     inventory = take_inventory(load_base(str(tiny_base))[0])
     parameters = record(finished[1])["parameters"]
     assert parameters["quantized_share"] == parameters["adapted_share"] == inventory.quantized_share
@@ -172,7 +172,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     assert contents(folder) == before
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_steps(tiny_base, alpaca_file, tmp_path):
+def test_a_finished_run_continues_when_it_is_given_more_steps(tiny_base, alpaca_file, tmp_path):
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=2))
     first = train(config)
     longer = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=4)))
@@ -182,7 +182,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(tiny_base, alpaca_fi
     assert record(tmp_path / "run")["continued_from"].endswith("step-000002")
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_anew(finished, tmp_path):
+def test_a_finished_run_without_checkpoints_is_not_trained_again(finished, tmp_path):
     _, folder = finished
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints"))
@@ -202,7 +202,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(keep, expected, tiny_base, al
     assert found == [f"step-{step:06d}" for step in expected]
 
 
-def test_lines_are_as_far_apart_as_asked_for_and_the_last_step_has_one(tiny_base, alpaca_file, tmp_path):
+def test_lines_have_the_configured_interval_and_the_last_step_has_one(tiny_base, alpaca_file, tmp_path):
     settings = {"train__max_steps": 5, "train__log_every": 2, "data__eval": None}
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 5]
@@ -225,7 +225,7 @@ def test_accumulation_makes_no_difference_to_a_run(dtype, packing, tiny_base, al
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_plan_writes_nothing_and_tells_what_a_run_would_do(packing, tiny_base, alpaca_file, tmp_path):
+def test_a_plan_writes_nothing_and_describes_the_run(packing, tiny_base, alpaca_file, tmp_path):
     settings = {"train__max_steps": None, "data__packing": packing}
     plan = plan_run(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
     # Of 128 tokens a row holds one document or two.
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(tiny_base, alpaca_
     assert len(result.losses) == 6
 
 
-def test_memory_that_runs_out_in_an_evaluation_is_one_message_and_the_run_goes_on(
+def test_running_out_of_memory_in_an_evaluation_is_one_message_and_the_run_continues(
     tiny_base, alpaca_file, tmp_path, monkeypatch
 ):
     config = load_config(
@@ -288,8 +288,8 @@ def test_a_quantized_and_a_plain_base_are_trained_alike(tiny_base, alpaca_file, 
 def test_a_run_with_other_settings_is_not_written_over(finished):
     before = contents(finished[1])
     changed = ["lora.rank=8", "train.learning_rate=0.02"]
-    told = r"lora\.rank: 4 → 8\n  train\.learning_rate: 0\.01 → 0\.02\n.*--fresh.*train\.output_dir"
-    with pytest.raises(ConfigError, match=told):
+    message = r"lora\.rank: 4 → 8\n  train\.learning_rate: 0\.01 → 0\.02\n.*--fresh.*train\.output_dir"
+    with pytest.raises(ConfigError, match=message):
         train(load_config(finished[1] / "config.yaml", changed))
     with pytest.raises(ConfigError, match="--resume never was replaced by --fresh"):
         train(load_config(finished[1] / "config.yaml"), resume="never")
@@ -306,7 +306,7 @@ def test_a_fresh_run_keeps_the_old_one_under_another_name(tiny_base, alpaca_file
     other = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__learning_rate=2e-2, **settings))
     with pytest.raises(ConfigError, match="other settings"):
         train(other)
-    assert plan_run(other, fresh=True).notes == [f"The run in {tmp_path / 'run'} would be moved aside."]
+    assert plan_run(other, fresh=True).notes == [f"The run in {tmp_path / 'run'} would be kept under another name."]
     assert contents(tmp_path / "run") == kept[0]  # a dry run moves nothing
     assert train(other, fresh=True).trained_steps == 2
     kept.append(contents(tmp_path / "run"))
@@ -329,7 +329,7 @@ def test_a_fresh_run_that_can_not_start_leaves_the_old_one_in_place(tiny_base, a
     assert contents(tmp_path / "run") == before
 
 
-def test_a_finished_run_says_so_and_keeps_its_figures(finished):
+def test_a_finished_run_is_reported_and_keeps_its_numbers(finished):
     first, folder = finished
     before = contents(folder)
     changed = ["train.keep_checkpoints=1", "export.dtype=bfloat16", f"train.output_dir={folder}/."]
@@ -343,13 +343,13 @@ def test_a_finished_run_says_so_and_keeps_its_figures(finished):
     assert "train.max_steps" in result.notes[0]
     assert "--fresh" in result.notes[0]
     assert result.notes[1].endswith(": export.dtype: float16 → bfloat16; train.keep_checkpoints: 2 → 1.")
-    with pytest.raises(CheckpointError, match="there is no checkpoint or run there"):
+    with pytest.raises(CheckpointError, match="no checkpoint or run was found there"):
         train(load_config(folder / "config.yaml"), resume=str(folder / "checkpoints" / "absent"))
     assert contents(folder) == before
 
 
 def test_a_run_that_is_extended_to_its_own_length_is_finished(tiny_base, alpaca_file, tmp_path):
-    """By epochs in place of steps: what the length comes to shows after the data are read."""
+    """By epochs instead of steps, whose number is known only after the data is read."""
     settings = {"data__eval": None, "data__packing": False, "train__micro_batch_size": 4}
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=5, **settings)))
     before = contents(tmp_path / "run")
@@ -377,7 +377,7 @@ def test_a_jump_of_the_learning_rate_is_reported_before_training(tiny_base, alpa
     assert "train.min_learning_rate" in lines[jump]
     assert jump < min(number for number, line in enumerate(lines) if "  step " in line)
 
-    # The way out that it names.
+    # The remedy that it names.
     constant = [f"train.output_dir={tmp_path / 'constant'}", "train.max_steps=6", "train.lr_scheduler=constant"]
     overrides = [*constant, f"train.learning_rate={rates[-1]:.3g}", "train.warmup_ratio=0"]
     assert not any("jumps" in note for note in train(load_config(config, overrides), stop_at=5).notes)
@@ -443,8 +443,8 @@ def test_the_public_train_stays_a_function():
         assert callable(qlora.train)
 
 
-def test_processes_that_accelerate_did_not_join_are_told(tiny_base, alpaca_file, tmp_path, monkeypatch):
-    """They would each train the whole run, and write it into one directory."""
+def test_processes_that_accelerate_did_not_join_are_reported(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    """Each would train the whole run and write into one directory."""
     Accelerator(cpu=True)  # has looked at the environment already, and found one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="started 2 processes, but accelerate joined 1"):
@@ -455,20 +455,20 @@ def test_processes_that_accelerate_did_not_join_are_told(tiny_base, alpaca_file,
 def test_fewer_steps_than_were_done_are_refused(finished):
     before = contents(finished[1])
     for start in (train, plan_run):
-        with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 asked for"):
+        with pytest.raises(ConfigError, match=r"has done 6 steps already, more than the 4 of the config"):
             start(load_config(finished[1] / "config.yaml", ["train.max_steps=4"]))
     assert contents(finished[1]) == before
 
 
-def test_an_id_without_an_embedding_is_told_before_training(alpaca_file, tmp_path, seed):
+def test_an_id_without_an_embedding_is_reported_before_training(alpaca_file, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, vocab_size=257)  # the end token's id is 257
-    with pytest.raises(DataError, match="gives id 257, but the model embeds 257 tokens"):
+    with pytest.raises(DataError, match="has id 257, but the model embeds 257 tokens"):
         train(load_config(run_config(base, alpaca_file, tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("where", ["train", "eval"])
-def test_an_example_longer_than_the_models_positions_is_told_before_training(where, tmp_path, seed):
+def test_an_example_longer_than_the_models_positions_is_reported_before_training(where, tmp_path, seed):
     base = make_base(tmp_path / "base", seed, max_position_embeddings=40)
     fitting = write_jsonl(tmp_path / "fitting.jsonl", [{"text": "a" * 38}] * 4)
     longer = write_jsonl(tmp_path / "longer.jsonl", [{"text": "a"}, {"text": "a" * 39}])
@@ -480,13 +480,13 @@ def test_an_example_longer_than_the_models_positions_is_told_before_training(whe
     assert plan_run(load_config(config, [f"data.{where}={fitting}"])).total_steps == 1
 
 
-@pytest.mark.parametrize(("installed", "name", "told"), [
+@pytest.mark.parametrize(("installed", "name", "message"), [
     (["tensorboard"], "tensorbord", "'tensorbord' is unknown; accelerate has .*tensorboard"),
     ([], "tensorboard", "tensorboard is not installed; run pip install tensorboard"),
 ])  # fmt: skip
-def test_a_tracker_that_can_not_be_had_is_told(installed, name, told, tiny_base, alpaca_file, tmp_path, monkeypatch):
+def test_an_unavailable_tracker_is_reported(installed, name, message, tiny_base, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: installed)
-    with pytest.raises(ConfigError, match=rf"train\.trackers: {told}"):
+    with pytest.raises(ConfigError, match=rf"train\.trackers: {message}"):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__trackers=[name])))
     assert not (tmp_path / "run").exists()
 
@@ -502,7 +502,7 @@ def test_a_folder_with_something_else_in_it_is_not_taken_for_a_run(mine, call, t
     assert contents(tmp_path / "run") == {path: b"mine"}
 
 
-def test_an_output_directory_that_is_a_file_is_told(tiny_base, alpaca_file, tmp_path):
+def test_an_output_directory_that_is_a_file_is_reported(tiny_base, alpaca_file, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ConfigError, match=r"train\.output_dir: .*run is a file"):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run")))
@@ -510,7 +510,7 @@ def test_an_output_directory_that_is_a_file_is_told(tiny_base, alpaca_file, tmp_
 
 
 @pytest.mark.parametrize("name", ["adapter", "checkpoints"])
-def test_a_file_where_a_run_has_a_folder_is_told(name, finished, tmp_path):
+def test_a_file_where_a_run_has_a_folder_is_reported(name, finished, tmp_path):
     folder = shutil.copytree(finished[1], tmp_path / "run", ignore=shutil.ignore_patterns(name))
     (folder / name).write_text("mine")
     with pytest.raises(ConfigError, match=rf"train\.output_dir: .*{name} is a file"):
@@ -613,14 +613,14 @@ def test_a_step_that_overflows_is_skipped_and_has_no_norm(tiny_base, alpaca_file
 
 
 FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
-FALCON["initializer_range"] = 0.5  # logits that a factor is seen in
+FALCON["initializer_range"] = 0.5  # logits large enough that a factor shows
 
 
 def test_a_run_that_can_not_have_the_right_loss_is_refused(alpaca_file, tmp_path, seed):
     """FalconH1 multiplies its logits by a key of its own."""
     base = make_base(tmp_path / "base", seed, FalconH1Config, lm_head_multiplier=0.25, **FALCON)
     settings = {"model__quantization": "none", "lora__targets": ["q_proj"], "train__max_steps": 1}
-    with pytest.raises(ModelError, match="FalconH1ForCausalLM does more"):
+    with pytest.raises(ModelError, match="FalconH1ForCausalLM computes its logits"):
         train(load_config(run_config(base, alpaca_file, tmp_path / "run", **settings)))
     assert not (tmp_path / "run").exists()
 
@@ -632,7 +632,7 @@ def test_a_base_that_uses_a_layers_weight_in_training_alone_is_refused(alpaca_fi
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_every_step_overflows_is_no_finished_one(tiny_base, alpaca_file, tmp_path, monkeypatch):
+def test_a_run_whose_every_step_overflows_is_not_finished(tiny_base, alpaca_file, tmp_path, monkeypatch):
     def overflow(model, batch):
         loss = supervised_loss(model, batch)
         loss.register_hook(lambda grad: grad * float("inf"))
@@ -644,16 +644,16 @@ def test_a_run_whose_every_step_overflows_is_no_finished_one(tiny_base, alpaca_f
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
 
 
-def test_a_run_tells_what_became_of_the_rows_and_what_is_used(tiny_base, alpaca_file, tmp_path, capsys):
+def test_a_run_reports_its_rows_and_what_it_uses(tiny_base, alpaca_file, tmp_path, capsys):
     settings = {"data__max_seq_len": 60, "train__max_steps": 1, "data__eval": None}
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)), show_progress=True)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     report = RunDirectory(tmp_path / "run").read_record().data[0]
     assert report["overlong"]["dropped"] + report["examples"] == report["rows"] == 40
-    assert f"40 rows as alpaca, {report['examples']} examples" in told
-    assert f"{report['overlong']['dropped']} documents dropped because of max_seq_len" in told
-    assert "in 4 bits" in told
-    assert "not paged" in told
+    assert f"40 rows as alpaca, {report['examples']} examples" in message
+    assert f"{report['overlong']['dropped']} documents dropped because of max_seq_len" in message
+    assert "in 4 bits" in message
+    assert "not paged" in message
 
 
 def test_metrics_of_a_loss_are_logged_by_name_in_training_and_evaluation(tiny_base, alpaca_file, tmp_path, monkeypatch):
@@ -690,7 +690,7 @@ def test_the_record_says_what_was_in_use_at_the_end(tiny_base, alpaca_file, tmp_
     assert found == replace(planned, **changed)
 
 
-def test_packed_and_apart_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_path):
+def test_packed_or_not_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_path):
     """Rows are as long as all examples together, so that a step is an epoch: the same window, packed or not."""
     results = []
     for packing in (True, False):
@@ -708,8 +708,8 @@ def test_packed_and_apart_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tm
 
 
 @pytest.mark.parametrize("text", ["aaaaaaaa", "abcddcba"])
-def test_a_base_that_mixes_packed_documents_is_refused_whatever_the_first_one_says(text, tmp_path, seed):
-    """A text that reads the same backwards too must not hide it."""
+def test_a_base_that_mixes_packed_documents_is_refused_for_any_first_document(text, tmp_path, seed):
+    """A palindrome must not hide it."""
     base = make_base(tmp_path / "base", seed, BloomConfig, n_layer=2, n_head=4)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}] * 4)
     config = run_config(base, data, tmp_path / "run", data__eval=None, train__max_steps=1)

@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoints alone: with the same settings, base and data, wherever they lie."""
+"""A run continues only from its own checkpoints: with the same settings, base and data, wherever they are."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(other, tiny_base,
     config = load_config(run_config(base, rows, tmp_path / "run"))
     checkpoint = tmp_path / "first" / "checkpoints" / "step-000002"
     with pytest.raises(
-        ConfigError, match=r"model\.safetensors" if other == "base" else r"rows\.jsonl: what is learned"
+        ConfigError, match=r"model\.safetensors" if other == "base" else r"rows\.jsonl: its training examples"
     ):
         train(config, resume=str(checkpoint))
     assert not (tmp_path / "run").exists()
@@ -60,10 +60,10 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(configure, stopped):
         train(configure(), resume=str(checkpoint))
 
 
-def test_a_path_without_a_checkpoint_is_told(configure, tmp_path):
-    with pytest.raises(CheckpointError, match="there is no checkpoint or run there"):
+def test_a_path_without_a_checkpoint_is_reported(configure, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint or run was found there"):
         train(configure(), resume=str(tmp_path))
-    with pytest.raises(CheckpointError, match="there is no checkpoint or run there"):
+    with pytest.raises(CheckpointError, match="no checkpoint or run was found there"):
         plan_run(configure(), resume=str(tmp_path))
 
 
@@ -77,7 +77,7 @@ def test_a_run_can_be_started_from_by_its_own_path(configure, whole, tmp_path):
     assert any("The learning rate jumps" in note for note in final.notes)
 
 
-def test_the_same_command_with_a_checkpoint_goes_on_with_what_it_started(configure, whole, stopped_run, tmp_path):
+def test_the_same_command_with_a_checkpoint_continues_with_what_it_started(configure, whole, stopped_run, tmp_path):
     checkpoint = str(stopped_run / "checkpoints" / "step-000002")
     for stop, trained in ((3, 1), (5, 2), (None, 1)):
         assert train(configure(), resume=checkpoint, stop_at=stop).trained_steps == trained
@@ -95,8 +95,8 @@ def test_a_path_to_an_older_checkpoint_of_the_run_is_refused(configure, interrup
         train(configure(train__save_every=2), resume=str(older))
 
 
-def test_a_moved_project_goes_on(tiny_base, alpaca_file, tmp_path):
-    """Base, data and run are told by what they hold, and not by where they are."""
+def test_a_moved_project_continues(tiny_base, alpaca_file, tmp_path):
+    """Base, data and run are identified by their contents, not by their paths."""
     place = tmp_path / "here"
     for run in ("whole", "run"):
         place.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def test_another_setting_is_no_continuation(key, value, configure, stopped):
 
 
 def test_tokenized_data_may_be_kept_elsewhere_within_a_run(configure, interrupt_after, whole, tmp_path, monkeypatch):
-    """A run whose disk filled up goes on with its cache on another."""
+    """A run whose disk filled up continues with its cache on another."""
     interrupt_after(3)
     train(configure(data__cache_dir=str(tmp_path / "one")))
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_other_data_under_the_same_name_is_no_continuation(changed, tiny_base, a
     interrupt_after(2)
     train(config)
     data.write_text(changed(data.read_text()))
-    with pytest.raises(ConfigError, match=r"rows\.jsonl: what is learned from it"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: its training examples have changed"):
         train(config)
 
 
@@ -175,7 +175,7 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, stopped):
     assert train(configure()).status == "finished"
 
 
-def test_a_checkpoint_older_than_the_newest_is_told_by_its_number(configure, stopped):
+def test_a_checkpoint_older_than_the_newest_is_reported_by_its_number(configure, stopped):
     config, folder = configure(), stopped / "checkpoints"
     (folder / "step-000002").rename(folder / "step-999999")
     shutil.copytree(folder / "step-999999", folder / "step-1000000")

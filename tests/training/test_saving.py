@@ -1,4 +1,4 @@
-"""Saves: tried before the first step, done when asked, and what becomes of those that fail."""
+"""Saves: tried before the first step, made on request, and handled if they fail."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def configure(tiny_base, alpaca_file, tmp_path):
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Has something happen after a step is logged."""
+    """Call a function after a step is logged."""
 
     def arrange(step, happen):
         original = MetricsLog.log_step
@@ -73,20 +73,20 @@ def saved_steps(tmp_path, name="run"):
 
 
 @pytest.mark.parametrize("call", [train, plan_run])
-def test_too_little_room_is_told_before_anything_is_written(call, configure, disk, tmp_path):
+def test_too_little_space_is_reported_before_anything_is_written(call, configure, disk, tmp_path):
     disk.fill()
-    wanted = r"run has to hold 3 checkpoints of \d\.\d MB and the final adapter, \d\.\d MB in all, and 0\.0 MB are free"
+    wanted = r"run needs space for 3 checkpoints of \d\.\d MB and the final adapter, \d\.\d MB in all, but only 0\.0 MB"
     with pytest.raises(CheckpointError, match=wanted):
         call(configure())
-    with pytest.raises(CheckpointError, match="has to hold 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="needs space for 1 checkpoints"):
         call(configure(train__save_every=None))
     assert not (tmp_path / "run").exists()
 
 
 def test_room_is_asked_for_only_for_what_is_not_there_yet(configure, disk, tmp_path):
     train(configure(), stop_at=4)
-    disk.free = 2_000_000  # a checkpoint and the adapter, and no three checkpoints
-    with pytest.raises(CheckpointError, match="has to hold 3 checkpoints"):
+    disk.free = 2_000_000  # one checkpoint and the adapter, not three checkpoints
+    with pytest.raises(CheckpointError, match="needs space for 3 checkpoints"):
         plan_run(configure("other"))
     assert train(configure()).status == "finished"
 
@@ -114,11 +114,11 @@ def test_a_run_outlives_a_save_that_fails(configure, after_step, disk, tmp_path,
     after_step(3, disk.fill)
     after_step(5, disk.clear)
     assert train(configure(), show_progress=True).status == "finished"
-    told = capsys.readouterr().err
-    assert told.count("could not be saved") == 1
-    assert "Step 4 could not be saved, and step-000002 is the last one saved." in told
-    assert "step-000004 can't be written: [Errno 28] No space left on device. It takes " in told
-    assert " 0.0 MB are free there. The run goes on" in told
+    message = capsys.readouterr().err
+    assert message.count("could not be saved") == 1
+    assert "Step 4 could not be saved, and step-000002 is the last one saved." in message
+    assert "step-000004 can't be written: [Errno 28] No space left on device. It takes " in message
+    assert " 0.0 MB are free there. The run continues" in message
     assert saved_steps(tmp_path) == ["step-000002", "step-000006"]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -148,22 +148,22 @@ def test_an_old_checkpoint_that_can_not_be_removed_fails_no_save(configure, tmp_
     settings = {"train__max_steps": 8, "train__keep_checkpoints": 1}
     with monkeypatch.context() as patched:
         patched.setattr(saving_module, "drop_old_checkpoints", refuse)
-        told = "\n".join(train(configure(**settings), stop_at=7).notes)
-    assert "Step 2 is saved. It can't be removed. It is tried again at the next save." in told
-    assert "could not be saved" not in told
+        message = "\n".join(train(configure(**settings), stop_at=7).notes)
+    assert "Step 2 is saved. It can't be removed. Removal is retried at the next save." in message
+    assert "could not be saved" not in message
     assert saved_steps(tmp_path) == ["step-000002", "step-000004", "step-000006", "step-000007"]
     train(configure(**settings))
     assert saved_steps(tmp_path) == ["step-000008"]
 
 
-def test_a_directory_that_is_lost_is_told_and_not_made_up(configure, after_step, tmp_path):
+def test_a_removed_directory_is_reported_and_not_created_again(configure, after_step, tmp_path):
     after_step(3, lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="run was removed or unmounted while the run was on"):
+    with pytest.raises(CheckpointError, match="run was removed or unmounted during the run"):
         train(configure())
     assert not (tmp_path / "run").exists()
 
 
-def test_lines_that_found_no_room_are_written_later(configure, tmp_path, monkeypatch):
+def test_lines_that_a_full_disk_kept_back_are_written_later(configure, tmp_path, monkeypatch):
     train(configure("whole"))
     original = MetricsLog.write_out
 
@@ -177,7 +177,7 @@ def test_lines_that_found_no_room_are_written_later(configure, tmp_path, monkeyp
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_saves_when_asked_and_goes_on(configure, after_step, tmp_path, monkeypatch):
+def test_a_run_saves_when_asked_and_continues(configure, after_step, tmp_path, monkeypatch):
     settings = {"train__save_every": None, "train__max_steps": 8}
     train(configure("whole", **settings))
     with monkeypatch.context():
@@ -191,8 +191,8 @@ def test_a_run_saves_when_asked_and_goes_on(configure, after_step, tmp_path, mon
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_stop_saves_before_an_evaluation_which_is_made_up_for(configure, after_step, tmp_path, monkeypatch):
-    """An evaluation may take longer than what a stop leaves time for."""
+def test_a_stop_saves_before_an_evaluation_which_the_next_session_makes(configure, after_step, tmp_path, monkeypatch):
+    """An evaluation may take longer than a stop allows."""
     train(configure("whole"))
     train(configure(), stop_at=3)
     assert saved_steps(tmp_path) == ["step-000002", "step-000003"]

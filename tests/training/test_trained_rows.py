@@ -1,4 +1,4 @@
-"""Runs that train rows of embedding and head: told, saved, continued, and the same on several processes."""
+"""Runs that train rows of embedding and head: reported, saved, continued, and equal on several processes."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def rows_of(run):
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("new rows", True), ("in full", True), (WITH_NEW, False)])
-def test_an_interrupted_run_goes_on_bit_for_bit(kind, tied, tiny_base, tied_base, tool_file, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_bit_for_bit(kind, tied, tiny_base, tied_base, tool_file, tmp_path, monkeypatch):
     settings = {"train__max_steps": 5, "train__eval_every": 2, "train__save_every": 100, **KINDS[kind]}
     base = tied_base if tied else tiny_base
     result = train(load_config(run_config(base, tool_file, tmp_path / "whole", **settings)))
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tied, tiny_base, tied_base
         assert found.read_bytes() == expected.read_bytes()
 
 
-def test_every_row_that_is_read_moves_and_is_told(tiny_base, tool_file, tmp_path, capfd):
+def test_every_row_that_is_read_moves_and_is_recorded(tiny_base, tool_file, tmp_path, capfd):
     settings = KINDS[WITH_NEW] | {"data__eval": None}
     train(load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings)), show_progress=True)
     assert f"(including {ROWS + 2} rows of model.embed_tokens, 2 rows of lm_head)" in capfd.readouterr().err
@@ -100,7 +100,7 @@ def test_every_row_that_is_read_moves_and_is_told(tiny_base, tool_file, tmp_path
 
 
 def test_a_run_answers_with_its_new_tokens(tied_base, tool_file, tmp_path):
-    """Trained long enough, a new token is what the model begins its answers with."""
+    """Trained long enough, the model begins its answers with a new token."""
     settings = {"train__max_steps": 40, "train__learning_rate": 2e-2, "train__eval_every": None, **KINDS["new rows"]}
     train(load_config(run_config(tied_base, tool_file, tmp_path / "run", **settings)))
     model, tokenizer = load_run(tmp_path / "run")
@@ -109,13 +109,13 @@ def test_a_run_answers_with_its_new_tokens(tied_base, tool_file, tmp_path):
     assert model.get_input_embeddings().rows is model.get_output_embeddings().rows
 
 
-def test_tokens_that_are_in_no_example_are_told(tiny_base, tool_file, tmp_path, capfd):
+def test_tokens_that_are_in_no_example_are_reported(tiny_base, tool_file, tmp_path, capfd):
     settings = {"data__new_tokens": [*TOKENS, "<never>"], "train__max_steps": 1}
     config = load_config(run_config(tiny_base, tool_file, tmp_path / "run", **settings))
     train(config, show_progress=True)
-    told = "in no training example, so nothing is learnt of their use: '<never>'"
-    assert told in capfd.readouterr().err
-    assert any(note.endswith(told) for note in preview(config).reports[0].notes)
+    message = "in no training example, so their use is not trained: '<never>'"
+    assert message in capfd.readouterr().err
+    assert any(note.endswith(message) for note in preview(config).reports[0].notes)
 
 
 def test_a_token_that_the_base_has_is_refused(tiny_base, tool_file, tmp_path):

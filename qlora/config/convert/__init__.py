@@ -1,4 +1,4 @@
-"""Configs of other trainers to ours."""
+"""Conversion of other trainers' configs."""
 
 from qlora.config.convert.file import Conversion, convert_file, recognize
 

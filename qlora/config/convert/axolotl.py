@@ -37,7 +37,7 @@ TYPES: dict[str, tuple[str | None, dict[str, str]]] = {
     "sharegpt": (None, {}),
     "chat_template": (None, {}),
 }  # fmt: skip
-# Whose prompts are written in the style of Alpaca, whatever the chat template.
+# Types whose prompts have Alpaca's form, regardless of the chat template.
 ALPACA_STYLE = {"alpaca", "gpteacher"}
 FILE_TYPES = ("json", "csv", "parquet", "arrow", "text")
 # Speakers that are known here without a mapping.
@@ -89,7 +89,7 @@ def _data(draft: Draft) -> None:
         for given in entries if isinstance(entries, list) else []:
             entry = {"path": given, "type": "completion"} if isinstance(given, str) else given
             if not isinstance(entry, dict):
-                draft.warn(f"{name}: {given!r:.40} is no dataset.")
+                draft.warn(f"{name}: {given!r:.40} is not a dataset.")
                 continue
             entry = dict(entry)
             if name == "pretraining_dataset":

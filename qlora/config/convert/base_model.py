@@ -1,4 +1,4 @@
-"""How the base is held: quantization, dtype, attention, activation checkpointing."""
+"""Translation of the base's settings: quantization, dtype, attention, activation checkpointing."""
 
 from qlora.config.convert import values
 from qlora.config.convert.draft import OFF, Draft

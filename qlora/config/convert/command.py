@@ -74,7 +74,7 @@ def _command(words: list[str]) -> tuple[str, dict[str, Any]] | None:
 
 
 def _program(words: list[str]) -> int:
-    """Return the place of a script, a module or a command with its verb, behind which its arguments begin."""
+    """Return the index of a script, a module or a command with its verb, after which its arguments begin."""
     script = next((place for place, word in enumerate(words) if word.endswith(".py")), None)
     if script is not None:
         return script

@@ -1,4 +1,4 @@
-"""What all trainers share: adapters, optimizers, sizes, paths and trackers."""
+"""Translation of keys that all trainers share: adapters, optimizers, sizes, paths and trackers."""
 
 import re
 from collections.abc import Mapping
@@ -53,10 +53,10 @@ def hold_out(draft: Draft, size: Any, name: str) -> None:
 
 
 def refuse_objective(draft: Draft, name: str) -> None:
-    """Drop the key that asks for an objective that is not available, and say what the rows can be used for."""
+    """Drop the key of an objective that is not available, and warn what the rows can be used for."""
     draft.warn(
         f"{name}: {draft.peek(name)} asks for an objective that is not available: qlora preview shows the rows, and "
-        "qlora train refuses them. To learn the chosen answers of preference rows alone, set data.format: chosen."
+        "qlora train refuses them. To train on the chosen answers of preference rows, set data.format: chosen."
     )
     draft.drop(name, "supervised fine-tuning is the only objective")
 
@@ -126,7 +126,7 @@ def _optimizer(draft: Draft) -> None:
 
 
 def _copy(draft: Draft) -> None:
-    """Translate what is a matter of names: paths, numbers, truth values."""
+    """Translate keys whose values are copied: paths, numbers, booleans."""
     logging = values.number(draft.take("logging_steps"))
     if logging is not None and logging >= 1:
         draft.set("train.log_every", int(logging), "logging_steps")
@@ -161,7 +161,7 @@ def _copy(draft: Draft) -> None:
 
 
 def _ends_and_rates(draft: Draft) -> None:
-    """Translate the end token, and what applies to layers or trained rows of their own."""
+    """Translate the end token, and settings of single layers or of trained rows."""
     special = draft.peek("special_tokens")
     end = special.get("eos_token") if isinstance(special, dict) else None
     if isinstance(end, str) and end:

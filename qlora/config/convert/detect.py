@@ -1,4 +1,4 @@
-"""Which trainer a config is for."""
+"""Detection of the trainer that a config is for."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from qlora.config.convert import axolotl, llama_factory, trl, unsloth
 from qlora.config.convert.draft import Draft
 
-# So many of a trainer's own keys make a config one of its configs.
+# Number of a trainer's own keys from which a config is taken for one of its configs.
 LEAST_MARKS = 2
 
 
@@ -17,10 +17,10 @@ class Trainer:
     """A trainer whose configs can be converted.
 
     Attributes:
-        name: As people write it.
+        name: Name as its project writes it.
         marks: Keys by which its configs are recognized, which no other trainer has.
         translate: Takes a draft of its values and the config's folder.
-        normalize: Brings keys that may be written in several ways into one.
+        normalize: Rewrites keys that can be written in several ways.
         programs: Parts of the commands that start it.
     """
 

@@ -1,4 +1,4 @@
-"""A config of ours in the making, from the values of another trainer."""
+"""A draft of a config, made from the values of another trainer."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

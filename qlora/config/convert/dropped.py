@@ -13,7 +13,7 @@ WITHOUT_MEANING = {
         "wandb_* mlflow_* hf_mlflow_* comet_* swanlab_* trackio_* use_otel_metrics otel_* run_name project_name "
         "tensorboard_dir logging_dir project use_swanlab tracker_project_name"
     ),
-    "launch several processes with accelerate or torchrun; weights are held once per process": (
+    "launch several processes with accelerate or torchrun; each has a copy of the weights": (
         "deepspeed fsdp fsdp_* fsdp_config ddp_* local_rank device_map max_memory ray_* placement_strategy "
         "use_ray resources_per_worker gpu_memory_limit lora_on_cpu dp_shard_size tensor_parallel_size "
         "context_parallel_size expert_parallel_size dp_replicate_size num_processes num_machines use_cpu no_cuda "
@@ -21,7 +21,7 @@ WITHOUT_MEANING = {
         "low_cpu_mem_usage accelerator_config parallelism_config ddp heads_k_stride ring_attn_func device "
         "megatron_*"
     ),
-    "data is tokenized by all cores, once, and kept": (
+    "data is tokenized once, by all cores, and cached": (
         "dataloader_* preprocessing_num_workers preprocessing_batch_size preprocess_shards dataset_processes "
         "dataset_num_proc overwrite_cache dataset_keep_in_memory dataset_num_workers num_proc streaming "
         "buffer_size skip_prepare_dataset dataset_kwargs remove_unused_columns push_dataset_to_hub shards "
@@ -39,7 +39,7 @@ WITHOUT_MEANING = {
         "append_concat_token pretrain_multipack_* multipack_real_batches length_column_name "
         "train_sampling_strategy pad_to_max_length total_supervised_tokens"
     ),
-    "fast kernels are chosen by the hardware, on the model at hand alone; qlora doctor lists them": (
+    "fast kernels are chosen by hardware and model; qlora doctor lists them": (
         "plugins liger_* use_liger_kernel enable_liger_kernel flash_attn_* flash_optimum lora_mlp_kernel "
         "lora_qkv_kernel lora_o_kernel fused_attn_kernel cut_cross_entropy unsloth_* use_unsloth use_unsloth_gc "
         "upcast_layernorm upcast_lmhead_output use_kernels use_scattermoe experts_implementation "
@@ -108,13 +108,13 @@ WITHOUT_MEANING = {
 }
 # Keys that would change what is learned, and that qlora can't follow.
 NOT_AVAILABLE = {
-    "there is no 8-bit base; NF4 takes half the memory, model.quantization: none keeps 16 bits": (
+    "8-bit bases are not available; NF4 takes half the memory, model.quantization: none keeps 16 bits": (
         "load_in_8bit load_in_fp8 int8"
     ),
     "bases quantized by GPTQ, AWQ and others can't be trained on; name the original model as model.base": (
         "gptq gptq_* load_4bit load_in_quantized_moe awq quantization_method_gptq hqq_* quantization_device_map"
     ),
-    "it sets another objective than supervised fine-tuning, which alone is available": (
+    "it sets another objective than supervised fine-tuning, the only one available": (
         "rl rl_* stage reward_model process_reward_model pref_* dpo_* orpo_* kto_* cpo_* simpo_* ppo_* grpo_* "
         "rpo_* gkd_* ref_model ref_model_* beta loss_type max_prompt_length max_completion_length reward_* trl "
         "num_generations precompute_ref_log_probs use_dft use_eaft eaft_* dft_* use_asft_loss diffusion_* "
@@ -122,7 +122,7 @@ NOT_AVAILABLE = {
         "lmbda ebft* dpo_use_logits_to_keep max_prompt_len ld_alpha"
     ),
     "DoRA is not available; plain LoRA is trained": "use_dora peft_use_dora dora_* use_dora_kernel",
-    "first values that change the base are not available; factor B begins at zero": (
+    "initial values that change the base are not available; factor B starts at zero": (
         "pissa_* loftq_config loftq use_loftq peft corda_* olora_* eva_*"
     ),
     "all factors have one learning rate": ("loraplus_* embedding_lr_scale lr_groups layerwise_lr"),

@@ -1,4 +1,4 @@
-"""A file of another trainer to a config of ours."""
+"""Conversion of another trainer's file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from qlora.config.plain_yaml import MAX_CHARACTERS, parse_yaml
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
-# What a required key is set to if the other config does not say it.
+# Values of required keys that the other config does not set.
 PLACEHOLDERS = {
     "model.base": "path/to/base",
     "data.train": [{"path": "data/train.jsonl"}],
@@ -36,7 +36,7 @@ class Conversion:
 
     @property
     def summary(self) -> list[str]:
-        """What was dropped and why, as lines."""
+        """Lines that say what was dropped and why."""
         return summary_lines(self.draft)
 
 
@@ -48,7 +48,7 @@ def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conv
         template_file: Name for a chat template that is written inside the config.
 
     Raises:
-        ConfigError: The file can't be read, or is of no trainer that is known, or is a config of ours.
+        ConfigError: The file can't be read, or is of an unknown trainer, or is a config of qlora.
     """
     trainer, values = _read(path)
     draft = Draft(trainer.name, values)
@@ -76,7 +76,7 @@ def recognize(values: Any) -> str | None:
 
 
 def is_ours(values: dict[str, Any]) -> bool:
-    """Whether values have a section with one of our keys in it."""
+    """Return whether values have a section with one of our keys in it."""
     sections = _all_keys()
     return any(isinstance(keys, dict) and keys.keys() & {*sections.get(name, ())} for name, keys in values.items())
 
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[Trainer, dict[str, Any]]:
 
 
 def _drop_invalid(draft: Draft) -> None:
-    """Leave out values that a section refuses, and say so; what is left loads."""
+    """Leave out invalid values, with a warning, so that the result loads."""
     for _ in range(len(draft.values)):
         values: dict[str, dict[str, Any]] = {}
         for key, value in draft.values.items():

@@ -1,4 +1,4 @@
-"""What other trainers call our keys: for conversion, hints and `qlora explain`."""
+"""Other trainers' names of our keys: for conversion, hints and `qlora explain`."""
 
 # Names of axolotl, LLaMA-Factory, TRL with transformers' arguments, and unsloth, by our key.
 NAMES_OF = {
@@ -75,7 +75,7 @@ NAMES_OF = {
 }
 NAMES = {name: key for key, names in NAMES_OF.items() for name in names.split()}
 NAMES["resume_from_checkpoint"] = "the option --resume auto|PATH"
-# Keys that are called alike here and there.
+# Keys that have the same name in both.
 SAME_NAMES = {
     name: f"train.{name}"
     for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",

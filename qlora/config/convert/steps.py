@@ -1,4 +1,4 @@
-"""What depends on the number of steps: the schedule, and intervals of evaluation and saving."""
+"""Translation of keys that depend on the number of steps: the schedule, and intervals of evaluation and saving."""
 
 from qlora.config.convert import values
 from qlora.config.convert.draft import OFF, Draft

@@ -25,7 +25,7 @@ DEFAULTS = {
     "train.gradient_accumulation_steps": 1, "train.learning_rate": 2e-5, "train.lr_scheduler": "linear",
     "train.warmup_ratio": 0.0, "train.optimizer": "adamw_32bit", "train.max_grad_norm": 1.0, "train.seed": 42,
 }  # fmt: skip
-# Mappings that are values, and no groups of keys.
+# Mappings that are values, not groups of keys.
 MAPPINGS = {
     "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "dataset_mixture", "dataset_mixer", "model_init_kwargs",
     "dataset_kwargs", "accelerator_config", "fsdp_config", "deepspeed", "bnb_config_kwargs", "optim_args", "env",
@@ -64,7 +64,7 @@ def translate(draft: Draft, folder: Path) -> None:
 
 
 def supervision(draft: Draft) -> None:
-    """Translate which tokens are supervised; these trainers learn whole conversations unless told otherwise."""
+    """Translate which tokens are supervised; by default these trainers supervise whole conversations."""
     names = ("assistant_only_loss", "completion_only_loss", "completions_only", "train_on_completions",
              "train_on_responses_only")  # fmt: skip
     given = [values.flag(draft.take(name)) for name in names]
@@ -74,8 +74,8 @@ def supervision(draft: Draft) -> None:
         draft.set("data.loss_on", "all", "not answers only")
     else:
         draft.warn(
-            f"{draft.trainer} learns every token of a conversation by default; here answers alone are learned. "
-            "data.loss_on: all learns everything."
+            f"{draft.trainer} supervises every token of a conversation by default; here only answers are supervised. "
+            "data.loss_on: all supervises everything."
         )
 
 

@@ -25,7 +25,7 @@ SCHEDULES = {
 ATTENTION = {
     "eager": "eager", "sdpa": "sdpa", "flex_attention": "flex_attention", "flex": "flex_attention",
 }  # fmt: skip
-# Names of chat templates; what is not here is named alike or unknown.
+# Names of chat templates that are named otherwise here.
 TEMPLATES = {
     "auto": "auto", "default": "auto", "tokenizer_default": "auto", "none": "auto", "empty": "auto",
     "alpaca": "alpaca", "chatml": "chatml", "chat_ml": "chatml", "zephyr_chatml": "chatml",
@@ -43,22 +43,22 @@ FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "messages", "op
 
 
 def optimizer(name: Any) -> str | None:
-    """Return our name of an optimizer, or None if there is no such one."""
+    """Return our name of an optimizer, or None if there is none."""
     return OPTIMIZERS.get(str(name).rpartition(".")[2].lower())
 
 
 def schedule(name: Any) -> tuple[str, str] | None:
-    """Return our schedule and how it differs, or None if there is no such one."""
+    """Return our schedule and how it differs, or None if there is none."""
     return SCHEDULES.get(str(name).rpartition(".")[2].lower())
 
 
 def dtype(name: Any) -> str | None:
-    """Return our name of a dtype, or None if it names none."""
+    """Return our name of a dtype, or None if it is unknown."""
     return DTYPES.get(str(name).removeprefix("torch.").lower())
 
 
 def template(name: Any) -> str | None:
-    """Return our name of a chat template, or None if it is none that is known by name."""
+    """Return our name of a chat template, or None if there is none of that name."""
     text = str(name).lower()
     text = re.sub(r"^tokenizer_default_fallback_.*", "auto", text)
     return TEMPLATES.get(re.sub(r"[-.]", "_", text)) or TEMPLATES.get(re.sub(r"[-.]", "", text))

@@ -1,4 +1,4 @@
-"""A draft as a commented config."""
+"""Writing a draft as a commented config."""
 
 import textwrap
 from typing import Any
@@ -14,7 +14,7 @@ def config_text(draft: Draft, source: str) -> str:
     """Return the draft as YAML: what to check at the top, then the sections, then what was dropped and why.
 
     Args:
-        draft: With a value for every required key.
+        draft: Draft with a value for every required key.
         source: Name of the file that was converted.
     """
     lines = [f"# Converted from {one_line(source)}, a config of {draft.trainer}."]

@@ -1,4 +1,4 @@
-"""What a config may say: sections, keys, types, defaults, ranges and meanings."""
+"""The schema of a config: sections, keys, types, defaults, ranges and meanings."""
 
 from qlora.config.sections.data import DataSection, SourceSection
 from qlora.config.sections.export import ExportSection

@@ -45,19 +45,19 @@ class SourceSection(Section):
     )
     type: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "lines"] = Field(
         default="auto",
-        description="What a file contains, if its name does not tell. lines makes each line a row of text.",
+        description="Type of a file, if its name does not show it. lines makes each line a row of text.",
         examples=["lines"],
     )
     encoding: str = Field(default="utf-8", description="Encoding of text files.", examples=["latin-1"])
     header: Literal["auto", True, False] = Field(
         default="auto",
-        description="Whether the first line of a CSV or TSV names its columns. auto decides by the names, and asks "
-        "if it can't.",
+        description="Whether the first line of a CSV or TSV names its columns. auto decides by the names; if it "
+        "can't, set it.",
         examples=[False],
     )
     max_rows: Count | None = Field(
         default=None,
-        description="Read the first so many rows; null takes data.max_rows.",
+        description="Read only this many rows from the start; null takes data.max_rows.",
         examples=[10000],
     )
     format: Format | None = Field(
@@ -135,7 +135,7 @@ class DataSection(Section):
     )
     max_rows: Count | None = Field(
         default=None,
-        description="Read the first so many rows of each source; null reads all.",
+        description="Read only this many rows from the start of each source; null reads all.",
         examples=[1000],
     )
     deduplicate: bool = Field(

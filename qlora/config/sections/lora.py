@@ -44,7 +44,7 @@ class LoraSection(Section):
     )
     init: Literal["kaiming", "gaussian"] = Field(
         default="kaiming",
-        description="Initial values of factor A. Factor B begins at zero.",
+        description="Initial values of factor A. Factor B starts at zero.",
         examples=["gaussian"],
     )
     rslora: bool = Field(

@@ -1,4 +1,4 @@
-"""The section `model`: the base model and how it is held."""
+"""The section `model`: the base model and how it is loaded."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from qlora.config.sections.values import ComputeDtype, PathText
 
 
 class ModelSection(Section):
-    """The base model and how it is held in memory."""
+    """The base model and how it is loaded."""
 
     base: PathText = Field(
         description="Base model: a local folder or a model id on the hub. Any causal language model of transformers.",
@@ -27,7 +27,7 @@ class ModelSection(Section):
     )
     quantization: Literal["nf4", "none"] = Field(
         default="nf4",
-        description="How the base's linear layers are held: 4-bit NormalFloat, or none for 16 bits.",
+        description="How the base's linear layers are stored: 4-bit NormalFloat, or none for 16 bits.",
         examples=["none"],
     )
     double_quant: bool = Field(
@@ -49,7 +49,7 @@ class ModelSection(Section):
     )
     weight_cache: Literal["auto", "none"] = Field(
         default="auto",
-        description="Keep dequantized weights in memory that is free. It saves time and does not change results; none "
+        description="Cache dequantized weights in free memory. It saves time and does not change results; none "
         "switches it off.",
         examples=["none"],
     )

@@ -13,7 +13,7 @@ class TrainSection(Section):
 
     objective: Literal["sft"] = Field(
         default="sft",
-        description="What is learned: sft is supervised fine-tuning.",
+        description="Training objective: sft is supervised fine-tuning.",
         examples=["sft"],
     )
     output_dir: PathText = Field(
@@ -82,7 +82,7 @@ class TrainSection(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="Use deterministic kernels only: the same bytes twice on one machine.",
+        description="Use deterministic kernels only, so that a repeated run gives the same bytes on one machine.",
         examples=[True],
     )
     seed: int = Field(

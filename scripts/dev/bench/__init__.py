@@ -1,1 +1,1 @@
-"""Measurements beside peers; each module is a command that writes its table under docs/benchmarks."""
+"""Measurements, some against peers; each module is a command that writes its table under docs/benchmarks."""

@@ -1,4 +1,4 @@
-"""Trains the same batches with qlora and with PEFT + bitsandbytes, and compares loss and time.
+"""Train the same batches with qlora and with PEFT + bitsandbytes, and compare loss and time.
 
 Each runs in a process of its own, in the order A B B A, on the same tokens, seed, rank and learning rate, without
 recomputation and with it. A table is appended to docs/benchmarks/beside_peft.md.
@@ -16,16 +16,16 @@ from typing import Any
 from scripts.dev.bench.common import BENCHMARKS, REALDATA, append, build_peft, build_qlora, heading, run_child
 
 TARGET = BENCHMARKS / "beside_peft.md"
-TITLE = """# Beside PEFT + bitsandbytes
+TITLE = """# qlora and PEFT + bitsandbytes
 
-The same batches, seed, rank and learning rate, a process each in the order A B B A:
+The same batches, seed, rank and learning rate, each run in its own process in the order A B B A:
 `python -m scripts.dev.bench.beside_peft`.
 """
 ORDER = ("qlora", "peft", "peft", "qlora")
 
 
 def main() -> None:
-    """Measures, prints and appends the table; called with --trainer it is one of the measured processes."""
+    """Measure, print and append the table; with --trainer, be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(REALDATA / "models" / "stories260K-hf"))
     parser.add_argument("--text", default=str(REALDATA / "data" / "tinyshakespeare" / "input.txt"))
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def table(arguments: argparse.Namespace) -> list[str]:
-    """Runs both trainers twice at each level of recomputation."""
+    """Run both trainers twice at each level of recomputation."""
     title = (
         f"{Path(arguments.base).name}, {arguments.steps} steps of {arguments.batch} × {arguments.seq_len} tokens, "
         f"rank 8, alpha 16, lr {arguments.learning_rate:g}"
@@ -69,7 +69,7 @@ def table(arguments: argparse.Namespace) -> list[str]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trains with one of the two, on batches made by the same code."""
+    """Train with one of the two, on batches made by the same code."""
     import torch
 
     from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets, collate, eval_batches
@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def train_qlora(model: Any, batches: list[Any], learning_rate: float) -> None:
-    """Our step."""
+    """Measure steps of qlora."""
     from qlora.model import supervised_loss
     from qlora.optim import FlatParameters, make_optimizer
 
@@ -111,7 +111,7 @@ def train_qlora(model: Any, batches: list[Any], learning_rate: float) -> None:
 
 
 def train_peft(model: Any, batches: list[Any], learning_rate: float) -> None:
-    """The step that transformers' trainer makes."""
+    """Measure steps as transformers' trainer makes them."""
     import torch
     import torch.nn.functional as F
 

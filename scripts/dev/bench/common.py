@@ -1,4 +1,4 @@
-"""What the measuring scripts share: a random base, qlora's and PEFT's model on it, and a table's head and end."""
+"""Functions shared by the benchmarks: a random base, qlora's and PEFT's model on it, and the frame of a table."""
 
 import json
 import math
@@ -40,13 +40,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_base(folder: Path, shape: str | dict[str, Any], tokenizer: Path | None = None, seed: int = 0) -> None:
-    """Saves a model with random weights in bf16 as a user would have it.
+    """Save a model with random weights in bf16 as a user would have it.
 
     Args:
-        folder: Made if it is not there.
+        folder: Folder of the base; created if it does not exist.
         shape: One of `SHAPES`, sizes of a Llama, or the path of a config.json.
-        tokenizer: Folder whose tokenizer is saved with it; one of two tokens where that is not there.
-        seed: Of the weights.
+        tokenizer: Folder whose tokenizer is saved with it; one of two tokens if it does not exist.
+        seed: Seed of the weights.
     """
     import torch
     from tokenizers import Tokenizer, models
@@ -73,13 +73,13 @@ def make_base(folder: Path, shape: str | dict[str, Any], tokenizer: Path | None 
 
 
 def shape_name(shape: str) -> str:
-    """A shape as a table names it: of a config.json, its folder."""
+    """Return the name of a shape in a table: for a config.json, its folder."""
     path = Path(shape)
     return shape if shape in SHAPES else path.name if path.is_dir() else path.parent.name
 
 
 def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Rows of token ids, small ones far more often, so that there is something to learn from the first step on."""
+    """Return rows of token ids; small ids are far more frequent, so that the loss can fall from the first step."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +90,7 @@ def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list
 def build_qlora(
     base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False
 ) -> tuple[Any, Any]:
-    """Our base with our adapters, in training mode, and its tokenizer; `holds` keeps its dequantized weights."""
+    """Return a base with qlora's adapters, in training mode, and its tokenizer; `holds` caches dequantized weights."""
     from qlora.layers import apply_recompute, cache_weights, rebuild_activations, use_document_attention
     from qlora.lora import add_lora, lora_layers
     from qlora.model import load_base
@@ -108,15 +108,15 @@ def build_qlora(
 
 
 def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) -> tuple[Any, Any]:
-    """PEFT's adapters on bitsandbytes' own layers, as transformers loads them, and the tokenizer.
+    """Return a base with PEFT's adapters on bitsandbytes' layers that transformers loaded, and its tokenizer.
 
     Args:
-        base: A folder.
-        rank: Of the adapters.
-        alpha: Of the adapters.
+        base: Folder of the base.
+        rank: Rank of the adapters.
+        alpha: Alpha of the adapters.
         setting: Words joined by `+`: `none` or `full` for gradient checkpointing; `prepare` for PEFT's
-            `prepare_model_for_kbit_training`; `bf16` for factors in bf16 and not fp32. Others are for the caller.
-        seed: Of the first values of A.
+            `prepare_model_for_kbit_training`; `bf16` for factors in bf16 instead of fp32. Others are for the caller.
+        seed: Seed of the initial values of A.
     """
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -134,7 +134,7 @@ def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) 
         base, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
     )
     for module in model.modules():
-        # Else its first evaluation repacks the weights in place, and no gradient comes back.
+        # Otherwise its first evaluation repacks the weights in place, and no gradient is computed.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
@@ -149,7 +149,7 @@ def build_peft(base: str, rank: int, alpha: float, setting: str, seed: int = 0) 
 
 
 def set_peft_values(model: Any, seed: int) -> None:
-    """Gives PEFT's factors the first values that ours have."""
+    """Set PEFT's factors to the initial values of qlora's."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             for key in module.lora_A:
@@ -159,7 +159,7 @@ def set_peft_values(model: Any, seed: int) -> None:
 
 
 def first_values(name: str, shape: Any, seed: int) -> Any:
-    """First values of a layer's A in bf16: by its name, so that the order of layers makes no difference."""
+    """Return the initial values of a layer's A in bf16, seeded by its name and not by its place in the model."""
     import torch
 
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
@@ -169,7 +169,7 @@ def first_values(name: str, shape: Any, seed: int) -> Any:
 
 
 def peft_loss(model: Any, batch: Any) -> Any:
-    """The mean loss as transformers' trainer computes it: by the model, from all logits."""
+    """Return the mean loss as transformers' trainer computes it: by the model, from all logits."""
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -181,7 +181,7 @@ def peft_loss(model: Any, batch: Any) -> Any:
 
 
 def recompute_levels() -> list[str]:
-    """The levels that a config may name and a model on this machine's device can have."""
+    """Return the levels that a config may name and that a model supports on this machine's device."""
     from typing import get_args
 
     import torch
@@ -194,17 +194,17 @@ def recompute_levels() -> list[str]:
 
 
 def installed(*packages: str) -> bool:
-    """Whether all of them can be imported."""
+    """Return whether all packages can be imported."""
     return all(find_spec(package) is not None for package in packages)
 
 
 def heading(title: str, *packages: str) -> list[str]:
-    """The head of a table: date, what it is of, hardware, load, versions and commit."""
+    """Return the head of a table: date, subject, hardware, load, versions and commit."""
     return [f"## {date.today()}: {title}", "", f"{hardware()}; {versions(*packages)}; {commit()}", ""]
 
 
 def hardware() -> str:
-    """Cores, processor, GPU if any, and how busy the machine is."""
+    """Describe cores, processor, GPU if any, and the load of the machine."""
     import torch
 
     gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -212,7 +212,7 @@ def hardware() -> str:
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -220,7 +220,7 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Of the packages that are installed."""
+    """Return the versions of the packages that are installed."""
     return ", ".join(_versions(packages))
 
 
@@ -233,7 +233,7 @@ def _versions(packages: tuple[str, ...]) -> Iterator[str]:
 
 
 def commit() -> str:
-    """Of the checkout that qlora is imported from, and whether its code has changed since."""
+    """Return the commit of the checkout that qlora is imported from, and whether its code has changed since."""
     spec = find_spec("qlora")
     assert spec is not None
     assert spec.origin is not None
@@ -251,14 +251,14 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def run_child(module: str, *arguments: str) -> Any:
-    """Run a module in a process of its own; returns the JSON of its last line."""
+    """Run a module in its own process; return the JSON of its last line."""
     command = [sys.executable, "-m", module, *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def append(path: Path, title: str, lines: list[str]) -> None:
-    """Puts lines at the end of a page, which begins with its title."""
+    """Append lines to a page; a new page begins with its title."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.write_text(title, encoding="utf-8")

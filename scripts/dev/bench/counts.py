@@ -1,6 +1,6 @@
-"""Counts of a training step that are the same on every run and every machine, so that a test can hold them.
+"""Counts of a training step that are the same on every run and every machine, so that a test can check them.
 
-Needs torch alone. It lives beside the scripts that print the counts, since a script can't import from tests; a test
+Needs torch only. It is next to the scripts that print the counts, because a script can't import from tests; a test
 loads it by its path.
 """
 
@@ -27,12 +27,12 @@ READS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.nu
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bytes held between forward and backward, each storage once, whole.
+    """Bytes held between forward and backward, counting each storage once and whole.
 
     Attributes:
-        saved: By autograd, as its hooks see it.
-        hung: On the attributes of custom functions, where no hook sees it.
-        alive: Of all storages that the forward made: what is held in any way, closures too; the loss is among them.
+        saved: Bytes saved by autograd, as its hooks see them.
+        hung: Bytes in attributes of custom functions, which no hook sees.
+        alive: Bytes of all storages that the forward made and that still exist, also in closures; includes the loss.
     """
 
     saved: int
@@ -42,13 +42,13 @@ class Held:
 
 @dataclass(slots=True)
 class Work:
-    """What was executed.
+    """Operations that were executed.
 
     Attributes:
-        flops: Of matrix products and attention; of causal attention, the half that is not masked.
-        base_gemms: Products with a weight dequantized from 4 bits.
-        dequantized: Weights.
-        dequantized_statistics: The weights' absmax, with double quantization.
+        flops: Floating-point operations of matrix products and attention; of causal attention, the unmasked half.
+        base_gemms: Number of products with a weight dequantized from 4 bits.
+        dequantized: Number of weights dequantized.
+        dequantized_statistics: Number of weights whose absmax was dequantized, with double quantization.
         syncs: Reasons for the host to wait, by name. On a CPU nothing waits, and what never leaves the host counts too.
     """
 
@@ -60,11 +60,11 @@ class Work:
 
 
 def held_for_backward(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> Held:
-    """Runs a forward and counts what is held until its backward.
+    """Run a forward and count the bytes held until its backward.
 
     Args:
-        forward: Gives the loss.
-        model: What it owns before the forward, parameters, buffers and 4-bit statistics, is left out.
+        forward: Function that returns the loss.
+        model: Model whose own tensors (parameters, buffers and 4-bit statistics) are not counted.
     """
     owned = {_key(tensor) for tensor in tensors_in(model)}
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
@@ -85,12 +85,12 @@ def held_for_backward(forward: Callable[[], torch.Tensor], model: torch.nn.Modul
 
 
 class Watch:
-    """Counts the work that is done while it is entered, in custom autograd functions and recomputation too.
+    """Context that counts work, also in custom autograd functions and recomputation.
 
     Operations are counted where they are dispatched, so what a kernel of Triton does is not seen.
 
     Args:
-        device: Whose values are waited for.
+        device: Device whose values the host waits for.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -108,7 +108,7 @@ class Watch:
 
 
 def tensors_in(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
-    """All tensors that can be reached from an object: by attributes, containers, closures and partial calls."""
+    """Return all tensors that can be reached from an object: by attributes, containers, closures and partial calls."""
     seen = {} if seen is None else seen
     stack = [thing]
     while stack:
@@ -134,7 +134,7 @@ def tensors_in(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[torch
 
 
 class _Kept:
-    """A saved tensor; it is gone when autograd lets go of it."""
+    """A saved tensor, which is freed when autograd frees it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -143,7 +143,7 @@ class _Kept:
 
 
 class _Storages(TorchDispatchMode):
-    """Notes the storages that operations make."""
+    """Record the storages that operations make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Storages(TorchDispatchMode):
         return result
 
     def alive_bytes(self) -> int:
-        """Of those that are still there."""
+        """Return the bytes of those that still exist."""
         weak = (reference for reference in self._made.values() if reference is not None)
         storages = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in weak)
         return sum(storage.nbytes() for storage in storages if storage is not None)
@@ -188,7 +188,7 @@ class _Operations(TorchDispatchMode):
             work.dequantized_statistics += _given(func, args, kwargs).get("absmax_8bit") is not None
             work.base_gemms += 1
         elif name in MATRIX_PRODUCTS:
-            factors = args[-2:]  # what is added to, in addmm, is no factor
+            factors = args[-2:]  # the first argument of addmm is added, not multiplied
             work.base_gemms += any(_key(factor) in self._weights for factor in factors)
         else:
             self._count_sync(name, args, kwargs, result)
@@ -209,7 +209,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Counts what only shows in the call: on a CPU these dispatch nothing."""
+    """Count reads that only show in the call, because on a CPU they dispatch nothing."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
-    """Floating-point operations, by the formulas of torch's own counter where it has one."""
+    """Return the floating-point operations, by the formulas of torch's own counter if it has one."""
     if "scaled_dot_product" in name:
         # Its own formulas leave out the kernel for CPUs, and count what a causal mask skips.
         given = _given(func, args, kwargs)
@@ -245,12 +245,12 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """An operation's arguments by name, however they were passed."""
+    """Return an operation's arguments by name, whether passed by position or keyword."""
     return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
 
 
 def _nodes(root: Any) -> Iterator[Any]:
-    """All nodes of an autograd graph."""
+    """Return all nodes of an autograd graph."""
     seen, stack = set(), [root]
     while stack:
         node = stack.pop()

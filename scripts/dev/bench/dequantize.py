@@ -1,8 +1,8 @@
-"""Measures dequantization on a GPU as a share of a plain copy's bandwidth: the fused kernel beside bitsandbytes.
+"""Measure dequantization on a GPU as a share of a plain copy's bandwidth: the fused kernel and bitsandbytes.
 
 For the shapes of Llama-3.1-8B's linears, in NF4 with double quantization, to bf16: the fused kernel, bitsandbytes'
-three launches, and both with the LoRA term added to the weight. Where the two differ in a bit, without that term, the
-script fails. It needs CUDA and Triton. Until docs/benchmarks/dequantize.md is there it has not been run on a GPU.
+three launches, and both with the LoRA term added to the weight. If the two differ in a bit without that term, the
+script fails. It needs CUDA and Triton. Without docs/benchmarks/dequantize.md, it has not been run on a GPU.
 
     python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md
 """
@@ -31,17 +31,16 @@ BYTES_IN_TURN = 1 << 29
 TITLE = """# Dequantization as a share of a copy
 
 `python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md`. NF4 with double quantization to bf16, in
-blocks of 64. A time is a CUDA graph's, of as many weights in turn as no cache holds, so launches on the host are not in
-it; the median of ten. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
-two buffers on the same device, of which both the bytes read and those written count. The factors of the LoRA term are
-not counted.
+blocks of 64. Times are the median of ten runs of a CUDA graph over more weights than any cache holds, without
+launches on the host. A share is 2.516 bytes per parameter over that time, divided by the bandwidth of a copy between
+two buffers on the same device, which counts bytes read and written. The factors of the LoRA term are not counted.
 """
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to."""
+    """Measure, print, and append to `--out` if it is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, nargs="*", default=[16, 64], help="of the LoRA term")
+    parser.add_argument("--rank", type=int, nargs="*", default=[16, 64], help="ranks of the LoRA term")
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def table(ranks: list[int]) -> list[str]:
-    """The rows of all shapes, without the LoRA term and with that of each rank."""
+    """Return the rows of all shapes, without the LoRA term and with one of each rank."""
     copy = bandwidth_of_copy()
     lines = [
         *heading("Llama-3.1-8B's linears", "torch", "triton", "bitsandbytes"),
@@ -79,14 +78,14 @@ def table(ranks: list[int]) -> list[str]:
 
 
 def bandwidth_of_copy() -> float:
-    """Bytes a second that a copy on the device reads and writes."""
+    """Return the bytes per second that a copy on the device reads and writes."""
     source = torch.empty(BYTES_IN_TURN, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
 
 def measure(shape: tuple[int, int], rank: int) -> tuple[float, float]:
-    """Seconds for a weight: by the fused kernel, and by bitsandbytes."""
+    """Return the seconds for a weight by the fused kernel and by bitsandbytes."""
     from bitsandbytes.functional import dequantize_4bit
 
     from qlora.kernels.dequantize_triton import dequantize_4bit_triton
@@ -120,13 +119,13 @@ def measure(shape: tuple[int, int], rank: int) -> tuple[float, float]:
 
 
 def in_turn(kernel: Callable[[int], Any], num_weights: int) -> Callable[[], Any]:
-    """The kernel on the next weight at each call."""
+    """Return a function that runs the kernel on the next weight at each call."""
     numbers = count()
     return lambda: kernel(next(numbers) % num_weights)
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """The median time of a call on the device, without what the host takes to launch it."""
+    """Return the median time of a call on the device, without the launch on the host."""
     from triton.testing import do_bench_cudagraph
 
     return do_bench_cudagraph(function, rep=100, return_mode="median") / 1e3

@@ -1,7 +1,7 @@
-"""Measures from how many tokens on a LoRA linear is faster folded than in two products: forward and backward.
+"""Measure the number of tokens from which a LoRA linear is faster folded than in two products.
 
-For the linears of a shape, the time of the form `separate` over that of `folded` at each number of tokens, both in
-turn in one process. `FOLD_FROM_TOKENS` in qlora/lora/function.py is read off this table.
+For the linears of a shape, the time of forward and backward in the form `separate` over that in `folded` at each
+number of tokens, both in turn in one process. `FOLD_FROM_TOKENS` in qlora/lora/function.py is read off this table.
 
     python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md
 """
@@ -20,16 +20,16 @@ from scripts.dev.bench.common import SHAPES, append, heading
 
 TITLE = """# The two forms of a LoRA linear
 
-`python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md`. Forward and backward of one layer in bf16, its input
-needing a gradient: the time of two products, x Wᵀ and then + scaling · (x Aᵀ) Bᵀ, over the time of one product with
-W + scaling · B A. Above 1, folding is faster. `held` layers keep their dequantized weight. The minimum of the rounds of
-each form, which take turns.
+`python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md`. Forward and backward of a layer in bf16 whose input
+needs a gradient: the time of two products, x Wᵀ and then + scaling · (x Aᵀ) Bᵀ, over the time of one product with
+W + scaling · B A. Above 1, folding is faster. `held` layers cache their dequantized weight. Times are the minimum of
+rounds, in which the forms take turns.
 """
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to."""
+    """Measure, print, and append to `--out` if it is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b" if torch.cuda.is_available() else "limits", choices=SHAPES)
     parser.add_argument("--rank", type=int, default=16)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_layer(width: int, out: int, rank: int, is_cached: bool) -> LoraLinear:
-    """A layer in the midst of training."""
+    """Return a layer as it is during training, with B above zero."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = NF4Linear.from_linear(torch.nn.Linear(width, out, bias=False, device=device, dtype=torch.bfloat16))
     layer = LoraLinear(base, AdapterSpec(rank, 2 * rank))
@@ -66,7 +66,7 @@ def make_layer(width: int, out: int, rank: int, is_cached: bool) -> LoraLinear:
 
 
 def ratio(layer: LoraLinear, tokens: int, rounds: int) -> float:
-    """The time of two products over that of one."""
+    """Return the time of two products over that of one."""
     device = layer.lora_A.device
     x = torch.randn(tokens, layer.in_features, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(tokens, layer.out_features, device=device, dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def ratio(layer: LoraLinear, tokens: int, rounds: int) -> float:
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
-    """Of one call; on a GPU of ten in a row, so that launches are not waited for."""
+    """Return the seconds of a call; on a GPU of ten in a row, so that launches do not count."""
     if device.type != "cuda":
         started = time.perf_counter()
         function()

@@ -1,6 +1,6 @@
-"""Measures how much host memory loading a base takes, beside the size of its files.
+"""Measure the host memory that loading a base takes, compared with the size of its files.
 
-Makes a random Llama checkpoint of the sizes asked for in a temporary folder, loads it in a new process, and appends
+Makes a random Llama checkpoint of the given sizes in a temporary folder, loads it in a new process, and appends
 a line to docs/benchmarks/loading.md: the highest resident memory during the load above that before it.
 
     python -m scripts.dev.bench.loading --layers 8 --hidden 2048 --intermediate 8192
@@ -27,7 +27,7 @@ two of its largest tensors and 400 MB. Peaks are resident memory (VmHWM) above w
 
 
 def main() -> None:
-    """Makes the checkpoint, measures, prints and appends."""
+    """Make the checkpoint, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -63,14 +63,14 @@ def main() -> None:
 
 
 def measure(folder: str) -> dict[str, float]:
-    """Loads a base and tells what it took, in MB and seconds."""
+    """Load a base; return the memory and time that it took, in MB and seconds."""
     import bitsandbytes  # noqa: F401  (imported before, as all that is not the base's)
     import torch
 
     from qlora.model import load_base, take_inventory
 
     torch.ones(8, 8) @ torch.ones(8, 8)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     before, started = resident("VmRSS"), time.perf_counter()
     model, _ = load_base(folder, compute_dtype="bfloat16")
     seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
@@ -78,7 +78,7 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def resident(key: str) -> float:
-    """A line of /proc/self/status, in MB."""
+    """Return a line of /proc/self/status, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / 1e6
 

@@ -1,4 +1,4 @@
-"""Measures head and cross-entropy: in chunks, as training computes them, beside all logits at once.
+"""Measure head and cross-entropy: in chunks, as training computes them, and with all logits at once.
 
 Forward and backward of the loss over random hidden states, by chunk size; time, and on a GPU peak memory.
 
@@ -19,15 +19,15 @@ from scripts.dev.bench.common import SHAPES, append, heading
 
 TITLE = """# Head and cross-entropy
 
-`python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 against
-random labels and the gradient of the hidden states, the head frozen. `all at once` is what a model of transformers
-does: logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Minimum
-of the rounds, which take turns; peak memory is what was allocated above the inputs.
+`python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 with
+random labels, and the gradient of the hidden states, with a frozen head. `all at once` is a model of transformers:
+logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Times are the
+minimum of rounds, in which the variants take turns; peak memory is above the inputs.
 """
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to."""
+    """Measure, print, and append to `--out` if it is given."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b" if on_gpu else "limits", choices=SHAPES)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def table(shape: str, tokens: int, rounds: int) -> list[str]:
-    """A line for every way to the loss."""
+    """Return a line for every way to compute the loss."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     features, vocabulary = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
     hidden = torch.randn(tokens, features, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -90,7 +90,7 @@ def table(shape: str, tokens: int, rounds: int) -> list[str]:
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call."""
+    """Return the seconds of a call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()

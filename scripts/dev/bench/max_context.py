@@ -1,8 +1,8 @@
-"""Finds the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
+"""Find the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
 
 A process for each setting: forward, backward and update of one sequence of random tokens, longer or shorter until the
-longest that fits is known to a hundredth. The cap is put on torch's allocator. It needs CUDA. Until
-docs/benchmarks/max_context.md is there it has not been run on a GPU.
+longest that fits is known to 1%. The cap is set in torch's allocator. It needs CUDA. Without
+docs/benchmarks/max_context.md, it has not been run on a GPU.
 
     python -m scripts.dev.bench.max_context --cap 24 --out docs/benchmarks/max_context.md
 """
@@ -34,20 +34,20 @@ from scripts.dev.bench.common import (
 TITLE = """# The longest sequence under a memory cap
 
 `python -m scripts.dev.bench.max_context --out docs/benchmarks/max_context.md`. Forward, backward and update of one
-sequence of random tokens, every one learnt, batch 1, on a base with random weights; bisection until the longest that
-fits is known to a hundredth. The cap is on what torch's allocator reserves. `peak` is the most that it had allocated at
-that length, `driver` what the device says was in use then, the context and paged state included.
+sequence of random tokens, all supervised, batch 1, on a base with random weights; bisection until the longest that
+fits is known to 1%. The cap is on what torch's allocator reserves. `peak` is the most that it allocated at that
+length; `driver` is the memory in use by the device's count, including the context and paged state.
 """
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to; called with --side it is one of the measured processes."""
+    """Measure, print, and append to `--out` if it is given; with --side, be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--cap", type=float, default=24, help="GiB")
+    parser.add_argument("--cap", type=float, default=24, help="memory cap in GiB")
     parser.add_argument("--recompute", nargs="+", default=["full", "offload", "offload+tiled"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--longest", type=int, default=1 << 18, help="tokens that are not gone beyond")
+    parser.add_argument("--longest", type=int, default=1 << 18, help="largest number of tokens to try")
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     parser.add_argument("--side", choices=["qlora", "peft"], help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def main() -> None:
             "what a config needs is estimated anywhere by `qlora estimate`."
         )
     if unknown := set(arguments.recompute) - set(recompute_levels()):
-        sys.exit(f"--recompute: there is no {', '.join(unknown)}; the levels are {', '.join(recompute_levels())}.")
+        sys.exit(f"--recompute: unknown {', '.join(unknown)}; the levels are {', '.join(recompute_levels())}.")
     if arguments.side:
         print(json.dumps(search(arguments)))
         return
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def search(arguments: argparse.Namespace) -> dict[str, int]:
-    """The longest sequence of one side, and its memory."""
+    """Return the longest sequence of one side, and its memory."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / total))
     step = {"qlora": qlora_step, "peft": peft_step}[arguments.side](arguments)
@@ -107,7 +107,7 @@ def search(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
-    """The longest length that fits, to a hundredth of itself; 0 if not even the shortest does."""
+    """Return the longest length that fits, to 1%; 0 if the shortest does not fit."""
     if not fits(shortest):
         return 0
     low, high = shortest, shortest
@@ -121,7 +121,7 @@ def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
 
 
 def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A step of ours on a sequence of some length."""
+    """Return a function that makes a step of qlora on a sequence of a length."""
     from qlora.model import supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
 
@@ -141,7 +141,7 @@ def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
 
 
 def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A step of PEFT's model with bitsandbytes' optimizer."""
+    """Return a function that makes a step of PEFT's model with bitsandbytes' optimizer."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, "full")
@@ -158,7 +158,7 @@ def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
 
 
 def random_batch(length: int, model: Any) -> Any:
-    """One sequence, every token of it learnt."""
+    """Return one sequence in which every token is supervised."""
     import numpy as np
 
     from qlora.data import collate, make_example

@@ -1,6 +1,6 @@
-"""Counts what a training step holds and does: the same figures on every run, whatever else the machine is doing.
+"""Count the memory and work of a training step: the same numbers on every run, regardless of the machine's load.
 
-For qlora at each level of recomputation, and for PEFT + bitsandbytes where peft is installed, on a Llama with random
+For qlora at each level of recomputation, and for PEFT + bitsandbytes if peft is installed, on a Llama with random
 weights: bytes held between forward and backward, floating-point operations, products with a base weight and its
 dequantizations, and reasons for the host to wait for a device. A table is printed; `--out` appends it to a page.
 
@@ -32,33 +32,35 @@ from scripts.dev.bench.common import (
 from scripts.dev.bench.counts import Held, Watch, Work, held_for_backward
 
 PEFT_SETTINGS = ("none", "none+bf16", "none+autocast", "full", "full+prepare", "full+autocast")
-TITLE = """# What a training step holds and does
+TITLE = """# Memory and work of a training step
 
 Counts, not timings: the same on every run. `python -m scripts.dev.bench.memory --out docs/benchmarks/memory.md`.
 
-- **Saved**: bytes per token that autograd keeps from the forward to the backward, each storage once and whole, the
-  model's own left out; **on ctx**: the same, hung on attributes of custom functions, where no saved-tensor hook sees
-  it; **alive**: bytes per token of every storage that the forward made and that is still there at its end, however it
-  is held, so nothing escapes it (checkpointed layers keep rotary tables in closures).
-- **MFLOP/token**: matrix products and attention, half of it where it is causal, forward + backward; what is computed
-  again counts with the backward.
+- **Saved**: bytes per token that autograd saves from the forward to the backward, each storage once and whole,
+  without the model's own; **on ctx**: the same, in attributes of custom functions, where no saved-tensor hook sees
+  it; **alive**: bytes per token of every storage that the forward made and that exists at its end, by whatever
+  reference, also in closures (where checkpointed layers keep rotary tables).
+- **MFLOP/token**: matrix products and attention, half of it if causal, forward + backward; recomputation counts
+  with the backward.
 - **Base GEMMs** and **dequantized** weights: per layer, forward + backward; each dequantized weight with its
-  statistics is two calls of bitsandbytes where statistics are quantized too.
-- **Syncs**: per optimizer step, what would make the host wait for a GPU, by dispatch: ours of `run_loop` as it is,
-  with the loss and norm that it reports; PEFT's of forward, backward, clipping and reading the loss, without its
-  optimizer, which on a GPU synchronizes once for every parameter where it is bitsandbytes'.
+  statistics is two calls of bitsandbytes if statistics are quantized too.
+- **Syncs**: per optimizer step, operations for which the host would wait for a GPU: for qlora in `run_loop`,
+  including the reported loss and norm; for PEFT in forward, backward, clipping and reading the loss, without its
+  optimizer (bitsandbytes' synchronizes once for every parameter on a GPU).
 
-PEFT's `prepare` is `prepare_model_for_kbit_training`, `bf16` factors held in bf16 and not fp32; `autocast` is what
-transformers' trainer does with `bf16=True`, and without it PEFT multiplies its fp32 factors in fp32. Its gradient
-checkpointing is transformers', not reentrant.
+PEFT's `prepare` is `prepare_model_for_kbit_training`, `bf16` stores factors in bf16 instead of fp32; `autocast` is
+transformers' `bf16=True`, without which PEFT multiplies its fp32 factors in fp32. Its gradient checkpointing is
+transformers', not reentrant.
 """
 
 
 def main() -> None:
-    """Counts, prints, and appends where asked to."""
+    """Count, print, and append to `--out` if it is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="saved with the random model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER, help="tokenizer that is saved with the random model"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -74,7 +76,7 @@ def main() -> None:
 
 
 def table(arguments: argparse.Namespace, base: str) -> list[str]:
-    """Counts every setting of both sides."""
+    """Count every setting of both sides."""
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
     lines = [
         *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
@@ -97,7 +99,7 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
 def row(
     side: str, setting: str, tokens: int, layers: int, held: Held, forward: Work, backward: Work, syncs: Any
 ) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     held_cells = " | ".join(f"{size / tokens:,.0f}" for size in (held.saved, held.hung, held.alive))
     flops = " + ".join(f"{work.flops / tokens / 1e6:.1f}" for work in (forward, backward))
     gemms = " + ".join(f"{work.base_gemms / layers:g}" for work in (forward, backward))
@@ -110,7 +112,7 @@ def row(
 
 
 def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[int, Held, Work, Work, Counter[str]]:
-    """Counts of our step at a level of recomputation."""
+    """Return the counts of a step of qlora at a level of recomputation."""
     from qlora.data import BatchPlan, collate
     from qlora.model import SUPERVISED, supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
@@ -140,7 +142,7 @@ def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[i
 
 
 def count_peft(arguments: argparse.Namespace, base: str, setting: str) -> tuple[int, Held, Work, Work, Counter[str]]:
-    """Counts of PEFT's step, as transformers' trainer makes it."""
+    """Return the counts of PEFT's step, as transformers' trainer makes it."""
     from qlora.data import collate
 
     model, _ = build_peft(base, arguments.rank, 2 * arguments.rank, setting)
@@ -161,7 +163,7 @@ def count_peft(arguments: argparse.Namespace, base: str, setting: str) -> tuple[
 
 
 def count(loss: Any, model: Any) -> tuple[Held, Work, Work]:
-    """What a forward holds, and what it and its backward do."""
+    """Return the bytes that a forward holds, and the work of it and its backward."""
     loss().backward()  # a first run may fill caches
     held = held_for_backward(loss, model)
     with Watch(model.device) as forward:
@@ -172,7 +174,7 @@ def count(loss: Any, model: Any) -> tuple[Held, Work, Work]:
 
 
 def make_examples(arguments: argparse.Namespace, model: Any) -> list[Any]:
-    """Two batches of whole rows, all of it learnt."""
+    """Return two batches of full sequences in which every token is supervised."""
     from qlora.data import make_example
 
     rows = random_rows(2 * arguments.batch, arguments.seq_len, model.config.vocab_size)

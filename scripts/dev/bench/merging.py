@@ -1,4 +1,4 @@
-"""Measures a merge's memory and speed beside a plain copy of the base's files with a cast.
+"""Measure a merge's memory and speed, compared with a plain copy of the base's files with a cast.
 
 Makes a random Llama checkpoint and an adapter for it in a temporary folder; copies and casts its files, file by file
 with safetensors' own functions and as a stream of blocks, and merges the adapter onto both kinds of base weights, each
@@ -26,8 +26,8 @@ TITLE = """# Memory and speed of a merge
 
 Random Llama checkpoints in bf16 merged to fp16: `python -m scripts.dev.bench.merging`. The bound on memory is 400 MB
 and four times the largest tensor in fp32. A copy reads the same files, casts and writes: by file with safetensors'
-load_file and save_file, or as a stream of blocks, which is the least that there is to do. All read from the disk and
-are synced to it.
+load_file and save_file, or as a stream of blocks, the least work possible. All read from the disk and are synced
+to it.
 
 | date | checkpoint MB | largest tensor MB | bound MB | peak MB: onto original, dequantized | seconds: copy by file, \
 as a stream | merge onto original | dequantized | speed onto original, of either copy's | hardware, versions |
@@ -37,12 +37,12 @@ WAYS = ("by file", "stream", "original", "original", "stream", "by file", "dequa
 
 
 def main() -> None:
-    """Makes the files, measures, prints and appends."""
+    """Make the files, measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="limits")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, where the disk is small")
+    parser.add_argument("--layers", type=int, help="number of layers, if the disk is too small for the shape's")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder of the temporary files")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> float:
-    """Writes a base and what a run on it leaves, without ever holding a model; gives its largest tensor in fp32, MB."""
+    """Write a base and a run on it without building a model; return the size of its largest tensor in fp32, MB."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
@@ -126,7 +126,7 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
 
 
 def forget(base: Path) -> None:
-    """Has each way read the files from the disk, and not what the one before left in memory."""
+    """Drop the files from the page cache, so that each way reads them from the disk."""
     os.sync()
     for path in base.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -135,14 +135,14 @@ def forget(base: Path) -> None:
 
 
 def repeated(values: Any, num_values: int) -> Iterator[Any]:
-    """The same values again and again until there are enough."""
+    """Return the values, repeated until there are enough."""
     while num_values:
         yield values[:num_values]
         num_values -= min(num_values, len(values))
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:
-    """Copies or merges, and tells what it took in MB and seconds."""
+    """Copy or merge; return the memory and time that it took, in MB and seconds."""
     import bitsandbytes  # noqa: F401  (imported before, as all that is not the model's)
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401
@@ -150,7 +150,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     from qlora.export import merge
 
     torch.ones(8, 8) @ torch.ones(8, 8)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
     before, started = resident("VmRSS"), time.perf_counter()
     if way == "by file":
         copy_by_file(folder / "base", folder / "out")
@@ -163,7 +163,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
 
 def copy_by_file(base: Path, out: Path) -> None:
-    """The conversion that one would write."""
+    """Convert in the obvious way, file by file."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -176,7 +176,7 @@ def copy_by_file(base: Path, out: Path) -> None:
 
 
 def copy_as_stream(base: Path, out: Path) -> None:
-    """The least that a conversion must do."""
+    """Convert as a stream of blocks, the least work for a conversion."""
     import torch
 
     from qlora.files import BaseFiles
@@ -195,7 +195,7 @@ def copy_as_stream(base: Path, out: Path) -> None:
 
 
 def resident(key: str) -> float:
-    """A line of /proc/self/status, in MB."""
+    """Return a line of /proc/self/status, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / 1e6
 

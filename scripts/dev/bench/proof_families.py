@@ -1,4 +1,4 @@
-"""Proves a release for the families that people fine-tune, in the shapes that go wrong.
+"""Verify a release for the families that people fine-tune, in the shapes that tend to break.
 
 For each a small random base is trained on for a few steps, merged onto both kinds of base weights and verified, and
 PEFT's logits on the original base are compared with those of the merged model, all in fp32. With peft installed:
@@ -58,14 +58,14 @@ RUN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What came of one family.
+    """Result for one family.
 
     Attributes:
-        tensors: Written and computed a second time.
-        problems: What verify found, by the base weights that were merged into.
+        tensors: Number of tensors that were written and computed a second time.
+        problems: Problems that verify found, by the base weights that were merged into.
         max_kl: Mean KL divergence of the model merged onto the weights it was trained on from the run's, nats.
-        peft_difference: Of PEFT's logits from those of the merge onto the original base.
-        update: What the adapter changes these logits by at most.
+        peft_difference: Largest difference of PEFT's logits from those of the merge onto the original base.
+        update: Largest change of these logits by the adapter.
     """
 
     tensors: int
@@ -76,7 +76,7 @@ class Proof:
 
 
 def make_base(folder: Path, config_class: str, sizes: dict[str, Any], tokenizer: Path, seed: int) -> None:
-    """Saves a random model of a family in bf16, as a user would have it."""
+    """Save a random model of a family in bf16, as a user would have it."""
     import torch
     import transformers
 
@@ -89,7 +89,7 @@ def make_base(folder: Path, config_class: str, sizes: dict[str, Any], tokenizer:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, so that one that is lost is seen
+        for parameter in model.parameters():  # biases and norms too, so that a lost one shows
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
@@ -99,7 +99,7 @@ def make_base(folder: Path, config_class: str, sizes: dict[str, Any], tokenizer:
 
 
 def train_run(base: Path, rows: Path, folder: Path, **sections: dict[str, Any]) -> Path:
-    """Trains a base for a few steps, by `RUN` and what the sections say otherwise; gives the run's folder."""
+    """Train a base for a few steps with `RUN` and the given sections; return the run's folder."""
     import qlora
 
     places = {"model": {"base": str(base)}, "data": {"train": str(rows)}, "train": {"output_dir": str(folder)}}
@@ -111,7 +111,7 @@ def train_run(base: Path, rows: Path, folder: Path, **sections: dict[str, Any]) 
 
 
 def prove(base: Path, run: Path, folder: Path) -> Proof:
-    """Merges a run both ways in fp32, verifies both, and asks PEFT."""
+    """Merge a run both ways in fp32, verify both, and compare with PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -138,7 +138,7 @@ def prove(base: Path, run: Path, folder: Path) -> Proof:
 
 
 def main() -> None:
-    """Proves each family, prints the table and appends it to a page."""
+    """Verify each family, print the table and append it to a page."""
     from scripts.dev.bench.common import REALDATA, append, heading
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""Proves a release in llama.cpp: its logits against those of transformers, by each way into it.
+"""Verify a release in llama.cpp: its logits against those of transformers, for each way to load it.
 
 For a small pretrained model and a random one of each family, a run of a few steps is merged onto the original base, and
 read by llama.cpp (1) from qlora's GGUF, (2) from the GGUF that llama.cpp's converter makes of the merged folder, (3) as
@@ -32,13 +32,13 @@ NUM_TOKENS = 200
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way of a run into llama.cpp.
+    """A way to load a run in llama.cpp.
 
     Attributes:
-        name: Of it.
-        dtype: Of the weights in the file.
+        name: Name of the way.
+        dtype: Dtype of the weights in the file.
         model: The GGUF file.
-        adapter: That of an adapter on it.
+        adapter: GGUF file of an adapter on it; None if merged.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Way:
 
 
 def convert(llama_cpp: Path, program: str, source: Path, target: Path, dtype: str, *options: str) -> Path:
-    """Runs one of llama.cpp's converters."""
+    """Run one of llama.cpp's converters."""
     command = [sys.executable, str(llama_cpp / program), str(source), "--outfile", str(target), "--outtype", dtype]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     if done.returncode:
@@ -57,7 +57,7 @@ def convert(llama_cpp: Path, program: str, source: Path, target: Path, dtype: st
 
 
 def make_ways(name: str, base: Path, run: Path, folder: Path, llama_cpp: Path) -> Iterator[Way]:
-    """Writes a run's files for llama.cpp."""
+    """Write a run's files for llama.cpp."""
     from qlora import merge
     from qlora.export.gguf.merge import merge_to_gguf
 
@@ -78,7 +78,7 @@ def make_ways(name: str, base: Path, run: Path, folder: Path, llama_cpp: Path) -
 
 
 def logits_in_llama_cpp(way: Way, ids: list[int]) -> torch.Tensor:
-    """Logits after each token, (tokens, vocabulary)."""
+    """Return the logits after each token, (tokens, vocabulary)."""
     import llama_cpp
     import numpy
 
@@ -99,20 +99,20 @@ def logits_in_llama_cpp(way: Way, ids: list[int]) -> torch.Tensor:
 
 
 def compare(expected: torch.Tensor, found: torch.Tensor) -> str:
-    """The cells of a table: how far apart two models' logits are."""
+    """Return the cells of a table: differences of two models' logits."""
     difference = (expected - found).abs().amax(-1)
-    apart = expected.argmax(-1) != found.argmax(-1)
+    differs = expected.argmax(-1) != found.argmax(-1)
     best = expected.topk(2).values
-    gaps = (best[:, 0] - best[:, 1])[apart]
+    gaps = (best[:, 0] - best[:, 1])[differs]
     # Of two logits as close as this each may be the larger one when both move by the difference.
-    explained = "" if not len(gaps) else f", whose two best lie up to {gaps.max():.1e} apart"
+    explained = "" if not len(gaps) else f", whose two best differ by up to {gaps.max():.1e}"
     size = expected.std().item()
-    return f"{difference.max():.1e} | {size:.2g} | {int((~apart).sum())} of {len(apart)}{explained}"
+    return f"{difference.max():.1e} | {size:.2g} | {int((~differs).sum())} of {len(differs)}{explained}"
 
 
 @torch.no_grad()
 def logits_in_transformers(folder: Path, ids: list[int]) -> torch.Tensor:
-    """The same by transformers in fp32."""
+    """Return the same logits by transformers in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -120,7 +120,7 @@ def logits_in_transformers(folder: Path, ids: list[int]) -> torch.Tensor:
 
 
 def prove(name: str, folder: Path, llama_cpp: Path) -> Iterator[str]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     from transformers import AutoTokenizer
 
     if name == PRETRAINED:
@@ -143,9 +143,9 @@ def prove(name: str, folder: Path, llama_cpp: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Proves each model, prints the table and appends it to a page."""
+    """Verify each model, print the table and append it to a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout, for its converters")
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="checkout of llama.cpp, for its converters")
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--out", type=Path, help="page to append to")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Proves a release in lm-eval: adapter and merged model get the same scores on held-out real questions.
+"""Verify a release in lm-eval: adapter and merged model get the same scores on held-out real questions.
 
-A small pretrained model learns to name the kind of TREC's questions; the 500 test questions are then put by lm-eval, as
+A small pretrained model is trained to name the kind of TREC's questions; lm-eval then puts the 500 test questions, as
 multiple choice, to PEFT's adapter on the original base and to the merge onto it, and to the run itself and the merge
 onto the dequantized base. All in fp32. With lm-eval and peft installed:
 
@@ -17,7 +17,7 @@ from typing import Any
 from scripts.dev.bench.common import REALDATA, append, heading
 from scripts.dev.bench.proof_families import train_run
 
-# By the numbers that the files have for them.
+# Indexed by their numbers in the files.
 KINDS = (" description", " entity", " abbreviation", " person", " place", " number")
 QUESTION = "Question: {question}\nKind:"
 TASK = "trec_kinds"
@@ -26,11 +26,11 @@ TRAIN = {"max_steps": 100, "learning_rate": 3e-3, "eval_every": 100, "save_every
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one model.
+    """Scores of one model.
 
     Attributes:
         accuracy: Share of the questions whose right kind is the likeliest.
-        log_likelihoods: Of every kind of every question, in their order.
+        log_likelihoods: Log-likelihood of every kind of every question, in their order.
     """
 
     accuracy: float
@@ -38,7 +38,7 @@ class Score:
 
 
 def write_rows(source: Path, target: Path) -> Path:
-    """TREC's lines, a number and a question, as rows of prompt and completion."""
+    """Write TREC's lines, a number and a question, as rows of prompt and completion."""
     lines = [line.partition(" ") for line in source.read_text(encoding="latin-1").splitlines()]
     rows = [
         {"prompt": QUESTION.format(question=question), "completion": KINDS[int(number)]}
@@ -49,7 +49,7 @@ def write_rows(source: Path, target: Path) -> Path:
 
 
 def make_task(test: Path) -> dict[str, Any]:
-    """The test questions as lm-eval's task."""
+    """Return the test questions as lm-eval's task."""
     return {
         "task": TASK,
         "dataset_path": "json",
@@ -65,7 +65,7 @@ def make_task(test: Path) -> dict[str, Any]:
 
 
 def score(task: dict[str, Any], **model: Any) -> Score:
-    """Puts the task to a model, which is given as lm-eval's `HFLM` takes it."""
+    """Evaluate a model on the task; the model is what lm-eval's `HFLM` takes."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -76,7 +76,7 @@ def score(task: dict[str, Any], **model: Any) -> Score:
 
 
 def main() -> None:
-    """Trains, merges, scores, prints the table and appends it to a page."""
+    """Train, merge, score, print the table and append it to a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="page to append to")
     arguments = parser.parse_args()
@@ -108,15 +108,15 @@ def main() -> None:
     lines = heading("the same scores in lm-eval", "lm_eval", "torch", "transformers", "bitsandbytes", "peft") + [
         f"{len(before.log_likelihoods) // len(KINDS)} questions; the base before training has {before.accuracy:.1%}.",
         "",
-        "| base weights | model | accuracy | log-likelihoods apart by at most |",
+        "| base weights | model | accuracy | largest difference of log-likelihoods |",
         "|---|---|---|---|",
     ]
     for onto, ((first, adapter), (second, merged)) in pairs.items():
-        apart = max(
+        difference = max(
             abs(one - other) for one, other in zip(adapter.log_likelihoods, merged.log_likelihoods, strict=True)
         )
         lines += [f"| {onto} | {first} | {adapter.accuracy:.1%} | |"]
-        lines += [f"| {onto} | {second} | {merged.accuracy:.1%} | {apart:.1e} |"]
+        lines += [f"| {onto} | {second} | {merged.accuracy:.1%} | {difference:.1e} |"]
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, "# Release\n", lines)

@@ -1,7 +1,7 @@
-"""Measures for how long a save keeps the training loop waiting, beside how long a step takes.
+"""Measure how long a save blocks the training loop, compared with the time of a step.
 
 Saves twenty times: the quickstart's tiny run, whose step is measured here too, and the state of a Llama-3-8B at rank 16
-(42 million trained values), whose layers stand here without their weights. Appends to docs/benchmarks/saving.md.
+(42 million trained values), whose layers have no weights here. Appends to docs/benchmarks/saving.md.
 
     python -m scripts.dev.bench.saving [--folder DISK]
 """
@@ -46,9 +46,9 @@ HEAD = """
 
 
 def main() -> None:
-    """Measures, prints and appends."""
+    """Measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one else")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: a temporary one")
     parser.add_argument("--out", type=Path, default=TARGET)
     arguments = parser.parse_args()
     rows = []
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def tiny_model(folder: Path) -> tuple[nn.Module, float]:
-    """Layers of the quickstart's sizes, and the seconds that a step of its run takes here."""
+    """Return layers of the quickstart's sizes, and the seconds of a step of its run."""
     for script, out in (("make_base.py", "base"), ("make_instructions.py", "data")):
         command = [sys.executable, ROOT / "scripts" / "tiny" / script, "--out", ROOT / ".cache" / "tiny" / out]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -81,19 +81,19 @@ def tiny_model(folder: Path) -> tuple[nn.Module, float]:
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The training steps that a run logged."""
+    """Return the training steps that a run logged."""
     from qlora.checkpoint import RunDirectory
 
     return [line for line in RunDirectory(run).read_metrics() if "loss" in line]
 
 
 def llama_8b() -> nn.Module:
-    """An 8B Llama's adapters at rank 16."""
+    """Return an 8B Llama's adapters at rank 16."""
     return layers(LLAMA_8B, NUM_LAYERS)
 
 
 def layers(widths: dict[str, tuple[int, int]], count: int) -> nn.Module:
-    """Adapters with values around linears without any."""
+    """Return adapters with values around linears without any."""
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Module() for _ in range(count))
     for layer in model.layers:
@@ -110,7 +110,7 @@ def layers(widths: dict[str, tuple[int, int]], count: int) -> nn.Module:
 def measure(
     name: str, model: nn.Module, optimizer_name: str, folder: Path, step_seconds: float, rounding: str = "stochastic"
 ) -> str:
-    """Saves again and again, each time after an update; returns a table's row and prints it."""
+    """Save repeatedly, each time after an update; return a table's row and print it."""
     flat = FlatParameters((key, value) for key, value in model.named_parameters() if value.requires_grad)
     optimizer = make_optimizer(optimizer_name, flat, rounding=rounding)
     flat.grad.normal_()

@@ -1,7 +1,7 @@
-"""Measures host memory while a large file is tokenized and packed, and how long that takes.
+"""Measure host memory and time while a large file is tokenized and packed.
 
-Writes conversations of random words as JSON lines into a temporary folder, prepares them in a new process that looks at
-its own memory ten times a second, and prepares them a second time, from what the first one kept. A table is appended to
+Writes conversations of random words as JSON lines into a temporary folder, prepares them in a new process that samples
+its own memory ten times a second, and prepares them a second time from the cache of the first. A table is appended to
 docs/benchmarks/tokenizing.md. The folder needs three times the size of the file.
 
     python -m scripts.dev.bench.streaming --megabytes 2000 --tokenizer FOLDER
@@ -28,13 +28,13 @@ ROW_CHARACTERS = (500, 4000)
 
 
 def main() -> None:
-    """Writes the file, measures, prints and appends; called with --measure it is one of the measured processes."""
+    """Write the file, measure, print and append; with --measure, be one of the measured processes."""
     realdata = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--tokenizer", default=str(realdata / "tokenizers" / "minimind"))
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--folder", help="to work in, where the system's temporary folder is too small")
+    parser.add_argument("--folder", help="folder to work in, if the system's temporary folder is too small")
     parser.add_argument("--out", type=Path, default=TARGET)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 def table(
     arguments: argparse.Namespace, rows: int, load: float, first: dict[str, Any], again: dict[str, Any]
 ) -> list[str]:
-    """What was measured, for people to read."""
+    """Return the measurements as a table for people."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))
     megabytes = {key: [f"{value / 1e6:.0f}" for value in first[key]] for key in ("anonymous", "resident")}
     return [
@@ -89,13 +89,13 @@ def table(
 
 
 def write_rows(path: Path, size: int) -> int:
-    """Writes conversations until a file has its size; returns how many."""
+    """Write conversations until a file has its size; return how many."""
     chooser = random.Random(0)
     words = ["".join(chooser.choices(SYLLABLES, k=chooser.randint(1, 4))) for _ in range(WORDS)]
     rows = written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
-            # A text is cut from other words every few hundred rows; drawing each word anew would take minutes.
+            # A text is cut from other words every few hundred rows; drawing every word would take minutes.
             if rows % 256 == 0:
                 text = " ".join(chooser.choices(words, k=30_000))
             length = chooser.randint(*ROW_CHARACTERS)
@@ -111,7 +111,7 @@ def write_rows(path: Path, size: int) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prepares the file and tells seconds, tokens and the peaks of memory."""
+    """Prepare the file; return seconds, tokens and the peaks of memory."""
     from transformers import AutoTokenizer
 
     from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets
@@ -136,10 +136,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Watch:
-    """Looks at this process's memory ten times a second, and at how many tokens are written by then.
+    """Samples this process's memory and the number of tokens written ten times a second.
 
     Args:
-        cache: Where they are written.
+        cache: Folder that tokens are written to.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -151,7 +151,7 @@ class Watch:
         self._thread.start()
 
     def peaks(self) -> dict[str, list[int]]:
-        """Ends the watch: the peaks in bytes until each share of the tokens was written, and of all."""
+        """Stop, and return the peaks in bytes until each share of the tokens was written, and of all."""
         self._done.set()
         self._thread.join()
         self._seen.append(self._look())
@@ -170,7 +170,7 @@ class Watch:
             self._seen.append(self._look())
 
     def _look(self) -> tuple[int, int, int]:
-        """Bytes of tokens that are written, of anonymous and of all resident memory."""
+        """Return the bytes of tokens written, of anonymous memory and of all resident memory."""
         # Hidden folders too: an entry takes its name when it is whole.
         written = max((entry.stat().st_size for entry in self.cache.glob("*/input_ids.bin")), default=0)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -1,7 +1,7 @@
-"""Conversations that chat templates are tried with; every turn says words that no other says.
+"""Conversations to test chat templates with; every turn has words that no other turn has.
 
-A word such as `a3x` is said by turn 3. Its letter tells what it is: `s` a system prompt, `u` a user's text, `a` an
-answer that is learned, `m` one that is masked, `r` reasoning, `c` a call, `t` a tool's result, `d` its description.
+A word such as `a3x` is said by turn 3. Its letter is its kind: `s` a system prompt, `u` a user's text, `a` an
+answer that is supervised, `m` one that is masked, `r` reasoning, `c` a call, `t` a tool's result, `d` its description.
 """
 
 from typing import Any
@@ -19,18 +19,18 @@ TOOL = {
 
 
 def turn(role: str, content: Any, **keys: Any) -> Row:
-    """A turn of a conversation."""
+    """Return a turn of a conversation."""
     return {"role": role, "content": content, **keys}
 
 
 def call(number: int, key: str | None = None) -> Row:
-    """A call of the tool, with an argument of its own; the id has the length that Mistral's templates demand."""
+    """Return a call of the tool, with an argument of its own; the id has the length that Mistral's templates demand."""
     function = {"name": "d0xlookup", "arguments": {"key": key or f"c{number}x"}}
     return {"type": "function", "id": f"callnum0{number}", "function": function}
 
 
 def calling(number: int, *calls: int, content: str = "", **keys: Any) -> list[Row]:
-    """A turn that calls the tool, once or several times, and the results."""
+    """Return a turn that calls the tool once or several times, and the results."""
     made = [call(each) for each in calls or (number,)]
     results = [
         turn("tool", f"t{number + place}x found", name="d0xlookup", tool_call_id=one["id"])
@@ -40,7 +40,7 @@ def calling(number: int, *calls: int, content: str = "", **keys: Any) -> list[Ro
 
 
 def dialogue(*answers: Any, **keys: Any) -> list[Row]:
-    """Each answer behind a question; the keys are of every answer."""
+    """Return each answer after a question; every answer has the keys."""
     turns = []
     for place, answer in enumerate(answers):
         turns += [turn("user", f"u{2 * place}x asks for u{2 * place}xb?"), turn("assistant", answer, **keys)]
@@ -48,12 +48,12 @@ def dialogue(*answers: Any, **keys: Any) -> list[Row]:
 
 
 def part(text: str, **keys: Any) -> Row:
-    """A part of a turn's content."""
+    """Return a part of a turn's content."""
     return {"type": "text", "text": text, **keys}
 
 
 def conversations(end: str) -> dict[str, Row]:
-    """Rows by what is tried with them.
+    """Return rows by the feature that they test.
 
     Args:
         end: The tokenizer's end token, as text.

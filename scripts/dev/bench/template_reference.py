@@ -1,4 +1,4 @@
-"""What should be learned of a conversation, found in a slow way that shares no code with qlora's."""
+"""Reference for the supervised tokens of a conversation: slow, and without any code of qlora."""
 
 import json
 import re
@@ -15,7 +15,7 @@ SWITCHES = ("enable_thinking", "thinking", "open_thinking")
 
 
 class WrongError(Exception):
-    """What was learned is not what should be."""
+    """The supervised tokens are not those of the reference."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Turn:
     """A turn as a template gets it.
 
     Attributes:
-        message: For the template, its content one text.
-        parts: This content in the parts that a template gets if it reads parts.
-        words: Its words that are learned if it is an answer.
-        masked: Its words that are not.
-        thinks: It has reasoning.
+        message: Turn for the template, with its content as one text.
+        parts: The same content as parts, for a template that reads parts.
+        words: Words that are supervised if it is an answer.
+        masked: Words that are not.
+        thinks: Whether it has reasoning.
     """
 
     message: dict[str, Any]
@@ -38,12 +38,12 @@ class Turn:
 
     @property
     def is_learned(self) -> bool:
-        """Something of it is learned: an empty answer too, which ends at once."""
+        """Whether any token is supervised, also the end token of an empty answer."""
         return self.message["role"] == "assistant" and (bool(self.words) or not self.masked)
 
 
 def read(row: dict[str, Any]) -> list[Turn]:
-    """The turns of a row."""
+    """Return the turns of a row."""
     return [_read(turn) for turn in row["messages"]]
 
 
@@ -67,9 +67,9 @@ def _read(turn: dict[str, Any]) -> Turn:
 def renderings(
     tokenizer: Any, turns: Sequence[Turn], tools: Any, asks: bool
 ) -> Iterator[tuple[tuple[bool, bool | None], str]]:
-    """The turns as text with thinking as it is, on, and off, those left out that the template refuses.
+    """Return the turns as text with thinking unset, on, and off, without those that the template refuses.
 
-    Content is given as parts to a template that writes it only so.
+    Content is passed as parts to a template that supports only parts.
     """
     for as_parts, switch in [
         (_reads_parts(tokenizer, tokenizer.chat_template), switch) for switch in (None, True, False)
@@ -91,7 +91,7 @@ def renderings(
 
 @cache
 def _reads_parts(tokenizer: Any, template: str) -> bool:
-    """Whether a tokenizer's template, named for the cache, loses content that is a text and writes parts."""
+    """Return whether a tokenizer's template, named for the cache, loses content that is a text and writes parts."""
     written = []
     for content in ("a0x", [{"type": "text", "text": "a0x"}]):
         try:
@@ -104,16 +104,16 @@ def _reads_parts(tokenizer: Any, template: str) -> bool:
 
 
 def check(tokenizer: Any, row: dict[str, Any], documents: Sequence[tuple[list[int], list[bool]]], exact: bool) -> None:
-    """Hold documents against the turns that they were made of.
+    """Check documents against the turns that they were made of.
 
     Args:
-        tokenizer: With its template in place.
-        row: The turns.
-        documents: Ids, and which of them are learned.
-        exact: The tokenizer's ids decode to the text that they were made of, blanks included.
+        tokenizer: Tokenizer with its template set.
+        row: Row with the turns.
+        documents: Ids, and which of them are supervised.
+        exact: Whether the tokenizer's ids decode to the text that they were made of, blanks included.
 
     Raises:
-        WrongError: Something is lost, is learned that should not be, or is not as a server feeds it.
+        WrongError: Something is lost, wrongly supervised, or not as a server feeds it.
     """
     turns, tools = read(row), row.get("tools")
     asked = [place for place, turn in enumerate(turns) if turn.is_learned]
@@ -141,7 +141,7 @@ def check(tokenizer: Any, row: dict[str, Any], documents: Sequence[tuple[list[in
 
 
 def _runs(turns: Sequence[Turn]) -> list[list[int]]:
-    """Places of answers, those in a row together."""
+    """Return the indices of answers, consecutive ones together."""
     places = [place for place, turn in enumerate(turns) if turn.message["role"] == "assistant"]
     return [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
 
@@ -153,7 +153,7 @@ def _stretches(learned: list[int]) -> list[list[int]]:
 def _prompt_length(
     tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, ids: list[int], mask: list[bool]
 ) -> int:
-    """How many ids are the prompt that a server feeds for an answer."""
+    """Return the number of ids in the prompt that a server feeds for an answer."""
     if turns[place - 1].message["role"] == "assistant":  # no server asks for it
         return mask.index(True)
     lengths = []
@@ -161,7 +161,7 @@ def _prompt_length(
         prompt = tokenizer(text, add_special_tokens=False).input_ids
         if ids[: len(prompt)] == prompt and switch in (None, turns[place].thinks):
             lengths.append(len(prompt))
-    # Of two prompts of which one is how the other begins, the one is meant behind which the answer is learned.
+    # Of two prompts of which one is how the other begins, the one is meant after which the answer is supervised.
     for length in lengths:
         if mask[length:][:1] == [True]:
             return length
@@ -181,7 +181,7 @@ def _check_history(tokenizer: Any, turns: Sequence[Turn], tools: Any, ids: list[
 
 
 def _check_joined(tokenizer: Any, turns: Sequence[Turn], ids: list[int]) -> None:
-    """Answers in a row with nothing but an end token between them."""
+    """Check consecutive answers with only an end token between them."""
     said, rest = [_squeezed(turn.message["content"]) for turn in turns], _squeezed(tokenizer.decode(ids))
     behind = []
     for content in said:
@@ -228,7 +228,7 @@ def _check_answer(
 
 
 def _check_no_end_inside(tokenizer: Any, turn: Turn, place: int, ids: list[int], learned: list[int]) -> None:
-    """Check that no end token is learned that the data has within an answer."""
+    """Check that no end token is supervised that the data has within an answer."""
     said, end = json.dumps(turn.message, ensure_ascii=False), ids[learned[-1]]
     for token in {tokenizer.eos_token_id, end}:
         in_data = said.count(tokenizer.convert_ids_to_tokens(token))
@@ -238,7 +238,7 @@ def _check_no_end_inside(tokenizer: Any, turn: Turn, place: int, ids: list[int],
 
 
 def _check_end(tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, learned: list[int]) -> None:
-    """Check that an answer's learned ids have one end: a special token, or several that lead to EOS."""
+    """Check that an answer's supervised ids have one end: a special token, or several that lead to EOS."""
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     eos = tokenizer.eos_token_id
     if learned[-1] not in special:
@@ -267,13 +267,13 @@ def _check_end(tokenizer: Any, turns: Sequence[Turn], tools: Any, place: int, le
 
 
 def _writes_nothing(tokenizer: Any, turns: Sequence[Turn], tools: Any) -> bool:
-    """Whether an empty answer is rendered as its prompt and nothing else."""
+    """Return whether an empty answer is rendered as its prompt and nothing else."""
     prompts = dict(renderings(tokenizer, turns[:-1], tools, asks=True))
     return any(text == prompts.get(form) for form, text in renderings(tokenizer, turns, tools, asks=False))
 
 
 def refusal_is_right(tokenizer: Any, row: dict[str, Any]) -> bool:
-    """Whether no form of the template renders a conversation whole, with each answer behind its own prompt."""
+    """Return whether no form of the template renders a conversation whole, with each answer after its own prompt."""
     turns, tools = read(row), row.get("tools")
     if turns[0].is_learned:
         return True
@@ -303,5 +303,5 @@ def refusal_is_right(tokenizer: Any, row: dict[str, Any]) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    """A text without blanks, and without the sign for a blank that some tokenizers decode to one."""
+    """Return a text without blanks, and without the sign for a blank that some tokenizers decode to one."""
     return re.sub(r"[\s▁]", "", text)

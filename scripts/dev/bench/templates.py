@@ -1,8 +1,8 @@
-"""Tries every chat template of the real data with every tokenizer and some forty conversations.
+"""Test every chat template of the real data with every tokenizer and some forty conversations.
 
-Each case is right if nothing of the conversation is lost, nothing is learned but its answers with their end tokens, and
-each answer is behind the ids that a server feeds; a slow reference that shares no code with qlora says so. Else it is
-refused, or wrong. Nothing is downloaded. A table is appended to docs/benchmarks/templates.md.
+Each case is right if nothing of the conversation is lost, only answers with their end tokens are supervised, and each
+answer follows the ids that a server feeds, by a slow reference that shares no code with qlora. Otherwise it is refused
+or wrong. Nothing is downloaded. A table is appended to docs/benchmarks/templates.md.
 
     QLORA_REALDATA=FOLDER python -m scripts.dev.bench.templates [--template NAME …] [--tokenizer NAME …] [--out FILE]
 """
@@ -35,9 +35,9 @@ TOKENIZERS = ("minimind", "qwen3", "tinyllama_chat_hf", "mistral7b_v01_hf")
 # A tokenizer that has the control tokens of the template at hand, as the model's own does.
 FAMILY = "with the template's control tokens"
 CONTROL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?[A-Z_]+\]|<(?:start|end)_of_turn>|<\|[a-z_]+>|<[a-z_]+\|>")
-# Whose ids decode to the text that they were made of.
+# Tokenizers whose ids decode to the text that they were made of.
 EXACT = (FAMILY, "minimind", "qwen3")
-# Why a case is refused, by the words of the error.
+# Reasons for refusing a case, by words of the error.
 REASONS = {
     "the template's own refusal": "refuses this conversation",
     "it leaves out tools, calls, results, reasoning or the system turn": "leaves out this conversation's",
@@ -51,13 +51,13 @@ REASONS = {
 
 @cache
 def load_tokenizer(name: str) -> tuple[Any, Any]:
-    """A tokenizer of the real data, and its own template."""
+    """Return a tokenizer of the real data, and its own template."""
     tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizers" / name)
     return tokenizer, tokenizer.chat_template
 
 
 def make_tokenizer(name: str, template: str | None) -> Any:
-    """A tokenizer of the real data, with a template in place; its own if None."""
+    """Return a tokenizer of the real data with a template set; None keeps its own."""
     tokenizer, own = load_tokenizer("minimind" if name == FAMILY else name)
     if name == FAMILY:
         inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -69,7 +69,7 @@ def make_tokenizer(name: str, template: str | None) -> Any:
 
 
 def try_case(encoder: ExampleEncoder, row: dict[str, Any], exact: bool) -> tuple[str, str]:
-    """Encodes a conversation; returns what became of it, `right`, `refused`, `needless` or `wrong`, and why."""
+    """Encode a conversation; return the outcome, `right`, `refused`, `needless` or `wrong`, and why."""
     try:
         (encoded,) = encoder.encode([RowReader().read(Row(row, "row"))])
     except QLoRAError as error:
@@ -86,19 +86,19 @@ def try_case(encoder: ExampleEncoder, row: dict[str, Any], exact: bool) -> tuple
 
 
 def templates() -> dict[str, str | None]:
-    """Every template of the real data by name; None is a tokenizer's own."""
+    """Return every template of the real data by name; None is a tokenizer's own."""
     paths = sorted((REALDATA / "chat_templates").glob("*/*.jinja"))
     return {"its own": None} | {f"{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8") for path in paths}
 
 
 def main() -> None:
-    """Prints every wrong case, and a table of all."""
+    """Print every wrong case, and a table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--template", nargs="*", help="those whose name has one of these in it")
+    parser.add_argument("--template", nargs="*", help="only templates whose name contains one of these")
     parser.add_argument("--tokenizer", nargs="*", default=[*TOKENIZERS, FAMILY])
-    parser.add_argument("--conversation", nargs="*", help="some of them alone")
-    parser.add_argument("--out", type=Path, help="append the table here")
-    parser.add_argument("--needless", action="store_true", help="print the cases that were refused without need")
+    parser.add_argument("--conversation", nargs="*", help="only these conversations")
+    parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    parser.add_argument("--needless", action="store_true", help="print the cases that were refused needlessly")
     arguments = parser.parse_args()
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     logging.disable(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Measures tokens a second from a file on disk to masked and packed examples, beside TRL's SFTTrainer.
+"""Measure tokens per second from a file on disk to masked and packed examples, for qlora and TRL's SFTTrainer.
 
-The rows of a file of conversations are written several times over, a number put behind each question, once as
+The rows of a file of conversations are written several times over, a number appended to each question, once as
 `messages` and once as `prompt` and `completion`. Each side prepares them in a process of its own with an empty cache,
 in the order A B B A: ours with `build_datasets` and `BatchPlan`, TRL's as SFTTrainer does it itself, with one process
 and with two. A table is appended to docs/benchmarks/tokenizing.md.
@@ -23,28 +23,32 @@ from typing import Any
 TARGET = Path(__file__).parents[3] / "docs" / "benchmarks" / "tokenizing.md"
 TITLE = """# From a file to packed examples
 
-Tokens a second from a file on disk until packed examples with their masks are ready, both caches empty:
-`python -m scripts.dev.bench.tokenizing`. Imports and the loading of tokenizer and model don't count; what counts is
-`build_datasets` and `BatchPlan` of ours, and `load_dataset` and SFTTrainer's own preparation of TRL. Each runs in a
-process of its own, in the order A B B A. `again` is the seconds of a new process that finds what an earlier one kept;
-CPU seconds are of all cores, and tell more than the clock does where other programs ran too.
+Tokens per second from a file on disk to packed examples with masks, with empty caches:
+`python -m scripts.dev.bench.tokenizing`. Measured are `build_datasets` and `BatchPlan` of qlora, and `load_dataset` and
+SFTTrainer's own preparation of TRL, without imports and the loading of tokenizer and model. Each runs in its own
+process, in the order A B B A. `again` is the seconds of a new process with the cache of an earlier one; CPU seconds are
+of all cores, and are more reliable than the clock if other programs ran too.
 """
-# One of ours, TRL's with one process, TRL's with two; and back.
+# qlora, TRL with one process, TRL with two; and back.
 SIDES = ("qlora", "trl", "trl2")
 FORMS = ("messages", "completion")
 
 
 def main() -> None:
-    """Measures, prints and appends the table; called with --side it is one of the measured processes."""
+    """Measure, print and append the table; with --side, be one of the measured processes."""
     realdata = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", default=str(realdata / "data" / "llama_factory_demo" / "alpaca_en_demo.json"))
-    parser.add_argument("--repeat", type=int, default=10, help="how often each row is written")
+    parser.add_argument("--repeat", type=int, default=10, help="number of copies of each row")
     names = ("minimind", "qwen3")
     parser.add_argument("--tokenizer", nargs="+", default=[str(realdata / "tokenizers" / name) for name in names])
     template = realdata / "chat_templates" / "trl" / "qwen3_training.jinja"
-    parser.add_argument("--template", default=str(template), help="of `messages`, with marks of generation for TRL")
-    parser.add_argument("--model", default=str(realdata / "models" / "stories260K-hf"), help="that SFTTrainer asks for")
+    parser.add_argument(
+        "--template", default=str(template), help="template for `messages`, with generation marks for TRL"
+    )
+    parser.add_argument(
+        "--model", default=str(realdata / "models" / "stories260K-hf"), help="model that SFTTrainer needs"
+    )
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--out", type=Path, default=TARGET)
@@ -63,7 +67,7 @@ def main() -> None:
 
 
 def table(arguments: argparse.Namespace) -> list[str]:
-    """Runs all sides twice for each tokenizer and form, and each once more with what it kept."""
+    """Run all sides twice for each tokenizer and form, and each once more with its cache."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "datasets", "transformers", "tokenizers"))
     lines = [
         f"## {date.today()}: {Path(arguments.file).name}, each row {arguments.repeat} times, rows of up to "
@@ -71,7 +75,7 @@ def table(arguments: argparse.Namespace) -> list[str]:
         "",
         f"{os.cpu_count()} cores of {processor()}; load before the runs {os.getloadavg()[0]:.1f}; {packages}",
         "",
-        "| tokenizer | form | side | tokens | learnt | rows | seconds (two runs) | CPU seconds | tokens/s | again |",
+        "| tokenizer | form | side | tokens | supervised | rows | seconds (2 runs) | CPU seconds | tokens/s | again |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for tokenizer in arguments.tokenizer:
@@ -95,12 +99,12 @@ def table(arguments: argparse.Namespace) -> list[str]:
 
 
 def run(arguments: argparse.Namespace, tokenizer: str, form: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Two cold runs of each side, and one that finds what the last of them kept."""
+    """Make two cold runs of each side, and one with the cache of the last."""
     data = folder / "rows.jsonl"
     write_rows(arguments.file, data, arguments.repeat, form)
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number, side in enumerate((*SIDES, *reversed(SIDES), *SIDES)):
-        # The last three begin with the cache of the run before them.
+        # The last three start with the cache of the run before them.
         cache = folder / f"{side}{min(number // len(SIDES), 1)}"
         command = [sys.executable, "-m", __spec__.name, "--file", str(data), "--tokenizer", tokenizer, "--form", form]
         command += ["--template", arguments.template, "--model", arguments.model]
@@ -112,7 +116,7 @@ def run(arguments: argparse.Namespace, tokenizer: str, form: str, folder: Path) 
 
 
 def write_rows(source: str, target: Path, repeat: int, form: str) -> None:
-    """Writes the conversations of a file, each several times with a number behind its question."""
+    """Write the conversations of a file, each several times with a number after its question."""
     from qlora.data.formats import COLUMNS, RowReader
     from qlora.data.rows import read_rows
     from qlora.data.sources import Source
@@ -131,7 +135,7 @@ def write_rows(source: str, target: Path, repeat: int, form: str) -> None:
 
 
 def measure_qlora(arguments: argparse.Namespace) -> dict[str, float]:
-    """Ours, from the file to packed rows."""
+    """Measure qlora, from the file to packed sequences."""
     from transformers import AutoTokenizer
 
     from qlora.data import BatchPlan, EncodeOptions, Source, build_datasets
@@ -155,7 +159,7 @@ def measure_qlora(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_trl(arguments: argparse.Namespace) -> dict[str, float]:
-    """TRL's, as its trainer prepares a data set when it is built."""
+    """Measure TRL, as its trainer prepares a dataset when it is built."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -201,13 +205,13 @@ def measure_trl(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def cpu_seconds() -> float:
-    """What this process and those it waited for have used of all cores; other programs hardly change that."""
+    """Return the CPU seconds of this process and those it waited for, which other programs barely change."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 

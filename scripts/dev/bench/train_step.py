@@ -1,13 +1,13 @@
-"""Measures training steps of qlora beside a peer: tokens a second, MFU, HFU and peak memory.
+"""Measure training steps of qlora and of a peer: tokens per second, MFU, HFU and peak memory.
 
-Each side runs in a process of its own, in the order A B B A, on the same random weights, tokens, seed, rank, targets
-and first values of the factors; a row is void where the losses of the first 20 steps differ by more than `--tolerance`.
-First both at the same recomputation, then each at its other settings, the best of each against one another. Ours is
-`run_loop` as a run calls it; PEFT's and unsloth's the step of transformers' trainer, TRL's its own. A peer that is not
-installed is named and left out.
+Each side runs in its own process, in the order A B B A, on the same random weights, tokens, seed, rank, targets and
+initial values of the factors; a row is void if the losses of the first 20 steps differ by more than `--tolerance`.
+First both run at the same recomputation, then each at its other settings, and the best of each are compared. qlora's
+step is `run_loop` as a run calls it; PEFT's and unsloth's are the step of transformers' trainer, TRL's its own. A peer
+that is not installed is reported and skipped.
 
-MFU takes the operations that the model needs without any recomputation, HFU those that were dispatched (what a kernel
-of Triton does is not seen); both against the best matrix product measured here. Written for GPUs too, with CUDA's
+MFU takes the operations that the model needs without any recomputation, HFU those that were dispatched (Triton kernels
+are not counted); both against the best matrix product measured here. Written for GPUs too, with CUDA's
 events as the clock and its allocator's peak, but NOT YET RUN ON A GPU.
 
     python -m scripts.dev.bench.train_step --peer peft --out docs/benchmarks/train_step.md
@@ -49,43 +49,46 @@ PEERS = {
     "unsloth": ("unsloth",),
     "trl": ("peft", "trl"),
 }
-# Beside `none` and `full` with autocast, which is how transformers' trainer runs with bf16=True.
+# Besides `none` and `full` with autocast, which is how transformers' trainer runs with bf16=True.
 OTHER_SETTINGS = {"peft": ("none", "full"), "peft-liger": (), "unsloth": ("unsloth+autocast",), "trl": ()}
-# Ours with the dequantized weights kept, as `auto` does where memory is free.
+# qlora with cached dequantized weights, as `auto` does if memory is free.
 HELD = "+held"
 COMPARED = 20
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
-TITLE = """# Training steps beside other trainers
+TITLE = """# Training steps of qlora and other trainers
 
 `python -m scripts.dev.bench.train_step --peer peft --out docs/benchmarks/train_step.md`: a process per run in the order
-A B B A; the same random weights, tokens, rank, targets and first values of the factors on both sides.
+A B B A; the same random weights, tokens, rank, targets and initial values of the factors on both sides.
 
 Tokens/s are of the median step after warm-up, of two runs. CPU seconds of a step are the host's over all threads; with
-one thread they tell more than the clock does where other programs ran too, with more they count waiting as well. MFU
+one thread they are more reliable than the clock if other programs ran too, with more they include waiting. MFU
 takes the operations that the model needs without recomputation (4 · linear weights + 7 · sequence · width · layers +
-6 · LoRA weights per token), HFU those that were dispatched, both of the best bf16 matrix product measured beside them.
-Peak memory is the allocator's on a GPU, and on a CPU how far resident memory rose during training above what it was
-with the model loaded. Where losses of the first steps differ by more than the tolerance, the row is void.
+6 · LoRA weights per token), HFU those that were dispatched, both as a share of the best bf16 matrix product measured in
+the same run. Peak memory is the allocator's on a GPU; on a CPU it is the rise
+of resident memory during training above that of the loaded model. If losses of the first steps differ by more than the
+tolerance, the row is void.
 
 **Not yet run on a GPU.**
 """
 
 
 def main() -> None:
-    """Measures, prints, and appends where asked to; called with --side it is one of the measured processes."""
+    """Measure, print, and append to `--out` if it is given; with --side, be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=PEERS, default="peft")
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="saved with the random model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER, help="tokenizer that is saved with the random model"
+    )
     parser.add_argument("--recompute", nargs="+", choices=settings(), default=[f"none{HELD}", "none", "full"])
-    parser.add_argument("--equal-only", action="store_true", help="leave out the other settings of each")
+    parser.add_argument("--equal-only", action="store_true", help="skip the other settings of each side")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=30, help="of a run, warm-up included")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a run, including warm-up")
     parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU; fewer than its cores where they are shared")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="of a loss, relative")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; fewer than the cores if they are shared")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="largest relative difference of a loss")
     parser.add_argument("--out", type=Path, help="page to append the table to")
     parser.add_argument("--side", choices=["qlora", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
@@ -103,7 +106,7 @@ def main() -> None:
 
 
 def table(arguments: argparse.Namespace, base: str) -> list[str]:
-    """Runs both sides at all settings."""
+    """Run both sides at all settings."""
     peer = arguments.peer
     if has_peer := installed(*PEERS[peer]):
         both = {level: f"{level.removesuffix(HELD)}+autocast" for level in (f"none{HELD}", "none", "full")}
@@ -136,7 +139,7 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
             if setting := sides[side]:
                 results.setdefault(side, []).append(run(side, setting))
         measured.append((sides, results))
-    # The best of all processes: where others use the machine too, one alone may have been held up.
+    # The best of all processes, because other programs may have slowed one down.
     peak = max(one["matrix_flops"] for _, results in measured for runs in results.values() for one in runs)
     packages = ("torch", "bitsandbytes", "transformers", "peft", "liger-kernel", "unsloth", "trl")
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
@@ -163,29 +166,29 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     if len(best) == 2:
         lines.append(f"| best of each | ours ÷ {peer}'s speed | {best['qlora'] / best['peer']:.2f} | | | | | | | |")
     if not has_peer:
-        lines += ["", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows; they are left out."]
+        lines += ["", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows, which are missing."]
     return lines
 
 
 def settings() -> list[str]:
-    """Ours: the levels of recomputation, and the cheapest with weights that are kept."""
+    """Return qlora's settings: the levels of recomputation, and the cheapest one with cached weights."""
     return [f"none{HELD}", *recompute_levels()]
 
 
 def compare(results: dict[str, list[dict[str, Any]]], tolerance: float) -> tuple[str, bool]:
-    """What is told of the losses, and whether they void the row."""
+    """Return a description of the losses, and whether they void the row."""
     ours = next(iter(results.values()))[0]["losses"][:COMPARED]
-    told = f"{ours[0]:.3f} → {ours[-1]:.3f}"
+    summary = f"{ours[0]:.3f} → {ours[-1]:.3f}"
     if len(results) == 1:
-        return told, False
+        return summary, False
     theirs = results["peer"][0]["losses"][:COMPARED]
     difference = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
     is_void = not difference <= tolerance
-    return f"{'VOID: ' if is_void else ''}{told}, {difference:.2%} apart at most", is_void
+    return f"{'VOID: ' if is_void else ''}{summary}, difference up to {difference:.2%}", is_void
 
 
 def row(setting: str, side: str, runs: list[dict[str, Any]], peak: float, losses: str) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     speeds = [speed(run) for run in runs]
     best, first = max(speeds), runs[0]
     seconds = ", ".join(f"{run['seconds']:.3f}" for run in runs)
@@ -197,12 +200,12 @@ def row(setting: str, side: str, runs: list[dict[str, Any]], peak: float, losses
 
 
 def speed(run: dict[str, Any]) -> float:
-    """Tokens a second of a run's median step."""
+    """Return the tokens per second of a run's median step."""
     return run["tokens"] / run["seconds"]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains with one side."""
+    """Train with one side, and return its measurements."""
     if arguments.side == "peer" and arguments.peer == "unsloth":
         import unsloth  # noqa: F401  (it wants to be imported before the libraries that it changes)
     import torch
@@ -240,7 +243,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def linear_weights(base: str) -> int:
-    """Weights that a token is multiplied by: those of all linear layers, the head's among them."""
+    """Return the number of weights that a token is multiplied by: those of all linear layers, including the head."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -250,10 +253,10 @@ def linear_weights(base: str) -> int:
 
 
 class Clock:
-    """Step times, losses and peak memory; on a GPU by events, which make nothing wait.
+    """Step times, losses and peak memory; on a GPU by events, which do not block.
 
     Args:
-        device: That the steps run on.
+        device: Device that the steps run on.
     """
 
     def __init__(self, device: Any) -> None:
@@ -266,33 +269,33 @@ class Clock:
         if self._cuda:
             self._cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+            Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
             self._resident = resident("VmRSS")
         self._mark()
 
     def tick(self, loss: float) -> bool:
-        """At the end of a step; gives True, that the next may come."""
+        """Record the end of a step; return True, so that training continues."""
         self.losses.append(float(loss))
         self._mark()
         return True
 
     def seconds(self, warm_up: int) -> float:
-        """Median of the steps behind the first ones."""
+        """Return the median time of a step, without the first ones."""
         return statistics.median(self.step_seconds()[warm_up:])
 
     def step_seconds(self) -> list[float]:
-        """Of every step."""
+        """Return the seconds of every step."""
         if self._cuda:
             self._cuda.synchronize()
             return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
         return [after - before for before, after in pairwise(self._marks)]
 
     def peak_bytes(self) -> int:
-        """Highest memory since the clock was made."""
+        """Return the highest memory since the clock was made."""
         return self._cuda.max_memory_allocated() if self._cuda else resident("VmHWM") - self._resident
 
     def cpu_seconds(self, warm_up: int) -> float:
-        """Median of the host's CPU seconds of a step, over all threads; other programs hardly change that."""
+        """Return the median CPU seconds of a step over all threads, which other programs barely change."""
         return statistics.median([after - before for before, after in pairwise(self._used)][warm_up:])
 
     def _mark(self) -> None:
@@ -306,13 +309,13 @@ class Clock:
 
 
 def resident(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def matrix_peak() -> float:
-    """Operations a second of the best of ten large products in bf16."""
+    """Return the operations per second of the best of ten large products in bf16."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -326,7 +329,7 @@ def matrix_peak() -> float:
 
 
 def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[Any], Any]:
-    """Rows enough for all steps, all of each learnt, and their order."""
+    """Return enough sequences for all steps, with every token supervised, and their order."""
     import numpy as np
 
     from qlora.data import BatchPlan, make_example
@@ -339,7 +342,7 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 
 @contextmanager
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
-    """Our model, the optimizer's name, and a function that goes on for some steps."""
+    """Return qlora's model, the optimizer's name, and a function that trains some more steps."""
     from qlora.model import SUPERVISED
     from qlora.optim import FlatParameters, make_optimizer
     from qlora.processes import Processes
@@ -363,7 +366,7 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
 
 @contextmanager
 def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
-    """PEFT's or unsloth's model, the optimizer's name, and a function that goes on for some steps."""
+    """Return PEFT's or unsloth's model, the optimizer's name, and a function that trains some more steps."""
     import torch
 
     from qlora.data import collate
@@ -400,7 +403,7 @@ def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callab
 
 
 def make_optimizer(parameters: list[Any]) -> tuple[Any, str]:
-    """What a user of PEFT takes, and its name; paging needs CUDA."""
+    """Return the optimizer that users of PEFT take, and its name; paging needs CUDA."""
     import torch
 
     if parameters[0].device.type == "cuda":
@@ -411,7 +414,7 @@ def make_optimizer(parameters: list[Any]) -> tuple[Any, str]:
 
 
 def build_unsloth(arguments: argparse.Namespace, checkpointing: str) -> Any:
-    """unsloth's model with its adapters; needs a GPU."""
+    """Return unsloth's model with its adapters; needs a GPU."""
     import torch
     from unsloth import FastLanguageModel
 
@@ -432,7 +435,7 @@ def build_unsloth(arguments: argparse.Namespace, checkpointing: str) -> Any:
 
 @contextmanager
 def train_trl(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
-    """TRL's SFTTrainer over PEFT's model; each call of the function is a training of its own."""
+    """Return TRL's SFTTrainer over PEFT's model; each call of the function is a separate training."""
     import datasets
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback

@@ -1,4 +1,4 @@
-"""Valid values, bytes and files into damaged and hostile ones."""
+"""Damage to valid values, bytes and files."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ ODD_BYTES = [
 
 
 def altered_value(rng: Random, value: Any) -> Any:
-    """JSON's values with an odd one in a place, one twice, or one left out."""
+    """Return JSON values with one replaced by an odd one, one doubled, or one removed."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
         return rng.choice(ODD_VALUES)
     if isinstance(value, dict):
@@ -35,7 +35,7 @@ def altered_value(rng: Random, value: Any) -> Any:
 
 
 def altered_bytes(rng: Random, content: bytes) -> bytes:
-    """Bytes with some of them changed, doubled, cut out, or odd ones put in."""
+    """Return bytes with some changed, doubled or removed, or odd ones inserted."""
     for _ in range(rng.randrange(1, 4)):
         start = rng.randrange(len(content) + 1)
         end = min(len(content), start + rng.choice([0, 1, 1, 2, 8, 64]))
@@ -45,7 +45,7 @@ def altered_bytes(rng: Random, content: bytes) -> bytes:
 
 
 def altered_file(rng: Random, name: str, content: bytes) -> bytes:
-    """A file with its values altered, where it has some that are known of, or its bytes."""
+    """Return a file with its values altered if its format is known, or its bytes."""
     kind = rng.random()
     if kind < 0.3:
         return altered_bytes(rng, content)
@@ -66,7 +66,7 @@ def altered_file(rng: Random, name: str, content: bytes) -> bytes:
 
 
 def dumped(rng: Random, content: bytes) -> bytes:
-    """JSON with some of its values altered."""
+    """Return JSON with some of its values altered."""
     value = json.loads(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         value = altered_value(rng, value)
@@ -74,7 +74,7 @@ def dumped(rng: Random, content: bytes) -> bytes:
 
 
 def write_files(rng: Random, folder: Path, files: dict[str, bytes], others: tuple[str, ...] = ()) -> Path:
-    """Writes files of which one is altered, or absent; `others` never are."""
+    """Write files of which one is altered or absent; `others` are always valid."""
     chosen = rng.choice([name for name in sorted(files) if name not in others])
     for name, content in files.items():
         path = folder / name
@@ -87,5 +87,5 @@ def write_files(rng: Random, folder: Path, files: dict[str, bytes], others: tupl
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of all files in a folder."""
+    """Return the contents of all files in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Valid files of every kind that is read, small, from which inputs are made."""
+"""Small valid files of every kind that is read, from which inputs are made."""
 
 import gzip
 import io
@@ -46,7 +46,7 @@ class Samples:
     """Valid files of every kind, from which inputs are made.
 
     Args:
-        folder: To make them in.
+        folder: Folder to make them in.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,12 +111,12 @@ RECORD: dict[str, Any] = {
 
 
 def vars_of(progress: Progress) -> dict[str, Any]:
-    """A progress as a checkpoint keeps it."""
+    """Return a progress as a checkpoint stores it."""
     return {name: getattr(progress, name) for name in progress.__slots__}
 
 
 def row_files() -> dict[str, bytes]:
-    """A file of rows in every type, plain and packed."""
+    """Return a file of rows of every type, plain and compressed, by name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

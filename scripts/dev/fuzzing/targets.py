@@ -1,4 +1,4 @@
-"""What is attacked: every reader of files that others may have written, with how its inputs are made."""
+"""Targets: every reader of untrusted files, with how its inputs are made."""
 
 import json
 from collections.abc import Callable
@@ -40,9 +40,9 @@ class Target:
     """A reader under attack.
 
     Attributes:
-        write: Makes an input, of files in a folder or of values.
+        write: Makes an input from files in a folder or from values.
         read: Reads it.
-        share: Of all inputs, beside the other targets' shares.
+        share: Weight of the target in the number of inputs.
     """
 
     write: Callable[[Random, Path], Any]
@@ -51,7 +51,7 @@ class Target:
 
 
 def make_targets(samples: Samples) -> dict[str, Target]:
-    """Every reader, by name."""
+    """Return every reader, by name."""
 
     def config(rng: Random, folder: Path) -> Any:
         content = as_yaml(rng, altered_value(rng, CONFIG))
@@ -67,7 +67,7 @@ def make_targets(samples: Samples) -> dict[str, Target]:
 
     def checkpoint(rng: Random, folder: Path) -> Path:
         write_files(rng, folder, samples.checkpoint)
-        if rng.random() < 0.7:  # someone made the hashes fit
+        if rng.random() < 0.7:  # with hashes made to match
             files = {name: content for name, content in contents(folder).items() if name != "manifest.json"}
             entries = {
                 name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in files.items()
@@ -133,11 +133,11 @@ def make_targets(samples: Samples) -> dict[str, Target]:
 
 
 def as_yaml(rng: Random, value: Any) -> bytes:
-    """Values as YAML, which JSON is too."""
+    """Return values as YAML, of which JSON is a subset."""
     return (json.dumps(value) if rng.random() < 0.5 else yaml.safe_dump(value)).encode("utf-8", "surrogatepass")
 
 
 def each_refused(read: Callable[[], object]) -> None:
-    """Reads, and takes a refusal of ours."""
+    """Read, and ignore a QLoRAError."""
     with suppress(QLoRAError):
         read()

@@ -1,4 +1,4 @@
-"""Reads the key sets of public configs of other trainers.
+"""Read the key sets of public configs of other trainers.
 
 In the .txt files here a line without a blank in front names where a key set was found, and the indented words below it
 are its keys: `key` has its usual value from `USUAL`, `key=` is empty, and `key=value` has a value in YAML without
@@ -32,7 +32,7 @@ USUAL: dict[str, Any] = {
 
 
 def read_table(name: str) -> dict[str, str]:
-    """The entries of a file here: a name and its words."""
+    """Return the entries of a file: names and their words."""
     table: dict[str, str] = {}
     entry = ""
     for line in (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").splitlines():
@@ -49,7 +49,7 @@ AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH = map(read_table, ("axolotl", "llama_factor
 
 
 def values_of(words: str) -> dict[str, Any]:
-    """The keys and values that words stand for; a later word replaces an earlier one."""
+    """Return the keys and values that words stand for; a later word replaces an earlier one."""
     values: dict[str, Any] = {}
     for word in words.split():
         name, equals, text = word.partition("=")
