@@ -171,7 +171,7 @@ def test_the_largest_sizes_fit_and_one_more_does_not(llama_8b, seed):
             (lambda n, level=level: llama_8b.total_bytes(level, n, n), tokens),
         ):
             assert count == 0 or fits(count) <= (1 - MARGIN) * free
-            assert fits(count + 1) > (1 - MARGIN) * free
+            assert count == llama_8b.footprint.positions or fits(count + 1) > (1 - MARGIN) * free
 
 
 def test_the_fastest_level_that_fits_is_chosen(llama_8b):
