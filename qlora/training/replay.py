@@ -27,7 +27,6 @@ from qlora.optim import FlatParameters
 from qlora.training.loop import LoopParts
 from qlora.training.seeds import seed_step
 
-SUFFIX = ".safetensors"
 # Number of parameters that a report names.
 SHOWN = 8
 

@@ -1,9 +1,8 @@
 """A model as one GGUF file for llama.cpp, written tensor by tensor."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,14 @@ class GGUFReport:
     """The result of :func:`write_gguf`.
 
     Attributes:
-        path: The file.
-        dtype: Dtype of its matrices; vectors are in fp32.
         tensors: Number of tensors in the file.
         num_bytes: Size of the file.
         notes: Where the file differs from the model.
-        seconds: Duration in seconds.
     """
 
-    path: str
-    dtype: str
     tensors: int
     num_bytes: int
     notes: list[str]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +72,6 @@ def write_gguf(
     Raises:
         ExportError: `gguf` is not installed, the dtype, family or tokenizer is not supported, or a value does not fit.
     """
-    started = time.perf_counter()
     if dtype not in DTYPES:
         raise ExportError(f"dtype: {dtype!r} should be one of {', '.join(DTYPES)}.")
     gguf = _import_gguf()
@@ -120,12 +108,9 @@ def write_gguf(
     finally:
         writer.close()
     return GGUFReport(
-        str(out_file),
-        dtype,
-        len(plan) + (factors is not None),
-        out_file.stat().st_size,
-        _notes(plan, config, dtype) + vocabulary.notes,
-        round(time.perf_counter() - started, 3),
+        tensors=len(plan) + (factors is not None),
+        num_bytes=out_file.stat().st_size,
+        notes=_notes(plan, config, dtype) + vocabulary.notes,
     )
 
 
