@@ -94,6 +94,10 @@ def load_base(
             )
             _take_over_linears(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
+        if attention != "auto" and "attention" in str(error).lower():
+            raise ModelError(
+                f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
+            ) from error
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)

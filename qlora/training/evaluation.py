@@ -9,7 +9,7 @@ import torch
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
 from qlora.data import eval_batches, set_special_tokens, supervised_bytes
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, DataError
 from qlora.model import base_from_section, datasets_from_section, load_run
 from qlora.model import evaluate as evaluate_batches
 from qlora.objectives import objective_from_section
@@ -78,7 +78,10 @@ def evaluate(
         # Every row of the file counts, even if the run limits the rows that it trains on.
         whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
-    datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
+    try:
+        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
+    except (ConfigError, DataError) as error:
+        raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
     if problems := objective_from_section(config.train).unsupported_reasons(datasets.reports):
         raise ConfigError("\n".join(problems))
     examples = datasets.train if data is not None else datasets.eval

@@ -58,7 +58,7 @@ OUT_OF_RANGE = {
     "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 1.5}, {"(": 4}, {"(?i)q_proj": 4}, {"a)(b": "x"}, ["q_proj"], 3],
     "lora.alpha_pattern": [{"q_proj": 0}, {"q_proj": INF}, {"[": 4}, "q_proj"],
     "lora.dropout": [-0.1, 1, 1.5],
-    "lora.targets": [[], "", [3], 3],
+    "lora.targets": [[], "", [3], 3, "all", ["all_linear"]],
     "data.max_rows": [0, -1, 1.5, True, "many"],
     "data.eval": [1, 1.0, -0.1, True, NAN, "1.5", [3]],
     "data.max_seq_len": [7, 0, -1],

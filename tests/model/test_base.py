@@ -346,3 +346,9 @@ def test_an_unknown_argument_is_refused(arguments, message, tiny_base):
 
 def test_a_compute_dtype_may_have_its_short_name(tiny_base):
     assert load_base(str(tiny_base), compute_dtype="fp32")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_atention"])
+def test_an_attention_that_is_not_available_is_named_by_its_key(attention, tiny_base):
+    with pytest.raises(ModelError, match=rf"attention: '{attention}' \(model\.attention\) is not available"):
+        load_base(str(tiny_base), attention=attention)

@@ -40,6 +40,8 @@ def test_every_row_of_another_file_counts(run_dir, tmp_path):
 
 
 def test_bad_arguments_are_refused(run_dir):
+    with pytest.raises(ConfigError, match=r"--data nope\.jsonl \(data= in Python\): Data file not found: nope\.jsonl"):
+        qlora.evaluate(run_dir, data="nope.jsonl", device="cpu")
     with pytest.raises(ConfigError, match="batch_size: 0 should be 1 or more"):
         qlora.evaluate(run_dir, batch_size=0)
     config = load_config(run_dir / "config.yaml", ["data.eval=null"])

@@ -65,6 +65,9 @@ def _check_new_tokens(value: list[str]) -> list[str]:
 
 
 def _check_targets(value: str | list[str]) -> str | list[str]:
+    for each in (value,) if isinstance(value, str) else value:
+        if each in ("all", "all_linear", "linear"):
+            raise ValueError("should name layers; did you mean all-linear?")
     if not value:
         raise ValueError("should name a layer at least, or be all-linear")
     return value
