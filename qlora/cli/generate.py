@@ -68,7 +68,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if prompts is not None and output is not None:
         with stopping_with("Nothing was answered. Run the same command again."):
-            count = _answer_file(model, prompts, Path(output), system, seed, device, settings)
+            count = _answer_file(model, prompts, Path(output), system, seed=seed, device=device, settings=settings)
         show_report({"prompts": count, "output": output}, as_json, f"Answered {count} prompts.")
         return
 

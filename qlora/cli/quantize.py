@@ -34,5 +34,14 @@ def quantize(
         parse_size(max_shard_size)
     except ValueError as error:
         raise typer.BadParameter(f"--max-shard-size {max_shard_size}: {error}") from None
-    report = quantize_model(model, output, double_quant, dtype, max_shard_size, device, revision, trust_remote_code)
+    report = quantize_model(
+        model,
+        output,
+        double_quant,
+        dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     show_report(report.as_dict(), as_json, f"Quantized {report.quantized} layers into {report.out_dir}.")

@@ -192,15 +192,18 @@ class _Drafter:
         # Some templates end an answer only if another turn follows.
         stop = end + len(eos) if text_end is not None and text.startswith(eos, end) else end
         if not isinstance(weight, PartWeights):
-            return Answer(begin, text_end, stop, weight, (), control_tokens)
+            return Answer(begin, text_end, stop, weight, control_tokens=control_tokens)
         parts = []
         for key, first, last, own in weight.parts:
             whole, limit = message[key], end if text_end is None else text_end
-            place, after = self._part(turn, key, first, last, span, end, mode) if whole.strip() else (limit, limit)
+            place, after = (
+                self._part(turn, key, first, last, span, end=end, mode=mode) if whole.strip() else (limit, limit)
+            )
             place, after = max(place, begin), min(after, limit)
             is_end = key == "content" and not whole[last:].strip() and after == text_end
             parts.append((place, stop if is_end else after, own))
-        return Answer(begin, text_end, stop, weight.rest, [part for part in parts if part[0] < part[1]], control_tokens)
+        shown = [part for part in parts if part[0] < part[1]]
+        return Answer(begin, text_end, stop, weight.rest, shown, control_tokens=control_tokens)
 
     def _text_end(self, turn: int, span: str, end: int, mode: bool | None) -> int | None:
         """Locate the end of an answer's content without trailing blanks; None if the template changes the content."""

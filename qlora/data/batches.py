@@ -79,16 +79,16 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
     total_weight = sum(example.total_weight for example in examples)
     is_plain = all(((example.weights == 0) | (example.weights == 1)).all() for example in examples)
     return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(position_ids),
-        None if packed or len(set(lengths)) == 1 else torch.from_numpy(attention_mask),
-        torch.from_numpy(labels),
-        torch.from_numpy(supervised),
-        None if is_plain else torch.from_numpy(weights.flat[supervised]),
-        torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
-        tuple(lengths),
-        len(supervised),
-        total_weight,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        attention_mask=None if packed or len(set(lengths)) == 1 else torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(labels),
+        supervised=torch.from_numpy(supervised),
+        weights=None if is_plain else torch.from_numpy(weights.flat[supervised]),
+        cu_seq_lens=torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
+        lengths=tuple(lengths),
+        num_supervised=len(supervised),
+        total_weight=total_weight,
     )
 
 

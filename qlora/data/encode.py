@@ -121,7 +121,11 @@ class ExampleEncoder:
                 switched = sum((draft.switched for draft in group), Counter[str]())
                 control_tokens = self._count_control_tokens(example)
                 eos_added = any(added for _, added in finished)
-                results.append(Encoded(documents, group_size, per_answer, eos_added, switched, control_tokens))
+                results.append(
+                    Encoded(
+                        documents, group_size, per_answer, eos_added, switched=switched, control_tokens=control_tokens
+                    )
+                )
         return results
 
     def _draft(self, example: Example) -> list[Draft]:

@@ -71,7 +71,17 @@ def read_merged(folder: Path) -> Merged:
             raise TypeError("device, step, adapter or base_differs")
         if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
             raise ValueError(f"{report['dtype']} onto {report['onto']}")
-        return Merged(folder, report["dtype"], report["onto"], device, base_differs, step, adapter, gguf, report)
+        return Merged(
+            folder=folder,
+            dtype=report["dtype"],
+            onto=report["onto"],
+            device=device,
+            base_differs=base_differs,
+            step=step,
+            adapter=adapter,
+            gguf=gguf,
+            report=report,
+        )
     except FileNotFoundError:
         raise ExportError(f"{folder} has no {REPORT_FILE}; give a folder that qlora merge wrote.") from None
     except (ValueError, KeyError, TypeError) as error:

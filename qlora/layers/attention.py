@@ -107,7 +107,9 @@ def document_attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.is_cuda:
-        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+        return _varlen(
+            query, key, value, scaling, sliding_window, cu_seq_lens=cu_seq_lens_q, max_length=max_length_q
+        ), None
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
     attended = [_attend(*document, scaling, sliding_window) for document in documents]

@@ -78,7 +78,14 @@ def compare(one: Predictions, other: Predictions) -> Distance:
     positions = sum(map(len, one.logits))
     answers = list(zip(one.answers, other.answers, strict=True))
     greedy = sum(_shared(p, q) for p, q in answers) / sum(max(len(p), len(q)) for p, q in answers)
-    return Distance(positions, largest, total / positions, kl / positions, agreeing / positions, greedy)
+    return Distance(
+        positions=positions,
+        max_logit_difference=largest,
+        mean_logit_difference=total / positions,
+        mean_kl=kl / positions,
+        top1_agreement=agreeing / positions,
+        greedy_agreement=greedy,
+    )
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -131,7 +131,7 @@ def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str =
     elif merged.gguf is not None:
         found = _compare_gguf(run, base, merged, skeleton, problems)
     else:
-        found = _compare_folder(run, base, merged, skeleton, device, problems)
+        found = _compare_folder(run, base, merged, skeleton, device=device, problems=problems)
     return VerifyReport(
         matches=not problems,
         problems=problems,
@@ -193,7 +193,7 @@ def _compare_gguf(
     ends = end_token_ids(load_generation_config(base.folder), tokenizer)
     expected = _expected_weights(run, base, merged)
     try:
-        check = check_gguf(merged.gguf, expected, merged.dtype, skeleton.config, tokenizer, ends)
+        check = check_gguf(merged.gguf, expected, merged.dtype, config=skeleton.config, tokenizer=tokenizer, ends=ends)
     except ExportError as error:
         problems.append(str(error))
         return {}

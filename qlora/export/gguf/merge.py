@@ -55,7 +55,7 @@ def merge_to_gguf(
     with atomic_folder(out_dir, ExportError, needed) as folder:
         write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
-        written = write_gguf(folder, layout, read, out_file, GGUF_DTYPES[dtype], out_dir.name)
+        written = write_gguf(folder, layout, read, out_file, dtype=GGUF_DTYPES[dtype], name=out_dir.name)
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(run.path),
