@@ -29,10 +29,10 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         dropout: Probability of dropping an input of the deltas, which only the separate form supports.
 
     Raises:
-        ValueError: There is no such form, or it can't drop inputs.
+        ValueError: There is no such form.
     """
-    if form not in FORMS or (dropout and form == "folded"):
-        raise ValueError(f"form {form!r} with dropout {dropout} should be one of {', '.join(FORMS)}, folded without it")
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} should be one of {', '.join(FORMS)}")
     if dropout:
         return "separate"
     if form != "auto":

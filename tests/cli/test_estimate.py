@@ -37,7 +37,7 @@ def test_the_table_and_the_bar_show_it(config):
 
 
 def test_a_run_that_does_not_fit_is_reported_and_fails(config):
-    result = run("estimate", config, "--gpu", "1MB")
+    result = run("estimate", config, "--gpu", "300MB")
     assert result.code == 1
     assert "too much" in result.out
     assert "train.micro_batch_size" in result.out

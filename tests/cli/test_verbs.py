@@ -615,7 +615,10 @@ def test_merge_update_goes_by_the_adapter_and_the_options(run_dir, merged, tmp_p
 
 def test_merge_without_update_writes_over_nothing(run_dir, merged):
     before = files_of(merged[0])
-    assert "exists already" in run("merge", run_dir, "-o", merged[0]).error()
+    assert (
+        "already holds a merge; choose another folder, or add --update"
+        in run("merge", run_dir, "-o", merged[0]).error()
+    )
     assert files_of(merged[0]) == before
 
 

@@ -251,7 +251,8 @@ def test_what_is_not_of_this_cache_is_left_alone_however_old(path, cache, mine):
 def test_an_entry_that_another_run_removes_meanwhile_is_no_error(path, cache, monkeypatch):
     gone = [SimpleNamespace(name="a" * 32, stat=lambda: os.stat(cache / "gone"))]
     cache.mkdir()
-    monkeypatch.setattr(type(cache), "iterdir", lambda self: iter(gone))
+    iterdir = type(cache).iterdir
+    monkeypatch.setattr(type(cache), "iterdir", lambda self: iter(gone) if self == cache else iterdir(self))
     assert len(build(path, cache)) == 20
 
 

@@ -21,7 +21,7 @@ def test_scaling_and_shapes(rslora, generator):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
-    ("bf16", torch.bfloat16), ("float32", torch.float32), ("fp16", torch.float16), (torch.float32, torch.float32),
+    ("bf16", torch.bfloat16), ("float32", torch.float32), (torch.float32, torch.float32),
 ])  # fmt: skip
 def test_a_dtype_may_be_given_by_its_name(name, dtype):
     assert AdapterSpec(dtype=name).dtype == dtype

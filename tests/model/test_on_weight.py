@@ -132,10 +132,12 @@ def never(name, weight):
 
 
 def test_weights_that_are_not_quantized_while_loading_are_refused(tiny_base, tmp_path):
-    with pytest.raises(ModelError, match=r"none of .* are; set quantization: nf4\."):
+    with pytest.raises(ModelError, match=r"no weight of .* is quantized; set quantization: nf4\."):
         load_base(str(tiny_base), quantization="none", on_weight=never)
     quantize_model(str(tiny_base), tmp_path / "4bit")
-    with pytest.raises(ModelError, match=r"none of .*4bit are; use the 16-bit model that it was made from\."):
+    with pytest.raises(
+        ModelError, match=r"no weight of .*4bit is quantized; use the 16-bit model that it was made from\."
+    ):
         load_base(str(tmp_path / "4bit"), on_weight=never)
 
 

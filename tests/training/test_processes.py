@@ -79,7 +79,7 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
         "rate": "train.learning_rate: 0.01 → 0.001",
         "steps": "train.max_steps: 6 → 7",
         "base": "contents of model.safetensors (model.base): ",
-        "rows": f"examples of {other_rows.name}: ",
+        "rows": f"examples of {other_rows.name} (source 1): ",
     }.items():
         kind, message = found[name]
         assert kind == "ConfigError"

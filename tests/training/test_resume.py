@@ -298,7 +298,7 @@ def test_the_command_stops_at_ctrl_c_with_its_state_saved_and_continues(configur
     configure(**settings)
     recipe = kills.Recipe("ctrl-c", tmp_path / "run.yaml", save_every=100, warm=True)
     process, log = kills.start(recipe, tmp_path / "run"), kills.log_of(tmp_path / "run")
-    assert kills.wait_until(lambda: "step 2/40  loss" in log.read_text(), process), log.read_text()
+    assert kills.wait_until(lambda: "step 2/40  epoch" in log.read_text(), process), log.read_text()
     process.send_signal(signal.SIGINT)
     assert process.wait(600) == 130, log.read_text()
     assert "interrupted" in log.read_text()

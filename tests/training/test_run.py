@@ -405,16 +405,16 @@ def test_an_interrupted_run_says_how_it_continues(tiny_base, alpaca_file, tmp_pa
     assert result.notes == ["Stopped at step 2 of 6. The same command continues the run from its last save."]
     assert result.as_dict()["trained_steps"] == 2
     fresh = train(config, stop_at=1, fresh=True)
-    assert fresh.notes == [
-        "Stopped at step 1 of 6. The same command without --fresh continues the run from its last save."
-    ]
+    moved, stopped = fresh.notes
+    assert moved == f"The run in {tmp_path / 'run'} was moved to {tmp_path / 'run.old-1'}."
+    assert stopped == "Stopped at step 1 of 6. The same command without --fresh continues the run from its last save."
     assert train(config).trained_steps == 5
 
 
 def test_errors_come_before_anything_is_written(tiny_base, alpaca_file, tmp_path):
     for settings, error in (
         ({"lora__targets": ["q_prj"]}, ModelError),
-        ({"data__train": str(tmp_path / "nowhere.jsonl")}, DataError),
+        ({"data__train": str(tmp_path / "nowhere.jsonl")}, ConfigError),
         ({"data__max_seq_len": 8}, DataError),
     ):
         config = run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)
