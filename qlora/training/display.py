@@ -48,13 +48,12 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            self.show(
-                [f"{datetime.now():%Y-%m-%d %H:%M:%S}  step {step:,}/{self._total:,}  {text}  {self._left(step)}"]
-            )
+            self.show_event(step, f"{text}  {self._left(step)}")
 
     def show_event(self, step: int, text: str) -> None:
         """Print an event at a step."""
-        self.show([f"step {step:,}/{self._total:,}  {text}"])
+        line = f"step {step:,}/{self._total:,}  {text}"
+        self.show([line if self._bar is not None else f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}"])
 
     def close(self) -> None:
         """End the progress line."""

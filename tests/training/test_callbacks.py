@@ -110,7 +110,7 @@ def test_nothing_is_printed_unless_asked(configure, capfd):
 
 def test_without_a_terminal_every_logged_step_is_a_timestamped_line(configure, tmp_path, capfd):
     qlora.train(configure(train__log_every=2), show_progress=True)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "  step " in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "  epoch " in line]
     last = next(line for line in reversed(lines_of(tmp_path / "run")) if "loss" in line)
     assert len(lines) == 3
     assert f"step 6/6  epoch {last['epoch']:.2f}  loss {last['loss']:.4f}  lr {last['learning_rate']:.2e}" in lines[-1]
