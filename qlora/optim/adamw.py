@@ -133,7 +133,7 @@ class FlatAdamW:
 
     def _update(self, weights: torch.Tensor, group: Group, learning_rate: float) -> None:
         span, (beta1, beta2) = group.span, self.betas
-        grad = self.flat.grad[span]
+        grad, weights = _part(self.flat.grad, span), _part(weights, span)
         moments: dict[str, Any] = {name: _part(self._buffers[name], span) for name in MOMENTS}
         common: dict[str, Any] = {
             "beta1": beta1,
@@ -145,14 +145,14 @@ class FlatAdamW:
         }
         if self._bits == 8:
             blocks = slice(span.start // ALIGNMENT, span.stop // ALIGNMENT)
-            scales: dict[str, Any] = {name: self._buffers[name][blocks] for name in SCALES}
+            scales: dict[str, Any] = {name: _part(self._buffers[name], blocks) for name in SCALES}
             signed, unsigned = self._quant_maps
             _kernels().optimizer_update_8bit_blockwise(
-                "adam", grad, weights[span], **moments, **scales, **common, beta3=0.0, alpha=0.0,
+                "adam", grad, weights, **moments, **scales, **common, beta3=0.0, alpha=0.0,
                 qmap1=signed, qmap2=unsigned,
             )  # fmt: skip
         else:
-            _kernels().optimizer_update_32bit("adam", grad, weights[span], **moments, **common)
+            _kernels().optimizer_update_32bit("adam", grad, weights, **moments, **common)
 
     @cached_property
     def _quant_maps(self) -> list[torch.Tensor]:
@@ -168,7 +168,9 @@ class FlatAdamW:
 
 
 def _part(buffer: torch.Tensor, span: slice) -> torch.Tensor:
-    """Return some elements of a moment, with the attributes by which bitsandbytes recognizes managed memory."""
+    """Return some elements of a buffer, with the attributes by which bitsandbytes recognizes managed memory."""
+    if span == slice(0, len(buffer)):  # a single group
+        return buffer
     part = buffer[span]
     for mark in ("is_paged", "page_deviceid"):
         if hasattr(buffer, mark):
