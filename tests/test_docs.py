@@ -83,7 +83,7 @@ def test_configs_on_a_page_are_valid(page, tmp_path):
         config = needed | {name: needed.get(name, {}) | values for name, values in yaml.safe_load(text).items()}
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps(config), encoding="utf-8")
-        load_config(path)
+        assert load_config(path).train.output_dir == config["train"]["output_dir"]
 
 
 def test_scripts_that_are_named_exist():

@@ -387,7 +387,8 @@ def test_a_file_of_no_known_kind_is_one_error(tmp_path, content, message):
     {"model_name_or_path": "b\n# injected: true", "use_peft": True, "dataset_name": "d\ntrain: {x: 1}"},
 ], ids=lambda values: str(values)[:30])  # fmt: skip
 def test_odd_values_still_give_a_config_that_loads(convert, values):
-    convert(values)
+    _, config = convert(values)
+    assert config.data.train
 
 
 ODD = [
@@ -405,7 +406,8 @@ def test_odd_values_in_public_key_sets_give_a_config_that_loads(convert, seed):
         changed = rng.sample(sorted(values), min(len(values), rng.choice([1, 3, 8])))
         values |= {name: rng.choice(ODD) for name in changed}
         if detect(values) is not None:  # groups of keys may have been replaced
-            convert(values)
+            _, config = convert(values)
+            assert config.data.train
 
 
 def test_a_converted_config_can_be_previewed(convert, tiny_base, alpaca_file):
