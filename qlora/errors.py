@@ -12,7 +12,7 @@ SECRETS = {
     "a private key": re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END|\Z)"),
     "a password in a URL": re.compile(r"(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"),
 }
-# Environment variables whose values are secrets, whatever their pattern.
+# Environment variables whose values are secrets, even if they match no pattern.
 SECRET_NAMES = re.compile(r".*_(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)")
 LEAST_SECRET_CHARACTERS = 8
 

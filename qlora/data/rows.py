@@ -106,7 +106,7 @@ def _open_text(path: Path, encoding: str) -> AbstractContextManager[TextIO]:
 
 @contextmanager
 def _open(path: Path, mode: str, **how: str) -> Iterator[Any]:
-    """Open a file, decompress it if its suffix is .gz, and raise DataError for whatever is wrong with it."""
+    """Open a file, decompress it if its suffix is .gz, and raise DataError if it can't be read."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, mode, **how) as stream:
