@@ -1,7 +1,7 @@
 """Fast operations, each with a twin in plain torch."""
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
-from qlora.kernels.deltas import LowRank, fold
+from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
@@ -13,11 +13,13 @@ from qlora.kernels.scratch import scratch
 
 __all__ = [
     "ACTIVATIONS",
+    "Delta",
     "HAS_TRITON",
     "GatedProduct",
     "LowRank",
     "RMSNorm",
     "Recipe",
+    "SparseRows",
     "dequantize_4bit_plain",
     "fold",
     "liger_twin",
@@ -26,7 +28,9 @@ __all__ = [
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",
+    "row_norms",
     "save_first",
+    "scale_rows",
     "scratch",
     "liger_unavailable_reason",
 ]

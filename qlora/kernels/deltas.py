@@ -1,14 +1,67 @@
-"""The effective weight of an adapted layer, W + Σ deltas, and its low-rank kind of delta.
+"""The effective weight of an adapted layer, c ∘ (W + Σ deltas): its deltas, and the scale c of its rows.
 
-Training, merging and GGUF ask here what an adapter adds to a weight. A delta folds itself into a weight or some of its
-rows, adds its output to the layer's, and gives its gradients. Terms with other structure are further classes with the
-methods of :class:`LowRank`; a scale of the rows (DoRA's) multiplies the sum in :func:`fold`.
+Training, merging and GGUF ask here what an adapter adds to a weight. A delta folds itself into a weight, adds its
+output to the layer's, and gives its gradients. The scale of the rows is DoRA's; other adapters have none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+class Delta(Protocol):
+    """A term that an adapter adds to a weight of (out, in)."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that it is made of, which may get gradients."""
+
+    @property
+    def make(self) -> "Callable[..., Delta]":
+        """Function that makes the same kind of term of other tensors, all of one dtype; it holds none of its own."""
+
+    def fold(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the sum of a weight and the term, rounded once.
+
+        Args:
+            weight: (out, in), of the tensors' dtype.
+            out: Like `weight`, written in place if given; may be `weight` itself.
+        """
+
+    def add_output_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the product of x with the term to a layer's output in place.
+
+        Args:
+            y: (tokens, out).
+            x: (tokens, in).
+        """
+
+    def gradients(
+        self,
+        x: torch.Tensor,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
+        grad_x: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Compute the gradients of what the term adds to an output, with the inputs x ∘ mask.
+
+        Args:
+            x: (tokens, in).
+            grad: Gradient of the output, (tokens, out).
+            needed: Whether the gradient of each of the tensors is needed.
+            grad_x: (tokens, in); the gradient of x is added to it in place if given.
+            mask: Like `x`, of the dropout, if there is one.
+
+        Returns:
+            The gradient of each of the tensors; None where not needed.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +83,16 @@ class LowRank:
         """The same term of a weight that is stored (in, out)."""
         return LowRank(self.B.T, self.A.T, self.scaling)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        return self.A, self.B
+
+    @property
+    def make(self) -> "Callable[..., LowRank]":
+        """Function that makes a term of the same scaling of A and B."""
+        return partial(LowRank, scaling=self.scaling)
+
     def to(self, dtype: torch.dtype) -> "LowRank":
         """The term with its factors in another dtype."""
         return LowRank(self.A.to(dtype), self.B.to(dtype), self.scaling)
@@ -38,60 +101,114 @@ class LowRank:
         """The term of some rows of the weight."""
         return LowRank(self.A, self.B[rows], self.scaling)
 
-    def fold(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return weight + scaling · B A, rounded once.
+    def joined(self, other: "LowRank | None") -> "LowRank":
+        """The sum of two terms as one, whose scaling is this one's: the factors side by side.
 
-        Args:
-            weight: (out, in), of the factors' dtype.
-            out: Like `weight`, written in place if given; may be `weight` itself.
+        B of the other term is multiplied by the ratio of the scalings. The result keeps the factors' dtype where that
+        is exact; otherwise it is in fp32.
         """
+        if other is None:
+            return self
+        B = other.B.float() * (other.scaling / self.scaling)
+        is_exact = other.B.dtype == self.B.dtype and torch.equal(B.to(self.B.dtype).float(), B)
+        dtype = self.B.dtype if is_exact else torch.float32
+        A = torch.cat([self.A.to(dtype), other.A.to(dtype)])
+        return LowRank(A, torch.cat([self.B.to(dtype), B.to(dtype)], dim=1), self.scaling)
+
+    def fold(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return weight + scaling · B A, rounded once; see :meth:`Delta.fold`."""
         return torch.addmm(weight, self.B, self.A, alpha=self.scaling, out=out)
 
     def add_output_(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add scaling · x Aᵀ Bᵀ to the output of the layer in place.
-
-        Args:
-            y: (tokens, out).
-            x: (tokens, in).
-        """
+        """Add scaling · x Aᵀ Bᵀ to y in place; see :meth:`Delta.add_output_`."""
         y.addmm_(x @ self.A.T, self.B.T, alpha=self.scaling)
 
     def gradients(
         self,
         x: torch.Tensor,
         grad: torch.Tensor,
-        needed: tuple[bool, bool] = (True, True),
+        needed: Sequence[bool] = (True, True),
         grad_x: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Compute the gradients of y = scaling · (x ∘ mask) Aᵀ Bᵀ, with u = scaling · g B.
-
-        Args:
-            x: (tokens, in).
-            grad: g, the gradient of y, (tokens, out).
-            needed: Whether the gradients of A and B are needed.
-            grad_x: (tokens, in); the gradient of x, (u A) ∘ mask, is added to it in place if given.
-            mask: Like `x`, of the dropout, if there is one.
+    ) -> Gradients:
+        """Compute the gradients of y = scaling · (x ∘ mask) Aᵀ Bᵀ, with u = scaling · g B; see :meth:`Delta.gradients`.
 
         Returns:
             The gradients of A, uᵀ (x ∘ mask), and of B, scaling · gᵀ ((x ∘ mask) Aᵀ); None where not needed.
         """
-        u = (grad @ self.B).mul_(self.scaling)
-        if mask is None:
-            masked = x
-            if grad_x is not None:
+        masked = x if mask is None else x * mask
+        u = (grad @ self.B).mul_(self.scaling) if needed[0] or grad_x is not None else None
+        if grad_x is not None:
+            assert u is not None
+            if mask is None:
                 grad_x.addmm_(u, self.A)
-        else:
-            masked = x * mask
-            if grad_x is not None:
+            else:
                 grad_x.addcmul_(u @ self.A, mask)
-        grad_A = u.T @ masked if needed[0] else None
+        grad_A = u.T @ masked if u is not None and needed[0] else None
         grad_B = grad.T @ (masked @ self.A.T).mul_(self.scaling) if needed[1] else None
         return grad_A, grad_B
 
 
-def fold(weight: torch.Tensor, deltas: Iterable[LowRank], out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the effective weight, W + Σ deltas, each term added in the dtype of the weight and rounded once.
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """A term that is zero except in some rows of the weight (S2FT, arXiv:2412.06289).
+
+    Attributes:
+        values: What is added to these rows, (rows, in).
+        index: Their indices in the weight, (rows,), each once.
+    """
+
+    values: torch.Tensor
+    index: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """The values."""
+        return (self.values,)
+
+    @property
+    def make(self) -> "Callable[..., SparseRows]":
+        """Function that makes a term of the same rows of their values."""
+        return partial(SparseRows, index=self.index)
+
+    def as_low_rank(self, out_features: int) -> LowRank:
+        """The same term as B A: A is the values, and B has a single one in each column, at the row's index."""
+        B = torch.zeros(out_features, len(self.index), dtype=self.values.dtype, device=self.values.device)
+        B[self.index, torch.arange(len(self.index), device=B.device)] = 1
+        return LowRank(self.values, B, 1.0)
+
+    def fold(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weight with the values added to its rows; see :meth:`Delta.fold`."""
+        if out is None:
+            return weight.index_add(0, self.index, self.values)
+        if out is not weight:
+            out.copy_(weight)
+        return out.index_add_(0, self.index, self.values)
+
+    def add_output_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add x · valuesᵀ to these features of y in place; see :meth:`Delta.add_output_`."""
+        y.index_add_(1, self.index, x @ self.values.T)
+
+    def gradients(
+        self,
+        x: torch.Tensor,
+        grad: torch.Tensor,
+        needed: Sequence[bool] = (True,),
+        grad_x: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Compute the gradient of the values, g[:, index]ᵀ (x ∘ mask); see :meth:`Delta.gradients`."""
+        own = grad[:, self.index]
+        if grad_x is not None:
+            if mask is None:
+                grad_x.addmm_(own, self.values)
+            else:
+                grad_x.addcmul_(own @ self.values, mask)
+        return (own.T @ (x if mask is None else x * mask) if needed[0] else None,)
+
+
+def fold(weight: torch.Tensor, deltas: Iterable[Delta], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return W + Σ deltas, each term added in the dtype of the weight and rounded once.
 
     Args:
         weight: (out, in), or some rows of it; returned as it is if there are no deltas.
@@ -101,3 +218,53 @@ def fold(weight: torch.Tensor, deltas: Iterable[LowRank], out: torch.Tensor | No
     for delta in deltas:
         weight = out = delta.fold(weight, out)
     return weight
+
+
+def row_norms(weight: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Return the Euclidean norms of a weight's rows in fp32: (out,), the denominator of DoRA's scale.
+
+    Args:
+        weight: (out, in).
+        dim: Dimension of the inputs; 0 for a weight that is stored (in, out).
+    """
+    return torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float32)
+
+
+def scale_rows(
+    y: torch.Tensor, magnitude: torch.Tensor, norms: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Turn the output of a weight into that of the weight with rescaled rows (DoRA, arXiv:2402.09353, eq. 5).
+
+    With c = magnitude / norms it is c ∘ (y − bias) + bias, computed as y + (c − 1) ∘ (y − bias): where c is 1, it is y
+    bit for bit. The norms get no gradient, as in §4.3 of the paper.
+
+    Args:
+        y: (tokens, out).
+        magnitude: (out,), fp32.
+        norms: (out,), fp32, see :func:`row_norms`.
+        bias: (out,) that y contains, in its dtype; None if there is none.
+    """
+    return _ScaleRows.apply(y, magnitude, norms, bias)
+
+
+class _ScaleRows(torch.autograd.Function):
+    """See :func:`scale_rows`; dL/dy = c ∘ g, and dL/dmagnitude = Σ over tokens of g ∘ (y − bias) / norms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, magnitude: torch.Tensor, norms: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(y, magnitude, norms, bias)
+        change = (magnitude / norms - 1).to(y.dtype)
+        return torch.addcmul(y, y if bias is None else y - bias, change)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, magnitude, norms, bias = ctx.saved_tensors
+        grad_magnitude = None
+        if ctx.needs_input_grad[1]:
+            products = grad * (y if bias is None else y - bias)
+            grad_magnitude = products.sum(0, dtype=torch.float32) / norms
+        change = (magnitude / norms - 1).to(y.dtype)
+        return torch.addcmul(grad, grad, change), grad_magnitude, None, None

@@ -1,7 +1,8 @@
 """The autograd function of an adapted linear layer, in two forms; saves x, or its recipe's inputs, and no weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import LowRank, fold, recipe_of, save_first, scratch
+from qlora.kernels import Delta, fold, recipe_of, row_norms, save_first, scale_rows, scratch
 from qlora.kernels.rebuild import Source
 from qlora.lora.spec import FORMS
 
@@ -49,17 +50,17 @@ def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
 
 
 def lora_linear(
-    x: torch.Tensor, base: Any, deltas: Sequence[LowRank], *, form: str = "auto", dropout: float = 0.0, seed: int = 0
+    x: torch.Tensor, base: Any, deltas: Sequence[Delta], *, form: str = "auto", dropout: float = 0.0, seed: int = 0
 ) -> torch.Tensor:
     """Compute y = x (W + Σ deltas)ᵀ + bias, with dropout on the x of the deltas (LoRA, arXiv:2106.09685, eq. 3).
 
-    `separate` computes the products with W and with the factors one after the other; `folded` rounds the effective
+    `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
     weight once and computes one product.
 
     Args:
         x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
         base: The frozen layer: `nn.Linear`, or one with `bias` and `weight_for_product`.
-        deltas: Terms added to its weight; factors that do not require a gradient get none.
+        deltas: Terms added to its weight; tensors that do not require a gradient get none.
         form: `auto`, `separate` or `folded`.
         dropout: Probability of dropping an input of the deltas.
         seed: Seed of the dropout.
@@ -67,22 +68,56 @@ def lora_linear(
     Returns:
         (..., out), in the dtype of `x`, in which all products are computed.
     """
+    return _product(x, base, deltas, False, form, dropout, seed)[0]
+
+
+def dora_linear(
+    x: torch.Tensor,
+    base: Any,
+    deltas: Sequence[Delta],
+    magnitude: torch.Tensor,
+    *,
+    form: str = "auto",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Compute y = x (c ∘ (W + Σ deltas))ᵀ + bias, with c = magnitude / ‖W + Σ deltas‖ (DoRA, arXiv:2402.09353, eq. 5).
+
+    It saves the product before the scale in addition to x: without it, the gradient of the magnitude would take
+    another product with the whole weight.
+
+    Args:
+        x: See :func:`lora_linear`, as the arguments that are not listed here.
+        base: The frozen layer.
+        deltas: Terms added to its weight.
+        magnitude: (out,), fp32: norms of the rows of the effective weight.
+    """
+    y, norms = _product(x, base, deltas, True, form, dropout, seed)
+    bias = None if base.bias is None else base.bias.to(y.dtype)
+    return scale_rows(y.flatten(0, -2), magnitude, norms, bias).view(y.shape)
+
+
+def _product(
+    x: torch.Tensor, base: Any, deltas: Sequence[Delta], needs_norms: bool, form: str, dropout: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x (W + Σ deltas)ᵀ + bias, and the norms of the weight's rows if they are needed, else an empty tensor."""
     rows = x.reshape(-1, x.shape[-1])
     recipe = recipe_of(x)
-    factors = [factor for delta in deltas for factor in (delta.A, delta.B)]
+    factors = [factor for delta in deltas for factor in delta.tensors]
     # First, so that a recomputation ends here where this product is the last of its region.
     saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
     call = _Call(
         base=base,
-        scalings=tuple(delta.scaling for delta in deltas),
+        makers=tuple((delta.make, len(delta.tensors)) for delta in deltas),
+        needs_norms=needs_norms,
         form=choose_form(form, len(rows), x.device, dropout),
         dropout=dropout,
         seed=seed,
         source=None if recipe is None else recipe.source,
     )
-    y = _LoraLinear.apply(rows, saved, call, *factors)
+    y, norms = _LoraLinear.apply(rows, saved, call, *factors)
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y.view(*x.shape[:-1], y.shape[-1]), norms
 
 
 class RecomputedWeights:
@@ -124,7 +159,8 @@ class _Call:
 
     Attributes:
         base: The frozen layer.
-        scalings: Scaling of each delta.
+        makers: For each delta, the function that makes it of its tensors, and their number.
+        needs_norms: Whether the norms of the effective weight's rows are needed.
         form: `separate` or `folded`.
         dropout: Probability of dropping an input of the deltas.
         seed: Seed of the dropout.
@@ -132,22 +168,28 @@ class _Call:
     """
 
     base: Any
-    scalings: tuple[float, ...]
+    makers: tuple[tuple[Callable[..., Delta], int], ...]
+    needs_norms: bool
     form: str
     dropout: float
     seed: int
     source: Source | None
 
-    def deltas(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[LowRank]:
-        """Return the deltas in the dtype of the product, from A and B of each."""
-        pairs = zip(factors[::2], factors[1::2], self.scalings, strict=True)
-        return [LowRank(A, B, scaling).to(dtype) for A, B, scaling in pairs]
+    @property
+    def num_factors(self) -> int:
+        """Number of the deltas' tensors."""
+        return sum(number for _, number in self.makers)
+
+    def deltas(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Delta]:
+        """Return the deltas in the dtype of the product, made of their tensors."""
+        cast = (factor.to(dtype) for factor in factors)
+        return [make(*islice(cast, number)) for make, number in self.makers]
 
     def mask(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Return the dropout mask for x; None without dropout."""
         return dropout_mask(rows, self.dropout, self.seed) if self.dropout else None
 
-    def weight(self, deltas: Sequence[LowRank], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
+    def weight(self, deltas: Sequence[Delta], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
         """Return the weight that x is multiplied by: the effective one if the form is `folded`, else the base's."""
         folded = deltas if self.form == "folded" else ()
         if not isinstance(self.base, nn.Linear):
@@ -156,16 +198,29 @@ class _Call:
         out = None if lasting or not folded else scratch(weight.shape, dtype, weight.device)
         return fold(weight, folded, out)
 
+    def norms(self, weight: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
+        """Return the norms of the effective weight's rows, or an empty tensor if they are not needed.
+
+        Args:
+            weight: Weight that x was multiplied by.
+            deltas: All deltas.
+        """
+        if not self.needs_norms:
+            return weight.new_empty(0)
+        return row_norms(weight if self.form == "folded" else fold(weight, deltas))
+
 
 class _LoraLinear(torch.autograd.Function):
     """See :func:`lora_linear`.
 
     With g = dL/dy and W_eff the weight that x was multiplied by, dL/dx = g W_eff, to which the deltas add their share
-    in the form `separate`; their factors' gradients are :meth:`qlora.kernels.LowRank.gradients`.
+    in the form `separate`; their own gradients are :meth:`qlora.kernels.Delta.gradients`.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, saved: torch.Tensor, call: _Call, *factors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, saved: torch.Tensor, call: _Call, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.saved, ctx.call = saved.grad_fn, call
         if call.source is not None:
             call.source.add_user()
@@ -183,14 +238,15 @@ class _LoraLinear(torch.autograd.Function):
             x = rows if mask is None else rows * mask
             for delta in deltas:
                 delta.add_output_(y, x)
-        return y
+        norms = call.norms(weight, deltas)
+        ctx.mark_non_differentiable(norms)
+        return y, norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _grad_norms: None) -> tuple[torch.Tensor | None, ...]:
         call, tensors = ctx.call, ctx.saved.saved_tensors
-        num_factors = 2 * len(call.scalings)
-        factors, inputs = tensors[:num_factors], tensors[num_factors:]
+        factors, inputs = tensors[: call.num_factors], tensors[call.num_factors :]
         x = inputs[0] if call.source is None else call.source.build(*inputs)
         rows = x.reshape(-1, x.shape[-1])
         deltas, mask = call.deltas(factors, x.dtype), call.mask(rows)
@@ -201,9 +257,10 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad @ (call.weight(deltas, x.dtype) if weight is None else weight)
         share = grad_x if call.form == "separate" else None  # folded, the deltas are in the weight
         grads: list[torch.Tensor | None] = []
-        for delta, needs_A, needs_B in zip(deltas, needed[::2], needed[1::2], strict=True):
-            if share is None and not (needs_A or needs_B):
-                grads += None, None
-            else:
-                grads += delta.gradients(rows, grad, (needs_A, needs_B), share, mask)
+        remaining = iter(needed)
+        for delta in deltas:
+            own = list(islice(remaining, len(delta.tensors)))
+            grads += (
+                [None] * len(own) if share is None and not any(own) else delta.gradients(rows, grad, own, share, mask)
+            )
         return grad_x, None, None, *grads

@@ -2,16 +2,20 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from qlora.errors import ModelError
 from qlora.lora.linear import LoraLinear
-from qlora.lora.spec import AdapterSpec
+from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 
 ALL_LINEAR = "all-linear"
+# The index of a layer in a module's name: the first number, as in `model.layers.3.self_attn.q_proj`.
+LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -21,17 +25,54 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
-def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which linear layers of a model are adapted.
+
+    Attributes:
+        names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
+            (`q_proj`), or regular expressions that match a full name.
+        exclude: Layers that are left out, given like `names`.
+        layers: Indices of the decoder layers whose linears are adapted; None for all.
+    """
+
+    names: str | Sequence[str] = ALL_LINEAR
+    exclude: Sequence[str] = ()
+    layers: Collection[int] | None = None
+
+
+def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
     """Return the names of the linear layers that `targets` asks for, in the model's order.
 
     Args:
         model: A model whose linear layers are `nn.Linear` or any module with `dequantize`.
-        targets: `all-linear` (every linear but the output head), or one or more full names, last parts of
-            names (`q_proj`), or regular expressions that match a full name.
+        targets: The layers, or only their names as in :class:`Targets`.
 
     Raises:
         ModelError: The model has no linear layer, a target matches none (all such targets at once), or the head.
     """
+    given = targets if isinstance(targets, Targets) else Targets(targets)
+    named = _match_names(model, given.names)
+    left_out = {name for pattern in given.exclude for name in named if _matches(pattern, name)}
+    unused = [pattern for pattern in given.exclude if not any(_matches(pattern, name) for name in named)]
+    indices = {name: int(found[1]) if (found := LAYER_INDEX.search(name)) else None for name in named}
+    absent = sorted({*(given.layers or ())} - {*indices.values()})
+    kept = [name for name in named if name not in left_out and (given.layers is None or indices[name] in given.layers)]
+    problems = [
+        f"lora.exclude: '{pattern}' matches no layer of lora.targets; correct or remove it." for pattern in unused
+    ]
+    if absent:
+        largest = max((index for index in indices.values() if index is not None), default=None)
+        there = "has no numbered layers" if largest is None else f"has layers 0 to {largest}"
+        problems.append(f"lora.layers: {type(model).__name__} {there}, not {', '.join(map(str, absent))}.")
+    if not problems and not kept:
+        problems.append("lora.targets, lora.exclude and lora.layers leave no layer to adapt.")
+    if problems:
+        raise ModelError("\n".join(problems))
+    return kept
+
+
+def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
@@ -67,6 +108,10 @@ def add_lora(
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    kind: str = "lora",
+    train: str = "AB",
+    exclude: Sequence[str] = (),
+    layers: Collection[int] | None = None,
 ) -> list[str]:
     """Freeze a model and wrap its linear layers in :class:`LoraLinear`, in place.
 
@@ -74,9 +119,10 @@ def add_lora(
         model: A causal language model, or any module with linear layers.
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
-        dropout: Probability of dropping an input of the low-rank branch.
-        targets: See :func:`match_targets`.
-        init: Initial values of A: `kaiming` or `gaussian`. B is zero.
+        dropout: Probability of dropping an input of the update.
+        targets: See :class:`Targets`.
+        init: Initial values of A: `kaiming`, `gaussian` or `orthogonal`. B is zero. The others are computed from
+            weights or data, and need :func:`qlora.train`.
         rslora: Scale by alpha / sqrt(rank).
         dtype: Dtype of the factors.
         form: How products are computed: `separate`, `folded`, or `auto` for the faster one.
@@ -84,6 +130,10 @@ def add_lora(
         rank_pattern: Ranks of some layers, by regular expressions that match the end of a layer's name from a dot on;
             the first that matches counts, as in PEFT. `{"down_proj": 32, r"layers\\.0\\..*": 8}`
         alpha_pattern: Alphas of some layers, in the same way.
+        kind: `lora`, `dora` or `rows`, see :class:`AdapterSpec`.
+        train: `AB`, or `B` alone.
+        exclude: Layers of `targets` that are left out.
+        layers: Indices of the decoder layers to adapt; default: all.
 
     Returns:
         The names of the adapted layers.
@@ -96,6 +146,8 @@ def add_lora(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
+        kind=kind,
+        train=train,
         init=init,
         rslora=rslora,
         dtype=dtype,
@@ -103,26 +155,41 @@ def add_lora(
         rank_pattern=rank_pattern or {},
         alpha_pattern=alpha_pattern or {},
     )
-    return wrap_linears(model, spec, targets, seed)
+    if init in COMPUTED_INITS:
+        raise ModelError(f"init: {init!r} is computed from weights or data: set lora.init of a run, and train it.")
+    names = match_targets(model, Targets(targets, exclude, layers))
+    wrap_linears(model, spec.by_layer(names), seed)
+    return names
 
 
-def wrap_linears(
-    model: nn.Module, spec: AdapterSpec, targets: str | Sequence[str] = ALL_LINEAR, seed: int = 0
-) -> list[str]:
-    """Freeze a model and wrap its linear layers in adapters of a spec, in place; see :func:`add_lora`."""
+def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int = 0) -> None:
+    """Freeze a model and wrap linear layers in adapters with initial values, in place; see :func:`add_lora`.
+
+    Args:
+        model: A causal language model, or any module with linear layers.
+        specs: The spec of each layer by its name.
+        seed: Seed of the initial values.
+
+    Raises:
+        ModelError: The model has adapters already, or a layer has fewer rows than are to be trained.
+    """
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
-    specs = spec.by_layer(match_targets(model, targets))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, own_spec in specs.items():
-        layer = LoraLinear(model.get_submodule(name), own_spec)
-        layer.reset(generator)
+    for name, spec in specs.items():
+        base: Any = model.get_submodule(name)
+        if spec.kind == "rows" and spec.rank > base.out_features:
+            raise ModelError(
+                f"lora.rank: {spec.rank} rows are to be trained, but {name} has {base.out_features}; lower lora.rank, "
+                "or give the layer its own by lora.rank_pattern."
+            )
+        layer = LoraLinear(base, spec)
+        layer.reset(generator, getattr(model, "dtype", None))
         layer.train(
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
-    return list(specs)
 
 
 def _is_linear(module: nn.Module) -> bool:

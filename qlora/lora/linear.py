@@ -1,35 +1,80 @@
-"""LoraLinear: a frozen linear layer with a trainable low-rank update on top."""
+"""LoraLinear: a frozen linear layer with a trainable update of its weight on top."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora.kernels import LowRank, fold
-from qlora.lora.function import lora_linear
+from qlora.kernels import Delta, LowRank, SparseRows, fold, row_norms
+from qlora.lora.function import dora_linear, lora_linear
 from qlora.lora.spec import AdapterSpec
 
 
-class LoraLinear(nn.Module):
-    """A linear layer whose weight is W + scaling · B A, with W frozen (LoRA, arXiv:2106.09685).
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter of one layer as PEFT stores it: the effective weight is c ∘ (W + scaling · B A).
 
-    B starts at zero, so a fresh layer gives exactly what its base gives.
+    Attributes:
+        A: (rank, in).
+        B: (out, rank).
+        scaling: Factor on the product.
+        magnitude: (out,), the norms of the effective weight's rows (DoRA, arXiv:2402.09353); None without DoRA.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def delta(self) -> LowRank:
+        """The term that is added to the weight."""
+        return LowRank(self.A, self.B, self.scaling)
+
+
+class LoraLinear(nn.Module):
+    """A linear layer whose weight is c ∘ (W + Σ deltas), with W frozen (LoRA, arXiv:2106.09685).
+
+    The update is zero at first, so a fresh layer gives exactly what its base gives. Trained are `lora_A` and `lora_B`,
+    or `lora_rows`; with DoRA also `magnitude`, the change of the norms of the rows since the start: their values, in
+    fp32, are `first_magnitude + magnitude`.
 
     Args:
         base: `nn.Linear` or `NF4Linear`; its bias is kept.
-        spec: Rank, scaling, initial values and form of the update.
+        spec: Kind, rank, scaling and form of the update.
 
     Attributes:
+        frozen: A term that is not trained: an earlier adapter, or initial values that are subtracted again; or None.
+        first: A term that stays where the adapters are off, because the base was quantized without it; or None.
+        null_space: Orthonormal directions of the inputs that A does not see, (in, directions), fp32; or None.
         is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
     """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_rows: nn.Parameter
+    magnitude: nn.Parameter
+    row_index: torch.Tensor
+    first_magnitude: torch.Tensor
+    null_space: torch.Tensor | None
 
     def __init__(self, base: Any, spec: AdapterSpec) -> None:
         super().__init__()
         self.base, self.spec, self.is_off = base, spec, False
-        shape_A, shape_B = spec.shapes(base.out_features, base.in_features)
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=spec.dtype, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=spec.dtype, device=base.weight.device))
+        device = base.weight.device
+        for name, shape in spec.shapes(base.out_features, base.in_features).items():
+            values = torch.zeros(shape, dtype=spec.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(values, requires_grad=spec.trains(name)))
+        if spec.kind == "rows":
+            self.register_buffer("row_index", torch.arange(spec.rank, device=device))
+        if spec.kind == "dora":
+            self.register_buffer("first_magnitude", torch.ones(base.out_features, device=device))
+        self.register_buffer("null_space", None)
+        self._scalings: dict[str, float] = {}
+        for term in ("frozen", "first"):
+            self._set_term(term, None)
 
     @property
     def in_features(self) -> int:
@@ -41,42 +86,155 @@ class LoraLinear(nn.Module):
         """Number of rows of the weight."""
         return self.base.out_features
 
+    @property
+    def frozen(self) -> LowRank | None:
+        """See the class."""
+        return self._term("frozen")
+
+    @frozen.setter
+    def frozen(self, term: LowRank | None) -> None:
+        self._set_term("frozen", term)
+
+    @property
+    def first(self) -> LowRank | None:
+        """See the class."""
+        return self._term("first")
+
+    @first.setter
+    def first(self, term: LowRank | None) -> None:
+        self._set_term("first", term)
+
     @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Initialize A and B; A is drawn on the CPU, so that a seed gives the same values on every device.
+    def reset(self, generator: torch.Generator, dtype: torch.dtype | None = None) -> None:
+        """Set the initial values, which are drawn on the CPU, so that a seed gives the same on every device.
 
         Args:
             generator: A CPU generator.
+            dtype: Compute dtype; default: that of the base's weight.
         """
-        values = torch.empty(self.lora_A.shape, dtype=torch.float32)
-        if self.spec.init == "kaiming":
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        for name in self.spec.shapes(self.out_features, self.in_features):
+            getattr(self, name).zero_()
+        if self.spec.kind == "rows":
+            norms = row_norms(self._base_weight(dtype))
+            self.row_index.copy_(norms.topk(self.spec.rank).indices.sort().values)
         else:
-            nn.init.normal_(values, std=1 / self.spec.rank, generator=generator)
-        self.lora_A.copy_(values)
-        self.lora_B.zero_()
+            self.lora_A.copy_(draw(self.spec.init, self.spec.rank, self.in_features, generator))
+        self.start_magnitude(dtype)
+
+    @torch.no_grad()
+    def start_magnitude(self, dtype: torch.dtype | None = None) -> None:
+        """With DoRA, let the magnitude start at the norms of the current weight's rows, so that it changes no output.
+
+        Args:
+            dtype: Compute dtype; default: that of the base's weight.
+        """
+        if self.spec.kind == "dora":
+            weight = self._base_weight(dtype)
+            self.first_magnitude.copy_(row_norms(fold(weight, self._cast(weight.dtype))))
+            self.magnitude.zero_()
 
     @property
-    def deltas(self) -> tuple[LowRank, ...]:
+    def first_trained(self) -> nn.Parameter:
+        """The parameter whose gradient is not zero while the update is: B, or the rows."""
+        return self.lora_rows if self.spec.kind == "rows" else self.lora_B
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
         """The terms that the adapter adds to the weight."""
-        return (LowRank(self.lora_A, self.lora_B, self.spec.scaling),)
+        if self.spec.kind == "rows":
+            trained: Delta = SparseRows(self.lora_rows, self.row_index)
+        else:
+            trained = LowRank(self._used_A(), self.lora_B, self.spec.scaling)
+        return (trained,) if self.frozen is None else (trained, self.frozen)
+
+    @property
+    def total_magnitude(self) -> torch.Tensor | None:
+        """The norms of the rows of the effective weight, (out_features,), fp32; None without DoRA."""
+        return self.first_magnitude + self.magnitude.float() if self.spec.kind == "dora" else None
+
+    @torch.no_grad()
+    def stored(self) -> StoredAdapter:
+        """Return the adapter as PEFT stores it: all its terms as one, without components that are zero."""
+        trained, *frozen = self.deltas
+        if isinstance(trained, SparseRows):
+            trained = trained.as_low_rank(self.out_features)
+        assert isinstance(trained, LowRank)
+        used = trained.A.any(1) | trained.B.any(0)
+        used[0] |= not used.any()
+        whole = LowRank(trained.A[used], trained.B[:, used], trained.scaling)
+        whole = whole.joined(self.frozen if frozen else None)
+        return StoredAdapter(whole.A, whole.B, whole.scaling, self.total_magnitude)
+
+    @property
+    def is_stored_exactly(self) -> bool:
+        """Whether the parameters are those of :meth:`stored`, and can be read back from there."""
+        return self.spec.kind == "lora" and self.frozen is None and self.null_space is None
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
-        """Return the sum of the adapter's terms, scaling · B A, (out_features, in_features), fp32."""
-        zeros = self.lora_A.new_zeros(self.out_features, self.in_features, dtype=torch.float32)
-        return fold(zeros, [delta.to(torch.float32) for delta in self.deltas], out=zeros)
+        """Return the sum of the adapter's terms, without a scale of the rows, (out_features, in_features), fp32."""
+        device = self.base.weight.device
+        zeros = torch.zeros(self.out_features, self.in_features, device=device)
+        return fold(zeros, self._cast(torch.float32), out=zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
         if self.is_off:
-            return self.base(x)
+            return self.base(x) if self.first is None else lora_linear(x, self.base, (self.first,))
         spec = self.spec
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
+        magnitude = self.total_magnitude
+        if magnitude is None:
+            return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
+        return dora_linear(x, self.base, self.deltas, magnitude, form=spec.form, dropout=dropout, seed=seed)
 
     def extra_repr(self) -> str:
-        """Return rank, scaling and dropout."""
-        return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}, dropout={self.spec.dropout}"
+        """Return kind, rank, scaling and dropout."""
+        spec = self.spec
+        return f"{spec.kind}, rank={spec.rank}, scaling={spec.scaling:g}, dropout={spec.dropout}"
+
+    def _used_A(self) -> torch.Tensor:  # noqa: N802
+        """Return A without its part in the null space, A (I − V Vᵀ) in fp32 (LoRA-Null, arXiv:2503.02659)."""
+        if self.null_space is None:
+            return self.lora_A
+        A = self.lora_A.float()
+        return A - (A @ self.null_space) @ self.null_space.T
+
+    def _base_weight(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return the base's weight, (out_features, in_features), as products in `dtype` use it."""
+        if isinstance(self.base, nn.Linear):
+            return self.base.weight if dtype is None else self.base.weight.to(dtype)
+        return self.base.dequantize(self.base.quant_state.dtype if dtype is None else dtype)
+
+    def _cast(self, dtype: torch.dtype) -> list[Delta]:
+        return [delta.make(*(tensor.to(dtype) for tensor in delta.tensors)) for delta in self.deltas]
+
+    def _term(self, name: str) -> LowRank | None:
+        A, B = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
+        return None if A is None else LowRank(A, B, self._scalings[name])
+
+    def _set_term(self, name: str, term: LowRank | None) -> None:
+        self.register_buffer(f"{name}_A", None if term is None else term.A)
+        self.register_buffer(f"{name}_B", None if term is None else term.B)
+        if term is not None:
+            self._scalings[name] = term.scaling
+
+
+def draw(init: str, rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
+    """Return initial values of A that need nothing but a seed, (rank, in_features), fp32 on the CPU.
+
+    Args:
+        init: `gaussian`, with deviation 1 / rank; `orthogonal`, with orthonormal rows; anything else is `kaiming`,
+            uniform within ±1 / sqrt(in_features), as in PEFT.
+        rank: Number of rows.
+        in_features: Number of columns.
+        generator: A CPU generator.
+    """
+    values = torch.empty(rank, in_features)
+    if init == "gaussian":
+        return nn.init.normal_(values, std=1 / rank, generator=generator)
+    if init == "orthogonal":
+        return nn.init.orthogonal_(values, generator=generator)
+    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

@@ -12,23 +12,30 @@ import torch
 from qlora.dtypes import as_dtype
 from qlora.errors import ModelError
 
-INITS = ("kaiming", "gaussian")
+KINDS = ("lora", "dora", "rows")
+TRAINED = ("AB", "B")
+# Initial values that need nothing but a seed, and those that are computed from weights or data.
+DRAWN_INITS = ("kaiming", "gaussian", "orthogonal")
+COMPUTED_INITS = ("pissa", "eva", "reconstruct")
+INITS = DRAWN_INITS + COMPUTED_INITS
 FORMS = ("auto", "separate", "folded")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A low-rank update scaling · B A (LoRA, arXiv:2106.09685).
+    """An update of a weight: scaling · B A (LoRA, arXiv:2106.09685), with or without a scale of the rows, or some rows.
 
     Attributes:
-        rank: Rows of A, columns of B.
-        alpha: Numerator of the scaling.
-        dropout: Probability of dropping an input of the low-rank branch while training.
-        init: Initial values of A: `kaiming`, uniform within ±1 / sqrt(in) as in PEFT, or `gaussian`, with deviation
-            1 / rank. B is zero.
+        rank: Rows of A, columns of B; with `rows`, the number of trained rows.
+        alpha: Numerator of the scaling. Rows are not scaled.
+        dropout: Probability of dropping an input of the update while training.
+        kind: `lora`; `dora`, which also trains the norm of each row of the sum (arXiv:2402.09353); or `rows`, which
+            adds to the rows of the weight with the largest norms (S2FT, arXiv:2412.06289).
+        train: `AB`, or `B` alone on a frozen projection A (LoRA-FA, arXiv:2308.03303).
+        init: Initial values, see :mod:`qlora.lora.initial`. The update is zero at first, except with `reconstruct`.
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank.
-        dtype: Dtype of A and B.
+        dtype: Dtype of the trained values.
         form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
         rank_pattern: Ranks of some layers, see :func:`by_pattern`.
         alpha_pattern: Alphas of some layers.
@@ -40,6 +47,8 @@ class AdapterSpec:
     rank: int = 16
     alpha: float = 32
     dropout: float = 0.0
+    kind: str = "lora"
+    train: str = "AB"
     init: str = "kaiming"
     rslora: bool = False
     dtype: Any = torch.bfloat16
@@ -54,6 +63,8 @@ class AdapterSpec:
             f"alpha: {self.alpha!r} should be a number above 0": _is_alpha(self.alpha),
             f"dropout: {self.dropout!r} should be from 0 and below 1": _is_number(self.dropout)
             and 0 <= self.dropout < 1,
+            f"kind: {self.kind!r} should be one of {', '.join(KINDS)}": self.kind in KINDS,
+            f"train: {self.train!r} should be one of {', '.join(TRAINED)}": self.train in TRAINED,
             f"init: {self.init!r} should be one of {', '.join(INITS)}": self.init in INITS,
             f"form: {self.form!r} should be one of {', '.join(FORMS)}": self.form in FORMS,
             f"dtype: {self.dtype} should be bfloat16 or float32": self.dtype in DTYPES,
@@ -67,17 +78,31 @@ class AdapterSpec:
                 is_pattern_map(self.alpha_pattern) and all(map(_is_alpha, self.alpha_pattern.values()))
             ),
         }
-        if wrong := [problem for problem, is_right in problems.items() if not is_right]:
+        wrong = [problem for problem, is_right in problems.items() if not is_right]
+        wrong += contradictions(self.kind, self.train, self.init, self.rslora)
+        if wrong:
             raise ModelError("The adapter's settings are invalid:\n" + "\n".join(f"  {problem}" for problem in wrong))
 
     @property
     def scaling(self) -> float:
-        """The factor on B A in layers that no pattern matches."""
-        return scaling(self.rank, self.alpha, self.rslora)
+        """The factor on the update in layers that no pattern matches."""
+        return 1.0 if self.kind == "rows" else scaling(self.rank, self.alpha, self.rslora)
 
-    def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of A and B for a weight of (out_features, in_features) that no pattern matches."""
-        return (self.rank, in_features), (out_features, self.rank)
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters for a weight of (out_features, in_features) that no pattern matches."""
+        if self.kind == "rows":
+            return {"lora_rows": (self.rank, in_features)}
+        factors: dict[str, tuple[int, ...]] = {"lora_A": (self.rank, in_features), "lora_B": (out_features, self.rank)}
+        return factors | ({"magnitude": (out_features,)} if self.kind == "dora" else {})
+
+    def trains(self, name: str) -> bool:
+        """Return whether one of the parameters of :meth:`shapes` is trained."""
+        return name != "lora_A" or self.train == "AB"
+
+    def with_rank(self, rank: int) -> "AdapterSpec":
+        """Return the spec with another rank and the same scaling."""
+        alpha = self.alpha if self.kind == "rows" else self.scaling * (math.sqrt(rank) if self.rslora else rank)
+        return replace(self, rank=rank, alpha=alpha)
 
     def by_layer(self, names: Iterable[str]) -> dict[str, "AdapterSpec"]:
         """Return the spec of each layer, with its own rank and alpha and without patterns.
@@ -103,6 +128,21 @@ class AdapterSpec:
             alpha = by_pattern(self.alpha_pattern, name, self.alpha)
             specs[name] = replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
         return specs
+
+
+def contradictions(kind: str, train: str, init: str, rslora: bool) -> list[str]:
+    """Return a line for each pair of an adapter's settings that make no sense together, naming both and the remedy."""
+    found = []
+    if kind == "rows":
+        if train != "AB":
+            found.append(f"train: {train!r} needs factors A and B, which kind 'rows' does not have; set train to 'AB'")
+        if init != "kaiming":
+            found.append(f"init: {init!r} is for factors A and B, but kind 'rows' starts at zero; remove it")
+        if rslora:
+            found.append("rslora: kind 'rows' is not scaled; set it to False")
+    elif train == "B" and init in ("kaiming", "gaussian"):
+        found.append(f"init: {init!r} draws an A that is not orthonormal, but train 'B' keeps it; set 'orthogonal'")
+    return found
 
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:

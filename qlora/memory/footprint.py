@@ -10,11 +10,19 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import head_blocks, match_targets, train_rows, trained_rows
+from qlora.lora import head_blocks, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
-from qlora.model import BITSANDBYTES_4BIT, Loss, adapter_spec, build_skeleton, load_tokenizer, weight_format
+from qlora.model import (
+    BITSANDBYTES_4BIT,
+    Loss,
+    adapter_spec,
+    adapter_specs,
+    build_skeleton,
+    load_tokenizer,
+    weight_format,
+)
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -78,17 +86,21 @@ def take_footprint(
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)
-    names = match_targets(model, config.lora.targets)
-    adapted = {name: model.get_submodule(name) for name in names}
+    specs = adapter_specs(model, config.lora)
+    adapted = {name: model.get_submodule(name) for name in specs}
     quantized = {} if quantization is None else {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }  # fmt: skip
-    spec = adapter_spec(config.lora)
-    specs = spec.by_layer(names)
-    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), spec.dtype)
+    dtype_trained = adapter_spec(config.lora).dtype
+    train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
     weights = _weight_bytes(model, quantized, bool(quantization))
-    shapes = [shape for name, one in adapted.items() for shape in specs[name].shapes(one.out_features, one.in_features)]
-    trained = [nn.Parameter(torch.empty(shape, dtype=spec.dtype, device="meta")) for shape in shapes]
+    shapes = [
+        shape
+        for layer, one in adapted.items()
+        for name, shape in specs[layer].shapes(one.out_features, one.in_features).items()
+        if specs[layer].trains(name)
+    ]
+    trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
     flat = FlatParameters(("", each) for each in [*trained, *{rows.weight for _, rows in trained_rows(model)}])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 

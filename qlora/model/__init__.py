@@ -8,6 +8,7 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import (
     adapt,
     adapter_spec,
+    adapter_specs,
     base_from_section,
     datasets_from_section,
     optimizer_from_section,
@@ -29,6 +30,7 @@ __all__ = [
     "StepLoss",
     "adapt",
     "adapter_spec",
+    "adapter_specs",
     "answer",
     "base_from_section",
     "build_skeleton",

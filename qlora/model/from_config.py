@@ -1,14 +1,28 @@
 """Base, adapters, data and optimizer from the sections of a config."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
+from qlora.config.sections import layer_indices
 from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
-from qlora.lora import AdapterSpec, train_rows, trained_rows, wrap_linears
+from qlora.lora import (
+    AdapterSpec,
+    LayerStart,
+    Targets,
+    apply_starts,
+    match_targets,
+    train_rows,
+    trained_rows,
+    wrap_linears,
+)
 from qlora.model.base import load_base
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
+
+Specs = dict[str, AdapterSpec]
 
 
 def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
@@ -18,10 +32,34 @@ def base_from_section(section: ModelSection, device: str | torch.device = "auto"
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:
     """Return the specification of a config's adapters."""
-    return AdapterSpec(**section.model_dump(exclude={"targets", "modules_to_save"}))
+    keys = {field.name for field in fields(AdapterSpec)}
+    return AdapterSpec(**section.model_dump(include=keys))
 
 
-def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)) -> list[str]:
+def adapter_specs(model: Any, section: LoraSection, starts: Mapping[str, LayerStart] | None = None) -> Specs:
+    """Return the specification of each layer that a config adapts, by its name.
+
+    Args:
+        model: A base, or its skeleton.
+        section: LoRA section of the config.
+        starts: Starts of the layers, whose ranks may differ from the config's.
+
+    Raises:
+        ModelError: A target or pattern matches nothing.
+    """
+    layers = None if section.layers is None else layer_indices(section.layers)
+    specs = adapter_spec(section).by_layer(match_targets(model, Targets(section.targets, section.exclude, layers)))
+    ranks = {name: start.rank for name, start in (starts or {}).items() if start.rank is not None}
+    return {name: spec.with_rank(ranks.get(name, spec.rank)) for name, spec in specs.items()}
+
+
+def adapt(
+    model: Any,
+    section: LoraSection,
+    seed: int,
+    new_ids: range = range(0),
+    starts: Mapping[str, LayerStart] | None = None,
+) -> list[str]:
     """Add a config's adapters to a model, and make rows of its embedding and head trainable.
 
     Args:
@@ -29,14 +67,16 @@ def adapt(model: Any, section: LoraSection, seed: int, new_ids: range = range(0)
         section: LoRA section of the config.
         seed: Seed of the run.
         new_ids: Ids of the tokens that the config adds.
+        starts: Starts of layers that don't follow from the seed, by their names.
 
     Returns:
         The names of the adapted layers.
     """
-    spec = adapter_spec(section)
-    names = wrap_linears(model, spec, section.targets, seed)
-    train_rows(model, section.modules_to_save, new_ids, spec.dtype)
-    return names
+    specs = adapter_specs(model, section, starts)
+    wrap_linears(model, specs, seed)
+    apply_starts(model, starts or {})
+    train_rows(model, section.modules_to_save, new_ids, adapter_spec(section).dtype)
+    return list(specs)
 
 
 def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:

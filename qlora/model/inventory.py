@@ -22,7 +22,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         name = name.removesuffix(".base")
         parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, LoraLinear):
-            trained += sum(parameter.numel() for parameter in parameters.values())
+            trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
             adapted += module.in_features * module.out_features
             continue
         if isinstance(module, NF4Linear):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import LowRank, fold, scratch
+from qlora.kernels import Delta, LowRank, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
 from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize
 
@@ -69,7 +69,7 @@ class NF4Linear(nn.Module):
         return dequantize(self.weight, self.quant_state, dtype, out)
 
     def weight_for_product(
-        self, dtype: torch.dtype, deltas: Sequence[LowRank] = (), lasting: bool = False
+        self, dtype: torch.dtype, deltas: Sequence[Delta] = (), lasting: bool = False
     ) -> torch.Tensor:
         """Return the weight for a product that starts at once; read it only.
 
@@ -92,7 +92,8 @@ class NF4Linear(nn.Module):
         if cached is not None and on_cpu:
             return fold(cached, deltas, out)
         # On a GPU the fused kernel reads fewer bytes of codes than of a cached weight; it adds one low-rank term.
-        first, others = (deltas[0], deltas[1:]) if deltas else (None, ())
+        first = next((delta for delta in deltas if isinstance(delta, LowRank)), None)
+        others = [delta for delta in deltas if delta is not first]
         weight = dequantize(self.weight, self.quant_state, dtype, out, first)
         return fold(weight, others, out=weight)
 

@@ -271,8 +271,8 @@ def _accumulate(
 
 
 def _gradient_norms(model: Any) -> torch.Tensor:
-    """Return the norm of each B's gradient, (adapters,); the gradients of A are zero in the first step."""
-    grads = [grad for _, layer in lora_layers(model) if (grad := layer.lora_B.grad) is not None]
+    """Return the norm of each adapter's gradient, (adapters,): B's, because those of A are zero in the first step."""
+    grads = [grad for _, layer in lora_layers(model) if (grad := layer.first_trained.grad) is not None]
     return torch.stack(torch._foreach_norm(grads))
 
 

@@ -6,7 +6,7 @@ from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
 from qlora.config.sections.run import RunConfig
 from qlora.config.sections.train import TrainSection
-from qlora.config.sections.values import parse_size
+from qlora.config.sections.values import layer_indices, parse_size
 
 __all__ = [
     "DataSection",
@@ -16,5 +16,6 @@ __all__ = [
     "RunConfig",
     "SourceSection",
     "TrainSection",
+    "layer_indices",
     "parse_size",
 ]

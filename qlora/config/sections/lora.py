@@ -5,16 +5,39 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import AdapterDtype, Alpha, Count, Pattern, Share, Targets
+from qlora.config.sections.values import (
+    AdapterDtype,
+    Alpha,
+    Count,
+    LayerIndices,
+    Names,
+    PathText,
+    Pattern,
+    Share,
+    Targets,
+)
 
 
 class LoraSection(Section):
     """The adapters."""
 
+    kind: Literal["lora", "dora", "rows"] = Field(
+        default="lora",
+        description="Kind of adapter: low-rank factors; with dora, also the norm of each row of the weight; or rows of "
+        "the weight itself, those with the largest norms.",
+        examples=["dora"],
+    )
     rank: Count = Field(
         default=16,
-        description="Rank of the LoRA factors. A higher rank learns more and takes more memory.",
+        description="Rank of the LoRA factors; with lora.kind rows, the number of trained rows. A higher rank learns "
+        "more and takes more memory.",
         examples=[64],
+    )
+    final_rank: Count | None = Field(
+        default=None,
+        description="Mean rank over all layers at the end: less important components are removed during training, "
+        "where they matter least. null keeps lora.rank.",
+        examples=[8],
     )
     alpha: Alpha = Field(
         default=32,
@@ -42,10 +65,40 @@ class LoraSection(Section):
         "last parts of names, or regular expressions that match a full name.",
         examples=[["q_proj", "v_proj"]],
     )
-    init: Literal["kaiming", "gaussian"] = Field(
+    layers: LayerIndices | None = Field(
+        default=None,
+        description="Indices of the decoder layers to adapt, from 0, and ranges such as 8-15; null adapts all.",
+        examples=[["0-3", 15]],
+    )
+    exclude: Names = Field(
+        default=[],
+        description="Layers of lora.targets that are not adapted, named in the same ways.",
+        examples=[["down_proj"]],
+    )
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "eva", "reconstruct"] = Field(
         default="kaiming",
-        description="Initial values of factor A. Factor B starts at zero.",
-        examples=["gaussian"],
+        description="Initial values of the factors. kaiming, gaussian and orthogonal draw A; eva takes the main "
+        "directions of the layer's inputs, and more rank for layers that need it; pissa takes the main part of the "
+        "weight; with these the model starts as the base. reconstruct makes up for what the quantization lost, with a "
+        "base quantized to fit.",
+        examples=["reconstruct"],
+    )
+    train: Literal["AB", "B"] = Field(
+        default="AB",
+        description="Factors that are trained: both, or B on a fixed projection A, which needs lora.init orthogonal, "
+        "eva, pissa or reconstruct.",
+        examples=["B"],
+    )
+    start_from: PathText | None = Field(
+        default=None,
+        description="Adapter to continue from: a run, one of its checkpoints, a PEFT folder or a hub id. A higher "
+        "lora.rank adds components to it.",
+        examples=["runs/earlier"],
+    )
+    stack: bool = Field(
+        default=False,
+        description="Keep the adapter of lora.start_from as it is, and train a new one on top of it.",
+        examples=[True],
     )
     rslora: bool = Field(
         default=False,
@@ -78,3 +131,43 @@ class LoraSection(Section):
                 "lora.form: auto or lora.dropout: 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "LoraSection":
+        problems = self._contradictions()
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _contradictions(self) -> list[str]:
+        """Return a line for each pair of keys that make no sense together."""
+        problems = []
+        is_rows, is_drawn = self.kind == "rows", self.init in ("kaiming", "gaussian", "orthogonal")
+        if is_rows:
+            unused = {
+                "alpha": self.alpha != 32,
+                "alpha_pattern": bool(self.alpha_pattern),
+                "rslora": self.rslora,
+                "init": self.init != "kaiming",
+                "train": self.train != "AB",
+                "final_rank": self.final_rank is not None,
+            }
+            problems += [
+                f"{key}: lora.kind rows has no factors, and no scaling; remove lora.{key}"
+                for key, is_set in unused.items()
+                if is_set
+            ]
+        elif self.train == "B" and self.init in ("kaiming", "gaussian"):
+            problems.append(
+                f"train: B keeps A as it starts, and lora.init {self.init} does not make its rows orthonormal; set "
+                "lora.init: orthogonal"
+            )
+        if self.final_rank is not None and self.final_rank >= self.rank:
+            problems.append(f"final_rank: {self.final_rank} should be below lora.rank ({self.rank})")
+        if self.final_rank is not None and self.train == "B":
+            problems.append("final_rank: components are judged by both factors, so it needs lora.train: AB")
+        if self.start_from is not None and not is_drawn:
+            problems.append(f"start_from: the adapter has its values already; remove lora.init: {self.init}")
+        if self.stack and self.start_from is None:
+            problems.append("stack: it needs an adapter to train on top of; set lora.start_from")
+        return problems

@@ -73,6 +73,28 @@ def _check_targets(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def layer_indices(given: list[int | str]) -> list[int]:
+    """Return the layers of a list of indices and ranges such as `8-15`, in order.
+
+    Raises:
+        ValueError: One is neither.
+    """
+    found: set[int] = set()
+    for each in given:
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", str(each))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ValueError(f"{each!r} should be the index of a layer, or a range such as 8-15")
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def _check_layers(value: list[int | str]) -> list[int | str]:
+    if not layer_indices(value):
+        raise ValueError("should name a layer at least; null adapts all")
+    return value
+
+
 def _column_names(value: object) -> object:
     """Return a mapping with column numbers as names."""
     if not isinstance(value, dict):
@@ -84,6 +106,10 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _as_layers(value: object) -> object:
+    return [value] if isinstance(value, str) or type(value) is int else value
+
+
 PathText = Annotated[str, AfterValidator(_check_path)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -92,6 +118,11 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
+LayerIndices = Annotated[
+    list[int | str],
+    BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str]),
+    AfterValidator(_check_layers),
+]
 NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
 Columns = Annotated[dict[str, str], BeforeValidator(_column_names, json_schema_input_type=dict[str, str | int])]
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]

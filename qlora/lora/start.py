@@ -1,0 +1,123 @@
+"""What an adapted layer starts from, where that does not follow from a seed: computed once, and kept with the run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from qlora.kernels import LowRank
+from qlora.lora.inject import lora_layers
+from qlora.lora.linear import LoraLinear
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStart:
+    """The start of one layer; what is None is as :meth:`LoraLinear.reset` sets it.
+
+    Attributes:
+        A: Initial A, (rank, in); with it, B starts at zero unless it is given too.
+        B: Initial B, (out, rank).
+        rows: Initial values of trained rows, (rows, in), and
+        index: their indices in the weight, (rows,).
+        magnitude: Initial norms of the effective weight's rows, (out,), fp32.
+        frozen: Term that is added and not trained.
+        subtracted: Term that was subtracted from the base's weight before it was quantized.
+        first: Term that stays where the adapters are off; the initial B A if the base was quantized without it.
+        null_space: Orthonormal directions of the inputs that A does not see, (in, directions), fp32.
+        codes: SHA-256 of the 4-bit codes of the base that the start was computed for, (32,) uint8.
+    """
+
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    frozen: LowRank | None = None
+    subtracted: LowRank | None = None
+    first: LowRank | None = None
+    null_space: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the trained term; None if the config determines it."""
+        given = self.A if self.A is not None else self.rows
+        return None if given is None else len(given)
+
+    @torch.no_grad()
+    def apply(self, layer: LoraLinear, dtype: torch.dtype | None) -> None:
+        """Set a layer's initial values and frozen terms.
+
+        Args:
+            layer: A layer with this rank, after :meth:`LoraLinear.reset`.
+            dtype: Compute dtype.
+        """
+        values = {"lora_A": self.A, "lora_B": self.B, "lora_rows": self.rows, "row_index": self.index}
+        for name, value in values.items():
+            if value is not None:
+                getattr(layer, name).copy_(value)
+        device = layer.base.weight.device
+        for term in ("frozen", "first"):
+            given = getattr(self, term)
+            setattr(layer, term, given and LowRank(given.A.to(device), given.B.to(device), given.scaling))
+        layer.null_space = None if self.null_space is None else self.null_space.to(device)
+        layer.start_magnitude(dtype)
+        if self.magnitude is not None:
+            layer.first_magnitude.copy_(self.magnitude)
+
+
+def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
+    """Set the initial values and frozen terms of a model's adapted layers; those without a start stay as they are."""
+    dtype = getattr(model, "dtype", None)
+    for name, layer in lora_layers(model):
+        if name in starts:
+            starts[name].apply(layer, dtype)
+
+
+def starts_to_tensors(starts: Mapping[str, LayerStart]) -> dict[str, torch.Tensor]:
+    """Return the starts of a model's layers as tensors by name, for a file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, start in starts.items():
+        for field in fields(start):
+            value = getattr(start, field.name)
+            if isinstance(value, LowRank):
+                tensors |= {
+                    f"{layer}.{field.name}.A": value.A,
+                    f"{layer}.{field.name}.B": value.B,
+                    f"{layer}.{field.name}.scaling": torch.tensor(value.scaling, dtype=torch.float64),
+                }
+            elif value is not None:
+                tensors[f"{layer}.{field.name}"] = value
+    # A copy of each: tensors that share memory can't be written.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def starts_from_tensors(tensors: Mapping[str, torch.Tensor], layers: Iterable[str]) -> dict[str, LayerStart]:
+    """Return the starts that :func:`starts_to_tensors` wrote.
+
+    Raises:
+        ValueError: A tensor is none of these, or a term is incomplete.
+    """
+    names = {field.name for field in fields(LayerStart)}
+    terms = {"frozen", "subtracted", "first"}
+    starts, used = {}, set()
+    for layer in layers:
+        given: dict[str, torch.Tensor | LowRank] = {}
+        for name in names - terms:
+            if (key := f"{layer}.{name}") in tensors:
+                given[name] = tensors[key]
+                used.add(key)
+        for name in terms:
+            keys = [f"{layer}.{name}.{part}" for part in ("A", "B", "scaling")]
+            if any(key in tensors for key in keys):
+                if not all(key in tensors for key in keys):
+                    raise ValueError(f"{layer}.{name} is incomplete")
+                A, B, scaling = (tensors[key] for key in keys)
+                given[name] = LowRank(A, B, float(scaling))
+                used.update(keys)
+        if given:
+            starts[layer] = LayerStart(**given)  # type: ignore[arg-type]
+    if unknown := sorted({*tensors} - used):
+        raise ValueError(f"unknown tensor {unknown[0]}")
+    return starts
