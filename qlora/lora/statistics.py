@@ -1,0 +1,124 @@
+"""Statistics of the inputs of linear layers over a few batches: second moments, and their main directions."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class InputStatistics:
+    """Mean and second moment E[xxᵀ] of the inputs x of one or more layers, in memory linear in their features.
+
+    Exact are the mean, the mean squares, and with `directions` of all features the whole moment. Otherwise the moment
+    G is kept as G Ω for a fixed random orthonormal Ω, (in, directions), from which its largest eigenvalues and their
+    vectors follow (Nyström's approximation from a stream, arXiv:1706.05736): good for the first quarter or so of
+    `directions`. A batch costs two products, and what several processes have seen is added up by :meth:`tensors`.
+
+    Args:
+        in_features: Number of features.
+        directions: Columns of Ω, at most `in_features` are used; 0 keeps mean and mean squares alone.
+        device: Device of the sums.
+
+    Attributes:
+        in_features: Number of features.
+        sum: (in,), fp32; sum of the inputs.
+        sum_squares: (in,), fp32; sum of their squares.
+        count: (), fp32; number of inputs.
+    """
+
+    def __init__(self, in_features: int, directions: int = 0, device: torch.device | str = "cpu") -> None:
+        if directions < 0:
+            raise ValueError(f"directions: {directions!r} should be a whole number from 0.")
+        self.in_features = in_features
+        self.sum, self.sum_squares = torch.zeros(2, in_features, device=device)
+        self.count = torch.zeros((), device=device)
+        self._is_exact = directions >= in_features
+        width = min(directions, in_features)
+        self._sketch = torch.zeros(in_features, width, device=device)
+        if not self._is_exact:
+            generator = torch.Generator().manual_seed(0)  # of all processes, which add up their sketches
+            self._test = torch.linalg.qr(torch.randn(in_features, width, generator=generator)).Q.to(device)
+
+    @torch.no_grad()
+    def add(self, x: torch.Tensor) -> None:
+        """Add inputs, (tokens, in), any floating dtype; sums are in fp32."""
+        x = x.float()
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.sum_squares += x.square().sum(0)
+        if self._sketch.numel():
+            self._sketch.addmm_(x.T, x if self._is_exact else x @ self._test)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all that is summed, for a sum over processes in place."""
+        return [self.count, self.sum, self.sum_squares, self._sketch]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x], (in,), fp32."""
+        return self.sum / self._seen()
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """E[x²], (in,), fp32: the diagonal of the second moment."""
+        return self.sum_squares / self._seen()
+
+    def second_moment(self) -> torch.Tensor:
+        """Return E[xxᵀ], (in, in), fp32: exact, or its main directions with the mean squares as its diagonal."""
+        if self._is_exact:
+            return self._sketch / self._seen()
+        vectors, values = self._eigen(centered=False)
+        moment = (vectors * values) @ vectors.T
+        moment.diagonal().add_((self.mean_square - moment.diagonal()).clamp_min(0))
+        return moment
+
+    def top_directions(self, k: int, centered: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the directions in which the inputs are largest, or vary most.
+
+        Args:
+            k: Number of directions, at most those that are kept.
+            centered: Subtract the mean: the directions are then the principal components of the inputs.
+
+        Returns:
+            Orthonormal eigenvectors of E[xxᵀ] or of the covariance, (in, k), from the largest eigenvalue on, and the
+            shares of the eigenvalues in the trace, (k,); fp32.
+        """
+        width = self._sketch.shape[1]
+        if not 1 <= k <= width:
+            raise ValueError(f"k: {k} should be from 1 to {width}, the number of directions that are kept.")
+        vectors, values = self._eigen(centered)
+        total = self.mean_square.sum() - (self.mean.square().sum() if centered else 0)
+        return vectors[:, :k], values[:k] / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _seen(self) -> torch.Tensor:
+        if not self.count:
+            raise ValueError("There are no statistics, since no input was seen; run the model on some tokens first.")
+        return self.count
+
+    def _eigen(self, centered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return eigenvectors in columns and eigenvalues, the largest first."""
+        sketch = (self._sketch / self._seen()).double()
+        mean = self.mean.double()
+        if self._is_exact:
+            moment = sketch - mean.outer(mean) if centered else sketch
+            return _descending(*torch.linalg.eigh((moment + moment.T) / 2))
+        # Nyström: G ≈ Y (Ωᵀ Y)⁻¹ Yᵀ with Y = G Ω, as F Fᵀ; the shift keeps ΩᵀY positive definite in spite of rounding.
+        test = self._test.double()
+        shift = 1e-6 * sketch.norm()
+        sketch = sketch + shift * test
+        core = test.T @ sketch
+        root = torch.linalg.cholesky((core + core.T) / 2)
+        factor = torch.linalg.solve_triangular(root, sketch.T, upper=False).T
+        vectors, roots, _ = torch.linalg.svd(factor, full_matrices=False)
+        values = (roots.square() - shift).clamp_min(0)
+        if not centered:
+            return vectors.float(), values.float()
+        inside = vectors.T @ mean
+        turn, values = _descending(*torch.linalg.eigh(values.diag() - inside.outer(inside)))
+        return (vectors @ turn.double()).float(), values
+
+
+def _descending(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return vectors.flip(1).float(), values.flip(0).clamp_min(0).float()
