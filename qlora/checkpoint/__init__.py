@@ -20,6 +20,7 @@ from qlora.checkpoint.record import (
     RunRecord,
 )
 from qlora.checkpoint.run_dir import RunDirectory, step_of
+from qlora.checkpoint.starts import read_starts, write_starts
 from qlora.checkpoint.state import (
     adapter_bytes,
     check_whole,
@@ -55,8 +56,10 @@ __all__ = [
     "read_adapter_rows",
     "read_adapter_tensors",
     "read_origin",
+    "read_starts",
     "save_adapter",
     "save_checkpoint",
     "quarantine",
+    "write_starts",
     "step_of",
 ]

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -13,11 +15,14 @@ from qlora.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
 from qlora.errors import CheckpointError
 from qlora.files.atomic import atomic_folder, discard
 from qlora.files.json_files import parse_object, read_object
+from qlora.lora import lora_layers, trained_rows
 from qlora.optim import FlatOptimizer
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
+# The trained parameters, where the adapter's file does not hold them as they are.
+PARAMETERS_FILE = "parameters.safetensors"
 ORIGIN_FILE = "origin.json"
 NEEDED_FILES = {WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE, ORIGIN_FILE}
 # Bytes of JSON files and headers, in addition to the tensors.
@@ -50,8 +55,9 @@ def save_checkpoint(
     """
     with atomic_folder(folder, needed=checkpoint_bytes(model, optimizer)) as staging:
         save_adapter(model, staging, base_name)
-        save_file({key: value.cpu().contiguous() for key, value in optimizer.state_dict().items()},
-                  staging / OPTIMIZER_FILE)  # fmt: skip
+        _save(optimizer.state_dict(), staging / OPTIMIZER_FILE)
+        if not _is_stored_exactly(model):
+            _save(_trained(model), staging / PARAMETERS_FILE)
         (staging / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         (staging / ORIGIN_FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()}
@@ -68,8 +74,11 @@ def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict
         CheckpointError: A file is missing or damaged, or belongs to another run.
     """
     check_whole(folder)
-    load_adapter(model, folder)
     try:
+        if (folder / PARAMETERS_FILE).is_file():
+            _load_parameters(model, load_file(folder / PARAMETERS_FILE))
+        else:
+            load_adapter(model, folder)
         optimizer.load_state_dict(load_file(folder / OPTIMIZER_FILE))
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
@@ -90,14 +99,17 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> int:
     """Return the bytes that a checkpoint takes on the disk, at most."""
-    return adapter_bytes(model) + sum(value.nbytes for value in optimizer.state_dict().values()) + SMALL_BYTES
+    copies = 1 if _is_stored_exactly(model) else 2
+    return copies * adapter_bytes(model) + sum(value.nbytes for value in optimizer.state_dict().values()) + SMALL_BYTES
 
 
 def adapter_bytes(model: nn.Module) -> int:
     """Return the bytes that the trained parameters take on the disk."""
-    # Tied parameters of embedding and head are written twice.
-    named = model.named_parameters(remove_duplicate=False)
-    return sum(parameter.nbytes for _, parameter in named if parameter.requires_grad)
+    stored = [layer.stored() for _, layer in lora_layers(model)]
+    tensors = [tensor for each in stored for tensor in (each.A, each.B, each.magnitude) if tensor is not None]
+    # Rows of a tied embedding and head are written twice.
+    tensors += [rows.weight for _, rows in trained_rows(model)]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def newest_whole(checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -161,6 +173,29 @@ def drop_old_checkpoints(checkpoints: list[Path], keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a list, the oldest first."""
     for folder in checkpoints[:-keep]:
         discard(folder)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _is_stored_exactly(model: nn.Module) -> bool:
+    return all(layer.is_stored_exactly for _, layer in lora_layers(model))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _load_parameters(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+    """Copy trained parameters into a model; raises ValueError if it has others."""
+    trained = _trained(model)
+    found, wanted = ({name: tuple(value.shape) for name, value in values.items()} for values in (stored, trained))
+    if found != wanted:
+        raise ValueError(f"the trained parameters are {found}, this run needs {wanted}")
+    for name, parameter in trained.items():
+        parameter.copy_(stored[name])
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora.kernels import Delta, LowRank, SparseRows, fold, row_norms
 from qlora.lora.function import dora_linear, lora_linear
+from qlora.lora.initial import orthogonal
 from qlora.lora.spec import AdapterSpec
 
 
@@ -168,7 +169,8 @@ class LoraLinear(nn.Module):
     @property
     def is_stored_exactly(self) -> bool:
         """Whether the parameters are those of :meth:`stored`, and can be read back from there."""
-        return self.spec.kind == "lora" and self.frozen is None and self.null_space is None
+        is_plain = self.spec.kind == "lora" and self.frozen is None and self.null_space is None
+        return is_plain and len(self.stored().A) == self.spec.rank
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
@@ -236,5 +238,5 @@ def draw(init: str, rank: int, in_features: int, generator: torch.Generator) -> 
     if init == "gaussian":
         return nn.init.normal_(values, std=1 / rank, generator=generator)
     if init == "orthogonal":
-        return nn.init.orthogonal_(values, generator=generator)
+        return orthogonal(rank, in_features, generator)
     return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

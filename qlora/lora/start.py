@@ -1,6 +1,6 @@
 """What an adapted layer starts from, where that does not follow from a seed: computed once, and kept with the run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,6 +9,9 @@ from torch import nn
 from qlora.kernels import LowRank
 from qlora.lora.inject import lora_layers
 from qlora.lora.linear import LoraLinear
+
+# Fields of `LayerStart` that are low-rank terms.
+TERMS = ("frozen", "subtracted", "first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +96,30 @@ def starts_to_tensors(starts: Mapping[str, LayerStart]) -> dict[str, torch.Tenso
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def starts_from_tensors(tensors: Mapping[str, torch.Tensor], layers: Iterable[str]) -> dict[str, LayerStart]:
+def starts_from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LayerStart]:
     """Return the starts that :func:`starts_to_tensors` wrote.
 
     Raises:
         ValueError: A tensor is none of these, or a term is incomplete.
     """
-    names = {field.name for field in fields(LayerStart)}
-    terms = {"frozen", "subtracted", "first"}
-    starts, used = {}, set()
-    for layer in layers:
-        given: dict[str, torch.Tensor | LowRank] = {}
-        for name in names - terms:
-            if (key := f"{layer}.{name}") in tensors:
-                given[name] = tensors[key]
-                used.add(key)
-        for name in terms:
-            keys = [f"{layer}.{name}.{part}" for part in ("A", "B", "scaling")]
-            if any(key in tensors for key in keys):
-                if not all(key in tensors for key in keys):
-                    raise ValueError(f"{layer}.{name} is incomplete")
-                A, B, scaling = (tensors[key] for key in keys)
-                given[name] = LowRank(A, B, float(scaling))
-                used.update(keys)
-        if given:
-            starts[layer] = LayerStart(**given)  # type: ignore[arg-type]
-    if unknown := sorted({*tensors} - used):
-        raise ValueError(f"unknown tensor {unknown[0]}")
+    names, parts = {field.name for field in fields(LayerStart)}, ("A", "B", "scaling")
+    given: dict[str, dict[str, torch.Tensor]] = {}
+    terms: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for key, tensor in tensors.items():
+        rest, _, last = key.rpartition(".")
+        layer, _, name = rest.rpartition(".")
+        if name in TERMS and last in parts:
+            terms.setdefault(layer, {}).setdefault(name, {})[last] = tensor
+        elif rest and last in names and last not in TERMS:
+            given.setdefault(rest, {})[last] = tensor
+        else:
+            raise ValueError(f"unknown tensor {key}")
+    starts = {}
+    for layer in given | terms:
+        own: dict[str, torch.Tensor | LowRank] = {**given.get(layer, {})}
+        for name, term in terms.get(layer, {}).items():
+            if set(term) != set(parts):
+                raise ValueError(f"{layer}.{name} is incomplete")
+            own[name] = LowRank(term["A"], term["B"], float(term["scaling"]))
+        starts[layer] = LayerStart(**own)  # type: ignore[arg-type]
     return starts

@@ -1,11 +1,6 @@
 """Statistics of the inputs of linear layers over a few batches: second moments, and their main directions."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import nn
 
 
 class InputStatistics:

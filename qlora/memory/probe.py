@@ -10,11 +10,14 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.config import RunConfig
 from qlora.data import add_new_tokens, collate, make_example
+from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
-from qlora.model.from_config import adapt, base_from_section, optimizer_from_section
+from qlora.model.from_config import optimizer_from_section
 from qlora.model.loss import Loss
+from qlora.model.starts import Starts, load_adapted
+from qlora.model.tokenizer import load_tokenizer
 from qlora.nf4 import NF4Linear, statistics
 from qlora.optim import FlatOptimizer
 
@@ -86,14 +89,20 @@ class Storages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def prepare(config: RunConfig, device: torch.device) -> Any:
+def prepare(config: RunConfig, device: torch.device, starts: Starts | None = None) -> Any:
     """Load a run's model as it would be trained, except for its level of recomputation.
+
+    Args:
+        config: Config of the run.
+        device: Device of the model.
+        starts: What the run's adapters started from; None computes it, where that needs no data.
 
     Raises:
         ModelError: The base can't be loaded.
     """
-    model, tokenizer = base_from_section(config.model, device)
-    adapt(model, config.lora, config.train.seed, add_new_tokens(tokenizer, config.data.new_tokens))
+    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(files.folder, config.model.trust_remote_code)
+    model, _ = load_adapted(config, device, add_new_tokens(tokenizer, config.data.new_tokens), starts)
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)

@@ -19,6 +19,7 @@ from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
 from qlora.model.restore import load_model, load_run, load_run_tokenizer
 from qlora.model.skeleton import build_skeleton
+from qlora.model.starts import Starts, has_codes, load_adapted, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "BaseWeights",
     "Evaluation",
     "Loss",
+    "Starts",
     "StepLoss",
     "adapt",
     "adapter_spec",
@@ -41,16 +43,21 @@ __all__ = [
     "evaluate",
     "frozen_checksum",
     "generate",
+    "has_codes",
+    "load_adapted",
     "load_base",
     "load_generation_config",
     "load_model",
     "load_run",
     "load_run_tokenizer",
+    "load_started_base",
     "load_tokenizer",
     "optimizer_from_section",
     "resolve_compute_dtype",
     "resolve_device",
     "set_tokens",
+    "starts_of",
+    "subtracted",
     "supervised_loss",
     "take_inventory",
     "weight_format",

@@ -20,14 +20,17 @@ from qlora.lora import (
     wrap_linears,
 )
 from qlora.model.base import load_base
+from qlora.model.on_weight import OnWeight
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 Specs = dict[str, AdapterSpec]
 
 
-def base_from_section(section: ModelSection, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Load the base that a config names, and its tokenizer."""
-    return load_base(device=device, **section.model_dump(exclude={"recompute", "weight_cache"}))
+def base_from_section(
+    section: ModelSection, device: str | torch.device = "auto", on_weight: OnWeight | None = None
+) -> tuple[Any, Any]:
+    """Load the base that a config names, and its tokenizer; see :func:`load_base` for `on_weight`."""
+    return load_base(device=device, on_weight=on_weight, **section.model_dump(exclude={"recompute", "weight_cache"}))
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:

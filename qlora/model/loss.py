@@ -65,7 +65,7 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
-    hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
+    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
     recipe = recipe_of(hidden)  # of the last norm, whose input is enough to recompute it
     if recipe is not None:
         (hidden,) = recipe.inputs
@@ -85,7 +85,7 @@ SUPERVISED = Loss(
 )
 
 
-def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Return a model's arguments for a batch; positions that restart separate packed documents, not a mask."""
     return {
         "input_ids": batch.input_ids,
@@ -134,8 +134,8 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
     leak = (before.norm() / own.norm()).item()
     with torch.no_grad():
         alone, after = (
-            model.base_model(**_inputs(model, collate(documents, packed=True).to(model.device))).last_hidden_state[0]
-            for documents in ([second], [first, second])
+            model.base_model(**model_inputs(model, batch)).last_hidden_state[0]
+            for batch in (collate(documents, packed=True).to(model.device) for documents in ([second], [first, second]))
         )
     # Positions may be wrong without any leak.
     change = ((after[len(first) :] - alone).float().norm() / alone.float().norm()).item()
@@ -162,7 +162,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()
-        logits = model(**_inputs(model, batch)).logits
+        logits = model(**model_inputs(model, batch)).logits
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "

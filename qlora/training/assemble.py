@@ -13,14 +13,15 @@ from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
 from qlora.memory.fit import fit_memory
 from qlora.model import (
-    adapt,
-    base_from_section,
+    Starts,
     check_isolation,
     check_loss,
     datasets_from_section,
+    load_adapted,
     load_tokenizer,
     optimizer_from_section,
     set_tokens,
+    starts_of,
     take_inventory,
     weight_format,
 )
@@ -83,6 +84,7 @@ class Assembly:
         processes: Processes of the run.
         batches: Plan of the examples of each step.
         plan: Plan of the run.
+        starts: What the adapters start from, as far as that does not follow from the seed.
     """
 
     config: RunConfig
@@ -94,6 +96,7 @@ class Assembly:
     processes: Processes
     batches: BatchPlan
     plan: RunPlan
+    starts: Starts
 
     @property
     def loop_parts(self) -> LoopParts:
@@ -108,8 +111,13 @@ class Assembly:
         )
 
 
-def assemble(config: RunConfig, processes: Processes) -> Assembly:
+def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = None) -> Assembly:
     """Load base and data, and add adapters and optimizer.
+
+    Args:
+        config: Config of the run.
+        processes: Processes of the run.
+        checkpoint: Checkpoint that the run will continue from; None for step 0.
 
     Raises:
         QLoRAError: A check before the first step failed; the error is the same on every process.
@@ -118,6 +126,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         weight_format(files, model_section.quantization)
+        starts = None if checkpoint is None else starts_of(config, checkpoint)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
@@ -127,7 +136,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
     with processes.raise_together():
         if problems := objective.unsupported_reasons(datasets.reports):
             raise ConfigError("\n".join(problems))
-        model, attention, activations = _load_checked(config, processes, datasets, new_ids)
+        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,
@@ -175,16 +184,21 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         processes=processes,
         batches=batches,
         plan=RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use),
+        starts=starts,
     )
 
 
-def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range) -> tuple[Any, str, str]:
-    """Load the base with its adapters, in training mode; return it with the attention and activations in use.
+def _load_checked(
+    config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range, starts: Starts | None
+) -> tuple[Any, Starts, str, str]:
+    """Load the base with its adapters, in training mode.
 
     The loss, and the isolation of packed documents, are checked on a few tokens.
+
+    Returns:
+        The model, what its adapters start from, and the attention and activations in use.
     """
-    model, _ = base_from_section(config.model, processes.device)
-    adapt(model, config.lora, config.train.seed, new_ids)
+    model, starts = load_adapted(config, processes.device, new_ids, starts, datasets.train)
     _check_fit(model, datasets)
     ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
@@ -197,7 +211,7 @@ def _load_checked(config: RunConfig, processes: Processes, datasets: Datasets, n
         check_isolation(model, example, other)
     activations = rebuild_activations(model)
     check_loss(model, collate([example]).to(processes.device))  # again, with the modules that will be trained
-    return model.train(), attention, activations
+    return model.train(), starts, attention, activations
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, quarantine, save_adapter
+from qlora.checkpoint import RunDirectory, quarantine, save_adapter, write_starts
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
@@ -82,7 +82,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
             check_folder(run)
             start = find_start(run, config, resume, fresh)
     start = _agree_on(processes, start, config)
-    assembly = assemble(config, processes)
+    assembly = assemble(config, processes, start.checkpoint)
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
@@ -138,7 +138,7 @@ def train(
         if start.is_done:
             return _already_finished(run, start, config, resume)
         with deterministic_algorithms(config.train.deterministic):
-            assembly = assemble(config, processes)
+            assembly = assemble(config, processes, start.checkpoint)
             try:
                 options = SessionOptions(stop_at, callbacks)
                 return _train(assembly, run, start, options, remarks=remarks, is_shown=show_progress)
@@ -179,6 +179,8 @@ def _train(
             for folder in start.damaged:
                 quarantine(folder)
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+            if assembly.starts:
+                write_starts(run.starts, assembly.starts)
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))

@@ -33,3 +33,19 @@ def lora_linear(
         y = y + bias.detach().float()
     grads = torch.autograd.grad(y, (x, A, B), grad_output.float())
     return LoraResult(y.detach(), *grads)
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = c ∘ (x Wᵀ + (x ∘ mask) Uᵀ) + bias in fp32, c = magnitude / ‖W + U‖ by row without a gradient of the norm."""
+    x = x.float()
+    y = x @ weight.float().T + (x if mask is None else x * mask.float()) @ update.T
+    if magnitude is not None:
+        y = y * (magnitude / (weight.float() + update).detach().norm(dim=1))
+    return y if bias is None else y + bias.float()
