@@ -9,9 +9,9 @@ from qlora.lora.initial import Factors, check_rank, split, truncated_svd
 
 STARTS = ("residual", "loftq")
 FACTOR_DTYPES = (torch.bfloat16, torch.float32)
-# Weight of the diagonal that is mixed into a second moment: few tokens leave directions without any input, and what
-# the adapter does there must stay bounded.
-_SHRINKAGE = 0.01
+# Weight of the diagonal in a second moment: few tokens leave directions without any input, and what the adapter does
+# there must stay bounded.
+SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,9 @@ def reconstruct(
         quantize: Quantizes an fp32 matrix as the layer's weight will be and dequantizes it to fp32.
         iterations: Number of quantizations in the search.
         start: `residual` or `loftq`.
-        second_moment: E[xxᵀ] of the layer's inputs, (in, in), or its diagonal, (in,); see
-            :class:`qlora.lora.statistics.InputStatistics`.
+        second_moment: E[xxᵀ] of the layer's inputs, (in, in), or its diagonal, (in,), as
+            :class:`qlora.lora.statistics.InputStatistics` gives them. Off the diagonal, it is multiplied by
+            1 − `SHRINKAGE`.
         dtype: Dtype that the factors are stored in, bf16 or fp32.
 
     Raises:
@@ -122,7 +123,7 @@ def subtract(weight: torch.Tensor, factors: Factors, scaling: float, block_rows:
 
 
 class _Norm:
-    """The norm ‖E R‖ of an error E, with R Rᵀ = E[xxᵀ] + a share of its diagonal, or R = 1."""
+    """The norm ‖E R‖ of an error E, with R Rᵀ the second moment, positive definite by shrinkage, or R = 1."""
 
     def __init__(self, second_moment: torch.Tensor | None, weight: torch.Tensor) -> None:
         self._root: torch.Tensor | None = None
@@ -137,12 +138,11 @@ class _Norm:
         mean = diagonal.mean()
         if not moment.isfinite().all() or (diagonal < 0).any() or not mean > 0:
             raise ValueError("second_moment: it should be finite, with a diagonal from 0, not all zeros.")
-        least = _SHRINKAGE * diagonal + 1e-6 * mean
-        moment = (1 - _SHRINKAGE) * moment
+        least = 1e-6 * mean  # a feature that is always 0 must not be divided by 0
         if moment.dim() == 1:
             self._root = (moment + least).sqrt().float()
             return
-        root, info = torch.linalg.cholesky_ex(moment + least.diag())
+        root, info = torch.linalg.cholesky_ex((1 - SHRINKAGE) * moment + (SHRINKAGE * diagonal + least).diag())
         if info:
             raise ValueError("second_moment: a matrix should be symmetric and positive semidefinite.")
         self._root = root.float()

@@ -1,6 +1,13 @@
 """Statistics of the inputs of linear layers over a few batches: second moments, and their main directions."""
 
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
 import torch
+from torch import nn
+
+_BLOCK_TOKENS = 4096  # that are in fp32 at a time
 
 
 class InputStatistics:
@@ -39,12 +46,13 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """Add inputs, (tokens, in), any floating dtype; sums are in fp32."""
-        x = x.float()
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.sum_squares += x.square().sum(0)
-        if self._sketch.numel():
-            self._sketch.addmm_(x.T, x if self._is_exact else x @ self._test)
+        for part in x.split(_BLOCK_TOKENS):
+            block = part.float()
+            self.count += len(block)
+            self.sum += block.sum(0)
+            self.sum_squares += block.square().sum(0)
+            if self._sketch.numel():
+                self._sketch.addmm_(block.T, block if self._is_exact else block @ self._test)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all that is summed, for a sum over processes in place."""
@@ -117,3 +125,72 @@ class InputStatistics:
 
 def _descending(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return vectors.flip(1).float(), values.flip(0).clamp_min(0).float()
+
+
+class InputObserver:
+    """Collects the statistics of layers' inputs while a model runs; a context that holds the hooks.
+
+        with InputObserver(model, names, directions=256) as observer, torch.inference_mode():
+            for batch in batches:
+                observer.mask = batch.attention_mask.bool()
+                model(input_ids=batch.input_ids, ...)
+        observer.statistics["model.layers.0.self_attn.q_proj"].mean_square
+
+    Layers that get the very same tensor, one after the other (q, k and v; gate and up), share their statistics. To
+    bound memory further, observe some of the layers at a time and run the model again for the next.
+
+    Args:
+        model: Any module.
+        names: Names of layers with `in_features`, which take (..., in_features).
+        directions: See :class:`InputStatistics`.
+
+    Attributes:
+        statistics: By name, of the layers that have seen inputs.
+        mask: Bool, of the inputs' shape without the features: the positions that count in the next forward passes;
+            None for all.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], directions: int = 0) -> None:
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        if lacking := [name for name, layer in self._layers.items() if not hasattr(layer, "in_features")]:
+            raise ValueError(f"Only layers with in_features have statistics of inputs, not {', '.join(lacking)}.")
+        self._directions = directions
+        self._hooks: list[Any] = []
+        self._owners: set[str] = set()
+        self._last: tuple[torch.Tensor, InputStatistics] | None = None
+        self.statistics: dict[str, InputStatistics] = {}
+        self.mask: torch.Tensor | None = None
+
+    def __enter__(self) -> "InputObserver":
+        for name, layer in self._layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._see, name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._last = None
+
+    def _see(self, name: str, layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0]
+        shared = self._last[1] if self._last is not None and self._last[0] is x else None
+        if name not in self.statistics:
+            if shared is None:
+                self._owners.add(name)
+            self.statistics[name] = shared or InputStatistics(layer.in_features, self._directions, x.device)
+        own = self.statistics[name]
+        if name in self._owners:
+            own.add(self._positions(name, x))
+            self._last = (x, own)
+        elif shared is not own:
+            raise ValueError(f"{name} shared its input with the layer before it, but has another input now.")
+
+    def _positions(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return x.reshape(-1, x.shape[-1])
+        if self.mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"mask: its shape {tuple(self.mask.shape)} should be {tuple(x.shape[:-1])}, that of the positions in "
+                f"the input of {name}."
+            )
+        return x[self.mask.to(x.device)]
