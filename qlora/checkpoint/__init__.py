@@ -1,15 +1,14 @@
 """Files of a run: adapters in PEFT's format, training state, the run's record and its directory."""
 
-from qlora.checkpoint.adapter import (
-    adapter_digest,
-    adapter_scalings,
-    load_adapter,
-    read_adapter_config,
-    read_adapter_rows,
-    read_adapter_tensors,
-    save_adapter,
-)
+from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
+from qlora.checkpoint.peft_folder import (
+    PeftAdapter,
+    StoredAdapter,
+    adapter_digest,
+    read_adapter,
+    read_adapter_config,
+)
 from qlora.checkpoint.record import (
     BaseRecord,
     ExampleCounts,
@@ -39,24 +38,25 @@ __all__ = [
     "Inventory",
     "MemoryUse",
     "Quantization",
+    "PeftAdapter",
     "RunDirectory",
     "RunRecord",
+    "StoredAdapter",
     "StoredRows",
     "adapter_bytes",
     "adapter_digest",
-    "adapter_scalings",
     "check_whole",
     "checkpoint_bytes",
     "drop_old_checkpoints",
     "load_adapter",
     "load_state",
     "newest_whole",
+    "read_adapter",
     "read_adapter_config",
-    "read_adapter_rows",
-    "read_adapter_tensors",
     "read_origin",
     "save_adapter",
     "save_checkpoint",
     "quarantine",
     "step_of",
+    "wrap_adapter",
 ]

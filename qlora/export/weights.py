@@ -1,15 +1,13 @@
 """The merged weights of a run, computed one tensor at a time from the base's files and the adapter."""
 
 import difflib
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, StoredRows, adapter_scalings, read_adapter_rows, read_adapter_tensors
-from qlora.checkpoint.adapter import WEIGHTS_FILE
-from qlora.checkpoint.adapter_rows import PREFIX
+from qlora.checkpoint import RunDirectory, StoredRows
+from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
@@ -17,8 +15,9 @@ from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.kernels import LowRank, fold
-from qlora.model import BITSANDBYTES_4BIT, BaseWeights, adapter_spec, build_skeleton, resolve_device, weight_format
+from qlora.model import BITSANDBYTES_4BIT, BaseWeights, build_skeleton, resolve_device, weight_format
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
+from qlora.model.run_adapter import read_run_adapter
 from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
@@ -67,20 +66,19 @@ class MergedWeights:
         if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
             raise ExportError(f"{self.files.name} has only 4-bit weights; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        adapted = list(read_adapter_tensors(run.adapter))  # memory-mapped, so unread values take no memory
-        self._scalings = adapter_scalings(run.adapter, adapted)
-        self._check_scalings(run)
+        adapter = read_run_adapter(run)
+        self._layers = adapter.layers
+        path = run.adapter / WEIGHTS_FILE
+        self._trained = StoredTensors({path: read_header(path)})  # read by rows, because an embedding is large
         self._base = BaseWeights(self.files)
         self._shapes = dict(self._base.shapes)
         skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
-        path = run.adapter / WEIGHTS_FILE
-        self._factors = StoredTensors({path: read_header(path)})
-        self._adapted = self._by_name_in_files(adapted, skeleton)
-        self._rows = self._rows_by_name_in_files(read_adapter_rows(run.adapter), skeleton)
+        self._adapted = self._by_name_in_files(self._layers, skeleton)
+        self._rows = self._rows_by_name_in_files(adapter.rows, skeleton)
         for name, rows in self._rows.items():
-            (size, features), given = self._shapes[name], self._factors.shape(rows.tensor)
+            (size, features), given = self._shapes[name], self._trained.shape(rows.tensor)
             if given[1] != features or rows.ids.start > size:
                 raise ExportError(
                     f"{name}: the adapter has rows {rows.ids.start} to {rows.ids.stop - 1} of {given[1]} features, the "
@@ -90,12 +88,6 @@ class MergedWeights:
         quantized = self.record.parameters.quantized if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
-        missing = sorted({*self.record.parameters.adapted} - {*adapted})
-        if missing:
-            raise ExportError(
-                f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
-                f"({', '.join(missing[:3])} …); use the run's own adapter."
-            )
 
     @property
     def num_adapted(self) -> int:
@@ -184,8 +176,8 @@ class MergedWeights:
         if name not in self._adapted:
             return ()
         module = self._adapted[name]
-        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(module))
-        delta = LowRank(lora_A, lora_B, self._scalings[module])
+        stored = self._layers[module]
+        delta = LowRank(stored.A.to(self.device).float(), stored.B.to(self.device).float(), stored.scaling)
         return (delta.T if module in self._transposed else delta,)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
@@ -197,26 +189,16 @@ class MergedWeights:
         start, stop = (min(max(bound, first), last) for bound in (ids.start, ids.stop))
         parts = [
             self._base.read(name, slice(first, start)),
-            self._factors.read(tensor, slice(start - ids.start, stop - ids.start)),
+            self._trained.read(tensor, slice(start - ids.start, stop - ids.start)),
             self._base.read(name, slice(stop, last)),
         ]
         return torch.cat([part.float() for part in parts])
 
-    def _check_scalings(self, run: RunDirectory) -> None:
-        """Check that every module has the scaling used in training; raises ExportError otherwise."""
-        specs = adapter_spec(self.config.lora).by_layer([*self.record.parameters.adapted, *self._scalings])
-        for module, scaling in self._scalings.items():
-            trained = specs[module].scaling
-            if not math.isclose(scaling, trained):
-                raise ExportError(
-                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; use the "
-                    "run's own adapter."
-                )
-
     def _check_factors(self) -> None:
         """Check that every update has the shape of its weight; raises ExportError otherwise."""
         for name, module in self._adapted.items():
-            (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
+            stored = self._layers[module]
+            rows, columns = len(stored.B), stored.A.shape[1]
             shape = (columns, rows) if module in self._transposed else (rows, columns)
             if shape != self._shapes[name]:
                 raise ExportError(
@@ -230,11 +212,6 @@ class MergedWeights:
         if rows and self.record.parameters.shared_rows:
             shared = next(iter(rows.values()))
             rows = {module: rows.get(module, shared) for module in modules}
-        if {*rows} != {*modules}:
-            raise ExportError(
-                f"The adapter has fully trained rows of {', '.join(sorted(rows)) or 'no module'}, but run.json lists "
-                f"{', '.join(modules) or 'no module'}; use the run's own adapter."
-            )
         if self.record.parameters.shared_rows:
             one_to_one, _ = names_in_files(skeleton, self._shapes)
             modules = [module for module in modules if f"{module}.weight" in one_to_one]
@@ -273,7 +250,3 @@ def _device_here(kind: str) -> torch.device:
         return resolve_device(kind)
     except ModelError:
         return torch.device("cpu")
-
-
-def _factor_names(module: str) -> tuple[str, str]:
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"

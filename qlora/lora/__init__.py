@@ -1,9 +1,17 @@
 """LoraLinear over any linear layer, its injection into a model, and embeddings and heads trained in full."""
 
 from qlora.lora.function import RecomputedWeights, choose_form
-from qlora.lora.inject import add_lora, lora_layers, match_targets, wrap_linears
+from qlora.lora.inject import add_lora, linear_layers, lora_layers, match_targets, wrap_layers, wrap_linears
 from qlora.lora.linear import LoraLinear
-from qlora.lora.rows import EmbeddingRows, TrainedEmbedding, TrainedHead, head_blocks, train_rows, trained_rows
+from qlora.lora.rows import (
+    EmbeddingRows,
+    TrainedEmbedding,
+    TrainedHead,
+    head_blocks,
+    train_rows,
+    trained_rows,
+    wrap_rows,
+)
 from qlora.lora.spec import AdapterSpec
 from qlora.lora.switch import adapters_off
 
@@ -18,9 +26,12 @@ __all__ = [
     "add_lora",
     "choose_form",
     "head_blocks",
+    "linear_layers",
     "lora_layers",
     "match_targets",
     "train_rows",
     "trained_rows",
+    "wrap_layers",
     "wrap_linears",
+    "wrap_rows",
 ]

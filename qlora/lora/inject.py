@@ -21,6 +21,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+
+
 def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Return the names of the linear layers that `targets` asks for, in the model's order.
 
@@ -32,7 +37,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     Raises:
         ModelError: The model has no linear layer, a target matches none (all such targets at once), or the head.
     """
-    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    linears = list(linear_layers(model))
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = _output_head(model)
@@ -110,19 +115,33 @@ def wrap_linears(
     model: nn.Module, spec: AdapterSpec, targets: str | Sequence[str] = ALL_LINEAR, seed: int = 0
 ) -> list[str]:
     """Freeze a model and wrap its linear layers in adapters of a spec, in place; see :func:`add_lora`."""
+    specs = spec.by_layer(match_targets(model, targets))
+    wrap_layers(model, specs)
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model):
+        layer.reset(generator)
+    return list(specs)
+
+
+def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
+    """Freeze a model and wrap linear layers in adapters whose factors are zero, in place.
+
+    Args:
+        model: A model without adapters.
+        specs: Specs by the names of the layers.
+
+    Raises:
+        ModelError: The model has adapters already.
+    """
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
-    specs = spec.by_layer(match_targets(model, targets))
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, own_spec in specs.items():
-        layer = LoraLinear(model.get_submodule(name), own_spec)
-        layer.reset(generator)
+    for name, spec in specs.items():
+        layer = LoraLinear(model.get_submodule(name), spec)
         layer.train(
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
-    return list(specs)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -4,10 +4,8 @@ import re
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from qlora.checkpoint import RunDirectory, read_adapter_rows, read_adapter_tensors
-from qlora.checkpoint.adapter import WEIGHTS_FILE
+from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
 from qlora.config import load_config
 from qlora.files import BaseFiles
 from qlora.model import BaseWeights, build_skeleton
@@ -42,15 +40,15 @@ class ExpectedWeights:
         self.names = list(self._base.shapes)
 
         skeleton = build_skeleton(base, config.model.trust_remote_code)
-        factors = read_adapter_tensors(run.adapter)
+        adapter = read_adapter(run.adapter)
         modules = {
             name: parameter.removesuffix(".weight")
             for parameter, name in names_in_files(skeleton, self.names)[0].items()
         }
         self._modules = modules
-        self._factors = {name: factors[module] for name, module in modules.items() if module in factors}
-        self.unplaced = sorted({*factors} - {modules[name] for name in self._factors})
-        self._trained = _trained_rows(run, skeleton, self._record.parameters.shared_rows)
+        self._layers = {name: adapter.layers[module] for name, module in modules.items() if module in adapter.layers}
+        self.unplaced = sorted({*adapter.layers} - {modules[name] for name in self._layers})
+        self._trained = _trained_rows(adapter, skeleton, self._record.parameters.shared_rows)
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
         self._quantized = {*self._record.parameters.quantized}
         transposed = transposed_modules(skeleton)
@@ -65,7 +63,7 @@ class ExpectedWeights:
 
     def is_adapted(self, name: str) -> bool:
         """Return whether an update is added to a tensor."""
-        return name in self._factors
+        return name in self._layers
 
     def has_trained_rows(self, name: str) -> bool:
         """Return whether rows of a tensor were trained in full."""
@@ -114,7 +112,7 @@ class ExpectedWeights:
 
     def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""
-        lora_A, lora_B = self._factors[name]
+        lora_A, lora_B = self._layers[name].A, self._layers[name].B
         left, right = (lora_A.T, lora_B.T) if name in self._transposed else (lora_B, lora_A)
         left, right = left[rows].double() * self._scaling(self._modules[name]), right.double()
         # Each element is a sum of rank products; Cauchy-Schwarz bounds the sum of their absolute values.
@@ -131,10 +129,9 @@ class ExpectedWeights:
         return alpha * rank**-0.5 if own.rslora else alpha / rank
 
 
-def _trained_rows(run: RunDirectory, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:
+def _trained_rows(adapter: PeftAdapter, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:
     """Return ids and values of the rows trained in full, by module; for both modules if embedding and head are tied."""
-    tensors = load_file(run.adapter / WEIGHTS_FILE)
-    trained = {module: (rows.ids, tensors[rows.tensor]) for module, rows in read_adapter_rows(run.adapter).items()}
+    trained = {module: (rows.ids, adapter.tensors[rows.tensor]) for module, rows in adapter.rows.items()}
     if are_shared and trained:
         both = {skeleton.get_input_embeddings(), skeleton.get_output_embeddings()}
         names = [name for name, module in skeleton.named_modules() if module in both]
