@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.checkpoint import read_adapter_config, read_adapter_tensors
+from qlora.checkpoint import read_adapter, read_adapter_config
 from qlora.errors import CheckpointError, ModelError
 from qlora.files import BaseFiles
 from qlora.files.headers import read_header
@@ -75,7 +75,7 @@ def test_pickled_weights_are_named_and_not_read(base, marker, name):
 def test_a_pickled_adapter_is_named_and_not_read(tmp_path, marker):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Touch(marker)))
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing; pickled.*adapter_model\.bin"):
-        read_adapter_tensors(tmp_path)
+        read_adapter(tmp_path)
     assert not marker.exists()
 
 
@@ -306,4 +306,4 @@ def test_factors_that_are_none_are_refused(tmp_path, shapes, dtype):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == set(FACTORS)
     with pytest.raises(CheckpointError, match=r"up_proj.* (is not a LoRA factor|has factors)"):
-        read_adapter_tensors(tmp_path)
+        read_adapter(tmp_path)

@@ -1,15 +1,13 @@
 """Files of a run: adapters in PEFT's format, training state, the run's record and its directory."""
 
-from qlora.checkpoint.adapter import (
-    adapter_digest,
-    adapter_scalings,
-    load_adapter,
-    read_adapter_config,
-    read_adapter_rows,
-    read_adapter_tensors,
-    save_adapter,
-)
+from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
+from qlora.checkpoint.peft_folder import (
+    PeftAdapter,
+    adapter_digest,
+    read_adapter,
+    read_adapter_config,
+)
 from qlora.checkpoint.record import (
     BaseRecord,
     ExampleCounts,
@@ -40,21 +38,20 @@ __all__ = [
     "Inventory",
     "MemoryUse",
     "Quantization",
+    "PeftAdapter",
     "RunDirectory",
     "RunRecord",
     "StoredRows",
     "adapter_bytes",
     "adapter_digest",
-    "adapter_scalings",
     "check_whole",
     "checkpoint_bytes",
     "drop_old_checkpoints",
     "load_adapter",
     "load_state",
     "newest_whole",
+    "read_adapter",
     "read_adapter_config",
-    "read_adapter_rows",
-    "read_adapter_tensors",
     "read_origin",
     "read_starts",
     "save_adapter",
@@ -62,4 +59,5 @@ __all__ = [
     "quarantine",
     "write_starts",
     "step_of",
+    "wrap_adapter",
 ]

@@ -1,6 +1,6 @@
-"""Adapters in PEFT's format, with only the keys that all tools read."""
+"""Adapters in PEFT's format, with only the keys that all tools read: saved, and loaded into a model."""
 
-import hashlib
+import difflib
 import json
 import math
 import re
@@ -10,54 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from qlora.checkpoint.adapter_rows import (
-    PREFIX,
-    StoredRows,
-    check_rows_config,
     load_rows,
-    read_rows,
     rows_config,
+    rows_problems,
     rows_tensors,
+    wrap_stored_rows,
 )
-from qlora.errors import CheckpointError, ModelError
-from qlora.files.base_files import describe_pickles
-from qlora.files.headers import read_header
-from qlora.files.json_files import read_object
-from qlora.lora import lora_layers
-from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, matches, scaling
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-# Above the width of any layer.
-MAX_RANK = 1 << 20
-LARGEST_ALPHA = 1e30
-# Values of init_lora_weights that change the base's weights, so that the adapter does not fit the published base.
-CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-def adapter_digest(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's `adapter_model.safetensors`, which identifies what was trained.
-
-    Raises:
-        CheckpointError: The file is missing or can't be read.
-    """
-    path = _weights_file(folder)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from None
-
-
-def _weights_file(folder: Path) -> Path:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no adapter: {WEIGHTS_FILE} is missing{describe_pickles(folder)}.")
-    return path
+from qlora.checkpoint.peft_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PeftAdapter,
+    config_alpha,
+    read_adapter,
+    tensor_names,
+)
+from qlora.errors import CheckpointError
+from qlora.lora import AdapterSpec, LoraLinear, StoredAdapter, linear_layers, lora_layers, wrap_layers
+from qlora.lora.spec import matches
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
@@ -80,9 +53,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
         raise CheckpointError(f"{type(model).__name__} has no adapters to save; add some with add_lora.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    specs = {name: layer.spec for name, layer in layers.items()}
-    ranks = {name: spec.rank for name, spec in specs.items()}
-    alphas = {name: spec.scaling * spec.rank if spec.rslora else spec.alpha for name, spec in specs.items()}
+    stored = {name: layer.stored() for name, layer in layers.items()}
+    ranks = {name: len(each.A) for name, each in stored.items()}
+    # Rounded, because the scaling is a quotient of the alpha.
+    alphas = {name: round(each.scaling * ranks[name], 9) for name, each in stored.items()}
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
@@ -90,19 +64,20 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": next(iter(specs.values())).dropout,
+        "lora_dropout": next(iter(layers.values())).spec.dropout,
         "use_rslora": False,
         "target_modules": _target_modules(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    config |= {key: pattern for key, pattern in patterns.items() if pattern} | rows_config(model)
+    has_magnitude = any(each.magnitude is not None for each in stored.values())
+    options = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_dora": has_magnitude}
+    config |= {key: value for key, value in options.items() if value} | rows_config(model)
     tensors = rows_tensors(model)
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    for layer, each in stored.items():
+        values = zip(tensor_names(layer, has_magnitude), (each.A, each.B, each.magnitude), strict=False)
+        tensors |= {name: value.detach().cpu().contiguous() for name, value in values if value is not None}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
@@ -118,119 +93,6 @@ def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, others
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's config.
-
-    Raises:
-        CheckpointError: It is missing, damaged, or does not determine the scaling.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no adapter: {CONFIG_FILE} is missing.")
-    config = read_object(path, CheckpointError, "save or download it again")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    is_scale = isinstance(alpha, int | float) and abs(alpha) < LARGEST_ALPHA
-    if type(rank) is not int or not 0 < rank <= MAX_RANK or not is_scale:
-        raise CheckpointError(
-            f"{path} has no valid r and lora_alpha, so the adapter's scaling is unknown; save or download it again."
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not is_pattern_map(patterns) or not all(
-            type(value) in (int, float) and 0 < value < LARGEST_ALPHA for value in patterns.values()
-        ):
-            raise CheckpointError(f"{path}: {key} should map regular expressions to numbers above 0.")
-    targets = config.get("target_modules") or []
-    if not isinstance(targets, list) and not (isinstance(targets, str) and is_regex(targets)):
-        raise CheckpointError(f"{path}: target_modules should be a list of names or a regular expression.")
-    check_rows_config(config, path)
-    return config
-
-
-def config_rank(config: Mapping[str, Any], module: str) -> int:
-    """Return the rank that an adapter's config gives a module."""
-    return by_pattern(config.get("rank_pattern") or {}, module, config["r"])
-
-
-def config_scaling(config: Mapping[str, Any], module: str) -> float:
-    """Return the factor on a module's B A by an adapter's config, as PEFT computes it."""
-    alpha = by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return scaling(config_rank(config, module), alpha, bool(config.get("use_rslora")))
-
-
-def adapter_scalings(folder: Path, modules: Iterable[str]) -> dict[str, float]:
-    """Return the factor on B A of each module.
-
-    Args:
-        folder: Folder of the adapter.
-        modules: Names of the modules.
-
-    Raises:
-        CheckpointError: The adapter's initialization changed the base's weights.
-    """
-    config = read_adapter_config(folder)
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGING_INITS):
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} has init_lora_weights: {config['init_lora_weights']}, which changed the base's "
-            "weights; only plain LoRA on the published base is supported. Convert the adapter to plain LoRA with the "
-            "tool that made it."
-        )
-    return {module: config_scaling(config, module) for module in modules}
-
-
-def read_adapter_header(folder: Path) -> dict[str, Any]:
-    """Read dtype, shape and offsets of an adapter's tensors, by name.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or factors in it are not matrices.
-    """
-    path = _weights_file(folder)
-    try:
-        header = read_header(path)
-    except ModelError as error:
-        raise CheckpointError(str(error)) from None
-    for name, entry in header.items():
-        is_factor = name.endswith((".lora_A.weight", ".lora_B.weight"))
-        if is_factor and (len(entry["shape"]) != 2 or entry["dtype"] not in FACTOR_DTYPES):
-            raise CheckpointError(
-                f"{path}: {name} is not a LoRA factor: {entry['dtype']} {entry['shape']}; save or download it again."
-            )
-    return header
-
-
-def read_adapter_tensors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Read the factors by module name: A (rank, in) and B (out, rank).
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or has tensors other than pairs of factors and trained rows.
-    """
-    path, header = folder / WEIGHTS_FILE, read_adapter_header(folder)
-    for name, rows in read_adapter_rows(folder).items():
-        header.pop(rows.tensor)
-        header.pop(f"{PREFIX}{name}.bias", None)
-    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in header}
-    expected = {f"{PREFIX}{name}.lora_{factor}.weight" for name in names for factor in "AB"}
-    if expected != set(header):
-        raise CheckpointError(
-            f"{path}: tensors that are not pairs of LoRA factors: {', '.join(sorted(expected ^ set(header))[:4])}."
-        )
-    pairs = {name: [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"] for name in sorted(names)}
-    for name, (key_A, key_B) in pairs.items():
-        if header[key_A]["shape"][0] != header[key_B]["shape"][1]:
-            raise CheckpointError(f"{path}: {name} has factors {header[key_A]['shape']} and {header[key_B]['shape']}.")
-    tensors = load_file(path)
-    return {name: (tensors[key_A], tensors[key_B]) for name, (key_A, key_B) in pairs.items()}
-
-
-def read_adapter_rows(folder: Path) -> dict[str, StoredRows]:
-    """Read the tensor and ids of the rows trained in full, by module name.
-
-    Raises:
-        CheckpointError: The adapter is missing or damaged, or its config and file list different rows.
-    """
-    return read_rows(read_adapter_config(folder), read_adapter_header(folder))
-
-
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Copy an adapter's factors and trained rows into a model with the same adapted layers.
@@ -238,27 +100,103 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: The adapter's modules, shapes, rows or scalings differ from the model's; names them.
     """
-    factors, layers = read_adapter_tensors(folder), dict(lora_layers(model))
-    scalings = adapter_scalings(folder, factors)
-    if set(factors) != set(layers):
-        mismatches = sorted(set(factors) ^ set(layers))
+    adapter, layers = read_adapter(folder), dict(lora_layers(model))
+    if set(adapter.layers) != set(layers):
+        mismatches = sorted(set(adapter.layers) ^ set(layers))
         raise CheckpointError(
             f"{folder}: adapter and model differ in {len(mismatches)} modules: {', '.join(mismatches[:4])} …"
         )
-    for name, (lora_A, lora_B) in factors.items():
+    for name, stored in adapter.layers.items():
         layer = layers[name]
-        if lora_A.shape != layer.lora_A.shape or lora_B.shape != layer.lora_B.shape:
+        if stored.A.shape != layer.lora_A.shape or stored.B.shape != layer.lora_B.shape:
             raise CheckpointError(
-                f"{folder}: {name} has factors {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "
+                f"{folder}: {name} has factors {tuple(stored.A.shape)} and {tuple(stored.B.shape)}, "
                 f"the model {tuple(layer.lora_A.shape)} and {tuple(layer.lora_B.shape)}."
             )
-        if not math.isclose(scalings[name], layer.spec.scaling):
+        if not math.isclose(stored.scaling, layer.spec.scaling):
             raise CheckpointError(
-                f"{folder}: {name} has a scaling of {scalings[name]:g}, the run trained with {layer.spec.scaling:g}."
+                f"{folder}: {name} has a scaling of {stored.scaling:g}, the run trained with {layer.spec.scaling:g}."
             )
-        layer.lora_A.copy_(lora_A)
-        layer.lora_B.copy_(lora_B)
-    load_rows(model, read_adapter_rows(folder), load_file(folder / WEIGHTS_FILE))
+        _copy(layer, stored)
+    load_rows(model, adapter.rows, adapter.tensors)
+
+
+@torch.no_grad()
+def wrap_adapter(model: Any, adapter: PeftAdapter, form: str = "auto") -> list[str]:
+    """Freeze a base and give it an adapter, in place: the layers and rows that its file names, and no others.
+
+    Args:
+        model: A causal language model without adapters, its linear layers in 4 bits or not.
+        adapter: Adapter of any tool, see :func:`read_adapter`.
+        form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        CheckpointError: The adapter does not fit the base; names all problems.
+    """
+    problems = _misfits(model, adapter) + rows_problems(model, adapter.rows, adapter.tensors)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(f"The adapter {adapter.folder} does not fit {type(model).__name__}:\n{lines}")
+    wrap_layers(model, {name: _spec(adapter, name, form) for name in adapter.layers})
+    for name, layer in lora_layers(model):
+        _copy(layer, adapter.layers[name])
+    dtype = _dtype(adapter.tensors[rows.tensor] for rows in adapter.rows.values())
+    wrap_stored_rows(model, adapter.rows, adapter.tensors, dtype)
+    return list(adapter.layers)
+
+
+def _copy(layer: LoraLinear, stored: StoredAdapter) -> None:
+    layer.lora_A.copy_(stored.A)
+    layer.lora_B.copy_(stored.B)
+    if stored.magnitude is not None:
+        layer.first_magnitude.copy_(stored.magnitude)
+
+
+def _misfits(model: Any, adapter: PeftAdapter) -> list[str]:
+    """Return a line for each layer of an adapter that a base can't take."""
+    linears, modules = linear_layers(model), dict(model.named_modules())
+    problems, absent = [], [name for name in adapter.layers if name not in modules]
+    if absent:
+        near = difflib.get_close_matches(absent[0], linears, n=1)
+        hint = f"; the nearest name is {near[0]}" if near else ""
+        more = " …" if len(absent) > 3 else ""
+        problems.append(f"the base lacks {len(absent)} of its layers ({', '.join(absent[:3])}{more}){hint}")
+    for name, stored in adapter.layers.items():
+        if name in absent:
+            continue
+        layer: Any = linears.get(name)
+        if layer is None:
+            problems.append(f"{name} is a {type(modules[name]).__name__}; LoRA is only supported on linear layers")
+        elif layer is model.get_output_embeddings():
+            problems.append(f"LoRA on the output head {name} is not supported, only rows of it trained in full")
+        elif (len(stored.B), stored.A.shape[1]) != (layer.out_features, layer.in_features):
+            problems.append(
+                f"{name} has factors for a weight of ({len(stored.B)}, {stored.A.shape[1]}), the base's is "
+                f"({layer.out_features}, {layer.in_features})"
+            )
+    return problems
+
+
+def _spec(adapter: PeftAdapter, name: str, form: str) -> AdapterSpec:
+    """Return the spec of a layer by an adapter's config and file."""
+    stored, config = adapter.layers[name], adapter.config
+    return AdapterSpec(
+        rank=len(stored.A),
+        alpha=config_alpha(config, name),
+        rslora=bool(config.get("use_rslora")),
+        dropout=config.get("lora_dropout") or 0.0,
+        kind="lora" if stored.magnitude is None else "dora",
+        dtype=_dtype([stored.A, stored.B]),
+        form=form,
+    )
+
+
+def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """Return the dtype that trained parameters are loaded in: bf16 if all are stored in bf16, else fp32."""
+    return torch.bfloat16 if {tensor.dtype for tensor in tensors} <= {torch.bfloat16} else torch.float32
 
 
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:

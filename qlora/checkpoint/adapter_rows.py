@@ -1,6 +1,6 @@
 """Rows of embedding and head trained in full, as PEFT stores them in an adapter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import CheckpointError
-from qlora.lora import EmbeddingRows, trained_rows
+from qlora.lora import EmbeddingRows, trained_rows, wrap_rows
 
 PREFIX = "base_model.model."
 # PEFT's config keys for modules trained in full and for rows trained by id, and its name for the tensor of such rows.
@@ -24,10 +24,12 @@ class StoredRows:
     Attributes:
         tensor: Name of the tensor in the file.
         ids: Token ids of the rows.
+        bias: Name of the tensor with the module's bias, which PEFT saves with whole modules; None without one.
     """
 
     tensor: str
     ids: range
+    bias: str | None = None
 
 
 def rows_config(model: nn.Module) -> dict[str, Any]:
@@ -63,32 +65,50 @@ def check_rows_config(config: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: {IDS_KEY} should map modules to lists of ids.")
 
 
-def read_rows(config: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, StoredRows]:
-    """Return the trained rows of each module.
+def read_rows(config: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, StoredRows], list[str]]:
+    """Find the trained rows of each module in an adapter's file.
+
+    PEFT's configs may name a module by the end of its name, and its files may hold whole embeddings that no config
+    names, after the vocabulary was extended; so the file decides which modules have rows.
 
     Args:
         config: Config of the adapter.
         header: Header of the adapter's tensors file.
 
-    Raises:
-        CheckpointError: The file lacks rows that the config lists, or their ids are not consecutive.
+    Returns:
+        The rows by module, and a line for each mismatch of config and file.
     """
-    whole, by_ids = config.get(WHOLE_KEY) or [], config.get(IDS_KEY) or {}
-    if isinstance(by_ids, list):
-        raise CheckpointError(f"The adapter's {IDS_KEY} names no modules; save it again with the ids by module.")
-    names = {name: _tensor_name(name, is_whole=True) for name in whole}
-    names |= {name: _tensor_name(name, is_whole=False) for name in by_ids}
+    problems = []
+    names = [key.removeprefix(PREFIX) for key in header if key.startswith(PREFIX)]
+    whole = [
+        name.removesuffix(".weight")
+        for name in names
+        if name.endswith(".weight") and ".lora_" not in name and ".base_layer." not in name
+    ]
+    deltas = [name.removesuffix(f".{DELTA}") for name in names if name.endswith(f".{DELTA}")]
+    given = config.get(IDS_KEY) or {}
+    by_ids = given if isinstance(given, dict) else dict.fromkeys(deltas, given)
+    for key, asked, found in ((WHOLE_KEY, config.get(WHOLE_KEY) or [], whole), (IDS_KEY, by_ids, deltas)):
+        problems += [f"{key} names {name}, but the file has no rows of it" for name in asked if not _ends(found, name)]
     rows = {}
-    for name, tensor in names.items():
-        shape = header[tensor]["shape"] if tensor in header else []
+    for name in [*whole, *deltas]:
+        tensor = _tensor_name(name, name in whole)
+        shape = header[tensor]["shape"]
+        listed = [ids for asked, ids in by_ids.items() if name in _ends(deltas, asked)]
+        start = min(listed[0], default=0) if listed and name in deltas else 0
         if len(shape) != 2:
-            raise CheckpointError(f"The adapter's config names trained rows of {name}, but its file has no {tensor}.")
-        start = min(by_ids.get(name, []), default=0)
-        ids = range(start, start + shape[0])
-        if name in by_ids and list(ids) != by_ids[name]:
-            raise CheckpointError(f"The adapter's {IDS_KEY} of {name} should be {shape[0]} consecutive ids.")
-        rows[name] = StoredRows(tensor, ids)
-    return rows
+            problems.append(f"{name} was trained in full, which is only supported for embedding and output head")
+        elif name in deltas and [*range(start, start + shape[0])] != (listed or [None])[0]:
+            problems.append(f"{IDS_KEY} of {name} should be {shape[0]} consecutive ids in ascending order")
+        else:
+            bias = f"{PREFIX}{name}.bias" if name in whole and f"{PREFIX}{name}.bias" in header else None
+            rows[name] = StoredRows(tensor, range(start, start + shape[0]), bias)
+    return rows, problems
+
+
+def _ends(names: Iterable[str], end: str) -> list[str]:
+    """Return the names that are, or from a dot on end in, another."""
+    return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
 @torch.no_grad()
@@ -110,6 +130,70 @@ def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping
             raise CheckpointError(
                 f"The adapter has different rows for {name}, which shares its weight with another module."
             )
+
+
+def rows_problems(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return a line for each module whose stored rows a base can't take."""
+    layers = _embedding_and_head(model)
+    problems = []
+    for name, stored in rows.items():
+        if name not in layers:
+            problems.append(f"{name} was trained in full, but only {' and '.join(layers)} of this base can be")
+            continue
+        layer = layers[name]
+        (size, features), given = layer.weight.shape, tensors[stored.tensor].shape[1]
+        is_too_short = stored.tensor == _tensor_name(name, is_whole=True) and len(stored.ids) < size
+        if given != features or stored.ids.start > size or is_too_short:
+            problems.append(
+                f"{name} has rows {stored.ids.start} to {stored.ids.stop - 1} of {given} features, the base's has "
+                f"{size} rows of {features}"
+            )
+        if stored.bias and not torch.equal(tensors[stored.bias].to(layer.bias), layer.bias.cpu().to(layer.bias)):
+            problems.append(f"{name} has a trained bias, which is not supported")
+    sizes = {max(len(layer.weight), rows[name].ids.stop if name in rows else 0) for name, layer in layers.items()}
+    if len(sizes) > 1 and not problems and not are_shared(model, rows, tensors):
+        problems.append(f"it adds rows to only one of {' and '.join(layers)}")
+    return problems
+
+
+def wrap_stored_rows(
+    model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Give a model's embedding and head the rows that an adapter stores, in place.
+
+    Args:
+        model: A frozen model that :func:`rows_problems` has no complaints about.
+        rows: Stored rows by module.
+        tensors: Tensors of the adapter's file.
+        dtype: Dtype of the rows.
+    """
+    layers = _embedding_and_head(model)
+    device = model.get_input_embeddings().weight.device
+    own = {
+        name: EmbeddingRows(tensors[stored.tensor].to(device, dtype, copy=True), stored.ids, len(layers[name].weight))
+        for name, stored in rows.items()
+    }
+    if own and are_shared(model, rows, tensors):
+        own = dict.fromkeys(layers, next(iter(own.values())))
+    wrap_rows(model, own)
+
+
+def are_shared(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether embedding and head share the stored rows: PEFT stores rows by ids of a tied weight once."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight or not rows:
+        return False
+    first, *others = rows.items()
+    if not others:
+        return first[1].tensor == _tensor_name(first[0], is_whole=False)
+    other = others[0][1]
+    return first[1].ids == other.ids and torch.equal(tensors[first[1].tensor], tensors[other.tensor])
+
+
+def _embedding_and_head(model: Any) -> dict[str, Any]:
+    """Return a model's embedding and output head by their names."""
+    both = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in both)}
 
 
 def _with_tensors(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
+from qlora.checkpoint.adapter import load_adapter, save_adapter
+from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import CheckpointError
 from qlora.files.atomic import atomic_folder, discard
 from qlora.files.json_files import parse_object, read_object

@@ -1,24 +1,32 @@
 """The merged weights of a run, computed one tensor at a time from the base's files and the adapter."""
 
 import difflib
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, StoredRows, adapter_scalings, read_adapter_rows, read_adapter_tensors
-from qlora.checkpoint.adapter import WEIGHTS_FILE
-from qlora.checkpoint.adapter_rows import PREFIX
+from qlora.checkpoint import RunDirectory, StoredRows
+from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
-from qlora.kernels import LowRank, fold
-from qlora.model import BITSANDBYTES_4BIT, BaseWeights, adapter_spec, build_skeleton, resolve_device, weight_format
+from qlora.kernels import LowRank, fold, row_norms
+from qlora.model import (
+    BITSANDBYTES_4BIT,
+    BaseWeights,
+    build_skeleton,
+    has_codes,
+    resolve_device,
+    starts_of,
+    subtracted,
+    weight_format,
+)
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
+from qlora.model.run_adapter import read_run_adapter
 from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
@@ -67,20 +75,19 @@ class MergedWeights:
         if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
             raise ExportError(f"{self.files.name} has only 4-bit weights; merge --onto dequantized.")
         self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        adapted = list(read_adapter_tensors(run.adapter))  # memory-mapped, so unread values take no memory
-        self._scalings = adapter_scalings(run.adapter, adapted)
-        self._check_scalings(run)
+        adapter = read_run_adapter(run)
+        self._layers, self._onto, self._starts = adapter.layers, onto, starts_of(self.config, run.adapter)
+        path = run.adapter / WEIGHTS_FILE
+        self._trained = StoredTensors({path: read_header(path)})  # read by rows, because an embedding is large
         self._base = BaseWeights(self.files)
         self._shapes = dict(self._base.shapes)
         skeleton = build_skeleton(self.files, model.trust_remote_code)
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
-        path = run.adapter / WEIGHTS_FILE
-        self._factors = StoredTensors({path: read_header(path)})
-        self._adapted = self._by_name_in_files(adapted, skeleton)
-        self._rows = self._rows_by_name_in_files(read_adapter_rows(run.adapter), skeleton)
+        self._adapted = self._by_name_in_files(self._layers, skeleton)
+        self._rows = self._rows_by_name_in_files(adapter.rows, skeleton)
         for name, rows in self._rows.items():
-            (size, features), given = self._shapes[name], self._factors.shape(rows.tensor)
+            (size, features), given = self._shapes[name], self._trained.shape(rows.tensor)
             if given[1] != features or rows.ids.start > size:
                 raise ExportError(
                     f"{name}: the adapter has rows {rows.ids.start} to {rows.ids.stop - 1} of {given[1]} features, the "
@@ -90,12 +97,6 @@ class MergedWeights:
         quantized = self.record.parameters.quantized if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
-        missing = sorted({*self.record.parameters.adapted} - {*adapted})
-        if missing:
-            raise ExportError(
-                f"The adapter lacks the factors of {len(missing)} layers that the run adapted "
-                f"({', '.join(missing[:3])} …); use the run's own adapter."
-            )
 
     @property
     def num_adapted(self) -> int:
@@ -142,6 +143,27 @@ class MergedWeights:
             Rows in fp32 on the device; integers as they are stored.
         """
         base = self._dequantized(name)
+        module = self._adapted.get(name)
+        magnitude = None if module is None else self._layers[module].magnitude
+        if magnitude is None:
+            yield from self._summed(name, base)
+            return
+        magnitude = magnitude.to(self.device)
+        if module not in self._transposed:
+            for rows, block in zip(row_blocks(self._shapes[name]), self._summed(name, base), strict=True):
+                yield block.mul_((magnitude[rows] / row_norms(block))[:, None])
+            return
+        norms = torch.stack([row_norms(block, dim=0) for block in self._summed(name, base)]).norm(dim=0)
+        for block in self._summed(name, base):
+            yield block.mul_(magnitude / norms)
+
+    def _summed(self, name: str, base: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """Yield blocks of the rows of a tensor with its updates, before DoRA scales it.
+
+        Args:
+            name: Name of the tensor.
+            base: Result of :meth:`_dequantized`.
+        """
         deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
             stored = self._read_rows(name, rows) if base is None else base[rows]
@@ -171,11 +193,18 @@ class MergedWeights:
         if name not in self._quantized:
             return None
         is_transposed = self._quantized[name] in self._transposed
-        weight = self._base.read(name).to(self.device).to(self._compute_dtype)
+        start = self._starts.get(self._quantized[name])
+        weight = self._base.read(name).to(self.device)
+        weight = subtracted(weight.T if is_transposed else weight, start).to(self._compute_dtype)
         settings = self.record.quantization
         assert settings.block_size is not None  # because the record has quantized layers
-        packed = quantize(weight.T if is_transposed else weight, settings.double_quant, settings.block_size)
+        packed = quantize(weight, settings.double_quant, settings.block_size)
         del weight
+        if start is not None and self.device.type == self._trained_on and not has_codes(start, packed[0]):
+            raise ExportError(
+                f"{name}: the base has other 4-bit codes than the one that the run's adapter starts from; restore the "
+                "base that it was trained on."
+            )
         weight = dequantize(*packed, self._compute_dtype)
         return weight.T if is_transposed else weight
 
@@ -184,9 +213,13 @@ class MergedWeights:
         if name not in self._adapted:
             return ()
         module = self._adapted[name]
-        lora_A, lora_B = (self._factors.read(key).to(self.device).float() for key in _factor_names(module))
-        delta = LowRank(lora_A, lora_B, self._scalings[module])
-        return (delta.T if module in self._transposed else delta,)
+        deltas = [self._layers[module].delta]
+        start = self._starts.get(module)
+        if self._onto == "original" and start is not None and start.first is not None:
+            # The original weights lack no part that the initial values make up for.
+            deltas.append(LowRank(start.first.A, start.first.B, -start.first.scaling))
+        on_device = (LowRank(d.A.to(self.device).float(), d.B.to(self.device).float(), d.scaling) for d in deltas)
+        return tuple(delta.T if module in self._transposed else delta for delta in on_device)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Return rows of a tensor that is not quantized: trained rows from the adapter, the others from the base."""
@@ -197,26 +230,16 @@ class MergedWeights:
         start, stop = (min(max(bound, first), last) for bound in (ids.start, ids.stop))
         parts = [
             self._base.read(name, slice(first, start)),
-            self._factors.read(tensor, slice(start - ids.start, stop - ids.start)),
+            self._trained.read(tensor, slice(start - ids.start, stop - ids.start)),
             self._base.read(name, slice(stop, last)),
         ]
         return torch.cat([part.float() for part in parts])
 
-    def _check_scalings(self, run: RunDirectory) -> None:
-        """Check that every module has the scaling used in training; raises ExportError otherwise."""
-        specs = adapter_spec(self.config.lora).by_layer([*self.record.parameters.adapted, *self._scalings])
-        for module, scaling in self._scalings.items():
-            trained = specs[module].scaling
-            if not math.isclose(scaling, trained):
-                raise ExportError(
-                    f"{run.adapter}: {module} has a scaling of {scaling:g}, the run trained with {trained:g}; use the "
-                    "run's own adapter."
-                )
-
     def _check_factors(self) -> None:
         """Check that every update has the shape of its weight; raises ExportError otherwise."""
         for name, module in self._adapted.items():
-            (_, columns), (rows, _) = (self._factors.shape(key) for key in _factor_names(module))
+            stored = self._layers[module]
+            rows, columns = len(stored.B), stored.A.shape[1]
             shape = (columns, rows) if module in self._transposed else (rows, columns)
             if shape != self._shapes[name]:
                 raise ExportError(
@@ -230,11 +253,6 @@ class MergedWeights:
         if rows and self.record.parameters.shared_rows:
             shared = next(iter(rows.values()))
             rows = {module: rows.get(module, shared) for module in modules}
-        if {*rows} != {*modules}:
-            raise ExportError(
-                f"The adapter has fully trained rows of {', '.join(sorted(rows)) or 'no module'}, but run.json lists "
-                f"{', '.join(modules) or 'no module'}; use the run's own adapter."
-            )
         if self.record.parameters.shared_rows:
             one_to_one, _ = names_in_files(skeleton, self._shapes)
             modules = [module for module in modules if f"{module}.weight" in one_to_one]
@@ -273,7 +291,3 @@ def _device_here(kind: str) -> torch.device:
         return resolve_device(kind)
     except ModelError:
         return torch.device("cpu")
-
-
-def _factor_names(module: str) -> tuple[str, str]:
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"

@@ -41,6 +41,11 @@ class Targets:
     layers: Collection[int] | None = None
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+
+
 def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
     """Return the names of the linear layers that `targets` asks for, in the model's order.
 
@@ -73,7 +78,7 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    linears = list(linear_layers(model))
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = _output_head(model)
@@ -166,9 +171,25 @@ def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int =
     """Freeze a model and wrap linear layers in adapters with initial values, in place; see :func:`add_lora`.
 
     Args:
-        model: A causal language model, or any module with linear layers.
-        specs: The spec of each layer by its name.
+        model: A model without adapters.
+        specs: Specs by the names of the layers.
         seed: Seed of the initial values.
+
+    Raises:
+        ModelError: The model has adapters already, or a layer has fewer rows than are to be trained.
+    """
+    wrap_layers(model, specs)
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model):
+        layer.reset(generator, getattr(model, "dtype", None))
+
+
+def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
+    """Freeze a model and wrap linear layers in adapters whose values are zero, in place.
+
+    Args:
+        model: A model without adapters.
+        specs: Specs by the names of the layers.
 
     Raises:
         ModelError: The model has adapters already, or a layer has fewer rows than are to be trained.
@@ -176,7 +197,6 @@ def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int =
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for name, spec in specs.items():
         base: Any = model.get_submodule(name)
         if spec.kind == "rows" and spec.rank > base.out_features:
@@ -185,7 +205,6 @@ def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int =
                 "or give the layer its own by lora.rank_pattern."
             )
         layer = LoraLinear(base, spec)
-        layer.reset(generator, getattr(model, "dtype", None))
         layer.train(
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.

@@ -1,6 +1,6 @@
 """Rows of an embedding or an output head that are trained in full: all of them, or those of new tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,15 +192,30 @@ def train_rows(
     for name, layer in layers.items():
         if spans[name]:
             _check(name, layer, new_ids)
-    rows: EmbeddingRows | None = None
+    rows: dict[str, EmbeddingRows] = {}
     for name, layer in layers.items():
         if spans[name]:
-            if rows is None or not is_tied:
+            if rows and is_tied:
+                rows[name] = next(iter(rows.values()))
+            else:
                 values = _first_values(layer.weight, spans[name], new_ids, dtype)
-                rows = EmbeddingRows(values, spans[name], len(layer.weight))
-            wrapped = TrainedEmbedding(layer, rows) if layer is embedding else TrainedHead(layer, rows)
-            model.set_submodule(name, wrapped.train(model.training))
+                rows[name] = EmbeddingRows(values, spans[name], len(layer.weight))
+    wrap_rows(model, rows)
     return {name: span for name, span in spans.items() if span}
+
+
+def wrap_rows(model: Any, rows: Mapping[str, EmbeddingRows]) -> None:
+    """Wrap the embedding and the head of a model so that they use rows of their own, in place.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Rows by the names of the modules; those of a tied embedding and head are the same object.
+    """
+    embedding = model.get_input_embeddings()
+    for name, own in rows.items():
+        layer = model.get_submodule(name)
+        wrapped = TrainedEmbedding(layer, own) if layer is embedding else TrainedHead(layer, own)
+        model.set_submodule(name, wrapped.train(model.training))
 
 
 def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:

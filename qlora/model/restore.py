@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, load_adapter
+from qlora.checkpoint import RunDirectory, wrap_adapter
 from qlora.config import load_config
-from qlora.data import apply_template, new_token_ids
+from qlora.data import apply_template
 from qlora.files import BaseFiles
 from qlora.model.base import load_base
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.from_config import adapt, base_from_section, set_tokens
+from qlora.model.from_config import set_tokens
+from qlora.model.run_adapter import read_run_adapter
+from qlora.model.starts import load_started_base, starts_of
 from qlora.model.tokenizer import load_tokenizer
 
 
@@ -51,10 +53,10 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
     """
     run = RunDirectory.open(run_dir)
     config = load_config(run.config)
+    adapter = read_run_adapter(run)
     tokenizer = load_run_tokenizer(run)
-    model, _ = base_from_section(config.model, device)
-    adapt(model, config.lora, config.train.seed, new_token_ids(tokenizer, config.data.new_tokens))
-    load_adapter(model, run.adapter)
+    model = load_started_base(config.model, starts_of(config, run.adapter), device)
+    wrap_adapter(model, adapter, config.lora.form)
     return model.eval(), tokenizer
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qlora.checkpoint import RunDirectory, adapter_scalings, read_adapter_tensors, step_of
-from qlora.checkpoint.adapter import WEIGHTS_FILE, read_adapter_header
+from qlora.checkpoint import RunDirectory, read_adapter, step_of
+from qlora.checkpoint.peft_folder import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
 from qlora.data import ExampleSet
 from qlora.errors import CheckpointError
 from qlora.lora import LoraLinear, lora_layers
+from qlora.lora.spec import COMPUTED_INITS
 from qlora.model import adapter_spec
 from qlora.proof.expected import ExpectedWeights
 
@@ -43,20 +44,22 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
         A line for each mismatch.
     """
     adapted = run.read_record().parameters.adapted
-    specs = adapter_spec(load_config(run.config).lora).by_layer(adapted)
-    factors = read_adapter_tensors(run.adapter)
-    saved = adapter_scalings(run.adapter, factors)
-    problems = [f"{run.adapter} lacks the factors of {name}" for name in sorted({*specs} - {*factors})]
-    problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*factors} - {*specs})]
+    section = load_config(run.config).lora
+    specs = adapter_spec(section).by_layer(adapted)
+    # These change ranks, and add terms that are stored with the trained one.
+    has_own_ranks = section.final_rank or section.start_from or section.init in COMPUTED_INITS
+    layers = read_adapter(run.adapter).layers
+    problems = [f"{run.adapter} lacks the factors of {name}" for name in sorted({*specs} - {*layers})]
+    problems += [f"{run.adapter} has factors of {name}, which has no adapter" for name in sorted({*layers} - {*specs})]
     others: dict[tuple[float, float], list[str]] = {}
     for name, spec in specs.items():
-        if name not in factors:
+        if name not in layers:
             continue
-        rank = len(factors[name][0])
-        if rank != spec.rank:
+        rank, scaling = len(layers[name].A), layers[name].scaling
+        if rank != spec.rank and not has_own_ranks:
             problems.append(f"{run.adapter}: {name} has rank {rank}, the run trained with {spec.rank}")
-        if not math.isclose(spec.scaling, saved[name]):
-            others.setdefault((saved[name], spec.scaling), []).append(name)
+        if not math.isclose(spec.scaling, scaling):
+            others.setdefault((scaling, spec.scaling), []).append(name)
     problems += [
         f"{run.adapter} has a scaling of {found:g}, the run trained with {own:g}, in {len(names)} layers: "
         f"{', '.join(names[:3])}{' …' * (len(names) > 3)}"

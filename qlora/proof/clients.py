@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
-from qlora.checkpoint.adapter import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.checkpoint.adapter_rows import PREFIX
+from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).

@@ -110,7 +110,7 @@ def _compare(expected: ExpectedWeights, written: Written, name: str) -> "_Compar
         return comparison
     slack = partial(written.slack, name)
     for rows in row_blocks(shape):
-        update = expected.update(name, rows) if expected.is_adapted(name) else None
+        update = expected.update(name, rows, base) if expected.is_adapted(name) else None
         comparison.add(written.read(name, rows), expected.rows(name, rows, base), update, slack)
     return comparison
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
-from qlora.checkpoint import load_adapter, read_adapter_config, read_adapter_tensors, save_adapter
+from qlora.checkpoint import load_adapter, read_adapter, read_adapter_config, save_adapter
 from qlora.checkpoint.adapter import _as_patterns
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora, lora_layers
@@ -85,14 +85,13 @@ def test_an_rslora_scaling_is_saved_as_alpha_over_rank(rank, tiny_base, tmp_path
     """llama.cpp reads no other scaling, and a run's own loader gets the same update."""
     model = adapted_model(tiny_base, generator, rank=rank, rslora=True)
     adapter = save(model, tmp_path / "adapter")
-    config, factors = read_adapter_config(adapter), read_adapter_tensors(adapter)
+    config, factors = read_adapter_config(adapter), read_adapter(adapter).layers
     assert not config["use_rslora"]
     other = adapted_model(tiny_base, generator, rank=rank, rslora=True)
     load_adapter(other, adapter)
     loaded = dict(lora_layers(other))
     for name, layer in lora_layers(model):
-        lora_A, lora_B = factors[name]
-        served = (lora_B.float() @ lora_A.float()) * (config["lora_alpha"] / config["r"])
+        served = (factors[name].B.float() @ factors[name].A.float()) * (config["lora_alpha"] / config["r"])
         assert torch.equal(served, layer.delta_weight())
         assert torch.equal(loaded[name].delta_weight(), layer.delta_weight())
 
@@ -242,7 +241,7 @@ def test_a_factor_without_its_partner_is_named(tiny_base, tmp_path, generator):
     del tensors[lost]
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=lost.replace(".", r"\.")):
-        read_adapter_tensors(path.parent)
+        read_adapter(path.parent)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -250,7 +249,7 @@ def test_a_missing_file_is_named(name, tiny_base, tmp_path, generator):
     adapter = save(adapted_model(tiny_base, generator), tmp_path / "adapter")
     (adapter / name).unlink()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        (read_adapter_config if name.endswith("json") else read_adapter_tensors)(adapter)
+        (read_adapter_config if name.endswith("json") else read_adapter)(adapter)
 
 
 def test_a_damaged_config_is_reported(tmp_path):

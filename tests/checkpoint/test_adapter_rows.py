@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PhiConfig, Qwen3Config
 
-from qlora.checkpoint import load_adapter, read_adapter_rows, read_adapter_tensors, save_adapter
+from qlora.checkpoint import load_adapter, read_adapter, save_adapter
 from qlora.errors import CheckpointError
 from qlora.lora import add_lora, lora_layers, train_rows, trained_rows
 from qlora.model import load_base
@@ -87,13 +87,13 @@ def test_an_adapter_without_rows_has_no_keys_for_them(tiny_base, tmp_path, gener
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert not {"modules_to_save", "trainable_token_indices"} & {*config}
     assert all(".lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
-    assert read_adapter_rows(adapter) == {}
+    assert read_adapter(adapter).rows == {}
 
 
 def test_rows_and_factors_are_read_separately(saved):
     model, adapter = saved
-    assert {*read_adapter_tensors(adapter)} == {name for name, _ in lora_layers(model)}
-    rows, tensors = read_adapter_rows(adapter), load_file(adapter / "adapter_model.safetensors")
+    assert {*read_adapter(adapter).layers} == {name for name, _ in lora_layers(model)}
+    rows, tensors = read_adapter(adapter).rows, load_file(adapter / "adapter_model.safetensors")
     assert {name: stored.ids for name, stored in rows.items()} == {
         "lm_head": range(BEHIND.stop),
         "model.embed_tokens": BEHIND,
@@ -120,19 +120,21 @@ def test_a_model_that_trains_other_rows_is_refused(modules, new_ids, message, sa
     ("key", "value", "message"),
     [
         ("modules_to_save", "lm_head", "should be a list of names"),
-        ("modules_to_save", ["lm_head", "model.norm"], "names trained rows of model.norm, but its file has no"),
+        (
+            "modules_to_save",
+            ["lm_head", "model.norm"],
+            "names model.norm, but the file has no rows of it",
+        ),
         ("trainable_token_indices", {"model.embed_tokens": [1, 2.5]}, "should map modules to lists of ids"),
         ("trainable_token_indices", {"model.embed_tokens": [7, 9, 8]}, "should be 3 consecutive ids"),
         ("trainable_token_indices", {"model.embed_tokens": []}, "should be 3 consecutive ids"),
-        ("trainable_token_indices", [7, 8, 9], "names no modules"),
-        ("modules_to_save", None, "not pairs of LoRA factors"),
     ],
 )
 def test_a_config_that_does_not_fit_its_file_is_refused(key, value, message, saved):
     path = saved[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=message):
-        read_adapter_tensors(saved[1])
+        read_adapter(saved[1])
 
 
 def test_two_weights_for_a_shared_one_are_refused(tmp_path, generator, seed):

@@ -17,7 +17,7 @@ def test_scaling_and_shapes(rslora, generator):
     rank, alpha = int(torch.randint(1, 200, (), generator=generator)), 24.0
     spec = AdapterSpec(rank, alpha, rslora=rslora)
     assert spec.scaling == pytest.approx(alpha / (math.sqrt(rank) if rslora else rank))
-    assert spec.shapes(7, 5) == ((rank, 5), (7, rank))
+    assert spec.shapes(7, 5) == {"lora_A": (rank, 5), "lora_B": (7, rank)}
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
@@ -34,7 +34,7 @@ def test_a_dtype_may_be_given_by_its_name(name, dtype):
     ({"alpha": 0}, "alpha: 0 should be a number above 0"),
     ({"alpha": float("nan")}, "alpha: nan should be"),
     ({"dropout": 1.0}, "dropout: 1.0 should be from 0 and below 1"),
-    ({"init": "pissa"}, "init: 'pissa' should be one of kaiming, gaussian"),
+    ({"init": "loftq"}, "init: 'loftq' should be one of kaiming, gaussian"),
     ({"form": "fuse"}, "form: 'fuse' should be one of auto, separate, folded"),
     ({"form": "folded", "dropout": 0.1}, "form: 'folded' can't drop inputs"),
     ({"alpha": -3}, "alpha: -3 should be a number above 0"),

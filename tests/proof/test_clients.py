@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qlora.checkpoint import save_adapter
-from qlora.checkpoint.adapter import config_scaling
+from qlora.checkpoint.peft_folder import config_scaling
 from qlora.errors import CheckpointError
 from qlora.files import BaseFiles
 from qlora.lora import add_lora

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qlora.checkpoint import RunDirectory, load_state, read_adapter_config, read_adapter_tensors
+from qlora.checkpoint import RunDirectory, load_state, read_adapter, read_adapter_config
 from qlora.config import load_config
 from qlora.data.formats import FORMATS, RowReader
 from qlora.data.rows import Row, read_rows
@@ -88,9 +88,9 @@ def make_targets(samples: Samples) -> dict[str, Target]:
         for read in (lambda: load_config(run.config), run.read_record, lambda: run.read_metrics(1), run.read_metrics):
             each_refused(read)
 
-    def read_adapter(folder: Path) -> None:
+    def read_adapter_files(folder: Path) -> None:
         each_refused(lambda: read_adapter_config(folder))
-        each_refused(lambda: read_adapter_tensors(folder))
+        each_refused(lambda: read_adapter(folder))
 
     about, everything = samples.about, samples.base | samples.about
     adapter = {name: content for name, content in samples.checkpoint.items() if name.startswith("adapter")}
@@ -103,7 +103,7 @@ def make_targets(samples: Samples) -> dict[str, Target]:
             lambda given: RowReader(given[0]).read(Row(given[1] if isinstance(given[1], dict) else {}, "x:1")),
             4,
         ),
-        "adapter": Target(lambda rng, folder: write_files(rng, folder, adapter), read_adapter, 2),
+        "adapter": Target(lambda rng, folder: write_files(rng, folder, adapter), read_adapter_files, 2),
         "checkpoint": Target(
             checkpoint,
             lambda folder: Progress.restored(load_state(folder, samples.model, samples.optimizer)),

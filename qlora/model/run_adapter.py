@@ -1,0 +1,41 @@
+"""Whether an adapter is the one that its run trained."""
+
+import math
+
+from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
+from qlora.config import load_config
+from qlora.errors import CheckpointError
+from qlora.model.from_config import adapter_spec
+
+
+def read_run_adapter(run: RunDirectory) -> PeftAdapter:
+    """Read a run's adapter, and check its layers, scalings and trained rows against the run's config and record.
+
+    Raises:
+        CheckpointError: The adapter is damaged, or another run's; names all mismatches.
+    """
+    adapter, parameters = read_adapter(run.adapter), run.read_record().parameters
+    specs = adapter_spec(load_config(run.config).lora).by_layer(parameters.adapted)
+    problems = []
+    if differing := sorted({*adapter.layers} ^ {*specs}):
+        problems.append(f"adapter and run differ in {len(differing)} modules: {', '.join(differing[:4])} …")
+    for name in specs:
+        if name in adapter.layers and not math.isclose(adapter.layers[name].scaling, specs[name].scaling):
+            scaling, trained = adapter.layers[name].scaling, specs[name].scaling
+            problems.append(f"{name} has a scaling of {scaling:g}, the run trained with {trained:g}")
+    trained_rows = {name: range(*ids) for name, ids in parameters.trained_rows.items()}
+    stored = {name: rows.ids for name, rows in adapter.rows.items()}
+    if stored and parameters.shared_rows:  # PEFT stores rows by ids of a tied weight once
+        stored = {name: stored.get(name, next(iter(stored.values()))) for name in {*stored, *trained_rows}}
+    for name in sorted({*stored} | {*trained_rows}):
+        own, found = trained_rows.get(name, range(0)), stored.get(name, range(0))
+        if own != found:
+            problems.append(f"the adapter has rows of {name} for {_show(found)}, the run for {_show(own)}")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(f"{run.adapter} is not the adapter that its run trained; use the run's own:\n{lines}")
+    return adapter
+
+
+def _show(ids: range) -> str:
+    return f"the ids {ids.start} to {ids.stop - 1}" if ids else "no ids"
