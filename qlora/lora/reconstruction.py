@@ -148,7 +148,8 @@ class _Norm:
         self._root = root.float()
 
     def __call__(self, error: torch.Tensor) -> float:
-        return self.weigh(error).norm().item()
+        # Summed in fp64: a sum of millions of squares in fp32 is off by as much as iterates differ.
+        return torch.linalg.vector_norm(self.weigh(error), dtype=torch.float64).item()
 
     def weigh(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return matrix · R."""
