@@ -1,8 +1,11 @@
-"""LoraLinear over any linear layer, its injection into a model, and embeddings and heads trained in full."""
+"""LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
+from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
+from qlora.lora.initial import Factors, kaiming_scale, orthogonal, pissa
 from qlora.lora.inject import Targets, add_lora, linear_layers, lora_layers, match_targets, wrap_layers, wrap_linears
 from qlora.lora.linear import LoraLinear, StoredAdapter
+from qlora.lora.reconstruction import Reconstruction, reconstruct, subtract
 from qlora.lora.rows import (
     EmbeddingRows,
     TrainedEmbedding,
@@ -14,28 +17,41 @@ from qlora.lora.rows import (
 )
 from qlora.lora.spec import AdapterSpec
 from qlora.lora.start import LayerStart, apply_starts, starts_from_tensors, starts_to_tensors
+from qlora.lora.statistics import InputObserver, InputStatistics
 from qlora.lora.switch import adapters_off
 
 __all__ = [
     "AdapterSpec",
+    "EmbeddingRows",
+    "Factors",
+    "InputObserver",
+    "InputStatistics",
     "LayerStart",
     "LoraLinear",
+    "RecomputedWeights",
+    "Reconstruction",
     "StoredAdapter",
     "Targets",
     "TrainedEmbedding",
     "TrainedHead",
-    "EmbeddingRows",
-    "RecomputedWeights",
     "adapters_off",
     "add_lora",
     "apply_starts",
     "choose_form",
+    "eva_factors",
     "head_blocks",
+    "kaiming_scale",
     "linear_layers",
     "lora_layers",
     "match_targets",
+    "num_directions",
+    "orthogonal",
+    "pissa",
+    "reconstruct",
+    "redistribute",
     "starts_from_tensors",
     "starts_to_tensors",
+    "subtract",
     "train_rows",
     "trained_rows",
     "wrap_layers",

@@ -7,7 +7,7 @@ import torch
 from qlora.lora.statistics import InputStatistics
 
 
-def eva(statistics: Mapping[str, InputStatistics], rank: int, rho: float = 2.0) -> dict[str, torch.Tensor]:
+def eva_factors(statistics: Mapping[str, InputStatistics], rank: int, rho: float = 2.0) -> dict[str, torch.Tensor]:
     """Compute EVA's initial A of each layer, whose number of rows is the layer's rank.
 
     B starts at zero. PEFT scales alpha with the rank, so that alpha / rank stays what it is for `rank`.
@@ -34,7 +34,7 @@ def eva(statistics: Mapping[str, InputStatistics], rank: int, rho: float = 2.0) 
 
 
 def num_directions(rank: int, rho: float, in_features: int) -> int:
-    """Return how many directions of its inputs a layer should keep for :func:`eva`.
+    """Return how many directions of its inputs a layer should keep for :func:`eva_factors`.
 
     Four times those that it may use, so that these are accurate, and at least 256, which are a few percent of a
     layer's weight in memory.

@@ -3,11 +3,15 @@
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 _BLOCK_TOKENS = 4096  # that are in fp32 at a time
+
+# By sizes and device, for as long as a layer's statistics hold them.
+_test_matrices: WeakValueDictionary[tuple[int, int, torch.device], torch.Tensor] = WeakValueDictionary()
 
 
 class InputStatistics:
@@ -34,14 +38,14 @@ class InputStatistics:
         if directions < 0:
             raise ValueError(f"directions: {directions!r} should be a whole number from 0.")
         self.in_features = in_features
-        self.sum, self.sum_squares = torch.zeros(2, in_features, device=device)
-        self.count = torch.zeros((), device=device)
         self._is_exact = directions >= in_features
         width = min(directions, in_features)
-        self._sketch = torch.zeros(in_features, width, device=device)
-        if not self._is_exact:
-            generator = torch.Generator().manual_seed(0)  # of all processes, which add up their sketches
-            self._test = torch.linalg.qr(torch.randn(in_features, width, generator=generator)).Q.to(device)
+        with torch.inference_mode(False):  # tensors of inference mode could not be summed up outside of it
+            self.sum, self.sum_squares = (torch.zeros(in_features, device=device) for _ in range(2))
+            self.count = torch.zeros((), device=device)
+            self._sketch = torch.zeros(in_features, width, device=device)
+            if not self._is_exact:
+                self._test = _test_matrix(in_features, width, torch.device(device))
 
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
@@ -109,7 +113,7 @@ class InputStatistics:
             return _descending(*torch.linalg.eigh((moment + moment.T) / 2))
         # Nyström: G ≈ Y (Ωᵀ Y)⁻¹ Yᵀ with Y = G Ω, as F Fᵀ; the shift keeps ΩᵀY positive definite in spite of rounding.
         test = self._test.double()
-        shift = 1e-6 * sketch.norm()
+        shift = 1e-6 * sketch.norm() + torch.finfo(torch.float32).tiny
         sketch = sketch + shift * test
         core = test.T @ sketch
         root = torch.linalg.cholesky((core + core.T) / 2)
@@ -121,6 +125,17 @@ class InputStatistics:
         inside = vectors.T @ mean
         turn, values = _descending(*torch.linalg.eigh(values.diag() - inside.outer(inside)))
         return (vectors @ turn.double()).float(), values
+
+
+def _test_matrix(in_features: int, width: int, device: torch.device) -> torch.Tensor:
+    """Return Ω, the same in all layers and processes, so that sketches can be added up."""
+    key = (in_features, width, device)
+    matrix = _test_matrices.get(key)
+    if matrix is None:
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.linalg.qr(torch.randn(in_features, width, generator=generator)).Q.to(device)
+        _test_matrices[key] = matrix
+    return matrix
 
 
 def _descending(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,9 @@ from qlora.errors import CheckpointError, ModelError
 from qlora.files import BaseFiles
 from qlora.kernels import LowRank
 from qlora.lora import LayerStart
-from qlora.lora.eva import eva, num_directions
+from qlora.lora.eva import eva_factors, num_directions
 from qlora.lora.initial import Factors, pissa
-from qlora.lora.reconstruct import reconstruct, subtract
+from qlora.lora.reconstruction import reconstruct, subtract
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.lora.statistics import InputObserver, InputStatistics
 from qlora.model.base_weights import BaseWeights
@@ -176,7 +176,7 @@ def _eva(model: Any, section: LoraSection, examples: Sequence[TokenizedExample])
     starts: dict[str, LayerStart] = {}
     for rank in ranks:  # layers with ranks of their own share these among themselves
         own = {name: statistics[name] for name, spec in specs.items() if spec.rank == rank}
-        starts |= {name: LayerStart(A=A) for name, A in eva(own, rank, EVA_RHO).items()}
+        starts |= {name: LayerStart(A=A) for name, A in eva_factors(own, rank, EVA_RHO).items()}
     return starts
 
 

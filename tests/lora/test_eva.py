@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.lora.eva import eva, num_directions, redistribute
+from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.statistics import InputObserver, InputStatistics
 
 
@@ -47,7 +47,7 @@ def test_wrong_ranks_are_reported(rank, rho, message):
 def test_layers_that_share_inputs_share_directions():
     statistics = InputStatistics(12, 12)
     statistics.add(torch.randn(100, 12, generator=torch.Generator().manual_seed(0)))
-    factors = eva({"q": statistics, "k": statistics}, 3, 1.0)
+    factors = eva_factors({"q": statistics, "k": statistics}, 3, 1.0)
     assert torch.equal(factors["q"], factors["k"])
     torch.testing.assert_close(factors["q"] @ factors["q"].T, torch.eye(3), rtol=0, atol=1e-5)
 
@@ -66,7 +66,7 @@ def test_initial_values_are_pefts_up_to_sign(features, rho):
     names = ["0", "2"]
     with InputObserver(model, names, num_directions(3, rho, features)) as observer:
         model(x)
-    found = eva(observer.statistics, 3, rho)
+    found = eva_factors(observer.statistics, 3, rho)
 
     config = peft.LoraConfig(
         r=3, target_modules=names, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho, tau=0.9)

@@ -7,7 +7,7 @@ from torch import nn
 from qlora.lora.statistics import InputObserver, InputStatistics
 
 
-def inputs(generator, tokens, features, rank=None):
+def inputs(generator, tokens, features):
     """Return inputs with a mean, and a spectrum that falls as the activations of models do."""
     x = torch.randn(tokens, features, generator=generator)
     turn = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q
@@ -67,6 +67,14 @@ def test_sums_of_two_processes_are_those_of_one():
     torch.testing.assert_close(one.second_moment(), both.second_moment(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("directions", [0, 8, 24, 40])
+def test_fewer_inputs_than_directions_give_a_finite_moment(directions):
+    x = inputs(torch.Generator().manual_seed(5), 6, 40)
+    moment = collected(x, directions).second_moment()
+    torch.testing.assert_close(moment.diagonal(), dense(x).diagonal().float(), rtol=1e-3, atol=1e-7)
+    assert collected(x * 0, directions).second_moment().abs().max() < 1e-30
+
+
 def test_inputs_in_bf16_are_summed_in_fp32():
     statistics = InputStatistics(4, 4)
     for _ in range(1000):
@@ -97,6 +105,8 @@ def test_layers_with_one_input_share_statistics_of_the_unmasked_positions():
     block(batches[0])  # counts no more
     found = observer.statistics
     assert found["q"] is found["k"] is not found["o"]
+    for tensor in found["o"].tensors():
+        tensor += 0  # as a sum over processes does, outside of inference mode
     seen = torch.cat([x[mask] for x, mask in zip(batches, masks, strict=True)])
     torch.testing.assert_close(found["k"].second_moment().double(), dense(seen), rtol=1e-5, atol=1e-6)
     inner = torch.cat(

@@ -133,22 +133,23 @@ class _Norm:
         shape = tuple(second_moment.shape)
         if shape not in ((width,), (width, width)):
             raise ValueError(f"second_moment: its shape {shape} should be ({width},) or ({width}, {width}).")
-        moment = second_moment.to(weight.device, torch.float64)
-        diagonal = moment if moment.dim() == 1 else moment.diagonal()
-        mean = diagonal.mean()
-        if not moment.isfinite().all() or (diagonal < 0).any() or not mean > 0:
+        moment = second_moment.to(weight.device, torch.float64, copy=True)
+        diagonal = (moment if moment.dim() == 1 else moment.diagonal()).clone()
+        if not moment.isfinite().all() or (diagonal < 0).any() or not diagonal.sum() > 0:
             raise ValueError("second_moment: it should be finite, with a diagonal from 0, not all zeros.")
-        least = 1e-6 * mean  # a feature that is always 0 must not be divided by 0
+        least = 1e-6 * diagonal.mean()  # a feature that is always 0 must not be divided by 0
         if moment.dim() == 1:
-            self._root = (moment + least).sqrt().float()
+            self._root = (diagonal + least).sqrt().float()
             return
-        root, info = torch.linalg.cholesky_ex((1 - SHRINKAGE) * moment + (SHRINKAGE * diagonal + least).diag())
+        moment.mul_(1 - SHRINKAGE).diagonal().copy_(diagonal + least)
+        root, info = torch.linalg.cholesky_ex(moment)
         if info:
             raise ValueError("second_moment: a matrix should be symmetric and positive semidefinite.")
         self._root = root.float()
 
     def __call__(self, error: torch.Tensor) -> float:
-        return self.weigh(error).norm().item()
+        # Summed in fp64: a sum of millions of squares in fp32 is off by as much as iterates differ.
+        return torch.linalg.vector_norm(self.weigh(error), dtype=torch.float64).item()
 
     def weigh(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return matrix · R."""

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora.lora.initial import Factors
-from qlora.lora.reconstruct import SHRINKAGE, reconstruct, subtract
+from qlora.lora.reconstruction import SHRINKAGE, reconstruct, subtract
 from qlora.nf4 import dequantize, quantize
-from tests.reference.reconstruct import iterates, weighted_norm
+from tests.reference.reconstruction import iterates, weighted_norm
 
 OUT, IN, RANK = 48, 64, 5
 
