@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qlora.checkpoint import RunDirectory, RunRecord
-from qlora.config import RunConfig, load_config
+from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 
 CARD_FILE = "README.md"
@@ -163,13 +163,22 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
         "adapted layers": targets,
         **_rows_trained(record, config),
         "loss on": data.loss_on,
-        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
-        f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients "
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({_schedule(train)}), weight decay "
+        f"{train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
         "compute dtype": in_use.compute_dtype,
         "seed": train.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
+
+
+def _schedule(train: TrainSection) -> str:
+    options = {"decay_ratio": train.decay_ratio, "restarts": train.restarts}
+    parts = [f"{key} {value:g}" for key, value in options.items() if value is not None]
+    if train.min_learning_rate:
+        parts.append(f"down to {train.min_learning_rate:g}")
+    warmup = f"{train.warmup_ratio:g}" if train.warmup_steps is None else f"{train.warmup_steps} steps"
+    return ", ".join([train.lr_scheduler, *parts, f"warmup {warmup}"])
 
 
 def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:

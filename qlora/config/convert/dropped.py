@@ -156,8 +156,8 @@ NOT_AVAILABLE = {
     "all sources are mixed by their weights": (
         "interleave_probs mix_strategy curriculum_sampling dataset_mixer_list dataset_weights"
     ),
-    "the schedule is cosine, linear or constant, after a linear warmup": (
-        "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor num_cycles jagged_restart_* decay_*"
+    "the schedules of train.lr_scheduler have no such setting": (
+        "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor jagged_restart_* decay_*"
     ),
     "router losses of mixtures of experts are not added": "moe_aux_loss_coef router_aux_loss_coef output_router_logits",
 }

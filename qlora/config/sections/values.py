@@ -87,6 +87,7 @@ def _as_list(value: object) -> object:
 PathText = Annotated[str, AfterValidator(_check_path)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
