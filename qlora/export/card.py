@@ -178,7 +178,10 @@ def _schedule(train: TrainSection) -> str:
     if train.min_learning_rate:
         parts.append(f"down to {train.min_learning_rate:g}")
     warmup = f"{train.warmup_ratio:g}" if train.warmup_steps is None else f"{train.warmup_steps} steps"
-    return ", ".join([train.lr_scheduler, *parts, f"warmup {warmup}"])
+    rates = [
+        f"{group} {rate if isinstance(rate, str) else f'{rate:g}'}" for group, rate in train.learning_rates.items()
+    ]
+    return ", ".join([train.lr_scheduler, *parts, f"warmup {warmup}", *rates])
 
 
 def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:

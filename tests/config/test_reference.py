@@ -20,7 +20,6 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
-    "train.embedding_learning_rate": {"data": {"new_tokens": ["<tool>"]}},
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", f"{SOURCE}.path"}
 

@@ -125,7 +125,7 @@ NOT_AVAILABLE = {
     "initial values that change the base are not available; factor B starts at zero": (
         "pissa_* loftq_config loftq use_loftq peft corda_* olora_* eva_*"
     ),
-    "all factors have one learning rate": ("loraplus_* embedding_lr_scale lr_groups layerwise_lr"),
+    "layers can't have learning rates of their own": "lr_groups layerwise_lr",
     "an existing adapter can't be trained further": "lora_model_dir adapter_name_or_path adapter_folder adapter_path",
     "only LoRA adapters are available": (
         "relora relora_* lisa_* use_galore galore_* use_badam badam_* use_apollo apollo_* freeze_trainable_* "

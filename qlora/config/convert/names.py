@@ -61,7 +61,9 @@ NAMES_OF = {
     "train.learning_rate": "lr",
     "train.lr_scheduler": "lr_scheduler_type",
     "train.min_learning_rate": "cosine_min_lr_ratio lr_scheduler_kwargs min_lr",
-    "train.embedding_learning_rate": "embedding_lr",
+    "train.learning_rates": (
+        "loraplus_lr_ratio loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale"
+    ),
     "train.restarts": "num_cycles",
     "train.optimizer": "optim",
     "train.betas": "adam_beta1 adam_beta2",

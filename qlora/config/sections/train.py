@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import Count, Names, OpenShare, PathText, Share, ShareOrSteps
+from qlora.config.sections.values import Count, GroupRate, Names, OpenShare, PathText, Share, ShareOrSteps, rate_factor
 
 DEFAULT_WARMUP_RATIO = 0.03
+# Groups of parameters that can have a learning rate of their own.
+RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
 # Keys of a single scheduler: its name, and the key's value where it is null.
 SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
 
@@ -62,12 +64,11 @@ class TrainSection(Section):
         description="Number of times that cosine_restarts returns to the peak; null is 1.",
         examples=[3],
     )
-    embedding_learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="Peak learning rate of trained rows of embedding and head; null takes train.learning_rate.",
-        examples=[5e-5],
+    learning_rates: dict[str, GroupRate] = Field(
+        default={},
+        description="Peak learning rates of groups of parameters: lora_A, lora_B, embeddings (trained rows of "
+        "embedding and head), magnitude (of DoRA). A value is a rate, or a factor on train.learning_rate, such as 16x.",
+        examples=[{"lora_B": "16x"}],
     )
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         default=None,
@@ -143,6 +144,18 @@ class TrainSection(Section):
         peak = info.data.get("learning_rate")  # absent if it is invalid itself
         if peak is not None and value > peak:
             raise ValueError(f"is above train.learning_rate ({peak:g}); lower it")
+        return value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _check_rates(cls, value: dict[str, float | str], info: ValidationInfo) -> dict[str, float | str]:
+        for group, rate in value.items():
+            if group not in RATE_GROUPS:
+                raise ValueError(f"has no group {group!r}; the groups are {', '.join(RATE_GROUPS)}")
+            try:
+                rate_factor(rate, info.data.get("learning_rate", 2e-4))  # absent if it is invalid itself
+            except ValueError as error:
+                raise ValueError(f"has a wrong value of {group}: {error}") from None
         return value
 
     @field_validator("warmup_ratio")

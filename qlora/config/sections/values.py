@@ -25,6 +25,26 @@ def parse_size(text: str) -> int:
     return size
 
 
+def rate_factor(value: float | str, peak: float) -> float:
+    """Return the factor on a peak learning rate that a rate of its own stands for.
+
+    Args:
+        value: A rate, or a factor as text: `16x`.
+        peak: Peak learning rate.
+
+    Raises:
+        ValueError: The value is neither, or the rate is not between 0 and 1.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,18})?(?:[eE][+-]?\d{1,2})?)\s*x\s*", value)
+        if match is None:
+            raise ValueError(f"{value!r} should be a learning rate, or a factor such as 16x")
+        value = float(match[1]) * peak
+    if not 0 < value < 1:
+        raise ValueError(f"a learning rate of {value:g} should be above 0 and below 1; a factor is written as 16x")
+    return value / peak
+
+
 def _check_size(value: str) -> str:
     parse_size(value)
     return value
@@ -80,6 +100,14 @@ def _column_names(value: object) -> object:
     return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
 
 
+def _number_of_text(value: object) -> object:
+    """Return the number that a text is, which YAML does not recognize without a dot: `5e-5`."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -87,6 +115,7 @@ def _as_list(value: object) -> object:
 PathText = Annotated[str, AfterValidator(_check_path)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+GroupRate = Annotated[float | str, BeforeValidator(_number_of_text, json_schema_input_type=float | str)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Count = Annotated[int, Field(ge=1, strict=True)]
