@@ -155,6 +155,7 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     by_layer = {"ranks": lora.rank_pattern, "alphas": lora.alpha_pattern}
     own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
+    rate = in_use.learning_rate or train.peak
     return {
         "steps": run.step,
         "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
@@ -163,7 +164,7 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
         "adapted layers": targets,
         **_rows_trained(record, config),
         "loss on": data.loss_on,
-        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({_schedule(train)}), weight decay "
+        "optimizer": f"{train.optimizer}, learning rate {rate:g} ({_schedule(train)}), weight decay "
         f"{train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
         "compute dtype": in_use.compute_dtype,

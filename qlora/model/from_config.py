@@ -45,12 +45,13 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
     Args:
         model: Model with adapters.
-        section: Training section of the config. A key of `learning_rates` is a group of parameters: trained rows, or
-            those of adapters by the last part of their names.
+        section: Training section of the config, with a number as learning rate. A key of
+            `learning_rates` is a group of parameters: trained rows, or those of adapters by the last part of their
+            names.
     """
     rows = {id(each.weight) for _, each in trained_rows(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = {key: rate_factor(rate, section.learning_rate) for key, rate in section.learning_rates.items()}
+    rates = {key: rate_factor(rate, section.peak) for key, rate in section.learning_rates.items()}
 
     def group_of(name: str) -> str:
         group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]

@@ -69,13 +69,13 @@ def _cosine(progress: float) -> float:
 
 
 def rate_of(section: TrainSection, total_steps: int) -> Callable[[int], float]:
-    """Return a config's learning rate as a function of the step."""
+    """Return a config's learning rate, which is a number, as a function of the step."""
     shape = {key: value for key in ("decay_ratio", "restarts") if (value := getattr(section, key)) is not None}
     warmup_steps = resolve_warmup(section, total_steps)
     return lambda step: learning_rate(
         step,
         total_steps,
-        peak=section.learning_rate,
+        peak=section.peak,
         kind=section.lr_scheduler,
         warmup_steps=warmup_steps,
         minimum=section.min_learning_rate,

@@ -66,7 +66,7 @@ OUT_OF_RANGE = {
     "train.max_steps": [0, -1, 2.5],
     "train.micro_batch_size": [0, -1],
     "train.gradient_accumulation_steps": [0, -1],
-    "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN],
+    "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN, "automatic"],
     "train.min_learning_rate": [-1e-4, 1, 200, INF, NAN],
     "train.learning_rates": [3, [1e-3], {"lora_B": 0}, {"lora_B": INF}, {"lora_B": NAN}, {"lora_B": True}],
     "train.decay_ratio": [0, 1, -0.1],

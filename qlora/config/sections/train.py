@@ -5,8 +5,19 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import Count, GroupRate, Names, OpenShare, PathText, Share, ShareOrSteps, rate_factor
+from qlora.config.sections.values import (
+    Count,
+    GroupRate,
+    Names,
+    OpenShare,
+    PathText,
+    RateOrAuto,
+    Share,
+    ShareOrSteps,
+    rate_factor,
+)
 
+DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_WARMUP_RATIO = 0.03
 # Groups of parameters that can have a learning rate of their own.
 RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
@@ -38,7 +49,12 @@ class TrainSection(Section):
         description="Micro-batches per optimizer step. A step sees micro_batch_size × this × processes sequences.",
         examples=[8],
     )
-    learning_rate: float = Field(default=2e-4, gt=0, lt=1, description="Peak learning rate.", examples=[1e-4])
+    learning_rate: RateOrAuto = Field(
+        default=DEFAULT_LEARNING_RATE,
+        description="Peak learning rate. auto computes it from the base's family and width, the adapters' scaling and "
+        "the number of steps.",
+        examples=["auto"],
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "cosine_restarts"] = Field(
         default="cosine",
         description="How the learning rate falls after the warmup. wsd stays at the peak and falls over "
@@ -138,22 +154,37 @@ class TrainSection(Section):
         examples=[["tensorboard"]],
     )
 
+    @property
+    def peak(self) -> float:
+        """Peak learning rate of a section in which it is a number."""
+        assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
+        return self.learning_rate
+
+    def with_learning_rate(self, rate: float) -> "TrainSection":
+        """Return the section with another peak learning rate.
+
+        Raises:
+            ValidationError: Other keys don't allow it.
+        """
+        return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
     @field_validator("min_learning_rate")
     @classmethod
     def _check_minimum(cls, value: float, info: ValidationInfo) -> float:
         peak = info.data.get("learning_rate")  # absent if it is invalid itself
-        if peak is not None and value > peak:
+        if isinstance(peak, float) and value > peak:
             raise ValueError(f"is above train.learning_rate ({peak:g}); lower it")
         return value
 
     @field_validator("learning_rates")
     @classmethod
     def _check_rates(cls, value: dict[str, float | str], info: ValidationInfo) -> dict[str, float | str]:
+        peak = info.data.get("learning_rate")  # absent if it is invalid itself
         for group, rate in value.items():
             if group not in RATE_GROUPS:
                 raise ValueError(f"has no group {group!r}; the groups are {', '.join(RATE_GROUPS)}")
             try:
-                rate_factor(rate, info.data.get("learning_rate", 2e-4))  # absent if it is invalid itself
+                rate_factor(rate, peak if isinstance(peak, float) else DEFAULT_LEARNING_RATE)
             except ValueError as error:
                 raise ValueError(f"has a wrong value of {group}: {error}") from None
         return value

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from qlora.config.sections.base import UNUSABLE
 from qlora.dtypes import full_name
@@ -117,6 +117,11 @@ Size = Annotated[str, AfterValidator(_check_size)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 GroupRate = Annotated[float | str, BeforeValidator(_number_of_text, json_schema_input_type=float | str)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
+# By a discriminator, so that an invalid value is one problem and not one for each member.
+RateOrAuto = Annotated[
+    Annotated[OpenShare, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else "number"),
+]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
