@@ -85,6 +85,8 @@ class InUse:
         micro_batch_parts: Number of parts that each micro-batch is computed in.
         deterministic: How far the run's bytes are reproducible; None if the config does not ask for it.
         packing_fill: Share of the packed sequences that is filled with tokens; None without packing.
+        learning_rate: Peak learning rate; None in records of qlora 0.1.0.
+        learning_rate_why: How it was computed; None if the config gives it.
     """
 
     device: str
@@ -104,6 +106,8 @@ class InUse:
     micro_batch_parts: int
     deterministic: str | None
     packing_fill: float | None
+    learning_rate: float | None = None
+    learning_rate_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

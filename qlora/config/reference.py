@@ -109,7 +109,7 @@ def _groups(schema: dict[str, Any]) -> dict[str, str]:
 
 
 def _parts(field: dict[str, Any]) -> list[dict[str, Any]]:
-    return field.get("anyOf", [field])
+    return field.get("anyOf") or field.get("oneOf") or [field]
 
 
 def _type_of(field: dict[str, Any]) -> str:

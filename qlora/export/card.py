@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qlora.checkpoint import RunDirectory, RunRecord
-from qlora.config import RunConfig, load_config
+from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 
 CARD_FILE = "README.md"
@@ -155,6 +155,7 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     by_layer = {"ranks": lora.rank_pattern, "alphas": lora.alpha_pattern}
     own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
+    rate = in_use.learning_rate or train.peak
     return {
         "steps": run.step,
         "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
@@ -163,13 +164,25 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
         "adapted layers": targets,
         **_rows_trained(record, config),
         "loss on": data.loss_on,
-        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_scheduler}, warm-up "
-        f"{train.warmup_ratio:g}), weight decay {train.weight_decay:g}, gradients "
+        "optimizer": f"{train.optimizer}, learning rate {rate:g} ({_schedule(train)}), weight decay "
+        f"{train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
         "compute dtype": in_use.compute_dtype,
         "seed": train.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
+
+
+def _schedule(train: TrainSection) -> str:
+    options = {"decay_ratio": train.decay_ratio, "restarts": train.restarts}
+    parts = [f"{key} {value:g}" for key, value in options.items() if value is not None]
+    if train.min_learning_rate:
+        parts.append(f"down to {train.min_learning_rate:g}")
+    warmup = f"{train.warmup_ratio:g}" if train.warmup_steps is None else f"{train.warmup_steps} steps"
+    rates = [
+        f"{group} {rate if isinstance(rate, str) else f'{rate:g}'}" for group, rate in train.learning_rates.items()
+    ]
+    return ", ".join([train.lr_scheduler, *parts, f"warmup {warmup}", *rates])
 
 
 def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:

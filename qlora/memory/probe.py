@@ -135,7 +135,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     def step() -> None:
         optimizer.flat.zero_grad()
         loss.compute(model, batch).total.backward()
-        optimizer.step(section.learning_rate)
+        optimizer.step(section.peak)
 
     step()  # allocates what is kept after the first use
     return measure_peak(step, model.device, _tensors(model, optimizer))

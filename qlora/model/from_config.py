@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
-from qlora.config.sections import layer_indices
+from qlora.config.sections import layer_indices, rate_factor
 from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
 from qlora.lora import (
     AdapterSpec,
@@ -87,12 +87,19 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
     Args:
         model: Model with adapters.
-        section: Training section of the config.
+        section: Training section of the config, with a number as learning rate. A key of
+            `learning_rates` is a group of parameters: trained rows, or those of adapters by the last part of their
+            names.
     """
     rows = {id(each.weight) for _, each in trained_rows(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rows_rate = (section.embedding_learning_rate or section.learning_rate) / section.learning_rate
-    flat = FlatParameters(trained.items(), lambda name: rows_rate if id(trained[name]) in rows else 1.0)
+    rates = {key: rate_factor(rate, section.peak) for key, rate in section.learning_rates.items()}
+
+    def group_of(name: str) -> str:
+        group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
+        return group if group in rates else ""
+
+    flat = FlatParameters(trained.items(), group_of, rates)
     return make_optimizer(
         section.optimizer,
         flat,

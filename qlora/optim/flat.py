@@ -4,8 +4,9 @@ Clipping, the update, the all-reduce, paging and the checkpoint become one call 
 quantized to 8 bits regardless of the size of a single factor.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -32,34 +33,39 @@ class FlatParameters:
 
     Args:
         parameters: Names and parameters, all of one dtype on one device.
-        rate_of: Factor on the learning rate of a parameter, by its name. Parameters with the same factor are adjacent.
+        group_of: Name of a parameter's group, by the parameter's name. Parameters of a group are adjacent, so that the
+            order of the buffer, and of an optimizer's state, depends on the groups but not on their rates.
+        rates: Factors on the learning rate by group; 1 for the others.
 
     Attributes:
         data: (size,), in the parameters' dtype, with unused padding between them.
         grad: (size,), fp32. Micro-batches add up here without losing small terms to bf16.
         names: Names of the parameters, in the buffer's order.
-        groups: One group for each factor on the learning rate, in the buffer's order; together they cover the buffer.
+        groups: Groups in the buffer's order; together they cover the buffer.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], rate_of: Callable[[str], float] = lambda _: 1.0
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        group_of: Callable[[str], str] = lambda _: "",
+        rates: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        by_rate: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        by_group: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in parameters:
-            by_rate.setdefault(rate_of(name), []).append((name, parameter))
-        named = [each for group in by_rate.values() for each in group]
+            by_group.setdefault(group_of(name), []).append((name, parameter))
+        named = [each for group in by_group.values() for each in group]
         self.names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         first = self._parameters[0]
         assert all(parameter.dtype == first.dtype for parameter in self._parameters), "one buffer has one dtype"
         self.groups: list[Group] = []
         offsets, size = [], 0
-        for rate, group in by_rate.items():
+        for group_name, group in by_group.items():
             start = size
             for _, parameter in group:
                 offsets.append(size)
                 size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-            self.groups.append(Group(slice(start, size), rate))
+            self.groups.append(Group(slice(start, size), rates.get(group_name, 1.0)))
         self.data = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=first.device)
         self._grad_views = []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse
-from qlora.config import RunConfig
+from qlora.config import RunConfig, TrainSection
 from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
@@ -30,6 +30,7 @@ from qlora.objectives import Objective, objective_from_section
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
+from qlora.training.auto_rate import resolve_rate
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
@@ -65,9 +66,14 @@ class RunPlan:
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
-            f"state {'' if in_use.optimizer_state_paged else 'not '}paged; recompute {in_use.recompute} "
-            f"({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
+            f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
+            f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
         )
+
+    def _learning_rate(self) -> str:
+        """Return the learning rate and its reason, if the config does not give it."""
+        why = self.in_use.learning_rate_why
+        return "" if why is None else f" learning rate {self.in_use.learning_rate:g} ({why});"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Assembly:
 
     Attributes:
         config: Config of the run.
+        train: Its training section, with a number as learning rate.
         objective: Objective that is trained for.
         files: Files of the base.
         model: Model with adapters, in training mode.
@@ -88,6 +95,7 @@ class Assembly:
     """
 
     config: RunConfig
+    train: TrainSection
     objective: Objective
     files: BaseFiles
     model: Any
@@ -146,14 +154,18 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             for number, report in enumerate(datasets.reports, 1)
         },
     )
-    optimizer = optimizer_from_section(model, section)
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
         config.data.max_seq_len if config.data.packing else None, section.seed,
         rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
+    total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
+    section, why = resolve_rate(config, model.config, total_steps)
+    optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    fit = fit_memory(config, model, objective.loss, largest.to(processes.device), processes)
+    fit = fit_memory(
+        config.model_copy(update={"train": section}), model, objective.loss, largest.to(processes.device), processes
+    )
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,
@@ -172,10 +184,12 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         micro_batch_parts=1,
         deterministic=describe_determinism(section.deterministic, processes.device),
         packing_fill=round(batches.fill, 4) if config.data.packing else None,
+        learning_rate=section.peak,
+        learning_rate_why=why,
     )
-    total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
     return Assembly(
         config=config,
+        train=section,
         objective=objective,
         files=files,
         model=model,

@@ -18,7 +18,10 @@ FREE_KEYS = {
     "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
-SCHEDULE_KEYS = {"train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.warmup_ratio"}
+SCHEDULE_KEYS = {
+    "train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.decay_ratio", "train.restarts",
+    "train.warmup_steps", "train.warmup_ratio",
+}  # fmt: skip
 # Keys of the length of a run.
 LENGTH_KEYS = {"train.epochs", "train.max_steps"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.about import __version__
 from qlora.checkpoint import RunDirectory, RunRecord, check_whole, newest_whole, step_of
-from qlora.config import RunConfig, load_config
+from qlora.config import RunConfig, TrainSection, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.origin import (
     LENGTH_KEYS,
@@ -68,12 +68,20 @@ class Start:
         before, now = flatten(self.config), flatten(config)
         return describe_changes({key: before[key] for key in keys}, {key: now[key] for key in keys})
 
-    def describe_jump(self, config: RunConfig, step: int, total_steps: int) -> list[str]:
-        """Return a line if the learning rate does not continue as it would have in the earlier sessions."""
+    def describe_jump(self, section: TrainSection, step: int, total_steps: int) -> list[str]:
+        """Return a line if the learning rate does not continue as it would have in the earlier sessions.
+
+        Args:
+            section: Training section of the run, with a number as learning rate.
+            step: Number of steps that are done.
+            total_steps: Number of steps of the run.
+        """
         if self.config is None or self.record is None or not 0 < step < total_steps:
             return []
         length_before = self.record.total_steps
-        earlier, now = rate_of(self.config.train, length_before), rate_of(config.train, total_steps)
+        before, rate = self.config.train, self.record.in_use.learning_rate
+        before = before if rate is None else before.with_learning_rate(rate)
+        earlier, now = rate_of(before, length_before), rate_of(section, total_steps)
         expected = earlier(min(step, length_before - 1))
         if abs(now(step) - expected) <= 0.01 * expected:
             return []

@@ -86,7 +86,8 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = [*start.describe_damage(), *start.describe_jump(config, prepared.progress.step, assembly.plan.total_steps)]
+    notes = start.describe_damage()
+    notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
     return replace(assembly.plan, in_use=prepared.record.in_use, notes=notes)
@@ -184,7 +185,7 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += start.describe_damage() + start.describe_jump(assembly.config, first_step, total_steps)
+    remarks += start.describe_damage() + start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)
     display.show([*(report.summary() for report in assembly.plan.datasets.reports), assembly.plan.summary()])

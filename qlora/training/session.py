@@ -130,7 +130,7 @@ def run_session(
                 saver.try_save(progress)
             if evaluates_at(progress.step) and not is_evaluated:
                 evaluate_now()
-            schedule = LoopSchedule(total, rate_of(config, total), config.max_grad_norm)
+            schedule = LoopSchedule(total, rate_of(assembly.train, total), config.max_grad_norm)
             run_loop(assembly.loop_parts, progress, schedule, callbacks)
         except torch.OutOfMemoryError as problem:
             raise ModelError(

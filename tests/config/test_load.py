@@ -66,9 +66,12 @@ OUT_OF_RANGE = {
     "train.max_steps": [0, -1, 2.5],
     "train.micro_batch_size": [0, -1],
     "train.gradient_accumulation_steps": [0, -1],
-    "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN],
+    "train.learning_rate": [0, -1e-4, 1, 200, INF, NAN, "automatic"],
     "train.min_learning_rate": [-1e-4, 1, 200, INF, NAN],
-    "train.embedding_learning_rate": [0, -1e-4, 1, 200, INF, NAN],
+    "train.learning_rates": [3, [1e-3], {"lora_B": 0}, {"lora_B": INF}, {"lora_B": NAN}, {"lora_B": True}],
+    "train.decay_ratio": [0, 1, -0.1],
+    "train.restarts": [0, 1.5],
+    "train.warmup_steps": [-1, 0.5, True],
     "train.warmup_ratio": [-0.01, 1, 3],
     "train.betas": [[1, 0.9], [0.9, 1], [-0.1, 0.9], [0.9], 0.9],
     "train.max_grad_norm": [0, -1],
@@ -561,6 +564,28 @@ def test_one_point_zero_stays_a_share_and_one_a_number_of_steps(key, tmp_path):
 def test_a_floor_above_the_peak_of_the_learning_rate_is_refused(write):
     message = problems(write({"train.min_learning_rate": 3e-4}))
     assert "train.min_learning_rate: 0.0003 is above train.learning_rate (0.0002); lower it" in message
+
+
+@pytest.mark.parametrize(("keys", "expected"), [
+    ({"warmup_steps": 10, "warmup_ratio": 0.1},
+     "train.warmup_ratio: 0.1 is set, and so is train.warmup_steps (10); set one of them to null"),
+    ({"decay_ratio": 0.1}, "train.decay_ratio: 0.1 is set, but train.lr_scheduler is cosine; remove it, or set"),
+    ({"lr_scheduler": "wsd", "restarts": 2}, "train.restarts: 2 is set, but train.lr_scheduler is wsd"),
+])  # fmt: skip
+def test_keys_of_the_schedule_that_contradict_each_other_are_refused(write, keys, expected):
+    assert expected in problems(write({f"train.{key}": value for key, value in keys.items()}))
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"warmup_steps": 10}, {"warmup_steps": 0}, {"warmup_ratio": 0.0}, {"lr_scheduler": "wsd"},
+    {"lr_scheduler": "cosine_restarts", "restarts": 3},
+])  # fmt: skip
+def test_a_dumped_schedule_loads_again(write, tmp_path, keys):
+    config = load_config(write({f"train.{key}": value for key, value in keys.items()}))
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+    assert (config.train.warmup_steps is None) == (config.train.warmup_ratio is not None)
 
 
 @pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])

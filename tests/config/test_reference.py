@@ -17,7 +17,10 @@ from tests.cli import run
 KEYS = list_keys()
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # Keys that have no meaning without another one.
-NEEDED = {"train.embedding_learning_rate": {"data": {"new_tokens": ["<tool>"]}}}
+NEEDED = {
+    "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
+    "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+}
 REQUIRED = {"model.base", "data.train", "train.output_dir", f"{SOURCE}.path"}
 
 

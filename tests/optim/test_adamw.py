@@ -141,8 +141,9 @@ def test_each_group_is_updated_as_by_an_optimizer_of_its_own(name, generator):
     values = {key: torch.randn(300, generator=generator) for key in ("a.rows", "b", "c.rows", "d")}
     grads = {key: random_grads(generator, 5, (300,)) for key in values}
     rates = {"a.rows": 0.25, "b": 1.0, "c.rows": 0.25, "d": 1.0}
+    groups = {"a.rows": "rows", "b": "", "c.rows": "rows", "d": ""}
     parameters = {key: nn.Parameter(value.clone()) for key, value in values.items()}
-    flat = FlatParameters(parameters.items(), rates.__getitem__)
+    flat = FlatParameters(parameters.items(), groups.__getitem__, {"rows": 0.25})
     assert flat.names == ["a.rows", "c.rows", "b", "d"]
     assert [(group.span, group.rate) for group in flat.groups] == [(slice(0, 1024), 0.25), (slice(1024, 2048), 1.0)]
     optimizer = make_optimizer(name, flat, weight_decay=0.1)

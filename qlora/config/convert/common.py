@@ -178,13 +178,25 @@ def _ends_and_rates(draft: Draft) -> None:
         patterns = draft.peek(name, f"peft_{name}")
         if isinstance(patterns, dict) and patterns:
             draft.set(f"lora.{name}", patterns, draft.take_named(name, f"peft_{name}")[0])
-    key, rate = draft.take_named("embedding_learning_rate", "embedding_lr")
-    if rate is None:
-        return
-    if draft.values.keys() & {"lora.modules_to_save", "data.new_tokens"} and values.number(rate):
-        draft.set("train.embedding_learning_rate", values.number(rate), key)
-    else:
+    _group_rates(draft)
+
+
+def _group_rates(draft: Draft) -> None:
+    """Translate learning rates of LoRA+ and of embeddings."""
+    rates: dict[str, float | str] = {}
+    name, ratio = draft.take_named("loraplus_lr_ratio")
+    if ratio is not None and (factor := values.number(ratio)):
+        rates["lora_B"] = f"{factor:g}x"
+    key, rate = draft.take_named("embedding_learning_rate", "embedding_lr", "loraplus_lr_embedding")
+    scale_key, scale = draft.take_named("embedding_lr_scale")
+    if rate is None and scale is not None:
+        key, rate = scale_key, scale
+    if rate is not None and not draft.values.keys() & {"lora.modules_to_save", "data.new_tokens"}:
         draft.drop(key, "no embedding or head is trained")
+    elif (number := values.number(rate)) and rate is not None:
+        rates["embeddings"] = f"{number:g}x" if key == "embedding_lr_scale" else number
+    if rates:
+        draft.set("train.learning_rates", rates, ", ".join(filter(None, [name if ratio else "", key if rate else ""])))
 
 
 def _packing(draft: Draft) -> None:

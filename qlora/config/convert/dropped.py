@@ -125,7 +125,7 @@ NOT_AVAILABLE = {
     "initial values that change the base are not available; factor B starts at zero": (
         "pissa_* loftq_config loftq use_loftq peft corda_* olora_* eva_*"
     ),
-    "all factors have one learning rate": ("loraplus_* embedding_lr_scale lr_groups layerwise_lr"),
+    "layers can't have learning rates of their own": "lr_groups layerwise_lr",
     "an existing adapter can't be trained further": "lora_model_dir adapter_name_or_path adapter_folder adapter_path",
     "only LoRA adapters are available": (
         "relora relora_* lisa_* use_galore galore_* use_badam badam_* use_apollo apollo_* freeze_trainable_* "
@@ -156,8 +156,8 @@ NOT_AVAILABLE = {
     "all sources are mixed by their weights": (
         "interleave_probs mix_strategy curriculum_sampling dataset_mixer_list dataset_weights"
     ),
-    "the schedule is cosine, linear or constant, after a linear warmup": (
-        "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor num_cycles jagged_restart_* decay_*"
+    "the schedules of train.lr_scheduler have no such setting": (
+        "lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor jagged_restart_* decay_*"
     ),
     "router losses of mixtures of experts are not added": "moe_aux_loss_coef router_aux_loss_coef output_router_logits",
 }

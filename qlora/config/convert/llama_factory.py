@@ -17,7 +17,7 @@ DEFAULTS = {
     "lora.rank": 8, "lora.dropout": 0.0, "lora.targets": "all-linear", "data.max_seq_len": 2048,
     "data.packing": False, "data.overlong": "truncate", "train.epochs": 3.0, "train.micro_batch_size": 8,
     "train.gradient_accumulation_steps": 1, "train.learning_rate": 5e-5, "train.lr_scheduler": "linear",
-    "train.warmup_ratio": 0.0, "train.optimizer": "adamw_32bit", "train.max_grad_norm": 1.0, "train.seed": 42,
+    "train.optimizer": "adamw_32bit", "train.max_grad_norm": 1.0, "train.seed": 42,
 }  # fmt: skip
 COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",

@@ -61,8 +61,10 @@ NAMES_OF = {
     "train.learning_rate": "lr",
     "train.lr_scheduler": "lr_scheduler_type",
     "train.min_learning_rate": "cosine_min_lr_ratio lr_scheduler_kwargs min_lr",
-    "train.embedding_learning_rate": "embedding_lr",
-    "train.warmup_ratio": "warmup_steps",
+    "train.learning_rates": (
+        "loraplus_lr_ratio loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale"
+    ),
+    "train.restarts": "num_cycles",
     "train.optimizer": "optim",
     "train.betas": "adam_beta1 adam_beta2",
     "train.deterministic": "full_determinism",
@@ -79,5 +81,5 @@ NAMES["resume_from_checkpoint"] = "the option --resume auto|PATH"
 SAME_NAMES = {
     name: f"train.{name}"
     for name in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed",
-                 "output_dir")
+                 "warmup_steps", "warmup_ratio", "output_dir")
 } | {"trust_remote_code": "model.trust_remote_code", "max_seq_len": "data.max_seq_len"}  # fmt: skip

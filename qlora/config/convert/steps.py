@@ -1,14 +1,13 @@
 """Translation of keys that depend on the number of steps: the schedule, and intervals of evaluation and saving."""
 
+from typing import Any
+
 from qlora.config.convert import values
 from qlora.config.convert.draft import OFF, Draft
 
 
 def translate_steps(draft: Draft) -> None:
     """Translate schedule and intervals; epochs and learning rate are in the draft already."""
-    ratio = values.number(draft.take("warmup_ratio"))
-    if ratio is not None:
-        draft.set("train.warmup_ratio", ratio, "warmup_ratio")
     steps = values.number(draft.take("max_steps"))
     if steps is not None and steps > 0:
         draft.set("train.max_steps", steps, "max_steps")
@@ -18,40 +17,61 @@ def translate_steps(draft: Draft) -> None:
 
 def _schedule(draft: Draft) -> None:
     key, name = draft.take_named("lr_scheduler", "lr_scheduler_type")
+    options = values.mapping(draft.take("lr_scheduler_kwargs"))
     if name not in OFF:
         found = values.schedule(name)
         ours, difference = found or ("cosine", f"{name} is not available")
+        cycles = values.number(options.get("num_cycles")) or values.number(draft.take("num_cycles")) or 1
+        if ours == "cosine_restarts" and cycles < 2:
+            ours = "cosine"  # a single cycle has no restart
         draft.set("train.lr_scheduler", ours, f"{key}: {name}{', see above' if difference else ''}")
+        if ours == "cosine_restarts":
+            draft.set("train.restarts", round(cycles) - 1, f"num_cycles: {cycles:g}")
+        if ours == "wsd":
+            _decay(draft, options)
         if difference:
             draft.warn(f"The schedule {name} becomes {ours}: {difference}.")
+    _floor(draft, options)
+    _warmup(draft, has_none=name == "constant")
+
+
+def _decay(draft: Draft, options: dict[Any, Any]) -> None:
+    """Translate how a stable schedule falls in the end."""
+    steps, most = values.number(options.get("num_decay_steps")), draft.values.get("train.max_steps")
+    if steps and most and 0 < steps < most:
+        draft.set("train.decay_ratio", round(steps / most, 6), f"num_decay_steps: {steps} of {most}")
+    else:
+        draft.warn("The rate falls over the last train.decay_ratio of the run, which is 0.2.")
+    if options.get("decay_type") != "1-sqrt":
+        draft.warn("The rate falls by one minus the square root of the progress, whatever the decay_type.")
+
+
+def _floor(draft: Draft, options: dict[Any, Any]) -> None:
     peak = values.number(draft.values.get("train.learning_rate"))
-    options = values.mapping(draft.take("lr_scheduler_kwargs"))
-    ratio = values.number(draft.take("cosine_min_lr_ratio")) or values.number(options.get("min_lr_rate"))
+    ratios = (draft.take("cosine_min_lr_ratio"), options.get("min_lr_rate"), options.get("min_lr_ratio"))
+    ratio = next(filter(None, map(values.number, ratios)), None)
     floor = values.number(draft.take("min_lr")) or values.number(options.get("min_lr"))
     if floor is None and ratio is not None and peak is not None:
         floor = float(f"{ratio * peak:.6g}")
     if floor is not None:
         draft.set("train.min_learning_rate", floor, "the schedule's lowest rate")
-    if name == "constant":
-        draft.values.pop("train.warmup_ratio", None)
+
+
+def _warmup(draft: Draft, has_none: bool) -> None:
+    """Translate the warmup; a number of steps is preferred to a share, as in transformers."""
+    ratio, steps = values.number(draft.take("warmup_ratio")), values.number(draft.take("warmup_steps"))
+    if has_none:
         draft.set("train.warmup_ratio", 0.0, "a constant schedule has no warmup there")
-        draft.take("warmup_steps")
-        return
-    steps = values.number(draft.take("warmup_steps"))
-    if steps is None or "train.warmup_ratio" in draft.values and not steps:
-        return
-    draft.values.pop("train.warmup_ratio", None)
-    most = draft.values.get("train.max_steps")
-    if steps < 1:
+    elif steps is not None and steps >= 1:
+        draft.set("train.warmup_steps", round(steps), "warmup_steps")
+    elif steps:
         draft.set("train.warmup_ratio", float(steps), "warmup_steps")
-    elif most is not None:
-        draft.set("train.warmup_ratio", min(0.99, round(steps / most, 6)), f"warmup_steps: {steps} of {most}")
-    else:
-        draft.set("train.warmup_ratio", 0.03, f"warmup_steps: {steps}, see above")
-        draft.warn(
-            f"warmup_steps: {steps} is a number of steps; train.warmup_ratio is a share of the run. Divide by the "
-            "steps that qlora preview prints; 0.03 is set."
-        )
+    elif ratio is not None:
+        draft.set("train.warmup_ratio", ratio, "warmup_ratio")
+    elif steps is not None:
+        draft.set("train.warmup_steps", 0, "warmup_steps")
+    elif draft.trainer != "axolotl":  # its default is a share of 0.03, as here
+        draft.set("train.warmup_ratio", 0.0, f"{draft.trainer}'s default")
 
 
 def _intervals(draft: Draft) -> None:

@@ -23,7 +23,7 @@ DEFAULTS = {
     "lora.rank": 16, "lora.alpha": 32, "lora.dropout": 0.05, "data.max_seq_len": 1024, "data.packing": False,
     "data.overlong": "truncate", "train.epochs": 3.0, "train.micro_batch_size": 8,
     "train.gradient_accumulation_steps": 1, "train.learning_rate": 2e-5, "train.lr_scheduler": "linear",
-    "train.warmup_ratio": 0.0, "train.optimizer": "adamw_32bit", "train.max_grad_norm": 1.0, "train.seed": 42,
+    "train.optimizer": "adamw_32bit", "train.max_grad_norm": 1.0, "train.seed": 42,
 }  # fmt: skip
 # Mappings that are values, not groups of keys.
 MAPPINGS = {

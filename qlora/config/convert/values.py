@@ -19,7 +19,8 @@ OPTIMIZERS = {
 SCHEDULES = {
     "cosine": ("cosine", ""), "linear": ("linear", ""), "constant": ("constant", ""),
     "constant_with_warmup": ("constant", ""), "cosine_with_min_lr": ("cosine", ""),
-    "cosine_with_restarts": ("cosine", "it does not restart"),
+    "cosine_warmup_with_min_lr": ("cosine", ""), "cosine_with_restarts": ("cosine_restarts", ""),
+    "inverse_sqrt": ("inverse_sqrt", ""), "warmup_stable_decay": ("wsd", ""),
     "polynomial": ("linear", "it falls by the power of 1"),
 }  # fmt: skip
 ATTENTION = {

@@ -21,12 +21,20 @@ class RunConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _check_embedding_rate(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
-        data, lora = info.data.get("data"), info.data.get("lora")  # absent if invalid themselves
-        trains_rows = data is None or lora is None or data.new_tokens or lora.modules_to_save
-        if value.embedding_learning_rate is not None and not trains_rows:
-            raise ValueError(
-                "embedding_learning_rate is set, but no embedding or head is trained; set lora.modules_to_save or "
-                "data.new_tokens, or remove it"
-            )
+    def _check_groups(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data, lora = info.data.get("data"), info.data.get("lora")
+        if data is None or lora is None:  # invalid themselves
+            return value
+        for group, reason in untrained_groups(lora, data).items():
+            if group in value.learning_rates:
+                raise ValueError(f"learning_rates has a rate of {group}, but {reason}, or remove it")
         return value
+
+
+def untrained_groups(lora: LoraSection, data: DataSection) -> dict[str, str]:
+    """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""
+    reasons = {}
+    if not (data.new_tokens or lora.modules_to_save):
+        reasons["embeddings"] = "no embedding or head is trained; set lora.modules_to_save or data.new_tokens"
+    reasons["magnitude"] = "adapters have no magnitude; choose another group"
+    return reasons

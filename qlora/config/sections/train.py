@@ -1,11 +1,28 @@
 """The section `train`: the run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import Count, Names, PathText, Share, ShareOrSteps
+from qlora.config.sections.values import (
+    Count,
+    GroupRate,
+    Names,
+    OpenShare,
+    PathText,
+    RateOrAuto,
+    Share,
+    ShareOrSteps,
+    rate_factor,
+)
+
+DEFAULT_LEARNING_RATE = 2e-4
+DEFAULT_WARMUP_RATIO = 0.03
+# Groups of parameters that can have a learning rate of their own.
+RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
+# Keys of a single scheduler: its name, and the key's value where it is null.
+SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
 
 
 class TrainSection(Section):
@@ -32,29 +49,53 @@ class TrainSection(Section):
         description="Micro-batches per optimizer step. A step sees micro_batch_size × this × processes sequences.",
         examples=[8],
     )
-    learning_rate: float = Field(default=2e-4, gt=0, lt=1, description="Peak learning rate.", examples=[1e-4])
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+    learning_rate: RateOrAuto = Field(
+        default=DEFAULT_LEARNING_RATE,
+        description="Peak learning rate. auto computes it from the base's family and width, the adapters' scaling and "
+        "the number of steps.",
+        examples=["auto"],
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "cosine_restarts"] = Field(
         default="cosine",
-        description="How the learning rate falls after the warmup.",
-        examples=["constant"],
+        description="How the learning rate falls after the warmup. wsd stays at the peak and falls over "
+        "train.decay_ratio of the run; cosine_restarts returns to the peak train.restarts times.",
+        examples=["wsd"],
     )
     min_learning_rate: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="Learning rate at the end of a cosine or linear schedule.",
+        description="Learning rate that a schedule falls to.",
         examples=[1e-5],
     )
-    embedding_learning_rate: float | None = Field(
+    decay_ratio: OpenShare | None = Field(
         default=None,
-        gt=0,
-        lt=1,
-        description="Peak learning rate of trained rows of embedding and head; null takes train.learning_rate.",
-        examples=[5e-5],
+        validate_default=True,
+        description="Share of the run, at its end, in which wsd falls; null is 0.2.",
+        examples=[0.1],
     )
-    warmup_ratio: Share = Field(
-        default=0.03,
-        description="Share of the run over which the learning rate rises from zero.",
+    restarts: Count | None = Field(
+        default=None,
+        validate_default=True,
+        description="Number of times that cosine_restarts returns to the peak; null is 1.",
+        examples=[3],
+    )
+    learning_rates: dict[str, GroupRate] = Field(
+        default={},
+        description="Peak learning rates of groups of parameters: lora_A, lora_B, embeddings (trained rows of "
+        "embedding and head), magnitude (of DoRA). A value is a rate, or a factor on train.learning_rate, such as 16x.",
+        examples=[{"lora_B": "16x"}],
+    )
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        default=None,
+        description="Steps over which the learning rate rises from zero; null takes train.warmup_ratio.",
+        examples=[100],
+    )
+    warmup_ratio: Share | None = Field(
+        default=None,
+        validate_default=True,
+        description="Share of the run over which the learning rate rises from zero; null is 0.03, unless "
+        "train.warmup_steps is set.",
         examples=[0.1],
     )
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_32bit"] = Field(
@@ -113,10 +154,59 @@ class TrainSection(Section):
         examples=[["tensorboard"]],
     )
 
+    @property
+    def peak(self) -> float:
+        """Peak learning rate of a section in which it is a number."""
+        assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
+        return self.learning_rate
+
+    def with_learning_rate(self, rate: float) -> "TrainSection":
+        """Return the section with another peak learning rate.
+
+        Raises:
+            ValidationError: Other keys don't allow it.
+        """
+        return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
     @field_validator("min_learning_rate")
     @classmethod
     def _check_minimum(cls, value: float, info: ValidationInfo) -> float:
         peak = info.data.get("learning_rate")  # absent if it is invalid itself
-        if peak is not None and value > peak:
+        if isinstance(peak, float) and value > peak:
             raise ValueError(f"is above train.learning_rate ({peak:g}); lower it")
         return value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _check_rates(cls, value: dict[str, float | str], info: ValidationInfo) -> dict[str, float | str]:
+        peak = info.data.get("learning_rate")  # absent if it is invalid itself
+        for group, rate in value.items():
+            if group not in RATE_GROUPS:
+                raise ValueError(f"has no group {group!r}; the groups are {', '.join(RATE_GROUPS)}")
+            try:
+                rate_factor(rate, peak if isinstance(peak, float) else DEFAULT_LEARNING_RATE)
+            except ValueError as error:
+                raise ValueError(f"has a wrong value of {group}: {error}") from None
+        return value
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def _check_warmup(cls, value: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("warmup_steps")
+        if steps is None:
+            return DEFAULT_WARMUP_RATIO if value is None else value
+        if value is not None:
+            raise ValueError(f"is set, and so is train.warmup_steps ({steps}); set one of them to null")
+        return None
+
+    @field_validator(*SCHEDULER_OPTIONS)
+    @classmethod
+    def _check_scheduler_option(cls, value: float | None, info: ValidationInfo) -> float | None:
+        assert info.field_name is not None
+        scheduler, default = SCHEDULER_OPTIONS[info.field_name]
+        chosen = info.data.get("lr_scheduler", scheduler)  # absent if it is invalid itself
+        if chosen == scheduler:
+            return default if value is None else value
+        if value is not None:
+            raise ValueError(f"is set, but train.lr_scheduler is {chosen}; remove it, or set lr_scheduler: {scheduler}")
+        return None

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from qlora.config.sections.base import UNUSABLE
 from qlora.dtypes import full_name
@@ -23,6 +23,26 @@ def parse_size(text: str) -> int:
     if not size:
         raise ValueError("should be a size such as 5GB or 500MB")
     return size
+
+
+def rate_factor(value: float | str, peak: float) -> float:
+    """Return the factor on a peak learning rate that a rate of its own stands for.
+
+    Args:
+        value: A rate, or a factor as text: `16x`.
+        peak: Peak learning rate.
+
+    Raises:
+        ValueError: The value is neither, or the rate is not between 0 and 1.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,18})?(?:[eE][+-]?\d{1,2})?)\s*x\s*", value)
+        if match is None:
+            raise ValueError(f"{value!r} should be a learning rate, or a factor such as 16x")
+        value = float(match[1]) * peak
+    if not 0 < value < 1:
+        raise ValueError(f"a learning rate of {value:g} should be above 0 and below 1; a factor is written as 16x")
+    return value / peak
 
 
 def _check_size(value: str) -> str:
@@ -102,6 +122,14 @@ def _column_names(value: object) -> object:
     return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
 
 
+def _number_of_text(value: object) -> object:
+    """Return the number that a text is, which YAML does not recognize without a dot: `5e-5`."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -113,6 +141,13 @@ def _as_layers(value: object) -> object:
 PathText = Annotated[str, AfterValidator(_check_path)]
 Size = Annotated[str, AfterValidator(_check_size)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+GroupRate = Annotated[float | str, BeforeValidator(_number_of_text, json_schema_input_type=float | str)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+# By a discriminator, so that an invalid value is one problem and not one for each member.
+RateOrAuto = Annotated[
+    Annotated[OpenShare, Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else "number"),
+]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
