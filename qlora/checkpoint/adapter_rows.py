@@ -134,7 +134,7 @@ def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping
 
 def rows_problems(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Return a line for each module whose stored rows a base can't take."""
-    layers = _embedding_and_head(model)
+    layers = embedding_and_head(model)
     problems = []
     for name, stored in rows.items():
         if name not in layers:
@@ -167,7 +167,7 @@ def wrap_stored_rows(
         tensors: Tensors of the adapter's file.
         dtype: Dtype of the rows.
     """
-    layers = _embedding_and_head(model)
+    layers = embedding_and_head(model)
     device = model.get_input_embeddings().weight.device
     own = {
         name: EmbeddingRows(tensors[stored.tensor].to(device, dtype, copy=True), stored.ids, len(layers[name].weight))
@@ -190,7 +190,7 @@ def are_shared(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str,
     return first[1].ids == other.ids and torch.equal(tensors[first[1].tensor], tensors[other.tensor])
 
 
-def _embedding_and_head(model: Any) -> dict[str, Any]:
+def embedding_and_head(model: Any) -> dict[str, Any]:
     """Return a model's embedding and output head by their names."""
     both = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     return {name: module for name, module in model.named_modules() if any(module is layer for layer in both)}

@@ -1,6 +1,7 @@
 """Folders of PEFT adapters: config and tensors, checked to be LoRA that this package can compute."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,21 +157,19 @@ def read_adapter(folder: Path) -> PeftAdapter:
     rows, problems = read_rows(config, header)
     problems = _unsupported(config) + problems
     used = {name for each in rows.values() for name in (each.tensor, each.bias) if name}
-    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in {*header} - used}
-    keys = {name: tensor_names(name, bool(config.get("use_dora"))) for name in sorted(names)}
-    unknown = sorted(({key for own in keys.values() for key in own} ^ {*header}) - used)
-    embeddings = sorted(
-        name for name in names if any(f"{PREFIX}{name}.lora_embedding_{each}" in header for each in "AB")
-    )
+    # PEFT stores LoRA on an embedding under other names, and base weights with LoRA on embedding or head.
+    others = {key: re.split(r"\.lora_embedding_|\.base_layer\.", key.removeprefix(PREFIX))[0] for key in header}
+    vocabulary = {key: name for key, name in others.items() if key != f"{PREFIX}{name}"}
     problems += [
-        f"LoRA on the embedding {name} is not supported, only rows of it trained in full" for name in embeddings
+        f"LoRA on the embedding or output head {name} is not supported, only rows of it trained in full"
+        for name in sorted({*vocabulary.values()})
     ]
-    unknown = [key for key in unknown if key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] not in embeddings]
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in {*header} - used - {*vocabulary}}
+    keys = {name: tensor_names(name, bool(config.get("use_dora"))) for name in sorted(names)}
+    unknown = sorted(({key for own in keys.values() for key in own} ^ {*header}) - used - {*vocabulary})
     if unknown:
-        more = " …" if len(unknown) > 4 else ""
-        problems.append(
-            f"{WEIGHTS_FILE} has tensors that are not pairs of LoRA factors: {', '.join(unknown[:4])}{more}"
-        )
+        first = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
+        problems.append(f"{WEIGHTS_FILE} has tensors that are not pairs of LoRA factors: {first}")
     for name, own in keys.items():
         if any(key not in header for key in own):
             continue

@@ -3,8 +3,8 @@
 import re
 import sys
 
-from qlora.cli.generate import MaxNewTokens, Model, System, Temperature, TopP, check_sampling
-from qlora.cli.options import Device
+from qlora.cli.generate import MaxNewTokens, Model, System, Temperature, TopP, check_sampling, load
+from qlora.cli.options import Base, Device
 
 COMMANDS = "/reset starts over, /system TEXT sets the system message and starts over, /exit or Ctrl-D ends"
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
@@ -12,6 +12,7 @@ COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 
 def chat(
     model: Model,
+    base: Base = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
@@ -28,9 +29,9 @@ def chat(
     from qlora.data.prompts import check_prompt
     from qlora.data.serving import TemplateFacts
     from qlora.errors import DataError
-    from qlora.model import answer, load_model
+    from qlora.model import answer
 
-    loaded, tokenizer = load_model(model, device)
+    loaded, tokenizer = load(model, base, device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     name = template_name(tokenizer) or "the tokenizer's own"
     _say(f"{model}, chat template: {name}\n{COMMANDS}")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device, expand_home
+from qlora.cli.options import AsJson, Base, Device, expand_home
 from qlora.cli.report import show_report
 
 
@@ -12,13 +12,16 @@ def evaluate(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG|RUN", help="A config, for its base, or a run with its adapter.", callback=expand_home
+            metavar="CONFIG|RUN|ADAPTER",
+            help="A config, for its base, a run with its adapter, or a PEFT adapter made elsewhere, with --data.",
+            callback=expand_home,
         ),
     ],
     data: Annotated[
         str | None,
         typer.Option(help="A file to evaluate on instead of the config's held-out data.", callback=expand_home),
     ] = None,
+    base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -26,4 +29,4 @@ def evaluate(
     """Print loss and perplexity per supervised token, and bits per byte."""
     from qlora.training import evaluate as run_evaluation
 
-    show_report(run_evaluation(target, data, batch_size, device).as_dict(), as_json)
+    show_report(run_evaluation(target, data, batch_size, device, base).as_dict(), as_json)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from qlora.cli.options import AsJson, Device, expand_home
+from qlora.cli.options import AsJson, Base, Device, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import Terminated, stopping_with
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from qlora.data.prompts import Prompt
 
 Model = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder or hub id.", callback=expand_home)
+    str,
+    typer.Argument(
+        metavar="RUN|ADAPTER|MODEL",
+        help="A run, a PEFT adapter made elsewhere, or a model folder or hub id.",
+        callback=expand_home,
+    ),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")]
@@ -51,6 +57,7 @@ def generate(
             callback=expand_home,
         ),
     ] = None,
+    base: Base = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -68,16 +75,17 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if prompts is not None and output is not None:
         with stopping_with("Nothing was answered. Run the same command again."):
-            count = _answer_file(model, prompts, Path(output), system, seed=seed, device=device, settings=settings)
+            count = _answer_file(
+                model, base, prompts, Path(output), system, seed=seed, device=device, settings=settings
+            )
         show_report({"prompts": count, "output": output}, as_json, f"Answered {count} prompts.")
         return
 
     from qlora.data.examples import Conversation
     from qlora.data.prompts import check_prompt
     from qlora.data.serving import TemplateFacts
-    from qlora.model import load_model
 
-    loaded, tokenizer = load_model(model, device)
+    loaded, tokenizer = load(model, base, device)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": str(prompt)})
     conversation = Conversation(messages)
@@ -92,8 +100,25 @@ def check_sampling(temperature: float, top_p: float | None) -> None:
         raise typer.BadParameter("--top-p needs a --temperature above 0.")
 
 
+def load(model: str, base: str | None, device: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, and say on standard error what an adapter made elsewhere is loaded onto."""
+    from qlora.model import find_foreign, load_model
+
+    foreign = find_foreign(model, base)
+    if foreign is not None:
+        print(f"{model} was made elsewhere; its base {foreign.base} is loaded in 4 bits (NF4).", file=sys.stderr)
+    return load_model(model, device, base)
+
+
 def _answer_file(
-    model: str, path: str, output: Path, system: str | None, seed: int, device: str, settings: dict[str, Any]
+    model: str,
+    base: str | None,
+    path: str,
+    output: Path,
+    system: str | None,
+    seed: int,
+    device: str,
+    settings: dict[str, Any],
 ) -> int:
     """Answer every prompt of a file, one after another; the output appears when all are answered.
 
@@ -114,13 +139,14 @@ def _answer_file(
 
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.files import make_folder, sync
-    from qlora.model import load_model
+    from qlora.model import find_foreign, open_source
 
-    adapter = None if RunDirectory.find(model) is None else adapter_digest(RunDirectory.open(model).adapter)
-    same_answers = [[prompt.columns for prompt in prompts], system, model, adapter, seed, settings]
+    is_adapter = RunDirectory.find(model) is not None or find_foreign(model, base) is not None
+    adapter = adapter_digest(open_source(model, base).folder) if is_adapter else None
+    same_answers = [[prompt.columns for prompt in prompts], system, model, base, adapter, seed, settings]
     key = hashlib.sha256(json.dumps(same_answers).encode()).hexdigest()[:12]
     partial = output.with_name(f"{output.name}.{key}.partial")
-    loaded, tokenizer = load_model(model, device)
+    loaded, tokenizer = load(model, base, device)
     check_prompts(tokenizer, prompts)
     try:
         make_folder(output.parent)

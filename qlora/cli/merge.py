@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import AsJson, NewFolder, RunDir
+from qlora.cli.options import Adapter, AsJson, Base, NewFolder
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
 
 
 def merge(
-    run: RunDir,
+    run: Adapter,
     output: NewFolder,
+    base: Base = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
         typer.Option(help="Dtype of the weights; q8_0 for GGUF only, which has no float32."),
@@ -25,8 +26,9 @@ def merge(
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
         typer.Option(
-            help="Base weights: those that the adapter was trained on, those in the base's files, or the better in an "
-            "evaluation (both merges are written at first, which takes twice the disk space)."
+            help="Base weights: those that the adapter was trained on, those in the base's files (the default for an "
+            "adapter made elsewhere), or the better in an evaluation (both merges are written at first, which takes "
+            "twice the disk space)."
         ),
     ] = None,
     format: Annotated[
@@ -70,28 +72,30 @@ def merge(
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public need --push-to-hub.")
 
-    from qlora.checkpoint import RunDirectory, adapter_digest
-    from qlora.config import load_config
+    from qlora.checkpoint import adapter_digest
+    from qlora.config import ExportSection, load_config
     from qlora.errors import ExportError
     from qlora.export import merge as run_merge
     from qlora.export.companions import REPORT_FILE
+    from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
+    from qlora.model import open_source
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
-    given: dict[str, Any] = {
-        "dtype": None if dtype == "q8_0" else dtype,
-        "onto": onto,
-        "max_shard_size": max_shard_size,
-    }
-    overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    opened = RunDirectory.open(run)
-    settings = load_config(opened.config, overrides).export
+    source = open_source(run, base)
+    asked = {"dtype": None if dtype == "q8_0" else dtype, "onto": onto, "max_shard_size": max_shard_size}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if source.run is None:
+        settings = ExportSection(**{"onto": default_onto(source)} | given)
+    else:
+        overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items()]
+        settings = load_config(source.run.config, overrides).export
     weights_dtype = "q8_0" if dtype == "q8_0" else settings.dtype
     folder = Path(os.path.abspath(output))
     values = None
     if update and (folder / REPORT_FILE).exists():
-        wanted = adapter_digest(opened.adapter), weights_dtype, settings.onto, format == "gguf"
+        wanted = adapter_digest(source.folder), weights_dtype, settings.onto, format == "gguf"
         values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
     elif (folder / REPORT_FILE).exists():
         raise ExportError(
@@ -99,6 +103,9 @@ def merge(
             "another one."
         )
     if values is None:
+        if source.run is None:
+            onto_what = f"the {settings.onto} weights of {source.base}"
+            print(f"{run} was made elsewhere: merging onto {onto_what}, which may not be its own.", file=sys.stderr)
         next_call = "starts again" if format == "gguf" else "continues"
         with stopping_with(f"The same command {next_call}."), _progress_bar(shown=not as_json) as on_progress:
             report = run_merge(
@@ -111,6 +118,7 @@ def merge(
                 force=force,
                 on_progress=on_progress,
                 format=format,
+                base=base,
             )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:

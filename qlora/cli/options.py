@@ -21,6 +21,23 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; 
 Device = Annotated[str, typer.Option(help="cuda, cpu, …; auto takes a GPU if there is one.")]
 NewFolder = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.", callback=expand_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value …")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="Base of an adapter made elsewhere, a folder or hub id; default: the one that its config names.",
+        callback=expand_home,
+    ),
+]
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|ADAPTER",
+        help="A run's output_dir, one of its checkpoints, or a PEFT adapter made elsewhere.",
+        callback=expand_home,
+    ),
+]
 RunDir = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's output_dir, or one of its checkpoints.", callback=expand_home)
 ]

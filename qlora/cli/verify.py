@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device, RunDir, expand_home
+from qlora.cli.options import Adapter, AsJson, Base, Device, expand_home
 from qlora.cli.report import show_report
 
 
 def verify(
-    run: RunDir,
+    run: Adapter,
     folder: Annotated[
         str | None,
         typer.Argument(
@@ -18,6 +18,7 @@ def verify(
             callback=expand_home,
         ),
     ] = None,
+    base: Base = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -27,7 +28,7 @@ def verify(
     """
     from qlora.proof import verify as run_verification
 
-    report = run_verification(run, folder, device)
+    report = run_verification(run, folder, device, base)
     values = report.as_dict()
     if not as_json:  # one line per client and problem
         values = {key: value for key, value in values.items() if key not in ("matches", "problems", "clients")}

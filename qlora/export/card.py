@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from qlora.checkpoint import RunDirectory, RunRecord
+from qlora.checkpoint import RunDirectory, RunRecord, read_adapter_config
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
+from qlora.model import AdapterSource
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,6 +25,10 @@ LICENSES = {
     "BSD 2-Clause License": "bsd-2-clause",
     "Mozilla Public License Version 2.0": "mpl-2.0",
 }
+LOST_IN_4_BITS = (
+    "don't quantize these weights to 4 bits again: every weight sits on a code centre of the first quantization, so "
+    "nearly all of the fine-tuning gain is lost at gentle learning rates; for that, merge --onto original"
+)
 PIPE = r"\|"  # in a table's cell, even inside code
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
@@ -49,8 +54,7 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     datasets = [source for source, on_hub in map(public_name, _sources(config)) if on_hub]
     if datasets:
         front["datasets"] = datasets
-    library = "gguf" if any(folder.glob("*.gguf")) else "transformers"
-    front |= {"library_name": library, "pipeline_tag": "text-generation", "tags": ["qlora", "lora"]}
+    front |= {"library_name": _library(folder), "pipeline_tag": "text-generation", "tags": ["qlora", "lora"]}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
@@ -95,6 +99,52 @@ def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, 
         _license_text(base, license),
     ]
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_adapter_card(
+    folder: Path, name: str, source: AdapterSource, base_folder: Path, report: Mapping[str, Any]
+) -> None:
+    """Write the README.md of a release whose adapter was made elsewhere, so that its training is not known.
+
+    Args:
+        folder: Folder of the release.
+        name: Name of the release.
+        source: The adapter and its base.
+        base_folder: Folder with the base's files, for its licence.
+        report: Values of the merge report.
+    """
+    base, base_on_hub = public_name(source.base)
+    license, config = read_license(base_folder), read_adapter_config(source.folder)
+    front: dict[str, Any] = dict(license)
+    if base_on_hub:
+        front |= {"base_model": base, "base_model_relation": "finetune"}
+    front |= {"library_name": _library(folder), "pipeline_tag": "text-generation", "tags": ["lora"]}
+    patterns = {"ranks": config.get("rank_pattern"), "alphas": config.get("alpha_pattern")}
+    own = "".join(f"; {what} by layer: {pattern}" for what, pattern in patterns.items() if pattern)
+    adapter = {
+        "adapter": f"rank {config['r']}, alpha {config['lora_alpha']:g}, rsLoRA: {bool(config.get('use_rslora'))}{own}",
+        "trained in full": ", ".join(map(str, config.get("modules_to_save") or [])),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {name}",
+        f"{_link(base, base_on_hub)} with the LoRA adapter {source.folder.name} merged into its weights. The adapter "
+        "was made elsewhere, so its data and training are not known here.",
+        "## Merge",
+        _table(["", ""], ({key: value for key, value in adapter.items() if value} | _merge_rows(report)).items()),
+        "## Licence",
+        _license_text(base, license),
+    ]
+    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def lost_in_4_bits(onto: str) -> list[str]:
+    """Return a warning against quantizing merged weights to 4 bits again; empty if they were merged onto the original.
+
+    Args:
+        onto: Base weights that were merged onto.
+    """
+    return [LOST_IN_4_BITS] if onto == "dequantized" else []
 
 
 def public_name(source: str) -> tuple[str, bool]:
@@ -210,9 +260,13 @@ def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": report.get("num_bytes"),
         "loss by base": ", ".join(f"{base} {loss:.4f}" for base, loss in (report.get("losses") or {}).items()),
         "files that differ from the base used in training": ", ".join(report.get("base_differs") or []),
-        "notes": "; ".join(report.get("notes") or []),
+        "notes": "; ".join(dict.fromkeys([*(report.get("notes") or []), *lost_in_4_bits(report.get("onto", ""))])),
     }
     return {key: value for key, value in rows.items() if value not in (None, "")}
+
+
+def _library(folder: Path) -> str:
+    return "gguf" if any(folder.glob("*.gguf")) else "transformers"
 
 
 def _link(name: str, on_hub: bool, kind: str = "") -> str:

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory
-from qlora.export.card import write_card
+from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
-from qlora.model import end_token_ids, load_generation_config, load_run_tokenizer
+from qlora.model import AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
@@ -25,8 +24,8 @@ class MergeReport:
 
     Attributes:
         out_dir: The folder with the merged model.
-        run_dir: The run.
-        step: Step of the run that the adapter was trained for.
+        run_dir: The run, or the folder of an adapter made elsewhere.
+        step: Step of the run that the adapter was trained for; None for an adapter made elsewhere.
         adapter: SHA-256 of the adapter's tensors file.
         dtype: Dtype of the merged weights.
         onto: Base weights that were merged onto, `dequantized` or `original`.
@@ -44,7 +43,7 @@ class MergeReport:
 
     out_dir: str
     run_dir: str
-    step: int
+    step: int | None
     adapter: str
     dtype: str
     onto: str
@@ -66,7 +65,7 @@ class MergeReport:
         return f"<MergeReport: {self.merged} layers merged onto {self.onto} weights in {self.dtype}, {self.out_dir}>"
 
 
-def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dtype: str) -> None:
+def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     """Write config, tokenizer with its chat template, and generation config next to the weights."""
     config = dict(weights.files.config)
     config.pop("quantization_config", None)
@@ -77,19 +76,19 @@ def write_companions(folder: Path, run: RunDirectory, weights: MergedWeights, dt
         # transformers also uses a stored head that differs from the embedding without this; other tools don't.
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer = load_run_tokenizer(run)
-    if run.final_adapter.is_dir():
-        _copy_tokenizer(run.final_adapter, folder)
+    source = weights.source
+    tokenizer = load_adapter_tokenizer(source)
+    if source.run is not None and source.run.final_adapter.is_dir():
+        _copy_tokenizer(source.run.final_adapter, folder)
     else:
         tokenizer.save_pretrained(folder)
-    has_code = weights.config.model.trust_remote_code
-    for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if has_code else [])):
+    for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if source.trust_remote_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
 
     generation = load_generation_config(weights.files.folder)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
-    if "pad_token" in weights.config.data.special_tokens:
+    if source.sets_pad_token:
         generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses a temperature without do_sample, which many published models have.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
@@ -112,9 +111,12 @@ def _set_vocab_size(config: dict[str, Any], size: int) -> None:
         config["vocab_size"] = size
 
 
-def write_report_and_card(folder: Path, report: MergeReport, run: RunDirectory, base_folder: Path) -> None:
+def write_report_and_card(folder: Path, report: MergeReport, source: AdapterSource, base_folder: Path) -> None:
     """Write a release's report and model card, without paths of this machine."""
     name = Path(report.out_dir).name
-    released = report.as_dict() | {"out_dir": name, "run_dir": run.path.name}
+    released = report.as_dict() | {"out_dir": name, "run_dir": source.path.name}
     (folder / REPORT_FILE).write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
-    write_card(folder, name, run, base_folder, released)
+    if source.run is None:
+        write_adapter_card(folder, name, source, base_folder, released)
+    else:
+        write_card(folder, name, source.run, base_folder, released)

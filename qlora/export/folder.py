@@ -1,4 +1,4 @@
-"""Merge a run into a folder of safetensors files that transformers loads without qlora."""
+"""Merge an adapter into a folder of safetensors files that transformers loads without qlora."""
 
 import hashlib
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from qlora.checkpoint import RunDirectory, RunRecord, adapter_digest
+from qlora.checkpoint import adapter_digest
+from qlora.config import load_config
 from qlora.config.sections import parse_size
 from qlora.dtypes import full_name
 from qlora.errors import ExportError
@@ -23,23 +24,23 @@ from qlora.export.held_out import held_out_examples, written_loss
 from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
-from qlora.model import load_run_tokenizer
+from qlora.model import AdapterSource, load_run_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 DEFAULT_SHARD_SIZE = "5GB"
 
 
 def merge_to_folder(
-    run_dir: str | Path,
+    source: AdapterSource,
     out_dir: str | Path,
-    dtype: str = "float16",
-    onto: str = "dequantized",
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    dtype: str,
+    onto: str,
+    max_shard_size: str,
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Merge a run's adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
+    """Merge an adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
 
     Each tensor is read in blocks of rows, merged in fp32, cast once, checked and written before the next is read. The
     same call resumes an interrupted merge.
@@ -53,29 +54,29 @@ def merge_to_folder(
     except (ValueError, TypeError):
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
-    run = RunDirectory.open(run_dir)
     # Read before the weights: if the run continues meanwhile, the report must not claim its newer adapter.
-    step, adapter = run.step, adapter_digest(run.adapter)
-    candidates = {base: MergedWeights(run, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
+    step, adapter = source.step, adapter_digest(source.folder)
+    candidates = {base: MergedWeights(source, base, device, force) for base in (ONTO if onto == "best" else (onto,))}
     weights = next(iter(candidates.values()))
     layout = weights.layout(getattr(torch, dtype))
     num_bytes = sum(tensor.num_bytes for tensor in layout)
-    key = _key(run, weights, dtype, onto, max_bytes)
+    key = _key(source, weights, dtype, onto, max_bytes)
     progress = _Progress(on_progress, num_bytes * len(candidates))
-    has_code = weights.config.model.trust_remote_code
     losses: dict[str, float] = {}
     if onto == "best":  # read now, so that missing data are reported before anything is written
-        examples = held_out_examples(weights.config, load_run_tokenizer(run))
+        if source.run is None:
+            raise ExportError("onto: 'best' needs the held-out examples of a run; use original or dequantized.")
+        examples = held_out_examples(load_config(source.run.config), load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
         for base, candidate in candidates.items():
             _write_weights(staging / base, candidate, dtype, max_bytes, progress)
-            write_companions(staging / base, run, candidate, dtype)
+            write_companions(staging / base, candidate, dtype)
             if onto == "best":
-                losses[base] = written_loss(staging / base, dtype, examples, candidate.device, has_code)
+                losses[base] = written_loss(staging / base, dtype, examples, candidate.device, source.trust_remote_code)
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
             out_dir=str(out_dir),
-            run_dir=str(run.path),
+            run_dir=str(source.path),
             step=step,
             adapter=adapter,
             dtype=dtype,
@@ -88,9 +89,9 @@ def merge_to_folder(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=candidates[chosen].notes + _notes_on_losses(losses, weights.record),
+            notes=candidates[chosen].notes + _notes_on_losses(losses, source),
         )
-        write_report_and_card(staging / chosen, report, run, weights.files.folder)
+        write_report_and_card(staging / chosen, report, source, weights.files.folder)
         put_in_place(staging / chosen, out_dir)
     return report
 
@@ -129,9 +130,9 @@ def _better(losses: dict[str, float], dtype: str) -> str:
     return min(finite, key=lambda base: finite[base])
 
 
-def _notes_on_losses(losses: dict[str, float], record: RunRecord) -> list[str]:
+def _notes_on_losses(losses: dict[str, float], source: AdapterSource) -> list[str]:
     """Return a note if the losses by base are not held-out losses."""
-    if not losses or record.examples.eval:
+    if not losses or source.run is None or source.run.read_record().examples.eval:
         return []
     return ["the run has no held-out examples, so the losses by base are training losses"]
 
@@ -159,10 +160,11 @@ class _Progress:
             self._on_progress(self._done, self._total)
 
 
-def _key(run: RunDirectory, weights: MergedWeights, dtype: str, onto: str, max_bytes: int) -> str:
+def _key(source: AdapterSource, weights: MergedWeights, dtype: str, onto: str, max_bytes: int) -> str:
     """Return a key that is equal only for merges that write the same bytes."""
     digest = hashlib.sha256()
-    for path in (run.record, *(run.adapter / name for name in ADAPTER_FILES)):
+    record = [] if source.run is None else [source.run.record]
+    for path in (*record, *(source.folder / name for name in ADAPTER_FILES)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     settings = [weights.files.fingerprint(), dtype, onto, max_bytes, weights.device.type]

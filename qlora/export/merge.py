@@ -1,4 +1,4 @@
-"""Merge a run into release weights, in the format asked for."""
+"""Merge an adapter into release weights, in the format asked for."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
 from qlora.export.gguf.merge import merge_to_gguf
+from qlora.model import BITSANDBYTES_4BIT, AdapterSource, open_source, weight_format
 
 FORMATS = ("safetensors", "gguf")
 
@@ -14,42 +15,56 @@ def merge(
     run_dir: str | Path,
     out_dir: str | Path,
     dtype: str = "float16",
-    onto: str = "dequantized",
+    onto: str | None = None,
     max_shard_size: str | None = None,
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
     format: str = "safetensors",
+    base: str | None = None,
 ) -> MergeReport:
-    """Merge a run's adapter into its base, and write weights that need neither qlora nor PEFT.
+    """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
     Args:
-        run_dir: A finished run, or a checkpoint of a run.
+        run_dir: A finished run, a checkpoint of a run, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A new folder; it appears once everything in it is written.
         dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16` or `q8_0`.
-        onto: Base weights to merge onto: `dequantized`, those that the adapter was trained on; `original`, those of
-            the base's files; or `best`, the ones with the lower loss on the run's held-out examples. `best` needs disk
-            space for both and loads each merged model in turn; not for GGUF.
+        onto: Base weights to merge onto: `dequantized`, those that a run's adapter was trained on; `original`, those of
+            the base's files; or `best`, the ones with the lower loss on a run's held-out examples. `best` needs disk
+            space for both and loads each merged model in turn; not for GGUF. None for `dequantized` with a run, and
+            for `original` otherwise, because it is not known what an adapter made elsewhere was trained on.
         max_shard_size: Size limit of a weight file, such as `5GB`, the default; not for GGUF, which is one file.
         device: Device to merge and evaluate on; see :class:`qlora.export.weights.MergedWeights`.
         force: Merge into a base other than the one used in training; the report names the files that differ.
         on_progress: Called with the bytes written so far and the total.
         format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
+        base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
 
     Raises:
         ExportError: An argument is unknown, the folder exists, the base is not the one used in training, a value does
             not fit the dtype, the model can't be written as GGUF, or the disk is full.
-        CheckpointError: The run is damaged.
+        CheckpointError: The run or the adapter is damaged, or the adapter is not LoRA that can be computed here.
+        ConfigError: A run is given a base, or the base of an adapter made elsewhere is not known.
     """
     if format not in FORMATS:
         raise ExportError(f"format: {format!r} should be one of {', '.join(FORMATS)}.")
+    source = open_source(run_dir, base)
+    if onto is None:
+        onto = default_onto(source)
     if format == "gguf":
         if max_shard_size is not None:
             raise ExportError(
                 f"max_shard_size: {max_shard_size!r} has no meaning for GGUF, which is one file; omit it."
             )
-        return merge_to_gguf(run_dir, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
+        return merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
     shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     return merge_to_folder(
-        run_dir, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress
+        source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress
     )
+
+
+def default_onto(source: AdapterSource) -> str:
+    """Return the base weights to merge onto if nothing else is asked for: for a run, those that it trained on."""
+    if source.run is not None or weight_format(source.base_files()) == BITSANDBYTES_4BIT:
+        return "dequantized"
+    return "original"

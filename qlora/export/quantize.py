@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from qlora.config.sections import parse_size
 from qlora.dtypes import as_dtype
 from qlora.errors import ExportError
-from qlora.export.card import write_quantized_card
+from qlora.export.card import lost_in_4_bits, write_quantized_card
+from qlora.export.companions import REPORT_FILE
 from qlora.files import BaseFiles, atomic_folder
+from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
 from qlora.model import BITSANDBYTES_4BIT, BaseWeights, build_skeleton, resolve_device, weight_format
@@ -42,6 +44,7 @@ class QuantizeReport:
         num_bytes: Bytes of these tensors.
         base_bytes: Bytes of the original weight files.
         seconds: Duration in seconds.
+        notes: What the 4-bit model loses.
     """
 
     out_dir: str
@@ -51,6 +54,7 @@ class QuantizeReport:
     num_bytes: int
     base_bytes: int
     seconds: float
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -101,6 +105,7 @@ def quantize_model(
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")
+    notes = _notes(files.folder)
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
     settings = nf4_settings(double_quant, target)
@@ -124,6 +129,7 @@ def quantize_model(
             "quantization": f"NF4 in blocks of {BLOCK_SIZE}, double quantization: {double_quant}",
             "other tensors and compute": _name(target),
             "bytes": writer.num_bytes,
+            **({"notes": "; ".join(notes)} if notes else {}),
         }
         write_quantized_card(folder, out_dir.name, base, files.folder, rows)
     return QuantizeReport(
@@ -134,7 +140,15 @@ def quantize_model(
         num_bytes=writer.num_bytes,
         base_bytes=sum(path.stat().st_size for path in files.weight_files),
         seconds=round(time.perf_counter() - started, 3),
+        notes=notes,
     )
+
+
+def _notes(folder: Path) -> list[str]:
+    """Return a warning if a model was merged onto weights that were quantized already."""
+    path = folder / REPORT_FILE
+    report = read_object(path, ExportError, "merge again") if path.is_file() else {}
+    return lost_in_4_bits(str(report.get("onto")))
 
 
 def _own_dtype(files: BaseFiles, weights: BaseWeights) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The merged weights of a run, computed one tensor at a time from the base's files and the adapter."""
+"""The merged weights of an adapter and its base, computed one tensor at a time from their files."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -6,27 +6,26 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, StoredRows
+from qlora.checkpoint import PeftAdapter, StoredRows
+from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE
-from qlora.config import RunConfig, load_config
 from qlora.errors import ExportError, ModelError
-from qlora.files import BaseFiles
+from qlora.export.card import public_name
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.kernels import LowRank, fold, row_norms
 from qlora.model import (
     BITSANDBYTES_4BIT,
+    AdapterSource,
     BaseWeights,
     build_skeleton,
     has_codes,
     resolve_device,
-    starts_of,
     subtracted,
     weight_format,
 )
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
-from qlora.model.run_adapter import read_run_adapter
 from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
@@ -39,7 +38,7 @@ class MergedWeights:
     those of training, bit for bit, only on the kind of device that the run was trained on.
 
     Args:
-        run: A finished run, or a run at a checkpoint.
+        source: The adapter and its base.
         onto: Base weights to merge onto: `dequantized`, those that the adapter was trained on, or `original`.
         device: Device to compute on: `cpu`, `cuda`, or `auto` for a GPU if there is one. None for the kind of device
             that the run was trained on, or the CPU if this machine has none.
@@ -56,17 +55,15 @@ class MergedWeights:
     """
 
     def __init__(
-        self, run: RunDirectory, onto: str, device: str | torch.device | None = None, force: bool = False
+        self, source: AdapterSource, onto: str, device: str | torch.device | None = None, force: bool = False
     ) -> None:
         if onto not in ONTO:
             raise ExportError(f"onto: {onto!r} should be one of {', '.join(ONTO)}.")
-        self.record = run.read_record()
-        self.config: RunConfig = load_config(run.config)
-        self._trained_on = self.record.in_use.device.partition(":")[0]
-        self.device = _device_here(self._trained_on) if device is None else resolve_device(device)
-        model = self.config.model
-        self.files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
-        self.base_differs = self.files.differing(self.record.base.files)
+        self.source, self._onto = source, onto
+        self._trained_on = source.trained_on
+        self.device = _device_here(self._trained_on or "cpu") if device is None else resolve_device(device)
+        self.files = source.base_files()
+        self.base_differs = source.base_differs(self.files)
         if self.base_differs and not force:
             raise ExportError(
                 f"{self.files.name} is not the base used in training: {', '.join(self.base_differs)} differ. Restore "
@@ -74,18 +71,18 @@ class MergedWeights:
             )
         if onto == "original" and weight_format(self.files) == BITSANDBYTES_4BIT:
             raise ExportError(f"{self.files.name} has only 4-bit weights; merge --onto dequantized.")
-        self._compute_dtype = getattr(torch, self.record.in_use.compute_dtype)
-        adapter = read_run_adapter(run)
-        self._layers, self._onto, self._starts = adapter.layers, onto, starts_of(self.config, run.adapter)
-        path = run.adapter / WEIGHTS_FILE
+        self._compute_dtype = source.compute_dtype(self.device)
+        adapter = source.read()
+        self._layers, self._onto, self._starts = adapter.layers, onto, source.starts()
+        path = source.folder / WEIGHTS_FILE
         self._trained = StoredTensors({path: read_header(path)})  # read by rows, because an embedding is large
         self._base = BaseWeights(self.files)
         self._shapes = dict(self._base.shapes)
-        skeleton = build_skeleton(self.files, model.trust_remote_code)
+        skeleton = build_skeleton(self.files, source.trust_remote_code)
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
         self._adapted = self._by_name_in_files(self._layers, skeleton)
-        self._rows = self._rows_by_name_in_files(adapter.rows, skeleton)
+        self._rows = self._rows_by_name_in_files(adapter, skeleton)
         for name, rows in self._rows.items():
             (size, features), given = self._shapes[name], self._trained.shape(rows.tensor)
             if given[1] != features or rows.ids.start > size:
@@ -94,7 +91,7 @@ class MergedWeights:
                     f"base {size} rows of {features}; take the base and adapter of the same run."
                 )
             self._shapes[name] = (max(size, rows.ids.stop), features)
-        quantized = self.record.parameters.quantized if onto == "dequantized" else ()
+        quantized = source.quantized(self.files) if onto == "dequantized" else ()
         self._quantized = self._by_name_in_files(quantized, skeleton)
         self._check_factors()
 
@@ -107,12 +104,22 @@ class MergedWeights:
     def notes(self) -> list[str]:
         """Ways in which these may differ from the weights that the adapter was trained on."""
         here, then = self.device.type, self._trained_on
+        if then is None:
+            return self._notes_on_base()
         if then == here or all(map(self._base.is_4bit, self._quantized)):
             return []
         return [
             f"quantized a second time on {here}, but the run was trained on {then}: a few weights may have other "
             f"codes; --device {then} uses the same kernels"
         ]
+
+    def _notes_on_base(self) -> list[str]:
+        """Return what is assumed about the base of an adapter made elsewhere."""
+        assumed = "the original ones" if self._onto == "original" else "NF4 with qlora's default settings"
+        notes = [f"the base weights that the adapter was trained on are not known; assumed are {assumed}"]
+        if self.source.is_base_named:
+            notes.append(f"the base {public_name(self.source.base)[0]} is the one that adapter_config.json names")
+        return notes
 
     @property
     def has_own_head(self) -> bool:
@@ -193,14 +200,12 @@ class MergedWeights:
         if name not in self._quantized:
             return None
         is_transposed = self._quantized[name] in self._transposed
-        start = self._starts.get(self._quantized[name])
+        source, start = self.source, self._starts.get(self._quantized[name])
         weight = self._base.read(name).to(self.device)
         weight = subtracted(weight.T if is_transposed else weight, start).to(self._compute_dtype)
-        settings = self.record.quantization
-        assert settings.block_size is not None  # because the record has quantized layers
-        packed = quantize(weight, settings.double_quant, settings.block_size)
+        packed = quantize(weight, source.double_quant, source.block_size)
         del weight
-        if start is not None and self.device.type == self._trained_on and not has_codes(start, packed[0]):
+        if start is not None and self.device.type == source.trained_on and not has_codes(start, packed[0]):
             raise ExportError(
                 f"{name}: the base has other 4-bit codes than the one that the run's adapter starts from; restore the "
                 "base that it was trained on."
@@ -241,21 +246,34 @@ class MergedWeights:
             stored = self._layers[module]
             rows, columns = len(stored.B), stored.A.shape[1]
             shape = (columns, rows) if module in self._transposed else (rows, columns)
+            if name == self._head:
+                raise ExportError(f"LoRA on the output head {module} can't be merged, only rows of it trained in full.")
             if shape != self._shapes[name]:
                 raise ExportError(
                     f"{name}: the adapter is for a shape of {shape}, the base has {self._shapes[name]}; take the base "
                     "and adapter of the same run."
                 )
 
-    def _rows_by_name_in_files(self, rows: dict[str, StoredRows], skeleton: Any) -> dict[str, StoredRows]:
-        """Return trained rows by the names in the files; those of a shared weight under each name it is stored by."""
-        modules = list(self.record.parameters.trained_rows)
-        if rows and self.record.parameters.shared_rows:
-            shared = next(iter(rows.values()))
-            rows = {module: rows.get(module, shared) for module in modules}
-        if self.record.parameters.shared_rows:
-            one_to_one, _ = names_in_files(skeleton, self._shapes)
-            modules = [module for module in modules if f"{module}.weight" in one_to_one]
+    def _rows_by_name_in_files(self, adapter: PeftAdapter, skeleton: Any) -> dict[str, StoredRows]:
+        """Return trained rows by the names in the files; those of a shared weight under each name it is stored by.
+
+        Raises:
+            ExportError: A module other than embedding and head was trained in full, or the head's bias was.
+        """
+        names = embedding_and_head(skeleton)
+        one_to_one, _ = names_in_files(skeleton, self._shapes)
+        rows, modules = adapter.rows, list(adapter.rows)
+        if others := sorted({*rows} - {*names}):
+            raise ExportError(f"{', '.join(others)} was trained in full, but only {' and '.join(names)} can be merged.")
+        if are_shared(skeleton, rows, adapter.tensors):
+            rows = dict.fromkeys(names, next(iter(rows.values())))
+            modules = [module for module in rows if f"{module}.weight" in one_to_one]
+        for module, stored in rows.items():
+            if stored.bias is None:
+                continue
+            bias = adapter.tensors[stored.bias]
+            if not torch.equal(self._base.read(one_to_one[f"{module}.bias"]).to(bias.dtype), bias):
+                raise ExportError(f"{module} has a trained bias, which can't be merged; train its weight alone.")
         return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:

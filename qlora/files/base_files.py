@@ -146,6 +146,16 @@ def find_tokenizer(base: str, revision: str | None = None, with_code: bool = Fal
     return _find_folder(base, revision, TOKENIZER_PATTERNS, with_code)
 
 
+def find_adapter(name: str) -> Path | None:
+    """Return the folder of a PEFT adapter, with its tokenizer; None if a folder or hub repository holds none.
+
+    Raises:
+        ModelError: There is no such folder or repository.
+    """
+    folder = _find_folder(name, None, [*TOKENIZER_PATTERNS, "adapter_model.safetensors"], with_code=False)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
 def unsupported_format(base: str, stored_in: str) -> ModelError:
     """Return the error for a base whose weights are stored in a format that cannot be read."""
     return ModelError(

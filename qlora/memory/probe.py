@@ -16,7 +16,7 @@ from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.model.from_config import optimizer_from_section
 from qlora.model.loss import Loss
-from qlora.model.starts import Starts, load_adapted
+from qlora.model.starts import Starts, load_for_training
 from qlora.model.tokenizer import load_tokenizer
 from qlora.nf4 import NF4Linear, statistics
 from qlora.optim import FlatOptimizer
@@ -102,7 +102,7 @@ def prepare(config: RunConfig, device: torch.device, starts: Starts | None = Non
     """
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
     tokenizer = load_tokenizer(files.folder, config.model.trust_remote_code)
-    model, _ = load_adapted(config, device, add_new_tokens(tokenizer, config.data.new_tokens), starts)
+    model, _ = load_for_training(config, device, add_new_tokens(tokenizer, config.data.new_tokens), starts)
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)

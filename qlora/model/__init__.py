@@ -17,14 +17,23 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
-from qlora.model.restore import load_model, load_run, load_run_tokenizer
+from qlora.model.restore import (
+    find_foreign,
+    load_adapted,
+    load_adapter_tokenizer,
+    load_model,
+    load_run,
+    load_run_tokenizer,
+)
 from qlora.model.skeleton import build_skeleton
-from qlora.model.starts import Starts, has_codes, load_adapted, load_started_base, starts_of, subtracted
+from qlora.model.source import AdapterSource, open_source
+from qlora.model.starts import Starts, has_codes, load_for_training, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
 
 __all__ = [
     "BITSANDBYTES_4BIT",
     "SUPERVISED",
+    "AdapterSource",
     "BaseWeights",
     "Evaluation",
     "Loss",
@@ -44,10 +53,14 @@ __all__ = [
     "frozen_checksum",
     "generate",
     "has_codes",
-    "load_adapted",
     "load_base",
+    "load_for_training",
     "load_generation_config",
+    "find_foreign",
+    "load_adapted",
+    "load_adapter_tokenizer",
     "load_model",
+    "open_source",
     "load_run",
     "load_run_tokenizer",
     "load_started_base",

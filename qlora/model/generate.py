@@ -23,12 +23,13 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
+    base: str | None = None,
 ) -> str | list[str]:
     """Answer a prompt or several through the chat template that a model was trained with.
 
     Args:
-        model: A run, one of its checkpoints, a model folder or hub id; or a loaded model and its tokenizer, as
-            :func:`qlora.load_run` returns them.
+        model: A run, one of its checkpoints, a PEFT adapter made elsewhere, a model folder or hub id; or a loaded
+            model and its tokenizer, as :func:`qlora.load_run` returns them.
         prompts: A message of the user, or a conversation as a list of turns (`{"role": …, "content": …}`); or a list of
             either.
         system: The system message of prompts that are a single message.
@@ -37,6 +38,7 @@ def generate(
         top_p: Sample from the most likely tokens that add up to this probability; needs a temperature above 0.
         seed: Seed of the sampling. Prompt number i is answered with seed + i, regardless of the other prompts.
         device: Device for a model that is not loaded yet; `auto` takes a GPU if there is one.
+        base: Base of an adapter made elsewhere, see :func:`qlora.model.load_model`.
 
     Returns:
         The answer's text without special tokens; for a list of prompts, a list of answers.
@@ -47,7 +49,7 @@ def generate(
         DataError: The chat template would leave out or change part of a prompt.
     """
     check_sampling(max_new_tokens, temperature, top_p)
-    loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device)
+    loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device, base)
     if getattr(tokenizer, "chat_template", None) is None:
         apply_template(tokenizer, "auto")  # as for a model that is given by its path
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))

@@ -8,13 +8,16 @@ import torch
 from qlora.checkpoint import RunDirectory, wrap_adapter
 from qlora.config import load_config
 from qlora.data import apply_template
-from qlora.files import BaseFiles
+from qlora.errors import ModelError
+from qlora.files import BaseFiles, find_adapter
 from qlora.model.base import load_base
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import set_tokens
-from qlora.model.run_adapter import read_run_adapter
-from qlora.model.starts import load_started_base, starts_of
+from qlora.model.source import AdapterSource, open_source
+from qlora.model.starts import load_started_base
 from qlora.model.tokenizer import load_tokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def load_run_tokenizer(run: RunDirectory) -> Any:
@@ -52,24 +55,95 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
         ModelError: The base can't be loaded.
     """
     run = RunDirectory.open(run_dir)
-    config = load_config(run.config)
-    adapter = read_run_adapter(run)
-    tokenizer = load_run_tokenizer(run)
-    model = load_started_base(config.model, starts_of(config, run.adapter), device)
-    wrap_adapter(model, adapter, config.lora.form)
+    return load_adapted(open_source(run.adapter), device)
+
+
+def load_adapted(
+    source: AdapterSource, device: str | torch.device = "auto", quantization: str = "nf4"
+) -> tuple[Any, Any]:
+    """Load an adapter's base with the adapter on it, ready to generate.
+
+    Args:
+        source: The adapter; a run's base is loaded as in training.
+        device: `auto` takes a GPU if there is one.
+        quantization: How to load the base of an adapter made elsewhere, `nf4` or `none`.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: The adapter is damaged, or does not fit the base.
+        ModelError: The base can't be loaded.
+    """
+    adapter = source.read()
+    tokenizer = load_adapter_tokenizer(source)
+    if source.run is None:
+        model, _ = load_base(source.base, quantization, device=device)
+        wrap_adapter(model, adapter)
+    else:
+        config = load_config(source.run.config)
+        model = load_started_base(config.model, source.starts(), device)
+        wrap_adapter(model, adapter, config.lora.form)
     return model.eval(), tokenizer
 
 
-def load_model(path: str, device: str | torch.device = "auto") -> tuple[Any, Any]:
-    """Load a run, one of its checkpoints, or any model folder or hub id as it is stored, with a chat template set.
+def load_adapter_tokenizer(source: AdapterSource) -> Any:
+    """Load the tokenizer of an adapter: a run's, or the one in the adapter's folder, or the base's.
 
     Raises:
-        CheckpointError: A run is damaged.
-        ModelError: There is no such model.
+        ModelError: It can't be loaded.
+        DataError: A run's chat template is gone.
+    """
+    if source.run is not None:
+        return load_run_tokenizer(source.run)
+    folder = source.base_files().folder
+    has_own = any((source.folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    tokenizer = load_tokenizer(source.folder if has_own else folder)
+    template = source.folder / TEMPLATE_FILE
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    elif has_own and tokenizer.chat_template is None:
+        tokenizer.chat_template = load_tokenizer(folder).chat_template
+    return tokenizer
+
+
+def find_foreign(path: str, base: str | None = None) -> AdapterSource | None:
+    """Return the adapter made elsewhere that a path names; None for a run or a model.
+
+    Raises:
+        ModelError: A base is given for something that is no adapter, or there is no such folder.
+        ConfigError: A run is given a base, or the adapter's base is not known.
     """
     if RunDirectory.find(path) is not None:
+        open_source(path, base)
+        return None
+    if find_adapter(path) is not None:
+        return open_source(path, base)
+    if base is not None:
+        raise ModelError(f"--base {base}: {path} has no adapter_config.json, so it is no adapter; omit --base (base=).")
+    return None
+
+
+def load_model(path: str, device: str | torch.device = "auto", base: str | None = None) -> tuple[Any, Any]:
+    """Load a run, one of its checkpoints, an adapter made elsewhere, or a model as it is stored, with a chat template.
+
+    Args:
+        path: A run or one of its checkpoints; a folder or hub id of a PEFT adapter, whose base is loaded in NF4; or a
+            folder or hub id of a model.
+        device: `auto` takes a GPU if there is one.
+        base: Base of an adapter made elsewhere; None for the one that its config names.
+
+    Raises:
+        CheckpointError: A run or an adapter is damaged.
+        ConfigError: A run is given a base, or the adapter's base is not known.
+        ModelError: There is no such model.
+    """
+    if (foreign := find_foreign(path, base)) is not None:
+        model, tokenizer = load_adapted(foreign, device)
+    elif RunDirectory.find(path) is not None:
         return load_run(path, device)
-    quantization = "nf4" if weight_format(BaseFiles.resolve(path)) == BITSANDBYTES_4BIT else "none"
-    model, tokenizer = load_base(path, quantization=quantization, device=device)
+    else:
+        quantization = "nf4" if weight_format(BaseFiles.resolve(path)) == BITSANDBYTES_4BIT else "none"
+        model, tokenizer = load_base(path, quantization=quantization, device=device)
     apply_template(tokenizer, "auto")
     return model, tokenizer

@@ -36,7 +36,7 @@ CALIBRATION_TOKENS = 16_384
 EVA_RHO = 2.0
 
 
-def load_adapted(
+def load_for_training(
     config: RunConfig,
     device: str | torch.device,
     new_ids: range = range(0),

@@ -1,6 +1,7 @@
 """Verify an adapter without a merge: its files against the run, its layers against weights computed a second time."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from qlora.checkpoint import RunDirectory, read_adapter, step_of
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
-from qlora.data import ExampleSet
+from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError
 from qlora.lora import LoraLinear, lora_layers
 from qlora.lora.spec import COMPUTED_INITS
@@ -88,7 +89,7 @@ def _compare_saved(checkpoint: Path, adapter: Path) -> list[str]:
 
 
 @torch.no_grad()
-def check_layers(model: Any, expected: ExpectedWeights, examples: ExampleSet) -> LayerCheck:
+def check_layers(model: Any, expected: ExpectedWeights, examples: Sequence[TokenizedExample]) -> LayerCheck:
     """Run a model on a few tokens, and compare each adapted layer's output with x (W + scaling · B A)ᵀ.
 
     Each layer is compared for its own inputs, so that an error is reported only for the layer that causes it, and no

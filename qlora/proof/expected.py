@@ -1,27 +1,29 @@
 """The merged weights of a run, computed a second time by other code than merge's."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
+from qlora.checkpoint import PeftAdapter, read_adapter
+from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
 from qlora.config import load_config
 from qlora.files import BaseFiles
-from qlora.model import BaseWeights, build_skeleton, starts_of
+from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.nf4 import dequantize, quantize
 
 
 class ExpectedWeights:
-    """The merged weights of a run, by their names in the base's files, in fp64.
+    """The merged weights of an adapter and its base, by their names in the base's files, in fp64.
 
-    The base's files are read, quantized and dequantized as in training. The scaling comes from the config, not from the
-    adapter. :class:`qlora.export.weights.MergedWeights` adds updates in fp32, this class in fp64.
+    The base's files are read, quantized and dequantized as in training. A run's scaling comes from its config, not
+    from the adapter. :class:`qlora.export.weights.MergedWeights` adds updates in fp32, this class in fp64.
 
     Args:
-        run: The run.
-        base: Files of its base.
+        source: The adapter and its base.
+        base: Files of the base.
         onto: Base weights that were merged onto, `dequantized` or `original`.
         device: Device to quantize on, the same kind as the merge's.
 
@@ -31,16 +33,15 @@ class ExpectedWeights:
         unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
     """
 
-    def __init__(self, run: RunDirectory, base: BaseFiles, onto: str, device: torch.device) -> None:
-        config, self._record = load_config(run.config), run.read_record()
-        self._onto, self._device = onto, device
-        self.compute_dtype = getattr(torch, self._record.in_use.compute_dtype)
-        self._lora = config.lora
+    def __init__(self, source: AdapterSource, base: BaseFiles, onto: str, device: torch.device) -> None:
+        self._source, self._onto, self._device = source, onto, device
+        self.compute_dtype = source.compute_dtype(device)
         self._base = BaseWeights(base)
         self.names = list(self._base.shapes)
 
-        skeleton = build_skeleton(base, config.model.trust_remote_code)
-        adapter = read_adapter(run.adapter)
+        skeleton = build_skeleton(base, source.trust_remote_code)
+        adapter = read_adapter(source.folder)
+        self._scaling_of = _scaling_rule(source, adapter)
         modules = {
             name: parameter.removesuffix(".weight")
             for parameter, name in names_in_files(skeleton, self.names)[0].items()
@@ -48,10 +49,10 @@ class ExpectedWeights:
         self._modules = modules
         self._layers = {name: adapter.layers[module] for name, module in modules.items() if module in adapter.layers}
         self.unplaced = sorted({*adapter.layers} - {modules[name] for name in self._layers})
-        self._trained = _trained_rows(adapter, skeleton, self._record.parameters.shared_rows)
+        self._trained = _trained_rows(adapter, skeleton)
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
-        self._starts = starts_of(config, run.adapter)
-        self._quantized = {*self._record.parameters.quantized}
+        self._starts = source.starts()
+        self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
@@ -82,9 +83,7 @@ class ExpectedWeights:
             term = start.subtracted
             weight = (weight.double() - term.scaling * (term.B.double() @ term.A.double())).float()
         weight = weight.to(self._device, self.compute_dtype)
-        settings = self._record.quantization
-        assert settings.block_size is not None  # because the record has quantized layers
-        packed = quantize(weight, settings.double_quant, settings.block_size)
+        packed = quantize(weight, self._source.double_quant, self._source.block_size)
         weight = dequantize(*packed, self.compute_dtype).cpu()
         return weight.T if name in self._transposed else weight
 
@@ -142,7 +141,7 @@ class ExpectedWeights:
 
     def _low_rank(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""
-        lora_A, lora_B, scaling = self._layers[name].A, self._layers[name].B, self._scaling(self._modules[name])
+        lora_A, lora_B, scaling = self._layers[name].A, self._layers[name].B, self._scaling_of(self._modules[name])
         start = self._starts.get(self._modules[name])
         if self._onto == "original" and start is not None and start.first is not None:
             # Only what training added: the original weights need none of what the quantization lost.
@@ -155,23 +154,33 @@ class ExpectedWeights:
         size = torch.outer(left.norm(dim=1), right.norm(dim=0))
         return left @ right, size * (lora_A.shape[0] + 1) * 2.0**-24
 
-    def _scaling(self, module: str) -> float:
-        """Return the factor on B A from the config; implements formula and patterns a second time, on purpose."""
-        own = self._lora
-        if own.kind == "rows":
-            return 1.0
-        rank, alpha = (
-            next((value for key, value in patterns.items() if re.search(rf"(^|\.)({key})$", module)), default)
-            for patterns, default in ((own.rank_pattern, own.rank), (own.alpha_pattern, own.alpha))
+
+def _scaling_rule(source: AdapterSource, adapter: PeftAdapter) -> Callable[[str], float]:
+    """Return the factor on B A by module; implements formula and patterns a second time, on purpose."""
+    if source.run is None:
+        own = adapter.config
+        rank, alpha, rslora = own["r"], own["lora_alpha"], own.get("use_rslora")
+        patterns = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
+    else:
+        lora = load_config(source.run.config).lora
+        if lora.kind == "rows":
+            return lambda _module: 1.0
+        rank, alpha, rslora = lora.rank, lora.alpha, lora.rslora
+        patterns = lora.rank_pattern, lora.alpha_pattern
+
+    def scaling_of(module: str) -> float:
+        own_rank, own_alpha = (
+            next((value for key, value in pattern.items() if re.search(rf"(^|\.)({key})$", module)), default)
+            for pattern, default in zip(patterns, (rank, alpha), strict=True)
         )
-        return alpha * rank**-0.5 if own.rslora else alpha / rank
+        return own_alpha * own_rank**-0.5 if rslora else own_alpha / own_rank
+
+    return scaling_of
 
 
-def _trained_rows(adapter: PeftAdapter, skeleton: Any, are_shared: bool) -> dict[str, tuple[range, torch.Tensor]]:
-    """Return ids and values of the rows trained in full, by module; for both modules if embedding and head are tied."""
+def _trained_rows(adapter: PeftAdapter, skeleton: Any) -> dict[str, tuple[range, torch.Tensor]]:
+    """Return ids and values of the rows trained in full, by module; shared ones for both modules."""
     trained = {module: (rows.ids, adapter.tensors[rows.tensor]) for module, rows in adapter.rows.items()}
-    if are_shared and trained:
-        both = {skeleton.get_input_embeddings(), skeleton.get_output_embeddings()}
-        names = [name for name, module in skeleton.named_modules() if module in both]
-        trained = {name: next(iter(trained.values())) for name in names}
+    if are_shared(skeleton, adapter.rows, adapter.tensors):
+        trained = dict.fromkeys(embedding_and_head(skeleton), next(iter(trained.values())))
     return trained

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import StoredTensors, row_blocks
-from qlora.model import end_token_ids, load_generation_config, load_tokenizer
+from qlora.model import AdapterSource, end_token_ids, load_generation_config, load_tokenizer
 from qlora.model.names import embedding_and_head_tensors
 from qlora.model.tokenizer import GENERATION_FILE
 
@@ -96,22 +95,22 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
     return problems
 
 
-def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, config: RunConfig) -> list[str]:
-    """Check that the folder's tokenizer has the run's ids, chat template and special tokens.
+def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, source: AdapterSource) -> list[str]:
+    """Check that the folder's tokenizer has the adapter's ids, chat template and special tokens.
 
     Args:
         base: Files of the base.
         written: The merged folder.
-        expected: Tokenizer of the run.
-        config: Config of the run.
+        expected: Tokenizer of the adapter.
+        source: The adapter and its base.
 
     Returns:
         A line for each mismatch.
     """
     try:
-        tokenizer = load_tokenizer(written.folder, config.model.trust_remote_code)
+        tokenizer = load_tokenizer(written.folder, source.trust_remote_code)
         problems = _check_end_tokens(base, written, expected)
-        if "pad_token" in config.data.special_tokens:
+        if source.sets_pad_token:
             problems += _check_pad_token(written, expected)
     except ModelError as error:
         return [str(error)]

@@ -1,11 +1,13 @@
 """Predictions of two models, one in memory at a time: logits, losses, and greedy answers to fixed prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qlora.data import ExampleSet, eval_batches
+from qlora.data import eval_batches
+from qlora.data.tokens import TokenizedExample, make_example
 from qlora.model import end_token_ids, evaluate
 
 # Number of positions whose whole distributions are compared; with a vocabulary of 128k their logits take 256 MiB.
@@ -50,8 +52,14 @@ class Distance:
     greedy_agreement: float
 
 
+def fixed_examples(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedExample]:
+    """Return texts as examples whose every token counts, for an adapter whose data are not known."""
+    ids = [tokenizer(text).input_ids for text in texts]
+    return [make_example(each, [True] * len(each)) for each in ids if len(each) > 1]
+
+
 @torch.no_grad()
-def predict(model: Any, tokenizer: Any, examples: ExampleSet) -> Predictions:
+def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample]) -> Predictions:
     """Return a model's logits at the first positions, loss on all examples, and answers to the prompts."""
     logits: list[torch.Tensor] = []
     remaining = NUM_POSITIONS

@@ -1,41 +1,49 @@
-"""Verify a run's adapter or merged model against the run: tensors, files and predictions."""
+"""Verify an adapter or its merged model against the run, or the base: tensors, files and predictions."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, adapter_digest
+from qlora.checkpoint import adapter_digest
 from qlora.config import load_config
 from qlora.data import eval_batches
+from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
 from qlora.export.held_out import held_out_examples
 from qlora.export.merged import Merged, read_merged
 from qlora.files import BaseFiles
 from qlora.model import (
+    AdapterSource,
     build_skeleton,
     end_token_ids,
     evaluate,
+    load_adapted,
+    load_adapter_tokenizer,
     load_base,
     load_generation_config,
-    load_run,
-    load_run_tokenizer,
+    open_source,
     resolve_device,
 )
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
-from qlora.proof.files import check_config, check_head, check_tokenizer, check_weight_files
+from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_tokenizer, check_weight_files
 from qlora.proof.gguf import check_gguf
-from qlora.proof.predictions import compare, predict
+from qlora.proof.predictions import PROMPTS, compare, fixed_examples, predict
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
 # Mean KL divergence and difference of losses, in nats, above which two models don't match: ten times the difference
 # measured between bf16 and fp16 arithmetic.
 MAX_KL = 0.01
 MAX_LOSS_DIFFERENCE = 0.01
+NOT_COMPARED = (
+    "The adapter was made elsewhere, so there is no run and no held-out data to compare it with: losses are those of "
+    "fixed texts, and the base weights that it was trained on are not known."
+)
 # Number of examples for the comparison of losses.
 NUM_EXAMPLES = 64
 
@@ -93,63 +101,73 @@ class VerifyReport:
         return f"<VerifyReport: {verdict}>"
 
 
-def verify(run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto") -> VerifyReport:
+def verify(
+    run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto", base: str | None = None
+) -> VerifyReport:
     """Compare a merged model with its run; without a merged model, compare the run's adapter with the run.
 
+    An adapter made elsewhere is compared with its own files and the base, and predictions on fixed texts.
+
     Args:
-        run_dir: The run, or one of its checkpoints.
+        run_dir: The run, one of its checkpoints, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A folder that :func:`qlora.merge` wrote. Tensors, hyperparameters and vocabulary of a GGUF file are
             compared, but not its predictions; use llama.cpp for those.
         device: Device to run the models on, one after the other.
+        base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
 
     Raises:
         ExportError: The folder has no merged model.
         QLoRAError: The run or its base can't be read.
     """
-    run = RunDirectory.open(run_dir)
+    source = open_source(run_dir, base)
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
     resolve_device(device)  # so that an unknown one is reported before the tensors are compared
-    model = load_config(run.config).model
-    base = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)
-    skeleton = build_skeleton(base, model.trust_remote_code)
-    base_differs = base.differing(run.read_record().base.files)
-    problems = check_adapter_files(run)
-    problems += _check_base(base, base_differs, [] if merged is None else merged.base_differs)
+    files = source.base_files()
+    skeleton = build_skeleton(files, source.trust_remote_code)
+    base_differs = source.base_differs(files)
+    problems = []
+    if source.run is not None:
+        problems += check_adapter_files(source.run)
+    else:
+        source.read()  # so that an adapter that can't be computed here is refused
+    problems += _check_base(files, base_differs, [] if merged is None else merged.base_differs)
     if merged is None:
-        found = _compare_layers(run, base, device, problems)
-    elif merged.step not in (None, run.step):
-        problems.append(f"it was merged at step {merged.step}, but the run is at step {run.step}. Merge again.")
+        found = _compare_layers(source, files, device, problems)
+    elif merged.step not in (None, source.step):
+        problems.append(f"it was merged at step {merged.step}, but the run is at step {source.step}. Merge again.")
         found = {}
-    elif merged.adapter not in (None, adapter_digest(run.adapter)):
+    elif merged.adapter not in (None, adapter_digest(source.folder)):
         problems.append(
-            f"it was merged from an adapter other than {run.adapter}: from another run, or from this run before it was "
-            "started again. Merge again."
+            f"it was merged from an adapter other than {source.folder}: from another run, or from this run before it "
+            "was started again. Merge again."
         )
         found = {}
     elif {*merged.base_differs} - {*base_differs}:
         found = {}  # the base that was merged onto is missing, so every tensor would differ
     elif merged.gguf is not None:
-        found = _compare_gguf(run, base, merged, skeleton, problems)
+        found = _compare_gguf(source, files, merged, skeleton, problems)
     else:
-        found = _compare_folder(run, base, merged, skeleton, device=device, problems=problems)
+        found = _compare_folder(source, files, merged, skeleton, device=device, problems=problems)
     return VerifyReport(
         matches=not problems,
         problems=problems,
         onto=None if merged is None else merged.onto,
         base_differs=base_differs,
-        clients=check_clients(run.adapter, skeleton),
-        notes=_notes(problems, found),
+        clients=check_clients(source.folder, skeleton),
+        notes=_notes(source, problems, found),
         **found,
     )
 
 
-def _notes(problems: list[str], found: dict[str, Any]) -> list[str]:
-    """Explain greedy answers that differ although everything matches."""
+def _notes(source: AdapterSource, problems: list[str], found: dict[str, Any]) -> list[str]:
+    """Name what can't be compared, and explain greedy answers that differ although everything matches."""
+    notes = [] if source.run is not None else [NOT_COMPARED]
     if problems or found.get("greedy_agreement", 1.0) == 1.0:
-        return []
+        return notes
     return [
+        *notes,
         "Some greedy answers differ although the distributions match: where two tokens are almost equally likely, "
-        "rounding to the merged dtype decides between them, and the rest of the answer follows."
+        "rounding to the merged dtype decides between them, and the rest of the answer follows.",
     ]
 
 
@@ -165,15 +183,15 @@ def _check_base(base: BaseFiles, differs: list[str], taken: list[str]) -> list[s
     return []
 
 
-def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
-    """Load the run, and compute its adapted layers a second time."""
+def _compare_layers(source: AdapterSource, base: BaseFiles, device: str, problems: list[str]) -> dict[str, Any]:
+    """Load the adapter, and compute its adapted layers a second time."""
     try:
-        model, tokenizer = load_run(run.adapter, device)
-        examples = held_out_examples(load_config(run.config), tokenizer)[:NUM_EXAMPLES]
+        model, tokenizer = load_adapted(source, device)
+        examples = _examples(source, tokenizer)
     except (CheckpointError, ConfigError, DataError) as error:  # the files were compared already
         problems.append(f"its outputs were not compared: {error}")
         return {}
-    layers = check_layers(model, ExpectedWeights(run, base, "dequantized", model.device), examples)
+    layers = check_layers(model, ExpectedWeights(source, base, "dequantized", model.device), examples)
     problems += layers.problems
     loss = evaluate(model, eval_batches(examples, 1)).loss
     return {
@@ -183,49 +201,54 @@ def _compare_layers(run: RunDirectory, base: BaseFiles, device: str, problems: l
     }
 
 
+def _examples(source: AdapterSource, tokenizer: Any) -> Sequence[TokenizedExample]:
+    """Return the examples that a model is run on: held-out ones of the run, or fixed texts."""
+    if source.run is None:
+        return fixed_examples(tokenizer, (*PROMPTS, *SAMPLE_TEXTS))
+    return held_out_examples(load_config(source.run.config), tokenizer)[:NUM_EXAMPLES]
+
+
 def _compare_gguf(
-    run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, problems: list[str]
+    source: AdapterSource, base: BaseFiles, merged: Merged, skeleton: Any, problems: list[str]
 ) -> dict[str, Any]:
     """Compare a GGUF file's tensors, hyperparameters and vocabulary."""
     assert merged.gguf is not None
-    config = load_config(run.config)
-    tokenizer = load_run_tokenizer(run)
+    tokenizer = load_adapter_tokenizer(source)
     ends = end_token_ids(load_generation_config(base.folder), tokenizer)
-    expected = _expected_weights(run, base, merged)
+    expected = _expected_weights(source, base, merged)
     try:
         check = check_gguf(merged.gguf, expected, merged.dtype, config=skeleton.config, tokenizer=tokenizer, ends=ends)
     except ExportError as error:
         problems.append(str(error))
         return {}
     written = BaseFiles(merged.folder, str(merged.folder))
-    problems += check.problems + check_tokenizer(base, written, tokenizer, config)
+    problems += check.problems + check_tokenizer(base, written, tokenizer, source)
     return {"tensors_checked": check.checked, "max_weight_difference": check.max_difference}
 
 
 def _compare_folder(
-    run: RunDirectory, base: BaseFiles, merged: Merged, skeleton: Any, device: str, problems: list[str]
+    source: AdapterSource, base: BaseFiles, merged: Merged, skeleton: Any, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Compare a folder of safetensors, and its predictions with the run's."""
-    config = load_config(run.config)
     try:
         written = BaseFiles.resolve(str(merged.folder))
-        merged_skeleton = build_skeleton(written, config.model.trust_remote_code)
+        merged_skeleton = build_skeleton(written, source.trust_remote_code)
     except ModelError as error:
         problems.append(str(error))
         return {}
-    expected = _expected_weights(run, base, merged)
+    expected = _expected_weights(source, base, merged)
     tensors = check_tensors(expected, WrittenFolder(written, getattr(torch, merged.dtype)))
     problems += tensors.problems + check_weight_files(written)
     problems += check_config(base, written, merged.dtype) + check_head(skeleton, base, merged_skeleton, written)
-    tokenizer = load_run_tokenizer(run)
-    problems += check_tokenizer(base, written, tokenizer, config)
+    tokenizer = load_adapter_tokenizer(source)
+    problems += check_tokenizer(base, written, tokenizer, source)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
-    return found | _compare_predictions(run, written, merged, device, problems)
+    return found | _compare_predictions(source, written, merged, device, problems)
 
 
-def _expected_weights(run: RunDirectory, base: BaseFiles, merged: Merged) -> ExpectedWeights:
+def _expected_weights(source: AdapterSource, base: BaseFiles, merged: Merged) -> ExpectedWeights:
     if merged.onto == "original":
-        return ExpectedWeights(run, base, merged.onto, torch.device("cpu"))
+        return ExpectedWeights(source, base, merged.onto, torch.device("cpu"))
     try:
         device = resolve_device(merged.device)
     except ModelError as error:
@@ -233,17 +256,17 @@ def _expected_weights(run: RunDirectory, base: BaseFiles, merged: Merged) -> Exp
             f"{merged.folder} was merged on {merged.device}, whose kernels are needed to quantize its weights a second "
             f"time; verify it there. {error}"
         ) from None
-    return ExpectedWeights(run, base, merged.onto, device)
+    return ExpectedWeights(source, base, merged.onto, device)
 
 
 def _compare_predictions(
-    run: RunDirectory, written: BaseFiles, merged: Merged, device: str, problems: list[str]
+    source: AdapterSource, written: BaseFiles, merged: Merged, device: str, problems: list[str]
 ) -> dict[str, Any]:
     """Run both models, one after the other, and add mismatches to the problems."""
-    config = load_config(run.config)
+    quantization = "none" if merged.onto == "original" else "nf4"  # for an adapter made elsewhere
     try:
-        model, tokenizer = load_run(run.adapter, device)
-        examples = held_out_examples(config, tokenizer)[:NUM_EXAMPLES]
+        model, tokenizer = load_adapted(source, device, quantization)
+        examples = _examples(source, tokenizer)
     except (CheckpointError, ConfigError, DataError) as error:  # the tensors were compared already
         problems.append(f"its predictions were not compared: {error}")
         return {}
@@ -256,7 +279,7 @@ def _compare_predictions(
             "none",
             compute_dtype=merged.dtype,
             device=device,
-            trust_remote_code=config.model.trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
         )
     except ModelError as error:
         if str(error) not in problems:
@@ -268,13 +291,15 @@ def _compare_predictions(
         return {"adapter_loss": adapter.loss}
     other = predict(model, tokenizer, examples)
     distance = compare(adapter, other)
-    problems += _prediction_mismatches(merged.onto, distance.mean_kl, adapter.loss, other.loss)
+    problems += _prediction_mismatches(
+        merged.onto == "original" and source.run is not None, distance.mean_kl, adapter.loss, other.loss
+    )
     return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
-def _prediction_mismatches(onto: str, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
+def _prediction_mismatches(is_other_base: bool, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
     """Return a line for each bound that the predictions exceed; NaN exceeds every bound."""
-    if onto == "original":
+    if is_other_base:
         # Onto base weights other than those of training the predictions differ; they must only not be worse.
         if merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE:
             return []

@@ -17,7 +17,7 @@ from qlora.model import (
     check_isolation,
     check_loss,
     datasets_from_section,
-    load_adapted,
+    load_for_training,
     load_tokenizer,
     optimizer_from_section,
     set_tokens,
@@ -212,7 +212,7 @@ def _load_checked(
     Returns:
         The model, what its adapters start from, and the attention and activations in use.
     """
-    model, starts = load_adapted(config, processes.device, new_ids, starts, datasets.train)
+    model, starts = load_for_training(config, processes.device, new_ids, starts, datasets.train)
     _check_fit(model, datasets)
     ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position

@@ -10,7 +10,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
 from qlora.data import eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
-from qlora.model import base_from_section, datasets_from_section, load_run
+from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
 from qlora.model import evaluate as evaluate_batches
 from qlora.objectives import objective_from_section
 
@@ -52,26 +52,40 @@ def evaluate(
     data: str | Path | None = None,
     batch_size: int = 4,
     device: str | torch.device = "auto",
+    base: str | None = None,
 ) -> EvaluationReport:
     """Evaluate a run with its adapter, or the base that a config starts from, on held-out examples.
 
     Args:
-        target: A run, one of its checkpoints, a config file, or a config of :func:`qlora.load_config`.
+        target: A run, one of its checkpoints, a PEFT adapter made elsewhere, a config file, or a config of
+            :func:`qlora.load_config`.
         data: A file to evaluate on instead of the examples that the config holds out; every row counts.
         batch_size: Number of examples per batch.
         device: `auto` takes a GPU if there is one.
+        base: Base of an adapter made elsewhere, which is loaded in NF4; None for the one that its config names.
 
     Raises:
-        ConfigError: The config holds out no example and no file is given, or batch_size is below 1.
+        ConfigError: The config holds out no example and no file is given, no file is given for an adapter made
+            elsewhere, a base is given for anything else, or batch_size is below 1.
         QLoRAError: The run, the base or the data can't be read.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} should be 1 or more.")
-    run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
-    config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-    model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
+    foreign = None
+    if not isinstance(target, RunConfig) and Path(target).expanduser().is_dir() or base is not None:
+        foreign = find_foreign(str(target), base)
+    if foreign is not None:
+        if data is None:
+            raise ConfigError(f"{target} was made elsewhere and holds out no example; name a file with --data (data=).")
+        config, run, own_template = _config_for(foreign, data), None, True
+        model, tokenizer = load_model(str(target), device, base)
+    else:
+        run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
+        config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
+        own_template = run is not None
+        model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
     section = config.data
-    if run is None:  # the base, without the tokens that training adds
+    if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
         set_special_tokens(tokenizer, own)
     if data is not None:
@@ -79,7 +93,7 @@ def evaluate(
         whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     try:
-        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=run is not None)
+        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
     except (ConfigError, DataError) as error:
         raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
     if problems := objective_from_section(config.train).unsupported_reasons(datasets.reports):
@@ -92,11 +106,22 @@ def evaluate(
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
-        model=config.model.base if run is None else f"{config.model.base} with the adapter of {target}",
+        model=f"{config.model.base} with the adapter of {target}" if own_template else config.model.base,
         examples=len(examples),
         supervised_tokens=result.num_supervised,
         loss=result.loss,
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
         metrics=result.metrics,
+    )
+
+
+def _config_for(source: AdapterSource, data: str | Path) -> RunConfig:
+    """Return a config of default values with an adapter's base and data."""
+    return RunConfig.model_validate(
+        {
+            "model": {"base": source.base},
+            "data": {"train": [{"path": str(data)}], "eval": None},
+            "train": {"output_dir": str(source.folder)},
+        }
     )

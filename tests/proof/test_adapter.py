@@ -12,7 +12,7 @@ from qlora.errors import CheckpointError, QLoRAError
 from qlora.export import merge
 from qlora.export.held_out import held_out_examples
 from qlora.files import BaseFiles
-from qlora.model import load_run
+from qlora.model import load_run, open_source
 from qlora.proof import verify
 from qlora.proof.adapter import check_layers
 from qlora.proof.expected import ExpectedWeights
@@ -35,7 +35,7 @@ def loaded(folder):
     run = RunDirectory.open(folder)
     config = load_config(run.config)
     model, tokenizer = load_run(folder, "cpu")
-    expected = ExpectedWeights(run, BaseFiles.resolve(config.model.base), "dequantized", model.device)
+    expected = ExpectedWeights(open_source(folder), BaseFiles.resolve(config.model.base), "dequantized", model.device)
     return model, expected, held_out_examples(config, tokenizer)
 
 

@@ -1,32 +1,34 @@
-"""Merge a run into one GGUF file, from the base's files and the adapter."""
+"""Merge an adapter into one GGUF file, from the base's files and the adapter."""
 
 import time
 from pathlib import Path
 
 import torch
 
-from qlora.checkpoint import RunDirectory, adapter_digest
+from qlora.checkpoint import adapter_digest
 from qlora.dtypes import full_name
 from qlora.errors import ExportError
+from qlora.export.card import lost_in_4_bits
 from qlora.export.companions import MergeReport, OnProgress, write_companions, write_report_and_card
 from qlora.export.gguf.model import write_gguf
 from qlora.export.weights import MergedWeights
 from qlora.files import atomic_folder
 from qlora.files.resumable import new_folder
+from qlora.model import AdapterSource
 
 GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
 def merge_to_gguf(
-    run_dir: str | Path,
+    source: AdapterSource,
     out_dir: str | Path,
-    dtype: str = "float16",
-    onto: str = "dequantized",
+    dtype: str,
+    onto: str,
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Merge a run's adapter into its base, and write a GGUF file, tokenizer and config; see :func:`qlora.merge`.
+    """Merge an adapter into its base, and write a GGUF file, tokenizer and config; see :func:`qlora.merge`.
 
     Each tensor is merged in fp32 and written before the next is read.
     """
@@ -37,9 +39,8 @@ def merge_to_gguf(
             f"GGUF can't be written in {dtype} onto {onto}; use one of {', '.join(GGUF_DTYPES)}, onto dequantized or "
             "original."
         )
-    run = RunDirectory.open(run_dir)
-    step, adapter = run.step, adapter_digest(run.adapter)  # before the weights, as in merge
-    weights = MergedWeights(run, onto, device, force)
+    step, adapter = source.step, adapter_digest(source.folder)  # before the weights, as in merge
+    weights = MergedWeights(source, onto, device, force)
     layout = weights.layout(torch.float32)
     remaining = {entry.name: entry.num_bytes for entry in layout}
     total = sum(remaining.values())
@@ -53,12 +54,12 @@ def merge_to_gguf(
 
     needed = total * 34 // 128 if dtype == "q8_0" else total // 2  # norms stay in fp32, but are small
     with atomic_folder(out_dir, ExportError, needed) as folder:
-        write_companions(folder, run, weights, "float16" if dtype == "q8_0" else dtype)
+        write_companions(folder, weights, "float16" if dtype == "q8_0" else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
         written = write_gguf(folder, layout, read, out_file, dtype=GGUF_DTYPES[dtype], name=out_dir.name)
         report = MergeReport(
             out_dir=str(out_dir),
-            run_dir=str(run.path),
+            run_dir=str(source.path),
             step=step,
             adapter=adapter,
             dtype=dtype,
@@ -71,7 +72,7 @@ def merge_to_gguf(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=weights.notes + written.notes,
+            notes=weights.notes + written.notes + lost_in_4_bits(onto) * (dtype != "q8_0"),
         )
-        write_report_and_card(folder, report, run, weights.files.folder)
+        write_report_and_card(folder, report, source, weights.files.folder)
     return report
