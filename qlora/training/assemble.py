@@ -25,7 +25,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.nf4 import dequantize_path
-from qlora.objectives import Objective, objective_from_section
+from qlora.objectives import Objective, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -101,7 +101,7 @@ class Assembly:
         return LoopParts(
             model=self.model,
             optimizer=self.optimizer,
-            loss=self.objective.loss,
+            loss=training_loss(self.config.train, self.objective.loss),
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
@@ -144,7 +144,8 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    fit = fit_memory(config, model, objective.loss, largest.to(processes.device), processes)
+    loss = training_loss(section, objective.loss)
+    fit = fit_memory(config, model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,
