@@ -68,7 +68,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
     paths: dict[str, object] = {}
-    for key in ("train", "eval"):
+    for key in ("train", "eval", "retain"):
         sources = getattr(config.data, key)
         if isinstance(sources, list):
             paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]

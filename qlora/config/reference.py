@@ -11,7 +11,7 @@ import yaml
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
-# A source is a group of keys inside `data.train` and `data.eval`.
+# A source is a group of keys inside `data.train`, `data.eval` and `data.retain`.
 SOURCE = "data.train[]"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -65,7 +65,7 @@ def find_keys(name: str) -> list[Key]:
         ConfigError: No key has the name; the closest names are listed.
     """
     keys = list_keys()
-    wanted = name.replace("data.eval[]", SOURCE)
+    wanted = name.replace("data.eval[]", SOURCE).replace("data.retain[]", SOURCE)
     found = [key for key in keys if wanted in (key.name, key.group)] or [key for key in keys if key.key == wanted]
     if found:
         return found

@@ -45,7 +45,7 @@ class RunPlan:
         total_steps: Number of optimizer steps of the whole run.
         steps_per_epoch: Number of optimizer steps that see every example once.
         inventory: Parameters of the model: quantized, adapted, or neither.
-        datasets: Training and held-out examples.
+        datasets: Training, held-out and retained examples.
         in_use: Devices, dtypes, kernels and levels that the run uses at its start.
         notes: What a user should know before the first step.
     """
@@ -125,7 +125,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
     with processes.raise_together():
-        if problems := objective.unsupported_reasons(datasets.reports):
+        if problems := objective.unsupported_reasons(datasets.all_reports):
             raise ConfigError("\n".join(problems))
         model, attention, activations = _load_checked(config, processes, datasets, new_ids)
     # Before memory is fitted, because that exchanges a number between processes for every level.
@@ -134,7 +134,7 @@ def assemble(config: RunConfig, processes: Processes) -> Assembly:
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
         | {
             f"examples of {Path(report.source).name} (source {number})": report.digest[:12]
-            for number, report in enumerate(datasets.reports, 1)
+            for number, report in enumerate(datasets.all_reports, 1)
         },
     )
     optimizer = optimizer_from_section(model, section)
