@@ -1,7 +1,7 @@
 """A run's record, run.json: its origin, the values in use, and its status."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,6 +173,7 @@ class RunRecord:
         data: Data report of each source as JSON values. Its keys differ between versions; `source` and `digest` are
             always present.
         examples: Number of examples.
+        retain: Data report of each source of retained rows.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
     """
@@ -190,6 +191,7 @@ class RunRecord:
     parameters: Inventory
     data: list[dict[str, Any]]
     examples: ExampleCounts
+    retain: list[dict[str, Any]] = field(default_factory=list)
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 

@@ -13,7 +13,7 @@ from qlora.files.atomic import discard, make_folder, old_name, settle, sync, wri
 from qlora.files.json_files import parse_object
 
 # Numbers in a line of metrics.jsonl, besides the step that every line has.
-NUMBERS = ("loss", "eval_loss", "tokens_per_second", "peak_memory")
+NUMBERS = ("loss", "eval_loss", "retain_loss", "tokens_per_second", "peak_memory")
 
 
 class RunDirectory:

@@ -81,7 +81,8 @@ def train(
             write_text(Path(report_file), as_json_text(values) + "\n")
         if not as_json:
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
-            values["eval_losses"] = {f"step {step:,}": f"{loss:.4f}" for step, loss in result.eval_losses.items()}
+            for key in ("eval_losses", "retain_losses"):
+                values[key] = {f"step {step:,}": f"{loss:.4f}" for step, loss in values[key].items()}
             del values["signal"]  # the exit code has it, and the title the notes
             values["notes"] = []
             if result.status == "finished":
@@ -98,7 +99,8 @@ def _describe(plan: Any) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "train_examples": len(plan.datasets.train),
         "eval_examples": len(plan.datasets.eval),
-        "data": [report.summary() for report in plan.datasets.reports],
+        "retain_examples": len(plan.datasets.retain),
+        "data": [report.summary() for report in plan.datasets.all_reports],
         "base_parameters": inventory.num_parameters,
         "trained_parameters": inventory.num_trained,
         "quantized_share": inventory.quantized_share,

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import get_args
 
 from pydantic import BaseModel
 
 from qlora.config.convert.dropped import drop_reason
 from qlora.config.convert.names import NAMES
 from qlora.config.sections import RunConfig, SourceSection
+from qlora.config.sections.base import Section
 
 # Least similarity of a name at the top level to a section for which it is taken.
 SECTION_CUTOFF = 0.75
@@ -17,11 +19,12 @@ def suggest(location: Sequence[str | int]) -> str:
     """Return a sentence that suggests the key that was meant, with a leading blank; empty if nothing is close.
 
     Args:
-        location: Where pydantic found the key: section, key, and for a key of a source its place.
+        location: Where pydantic found the key: section, key, and inside of that the place of a source or a key.
     """
     name = str(location[-1])
-    if len(location) > 2:  # a key of a source
-        near = difflib.get_close_matches(name, SourceSection.model_fields, n=1)
+    if len(location) > 2:
+        group = nested_section(*location[:2]) or SourceSection
+        near = difflib.get_close_matches(name, group.model_fields, n=1)
         if near:
             return f" Did you mean {near[0]}?"
     if name in NAMES:
@@ -55,6 +58,18 @@ def close_names(name: str, section: str | None = None) -> list[str]:
     for other in RunConfig.model_fields:
         near += [f"{other}.{key}" for key in difflib.get_close_matches(name, keys_of(other), n=1, cutoff=0.8)]
     return near
+
+
+def nested_section(section: str | int, key: str | int) -> type[Section] | None:
+    """Return the class of the group of keys that a key holds, such as `train.keep`; None for other keys."""
+    if section not in RunConfig.model_fields or key not in keys_of(str(section)):
+        return None
+    owner = RunConfig.model_fields[str(section)].annotation
+    assert isinstance(owner, type)
+    assert issubclass(owner, BaseModel)
+    parts = get_args(owner.model_fields[str(key)].annotation)
+    groups = (part for part in parts if isinstance(part, type) and issubclass(part, Section))
+    return next((group for group in groups if group is not SourceSection), None)
 
 
 def keys_of(section: str) -> list[str]:

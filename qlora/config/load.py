@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qlora.config.convert import recognize
 from qlora.config.convert.names import NAMES
-from qlora.config.hints import close_names, full_names, suggest
+from qlora.config.hints import close_names, full_names, nested_section, suggest
 from qlora.config.plain_yaml import parse_yaml
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
@@ -68,7 +68,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
     paths: dict[str, object] = {}
-    for key in ("train", "eval"):
+    for key in ("train", "eval", "retain"):
         sources = getattr(config.data, key)
         if isinstance(sources, list):
             paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
@@ -87,15 +87,19 @@ def dump_config(config: RunConfig) -> str:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
+    section, dot, _ = key.strip().partition(".")
     if not equals or not dot:
         raise ConfigError(f"Override '{override}' should read section.key=value, as {_meant(section, text)}.")
     try:
         value = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"Override '{override}': the value can't be read as YAML: {error}") from None
-    group = values.get(section)
-    values[section] = {**(group if isinstance(group, dict) else {}), name: value}
+    *outer, name = key.strip().split(".")
+    group = values
+    for part in outer:
+        inner = group.get(part)
+        group[part] = group = dict(inner) if isinstance(inner, dict) else {}
+    group[name] = value
 
 
 def _meant(name: str, value: str) -> str:
@@ -113,11 +117,15 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing" and isinstance(location[-1], str):
         return f"  {key}: missing; it has no default."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if problem["type"] == "model_type" and len(location) > 1 and (group := nested_section(*location[:2])):
+        message = f"should hold keys: {', '.join(group.model_fields)}"
     return f"  {key}: {problem['input']!r:.200} {message}"
 
 
 def _key_of(location: Sequence[str | int]) -> str:
-    """Return the key as the user wrote it: `section.key`, or `data.train[0].path` for a source in a list."""
+    """Return the key as the user wrote it: `section.key`, `train.keep.kl`, or `data.train[0].path` in a list."""
+    if len(location) > 2 and nested_section(*location[:2]):
+        return ".".join(map(str, location))
     key = ".".join(map(str, location[:2]))
     # Below section.key, pydantic also names the members of a union, which are not in the file.
     for place, (part, name) in enumerate(pairwise(location)):

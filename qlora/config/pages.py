@@ -24,7 +24,7 @@ def reference_page() -> str:
     ]
     keys = list_keys()
     for group, meaning in group_meanings().items():
-        title = "A source in `data.train` or `data.eval`" if group == SOURCE else f"`{group}`"
+        title = "A source in `data.train`, `data.eval` or `data.retain`" if group == SOURCE else f"`{group}`"
         lines += [
             "",
             f"## {title}",
@@ -46,8 +46,9 @@ def full_config() -> str:
     ]
     keys = list_keys()
     for group, meaning in group_meanings().items():
-        if group == SOURCE:
-            lines += ["", f"# {meaning}", "# A source in data.train or data.eval may have:"]
+        if group == SOURCE or "." in group:
+            owner = "A source in data.train, data.eval or data.retain" if group == SOURCE else group
+            lines += ["", f"# {meaning}", f"# {owner} may have:"]
             lines += [f"#   {key.key}: {key.example}" for key in keys if key.group == group]
             continue
         lines += ["", f"# {meaning}", f"{group}:"]

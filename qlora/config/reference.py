@@ -11,7 +11,7 @@ import yaml
 from qlora.config.sections import RunConfig
 from qlora.errors import ConfigError
 
-# A source is a group of keys inside `data.train` and `data.eval`.
+# A source is a group of keys inside `data.train`, `data.eval` and `data.retain`.
 SOURCE = "data.train[]"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -21,7 +21,7 @@ class Key:
     """One key of a config.
 
     Attributes:
-        name: Full name, `train.learning_rate`; of a key of a source, `data.train[].path`.
+        name: Full name, `train.learning_rate` or `train.keep.kl`; of a key of a source, `data.train[].path`.
         type: What a value may be: the choices, or the kinds of value.
         range: Bounds of a number, empty if it has none.
         default: Default in YAML; None if the key is required.
@@ -38,7 +38,7 @@ class Key:
 
     @property
     def group(self) -> str:
-        """The section, or `data.train[]`."""
+        """The section, a key that holds a group, such as `train.keep`, or `data.train[]`."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -48,7 +48,7 @@ class Key:
 
 
 def list_keys() -> list[Key]:
-    """Return every key in the order of the sections; the keys of a source come last."""
+    """Return every key in the order of the sections, then those of groups inside them and of a source."""
     return list(_keys())
 
 
@@ -65,7 +65,7 @@ def find_keys(name: str) -> list[Key]:
         ConfigError: No key has the name; the closest names are listed.
     """
     keys = list_keys()
-    wanted = name.replace("data.eval[]", SOURCE)
+    wanted = name.replace("data.eval[]", SOURCE).replace("data.retain[]", SOURCE)
     found = [key for key in keys if wanted in (key.name, key.group)] or [key for key in keys if key.key == wanted]
     if found:
         return found
@@ -105,7 +105,14 @@ def _keys() -> Iterator[Key]:
 def _groups(schema: dict[str, Any]) -> dict[str, str]:
     """Return the name of each group's definition in the schema."""
     sections = {name: field["$ref"].rpartition("/")[2] for name, field in schema["properties"].items()}
-    return {**sections, SOURCE: "SourceSection"}
+    nested = {
+        f"{section}.{name}": definition
+        for section, owner in sections.items()
+        for name, field in schema["$defs"][owner]["properties"].items()
+        for part in _parts(field)
+        if (definition := part.get("$ref", "").rpartition("/")[2]) not in ("", "SourceSection")
+    }
+    return {**sections, **nested, SOURCE: "SourceSection"}
 
 
 def _parts(field: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,7 +130,7 @@ def _type_of(field: dict[str, Any]) -> str:
 
 def _type_of_part(part: dict[str, Any]) -> str:
     if "$ref" in part:
-        return "source"
+        return "source" if part["$ref"].endswith("/SourceSection") else "mapping"
     if "enum" in part:
         return " | ".join(value if isinstance(value, str) else json.dumps(value) for value in part["enum"])
     if "const" in part:

@@ -32,6 +32,7 @@ class Batch:
         lengths: Number of tokens of each document.
         num_supervised: Number of supervised labels, known without synchronizing the device.
         total_weight: Sum of their weights.
+        seeds: Seed of the random numbers of each document; None outside of a run's steps.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +45,7 @@ class Batch:
     lengths: tuple[int, ...]
     num_supervised: int
     total_weight: float
+    seeds: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
@@ -56,12 +58,13 @@ class Batch:
         return Batch(**values)
 
 
-def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch:
+def collate(examples: Sequence[TokenizedExample], packed: bool = False, seeds: Sequence[int] | None = None) -> Batch:
     """Collate documents into one batch, with labels shifted by one.
 
     Args:
         examples: One document each.
         packed: Put all documents into one row, without padding; otherwise each is a row, padded to the longest.
+        seeds: Seed of the random numbers of each document.
     """
     lengths = [len(example) for example in examples]
     shape = (1, sum(lengths)) if packed else (len(examples), max(lengths))
@@ -89,6 +92,7 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False) -> Batch
         lengths=tuple(lengths),
         num_supervised=len(supervised),
         total_weight=total_weight,
+        seeds=None if seeds is None else tuple(seeds),
     )
 
 

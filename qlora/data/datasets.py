@@ -1,4 +1,4 @@
-"""A training set and a held-out set from sources."""
+"""A training set, a held-out set and a retained set from sources."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,20 @@ class Datasets:
         train: Examples to train on.
         eval: Held-out examples.
         reports: One report per source: first the training sources, then the evaluation sources.
+        retain: Examples of an older task, which are evaluated and never trained on.
+        retain_reports: One report per source of these.
     """
 
     train: ExampleSet
     eval: ExampleSet
     reports: list[DataReport]
+    retain: ExampleSet
+    retain_reports: list[DataReport]
+
+    @property
+    def all_reports(self) -> list[DataReport]:
+        """Reports of all sources."""
+        return [*self.reports, *self.retain_reports]
 
 
 def build_datasets(
@@ -41,8 +50,9 @@ def build_datasets(
     cache_dir: str | None = None,
     seed: int = 0,
     deduplicate: bool = False,
+    retain: Sequence[Source] = (),
 ) -> Datasets:
-    """Read, format and tokenize training and held-out examples, or take them from the cache.
+    """Read, format and tokenize training, held-out and retained examples, or take them from the cache.
 
     Groups of documents that belong together, such as the two of a preference pair, are deduplicated, held out and
     drawn whole.
@@ -57,6 +67,7 @@ def build_datasets(
         seed: Seed for the choice of held-out examples, and of those that a weight below 1 leaves out.
         deduplicate: Leave out examples with the same tokens and weights as an earlier one, over all sources in their
             order, and training examples that are in an `eval` source.
+        retain: Sources of retained examples, all of which are kept.
 
     Raises:
         DataError: A source can't be read, no example is left to train on, or sources with preference pairs are mixed
@@ -71,7 +82,8 @@ def build_datasets(
     eval_sources = [] if isinstance(eval, float | int) else list(eval)
     stores, reports = [], []
     errors: list[QLoRAError] = []
-    for source in (*train, *eval_sources):
+    num_others = len(train) + len(eval_sources)
+    for source in (*train, *eval_sources, *retain):
         try:
             store, report = prepare(source, encoder, options, cache)
         except (ConfigError, DataError) as error:
@@ -83,12 +95,13 @@ def build_datasets(
         raise type(errors[0])("\n".join(map(str, errors)))
 
     # Evaluation sources come first, so that repeats are removed from the training set.
-    order = [*range(len(train), len(stores)), *range(len(train))]
+    order = [*range(len(train), num_others), *range(len(train))]
     left = {number: np.arange(stores[number].num_groups) for number in order}
     if deduplicate:
         repeats = find_repeats([stores[number] for number in order])
         left = {number: np.flatnonzero(~repeated) for number, repeated in zip(order, repeats, strict=True)}
-        for number, store in enumerate(stores):
+        for number in order:
+            store = stores[number]
             removed = (store.num_groups - len(left[number])) * store.group_size
             reports[number] = replace(reports[number], deduplicated=removed)
     if not any(len(left[number]) for number in range(len(train))):
@@ -111,12 +124,14 @@ def build_datasets(
         trained[number] = _draw(kept, source.weight, np.random.default_rng((seed, number)))
         held_out[number] = out
         reports[number] = replace(reports[number], drawn=len(trained[number]) * stores[number].group_size)
-    for number in range(len(train), len(stores)):
-        held_out[number] = left[number]
-        reports[number] = replace(reports[number], drawn=len(left[number]) * stores[number].group_size)
+    held_out |= {number: left[number] for number in range(len(train), num_others)}
+    retained = {number: np.arange(stores[number].num_groups) for number in range(num_others, len(stores))}
+    for number, groups in [*held_out.items()][len(train) :] + [*retained.items()]:
+        reports[number] = replace(reports[number], drawn=len(groups) * stores[number].group_size)
     if share and not any(map(len, held_out.values())):
         reports[0].notes.append("no example is held out, so there is no evaluation")
-    return Datasets(_choose(stores, trained, reports), _choose(stores, held_out, reports), reports)
+    sets = [_choose(stores, groups, reports) for groups in (trained, held_out, retained)]
+    return Datasets(sets[0], sets[1], reports[:num_others], sets[2], reports[num_others:])
 
 
 def _hold_out(
@@ -167,7 +182,7 @@ def _choose(stores: Sequence[ExampleStore], groups: dict[int, np.ndarray], repor
         )
     size = next(iter(first_of), 1)
     places = [_places(number, chosen, size) for number, chosen in groups.items()]
-    return ExampleSet(stores, np.concatenate(places), size)
+    return ExampleSet(stores, np.concatenate([np.zeros((0, 2), dtype=np.int64), *places]), size)
 
 
 def _places(store: int, groups: np.ndarray, group_size: int) -> np.ndarray:

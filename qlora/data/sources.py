@@ -84,7 +84,8 @@ def find_files(source: Source) -> list[Path]:
         return _files_of_folder(path, source.split)
     if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
         raise ConfigError(
-            f"Data file not found: {source.path}; data.train and data.eval take files, folders or datasets on the hub."
+            f"Data file not found: {source.path}; data.train, data.eval and data.retain take files, folders or "
+            "datasets on the hub."
         )
     return []
 

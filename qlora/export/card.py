@@ -61,7 +61,7 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
         f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, with the adapter merged into its weights.",
         "## Data",
         _table(["source", "format", "documents", "tokens", "supervised tokens"], _data_rows(record)),
-        f"{record.examples.train} documents for training, {record.examples.eval} held out.",
+        f"{record.examples.train} documents for training, {record.examples.eval} held out{_retained(record)}.",
         "## Training",
         _table(["setting", ""], _settings(run, record, config).items()),
         "## Losses",
@@ -198,6 +198,13 @@ def _data_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     ]
 
 
+def _retained(record: RunRecord) -> str:
+    """Return what the card says about retained rows; empty if there are none."""
+    count = sum(report["examples"] for report in record.retain)
+    names = ", ".join(public_name(report["source"])[0] for report in record.retain)
+    return f", {count} of an older task ({names}) only to measure what is retained" if record.retain else ""
+
+
 def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[str, Any]:
     lora, train, data = config.lora, config.train, config.data
     quantization, in_use = record.quantization, record.in_use
@@ -244,11 +251,14 @@ def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
 
 
 def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
-    """Return the held-out losses and the last training loss, with their steps."""
+    """Return the held-out losses, those on retained rows before and after, and the last training loss."""
     lines = run.read_metrics(until=run.step)
     held_out = [(line["step"], f"{line['eval_loss']:.4f} held-out") for line in lines if "eval_loss" in line]
+    retained = [
+        (line["step"], f"{line['retain_loss']:.4f} on retained rows") for line in lines if "retain_loss" in line
+    ]
     last = [(line["step"], f"{line['loss']:.4f} training") for line in lines if "loss" in line][-1:]
-    return held_out + last
+    return held_out + retained[:1] + retained[1:][-1:] + last
 
 
 def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qlora.errors import ModelError
 from qlora.layers import apply_recompute, cache_weights, recompute_levels
 from qlora.lora import RecomputedWeights, choose_form
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
-from qlora.memory.probe import measure_peak
+from qlora.memory.probe import measure_peak, run_passes
 from qlora.model import Loss
 from qlora.processes import Processes
 
@@ -165,7 +165,7 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
     """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out."""
     apply_recompute(model, level)
     try:
-        peak = measure_peak(lambda: loss.compute(model, batch).total.backward(), model.device)
+        peak = measure_peak(lambda: run_passes(model, batch, loss), model.device)
         return peak + CUDA_CONTEXT_BYTES
     except torch.OutOfMemoryError:
         return math.inf

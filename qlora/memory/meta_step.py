@@ -114,15 +114,18 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     def move(place: int) -> None:
         timeline.place = place
 
+    def is_trained() -> bool:
+        return torch.is_grad_enabled() and not is_backward
+
     def begin(place: int, inputs: Any) -> None:
-        if not is_backward:  # the backward runs forwards too, where it recomputes layers
+        if is_trained():  # the backward runs forwards too, where it recomputes layers
             move(place)
             starts.append(timeline.held)
             if place and inputs and inputs[0].requires_grad:
                 inputs[0].register_hook(lambda _grad: move(place - 1))
 
     def end(output: Any) -> None:
-        if not is_backward:
+        if is_trained():
             move(HEAD)
             starts.append(timeline.held)
             hidden = output[0] if isinstance(output, tuple) else output
@@ -136,12 +139,14 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     handles.append(layers[-1].register_forward_hook(lambda _module, _inputs, output: end(output)))
     try:
         with timeline:
-            total = loss.compute(model, batch).total
-            is_backward = True
-            total.backward()
+            for computed in loss.training_passes(model, batch):
+                is_backward = True
+                computed.total.backward()
+                is_backward = False
     finally:
         for handle in handles:
             handle.remove()
+    starts = starts[-len(layers) - 1 :]  # of the last pass
     holds = [after.plus(before, -1) for before, after in zip(starts, starts[1:], strict=False)]
     return _Trace(timeline.moments(), holds, starts[-1])
 

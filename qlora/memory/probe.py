@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.config import RunConfig
-from qlora.data import add_new_tokens, collate, make_example
+from qlora.data import Batch, add_new_tokens, collate, make_example
 from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
@@ -134,11 +134,17 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
 
     def step() -> None:
         optimizer.flat.zero_grad()
-        loss.compute(model, batch).total.backward()
+        run_passes(model, batch, loss)
         optimizer.step(section.peak)
 
     step()  # allocates what is kept after the first use
     return measure_peak(step, model.device, _tensors(model, optimizer))
+
+
+def run_passes(model: Any, batch: Batch, loss: Loss) -> None:
+    """Run forward and backward of every pass of a training step."""
+    for computed in loss.training_passes(model, batch):
+        computed.total.backward()
 
 
 def _tensors(model: Any, optimizer: FlatOptimizer) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ def set_tokens(section: DataSection, tokenizer: Any) -> range:
 def datasets_from_section(
     section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
 ) -> Datasets:
-    """Build a config's training and held-out examples.
+    """Build a config's training, held-out and retained examples.
 
     Args:
         section: Data section of the config.
@@ -147,6 +147,7 @@ def datasets_from_section(
         cache_dir=section.cache_dir,
         seed=seed,
         deduplicate=section.deduplicate,
+        retain=[_source(section, source) for source in section.retain or ()],
     )
     counts = datasets.train.count_ids(new_ids) if new_ids else []
     ids = [id_ for id_, count in zip(new_ids, counts, strict=True) if not count]

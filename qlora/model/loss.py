@@ -1,7 +1,7 @@
 """Losses, and the supervised one, which never holds the logits of a whole batch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import head_blocks
+from qlora.model.embeddings import changed_embeddings
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
 TOLERANCE = 0.01
@@ -44,11 +45,19 @@ class Loss:
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
         metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
+        passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
+            next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
+            which `compute` returns.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
+    passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
+
+    def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
+        """Return the passes of a training step; run the backward of each before you take the next."""
+        return (self.compute(model, batch),) if self.passes is None else self.passes(model, batch)
 
     def sums(self, step: StepLoss) -> torch.Tensor:
         """Return the total and the metrics of a batch, (1 + metrics,) in fp32, without their gradient."""
@@ -119,16 +128,13 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
     model.eval()
     embedded: list[torch.Tensor] = []
 
-    def watch(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def watch(output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
     context = make_example(first.input_ids, [False] * len(first))
-    handle = model.get_input_embeddings().register_forward_hook(watch)
-    try:
+    with changed_embeddings(model, watch):
         loss = supervised_loss(model, collate([context, second], packed=True).to(model.device))
-    finally:
-        handle.remove()
     (grad,) = torch.autograd.grad(loss, embedded[0])
     before, own = grad[0].float().split([len(first), len(second)])
     leak = (before.norm() / own.norm()).item()

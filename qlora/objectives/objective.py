@@ -13,7 +13,7 @@ class Objective:
 
     Attributes:
         name: Value of `train.objective`.
-        loss: Loss to train and evaluate with.
+        loss: Loss to evaluate with; :func:`qlora.objectives.training_loss` is the one to train with.
         formats: Formats of rows that it supports, of :data:`qlora.data.formats.FORMATS`.
         remedies: What to do about rows of another format, by format; default: name the supported formats.
     """

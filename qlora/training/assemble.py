@@ -26,7 +26,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.nf4 import dequantize_path
-from qlora.objectives import Objective, objective_from_section
+from qlora.objectives import Objective, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -47,7 +47,7 @@ class RunPlan:
         total_steps: Number of optimizer steps of the whole run.
         steps_per_epoch: Number of optimizer steps that see every example once.
         inventory: Parameters of the model: quantized, adapted, or neither.
-        datasets: Training and held-out examples.
+        datasets: Training, held-out and retained examples.
         in_use: Devices, dtypes, kernels and levels that the run uses at its start.
         notes: What a user should know before the first step.
     """
@@ -112,7 +112,7 @@ class Assembly:
         return LoopParts(
             model=self.model,
             optimizer=self.optimizer,
-            loss=self.objective.loss,
+            loss=training_loss(self.config.train, self.objective.loss),
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
@@ -142,7 +142,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
     with processes.raise_together():
-        if problems := objective.unsupported_reasons(datasets.reports):
+        if problems := objective.unsupported_reasons(datasets.all_reports):
             raise ConfigError("\n".join(problems))
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts)
     # Before memory is fitted, because that exchanges a number between processes for every level.
@@ -151,7 +151,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
         | {
             f"examples of {Path(report.source).name} (source {number})": report.digest[:12]
-            for number, report in enumerate(datasets.reports, 1)
+            for number, report in enumerate(datasets.all_reports, 1)
         },
     )
     batches = BatchPlan(
@@ -163,9 +163,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     section, why = resolve_rate(config, model.config, total_steps)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    fit = fit_memory(
-        config.model_copy(update={"train": section}), model, objective.loss, largest.to(processes.device), processes
-    )
+    loss = training_loss(section, objective.loss)
+    fit = fit_memory(config.model_copy(update={"train": section}), model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,

@@ -37,6 +37,14 @@ class Callback:
             evaluation: Its loss, perplexity and metrics.
         """
 
+    def on_retain_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Handle an evaluation on the rows of `data.retain`, at the same steps.
+
+        Args:
+            step: Number of steps done.
+            evaluation: Its loss, perplexity and metrics.
+        """
+
     def on_save(self, step: int, folder: Path) -> None:
         """Handle a saved checkpoint.
 

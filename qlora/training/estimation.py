@@ -10,7 +10,7 @@ from qlora.errors import ConfigError
 from qlora.memory.estimate import available_bytes
 from qlora.memory.estimate import estimate as estimate_bytes
 from qlora.memory.report import MemoryReport, make_report
-from qlora.objectives import objective_from_section
+from qlora.objectives import training_loss
 from qlora.training.given import as_config
 
 # A smaller size is a number without its unit.
@@ -35,6 +35,6 @@ def estimate(config: RunConfig | str | Path | Mapping[str, Any], gpu: str | None
             raise ValueError
     except (ValueError, TypeError):
         raise ConfigError(f"gpu: {gpu!r} should be a size such as 24GB or 24GiB.") from None
-    predicted = estimate_bytes(config, objective_from_section(config.train).loss, "auto" if size is None else "cuda")
+    predicted = estimate_bytes(config, training_loss(config.train), "auto" if size is None else "cuda")
     free_bytes = available_bytes(predicted.device) if size is None else size
     return make_report(predicted, free_bytes, config.model.recompute)

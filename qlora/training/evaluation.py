@@ -27,6 +27,7 @@ class EvaluationReport:
         perplexity: exp(loss).
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
+        retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
     """
 
     model: str
@@ -36,6 +37,7 @@ class EvaluationReport:
     perplexity: float
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    retain_loss: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, metrics by their own names."""
@@ -90,19 +92,23 @@ def evaluate(
         set_special_tokens(tokenizer, own)
     if data is not None:
         # Every row of the file counts, even if the run limits the rows that it trains on.
-        whole_file = {"train": [SourceSection(path=str(data))], "eval": None, "max_rows": None, "deduplicate": False}
+        source = SourceSection(path=str(data))
+        whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     try:
         datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
     except (ConfigError, DataError) as error:
         raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
-    if problems := objective_from_section(config.train).unsupported_reasons(datasets.reports):
+    if problems := objective_from_section(config.train).unsupported_reasons(datasets.all_reports):
         raise ConfigError("\n".join(problems))
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
     loss = objective_from_section(config.train).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
+    retained = (
+        evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
+    )
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -113,6 +119,7 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
         metrics=result.metrics,
+        retain_loss=retained.loss if retained else None,
     )
 
 

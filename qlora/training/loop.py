@@ -15,7 +15,7 @@ from qlora.model import Loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.progress import Progress
-from qlora.training.seeds import seed_step
+from qlora.training.seeds import document_seeds, seed_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,12 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         micro_batches = plan.micro_batches(step, progress.num_parts)
         own: list[torch.Tensor] = []
         batches = (
-            collate([parts.examples[index] for index in each], plan.capacity is not None) for each in micro_batches
+            collate(
+                [parts.examples[index] for index in each],
+                packed=plan.capacity is not None,
+                seeds=document_seeds(plan.seed, step, each),
+            )
+            for each in micro_batches
         )
         ran_out = not _accumulate(parts, batches, num_units, scale, own)
         sums = sum(own, torch.zeros(1 + len(loss.metrics), device=processes.device))
@@ -260,9 +265,11 @@ def _accumulate(
     """Add the gradients of micro-batches, and append loss and metrics of each; return False if memory ran out."""
     try:
         for batch in batches:
-            computed = parts.loss.compute(parts.model, batch.to(parts.model.device))
-            (computed.total / num_units * scale).backward()
-            sums.append(parts.loss.sums(computed) / num_units)
+            passes = []
+            for computed in parts.loss.training_passes(parts.model, batch.to(parts.model.device)):
+                (computed.total / num_units * scale).backward()
+                passes.append(parts.loss.sums(computed))
+            sums.append(torch.stack(passes).sum(0) / num_units)
     except torch.OutOfMemoryError:
         # The backward, which was aborted, would have taken these; the forward's tensors are freed with its frames.
         RecomputedWeights.clear()

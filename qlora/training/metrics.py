@@ -102,21 +102,29 @@ class MetricsLog:
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
         self.announce([f"step {step:,}/{self.total_steps:,}  {message}{about}"])
 
-    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Log an evaluation."""
-        if not self.is_main:
+    def log_evaluation(self, step: int, evaluation: Evaluation | None, retained: Evaluation | None = None) -> None:
+        """Log an evaluation.
+
+        Args:
+            step: Number of steps done.
+            evaluation: Evaluation of the held-out examples, if there are any.
+            retained: Evaluation of the retained examples, if there are any.
+        """
+        named = {"eval": evaluation, "retain": retained}
+        found = {name: each for name, each in named.items() if each is not None}
+        if not self.is_main or not found:
             return
-        self._write(
-            {
-                "step": step,
-                **self._epoch(step),
-                "eval_loss": evaluation.loss,
-                "eval_perplexity": evaluation.perplexity,
-                "eval_supervised_tokens": evaluation.num_supervised,
-                **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
+        values: dict[str, Any] = {"step": step, **self._epoch(step)}
+        for name, each in found.items():
+            values |= {
+                f"{name}_loss": each.loss,
+                f"{name}_perplexity": each.perplexity,
+                f"{name}_supervised_tokens": each.num_supervised,
+                **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
             }
-        )
-        self.display.show_event(step, f"held-out loss {evaluation.loss:.4f}")
+        self._write(values)
+        labels = {"eval": "held-out loss", "retain": "retained loss"}
+        self.display.show_event(step, "  ".join(f"{labels[name]} {each.loss:.4f}" for name, each in found.items()))
 
     def close(self) -> None:
         """End the progress line, and close the file."""

@@ -14,8 +14,8 @@ from qlora.errors import CheckpointError, ConfigError
 # are compared in KEPT_IN_USE.)
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "model.recompute",
-    "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
+    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
+    "model.recompute", "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
 SCHEDULE_KEYS = {
@@ -37,7 +37,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     """
     sections = config.model_dump(mode="json")
     sections["model"]["base"] = Path(config.model.base).name
-    for sources in (sections["data"]["train"], sections["data"]["eval"]):
+    for sources in (sections["data"][key] for key in ("train", "eval", "retain")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = Path(source["path"]).name
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -158,7 +158,7 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     minimal = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
     defaults = flatten(RunConfig.model_validate(minimal))
     completed, source = defaults | settings, defaults["data.train"][0]
-    for key in ("data.train", "data.eval"):
+    for key in ("data.train", "data.eval", "data.retain"):
         if isinstance(completed[key], list):
             completed[key] = [source | each if isinstance(each, dict) else each for each in completed[key]]
     return completed

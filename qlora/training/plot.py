@@ -11,7 +11,7 @@ Points = list[tuple[int, float]]
 
 
 def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "") -> bool:
-    """Draw training loss, smoothed training loss, held-out loss and learning rate over the steps as a PNG.
+    """Draw training loss, smoothed training loss, held-out and retained loss and learning rate over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -25,7 +25,8 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         return False
     from matplotlib.figure import Figure
 
-    training, held_out, rates = (_points(metrics, key) for key in ("loss", "eval_loss", "learning_rate"))
+    keys = ("loss", "eval_loss", "retain_loss", "learning_rate")
+    training, held_out, retained, rates = (_points(metrics, key) for key in keys)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
@@ -33,6 +34,8 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    if retained:
+        axes.plot(*zip(*retained, strict=True), "s-", color="tab:green", label="retained")
     axes.set(title=title, xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()

@@ -43,6 +43,7 @@ class Preview:
         reports: Report of each source: of training, then of evaluation.
         train_examples: Number of examples of an epoch.
         eval_examples: Number of held-out examples.
+        retain_examples: Number of retained examples.
         tokens_per_epoch: Number of tokens of an epoch.
         max_seq_len: Value of `data.max_seq_len`.
         packing_fill: Share of the packed sequences that is filled with tokens; None if nothing is packed.
@@ -56,6 +57,7 @@ class Preview:
     reports: list[DataReport]
     train_examples: int
     eval_examples: int
+    retain_examples: int
     tokens_per_epoch: int
     max_seq_len: int
     packing_fill: float | None
@@ -97,8 +99,8 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
-    problems = objective_from_section(section).unsupported_reasons(datasets.reports)
-    num_bad = sum(report.bad_rows for report in datasets.reports)
+    problems = objective_from_section(section).unsupported_reasons(datasets.all_reports)
+    num_bad = sum(report.bad_rows for report in datasets.all_reports)
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
     lengths = datasets.train.lengths
@@ -110,9 +112,10 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         data.max_seq_len if data.packing else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
-        reports=datasets.reports,
+        reports=datasets.all_reports,
         train_examples=len(datasets.train),
         eval_examples=len(datasets.eval),
+        retain_examples=len(datasets.retain),
         tokens_per_epoch=int(lengths.sum()),
         max_seq_len=data.max_seq_len,
         packing_fill=batches.fill if data.packing else None,

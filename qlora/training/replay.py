@@ -22,10 +22,10 @@ from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
 from qlora.memory.probe import prepare
 from qlora.model import resolve_device
-from qlora.objectives import objective_from_section
+from qlora.objectives import training_loss
 from qlora.optim import FlatParameters
 from qlora.training.loop import LoopParts
-from qlora.training.seeds import seed_step
+from qlora.training.seeds import document_seeds, seed_step
 
 # Number of parameters that a report names.
 SHOWN = 8
@@ -147,7 +147,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
         ModelError: The base can't be loaded.
     """
     settings, tensors = _read(Path(path).expanduser())
-    loss = objective_from_section(config.train).loss
+    loss = training_loss(config.train)
     model = prepare(config, resolve_device())
     apply_recompute(model, config.model.recompute)
     flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
@@ -173,19 +173,23 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     for process, micro_batches in enumerate(settings["processes"]):
         seed_step(settings["seed"], settings["step"], process)
         for indices in micro_batches:
-            batch = collate([examples[index] for index in indices], settings["packed"]).to(model.device)
+            seeds = document_seeds(settings["seed"], settings["step"], indices)
+            batch = collate([examples[index] for index in indices], settings["packed"], seeds).to(model.device)
             flat.zero_grad()
+            mean = 0.0
             with _watched(model) as first:
-                mean = loss.compute(model, batch).total / num_units
-                (mean * scale).backward()  # inside, because it recomputes what the hooks watch
+                for computed in loss.training_passes(model, batch):
+                    part = computed.total / num_units
+                    (part * scale).backward()  # inside, because it recomputes what the hooks watch
+                    mean += part.item()
             broken = [
                 name
                 for name, parameter in model.named_parameters()
                 if parameter.grad is not None and not parameter.grad.isfinite().all()
             ]
             step_grad += flat.grad / scale
-            loss_sum += mean.item()
-            reports.append(MicroBatchReport(process, indices, mean.item(), next(iter(first), None), broken[:SHOWN]))
+            loss_sum += mean
+            reports.append(MicroBatchReport(process, indices, mean, next(iter(first), None), broken[:SHOWN]))
     broken_batches = [report for report in reports if not report.is_finite]
     return ReplayReport(
         step=settings["step"] + 1,

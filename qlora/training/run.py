@@ -38,6 +38,7 @@ class RunResult:
         trained_steps: Number of those done in this session; 0 if the run was finished already.
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
+        retain_losses: Loss on retained rows (`data.retain`) by step.
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -50,6 +51,7 @@ class RunResult:
     trained_steps: int
     losses: list[float]
     eval_losses: dict[int, float]
+    retain_losses: dict[int, float]
     tokens_per_second: float
     peak_memory: int
     signal: int | None
@@ -188,7 +190,7 @@ def _train(
     remarks += start.describe_damage() + start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)
-    display.show([*(report.summary() for report in assembly.plan.datasets.reports), assembly.plan.summary()])
+    display.show([*(report.summary() for report in assembly.plan.datasets.all_reports), assembly.plan.summary()])
     if first_step:
         display.show([f"Continuing after step {first_step:,} from {start.checkpoint}."])
     display.announce(remarks)
@@ -259,6 +261,7 @@ def _result(
         trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
+        retain_losses={line["step"]: line["retain_loss"] for line in lines if "retain_loss" in line},
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

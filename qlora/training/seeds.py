@@ -1,4 +1,6 @@
-"""Random seeds of a step, computed from the run's seed, the step and the process."""
+"""Random seeds of a step, computed from the run's seed, the step, and the process or the document."""
+
+from collections.abc import Iterable
 
 import torch
 
@@ -8,11 +10,18 @@ LENGTH_SALT = 3527539
 MASK = (1 << 64) - 1
 # Integers enter modulo this prime.
 MODULUS = (1 << 61) - 1
+# Keeps the seeds of documents apart from those of processes.
+DOCUMENT = 1
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
     """Seed torch for a step on a process, so that a resumed run draws the same dropout."""
     torch.manual_seed(step_seed(seed, step, process))
+
+
+def document_seeds(seed: int, step: int, documents: Iterable[int]) -> list[int]:
+    """Return a seed for each document of a step, by its index: it does not depend on how documents are batched."""
+    return [step_seed(seed, step, DOCUMENT, document) for document in documents]
 
 
 def step_seed(*numbers: int) -> int:

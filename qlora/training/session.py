@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import InUse, RunDirectory
-from qlora.data import eval_batches
+from qlora.data import ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
 from qlora.training.assemble import Assembly
@@ -61,7 +61,10 @@ def run_session(
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
     is_evaluated = processes.broadcast(
-        processes.is_first and any(line["step"] == progress.step and "eval_loss" in line for line in run.read_metrics())
+        processes.is_first
+        and any(
+            line["step"] == progress.step and {"eval_loss", "retain_loss"} & line.keys() for line in run.read_metrics()
+        )
     )
     log = MetricsLog(
         run,
@@ -91,10 +94,15 @@ def run_session(
             call("on_save", folder)
 
     def evaluate_now() -> None:
-        if plan.datasets.eval:
-            evaluation = _evaluate_all(assembly)
-            log.log_evaluation(progress.step, evaluation)
+        evaluation, retained = (
+            _evaluate_all(assembly, examples) if examples else None
+            for examples in (plan.datasets.eval, plan.datasets.retain)
+        )
+        log.log_evaluation(progress.step, evaluation, retained)
+        if evaluation is not None:
             call("on_evaluation", evaluation)
+        if retained is not None:
+            call("on_retain_evaluation", retained)
 
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
@@ -151,10 +159,9 @@ def how_to_continue(fresh: bool) -> str:
     return f"The same command{' without --fresh' if fresh else ''} continues the run from its last save."
 
 
-def _evaluate_all(assembly: Assembly) -> Evaluation:
-    """Evaluate the held-out examples, each process a part of them."""
+def _evaluate_all(assembly: Assembly, examples: ExampleSet) -> Evaluation:
+    """Evaluate examples, each process a part of them."""
     processes = assembly.processes
-    examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity
-    batches = eval_batches(examples, assembly.config.train.micro_batch_size, capacity)
+    batches = eval_batches(examples, assembly.config.train.micro_batch_size, assembly.batches.capacity)
     share = islice(batches, processes.rank, None, processes.world_size)
     return evaluate(assembly.model, share, processes.sum, assembly.objective.loss)

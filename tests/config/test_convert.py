@@ -461,3 +461,11 @@ def test_the_table_in_the_docs_says_what_the_conversion_does():
         section, _, name = key.partition(".")
         assert name in keys_of(section)
         assert [theirs for theirs in re.findall(r"`(\w+)`", cells) if theirs != name and known.get(theirs) != key] == []
+
+
+@pytest.mark.parametrize("base", [AXOLOTL_BASE, LLAMA_FACTORY_BASE, TRL_BASE], ids=["axolotl", "LLaMA-Factory", "TRL"])
+@pytest.mark.parametrize(("alpha", "expected"), [(5, 5.0), (0, None), (None, None)])
+def test_neftunes_noise_is_kept(base, alpha, expected, convert):
+    conversion, config = convert(base | {"neftune_noise_alpha": alpha})
+    assert config.train.neftune_alpha == expected
+    assert "neftune_noise_alpha" not in conversion.text.partition("dropped")[2]

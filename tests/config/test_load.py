@@ -53,6 +53,7 @@ PEERS = {
 
 INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {
+    "train.neftune_alpha": (0, -1, "loud"),
     "lora.rank": [0, -4, 1.5, "many"],
     "lora.alpha": [0, -1, INF, NAN],
     "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 1.5}, {"(": 4}, {"(?i)q_proj": 4}, {"a)(b": "x"}, ["q_proj"], 3],
@@ -196,7 +197,7 @@ def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("load_in_8bit", "8-bit bases are not available"), ("wandb_project", "environment"), ("deepspeed", "processes"),
-    ("train.neftune_noise_alpha", "NEFTune"),
+    ("train.label_smoothing", "label smoothing"),
 ])  # fmt: skip
 def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
     message = problems(write({name: 1}))
@@ -592,3 +593,14 @@ def test_a_dumped_schedule_loads_again(write, tmp_path, keys):
 def test_dtypes_have_short_names(short, full, write):
     config = load_config(write({"model.compute_dtype": short, "export.dtype": short}))
     assert (config.model.compute_dtype, config.export.dtype) == (full, full)
+
+
+def test_keys_inside_a_key_are_named_in_full(write):
+    assert load_config(write(), ["train.adversarial.epsilon=0.5"]).train.adversarial.epsilon == 0.5
+    assert "  train.adversarial.epsilon: -1 should be greater than 0" in problems(
+        write({"train.adversarial": {"epsilon": -1}})
+    )
+    assert "  train.adversarial.epsilom: unknown key. Did you mean epsilon?" in problems(
+        write({"train.adversarial": {"epsilom": 1}})
+    )
+    assert "  train.adversarial: 0.1 should hold keys: epsilon" in problems(write({"train.adversarial": 0.1}))

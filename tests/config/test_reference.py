@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qlora.config import RunConfig, SourceSection, load_config
-from qlora.config.hints import keys_of
+from qlora.config.hints import keys_of, nested_section
 from qlora.config.pages import full_config, reference_page
 from qlora.config.reference import SOURCE, find_keys, json_schema, list_keys
 from qlora.errors import ConfigError
@@ -20,12 +20,16 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+    "lora.stack": {"lora": {"start_from": "runs/earlier"}},
 }
-REQUIRED = {"model.base", "data.train", "train.output_dir", f"{SOURCE}.path"}
+REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
 
 
 def test_every_key_is_listed_once():
     expected = [f"{section}.{key}" for section in RunConfig.model_fields for key in keys_of(section)]
+    for name in list(expected):
+        group = nested_section(*name.split("."))
+        expected += [f"{name}.{key}" for key in (group.model_fields if group else ())]
     assert [key.name for key in KEYS] == expected + [f"{SOURCE}.{key}" for key in SourceSection.model_fields]
 
 
@@ -42,7 +46,8 @@ def test_a_key_has_a_meaning_of_one_or_more_sentences_and_an_example_that_is_val
     if key.group == SOURCE:
         values["data"]["train"] = [{"path": "t", key.key: example}]
     else:
-        values.setdefault(key.group, {})[key.key] = example
+        section, _, group = key.group.partition(".")
+        values.setdefault(section, {})[group or key.key] = {key.key: example} if group else example
     RunConfig.model_validate(values)
 
 

@@ -17,6 +17,7 @@ from qlora.memory.probe import measure_peak, measure_step, prepare
 from qlora.model import SUPERVISED, adapt, base_from_section, supervised_loss, take_inventory
 from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
+from qlora.objectives import training_loss
 from qlora.optim import FlatParameters, make_optimizer
 from tests.tiny import make_base, run_config
 
@@ -60,10 +61,11 @@ def llama_8b(realdata, tmp_path_factory):
 def relative_errors(base, tmp_path, overrides, levels=slice(None)):
     """Return the relative error of the estimate by level, against the measured step."""
     config = settings(base, tmp_path, *overrides)
-    predicted, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU)
+    loss = training_loss(config.train)
+    predicted, model = estimate(config, loss, CPU), prepare(config, CPU)
     assert predicted.levels == recompute_levels(model)
     return {
-        level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, SUPERVISED) - 1
+        level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, loss) - 1
         for level in predicted.levels[levels]
     }
 
@@ -87,6 +89,8 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
         ["data.max_seq_len=192", "model.quantization=none", "lora.targets=[q_proj, down_proj]"],
         ["data.max_seq_len=192", "data.new_tokens=[<tool>, </tool>]"],
         ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32"],
+        ["data.max_seq_len=192", "train.neftune_alpha=5"],
+        ["data.max_seq_len=192", "train.adversarial.epsilon=0.1"],
     ],
     ids=" ".join,
 )

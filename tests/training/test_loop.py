@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from qlora.data import IGNORE_INDEX, BatchPlan, collate
 from qlora.data.tokens import make_example
 from qlora.errors import ModelError
-from qlora.lora import add_lora, lora_layers
+from qlora.lora import add_lora, lora_layers, train_rows
 from qlora.model import SUPERVISED, Loss, StepLoss, frozen_checksum, load_base, supervised_loss
 from qlora.optim import FlatParameters, make_optimizer
 from qlora.processes import Processes
@@ -41,9 +41,12 @@ class Trainer:
 
     loss = SUPERVISED
 
-    def __init__(self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, **settings):
+    def __init__(
+        self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, rows=(), **settings
+    ):
         self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
+        train_rows(self.model, rows, dtype=torch.float32)
         self.model.train()
         self.flat = FlatParameters((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = make_optimizer("adamw_32bit", self.flat)

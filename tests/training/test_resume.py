@@ -26,17 +26,20 @@ from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 
 pytestmark = pytest.mark.slow
 
+# What a config adds to the loss while training.
+ADDED = ({}, {"train__neftune_alpha": 5}, {"train__adversarial": {"epsilon": 0.1}})
+
 
 @pytest.mark.parametrize(
-    ("optimizer", "rounding", "packing", "dropout", "evaluation"),
-    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None)),
+    ("optimizer", "rounding", "packing", "dropout", "evaluation", "added"),
+    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None), ADDED),
 )
 def test_a_run_stopped_after_any_step_continues_as_if_it_never_was(
-    optimizer, rounding, packing, dropout, evaluation, configure, tmp_path, seed
+    optimizer, rounding, packing, dropout, evaluation, added, configure, tmp_path, seed
 ):
     steps = 5
     settings = {"train__optimizer": optimizer, "train__rounding": rounding, "train__max_steps": steps}
-    settings |= {"data__packing": packing, "data__eval": evaluation, "lora__dropout": dropout}
+    settings |= {"data__packing": packing, "data__eval": evaluation, "lora__dropout": dropout, **added}
     train(configure("whole", **settings))
     first = 1 + seed % (steps - 1)
     assert train(configure(**settings), stop_at=first).steps == first

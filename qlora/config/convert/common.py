@@ -130,6 +130,9 @@ def _copy(draft: Draft) -> None:
     logging = values.number(draft.take("logging_steps"))
     if logging is not None and logging >= 1:
         draft.set("train.log_every", int(logging), "logging_steps")
+    name, alpha = draft.take_named("neftune_noise_alpha", "noisy_embedding_alpha")
+    if values.number(alpha):
+        draft.set("train.neftune_alpha", values.number(alpha), name)
     _packing(draft)
     names = ("tokens", "added_tokens", "new_special_tokens", "add_special_tokens", "add_tokens")
     tokens = draft.peek(*names)

@@ -142,7 +142,6 @@ NOT_AVAILABLE = {
     "prompts are written by the chat template; put another system message into the rows": (
         "default_system_message default_system prompt_template tool_format"
     ),
-    "NEFTune is not available": "neftune_noise_alpha noisy_embedding_alpha",
     "label smoothing is not available": "label_smoothing_factor label_smoothing",
     "early stopping is not available; the best checkpoint can be merged by its path": (
         "early_stopping_patience early_stopping_* early_stopping load_best_model_at_end metric_for_best_model "

@@ -69,6 +69,7 @@ NAMES_OF = {
     "train.betas": "adam_beta1 adam_beta2",
     "train.deterministic": "full_determinism",
     "train.seed": "random_state random_seed",
+    "train.neftune_alpha": "neftune_noise_alpha noisy_embedding_alpha",
     "train.log_every": "logging_steps",
     "train.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "train.save_every": "save_steps saves_per_epoch save_strategy",

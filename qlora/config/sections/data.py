@@ -117,6 +117,12 @@ class DataSection(Section):
         description="Held-out rows: a share of the training rows, or sources as for data.train; null holds out none.",
         examples=[0.02],
     )
+    retain: Sources | None = Field(
+        default=None,
+        description="Rows of an older task, as sources for data.train: their loss is measured at every evaluation, and "
+        "they are never trained on. null measures none.",
+        examples=["data/old-task.jsonl"],
+    )
     format: Format = Field(
         default="auto",
         description="What the columns mean. auto detects it from the column names; qlora preview prints the result.",

@@ -25,6 +25,17 @@ RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
 SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
 
 
+class AdversarialSection(Section):
+    """Adversarial training: a second pass of every step on perturbed embeddings (FGM, one step of FreeLB)."""
+
+    epsilon: float = Field(
+        gt=0,
+        description="Length of each token's perturbation, in the direction of the loss's gradient, in the units of the "
+        "embedded tokens.",
+        examples=[0.05],
+    )
+
+
 class TrainSection(Section):
     """The run."""
 
@@ -133,6 +144,19 @@ class TrainSection(Section):
         strict=True,
         description="Seed of data order, initial values and dropout.",
         examples=[42],
+    )
+    neftune_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="NEFTune: noise U(-1, 1) · alpha / sqrt(tokens of the document · features) on the embedded tokens "
+        "while training; null adds none.",
+        examples=[5],
+    )
+    adversarial: AdversarialSection | None = Field(
+        default=None,
+        description="Train on the mean of the loss and of the loss on perturbed embeddings, in two passes per step; "
+        "null is off.",
+        examples=[{"epsilon": 0.05}],
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics.jsonl.", examples=[10])
     eval_every: ShareOrSteps = Field(
