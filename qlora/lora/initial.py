@@ -86,7 +86,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     """Compute the largest singular values and their vectors.
 
     Exact for matrices whose smaller side is at most `EXACT_SVD_UP_TO`. Above, by randomized subspace iterations from a
-    fixed seed (arXiv:0909.4061), which leave a remainder at most 0.04% larger than the smallest possible for a
+    fixed seed (arXiv:0909.4061), which left a remainder 0.04% larger at most than the smallest possible for a
     4096 × 4096 matrix and rank 16, see docs/benchmarks/methods.md. The random state of the caller is not changed.
 
     Args:
