@@ -10,7 +10,12 @@ from qlora.cli.report import show_report
 
 def quantize(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, or a model id on the hub.", callback=expand_home)
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN",
+            help="A folder, or a model id on the hub; or a run, for the base that its adapter fits.",
+            callback=expand_home,
+        ),
     ],
     output: NewFolder,
     double_quant: Annotated[

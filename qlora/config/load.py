@@ -77,7 +77,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     # A word without a suffix of letters, such as llama3.1, is a template's name, no matter which files are here.
     if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
-    return config.model_copy(update={"model": model, "data": config.data.model_copy(update=paths)})
+    lora = config.lora.model_copy(update={"start_from": resolved(config.lora.start_from)})
+    return config.model_copy(update={"model": model, "lora": lora, "data": config.data.model_copy(update=paths)})
 
 
 def dump_config(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
 from qlora.dtypes import as_dtype
 from qlora.errors import ExportError
@@ -19,7 +20,16 @@ from qlora.files import BaseFiles, atomic_folder
 from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
-from qlora.model import BITSANDBYTES_4BIT, BaseWeights, build_skeleton, resolve_device, weight_format
+from qlora.model import (
+    BITSANDBYTES_4BIT,
+    BaseWeights,
+    Starts,
+    build_skeleton,
+    open_source,
+    resolve_device,
+    subtracted,
+    weight_format,
+)
 from qlora.model.quantization import QuantizedLayer, find_quantized_layers, nf4_settings
 from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_tensors
 
@@ -78,8 +88,11 @@ def quantize_model(
 
     Each tensor is read, quantized and written before the next is read.
 
+    Of a run, its base is written as the run trains on it, for its adapter: with `lora.init: reconstruct` that is the
+    base without the term that the initial values make up for, which the published base does not replace.
+
     Args:
-        base: A folder, or a model id on the hub.
+        base: A folder, or a model id on the hub; or a run, whose settings are then used.
         out_dir: A new folder; it appears once everything in it is written.
         double_quant: Quantize the blocks' statistics too.
         dtype: `bfloat16`, `float16` or `float32`: weights are cast to it before they are quantized, and the other
@@ -102,6 +115,14 @@ def quantize_model(
     except (ValueError, TypeError):
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
+    starts: Starts = {}
+    if RunDirectory.find(base) is not None:
+        source = open_source(base)
+        if dtype != "auto" or not double_quant or revision is not None:
+            raise ExportError(f"{base} is a run, whose dtype, double quantization and revision are used; omit yours.")
+        base, revision, trust_remote_code = source.base, source.revision, source.trust_remote_code
+        double_quant, starts = source.double_quant, source.starts()
+        dtype = _name(source.compute_dtype(resolve_device(device)))
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")
@@ -115,13 +136,13 @@ def quantize_model(
     with atomic_folder(out_dir, ExportError) as folder:
         writer = ShardWriter(folder, layout, max_bytes)
         for name in weights.shapes:
-            value = weights.read(name)
-            if value.is_floating_point():
-                value = _cast(name, value.to(on), target)
+            value = weights.read(name).to(on)
             if name in layers:
-                _write_quantized(writer, name, value.T if layers[name].is_transposed else value, double_quant)
+                layer = layers[name]
+                weight = subtracted(value.T if layer.is_transposed else value, starts.get(layer.name))
+                _write_quantized(writer, name, _cast(name, weight, target), double_quant)
             else:
-                writer.write(name, value)
+                writer.write(name, _cast(name, value, target) if value.is_floating_point() else value)
         writer.close()
         _write_companions(folder, files, settings, target)
         rows = {

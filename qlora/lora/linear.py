@@ -218,8 +218,9 @@ class LoraLinear(nn.Module):
         return None if A is None else LowRank(A, B, self._scalings[name])
 
     def _set_term(self, name: str, term: LowRank | None) -> None:
-        self.register_buffer(f"{name}_A", None if term is None else term.A)
-        self.register_buffer(f"{name}_B", None if term is None else term.B)
+        # Contiguous, as they are read from a file: products of other layouts may round differently.
+        self.register_buffer(f"{name}_A", None if term is None else term.A.contiguous())
+        self.register_buffer(f"{name}_B", None if term is None else term.B.contiguous())
         if term is not None:
             self._scalings[name] = term.scaling
 

@@ -15,8 +15,9 @@ from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.model.from_config import optimizer_from_section
+from qlora.model.initial import load_for_training
 from qlora.model.loss import Loss
-from qlora.model.starts import Starts, load_for_training
+from qlora.model.starts import Starts
 from qlora.model.tokenizer import load_tokenizer
 from qlora.nf4 import NF4Linear, statistics
 from qlora.optim import FlatOptimizer

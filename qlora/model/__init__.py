@@ -15,6 +15,7 @@ from qlora.model.from_config import (
     set_tokens,
 )
 from qlora.model.generate import answer, end_token_ids, generate
+from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
 from qlora.model.restore import (
@@ -27,7 +28,7 @@ from qlora.model.restore import (
 )
 from qlora.model.skeleton import build_skeleton
 from qlora.model.source import AdapterSource, open_source
-from qlora.model.starts import Starts, has_codes, load_for_training, load_started_base, starts_of, subtracted
+from qlora.model.starts import Starts, has_codes, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
 
 __all__ = [

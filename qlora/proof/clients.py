@@ -43,7 +43,7 @@ class Verdict:
         return verdict + "".join(f" ({need})" for need in self.needs)
 
 
-def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
+def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> dict[str, Verdict]:
     """Check an adapter's folder by the rules of the tools that load adapters, without running them.
 
     Rules: peft/tuners/lora; vllm/lora/peft_helper.py; convert_lora_to_gguf.py and src/llama-adapter.h of llama.cpp.
@@ -51,6 +51,7 @@ def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
     Args:
         adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: Skeleton of the base that the adapter is for.
+        is_for_published: Whether the adapter is for the base as published, rather than one quantized for it.
 
     Returns:
         A verdict for each of `peft`, `vllm` and `llama.cpp`.
@@ -63,11 +64,18 @@ def check_clients(adapter: Path, base: Any) -> dict[str, Verdict]:
     matches = [match for name in header if (match := FACTOR.fullmatch(name))]
     ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
     others = sorted({*header} - {match[0] for match in matches})
-    return {
+    verdicts = {
         "peft": _check_peft(config, ranks, {name: header[name]["shape"] for name in others}, base),
         "vllm": _check_vllm(config, ranks, others),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
+    if not is_for_published:
+        for verdict in verdicts.values():
+            verdict.refuse(
+                "with lora.init: reconstruct it does not fit the published base, only the one that qlora quantize RUN "
+                "-o DIR writes; or merge it"
+            )
+    return verdicts
 
 
 def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str, list[int]], base: Any) -> Verdict:

@@ -153,7 +153,7 @@ def verify(
         problems=problems,
         onto=None if merged is None else merged.onto,
         base_differs=base_differs,
-        clients=check_clients(source.folder, skeleton),
+        clients=check_clients(source.folder, skeleton, not any(start.subtracted for start in source.starts().values())),
         notes=_notes(source, problems, found),
         **found,
     )

@@ -37,6 +37,8 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     """
     sections = config.model_dump(mode="json")
     sections["model"]["base"] = Path(config.model.base).name
+    if config.lora.start_from is not None:
+        sections["lora"]["start_from"] = Path(config.lora.start_from).name
     for sources in (sections["data"][key] for key in ("train", "eval", "retain")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = Path(source["path"]).name

@@ -20,6 +20,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+    "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from qlora.config import load_config
+from qlora.errors import ConfigError
 from qlora.export import merge
-from qlora.model import load_base, load_run
+from qlora.export.quantize import quantize_model
+from qlora.lora import adapters_off, lora_layers
+from qlora.model import load_base, load_for_training, load_run
 from qlora.nf4 import NF4Linear
 from qlora.proof import verify
 from qlora.training import train
@@ -90,3 +93,101 @@ def test_peft_loads_the_adapter_with_the_same_logits(trained, tmp_path, generato
     merged, _ = load_base(str(tmp_path / "merged"), quantization="none", compute_dtype="float32")
     ids = torch.randint(259, (1, 40), generator=generator)
     assert (logits(other, ids) - logits(merged, ids)).norm() < 1e-4 * logits(merged, ids).norm()
+
+
+def test_a_reconstructed_runs_adapter_fits_the_base_that_quantize_writes(tiny_base, alpaca_file, tmp_path, generator):
+    peft = pytest.importorskip("peft")
+    run = tmp_path / "run"
+    train(load_config(run_config(tiny_base, alpaca_file, run, lora__init="reconstruct", lora__calibrate=True)))
+    report = verify(run)
+    assert all("does not fit the published base" in " ".join(each.reasons) for each in report.clients.values())
+    quantize_model(str(run), tmp_path / "base")
+    theirs, _ = load_base(str(tmp_path / "base"))
+    ours, _ = load_run(run)
+    ids = torch.randint(259, (1, 40), generator=generator)
+    with_adapter = peft.PeftModel.from_pretrained(theirs, run / "adapter").eval()
+    assert (logits(with_adapter, ids) - logits(ours, ids)).norm() < 0.01 * logits(ours, ids).norm()
+
+
+def test_reconstruct_starts_closer_to_the_original_than_the_quantized_base(tiny_base, alpaca_file, tmp_path, generator):
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", lora__init="reconstruct"))
+    model, starts = load_for_training(config, "cpu")
+    original, _ = load_base(str(tiny_base), "none")
+    plain, _ = load_base(str(tiny_base))
+    ids = torch.randint(259, (1, 60), generator=generator)
+    wanted = logits(original, ids)
+    with adapters_off(model):
+        off = logits(model, ids)
+    assert torch.equal(off, logits(model, ids))  # the initial values are part of the base
+    assert (off - wanted).norm() < 0.8 * (logits(plain, ids) - wanted).norm()
+    assert starts
+
+
+# What a run that starts from the adapter of another one sets.
+CONTINUATIONS = {
+    "as it is": ({}, {}),
+    "more components": ({}, {"lora__rank": 7, "lora__alpha": 14}),
+    "another scaling": ({}, {"lora__alpha": 16}),
+    "stacked": ({}, {"lora__stack": True, "lora__rank": 3}),
+    "rows on top": ({}, {"lora__stack": True, "lora__kind": "rows", "lora__alpha": 32}),
+    "from reconstruct": ({"lora__init": "reconstruct"}, {}),
+    "stacked on reconstruct": ({"lora__init": "reconstruct"}, {"lora__stack": True}),
+    "dora on lora": ({}, {"lora__kind": "dora"}),
+    "dora": ({"lora__kind": "dora"}, {"lora__kind": "dora"}),
+    "rows": ({"lora__kind": "rows", "lora__alpha": 32}, {"lora__kind": "rows", "lora__alpha": 32}),
+    "from pissa": ({"lora__init": "pissa"}, {}),
+    "trained embeddings": ({"lora__modules_to_save": ["embed_tokens"]}, {"lora__modules_to_save": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUATIONS)
+def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, tiny_base, alpaca_file, tmp_path, generator):
+    first, then = CONTINUATIONS[name]
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", **first)))
+    settings = then | {"lora__start_from": str(tmp_path / "first")}
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    earlier, _ = load_run(tmp_path / "first")
+    ids = torch.randint(259, (1, 40), generator=generator)
+    started, _ = load_for_training(config, "cpu")
+    change = logits(started, ids) - logits(earlier, ids)
+    assert change.norm() < 1e-2 * logits(earlier, ids).norm()
+    result = train(config)
+    assert result.eval_losses[6] < result.eval_losses[0]
+    report = verify(tmp_path / "run")
+    assert report.matches, report.problems
+    merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    report = verify(tmp_path / "run", tmp_path / "merged")
+    assert report.matches, report.problems
+
+
+def test_a_run_starts_from_an_adapter_of_peft(tiny_base, alpaca_file, tmp_path, generator):
+    peft = pytest.importorskip("peft")
+    base, _ = load_base(str(tiny_base), "none", compute_dtype="float32")
+    settings = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    theirs = peft.get_peft_model(base, settings)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator)
+    theirs.save_pretrained(tmp_path / "peft")
+    settings = {"lora__start_from": str(tmp_path / "peft"), "lora__dtype": "float32"}
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    started, _ = load_for_training(config, "cpu")
+    for name, layer in lora_layers(started):
+        if name.endswith(("q_proj", "up_proj")):
+            wanted = theirs.base_model.model.get_submodule(name).get_delta_weight("default")
+            assert (layer.delta_weight() - wanted).norm() < 1e-5 * wanted.norm()
+        else:
+            assert not layer.delta_weight().any()
+
+
+@pytest.mark.parametrize(("first", "then", "message"), [
+    ({"lora__kind": "dora"}, {}, "it is a DoRA adapter; set lora.kind: dora"),
+    ({"lora__kind": "dora"}, {"lora__stack": True}, "can't be kept below another adapter"),
+    ({}, {"lora__targets": ["q_proj"]}, r"it adapts 12 layers that lora.targets, lora.layers and lora.exclude leave"),
+    ({}, {"lora__kind": "rows", "lora__alpha": 32}, "it was not trained with lora.kind: rows"),
+])  # fmt: skip
+def test_an_adapter_that_the_config_can_not_continue_is_refused(first, then, message, tiny_base, alpaca_file, tmp_path):
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", train__max_steps=1, **first)))
+    settings = then | {"lora__start_from": str(tmp_path / "first")}
+    with pytest.raises(ConfigError, match=message):
+        load_for_training(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)), "cpu")

@@ -83,6 +83,12 @@ class LoraSection(Section):
         "base quantized to fit.",
         examples=["reconstruct"],
     )
+    calibrate: bool = Field(
+        default=False,
+        description="With lora.init reconstruct: count what the quantization lost by its effect on the inputs that "
+        "layers get from a few training examples. The base is loaded twice.",
+        examples=[True],
+    )
     train: Literal["AB", "B"] = Field(
         default="AB",
         description="Factors that are trained: both, or B on a fixed projection A, which needs lora.init orthogonal, "
@@ -168,6 +174,8 @@ class LoraSection(Section):
             problems.append("final_rank: components are judged by both factors, so it needs lora.train: AB")
         if self.start_from is not None and not is_drawn:
             problems.append(f"start_from: the adapter has its values already; remove lora.init: {self.init}")
+        if self.calibrate and self.init != "reconstruct":
+            problems.append("calibrate: only lora.init: reconstruct weighs what the quantization lost; remove it")
         if self.stack and self.start_from is None:
             problems.append("stack: it needs an adapter to train on top of; set lora.start_from")
         return problems

@@ -1,0 +1,192 @@
+"""A base loaded to be trained: with its adapters, and what these start from, computed from weights or data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qlora.checkpoint.adapter_rows import load_rows
+from qlora.config import LoraSection, RunConfig
+from qlora.data import TokenizedExample, collate
+from qlora.errors import ModelError
+from qlora.files import BaseFiles
+from qlora.kernels import LowRank
+from qlora.lora import (
+    InputObserver,
+    InputStatistics,
+    LayerStart,
+    eva_factors,
+    num_directions,
+    pissa,
+    reconstruct,
+)
+from qlora.model.base_weights import BaseWeights
+from qlora.model.device import resolve_compute_dtype
+from qlora.model.from_config import adapt, adapter_specs, base_from_section
+from qlora.model.loss import model_inputs
+from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.skeleton import build_skeleton
+from qlora.model.start_from import open_start, starts_from_adapter
+from qlora.model.starts import Starts, codes_digest, load_started_base, subtracted
+from qlora.nf4 import dequantize, quantize
+
+# Tokens that statistics of inputs are taken from: enough for a few hundred directions, and a second's work on a GPU.
+CALIBRATION_TOKENS = 16_384
+# Directions of its inputs by which a layer's lost weights are weighed.
+MOMENT_DIRECTIONS = 128
+# A layer's rank with EVA is at most twice the mean, as in PEFT.
+EVA_RHO = 2.0
+
+
+def load_for_training(
+    config: RunConfig,
+    device: str | torch.device,
+    new_ids: range = range(0),
+    starts: Starts | None = None,
+    examples: Sequence[TokenizedExample] = (),
+) -> tuple[Any, Starts]:
+    """Load the base that a config names with its adapters, frozen except for these.
+
+    Args:
+        config: Config of the run.
+        device: Device of the model.
+        new_ids: Ids of the tokens that the config adds.
+        starts: What the adapters of the run started from; None computes it.
+        examples: Examples that statistics of the layers' inputs are taken from, if the initial values need them.
+
+    Returns:
+        The model, in evaluation mode, and what its adapters start from: empty if that follows from the seed.
+
+    Raises:
+        ModelError: The base can't be loaded or adapted, or is not the one that the starts were computed for.
+    """
+    section = config.lora
+    if starts is not None:
+        model = load_started_base(config.model, starts, device)
+    elif section.start_from is not None:
+        return _started_from(config, device, new_ids)
+    elif section.init == "reconstruct":
+        model, starts = _reconstructed(config, device, examples)
+    else:
+        model, _ = base_from_section(config.model, device)
+        starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
+    adapt(model, section, config.train.seed, new_ids, starts)
+    return model, starts
+
+
+def _started_from(config: RunConfig, device: str | torch.device, new_ids: range) -> tuple[Any, Starts]:
+    source = open_start(config)
+    adapter = source.read()
+    model = load_started_base(config.model, source.starts(), device)
+    starts = starts_from_adapter(config, source, adapter, adapter_specs(model, config.lora))
+    adapt(model, config.lora, config.train.seed, new_ids, starts)
+    if adapter.rows:
+        load_rows(model, adapter.rows, adapter.tensors)
+    return model, starts
+
+
+def observe(
+    model: Any, names: Sequence[str], examples: Sequence[TokenizedExample], directions: int = 0
+) -> dict[str, InputStatistics]:
+    """Run a model on the first examples, and return statistics of the inputs of its layers.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        names: Names of linear layers.
+        examples: Documents; up to `CALIBRATION_TOKENS` tokens of them are read.
+        directions: See :class:`InputStatistics`.
+
+    Raises:
+        ModelError: There is no example.
+    """
+    if not len(examples):
+        raise ModelError("lora.init: there are no examples to take statistics of the layers' inputs from.")
+    left = CALIBRATION_TOKENS
+    with InputObserver(model, names, directions) as observer, torch.no_grad():
+        for example in examples:
+            model.base_model(**model_inputs(model, collate([example]).to(model.device)))
+            left -= len(example)
+            if left <= 0:
+                break
+    return observer.statistics
+
+
+def _eva(model: Any, section: LoraSection, examples: Sequence[TokenizedExample]) -> Starts:
+    specs = adapter_specs(model, section)
+    ranks = {spec.rank for spec in specs.values()}
+    widest = max(model.get_submodule(name).in_features for name in specs)
+    statistics = observe(model, list(specs), examples, num_directions(max(ranks), EVA_RHO, widest))
+    if unused := [name for name in specs if name not in statistics]:
+        raise ModelError(f"lora.init: eva needs inputs, but the model never used {', '.join(unused[:3])}.")
+    starts: dict[str, LayerStart] = {}
+    for rank in ranks:  # layers with ranks of their own share these among themselves
+        own = {name: statistics[name] for name, spec in specs.items() if spec.rank == rank}
+        starts |= {name: LayerStart(A=A) for name, A in eva_factors(own, rank, EVA_RHO).items()}
+    return starts
+
+
+def _pissa(model: Any, section: LoraSection, examples: Sequence[TokenizedExample]) -> Starts:
+    del examples
+    starts = {}
+    for name, spec in adapter_specs(model, section).items():
+        layer = model.get_submodule(name)
+        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.dequantize(torch.float32)
+        A, B = (factor.to(spec.dtype) for factor in pissa(weight, spec.rank, spec.scaling))
+        starts[name] = LayerStart(A=A, B=B, frozen=LowRank(A, -B, spec.scaling))
+    return starts
+
+
+_COMPUTED: dict[str, Callable[[Any, LoraSection, Sequence[TokenizedExample]], Starts]] = {
+    "eva": _eva,
+    "pissa": _pissa,
+}
+
+
+def _reconstructed(
+    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample]
+) -> tuple[Any, Starts]:
+    """Load a base whose weights are quantized together with the initial adapter, one at a time as they are read."""
+    section = config.model
+    statistics = _statistics(config, device, examples) if config.lora.calibrate else {}
+    files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
+    skeleton = build_skeleton(files, section.trust_remote_code)
+    device = torch.device(device)
+    dtype = resolve_compute_dtype(section.compute_dtype, device)
+    find_quantized_layers(skeleton, nf4_settings(section.double_quant, dtype), section.base, BaseWeights(files).shapes)
+    specs = adapter_specs(skeleton, config.lora)
+    starts: dict[str, LayerStart] = {}
+
+    def quantized(weight: torch.Tensor) -> torch.Tensor:
+        return dequantize(*quantize(weight.to(dtype), section.double_quant), dtype).float()
+
+    def start(name: str, weight: torch.Tensor) -> torch.Tensor:
+        spec = specs.get(name)
+        if spec is None:
+            return weight
+        weight = weight.to(device)
+        moment = statistics[name].second_moment() if name in statistics else None
+        found = reconstruct(weight, spec.rank, spec.scaling, quantized, second_moment=moment, dtype=spec.dtype)
+        first = LowRank(*found.initial, spec.scaling)
+        starts[name] = LayerStart(
+            A=first.A, B=first.B, subtracted=LowRank(*found.subtracted, spec.scaling), first=first
+        )
+        return subtracted(weight, starts[name])
+
+    model, _ = base_from_section(section, device, start)
+    if missing := sorted({*specs} - {*starts}):
+        raise ModelError(
+            f"lora.init: reconstruct is for layers in 4 bits, which {', '.join(missing[:3])} are not; leave them out "
+            "of lora.targets, or set another lora.init."
+        )
+    for name, found in starts.items():
+        starts[name] = replace(found, codes=codes_digest(model.get_submodule(name).weight))
+    return model, starts
+
+
+def _statistics(
+    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample]
+) -> dict[str, InputStatistics]:
+    """Return statistics of the inputs of a plain base's layers; the base is freed again."""
+    model, _ = base_from_section(config.model, device)
+    return observe(model, list(adapter_specs(model, config.lora)), examples, MOMENT_DIRECTIONS)

@@ -1,0 +1,103 @@
+"""Starting from an adapter: it is continued, with more components if wanted, or kept below a new one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from qlora.checkpoint import PeftAdapter, RunDirectory
+from qlora.config import RunConfig
+from qlora.errors import ConfigError
+from qlora.lora import AdapterSpec, LayerStart, StoredAdapter
+from qlora.lora.linear import draw
+from qlora.model.source import AdapterSource, open_source
+from qlora.model.starts import Starts
+
+
+def open_start(config: RunConfig) -> AdapterSource:
+    """Find the adapter that a config starts from.
+
+    Raises:
+        CheckpointError: There is none, or its run has not finished.
+        ConfigError: Its run trained it on other files of the base.
+    """
+    path = config.lora.start_from
+    assert path is not None
+    source = open_source(path, None if RunDirectory.find(path) is not None else config.model.base)
+    if differing := source.base_differs(source.base_files()):
+        raise ConfigError(
+            f"lora.start_from: {path} was trained on a base with other files ({', '.join(differing)}); restore them, "
+            "or train without it."
+        )
+    return source
+
+
+def starts_from_adapter(
+    config: RunConfig, source: AdapterSource, adapter: PeftAdapter, specs: Mapping[str, AdapterSpec]
+) -> Starts:
+    """Return what the layers of a config start from, if that is an adapter.
+
+    Its update stays the same: where the new scaling is another one, B is multiplied by their ratio and rounded once to
+    the dtype of the factors. A layer that has a lower rank than the config asks for gets more components, with A drawn
+    from the seed and B zero; one that has a higher rank keeps it.
+
+    Args:
+        config: Config of the run.
+        source: The adapter that it starts from.
+        adapter: What that holds.
+        specs: Specs of the adapted layers by the config.
+
+    Raises:
+        ConfigError: The config leaves out layers of the adapter, or can't represent it; names all problems.
+    """
+    section = config.lora
+    problems = []
+    if absent := sorted({*adapter.layers} - {*specs}):
+        problems.append(
+            f"it adapts {len(absent)} layers that lora.targets, lora.layers and lora.exclude leave out "
+            f"({', '.join(absent[:3])}{' …' * (len(absent) > 3)})"
+        )
+    has_magnitude = any(stored.magnitude is not None for stored in adapter.layers.values())
+    if has_magnitude and section.stack:
+        problems.append("it is a DoRA adapter, whose row scale can't be kept below another adapter; remove lora.stack")
+    elif has_magnitude and section.kind != "dora":
+        problems.append(f"it is a DoRA adapter; set lora.kind: dora instead of {section.kind}")
+    if adapter.rows and section.stack:
+        problems.append(f"it has trained rows of {', '.join(adapter.rows)}, which can't be stacked; remove lora.stack")
+    if section.kind == "rows" and not section.stack and not all(map(_is_rows, adapter.layers.values())):
+        problems.append("it was not trained with lora.kind: rows; set lora.kind: lora, or lora.stack: true")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"lora.start_from: {section.start_from} can't be continued by this config:\n{lines}")
+    earlier = source.starts()
+    generator = torch.Generator().manual_seed(config.train.seed)
+    starts = {}
+    for name, spec in specs.items():
+        kept = earlier.get(name, LayerStart())
+        start = LayerStart(subtracted=kept.subtracted, first=kept.first, codes=kept.codes)
+        stored = adapter.layers.get(name)
+        if stored is not None:
+            start = _below(stored, start) if section.stack else _continued(stored, spec, start, generator)
+        starts[name] = start
+    return starts
+
+
+def _below(stored: StoredAdapter, start: LayerStart) -> LayerStart:
+    return replace(start, frozen=stored.delta)
+
+
+def _continued(stored: StoredAdapter, spec: AdapterSpec, start: LayerStart, generator: torch.Generator) -> LayerStart:
+    if spec.kind == "rows":
+        return replace(start, rows=stored.scaling * stored.A.float(), index=stored.B.argmax(0))
+    A, B = stored.A.float(), stored.B.float() * (stored.scaling / spec.scaling)
+    more = spec.rank - len(A)
+    if more > 0:
+        A = torch.cat([A, draw(spec.init, spec.rank, A.shape[1], generator)[:more]])
+        B = torch.cat([B, B.new_zeros(len(B), more)], dim=1)
+    return replace(start, A=A.to(spec.dtype), B=B.to(spec.dtype), magnitude=stored.magnitude)
+
+
+def _is_rows(stored: StoredAdapter) -> bool:
+    """Return whether B selects rows: a single one in each column."""
+    B = stored.B
+    return bool(((B == 0) | (B == 1)).all() and (B.sum(0) == 1).all())
