@@ -30,9 +30,9 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
     if stored and parameters.shared_rows:  # PEFT stores rows by ids of a tied weight once
         stored = {name: stored.get(name, next(iter(stored.values()))) for name in {*stored, *trained_rows}}
     for name in sorted({*stored} | {*trained_rows}):
-        own, found = trained_rows.get(name, range(0)), stored.get(name, range(0))
-        if own != found:
-            problems.append(f"the adapter has rows of {name} for {_show(found)}, the run for {_show(own)}")
+        own, given = trained_rows.get(name, range(0)), stored.get(name, range(0))
+        if own != given:
+            problems.append(f"the adapter has rows of {name} for {_show(given)}, the run for {_show(own)}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"{run.adapter} is not the adapter that its run trained; use the run's own:\n{lines}")
