@@ -19,18 +19,20 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
     problems = []
     if differing := sorted({*adapter.layers} ^ {*specs}):
         problems.append(f"adapter and run differ in {len(differing)} modules: {', '.join(differing[:4])} …")
-    for name in specs:
-        if name in adapter.layers and not math.isclose(adapter.layers[name].scaling, specs[name].scaling):
-            scaling, trained = adapter.layers[name].scaling, specs[name].scaling
-            problems.append(f"{name} has a scaling of {scaling:g}, the run trained with {trained:g}")
+    scalings = {name: (adapter.layers[name].scaling, specs[name].scaling) for name in specs if name in adapter.layers}
+    scaled = [name for name, (found, trained) in scalings.items() if not math.isclose(found, trained)]
+    if scaled:
+        found, trained = scalings[scaled[0]]
+        others = f", and {len(scaled) - 1} other layers have other ones too" if scaled[1:] else ""
+        problems.append(f"{scaled[0]} has a scaling of {found:g}, the run trained with {trained:g}{others}")
     trained_rows = {name: range(*ids) for name, ids in parameters.trained_rows.items()}
     stored = {name: rows.ids for name, rows in adapter.rows.items()}
     if stored and parameters.shared_rows:  # PEFT stores rows by ids of a tied weight once
         stored = {name: stored.get(name, next(iter(stored.values()))) for name in {*stored, *trained_rows}}
     for name in sorted({*stored} | {*trained_rows}):
-        own, found = trained_rows.get(name, range(0)), stored.get(name, range(0))
-        if own != found:
-            problems.append(f"the adapter has rows of {name} for {_show(found)}, the run for {_show(own)}")
+        own, given = trained_rows.get(name, range(0)), stored.get(name, range(0))
+        if own != given:
+            problems.append(f"the adapter has rows of {name} for {_show(given)}, the run for {_show(own)}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"{run.adapter} is not the adapter that its run trained; use the run's own:\n{lines}")
