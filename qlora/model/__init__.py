@@ -10,6 +10,7 @@ from qlora.model.from_config import (
     adapter_spec,
     base_from_section,
     datasets_from_section,
+    group_rates,
     optimizer_from_section,
     set_tokens,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "frozen_checksum",
     "generate",
+    "group_rates",
     "load_base",
     "load_generation_config",
     "load_model",

@@ -92,7 +92,7 @@ def run_session(
 
     def evaluate_now() -> None:
         if plan.datasets.eval:
-            evaluation = _evaluate_all(assembly)
+            evaluation = evaluate_held_out(assembly)
             log.log_evaluation(progress.step, evaluation)
             call("on_evaluation", evaluation)
 
@@ -151,7 +151,7 @@ def how_to_continue(fresh: bool) -> str:
     return f"The same command{' without --fresh' if fresh else ''} continues the run from its last save."
 
 
-def _evaluate_all(assembly: Assembly) -> Evaluation:
+def evaluate_held_out(assembly: Assembly) -> Evaluation:
     """Evaluate the held-out examples, each process a part of them."""
     processes = assembly.processes
     examples, capacity = assembly.plan.datasets.eval, assembly.batches.capacity

@@ -97,9 +97,7 @@ def test_an_extended_run_announces_the_jump_of_its_rate(config):
 
 
 def test_groups_and_a_floor_are_checked_against_the_computed_rate(config):
-    with pytest.raises(
-        ConfigError, match=r"train.learning_rate is .* \(auto: .*, but train.min_learning_rate is"
-    ):
+    with pytest.raises(ConfigError, match=r"train.learning_rate is .* \(auto: .*, but train.min_learning_rate is"):
         resolve_rate(config(train__min_learning_rate=0.09), LlamaConfig(hidden_size=64), 6)
     with pytest.raises(ConfigError, match=r"but train.learning_rates has a wrong value of lora_B: a learning rate of"):
         resolve_rate(config(train__learning_rates={"lora_B": "100x"}), LlamaConfig(hidden_size=64), 6)
