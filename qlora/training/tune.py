@@ -294,8 +294,8 @@ def _notes(best: RateTrial, trials: list[RateTrial], first_loss: float, last_ste
     notes = []
     if last_step < total_steps:
         notes.append(
-            f"The rates were compared after {last_step:,} of the run's {total_steps:,} steps. Short runs want a higher "
-            "rate than long ones; a larger --budget compares them for longer."
+            f"The rates were compared after {last_step:,} of the run's {total_steps:,} steps. The best rate of the "
+            "whole run may differ; a larger budget compares them for longer."
         )
     rates = [trial.learning_rate for trial in trials if trial.losses]
     if best.learning_rate in (min(rates), max(rates)) and len(rates) > 1:
