@@ -20,10 +20,12 @@ if TYPE_CHECKING:
         Preview,
         RunResult,
         StopTraining,
+        TuneReport,
         estimate,
         evaluate,
         preview,
         train,
+        tune,
     )
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
@@ -38,6 +40,7 @@ _HOMES = {
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
     "StopTraining": "qlora.training",
+    "TuneReport": "qlora.training",
     "VerifyReport": "qlora.proof",
     "adapters_off": "qlora.lora",
     "add_lora": "qlora.lora",
@@ -52,6 +55,7 @@ _HOMES = {
     "quantize": "qlora.export",
     "save_adapter": "qlora.checkpoint",
     "train": "qlora.training",
+    "tune": "qlora.training",
     "verify": "qlora.proof",
 }
 
@@ -73,6 +77,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "StopTraining",
+    "TuneReport",
     "VerifyReport",
     "adapters_off",
     "add_lora",
@@ -87,6 +92,7 @@ __all__ = [
     "quantize",
     "save_adapter",
     "train",
+    "tune",
     "verify",
 ]
 

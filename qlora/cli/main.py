@@ -20,6 +20,7 @@ from qlora.cli.preview import preview
 from qlora.cli.quantize import quantize
 from qlora.cli.stopping import Terminated, raising_on_sigterm
 from qlora.cli.train import train
+from qlora.cli.tune import tune
 from qlora.cli.verify import verify
 from qlora.errors import ConfigError, QLoRAError
 
@@ -54,6 +55,7 @@ app.command("init")(init)
 app.command("explain")(explain)
 app.command("preview")(preview)
 app.command("estimate")(estimate)
+app.command("tune")(tune)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

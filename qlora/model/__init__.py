@@ -11,6 +11,7 @@ from qlora.model.from_config import (
     adapter_specs,
     base_from_section,
     datasets_from_section,
+    group_rates,
     optimizer_from_section,
     set_tokens,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate",
     "frozen_checksum",
     "generate",
+    "group_rates",
     "has_codes",
     "load_base",
     "load_for_training",

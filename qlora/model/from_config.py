@@ -93,7 +93,7 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
     """
     rows = {id(each.weight) for _, each in trained_rows(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = {key: rate_factor(rate, section.peak) for key, rate in section.learning_rates.items()}
+    rates = group_rates(section)
 
     def group_of(name: str) -> str:
         group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
@@ -108,6 +108,11 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
         rounding=section.rounding,
         seed=section.seed,
     )
+
+
+def group_rates(section: TrainSection) -> dict[str, float]:
+    """Return a config's factors on the learning rate by group of parameters; the learning rate is a number."""
+    return {group: rate_factor(rate, section.peak) for group, rate in section.learning_rates.items()}
 
 
 def set_tokens(section: DataSection, tokenizer: Any) -> range:

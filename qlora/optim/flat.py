@@ -5,7 +5,7 @@ quantized to 8 bits regardless of the size of a single factor.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -20,10 +20,12 @@ class Group:
     """Consecutive elements of the flat buffer that share a learning rate.
 
     Attributes:
+        name: Name of the group.
         span: The elements; starts and ends on a multiple of `ALIGNMENT`.
         rate: Factor on the learning rate of a step.
     """
 
+    name: str
     span: slice
     rate: float
 
@@ -65,7 +67,7 @@ class FlatParameters:
             for _, parameter in group:
                 offsets.append(size)
                 size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-            self.groups.append(Group(slice(start, size), rates.get(group_name, 1.0)))
+            self.groups.append(Group(group_name, slice(start, size), rates.get(group_name, 1.0)))
         self.data = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros(size, dtype=torch.float32, device=first.device)
         self._grad_views = []
@@ -81,6 +83,10 @@ class FlatParameters:
     def num_parameters(self) -> int:
         """Number of trained elements, without the padding between parameters."""
         return sum(parameter.numel() for parameter in self._parameters)
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the factors on the learning rate by group; 1 for the others."""
+        self.groups = [replace(group, rate=rates.get(group.name, 1.0)) for group in self.groups]
 
     def zero_grad(self) -> None:
         """Zero the gradient, and make each parameter's `grad` a view of it again."""

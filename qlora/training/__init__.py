@@ -8,16 +8,19 @@ from qlora.training.evaluation import EvaluationReport, evaluate
 from qlora.training.preview import Preview, preview
 from qlora.training.replay import ReplayReport, replay
 from qlora.training.run import RunResult, plan_run, train
+from qlora.training.tune import RateTrial, TuneReport, tune
 
 __all__ = [
     "Callback",
     "EvaluationReport",
     "Preview",
+    "RateTrial",
     "ReplayReport",
     "ResumeCheck",
     "RunPlan",
     "RunResult",
     "StopTraining",
+    "TuneReport",
     "check_resume",
     "estimate",
     "evaluate",
@@ -25,4 +28,5 @@ __all__ = [
     "preview",
     "replay",
     "train",
+    "tune",
 ]

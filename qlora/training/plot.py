@@ -1,6 +1,6 @@
 """The loss curve of a run as an image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,36 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         rate_axes.set(ylabel="learning rate", ylim=(0, None))
         lines = [*lines, *rate_axes.get_lines()]
     axes.legend(handles=lines)
+    try:
+        figure.savefig(target, dpi=120)
+    except OSError:
+        return False
+    return True
+
+
+def draw_rates(trials: Mapping[float, Mapping[int, float]], target: Path, title: str = "") -> bool:
+    """Draw held-out loss over the learning rate as a PNG, a line for each number of steps.
+
+    Args:
+        trials: Held-out loss by number of steps, by learning rate.
+        target: Path of the PNG.
+        title: Title of the image.
+
+    Returns:
+        Whether it was drawn, see :func:`draw_losses`.
+    """
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for steps in sorted({step for losses in trials.values() for step in losses}):
+        points = [(rate, losses[steps]) for rate, losses in sorted(trials.items()) if steps in losses]
+        axes.plot(*zip(*points, strict=True), "o-", label=f"after {steps:,} steps")
+    axes.set(title=title, xlabel="learning rate", ylabel="held-out loss", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
     try:
         figure.savefig(target, dpi=120)
     except OSError:

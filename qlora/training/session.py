@@ -95,7 +95,7 @@ def run_session(
 
     def evaluate_now() -> None:
         evaluation, retained = (
-            _evaluate_all(assembly, examples) if examples else None
+            evaluate_examples(assembly, examples) if examples else None
             for examples in (plan.datasets.eval, plan.datasets.retain)
         )
         log.log_evaluation(progress.step, evaluation, retained)
@@ -159,8 +159,8 @@ def how_to_continue(fresh: bool) -> str:
     return f"The same command{' without --fresh' if fresh else ''} continues the run from its last save."
 
 
-def _evaluate_all(assembly: Assembly, examples: ExampleSet) -> Evaluation:
-    """Evaluate examples, each process a part of them."""
+def evaluate_examples(assembly: Assembly, examples: ExampleSet) -> Evaluation:
+    """Evaluate held-out or retained examples, each process a part of them."""
     processes = assembly.processes
     batches = eval_batches(examples, assembly.config.train.micro_batch_size, assembly.batches.capacity)
     share = islice(batches, processes.rank, None, processes.world_size)

@@ -146,6 +146,8 @@ def test_each_group_is_updated_as_by_an_optimizer_of_its_own(name, generator):
     flat = FlatParameters(parameters.items(), groups.__getitem__, {"rows": 0.25})
     assert flat.names == ["a.rows", "c.rows", "b", "d"]
     assert [(group.span, group.rate) for group in flat.groups] == [(slice(0, 1024), 0.25), (slice(1024, 2048), 1.0)]
+    flat.set_rates({"rows": 7.0})
+    flat.set_rates({"rows": 0.25})
     optimizer = make_optimizer(name, flat, weight_decay=0.1)
     for step in range(5):
         flat.zero_grad()

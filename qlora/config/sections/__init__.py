@@ -6,7 +6,7 @@ from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
 from qlora.config.sections.run import RunConfig
 from qlora.config.sections.train import TrainSection
-from qlora.config.sections.values import layer_indices, parse_size, rate_factor
+from qlora.config.sections.values import layer_indices, parse_duration, parse_size, rate_factor
 
 __all__ = [
     "DataSection",
@@ -17,6 +17,7 @@ __all__ = [
     "SourceSection",
     "TrainSection",
     "layer_indices",
+    "parse_duration",
     "parse_size",
     "rate_factor",
 ]

@@ -25,6 +25,19 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as `90s`, `10m` or `1.5h`.
+
+    Raises:
+        ValueError: The text has another form, or stands for no time.
+    """
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smh])\s*", text)
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise ValueError("should be a duration such as 90s, 10m or 2h")
+    return seconds
+
+
 def rate_factor(value: float | str, peak: float) -> float:
     """Return the factor on a peak learning rate that a rate of its own stands for.
 
