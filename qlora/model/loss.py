@@ -74,14 +74,11 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
-    hidden = model.base_model(**_inputs(model, batch)).last_hidden_state
-    recipe = recipe_of(hidden)  # of the last norm, whose input is enough to recompute it
-    if recipe is not None:
-        (hidden,) = recipe.inputs
+    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    rows, labels = (tensor.flatten(0, 1).index_select(0, batch.supervised) for tensor in (hidden, batch.labels))
-    norm = None if recipe is None else recipe.source.function
+    rows, norm = supervised_rows(hidden, batch)
+    labels = batch.labels.flatten().index_select(0, batch.supervised)
     return linear_cross_entropy(
         rows, head_blocks(head), labels, head.bias,
         logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
@@ -94,7 +91,26 @@ SUPERVISED = Loss(
 )
 
 
-def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+def supervised_rows(
+    hidden: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Return the hidden states that the supervised tokens are predicted from, and the norm that they still need.
+
+    Args:
+        hidden: Last hidden states of the batch, (batch, seq, features).
+        batch: The batch.
+
+    Returns:
+        (supervised tokens, features), and the last norm where its input is enough to compute it again.
+    """
+    recipe = recipe_of(hidden)
+    if recipe is not None:
+        (hidden,) = recipe.inputs
+    rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
+    return rows, None if recipe is None else recipe.source.function
+
+
+def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Return a model's arguments for a batch; positions that restart separate packed documents, not a mask."""
     return {
         "input_ids": batch.input_ids,
@@ -140,7 +156,9 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
     leak = (before.norm() / own.norm()).item()
     with torch.no_grad():
         alone, after = (
-            model.base_model(**_inputs(model, collate(documents, packed=True).to(model.device))).last_hidden_state[0]
+            model.base_model(**model_inputs(model, collate(documents, packed=True).to(model.device))).last_hidden_state[
+                0
+            ]
             for documents in ([second], [first, second])
         )
     # Positions may be wrong without any leak.
@@ -168,7 +186,7 @@ def check_loss(model: Any, batch: Batch) -> None:
         supervised_loss(model, batch)
         model.eval()
         loss = supervised_loss(model, batch).item()
-        logits = model(**_inputs(model, batch)).logits
+        logits = model(**model_inputs(model, batch)).logits
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "

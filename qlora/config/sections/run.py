@@ -21,6 +21,17 @@ class RunConfig(Section):
 
     @field_validator("train")
     @classmethod
+    def _check_keep(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        lora = info.data.get("lora")  # absent if invalid itself
+        if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
+            raise ValueError(
+                "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "
+                f"{lora.modules_to_save}; leave that empty, or remove keep.kl"
+            )
+        return value
+
+    @field_validator("train")
+    @classmethod
     def _check_embedding_rate(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
         data, lora = info.data.get("data"), info.data.get("lora")  # absent if invalid themselves
         trains_rows = data is None or lora is None or data.new_tokens or lora.modules_to_save
