@@ -104,7 +104,7 @@ def reader(tmp_path, monkeypatch):
         "instructions": instructions,
         "texts": texts,
         "other": texts,
-        "old-task": texts,
+        "old-task": instructions,
     }.items():
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
     write_jsonl(tmp_path / "questions.jsonl", [{"prompt": "Repeat tin"}, {"instruction": "Repeat oak"}])

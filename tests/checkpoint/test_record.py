@@ -28,7 +28,7 @@ def test_a_record_of_an_older_version_is_read(run):
     write(run)
     record = run.read_record()
     assert (record.is_finished, record.steps, record.in_use.memory.measured) == (True, 4, None)
-    assert record.as_dict() == OLDER | {"started_from": None, "final_step": None}
+    assert record.as_dict() == OLDER | {"started_from": None, "final_step": None, "retain": []}
 
 
 @pytest.mark.parametrize("steps", [None, 0, 7])
