@@ -19,7 +19,7 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted(ROOT.glob("docs/*.md"))
 # Pages whose blocks can be followed from the first to the last.
 FOLLOWED = ["README.md", "docs/chat.md", "docs/pretraining.md", "docs/new-tokens.md", "docs/release.md"]
-FOLLOWED += ["docs/commands.md", "docs/python.md"]
+FOLLOWED += ["docs/commands.md", "docs/python.md", "docs/continual.md"]
 HUB_ID = re.compile(r"\b(?:meta-llama|Qwen)/[\w.-]+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -99,7 +99,13 @@ def reader(tmp_path, monkeypatch):
     instructions = [{"instruction": f"Repeat {word}", "output": word} for word in words]
     texts = [{"text": f"The {word} grows in the {word} garden. " * 9} for word in words]
     (tmp_path / "data").mkdir()
-    for name, rows in {"train": instructions, "instructions": instructions, "texts": texts, "other": texts}.items():
+    for name, rows in {
+        "train": instructions,
+        "instructions": instructions,
+        "texts": texts,
+        "other": texts,
+        "old-task": instructions,
+    }.items():
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
     write_jsonl(tmp_path / "questions.jsonl", [{"prompt": "Repeat tin"}, {"instruction": "Repeat oak"}])
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ from qlora.kernels.cross_entropy import linear_cross_entropy
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
+from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.norm import RMSNorm
 from qlora.kernels.quantize import quantize_4bit_cpu
@@ -25,6 +26,7 @@ __all__ = [
     "liger_twin",
     "liger_version",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",

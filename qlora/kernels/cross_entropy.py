@@ -1,20 +1,12 @@
 """Output head and cross-entropy in one operation, in chunks: the logits of a batch never exist at once."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in elements. On a GPU this is 64 MiB in fp32, with enough rows to keep it busy at any
-# vocabulary size; on a CPU it stays in the caches from pass to pass (docs/benchmarks/loss.md).
-CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
-
-
-def default_chunk(device: torch.device) -> int:
-    """Return the number of logits held at a time on a device."""
-    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
+from qlora.kernels.head import Head, default_chunk, transform_logits
 
 
 def linear_cross_entropy(
@@ -71,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        head = _Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
+        head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         # One pair of buffers for all chunks: on a CPU, fresh memory costs more than the arithmetic done in it.
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
@@ -85,11 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     normed = norm(inputs)
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
-            logits = all_logits[: len(normed)].copy_(product)
-            if logit_scale != 1.0:
-                logits.mul_(logit_scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
+            logits = transform_logits(all_logits[: len(normed)].copy_(product), logit_scale, softcap)
             places = labels[rows, None]
             of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
             slope = None if softcap is None or not needs_grad else 1 - (logits / softcap).square()
@@ -124,55 +112,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In fp32: the factor is 1 / tokens or a loss scale, which would lose digits or overflow in 16 bits.
             grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
         return grad_hidden, *(None,) * 7, *(None if grad is None else grad * grad_output for grad in grads)
-
-
-class _Head:
-    """An output head's weight in blocks of rows, with the gradients of the trained blocks.
-
-    Args:
-        weights: Consecutive blocks, (rows, features) each.
-        bias: (size,), for all blocks.
-        dtype: Dtype of the products.
-        trained: For each block, whether it gets a gradient.
-
-    Attributes:
-        size: Total number of rows.
-        grads: Gradient of each block, fp32; None for frozen blocks.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        trained: Sequence[bool],
-    ) -> None:
-        self._weights, self._bias = [weight.to(dtype) for weight in weights], bias
-        bounds = list(accumulate(map(len, weights), initial=0))
-        self._columns = [slice(*pair) for pair in pairwise(bounds)]
-        self.size = bounds[-1]
-        self.grads = [
-            torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
-            for weight, is_trained in zip(weights, trained, strict=True)
-        ]
-
-    def multiply(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the logits of `hidden`, (rows, features), into `out`, (rows, size)."""
-        for weight, columns in zip(self._weights, self._columns, strict=True):
-            if self._bias is None:
-                torch.mm(hidden, weight.T, out=out[:, columns])
-            else:
-                torch.addmm(self._bias[columns], hidden, weight.T, out=out[:, columns])
-
-    def multiply_back(self, grad_logits: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the gradient of the hidden states, (rows, features), given that of their logits."""
-        first, *others = zip(self._weights, self._columns, strict=True)
-        torch.mm(grad_logits[:, first[1]], first[0], out=out)
-        for weight, columns in others:
-            out.addmm_(grad_logits[:, columns], weight)
-
-    def add_grad(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Add to the gradients of trained blocks, given the hidden states and the logits' gradient, fp32."""
-        for grad, columns in zip(self.grads, self._columns, strict=True):
-            if grad is not None:
-                grad.addmm_(grad_logits[:, columns].T, hidden.float())

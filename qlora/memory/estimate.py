@@ -10,7 +10,7 @@ import torch
 from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.kernels.cross_entropy import default_chunk
+from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held

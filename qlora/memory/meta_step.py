@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora.data import Batch
-from qlora.kernels.cross_entropy import default_chunk
+from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp

@@ -75,13 +75,10 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
-    recipe = recipe_of(hidden)  # of the last norm, whose input is enough to recompute it
-    if recipe is not None:
-        (hidden,) = recipe.inputs
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    rows, labels = (tensor.flatten(0, 1).index_select(0, batch.supervised) for tensor in (hidden, batch.labels))
-    norm = None if recipe is None else recipe.source.function
+    rows, norm = supervised_rows(hidden, batch)
+    labels = batch.labels.flatten().index_select(0, batch.supervised)
     return linear_cross_entropy(
         rows, head_blocks(head), labels, head.bias,
         logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
@@ -92,6 +89,25 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
 SUPERVISED = Loss(
     compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
 )
+
+
+def supervised_rows(
+    hidden: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Return the hidden states that the supervised tokens are predicted from, and the norm that they still need.
+
+    Args:
+        hidden: Last hidden states of the batch, (batch, seq, features).
+        batch: The batch.
+
+    Returns:
+        (supervised tokens, features), and the last norm where its input is enough to compute it again.
+    """
+    recipe = recipe_of(hidden)
+    if recipe is not None:
+        (hidden,) = recipe.inputs
+    rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
+    return rows, None if recipe is None else recipe.source.function
 
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:

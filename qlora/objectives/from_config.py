@@ -3,6 +3,7 @@
 from qlora.config import TrainSection
 from qlora.model import Loss
 from qlora.objectives.adversarial import with_adversary
+from qlora.objectives.keep import with_base_kl
 from qlora.objectives.neftune import with_noise
 from qlora.objectives.objective import Objective
 from qlora.objectives.sft import SFT
@@ -17,14 +18,17 @@ def objective_from_section(section: TrainSection) -> Objective:
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:
     """Return the loss that a run is trained with: the objective's, with what the config adds while training.
 
-    All additions combine. The noise of `train.neftune_alpha` is on the embeddings of every pass that is trained, and
-    the same in both passes of `train.adversarial`, which perturbs the sum of all losses.
+    All additions combine. The divergence of `train.keep` is part of the loss that `train.adversarial` perturbs and
+    computes twice; the noise of `train.neftune_alpha` is the same in both passes. The base that `train.keep` compares
+    with sees neither noise nor perturbation.
 
     Args:
         section: Section of the config.
         loss: Loss of the objective; default: that of the objective that the section names.
     """
     loss = objective_from_section(section).loss if loss is None else loss
+    if section.keep is not None and section.keep.kl:
+        loss = with_base_kl(loss, section.keep.kl)
     if section.neftune_alpha is not None:
         loss = with_noise(loss, section.neftune_alpha)
     if section.adversarial is not None:

@@ -27,7 +27,7 @@ from tests.training.same_run import assert_same_run, damage, lines_of, rewrite
 pytestmark = pytest.mark.slow
 
 # What a config adds to the loss while training.
-ADDED = ({}, {"train__neftune_alpha": 5}, {"train__adversarial": {"epsilon": 0.1}})
+ADDED = ({}, {"train__neftune_alpha": 5}, {"train__adversarial": {"epsilon": 0.1}}, {"train__keep": {"kl": 0.1}})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.training.test_loop import CAPACITIES, Trainer, lengths_of, random_exa
 ADDED = {
     "noise": {"neftune_alpha": 20.0},
     "adversary": {"adversarial": {"epsilon": 0.2}},
+    "divergence": {"keep": {"kl": 0.7}},
 }
 ADDED["all"] = {key: value for each in ADDED.values() for key, value in each.items()}
 EACH = pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)

@@ -30,11 +30,27 @@ class RunConfig(Section):
                 raise ValueError(f"learning_rates has a rate of {group}, but {reason}, or remove it")
         return value
 
+    @field_validator("train")
+    @classmethod
+    def _check_keep(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        lora = info.data.get("lora")  # absent if invalid itself
+        if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
+            raise ValueError(
+                "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "
+                f"{lora.modules_to_save}; leave that empty, or remove keep.kl"
+            )
+        return value
+
 
 def untrained_groups(lora: LoraSection, data: DataSection) -> dict[str, str]:
     """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""
     reasons = {}
     if not (data.new_tokens or lora.modules_to_save):
         reasons["embeddings"] = "no embedding or head is trained; set lora.modules_to_save or data.new_tokens"
-    reasons["magnitude"] = "adapters have no magnitude; choose another group"
+    if lora.kind != "dora":
+        reasons["magnitude"] = f"adapters of lora.kind {lora.kind} have no magnitude; choose another group"
+    if lora.kind == "rows":
+        reasons |= dict.fromkeys(("lora_A", "lora_B"), "lora.kind rows has no factors; choose another group")
+    elif lora.train == "B":
+        reasons["lora_A"] = "lora.train: B keeps A; choose another group"
     return reasons

@@ -36,6 +36,18 @@ class AdversarialSection(Section):
     )
 
 
+class KeepSection(Section):
+    """What keeps the model close to its base while it learns something new."""
+
+    kl: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of KL(base ‖ model) per supervised token of the current batch, which is added to the loss. "
+        "The base is the model without its adapter.",
+        examples=[0.1],
+    )
+
+
 class TrainSection(Section):
     """The run."""
 
@@ -157,6 +169,11 @@ class TrainSection(Section):
         description="Train on the mean of the loss and of the loss on perturbed embeddings, in two passes per step; "
         "null is off.",
         examples=[{"epsilon": 0.05}],
+    )
+    keep: KeepSection | None = Field(
+        default=None,
+        description="Keep the model close to its base; null adds nothing to the loss.",
+        examples=[{"kl": 0.1}],
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics.jsonl.", examples=[10])
     eval_every: ShareOrSteps = Field(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import linear_cross_entropy
-from qlora.kernels.cross_entropy import default_chunk
+from qlora.kernels.head import default_chunk
 from scripts.dev.bench.common import SHAPES, append, heading
 
 TITLE = """# Head and cross-entropy

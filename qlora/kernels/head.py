@@ -1,0 +1,83 @@
+"""An output head in blocks of rows, whose logits are computed in chunks and never for a whole batch."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+
+# Logits held at a time, in elements. On a GPU this is 64 MiB in fp32, with enough rows to keep it busy at any
+# vocabulary size; on a CPU it stays in the caches from pass to pass (docs/benchmarks/loss.md).
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
+
+
+def default_chunk(device: torch.device) -> int:
+    """Return the number of logits held at a time on a device."""
+    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    """Scale and soften logits, (rows, vocabulary) in fp32, in place, and return them.
+
+    Args:
+        logits: Products of hidden states and head.
+        logit_scale: Factor on the logits (Cohere, Granite).
+        softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
+    """
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+class Head:
+    """An output head's weight in blocks of rows, with the gradients of the trained blocks.
+
+    Args:
+        weights: Consecutive blocks, (rows, features) each.
+        bias: (size,), for all blocks.
+        dtype: Dtype of the products.
+        trained: For each block, whether it gets a gradient.
+
+    Attributes:
+        size: Total number of rows.
+        grads: Gradient of each block, fp32; None for frozen blocks.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        trained: Sequence[bool],
+    ) -> None:
+        # Contiguous, because equal blocks in other layouts have products that differ by rounding.
+        self._weights, self._bias = [weight.to(dtype).contiguous() for weight in weights], bias
+        bounds = list(accumulate(map(len, weights), initial=0))
+        self._columns = [slice(*pair) for pair in pairwise(bounds)]
+        self.size = bounds[-1]
+        self.grads = [
+            torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
+            for weight, is_trained in zip(weights, trained, strict=True)
+        ]
+
+    def multiply(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the logits of `hidden`, (rows, features), into `out`, (rows, size)."""
+        for weight, columns in zip(self._weights, self._columns, strict=True):
+            if self._bias is None:
+                torch.mm(hidden, weight.T, out=out[:, columns])
+            else:
+                torch.addmm(self._bias[columns], hidden, weight.T, out=out[:, columns])
+
+    def multiply_back(self, grad_logits: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the gradient of the hidden states, (rows, features), given that of their logits."""
+        first, *others = zip(self._weights, self._columns, strict=True)
+        torch.mm(grad_logits[:, first[1]], first[0], out=out)
+        for weight, columns in others:
+            out.addmm_(grad_logits[:, columns], weight)
+
+    def add_grad(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add to the gradients of trained blocks, given the hidden states and the logits' gradient, fp32."""
+        for grad, columns in zip(self.grads, self._columns, strict=True):
+            if grad is not None:
+                grad.addmm_(grad_logits[:, columns].T, hidden.float())

@@ -1,0 +1,123 @@
+"""KL divergence of two models' predictions, head included, in chunks: their logits never exist for a whole batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qlora.kernels.head import Head, default_chunk, transform_logits
+
+# A chunk takes four fp32 buffers of logits at its peak, and one in the compute dtype.
+BUFFERS = 4
+
+
+def linear_kl_divergence(
+    hidden: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    base_hidden: torch.Tensor,
+    base_weight: Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    row_weights: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    chunk_elements: int | None = None,
+) -> torch.Tensor:
+    """Compute the weighted sum over rows of KL(base ‖ model) = Σ p_base · (log p_base - log p).
+
+    The gradient of `hidden` is computed together with the divergence, chunk by chunk; the base gets none. Trained
+    blocks of the head get their gradient the same way, summed in fp32. Equal predictions have a divergence and a
+    gradient of exactly zero.
+
+    Args:
+        hidden: The model's hidden states, (rows, features), in the compute dtype.
+        weight: Consecutive blocks of the rows of the model's head, (vocabulary, features) in all.
+        base_hidden: The base's hidden states, (rows, features), ready for its head.
+        base_weight: Blocks of the base's head.
+        bias: (vocabulary,), the bias of both heads.
+        logit_scale: See :func:`qlora.kernels.linear_cross_entropy`, as for the arguments that follow.
+        softcap: Soft cap of both models' logits.
+        row_weights: (rows,), fp32; with None, every row has weight 1.
+        norm: Norm applied to each row of `hidden` first; not to `base_hidden`.
+        chunk_elements: Logits held at a time; default: as many bytes as the cross-entropy holds.
+
+    Returns:
+        A scalar, fp32.
+    """
+    chunk = default_chunk(hidden.device) // BUFFERS if chunk_elements is None else chunk_elements
+    blocks = tuple(weight)
+    if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
+        hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
+    base = base_hidden.detach(), tuple(block.detach() for block in base_weight)
+    return _LinearKL.apply(hidden, base, bias, logit_scale, softcap, row_weights, norm, chunk, *blocks)
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        base: tuple[torch.Tensor, tuple[torch.Tensor, ...]],
+        bias: torch.Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        row_weights: torch.Tensor | None,
+        norm: Callable[[torch.Tensor], torch.Tensor] | None,
+        chunk_elements: int,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        base_hidden, base_weights = base
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
+        base_head = Head(base_weights, bias, hidden.dtype, [False] * len(base_weights))
+        chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
+        products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
+
+        def logits_of(own_head: Head, states: torch.Tensor) -> torch.Tensor:
+            product = products[: len(states)]
+            own_head.multiply(states, product)
+            copied = torch.empty_like(product, dtype=torch.float32).copy_(product)
+            return transform_logits(copied, logit_scale, softcap)
+
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            normed = inputs = hidden[rows]
+            if norm is not None:
+                with torch.enable_grad():
+                    inputs = inputs.detach().requires_grad_(grad_hidden is not None)
+                    normed = norm(inputs)
+            difference = torch.log_softmax(logits_of(base_head, base_hidden[rows]), dim=1)
+            probabilities = difference.exp()
+            logits = logits_of(head, normed.detach())
+            logs = torch.log_softmax(logits, dim=1)
+            losses = difference.sub_(logs).mul_(probabilities).sum(dim=1)
+            del difference
+            total += losses.sum() if row_weights is None else losses @ row_weights[rows]
+            if not needs_grad:
+                continue
+            grad_logits = logs.exp_().sub_(probabilities)
+            if softcap is not None:
+                grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1))
+            if logit_scale != 1.0:
+                grad_logits.mul_(logit_scale)
+            if row_weights is not None:
+                grad_logits.mul_(row_weights[rows, None])
+            head.add_grad(grad_logits, normed.detach())
+            if grad_hidden is not None:
+                head.multiply_back(products[: len(normed)].copy_(grad_logits), grad_hidden[rows])
+                if norm is not None:
+                    (grad_hidden[rows],) = torch.autograd.grad(normed, inputs, grad_hidden[rows])
+        ctx.save_for_backward(grad_hidden, *head.grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, *grads = ctx.saved_tensors
+        if grad_hidden is not None:
+            # In fp32: the factor is 1 / tokens or a loss scale, which would lose digits or overflow in 16 bits.
+            grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
+        return grad_hidden, *(None,) * 7, *(None if grad is None else grad * grad_output for grad in grads)

@@ -1,0 +1,65 @@
+"""What keeps a model close to its base while it is trained."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qlora.data import Batch
+from qlora.kernels import linear_kl_divergence
+from qlora.lora import adapters_off, head_blocks
+from qlora.model import Loss, StepLoss
+from qlora.model.loss import logit_transform, model_inputs, supervised_rows
+
+
+def with_base_kl(loss: Loss, weight: float) -> Loss:
+    """Return a loss with `weight` times KL(base ‖ model), summed over the supervised tokens by their weights.
+
+    The base is the model itself with its adapters off, as in ASFT (arXiv:2509.23753). It predicts from the clean tokens
+    in evaluation mode, while the model predicts from the same forward pass that the loss is computed from, noise and
+    dropout included. The direction is the forward one: the model is asked to cover what the base predicts. The metric
+    `kl` is the divergence without the weight.
+
+    Args:
+        loss: A loss of one pass, with a single forward pass that gets a gradient.
+        weight: Factor on the divergence.
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        states: list[torch.Tensor] = []
+
+        def watch(_module: Any, _inputs: Any, output: Any) -> None:
+            states.append(output.last_hidden_state)
+
+        handle = model.base_model.register_forward_hook(watch)
+        try:
+            step = loss.compute(model, batch)
+        finally:
+            handle.remove()
+        (hidden,) = states
+        rows, norm = supervised_rows(hidden, batch)
+        # After the model's own forward: that leaves its memory as it is until the head, where there is room.
+        base_rows, base_blocks = predict_base(model, batch)
+        head = model.get_output_embeddings()
+        scale, softcap = logit_transform(model.config)
+        divergence = linear_kl_divergence(
+            rows, head_blocks(head), base_rows, base_blocks, head.bias,
+            logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+        )  # fmt: skip
+        return StepLoss(step.total + weight * divergence, {**step.metrics, "kl": divergence.detach()})
+
+    return replace(loss, compute=compute, metrics=(*loss.metrics, "kl"))
+
+
+@torch.no_grad()
+def predict_base(model: Any, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return the base's hidden states of the supervised tokens, ready for its head, and the head's blocks."""
+    was_training = model.training
+    model.eval()
+    try:
+        with adapters_off(model):
+            hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+            blocks = head_blocks(model.get_output_embeddings())
+    finally:
+        model.train(was_training)
+    return hidden.flatten(0, 1).index_select(0, batch.supervised), blocks
