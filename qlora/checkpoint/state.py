@@ -16,7 +16,7 @@ from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import CheckpointError
 from qlora.files.atomic import atomic_folder, discard
 from qlora.files.json_files import parse_object, read_object
-from qlora.lora import lora_layers, trained_rows
+from qlora.lora import RankBudget, lora_layers, trained_rows
 from qlora.optim import FlatOptimizer
 
 MANIFEST = "manifest.json"
@@ -24,6 +24,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
 # The trained parameters, where the adapter's file does not hold them as they are.
 PARAMETERS_FILE = "parameters.safetensors"
+# Importance of the components, and which are left, where ranks shrink.
+RANKS_FILE = "ranks.safetensors"
 ORIGIN_FILE = "origin.json"
 NEEDED_FILES = {WEIGHTS_FILE, OPTIMIZER_FILE, PROGRESS_FILE, ORIGIN_FILE}
 # Bytes of JSON files and headers, in addition to the tensors.
@@ -37,6 +39,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     base_name: str,
     origin: dict[str, Any],
+    ranks: RankBudget | None = None,
 ) -> None:
     """Write adapter, optimizer, progress and origin, with a manifest of sizes and hashes.
 
@@ -50,23 +53,28 @@ def save_checkpoint(
         progress: JSON values that the loop continues from.
         base_name: Folder or hub id of the base, for the adapter's config.
         origin: JSON values that identify the run; a checkpoint continues only in its own run.
+        ranks: Budget of the adapters' components, if it shrinks.
 
     Raises:
         CheckpointError: The disk is full or can't be written; no partial files are left.
     """
-    with atomic_folder(folder, needed=checkpoint_bytes(model, optimizer)) as staging:
+    with atomic_folder(folder, needed=checkpoint_bytes(model, optimizer, ranks)) as staging:
         save_adapter(model, staging, base_name)
         _save(optimizer.state_dict(), staging / OPTIMIZER_FILE)
         if not _is_stored_exactly(model):
             _save(_trained(model), staging / PARAMETERS_FILE)
+        if ranks is not None:
+            _save(ranks.state_dict(), staging / RANKS_FILE)
         (staging / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         (staging / ORIGIN_FILE).write_text(json.dumps(origin, indent=2), encoding="utf-8")
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict[str, Any]:
-    """Restore a checkpoint into a model and optimizer created from the same config.
+def load_state(
+    folder: Path, model: nn.Module, optimizer: FlatOptimizer, ranks: RankBudget | None = None
+) -> dict[str, Any]:
+    """Restore a checkpoint into a model, optimizer and budget of ranks created from the same config.
 
     Returns:
         The saved progress.
@@ -81,7 +89,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: FlatOptimizer) -> dict
         else:
             load_adapter(model, folder)
         optimizer.load_state_dict(load_file(folder / OPTIMIZER_FILE))
-    except (ValueError, RuntimeError, SafetensorError) as error:
+        if ranks is not None:
+            ranks.load_state_dict(load_file(folder / RANKS_FILE))
+    except (FileNotFoundError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} was saved by a run with other settings, or by another version of qlora: {error}. Continue it "
             "with that version, or choose another train.output_dir."
@@ -98,10 +108,14 @@ def read_origin(folder: Path) -> dict[str, Any]:
     return read_object(folder / ORIGIN_FILE, CheckpointError, f"remove {folder} to continue from an earlier one")
 
 
-def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer) -> int:
+def checkpoint_bytes(model: nn.Module, optimizer: FlatOptimizer, ranks: RankBudget | None = None) -> int:
     """Return the bytes that a checkpoint takes on the disk, at most."""
-    copies = 1 if _is_stored_exactly(model) else 2
-    return copies * adapter_bytes(model) + sum(value.nbytes for value in optimizer.state_dict().values()) + SMALL_BYTES
+    tensors = [*optimizer.state_dict().values()]
+    if ranks is not None:
+        tensors += ranks.state_dict().values()
+    if ranks is not None or not _is_stored_exactly(model):  # as they will be once components are removed
+        tensors += _trained(model).values()
+    return adapter_bytes(model) + sum(tensor.nbytes for tensor in tensors) + SMALL_BYTES
 
 
 def adapter_bytes(model: nn.Module) -> int:

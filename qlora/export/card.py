@@ -213,11 +213,14 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     rate = in_use.learning_rate or train.peak
+    mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
+    shrunk = f" reduced to {mean_ranks[-1]:.4g} on average" if mean_ranks else ""
     return {
         "steps": run.step,
         "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
-        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: {lora.rslora}{own}",
+        "adapter": f"rank {lora.rank}{shrunk}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: "
+        f"{lora.rslora}{own}",
         "adapted layers": targets,
         **_rows_trained(record, config),
         "loss on": data.loss_on,

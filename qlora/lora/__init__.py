@@ -5,6 +5,7 @@ from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.initial import Factors, kaiming_scale, orthogonal, pissa
 from qlora.lora.inject import Targets, add_lora, linear_layers, lora_layers, match_targets, wrap_layers, wrap_linears
 from qlora.lora.linear import LoraLinear, StoredAdapter
+from qlora.lora.ranks import RankBudget
 from qlora.lora.reconstruction import Reconstruction, reconstruct, subtract
 from qlora.lora.rows import (
     EmbeddingRows,
@@ -28,6 +29,7 @@ __all__ = [
     "InputStatistics",
     "LayerStart",
     "LoraLinear",
+    "RankBudget",
     "RecomputedWeights",
     "Reconstruction",
     "StoredAdapter",

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse
-from qlora.config import RunConfig, TrainSection
+from qlora.config import LoraSection, RunConfig, TrainSection
 from qlora.data import BatchPlan, Datasets, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
+from qlora.lora import RankBudget, lora_layers
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Starts,
@@ -92,6 +93,7 @@ class Assembly:
         batches: Plan of the examples of each step.
         plan: Plan of the run.
         starts: What the adapters start from, as far as that does not follow from the seed.
+        ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
     """
 
     config: RunConfig
@@ -105,6 +107,7 @@ class Assembly:
     batches: BatchPlan
     plan: RunPlan
     starts: Starts
+    ranks: RankBudget | None
 
     @property
     def loop_parts(self) -> LoopParts:
@@ -116,6 +119,7 @@ class Assembly:
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
+            ranks=self.ranks,
         )
 
 
@@ -198,6 +202,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         batches=batches,
         plan=RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use),
         starts=starts,
+        ranks=_rank_budget(config.lora, model, total_steps),
     )
 
 
@@ -225,6 +230,13 @@ def _load_checked(
     activations = rebuild_activations(model)
     check_loss(model, collate([example]).to(processes.device))  # again, with the modules that will be trained
     return model.train(), starts, attention, activations
+
+
+def _rank_budget(section: LoraSection, model: Any, total_steps: int) -> RankBudget | None:
+    """Return the budget of `lora.final_rank`; ranks by layer shrink by the same share as `lora.rank`."""
+    if section.final_rank is None:
+        return None
+    return RankBudget([layer for _, layer in lora_layers(model)], section.final_rank / section.rank, total_steps)
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:

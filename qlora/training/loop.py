@@ -10,7 +10,7 @@ import torch
 
 from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
-from qlora.lora import RecomputedWeights, lora_layers
+from qlora.lora import RankBudget, RecomputedWeights, lora_layers
 from qlora.model import Loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
@@ -29,6 +29,7 @@ class LoopParts:
         examples: All examples, on every process.
         batches: Plan of the examples of each step.
         processes: Processes that share each step.
+        ranks: Budget of the adapters' components, if it shrinks.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class LoopParts:
     examples: Sequence[TokenizedExample]
     batches: BatchPlan
     processes: Processes
+    ranks: RankBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class StepReport:
         spike_above: The usual loss, if this loss is far above it.
         was_skipped: Whether nothing was updated, because loss or gradient were not finite.
         examples: Indices of the examples, over all processes.
+        mean_rank: Mean rank after the update, if it shrinks.
     """
 
     loss: float
@@ -86,6 +89,7 @@ class StepReport:
     spike_above: float | None
     was_skipped: bool
     examples: list[int]
+    mean_rank: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         ModelError: An adapter got no gradient in the first step, or a callback raised it.
     """
     model, optimizer, loss, plan, processes = parts.model, parts.optimizer, parts.loss, parts.batches, parts.processes
-    flat = optimizer.flat
+    flat, ranks = optimizer.flat, parts.ranks
     is_scaled = next(model.base_model.parameters()).dtype == torch.float16
     first_step = True
     while progress.step < schedule.total_steps:
@@ -213,7 +217,11 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         usual = progress.usual_loss
         spiked = is_finite and progress.is_spike(mean)
         if is_finite:
+            if ranks is not None:
+                ranks.observe()
             optimizer.step(rate)
+            if ranks is not None:
+                ranks.prune(step)
         if is_scaled:
             progress.adapt_loss_scale(not is_finite)
 
@@ -233,6 +241,7 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
             spike_above=usual if spiked else None,
             was_skipped=was_skipped,
             examples=plan.window(step),
+            mean_rank=None if ranks is None else ranks.mean_rank,
         )
         if not callbacks.after_step(report):
             return

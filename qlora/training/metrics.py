@@ -79,6 +79,7 @@ class MetricsLog:
                 "peak_memory": peak_memory_bytes(),
                 "zero_update_share": None if report.zero_update_share is None else round(report.zero_update_share, 6),
                 "dead_adapters": report.dead_adapters,
+                **({} if report.mean_rank is None else {"mean_rank": round(report.mean_rank, 4)}),
             }
         )
         self.display.show_step(

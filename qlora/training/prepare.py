@@ -54,7 +54,9 @@ def prepare_run(assembly: Assembly, run: RunDirectory, start: Start) -> Prepared
                 raise CheckpointError(
                     f"{start.checkpoint} was not found. Put train.output_dir on a file system that all processes share."
                 )
-            progress = Progress.restored(load_state(start.checkpoint, assembly.model, assembly.optimizer))
+            progress = Progress.restored(
+                load_state(start.checkpoint, assembly.model, assembly.optimizer, assembly.ranks)
+            )
         if progress.step > plan.total_steps:
             raise ConfigError(
                 f"{run.path} has done {progress.step} steps already, more than the {plan.total_steps} of the config; "

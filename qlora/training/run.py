@@ -209,6 +209,8 @@ def _train(
             run.write_record(record)
             draw_losses(run.read_metrics(), run.path / "loss.png", title=run.path.name)
     notes = [*display.messages]
+    if is_finished and assembly.ranks is not None:
+        notes.append(assembly.ranks.describe())
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=received)

@@ -85,9 +85,11 @@ class Saver:
             sync(self.run.metrics)  # a power cut must not leave a checkpoint without its log
         except OSError as problem:
             raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
-        model, optimizer = self.assembly.model, self.assembly.optimizer
+        model, optimizer, ranks = self.assembly.model, self.assembly.optimizer, self.assembly.ranks
         base_name = self.assembly.config.model.base
-        save_checkpoint(folder, model, optimizer, asdict(progress), base_name=base_name, origin=self.origin)
+        save_checkpoint(
+            folder, model, optimizer, asdict(progress), base_name=base_name, origin=self.origin, ranks=ranks
+        )
 
 
 def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -> None:
@@ -107,7 +109,7 @@ def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -
     # The oldest is removed once the newest is whole, so for a moment there is one more than is kept.
     num_kept = min(section.keep_checkpoints + 1, -(-total // every))
     num_new = max(1, num_kept - len(checkpoints))
-    checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer)
+    checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer, assembly.ranks)
     tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))
     needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer
     free = free_bytes(run.path)

@@ -24,6 +24,10 @@ METHODS = {
     "eva": {"lora__init": "eva"},
     "pissa": {"lora__init": "pissa"},
     "reconstruct": {"lora__init": "reconstruct"},
+    "final rank": {"lora__rank": 6, "lora__final_rank": 3},
+    "dora + eva + final rank + master": {
+        "lora__kind": "dora", "lora__init": "eva", "lora__final_rank": 2, "train__rounding": "master",
+    },
     "dora + reconstruct + ranks": {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },

@@ -20,7 +20,8 @@ NAMES_OF = {
         "activation_checkpointing gradient_checkpointing use_gradient_checkpointing "
         "disable_gradient_checkpointing activation_offloading"
     ),
-    "lora.rank": "lora_r lora_rank r",
+    "lora.rank": "lora_r lora_rank r init_r",
+    "lora.final_rank": "target_r",
     "lora.alpha": "lora_alpha",
     "lora.rank_pattern": "peft_rank_pattern",
     "lora.alpha_pattern": "peft_alpha_pattern",

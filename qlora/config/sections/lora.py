@@ -35,8 +35,8 @@ class LoraSection(Section):
     )
     final_rank: Count | None = Field(
         default=None,
-        description="Mean rank over all layers at the end: less important components are removed during training, "
-        "where they matter least. null keeps lora.rank.",
+        description="Mean rank over all layers at the end: components are removed between 10 and 70 % of the steps, "
+        "where they matter least; layers with ranks of their own shrink in proportion. null keeps lora.rank.",
         examples=[8],
     )
     alpha: Alpha = Field(
@@ -172,6 +172,11 @@ class LoraSection(Section):
             problems.append(f"final_rank: {self.final_rank} should be below lora.rank ({self.rank})")
         if self.final_rank is not None and self.train == "B":
             problems.append("final_rank: components are judged by both factors, so it needs lora.train: AB")
+        if self.final_rank is not None and self.init == "pissa":
+            problems.append(
+                "final_rank: with lora.init pissa every component starts as a part of the weight, which would be "
+                "removed with it; set lora.init: eva"
+            )
         if self.start_from is not None and not is_drawn:
             problems.append(f"start_from: the adapter has its values already; remove lora.init: {self.init}")
         if self.calibrate and self.init != "reconstruct":
