@@ -78,7 +78,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
     lora = config.lora.model_copy(update={"start_from": resolved(config.lora.start_from)})
-    return config.model_copy(update={"model": model, "lora": lora, "data": config.data.model_copy(update=paths)})
+    data, train = config.data.model_copy(update=paths), config.train
+    if train.keep is not None:
+        keep = train.keep.model_copy(update={"null_space": resolved(train.keep.null_space)})
+        train = train.model_copy(update={"keep": keep})
+    return config.model_copy(update={"model": model, "lora": lora, "data": data, "train": train})
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,16 +1,20 @@
 """Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import head_blocks, train_rows, trained_rows
+from qlora.lora import AdapterSpec, head_blocks, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
@@ -23,6 +27,7 @@ from qlora.model import (
     load_tokenizer,
     weight_format,
 )
+from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -93,7 +98,7 @@ def take_footprint(
     }  # fmt: skip
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
-    weights = _weight_bytes(model, quantized, bool(quantization))
+    weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, specs, adapted)
     shapes = [
         shape
         for layer, one in adapted.items()
@@ -156,6 +161,28 @@ def nf4_bytes(numel: int, double_quant: bool) -> int:
     blocks = -(-numel // BLOCK_SIZE)
     statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics
+
+
+def _fixed_bytes(config: RunConfig, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:
+    """Return the bytes of what adapters hold and don't train: frozen terms and factors, indices, and null spaces."""
+    section, keep = config.lora, config.train.keep
+    # The subtracted part of PiSSA, or the initial values of `reconstruct`, which stay where the adapters are off.
+    has_copy = section.init in ("pissa", "reconstruct")
+    has_null_space = keep is not None and keep.null_space is not None
+    total = 0
+    for layer, one in adapted.items():
+        spec = specs[layer]
+        for name, shape in spec.shapes(one.out_features, one.in_features).items():
+            if name.startswith("lora_") and (has_copy or not spec.trains(name)):
+                total += math.prod(shape) * spec.dtype.itemsize
+        if has_null_space:
+            total += one.in_features * min(MOST_DIRECTIONS, one.in_features // 2) * FP32_BYTES
+        total += {"rows": 8 * spec.rank, "dora": FP32_BYTES * one.out_features}.get(spec.kind, 0)
+    if section.stack and section.start_from is not None:
+        path = Path(section.start_from).expanduser()
+        found = (folder / WEIGHTS_FILE for folder in (path / "adapter", path))
+        total += next((file.stat().st_size for file in found if file.is_file()), 0)
+    return total
 
 
 def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: bool) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora.config import RunConfig
 from qlora.errors import ModelError
-from qlora.kernels import scratch
+from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
@@ -66,6 +66,8 @@ class Stack:
                     layer = _EmptyLinear(layer, device)
                 if name in self.adapted:
                     layer = LoraLinear(layer, replace(self.specs[name], form=form))
+                    if lora.init == "pissa":
+                        layer.frozen = LowRank(torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B), 1.0)
                 model.set_submodule(name, layer)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()

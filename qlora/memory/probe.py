@@ -22,6 +22,9 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.nf4 import NF4Linear, statistics
 from qlora.optim import FlatOptimizer
 
+# Number of tokens of the example that stands for a run's.
+MADE_UP_TOKENS = 64
+
 
 def measure_peak(function: Callable[[], object], device: torch.device, held: Iterable[torch.Tensor] = ()) -> int:
     """Run a function and measure the bytes of tensors on a device.
@@ -96,14 +99,18 @@ def prepare(config: RunConfig, device: torch.device, starts: Starts | None = Non
     Args:
         config: Config of the run.
         device: Device of the model.
-        starts: What the run's adapters started from; None computes it, where that needs no data.
+        starts: What the run's adapters started from; None computes it, from made-up examples if it needs any.
 
     Raises:
         ModelError: The base can't be loaded.
     """
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
     tokenizer = load_tokenizer(files.folder, config.model.trust_remote_code)
-    model, _ = load_for_training(config, device, add_new_tokens(tokenizer, config.data.new_tokens), starts)
+    examples = [make_example(list(range(MADE_UP_TOKENS)), [True] * MADE_UP_TOKENS)]
+    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+    has_old = config.train.keep is not None and config.train.keep.null_space is not None
+    old_examples = examples if starts is None and has_old else None
+    model, _ = load_for_training(config, device, new_ids, starts, examples, old_examples)
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)

@@ -8,12 +8,11 @@ import torch
 
 from qlora.checkpoint.adapter_rows import load_rows
 from qlora.config import LoraSection, RunConfig
-from qlora.data import TokenizedExample, collate
+from qlora.data import TokenizedExample
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.kernels import LowRank
 from qlora.lora import (
-    InputObserver,
     InputStatistics,
     LayerStart,
     eva_factors,
@@ -24,15 +23,14 @@ from qlora.lora import (
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.from_config import adapt, adapter_specs, base_from_section
-from qlora.model.loss import model_inputs
+from qlora.model.null_space import hide_inputs
+from qlora.model.observe import observe
 from qlora.model.quantization import find_quantized_layers, nf4_settings
 from qlora.model.skeleton import build_skeleton
 from qlora.model.start_from import open_start, starts_from_adapter
 from qlora.model.starts import Starts, codes_digest, load_started_base, subtracted
 from qlora.nf4 import dequantize, quantize
 
-# Tokens that statistics of inputs are taken from: enough for a few hundred directions, and a second's work on a GPU.
-CALIBRATION_TOKENS = 16_384
 # Directions of its inputs by which a layer's lost weights are weighed.
 MOMENT_DIRECTIONS = 128
 # A layer's rank with EVA is at most twice the mean, as in PEFT.
@@ -45,6 +43,7 @@ def load_for_training(
     new_ids: range = range(0),
     starts: Starts | None = None,
     examples: Sequence[TokenizedExample] = (),
+    old_examples: Sequence[TokenizedExample] | None = None,
 ) -> tuple[Any, Starts]:
     """Load the base that a config names with its adapters, frozen except for these.
 
@@ -54,6 +53,7 @@ def load_for_training(
         new_ids: Ids of the tokens that the config adds.
         starts: What the adapters of the run started from; None computes it.
         examples: Examples that statistics of the layers' inputs are taken from, if the initial values need them.
+        old_examples: Examples whose inputs the adapters are not to see; None for none, or if they are in the starts.
 
     Returns:
         The model, in evaluation mode, and what its adapters start from: empty if that follows from the seed.
@@ -61,55 +61,25 @@ def load_for_training(
     Raises:
         ModelError: The base can't be loaded or adapted, or is not the one that the starts were computed for.
     """
-    section = config.lora
+    section, adapter = config.lora, None
     if starts is not None:
         model = load_started_base(config.model, starts, device)
     elif section.start_from is not None:
-        return _started_from(config, device, new_ids)
+        source = open_start(config)
+        adapter = source.read()
+        model = load_started_base(config.model, source.starts(), device)
+        starts = starts_from_adapter(config, source, adapter, adapter_specs(model, section))
     elif section.init == "reconstruct":
         model, starts = _reconstructed(config, device, examples)
     else:
         model, _ = base_from_section(config.model, device)
         starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
     adapt(model, section, config.train.seed, new_ids, starts)
-    return model, starts
-
-
-def _started_from(config: RunConfig, device: str | torch.device, new_ids: range) -> tuple[Any, Starts]:
-    source = open_start(config)
-    adapter = source.read()
-    model = load_started_base(config.model, source.starts(), device)
-    starts = starts_from_adapter(config, source, adapter, adapter_specs(model, config.lora))
-    adapt(model, config.lora, config.train.seed, new_ids, starts)
-    if adapter.rows:
+    if adapter is not None and adapter.rows:
         load_rows(model, adapter.rows, adapter.tensors)
+    if old_examples is not None:
+        starts = hide_inputs(model, starts, old_examples)
     return model, starts
-
-
-def observe(
-    model: Any, names: Sequence[str], examples: Sequence[TokenizedExample], directions: int = 0
-) -> dict[str, InputStatistics]:
-    """Run a model on the first examples, and return statistics of the inputs of its layers.
-
-    Args:
-        model: A causal language model, in evaluation mode.
-        names: Names of linear layers.
-        examples: Documents; up to `CALIBRATION_TOKENS` tokens of them are read.
-        directions: See :class:`InputStatistics`.
-
-    Raises:
-        ModelError: There is no example.
-    """
-    if not len(examples):
-        raise ModelError("lora.init: there are no examples to take statistics of the layers' inputs from.")
-    left = CALIBRATION_TOKENS
-    with InputObserver(model, names, directions) as observer, torch.no_grad():
-        for example in examples:
-            model.base_model(**model_inputs(model, collate([example]).to(model.device)))
-            left -= len(example)
-            if left <= 0:
-                break
-    return observer.statistics
 
 
 def _eva(model: Any, section: LoraSection, examples: Sequence[TokenizedExample]) -> Starts:

@@ -83,7 +83,7 @@ class AdapterSource:
         Raises:
             CheckpointError: The run's file of them is missing or damaged.
         """
-        return {} if self.run is None else starts_of(load_config(self.run.config), self.folder)
+        return {} if self.run is None else starts_of(load_config(self.run.config), self.run)
 
     def base_files(self) -> BaseFiles:
         """Find the base's files, or download them.

@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora.checkpoint import RunDirectory, read_starts
 from qlora.config import ModelSection, RunConfig
-from qlora.errors import CheckpointError, ModelError
+from qlora.errors import ModelError
 from qlora.lora import Factors, LayerStart, subtract
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model.from_config import base_from_section
@@ -40,30 +39,16 @@ def load_started_base(section: ModelSection, starts: Starts, device: str | torch
     return model
 
 
-def starts_of(config: RunConfig, checkpoint: Path) -> Starts:
+def starts_of(config: RunConfig, run: RunDirectory) -> Starts:
     """Return what the adapters of a run started from, as far as that does not follow from the seed.
-
-    Args:
-        config: Config of the run.
-        checkpoint: Checkpoint of the run, or its final adapter.
 
     Raises:
         CheckpointError: The run's file of them is missing or damaged.
     """
-    if not _has_starts(config):
-        return {}
-    run = RunDirectory.find(checkpoint)
-    if run is None:
-        raise CheckpointError(
-            f"{checkpoint} is not in the folder of its run, whose starts.safetensors has the initial values of its "
-            "adapters; put it back."
-        )
-    return read_starts(run.starts)
-
-
-def _has_starts(config: RunConfig) -> bool:
-    section = config.lora
-    return section.init in COMPUTED_INITS or section.start_from is not None
+    section, keep = config.lora, config.train.keep
+    has_null_space = keep is not None and keep.null_space is not None
+    is_computed = section.init in COMPUTED_INITS or section.start_from is not None or has_null_space
+    return read_starts(run.starts) if is_computed else {}
 
 
 def subtracted(weight: torch.Tensor, start: LayerStart | None) -> torch.Tensor:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import InUse, Inventory, MemoryUse
-from qlora.config import LoraSection, RunConfig, TrainSection
-from qlora.data import BatchPlan, Datasets, collate, make_example
+from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory
+from qlora.config import LoraSection, RunConfig, SourceSection, TrainSection
+from qlora.data import BatchPlan, Datasets, ExampleSet, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
@@ -138,17 +138,24 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         weight_format(files, model_section.quantization)
-        starts = None if checkpoint is None else starts_of(config, checkpoint)
+        starts = None if checkpoint is None else _starts_at(config, checkpoint)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
+    keep, old = section.keep, None
+    if starts is None and keep is not None and keep.null_space is not None:
+        own = {"train": [SourceSection(path=keep.null_space)], "eval": None, "retain": None, "max_rows": None}
+        old_section = config.data.model_copy(update=own)
+        old = _build_first(
+            processes, lambda: datasets_from_section(old_section, tokenizer, section.seed, own_template=True)
+        ).train
     with processes.raise_together():
         if problems := objective.unsupported_reasons(datasets.all_reports):
             raise ConfigError("\n".join(problems))
-        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts)
+        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,
@@ -207,7 +214,12 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
 
 
 def _load_checked(
-    config: RunConfig, processes: Processes, datasets: Datasets, new_ids: range, starts: Starts | None
+    config: RunConfig,
+    processes: Processes,
+    datasets: Datasets,
+    new_ids: range,
+    starts: Starts | None,
+    old: ExampleSet | None,
 ) -> tuple[Any, Starts, str, str]:
     """Load the base with its adapters, in training mode.
 
@@ -216,7 +228,7 @@ def _load_checked(
     Returns:
         The model, what its adapters start from, and the attention and activations in use.
     """
-    model, starts = load_for_training(config, processes.device, new_ids, starts, datasets.train)
+    model, starts = load_for_training(config, processes.device, new_ids, starts, datasets.train, old)
     _check_fit(model, datasets)
     ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
@@ -230,6 +242,11 @@ def _load_checked(
     activations = rebuild_activations(model)
     check_loss(model, collate([example]).to(processes.device))  # again, with the modules that will be trained
     return model.train(), starts, attention, activations
+
+
+def _starts_at(config: RunConfig, checkpoint: Path) -> Starts:
+    run = RunDirectory.find(checkpoint)
+    return starts_of(config, RunDirectory(checkpoint.parent.parent) if run is None else run)
 
 
 def _rank_budget(section: LoraSection, model: Any, total_steps: int) -> RankBudget | None:

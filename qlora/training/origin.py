@@ -39,6 +39,8 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     sections["model"]["base"] = Path(config.model.base).name
     if config.lora.start_from is not None:
         sections["lora"]["start_from"] = Path(config.lora.start_from).name
+    if config.train.keep is not None and config.train.keep.null_space is not None:
+        sections["train"]["keep"]["null_space"] = Path(config.train.keep.null_space).name
     for sources in (sections["data"][key] for key in ("train", "eval", "retain")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = Path(source["path"]).name

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig
 from qlora.data import TokenizedExample, collate
 from qlora.errors import CheckpointError
@@ -21,7 +22,7 @@ from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
 from qlora.memory.probe import prepare
-from qlora.model import resolve_device
+from qlora.model import resolve_device, starts_of
 from qlora.objectives import training_loss
 from qlora.optim import FlatParameters
 from qlora.training.loop import LoopParts
@@ -148,7 +149,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     """
     settings, tensors = _read(Path(path).expanduser())
     loss = training_loss(config.train)
-    model = prepare(config, resolve_device())
+    model = prepare(config, resolve_device(), starts_of(config, RunDirectory(Path(path).expanduser().parent.parent)))
     apply_recompute(model, config.model.recompute)
     flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):

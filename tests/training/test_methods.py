@@ -14,7 +14,7 @@ from qlora.model import load_base, load_for_training, load_run
 from qlora.nf4 import NF4Linear
 from qlora.proof import verify
 from qlora.training import train
-from tests.tiny import run_config
+from tests.tiny import run_config, write_jsonl
 from tests.training.same_run import assert_same_run
 
 METHODS = {
@@ -32,6 +32,8 @@ METHODS = {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },
     "rows + dropout + layers": {"lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1]},
+    "null space": {"train__keep": {"null_space": "OLD ROWS"}},
+    "dora + null space": {"lora__kind": "dora", "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}},
     "eva + B alone + exclude": {"lora__init": "eva", "lora__train": "B", "lora__exclude": ["down_proj"]},
 }  # fmt: skip
 
@@ -40,7 +42,8 @@ METHODS = {
 def trained(request, tiny_base, alpaca_file, tmp_path_factory):
     """The settings and folder of a finished run of a method."""
     folder = tmp_path_factory.mktemp("methods") / "run"
-    settings = METHODS[request.param]
+    old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
+    settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
     train(load_config(run_config(tiny_base, alpaca_file, folder, **settings)))
     return settings, folder
 

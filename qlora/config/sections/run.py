@@ -34,6 +34,15 @@ class RunConfig(Section):
     @classmethod
     def _check_keep(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
         lora = info.data.get("lora")  # absent if invalid itself
+        if value.keep is not None and value.keep.null_space and lora is not None:
+            conflicts = {
+                "lora.kind: rows has no factor A to hide them from": lora.kind == "rows",
+                f"lora.init: {lora.init} starts with an update that sees them": lora.init in ("pissa", "reconstruct"),
+                "the adapter of lora.start_from sees them already; set lora.stack: true": lora.start_from is not None
+                and not lora.stack,
+            }
+            if found := [reason for reason, is_so in conflicts.items() if is_so]:
+                raise ValueError(f"keep.null_space hides inputs from new adapters, but {' and '.join(found)}")
         if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
             raise ValueError(
                 "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "

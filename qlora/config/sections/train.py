@@ -46,6 +46,12 @@ class KeepSection(Section):
         "The base is the model without its adapter.",
         examples=[0.1],
     )
+    null_space: PathText | None = Field(
+        default=None,
+        description="File with rows of an older task: the adapter does not see the main directions of the inputs that "
+        "layers get from them.",
+        examples=["data/old-task.jsonl"],
+    )
 
 
 class TrainSection(Section):

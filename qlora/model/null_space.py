@@ -1,0 +1,47 @@
+"""Adapters that do not see the inputs of an older task (LoRA-Null, arXiv:2503.02659)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qlora.data import TokenizedExample
+from qlora.lora import InputStatistics, LayerStart, apply_starts, lora_layers
+from qlora.model.observe import observe
+from qlora.model.starts import Starts
+
+# The main directions of a layer's inputs are hidden up to this share of their mean square, and up to a share of all.
+ENERGY = 0.99
+MOST_OF_FEATURES = 0.5
+# No more than these; a quarter of the directions that statistics are kept in, which are accurate so far.
+MOST_DIRECTIONS = 64
+
+
+@torch.no_grad()
+def hide_inputs(model: Any, starts: Starts, examples: Sequence[TokenizedExample]) -> Starts:
+    """Hide the main directions of the inputs that layers get from examples from the factors A of the adapters.
+
+    Args:
+        model: Model with adapters, in evaluation mode.
+        starts: What the adapters start from.
+        examples: Examples of the older task.
+
+    Returns:
+        The starts with the directions, which are set in the model too.
+    """
+    statistics = observe(model, [name for name, _ in lora_layers(model)], examples, 4 * MOST_DIRECTIONS)
+    spaces = {id(one): main_directions(one) for one in statistics.values()}  # shared by layers with the same inputs
+    hidden = {
+        name: replace(starts.get(name, LayerStart()), null_space=spaces[id(one)]) for name, one in statistics.items()
+    }
+    apply_starts(model, hidden)
+    return {**starts, **hidden}
+
+
+def main_directions(statistics: InputStatistics) -> torch.Tensor:
+    """Return the fewest orthonormal directions with the share `ENERGY` of the inputs' mean square, (in, directions)."""
+    most = min(MOST_DIRECTIONS, int(MOST_OF_FEATURES * statistics.in_features))
+    directions, shares = statistics.top_directions(max(1, most))
+    enough = int((shares.cumsum(0) < ENERGY).sum()) + 1
+    return directions[:, :enough].contiguous()
