@@ -56,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     stored = {name: layer.stored() for name, layer in layers.items()}
     ranks = {name: len(each.A) for name, each in stored.items()}
     # Rounded, because the scaling is a quotient of the alpha.
-    alphas = {name: round(each.scaling * ranks[name], 9) for name, each in stored.items()}
+    alphas = {name: round(each.scaling * ranks[name], 12) for name, each in stored.items()}
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",

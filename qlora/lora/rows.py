@@ -54,7 +54,8 @@ class EmbeddingRows(nn.Module):
         """
         if not self.is_off:
             return self.weight
-        return _mean_row(frozen, self.ids).to(self.weight.dtype).expand(len(self.used_ids), -1)
+        # Not a view: products of other layouts may round differently.
+        return _mean_row(frozen, self.ids).to(self.weight.dtype).repeat(len(self.used_ids), 1)
 
     def release(self, base: Any) -> None:
         """Free a base's weight if all its rows are trained; an empty weight keeps its dtype and device."""

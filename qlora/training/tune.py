@@ -136,6 +136,8 @@ def tune(
     except (TypeError, ValueError):
         raise ConfigError(f"budget: {budget!r} should be a duration such as 90s, 10m or 2h.") from None
     config = absolute_paths(as_config(config))
+    # Rates are compared at the full rank: components are removed over a whole run.
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"final_rank": None})})
     no_examples = ConfigError(
         "data.eval holds out no example, and learning rates are compared by held-out loss; set data.eval to a share "
         "such as 0.05, or to a file."

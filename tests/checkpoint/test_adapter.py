@@ -92,7 +92,8 @@ def test_an_rslora_scaling_is_saved_as_alpha_over_rank(rank, tiny_base, tmp_path
     loaded = dict(lora_layers(other))
     for name, layer in lora_layers(model):
         served = (factors[name].B.float() @ factors[name].A.float()) * (config["lora_alpha"] / config["r"])
-        assert torch.equal(served, layer.delta_weight())
+        # Factors on a product round differently before and after it.
+        torch.testing.assert_close(served, layer.delta_weight(), rtol=1e-5, atol=1e-7)
         assert torch.equal(loaded[name].delta_weight(), layer.delta_weight())
 
 
