@@ -145,13 +145,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
-    keep, old = section.keep, None
-    if starts is None and keep is not None and keep.null_space is not None:
-        own = {"train": [SourceSection(path=keep.null_space)], "eval": None, "retain": None, "max_rows": None}
-        old_section = config.data.model_copy(update=own)
-        old = _build_first(
-            processes, lambda: datasets_from_section(old_section, tokenizer, section.seed, own_template=True)
-        ).train
+    # Of a run that continues, its starts hold what was computed from these.
+    old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
         if problems := objective.unsupported_reasons(datasets.all_reports):
             raise ConfigError("\n".join(problems))
@@ -254,6 +249,18 @@ def _rank_budget(section: LoraSection, model: Any, total_steps: int) -> RankBudg
     if section.final_rank is None:
         return None
     return RankBudget([layer for _, layer in lora_layers(model)], section.final_rank / section.rank, total_steps)
+
+
+def _old_examples(config: RunConfig, processes: Processes, tokenizer: Any) -> ExampleSet | None:
+    """Return the examples of `train.keep.null_space`; None if it is not set."""
+    keep = config.train.keep
+    if keep is None or keep.null_space is None:
+        return None
+    own = {"train": [SourceSection(path=keep.null_space)], "eval": None, "retain": None, "max_rows": None}
+    section = config.data.model_copy(update=own)
+    return _build_first(
+        processes, lambda: datasets_from_section(section, tokenizer, config.train.seed, own_template=True)
+    ).train
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:
