@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.cli import run
+
 COUNT = 2
 # Seconds, for a machine with much else to do.
 TIMEOUT = 600
@@ -45,6 +47,13 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for process in processes:
             process.kill()
             process.join()
+
+
+def train_in_two(config: Any) -> dict[str, Any]:
+    """Run `qlora train` in two processes; return its report, of which there is one, not two."""
+    first, second = call_in_two(run, "train", config, "--json")
+    assert (second.code, second.out) == (0, ""), second.err
+    return first.json()
 
 
 def free_port() -> int:

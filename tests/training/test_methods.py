@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora.config import load_config
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ModelError
 from qlora.export import merge
 from qlora.export.quantize import quantize_model
 from qlora.lora import adapters_off, lora_layers
@@ -14,38 +15,38 @@ from qlora.model import load_base, load_for_training, load_run
 from qlora.nf4 import NF4Linear
 from qlora.proof import verify
 from qlora.training import train
-from tests.tiny import run_config, write_jsonl
-from tests.training.same_run import assert_same_run
+from qlora.training.replay import replay
+from tests.tiny import POISON, run_config, write_jsonl
+from tests.training.ranks import needs_fork, train_in_two
+from tests.training.same_run import assert_same_run, lines_of
 
+pytestmark = pytest.mark.slow
+
+# Each kind, initial value and option once, in pairs that interact.
 METHODS = {
-    "dora": {"lora__kind": "dora"},
-    "rows": {"lora__kind": "rows", "lora__alpha": 32},
-    "B alone": {"lora__train": "B", "lora__init": "orthogonal"},
-    "eva": {"lora__init": "eva"},
-    "pissa": {"lora__init": "pissa"},
-    "reconstruct": {"lora__init": "reconstruct"},
-    "final rank": {"lora__rank": 6, "lora__final_rank": 3},
-    "dora + eva + final rank + master": {
-        "lora__kind": "dora", "lora__init": "eva", "lora__final_rank": 2, "train__rounding": "master",
-    },
     "dora + reconstruct + ranks": {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },
     "rows + dropout + layers": {"lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1]},
-    "null space": {"train__keep": {"null_space": "OLD ROWS"}},
-    "dora + null space": {"lora__kind": "dora", "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}},
-    "eva + B alone + exclude": {"lora__init": "eva", "lora__train": "B", "lora__exclude": ["down_proj"]},
+    "B alone + eva + exclude": {"lora__train": "B", "lora__init": "eva", "lora__exclude": ["down_proj"]},
+    "pissa + rslora": {"lora__init": "pissa", "lora__rslora": True},
+    "dora + final rank + master": {"lora__kind": "dora", "lora__final_rank": 2, "train__rounding": "master"},
+    "null space + orthogonal + rates": {
+        "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}, "lora__init": "orthogonal",
+        "train__learning_rates": {"lora_B": "4x"},
+    },
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=lambda name: name.replace(" ", "-"))
 def trained(request, tiny_base, alpaca_file, tmp_path_factory):
-    """The settings and folder of a finished run of a method."""
+    """The settings and folder of a finished run of a method, and its merge in fp32."""
     folder = tmp_path_factory.mktemp("methods") / "run"
     old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
     settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
     train(load_config(run_config(tiny_base, alpaca_file, folder, **settings)))
-    return settings, folder
+    merge(folder, folder.with_name("merged"), dtype="float32")
+    return settings, folder, folder.with_name("merged")
 
 
 def logits(model, ids):
@@ -54,52 +55,53 @@ def logits(model, ids):
 
 
 def test_a_continued_run_is_the_whole_run(trained, tiny_base, alpaca_file, tmp_path):
-    settings, whole = trained
+    settings, whole, _ = trained
     config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
     train(config, stop_at=3)
     train(config)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_the_adapter_and_its_merge_are_verified(trained, tmp_path):
-    _, run = trained
-    report = verify(run)
+def test_the_adapter_and_its_merges_are_verified(trained, tmp_path):
+    settings, run, merged = trained
+    for folder in (None, merged):
+        report = verify(run, folder)
+        assert report.matches, report.problems
+    if settings.get("lora__init") not in ("pissa", "reconstruct"):  # with these, merges onto both bases differ in kind
+        return
+    merge(run, tmp_path / "original", dtype="float32", onto="original")
+    report = verify(run, tmp_path / "original")
+    # A base of random weights has a loss that may rise by more than verify allows on its original weights.
+    assert not [problem for problem in report.problems if "is worse than the adapter's" not in problem]
+    assert report.tensors_checked > 0
+
+
+def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
+    pytest.importorskip("gguf")
+    _, run, _ = trained
+    merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
+    report = verify(run, tmp_path / "gguf")
+    assert report.tensors_checked > 0
     assert report.matches, report.problems
-    for onto in ("dequantized", "original"):
-        merge(run, tmp_path / onto, dtype="float32", onto=onto)
-        report = verify(run, tmp_path / onto)
-        # A base of random weights has a loss that may rise by more than verify allows on its original weights.
-        assert not [problem for problem in report.problems if "is worse than the adapter's" not in problem]
-        assert report.tensors_checked > 0
 
 
-def test_merged_logits_are_the_runs(trained, tmp_path, generator):
-    _, run = trained
-    merge(run, tmp_path / "merged", dtype="float32")
-    merged, _ = load_base(str(tmp_path / "merged"), quantization="none", compute_dtype="float32")
+def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
+    peft = pytest.importorskip("peft")
+    _, run, folder = trained
+    merged, _ = load_base(str(folder), quantization="none", compute_dtype="float32")
     adapted, _ = load_run(run)
     ids = torch.randint(259, (1, 40), generator=generator)
     wanted, found = logits(adapted, ids), logits(merged, ids)
-    base, _ = load_base(json.loads((run / "run.json").read_text())["base"]["name"])
-    changed = (wanted - logits(base, ids)).norm()
-    assert (found - wanted).norm() < 0.1 * changed
-
-
-def test_peft_loads_the_adapter_with_the_same_logits(trained, tmp_path, generator):
-    peft = pytest.importorskip("peft")
-    _, run = trained
-    merge(run, tmp_path / "merged", dtype="float32", onto="dequantized")
-    # A base in fp32 with the weights that the run trained on: the merge without its update.
-    adapted, _ = load_run(run)
-    plain, _ = load_base(json.loads((run / "run.json").read_text())["base"]["name"], "none", compute_dtype="float32")
+    base, _ = load_base(str(tiny_base))
+    assert (found - wanted).norm() < 0.1 * (wanted - logits(base, ids)).norm()
+    # The weights that the run trained on, in fp32, with the adapter as PEFT reads it.
+    plain, _ = load_base(str(tiny_base), "none", compute_dtype="float32")
     for name, layer in adapted.named_modules():
         if isinstance(layer, NF4Linear):
             weight = plain.get_submodule(name.removesuffix(".base")).weight
             weight.data.copy_(layer.dequantize(adapted.dtype))
-    other = peft.PeftModel.from_pretrained(plain, run / "adapter").eval()
-    merged, _ = load_base(str(tmp_path / "merged"), quantization="none", compute_dtype="float32")
-    ids = torch.randint(259, (1, 40), generator=generator)
-    assert (logits(other, ids) - logits(merged, ids)).norm() < 1e-4 * logits(merged, ids).norm()
+    theirs = logits(peft.PeftModel.from_pretrained(plain, run / "adapter").eval(), ids)
+    assert (theirs - found).norm() < 1e-4 * found.norm()
 
 
 def test_a_reconstructed_runs_adapter_fits_the_base_that_quantize_writes(tiny_base, alpaca_file, tmp_path, generator):
@@ -132,19 +134,17 @@ def test_reconstruct_starts_closer_to_the_original_than_the_quantized_base(tiny_
 
 # What a run that starts from the adapter of another one sets.
 CONTINUATIONS = {
-    "as it is": ({}, {}),
     "more components": ({}, {"lora__rank": 7, "lora__alpha": 14}),
-    "another scaling": ({}, {"lora__alpha": 16}),
-    "stacked": ({}, {"lora__stack": True, "lora__rank": 3}),
+    "another scaling": ({"lora__init": "pissa"}, {"lora__alpha": 16}),
     "rows on top": ({}, {"lora__stack": True, "lora__kind": "rows", "lora__alpha": 32}),
     "from reconstruct": ({"lora__init": "reconstruct"}, {}),
-    "stacked on reconstruct": ({"lora__init": "reconstruct"}, {"lora__stack": True}),
-    "dora on lora": ({}, {"lora__kind": "dora"}),
+    "stacked on reconstruct": ({"lora__init": "reconstruct"}, {"lora__stack": True, "lora__rank": 3}),
     "dora": ({"lora__kind": "dora"}, {"lora__kind": "dora"}),
     "rows": ({"lora__kind": "rows", "lora__alpha": 32}, {"lora__kind": "rows", "lora__alpha": 32}),
-    "from pissa": ({"lora__init": "pissa"}, {}),
-    "trained embeddings": ({"lora__modules_to_save": ["embed_tokens"]}, {"lora__modules_to_save": ["embed_tokens"]}),
-}
+    "dora on lora, embeddings": (
+        {"lora__modules_to_save": ["embed_tokens"]}, {"lora__kind": "dora", "lora__modules_to_save": ["embed_tokens"]},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONTINUATIONS)
@@ -160,8 +160,6 @@ def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, tiny_base, alp
     assert change.norm() < 1e-2 * logits(earlier, ids).norm()
     result = train(config)
     assert result.eval_losses[6] < result.eval_losses[0]
-    report = verify(tmp_path / "run")
-    assert report.matches, report.problems
     merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
     report = verify(tmp_path / "run", tmp_path / "merged")
     assert report.matches, report.problems
@@ -198,3 +196,36 @@ def test_an_adapter_that_the_config_can_not_continue_is_refused(first, then, mes
     settings = then | {"lora__start_from": str(tmp_path / "first")}
     with pytest.raises(ConfigError, match=message):
         load_for_training(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)), "cpu")
+
+
+@needs_fork
+def test_two_processes_start_from_the_same_values_as_one(tiny_base, alpaca_file, tmp_path):
+    """One run with all that is computed before the first step, with the sequences of two processes in one."""
+    keep = {"null_space": str(alpaca_file)}
+    settings = {"lora__kind": "dora", "lora__init": "eva", "train__rounding": "master", "train__keep": keep}
+    one, two = (
+        run_config(tiny_base, alpaca_file, tmp_path / name, train__gradient_accumulation_steps=steps, **settings)
+        for name, steps in (("one", 2), ("two", 1))
+    )
+    train(load_config(one))
+    train_in_two(two)
+    lines = [lines_of(tmp_path / name) for name in ("one", "two")]
+    for mine, other in zip(*lines, strict=True):
+        assert mine.keys() == other.keys()
+        for key in {"loss", "eval_loss"} & mine.keys():
+            assert mine[key] == pytest.approx(other[key], rel=1e-4)
+    starts = [load_file(tmp_path / name / "starts.safetensors") for name in ("one", "two")]
+    assert all(starts[0][key].equal(starts[1][key]) for key in starts[0] | starts[1])
+
+
+@pytest.mark.parametrize("settings", [{"lora__init": "pissa"}, {"lora__kind": "rows", "lora__alpha": 32}], ids=str)
+def test_a_failed_step_is_rerun_from_the_same_start(settings, poisoned_base, tmp_path):
+    rows = [{"text": f"Row {number} is fine."} for number in range(7)] + [{"text": f"And this {POISON} is not."}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = load_config(run_config(poisoned_base, data, tmp_path / "run", data__eval=None, **settings))
+    with pytest.raises(ModelError, match="is not finite|nan|inf"):
+        train(config)
+    (saved,) = (tmp_path / "run" / "replay").iterdir()
+    report = replay(config, saved)
+    assert not report.is_finite
+    assert report.broken

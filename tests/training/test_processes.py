@@ -12,19 +12,11 @@ from qlora.errors import QLoRAError
 from qlora.export import merge
 from qlora.proof import verify
 from qlora.training import train
-from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
-from tests.training.ranks import call_in_two, needs_fork
+from tests.training.ranks import call_in_two, needs_fork, train_in_two
 from tests.training.same_run import assert_same_run, rewrite
 
 pytestmark = [needs_fork, pytest.mark.slow]
-
-
-def train_in_two(config):
-    """Run `qlora train` in two processes; returns its report, of which there is one, not two."""
-    first, second = call_in_two(run, "train", config, "--json")
-    assert (second.code, second.out) == (0, ""), second.err
-    return first.json()
 
 
 def outcomes(cases):
