@@ -142,11 +142,14 @@ class LoraLinear(nn.Module):
     @property
     def deltas(self) -> tuple[Delta, ...]:
         """The terms that the adapter adds to the weight."""
-        if self.spec.kind == "rows":
-            trained: Delta = SparseRows(self.lora_rows, self.row_index)
-        else:
-            trained = LowRank(self._used_A(), self.lora_B, self.spec.scaling)
-        return (trained,) if self.frozen is None else (trained, self.frozen)
+        trained, frozen = self._trained_term(), self.frozen
+        if frozen is None:
+            return (trained,)
+        if isinstance(trained, LowRank) and trained.scaling == frozen.scaling:
+            # As one product, which cancels exactly where initial values are subtracted again.
+            A, B = torch.cat([trained.A, frozen.A]), torch.cat([trained.B, frozen.B], dim=1)
+            return (LowRank(A, B, trained.scaling),)
+        return trained, frozen
 
     @property
     def total_magnitude(self) -> torch.Tensor | None:
@@ -156,14 +159,12 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def stored(self) -> StoredAdapter:
         """Return the adapter as PEFT stores it: all its terms as one, without components that are zero."""
-        trained, *frozen = self.deltas
+        trained = self._trained_term()
         if isinstance(trained, SparseRows):
             trained = trained.as_low_rank(self.out_features)
-        assert isinstance(trained, LowRank)
         used = trained.A.any(1) | trained.B.any(0)
         used[0] |= not used.any()
-        whole = LowRank(trained.A[used], trained.B[:, used], trained.scaling)
-        whole = whole.joined(self.frozen if frozen else None)
+        whole = LowRank(trained.A[used], trained.B[:, used], trained.scaling).joined(self.frozen)
         return StoredAdapter(whole.A, whole.B, whole.scaling, self.total_magnitude)
 
     @property
@@ -196,6 +197,11 @@ class LoraLinear(nn.Module):
         """Return kind, rank, scaling and dropout."""
         spec = self.spec
         return f"{spec.kind}, rank={spec.rank}, scaling={spec.scaling:g}, dropout={spec.dropout}"
+
+    def _trained_term(self) -> LowRank | SparseRows:
+        if self.spec.kind == "rows":
+            return SparseRows(self.lora_rows, self.row_index)
+        return LowRank(self._used_A(), self.lora_B, self.spec.scaling)
 
     def _used_A(self) -> torch.Tensor:  # noqa: N802
         """Return A without its part in the null space, A (I − V Vᵀ) in fp32 (LoRA-Null, arXiv:2503.02659)."""
