@@ -10,6 +10,7 @@ import yaml
 from qlora.checkpoint import RunDirectory, RunRecord, read_adapter_config
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
+from qlora.export.card_adapter import adapter_rows
 from qlora.model import AdapterSource
 
 CARD_FILE = "README.md"
@@ -208,20 +209,16 @@ def _retained(record: RunRecord) -> str:
 def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[str, Any]:
     lora, train, data = config.lora, config.train, config.data
     quantization, in_use = record.quantization, record.in_use
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
-    by_layer = {"ranks": lora.rank_pattern, "alphas": lora.alpha_pattern}
-    own = "".join(f"; {name} by layer: {patterns}" for name, patterns in by_layer.items() if patterns)
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     rate = in_use.learning_rate or train.peak
     mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
-    shrunk = f" reduced to {mean_ranks[-1]:.4g} on average" if mean_ranks else ""
+    start = None if lora.start_from is None else public_name(lora.start_from)[0]
+    old_task = None if train.keep is None or train.keep.null_space is None else public_name(train.keep.null_space)[0]
     return {
         "steps": run.step,
         "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
-        "adapter": f"rank {lora.rank}{shrunk}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, rsLoRA: "
-        f"{lora.rslora}{own}",
-        "adapted layers": targets,
+        **adapter_rows(lora, train.keep, mean_ranks[-1] if mean_ranks else None, start, old_task),
         **_rows_trained(record, config),
         "loss on": data.loss_on,
         "optimizer": f"{train.optimizer}, learning rate {rate:g} ({_schedule(train)}), weight decay "

@@ -20,6 +20,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+    "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
 }
@@ -42,7 +43,7 @@ def test_a_key_has_a_meaning_of_one_or_more_sentences_and_an_example_that_is_val
     assert (key.default is None) == (key.name in REQUIRED)
     values = {"model": {"base": "b"}, "data": {"train": "t"}, "train": {"output_dir": "o"}}
     for section, needed in NEEDED.get(key.name, {}).items():
-        values[section] |= needed
+        values.setdefault(section, {}).update(needed)
     example = yaml.safe_load(key.example)
     if key.group == SOURCE:
         values["data"]["train"] = [{"path": "t", key.key: example}]

@@ -61,6 +61,45 @@ def test_a_bar_in_a_token_does_not_end_a_cell_and_gradients_may_be_unclipped(run
     assert "gradients not clipped |" in text
 
 
+@pytest.mark.parametrize(("lora", "keep", "rows"), [
+    ({}, None, ["| adapter | LoRA, rank 4, alpha 8, dropout 0, rsLoRA: False |", "| initial values | kaiming |"]),
+    ({"kind": "dora", "init": "eva", "train": "B", "rank_pattern": {"v_proj": 2}}, None, [
+        "| adapter | DoRA, rank 4, alpha 8, dropout 0, rsLoRA: False; ranks by layer: {'v_proj': 2} |",
+        "| initial values | eva |", "| trained factors | B alone, on a fixed projection A |",
+    ]),
+    ({"kind": "rows", "alpha": 32}, None, ["| adapter | 4 rows of each weight, dropout 0 |"]),
+    ({"init": "reconstruct", "calibrate": True}, None, [
+        "| initial values | reconstruct, weighed by inputs of training examples |",
+    ]),
+    ({"layers": ["0-3", 15], "exclude": ["down_proj"]}, None, [
+        "| adapted layers | all-linear in decoder layers 0-3, 15, without down_proj |",
+    ]),
+    ({"start_from": "/home/me/runs/first"}, None, ["| started from | first, trained further |"]),
+    ({"start_from": "owner/adapter", "stack": True}, {"kl": 0.1, "null_space": "/home/me/old.jsonl"}, [
+        "| started from | owner/adapter, kept below it |",
+        "| kept close to the base | KL divergence from it × 0.1; no update by the main directions of the inputs from "
+        "old.jsonl |",
+    ]),
+])  # fmt: skip
+def test_the_card_says_how_the_adapter_was_made(lora, keep, rows, run, report, tiny_base, tmp_path):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    config = yaml.safe_load(copy.config.read_text())
+    config["lora"] |= lora
+    config["train"]["keep"] = keep
+    copy.config.write_text(json.dumps(config))
+    text = card_of(tmp_path, copy, tiny_base, report)
+    assert [row for row in rows if row not in text] == []
+    assert "/home/me" not in text
+    assert ("| initial values |" in text) == (lora.get("kind") != "rows" and "started from | first" not in text)
+
+
+def test_the_card_says_to_what_rank_an_adapter_was_reduced(run, report, tiny_base, tmp_path):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    with copy.metrics.open("a") as file:
+        file.write(json.dumps({"step": run.step, "mean_rank": 2.5}) + "\n")
+    assert "LoRA, rank 4 reduced to 2.5 on average, alpha 8" in card_of(tmp_path, copy, tiny_base, report)
+
+
 def test_the_front_matter_has_the_hubs_keys(run, report, tiny_base, tmp_path):
     front = ModelCard(card_of(tmp_path, run, tiny_base, report)).data.to_dict()
     assert front["library_name"] == "transformers"

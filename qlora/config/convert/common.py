@@ -1,10 +1,10 @@
-"""Translation of keys that all trainers share: adapters, optimizers, sizes, paths and trackers."""
+"""Translation of keys that all trainers share: optimizers, sizes, paths and trackers."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from qlora.config.convert import values
+from qlora.config.convert.adapters import translate_adapters
 from qlora.config.convert.base_model import translate_base
 from qlora.config.convert.draft import OFF, Draft
 from qlora.config.convert.names import NAMES, SAME_NAMES
@@ -32,8 +32,8 @@ def translate_common(draft: Draft, is_full: bool = False) -> None:
             "It asks for full fine-tuning. qlora trains adapters on a frozen base; a learning rate for adapters is "
             "usually ten times that of full fine-tuning."
         )
+    translate_adapters(draft)
     translate_base(draft)
-    _adapters(draft)
     _optimizer(draft)
     _copy(draft)
     _trackers(draft)
@@ -79,31 +79,6 @@ def set_template(draft: Draft, name: Any, key: str) -> None:
             f"{key}: {text} has no counterpart by name. data.chat_template: auto takes the base's own template; a "
             "jinja file is accepted, too."
         )
-
-
-def _adapters(draft: Draft) -> None:
-    everything = values.flag(draft.take("lora_target_linear"))
-    name, given = draft.take_named("lora_target_modules", "target_modules", "lora_target", "lora_modules")
-    found = values.names(given)
-    if everything:
-        draft.set("lora.targets", "all-linear", "lora_target_linear")
-    elif found in (["all"], ["all-linear"]):
-        draft.set("lora.targets", "all-linear", f"{name}: {found[0]}")
-    elif isinstance(given, str) and re.search(r"[\\*()\[\]|+?]", given):
-        draft.set("lora.targets", given, f"{name}, a regular expression")
-    elif found:
-        draft.set("lora.targets", found, name)
-    initial = draft.take("init_lora_weights", "peft_init_lora_weights")
-    if initial == "gaussian":
-        draft.set("lora.init", "gaussian", "init_lora_weights")
-    elif initial not in (None, True, False, "true", "default"):
-        draft.warn(f"init_lora_weights: {initial} is not available; factor A is kaiming, factor B is zero.")
-    modules = values.names(draft.take("lora_modules_to_save", "modules_to_save", "additional_target"))
-    if modules:
-        draft.set("lora.modules_to_save", modules, "modules_to_save")
-    bias = draft.peek("bias")
-    if bias not in (None, "none", False):
-        draft.warn(f"bias: {bias} trains biases; only the adapters are trained here.")
 
 
 def _optimizer(draft: Draft) -> None:
@@ -164,7 +139,7 @@ def _copy(draft: Draft) -> None:
 
 
 def _ends_and_rates(draft: Draft) -> None:
-    """Translate the end token, and settings of single layers or of trained rows."""
+    """Translate the end token, and learning rates of groups of parameters."""
     special = draft.peek("special_tokens")
     end = special.get("eos_token") if isinstance(special, dict) else None
     if isinstance(end, str) and end:
@@ -177,10 +152,6 @@ def _ends_and_rates(draft: Draft) -> None:
             draft.set("data.new_tokens", added, "special_tokens: additional_special_tokens")
         for name in special.keys() - {"eos_token", "additional_special_tokens"} if end or added else ():
             draft.dropped[f"special_tokens.{name}"] = "the base's tokenizer has its own"
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = draft.peek(name, f"peft_{name}")
-        if isinstance(patterns, dict) and patterns:
-            draft.set(f"lora.{name}", patterns, draft.take_named(name, f"peft_{name}")[0])
     _group_rates(draft)
 
 

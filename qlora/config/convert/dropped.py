@@ -48,7 +48,7 @@ WITHOUT_MEANING = {
         "gradient_checkpointing_kwargs use_reentrant use_cache torchdistx_path jit_mode_eval bf16_full_eval "
         "fp16_full_eval moe_* quantize_moe_experts bnb_4bit_quant_storage bnb_4bit_quant_storage_dtype "
         "embeddings_skip_upcast scaling_softmax flash_attn flash_attention_2 gptq_disable_exllama optimize_model "
-        "activation_checkpointing_kwargs use_v1_kernels fp8 fp8_* flex_attn_compile_kwargs "
+        "activation_checkpointing_kwargs use_v1_kernels use_dora_kernel fp8 fp8_* flex_attn_compile_kwargs "
         "llama4_linearized_experts use_kv_cache gc_steps enable_jit_checkpoint"
     ),
     "the run directory always holds config, metrics, a loss curve and resumable checkpoints": (
@@ -80,6 +80,10 @@ WITHOUT_MEANING = {
         "max_lora_rank vllm_* use_vllm generation_* skip_special_tokens vllm gradio_*"
     ),
     "memory is fitted before the first step; set train.micro_batch_size": "auto_find_batch_size find_batch_size",
+    "initial values are computed once, from the weights or a few batches, and saved with the run": (
+        "pissa_iter eva_config loftq_iter"
+    ),
+    "the adapter is saved for the base as it is": "pissa_convert",
     "AdamW's epsilon is 1e-8": "adam_epsilon adam_eps optim_args",
     "padding is masked by length, and answers end with the end token of their chat template": (
         "special_tokens eos_token bos_token unk_token eot_tokens train_on_eos train_on_eot "
@@ -100,8 +104,8 @@ WITHOUT_MEANING = {
         "dataset_split dataset_train_split dataset_test_split dataset_config dataset_configs dataset_splits "
         "splits dataset_dir dataset_subset subset train_split eval_split dataset_train_name"
     ),
-    "the adapters are always plain LoRA on linear layers": (
-        "lora_fan_in_fan_out fan_in_fan_out create_new_adapter peft_autocast_adapter_dtype bias lora_bias "
+    "the adapters are on linear layers, without biases": (
+        "lora_fan_in_fan_out fan_in_fan_out layers_pattern peft_autocast_adapter_dtype bias lora_bias "
         "peft_type inference_mode use_peft use_peft_lora peft_lora stage_type lora_task_type finetuning_type "
         "full_finetune training_type full_finetuning"
     ),
@@ -121,19 +125,15 @@ NOT_AVAILABLE = {
         "compute_accuracy teacher_model* desirable_weight undesirable_weight truncate_prompt model_adapter_name "
         "lmbda ebft* dpo_use_logits_to_keep max_prompt_len ld_alpha"
     ),
-    "DoRA is not available; plain LoRA is trained": "use_dora peft_use_dora dora_* use_dora_kernel",
-    "initial values that change the base are not available; factor B starts at zero": (
-        "pissa_* loftq_config loftq use_loftq peft corda_* olora_* eva_*"
-    ),
+    "these initial values are not available; factor B starts at zero": "peft corda_* olora_* lora_ga_config",
     "layers can't have learning rates of their own": "lr_groups layerwise_lr",
-    "an existing adapter can't be trained further": "lora_model_dir adapter_name_or_path adapter_folder adapter_path",
-    "only LoRA adapters are available": (
+    "only adapters of low rank, with or without DoRA, are available": (
         "relora relora_* lisa_* use_galore galore_* use_badam badam_* use_apollo apollo_* freeze_trainable_* "
         "freeze_extra_* unfrozen_parameters optim_target_modules use_adam_mini use_muon pure_fp16 use_llama_pro "
-        "llama_adapter lora_target_parameters target_parameters peft_layers_to_transform layers_to_transform "
-        "layers_pattern peft_layer_replication layer_replication num_layer_trainable name_module_trainable "
+        "llama_adapter lora_target_parameters target_parameters "
+        "peft_layer_replication layer_replication num_layer_trainable name_module_trainable "
         "use_mod mixture_of_depths oft_* qat qat_* ia3_* prefix_* prompt_tuning_* "
-        "exclude_modules module_dropout lora_ga_config velora_config monteclora_config use_qalora "
+        "module_dropout velora_config monteclora_config use_qalora "
         "qalora_group_size use_bdlora arrow_config kasa_config alora_invocation_tokens ensure_weight_tying"
     ),
     "shifted sparse attention is not available": "s2_attention shift_attn",

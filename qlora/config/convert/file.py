@@ -1,5 +1,6 @@
 """Conversion of another trainer's file."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,16 @@ def _drop_invalid(draft: Draft) -> None:
             return
         except ValidationError as error:
             for problem in error.errors():
-                key = ".".join(map(str, problem["loc"][:2]))
                 reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-                if key in draft.values:
-                    draft.warn(f"{key} ({draft.comments.pop(key)}) is left out: {problem['input']!r:.80} {reason}.")
-                    del draft.values[key]
+                where = problem["loc"][:2]
+                if len(where) == 1:  # keys that contradict each other: each sentence begins with the one to change
+                    keys = [f"{where[0]}.{name}" for name in re.findall(r"(?:^|; )(\w+)", reason)]
+                else:
+                    keys, reason = [".".join(map(str, where))], f"{problem['input']!r:.80} {reason}"
+                for key in keys:
+                    if key in draft.values:
+                        draft.warn(f"{key} ({draft.comments.pop(key)}) is left out: {reason}.")
+                        del draft.values[key]
             for key, value in PLACEHOLDERS.items():
                 draft.set(key, value, "set it")
 

@@ -28,7 +28,12 @@ NAMES_OF = {
     "lora.dropout": "lora_dropout",
     "lora.targets": "lora_target lora_target_linear lora_target_modules target_modules lora_modules",
     "lora.rslora": "use_rslora peft_use_rslora",
-    "lora.init": "init_lora_weights peft_init_lora_weights",
+    "lora.kind": "use_dora peft_use_dora",
+    "lora.layers": "layers_to_transform peft_layers_to_transform",
+    "lora.exclude": "exclude_modules",
+    "lora.init": "init_lora_weights peft_init_lora_weights pissa_init use_loftq loftq_config loftq",
+    "lora.start_from": "lora_model_dir adapter_name_or_path adapter_folder adapter_path",
+    "lora.stack": "create_new_adapter",
     "lora.modules_to_save": "lora_modules_to_save additional_target train_embeddings embedding_trainable",
     "data.train": (
         "datasets dataset dataset_name pretraining_dataset dataset_mixture dataset_mixer train_file train_files "

@@ -29,7 +29,7 @@ DEFAULTS = {
 MAPPINGS = {
     "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "dataset_mixture", "dataset_mixer", "model_init_kwargs",
     "dataset_kwargs", "accelerator_config", "fsdp_config", "deepspeed", "bnb_config_kwargs", "optim_args", "env",
-    "loftq_config", "rope_scaling",
+    "loftq_config", "eva_config", "rank_pattern", "alpha_pattern", "rope_scaling",
 }  # fmt: skip
 
 
