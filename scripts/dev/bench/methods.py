@@ -32,8 +32,10 @@ STEPS, LENGTH = 60, 128
 SEEDS = (0, 1, 2)
 # Characters of the end of a text that are held out.
 HELD_OUT = 20_000
-# Exponents of 3 of the first rates, and the rate that they multiply.
-MIDDLE_RATE, FIRST_EXPONENTS, MOST_EXPONENT = 1e-2, (-1, 0, 1), 2
+# Rates are powers of 3 times this one. The exponents that the grids begin with, and those of methods that differ.
+MIDDLE_RATE, FIRST_EXPONENTS = 1e-2, (-1, 0)
+OTHER_EXPONENTS = {"LoRA+": (-3, -2)}
+LEAST_EXPONENT, MOST_EXPONENT = -5, 2
 RANK, ALPHA = 8, 16
 # Trained rows that have as many numbers as factors of rank 8, rank · (in + out) / in.
 ROWS = {"rank": 16, "rank_pattern": {"[kv]_proj": 12, "(gate|up)_proj": 29, "down_proj": 11}}
@@ -121,7 +123,10 @@ class Results:
             started, error = time.process_time(), ""
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    found = list(qlora.train(run.config(self.texts, Path(folder) / "run")).eval_losses.values())
+                    result = qlora.train(run.config(self.texts, Path(folder) / "run"))
+                    if result.status != "finished":
+                        raise SystemExit(1)
+                    found = list(result.eval_losses.values())
                 except qlora.QLoRAError as reason:
                     found, error = [float("inf")], str(reason)
             record = {**asdict(run), "first": found[0], "last": found[-1], "cpu": time.process_time() - started}
@@ -140,7 +145,7 @@ class Results:
                 step = best + 1
             else:
                 return best
-            if abs(step) > MOST_EXPONENT:
+            if not LEAST_EXPONENT <= step <= MOST_EXPONENT:
                 return best
             runs[step] = Run(**{**asdict(runs[best]), "rate": step})
 
@@ -187,11 +192,12 @@ def main() -> None:
 
 
 def compare_methods(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the table of methods: all at the first rates, then beyond, then the best rates with other seeds."""
-    grids = {name: {rate: Run(name, rate) for rate in FIRST_EXPONENTS} for name in arguments.methods}
-    for rate in FIRST_EXPONENTS:
-        for grid in grids.values():
-            results.loss(grid[rate])
+    """Yield the table of methods: all at two rates, then beyond, then the best rates with other seeds."""
+    first = {name: OTHER_EXPONENTS.get(name, FIRST_EXPONENTS) for name in arguments.methods}
+    grids = {name: {rate: Run(name, rate) for rate in rates} for name, rates in first.items()}
+    for place in range(len(FIRST_EXPONENTS)):
+        for name, grid in grids.items():
+            results.loss(grid[first[name][place]])
     best = {name: results.best(grid) for name, grid in grids.items()}
     losses = {}
     for seed in arguments.seeds:
