@@ -88,7 +88,7 @@ def random_rows(count: int, length: int, vocabulary: int, seed: int = 0) -> list
 
 
 def build_qlora(
-    base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False
+    base: str, rank: int, alpha: float, recompute: str, seed: int = 0, holds: bool = False, kind: str = "lora"
 ) -> tuple[Any, Any]:
     """Return a base with qlora's adapters, in training mode, and its tokenizer; `holds` caches dequantized weights."""
     from qlora.layers import apply_recompute, cache_weights, rebuild_activations, use_document_attention
@@ -96,7 +96,7 @@ def build_qlora(
     from qlora.model import load_base
 
     model, tokenizer = load_base(base)
-    add_lora(model, rank=rank, alpha=alpha)
+    add_lora(model, rank=rank, alpha=alpha, kind=kind)
     for name, layer in lora_layers(model):
         layer.lora_A.data.copy_(first_values(name, layer.lora_A.shape, seed))
     use_document_attention(model)

@@ -343,14 +343,19 @@ def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[
 @contextmanager
 def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callable[..., None]]]:
     """Return qlora's model, the optimizer's name, and a function that trains some more steps."""
+    level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
+    model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
+    yield model, *qlora_steps(model, arguments)
+
+
+def qlora_steps(model: Any, arguments: argparse.Namespace) -> tuple[str, Callable[..., None]]:
+    """Return the name of the optimizer of qlora's model, and a function that trains some more steps."""
     from qlora.model import SUPERVISED
     from qlora.optim import FlatParameters, make_optimizer
     from qlora.processes import Processes
     from qlora.training.loop import LoopCallbacks, LoopParts, LoopSchedule, run_loop
     from qlora.training.progress import Progress
 
-    level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
-    model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
     examples, plan = make_examples(arguments, model.config.vocab_size)
     name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
@@ -361,7 +366,7 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
         schedule = LoopSchedule(progress.step + steps, lambda _: LEARNING_RATE, MAX_GRAD_NORM)
         run_loop(parts, progress, schedule, LoopCallbacks(lambda report: tick(report.loss)))
 
-    yield model, f"FlatAdamW {name}, bf16", run
+    return f"FlatAdamW {name}, bf16", run
 
 
 @contextmanager
