@@ -45,10 +45,10 @@ def main() -> None:
     }
     lines = [
         *heading("cost of a step with DoRA over one with LoRA", "torch", "bitsandbytes"),
-        "`python -m scripts.dev.bench.dora_cost`. A random Llama in bf16 on NF4, one thread: CPU seconds of a step with its",
-        f"optimizer, medians of {2 * arguments.rounds} each in the order A B B A after one to warm up.",
-        f"{arguments.layers} layers × {arguments.hidden} features, {arguments.batch} × {arguments.seq_len} tokens, rank "
-        f"{arguments.rank}.",
+        "`python -m scripts.dev.bench.dora_cost`. A random Llama in bf16 on NF4, one thread: CPU seconds of a step",
+        f"with its optimizer, medians of {2 * arguments.rounds} each in the order A B B A after one to warm up.",
+        f"{arguments.layers} layers × {arguments.hidden} features, {arguments.batch} × {arguments.seq_len} tokens, "
+        f"rank {arguments.rank}.",
         "",
         "| recompute | LoRA | DoRA | ratio of medians | ratios of rounds |",
         "|---|---|---|---|---|",
