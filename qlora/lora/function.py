@@ -20,7 +20,7 @@ from qlora.lora.spec import FORMS
 FOLD_FROM_TOKENS = {"cpu": 2048, "cuda": 512}
 
 
-def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float) -> str:
+def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float, needs_norms: bool = False) -> str:
     """Return the form that a product is computed in.
 
     Args:
@@ -28,6 +28,7 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         num_tokens: Number of rows of the input.
         device: Device of the input.
         dropout: Probability of dropping an input of the deltas, which only the separate form supports.
+        needs_norms: Whether the norms of the effective weight are needed: then it is folded anyway.
 
     Raises:
         ValueError: There is no such form.
@@ -38,6 +39,8 @@ def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float
         return "separate"
     if form != "auto":
         return form
+    if needs_norms:
+        return "folded"
     from_tokens = FOLD_FROM_TOKENS.get(device.type)
     return "separate" if from_tokens is None or num_tokens < from_tokens else "folded"
 
@@ -110,7 +113,7 @@ def _product(
         base=base,
         makers=tuple((delta.make, len(delta.tensors)) for delta in deltas),
         needs_norms=needs_norms,
-        form=choose_form(form, len(rows), x.device, dropout),
+        form=choose_form(form, len(rows), x.device, dropout, needs_norms),
         dropout=dropout,
         seed=seed,
         source=None if recipe is None else recipe.source,

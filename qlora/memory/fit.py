@@ -178,7 +178,8 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
 
 def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool:
     # On a GPU, folding reads the 4-bit codes, which are fewer bytes than a cached weight.
-    form = choose_form(config.lora.form, tokens, device, config.lora.dropout)
+    lora = config.lora
+    form = choose_form(lora.form, tokens, device, lora.dropout, lora.kind == "dora")
     return config.model.quantization == "nf4" and (device.type == "cpu" or form == "separate")
 
 

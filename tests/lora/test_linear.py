@@ -205,9 +205,10 @@ def test_the_form_follows_the_tokens_unless_one_is_asked_for():
     assert choose_form("auto", FOLD_FROM_TOKENS["cpu"] - 1, cpu, 0.0) == "separate"
     assert choose_form("auto", FOLD_FROM_TOKENS["cpu"], cpu, 0.0) == "folded"
     assert choose_form("auto", 1 << 20, torch.device("meta"), 0.0) == "separate"
+    assert choose_form("auto", 1, cpu, 0.0, needs_norms=True) == "folded"  # as its weight is computed anyway
     for form in ("separate", "folded"):
         assert choose_form(form, 1, cpu, 0.0) == choose_form(form, 1 << 20, cpu, 0.0) == form
-        assert choose_form(form, 1 << 20, cpu, 0.1) == "separate"  # the base's inputs are not dropped
+        assert choose_form(form, 1 << 20, cpu, 0.1, needs_norms=True) == "separate"  # the base's inputs are not dropped
 
 
 class Counted:
