@@ -14,6 +14,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 from qlora.data import collate
 from qlora.data.tokens import make_example
 from qlora.errors import ModelError
+from qlora.kernels import LowRank
 from qlora.layers import apply_recompute, rebuild_activations, use_document_attention
 from qlora.layers.rebuild import GatedMLP
 from qlora.layers.recompute import recompute_levels
@@ -54,7 +55,7 @@ def make_model(base, generator, dropout=0.0, compute_dtype="bfloat16", packed=Tr
     model, _ = load_base(str(base), compute_dtype=compute_dtype)
     add_lora(model, rank=rank, dropout=dropout, dtype=getattr(torch, compute_dtype), **settings)
     for _, layer in lora_layers(model):
-        layer.lora_B.data.normal_(std=0.05, generator=generator)
+        layer.first_trained.data.normal_(std=0.05, generator=generator)
     if packed:
         use_document_attention(model)
     rebuild_activations(model)
@@ -102,6 +103,37 @@ def test_gradients_are_those_without_it_bit_for_bit(
     assert all(grad.abs().max() > 0 for name, grad in expected.items())
     for level in [*levels, "full", "none"]:
         assert apply_recompute(model, level) == level
+        loss_again, found = gradients(model, batch, seed)
+        assert loss == loss_again, level
+        assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen", "null_space"),
+    [
+        ({"kind": "dora"}, True, False),
+        ({"kind": "dora", "form": "folded"}, False, True),
+        ({"kind": "rows"}, True, False),
+        ({"train": "B", "init": "orthogonal", "form": "folded"}, True, True),
+    ],
+    ids=str,
+)
+def test_gradients_of_every_kind_are_those_without_it(
+    settings, frozen, null_space, own_memory, tiny_base, generator, seed
+):
+    model, batch = make_model(tiny_base, generator, **settings), random_batch(generator)
+    for _, layer in lora_layers(model):
+        shapes = (3, layer.in_features), (layer.out_features, 3)
+        if frozen:
+            layer.frozen = LowRank(
+                *(torch.randn(shape, generator=generator).bfloat16() * 0.05 for shape in shapes), 0.5
+            )
+        if null_space:
+            layer.null_space = torch.linalg.qr(torch.randn(layer.in_features, 5, generator=generator)).Q
+    loss, expected = gradients(model, batch, seed)
+    assert all(grad.abs().max() > 0 for grad in expected.values())
+    for level in recompute_levels(model):
+        apply_recompute(model, level)
         loss_again, found = gradients(model, batch, seed)
         assert loss == loss_again, level
         assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level
