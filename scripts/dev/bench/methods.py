@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 RANKS, RANKS_ALPHA = (1, 4, 16, 64), 32
 AUTO_RANK = 16
-TEXTS = ("tinyshakespeare", "alpaca")
+TEXTS = ("tinyshakespeare", "alpaca", "wikisql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +167,17 @@ def write_text_parts(name: str, folder: Path) -> None:
 
 @cache
 def read_text(name: str) -> str:
-    """Return one of the texts, up to 400,000 characters."""
+    """Return one of the texts: plays, instructions with answers, or questions to tables; up to 400,000 characters."""
+    data = REALDATA / "data"
     if name == "tinyshakespeare":
-        return (REALDATA / "data" / name / "input.txt").read_text(encoding="utf-8")[:400_000]
-    rows = json.loads((REALDATA / "data" / "llama_factory_demo" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    return "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows)[:400_000]
+        text = (data / name / "input.txt").read_text(encoding="utf-8")
+    elif name == "alpaca":
+        rows = json.loads((data / "llama_factory_demo" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+        text = "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows)
+    else:
+        lines = (data / "mlx_wikisql_lora" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    return text[:400_000]
 
 
 def main() -> None:
