@@ -208,7 +208,8 @@ def _load_parameters(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> No
     trained = _trained(model)
     found, wanted = ({name: tuple(value.shape) for name, value in values.items()} for values in (stored, trained))
     if found != wanted:
-        raise ValueError(f"the trained parameters are {found}, this run needs {wanted}")
+        names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+        raise ValueError(f"{len(names)} trained parameters are missing or differ in shape: {', '.join(names[:3])}")
     for name, parameter in trained.items():
         parameter.copy_(stored[name])
 

@@ -51,12 +51,12 @@ def estimate(
     if probe:
         from qlora.memory.probe import measure_step, prepare
         from qlora.model import resolve_device
-        from qlora.objectives import objective_from_section
+        from qlora.objectives import training_loss
 
         level = result.level or list(result.levels)[-1]
         expected = result.levels[level]["total"] - result.levels[level]["bytes"]["context"]
-        loss = objective_from_section(settings.train).loss
-        measured = measure_step(prepare(settings, resolve_device()), settings, level, loss)
+        model = prepare(settings, resolve_device())
+        measured = measure_step(model, settings, level, training_loss(settings.train))
         report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
     if as_json:
         show_report(report, as_json)

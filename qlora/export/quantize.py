@@ -25,6 +25,7 @@ from qlora.model import (
     BaseWeights,
     Starts,
     build_skeleton,
+    has_codes,
     open_source,
     resolve_device,
     subtracted,
@@ -88,8 +89,8 @@ def quantize_model(
 
     Each tensor is read, quantized and written before the next is read.
 
-    Of a run, its base is written as the run trains on it, for its adapter: with `lora.init: reconstruct` that is the
-    base without the term that the initial values make up for, which the published base does not replace.
+    For a run, write the base that the run trains on. With `lora.init: reconstruct` its adapter fits no other: that base
+    lacks the term that the initial values make up for.
 
     Args:
         base: A folder, or a model id on the hub; or a run, whose settings are then used.
@@ -116,8 +117,14 @@ def quantize_model(
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     starts: Starts = {}
+    run, trained_on = base, None
     if RunDirectory.find(base) is not None:
         source = open_source(base)
+        if not source.quantized(source.base_files()):
+            raise ExportError(f"{base} is a run on a base in 16 bits; quantize its merge instead.")
+        if differing := source.base_differs(source.base_files()):
+            raise ExportError(f"{source.base} is not the base used in training: {', '.join(differing)} differ.")
+        trained_on = source.trained_on
         if dtype != "auto" or not double_quant or revision is not None:
             raise ExportError(f"{base} is a run, whose dtype, double quantization and revision are used; omit yours.")
         base, revision, trust_remote_code = source.base, source.revision, source.trust_remote_code
@@ -140,7 +147,10 @@ def quantize_model(
             if name in layers:
                 layer = layers[name]
                 weight = subtracted(value.T if layer.is_transposed else value, starts.get(layer.name))
-                _write_quantized(writer, name, _cast(name, weight, target), double_quant)
+                packed, state = quantize(_cast(name, weight, target), double_quant)
+                if layer.name in starts and not has_codes(starts[layer.name], packed):
+                    _differs(f"{name} has other 4-bit codes than in {run}", on.type, trained_on, notes)
+                _write_quantized(writer, name, packed, state)
             else:
                 writer.write(name, _cast(name, value, target) if value.is_floating_point() else value)
         writer.close()
@@ -163,6 +173,15 @@ def quantize_model(
         seconds=round(time.perf_counter() - started, 3),
         notes=notes,
     )
+
+
+def _differs(message: str, device: str, trained_on: str | None, notes: list[str]) -> None:
+    """Raise an error about codes that differ from a run's; a note where another kind of device explains it."""
+    if device == trained_on:
+        raise ExportError(f"{message}; restore the base that it was trained on.")
+    note = f"quantized on {device}, but the run was trained on {trained_on}: --device {trained_on} gives its codes"
+    if note not in notes:
+        notes.append(note)
 
 
 def _notes(folder: Path) -> list[str]:
@@ -209,9 +228,9 @@ def _quantized_layout(name: str, numel: int, double_quant: bool) -> list[TensorL
     return [TensorLayout(key, *entry) for key, entry in checkpoint_layout(name, numel, double_quant).items()]
 
 
-def _write_quantized(writer: ShardWriter, name: str, weight: torch.Tensor, double_quant: bool) -> None:
-    tensors = to_checkpoint_tensors(name, *quantize(weight, double_quant))
-    for entry in _quantized_layout(name, weight.numel(), double_quant):
+def _write_quantized(writer: ShardWriter, name: str, packed: torch.Tensor, state: Any) -> None:
+    tensors = to_checkpoint_tensors(name, packed, state)
+    for entry in _quantized_layout(name, state.shape.numel(), state.nested):
         tensor = tensors.pop(entry.name)
         assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} instead of {entry.shape}"
         writer.write(entry.name, tensor)

@@ -14,7 +14,7 @@ from qlora.export.card import public_name
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
-from qlora.kernels import LowRank, fold, row_norms
+from qlora.kernels import LowRank, fold, row_norms, row_scale
 from qlora.model import (
     BITSANDBYTES_4BIT,
     AdapterSource,
@@ -59,7 +59,7 @@ class MergedWeights:
     ) -> None:
         if onto not in ONTO:
             raise ExportError(f"onto: {onto!r} should be one of {', '.join(ONTO)}.")
-        self.source, self._onto = source, onto
+        self.source, self._force = source, force
         self._trained_on = source.trained_on
         self.device = _device_here(self._trained_on or "cpu") if device is None else resolve_device(device)
         self.files = source.base_files()
@@ -158,11 +158,11 @@ class MergedWeights:
         magnitude = magnitude.to(self.device)
         if module not in self._transposed:
             for rows, block in zip(row_blocks(self._shapes[name]), self._summed(name, base), strict=True):
-                yield block.mul_((magnitude[rows] / row_norms(block))[:, None])
+                yield block.mul_(row_scale(magnitude[rows], row_norms(block))[:, None])
             return
         norms = torch.stack([row_norms(block, dim=0) for block in self._summed(name, base)]).norm(dim=0)
         for block in self._summed(name, base):
-            yield block.mul_(magnitude / norms)
+            yield block.mul_(row_scale(magnitude, norms))
 
     def _summed(self, name: str, base: torch.Tensor | None) -> Iterator[torch.Tensor]:
         """Yield blocks of the rows of a tensor with its updates, before DoRA scales it.
@@ -174,9 +174,9 @@ class MergedWeights:
         deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
             stored = self._read_rows(name, rows) if base is None else base[rows]
-            block = stored.to(self.device)
-            if block.is_floating_point():
-                block = block.float()
+            # A copy, because the update is added in place, and the base may be read again.
+            dtype = torch.float32 if stored.is_floating_point() else stored.dtype
+            block = stored.to(self.device, dtype, copy=True)
             yield fold(block, [delta.rows(rows) for delta in deltas], out=block)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -205,7 +205,8 @@ class MergedWeights:
         weight = subtracted(weight.T if is_transposed else weight, start).to(self._compute_dtype)
         packed = quantize(weight, source.double_quant, source.block_size)
         del weight
-        if start is not None and self.device.type == source.trained_on and not has_codes(start, packed[0]):
+        is_comparable = self.device.type == source.trained_on and not self._force
+        if start is not None and is_comparable and not has_codes(start, packed[0]):
             raise ExportError(
                 f"{name}: the base has other 4-bit codes than the one that the run's adapter starts from; restore the "
                 "base that it was trained on."

@@ -1,7 +1,7 @@
 """Fast operations, each with a twin in plain torch."""
 
 from qlora.kernels.cross_entropy import linear_cross_entropy
-from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, scale_rows
+from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.kl_divergence import linear_kl_divergence
@@ -31,6 +31,7 @@ __all__ = [
     "rebuilt",
     "recipe_of",
     "row_norms",
+    "row_scale",
     "save_first",
     "scale_rows",
     "scratch",

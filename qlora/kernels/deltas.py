@@ -110,7 +110,8 @@ class LowRank:
         if other is None:
             return self
         B = other.B.float() * (other.scaling / self.scaling)
-        is_exact = other.B.dtype == self.B.dtype and torch.equal(B.to(self.B.dtype).float(), B)
+        dtypes = {each.dtype for each in (*self.tensors, *other.tensors)}
+        is_exact = len(dtypes) == 1 and torch.equal(B.to(self.B.dtype).float(), B)
         dtype = self.B.dtype if is_exact else torch.float32
         A = torch.cat([self.A.to(dtype), other.A.to(dtype)])
         return LowRank(A, torch.cat([self.B.to(dtype), B.to(dtype)], dim=1), self.scaling)
@@ -230,6 +231,16 @@ def row_norms(weight: torch.Tensor, dim: int = 1) -> torch.Tensor:
     return torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float32)
 
 
+def row_scale(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Return magnitude / norms in fp32, DoRA's scale c of the rows; 1 for rows of zeros, which have no direction.
+
+    Args:
+        magnitude: (out,), fp32.
+        norms: (out,), fp32, see :func:`row_norms`.
+    """
+    return torch.where(norms > 0, magnitude / norms, 1.0)
+
+
 def scale_rows(
     y: torch.Tensor, magnitude: torch.Tensor, norms: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -255,7 +266,7 @@ class _ScaleRows(torch.autograd.Function):
         ctx: Any, y: torch.Tensor, magnitude: torch.Tensor, norms: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(y, magnitude, norms, bias)
-        change = (magnitude / norms - 1).to(y.dtype)
+        change = (row_scale(magnitude, norms) - 1).to(y.dtype)
         return torch.addcmul(y, y if bias is None else y - bias, change)
 
     @staticmethod
@@ -264,7 +275,9 @@ class _ScaleRows(torch.autograd.Function):
         y, magnitude, norms, bias = ctx.saved_tensors
         grad_magnitude = None
         if ctx.needs_input_grad[1]:
-            products = grad * (y if bias is None else y - bias)
-            grad_magnitude = products.sum(0, dtype=torch.float32) / norms
-        change = (magnitude / norms - 1).to(y.dtype)
+            # fp16 has too small a range for products of loss-scaled gradients.
+            wide = grad.float() if grad.dtype == torch.float16 else grad
+            products = wide * (y if bias is None else y - bias)
+            grad_magnitude = torch.where(norms > 0, products.sum(0, dtype=torch.float32) / norms, 0.0)
+        change = (row_scale(magnitude, norms) - 1).to(y.dtype)
         return torch.addcmul(grad, grad, change), grad_magnitude, None, None

@@ -2,8 +2,17 @@
 
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
-from qlora.lora.initial import Factors, kaiming_scale, orthogonal, pissa
-from qlora.lora.inject import Targets, add_lora, linear_layers, lora_layers, match_targets, wrap_layers, wrap_linears
+from qlora.lora.initial import Factors, orthogonal, pissa
+from qlora.lora.inject import (
+    Targets,
+    add_lora,
+    check_ranks,
+    linear_layers,
+    lora_layers,
+    match_targets,
+    wrap_layers,
+    wrap_linears,
+)
 from qlora.lora.linear import LoraLinear, StoredAdapter
 from qlora.lora.ranks import RankBudget
 from qlora.lora.reconstruction import Reconstruction, reconstruct, subtract
@@ -17,7 +26,7 @@ from qlora.lora.rows import (
     wrap_rows,
 )
 from qlora.lora.spec import AdapterSpec
-from qlora.lora.start import LayerStart, apply_starts, starts_from_tensors, starts_to_tensors
+from qlora.lora.start import LayerStart, apply_first, apply_starts, starts_from_tensors, starts_to_tensors
 from qlora.lora.statistics import InputObserver, InputStatistics
 from qlora.lora.switch import adapters_off
 
@@ -38,11 +47,12 @@ __all__ = [
     "TrainedHead",
     "adapters_off",
     "add_lora",
+    "apply_first",
     "apply_starts",
+    "check_ranks",
     "choose_form",
     "eva_factors",
     "head_blocks",
-    "kaiming_scale",
     "linear_layers",
     "lora_layers",
     "match_targets",

@@ -1,6 +1,5 @@
 """Initial values of the factors that follow from a weight or its shape: orthonormal rows and principal components."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,17 +21,15 @@ class Factors(NamedTuple):
     B: torch.Tensor
 
 
-def orthogonal(rank: int, in_features: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
-    """Draw A with orthogonal rows of equal norm, A Aᵀ = scale² · I, uniformly among all such matrices.
+def orthogonal(rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw A with orthonormal rows, A Aᵀ = I, uniformly among all such matrices.
 
-    With the default scale, rows are orthonormal, which training B alone relies on: x Aᵀ is then the projection of x
-    onto the rows. :func:`kaiming_scale` gives rows of the norm that those of a `kaiming` A have on average.
+    Training B alone relies on them: x Aᵀ is then the projection of x onto the rows.
 
     Args:
         rank: Number of rows, at most `in_features`.
         in_features: Number of columns.
         generator: A CPU generator, so that a seed gives the same values on every device.
-        scale: Norm of the rows.
 
     Returns:
         A, (rank, in_features), fp32 on the CPU.
@@ -45,15 +42,7 @@ def orthogonal(rank: int, in_features: int, generator: torch.Generator, scale: f
     normal = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
     columns, triangle = torch.linalg.qr(normal)
     # QR's signs depend on its algorithm; with a positive diagonal, the result is uniform and the same everywhere.
-    return (scale * columns * triangle.diagonal().sign()).T.contiguous().float()
-
-
-def kaiming_scale() -> float:
-    """Return the root mean square norm of the rows of a `kaiming` A, sqrt(1/3), for :func:`orthogonal`.
-
-    Its numbers are uniform within ±1 / sqrt(in), so the squares of a row sum up to 1/3 on average.
-    """
-    return math.sqrt(1 / 3)
+    return (columns * triangle.diagonal().sign()).T.contiguous().float()
 
 
 def pissa(weight: torch.Tensor, rank: int, scaling: float) -> Factors:

@@ -162,9 +162,28 @@ def add_lora(
     )
     if init in COMPUTED_INITS:
         raise ModelError(f"init: {init!r} is computed from weights or data: set lora.init of a run, and train it.")
-    names = match_targets(model, Targets(targets, exclude, layers))
-    wrap_linears(model, spec.by_layer(names), seed)
-    return names
+    specs = spec.by_layer(match_targets(model, Targets(targets, exclude, layers)))
+    check_ranks(model, specs)
+    wrap_linears(model, specs, seed)
+    return list(specs)
+
+
+def check_ranks(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
+    """Check that layers have as many rows, directions or singular values as their adapters are made of.
+
+    Raises:
+        ModelError: Some have fewer; names them.
+    """
+    problems = []
+    for name, spec in specs.items():
+        layer: Any = model.get_submodule(name)
+        most = spec.largest_rank(layer.out_features, layer.in_features)
+        if most is not None and spec.rank > most:
+            what = "lora.kind: rows" if spec.kind == "rows" else f"lora.init: {spec.init}"
+            problems.append(f"lora.rank: {name} has rank {spec.rank}, but {what} allows at most {most} there")
+    if problems:
+        rest = f"\n… and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ModelError("\n".join(problems[:4]) + rest + "\nLower lora.rank, or set lora.rank_pattern.")
 
 
 def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int = 0) -> None:
@@ -176,7 +195,7 @@ def wrap_linears(model: nn.Module, specs: Mapping[str, AdapterSpec], seed: int =
         seed: Seed of the initial values.
 
     Raises:
-        ModelError: The model has adapters already, or a layer has fewer rows than are to be trained.
+        ModelError: The model has adapters already.
     """
     wrap_layers(model, specs)
     generator = torch.Generator().manual_seed(seed)
@@ -192,18 +211,13 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
         specs: Specs by the names of the layers.
 
     Raises:
-        ModelError: The model has adapters already, or a layer has fewer rows than are to be trained.
+        ModelError: The model has adapters already.
     """
     if any(lora_layers(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
     model.requires_grad_(False)
     for name, spec in specs.items():
         base: Any = model.get_submodule(name)
-        if spec.kind == "rows" and spec.rank > base.out_features:
-            raise ModelError(
-                f"lora.rank: {spec.rank} rows are to be trained, but {name} has {base.out_features}; lower lora.rank, "
-                "or give the layer its own by lora.rank_pattern."
-            )
         layer = LoraLinear(base, spec)
         layer.train(
             model.training

@@ -10,7 +10,7 @@ from torch import nn
 from qlora.kernels import Delta, LowRank, SparseRows, fold, row_norms
 from qlora.lora.function import dora_linear, lora_linear
 from qlora.lora.initial import orthogonal
-from qlora.lora.spec import AdapterSpec
+from qlora.lora.spec import DRAWN_INITS, AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class StoredAdapter:
 class LoraLinear(nn.Module):
     """A linear layer whose weight is c ∘ (W + Σ deltas), with W frozen (LoRA, arXiv:2106.09685).
 
-    The update is zero at first, so a fresh layer gives exactly what its base gives. Trained are `lora_A` and `lora_B`,
+    The update is zero at first, so a fresh layer gives exactly what its base gives. It trains `lora_A` and `lora_B`,
     or `lora_rows`; with DoRA also `magnitude`, the change of the norms of the rows since the start: their values, in
     fp32, are `first_magnitude + magnitude`.
 
@@ -47,7 +47,8 @@ class LoraLinear(nn.Module):
         spec: Kind, rank, scaling and form of the update.
 
     Attributes:
-        frozen: A term that is not trained: an earlier adapter, or initial values that are subtracted again; or None.
+        frozen: A term that is not trained, an earlier adapter; or None.
+        removed: The initial values, if they are subtracted again so that the update is zero at first; or None.
         first: A term that stays where the adapters are off, because the base was quantized without it; or None.
         null_space: Orthonormal directions of the inputs that A does not see, (in, directions), fp32; or None.
         is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
@@ -74,7 +75,7 @@ class LoraLinear(nn.Module):
             self.register_buffer("first_magnitude", torch.ones(base.out_features, device=device))
         self.register_buffer("null_space", None)
         self._scalings: dict[str, float] = {}
-        for term in ("frozen", "first"):
+        for term in ("frozen", "removed", "first"):
             self._set_term(term, None)
 
     @property
@@ -95,6 +96,15 @@ class LoraLinear(nn.Module):
     @frozen.setter
     def frozen(self, term: LowRank | None) -> None:
         self._set_term("frozen", term)
+
+    @property
+    def removed(self) -> LowRank | None:
+        """See the class."""
+        return self._term("removed")
+
+    @removed.setter
+    def removed(self, term: LowRank | None) -> None:
+        self._set_term("removed", term)
 
     @property
     def first(self) -> LowRank | None:
@@ -119,7 +129,8 @@ class LoraLinear(nn.Module):
             norms = row_norms(self._base_weight(dtype))
             self.row_index.copy_(norms.topk(self.spec.rank).indices.sort().values)
         else:
-            self.lora_A.copy_(draw(self.spec.init, self.spec.rank, self.in_features, generator))
+            init = self.spec.init if self.spec.init in DRAWN_INITS else "kaiming"  # the others are set afterwards
+            self.lora_A.copy_(draw(init, self.spec.rank, self.in_features, generator))
         self.start_magnitude(dtype)
 
     @torch.no_grad()
@@ -143,13 +154,7 @@ class LoraLinear(nn.Module):
     def deltas(self) -> tuple[Delta, ...]:
         """The terms that the adapter adds to the weight."""
         trained, frozen = self._trained_term(), self.frozen
-        if frozen is None:
-            return (trained,)
-        if isinstance(trained, LowRank) and trained.scaling == frozen.scaling:
-            # As one product, which cancels exactly where initial values are subtracted again.
-            A, B = torch.cat([trained.A, frozen.A]), torch.cat([trained.B, frozen.B], dim=1)
-            return (LowRank(A, B, trained.scaling),)
-        return trained, frozen
+        return (trained,) if frozen is None else (trained, frozen)
 
     @property
     def total_magnitude(self) -> torch.Tensor | None:
@@ -170,7 +175,8 @@ class LoraLinear(nn.Module):
     @property
     def is_stored_exactly(self) -> bool:
         """Whether the parameters are those of :meth:`stored`, and can be read back from there."""
-        is_plain = self.spec.kind == "lora" and self.frozen is None and self.null_space is None
+        terms = (self.frozen, self.removed, self.null_space)
+        is_plain = self.spec.kind == "lora" and all(term is None for term in terms)
         return is_plain and len(self.stored().A) == self.spec.rank
 
     @torch.no_grad()
@@ -183,7 +189,11 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
         if self.is_off:
-            return self.base(x) if self.first is None else lora_linear(x, self.base, (self.first,))
+            if self.first is None:
+                return self.base(x)
+            # In the form of the whole layer, so that it rounds as that does at first.
+            form = "separate" if self.spec.dropout else self.spec.form
+            return lora_linear(x, self.base, (self.first,), form=form)
         spec = self.spec
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
@@ -201,7 +211,12 @@ class LoraLinear(nn.Module):
     def _trained_term(self) -> LowRank | SparseRows:
         if self.spec.kind == "rows":
             return SparseRows(self.lora_rows, self.row_index)
-        return LowRank(self._used_A(), self.lora_B, self.spec.scaling)
+        A, removed = self._used_A(), self.removed
+        B: torch.Tensor = self.lora_B
+        if removed is not None:
+            # B A − B₀ A₀ = B (A − A₀) + (B − B₀) A₀, of which both parts are exactly zero at first.
+            A, B = torch.cat([A - removed.A, removed.A]), torch.cat([B, B - removed.B], dim=1)
+        return LowRank(A, B, self.spec.scaling)
 
     def _used_A(self) -> torch.Tensor:  # noqa: N802
         """Return A without its part in the null space, A (I − V Vᵀ) in fp32 (LoRA-Null, arXiv:2503.02659)."""
@@ -235,12 +250,17 @@ def draw(init: str, rank: int, in_features: int, generator: torch.Generator) -> 
     """Return initial values of A that need nothing but a seed, (rank, in_features), fp32 on the CPU.
 
     Args:
-        init: `gaussian`, with deviation 1 / rank; `orthogonal`, with orthonormal rows; anything else is `kaiming`,
-            uniform within ±1 / sqrt(in_features), as in PEFT.
+        init: `kaiming`, uniform within ±1 / sqrt(in_features), as in PEFT; `gaussian`, with deviation 1 / rank; or
+            `orthogonal`, with orthonormal rows.
         rank: Number of rows.
         in_features: Number of columns.
         generator: A CPU generator.
+
+    Raises:
+        ValueError: There is no such init.
     """
+    if init not in DRAWN_INITS:
+        raise ValueError(f"init {init!r} should be one of {', '.join(DRAWN_INITS)}")
     values = torch.empty(rank, in_features)
     if init == "gaussian":
         return nn.init.normal_(values, std=1 / rank, generator=generator)

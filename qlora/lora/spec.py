@@ -95,6 +95,14 @@ class AdapterSpec:
         factors: dict[str, tuple[int, ...]] = {"lora_A": (self.rank, in_features), "lora_B": (out_features, self.rank)}
         return factors | ({"magnitude": (out_features,)} if self.kind == "dora" else {})
 
+    def largest_rank(self, out_features: int, in_features: int) -> int | None:
+        """Return the largest rank for a weight of (out_features, in_features); None if there is no limit."""
+        if self.kind == "rows":
+            return out_features
+        limits = {"orthogonal": in_features, "eva": in_features}
+        limits |= dict.fromkeys(("pissa", "reconstruct"), min(out_features, in_features))
+        return limits.get(self.init)
+
     def trains(self, name: str) -> bool:
         """Return whether one of the parameters of :meth:`shapes` is trained."""
         return name != "lora_A" or self.train == "AB"

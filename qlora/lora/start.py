@@ -11,7 +11,7 @@ from qlora.lora.inject import lora_layers
 from qlora.lora.linear import LoraLinear
 
 # Fields of `LayerStart` that are low-rank terms.
-TERMS = ("frozen", "subtracted", "first")
+TERMS = ("frozen", "removed", "subtracted", "first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class LayerStart:
         index: their indices in the weight, (rows,).
         magnitude: Initial norms of the effective weight's rows, (out,), fp32.
         frozen: Term that is added and not trained.
+        removed: Initial values that are subtracted again.
         subtracted: Term that was subtracted from the base's weight before it was quantized.
         first: Term that stays where the adapters are off; the initial B A if the base was quantized without it.
         null_space: Orthonormal directions of the inputs that A does not see, (in, directions), fp32.
@@ -37,6 +38,7 @@ class LayerStart:
     index: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
     frozen: LowRank | None = None
+    removed: LowRank | None = None
     subtracted: LowRank | None = None
     first: LowRank | None = None
     null_space: torch.Tensor | None = None
@@ -61,7 +63,7 @@ class LayerStart:
             if value is not None:
                 getattr(layer, name).copy_(value)
         device = layer.base.weight.device
-        for term in ("frozen", "first"):
+        for term in ("frozen", "removed", "first"):
             given = getattr(self, term)
             setattr(layer, term, given and LowRank(given.A.to(device), given.B.to(device), given.scaling))
         layer.null_space = None if self.null_space is None else self.null_space.to(device)
@@ -76,6 +78,13 @@ def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
     for name, layer in lora_layers(model):
         if name in starts:
             starts[name].apply(layer, dtype)
+
+
+def apply_first(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
+    """Set the terms that stay where the adapters of a model are off."""
+    for name, layer in lora_layers(model):
+        term, device = starts[name].first if name in starts else None, layer.base.weight.device
+        layer.first = term and LowRank(term.A.to(device), term.B.to(device), term.scaling)
 
 
 def starts_to_tensors(starts: Mapping[str, LayerStart]) -> dict[str, torch.Tensor]:

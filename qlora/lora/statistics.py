@@ -17,10 +17,10 @@ _test_matrices: WeakValueDictionary[tuple[int, int, torch.device], torch.Tensor]
 class InputStatistics:
     """Mean and second moment E[xxᵀ] of the inputs x of one or more layers, in memory linear in their features.
 
-    Exact are the mean, the mean squares, and with `directions` of all features the whole moment. Otherwise the moment
-    G is kept as G Ω for a fixed random orthonormal Ω, (in, directions), from which its largest eigenvalues and their
-    vectors follow (Nyström's approximation from a stream, arXiv:1706.05736): good for the first quarter or so of
-    `directions`. A batch costs two products, and what several processes have seen is added up by :meth:`tensors`.
+    The mean and the mean squares are exact, and so is the whole moment if `directions` covers all features. Otherwise
+    the moment G is kept as G Ω for a fixed random orthonormal Ω, (in, directions), from which its largest eigenvalues
+    and their vectors follow (Nyström's approximation from a stream, arXiv:1706.05736): good for the first quarter or so
+    of `directions`. A batch costs two products, and what several processes have seen is added up by :meth:`tensors`.
 
     Args:
         in_features: Number of features.

@@ -66,8 +66,10 @@ class Stack:
                     layer = _EmptyLinear(layer, device)
                 if name in self.adapted:
                     layer = LoraLinear(layer, replace(self.specs[name], form=form))
+                    if config.train.keep is not None and config.train.keep.null_space is not None:
+                        layer.null_space = torch.empty(layer.in_features, 1, device="meta")
                     if lora.init == "pissa":
-                        layer.frozen = LowRank(torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B), 1.0)
+                        layer.removed = LowRank(torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B), 1.0)
                 model.set_submodule(name, layer)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()

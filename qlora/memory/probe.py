@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.config import RunConfig
+from qlora.config.sections.train import DEFAULT_LEARNING_RATE
 from qlora.data import Batch, add_new_tokens, collate, make_example
 from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
@@ -133,6 +134,8 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
         ModelError: The model does not support the level.
     """
     section = config.train
+    if section.learning_rate == "auto":  # its value takes no memory
+        section = section.with_learning_rate(DEFAULT_LEARNING_RATE)
     apply_recompute(model, level)
     optimizer = optimizer_from_section(model, section)
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -57,8 +57,7 @@ def load_base(
 
     Raises:
         ModelError: An argument is unknown, the base can't be found, read or loaded, its files lack weights that the
-            model needs, or `on_weight` failed, or no weight is quantized for it
-            to replace.
+            model needs, or `on_weight` failed or has no quantized weight to replace.
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")

@@ -14,6 +14,7 @@ from qlora.lora import (
     LayerStart,
     Targets,
     apply_starts,
+    check_ranks,
     match_targets,
     train_rows,
     trained_rows,
@@ -52,6 +53,7 @@ def adapter_specs(model: Any, section: LoraSection, starts: Mapping[str, LayerSt
     """
     layers = None if section.layers is None else layer_indices(section.layers)
     specs = adapter_spec(section).by_layer(match_targets(model, Targets(section.targets, section.exclude, layers)))
+    check_ranks(model, specs)
     ranks = {name: start.rank for name, start in (starts or {}).items() if start.rank is not None}
     return {name: spec.with_rank(ranks.get(name, spec.rank)) for name, spec in specs.items()}
 
@@ -91,15 +93,8 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
             `learning_rates` is a group of parameters: trained rows, or those of adapters by the last part of their
             names.
     """
-    rows = {id(each.weight) for _, each in trained_rows(model)}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = group_rates(section)
-
-    def group_of(name: str) -> str:
-        group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
-        return group if group in rates else ""
-
-    flat = FlatParameters(trained.items(), group_of, rates)
+    flat = flat_parameters(model, section)
+    flat.set_rates(group_rates(section))
     return make_optimizer(
         section.optimizer,
         flat,
@@ -108,6 +103,18 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
         rounding=section.rounding,
         seed=section.seed,
     )
+
+
+def flat_parameters(model: Any, section: TrainSection) -> FlatParameters:
+    """Move the trained parameters of a model into a flat buffer, in the groups of a config's `learning_rates`."""
+    rows = {id(each.weight) for _, each in trained_rows(model)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def group_of(name: str) -> str:
+        group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
+        return group if group in section.learning_rates else ""
+
+    return FlatParameters(trained.items(), group_of)
 
 
 def group_rates(section: TrainSection) -> dict[str, float]:

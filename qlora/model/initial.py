@@ -19,9 +19,12 @@ from qlora.lora import (
     num_directions,
     pissa,
     reconstruct,
+    starts_from_tensors,
+    starts_to_tensors,
 )
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
+from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapt, adapter_specs, base_from_section
 from qlora.model.null_space import hide_inputs
 from qlora.model.observe import observe
@@ -79,16 +82,15 @@ def load_for_training(
         load_rows(model, adapter.rows, adapter.tensors)
     if old_examples is not None:
         starts = hide_inputs(model, starts, old_examples)
-    return model, starts
+    # Copies on the host: what the layers hold is theirs.
+    return model, starts_from_tensors(starts_to_tensors(starts))
 
 
 def _eva(model: Any, section: LoraSection, examples: Sequence[TokenizedExample]) -> Starts:
     specs = adapter_specs(model, section)
     ranks = {spec.rank for spec in specs.values()}
     widest = max(model.get_submodule(name).in_features for name in specs)
-    statistics = observe(model, list(specs), examples, num_directions(max(ranks), EVA_RHO, widest))
-    if unused := [name for name in specs if name not in statistics]:
-        raise ModelError(f"lora.init: eva needs inputs, but the model never used {', '.join(unused[:3])}.")
+    statistics = observe(model, list(specs), "lora.init", examples, num_directions(max(ranks), EVA_RHO, widest))
     starts: dict[str, LayerStart] = {}
     for rank in ranks:  # layers with ranks of their own share these among themselves
         own = {name: statistics[name] for name, spec in specs.items() if spec.rank == rank}
@@ -103,7 +105,7 @@ def _pissa(model: Any, section: LoraSection, examples: Sequence[TokenizedExample
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.dequantize(torch.float32)
         A, B = (factor.to(spec.dtype) for factor in pissa(weight, spec.rank, spec.scaling))
-        starts[name] = LayerStart(A=A, B=B, frozen=LowRank(A, -B, spec.scaling))
+        starts[name] = LayerStart(A=A, B=B, removed=LowRank(A, B, spec.scaling))
     return starts
 
 
@@ -118,13 +120,24 @@ def _reconstructed(
 ) -> tuple[Any, Starts]:
     """Load a base whose weights are quantized together with the initial adapter, one at a time as they are read."""
     section = config.model
-    statistics = _statistics(config, device, examples) if config.lora.calibrate else {}
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
+    if weight_format(files, section.quantization) == BITSANDBYTES_4BIT:
+        raise ModelError(
+            f"lora.init: reconstruct needs the weights before they are quantized, but {section.base} has only 4-bit "
+            "ones; set model.base to the 16-bit model that it was made from."
+        )
     skeleton = build_skeleton(files, section.trust_remote_code)
     device = torch.device(device)
     dtype = resolve_compute_dtype(section.compute_dtype, device)
-    find_quantized_layers(skeleton, nf4_settings(section.double_quant, dtype), section.base, BaseWeights(files).shapes)
+    settings = nf4_settings(section.double_quant, dtype)
+    layers = find_quantized_layers(skeleton, settings, section.base, BaseWeights(files).shapes)
     specs = adapter_specs(skeleton, config.lora)
+    if missing := sorted({*specs} - {layer.name for layer in layers.values()}):
+        raise ModelError(
+            f"lora.init: reconstruct is for layers in 4 bits, which {', '.join(missing[:3])} are not; leave them out "
+            "of lora.targets, or set another lora.init."
+        )
+    statistics = _statistics(config, device, examples) if config.lora.calibrate else {}
     starts: dict[str, LayerStart] = {}
 
     def quantized(weight: torch.Tensor) -> torch.Tensor:
@@ -144,11 +157,6 @@ def _reconstructed(
         return subtracted(weight, starts[name])
 
     model, _ = base_from_section(section, device, start)
-    if missing := sorted({*specs} - {*starts}):
-        raise ModelError(
-            f"lora.init: reconstruct is for layers in 4 bits, which {', '.join(missing[:3])} are not; leave them out "
-            "of lora.targets, or set another lora.init."
-        )
     for name, found in starts.items():
         starts[name] = replace(found, codes=codes_digest(model.get_submodule(name).weight))
     return model, starts
@@ -159,4 +167,4 @@ def _statistics(
 ) -> dict[str, InputStatistics]:
     """Return statistics of the inputs of a plain base's layers; the base is freed again."""
     model, _ = base_from_section(config.model, device)
-    return observe(model, list(adapter_specs(model, config.lora)), examples, MOMENT_DIRECTIONS)
+    return observe(model, list(adapter_specs(model, config.lora)), "lora.calibrate", examples, MOMENT_DIRECTIONS)

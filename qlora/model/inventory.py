@@ -58,6 +58,8 @@ def frozen_checksum(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, NF4Linear):
             frozen += statistics(module.quant_state)
+        if isinstance(module, LoraLinear):
+            frozen += module.buffers(recurse=False)
     for tensor in frozen:
         total += tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
     return int(total)

@@ -30,7 +30,8 @@ def hide_inputs(model: Any, starts: Starts, examples: Sequence[TokenizedExample]
     Returns:
         The starts with the directions, which are set in the model too.
     """
-    statistics = observe(model, [name for name, _ in lora_layers(model)], examples, 4 * MOST_DIRECTIONS)
+    names = [name for name, _ in lora_layers(model)]
+    statistics = observe(model, names, "train.keep.null_space", examples, 4 * MOST_DIRECTIONS)
     spaces = {id(one): main_directions(one) for one in statistics.values()}  # shared by layers with the same inputs
     hidden = {
         name: replace(starts.get(name, LayerStart()), null_space=spaces[id(one)]) for name, one in statistics.items()

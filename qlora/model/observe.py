@@ -15,26 +15,36 @@ CALIBRATION_TOKENS = 16_384
 
 
 def observe(
-    model: Any, names: Sequence[str], examples: Sequence[TokenizedExample], directions: int = 0
+    model: Any, names: Sequence[str], key: str, examples: Sequence[TokenizedExample], directions: int = 0
 ) -> dict[str, InputStatistics]:
     """Run a model on the first examples, and return statistics of the inputs of its layers.
 
     Args:
         model: A causal language model, in evaluation mode.
         names: Names of linear layers.
+        key: Key of the config that asks for it, for errors.
         examples: Documents; up to `CALIBRATION_TOKENS` tokens of them are read.
         directions: See :class:`InputStatistics`.
 
     Raises:
-        ModelError: There is no example.
+        ModelError: There is no example, or a layer is never used.
     """
     if not len(examples):
-        raise ModelError("lora.init: there are no examples to take statistics of the layers' inputs from.")
+        raise ModelError(f"{key}: there are no examples to take statistics of the layers' inputs from.")
+    # New tokens, whose rows are added with the adapters, count as the base's last one.
+    last = model.get_input_embeddings().num_embeddings - 1
     left = CALIBRATION_TOKENS
     with InputObserver(model, names, directions) as observer, torch.no_grad():
         for example in examples:
-            model.base_model(**model_inputs(model, collate([example]).to(model.device)))
+            batch = collate([example]).to(model.device)
+            batch.input_ids.clamp_(max=last)
+            model.base_model(**model_inputs(model, batch))
             left -= len(example)
             if left <= 0:
                 break
+    if unused := [name for name in names if name not in observer.statistics]:
+        raise ModelError(
+            f"{key}: the model never used {', '.join(unused[:3])}, so nothing is known about the inputs; leave such "
+            "layers out of lora.targets."
+        )
     return observer.statistics

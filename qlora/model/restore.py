@@ -10,7 +10,9 @@ from qlora.config import load_config
 from qlora.data import apply_template
 from qlora.errors import ModelError
 from qlora.files import BaseFiles, find_adapter
+from qlora.lora import apply_first
 from qlora.model.base import load_base
+from qlora.model.device import resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import set_tokens
 from qlora.model.source import AdapterSource, open_source
@@ -82,8 +84,15 @@ def load_adapted(
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)
-        model = load_started_base(config.model, source.starts(), device)
+        starts = source.starts()
+        section = config.model
+        if any(start.subtracted for start in starts.values()):
+            # The dtype that the base was quantized from; auto may be another one here.
+            dtype = str(source.compute_dtype(resolve_device(device)))
+            section = section.model_copy(update={"compute_dtype": dtype.removeprefix("torch.")})
+        model = load_started_base(section, starts, device)
         wrap_adapter(model, adapter, config.lora.form)
+        apply_first(model, starts)
     return model.eval(), tokenizer
 
 

@@ -114,6 +114,13 @@ class AdapterSource:
         return [layer.name for layer in layers.values()]
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Return whether a text that names no file or folder here may be the id of a hub repository, `owner/name`."""
+    text = str(name)
+    is_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith((".yaml", ".yml"))
+    return is_id and not Path(text).expanduser().exists()
+
+
 def open_source(path: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter and its base.
 
@@ -134,8 +141,7 @@ def open_source(path: str | Path, base: str | None = None) -> AdapterSource:
         model = load_config(run.config).model
         return AdapterSource(run.adapter, model.base, model.revision, model.trust_remote_code, run)
     name = str(path)
-    is_hub_id = not Path(name).expanduser().exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    folder = find_adapter(name) if is_hub_id or Path(name).expanduser().is_dir() else None
+    folder = find_adapter(name) if is_hub_id(name) or Path(name).expanduser().is_dir() else None
     if folder is None:
         raise CheckpointError(
             f"{path} is not a run, its adapter/ or one of its checkpoints; a run has a config.yaml and a run.json. "

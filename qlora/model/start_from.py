@@ -8,6 +8,7 @@ import torch
 from qlora.checkpoint import PeftAdapter, RunDirectory
 from qlora.config import RunConfig
 from qlora.errors import ConfigError
+from qlora.files import BaseFiles
 from qlora.lora import AdapterSpec, LayerStart, StoredAdapter
 from qlora.lora.linear import draw
 from qlora.model.source import AdapterSource, open_source
@@ -24,10 +25,11 @@ def open_start(config: RunConfig) -> AdapterSource:
     path = config.lora.start_from
     assert path is not None
     source = open_source(path, None if RunDirectory.find(path) is not None else config.model.base)
-    if differing := source.base_differs(source.base_files()):
+    model = config.model
+    if differing := source.base_differs(BaseFiles.resolve(model.base, model.revision, model.trust_remote_code)):
         raise ConfigError(
-            f"lora.start_from: {path} was trained on a base with other files ({', '.join(differing)}); restore them, "
-            "or train without it."
+            f"lora.start_from: {path} was trained on {source.base}, and model.base ({model.base}) has other files "
+            f"({', '.join(differing)}); set model.base to the same, or train without lora.start_from."
         )
     return source
 
@@ -64,8 +66,17 @@ def starts_from_adapter(
         problems.append(f"it is a DoRA adapter; set lora.kind: dora instead of {section.kind}")
     if adapter.rows and section.stack:
         problems.append(f"it has trained rows of {', '.join(adapter.rows)}, which can't be stacked; remove lora.stack")
+    if adapter.rows and not (section.modules_to_save or config.data.new_tokens):
+        problems.append(
+            f"it has trained rows of {', '.join(adapter.rows)}; set lora.modules_to_save or data.new_tokens as for it"
+        )
     if section.kind == "rows" and not section.stack and not all(map(_is_rows, adapter.layers.values())):
         problems.append("it was not trained with lora.kind: rows; set lora.kind: lora, or lora.stack: true")
+    if section.kind == "rows" and not section.stack:
+        own = {name: len(each.A) for name, each in adapter.layers.items() if name in specs}
+        fewer = {rank for name, rank in own.items() if rank < specs[name].rank}
+        if fewer:
+            problems.append(f"it has {min(fewer)} rows, and continues with these; set lora.rank: {min(fewer)}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"lora.start_from: {section.start_from} can't be continued by this config:\n{lines}")

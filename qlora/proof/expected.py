@@ -135,9 +135,9 @@ class ExpectedWeights:
             scale = magnitude.double() / whole.norm(dim=0)
         else:
             scale = (magnitude[rows].double() / (weight + update).norm(dim=1))[:, None]
-        scaled = scale * (weight + update)
+        scaled = scale.where(scale.isfinite(), 1.0) * (weight + update)  # rows of zeros stay as they are
         # The sum of squares, its root, the quotient and the product are rounded too.
-        return scaled - weight, scale.abs() * bound + scaled.abs() * 2.0**-20
+        return scaled - weight, scale.abs().nan_to_num(1.0) * bound + scaled.abs() * 2.0**-20
 
     def _low_rank(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows of scaling · B A in fp64, and of a bound on the error of its sums in fp32."""

@@ -1,12 +1,12 @@
 """Assembly of a run's parts from its config, with all checks that are possible before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory
-from qlora.config import LoraSection, RunConfig, SourceSection, TrainSection
+from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, TrainSection
 from qlora.data import BatchPlan, Datasets, ExampleSet, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
@@ -15,6 +15,8 @@ from qlora.lora import RankBudget, lora_layers
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Starts,
+    adapter_spec,
+    build_skeleton,
     check_isolation,
     check_loss,
     datasets_from_section,
@@ -145,11 +147,13 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     datasets = _build_first(
         processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
     )
-    # Of a run that continues, its starts hold what was computed from these.
+    # A continued run has what was computed from these in its starts.
     old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
-        if problems := objective.unsupported_reasons(datasets.all_reports):
+        if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
+        skeleton = build_skeleton(files, model_section.trust_remote_code)
+        _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
@@ -166,6 +170,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
+    if section.warmup_steps is not None and section.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"train.warmup_steps: {section.warmup_steps} should be below the run's {total_steps} steps, or the "
+            "learning rate never gets to its peak; lower it, or set train.warmup_ratio."
+        )
     section, why = resolve_rate(config, model.config, total_steps)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
@@ -214,7 +223,7 @@ def _load_checked(
     datasets: Datasets,
     new_ids: range,
     starts: Starts | None,
-    old: ExampleSet | None,
+    old: Datasets | None,
 ) -> tuple[Any, Starts, str, str]:
     """Load the base with its adapters, in training mode.
 
@@ -223,8 +232,9 @@ def _load_checked(
     Returns:
         The model, what its adapters start from, and the attention and activations in use.
     """
-    model, starts = load_for_training(config, processes.device, new_ids, starts, datasets.train, old)
-    _check_fit(model, datasets)
+    model, starts = load_for_training(
+        config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train
+    )
     ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
@@ -245,22 +255,31 @@ def _starts_at(config: RunConfig, checkpoint: Path) -> Starts:
 
 
 def _rank_budget(section: LoraSection, model: Any, total_steps: int) -> RankBudget | None:
-    """Return the budget of `lora.final_rank`; ranks by layer shrink by the same share as `lora.rank`."""
+    """Return the budget of `lora.final_rank`; ranks by layer shrink by the same share as `lora.rank`.
+
+    Layers that start from an adapter of a higher rank than the config's shrink from there.
+    """
     if section.final_rank is None:
         return None
-    return RankBudget([layer for _, layer in lora_layers(model)], section.final_rank / section.rank, total_steps)
+    layers = dict(lora_layers(model))
+    asked = sum(spec.rank for spec in adapter_spec(section).by_layer(layers).values())
+    started = sum(layer.spec.rank for layer in layers.values())
+    share = min(1.0, section.final_rank / section.rank * asked / started)
+    return RankBudget(list(layers.values()), share, total_steps)
 
 
-def _old_examples(config: RunConfig, processes: Processes, tokenizer: Any) -> ExampleSet | None:
-    """Return the examples of `train.keep.null_space`; None if it is not set."""
+def _old_examples(config: RunConfig, processes: Processes, tokenizer: Any) -> Datasets | None:
+    """Return the examples of `train.keep.null_space` with their report; None if it is not set."""
     keep = config.train.keep
     if keep is None or keep.null_space is None:
         return None
-    own = {"train": [SourceSection(path=keep.null_space)], "eval": None, "retain": None, "max_rows": None}
-    section = config.data.model_copy(update=own)
+    # Its rows are read by their own columns, like those of any file.
+    plain = {key: DataSection.model_fields[key].get_default() for key in ("format", "columns", "roles", "max_rows")}
+    own = {"train": [SourceSection(path=keep.null_space)], "eval": None, "retain": None}
+    section = config.data.model_copy(update=plain | own)
     return _build_first(
         processes, lambda: datasets_from_section(section, tokenizer, config.train.seed, own_template=True)
-    ).train
+    )
 
 
 def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Datasets:
@@ -271,21 +290,26 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
         return build() if datasets is None else datasets
 
 
-def _check_fit(model: Any, datasets: Datasets) -> None:
+def _check_fit(skeleton: Any, new_ids: range, examples: Sequence[ExampleSet]) -> None:
     """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
+
+    Args:
+        skeleton: The base without weights.
+        new_ids: Ids of the tokens that the config adds.
+        examples: All examples that the model is run on.
 
     Raises:
         DataError: An embedding or a position is missing.
     """
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    stores = datasets.train.stores
+    num_embeddings = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
+    stores = [store for each in examples for store in each.stores]
     largest = max(store.largest_id() for store in stores)
     if largest >= num_embeddings:
         raise DataError(
             f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
             "or tokens were added without rows for them; name those to add in data.new_tokens."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     longest = max(int(store.lengths.max()) for store in stores)
     if positions and longest > positions:
         raise DataError(

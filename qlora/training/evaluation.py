@@ -12,6 +12,7 @@ from qlora.data import eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
 from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
 from qlora.model import evaluate as evaluate_batches
+from qlora.model.source import is_hub_id
 from qlora.objectives import objective_from_section
 
 
@@ -74,7 +75,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} should be 1 or more.")
     foreign = None
-    if not isinstance(target, RunConfig) and Path(target).expanduser().is_dir() or base is not None:
+    if not isinstance(target, RunConfig) and (Path(target).expanduser().is_dir() or is_hub_id(target)) or base:
         foreign = find_foreign(str(target), base)
     if foreign is not None:
         if data is None:

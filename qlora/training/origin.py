@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunRecord, read_origin
+from qlora.checkpoint import RunRecord, read_origin, step_of
 from qlora.config import RunConfig
 from qlora.errors import CheckpointError, ConfigError
 
@@ -38,13 +38,21 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     sections = config.model_dump(mode="json")
     sections["model"]["base"] = Path(config.model.base).name
     if config.lora.start_from is not None:
-        sections["lora"]["start_from"] = Path(config.lora.start_from).name
+        sections["lora"]["start_from"] = _adapter_name(Path(config.lora.start_from))
     if config.train.keep is not None and config.train.keep.null_space is not None:
         sections["train"]["keep"]["null_space"] = Path(config.train.keep.null_space).name
     for sources in (sections["data"][key] for key in ("train", "eval", "retain")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = Path(source["path"]).name
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _adapter_name(path: Path) -> str:
+    """Return the last part of an adapter's path that names it, with those after it: a run's folders are all alike."""
+    parts = path.parts
+    is_alike = [part in ("adapter", "checkpoints") or step_of(Path(part)) is not None for part in parts]
+    first = max((place for place, alike in enumerate(is_alike) if not alike), default=0)
+    return "/".join(parts[first:])
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from qlora.checkpoint import RunDirectory, RunRecord, load_state
 from qlora.errors import CheckpointError, ConfigError
+from qlora.lora import starts_to_tensors
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly
 from qlora.training.origin import describe_origin
@@ -63,7 +65,12 @@ def prepare_run(assembly: Assembly, run: RunDirectory, start: Start) -> Prepared
                 "raise train.max_steps or train.epochs, start over with --fresh, or choose another train.output_dir."
             )
     trained = assembly.optimizer.flat.data.cpu().view(torch.uint8).numpy().tobytes()
-    facts = {"first step": progress.step, "trained parameters": hashlib.sha256(trained).hexdigest()[:12]}
+    starts = save(starts_to_tensors(assembly.starts))
+    facts = {
+        "first step": progress.step,
+        "trained parameters": hashlib.sha256(trained).hexdigest()[:12],
+        "starts of the adapters": hashlib.sha256(starts).hexdigest()[:12],
+    }
     check_same(processes, origin["in_use"] | facts)
     in_use = replace(record.in_use, micro_batch_parts=progress.num_parts)
     return Prepared(progress, replace(record, in_use=in_use), origin, start.fresh)

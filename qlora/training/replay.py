@@ -22,9 +22,8 @@ from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
 from qlora.memory.probe import prepare
-from qlora.model import resolve_device, starts_of
+from qlora.model import flat_parameters, resolve_device, starts_of
 from qlora.objectives import training_loss
-from qlora.optim import FlatParameters
 from qlora.training.loop import LoopParts
 from qlora.training.seeds import document_seeds, seed_step
 
@@ -151,7 +150,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     loss = training_loss(config.train)
     model = prepare(config, resolve_device(), starts_of(config, RunDirectory(Path(path).expanduser().parent.parent)))
     apply_recompute(model, config.model.recompute)
-    flat = FlatParameters((name, value) for name, value in model.named_parameters() if value.requires_grad)
+    flat = flat_parameters(model, config.train)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):
         raise CheckpointError(
             f"{path}: its run trained {len(settings['trained'])} parameters, {tensors['trained'].numel()} values; this "

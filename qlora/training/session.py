@@ -60,11 +60,14 @@ def run_session(
     first_step = progress.step
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
+    evaluated = {
+        name
+        for name, examples in (("eval_loss", plan.datasets.eval), ("retain_loss", plan.datasets.retain))
+        if examples
+    }
     is_evaluated = processes.broadcast(
         processes.is_first
-        and any(
-            line["step"] == progress.step and {"eval_loss", "retain_loss"} & line.keys() for line in run.read_metrics()
-        )
+        and any(line["step"] == progress.step and evaluated <= line.keys() for line in run.read_metrics())
     )
     log = MetricsLog(
         run,

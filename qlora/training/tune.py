@@ -251,9 +251,10 @@ def _measure(assembly: Assembly) -> tuple[float, float, float]:
 
     def after_step(report: StepReport) -> bool:
         seconds.append(report.seconds)
-        return True
+        return len(seconds) < TIMED_STEPS
 
-    schedule = LoopSchedule(TIMED_STEPS, rate_of(assembly.train, TIMED_STEPS), assembly.train.max_grad_norm)
+    # One step more than is run: a run whose steps all overflowed in fp16 would end with an error.
+    schedule = LoopSchedule(TIMED_STEPS + 1, rate_of(assembly.train, TIMED_STEPS), assembly.train.max_grad_norm)
     # A step that is not finite is skipped here, and takes as long.
     run_loop(assembly.loop_parts, Progress(), schedule, LoopCallbacks(after_step, on_nonfinite=lambda _: None))
     return loss, seconds[-1], evaluation_seconds

@@ -77,21 +77,56 @@ def test_a_fresh_layer_gives_what_its_base_gives_bit_for_bit(settings, dtype, qu
     assert torch.equal(layer(x), layer.base(x))
 
 
+def remove_initial_values(layer, generator):
+    """Draw initial values that are subtracted again, as with PiSSA."""
+    with torch.no_grad():
+        layer.lora_A.normal_(generator=generator)
+        layer.lora_B.normal_(generator=generator)
+    layer.removed = LowRank(layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), layer.spec.scaling)
+    layer.start_magnitude()
+
+
 @pytest.mark.parametrize("form", ["separate", "folded"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_initial_values_that_are_subtracted_again_change_no_bit(kind, dtype, form, generator):
     layer = make_layer(generator, dtype, kind=kind, form=form)
-    with torch.no_grad():
-        layer.lora_A.normal_(generator=generator)
-        layer.lora_B.normal_(generator=generator)
-    layer.frozen = LowRank(layer.lora_A.detach().clone(), -layer.lora_B.detach(), layer.spec.scaling)
-    layer.start_magnitude()
+    remove_initial_values(layer, generator)
     x = torch.randn(9, IN, generator=generator).to(dtype)
-    y, wanted = layer(x), layer.base(x)
-    if dtype == torch.bfloat16:  # what rounding leaves of the sum in fp32 is far below the last bit
-        assert torch.equal(y, wanted)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("form", ["separate", "folded"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_their_gradients_are_those_of_the_difference(kind, form, generator):
+    layer = make_layer(generator, torch.float32, kind=kind, form=form, bias=False)
+    remove_initial_values(layer, generator)
+    first = layer.removed.scaling * layer.removed.B @ layer.removed.A
+    train(layer, generator)
+    x = torch.randn(7, IN, generator=generator)
+    leaves = {name: each.detach().requires_grad_() for name, each in layer.named_parameters() if each.requires_grad}
+    update = layer.spec.scaling * leaves["lora_B"] @ leaves["lora_A"] - first
+    magnitude = layer.first_magnitude + leaves["magnitude"] if kind == "dora" else None
+    wanted = adapted_linear(x, layer.base.dequantize(torch.float32), None, update, magnitude)
+    wanted.square().sum().backward()
+    y = layer(x)
+    y.square().sum().backward()
     assert error(y, wanted) < 1e-5
+    for name, leaf in leaves.items():
+        assert error(layer.get_parameter(name).grad, leaf.grad) < 1e-5, name
+    stored = layer.stored()
+    assert error(stored.scaling * stored.B @ stored.A, update) < 1e-5
+
+
+def test_rows_of_zeros_stay_as_they_are_with_dora(generator):
+    layer = make_layer(generator, torch.float32, quantized=False, kind="dora")
+    with torch.no_grad():
+        layer.base.weight[3] = 0
+    layer.start_magnitude()
+    x = torch.randn(5, IN, generator=generator)
+    assert torch.equal(layer(x), layer.base(x))
+    layer(x).sum().backward()
+    assert all(each.grad.isfinite().all() for each in layer.parameters() if each.grad is not None)
 
 
 @pytest.mark.parametrize(("settings", "form", "dtype", "bias", "frozen", "null_space"), [
@@ -180,7 +215,8 @@ def test_a_null_space_hides_its_inputs_from_the_update(generator):
     ({"kind": "rows", "rslora": True}, "rslora: kind 'rows' is not scaled"),
     ({"train": "B"}, "init: 'kaiming' draws an A that is not orthonormal, but train 'B' keeps it"),
     ({"init": "eva"}, "init: 'eva' is computed from weights or data"),
-    ({"kind": "rows", "rank": 99}, "lora.rank: 99 rows are to be trained, but 0 has 33"),
+    ({"kind": "rows", "rank": 99}, "lora.rank: 0 has rank 99, but lora.kind: rows allows at most 33 there"),
+    ({"init": "orthogonal", "rank": 49}, "lora.rank: 0 has rank 49, but lora.init: orthogonal allows at most 48 there"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_together_are_refused(values, message):
     with pytest.raises(ModelError, match=message):

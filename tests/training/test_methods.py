@@ -105,6 +105,12 @@ def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
     assert (theirs - found).norm() < 1e-4 * found.norm()
 
 
+def test_new_tokens_count_as_a_known_one_before_they_have_rows(tiny_base, alpaca_file, tmp_path):
+    settings = {"lora__init": "eva", "data__new_tokens": ["tin", "moss"], "train__max_steps": 1}
+    result = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings)))
+    assert result.status == "finished"
+
+
 def test_a_reconstructed_runs_adapter_fits_the_base_that_quantize_writes(tiny_base, alpaca_file, tmp_path, generator):
     peft = pytest.importorskip("peft")
     run = tmp_path / "run"
@@ -219,7 +225,11 @@ def test_two_processes_start_from_the_same_values_as_one(tiny_base, alpaca_file,
     assert all(starts[0][key].equal(starts[1][key]) for key in starts[0] | starts[1])
 
 
-@pytest.mark.parametrize("settings", [{"lora__init": "pissa"}, {"lora__kind": "rows", "lora__alpha": 32}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora__init": "pissa", "train__learning_rates": {"lora_B": "4x"}}, {"lora__kind": "rows", "lora__alpha": 32}],
+    ids=str,
+)
 def test_a_failed_step_is_rerun_from_the_same_start(settings, poisoned_base, tmp_path):
     rows = [{"text": f"Row {number} is fine."} for number in range(7)] + [{"text": f"And this {POISON} is not."}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -172,10 +172,10 @@ class LoraSection(Section):
             problems.append(f"final_rank: {self.final_rank} should be below lora.rank ({self.rank})")
         if self.final_rank is not None and self.train == "B":
             problems.append("final_rank: components are judged by both factors, so it needs lora.train: AB")
-        if self.final_rank is not None and self.init == "pissa":
+        if self.final_rank is not None and self.init in ("pissa", "reconstruct"):
             problems.append(
-                "final_rank: with lora.init pissa every component starts as a part of the weight, which would be "
-                "removed with it; set lora.init: eva"
+                f"final_rank: with lora.init {self.init} every component starts as a part of the weight, which would "
+                "be removed with it; set lora.init: eva"
             )
         if self.start_from is not None and not is_drawn:
             problems.append(f"start_from: the adapter has its values already; remove lora.init: {self.init}")

@@ -30,6 +30,17 @@ class RunConfig(Section):
                 raise ValueError(f"learning_rates has a rate of {group}, but {reason}, or remove it")
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _check_reconstruct(cls, value: LoraSection, info: ValidationInfo) -> LoraSection:
+        model = info.data.get("model")  # absent if invalid itself
+        if value.init == "reconstruct" and model is not None and model.quantization == "none":
+            raise ValueError(
+                "init: reconstruct makes up for what the quantization lost, but model.quantization is none; set "
+                "model.quantization: nf4 or another lora.init"
+            )
+        return value
+
     @field_validator("train")
     @classmethod
     def _check_keep(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config.sections.base import Section
 from qlora.config.sections.values import (
@@ -52,6 +52,12 @@ class KeepSection(Section):
         "layers get from them.",
         examples=["data/old-task.jsonl"],
     )
+
+    @model_validator(mode="after")
+    def _check_any(self) -> "KeepSection":
+        if not self.kl and self.null_space is None:
+            raise ValueError("keeps nothing; set kl or null_space, or remove keep")
+        return self
 
 
 class TrainSection(Section):
@@ -178,7 +184,7 @@ class TrainSection(Section):
     )
     keep: KeepSection | None = Field(
         default=None,
-        description="Keep the model close to its base; null adds nothing to the loss.",
+        description="Keep the model close to its base; null is off.",
         examples=[{"kl": 0.1}],
     )
     log_every: Count = Field(default=1, description="Steps between two lines of metrics.jsonl.", examples=[10])
