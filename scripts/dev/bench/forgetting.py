@@ -10,10 +10,11 @@ Results are appended to a file of JSON lines as they come; those in it already a
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -21,14 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import Callback, load_run, merge, train
-from qlora.checkpoint import read_adapter
+from qlora.checkpoint import RunDirectory, read_adapter, read_starts
 from qlora.lora import lora_layers
 from qlora.model import null_space
 from qlora.training.loop import StepReport
 from scripts.dev.bench.common import REALDATA, append, heading
+from scripts.dev.bench.initial_values import TITLE
 
-TITLE = """# Initial values and methods of training
-"""
 ABOUT = """`python -m scripts.dev.bench.forgetting --out docs/benchmarks/methods.md`. A real model of 260,032 parameters
 in NF4, trained on stories, learns Shakespeare: rank 8, alpha 16, all linear layers, {steps} steps of {batch} × {length}
 tokens, learning rate {rate:g} with a cosine. Every {every} steps, the loss is measured on held-out Shakespeare and on
@@ -38,6 +38,7 @@ is a level that is not reached. Of five stories, two or three are hidden or repl
 ways round with a seed each; figures are means of the two runs.
 """
 BATCH, LENGTH, STEPS, EVERY, RATE = 2, 256, 64, 8, 3e-3
+TIMED, TIMED_STEPS, ROUNDS = ("plain", "kl 1", "null space", "null space + kl 1"), 12, 2
 TRAIN_CHARACTERS, EVAL_CHARACTERS = 120_000, 5_000
 
 
@@ -60,10 +61,10 @@ class Setting:
     replay: float = 0
 
 
-def hiding(energy: float, features: float) -> Setting:
-    """Return a setting that hides this share of the energy, and at most this share of the features."""
-    limits = {"ENERGY": energy, "MOST_OF_FEATURES": features, "MOST_DIRECTIONS": 1 << 10}
-    return Setting(hides=True, constants=limits)
+def hiding(features: float) -> Setting:
+    """Return a setting that hides directions up to this share of the features."""
+    constants = {"ENERGY": 1.0, "MOST_OF_FEATURES": features, "MOST_DIRECTIONS": 1 << 10}
+    return Setting(hides=True, constants=constants)
 
 
 SETTINGS = {
@@ -72,9 +73,16 @@ SETTINGS = {
     "kl 0.1": Setting(kl=0.1),
     "kl 0.3": Setting(kl=0.3),
     "kl 1": Setting(kl=1),
+    "kl 3": Setting(kl=3),
     "null space": Setting(hides=True),
+    "null space, 12.5% of the features": hiding(0.125),
+    "null space, 25% of the features": hiding(0.25),
+    "null space, 75% of the features": hiding(0.75),
+    "null space + kl 0.3": Setting(hides=True, kl=0.3),
     "null space + kl 1": Setting(hides=True, kl=1),
-    "replay": Setting(replay=20),
+    "replay, weight 5": Setting(replay=5),
+    "replay, weight 20": Setting(replay=20),
+    "null space + replay, weight 20": Setting(hides=True, replay=20),
 }
 
 
@@ -87,7 +95,6 @@ class Run:
         fold: 0 or 1: which half of the stories it used, and its seed.
         new: Losses on held-out new text, from before the first step on.
         old: Losses on unseen old text, at the same steps.
-        seconds: Median seconds of a step.
         residuals: See :func:`residuals`; empty if the run hides nothing.
     """
 
@@ -95,7 +102,6 @@ class Run:
     fold: int
     new: list[float]
     old: list[float]
-    seconds: float
     residuals: dict[str, list[float]]
 
     def rise(self, level: float) -> float | None:
@@ -108,15 +114,19 @@ class Run:
         return None
 
 
-class Seconds(Callback):
-    """Collects the seconds of a run's steps."""
+class ProcessorSeconds(Callback):
+    """Collects the processor's seconds between the ends of steps, on which the load of the machine has no influence."""
 
     def __init__(self) -> None:
         self.all: list[float] = []
+        self._last: float | None = None
 
     def on_step(self, step: int, report: StepReport) -> None:
         """Add a step's."""
-        self.all.append(report.seconds)
+        now = time.process_time()
+        if self._last is not None:
+            self.all.append(now - self._last)
+        self._last = now
 
 
 def main() -> None:
@@ -138,6 +148,7 @@ def main() -> None:
                     runs.append(bench.train(name))
                     with arguments.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(asdict(runs[-1])) + "\n")
+        costs = costs_table(bench)
     chosen = {name: [run for run in runs if run.name == name] for name in arguments.settings}
     page = [
         *heading("forgetting", "torch", "transformers", "bitsandbytes"),
@@ -146,6 +157,8 @@ def main() -> None:
         *losses_table(chosen, arguments.levels),
         "",
         *residuals_table([run.residuals for run in chosen.get("null space", [])]),
+        "",
+        *costs,
     ]
     print("\n".join(page))
     if arguments.out:
@@ -173,18 +186,24 @@ class Bench:
 
     def train(self, name: str) -> Run:
         """Train with a setting."""
-        setting, seconds = SETTINGS[name], Seconds()
-        run = self.folder / f"run-{[*SETTINGS].index(name)}"
+        setting, run = SETTINGS[name], self.folder / f"run-{[*SETTINGS].index(name)}"
         with patch.dict(vars(null_space), setting.constants):
-            result = train(self._config(run, setting), callbacks=[seconds])
+            result = train(self._config(run, setting))
         return Run(
             name=name,
             fold=self.fold,
             new=[*result.eval_losses.values()],
             old=[*result.retain_losses.values()],
-            seconds=median(seconds.all),
             residuals=residuals(run) if setting.hides else {},
         )
+
+    def step_seconds(self, name: str) -> float:
+        """Return the processor's smallest seconds of a setting's step, from a run that evaluates nothing."""
+        config, seconds = self._config(self.folder / "timed", SETTINGS[name]), ProcessorSeconds()
+        config["data"]["retain"] = None
+        config["train"] |= {"eval_every": None, "max_steps": TIMED_STEPS}
+        train(config, fresh=True, callbacks=[seconds])
+        return min(seconds.all)
 
     def _write(self, name: str, documents: Sequence[str]) -> None:
         rows = (json.dumps({"text": document}) + "\n" for document in documents)
@@ -232,6 +251,8 @@ def residuals(run: Path) -> dict[str, list[float]]:
     """
     model, _ = load_run(run)
     layers = dict(lora_layers(model))
+    starts = read_starts(RunDirectory(run).starts)
+    hidden = {name: start.null_space.double() for name, start in starts.items() if start.null_space is not None}
     deltas = {name: stored.delta for name, stored in read_adapter(run / "adapter").layers.items()}
     changes = {"adapter": {name: each.scaling * each.B.double() @ each.A.double() for name, each in deltas.items()}}
     for dtype in ("float32", "float16"):
@@ -244,7 +265,7 @@ def residuals(run: Path) -> dict[str, list[float]]:
         }
     found = {}
     for source, by_layer in changes.items():
-        seen = {name: (change @ layers[name].null_space.double()).norm().item() for name, change in by_layer.items()}
+        seen = {name: (change @ hidden[name]).norm().item() for name, change in by_layer.items()}
         found[source] = [max(seen.values()), max(norm / by_layer[name].norm().item() for name, norm in seen.items())]
     return found
 
@@ -252,8 +273,8 @@ def residuals(run: Path) -> dict[str, list[float]]:
 def losses_table(chosen: Mapping[str, Sequence[Run]], levels: Sequence[float]) -> Iterator[str]:
     """Return a line for every setting."""
     titles = " | ".join(f"at {level:g}" for level in levels)
-    yield f"| setting | last loss, Shakespeare | last rise, stories | {titles} | s / step |"
-    yield f"|---|---|---|{'---|' * len(levels)}---|"
+    yield f"| setting | last loss, Shakespeare | last rise, stories | {titles} |"
+    yield f"|---|---|---|{'---|' * len(levels)}"
     plain = [_mean_rise(chosen["plain"], level) for level in levels]
     for name, runs in chosen.items():
         cells = []
@@ -262,8 +283,7 @@ def losses_table(chosen: Mapping[str, Sequence[Run]], levels: Sequence[float]) -
             less = "" if rise is None or most is None or name == "plain" else f" ({100 * (1 - rise / most):.0f}%)"
             cells.append("–" if rise is None else f"{rise:.3f}{less}")
         last, risen = mean(run.new[-1] for run in runs), mean(run.old[-1] - run.old[0] for run in runs)
-        seconds = mean(run.seconds for run in runs)
-        yield f"| {name} | {last:.3f} | {risen:.3f} | {' | '.join(cells)} | {seconds:.2f} |"
+        yield f"| {name} | {last:.3f} | {risen:.3f} | {' | '.join(cells)} |"
 
 
 def _mean_rise(runs: Sequence[Run], level: float) -> float | None:
@@ -279,6 +299,14 @@ def residuals_table(found: Sequence[Mapping[str, Sequence[float]]]) -> Iterator[
     for source in found[0] if found else ():
         norm, share = (max(each[source][index] for each in found) for index in (0, 1))
         yield f"| {source} | {norm:.1e} | {share:.1e} |"
+
+
+def costs_table(bench: Bench) -> list[str]:
+    """Return a line for every kind of setting, the fastest step of rounds in which they alternate."""
+    rounds = [{name: bench.step_seconds(name) for name in TIMED} for _ in range(ROUNDS)]
+    fastest = {name: min(each[name] for each in rounds) for name in TIMED}
+    lines = ["| setting | processor's s / step, at best | ÷ plain |", "|---|---|---|"]
+    return lines + [f"| {name} | {own:.3f} | {own / fastest['plain']:.2f} |" for name, own in fastest.items()]
 
 
 if __name__ == "__main__":
