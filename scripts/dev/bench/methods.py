@@ -23,11 +23,10 @@ from scripts.dev.bench.common import REALDATA, append, heading
 TITLE = """# Initial values and methods of training
 """
 MODEL = REALDATA / "models" / "stories260K-hf"
-TASK = """stories260K-hf, a real Llama of 260,032 parameters, in NF4 with double quantization; all linear layers,
-{steps} steps of 4 × {length} tokens, compute in fp32, factors in bf16 with stochastic rounding, AdamW, cosine schedule,
-gradients clipped to norm 0.3. Losses are those of the held-out text after the last step; runs of one seed see the same
-batches.
-"""
+TASK = """`python -m scripts.dev.bench.methods --results FILE --only {table}`. stories260K-hf, a real Llama of 260,032
+parameters, in NF4 with double quantization; all linear layers, {steps} steps of 4 × {length} tokens, compute in fp32,
+factors in bf16 with stochastic rounding, AdamW, cosine schedule, gradients clipped to norm 0.3. Losses are those of
+held-out text after the last step. Runs of one seed see the same batches."""
 STEPS, LENGTH = 60, 128
 SEEDS = (0, 1, 2)
 # Characters of the end of a text that are held out.
@@ -210,8 +209,9 @@ def compare_methods(results: Results, arguments: argparse.Namespace) -> Iterator
         for name in arguments.methods:
             losses[name, seed] = results.loss(Run(name, best[name], seed))
     yield from heading("held-out loss by method", "torch", "transformers", "bitsandbytes")
-    yield from TASK.format(steps=STEPS, length=LENGTH).splitlines()
-    yield f"Rank {RANK}, alpha {ALPHA}; `rows` trains as many numbers. The best rate is that of seed 0."
+    yield from TASK.format(table="methods", steps=STEPS, length=LENGTH).splitlines()
+    yield f"tinyshakespeare; rank {RANK}, alpha {ALPHA}; `rows` trains as many numbers as these factors have. Losses by"
+    yield "learning rate are those of seed 0, which decides on the best rate."
     yield ""
     rates = sorted({rate for grid in grids.values() for rate in grid})
     seeds = " | ".join(f"seed {seed}" for seed in arguments.seeds)
@@ -234,8 +234,8 @@ def compare_ranks(results: Results, arguments: argparse.Namespace) -> Iterator[s
     best = {rank: results.best(grid) for rank, grid in grids.items()}
     rates = sorted({rate for grid in grids.values() for rate in grid})
     yield from heading("best learning rate by rank", "torch", "transformers", "bitsandbytes")
-    yield from TASK.format(steps=STEPS, length=LENGTH).splitlines()
-    yield f"Scaling {RANKS_ALPHA} / rank, seed 0."
+    yield from TASK.format(table="ranks", steps=STEPS, length=LENGTH).splitlines()
+    yield f"tinyshakespeare; plain adapters, scaling {RANKS_ALPHA} / rank, seed 0."
     yield ""
     shown = " | ".join(f"{Run('plain', rate).learning_rate:g}" for rate in rates)
     yield f"| rank | {shown} | best rate |"
@@ -249,7 +249,7 @@ def compare_ranks(results: Results, arguments: argparse.Namespace) -> Iterator[s
 def compare_auto(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
     """Yield the table of `learning_rate: auto` against the best rate of the grid."""
     yield from heading("learning_rate: auto against a sweep", "torch", "transformers", "bitsandbytes")
-    yield from TASK.format(steps=STEPS, length=LENGTH).splitlines()
+    yield from TASK.format(table="auto", steps=STEPS, length=LENGTH).splitlines()
     yield f"Plain adapters of rank {AUTO_RANK}, alpha {RANKS_ALPHA}, seed 0."
     yield ""
     yield "| text | before | best rate | loss | auto | loss | difference |"
