@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.errors import ExportError
 from qlora.export import merge
-from qlora.export.gguf.merge import merge_to_gguf
 from tests.cli import run as run_command
 
 pytestmark = pytest.mark.slow
@@ -27,7 +26,7 @@ def run(merged):
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 def test_every_value_is_the_merged_value_rounded_once(dtype, onto, run, tmp_path):
     seen = []
-    report = merge_to_gguf(run, tmp_path / "out", dtype, onto, on_progress=lambda *steps: seen.append(steps))
+    report = merge(run, tmp_path / "out", dtype, onto, on_progress=lambda *steps: seen.append(steps), format="gguf")
     merge(run, tmp_path / "exact", "float32", onto)
     file = {"float16": "out-f16.gguf", "bfloat16": "out-bf16.gguf"}[dtype]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32).state_dict()
@@ -50,7 +49,7 @@ def test_progress_ends_at_the_total_if_a_tied_model_has_its_weight_twice(tied, t
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(tied / "base"), str(base)))
     seen = []
-    merge_to_gguf(copy, tmp_path / "out", force=True, on_progress=lambda *steps: seen.append(steps))
+    merge(copy, tmp_path / "out", force=True, on_progress=lambda *steps: seen.append(steps), format="gguf")
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
 
@@ -58,7 +57,7 @@ def test_progress_ends_at_the_total_if_a_tied_model_has_its_weight_twice(tied, t
 @pytest.mark.parametrize(("dtype", "onto"), [("float32", "dequantized"), ("float16", "best")])
 def test_a_dtype_or_base_that_gguf_does_not_support_is_refused(dtype, onto, run, tmp_path):
     with pytest.raises(ExportError, match=f"can't be written in {dtype} onto {onto}"):
-        merge_to_gguf(run, tmp_path / "out", dtype, onto)
+        merge(run, tmp_path / "out", dtype, onto, format="gguf")
     assert not (tmp_path / "out").exists()
 
 

@@ -197,10 +197,9 @@ def test_the_card_lists_the_trained_rows(runs, tmp_path):
 @pytest.mark.parametrize("kind", ["new rows", "tied, new rows", "new rows among spare ones"])
 def test_gguf_has_the_new_tokens_and_their_rows(kind, runs, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
-    from qlora.export.gguf.merge import merge_to_gguf
 
     run, size = runs(kind), KINDS[kind][-1]
-    merge_to_gguf(run, tmp_path / "out", "float16")
+    merge(run, tmp_path / "out", "float16", format="gguf")
     merge(run, tmp_path / "exact", "float32")
     report = verify(run, tmp_path / "out")
     assert report.matches, report.problems

@@ -7,7 +7,7 @@ import torch
 from transformers import MistralConfig, Qwen3Config
 
 from qlora.config import load_config
-from qlora.export.gguf.merge import merge_to_gguf
+from qlora.export import merge
 from qlora.proof import verify
 from qlora.training import train
 from tests.cli import run as run_command
@@ -46,7 +46,7 @@ def run(request, alpaca_file, tmp_path_factory):
 def released(merged, tmp_path_factory):
     """A merged GGUF file; not to be changed."""
     folder = tmp_path_factory.mktemp("released") / "out"
-    merge_to_gguf(merged / "run", folder)
+    merge(merged / "run", folder, format="gguf")
     return folder
 
 
@@ -65,7 +65,7 @@ def opened(out):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 def test_a_merged_model_is_verified(dtype, onto, run, tmp_path):
-    merge_to_gguf(run, tmp_path / "out", dtype, onto)
+    merge(run, tmp_path / "out", dtype, onto, format="gguf")
     report = verify(run, tmp_path / "out")
     assert report.problems == []
     assert report.tensors_checked >= 20
@@ -87,7 +87,7 @@ def test_the_command_exits_with_1_on_a_changed_file(merged, out):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_a_value_off_by_two_units_in_the_last_place_is_reported(dtype, merged, tmp_path, seed):
-    merge_to_gguf(merged / "run", tmp_path / "out", dtype)
+    merge(merged / "run", tmp_path / "out", dtype, format="gguf")
     reader, tensors = opened(tmp_path / "out")
     row = seed % len(tensors[UP.format(0)])
     values = tensors[UP.format(0)][row]
@@ -148,7 +148,7 @@ def test_another_chat_template_is_reported(merged, out):
 def test_changed_factors_of_llama_3s_rotations_are_reported(alpaca_file, tmp_path):
     base = make_base(tmp_path / "base", seed=3, rope_parameters=ROPE)
     train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
-    merge_to_gguf(tmp_path / "run", tmp_path / "out")
+    merge(tmp_path / "run", tmp_path / "out", format="gguf")
     reader, tensors = opened(tmp_path / "out")
     factors = torch.from_numpy(tensors["rope_freqs.weight"].copy())
     assert factors.min() < factors.max()

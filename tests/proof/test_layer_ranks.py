@@ -7,7 +7,6 @@ import pytest
 from qlora.config import load_config
 from qlora.errors import ModelError
 from qlora.export import merge
-from qlora.export.gguf.merge import merge_to_gguf
 from qlora.memory.estimate import estimate
 from qlora.model import SUPERVISED, load_run
 from qlora.proof import verify
@@ -49,7 +48,7 @@ def test_adapter_and_merged_weights_are_verified(run, tmp_path):
 
 def test_the_gguf_file_is_verified(run, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
-    merge_to_gguf(run, tmp_path / "out")
+    merge(run, tmp_path / "out", format="gguf")
     report = verify(run, tmp_path / "out")
     assert report.problems == []
     assert report.tensors_checked == 21

@@ -59,12 +59,11 @@ def convert(llama_cpp: Path, program: str, source: Path, target: Path, dtype: st
 def make_ways(name: str, base: Path, run: Path, folder: Path, llama_cpp: Path) -> Iterator[Way]:
     """Write a run's files for llama.cpp."""
     from qlora import merge
-    from qlora.export.gguf.merge import merge_to_gguf
 
     for dtype, kind in DTYPES.items():
         merge(run, folder / kind, dtype, "original")
     if name.startswith(OURS):
-        merge_to_gguf(run, folder / "ours", "float16", "original")
+        merge(run, folder / "ours", "float16", "original", format="gguf")
         yield Way("qlora's GGUF", "f16", folder / "ours" / "ours-f16.gguf")
     for kind in DTYPES.values():
         file = convert(llama_cpp, "convert_hf_to_gguf.py", folder / kind, folder / f"merged-{kind}.gguf", kind)
