@@ -137,7 +137,7 @@ class Results:
         return self.losses[run]
 
     def best(self, runs: dict[float, Run]) -> float:
-        """Return the exponent of the best rate; `runs`, by exponent, grows while it is at an end, and by half a step."""
+        """Return the exponent of the best rate; `runs`, by exponent, grows while it is at an end and by half a step."""
 
         def choose() -> float:
             return min(runs, key=lambda rate: self.loss(runs[rate]))
