@@ -1,6 +1,7 @@
 """Measure the held-out loss after training by method, learning rate, rank and seed, on a real model.
 
-Every method is compared at its best rate of a grid of factors of 3, which grows while the best rate is at an end of it.
+Every method is compared at its best rate of a grid of factors of 3, which grows while the best rate is at an end of it;
+then the middle between the best rate and its better neighbour is tried.
 Runs of one seed see the same batches. Results are appended to a file as they come; started again, it continues.
 
     python -m scripts.dev.bench.methods --results FILE --out docs/benchmarks/methods.md
@@ -12,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ SEEDS = (0, 1, 2)
 # Characters of the end of a text that are held out.
 HELD_OUT = 20_000
 # Rates are powers of 3 times this one. The exponents that the grids begin with, and those of methods that differ.
-MIDDLE_RATE, FIRST_EXPONENTS = 1e-2, (-1, 0)
-OTHER_EXPONENTS = {"LoRA+": (-3, -2)}
+MIDDLE_RATE = 1e-2
+FIRST_EXPONENTS: tuple[float, ...] = (-1, 0)
+OTHER_EXPONENTS: dict[str, tuple[float, ...]] = {"LoRA+": (-3, -2)}
 LEAST_EXPONENT, MOST_EXPONENT = -5, 2
 RANK, ALPHA = 8, 16
 # Trained rows that have as many numbers as factors of rank 8, rank · (in + out) / in.
@@ -55,10 +57,10 @@ TEXTS = ("tinyshakespeare", "alpaca", "wikisql")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What distinguishes one run from the others; `rate` is an exponent of 3 on the middle rate, or None for `auto`."""
+    """What distinguishes a run from the others; `rate` is an exponent of 3 on the middle rate, or None for `auto`."""
 
     method: str
-    rate: int | None
+    rate: float | None
     seed: int = 0
     rank: int = RANK
     alpha: int = ALPHA
@@ -134,19 +136,21 @@ class Results:
             self._add(record)
         return self.losses[run]
 
-    def best(self, runs: dict[int, Run]) -> int:
-        """Return the exponent of the best rate; `runs`, by exponent, grows while it is at an end."""
-        while True:
-            best = min(runs, key=lambda rate: self.loss(runs[rate]))
-            if best == min(runs):
-                step = best - 1
-            elif best == max(runs):
-                step = best + 1
-            else:
-                return best
+    def best(self, runs: dict[float, Run]) -> float:
+        """Return the exponent of the best rate; `runs`, by exponent, grows while it is at an end and by half a step."""
+
+        def choose() -> float:
+            return min(runs, key=lambda rate: self.loss(runs[rate]))
+
+        while (best := choose()) in (min(runs), max(runs)):
+            step = best - 1 if best == min(runs) else best + 1
             if not LEAST_EXPONENT <= step <= MOST_EXPONENT:
                 return best
-            runs[step] = Run(**{**asdict(runs[best]), "rate": step})
+            runs[step] = replace(runs[best], rate=step)
+        neighbours = (rate for rate in runs if abs(rate - best) == 1)
+        half = (best + min(neighbours, key=lambda rate: self.loss(runs[rate]))) / 2
+        runs[half] = replace(runs[best], rate=half)
+        return choose()
 
     def _add(self, record: dict[str, Any]) -> None:
         first, last, cpu = (record.pop(key) for key in ("first", "last", "cpu"))
@@ -274,7 +278,7 @@ def automatic_rate() -> str:
     return f"{auto_rate(config.model_type, config.hidden_size, STEPS, AUTO_RANK, RANKS_ALPHA / AUTO_RANK).value:g}"
 
 
-def row_of_rates(results: Results, grid: dict[int, Run], rates: list[int]) -> list[str]:
+def row_of_rates(results: Results, grid: dict[float, Run], rates: list[float]) -> list[str]:
     """Return a cell for each rate: the loss with seed 0, if it was trained."""
     return [f"{results.loss(grid[rate]):.4f}" if rate in grid else "" for rate in rates]
 
