@@ -175,7 +175,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             f"train.warmup_steps: {section.warmup_steps} should be below the run's {total_steps} steps, or the "
             "learning rate never gets to its peak; lower it, or set train.warmup_ratio."
         )
-    section, why = resolve_rate(config, model.config, total_steps)
+    section, why = resolve_rate(config, model.config)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
     loss = training_loss(section, objective.loss)

@@ -17,8 +17,6 @@ RULE_RATE, RULE_WIDTH = 5e-4, 2000
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 # Other families: the geometric middle of both rules.
 MIDDLE_EXPONENT = sum(EXPONENTS.values()) / len(EXPONENTS)
-# Runs of up to so many steps want a higher rate, and runs from so many do not.
-SHORT_STEPS, LONG_STEPS, SHORT_FACTOR = 100, 1000, 1.5
 MOST = 0.1
 
 
@@ -35,7 +33,7 @@ class AutoRate:
     why: str
 
 
-def auto_rate(model_type: str, hidden_size: int, total_steps: int, rank: int, scaling: float) -> AutoRate:
+def auto_rate(model_type: str, hidden_size: int, rank: int, scaling: float) -> AutoRate:
     """Return a good peak learning rate of AdamW for adapters.
 
     The rule is 5e-4 · (2000 / hidden size)^e, with e fitted for Llama and Qwen ("LoRA Without Regret", Thinking
@@ -45,27 +43,22 @@ def auto_rate(model_type: str, hidden_size: int, total_steps: int, rank: int, sc
     rate · scaling · A at first, and another scaling s needs the rate times (32 / rank) / s: 32 / alpha for LoRA, and
     32 / (alpha · √rank) for rsLoRA, whose scaling is alpha / √rank.
 
-    Short runs want a higher rate: there, the best one was 15 instead of 10 times that of full fine-tuning. The factor
-    of 1.5 holds up to 100 steps, and shrinks to 1 at 1000 steps by the logarithm of the steps.
+    The length of the run is not taken into account: a higher rate for short runs, as the source has it, was worse on
+    runs of 60 steps (docs/benchmarks/methods.md).
 
     Args:
         model_type: Architecture, as in the base's config.json.
         hidden_size: Number of features between layers.
-        total_steps: Number of optimizer steps of the run.
         rank: Rank of the adapters.
         scaling: Factor on B A.
     """
     family = next((name for name in EXPONENTS if model_type.startswith(name)), None)
     exponent = MIDDLE_EXPONENT if family is None else EXPONENTS[family]
-    progress = math.log(max(total_steps, 1) / SHORT_STEPS) / math.log(LONG_STEPS / SHORT_STEPS)
-    length = SHORT_FACTOR ** (1 - min(1.0, max(0.0, progress)))
     adapter = RULE_ALPHA / rank / scaling
-    computed = RULE_RATE * (RULE_WIDTH / hidden_size) ** exponent * length * adapter
+    computed = RULE_RATE * (RULE_WIDTH / hidden_size) ** exponent * adapter
     why = (
         f"auto: {RULE_RATE:g} · ({RULE_WIDTH} / {hidden_size})^{exponent:.3g} for {family or f'{model_type}, a middle'}"
     )
-    if length > 1:
-        why += f", × {length:.3g} for {total_steps:,} steps"
     if not math.isclose(adapter, 1):
         why += f", × {adapter:.3g} for a scaling of {scaling:.3g} at rank {rank}"
     if computed > MOST:
@@ -73,15 +66,14 @@ def auto_rate(model_type: str, hidden_size: int, total_steps: int, rank: int, sc
     return AutoRate(float(f"{min(computed, MOST):.3g}"), why)
 
 
-def resolve_rate(config: RunConfig, model_config: Any, total_steps: int) -> tuple[TrainSection, str | None]:
+def resolve_rate(config: RunConfig, model_config: Any) -> tuple[TrainSection, str | None]:
     """Return a config's training section with a number as learning rate, and how that was computed.
 
-    The same base, adapters and number of steps give the same rate, so that a continued run finds it again.
+    The same base and adapters give the same rate, so that a continued run finds it again.
 
     Args:
         config: Config of the run.
         model_config: Config of the base.
-        total_steps: Number of optimizer steps of the run.
 
     Returns:
         The section, and how `auto` was computed; None if the config gives a number.
@@ -99,7 +91,7 @@ def resolve_rate(config: RunConfig, model_config: Any, total_steps: int) -> tupl
             "number, such as 2e-4."
         )
     spec = adapter_spec(config.lora)
-    rate = auto_rate(text_config.model_type, hidden_size, total_steps, spec.rank, spec.scaling)
+    rate = auto_rate(text_config.model_type, hidden_size, spec.rank, spec.scaling)
     try:
         return config.train.with_learning_rate(rate.value), rate.why
     except ValidationError as error:

@@ -86,8 +86,7 @@ class TrainSection(Section):
     )
     learning_rate: RateOrAuto = Field(
         default=DEFAULT_LEARNING_RATE,
-        description="Peak learning rate. auto computes it from the base's family and width, the adapters' scaling and "
-        "the number of steps.",
+        description="Peak learning rate. auto computes it from the base's family and width and the adapters' scaling.",
         examples=["auto"],
     )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "cosine_restarts"] = Field(

@@ -275,7 +275,7 @@ def automatic_rate() -> str:
     from qlora.training.auto_rate import auto_rate
 
     config = AutoConfig.from_pretrained(MODEL)
-    return f"{auto_rate(config.model_type, config.hidden_size, STEPS, AUTO_RANK, RANKS_ALPHA / AUTO_RANK).value:g}"
+    return f"{auto_rate(config.model_type, config.hidden_size, AUTO_RANK, RANKS_ALPHA / AUTO_RANK).value:g}"
 
 
 def row_of_rates(results: Results, grid: dict[float, Run], rates: list[float]) -> list[str]:
