@@ -1,6 +1,6 @@
 """An output head in blocks of rows, whose logits are computed in chunks and never for a whole batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -28,6 +28,31 @@ def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | 
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+def apply_norm(
+    hidden: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk's rows as inputs of the last norm, and its outputs; the rows twice if there is no norm to apply.
+
+    Args:
+        hidden: (rows, features).
+        norm: The norm, if the head's inputs are computed again from its inputs.
+        needs_grad: Whether the inputs get a gradient, for which the graph of the norm is kept.
+    """
+    if norm is None:
+        return hidden, hidden
+    with torch.enable_grad():
+        inputs = hidden.detach().requires_grad_(needs_grad)
+        return inputs, norm(inputs)
+
+
+def scale_gradients(gradients: Sequence[torch.Tensor | None], factor: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return gradients times the gradient of a loss, a scalar.
+
+    In fp32: the factor is 1 / tokens or a loss scale, which would lose digits or overflow in 16 bits.
+    """
+    return [None if each is None else (each.float() * factor).to(each.dtype) for each in gradients]
 
 
 class Head:
@@ -68,6 +93,30 @@ class Head:
                 torch.mm(hidden, weight.T, out=out[:, columns])
             else:
                 torch.addmm(self._bias[columns], hidden, weight.T, out=out[:, columns])
+
+    def go_back(
+        self,
+        grad_logits: torch.Tensor,
+        inputs: torch.Tensor,
+        normed: torch.Tensor,
+        grad_inputs: torch.Tensor | None,
+        product: torch.Tensor,
+    ) -> None:
+        """Compute a chunk's gradients: add those of the trained blocks, and write that of its inputs.
+
+        Args:
+            grad_logits: (rows, size), fp32.
+            inputs: See :func:`apply_norm`, as `normed`.
+            normed: Hidden states that the logits were computed from, (rows, features).
+            grad_inputs: (rows, features), written; None if it is not needed.
+            product: Memory for the logits' gradient in the dtype of the products, (rows, size).
+        """
+        self.add_grad(grad_logits, normed.detach())
+        if grad_inputs is not None:
+            self.multiply_back(product.copy_(grad_logits), grad_inputs)
+            if normed is not inputs:
+                (grad,) = torch.autograd.grad(normed, inputs, grad_inputs)
+                grad_inputs.copy_(grad)
 
     def multiply_back(self, grad_logits: torch.Tensor, out: torch.Tensor) -> None:
         """Write the gradient of the hidden states, (rows, features), given that of their logits."""

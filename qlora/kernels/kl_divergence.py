@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels.head import Head, default_chunk, transform_logits
+from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
 
 # A chunk takes four fp32 buffers of logits at its peak, and one in the compute dtype.
 BUFFERS = 4
@@ -84,11 +84,7 @@ class _LinearKL(torch.autograd.Function):
 
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            normed = inputs = hidden[rows]
-            if norm is not None:
-                with torch.enable_grad():
-                    inputs = inputs.detach().requires_grad_(grad_hidden is not None)
-                    normed = norm(inputs)
+            inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             difference = torch.log_softmax(logits_of(base_head, base_hidden[rows]), dim=1)
             probabilities = difference.exp()
             logits = logits_of(head, normed.detach())
@@ -105,19 +101,14 @@ class _LinearKL(torch.autograd.Function):
                 grad_logits.mul_(logit_scale)
             if row_weights is not None:
                 grad_logits.mul_(row_weights[rows, None])
-            head.add_grad(grad_logits, normed.detach())
-            if grad_hidden is not None:
-                head.multiply_back(products[: len(normed)].copy_(grad_logits), grad_hidden[rows])
-                if norm is not None:
-                    (grad_hidden[rows],) = torch.autograd.grad(normed, inputs, grad_hidden[rows])
+            head.go_back(
+                grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], products[: len(normed)]
+            )
         ctx.save_for_backward(grad_hidden, *head.grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, *grads = ctx.saved_tensors
-        if grad_hidden is not None:
-            # In fp32: the factor is 1 / tokens or a loss scale, which would lose digits or overflow in 16 bits.
-            grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return grad_hidden, *(None,) * 7, *(None if grad is None else grad * grad_output for grad in grads)
+        grad_hidden, *grads = scale_gradients(ctx.saved_tensors, grad_output)
+        return grad_hidden, *(None,) * 7, *grads

@@ -35,6 +35,25 @@ class StoredAdapter:
         return LowRank(self.A, self.B, self.scaling)
 
 
+class _Term:
+    """An attribute of a layer that is a low-rank term or None, held in buffers so that it moves with the layer."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        A, B = getattr(layer, f"{self._name}_A"), getattr(layer, f"{self._name}_B")
+        return None if A is None else LowRank(A, B, getattr(layer, f"{self._name}_scaling"))
+
+    def __set__(self, layer: Any, term: LowRank | None) -> None:
+        # Contiguous, as they are read from a file: products of other layouts may round differently.
+        layer.register_buffer(f"{self._name}_A", None if term is None else term.A.contiguous())
+        layer.register_buffer(f"{self._name}_B", None if term is None else term.B.contiguous())
+        setattr(layer, f"{self._name}_scaling", None if term is None else term.scaling)
+
+
 class LoraLinear(nn.Module):
     """A linear layer whose weight is c ∘ (W + Σ deltas), with W frozen (LoRA, arXiv:2106.09685).
 
@@ -58,6 +77,7 @@ class LoraLinear(nn.Module):
     lora_B: nn.Parameter
     lora_rows: nn.Parameter
     magnitude: nn.Parameter
+    frozen, removed, first = _Term(), _Term(), _Term()
     row_index: torch.Tensor
     first_magnitude: torch.Tensor
     null_space: torch.Tensor | None
@@ -74,9 +94,7 @@ class LoraLinear(nn.Module):
         if spec.kind == "dora":
             self.register_buffer("first_magnitude", torch.ones(base.out_features, device=device))
         self.register_buffer("null_space", None)
-        self._scalings: dict[str, float] = {}
-        for term in ("frozen", "removed", "first"):
-            self._set_term(term, None)
+        self.frozen = self.removed = self.first = None
 
     @property
     def in_features(self) -> int:
@@ -87,33 +105,6 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         """Number of rows of the weight."""
         return self.base.out_features
-
-    @property
-    def frozen(self) -> LowRank | None:
-        """See the class."""
-        return self._term("frozen")
-
-    @frozen.setter
-    def frozen(self, term: LowRank | None) -> None:
-        self._set_term("frozen", term)
-
-    @property
-    def removed(self) -> LowRank | None:
-        """See the class."""
-        return self._term("removed")
-
-    @removed.setter
-    def removed(self, term: LowRank | None) -> None:
-        self._set_term("removed", term)
-
-    @property
-    def first(self) -> LowRank | None:
-        """See the class."""
-        return self._term("first")
-
-    @first.setter
-    def first(self, term: LowRank | None) -> None:
-        self._set_term("first", term)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, dtype: torch.dtype | None = None) -> None:
@@ -233,17 +224,6 @@ class LoraLinear(nn.Module):
 
     def _cast(self, dtype: torch.dtype) -> list[Delta]:
         return [delta.make(*(tensor.to(dtype) for tensor in delta.tensors)) for delta in self.deltas]
-
-    def _term(self, name: str) -> LowRank | None:
-        A, B = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
-        return None if A is None else LowRank(A, B, self._scalings[name])
-
-    def _set_term(self, name: str, term: LowRank | None) -> None:
-        # Contiguous, as they are read from a file: products of other layouts may round differently.
-        self.register_buffer(f"{name}_A", None if term is None else term.A.contiguous())
-        self.register_buffer(f"{name}_B", None if term is None else term.B.contiguous())
-        if term is not None:
-            self._scalings[name] = term.scaling
 
 
 def draw(init: str, rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:

@@ -21,13 +21,10 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
     Returns:
         Whether it was drawn: matplotlib is an optional dependency, and the disk may be full.
     """
-    if find_spec("matplotlib") is None:
+    if (figure := _figure()) is None:
         return False
-    from matplotlib.figure import Figure
-
     keys = ("loss", "eval_loss", "retain_loss", "learning_rate")
     training, held_out, retained, rates = (_points(metrics, key) for key in keys)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.3, label="training")
@@ -45,11 +42,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         rate_axes.set(ylabel="learning rate", ylim=(0, None))
         lines = [*lines, *rate_axes.get_lines()]
     axes.legend(handles=lines)
-    try:
-        figure.savefig(target, dpi=120)
-    except OSError:
-        return False
-    return True
+    return _save(figure, target)
 
 
 def draw_rates(trials: Mapping[float, Mapping[int, float]], target: Path, title: str = "") -> bool:
@@ -63,11 +56,8 @@ def draw_rates(trials: Mapping[float, Mapping[int, float]], target: Path, title:
     Returns:
         Whether it was drawn, see :func:`draw_losses`.
     """
-    if find_spec("matplotlib") is None:
+    if (figure := _figure()) is None:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for steps in sorted({step for losses in trials.values() for step in losses}):
         points = [(rate, losses[steps]) for rate, losses in sorted(trials.items()) if steps in losses]
@@ -75,6 +65,20 @@ def draw_rates(trials: Mapping[float, Mapping[int, float]], target: Path, title:
     axes.set(title=title, xlabel="learning rate", ylabel="held-out loss", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
+    return _save(figure, target)
+
+
+def _figure() -> Any:
+    """Return an empty figure; None if matplotlib, an optional dependency, is not installed."""
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 4.5), layout="constrained")
+
+
+def _save(figure: Any, target: Path) -> bool:
+    """Write a figure, and return whether the disk took it."""
     try:
         figure.savefig(target, dpi=120)
     except OSError:
