@@ -26,6 +26,7 @@ CASES = {
     "plain": {},
     "rsLoRA": {"use_rslora": True},
     "patterns": {"rank_pattern": {"up_proj": 6}, "alpha_pattern": {r"layers\.1\..*": 5}},
+    "DoRA": {"use_dora": True, "rank_pattern": {"up_proj": 6}},
     "one layer": {"target_modules": ["model.layers.1.mlp.up_proj"]},
     "both in full": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "the head in full": {"modules_to_save": ["lm_head"]},
@@ -201,7 +202,6 @@ def test_tokenizer_and_template_are_the_adapters_if_it_has_them(base, plain, tmp
     ("values", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type: 'LOHA'"),
-        ({"use_dora": True}, "use_dora: DoRA"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: olora"),
@@ -221,12 +221,6 @@ def test_what_is_not_lora_is_refused_by_every_verb(values, message, base, plain,
         with pytest.raises(CheckpointError, match=message):
             use()
     assert not (tmp_path / "out").exists()
-
-
-def test_dora_as_peft_saves_it_is_refused(base, tmp_path, generator):
-    folder = make_adapter(base, tmp_path / "dora", generator, use_dora=True)
-    with pytest.raises(CheckpointError, match="use_dora: DoRA is not supported$"):
-        load_model(str(folder), base=str(base))
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]], ids=str)

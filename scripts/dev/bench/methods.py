@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "PiSSA": {"lora": {"init": "pissa"}},
     "rows": {"lora": {"kind": "rows", **ROWS}},
     "B alone": {"lora": {"train": "B", "init": "orthogonal"}},
+    "adaptive rank": {"lora": {"rank": 16, "alpha": 32, "final_rank": 8}},
 }
 RANKS, RANKS_ALPHA = (1, 4, 16, 64), 32
 AUTO_RANK = 16
