@@ -7,6 +7,7 @@ from typing import Any
 from qlora.checkpoint import RunDirectory, adapter_bytes, checkpoint_bytes, drop_old_checkpoints, save_checkpoint
 from qlora.errors import CheckpointError
 from qlora.files import discard, free_bytes, sync
+from qlora.lora import starts_to_tensors
 from qlora.training.assemble import Assembly
 from qlora.training.metrics import MetricsLog
 from qlora.training.progress import Progress
@@ -111,7 +112,8 @@ def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -
     num_new = max(1, num_kept - len(checkpoints))
     checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer, assembly.ranks)
     tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))
-    needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer
+    starts = sum(tensor.nbytes for tensor in starts_to_tensors(assembly.starts).values())
+    needed = num_new * checkpoint + adapter_bytes(assembly.model) + tokenizer + starts
     free = free_bytes(run.path)
     if needed > free:
         raise CheckpointError(
