@@ -1,5 +1,6 @@
 """What an adapted layer starts from, where that does not follow from a seed: computed once, and kept with the run."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -123,12 +124,15 @@ def starts_from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LayerS
             given.setdefault(rest, {})[last] = tensor
         else:
             raise ValueError(f"unknown tensor {key}")
-    starts = {}
+    starts, spaces = {}, dict[bytes, torch.Tensor]()
     for layer in given | terms:
         own: dict[str, torch.Tensor | LowRank] = {**given.get(layer, {})}
         for name, term in terms.get(layer, {}).items():
             if set(term) != set(parts):
                 raise ValueError(f"{layer}.{name} is incomplete")
             own[name] = LowRank(term["A"], term["B"], float(term["scaling"]))
+        if (space := given.get(layer, {}).get("null_space")) is not None:
+            # Layers with the same inputs share their directions, which a file holds once for each.
+            own["null_space"] = spaces.setdefault(hashlib.sha256(space.numpy().tobytes()).digest(), space)
         starts[layer] = LayerStart(**own)  # type: ignore[arg-type]
     return starts

@@ -80,7 +80,7 @@ def test_without_a_rate_of_its_own_everything_is_one_group(tiny_base, tmp_path):
 
 @pytest.mark.parametrize(("rates", "message"), [
     ({"embeddings": 1e-3}, "has a rate of embeddings, but no embedding or head is trained; set lora.modules_to_save"),
-    ({"magnitude": "2x"}, "has a rate of magnitude, but adapters have no magnitude"),
+    ({"magnitude": "2x"}, "has a rate of magnitude, but adapters of lora.kind lora have no magnitude"),
     ({"lora_C": 1e-3}, "has no group 'lora_C'; the groups are lora_A, lora_B, embeddings, magnitude"),
     ({"lora_B": "16 x 2"}, "lora_B: '16 x 2' should be a learning rate, or a factor such as 16x"),
     ({"lora_B": "16"}, "lora_B: a learning rate of 16 should be above 0 and below 1; a factor is written as 16x"),

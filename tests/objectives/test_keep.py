@@ -119,4 +119,5 @@ def test_embedding_or_head_trained_in_full_are_refused(tiny_base, alpaca_file, t
     settings = {"train__keep": {"kl": 0.1}, "lora__modules_to_save": ["lm_head"]}
     with pytest.raises(ConfigError, match=r"keep\.kl compares .* lora\.modules_to_save \['lm_head'\]"):
         load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
-    load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings | {"train__keep": {"kl": 0}}))
+    with pytest.raises(ConfigError, match="keeps nothing; set kl or null_space, or remove keep"):
+        load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__keep={"kl": 0}))
