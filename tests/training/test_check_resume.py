@@ -62,8 +62,8 @@ def test_a_run_that_continues_exactly_is_reported_and_leaves_nothing(config, tmp
 def test_a_run_that_does_not_is_reported_with_the_differences(config, here, monkeypatch):
     restore = import_module("qlora.training.prepare").load_state
 
-    def forget(folder, model, optimizer):
-        progress = restore(folder, model, optimizer)
+    def forget(folder, model, optimizer, ranks):
+        progress = restore(folder, model, optimizer, ranks)
         optimizer.generator.manual_seed(7)  # of the rounding
         return progress
 

@@ -77,14 +77,14 @@ def test_the_better_half_goes_on_and_the_best_of_the_last_round_wins(configure):
 
 
 def test_a_rate_that_other_keys_do_not_allow_loses_and_is_reported(configure):
-    report = qlora.tune(configure(train__learning_rate=0.2, train__max_steps=1), "1h")
+    report = qlora.tune(configure(train__learning_rate=0.2, train__max_steps=1, train__warmup_steps=0), "1h")
     assert report.trials[-1].failure == "train.learning_rate: Input should be less than 1"
     assert report.notes[0] == "Learning rate 1.8 failed: train.learning_rate: Input should be less than 1."
     assert report.learning_rate != 1.8
 
 
 def test_auto_is_the_middle(configure):
-    config = configure(train__learning_rate="auto", train__max_steps=1)
+    config = configure(train__learning_rate="auto", train__max_steps=1, train__warmup_steps=0)
     assert qlora.tune(config, "1h").trials[2].learning_rate > 1e-3
 
 
@@ -92,7 +92,14 @@ def test_rates_whose_numbers_are_not_finite_lose(tmp_path, configure):
     base = make_poisoned_base(tmp_path / "poisoned", seed=0)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"a row of many plain words {POISON}"}] * 20)
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [{"text": "whole"}])
-    config = configure(base=base, data=data, data__eval=str(held_out), train__max_steps=1, data__deduplicate=False)
+    config = configure(
+        base=base,
+        data=data,
+        data__eval=str(held_out),
+        train__max_steps=1,
+        train__warmup_steps=0,
+        data__deduplicate=False,
+    )
     with pytest.raises(ModelError, match=r"No learning rate has a finite loss\. Learning rate 0.000333 failed: step 1"):
         qlora.tune(config, "1h")
 
