@@ -43,7 +43,7 @@ def _decay(draft: Draft, options: dict[Any, Any]) -> None:
     else:
         draft.warn("The rate falls over the last train.decay_ratio of the run, which is 0.2.")
     if options.get("decay_type") != "1-sqrt":
-        draft.warn("The rate falls by one minus the square root of the progress, whatever the decay_type.")
+        draft.warn("decay_type is ignored: the rate decays as 1 - sqrt(progress).")
 
 
 def _floor(draft: Draft, options: dict[Any, Any]) -> None:
