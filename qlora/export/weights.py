@@ -224,7 +224,7 @@ class MergedWeights:
         if self._onto == "original" and start is not None and start.first is not None:
             # The original weights lack no part that the initial values make up for.
             deltas.append(LowRank(start.first.A, start.first.B, -start.first.scaling))
-        on_device = (LowRank(d.A.to(self.device).float(), d.B.to(self.device).float(), d.scaling) for d in deltas)
+        on_device = (delta.to(self.device).to(torch.float32) for delta in deltas)
         return tuple(delta.T if module in self._transposed else delta for delta in on_device)
 
     def _read_rows(self, name: str, rows: slice) -> torch.Tensor:

@@ -93,9 +93,9 @@ class LowRank:
         """Function that makes a term of the same scaling of A and B."""
         return partial(LowRank, scaling=self.scaling)
 
-    def to(self, dtype: torch.dtype) -> "LowRank":
-        """The term with its factors in another dtype."""
-        return LowRank(self.A.to(dtype), self.B.to(dtype), self.scaling)
+    def to(self, place: torch.dtype | torch.device) -> "LowRank":
+        """The term with its factors in another dtype, or on another device."""
+        return LowRank(self.A.to(place), self.B.to(place), self.scaling)
 
     def rows(self, rows: slice) -> "LowRank":
         """The term of some rows of the weight."""

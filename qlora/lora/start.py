@@ -66,7 +66,7 @@ class LayerStart:
         device = layer.base.weight.device
         for term in ("frozen", "removed", "first"):
             given = getattr(self, term)
-            setattr(layer, term, given and LowRank(given.A.to(device), given.B.to(device), given.scaling))
+            setattr(layer, term, given and given.to(device))
         layer.null_space = None if self.null_space is None else self.null_space.to(device)
         layer.start_magnitude(dtype)
         if self.magnitude is not None:
@@ -85,7 +85,7 @@ def apply_first(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
     """Set the terms that stay where the adapters of a model are off."""
     for name, layer in lora_layers(model):
         term, device = starts[name].first if name in starts else None, layer.base.weight.device
-        layer.first = term and LowRank(term.A.to(device), term.B.to(device), term.scaling)
+        layer.first = term and term.to(device)
 
 
 def starts_to_tensors(starts: Mapping[str, LayerStart]) -> dict[str, torch.Tensor]:
