@@ -256,7 +256,7 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     (AXOLOTL_BASE, {"rl": "dpo"}, ["rl: dpo", "not available", "data.format: chosen"]),
     (AXOLOTL_BASE, {"load_in_4bit": False, "adapter": "lora", "load_in_8bit": True}, ["8 bits", "nf4"]),
     (AXOLOTL_BASE, {}, ["type: alpaca", "Below is an instruction", "jinja"]),
-    (AXOLOTL_BASE, {"lr_scheduler": "warmup_stable_decay"}, ["train.decay_ratio", "0.2", "square root"]),
+    (AXOLOTL_BASE, {"lr_scheduler": "warmup_stable_decay"}, ["train.decay_ratio", "0.2", "1 - sqrt(progress)"]),
     (AXOLOTL_BASE, {"trust_remote_code": True}, ["trust_remote_code: true runs Python code"]),
     (AXOLOTL_BASE, {"optimizer": "lion_8bit"}, ["lion_8bit", "not available"]),
     (AXOLOTL_BASE, {"lr_scheduler": "rex"}, ["rex", "cosine"]),
