@@ -185,6 +185,7 @@ class ExampleStore:
         self.group_size, columns = read_header(folder)
         self.columns = {column.name: column for column in columns}
         self._values = {column.name: _open(folder, column) for column in columns}
+        self._own = [column.name for column in columns if column.per == "document" and column not in COLUMNS]
         self.lengths, self.rows, self.hashes = (self._values[name] for name in ("lengths", "rows", "hashes"))
         self._ends = np.cumsum(self.lengths)
 
@@ -202,7 +203,8 @@ class ExampleStore:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         span = slice(self._ends[index] - self.lengths[index], self._ends[index])
-        return TokenizedExample(np.array(self._values["input_ids"][span]), np.array(self._values["weights"][span]))
+        ids, weights = (np.array(self._values[name][span]) for name in ("input_ids", "weights"))
+        return TokenizedExample(ids, weights, {name: self._values[name][index] for name in self._own})
 
     def largest_id(self) -> int:
         """Return the largest token id."""
