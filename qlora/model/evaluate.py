@@ -1,8 +1,8 @@
 """Mean loss over held-out examples."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ def evaluate(
     device = next(model.parameters()).device
     # Loss, supervised tokens, units, and each metric.
     totals = torch.zeros(3 + len(loss.metrics), dtype=torch.float64, device=device)
+    if loss.ahead is not None:
+        batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
         sums = loss.sums(loss.compute(model, batch.to(device)))
         totals[0] += sums[0]
@@ -69,3 +71,20 @@ def evaluate(
     loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
     return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means)
+
+
+def _with_ahead(
+    model: Any,
+    batches: Sequence[Batch],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    loss: Loss,
+    device: torch.device,
+) -> list[Batch]:
+    """Return batches with the means over all of them, of every process, that the loss computes ahead."""
+    assert loss.ahead is not None
+    totals = torch.zeros(loss.num_ahead + 1, dtype=torch.float32, device=device)
+    for batch in batches:
+        totals[:-1] += loss.ahead(model, batch.to(device))
+        totals[-1] += loss.units(batch)
+    totals = totals if reduce is None else reduce(totals)
+    return [replace(batch, ahead=totals[:-1] / totals[-1]) for batch in batches]

@@ -85,8 +85,10 @@ def evaluate(
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template = run is not None
-        model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
+        own_template, has_reference = run is not None, objective_from_section(config.train).loss.has_reference
+        model, tokenizer = (
+            base_from_section(config.model, device) if run is None else load_run(str(target), device, has_reference)
+        )
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
