@@ -21,22 +21,24 @@ class Evaluation:
         total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
             was evaluated.
         metrics: Mean of each of the loss's metrics, by name.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight.
     """
 
     loss: float
     num_supervised: int
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
+    is_per_token: bool = True
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss); None if the loss is not one of tokens."""
+        return math.exp(min(self.loss, 700.0)) if self.is_per_token else None
 
     @property
-    def bits(self) -> float:
-        """Total loss of all supervised tokens in bits."""
-        return self.loss * self.total_weight / math.log(2)
+    def bits(self) -> float | None:
+        """Total loss of all supervised tokens in bits; None if the loss is not one of tokens."""
+        return self.loss * self.total_weight / math.log(2) if self.is_per_token else None
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def evaluate(
     model.train(was_training)
     loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
-    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means)
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, loss.is_per_token)
 
 
 def _with_ahead(

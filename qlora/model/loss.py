@@ -55,6 +55,7 @@ class Loss:
             step, (num_ahead,), fp32. Their means per unit are :attr:`qlora.data.Batch.ahead`; where that is None, the
             loss takes those of the batch.
         num_ahead: Number of these sums.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight, which has a perplexity.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
@@ -66,6 +67,7 @@ class Loss:
     has_reference: bool = False
     ahead: Callable[[Any, Batch], torch.Tensor] | None = None
     num_ahead: int = 0
+    is_per_token: bool = False
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""
@@ -99,7 +101,9 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 # The loss of supervised fine-tuning, per unit of supervised weight.
 SUPERVISED = Loss(
-    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
+    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)),
+    units=lambda part: part.total_weight,
+    is_per_token=True,
 )
 
 
