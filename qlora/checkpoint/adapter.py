@@ -22,6 +22,7 @@ from qlora.checkpoint.adapter_rows import (
 )
 from qlora.checkpoint.peft_folder import (
     CONFIG_FILE,
+    SCORER_TASK,
     WEIGHTS_FILE,
     PeftAdapter,
     config_alpha,
@@ -40,9 +41,6 @@ from qlora.lora import (
     wrap_layers,
 )
 from qlora.lora.spec import matches
-
-# PEFT's name for models that score documents.
-SCORER_TASK = "SEQ_CLS"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:

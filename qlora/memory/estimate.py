@@ -155,7 +155,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         micro_batch_size=rows,
         max_seq_len=row,
         packing=config.data.packing,
-        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary),
+        chunk_tokens=1 if footprint.vocabulary is None else max(1, default_chunk(device) // footprint.vocabulary),
     )
 
 

@@ -12,7 +12,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
-from qlora.lora import head_blocks, trained_rows
+from qlora.lora import head_blocks, output_head, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
 from qlora.model.loss import Loss
@@ -37,8 +37,11 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         rebuild_activations(model)
     levels = recompute_levels(model)
     whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
-    short = _prime(2 * whole // sum(map(len, head_blocks(model.get_output_embeddings()))), model)
     long = _prime(TILE_TOKENS, model)
+    if loss.head is None:
+        short = _prime(2 * whole // sum(map(len, head_blocks(output_head(model)))), model)
+    else:  # nothing is computed in chunks
+        short, own = long, whole
     held: dict[str, list[Held]] = {}
     head: list[Held] = []
     for level in levels:
@@ -83,7 +86,7 @@ class _Trace:
 
 
 def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int = 0) -> _Trace:
-    """Run a step of a micro-batch of one document.
+    """Run a step of a micro-batch of one document, and for a loss of scores of an empty second one.
 
     Args:
         stack: Reduced layers.
@@ -94,10 +97,11 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     """
     model, layers = stack.model, stack.layers
     ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
+    ends = torch.tensor([0, tokens] if loss.head is None else [0, tokens, tokens], dtype=torch.int32)
     batch = Batch(
         input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
         supervised=torch.empty(supervised, dtype=torch.long, device="meta"), weights=None,
-        cu_seq_lens=torch.tensor([0, tokens], dtype=torch.int32), lengths=(tokens,),
+        cu_seq_lens=ends, lengths=(tokens,),
         counts=(supervised,), weight_sums=(supervised,),
     )  # fmt: skip
     for parameter in model.parameters():

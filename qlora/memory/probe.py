@@ -15,6 +15,7 @@ from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
+from qlora.lora import ScoreHead
 from qlora.model.from_config import optimizer_from_section
 from qlora.model.initial import load_for_training
 from qlora.model.loss import Loss
@@ -94,13 +95,16 @@ class Storages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def prepare(config: RunConfig, device: torch.device, starts: Starts | None = None) -> Any:
+def prepare(
+    config: RunConfig, device: torch.device, starts: Starts | None = None, head: ScoreHead | None = None
+) -> Any:
     """Load a run's model as it would be trained, except for its level of recomputation.
 
     Args:
         config: Config of the run.
         device: Device of the model.
         starts: What the run's adapters started from; None computes it, from made-up examples if it needs any.
+        head: Head of scores of whole documents, if the run trains one.
 
     Raises:
         ModelError: The base can't be loaded.
@@ -111,7 +115,7 @@ def prepare(config: RunConfig, device: torch.device, starts: Starts | None = Non
     new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
-    model, _ = load_for_training(config, device, new_ids, starts, examples, old_examples)
+    model, _ = load_for_training(config, device, new_ids, starts, examples, old_examples, head=head)
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)

@@ -12,7 +12,7 @@ from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_cross_entropy, recipe_of
 from qlora.layers.attention import mask_arguments
-from qlora.lora import head_blocks
+from qlora.lora import ScoreHead, head_blocks
 from qlora.model.embeddings import changed_embeddings
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
@@ -48,12 +48,14 @@ class Loss:
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
+        head: Head of scores of whole documents that the loss is computed from; None for the head over the vocabulary.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
+    head: ScoreHead | None = None
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""

@@ -99,6 +99,11 @@ def document_scores(model: Any, batch: Batch) -> torch.Tensor:
     return F.linear(rows.float(), weight, None if head.bias is None else head.bias.float())
 
 
+def last_scores(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the sum of the scores of a batch's last document, a scalar."""
+    return document_scores(model, batch)[-1].sum()
+
+
 def last_tokens(batch: Batch) -> torch.Tensor:
     """Return the index of each document's last token in the flattened batch, (documents,), int64."""
     if batch.cu_seq_lens is not None:

@@ -2,6 +2,7 @@
 
 from qlora.config import TrainSection
 from qlora.model import Loss
+from qlora.objectives import reward
 from qlora.objectives.adversarial import with_adversary
 from qlora.objectives.keep import with_base_kl
 from qlora.objectives.neftune import with_noise
@@ -11,6 +12,8 @@ from qlora.objectives.sft import SFT
 
 def objective_from_section(section: TrainSection) -> Objective:
     """Return the objective that a config's train section names; its loss is the one that evaluations report."""
+    if section.objective == reward.NAME:
+        return reward.reward_objective(0.0 if section.reward is None else section.reward.center)
     objectives = {"sft": SFT}
     return objectives[section.objective]
 

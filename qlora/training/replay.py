@@ -153,7 +153,8 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     """
     settings, tensors = _read(Path(path).expanduser())
     loss = training_loss(config.train)
-    model = prepare(config, resolve_device(), starts_of(config, RunDirectory(Path(path).expanduser().parent.parent)))
+    run = RunDirectory(Path(path).expanduser().parent.parent)
+    model = prepare(config, resolve_device(), starts_of(config, run), loss.head)
     apply_recompute(model, config.model.recompute)
     flat = flat_parameters(model, config.train)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):

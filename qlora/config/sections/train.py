@@ -20,7 +20,9 @@ from qlora.config.sections.values import (
 DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_WARMUP_RATIO = 0.03
 # Groups of parameters that can have a learning rate of their own.
-RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
+RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude", "score")
+# Objectives that train a head of scores for whole texts, instead of the one over the vocabulary.
+SCORING = ("reward",)
 # Keys of a single scheduler: its name, and the key's value where it is null.
 SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
 
@@ -60,13 +62,31 @@ class KeepSection(Section):
         return self
 
 
+class RewardSection(Section):
+    """Options of reward models."""
+
+    center: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of the mean of (chosen + rejected reward)², which is added to the loss and keeps rewards "
+        "around zero.",
+        examples=[0.01],
+    )
+
+
 class TrainSection(Section):
     """The run."""
 
-    objective: Literal["sft"] = Field(
+    objective: Literal["sft", "reward"] = Field(
         default="sft",
-        description="Training objective: sft is supervised fine-tuning.",
-        examples=["sft"],
+        description="Training objective: sft is supervised fine-tuning; reward trains a reward model, a score for each "
+        "text, on preference pairs.",
+        examples=["reward"],
+    )
+    reward: RewardSection | None = Field(
+        default=None,
+        description="Options of train.objective: reward; null takes their defaults.",
+        examples=[{"center": 0.01}],
     )
     output_dir: PathText = Field(
         description="Run directory: config, metrics, checkpoints and adapter. The same command continues a run in it.",
@@ -117,7 +137,8 @@ class TrainSection(Section):
     learning_rates: dict[str, GroupRate] = Field(
         default={},
         description="Peak learning rates of groups of parameters: lora_A, lora_B, embeddings (trained rows of "
-        "embedding and head), magnitude (of DoRA). A value is a rate, or a factor on train.learning_rate, such as 16x.",
+        "embedding and head), magnitude (of DoRA), score (the head of a reward model). A value is a rate, or a factor "
+        "on train.learning_rate, such as 16x.",
         examples=[{"lora_B": "16x"}],
     )
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = Field(
