@@ -35,6 +35,7 @@ class Batch:
         weight_sums: Sum of the weights of each document's labels.
         values: What else is known about the documents, by column: (documents, …) each.
         seeds: Seed of the random numbers of each document; None outside of a run's steps.
+        ahead: Means over the whole step that the loss computed ahead of it, (numbers,), fp32; None if it needs none.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +50,7 @@ class Batch:
     weight_sums: tuple[float, ...]
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+    ahead: torch.Tensor | None = None
 
     @property
     def num_supervised(self) -> int:

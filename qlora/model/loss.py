@@ -48,6 +48,14 @@ class Loss:
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
+        group_size: Number of consecutive documents that the loss takes together.
+        columns: What the loss reads of `Batch.values`, by column: the value of a made-up document.
+        has_reference: Whether it compares the model with itself at step 0, whose adapters are then kept.
+        ahead: Computes, before any part of a step gets a gradient, sums over a batch that the loss needs for the whole
+            step, (num_ahead,), fp32. Their means per unit are :attr:`qlora.data.Batch.ahead`; where that is None, the
+            loss takes those of the batch.
+        num_ahead: Number of these sums.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight, which has a perplexity.
         head: Head of scores of whole documents that the loss is computed from; None for the head over the vocabulary.
     """
 
@@ -55,6 +63,12 @@ class Loss:
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
+    group_size: int = 1
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_reference: bool = False
+    ahead: Callable[[Any, Batch], torch.Tensor] | None = None
+    num_ahead: int = 0
+    is_per_token: bool = False
     head: ScoreHead | None = None
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
@@ -89,7 +103,9 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 # The loss of supervised fine-tuning, per unit of supervised weight.
 SUPERVISED = Loss(
-    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
+    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)),
+    units=lambda part: part.total_weight,
+    is_per_token=True,
 )
 
 

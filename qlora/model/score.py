@@ -52,12 +52,9 @@ def replace_head(
     if stored is not None and weight in kept and stored.scores_the_same(head):
         return kept, set()
     deviation = getattr(skeleton.config.get_text_config(), "initializer_range", None) or INITIALIZER_RANGE
-    layer = output_head(skeleton)
     generator = torch.Generator().manual_seed(seed)
-    drawn = {weight: torch.empty(layer.weight.shape, device="cpu").normal_(std=deviation, generator=generator)}
-    if layer.bias is not None:
-        drawn[f"{SCORE}.bias"] = torch.zeros(layer.bias.shape, device="cpu")
-    return kept | drawn, {*drawn}
+    values = torch.empty(output_head(skeleton).weight.shape, device="cpu").normal_(std=deviation, generator=generator)
+    return {**kept, weight: values}, {weight}
 
 
 def vocabulary_head(files: BaseFiles, stored: Iterable[str], trust_remote_code: bool = False) -> set[str]:
@@ -94,9 +91,8 @@ def document_scores(model: Any, batch: Batch) -> torch.Tensor:
     rows, norm = rows_at(hidden, last_tokens(batch))
     if norm is not None:
         rows = norm(rows)
-    head = output_head(model)
-    weight = torch.cat([block.float() for block in head_blocks(head)])
-    return F.linear(rows.float(), weight, None if head.bias is None else head.bias.float())
+    weight = torch.cat([block.float() for block in head_blocks(output_head(model))])
+    return F.linear(rows.float(), weight)
 
 
 def last_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -107,7 +103,7 @@ def last_scores(model: Any, batch: Batch) -> torch.Tensor:
 def last_tokens(batch: Batch) -> torch.Tensor:
     """Return the index of each document's last token in the flattened batch, (documents,), int64."""
     if batch.cu_seq_lens is not None:
-        return batch.cu_seq_lens[1:].long() - 1
+        return (batch.cu_seq_lens[1:].long() - 1).to(batch.input_ids.device)
     width = batch.input_ids.shape[1]
     ends = [number * width + length - 1 for number, length in enumerate(batch.lengths)]
     return torch.tensor(ends, device=batch.input_ids.device)

@@ -67,10 +67,11 @@ def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_c
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     layer = output_head(model)
-    if not isinstance(layer, torch.nn.Linear) or layer.out_features != head.num_labels:
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None or layer.out_features != head.num_labels:
         raise ModelError(
-            f"{files.name}: {type(model).__name__} scores documents by another module than a linear layer named score, "
-            "which is not supported; use a base of another architecture, such as Llama, Mistral, Qwen or Gemma."
+            f"{files.name}: {type(model).__name__} scores documents by another module than a linear layer named score "
+            "without a bias, which is not supported; use a base of another architecture, such as Llama, Mistral, Qwen "
+            "or Gemma."
         )
     return model
 

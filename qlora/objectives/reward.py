@@ -2,18 +2,19 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, TokenizedExample
+from qlora.data import Batch
 from qlora.data.ratings import MARGIN
 from qlora.lora import ScoreHead
 from qlora.model import Loss, StepLoss
 from qlora.model.score import document_scores
 from qlora.objectives.objective import Objective
+from qlora.objectives.preference import GROUP_SIZE, num_pairs
 
-NAME = "reward"
-METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-PAIR = 2
+# Named as those of objectives whose rewards are log-probabilities.
+METRICS = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
 
 def reward_objective(center: float = 0.0) -> Objective:
@@ -27,22 +28,26 @@ def reward_objective(center: float = 0.0) -> Objective:
     """
 
     def compute(model: Any, batch: Batch) -> StepLoss:
-        chosen, rejected = document_scores(model, batch)[:, 0].view(-1, PAIR).unbind(1)
+        chosen, rejected = document_scores(model, batch)[:, 0].view(-1, GROUP_SIZE).unbind(1)
         difference = chosen - rejected
-        margin = batch.values[MARGIN].view(-1, PAIR)[:, 0] if MARGIN in batch.values else 0.0
+        margin = batch.values[MARGIN][::GROUP_SIZE] if MARGIN in batch.values else 0.0
         total = -F.logsigmoid(difference - margin).sum()
         if center:
             total = total + center * (chosen + rejected).square().sum()
-        found = ((difference > 0).float(), difference, chosen, rejected)
+        accuracy = (difference > 0).float() + 0.5 * (difference == 0)
+        found = (accuracy, difference, chosen, rejected)
         return StepLoss(total, {name: value.detach().sum() for name, value in zip(METRICS, found, strict=True)})
 
     return Objective(
-        name=NAME,
-        loss=Loss(compute, _count_pairs, METRICS, head=ScoreHead(1)),
+        name="reward",
+        loss=Loss(
+            compute=compute,
+            units=num_pairs,
+            metrics=METRICS,
+            group_size=GROUP_SIZE,
+            columns={MARGIN: torch.zeros(())},
+            head=ScoreHead(1),
+        ),
         formats=frozenset({"preference"}),
         remedies={"chosen": "remove data.format: chosen, so that the rejected answers are read too"},
     )
-
-
-def _count_pairs(part: TokenizedExample | Batch) -> float:
-    return (len(part.lengths) if isinstance(part, Batch) else 1) / PAIR

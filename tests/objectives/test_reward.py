@@ -61,8 +61,8 @@ def test_loss_gradients_and_metrics_are_the_references(packed, center, scorer, p
     assert_close(gradients(scorer, step.total), gradients(scorer, expected))
     chosen, rejected = rewards.detach().unbind(1)
     wanted = {
-        "accuracy": (chosen > rejected).sum(), "margin": (chosen - rejected).sum(),
-        "chosen_reward": chosen.sum(), "rejected_reward": rejected.sum(),
+        "reward_accuracy": (chosen > rejected).sum(), "reward_margin": (chosen - rejected).sum(),
+        "reward_chosen": chosen.sum(), "reward_rejected": rejected.sum(),
     }  # fmt: skip
     assert {*wanted} == {*loss.metrics} == {*step.metrics}
     for name, value in wanted.items():
@@ -100,5 +100,5 @@ def test_loss_and_gradients_are_trls(center, scorer, pairs):
     step = reward_objective(center or 0.0).loss.compute(scorer, collate(pairs, packed=True))
     assert (step.total / 3).item() == pytest.approx(theirs.item(), rel=1e-5)
     assert_close(gradients(scorer, step.total / 3), gradients(scorer, theirs))
-    assert (step.metrics["accuracy"] / 3).item() == pytest.approx(state._metrics["eval"]["accuracy"][0])
-    assert (step.metrics["margin"] / 3).item() == pytest.approx(state._metrics["eval"]["margin"][0], rel=1e-4)
+    assert (step.metrics["reward_accuracy"] / 3).item() == pytest.approx(state._metrics["eval"]["accuracy"][0])
+    assert (step.metrics["reward_margin"] / 3).item() == pytest.approx(state._metrics["eval"]["margin"][0], rel=1e-4)
