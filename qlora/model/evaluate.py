@@ -64,7 +64,7 @@ def evaluate(
     if loss.ahead is not None:
         batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
-        sums = loss.sums(loss.compute(model, batch.to(device)))
+        sums = loss.sums(loss.compute(model, loss.learned_part(model, batch.to(device))))
         totals[0] += sums[0]
         totals[1] += batch.num_supervised
         totals[2] += loss.units(batch)

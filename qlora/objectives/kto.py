@@ -33,12 +33,11 @@ def kto_objective(options: PreferenceSection) -> Objective:
         return (fixed_log_probs(model, other) - reference_log_probs(model, other)).sum()[None]
 
     def compute(model: Any, batch: Batch) -> StepLoss:
-        ahead = mismatched(model, batch) / num_pairs(batch) if batch.ahead is None else batch.ahead
-        kl = ahead[0].clamp(min=0)
-        own = batch.select(range(0, len(batch.lengths), GROUP_SIZE))
+        assert batch.ahead is not None
+        kl = batch.ahead[0].clamp(min=0)
         # Before the model's own forward, whose activations are then kept until the backward.
-        reference = reference_log_probs(model, own)
-        log_probs, rating = document_log_probs(model, own), own.values[RATING].float()
+        reference = reference_log_probs(model, batch)
+        log_probs, rating = document_log_probs(model, batch), batch.values[RATING].float()
         assert options.beta is not None
         assert options.desirable_weight is not None
         assert options.undesirable_weight is not None
