@@ -1,6 +1,6 @@
 """Rows of embedding and head trained in full, as PEFT stores them in an adapter."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,24 @@ def _ends(names: Iterable[str], end: str) -> list[str]:
 
 
 @torch.no_grad()
-def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> None:
+def load_rows(
+    model: nn.Module,
+    rows: Mapping[str, StoredRows],
+    tensors: Mapping[str, torch.Tensor],
+    optional: Collection[str] = (),
+) -> None:
     """Copy an adapter's rows into a model that trains the same rows.
+
+    Args:
+        model: Model with trained rows.
+        rows: Stored rows by module.
+        tensors: Tensors of the adapter's file.
+        optional: Modules that keep the model's own rows if the adapter has none of them.
 
     Raises:
         CheckpointError: The model trains other rows, or ties embedding and head while the adapter's differ.
     """
-    trained = dict(_with_tensors(model))
+    trained = {name: own for name, own in _with_tensors(model) if name in rows or name not in optional}
     for name in sorted({*trained} | {*rows}):
         own, stored = (part[name].ids if name in part else range(0) for part in (trained, rows))
         if own != stored:
