@@ -11,6 +11,7 @@ from qlora.objectives.kto import kto_objective
 from qlora.objectives.neftune import with_noise
 from qlora.objectives.objective import Objective
 from qlora.objectives.preference import KINDS, preference_objective
+from qlora.objectives.reward import reward_objective
 from qlora.objectives.sft import SFT
 
 
@@ -24,10 +25,15 @@ def _kto(section: TrainSection) -> Objective:
     return kto_objective(section.preference)
 
 
+def _reward(section: TrainSection) -> Objective:
+    return reward_objective(0.0 if section.reward is None else section.reward.center)
+
+
 _OBJECTIVES: Mapping[str, Callable[[TrainSection], Objective]] = {
     "sft": lambda _section: SFT,
     **{name: partial(_preference, name) for name in KINDS},
     "kto": _kto,
+    "reward": _reward,
 }
 
 

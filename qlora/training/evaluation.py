@@ -86,10 +86,11 @@ def evaluate(
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template, has_reference = run is not None, objective_from_section(config.train).loss.has_reference
-        model, tokenizer = (
-            base_from_section(config.model, device) if run is None else load_run(str(target), device, has_reference)
-        )
+        own_template, expected = run is not None, objective_from_section(config.train).loss
+        if run is None:
+            model, tokenizer = base_from_section(config.model, device, head=expected.head, seed=config.train.seed)
+        else:
+            model, tokenizer = load_run(str(target), device, expected.has_reference)
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -128,11 +129,21 @@ def evaluate(
 
 
 def _config_for(source: AdapterSource, data: str | Path) -> RunConfig:
-    """Return a config of default values with an adapter's base and data."""
+    """Return a config of default values with an adapter's base and data.
+
+    Raises:
+        ConfigError: The adapter is a classifier's, whose labels are not known.
+    """
+    head = source.head
+    if head is not None and head.num_labels > 1:
+        raise ConfigError(
+            f"{source.path} gives texts {head.num_labels} scores; only a model with a single score, a reward, can be "
+            "evaluated if it was made elsewhere."
+        )
     return RunConfig.model_validate(
         {
             "model": {"base": source.base},
             "data": {"train": [{"path": str(data)}], "eval": None},
-            "train": {"output_dir": str(source.folder)},
+            "train": {"output_dir": str(source.folder), "objective": "sft" if head is None else "reward"},
         }
     )

@@ -37,6 +37,7 @@ NEEDED = {
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
+    **dict.fromkeys(("train.reward", "train.reward.center"), {"train": {"objective": "reward"}}),
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
 

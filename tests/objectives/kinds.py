@@ -7,6 +7,7 @@ import torch
 
 from qlora.config import TrainSection
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
+from qlora.data.ratings import MARGIN
 from qlora.objectives import objective_from_section
 from tests.training.test_loop import random_examples
 
@@ -18,6 +19,7 @@ OBJECTIVES = {
     "orpo": {},
     "simpo": {"preference": {"gamma": 0.4, "label_smoothing": 0.2}},
     "cpo": {"preference": {"length_normalize": True}},
+    "reward": {"reward": {"center": 0.05}},
     "kto": {"preference": {"beta": 0.7, "desirable_weight": 1.3}},
 }
 
@@ -39,6 +41,11 @@ def examples_of(name, generator, count):
         replace(example, weights=np.where(np.arange(len(example)) == len(example) - 1, 1, example.weights))
         for example in random_examples(generator, count * size)
     ]
+    if name == "reward":
+        margins = torch.rand(count, generator=generator).repeat_interleave(size).tolist()
+        examples = [
+            replace(each, values={MARGIN: np.float32(margin)}) for each, margin in zip(examples, margins, strict=True)
+        ]
     if name == "kto":
         ratings = torch.randint(2, (count,), generator=generator).tolist()
         ratings = [value for good in ratings for value in (GOOD if good else BAD, MISMATCHED)]
