@@ -80,6 +80,7 @@ def merge(
     from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
     from qlora.model import open_source
+    from qlora.objectives import release_loss
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
@@ -119,6 +120,7 @@ def merge(
                 on_progress=on_progress,
                 format=format,
                 base=base,
+                judge=None if source.run is None else release_loss(load_config(source.run.config).train),
             )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:

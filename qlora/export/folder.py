@@ -24,7 +24,7 @@ from qlora.export.held_out import held_out_examples, written_loss
 from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
-from qlora.model import AdapterSource, load_run_tokenizer
+from qlora.model import SUPERVISED, AdapterSource, Loss, load_run_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 DEFAULT_SHARD_SIZE = "5GB"
@@ -39,6 +39,7 @@ def merge_to_folder(
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
+    judge: Loss | None = None,
 ) -> MergeReport:
     """Merge an adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
 
@@ -66,10 +67,10 @@ def merge_to_folder(
     if onto == "best":  # read now, so that missing data are reported before anything is written
         if source.run is None:
             raise ExportError("onto: 'best' needs the held-out examples of a run; use original or dequantized.")
-        if source.head is not None:
+        if source.head is not None and judge is None:
             raise ExportError(
-                "onto: 'best' compares losses of tokens, which a model that scores texts does not have; use original "
-                "or dequantized."
+                "onto: 'best' compares losses of tokens, which a model that scores texts does not have; give the loss "
+                "of its objective (judge=), as qlora merge does, or use original or dequantized."
             )
         examples = held_out_examples(load_config(source.run.config), load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
@@ -77,7 +78,9 @@ def merge_to_folder(
             _write_weights(staging / base, candidate, dtype, max_bytes, progress)
             write_companions(staging / base, candidate, dtype)
             if onto == "best":
-                losses[base] = written_loss(staging / base, dtype, examples, candidate.device, source.trust_remote_code)
+                losses[base] = written_loss(
+                    staging / base, dtype, examples, candidate.device, source.trust_remote_code, judge or SUPERVISED
+                )
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
             out_dir=str(out_dir),

@@ -8,7 +8,7 @@ import torch
 
 from qlora.config import RunConfig
 from qlora.data import ExampleSet, eval_batches
-from qlora.model import datasets_from_section, evaluate, load_base
+from qlora.model import SUPERVISED, Loss, datasets_from_section, evaluate, load_base
 
 # Number of training examples that replace held-out ones in a run without them.
 NUM_TRAIN_EXAMPLES = 64
@@ -29,9 +29,14 @@ def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
 
 
 def written_loss(
-    folder: Path, dtype: str, examples: ExampleSet, device: str | torch.device, trust_remote_code: bool = False
+    folder: Path,
+    dtype: str,
+    examples: ExampleSet,
+    device: str | torch.device,
+    trust_remote_code: bool = False,
+    loss: Loss = SUPERVISED,
 ) -> float:
-    """Load a merged model, and return its mean loss in nats per supervised token.
+    """Load a merged model, and return its mean loss.
 
     Args:
         folder: Folder with weights, config and the run's tokenizer.
@@ -39,12 +44,15 @@ def written_loss(
         examples: Examples of the run's data.
         device: Device to compute on.
         trust_remote_code: Run code that comes with the model.
+        loss: Loss to compute.
 
     Raises:
         ModelError: The model can't be loaded.
     """
-    model, _ = load_base(str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    loss = evaluate(model, eval_batches(examples, 1)).loss
+    model, _ = load_base(
+        str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=loss.head
+    )
+    value = evaluate(model, eval_batches(examples, 1), loss=loss).loss
     del model
     gc.collect()
-    return loss
+    return value

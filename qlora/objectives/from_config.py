@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from qlora.config import TrainSection
-from qlora.model import Loss
+from qlora.model import SUPERVISED, Loss
 from qlora.objectives.adversarial import with_adversary
 from qlora.objectives.keep import with_base_kl
 from qlora.objectives.kto import kto_objective
@@ -40,6 +40,16 @@ _OBJECTIVES: Mapping[str, Callable[[TrainSection], Objective]] = {
 def objective_from_section(section: TrainSection) -> Objective:
     """Return the objective that a config's train section names; its loss is the one that evaluations report."""
     return _OBJECTIVES[section.objective](section)
+
+
+def release_loss(section: TrainSection) -> Loss:
+    """Return the loss that merged models are compared by: the objective's, without what training adds.
+
+    A merged model has no start to be compared with; where the objective's loss needs one, it is the supervised loss of
+    the answers.
+    """
+    loss = objective_from_section(section).loss
+    return SUPERVISED if loss.has_reference else loss
 
 
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:

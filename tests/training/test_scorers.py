@@ -16,6 +16,7 @@ from qlora.lora import ScoreHead
 from qlora.model import generate, load_base, load_for_training, load_model, load_run
 from qlora.proof import verify
 from qlora.training import evaluate, train
+from tests.cli import run as cli
 from tests.tiny import make_base, run_config
 from tests.training.same_run import lines_of
 
@@ -134,6 +135,15 @@ def test_what_needs_a_vocabulary_is_refused(run, tmp_path):
         generate(run.with_name("merged"), "Hello")
     with pytest.raises(ExportError, match="'best' compares losses of tokens"):
         merge(run, tmp_path / "best", onto="best")
+
+
+def test_the_better_base_is_the_one_with_the_lower_reward_loss(run, tmp_path):
+    outcome = cli("merge", run, "-o", tmp_path / "best", "--onto", "best", "--dtype", "float32", "--json")
+    assert outcome.code == 0, outcome.err
+    losses = outcome.json()["losses"]
+    assert losses["dequantized"] == pytest.approx(evaluate(run).loss, rel=0.02)
+    assert outcome.json()["onto"] == min(losses, key=losses.get)
+    assert verify(run, tmp_path / "best").matches
 
 
 @pytest.mark.parametrize(("settings", "message"), [
