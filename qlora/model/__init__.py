@@ -19,7 +19,7 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
-from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
+from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss, token_loss
 from qlora.model.restore import (
     find_foreign,
     load_adapted,
@@ -78,5 +78,6 @@ __all__ = [
     "subtracted",
     "supervised_loss",
     "take_inventory",
+    "token_loss",
     "weight_format",
 ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
-from qlora.kernels import linear_cross_entropy, recipe_of
+from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import head_blocks
 from qlora.model.embeddings import changed_embeddings
@@ -74,14 +74,22 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
+    return _token_loss(model, batch)[0]
+
+
+def _token_loss(
+    model: Any, batch: Batch, label_smoothing: float = 0.0, by_probability: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a loss of the supervised tokens, and their plain cross-entropy; see :func:`linear_token_loss`."""
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
     rows, norm = supervised_rows(hidden, batch)
     labels = batch.labels.flatten().index_select(0, batch.supervised)
-    return linear_cross_entropy(
+    return linear_token_loss(
         rows, head_blocks(head), labels, head.bias,
         logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+        label_smoothing=label_smoothing, by_probability=by_probability,
     )  # fmt: skip
 
 
@@ -89,6 +97,21 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
 SUPERVISED = Loss(
     compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
 )
+
+
+def token_loss(label_smoothing: float, by_probability: bool) -> Loss:
+    """Return a variant of :data:`SUPERVISED` to train with; its metric `cross_entropy` is the plain one.
+
+    Args:
+        label_smoothing: Share of each target that is spread evenly over the vocabulary.
+        by_probability: Multiply each token's loss by the token's probability, as DFT does (arXiv:2508.05629).
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        loss, plain = _token_loss(model, batch, label_smoothing, by_probability)
+        return StepLoss(loss, {"cross_entropy": plain})
+
+    return Loss(compute, SUPERVISED.units, metrics=("cross_entropy",))
 
 
 def supervised_rows(

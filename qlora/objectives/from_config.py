@@ -1,7 +1,7 @@
 """The objectives by name, the one that a config names, and what the config adds to its loss."""
 
 from qlora.config import TrainSection
-from qlora.model import Loss
+from qlora.model import Loss, token_loss
 from qlora.objectives.adversarial import with_adversary
 from qlora.objectives.keep import with_base_kl
 from qlora.objectives.neftune import with_noise
@@ -18,15 +18,18 @@ def objective_from_section(section: TrainSection) -> Objective:
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:
     """Return the loss that a run is trained with: the objective's, with what the config adds while training.
 
-    All additions combine. The divergence of `train.keep` is part of the loss that `train.adversarial` perturbs and
-    computes twice; the noise of `train.neftune_alpha` is the same in both passes. The base that `train.keep` compares
-    with sees neither noise nor perturbation.
+    A token loss other than the plain cross-entropy takes the place of the objective's loss; the config allows it only
+    where that is the cross-entropy of supervised tokens. All additions combine. The divergence of `train.keep` is part
+    of the loss that `train.adversarial` perturbs and computes twice; the noise of `train.neftune_alpha` is the same in
+    both passes. The base that `train.keep` compares with sees neither noise nor perturbation.
 
     Args:
         section: Section of the config.
         loss: Loss of the objective; default: that of the objective that the section names.
     """
     loss = objective_from_section(section).loss if loss is None else loss
+    if section.token_loss != "ce" or section.label_smoothing:
+        loss = token_loss(section.label_smoothing, by_probability=section.token_loss == "dft")
     if section.keep is not None and section.keep.kl:
         loss = with_base_kl(loss, section.keep.kl)
     if section.neftune_alpha is not None:

@@ -28,7 +28,10 @@ METHODS = {
     "dora + reconstruct + ranks": {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },
-    "rows + dropout + layers": {"lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1]},
+    "rows + dropout + layers + smoothing": {
+        "lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1],
+        "train__label_smoothing": 0.1,
+    },
     "B alone + eva + exclude": {"lora__train": "B", "lora__init": "eva", "lora__exclude": ["down_proj"]},
     "pissa + rslora": {"lora__init": "pissa", "lora__rslora": True},
     "dora + final rank + master": {"lora__kind": "dora", "lora__final_rank": 2, "train__rounding": "master"},

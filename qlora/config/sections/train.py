@@ -19,6 +19,8 @@ from qlora.config.sections.values import (
 
 DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_WARMUP_RATIO = 0.03
+# Objectives whose loss is the cross-entropy of supervised tokens.
+TOKEN_LOSS_OBJECTIVES = ("sft",)
 # Groups of parameters that can have a learning rate of their own.
 RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
 # Keys of a single scheduler: its name, and the key's value where it is null.
@@ -67,6 +69,18 @@ class TrainSection(Section):
         default="sft",
         description="Training objective: sft is supervised fine-tuning.",
         examples=["sft"],
+    )
+    token_loss: Literal["ce", "dft"] = Field(
+        default="ce",
+        description="Loss of a token while training: ce is the cross-entropy; dft multiplies it by the token's own "
+        "probability, which gets no gradient. Evaluations report the cross-entropy.",
+        examples=["dft"],
+    )
+    label_smoothing: Share = Field(
+        default=0.0,
+        description="Share of each target token that is spread evenly over the vocabulary while training. Evaluations "
+        "do not smooth.",
+        examples=[0.1],
     )
     output_dir: PathText = Field(
         description="Run directory: config, metrics, checkpoints and adapter. The same command continues a run in it.",
@@ -219,6 +233,17 @@ class TrainSection(Section):
             ValidationError: Other keys don't allow it.
         """
         return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
+    @field_validator("token_loss", "label_smoothing")
+    @classmethod
+    def _check_token_loss(cls, value: str | float, info: ValidationInfo) -> str | float:
+        objective = info.data.get("objective", "sft")  # absent if it is invalid itself
+        if value not in ("ce", 0) and objective not in TOKEN_LOSS_OBJECTIVES:
+            raise ValueError(
+                f"changes the loss of tokens, but train.objective {objective} has none; remove it, or set "
+                f"objective: {' or '.join(TOKEN_LOSS_OBJECTIVES)}"
+            )
+        return value
 
     @field_validator("min_learning_rate")
     @classmethod
