@@ -1,6 +1,6 @@
 """Batches of documents, in a seeded order that follows from the step number alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -30,8 +30,9 @@ class Batch:
         weights: (supervised labels,), fp32, of their losses; None if all are 1.
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
         lengths: Number of tokens of each document.
-        num_supervised: Number of supervised labels, known without synchronizing the device.
+        counts: Number of supervised labels of each document, known without synchronizing the device.
         total_weight: Sum of their weights.
+        values: What else is known about the documents, by column: (documents, …) each.
         seeds: Seed of the random numbers of each document; None outside of a run's steps.
     """
 
@@ -43,19 +44,29 @@ class Batch:
     weights: torch.Tensor | None
     cu_seq_lens: torch.Tensor | None
     lengths: tuple[int, ...]
-    num_supervised: int
+    counts: tuple[int, ...]
     total_weight: float
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of supervised labels."""
+        return sum(self.counts)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
-        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                # Only copies from pinned memory are asynchronous.
-                source = value.pin_memory() if device.type == "cuda" else value
-                values[name] = source.to(device, non_blocking=True)
-        return Batch(**values)
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved: dict[str, Any] = {name: _move(value, device) for name, value in own.items()}
+        return Batch(**moved | {"values": {name: _move(value, device) for name, value in self.values.items()}})
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """Copy a tensor to a device; other values are returned as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # Only copies from pinned memory are asynchronous.
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
 
 def collate(examples: Sequence[TokenizedExample], packed: bool = False, seeds: Sequence[int] | None = None) -> Batch:
@@ -90,8 +101,11 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False, seeds: S
         weights=None if is_plain else torch.from_numpy(weights.flat[supervised]),
         cu_seq_lens=torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
         lengths=tuple(lengths),
-        num_supervised=len(supervised),
+        counts=tuple(example.num_supervised for example in examples),
         total_weight=total_weight,
+        values={
+            name: torch.from_numpy(np.stack([each.values[name] for each in examples])) for name in examples[0].values
+        },
         seeds=None if seeds is None else tuple(seeds),
     )
 

@@ -1,15 +1,18 @@
 """Tokens with weights from examples, many at a time."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from qlora.data.answers import draft_conversation
 from qlora.data.draft_tokens import DraftTokenizer
 from qlora.data.drafts import Answer, Draft
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.mismatched import BAD, GOOD, RATING
 from qlora.data.options import CHOICES
 from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
 from qlora.data.template import adds_bos
@@ -115,7 +118,7 @@ class ExampleEncoder:
                 results.append(_encode_ids(example))
             else:
                 finished = [document for draft in group for document in to_documents(draft, next(encodings))]
-                documents = [document for document, _ in finished]
+                documents = [replace(document, values=_values_of(example)) for document, _ in finished]
                 group_size = 2 if isinstance(example, Preference) else 1
                 per_answer = len(documents) > group_size
                 switched = sum((draft.switched for draft in group), Counter[str]())
@@ -167,6 +170,13 @@ class ExampleEncoder:
         return Counter(
             token for each in conversations for token in self.facts.control_tokens([each.messages, each.tools])
         )
+
+
+def _values_of(example: Example) -> Mapping[str, Any]:
+    """Return what is stored of an example's documents besides their tokens, by column."""
+    if isinstance(example, Rated):
+        return {RATING: np.int8(GOOD if example.is_good else BAD)}
+    return {}
 
 
 def answer_end_id(tokenizer: Any) -> int:

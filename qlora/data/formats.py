@@ -1,6 +1,6 @@
 """Formats of rows: which one a source has, and reading its rows to examples."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from qlora.data.conversations import (
 )
 from qlora.data.documents import read_classification, read_text, read_tokenized
 from qlora.data.examples import Conversation, Example
+from qlora.data.mismatched import RATING
 from qlora.data.ratings import read_chosen, read_kto, read_preference, verdict_of
 from qlora.data.rows import Row
+from qlora.data.store import Column
 from qlora.data.turns import MEDIA_KEYS, TRANSCRIPT_START, TurnReader
 from qlora.errors import ConfigError, DataError
 
@@ -33,6 +35,8 @@ FORMATS = {
     "classification": "text, label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
 }
+# Columns of the stores of a format, in addition to those of every store.
+STORED_COLUMNS: Mapping[str, Sequence[Column]] = {"kto": (Column(RATING, "int8", "document"),)}
 # Names that a mapping may have: all columns of all formats, and the keys of a turn.
 COLUMNS = {
     "instruction", "input", "output", "response", "system", "history", "tools", *TURN_COLUMNS, "prompt", "completion",

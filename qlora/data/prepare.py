@@ -14,8 +14,9 @@ import numpy as np
 from qlora.data.cache import find_entry, new_entry, write_report
 from qlora.data.cache_key import key_of, stamps_of
 from qlora.data.encode import Encoded, ExampleEncoder, PendingExamples
-from qlora.data.examples import Conversation, Example, Labelled
-from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.examples import Conversation, Example, Labelled, Preference, Rated
+from qlora.data.formats import COLUMNS, STORED_COLUMNS, RowReader
+from qlora.data.mismatched import MismatchedAnswers
 from qlora.data.options import EncodeOptions
 from qlora.data.problems import ProblemLog, counted
 from qlora.data.report import DataReport
@@ -78,6 +79,7 @@ class _Build:
         self.source, self.encoder, self.options, self.folder = source, encoder, options, folder
         self.report = DataReport(source.path)
         self._problems = ProblemLog()
+        self._mismatched = MismatchedAnswers(options.max_seq_len)
         # One entry per row and per document, so 8 bytes each.
         self._hashes, self._lengths = array("Q"), array("q")
 
@@ -92,21 +94,25 @@ class _Build:
         source = self.source
         reader = RowReader(source.format, source.columns, source.roles)
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
-        writer = ExampleWriter(self.folder)
+        writer: ExampleWriter | None = None
         try:
             pending: _PendingRows | None = None
             for rows in _batches(islice(read_rows(source, rule), source.max_rows)):
                 # A batch is tokenized while the next one is read and rendered.
                 begun = self._begin(rows, reader)
+                if writer is None:  # now the format is known
+                    writer = ExampleWriter(self.folder, STORED_COLUMNS.get(reader.format, ()))
                 if pending is not None:
                     self._finish(pending, writer)
                 pending = begun
-            if pending is not None:
+            if pending is not None and writer is not None:
                 self._finish(pending, writer)
+            self._mismatched.close()
         except BaseException:
-            writer.abandon()
+            if writer is not None:
+                writer.abandon()
             raise
-        report.digest = writer.close()
+        report.digest = "" if writer is None else writer.close()
         report.format = reader.format
         report.problems = self._problems.problems()
         if not report.examples:
@@ -154,12 +160,12 @@ class _Build:
 
     def _write(self, number: int, row: Row | BadRow, example: Example, result: Encoded, writer: ExampleWriter) -> None:
         report, options = self.report, self.options
-        is_single = result.group_size == 1
-        if options.overlong == "error" or options.overlong == "split" and not is_single:
+        is_rated = isinstance(example, Preference | Rated)
+        if options.overlong == "error" or options.overlong == "split" and is_rated:
             longest = max(map(len, result.documents))
             if longest > options.max_seq_len:
                 what = f"{longest} tokens, more than data.max_seq_len ({options.max_seq_len}); raise it, or set "
-                choices = "drop, truncate or split" if is_single else "drop or truncate, as a pair can't be split"
+                choices = "drop or truncate, as rated answers can't be split" if is_rated else "drop, truncate or split"
                 self._refuse(row, f"{what}data.overlong to {choices}.")
                 return
         report.per_answer += result.per_answer
@@ -172,10 +178,19 @@ class _Build:
         for group in result.groups:
             self._lengths.extend(map(len, group))
             for part in _fit(group, options, report.overlong):
-                writer.append(part, number)
-                report.examples += len(part)
-                report.tokens += sum(map(len, part))
-                report.supervised_tokens += sum(document.num_supervised for document in part)
+                if isinstance(example, Rated):
+                    for row_number, pair in self._mismatched.add(number, *part):
+                        self._append(row_number, pair, writer, num_compared=1)
+                else:
+                    self._append(number, part, writer)
+
+    def _append(
+        self, row: int, group: Sequence[TokenizedExample], writer: ExampleWriter, num_compared: int | None = None
+    ) -> None:
+        writer.append(group, row, num_compared=num_compared)
+        self.report.examples += len(group)
+        self.report.tokens += sum(map(len, group))
+        self.report.supervised_tokens += sum(document.num_supervised for document in group)
 
     def _refuse(self, row: Row | BadRow, problem: str) -> None:
         self.report.bad_rows += 1

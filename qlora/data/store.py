@@ -74,14 +74,22 @@ class ExampleWriter:
         self._digest = hashlib.sha256()
         self._group_size = 0
 
-    def append(self, documents: Sequence[TokenizedExample], row: int, values: Mapping[str, Any] | None = None) -> None:
+    def append(
+        self,
+        documents: Sequence[TokenizedExample],
+        row: int,
+        values: Mapping[str, Any] | None = None,
+        num_compared: int | None = None,
+    ) -> None:
         """Append a group.
 
         Args:
             documents: Documents of the group, as many as in every other group.
             row: Number of the row that they come from.
             values: Entries of the additional columns by name: for a column per group the entry, for others a sequence
-                with the entries of each document.
+                with the entries of each document. Those of a column per document that is not given are the documents'
+                own values.
+            num_compared: Number of documents, from the first, that groups are compared by; default: all.
 
         Raises:
             ValueError: The number of documents differs from other groups', or an entry has another shape than its
@@ -90,23 +98,29 @@ class ExampleWriter:
         if self._group_size not in (0, len(documents)):
             raise ValueError(f"a group of {len(documents)} documents in a store with groups of {self._group_size}")
         self._group_size = len(documents)
+        own = [column.name for column in self._columns[len(COLUMNS) :] if column.per == "document"]
         entries: dict[str, Any] = {
+            **{name: [document.values.get(name) for document in documents] for name in own},
             **(values or {}),
             "input_ids": [document.input_ids for document in documents],
             "weights": [document.weights for document in documents],
             "lengths": [len(document) for document in documents],
             "rows": row,
         }
-        compared = bytearray()
+        written = bytearray()
+        num_bytes: list[int] = []
         for number, document in enumerate(documents):
             for column in self._columns:
                 if column.per != "group":
                     shape = (len(document),) if column.per == "token" else ()
-                    compared += self._write(column, entries[column.name][number], shape)
+                    written += self._write(column, entries[column.name][number], shape)
+            num_bytes.append(len(written))
+        of_group = bytearray()
         for column in self._columns:
             if column.per == "group" and column.name != "hashes":
-                compared += self._write(column, entries[column.name], ())
-        self._digest.update(compared)
+                of_group += self._write(column, entries[column.name], ())
+        self._digest.update(written + of_group)
+        compared = written[: num_bytes[(num_compared or len(documents)) - 1]] + of_group
         self._files["hashes"].write(hashlib.blake2b(compared, digest_size=HASH_BYTES).digest())
 
     def _write(self, column: Column, value: Any, shape: tuple[int, ...]) -> bytes:
@@ -185,6 +199,7 @@ class ExampleStore:
         self.group_size, columns = read_header(folder)
         self.columns = {column.name: column for column in columns}
         self._values = {column.name: _open(folder, column) for column in columns}
+        self._own = [column.name for column in columns if column.per == "document" and column not in COLUMNS]
         self.lengths, self.rows, self.hashes = (self._values[name] for name in ("lengths", "rows", "hashes"))
         self._ends = np.cumsum(self.lengths)
 
@@ -202,7 +217,8 @@ class ExampleStore:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         span = slice(self._ends[index] - self.lengths[index], self._ends[index])
-        return TokenizedExample(np.array(self._values["input_ids"][span]), np.array(self._values["weights"][span]))
+        ids, weights = (np.array(self._values[name][span]) for name in ("input_ids", "weights"))
+        return TokenizedExample(ids, weights, {name: self._values[name][index] for name in self._own})
 
     def largest_id(self) -> int:
         """Return the largest token id."""

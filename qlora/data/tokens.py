@@ -1,7 +1,7 @@
 """A document in tokens, with the weight of each."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ class TokenizedExample:
         input_ids: (length,), int32.
         weights: (length,), float16: weight of the loss of predicting the token, 0 if it is not supervised. The first
             is always 0, as no token precedes it.
+        values: What else is known about the document, by the columns of its store, such as whether it was rated good.
     """
 
     input_ids: np.ndarray
     weights: np.ndarray
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -40,14 +42,14 @@ class TokenizedExample:
 
     def __getitem__(self, span: slice) -> "TokenizedExample":
         """Return a part of the document as a document of its own."""
-        return make_example(self.input_ids[span], self.weights[span])
+        return make_example(self.input_ids[span], self.weights[span], self.values)
 
 
-def make_example(input_ids: Any, weights: Any) -> TokenizedExample:
+def make_example(input_ids: Any, weights: Any, values: Mapping[str, Any] = {}) -> TokenizedExample:  # noqa: B006 (never changed)
     """Build an example from ids and weights, sequences of equal length; weights may also be a mask of booleans."""
     weights = np.array(weights, dtype=np.float16)
     weights[:1] = 0
-    return TokenizedExample(np.asarray(input_ids, dtype=np.int32), weights)
+    return TokenizedExample(np.asarray(input_ids, dtype=np.int32), weights, values)
 
 
 def supervised_bytes(tokenizer: Any, examples: Iterable[TokenizedExample]) -> int:

@@ -98,7 +98,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
         input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
         supervised=torch.empty(supervised, dtype=torch.long, device="meta"), weights=None,
         cu_seq_lens=torch.tensor([0, tokens], dtype=torch.int32), lengths=(tokens,),
-        num_supervised=supervised, total_weight=supervised,
+        counts=(supervised,), total_weight=supervised,
     )  # fmt: skip
     for parameter in model.parameters():
         if parameter.requires_grad:

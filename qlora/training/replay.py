@@ -29,6 +29,9 @@ from qlora.training.seeds import document_seeds, seed_step
 
 # Number of parameters that a report names.
 SHOWN = 8
+# Tensors of a saved step; those of the documents' further values have names with this prefix.
+TENSORS = ("trained", "input_ids", "weights", "lengths")
+VALUE = "value."
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,8 @@ def save_step(path: Path, parts: LoopParts, step: int, num_parts: int, about: Ma
         "weights": torch.from_numpy(np.concatenate([each.weights for each in window])),
         "lengths": torch.tensor([len(each) for each in window]),
     }
+    for name in window[0].values:
+        tensors[VALUE + name] = torch.from_numpy(np.stack([each.values[name] for each in window]))
     write_bytes(path, save(tensors, metadata={"step": json.dumps(settings)}))
 
 
@@ -162,9 +167,11 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     flat.data.copy_(tensors["trained"])
     spans = np.split(np.arange(len(tensors["input_ids"])), np.cumsum(tensors["lengths"].numpy())[:-1])
     ids, weights = tensors["input_ids"].numpy(), tensors["weights"].numpy()
-    examples = dict(
-        zip(settings["indices"], (TokenizedExample(ids[span], weights[span]) for span in spans), strict=True)
-    )
+    values = {name.removeprefix(VALUE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(VALUE)}
+    examples = {
+        index: TokenizedExample(ids[span], weights[span], {name: value[place] for name, value in values.items()})
+        for place, (index, span) in enumerate(zip(settings["indices"], spans, strict=True))
+    }
     num_units = sum(map(loss.units, examples.values()))
     is_scaled = model.dtype == torch.float16
     scale = settings["loss_scale"] if is_scaled else 1.0
@@ -207,7 +214,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             settings = parse_object((file.metadata() or {})["step"].encode())
-            tensors = {name: file.get_tensor(name) for name in ("trained", "input_ids", "weights", "lengths")}
+            names = [*TENSORS, *(name for name in file.keys() if name.startswith(VALUE))]  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in names}
         _check(settings, tensors)
         return settings, tensors
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -239,6 +247,8 @@ def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     num_tokens = {len(tensors["input_ids"]), len(tensors["weights"]), sum(lengths)}
     if len(indices) != len(lengths) or min(lengths) < 1 or len(num_tokens) != 1 or "packed" not in settings:
         raise ValueError("its documents do not have the recorded lengths")
+    if any(len(tensor) != len(indices) for name, tensor in tensors.items() if name.startswith(VALUE)):
+        raise ValueError("values of its documents are missing")
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_a_pair_of_which_truncation_leaves_one_answer_is_dropped_whole(build):
     assert len(built.train) == 2
 
 
-@pytest.mark.parametrize(("overlong", "reason"), [("split", ", as a pair can't be split."), ("error", "")])
+@pytest.mark.parametrize(("overlong", "reason"), [("split", ", as rated answers can't be split."), ("error", "")])
 def test_an_overlong_pair_is_refused_where_it_would_be_split_or_an_error(build, overlong, reason):
     rows = [pair(0), pair(1, chosen="x" * MAX)]
     with pytest.raises(DataError, match=f"more than data.max_seq_len .* drop or truncate{reason}"):
@@ -231,3 +231,28 @@ def test_evaluation_keeps_pairs_together_and_sees_each_once(build, rng, capacity
         documents = [ids[begin : begin + length] for begin, length in zip(begins, batch.lengths, strict=True)]
         seen += zip(documents[::2], documents[1::2], strict=True)
     assert sorted(seen) == expected
+
+
+def rated(number, label=True, answer="yes"):
+    return {"prompt": f"Q{number:03}", "completion": answer, "label": label}
+
+
+def test_a_rated_answer_has_a_group_with_its_prompt_and_the_answer_of_the_row_before(build):
+    built = build([rated(0, answer="zero"), rated(1, False, "one"), rated(2, answer="two")])
+    answers = [(own.splitlines()[-1], other.splitlines()[-1]) for own, other in pairs_of(built.train)]
+    assert answers == [("zero", "one"), ("one", "zero"), ("two", "one")]
+    assert prompts_of(built.train) == ["Q000", "Q001", "Q002"]
+    assert [int(example.values["rating"]) for example in built.train] == [1, 0, -1, 0, 1, 0]
+
+
+def test_mismatched_answers_are_truncated_and_do_not_make_rows_different(build):
+    rows = [rated(0), rated(1, answer="y" * (MAX - 40)), rated(2), rated(0), rated(0)]
+    built = build(rows, deduplicate=True, max_seq_len=MAX)
+    assert max(map(len, built.train)) <= MAX
+    assert prompts_of(built.train) == ["Q000", "Q001", "Q002"]
+    assert built.reports[0].deduplicated == 4
+
+
+def test_a_single_rated_answer_is_refused(build):
+    with pytest.raises(DataError, match="there is a single one; add rows"):
+        build([rated(0)])
