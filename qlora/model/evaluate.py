@@ -20,13 +20,15 @@ class Evaluation:
         num_supervised: Number of supervised tokens.
         total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
             was evaluated.
-        metrics: Mean of each of the loss's metrics, by name.
+        metrics: Mean of each of the loss's metrics, and what it summarizes from its counts, by name.
+        counts: Sums of the loss's counts.
     """
 
     loss: float
     num_supervised: int
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
@@ -57,15 +59,22 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # Loss, supervised tokens, units, and each metric.
-    totals = torch.zeros(3 + len(loss.metrics), dtype=torch.float64, device=device)
+    # Loss, supervised tokens, units, each metric, and each count.
+    num_means = 3 + len(loss.metrics)
+    totals = torch.zeros(num_means + loss.counts, dtype=torch.float64, device=device)
     for batch in batches:
-        sums = loss.sums(loss.compute(model, batch.to(device)))
+        step = loss.compute(model, batch.to(device))
+        sums = loss.sums(step)
         totals[0] += sums[0]
         totals[1] += batch.num_supervised
         totals[2] += loss.units(batch)
-        totals[3:] += sums[1:]
+        totals[3:num_means] += sums[1:]
+        if step.counts is not None:
+            totals[num_means:] += step.counts
     model.train(was_training)
-    loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
+    loss_sum, num_supervised, units, *others = (totals if reduce is None else reduce(totals)).tolist()
+    metrics, counts = others[: len(loss.metrics)], [int(count) for count in others[len(loss.metrics) :]]
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
-    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means)
+    if loss.summarize is not None:
+        means |= loss.summarize(counts)
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, counts)

@@ -1,7 +1,7 @@
 """Losses, and the supervised one, which never holds the logits of a whole batch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +30,12 @@ class StepLoss:
     Attributes:
         total: Sum of the loss over the batch, a scalar in fp32, not yet divided by any count.
         metrics: Other sums over the batch by name, scalars in fp32; they get no gradient.
+        counts: Counts of the batch for :attr:`Loss.counts`, (counts,); None if it has none.
     """
 
     total: torch.Tensor
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Loss:
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
         metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
+        counts: Number of counts of every :class:`StepLoss`, which evaluations add up over batches and processes.
+        summarize: Computes further metrics from these sums, for those that are no means over units.
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
@@ -53,6 +57,8 @@ class Loss:
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
+    counts: int = 0
+    summarize: Callable[[Sequence[int]], Mapping[str, float]] | None = None
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
@@ -82,13 +88,36 @@ def _token_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a loss of the supervised tokens, and their plain cross-entropy; see :func:`linear_token_loss`."""
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    rows, norm = supervised_rows(hidden, batch)
+    return loss_of_rows(model, batch, rows, norm, batch.weights, label_smoothing, by_probability)
+
+
+def loss_of_rows(
+    model: Any,
+    batch: Batch,
+    rows: torch.Tensor,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    weights: torch.Tensor | None,
+    label_smoothing: float = 0.0,
+    by_probability: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of the supervised tokens and their plain cross-entropy, from their hidden states.
+
+    Args:
+        model: A causal language model.
+        batch: The batch.
+        rows: See :func:`supervised_rows`, as `norm`.
+        norm: Norm that the rows still need.
+        weights: Weight of each token, (supervised tokens,), fp32; None if all are 1.
+        label_smoothing: See :func:`linear_token_loss`, as `by_probability`.
+        by_probability: Multiply by the tokens' probabilities.
+    """
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    rows, norm = supervised_rows(hidden, batch)
     labels = batch.labels.flatten().index_select(0, batch.supervised)
     return linear_token_loss(
         rows, head_blocks(head), labels, head.bias,
-        logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+        logit_scale=scale, softcap=softcap, row_weights=weights, norm=norm,
         label_smoothing=label_smoothing, by_probability=by_probability,
     )  # fmt: skip
 

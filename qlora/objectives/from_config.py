@@ -1,8 +1,10 @@
 """The objectives by name, the one that a config names, and what the config adds to its loss."""
 
 from qlora.config import TrainSection
+from qlora.data import Datasets
 from qlora.model import Loss, token_loss
 from qlora.objectives.adversarial import with_adversary
+from qlora.objectives.classify import CLASSIFY, with_labels
 from qlora.objectives.keep import with_base_kl
 from qlora.objectives.neftune import with_noise
 from qlora.objectives.objective import Objective
@@ -11,8 +13,20 @@ from qlora.objectives.sft import SFT
 
 def objective_from_section(section: TrainSection) -> Objective:
     """Return the objective that a config's train section names; its loss is the one that evaluations report."""
-    objectives = {"sft": SFT}
+    objectives = {"sft": SFT, "classify": CLASSIFY}
     return objectives[section.objective]
+
+
+def objective_for_data(section: TrainSection, datasets: Datasets) -> Objective:
+    """Return the objective that a section names, for its data: with their labels, if it learns any.
+
+    Raises:
+        ConfigError: The section does not fit the data.
+    """
+    objective = objective_from_section(section)
+    if datasets.labels is None:
+        return objective
+    return with_labels(objective, datasets, section.class_weights)
 
 
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import adapter_digest
-from qlora.config import load_config
 from qlora.data import eval_batches
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
@@ -205,7 +204,7 @@ def _examples(source: AdapterSource, tokenizer: Any) -> Sequence[TokenizedExampl
     """Return the examples that a model is run on: held-out ones of the run, or fixed texts."""
     if source.run is None:
         return fixed_examples(tokenizer, (*PROMPTS, *SAMPLE_TEXTS))
-    return held_out_examples(load_config(source.run.config), tokenizer)[:NUM_EXAMPLES]
+    return held_out_examples(source.run, tokenizer)[:NUM_EXAMPLES]
 
 
 def _compare_gguf(

@@ -10,10 +10,18 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
 from qlora.data import eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
-from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
+from qlora.model import (
+    AdapterSource,
+    base_from_section,
+    datasets_from_section,
+    find_foreign,
+    labels_from_config,
+    load_model,
+    load_run,
+)
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
-from qlora.objectives import objective_from_section
+from qlora.objectives import by_label, matrix_of, objective_for_data, objective_from_section
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -28,6 +36,8 @@ class EvaluationReport:
         perplexity: exp(loss).
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
+        labels: For each label of a classification its name and precision, recall, F1 and number of texts.
+        confusion: Number of texts by label and predicted label, of a classification.
         retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
     """
 
@@ -38,6 +48,8 @@ class EvaluationReport:
     perplexity: float
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    confusion: list[list[int]] = field(default_factory=list)
     retain_loss: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,7 +109,10 @@ def evaluate(
         whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     try:
-        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
+        labels = labels_from_config(config, run)
+        datasets = datasets_from_section(
+            section, tokenizer, config.train.seed, own_template=own_template, labels=labels
+        )
     except (ConfigError, DataError) as error:
         raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
     if problems := objective_from_section(config.train).unsupported_reasons(datasets.all_reports):
@@ -105,11 +120,13 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
-    loss = objective_from_section(config.train).loss
+    loss = objective_for_data(config.train, datasets).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     retained = (
         evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
     )
+    confusion = matrix_of(result.counts)
+    names = datasets.labels.names if datasets.labels is not None else ()
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -120,6 +137,8 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
         metrics=result.metrics,
+        labels=[each.described(name) for name, each in zip(names, by_label(confusion), strict=True)],
+        confusion=confusion.tolist(),
         retain_loss=retained.loss if retained else None,
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from qlora.checkpoint import RunDirectory
 from qlora.model import Evaluation
+from qlora.objectives import matrix_of
 from qlora.processes import Processes
 from qlora.training.display import Display
 from qlora.training.loop import StepReport
@@ -122,10 +123,11 @@ class MetricsLog:
                 f"{name}_perplexity": each.perplexity,
                 f"{name}_supervised_tokens": each.num_supervised,
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
+                **({f"{name}_confusion": matrix_of(each.counts).tolist()} if each.counts else {}),
             }
         self._write(values)
         labels = {"eval": "held-out loss", "retain": "retained loss"}
-        self.display.show_event(step, "  ".join(f"{labels[name]} {each.loss:.4f}" for name, each in found.items()))
+        self.display.show_event(step, "  ".join(_describe(labels[name], each) for name, each in found.items()))
 
     def close(self) -> None:
         """End the progress line, and close the file."""
@@ -151,6 +153,11 @@ class MetricsLog:
             self.write_out()
         numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
         self.processes.log(numbers, values["step"])
+
+
+def _describe(label: str, evaluation: Evaluation) -> str:
+    metrics = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in evaluation.metrics.items()]
+    return ", ".join([f"{label} {evaluation.loss:.4f}", *metrics])
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:

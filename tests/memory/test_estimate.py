@@ -92,6 +92,7 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
         ["data.max_seq_len=192", "train.neftune_alpha=5"],
         ["data.max_seq_len=192", "train.adversarial.epsilon=0.1"],
         ["data.max_seq_len=192", "train.keep.kl=0.1", "train.token_loss=dft", "train.label_smoothing=0.1"],
+        ["data.max_seq_len=192", "train.objective=classify"],
         ["data.max_seq_len=192", "lora.kind=dora"],
         ["data.max_seq_len=192", "lora.kind=rows", "lora.rank=24", "lora.alpha=32"],
         ["data.max_seq_len=192", "lora.init=pissa", "lora.train=B", "lora.rank=32"],

@@ -39,6 +39,9 @@ METHODS = {
         "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}, "lora__init": "orthogonal",
         "train__learning_rates": {"lora_B": "4x"},
     },
+    "classification + class weights": {
+        "train__objective": "classify", "train__class_weights": "balanced", "data__train": "LABELLED ROWS",
+    },
 }  # fmt: skip
 
 
@@ -47,7 +50,11 @@ def trained(request, tiny_base, alpaca_file, tmp_path_factory):
     """The settings and folder of a finished run of a method, and its merge in fp32."""
     folder = tmp_path_factory.mktemp("methods") / "run"
     old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
-    settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
+    labels = [("tin", "metal"), ("oak", "tree"), ("elm", "tree"), ("rust", "metal"), ("moss", "plant")] * 8
+    labelled = [{"text": f"{word} {number}", "label": label} for number, (word, label) in enumerate(labels)]
+    labelled_rows = write_jsonl(folder.with_name("labelled.jsonl"), labelled)
+    written = json.dumps(METHODS[request.param])
+    settings = json.loads(written.replace("OLD ROWS", str(old_rows)).replace("LABELLED ROWS", str(labelled_rows)))
     train(load_config(run_config(tiny_base, alpaca_file, folder, **settings)))
     merge(folder, folder.with_name("merged"), dtype="float32")
     return settings, folder, folder.with_name("merged")

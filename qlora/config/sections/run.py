@@ -61,6 +61,30 @@ class RunConfig(Section):
             )
         return value
 
+    @field_validator("train")
+    @classmethod
+    def _check_classification(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if data is None:
+            return value
+        if value.objective != "classify":
+            if data.labels is not None:
+                raise ValueError(
+                    f"objective is {value.objective}, but data.labels names labels; set objective: classify"
+                )
+            return value
+        if data.overlong == "split":
+            raise ValueError(
+                "objective: classify can't learn from parts of a text, but data.overlong is split; set it to truncate, "
+                "drop or error"
+            )
+        if isinstance(data.labels, dict) and value.classify_by == "head":
+            raise ValueError("classify_by: head needs no words, but data.labels gives some; name the labels in a list")
+        named = set(value.class_weights) if isinstance(value.class_weights, dict) else set()
+        if data.labels is not None and (unknown := named - set(data.labels)):
+            raise ValueError(f"class_weights names {', '.join(sorted(unknown))}, which data.labels does not have")
+        return value
+
 
 def untrained_groups(lora: LoraSection, data: DataSection) -> dict[str, str]:
     """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""

@@ -65,10 +65,23 @@ class KeepSection(Section):
 class TrainSection(Section):
     """The run."""
 
-    objective: Literal["sft"] = Field(
+    objective: Literal["sft", "classify"] = Field(
         default="sft",
-        description="Training objective: sft is supervised fine-tuning.",
-        examples=["sft"],
+        description="Training objective: sft is supervised fine-tuning; classify learns the labels of texts.",
+        examples=["classify"],
+    )
+    classify_by: Literal["head", "tokens"] | None = Field(
+        default=None,
+        validate_default=True,
+        description="What decides on a label with objective classify: a head with a score of each label, or tokens, "
+        "the words that the model answers with; null is tokens.",
+        examples=["tokens"],
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="Weights of labels in the loss that is trained: balanced makes all labels count the same in total; "
+        "or a weight for each name, 1 for those that are left out. null weighs every text the same.",
+        examples=["balanced"],
     )
     token_loss: Literal["ce", "dft"] = Field(
         default="ce",
@@ -233,6 +246,16 @@ class TrainSection(Section):
             ValidationError: Other keys don't allow it.
         """
         return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
+    @field_validator("classify_by", "class_weights")
+    @classmethod
+    def _check_classify(cls, value: object, info: ValidationInfo) -> object:
+        objective = info.data.get("objective", "classify")  # absent if it is invalid itself
+        if objective == "classify":
+            return "tokens" if value is None and info.field_name == "classify_by" else value
+        if value is not None:
+            raise ValueError(f"is set, but train.objective is {objective}; remove it, or set objective: classify")
+        return None
 
     @field_validator("token_loss", "label_smoothing")
     @classmethod
