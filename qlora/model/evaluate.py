@@ -1,8 +1,8 @@
 """Mean loss over held-out examples."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,23 +22,25 @@ class Evaluation:
             was evaluated.
         metrics: Mean of each of the loss's metrics, and what it summarizes from its counts, by name.
         counts: Sums of the loss's counts.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight.
     """
 
     loss: float
     num_supervised: int
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
+    is_per_token: bool = True
     counts: list[int] = field(default_factory=list)
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss); None if the loss is not one of tokens."""
+        return math.exp(min(self.loss, 700.0)) if self.is_per_token else None
 
     @property
-    def bits(self) -> float:
-        """Total loss of all supervised tokens in bits."""
-        return self.loss * self.total_weight / math.log(2)
+    def bits(self) -> float | None:
+        """Total loss of all supervised tokens in bits; None if the loss is not one of tokens."""
+        return self.loss * self.total_weight / math.log(2) if self.is_per_token else None
 
 
 @torch.no_grad()
@@ -62,8 +64,10 @@ def evaluate(
     # Loss, supervised tokens, units, each metric, and each count.
     num_means = 3 + len(loss.metrics)
     totals = torch.zeros(num_means + loss.counts, dtype=torch.float64, device=device)
+    if loss.ahead is not None:
+        batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
-        step = loss.compute(model, batch.to(device))
+        step = loss.compute(model, loss.learned_part(model, batch.to(device)))
         sums = loss.sums(step)
         totals[0] += sums[0]
         totals[1] += batch.num_supervised
@@ -77,4 +81,21 @@ def evaluate(
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
     if loss.summarize is not None:
         means |= loss.summarize(counts)
-    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, counts)
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, loss.is_per_token, counts)
+
+
+def _with_ahead(
+    model: Any,
+    batches: Sequence[Batch],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    loss: Loss,
+    device: torch.device,
+) -> list[Batch]:
+    """Return batches with the means over all of them, of every process, that the loss computes ahead."""
+    assert loss.ahead is not None
+    totals = torch.zeros(loss.num_ahead + 1, dtype=torch.float32, device=device)
+    for batch in batches:
+        totals[:-1] += loss.ahead(model, batch.to(device))
+        totals[-1] += loss.units(batch)
+    totals = totals if reduce is None else reduce(totals)
+    return [replace(batch, ahead=totals[:-1] / totals[-1]) for batch in batches]

@@ -32,9 +32,8 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
     def compute(model: Any, batch: Batch) -> StepLoss:
         hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
         rows, norm = supervised_rows(hidden, batch)
-        if labels is None or LABEL not in batch.values:  # as in a batch that only stands for its size
-            loss, _ = loss_of_rows(model, batch, rows, norm, None)
-            return StepLoss(loss, {ACCURACY: torch.zeros_like(loss)})
+        if labels is None:
+            return StepLoss(loss_of_rows(model, batch, rows, norm, None)[0])
         numbers = batch.values[LABEL].long()
         own = None if weights is None else torch.tensor(weights, device=rows.device)[numbers]
         of_tokens = None if own is None else own[_documents(batch, rows.device)]
@@ -59,6 +58,7 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
         units,
         metrics=(ACCURACY,),
         counts=size * size,
+        columns={LABEL: torch.zeros((), dtype=torch.int32)},
         summarize=lambda counts: {MACRO_F1: macro_f1(matrix_of(counts))},
     )
 
