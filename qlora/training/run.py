@@ -39,6 +39,7 @@ class RunResult:
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
         retain_losses: Loss on retained rows (`data.retain`) by step.
+        eval_metrics: Metrics of the last held-out evaluation by name, such as the accuracy of a classification.
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -52,6 +53,7 @@ class RunResult:
     losses: list[float]
     eval_losses: dict[int, float]
     retain_losses: dict[int, float]
+    eval_metrics: dict[str, float]
     tokens_per_second: float
     peak_memory: int
     signal: int | None
@@ -229,6 +231,17 @@ def _draw(run: RunDirectory, assembly: Assembly) -> None:
         draw_confusion(matrix, labels.names, run.path / "confusion.png", title)
 
 
+def _last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the last evaluation of held-out examples, of which not all are losses."""
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    others = {"eval_loss", "eval_perplexity", "eval_supervised_tokens"}
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in last.items()
+        if key.startswith("eval_") and key not in others and isinstance(value, int | float)
+    }
+
+
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
     """Write the trained adapter with its tokenizer and chat template."""
     with atomic_folder(run.adapter) as folder:
@@ -277,6 +290,7 @@ def _result(
         losses=[line["loss"] for line in lines if "loss" in line],
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
         retain_losses={line["step"]: line["retain_loss"] for line in lines if "retain_loss" in line},
+        eval_metrics=_last_metrics(lines),
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

@@ -39,6 +39,7 @@ def trained(tiny_base, rows, tmp_path_factory):
     settings = {"train__objective": "classify", "train__max_steps": 12, "data__eval": 0.25}
     result = train(load_config(run_config(tiny_base, rows, folder, **settings)))
     assert result.eval_losses[12] < 0.8 * result.eval_losses[0]
+    assert result.eval_metrics.keys() == {"accuracy", "macro_f1"}
     merge(folder, folder.with_name("merged"), dtype="float32")
     return folder, folder.with_name("merged")
 
