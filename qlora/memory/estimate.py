@@ -35,7 +35,7 @@ class Estimate:
         micro_batch_size: Number of sequences per micro-batch.
         max_seq_len: Largest number of tokens per sequence.
         packing: Whether the sequences of a micro-batch are joined into one.
-        chunk_tokens: Number of tokens whose logits are in memory at a time.
+        chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
     """
 
@@ -158,7 +158,9 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         micro_batch_size=rows,
         max_seq_len=row,
         packing=config.data.packing,
-        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary),
+        # Where a loss looks ahead, one document of each group has logits at a time.
+        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary)
+        * (1 if loss.ahead is None else loss.group_size),
         group_size=loss.group_size,
     )
 

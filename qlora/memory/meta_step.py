@@ -115,19 +115,20 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     def move(place: int) -> None:
         timeline.place = place
 
-    def is_trained() -> bool:
-        return torch.is_grad_enabled() and not is_backward
-
     def begin(place: int, inputs: Any) -> None:
-        if is_trained():  # the backward runs forwards too, where it recomputes layers
-            move(place)
+        if is_backward:  # it runs forwards too, where it recomputes layers
+            return
+        move(place)
+        if torch.is_grad_enabled():
             starts.append(timeline.held)
             if place and inputs and inputs[0].requires_grad:
                 inputs[0].register_hook(lambda _grad: move(place - 1))
 
     def end(output: Any) -> None:
-        if is_trained():
-            move(HEAD)
+        if is_backward:
+            return
+        move(HEAD)
+        if torch.is_grad_enabled():
             starts.append(timeline.held)
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:

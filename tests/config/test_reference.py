@@ -20,6 +20,20 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+    **{
+        f"train.preference{key}": {"train": {"objective": "dpo"}}
+        for key in (
+            "",
+            ".beta",
+            ".label_smoothing",
+            ".sft_weight",
+            ".length_normalize",
+        )
+    },
+    "train.preference.gamma": {"train": {"objective": "simpo"}},
+    **{
+        f"train.preference.{key}": {"train": {"objective": "kto"}} for key in ("desirable_weight", "undesirable_weight")
+    },
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
