@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora.errors import CheckpointError
 from qlora.files.json_files import read_object
+from qlora.lora import ScoreHead
 
 Steps = Annotated[int, Field(gt=0, lt=1 << 63)]
 ComputeDtype = Annotated[str, Field(pattern="^(bfloat16|float16|float32)$")]
@@ -174,6 +175,7 @@ class RunRecord:
             always present.
         examples: Number of examples.
         retain: Data report of each source of retained rows.
+        head: Head of scores of whole documents; None for the head over the vocabulary.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
     """
@@ -192,6 +194,7 @@ class RunRecord:
     data: list[dict[str, Any]]
     examples: ExampleCounts
     retain: list[dict[str, Any]] = field(default_factory=list)
+    head: ScoreHead | None = None
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 

@@ -53,9 +53,11 @@ def _label_lines(labels: list[dict[str, Any]]) -> list[str]:
     return [f"  {'label':<{width}}  precision  recall      F1    texts", *shown]
 
 
-def _confusion_lines(labels: list[dict[str, Any]], confusion: list[list[int]]) -> list[str]:
+def _confusion_lines(labels: list[dict[str, Any]], confusion: list[Any]) -> list[str]:
     """Return the matrix of labels and predicted labels; with many labels, the pairs that are confused most often."""
     names = [each["label"] for each in labels]
+    if isinstance(confusion[0][0], list):  # a text can have several labels
+        return []
     width = max(map(len, names))
     if len(names) <= MATRIX_LABELS:
         columns = [max(len(name), 5) for name in names]

@@ -44,6 +44,7 @@ def predict(
         from qlora.model import predict as predict_labels
 
         predictions = predict_labels(model, data, output, text, batch_size, device)
-    counts = Counter(prediction.label for prediction in predictions)
+    found = [each.label if isinstance(each.label, list) else [each.label] for each in predictions]
+    counts = Counter(name for names in found for name in names)
     report = {"rows": len(predictions), "labels": dict(counts.most_common()), "output": output}
     show_report(report, as_json, f"Predicted the labels of {len(predictions)} rows.")

@@ -5,7 +5,7 @@ from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
 from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
-from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
+from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
@@ -31,6 +31,7 @@ __all__ = [
     "answer_end_id",
     "apply_template",
     "build_datasets",
+    "choose_pad_token",
     "collate",
     "encode_prompt",
     "eval_batches",

@@ -16,6 +16,7 @@ from qlora.data.label_words import with_answers
 from qlora.data.labels import BY_TOKENS, LABEL, Labels
 from qlora.data.mismatched import BAD, GOOD, RATING
 from qlora.data.options import CHOICES
+from qlora.data.ratings import MARGIN
 from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
 from qlora.data.template import adds_bos
 from qlora.data.tokens import TokenizedExample, make_example
@@ -243,6 +244,8 @@ def _values_of(example: Example) -> Mapping[str, Any]:
     """Return what is stored of an example's documents besides their tokens, by column."""
     if isinstance(example, Rated):
         return {RATING: np.int8(GOOD if example.is_good else BAD)}
+    if isinstance(example, Preference):
+        return {MARGIN: np.float32(example.margin)}
     return {}
 
 

@@ -83,10 +83,17 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two continuations of the same turns, of which the first is preferred."""
+    """Two continuations of the same turns, of which the first is preferred.
+
+    Attributes:
+        chosen: The preferred one.
+        rejected: The other one.
+        margin: By how much the reward of the first should be above that of the second, for reward models.
+    """
 
     chosen: Conversation
     rejected: Conversation
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

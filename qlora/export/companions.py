@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
+from qlora.lora import ScoreHead
 from qlora.model import LABELS_FILE, AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 from qlora.model.tokenizer import GENERATION_FILE
 
@@ -75,9 +76,11 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     if weights.has_own_head:
         # transformers also uses a stored head that differs from the embedding without this; other tools don't.
         config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = weights.source
     tokenizer = load_adapter_tokenizer(source)
+    if source.head is not None:
+        config |= _describe_head(config, source.head, weights.architecture, tokenizer.pad_token_id)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.run is not None and source.run.final_adapter.is_dir():
         _copy_tokenizer(source.run.final_adapter, folder)
     else:
@@ -94,6 +97,23 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
         generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses a temperature without do_sample, which many published models have.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+def _describe_head(config: Mapping[str, Any], head: ScoreHead, architecture: str, pad_id: int | None) -> dict[str, Any]:
+    """Return the keys of a config that differ in a model that scores documents.
+
+    Args:
+        config: Config of the base.
+        head: Head of the model.
+        architecture: Name of its class.
+        pad_id: Id of the padding token, before which transformers reads the scores.
+    """
+    keys: dict[str, Any] = {"architectures": [architecture], **head.config(), "pad_token_id": pad_id}
+    del keys["num_labels"]  # follows from the labels, and transformers does not write it
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        keys["text_config"] = text | {"pad_token_id": pad_id}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _copy_tokenizer(adapter: Path, folder: Path) -> None:

@@ -65,6 +65,11 @@ def merge_to_folder(
     if onto == "best":  # read now, so that missing data are reported before anything is written
         if source.run is None:
             raise ExportError("onto: 'best' needs the held-out examples of a run; use original or dequantized.")
+        if source.head is not None:
+            raise ExportError(
+                "onto: 'best' compares losses of tokens, which a model that scores texts does not have; use original "
+                "or dequantized."
+            )
         examples = held_out_examples(source.run, load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
         for base, candidate in candidates.items():

@@ -52,6 +52,10 @@ def merge(
     if onto is None:
         onto = default_onto(source)
     if format == "gguf":
+        if source.head is not None:
+            raise ExportError(
+                f"format: {run_dir} scores texts, and only models that predict tokens are written as GGUF; omit it."
+            )
         if max_shard_size is not None:
             raise ExportError(
                 f"max_shard_size: {max_shard_size!r} has no meaning for GGUF, which is one file; omit it."

@@ -159,7 +159,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         max_seq_len=row,
         packing=config.data.packing,
         # Where a loss looks ahead, one document of each group has logits at a time.
-        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary)
+        chunk_tokens=(1 if footprint.vocabulary is None else max(1, default_chunk(device) // footprint.vocabulary))
         * (1 if loss.ahead is None else loss.group_size),
         group_size=loss.group_size,
     )

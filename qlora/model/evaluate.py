@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.data import Batch
@@ -21,7 +22,7 @@ class Evaluation:
         total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
             was evaluated.
         metrics: Mean of each of the loss's metrics, and what it summarizes from its counts, by name.
-        counts: Sums of the loss's counts.
+        counts: Sums of the loss's counts, as nested lists.
         is_per_token: Whether the loss is a cross-entropy per unit of supervised weight.
     """
 
@@ -30,7 +31,7 @@ class Evaluation:
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
     is_per_token: bool = True
-    counts: list[int] = field(default_factory=list)
+    counts: list[Any] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float | None:
@@ -63,7 +64,7 @@ def evaluate(
     device = next(model.parameters()).device
     # Loss, supervised tokens, units, each metric, and each count.
     num_means = 3 + len(loss.metrics)
-    totals = torch.zeros(num_means + loss.counts, dtype=torch.float64, device=device)
+    totals = torch.zeros(num_means + math.prod(loss.counts), dtype=torch.float64, device=device)
     if loss.ahead is not None:
         batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
@@ -74,10 +75,11 @@ def evaluate(
         totals[2] += loss.units(batch)
         totals[3:num_means] += sums[1:]
         if step.counts is not None:
-            totals[num_means:] += step.counts
+            totals[num_means:] += step.counts.flatten()
     model.train(was_training)
     loss_sum, num_supervised, units, *others = (totals if reduce is None else reduce(totals)).tolist()
-    metrics, counts = others[: len(loss.metrics)], [int(count) for count in others[len(loss.metrics) :]]
+    metrics, counted = others[: len(loss.metrics)], np.array(others[len(loss.metrics) :], dtype=np.int64)
+    counts = counted.reshape(loss.counts).tolist()
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
     if loss.summarize is not None:
         means |= loss.summarize(counts)

@@ -20,10 +20,14 @@ from qlora.data import (
 from qlora.lora import (
     AdapterSpec,
     LayerStart,
+    ScoreHead,
     Targets,
+    TrainedHead,
     apply_starts,
     check_ranks,
     match_targets,
+    output_head,
+    scores_documents,
     train_rows,
     trained_rows,
     wrap_linears,
@@ -36,10 +40,15 @@ Specs = dict[str, AdapterSpec]
 
 
 def base_from_section(
-    section: ModelSection, device: str | torch.device = "auto", on_weight: OnWeight | None = None
+    section: ModelSection,
+    device: str | torch.device = "auto",
+    on_weight: OnWeight | None = None,
+    head: ScoreHead | None = None,
+    seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Load the base that a config names, and its tokenizer; see :func:`load_base` for `on_weight`."""
-    return load_base(device=device, on_weight=on_weight, **section.model_dump(exclude={"recompute", "weight_cache"}))
+    """Load the base that a config names, and its tokenizer; see :func:`load_base` for the other arguments."""
+    settings = section.model_dump(exclude={"recompute", "weight_cache"})
+    return load_base(device=device, on_weight=on_weight, head=head, seed=seed, **settings)
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:
@@ -97,9 +106,8 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
     Args:
         model: Model with adapters.
-        section: Training section of the config, with a number as learning rate. A key of
-            `learning_rates` is a group of parameters: trained rows, or those of adapters by the last part of their
-            names.
+        section: Training section of the config, with a number as learning rate. A key of `learning_rates` is a group
+            of parameters: trained rows, a head of scores, or those of adapters by the last part of their names.
     """
     flat = flat_parameters(model, section)
     flat.set_rates(group_rates(section))
@@ -115,11 +123,14 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
 def flat_parameters(model: Any, section: TrainSection) -> FlatParameters:
     """Move the trained parameters of a model into a flat buffer, in the groups of a config's `learning_rates`."""
-    rows = {id(each.weight) for _, each in trained_rows(model)}
+    score = output_head(model) if scores_documents(model) else None
+    rows = {id(each.weight): "embeddings" for _, each in trained_rows(model)}
+    if isinstance(score, TrainedHead):
+        rows[id(score.rows.weight)] = "score"
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def group_of(name: str) -> str:
-        group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
+        group = rows.get(id(trained[name]), name.rpartition(".")[2])
         return group if group in section.learning_rates else ""
 
     return FlatParameters(trained.items(), group_of)

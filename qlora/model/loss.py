@@ -1,7 +1,7 @@
 """Losses, and the supervised one, which never holds the logits of a whole batch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
-from qlora.lora import head_blocks
+from qlora.lora import ScoreHead, head_blocks
 from qlora.model.embeddings import changed_embeddings
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
@@ -30,7 +30,7 @@ class StepLoss:
     Attributes:
         total: Sum of the loss over the batch, a scalar in fp32, not yet divided by any count.
         metrics: Other sums over the batch by name, scalars in fp32; they get no gradient.
-        counts: Counts of the batch for :attr:`Loss.counts`, (counts,); None if it has none.
+        counts: Counts of the batch, of the shape :attr:`Loss.counts`; None if it has none.
     """
 
     total: torch.Tensor
@@ -47,7 +47,7 @@ class Loss:
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
         metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
-        counts: Number of counts of every :class:`StepLoss`, which evaluations add up over batches and processes.
+        counts: Shape of the counts of every :class:`StepLoss`, which evaluations add up over batches and processes.
         summarize: Computes further metrics from these sums, for those that are no means over units.
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
@@ -60,13 +60,14 @@ class Loss:
             document of each group gets a gradient; the others are for these sums.
         num_ahead: Number of these sums.
         is_per_token: Whether the loss is a cross-entropy per unit of supervised weight, which has a perplexity.
+        head: Head of scores of whole documents that the loss is computed from; None for the head over the vocabulary.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
-    counts: int = 0
-    summarize: Callable[[Sequence[int]], Mapping[str, float]] | None = None
+    counts: tuple[int, ...] = (0,)
+    summarize: Callable[[list[Any]], Mapping[str, float]] | None = None
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
     group_size: int = 1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Loss:
     ahead: Callable[[Any, Batch], torch.Tensor] | None = None
     num_ahead: int = 0
     is_per_token: bool = False
+    head: ScoreHead | None = None
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""
@@ -182,10 +184,25 @@ def supervised_rows(
     Returns:
         (supervised tokens, features), and the last norm where its input is enough to compute it again.
     """
+    return rows_at(hidden, batch.supervised)
+
+
+def rows_at(
+    hidden: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Return the hidden states of some tokens, and the norm that they still need.
+
+    Args:
+        hidden: Last hidden states of a batch, (batch, seq, features).
+        places: (tokens,), int64: their indices in the flattened batch.
+
+    Returns:
+        (tokens, features), and the last norm where its input is enough to compute it again.
+    """
     recipe = recipe_of(hidden)
     if recipe is not None:
         (hidden,) = recipe.inputs
-    rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
+    rows = hidden.flatten(0, 1).index_select(0, places)
     return rows, None if recipe is None else recipe.source.function
 
 
@@ -207,7 +224,12 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     return scale, getattr(text_config, "final_logit_softcapping", None)
 
 
-def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExample) -> None:
+def check_isolation(
+    model: Any,
+    first: TokenizedExample,
+    second: TokenizedExample,
+    loss_of_last: Callable[[Any, Batch], torch.Tensor] | None = None,
+) -> None:
     """Check that documents packed into one sequence don't see each other: the loss of one has no gradient in another.
 
     Without a leak that gradient is exactly zero, while outputs also differ by rounding.
@@ -216,6 +238,7 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
         model: A model with or without adapters; it is left in evaluation mode.
         first: A document.
         second: Another document, with supervised tokens.
+        loss_of_last: Computes a scalar from the last document of a batch; default: the supervised loss.
 
     Raises:
         ModelError: They see each other, as in architectures that carry a state from token to token.
@@ -229,7 +252,8 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
 
     context = make_example(first.input_ids, [False] * len(first))
     with changed_embeddings(model, watch):
-        loss = supervised_loss(model, collate([context, second], packed=True).to(model.device))
+        batch = collate([context, second], packed=True).to(model.device)
+        loss = supervised_loss(model, batch) if loss_of_last is None else loss_of_last(model, batch)
     (grad,) = torch.autograd.grad(loss, embedded[0])
     before, own = grad[0].float().split([len(first), len(second)])
     leak = (before.norm() / own.norm()).item()

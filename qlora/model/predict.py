@@ -15,6 +15,7 @@ from qlora.data import Batch, Labels, Source, collate
 from qlora.data.encode import ExampleEncoder
 from qlora.data.examples import Labelled
 from qlora.data.formats import COLUMNS
+from qlora.data.labels import BY_HEAD
 from qlora.data.problems import ProblemLog, counted, problem_lines
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.tables import HeaderRule
@@ -26,6 +27,7 @@ from qlora.model.label_scores import word_scores
 from qlora.model.labels import LABELS_FILE, read_labels
 from qlora.model.loss import model_inputs, supervised_rows
 from qlora.model.restore import load_model
+from qlora.model.score import document_scores
 
 TEXT, ID = "text", "id"
 # Number of texts that are tokenized at a time.
@@ -39,13 +41,14 @@ class Prediction:
     Attributes:
         row: Number of its row, from 1.
         id: The row's own `id`; None if it has none.
-        label: Name of the most likely label.
-        probabilities: Probability of each label, by name; their sum is 1.
+        label: Name of the most likely label; where a text can have several, the names of those that are more likely
+            than not.
+        probabilities: Probability of each label, by name; their sum is 1, unless a text can have several.
     """
 
     row: int
     id: Any
-    label: str
+    label: str | list[str]
     probabilities: dict[str, float]
 
 
@@ -96,7 +99,9 @@ def predict(
         Prediction(
             number,
             row.values.get(ID),
-            labels.names[int(own.argmax())],
+            [name for name, value in zip(labels.names, own, strict=True) if value > 0.5]
+            if labels.is_multiple
+            else labels.names[int(own.argmax())],
             dict(zip(labels.names, own.tolist(), strict=True)),
         )
         for number, (row, own) in enumerate(zip(rows, probabilities, strict=True), start=1)
@@ -114,8 +119,8 @@ def label_probabilities(
     """Compute the probabilities of labels.
 
     Args:
-        model: A causal language model that was trained to answer with their words.
-        examples: A text each, with the answer of any label.
+        model: A model that was trained to answer with their words, or one with a score of each.
+        examples: A text each; by words with the answer of any label.
         labels: The labels with their answers.
         batch_size: Number of texts at a time.
 
@@ -129,12 +134,15 @@ def label_probabilities(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[number] for number in chosen]).to(model.device)
-        found[chosen] = _scores(model, batch, labels).softmax(dim=1).cpu().numpy()
+        scores = _scores(model, batch, labels)
+        found[chosen] = (scores.sigmoid() if labels.is_multiple else scores.softmax(dim=1)).cpu().numpy()
     model.train(was_training)
     return found
 
 
 def _scores(model: Any, batch: Batch, labels: Labels) -> torch.Tensor:
+    if labels.by == BY_HEAD:
+        return document_scores(model, batch)
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
     rows, norm = supervised_rows(hidden, batch)
     return word_scores(model, batch, rows, norm, labels)

@@ -1,4 +1,4 @@
-"""Classification of texts by the words that a model answers with."""
+"""Classification of texts: by the words that a model answers with, or by a head, with the labels of the data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from qlora.data import LABEL, Batch, Datasets, Labels, TokenizedExample
+from qlora.data.labels import BY_HEAD
 from qlora.errors import ConfigError
 from qlora.model import Loss, StepLoss
 from qlora.model.label_scores import word_scores
 from qlora.model.loss import loss_of_rows, model_inputs, supervised_rows
-from qlora.objectives.confusion import macro_f1, matrix_of
+from qlora.objectives.classify_head import head_loss
+from qlora.objectives.confusion import ACCURACY, count_labels, summarize
 from qlora.objectives.objective import Objective
-
-ACCURACY, MACRO_F1 = "accuracy", "macro_f1"
 
 
 def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = None) -> Loss:
@@ -40,9 +40,7 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
         loss, _ = loss_of_rows(model, batch, rows, norm, of_tokens)
         predicted = word_scores(model, batch, rows, norm, labels).argmax(dim=1)
         correct = (predicted == numbers).float()
-        size = len(labels.names)
-        # Not bincount, which makes the host wait for the device.
-        counts = numbers.new_zeros(size * size).index_add_(0, numbers * size + predicted, torch.ones_like(numbers))
+        counts = count_labels(numbers, predicted, len(labels.names))
         return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own}, counts)
 
     def units(part: TokenizedExample | Batch) -> float:
@@ -57,21 +55,27 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
         compute,
         units,
         metrics=(ACCURACY,),
-        counts=size * size,
+        counts=(size, size),
         columns={LABEL: torch.zeros((), dtype=torch.int32)},
-        summarize=lambda counts: {MACRO_F1: macro_f1(matrix_of(counts))},
+        summarize=summarize,
     )
 
 
-# Before labels are known: the loss without its metrics, which is what memory is estimated with.
-CLASSIFY = Objective(name="classify", loss=answer_loss(), formats=frozenset({"classification"}))
+def classify_objective(by: str) -> Objective:
+    """Return the objective of classification before its labels are known, which is what memory is estimated with.
+
+    Args:
+        by: What decides on a label: `head` or `tokens`.
+    """
+    loss = head_loss(("first", "second")) if by == BY_HEAD else answer_loss()
+    return Objective(name="classify", loss=loss, formats=frozenset({"classification"}))
 
 
 def with_labels(objective: Objective, datasets: Datasets, class_weights: str | Mapping[str, float] | None) -> Objective:
     """Return the objective of classification for the labels of its data.
 
     Args:
-        objective: :data:`CLASSIFY`.
+        objective: :func:`classify_objective`.
         datasets: Data with labels, whose training examples are counted for balanced weights.
         class_weights: `balanced`, a weight by name, or None.
 
@@ -88,11 +92,18 @@ def with_labels(objective: Objective, datasets: Datasets, class_weights: str | M
             )
         weights = [class_weights.get(name, 1.0) for name in labels.names]
     elif class_weights == "balanced":
-        counts = np.bincount(datasets.train.values(LABEL), minlength=len(labels.names))
+        own = datasets.train.values(LABEL)
+        counts = own.sum(axis=0) if labels.is_multiple else np.bincount(own, minlength=len(labels.names))
         weights = [float(counts.sum() / (np.count_nonzero(counts) * count)) if count else 1.0 for count in counts]
-    return replace(
-        objective, loss=answer_loss(labels), trained=None if weights is None else answer_loss(labels, weights)
-    )
+    trained = None if weights is None else label_loss(labels, weights)
+    return replace(objective, loss=label_loss(labels), trained=trained)
+
+
+def label_loss(labels: Labels, weights: Sequence[float] | None = None) -> Loss:
+    """Return the loss of learning labels by what decides on them; see :func:`answer_loss` and :func:`head_loss`."""
+    if labels.by == BY_HEAD:
+        return head_loss(labels.names, labels.is_multiple, weights)
+    return answer_loss(labels if labels.answers else None, weights)
 
 
 def _documents(batch: Batch, device: torch.device) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """What a confusion matrix says of each label and of all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+
+ACCURACY, MACRO_F1 = "accuracy", "macro_f1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +45,40 @@ class LabelResult:
         return {"label": name} | numbers
 
 
-def matrix_of(counts: Sequence[int]) -> np.ndarray:
-    """Return counts by label and predicted label as a matrix, (labels, labels), int64."""
-    size = round(len(counts) ** 0.5)
-    return np.reshape(np.asarray(counts, dtype=np.int64), (size, size))
-
-
-def by_label(confusion: np.ndarray) -> list[LabelResult]:
-    """Return the result of each label.
+def count_labels(given: torch.Tensor, predicted: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Count texts by their label and the predicted one.
 
     Args:
-        confusion: (labels, labels), number of texts by their label and the predicted one.
+        given: (texts,), int64, numbers of their labels; or (texts, labels), 1 for each label of several.
+        predicted: Of the same shape.
+        num_labels: Number of labels.
+
+    Returns:
+        (labels, labels), int64, by label and predicted label; for several labels (labels, 2, 2), by whether texts have
+        each label and whether it is predicted.
     """
-    columns: Any = zip(confusion.sum(axis=1), confusion.sum(axis=0), confusion.diagonal(), strict=True)
-    return [LabelResult(*map(int, numbers)) for numbers in columns]
+    shape: tuple[int, ...] = (num_labels, num_labels)
+    places = given * num_labels + predicted
+    if given.dim() == 2:
+        shape = (num_labels, 2, 2)
+        places = torch.arange(num_labels, device=given.device) * 4 + given * 2 + predicted
+    places = places.flatten()
+    # Not bincount, which makes the host wait for the device.
+    counts = places.new_zeros(int(np.prod(shape)))
+    return counts.index_add_(0, places, torch.ones_like(places)).view(shape)
 
 
-def macro_f1(confusion: np.ndarray) -> float:
+def by_label(counts: Sequence[Any]) -> list[LabelResult]:
+    """Return the result of each label, from what :func:`count_labels` counted."""
+    array = np.asarray(counts, dtype=np.int64)
+    if array.ndim == 3:
+        columns: Any = (array[:, 1].sum(axis=1), array[:, :, 1].sum(axis=1), array[:, 1, 1])
+    else:
+        columns = (array.sum(axis=1), array.sum(axis=0), array.diagonal())
+    return [LabelResult(*map(int, numbers)) for numbers in zip(*columns, strict=True)]
+
+
+def summarize(counts: Sequence[Any]) -> Mapping[str, float]:
     """Return the mean over labels of F1; labels that occur neither in texts nor in predictions are left out."""
-    scores = [each.f1 for each in by_label(confusion) if each.texts or each.predicted]
-    return float(np.mean(scores)) if scores else 0.0
+    scores = [each.f1 for each in by_label(counts) if each.texts or each.predicted]
+    return {MACRO_F1: float(np.mean(scores)) if scores else 0.0}

@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from qlora.config import TrainSection
-from qlora.data import Datasets
+from qlora.data import Datasets, Labels
 from qlora.model import Loss, token_loss
 from qlora.objectives.adversarial import with_adversary
-from qlora.objectives.classify import CLASSIFY, with_labels
+from qlora.objectives.classify import classify_objective, label_loss, with_labels
 from qlora.objectives.keep import with_base_kl
 from qlora.objectives.kto import kto_objective
 from qlora.objectives.neftune import with_noise
 from qlora.objectives.objective import Objective
 from qlora.objectives.preference import KINDS, preference_objective
+from qlora.objectives.reward import reward_objective
 from qlora.objectives.sft import SFT
 
 
@@ -26,11 +27,21 @@ def _kto(section: TrainSection) -> Objective:
     return kto_objective(section.preference)
 
 
+def _reward(section: TrainSection) -> Objective:
+    return reward_objective(0.0 if section.reward is None else section.reward.center)
+
+
+def _classify(section: TrainSection) -> Objective:
+    assert section.classify_by is not None, "the config fills it in"
+    return classify_objective(section.classify_by)
+
+
 _OBJECTIVES: Mapping[str, Callable[[TrainSection], Objective]] = {
     "sft": lambda _section: SFT,
     **{name: partial(_preference, name) for name in KINDS},
     "kto": _kto,
-    "classify": lambda _section: CLASSIFY,
+    "reward": _reward,
+    "classify": _classify,
 }
 
 
@@ -49,6 +60,17 @@ def objective_for_data(section: TrainSection, datasets: Datasets) -> Objective:
     if datasets.labels is None:
         return objective
     return with_labels(objective, datasets, section.class_weights)
+
+
+def evaluation_loss(section: TrainSection, labels: Labels | None) -> Loss:
+    """Return the loss that evaluations report, with its head of scores if there is one.
+
+    Args:
+        section: Section of the config.
+        labels: Labels that it learns; None if it learns none. Without the tokens of their answers, there are no metrics
+            of a classification by words.
+    """
+    return objective_from_section(section).loss if labels is None else label_loss(labels)
 
 
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:

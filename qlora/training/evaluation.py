@@ -21,7 +21,7 @@ from qlora.model import (
 )
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
-from qlora.objectives import by_label, matrix_of, objective_for_data, objective_from_section
+from qlora.objectives import by_label, evaluation_loss, objective_for_data, objective_from_section
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -38,7 +38,8 @@ class EvaluationReport:
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
         labels: For each label of a classification its name and precision, recall, F1 and number of texts.
-        confusion: Number of texts by label and predicted label, of a classification.
+        confusion: Number of texts by label and predicted label, of a classification; where a text can have several
+            labels, of each label by whether texts have it and whether it is predicted.
         retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
     """
 
@@ -50,7 +51,7 @@ class EvaluationReport:
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
     labels: list[dict[str, Any]] = field(default_factory=list)
-    confusion: list[list[int]] = field(default_factory=list)
+    confusion: list[Any] = field(default_factory=list)
     retain_loss: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,15 +94,18 @@ def evaluate(
     if foreign is not None:
         if data is None:
             raise ConfigError(f"{target} was made elsewhere and holds out no example; name a file with --data (data=).")
-        config, run, own_template = _config_for(foreign, data), None, True
+        config, run, own_template, labels = _config_for(foreign, data), None, True, None
         model, tokenizer = load_model(str(target), device, base)
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template, has_reference = run is not None, objective_from_section(config.train).loss.has_reference
-        model, tokenizer = (
-            base_from_section(config.model, device) if run is None else load_run(str(target), device, has_reference)
-        )
+        own_template, labels = run is not None, labels_from_config(config, run)
+        if run is None:
+            head = evaluation_loss(config.train, labels).head
+            model, tokenizer = base_from_section(config.model, device, head=head, seed=config.train.seed)
+        else:
+            has_reference = objective_from_section(config.train).loss.has_reference
+            model, tokenizer = load_run(str(target), device, has_reference)
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -112,7 +116,6 @@ def evaluate(
         whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     try:
-        labels = labels_from_config(config, run)
         datasets = datasets_from_section(
             section, tokenizer, config.train.seed, own_template=own_template, labels=labels
         )
@@ -128,7 +131,6 @@ def evaluate(
     retained = (
         evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
     )
-    confusion = matrix_of(result.counts)
     names = datasets.labels.names if datasets.labels is not None else ()
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
@@ -140,18 +142,28 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
         metrics=result.metrics,
-        labels=[each.described(name) for name, each in zip(names, by_label(confusion), strict=True)],
-        confusion=confusion.tolist(),
+        labels=[each.described(name) for name, each in zip(names, by_label(result.counts), strict=True)],
+        confusion=result.counts,
         retain_loss=retained.loss if retained else None,
     )
 
 
 def _config_for(source: AdapterSource, data: str | Path) -> RunConfig:
-    """Return a config of default values with an adapter's base and data."""
+    """Return a config of default values with an adapter's base and data.
+
+    Raises:
+        ConfigError: The adapter is a classifier's, whose labels are not known.
+    """
+    head = source.head
+    if head is not None and head.num_labels > 1:
+        raise ConfigError(
+            f"{source.path} gives texts {head.num_labels} scores; only a model with a single score, a reward, can be "
+            "evaluated if it was made elsewhere."
+        )
     return RunConfig.model_validate(
         {
             "model": {"base": source.base},
             "data": {"train": [{"path": str(data)}], "eval": None},
-            "train": {"output_dir": str(source.folder)},
+            "train": {"output_dir": str(source.folder), "objective": "sft" if head is None else "reward"},
         }
     )

@@ -12,7 +12,6 @@ import torch
 
 from qlora.checkpoint import RunDirectory
 from qlora.model import Evaluation
-from qlora.objectives import matrix_of
 from qlora.processes import Processes
 from qlora.training.display import Display
 from qlora.training.loop import StepReport
@@ -123,7 +122,7 @@ class MetricsLog:
                 **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
                 f"{name}_supervised_tokens": each.num_supervised,
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
-                **({f"{name}_confusion": matrix_of(each.counts).tolist()} if each.counts else {}),
+                **({f"{name}_confusion": each.counts} if each.counts else {}),
             }
         self._write(values)
         labels = {"eval": "held-out loss", "retain": "retained loss"}

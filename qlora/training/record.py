@@ -36,6 +36,7 @@ def make_record(assembly: Assembly, start: Start) -> RunRecord:
         data=[report.as_dict() for report in plan.datasets.reports],
         examples=ExampleCounts(len(plan.datasets.train), len(plan.datasets.eval)),
         retain=[report.as_dict() for report in plan.datasets.retain_reports],
+        head=assembly.head,
         status="running",
     )
 

@@ -225,7 +225,7 @@ def _draw(run: RunDirectory, assembly: Assembly) -> None:
     lines, labels = run.read_metrics(), assembly.plan.datasets.labels
     draw_losses(lines, run.path / "loss.png", title=run.path.name)
     matrices = [(line["step"], line["eval_confusion"]) for line in lines if "eval_confusion" in line]
-    if labels is not None and matrices:
+    if labels is not None and not labels.is_multiple and matrices:
         step, matrix = matrices[-1]
         title = f"{run.path.name}, step {step:,}"
         draw_confusion(matrix, labels.names, run.path / "confusion.png", title)

@@ -98,6 +98,8 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
         ["data.max_seq_len=96", "train.objective=kto"],
         ["data.max_seq_len=96", "train.objective=orpo", "data.packing=false"],
         ["data.max_seq_len=192", "lora.kind=dora"],
+        ["data.max_seq_len=96", "train.objective=reward"],
+        ["data.max_seq_len=192", "train.objective=reward", "data.packing=false"],
         ["data.max_seq_len=192", "lora.kind=rows", "lora.rank=24", "lora.alpha=32"],
         ["data.max_seq_len=192", "lora.init=pissa", "lora.train=B", "lora.rank=32"],
     ],

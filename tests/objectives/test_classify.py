@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig
@@ -13,7 +14,7 @@ from qlora.lora import add_lora
 from qlora.lora.rows import train_rows
 from qlora.model import evaluate, load_base
 from qlora.model.predict import label_probabilities
-from qlora.objectives import by_label, matrix_of, objective_for_data
+from qlora.objectives import by_label, objective_for_data
 from tests.reference import classification as reference
 from tests.tiny import make_base, write_jsonl
 
@@ -72,7 +73,7 @@ def test_loss_predictions_and_metrics_are_the_references(packed, model, datasets
         predicted.append(int(probabilities.argmax()))
     accuracy = sum(map(int.__eq__, own, predicted)) / len(own)
     assert result.metrics == pytest.approx({"accuracy": accuracy, "macro_f1": reference.macro_f1(own, predicted)})
-    matrix = matrix_of(result.counts)
+    matrix = np.array(result.counts)
     for label, other in {*zip(own, predicted, strict=True)}:
         assert matrix[label, other] == list(zip(own, predicted, strict=True)).count((label, other))
     assert matrix.sum() == len(own)

@@ -25,7 +25,7 @@ class RunConfig(Section):
         data, lora = info.data.get("data"), info.data.get("lora")
         if data is None or lora is None:  # invalid themselves
             return value
-        for group, reason in untrained_groups(lora, data).items():
+        for group, reason in untrained_groups(lora, data, value).items():
             if group in value.learning_rates:
                 raise ValueError(f"learning_rates has a rate of {group}, but {reason}, or remove it")
         return value
@@ -54,6 +54,11 @@ class RunConfig(Section):
             }
             if found := [reason for reason, is_so in conflicts.items() if is_so]:
                 raise ValueError(f"keep.null_space hides inputs from new adapters, but {' and '.join(found)}")
+        if value.keep is not None and value.keep.kl and value.has_scores:
+            raise ValueError(
+                f"keep.kl compares predictions of tokens, which a model of train.objective: {value.objective} does not "
+                "make; remove keep.kl"
+            )
         if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
             raise ValueError(
                 "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "
@@ -86,9 +91,11 @@ class RunConfig(Section):
         return value
 
 
-def untrained_groups(lora: LoraSection, data: DataSection) -> dict[str, str]:
+def untrained_groups(lora: LoraSection, data: DataSection, train: TrainSection) -> dict[str, str]:
     """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""
     reasons = {}
+    if not train.has_scores:
+        reasons["score"] = f"train.objective: {train.objective} trains no head of scores; choose another group"
     if not (data.new_tokens or lora.modules_to_save):
         reasons["embeddings"] = "no embedding or head is trained; set lora.modules_to_save or data.new_tokens"
     if lora.kind != "dora":

@@ -22,7 +22,9 @@ DEFAULT_WARMUP_RATIO = 0.03
 # Objectives whose loss is the cross-entropy of supervised tokens.
 TOKEN_LOSS_OBJECTIVES = ("sft",)
 # Groups of parameters that can have a learning rate of their own.
-RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude")
+RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude", "score")
+# Objectives that always train a head of scores for whole texts.
+SCORING = ("reward",)
 # Keys of a single scheduler: its name, and the key's value where it is null.
 SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
 
@@ -124,13 +126,26 @@ PREFERENCE_DEFAULTS: dict[str, dict[str, float | bool]] = {
 }
 
 
+class RewardSection(Section):
+    """Options of reward models."""
+
+    center: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of the mean of (chosen + rejected reward)², which is added to the loss and keeps rewards "
+        "around zero.",
+        examples=[0.01],
+    )
+
+
 class TrainSection(Section):
     """The run."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto", "classify"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto", "reward", "classify"] = Field(
         default="sft",
         description="Training objective. sft is supervised fine-tuning; dpo, ipo, orpo, simpo and cpo learn from "
-        "preference pairs, kto from answers rated good or bad; classify learns the labels of texts.",
+        "preference pairs, kto from answers rated good or bad; reward trains a model of preference pairs that gives a "
+        "text a score; classify learns the labels of texts.",
         examples=["dpo"],
     )
     preference: PreferenceSection | None = Field(
@@ -138,6 +153,11 @@ class TrainSection(Section):
         validate_default=True,
         description="Options of the objectives that learn from preferences; null takes their defaults.",
         examples=[{"beta": 0.2}],
+    )
+    reward: RewardSection | None = Field(
+        default=None,
+        description="Options of train.objective: reward; null takes their defaults.",
+        examples=[{"center": 0.01}],
     )
     classify_by: Literal["head", "tokens"] | None = Field(
         default=None,
@@ -213,7 +233,8 @@ class TrainSection(Section):
     learning_rates: dict[str, GroupRate] = Field(
         default={},
         description="Peak learning rates of groups of parameters: lora_A, lora_B, embeddings (trained rows of "
-        "embedding and head), magnitude (of DoRA). A value is a rate, or a factor on train.learning_rate, such as 16x.",
+        "embedding and head), magnitude (of DoRA), score (the head of a reward model). A value is a rate, or a factor "
+        "on train.learning_rate, such as 16x.",
         examples=[{"lora_B": "16x"}],
     )
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = Field(
@@ -303,6 +324,11 @@ class TrainSection(Section):
     )
 
     @property
+    def has_scores(self) -> bool:
+        """Whether a head of scores for whole texts is trained, instead of using the one over the vocabulary."""
+        return self.objective in SCORING or self.classify_by == "head"
+
+    @property
     def peak(self) -> float:
         """Peak learning rate of a section in which it is a number."""
         assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
@@ -355,6 +381,14 @@ class TrainSection(Section):
         if unused := sorted(given.keys() - defaults.keys()):
             raise ValueError(f"{', '.join(unused)} has no effect on {objective}; its options are {', '.join(defaults)}")
         return PreferenceSection(**defaults | given)
+
+    @field_validator("reward")
+    @classmethod
+    def _check_reward(cls, value: RewardSection | None, info: ValidationInfo) -> RewardSection | None:
+        objective = info.data.get("objective", "reward")  # absent if it is invalid itself
+        if value is not None and objective != "reward":
+            raise ValueError(f"has options of reward models, but train.objective is {objective}; remove it")
+        return value
 
     @field_validator("min_learning_rate")
     @classmethod
