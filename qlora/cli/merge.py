@@ -80,7 +80,6 @@ def merge(
     from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
     from qlora.model import open_source
-    from qlora.objectives import release_loss
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
@@ -120,13 +119,25 @@ def merge(
                 on_progress=on_progress,
                 format=format,
                 base=base,
-                judge=None if source.run is None else release_loss(load_config(source.run.config).train),
+                judge=_judge(source) if settings.onto == "best" else None,
             )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
         pushed = push(folder, push_to_hub, not public, dry_run)
         values["pushed"] = pushed.as_dict()
     show_report(values, as_json, title)
+
+
+def _judge(source: Any) -> Any:
+    """Return the loss that decides between two merged models of a run; None for an adapter made elsewhere."""
+    from qlora.config import load_config
+    from qlora.model import labels_from_config
+    from qlora.objectives import release_loss
+
+    if source.run is None:
+        return None
+    config = load_config(source.run.config)
+    return release_loss(config.train, labels_from_config(config, source.run))
 
 
 def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ NOT_AVAILABLE = {
     "it sets another objective than supervised fine-tuning, the only one available": (
         "rl rl_* stage reward_model process_reward_model pref_* dpo_* orpo_* kto_* cpo_* simpo_* ppo_* grpo_* "
         "rpo_* gkd_* ref_model ref_model_* beta loss_type max_prompt_length max_completion_length reward_* trl "
-        "num_generations precompute_ref_log_probs use_dft use_eaft eaft_* dft_* use_asft_loss diffusion_* "
+        "num_generations precompute_ref_log_probs use_eaft eaft_* dft_* use_asft_loss diffusion_* "
         "compute_accuracy teacher_model* desirable_weight undesirable_weight truncate_prompt model_adapter_name "
         "lmbda ebft* dpo_use_logits_to_keep max_prompt_len ld_alpha"
     ),
@@ -142,7 +142,6 @@ NOT_AVAILABLE = {
     "prompts are written by the chat template; put another system message into the rows": (
         "default_system_message default_system prompt_template tool_format"
     ),
-    "label smoothing is not available": "label_smoothing_factor label_smoothing",
     "early stopping is not available; the best checkpoint can be merged by its path": (
         "early_stopping_patience early_stopping_* early_stopping load_best_model_at_end metric_for_best_model "
         "greater_is_better loss_watchdog_threshold loss_watchdog_patience"

@@ -102,7 +102,7 @@ def main() -> None:
     rows.append(["mean", *(f"{statistics.mean(result[name] for result in results):.3f}" for name in columns)])
     head = ["seed", "accuracy before", "after", "merged in bf16, by transformers", "the shorter answer", *columns[4:]]
     lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-    about = heading("held-out accuracy on preferences", "transformers", "bitsandbytes")
+    about = heading("held-out accuracy on preferences", "torch", "transformers", "bitsandbytes")
     if arguments.out is None:
         print("\n".join([*about, *TASK.splitlines(), "", *lines]))
     else:
