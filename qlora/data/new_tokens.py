@@ -60,7 +60,7 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
     return range(ids[0], ids[-1] + 1)
 
 
-def choose_pad_token(tokenizer: Any, last_ids: Set[int], is_given: bool = False) -> str:
+def choose_pad_token(tokenizer: Any, last_ids: Set[int], size: int, is_given: bool = False) -> str:
     """Choose a padding token that no document ends with, and set it.
 
     Transformers reads the scores of a document at the last token that is not the padding token.
@@ -68,6 +68,7 @@ def choose_pad_token(tokenizer: Any, last_ids: Set[int], is_given: bool = False)
     Args:
         tokenizer: A tokenizer of transformers; changed in place.
         last_ids: Ids of the tokens that documents end with.
+        size: Number of tokens that the model embeds; ids above have no embedding.
         is_given: Whether the config sets the tokenizer's own padding token, so that no other may be taken.
 
     Returns:
@@ -78,12 +79,12 @@ def choose_pad_token(tokenizer: Any, last_ids: Set[int], is_given: bool = False)
     """
     names = ["pad_token"] if is_given else ["pad_token", "unk_token", "bos_token", "eos_token"]
     found = [token for name in names if (token := getattr(tokenizer, name)) is not None]
-    free = [token for token in found if tokenizer.convert_tokens_to_ids(token) not in last_ids]
+    free = [token for token in found if (id_ := tokenizer.convert_tokens_to_ids(token)) < size and id_ not in last_ids]
     if not free:
         raise DataError(
-            "A document is scored at its last token before the padding, but documents end with the padding token "
-            f"{', '.join(map(repr, found)) or 'that the tokenizer lacks'}; set data.special_tokens: {{pad_token: …}} "
-            "to a token that ends none of them."
+            "A document is scored at its last token before the padding, so none may end with the padding token. The "
+            f"tokenizer has {', '.join(map(repr, found)) or 'none'}, with which documents end or which the model does "
+            "not embed; set data.special_tokens: {pad_token: …} to another of its tokens."
         )
     set_special_tokens(tokenizer, {"pad_token": free[0]})
     return free[0]

@@ -1,5 +1,6 @@
 """Verify a merged folder's files other than tensors: index, config, tokenizer, chat template and end tokens."""
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -65,11 +66,8 @@ def check_config(base: BaseFiles, written: BaseFiles, dtype: str, head: ScoreHea
     Returns:
         A line for each mismatch.
     """
-    expected, found = _described(base.config), _described(written.config)
-    if head is not None:
-        expected, found = (
-            {key: value for key, value in each.items() if key not in HEAD_KEYS} for each in (expected, found)
-        )
+    changed = MERGED_KEYS if head is None else MERGED_KEYS | HEAD_KEYS
+    expected, found = (_described(each.config, changed) for each in (base, written))
     problems = [
         f"config.json has {key}: {found.get(key)!r:.80}, the base {expected.get(key)!r:.80}"
         for key in sorted({*expected, *found})
@@ -177,12 +175,17 @@ def _check_pad_token(written: BaseFiles, tokenizer: Any) -> list[str]:
     return [] if found == wanted else [f"{GENERATION_FILE} has pad_token_id {found}, not {_show(tokenizer, wanted)}"]
 
 
-def _described(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a config that describe the architecture; a model with images has a section with more."""
+def _described(config: dict[str, Any], changed: Set[str]) -> dict[str, Any]:
+    """Return the keys of a config that describe the architecture; a model with images has a section with more.
+
+    Args:
+        config: The config.
+        changed: Keys that a merge may change.
+    """
     return {
-        key: _described(value) if key == "text_config" and isinstance(value, dict) else value
+        key: _described(value, changed) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in MERGED_KEYS | IDLE_KEYS
+        if key not in changed | IDLE_KEYS
     }
 
 

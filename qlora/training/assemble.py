@@ -160,8 +160,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
         objective = objective_for_data(section, datasets)
-        head = _finish_head(objective.loss.head, config, tokenizer, datasets)
+        head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
+        if head is not None:
+            size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
+            head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
     # Before memory is fitted, because that exchanges a number between processes for every level.
@@ -270,18 +273,21 @@ def _check_outputs(model: Any, example: TokenizedExample) -> None:
         check_loss(model, collate([example]).to(model.device))
 
 
-def _finish_head(head: ScoreHead | None, config: RunConfig, tokenizer: Any, datasets: Datasets) -> ScoreHead | None:
-    """Return the head of an objective that scores documents, with the token that they are padded with.
+def _pad_token(config: RunConfig, tokenizer: Any, datasets: Datasets, size: int) -> str:
+    """Return the token that documents are padded with where they are scored.
+
+    Args:
+        config: Config of the run.
+        tokenizer: Tokenizer, whose padding token is set.
+        datasets: Examples of the run.
+        size: Number of tokens that the model embeds.
 
     Raises:
         DataError: Documents end with every token that they could be padded with.
     """
-    if head is None:
-        return None
     sets = (datasets.train, datasets.eval, datasets.retain)
     last_ids = {id_ for examples in sets if examples for store in examples.stores for id_ in store.last_ids()}
-    pad_token = choose_pad_token(tokenizer, last_ids, is_given="pad_token" in config.data.special_tokens)
-    return replace(head, pad_token=pad_token)
+    return choose_pad_token(tokenizer, last_ids, size, is_given="pad_token" in config.data.special_tokens)
 
 
 def _starts_at(config: RunConfig, checkpoint: Path) -> Starts:

@@ -6,7 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    Qwen2Config,
+)
 
 from qlora.config import load_config
 from qlora.errors import ConfigError, DataError, ExportError, ModelError
@@ -17,7 +24,7 @@ from qlora.model import generate, load_base, load_for_training, load_model, load
 from qlora.proof import verify
 from qlora.training import evaluate, train
 from tests.cli import run as cli
-from tests.tiny import make_base, run_config
+from tests.tiny import SIZES, make_base, make_tokenizer, run_config
 from tests.training.same_run import lines_of
 
 pytestmark = pytest.mark.slow
@@ -164,7 +171,7 @@ def test_texts_are_padded_with_a_token_that_ends_none(tiny_base, pairs_file, tmp
     train(load_config(config))
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").pad_token == "<|im_end|>"
     config = run_config(tiny_base, pairs_file, tmp_path / "other", data__special_tokens={"pad_token": "</s>"}, **REWARD)
-    with pytest.raises(DataError, match="documents end with the padding token '</s>'"):
+    with pytest.raises(DataError, match="The tokenizer has '</s>', with which documents end"):
         train(load_config(config))
 
 
@@ -189,12 +196,40 @@ def test_a_published_reward_model_is_trained_further(run, pairs_file, tmp_path):
     assert not torch.equal(stored.score.weight.float(), load_file(base / "model.safetensors")["score.weight"])
 
 
-def test_a_base_whose_files_name_the_decoder_alone_is_merged(pairs_file, seed, tmp_path):
-    base = make_base(tmp_path / "base", seed, GPT2Config, tie_word_embeddings=True)
+def without_prefix(folder, seed):
+    """A base whose files name the decoder's tensors alone."""
+    base = make_base(folder, seed, GPT2Config)
     tensors = load_file(base / "model.safetensors")
     bare = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
-    train(load_config(run_config(base, pairs_file, tmp_path / "run", train__max_steps=2, **REWARD)))
+    return base
+
+
+def with_a_token_too_many(folder, seed):
+    """A base whose tokenizer gets a padding token that the model does not embed."""
+    return make_base(folder, seed, Qwen2Config, tie_word_embeddings=False)
+
+
+def with_images(folder, seed):
+    """A base with images, whose config has a section on text."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = Gemma3Config(
+        text_config=SIZES | {"layer_types": ["full_attention"] * 2},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [without_prefix, with_a_token_too_many, with_images], ids=lambda make: make.__name__)
+def test_bases_of_other_layouts_are_merged(make, pairs_file, seed, tmp_path):
+    targets = {"lora__targets": r".*language_model.*proj"} if make is with_images else {}
+    settings = REWARD | targets | {"train__max_steps": 2}
+    train(load_config(run_config(make(tmp_path / "base", seed), pairs_file, tmp_path / "run", **settings)))
     merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
     report = verify(tmp_path / "run", tmp_path / "merged")
     assert report.matches, report.problems
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")

@@ -233,8 +233,8 @@ class TrainSection(Section):
     learning_rates: dict[str, GroupRate] = Field(
         default={},
         description="Peak learning rates of groups of parameters: lora_A, lora_B, embeddings (trained rows of "
-        "embedding and head), magnitude (of DoRA), score (the head of a reward model or classifier). A value is a rate, "
-        "or a factor on train.learning_rate, such as 16x.",
+        "embedding and head), magnitude (of DoRA), score (the head of a reward model or classifier). A value is a "
+        "rate, or a factor on train.learning_rate, such as 16x.",
         examples=[{"lora_B": "16x"}],
     )
     warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = Field(
