@@ -2,6 +2,7 @@
 
 from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
+from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, metric_label
 from qlora.checkpoint.peft_folder import (
     PeftAdapter,
     adapter_digest,
@@ -47,6 +48,9 @@ __all__ = [
     "check_whole",
     "checkpoint_bytes",
     "drop_old_checkpoints",
+    "evaluation_metrics",
+    "is_evaluated",
+    "metric_label",
     "load_adapter",
     "load_state",
     "newest_whole",

@@ -173,6 +173,7 @@ class RunRecord:
         data: Data report of each source as JSON values. Its keys differ between versions; `source` and `digest` are
             always present.
         examples: Number of examples.
+        held_out: Number of examples of each set that is evaluated, by its name in metrics.
         retain: Data report of each source of retained rows.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
@@ -191,6 +192,7 @@ class RunRecord:
     parameters: Inventory
     data: list[dict[str, Any]]
     examples: ExampleCounts
+    held_out: dict[str, int] = field(default_factory=dict)
     retain: list[dict[str, Any]] = field(default_factory=list)
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None

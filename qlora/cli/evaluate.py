@@ -27,6 +27,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Print loss and perplexity per supervised token, and bits per byte."""
+    from qlora.checkpoint import is_evaluated, metric_label
     from qlora.training import evaluate as run_evaluation
 
-    show_report(run_evaluation(target, data, batch_size, device, base).as_dict(), as_json)
+    values = run_evaluation(target, data, batch_size, device, base).as_dict()
+    if not as_json:
+        values = {metric_label(key) if is_evaluated(key) else key: value for key, value in values.items()}
+    show_report(values, as_json)

@@ -15,8 +15,6 @@ LABELS = {
     "layers_checked": "layers compared",
     "losses": "loss, first and last step",
     "eval_losses": "held-out loss",
-    "retain_loss": "retained loss",
-    "retain_losses": "retained loss",
     "seconds": "time",
     "recompute_why": "reason for it",
     "weights_kept": "weights cached",

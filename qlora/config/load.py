@@ -68,17 +68,14 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
     paths: dict[str, object] = {}
-    for key in ("train", "eval", "retain"):
-        sources = getattr(config.data, key)
-        if isinstance(sources, list):
-            paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
     if config.data.cache_dir is not None:  # created if it is absent
         paths["cache_dir"] = str(Path(config.data.cache_dir).expanduser().absolute())
     # A word without a suffix of letters, such as llama3.1, is a template's name, no matter which files are here.
     if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
     lora = config.lora.model_copy(update={"start_from": resolved(config.lora.start_from)})
-    data, train = config.data.model_copy(update=paths), config.train
+    sources = config.data.each_source(lambda source: source.model_copy(update={"path": resolved(source.path)}))
+    data, train = sources.model_copy(update=paths), config.train
     if train.keep is not None:
         keep = train.keep.model_copy(update={"null_space": resolved(train.keep.null_space)})
         train = train.model_copy(update={"keep": keep})

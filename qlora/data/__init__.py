@@ -1,7 +1,7 @@
 """Data: rows to examples, to tokens with weights, to packed rows, to batches."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
-from qlora.data.datasets import Datasets, build_datasets
+from qlora.data.datasets import MAIN_SET, RETAIN_SET, Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
 from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
@@ -15,6 +15,8 @@ from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
 __all__ = [
     "IGNORE_INDEX",
+    "MAIN_SET",
+    "RETAIN_SET",
     "Batch",
     "BatchPlan",
     "DataReport",

@@ -8,7 +8,7 @@ import torch
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
-from qlora.data import eval_batches, set_special_tokens, supervised_bytes
+from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
 from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
 from qlora.model import evaluate as evaluate_batches
@@ -28,7 +28,8 @@ class EvaluationReport:
         perplexity: exp(loss).
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
-        retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
+        others: Loss and metrics on the config's other sets, by their names in metrics.jsonl: `eval_NAME_loss`,
+            `retain_loss`; empty if another file is evaluated.
     """
 
     model: str
@@ -38,13 +39,12 @@ class EvaluationReport:
     perplexity: float
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
-    retain_loss: float | None = None
+    others: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, metrics by their own names."""
         values = asdict(self)
-        metrics = values.pop("metrics")
-        return values | metrics
+        return values | values.pop("metrics") | values.pop("others")
 
     def __repr__(self) -> str:
         return f"<EvaluationReport: loss {self.loss:.4f} over {self.supervised_tokens:,} tokens, {self.model}>"
@@ -107,9 +107,11 @@ def evaluate(
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
     loss = objective_from_section(config.train).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
-    retained = (
-        evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
-    )
+    others: dict[str, float] = {}
+    for name, held_out in datasets.held_out.items() if data is None else ():
+        if name != MAIN_SET:
+            other = evaluate_batches(model, eval_batches(held_out, batch_size), loss=loss)
+            others |= {f"{name}_{metric}": value for metric, value in {"loss": other.loss, **other.metrics}.items()}
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -120,7 +122,7 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
         metrics=result.metrics,
-        retain_loss=retained.loss if retained else None,
+        others=others,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, metric_label
 from qlora.model import Evaluation
 from qlora.processes import Processes
 from qlora.training.display import Display
@@ -103,20 +103,17 @@ class MetricsLog:
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
         self.announce([f"step {step:,}/{self.total_steps:,}  {message}{about}"])
 
-    def log_evaluation(self, step: int, evaluation: Evaluation | None, retained: Evaluation | None = None) -> None:
-        """Log an evaluation.
+    def log_evaluation(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
+        """Log the evaluations after a step.
 
         Args:
             step: Number of steps done.
-            evaluation: Evaluation of the held-out examples, if there are any.
-            retained: Evaluation of the retained examples, if there are any.
+            evaluations: Evaluation of each set, by its name, which the names of its metrics begin with.
         """
-        named = {"eval": evaluation, "retain": retained}
-        found = {name: each for name, each in named.items() if each is not None}
-        if not self.is_main or not found:
+        if not self.is_main or not evaluations:
             return
         values: dict[str, Any] = {"step": step, **self._epoch(step)}
-        for name, each in found.items():
+        for name, each in evaluations.items():
             values |= {
                 f"{name}_loss": each.loss,
                 f"{name}_perplexity": each.perplexity,
@@ -124,8 +121,12 @@ class MetricsLog:
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
             }
         self._write(values)
-        labels = {"eval": "held-out loss", "retain": "retained loss"}
-        self.display.show_event(step, "  ".join(f"{labels[name]} {each.loss:.4f}" for name, each in found.items()))
+        parts = [
+            f"{metric_label(f'{name}_{metric}')} {value:.4f}"
+            for name, each in evaluations.items()
+            for metric, value in {"loss": each.loss, **each.metrics}.items()
+        ]
+        self.display.show_event(step, "  ".join(parts))
 
     def close(self) -> None:
         """End the progress line, and close the file."""

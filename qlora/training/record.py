@@ -35,6 +35,7 @@ def make_record(assembly: Assembly, start: Start) -> RunRecord:
         parameters=plan.inventory,
         data=[report.as_dict() for report in plan.datasets.reports],
         examples=ExampleCounts(len(plan.datasets.train), len(plan.datasets.eval)),
+        held_out={name: len(examples) for name, examples in plan.datasets.held_out.items()},
         retain=[report.as_dict() for report in plan.datasets.retain_reports],
         status="running",
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, quarantine, save_adapter, write_starts
+from qlora.checkpoint import RunDirectory, evaluation_metrics, quarantine, save_adapter, write_starts
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
@@ -37,8 +37,8 @@ class RunResult:
         steps: Number of optimizer steps done, in all sessions.
         trained_steps: Number of those done in this session; 0 if the run was finished already.
         losses: Training loss of every logged step.
-        eval_losses: Held-out loss by step.
-        retain_losses: Loss on retained rows (`data.retain`) by step.
+        evaluations: Every metric of the evaluations, by its name in metrics.jsonl and by step: `eval_loss`,
+            `eval_NAME_loss` of a further set of `data.eval`, `retain_loss`, and others.
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -50,16 +50,20 @@ class RunResult:
     steps: int
     trained_steps: int
     losses: list[float]
-    eval_losses: dict[int, float]
-    retain_losses: dict[int, float]
+    evaluations: dict[str, dict[int, float]]
     tokens_per_second: float
     peak_memory: int
     signal: int | None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def eval_losses(self) -> dict[int, float]:
+        """Held-out loss by step: of the first set in `data.eval`."""
+        return self.evaluations.get("eval_loss", {})
+
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self) | {"run_dir": str(self.run_dir)}
+        return asdict(self) | {"run_dir": str(self.run_dir), "eval_losses": self.eval_losses}
 
     def __repr__(self) -> str:
         loss = f", loss {self.losses[-1]:.4f}" if self.losses else ""
@@ -262,8 +266,7 @@ def _result(
         steps=steps,
         trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
-        eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
-        retain_losses={line["step"]: line["retain_loss"] for line in lines if "retain_loss" in line},
+        evaluations=evaluation_metrics(lines),
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

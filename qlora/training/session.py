@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import InUse, RunDirectory
-from qlora.data import ExampleSet, eval_batches
+from qlora.data import MAIN_SET, ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
 from qlora.training.assemble import Assembly
@@ -60,11 +60,7 @@ def run_session(
     first_step = progress.step
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
-    evaluated = {
-        name
-        for name, examples in (("eval_loss", plan.datasets.eval), ("retain_loss", plan.datasets.retain))
-        if examples
-    }
+    evaluated = {f"{name}_loss" for name in plan.datasets.held_out}
     is_evaluated = processes.broadcast(
         processes.is_first
         and any(line["step"] == progress.step and evaluated <= line.keys() for line in run.read_metrics())
@@ -97,15 +93,13 @@ def run_session(
             call("on_save", folder)
 
     def evaluate_now() -> None:
-        evaluation, retained = (
-            evaluate_examples(assembly, examples) if examples else None
-            for examples in (plan.datasets.eval, plan.datasets.retain)
-        )
-        log.log_evaluation(progress.step, evaluation, retained)
-        if evaluation is not None:
-            call("on_evaluation", evaluation)
-        if retained is not None:
-            call("on_retain_evaluation", retained)
+        evaluations = {name: evaluate_examples(assembly, examples) for name, examples in plan.datasets.held_out.items()}
+        log.log_evaluation(progress.step, evaluations)
+        for name, evaluation in evaluations.items():
+            if name == MAIN_SET:
+                call("on_evaluation", evaluation)
+            else:
+                call("on_other_evaluation", name, evaluation)
 
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
@@ -163,7 +157,7 @@ def how_to_continue(fresh: bool) -> str:
 
 
 def evaluate_examples(assembly: Assembly, examples: ExampleSet) -> Evaluation:
-    """Evaluate held-out or retained examples, each process a part of them."""
+    """Evaluate a set of examples, each process a part of them."""
     processes = assembly.processes
     batches = eval_batches(examples, assembly.config.train.micro_batch_size, assembly.batches.capacity)
     share = islice(batches, processes.rank, None, processes.world_size)
