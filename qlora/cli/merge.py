@@ -75,11 +75,11 @@ def merge(
     from qlora.checkpoint import adapter_digest
     from qlora.config import ExportSection, load_config
     from qlora.errors import ExportError
-    from qlora.export import merge as run_merge
     from qlora.export.companions import REPORT_FILE
     from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
     from qlora.model import open_source
+    from qlora.training import merge as run_merge
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
