@@ -2,7 +2,7 @@
 
 from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
-from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, metric_label
+from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, is_lower_better, metric_label
 from qlora.checkpoint.peft_folder import (
     PeftAdapter,
     adapter_digest,
@@ -11,6 +11,7 @@ from qlora.checkpoint.peft_folder import (
 )
 from qlora.checkpoint.record import (
     BaseRecord,
+    Best,
     ExampleCounts,
     InUse,
     Inventory,
@@ -34,6 +35,7 @@ from qlora.checkpoint.state import (
 
 __all__ = [
     "BaseRecord",
+    "Best",
     "ExampleCounts",
     "InUse",
     "Inventory",
@@ -50,6 +52,7 @@ __all__ = [
     "drop_old_checkpoints",
     "evaluation_metrics",
     "is_evaluated",
+    "is_lower_better",
     "metric_label",
     "load_adapter",
     "load_state",

@@ -32,3 +32,8 @@ def metric_label(name: str) -> str:
     if name == "eval_loss":
         return "held-out loss"
     return name.removeprefix("eval_").replace("retain_", "retained ").replace("_", " ")
+
+
+def is_lower_better(name: str) -> bool:
+    """Return whether a smaller value of a metric is the better one: losses and divergences fall, scores rise."""
+    return name.endswith(("loss", "perplexity", "_kl"))

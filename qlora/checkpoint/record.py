@@ -154,6 +154,21 @@ class ExampleCounts:
     eval: int
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation of a run, whose checkpoint is kept.
+
+    Attributes:
+        metric: Name of the metric that evaluations are compared by.
+        value: Its value.
+        step: Number of optimizer steps done.
+    """
+
+    metric: str
+    value: float
+    step: Steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """The contents of run.json.
@@ -177,6 +192,8 @@ class RunRecord:
         retain: Data report of each source of retained rows.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
+        best: The best evaluation, if its checkpoint is kept (`train.keep_best`).
+        stopped_early: Step at which the run last stopped early; None if it never did.
     """
 
     versions: dict[str, str]
@@ -196,6 +213,8 @@ class RunRecord:
     retain: list[dict[str, Any]] = field(default_factory=list)
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    best: Best | None = None
+    stopped_early: Steps | None = None
 
     @property
     def is_finished(self) -> bool:

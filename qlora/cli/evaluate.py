@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Base, Device, expand_home
+from qlora.cli.options import AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 
 
@@ -21,6 +21,7 @@ def evaluate(
         str | None,
         typer.Option(help="A file to evaluate on instead of the config's held-out data.", callback=expand_home),
     ] = None,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
     device: Device = "auto",
@@ -30,6 +31,7 @@ def evaluate(
     from qlora.checkpoint import is_evaluated, metric_label
     from qlora.training import evaluate as run_evaluation
 
+    target = choose_adapter(target, checkpoint)
     values = run_evaluation(target, data, batch_size, device, base).as_dict()
     if not as_json:
         values = {metric_label(key) if is_evaluated(key) else key: value for key, value in values.items()}

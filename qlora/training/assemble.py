@@ -34,6 +34,7 @@ from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.auto_rate import resolve_rate
+from qlora.training.best import check_metric
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
@@ -150,6 +151,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     # A continued run has what was computed from these in its starts.
     old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
+        check_metric(
+            section, [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metrics)]
+        )
         if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
         skeleton = build_skeleton(files, model_section.trust_remote_code)

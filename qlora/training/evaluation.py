@@ -112,10 +112,11 @@ def evaluate(
         if name != MAIN_SET:
             other = evaluate_batches(model, eval_batches(held_out, batch_size), loss=loss)
             others |= {f"{name}_{metric}": value for metric, value in {"loss": other.loss, **other.metrics}.items()}
+    step = "" if run is None else f", step {RunDirectory.open(str(target)).step}"
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
-        model=f"{config.model.base} with the adapter of {target}" if own_template else config.model.base,
+        model=f"{config.model.base} with the adapter of {target}{step}" if own_template else config.model.base,
         examples=len(examples),
         supervised_tokens=result.num_supervised,
         loss=result.loss,

@@ -14,7 +14,8 @@ from qlora.errors import CheckpointError, ConfigError
 # are compared in KEPT_IN_USE.)
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
+    "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.trackers", "train.on_nonfinite",
+    "data.cache_dir", "data.retain",
     "model.recompute", "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
@@ -23,7 +24,7 @@ SCHEDULE_KEYS = {
     "train.warmup_steps", "train.warmup_ratio",
 }  # fmt: skip
 # Keys of the length of a run.
-LENGTH_KEYS = {"train.epochs", "train.max_steps"}
+LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them.

@@ -7,8 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, evaluation_metrics, quarantine, save_adapter, write_starts
-from qlora.config import RunConfig, absolute_paths, dump_config
+from qlora.checkpoint import (
+    Best,
+    RunDirectory,
+    RunRecord,
+    evaluation_metrics,
+    is_lower_better,
+    quarantine,
+    save_adapter,
+    write_starts,
+)
+from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.model import frozen_checksum, resolve_device
@@ -39,6 +48,7 @@ class RunResult:
         losses: Training loss of every logged step.
         evaluations: Every metric of the evaluations, by its name in metrics.jsonl and by step: `eval_loss`,
             `eval_NAME_loss` of a further set of `data.eval`, `retain_loss`, and others.
+        best: The best evaluation, if its checkpoint is kept (`train.keep_best`, `train.early_stopping`).
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -51,6 +61,7 @@ class RunResult:
     trained_steps: int
     losses: list[float]
     evaluations: dict[str, dict[int, float]]
+    best: Best | None
     tokens_per_second: float
     peak_memory: int
     signal: int | None
@@ -198,10 +209,17 @@ def _train(
     if first_step:
         display.show([f"Continuing after step {first_step:,} from {start.checkpoint}."])
     display.announce(remarks)
-    received, in_use = run_session(assembly, run, prepared, display, options)
+    end = run_session(assembly, run, prepared, display, options)
 
-    is_finished = progress.step == total_steps
-    record = replace(record, in_use=in_use, status="finished" if is_finished else "interrupted", steps=progress.step)
+    is_finished = progress.step == total_steps or end.stopped_early
+    record = replace(
+        record,
+        in_use=end.in_use,
+        status="finished" if is_finished else "interrupted",
+        steps=progress.step,
+        best=end.best,
+        stopped_early=progress.step if end.stopped_early else record.stopped_early,
+    )
     with processes.raise_together():
         if frozen_checksum(model) != checksum:
             raise ModelError(
@@ -215,9 +233,13 @@ def _train(
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())
+    if end.stopped_early:
+        notes.append(f"{_describe_stop(assembly.train, progress.step)} To train on, raise train.max_steps.")
+    if is_finished:
+        notes += _describe_best(run, record)
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
-    return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=received)
+    return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=end.signal)
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
@@ -237,12 +259,39 @@ def _already_finished(run: RunDirectory, start: Start, config: RunConfig, resume
 
 
 def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list[str]:
+    assert start.record is not None
+    early = " (stopped early)" if start.record.stopped_early == start.finished_steps else ""
     notes = [
-        f"Already finished at step {start.finished_steps}; nothing was trained. To continue training, raise "
-        f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
+        f"Already finished at step {start.finished_steps}{early}; nothing was trained. To continue training, raise "
+        f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name.",
+        *_describe_best(run, start.record),
     ]
     if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
         notes.append(f"Ignored, because the run is finished: {'; '.join(sorted(ignored))}.")
+    return notes
+
+
+def _describe_stop(section: TrainSection, step: int) -> str:
+    """Return why a run stopped early."""
+    assert section.early_stopping is not None
+    stopping = section.early_stopping
+    count = "the last evaluation" if stopping.patience == 1 else f"the last {stopping.patience} evaluations"
+    least = f" by more than {stopping.min_delta:g}" if stopping.min_delta else ""
+    return f"Stopped early at step {step}: {stopping.metric} did not improve in {count}{least}."
+
+
+def _describe_best(run: RunDirectory, record: RunRecord) -> list[str]:
+    """Return which checkpoint is released, if that is the best one, and whether training was of use."""
+    best = record.best
+    if best is None:
+        return []
+    first = evaluation_metrics(run.read_metrics(until=0)).get(best.metric, {}).get(0)
+    notes = [
+        f"The best is step {best.step}, with {best.metric} {best.value:.4f}: merge, verify, generate, chat and eval "
+        "take it; --checkpoint last takes the last step."
+    ]
+    if first is not None and (first < best.value if is_lower_better(best.metric) else first > best.value):
+        notes.append(f"The base is better: {best.metric} {first:.4f} before training.")
     return notes
 
 
@@ -267,6 +316,7 @@ def _result(
         trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
         evaluations=evaluation_metrics(lines),
+        best=run.read_record().best,
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

@@ -23,6 +23,9 @@ NEEDED = {
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
+    "train.keep_best": {"data": {"eval": 0.1}},
+    "train.early_stopping": {"data": {"eval": 0.1}},
+    **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
 

@@ -61,6 +61,22 @@ class RunConfig(Section):
             )
         return value
 
+    @field_validator("train")
+    @classmethod
+    def _check_best(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data, metric = info.data.get("data"), value.best_metric
+        if data is None or metric is None:
+            return value
+        key = "keep_best" if value.early_stopping is None else "early_stopping"
+        if value.eval_every is None:
+            raise ValueError(f"{key} compares evaluations, but eval_every is null; set an interval")
+        if not any(metric.startswith(f"{name}_") for name in data.measured):
+            measured = f"the sets are {', '.join(data.measured)}" if data.measured else "no rows are held out"
+            raise ValueError(
+                f"{key} compares by {metric}, but {measured}; set data.eval, and name a metric such as eval_loss"
+            )
+        return value
+
 
 def untrained_groups(lora: LoraSection, data: DataSection) -> dict[str, str]:
     """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""

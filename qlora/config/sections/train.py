@@ -60,6 +60,27 @@ class KeepSection(Section):
         return self
 
 
+class EarlyStoppingSection(Section):
+    """When a run ends before its last step, because evaluations no longer improve."""
+
+    metric: str = Field(
+        default="eval_loss",
+        description="Metric of the evaluations, by its name in metrics.jsonl. Losses should fall, scores should rise.",
+        examples=["eval_exact_match"],
+    )
+    patience: Count = Field(
+        default=3,
+        description="Number of evaluations in a row without an improvement after which the run stops.",
+        examples=[5],
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0,
+        description="Least change of the metric that is an improvement.",
+        examples=[0.001],
+    )
+
+
 class TrainSection(Section):
     """The run."""
 
@@ -200,6 +221,17 @@ class TrainSection(Section):
         examples=[0.1],
     )
     keep_checkpoints: Count = Field(default=2, description="Number of latest checkpoints that are kept.", examples=[3])
+    keep_best: bool | str = Field(
+        default=False,
+        description="Keep the checkpoint of the best evaluation besides the latest ones, by eval_loss, or by the "
+        "metric named here; it is the one that is merged. train.early_stopping implies it.",
+        examples=[True],
+    )
+    early_stopping: EarlyStoppingSection | None = Field(
+        default=None,
+        description="Stop once evaluations no longer improve; null trains to the last step.",
+        examples=[{"metric": "eval_loss", "patience": 3}],
+    )
     trackers: Names = Field(
         default=[],
         description="Trackers of accelerate that metrics are sent to as well, by name.",
@@ -212,6 +244,13 @@ class TrainSection(Section):
         assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
         return self.learning_rate
 
+    @property
+    def best_metric(self) -> str | None:
+        """Metric of the evaluations by which the best checkpoint is kept; None if it is not."""
+        if self.early_stopping is not None:
+            return self.early_stopping.metric
+        return "eval_loss" if self.keep_best is True else self.keep_best or None
+
     def with_learning_rate(self, rate: float) -> "TrainSection":
         """Return the section with another peak learning rate.
 
@@ -219,6 +258,14 @@ class TrainSection(Section):
             ValidationError: Other keys don't allow it.
         """
         return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _check_stopping(cls, value: EarlyStoppingSection | None, info: ValidationInfo) -> EarlyStoppingSection | None:
+        kept = info.data.get("keep_best")
+        if value is not None and isinstance(kept, str) and kept != value.metric:
+            raise ValueError(f"has the metric {value.metric}, but train.keep_best has {kept}; set both to one")
+        return value
 
     @field_validator("min_learning_rate")
     @classmethod
