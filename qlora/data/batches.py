@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ class Batch:
         cu_seq_lens: (documents + 1,), int32: where each document of a packed row begins, and the end; None if padded.
         lengths: Number of tokens of each document.
         counts: Number of supervised labels of each document, known without synchronizing the device.
-        total_weight: Sum of their weights.
+        weight_sums: Sum of the weights of each document's labels.
         values: What else is known about the documents, by column: (documents, …) each.
         seeds: Seed of the random numbers of each document; None outside of a run's steps.
+        ahead: Means over the whole step that the loss computed ahead of it, (numbers,), fp32; None if it needs none.
     """
 
     input_ids: torch.Tensor
@@ -45,20 +47,66 @@ class Batch:
     cu_seq_lens: torch.Tensor | None
     lengths: tuple[int, ...]
     counts: tuple[int, ...]
-    total_weight: float
+    weight_sums: tuple[float, ...]
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+    ahead: torch.Tensor | None = None
 
     @property
     def num_supervised(self) -> int:
         """Number of supervised labels."""
         return sum(self.counts)
 
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of all supervised labels."""
+        return sum(self.weight_sums)
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         moved: dict[str, Any] = {name: _move(value, device) for name, value in own.items()}
         return Batch(**moved | {"values": {name: _move(value, device) for name, value in self.values.items()}})
+
+    def select(self, documents: Sequence[int]) -> "Batch":
+        """Return the batch of some of the documents, in the given order, on the same device."""
+        lengths, counts = (tuple(values[each] for each in documents) for values in (self.lengths, self.counts))
+        is_packed, width = self.cu_seq_lens is not None, max(lengths)
+        old_begins, begins = (
+            [0, *accumulate(sizes)] if is_packed else range(0, len(sizes) * size, size)
+            for sizes, size in ((self.lengths, self.input_ids.shape[1]), (lengths, width))
+        )
+        first_labels = [0, *accumulate(self.counts)]
+        # Where tokens and labels come from, and how far the latter move.
+        tokens = [range(old_begins[each], old_begins[each] + self.lengths[each]) for each in documents]
+        labels = [range(first_labels[each], first_labels[each] + self.counts[each]) for each in documents]
+        shifts = [begins[new] - old_begins[old] for new, old in enumerate(documents)]
+        device = self.input_ids.device
+        rows, from_tokens, from_labels, moves = (
+            _move(torch.tensor(places, dtype=torch.int64), device)
+            for places in (
+                documents, [*chain(*tokens)], [*chain(*labels)], np.repeat(shifts, counts),
+            )
+        )  # fmt: skip
+
+        def take(values: torch.Tensor) -> torch.Tensor:
+            return values[:, from_tokens] if is_packed else values[rows, :width]
+
+        is_padded = self.attention_mask is not None and len(set(lengths)) > 1
+        return Batch(
+            input_ids=take(self.input_ids),
+            position_ids=take(self.position_ids),
+            attention_mask=take(self.attention_mask) if is_padded and self.attention_mask is not None else None,
+            labels=take(self.labels),
+            supervised=self.supervised[from_labels] + moves,
+            weights=None if self.weights is None else self.weights[from_labels],
+            cu_seq_lens=_move(torch.tensor(begins, dtype=torch.int32), device) if is_packed else None,
+            lengths=lengths,
+            counts=counts,
+            weight_sums=tuple(self.weight_sums[each] for each in documents),
+            values={name: value[rows] for name, value in self.values.items()},
+            seeds=None if self.seeds is None else tuple(self.seeds[each] for each in documents),
+        )
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -90,7 +138,6 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False, seeds: S
         weights.flat[shifted] = following = example.weights[1:]
         labels.flat[shifted] = np.where(following > 0, example.input_ids[1:], IGNORE_INDEX)
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
-    total_weight = sum(example.total_weight for example in examples)
     is_plain = all(((example.weights == 0) | (example.weights == 1)).all() for example in examples)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -102,7 +149,7 @@ def collate(examples: Sequence[TokenizedExample], packed: bool = False, seeds: S
         cu_seq_lens=torch.tensor([*begins.tolist(), shape[1]], dtype=torch.int32) if packed else None,
         lengths=tuple(lengths),
         counts=tuple(example.num_supervised for example in examples),
-        total_weight=total_weight,
+        weight_sums=tuple(example.total_weight for example in examples),
         values={
             name: torch.from_numpy(np.stack([each.values[name] for each in examples])) for name in examples[0].values
         },

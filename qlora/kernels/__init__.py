@@ -6,6 +6,7 @@ from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
+from qlora.kernels.log_probs import linear_log_probs
 from qlora.kernels.norm import RMSNorm
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
@@ -27,6 +28,7 @@ __all__ = [
     "liger_version",
     "linear_cross_entropy",
     "linear_kl_divergence",
+    "linear_log_probs",
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",

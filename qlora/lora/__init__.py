@@ -26,9 +26,16 @@ from qlora.lora.rows import (
     wrap_rows,
 )
 from qlora.lora.spec import AdapterSpec
-from qlora.lora.start import LayerStart, apply_first, apply_starts, starts_from_tensors, starts_to_tensors
+from qlora.lora.start import (
+    LayerStart,
+    apply_first,
+    apply_starts,
+    keep_starts,
+    starts_from_tensors,
+    starts_to_tensors,
+)
 from qlora.lora.statistics import InputObserver, InputStatistics
-from qlora.lora.switch import adapters_off
+from qlora.lora.switch import adapters_at_start, adapters_off
 
 __all__ = [
     "AdapterSpec",
@@ -45,6 +52,7 @@ __all__ = [
     "Targets",
     "TrainedEmbedding",
     "TrainedHead",
+    "adapters_at_start",
     "adapters_off",
     "add_lora",
     "apply_first",
@@ -53,6 +61,7 @@ __all__ = [
     "choose_form",
     "eva_factors",
     "head_blocks",
+    "keep_starts",
     "linear_layers",
     "lora_layers",
     "match_targets",

@@ -69,22 +69,27 @@ class LoraLinear(nn.Module):
         frozen: A term that is not trained, an earlier adapter; or None.
         removed: The initial values, if they are subtracted again so that the update is zero at first; or None.
         first: A term that stays where the adapters are off, because the base was quantized without it; or None.
+        kept: The update as it was at first, if it was not zero and is needed as a reference; or None.
+        kept_magnitude: The norms that a DoRA layer with such a term started from, (out,), fp32; or None.
         null_space: Orthonormal directions of the inputs that A does not see, (in, directions), fp32; or None.
         is_off: Whether the layer computes what its base does, see :func:`qlora.lora.adapters_off`.
+        is_at_start: Whether it computes what it did at first, see :func:`qlora.lora.adapters_at_start`.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_rows: nn.Parameter
     magnitude: nn.Parameter
-    frozen, removed, first = _Term(), _Term(), _Term()
+    frozen, removed, first, kept = _Term(), _Term(), _Term(), _Term()
     row_index: torch.Tensor
     first_magnitude: torch.Tensor
+    kept_magnitude: torch.Tensor | None
     null_space: torch.Tensor | None
 
     def __init__(self, base: Any, spec: AdapterSpec) -> None:
         super().__init__()
-        self.base, self.spec, self.is_off = base, spec, False
+        self.base, self.spec = base, spec
+        self.is_off = self.is_at_start = False
         device = base.weight.device
         for name, shape in spec.shapes(base.out_features, base.in_features).items():
             values = torch.zeros(shape, dtype=spec.dtype, device=device)
@@ -94,7 +99,8 @@ class LoraLinear(nn.Module):
         if spec.kind == "dora":
             self.register_buffer("first_magnitude", torch.ones(base.out_features, device=device))
         self.register_buffer("null_space", None)
-        self.frozen = self.removed = self.first = None
+        self.register_buffer("kept_magnitude", None)
+        self.frozen = self.removed = self.first = self.kept = None
 
     @property
     def in_features(self) -> int:
@@ -179,13 +185,16 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
-        if self.is_off:
-            if self.first is None:
-                return self.base(x)
-            # In the form of the whole layer, so that it rounds as that does at first.
-            form = "separate" if self.spec.dropout else self.spec.form
-            return lora_linear(x, self.base, (self.first,), form=form)
         spec = self.spec
+        if self.is_off or self.is_at_start:
+            fixed = self._fixed_term()
+            # In the form of the whole layer, so that it rounds as that does at first.
+            form = "separate" if spec.dropout else spec.form
+            if fixed is None:
+                return self.base(x)
+            if self.is_off or self.kept_magnitude is None:
+                return lora_linear(x, self.base, (fixed,), form=form)
+            return dora_linear(x, self.base, (fixed,), self.kept_magnitude, form=form)
         dropout = spec.dropout if self.training else 0.0
         # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
         seed = int(torch.randint(2**31, ())) if dropout else 0
@@ -198,6 +207,10 @@ class LoraLinear(nn.Module):
         """Return kind, rank, scaling and dropout."""
         spec = self.spec
         return f"{spec.kind}, rank={spec.rank}, scaling={spec.scaling:g}, dropout={spec.dropout}"
+
+    def _fixed_term(self) -> LowRank | None:
+        """Return the term that stays where the adapters are off, or at their start."""
+        return self.kept if self.kept is not None and not self.is_off else self.first
 
     def _trained_term(self) -> LowRank | SparseRows:
         if self.spec.kind == "rows":

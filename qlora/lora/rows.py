@@ -21,13 +21,18 @@ class EmbeddingRows(nn.Module):
 
     Attributes:
         is_off: Whether the base's rows are used instead, see :func:`qlora.lora.adapters_off`.
+        is_at_start: Whether the rows of :attr:`kept` are used instead, see :func:`qlora.lora.adapters_at_start`.
+        kept: The initial values, if they are needed as a reference; or None.
     """
+
+    kept: torch.Tensor | None
 
     def __init__(self, values: torch.Tensor, ids: range, num_frozen: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
         self.ids, self.num_frozen = ids, num_frozen
-        self.is_off = False
+        self.is_off = self.is_at_start = False
+        self.register_buffer("kept", None)
 
     @property
     def is_whole(self) -> bool:
@@ -47,13 +52,13 @@ class EmbeddingRows(nn.Module):
         return range(max(self.ids.start, self.num_frozen), max(self.ids.stop, self.num_frozen))
 
     def used_rows(self, frozen: torch.Tensor) -> torch.Tensor:
-        """Return the rows of :attr:`used_ids`: their trained values, or if off their initial values.
+        """Return the rows of :attr:`used_ids`: their trained values, or if off or at the start their initial values.
 
         Args:
             frozen: The base's weight, (rows, features).
         """
         if not self.is_off:
-            return self.weight
+            return self.kept if self.is_at_start and self.kept is not None else self.weight
         # Not a view: products of other layouts may round differently.
         return _mean_row(frozen, self.ids).to(self.weight.dtype).repeat(len(self.used_ids), 1)
 
@@ -128,7 +133,7 @@ class TrainedHead(nn.Module):
     def blocks(self) -> tuple[torch.Tensor, ...]:
         """Return the weight as consecutive blocks of its rows, trained and frozen."""
         if self.rows.is_whole:
-            return (self.rows.weight,)
+            return (self.rows.used_rows(self.base.weight),)
         ids, frozen = self.rows.used_ids, self.base.weight
         if not ids:
             return (frozen,)
@@ -199,7 +204,7 @@ def train_rows(
             if rows and is_tied:
                 rows[name] = next(iter(rows.values()))
             else:
-                values = _first_values(layer.weight, spans[name], new_ids, dtype)
+                values = first_rows(layer.weight, spans[name], new_ids, dtype)
                 rows[name] = EmbeddingRows(values, spans[name], len(layer.weight))
     wrap_rows(model, rows)
     return {name: span for name, span in spans.items() if span}
@@ -255,7 +260,18 @@ def _check(name: str, layer: Any, new_ids: range) -> None:
         )
 
 
-def _first_values(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch.dtype) -> torch.Tensor:
+def first_rows(weight: torch.Tensor, ids: range, new_ids: range, dtype: torch.dtype) -> torch.Tensor:
+    """Return the initial values of trained rows: those of the base's weight, and for new tokens the mean before them.
+
+    Args:
+        weight: The base's weight, (rows, features).
+        ids: Ids of the trained rows.
+        new_ids: Ids of new tokens among them.
+        dtype: Dtype of trained rows.
+
+    Returns:
+        (ids, features).
+    """
     values = weight.new_empty(len(ids), weight.shape[1], dtype=dtype)
     stored = weight[ids.start : ids.stop]
     values[: len(stored)] = stored

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from qlora.kernels import LowRank
+from qlora.kernels import LowRank, SparseRows
 from qlora.lora.inject import lora_layers
 from qlora.lora.linear import LoraLinear
+from qlora.lora.rows import trained_rows
+from qlora.lora.spec import AdapterSpec
 
 # Fields of `LayerStart` that are low-rank terms.
 TERMS = ("frozen", "removed", "subtracted", "first")
@@ -22,8 +24,8 @@ class LayerStart:
     Attributes:
         A: Initial A, (rank, in); with it, B starts at zero unless it is given too.
         B: Initial B, (out, rank).
-        rows: Initial values of trained rows, (rows, in), and
-        index: their indices in the weight, (rows,).
+        rows: Initial values of trained rows, (rows, in), of a linear layer or of embedding and head, and
+        index: their indices in the weight of a linear layer, (rows,).
         magnitude: Initial norms of the effective weight's rows, (out,), fp32.
         frozen: Term that is added and not trained.
         removed: Initial values that are subtracted again.
@@ -51,6 +53,23 @@ class LayerStart:
         given = self.A if self.A is not None else self.rows
         return None if given is None else len(given)
 
+    def update(self, spec: AdapterSpec, out_features: int) -> LowRank | None:
+        """Return what the layer adds to its base's weight at first; None if that is zero, or stays where it is off.
+
+        Args:
+            spec: Spec of the layer.
+            out_features: Number of rows of the layer's weight.
+        """
+        if self.frozen is not None:  # the trained term on top of it starts at zero
+            return self.frozen
+        if self.rows is not None and self.index is not None:
+            return SparseRows(self.rows.to(spec.dtype), self.index).as_low_rank(out_features)
+        if self.A is None or self.B is None or self.removed is not None:
+            return None
+        trained = LowRank(self.A, self.B, spec.scaling)
+        is_first = self.first is not None and all(map(torch.equal, trained.tensors, self.first.tensors))
+        return None if is_first else trained
+
     @torch.no_grad()
     def apply(self, layer: LoraLinear, dtype: torch.dtype | None) -> None:
         """Set a layer's initial values and frozen terms.
@@ -73,12 +92,37 @@ class LayerStart:
             layer.first_magnitude.copy_(self.magnitude)
 
 
+@torch.no_grad()
 def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
-    """Set the initial values and frozen terms of a model's adapted layers; those without a start stay as they are."""
+    """Set the initial values and frozen terms of a model's adapted layers, and of its embedding and head.
+
+    Those without a start stay as they are.
+    """
     dtype = getattr(model, "dtype", None)
     for name, layer in lora_layers(model):
         if name in starts:
             starts[name].apply(layer, dtype)
+    for name, own in trained_rows(model):
+        values = starts[name].rows if name in starts else None
+        if values is not None:
+            own.weight.copy_(values)
+
+
+@torch.no_grad()
+def keep_starts(model: nn.Module, starts: Mapping[str, LayerStart], specs: Mapping[str, AdapterSpec]) -> None:
+    """Keep the starts of adapted layers that :func:`qlora.lora.adapters_at_start` needs.
+
+    Args:
+        model: A model with adapters.
+        starts: Starts of its layers, as far as they don't follow from the seed.
+        specs: Specs of the layers in the run.
+    """
+    for name, layer in lora_layers(model):
+        start = starts.get(name, LayerStart())
+        update = start.update(specs[name], layer.out_features) if name in specs else None
+        layer.kept = update and update.to(layer.base.weight.device)
+        magnitude = start.magnitude
+        layer.kept_magnitude = None if magnitude is None else magnitude.to(layer.base.weight.device)
 
 
 def apply_first(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:

@@ -1,6 +1,6 @@
-"""Adapters switched off for a while, so that the model computes what its base computes."""
+"""Adapters switched off or back to their start for a while: what a model is compared with, without a second copy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -8,6 +8,8 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.lora.linear import LoraLinear
 from qlora.lora.rows import EmbeddingRows
+
+Part = LoraLinear | EmbeddingRows
 
 
 @contextmanager
@@ -25,17 +27,43 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: Embedding or head are trained in full, so the model no longer holds the base's.
     """
-    parts = [module for module in model.modules() if isinstance(module, LoraLinear | EmbeddingRows)]
+    parts = _parts(model)
     if any(isinstance(part, EmbeddingRows) and part.is_whole for part in parts):
         raise ModelError(
             "The adapters can't be switched off: embedding or head are trained in full, and the model does not hold "
             "the base's rows. Leave lora.modules_to_save empty, or load the base a second time."
         )
-    before = [part.is_off for part in parts]
+    with _set(parts, "is_off"):
+        yield
+
+
+@contextmanager
+def adapters_at_start(model: nn.Module) -> Iterator[None]:
+    """Make a model compute exactly what it did at step 0 of its run; on exit it is restored.
+
+    Where the update was zero at first, the adapters are off. Otherwise their initial values are used, which
+    :func:`qlora.lora.keep_starts` keeps. Like :func:`adapters_off` it draws no dropout, can be nested, and must not
+    enclose a backward pass.
+
+    Args:
+        model: A model with adapters whose initial values are kept.
+    """
+    with _set(_parts(model), "is_at_start"):
+        yield
+
+
+def _parts(model: nn.Module) -> list[Part]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear | EmbeddingRows)]
+
+
+@contextmanager
+def _set(parts: Sequence[Part], name: str) -> Iterator[None]:
+    """Set an attribute of parts to True, and restore it on exit."""
+    before = [getattr(part, name) for part in parts]
     for part in parts:
-        part.is_off = True
+        setattr(part, name, True)
     try:
         yield
     finally:
-        for part, was_off in zip(parts, before, strict=True):
-            part.is_off = was_off
+        for part, value in zip(parts, before, strict=True):
+            setattr(part, name, value)

@@ -36,6 +36,7 @@ class Estimate:
         max_seq_len: Largest number of tokens per sequence.
         packing: Whether the sequences of a micro-batch are joined into one.
         chunk_tokens: Number of tokens whose logits are in memory at a time.
+        group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
     """
 
     footprint: Footprint
@@ -45,6 +46,7 @@ class Estimate:
     max_seq_len: int
     packing: bool
     chunk_tokens: int
+    group_size: int = 1
 
     @property
     def levels(self) -> list[str]:
@@ -54,7 +56,7 @@ class Estimate:
     @property
     def tokens(self) -> int:
         """Number of tokens of the largest micro-batch that the config allows."""
-        return self.micro_batch_size * self.max_seq_len
+        return self.micro_batch_size * self.max_seq_len * self.group_size
 
     def bytes_by_kind(self, level: str, tokens: int, row: int | None = None) -> dict[str, int]:
         """Return the bytes at the peak, by the names of `KINDS`.
@@ -89,12 +91,13 @@ class Estimate:
         return footprint.weights + footprint.adapters + footprint.optimizer + footprint.update + context
 
     def largest_micro_batch(self, level: str, free_bytes: int) -> int:
-        """Return the number of sequences of `max_seq_len` tokens that fit with the margin; 0 if none does."""
-        return self._most(lambda sequences: self.fits(level, free_bytes, sequences * self.max_seq_len))
+        """Return the number of the largest sequences that fit with the margin; 0 if none does."""
+        tokens = self.max_seq_len * self.group_size
+        return self._most(lambda sequences: self.fits(level, free_bytes, sequences * tokens))
 
     def longest_context(self, level: str, free_bytes: int) -> int:
-        """Return the length of the longest sequence that fits with the margin, at most the model's positions."""
-        most = self._most(lambda tokens: self.fits(level, free_bytes, tokens, tokens))
+        """Return the `max_seq_len` that fits with the margin, at most the model's positions."""
+        most = self._most(lambda tokens: self.fits(level, free_bytes, tokens * self.group_size, tokens))
         return most if self.footprint.positions is None else min(most, self.footprint.positions)
 
     def fits(self, level: str, free_bytes: int, tokens: int, row: int | None = None) -> bool:
@@ -147,7 +150,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     )  # fmt: skip
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code, with_weights=False)
     row, rows = config.data.max_seq_len, config.train.micro_batch_size
-    footprint = take_footprint(config, files, device, dtype, tokens=rows * row, row=row, loss=loss)
+    footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(
         footprint=footprint,
         device=device,
@@ -156,6 +159,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         max_seq_len=row,
         packing=config.data.packing,
         chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary),
+        group_size=loss.group_size,
     )
 
 

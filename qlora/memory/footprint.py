@@ -98,7 +98,7 @@ def take_footprint(
     }  # fmt: skip
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
-    weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, specs, adapted)
+    weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
     shapes = [
         shape
         for layer, one in adapted.items()
@@ -106,7 +106,10 @@ def take_footprint(
         if specs[layer].trains(name)
     ]
     trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
-    flat = FlatParameters(("", each) for each in [*trained, *{rows.weight for _, rows in trained_rows(model)}])
+    all_rows = {rows.weight for _, rows in trained_rows(model)}
+    if loss.has_reference:
+        weights += sum(each.nbytes for each in all_rows)
+    flat = FlatParameters(("", each) for each in [*trained, *all_rows])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
     stack = Stack(model, adapted, specs, quantized)
@@ -163,11 +166,13 @@ def nf4_bytes(numel: int, double_quant: bool) -> int:
     return -(-numel // 2) + statistics
 
 
-def _fixed_bytes(config: RunConfig, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:
+def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:
     """Return the bytes of what adapters hold and don't train: frozen terms and factors, indices, and null spaces."""
     section, keep = config.lora, config.train.keep
-    # The subtracted part of PiSSA, or the initial values of `reconstruct`, which stay where the adapters are off.
-    has_copy = section.init in ("pissa", "reconstruct")
+    # The subtracted part of PiSSA, the initial values of `reconstruct`, which stay where the adapters are off, or an
+    # adapter that is trained further and compared with.
+    is_kept = loss.has_reference and section.start_from is not None and not section.stack
+    has_copy = section.init in ("pissa", "reconstruct") or is_kept
     has_null_space = keep is not None and keep.null_space is not None
     total = 0
     for layer, one in adapted.items():

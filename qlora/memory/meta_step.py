@@ -71,8 +71,8 @@ def _fit_tiled(stack: Stack, loss: Loss) -> Held:
         max(moment.held.total.constant for moment in _trace(stack, loss, tiles * TILE_TOKENS, 1, NEVER).moments)
         for tiles in (2, 4)
     )
-    slope = (many - few) / (2 * TILE_TOKENS)
-    return Held(activations=Bytes(few - 2 * TILE_TOKENS * slope, slope)).plus(stack.always)
+    slope = (many - few) / (2 * TILE_TOKENS * loss.group_size)
+    return Held(activations=Bytes(few - 2 * TILE_TOKENS * loss.group_size * slope, slope)).plus(stack.always)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +83,23 @@ class _Trace:
 
 
 def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int = 0) -> _Trace:
-    """Run a step of a micro-batch of one document.
+    """Run a step of a micro-batch of one group of documents.
 
     Args:
         stack: Reduced layers.
         loss: Loss that is minimized.
-        tokens: Number of tokens: a prime, or any number with `divisor`.
-        supervised: Number of supervised tokens.
+        tokens: Number of tokens of each document: a prime, or any number with `divisor`.
+        supervised: Number of supervised tokens of each document.
         divisor: Sizes that are multiples of it depend on the tokens; `tokens` if not given.
     """
-    model, layers = stack.model, stack.layers
-    ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
+    model, layers, size = stack.model, stack.layers, loss.group_size
+    ids = torch.empty(1, tokens * size, dtype=torch.long, device="meta")
     batch = Batch(
         input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
-        supervised=torch.empty(supervised, dtype=torch.long, device="meta"), weights=None,
-        cu_seq_lens=torch.tensor([0, tokens], dtype=torch.int32), lengths=(tokens,),
-        counts=(supervised,), total_weight=supervised,
+        supervised=torch.empty(supervised * size, dtype=torch.long, device="meta"), weights=None,
+        cu_seq_lens=torch.arange(0, (size + 1) * tokens, tokens, dtype=torch.int32), lengths=(tokens,) * size,
+        counts=(supervised,) * size, weight_sums=(supervised,) * size,
+        values={name: value.to("meta").expand(size, *value.shape) for name, value in loss.columns.items()},
     )  # fmt: skip
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -146,9 +147,11 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     finally:
         for handle in handles:
             handle.remove()
-    starts = starts[-len(layers) - 1 :]  # of the last pass
+    # Of the last pass, per token of the whole group.
+    starts = [start.per_document(size) for start in starts[-len(layers) - 1 :]]
     holds = [after.plus(before, -1) for before, after in zip(starts, starts[1:], strict=False)]
-    return _Trace(timeline.moments(), holds, starts[-1])
+    moments = [moment._replace(held=moment.held.per_document(size)) for moment in timeline.moments()]
+    return _Trace(moments, holds, starts[-1])
 
 
 def _finish(stack: Stack, trace: _Trace, head: list[Held], layers_hold: Sequence[Held]) -> list[Held]:

@@ -94,12 +94,13 @@ class Storages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def prepare(config: RunConfig, device: torch.device, starts: Starts | None = None) -> Any:
+def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts | None = None) -> Any:
     """Load a run's model as it would be trained, except for its level of recomputation.
 
     Args:
         config: Config of the run.
         device: Device of the model.
+        loss: Loss that is minimized.
         starts: What the run's adapters started from; None computes it, from made-up examples if it needs any.
 
     Raises:
@@ -111,7 +112,9 @@ def prepare(config: RunConfig, device: torch.device, starts: Starts | None = Non
     new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
-    model, _ = load_for_training(config, device, new_ids, starts, examples, old_examples)
+    model, _ = load_for_training(
+        config, device, new_ids, starts, examples, old_examples, is_reference=loss.has_reference
+    )
     if config.model.attention == "auto":
         use_document_attention(model)
     rebuild_activations(model)
@@ -139,8 +142,10 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     apply_recompute(model, level)
     optimizer = optimizer_from_section(model, section)
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (section.micro_batch_size, config.data.max_seq_len)).tolist()
-    batch = collate([make_example(row, [True] * len(row)) for row in ids], packed=config.data.packing)
+    shape = (section.micro_batch_size * loss.group_size, config.data.max_seq_len)
+    values = {name: value.numpy() for name, value in loss.columns.items()}
+    documents = [make_example(ids, [True] * len(ids), values) for ids in torch.randint(vocabulary, shape).tolist()]
+    batch = collate(documents, packed=config.data.packing)
     batch = batch.to(model.device)
 
     def step() -> None:

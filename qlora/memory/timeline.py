@@ -47,6 +47,10 @@ class Held(NamedTuple):
         """Return the sum of this and a multiple of another."""
         return Held(*(one.plus(another, times) for one, another in zip(self, other, strict=True)))
 
+    def per_document(self, size: int) -> "Held":
+        """Return the bytes in terms of the tokens of `size` documents, given those in terms of one document's."""
+        return Held(*(Bytes(one.constant, one.linear / size, one.quadratic / size) for one in self))
+
     @property
     def total(self) -> Bytes:
         """Sum over all kinds."""

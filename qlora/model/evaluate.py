@@ -1,8 +1,8 @@
 """Mean loss over held-out examples."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,22 +21,24 @@ class Evaluation:
         total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
             was evaluated.
         metrics: Mean of each of the loss's metrics, by name.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight.
     """
 
     loss: float
     num_supervised: int
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
+    is_per_token: bool = True
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss); None if the loss is not one of tokens."""
+        return math.exp(min(self.loss, 700.0)) if self.is_per_token else None
 
     @property
-    def bits(self) -> float:
-        """Total loss of all supervised tokens in bits."""
-        return self.loss * self.total_weight / math.log(2)
+    def bits(self) -> float | None:
+        """Total loss of all supervised tokens in bits; None if the loss is not one of tokens."""
+        return self.loss * self.total_weight / math.log(2) if self.is_per_token else None
 
 
 @torch.no_grad()
@@ -59,8 +61,10 @@ def evaluate(
     device = next(model.parameters()).device
     # Loss, supervised tokens, units, and each metric.
     totals = torch.zeros(3 + len(loss.metrics), dtype=torch.float64, device=device)
+    if loss.ahead is not None:
+        batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
-        sums = loss.sums(loss.compute(model, batch.to(device)))
+        sums = loss.sums(loss.compute(model, loss.learned_part(model, batch.to(device))))
         totals[0] += sums[0]
         totals[1] += batch.num_supervised
         totals[2] += loss.units(batch)
@@ -68,4 +72,21 @@ def evaluate(
     model.train(was_training)
     loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
-    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means)
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, loss.is_per_token)
+
+
+def _with_ahead(
+    model: Any,
+    batches: Sequence[Batch],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    loss: Loss,
+    device: torch.device,
+) -> list[Batch]:
+    """Return batches with the means over all of them, of every process, that the loss computes ahead."""
+    assert loss.ahead is not None
+    totals = torch.zeros(loss.num_ahead + 1, dtype=torch.float32, device=device)
+    for batch in batches:
+        totals[:-1] += loss.ahead(model, batch.to(device))
+        totals[-1] += loss.units(batch)
+    totals = totals if reduce is None else reduce(totals)
+    return [replace(batch, ahead=totals[:-1] / totals[-1]) for batch in batches]

@@ -79,8 +79,8 @@ def adapt(
     """
     specs = adapter_specs(model, section, starts)
     wrap_linears(model, specs, seed)
-    apply_starts(model, starts or {})
     train_rows(model, section.modules_to_save, new_ids, adapter_spec(section).dtype)
+    apply_starts(model, starts or {})
     return list(specs)
 
 

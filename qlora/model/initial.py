@@ -16,11 +16,14 @@ from qlora.lora import (
     InputStatistics,
     LayerStart,
     eva_factors,
+    keep_starts,
+    lora_layers,
     num_directions,
     pissa,
     reconstruct,
     starts_from_tensors,
     starts_to_tensors,
+    trained_rows,
 )
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
@@ -47,6 +50,7 @@ def load_for_training(
     starts: Starts | None = None,
     examples: Sequence[TokenizedExample] = (),
     old_examples: Sequence[TokenizedExample] | None = None,
+    is_reference: bool = False,
 ) -> tuple[Any, Starts]:
     """Load the base that a config names with its adapters, frozen except for these.
 
@@ -57,6 +61,7 @@ def load_for_training(
         starts: What the adapters of the run started from; None computes it.
         examples: Examples that statistics of the layers' inputs are taken from, if the initial values need them.
         old_examples: Examples whose inputs the adapters are not to see; None for none, or if they are in the starts.
+        is_reference: Whether the model at its start is what training compares with, so that it is kept.
 
     Returns:
         The model, in evaluation mode, and what its adapters start from: empty if that follows from the seed.
@@ -80,8 +85,14 @@ def load_for_training(
     adapt(model, section, config.train.seed, new_ids, starts)
     if adapter is not None and adapter.rows:
         load_rows(model, adapter.rows, adapter.tensors)
+        if is_reference:  # to have them when the run is continued; otherwise its checkpoints do
+            starts = {**starts, **{name: LayerStart(rows=own.weight.detach()) for name, own in trained_rows(model)}}
     if old_examples is not None:
         starts = hide_inputs(model, starts, old_examples)
+    if is_reference:
+        keep_starts(model, starts, {name: layer.spec for name, layer in lora_layers(model)})
+        for _, own in trained_rows(model):
+            own.kept = own.weight.detach().clone()
     # Copies on the host: what the layers hold is theirs.
     return model, starts_from_tensors(starts_to_tensors(starts))
 

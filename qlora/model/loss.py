@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,16 +48,41 @@ class Loss:
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
+        group_size: Number of consecutive documents that the loss takes together.
+        columns: What the loss reads of `Batch.values`, by column: the value of a made-up document.
+        has_reference: Whether it compares the model with itself at step 0, whose adapters are then kept.
+        ahead: Computes, before any part of a step gets a gradient, sums over a batch that the loss needs for the whole
+            step, (num_ahead,), fp32. Their means per unit are :attr:`qlora.data.Batch.ahead`. Then only the first
+            document of each group gets a gradient; the others are for these sums.
+        num_ahead: Number of these sums.
+        is_per_token: Whether the loss is a cross-entropy per unit of supervised weight, which has a perplexity.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
+    group_size: int = 1
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_reference: bool = False
+    ahead: Callable[[Any, Batch], torch.Tensor] | None = None
+    num_ahead: int = 0
+    is_per_token: bool = False
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""
+        batch = self.learned_part(model, batch)
         return (self.compute(model, batch),) if self.passes is None else self.passes(model, batch)
+
+    def learned_part(self, model: Any, batch: Batch) -> Batch:
+        """Return the documents of a batch that `compute` takes, with the means of :attr:`ahead`.
+
+        Where the batch has none, they are those of the batch itself.
+        """
+        if self.ahead is None:
+            return batch
+        ahead = self.ahead(model, batch) / self.units(batch) if batch.ahead is None else batch.ahead
+        return replace(batch.select(range(0, len(batch.lengths), self.group_size)), ahead=ahead)
 
     def sums(self, step: StepLoss) -> torch.Tensor:
         """Return the total and the metrics of a batch, (1 + metrics,) in fp32, without their gradient."""
@@ -87,7 +112,9 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 # The loss of supervised fine-tuning, per unit of supervised weight.
 SUPERVISED = Loss(
-    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)), units=lambda part: part.total_weight
+    compute=lambda model, batch: StepLoss(supervised_loss(model, batch)),
+    units=lambda part: part.total_weight,
+    is_per_token=True,
 )
 
 

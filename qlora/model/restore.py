@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory, wrap_adapter
-from qlora.config import load_config
+from qlora.checkpoint import PeftAdapter, RunDirectory, wrap_adapter
+from qlora.checkpoint.adapter_rows import embedding_and_head
+from qlora.config import RunConfig, load_config
 from qlora.data import apply_template
 from qlora.errors import ModelError
 from qlora.files import BaseFiles, find_adapter
-from qlora.lora import apply_first
+from qlora.lora import apply_first, keep_starts, trained_rows
+from qlora.lora.rows import first_rows
 from qlora.model.base import load_base
 from qlora.model.device import resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.from_config import set_tokens
+from qlora.model.from_config import adapter_spec, adapter_specs, set_tokens
 from qlora.model.source import AdapterSource, open_source
-from qlora.model.starts import load_started_base
+from qlora.model.starts import Starts, load_started_base
 from qlora.model.tokenizer import load_tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -42,12 +44,13 @@ def load_run_tokenizer(run: RunDirectory) -> Any:
     return tokenizer
 
 
-def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[Any, Any]:
+def load_run(run_dir: str | Path, device: str | torch.device = "auto", is_reference: bool = False) -> tuple[Any, Any]:
     """Load a run's base with its trained adapters, ready to generate.
 
     Args:
         run_dir: The output_dir of a finished training run, or one of a run's checkpoints.
         device: `auto` takes a GPU if there is one.
+        is_reference: Whether the model is also needed as it was at step 0, as what a preference loss compares with.
 
     Returns:
         The model, in evaluation mode, and its tokenizer with the run's chat template.
@@ -57,11 +60,14 @@ def load_run(run_dir: str | Path, device: str | torch.device = "auto") -> tuple[
         ModelError: The base can't be loaded.
     """
     run = RunDirectory.open(run_dir)
-    return load_adapted(open_source(run.adapter), device)
+    return load_adapted(open_source(run.adapter), device, is_reference=is_reference)
 
 
 def load_adapted(
-    source: AdapterSource, device: str | torch.device = "auto", quantization: str = "nf4"
+    source: AdapterSource,
+    device: str | torch.device = "auto",
+    quantization: str = "nf4",
+    is_reference: bool = False,
 ) -> tuple[Any, Any]:
     """Load an adapter's base with the adapter on it, ready to generate.
 
@@ -69,6 +75,8 @@ def load_adapted(
         source: The adapter; a run's base is loaded as in training.
         device: `auto` takes a GPU if there is one.
         quantization: How to load the base of an adapter made elsewhere, `nf4` or `none`.
+        is_reference: Whether a run's model is also needed as it was at step 0, see
+            :func:`qlora.lora.adapters_at_start`.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -91,9 +99,29 @@ def load_adapted(
             dtype = str(source.compute_dtype(resolve_device(device)))
             section = section.model_copy(update={"compute_dtype": dtype.removeprefix("torch.")})
         model = load_started_base(section, starts, device)
+        if is_reference:
+            specs, rows = adapter_specs(model, config.lora, starts), _first_rows(model, config, adapter, starts)
         wrap_adapter(model, adapter, config.lora.form)
         apply_first(model, starts)
+        if is_reference:
+            keep_starts(model, starts, specs)
+            for name, own in trained_rows(model):
+                own.kept = rows[name].to(own.weight)
     return model.eval(), tokenizer
+
+
+def _first_rows(model: Any, config: RunConfig, adapter: PeftAdapter, starts: Starts) -> dict[str, torch.Tensor]:
+    """Return the rows of embedding and head that a run's training started from, by module."""
+    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
+    new_ids = set_tokens(config.data, load_tokenizer(files.folder, config.model.trust_remote_code))
+    dtype, found = adapter_spec(config.lora).dtype, {}
+    shared = next(iter(adapter.rows.values()), None)
+    for name, layer in embedding_and_head(model).items():
+        stored = adapter.rows.get(name, shared)
+        if stored is not None:
+            given = starts[name].rows if name in starts else None
+            found[name] = first_rows(layer.weight, stored.ids, new_ids, dtype) if given is None else given
+    return found
 
 
 def load_adapter_tokenizer(source: AdapterSource) -> Any:

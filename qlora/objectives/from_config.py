@@ -1,18 +1,39 @@
 """The objectives by name, the one that a config names, and what the config adds to its loss."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 from qlora.config import TrainSection
 from qlora.model import Loss
 from qlora.objectives.adversarial import with_adversary
 from qlora.objectives.keep import with_base_kl
+from qlora.objectives.kto import kto_objective
 from qlora.objectives.neftune import with_noise
 from qlora.objectives.objective import Objective
+from qlora.objectives.preference import KINDS, preference_objective
 from qlora.objectives.sft import SFT
+
+
+def _preference(name: str, section: TrainSection) -> Objective:
+    assert section.preference is not None, "the config fills it in"
+    return preference_objective(name, section.preference)
+
+
+def _kto(section: TrainSection) -> Objective:
+    assert section.preference is not None, "the config fills it in"
+    return kto_objective(section.preference)
+
+
+_OBJECTIVES: Mapping[str, Callable[[TrainSection], Objective]] = {
+    "sft": lambda _section: SFT,
+    **{name: partial(_preference, name) for name in KINDS},
+    "kto": _kto,
+}
 
 
 def objective_from_section(section: TrainSection) -> Objective:
     """Return the objective that a config's train section names; its loss is the one that evaluations report."""
-    objectives = {"sft": SFT}
-    return objectives[section.objective]
+    return _OBJECTIVES[section.objective](section)
 
 
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:

@@ -29,7 +29,8 @@ def with_base_kl(loss: Loss, weight: float) -> Loss:
         states: list[torch.Tensor] = []
 
         def watch(_module: Any, _inputs: Any, output: Any) -> None:
-            states.append(output.last_hidden_state)
+            if torch.is_grad_enabled():
+                states.append(output.last_hidden_state)
 
         handle = model.base_model.register_forward_hook(watch)
         try:

@@ -6,8 +6,9 @@ from qlora.objectives.objective import Objective
 
 # How to train on the answers of rows that were written for another objective.
 REMEDIES = {
-    "preference": "set data.format: chosen",
-    "kto": "remove the rows whose label is false, and set data.format to messages, alpaca or completion",
+    "preference": "set data.format: chosen; to learn the preference, set train.objective: dpo",
+    "kto": "remove the rows whose label is false, and set data.format to messages, alpaca or completion; to learn from "
+    "both, set train.objective: kto",
     "classification": "set data.format: text",
 }
 SFT = Objective(

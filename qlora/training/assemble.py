@@ -237,8 +237,9 @@ def _load_checked(
         The model, what its adapters start from, and the attention and activations in use.
     """
     model, starts = load_for_training(
-        config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train
-    )
+        config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
+        is_reference=objective_from_section(config.train).loss.has_reference,
+    )  # fmt: skip
     ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))

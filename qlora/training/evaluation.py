@@ -18,14 +18,15 @@ from qlora.objectives import objective_from_section
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EvaluationReport:
-    """Loss of a model over supervised tokens.
+    """Loss of a model on held-out examples.
 
     Attributes:
         model: The model evaluated: a base, or a base with the adapter of a run.
         examples: Number of examples.
         supervised_tokens: Number of tokens that the loss is averaged over.
-        loss: Mean over supervised tokens by their weights, in nats.
-        perplexity: exp(loss).
+        loss: Mean loss of the config's objective: for supervised fine-tuning over supervised tokens by their weights,
+            in nats.
+        perplexity: exp(loss); None for objectives whose loss is not one of tokens.
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
         others: Loss and metrics on the config's other sets, by their names in metrics.jsonl: `eval_NAME_loss`,
@@ -36,7 +37,7 @@ class EvaluationReport:
     examples: int
     supervised_tokens: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
@@ -85,8 +86,10 @@ def evaluate(
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template = run is not None
-        model, tokenizer = base_from_section(config.model, device) if run is None else load_run(str(target), device)
+        own_template, has_reference = run is not None, objective_from_section(config.train).loss.has_reference
+        model, tokenizer = (
+            base_from_section(config.model, device) if run is None else load_run(str(target), device, has_reference)
+        )
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -121,7 +124,7 @@ def evaluate(
         supervised_tokens=result.num_supervised,
         loss=result.loss,
         perplexity=result.perplexity,
-        bits_per_byte=result.bits / num_bytes if num_bytes and is_plain else None,
+        bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
         metrics=result.metrics,
         others=others,
     )

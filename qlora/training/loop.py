@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Never
 
 import torch
@@ -178,15 +179,9 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         scale = progress.loss_scale if is_scaled else 1.0
         micro_batches = plan.micro_batches(step, progress.num_parts)
         own: list[torch.Tensor] = []
-        batches = (
-            collate(
-                [parts.examples[index] for index in each],
-                packed=plan.capacity is not None,
-                seeds=document_seeds(plan.seed, step, each),
-            )
-            for each in micro_batches
-        )
-        ran_out = not _accumulate(parts, batches, num_units, scale, own)
+        batches = partial(_batches, parts, step, micro_batches)
+        ahead, is_ahead = _look_ahead(parts, batches(), num_units)
+        ran_out = not (is_ahead and _accumulate(parts, batches(ahead), num_units, scale, own))
         sums = sum(own, torch.zeros(1 + len(loss.metrics), device=processes.device))
         sums = torch.stack([*sums, *(torch.full_like(sums[0], flag) for flag in (callbacks.stop_asked(), ran_out))])
         if processes.world_size > 1:
@@ -266,6 +261,31 @@ def check_gradients(model: Any) -> None:
             f"No gradient reached {len(dead)} of {len(layers)} adapters in the first step: {', '.join(dead[:4])}. "
             "Layers that the forward pass never uses can't be trained; leave them out of lora.targets."
         )
+
+
+def _batches(
+    parts: LoopParts, step: int, micro_batches: Sequence[Sequence[int]], ahead: torch.Tensor | None = None
+) -> Iterator[Batch]:
+    """Yield the micro-batches of a step, with what the loss looked ahead at."""
+    plan = parts.batches
+    for indices in micro_batches:
+        documents = [parts.examples[index] for index in indices]
+        batch = collate(documents, plan.capacity is not None, document_seeds(plan.seed, step, indices))
+        yield batch if ahead is None else replace(batch, ahead=ahead)
+
+
+def _look_ahead(parts: LoopParts, batches: Iterable[Batch], num_units: float) -> tuple[torch.Tensor | None, bool]:
+    """Return what a step's loss needs of all its micro-batches and processes, and whether memory sufficed."""
+    loss = parts.loss
+    if loss.ahead is None:
+        return None, True
+    total, has_fit = torch.zeros(loss.num_ahead, device=parts.processes.device), True
+    try:
+        for batch in batches:
+            total += loss.ahead(parts.model, batch.to(parts.model.device))
+    except torch.OutOfMemoryError:
+        has_fit = False
+    return parts.processes.sum(total) / num_units, has_fit
 
 
 def _accumulate(

@@ -116,7 +116,7 @@ class MetricsLog:
         for name, each in evaluations.items():
             values |= {
                 f"{name}_loss": each.loss,
-                f"{name}_perplexity": each.perplexity,
+                **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
                 f"{name}_supervised_tokens": each.num_supervised,
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
             }

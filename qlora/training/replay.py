@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig
-from qlora.data import TokenizedExample, collate
+from qlora.data import Batch, TokenizedExample, collate
 from qlora.errors import CheckpointError
 from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
@@ -153,7 +153,8 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     """
     settings, tensors = _read(Path(path).expanduser())
     loss = training_loss(config.train)
-    model = prepare(config, resolve_device(), starts_of(config, RunDirectory(Path(path).expanduser().parent.parent)))
+    starts = starts_of(config, RunDirectory(Path(path).expanduser().parent.parent))
+    model = prepare(config, resolve_device(), loss, starts)
     apply_recompute(model, config.model.recompute)
     flat = flat_parameters(model, config.train)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):
@@ -177,11 +178,19 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     scale = settings["loss_scale"] if is_scaled else 1.0
     reports, loss_sum = [], 0.0
     step_grad = torch.zeros_like(flat.grad)
+
+    def batch_of(indices: Sequence[int]) -> Batch:
+        seeds = document_seeds(settings["seed"], settings["step"], indices)
+        return collate([examples[index] for index in indices], settings["packed"], seeds).to(model.device)
+
+    ahead = None
+    if loss.ahead is not None:
+        every = (batch_of(indices) for micro_batches in settings["processes"] for indices in micro_batches)
+        ahead = torch.stack([loss.ahead(model, batch) for batch in every]).sum(0) / num_units
     for process, micro_batches in enumerate(settings["processes"]):
         seed_step(settings["seed"], settings["step"], process)
         for indices in micro_batches:
-            seeds = document_seeds(settings["seed"], settings["step"], indices)
-            batch = collate([examples[index] for index in indices], settings["packed"], seeds).to(model.device)
+            batch = replace(batch_of(indices), ahead=ahead)
             flat.zero_grad()
             mean = 0.0
             with _watched(model) as first:

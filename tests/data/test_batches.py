@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +48,17 @@ def replaced(plan, **changes):
 def epoch_order(plan, epoch=0):
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     return [index for step in steps for index in plan.window(step)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+def test_a_selection_is_the_batch_of_the_selected_documents(rng, packed):
+    examples = [replace(random_example(rng), values={"rating": number}) for number in range(rng.randrange(1, 7))]
+    chosen = rng.sample(range(len(examples)), rng.randrange(1, len(examples) + 1))
+    found = collate(examples, packed, seeds=range(len(examples))).select(chosen)
+    wanted = collate([examples[each] for each in chosen], packed, seeds=chosen)
+    for each in fields(wanted):
+        if each.name != "weights":
+            assert str(getattr(found, each.name)) == str(getattr(wanted, each.name)), each.name
 
 
 def test_labels_are_the_supervised_next_tokens(rng):

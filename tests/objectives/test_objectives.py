@@ -31,7 +31,7 @@ def test_fine_tuning_refuses_rows_of_other_objectives_with_a_remedy():
     assert refused.keys() == {"preference", "kto", "classification"}
     assert refused["preference"] == (
         "train.objective: sft can't learn from the preference rows of rows.jsonl; to train on their answers, set "
-        "data.format: chosen."
+        "data.format: chosen; to learn the preference, set train.objective: dpo."
     )
 
 

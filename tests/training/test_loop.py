@@ -42,15 +42,20 @@ class Trainer:
     loss = SUPERVISED
 
     def __init__(
-        self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, rows=(), **settings
-    ):
+        self, base, examples, micro=2, accumulation=2, compute_dtype="float32", capacity=None, rows=(), loss=None,
+        **settings,
+    ):  # fmt: skip
+        self.loss = loss or self.loss
         self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
         train_rows(self.model, rows, dtype=torch.float32)
         self.model.train()
         self.flat = FlatParameters((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = make_optimizer("adamw_32bit", self.flat)
-        self.examples, self.plan = examples, BatchPlan(lengths_of(examples), micro, accumulation, capacity)
+        self.examples, self.plan = (
+            examples,
+            BatchPlan(lengths_of(examples), micro, accumulation, capacity, group_size=self.loss.group_size),
+        )
         self.progress, self.reports, self.grads = Progress(), [], []
 
     def run(self, steps, rate=1e-2, max_grad_norm=None, stop=None, processes=None, **callbacks):

@@ -5,7 +5,7 @@ from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
 from qlora.config.sections.run import RunConfig
-from qlora.config.sections.train import TrainSection
+from qlora.config.sections.train import PreferenceSection, TrainSection
 from qlora.config.sections.values import layer_indices, parse_duration, parse_size, rate_factor
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ExportSection",
     "LoraSection",
     "ModelSection",
+    "PreferenceSection",
     "RunConfig",
     "SourceSection",
     "TrainSection",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config.sections.base import Section
+from qlora.config.sections.evaluation import EarlyStoppingSection
 from qlora.config.sections.values import (
     Count,
     GroupRate,
@@ -60,34 +61,82 @@ class KeepSection(Section):
         return self
 
 
-class EarlyStoppingSection(Section):
-    """When a run ends before its last step, because evaluations no longer improve."""
+class PreferenceSection(Section):
+    """Options of objectives that learn from preferences; null is the objective's own default."""
 
-    metric: str = Field(
-        default="eval_loss",
-        description="Metric of the evaluations, by its name in metrics.jsonl. Losses should fall, scores should rise.",
-        examples=["eval_exact_match"],
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        description="Factor on the log-probabilities that are compared, for dpo and kto relative to the model at step "
+        "0: a larger one allows less change. For orpo the factor on the odds ratio's loss. null is 2.0 for simpo, else "
+        "0.1.",
+        examples=[0.2],
     )
-    patience: Count = Field(
-        default=3,
-        description="Number of evaluations in a row without an improvement after which the run stops.",
-        examples=[5],
-    )
-    min_delta: float = Field(
-        default=0.0,
+    label_smoothing: float | None = Field(
+        default=None,
         ge=0,
-        description="Least change of the metric that is an improvement.",
-        examples=[0.001],
+        lt=0.5,
+        description="Share of the preferences that are assumed to be reversed (dpo, simpo, cpo); null is 0.",
+        examples=[0.1],
     )
+    sft_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Factor on the mean negative log-probability of the chosen answer's tokens, which is added to the "
+        "loss. null is 1.0 for orpo and cpo, else 0.",
+        examples=[1.0],
+    )
+    gamma: float | None = Field(
+        default=None,
+        ge=0,
+        description="Margin by which the chosen answer's reward should be larger (simpo); null is 1.0.",
+        examples=[0.5],
+    )
+    length_normalize: bool | None = Field(
+        default=None,
+        description="Compare log-probabilities per token instead of per answer (dpo, ipo, simpo, cpo). null is true "
+        "for ipo and simpo, else false.",
+        examples=[True],
+    )
+    desirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Factor on the loss of good answers (kto); null is 1.0.",
+        examples=[1.33],
+    )
+    undesirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Factor on the loss of bad answers (kto); null is 1.0.",
+        examples=[1.33],
+    )
+
+
+# Defaults of the options that each preference objective has.
+PREFERENCE_DEFAULTS: dict[str, dict[str, float | bool]] = {
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalize": False},
+    "ipo": {"beta": 0.1, "sft_weight": 0.0, "length_normalize": True},
+    "orpo": {"beta": 0.1, "sft_weight": 1.0},
+    "simpo": {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalize": True},
+    "cpo": {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 1.0, "length_normalize": False},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
 
 
 class TrainSection(Section):
     """The run."""
 
-    objective: Literal["sft"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto"] = Field(
         default="sft",
-        description="Training objective: sft is supervised fine-tuning.",
-        examples=["sft"],
+        description="Training objective. sft is supervised fine-tuning; dpo, ipo, orpo, simpo and cpo learn from "
+        "preference pairs, kto from answers rated good or bad.",
+        examples=["dpo"],
+    )
+    preference: PreferenceSection | None = Field(
+        default=None,
+        validate_default=True,
+        description="Options of the objectives that learn from preferences; null takes their defaults.",
+        examples=[{"beta": 0.2}],
     )
     output_dir: PathText = Field(
         description="Run directory: config, metrics, checkpoints and adapter. The same command continues a run in it.",
@@ -266,6 +315,25 @@ class TrainSection(Section):
         if value is not None and isinstance(kept, str) and kept != value.metric:
             raise ValueError(f"has the metric {value.metric}, but train.keep_best has {kept}; set both to one")
         return value
+
+    @field_validator("preference")
+    @classmethod
+    def _check_preference(cls, value: PreferenceSection | None, info: ValidationInfo) -> PreferenceSection | None:
+        objective = info.data.get("objective")  # absent if it is invalid itself
+        if objective is None:
+            return value
+        defaults = PREFERENCE_DEFAULTS.get(objective)
+        given = {} if value is None else value.model_dump(exclude_none=True)
+        if defaults is None:
+            if value is not None:
+                raise ValueError(
+                    f"has options of {', '.join(PREFERENCE_DEFAULTS)}, but train.objective is {objective}; remove it, "
+                    "or set one of these objectives"
+                )
+            return None
+        if unused := sorted(given.keys() - defaults.keys()):
+            raise ValueError(f"{', '.join(unused)} has no effect on {objective}; its options are {', '.join(defaults)}")
+        return PreferenceSection(**defaults | given)
 
     @field_validator("min_learning_rate")
     @classmethod

@@ -1,0 +1,99 @@
+"""Output head and the log-probabilities of given tokens, in chunks: the logits of a batch never exist at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qlora.kernels.head import Head, apply_norm, default_chunk, transform_logits
+
+
+def linear_log_probs(
+    hidden: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    chunk_elements: int | None = None,
+) -> torch.Tensor:
+    """Compute the log-probability of each label under `softmax(hidden @ weight.T)`.
+
+    Unlike in :func:`qlora.kernels.linear_cross_entropy`, the factor of each row's gradient may depend on all rows, so
+    the backward computes the logits of a chunk a second time.
+
+    Args:
+        hidden: (rows, features), in the compute dtype.
+        weight: Consecutive blocks of the head's rows, (vocabulary, features) in all. Trained blocks get their gradient,
+            summed in fp32; frozen ones get none.
+        labels: (rows,), int64; every label is a token id.
+        bias: (vocabulary,), the head's bias.
+        logit_scale: Factor on the logits (Cohere, Granite).
+        softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
+        norm: Norm applied to each row of `hidden` first; its output is not saved.
+        chunk_elements: Logits held at a time; default: :func:`qlora.kernels.head.default_chunk` of the device.
+
+    Returns:
+        (rows,), fp32.
+    """
+    chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
+    return _LinearLogProbs.apply(hidden, labels, bias, logit_scale, softcap, norm, chunk, *weight)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        norm: Callable[[torch.Tensor], torch.Tensor] | None,
+        chunk_elements: int,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.settings = bias, logit_scale, softcap, norm, chunk_elements
+        ctx.save_for_backward(hidden, labels, *weights)
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        head = Head(weights, bias, hidden.dtype, [False] * len(weights))
+        for rows, product in _chunks(hidden, head, chunk_elements):
+            _, normed = apply_norm(hidden[rows], norm, False)
+            head.multiply(normed.detach(), product)
+            logits = transform_logits(product.float(), logit_scale, softcap)
+            result[rows] = logits.gather(1, labels[rows, None]).squeeze(1) - logits.logsumexp(1)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, labels, *weights = ctx.saved_tensors
+        bias, logit_scale, softcap, norm, chunk_elements = ctx.settings
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
+        for rows, product in _chunks(hidden, head, chunk_elements):
+            inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
+            head.multiply(normed.detach(), product)
+            logits = transform_logits(product.float(), logit_scale, softcap)
+            grad_logits = torch.softmax(logits, dim=1).neg_()
+            places = labels[rows, None]
+            grad_logits.scatter_add_(1, places, grad_logits.new_ones((1, 1)).expand(places.shape))
+            if softcap is not None:
+                grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1))
+            grad_logits.mul_(logit_scale * grad_output[rows, None])
+            head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
+        grads = [
+            None if grad is None else grad.to(weight.dtype) for grad, weight in zip(head.grads, weights, strict=True)
+        ]
+        return grad_hidden, *(None,) * 6, *grads
+
+
+def _chunks(hidden: torch.Tensor, head: Head, chunk_elements: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the rows of each chunk, with memory for its logits in the compute dtype."""
+    size = min(max(1, chunk_elements // head.size), max(1, len(hidden)))
+    products = torch.empty(size, head.size, dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        yield rows, products[: rows.stop - start]
