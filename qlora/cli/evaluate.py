@@ -24,6 +24,14 @@ def evaluate(
     checkpoint: Checkpoint = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME|FILE.py:FUNCTION",
+            help="A metric of answers instead of the config's eval.metrics; may be given several times.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -32,7 +40,7 @@ def evaluate(
     from qlora.training import evaluate as run_evaluation
 
     target = choose_adapter(target, checkpoint)
-    values = run_evaluation(target, data, batch_size, device, base).as_dict()
+    values = run_evaluation(target, data, batch_size, device, base, metric or None).as_dict()
     if not as_json:
         values = {metric_label(key) if is_evaluated(key) else key: value for key, value in values.items()}
     show_report(values, as_json)

@@ -6,6 +6,7 @@ from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
 from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
+from qlora.data.questions import Question, read_questions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces
 from qlora.data.sources import Source
@@ -24,6 +25,7 @@ __all__ = [
     "EncodeOptions",
     "ExampleSet",
     "Piece",
+    "Question",
     "Source",
     "TokenizedExample",
     "add_new_tokens",
@@ -36,6 +38,7 @@ __all__ = [
     "make_example",
     "new_token_ids",
     "pieces",
+    "read_questions",
     "set_special_tokens",
     "store_rows",
     "supervised_bytes",

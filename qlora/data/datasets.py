@@ -32,12 +32,14 @@ class Datasets:
             another one, `retain` are rows of an older task.
         reports: One report per source: first the training sources, then those of `data.eval`.
         retain_reports: One report per source of `data.retain`.
+        sources: The sources of all reports.
     """
 
     train: ExampleSet
     held_out: dict[str, ExampleSet]
     reports: list[DataReport]
     retain_reports: list[DataReport]
+    sources: list[Source]
 
     @property
     def eval(self) -> ExampleSet:
@@ -151,6 +153,7 @@ def build_datasets(
         held_out={name: examples for name, examples in sets.items() if len(examples)},
         reports=reports[:num_others],
         retain_reports=reports[num_others:],
+        sources=list(chain(train, *sources_of.values())),
     )
 
 

@@ -38,6 +38,7 @@ from qlora.training.best import check_metric
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
+from qlora.training.scoring import Scorer
 
 # Number of tokens that the loss is checked on.
 CHECKED_TOKENS = 16
@@ -97,6 +98,7 @@ class Assembly:
         plan: Plan of the run.
         starts: What the adapters start from, as far as that does not follow from the seed.
         ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
+        scorer: Questions that are asked at every evaluation, with the metrics of their answers.
     """
 
     config: RunConfig
@@ -111,6 +113,7 @@ class Assembly:
     plan: RunPlan
     starts: Starts
     ranks: RankBudget | None
+    scorer: Scorer
 
     @property
     def loop_parts(self) -> LoopParts:
@@ -151,9 +154,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     # A continued run has what was computed from these in its starts.
     old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
-        check_metric(
-            section, [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metrics)]
+        scorer = Scorer.from_section(
+            config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
         )
+        means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metrics)]
+        check_metric(section, [*means, *scorer.names])
         if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
         skeleton = build_skeleton(files, model_section.trust_remote_code)
@@ -218,6 +223,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         plan=RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use),
         starts=starts,
         ranks=_rank_budget(config.lora, model, total_steps),
+        scorer=scorer,
     )
 
 

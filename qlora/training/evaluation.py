@@ -1,19 +1,22 @@
 """Held-out loss of a run, or of the base that a config starts from."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from qlora.checkpoint import RunDirectory
-from qlora.config import RunConfig, SourceSection, load_config
+from qlora.config import EvalSection, RunConfig, SourceSection, load_config, metric_name
 from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
 from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
 from qlora.objectives import objective_from_section
+from qlora.training.scoring import Scorer
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,8 +32,11 @@ class EvaluationReport:
         perplexity: exp(loss); None for objectives whose loss is not one of tokens.
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
+        answered: Number of rows that were answered for metrics of answers.
+        answer_seconds: Time that this took.
         others: Loss and metrics on the config's other sets, by their names in metrics.jsonl: `eval_NAME_loss`,
             `retain_loss`; empty if another file is evaluated.
+        notes: What a user should know about the evaluation.
     """
 
     model: str
@@ -40,7 +46,10 @@ class EvaluationReport:
     perplexity: float | None
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    answered: int | None = None
+    answer_seconds: float | None = None
     others: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, metrics by their own names."""
@@ -57,6 +66,7 @@ def evaluate(
     batch_size: int = 4,
     device: str | torch.device = "auto",
     base: str | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> EvaluationReport:
     """Evaluate a run with its adapter, or the base that a config starts from, on held-out examples.
 
@@ -67,6 +77,8 @@ def evaluate(
         batch_size: Number of examples per batch.
         device: `auto` takes a GPU if there is one.
         base: Base of an adapter made elsewhere, which is loaded in NF4; None for the one that its config names.
+        metrics: Metrics of answers instead of those of `eval.metrics`. A function in a file is run only if it is named
+            here or in a config that is given, not if a run's config names it.
 
     Raises:
         ConfigError: The config holds out no example and no file is given, no file is given for an adapter made
@@ -99,6 +111,16 @@ def evaluate(
         source = SourceSection(path=str(data))
         whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
+    asked, notes = config.eval, []
+    if metrics is not None:
+        try:
+            asked = EvalSection.model_validate(config.eval.model_dump() | {"metrics": list(metrics)})
+        except ValidationError as error:
+            raise ConfigError(f"metrics: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+    elif own_template:  # nobody here chose the code that a run names
+        functions = [metric for metric in asked.metrics if metric_name(metric) != metric]
+        asked = asked.model_copy(update={"metrics": [each for each in asked.metrics if each not in functions]})
+        notes += [f"{each} was not run; add --metric {each} (metrics= in Python) to run it" for each in functions]
     try:
         datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
     except (ConfigError, DataError) as error:
@@ -108,6 +130,8 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
+    sets = {MAIN_SET: examples} if data is not None else datasets.held_out
+    scorer = Scorer.from_section(asked, section, tokenizer, datasets, sets, batch_size)
     loss = objective_from_section(config.train).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     others: dict[str, float] = {}
@@ -115,6 +139,9 @@ def evaluate(
         if name != MAIN_SET:
             other = evaluate_batches(model, eval_batches(held_out, batch_size), loss=loss)
             others |= {f"{name}_{metric}": value for metric, value in {"loss": other.loss, **other.metrics}.items()}
+    scores = scorer.score(model, tokenizer)
+    for name, values in scores.by_set.items():
+        others |= {} if name == MAIN_SET else {f"{name}_{metric}": value for metric, value in values.items()}
     step = "" if run is None else f", step {RunDirectory.open(str(target)).step}"
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
@@ -125,7 +152,10 @@ def evaluate(
         loss=result.loss,
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
-        metrics=result.metrics,
+        metrics=result.metrics | scores.by_set.get(MAIN_SET, {}),
+        answered=scores.answered or None,
+        answer_seconds=round(scores.seconds, 3) if scores.answered else None,
+        notes=notes,
         others=others,
     )
 

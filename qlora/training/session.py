@@ -126,7 +126,12 @@ def run_session(
 
     def evaluate_now() -> None:
         evaluations = {name: evaluate_examples(assembly, examples) for name, examples in plan.datasets.held_out.items()}
+        scores = assembly.scorer.score(assembly.model, assembly.tokenizer, processes)
+        for name, values in scores.by_set.items():
+            evaluations[name] = replace(evaluations[name], metrics=evaluations[name].metrics | values)
         log.log_evaluation(progress.step, evaluations)
+        if scores.answered and processes.is_first:
+            display.show_event(progress.step, scores.describe())
         for name, evaluation in evaluations.items():
             if name == MAIN_SET:
                 call("on_evaluation", evaluation)

@@ -23,6 +23,7 @@ NEEDED = {
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
+    "eval.metrics": {"data": {"eval": 0.1}},
     "train.keep_best": {"data": {"eval": 0.1}},
     "train.early_stopping": {"data": {"eval": 0.1}},
     **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},

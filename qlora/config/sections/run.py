@@ -1,9 +1,10 @@
-"""A whole config: the five sections together."""
+"""A whole config: the sections together."""
 
 from pydantic import ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
 from qlora.config.sections.data import DataSection
+from qlora.config.sections.evaluation import EvalSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
@@ -16,6 +17,7 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    eval: EvalSection = EvalSection()
     train: TrainSection
     export: ExportSection = ExportSection()
 
@@ -59,6 +61,14 @@ class RunConfig(Section):
                 "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "
                 f"{lora.modules_to_save}; leave that empty, or remove keep.kl"
             )
+        return value
+
+    @field_validator("eval")
+    @classmethod
+    def _check_metrics(cls, value: EvalSection, info: ValidationInfo) -> EvalSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if data is not None and value.metrics and not data.measured:
+            raise ValueError("metrics compares answers to held-out rows, but no rows are held out; set data.eval")
         return value
 
     @field_validator("train")
