@@ -68,6 +68,33 @@ def poisoned_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty preference pairs with margins; the preferred answer is the shorter one."""
+    rows = [
+        {
+            "prompt": f"Repeat {word}",
+            "chosen": " ".join([word] * count),
+            "rejected": " ".join([word] * (count + 4)),
+            "margin": count / 10,
+        }
+        for word in ("tin", "oak", "fern", "moss")
+        for count in range(1, 11)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty texts of different lengths with one of three labels each."""
+    labels = {"tin": "metal", "oak": "tree", "elm": "tree", "rust": "metal", "moss": "plant"}
+    rows = [
+        {"id": f"row-{number}", "text": f"{word} and {number}" + " more" * (number % 7), "label": label}
+        for number, (word, label) in enumerate([*labels.items()] * 8)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of instructions with answers of different lengths."""
     rows = [

@@ -22,6 +22,7 @@ from qlora.checkpoint.adapter_rows import (
 )
 from qlora.checkpoint.peft_folder import (
     CONFIG_FILE,
+    SCORER_TASK,
     WEIGHTS_FILE,
     PeftAdapter,
     config_alpha,
@@ -29,7 +30,16 @@ from qlora.checkpoint.peft_folder import (
     tensor_names,
 )
 from qlora.errors import CheckpointError
-from qlora.lora import AdapterSpec, LoraLinear, StoredAdapter, linear_layers, lora_layers, wrap_layers
+from qlora.lora import (
+    AdapterSpec,
+    LoraLinear,
+    StoredAdapter,
+    linear_layers,
+    lora_layers,
+    output_head,
+    scores_documents,
+    wrap_layers,
+)
 from qlora.lora.spec import matches
 
 
@@ -60,7 +70,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": SCORER_TASK if scores_documents(model) else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
@@ -170,7 +180,7 @@ def _misfits(model: Any, adapter: PeftAdapter) -> list[str]:
         layer: Any = linears.get(name)
         if layer is None:
             problems.append(f"{name} is a {type(modules[name]).__name__}; LoRA is only supported on linear layers")
-        elif layer is model.get_output_embeddings():
+        elif layer is output_head(model):
             problems.append(f"LoRA on the output head {name} is not supported, only rows of it trained in full")
         elif (len(stored.B), stored.A.shape[1]) != (layer.out_features, layer.in_features):
             problems.append(

@@ -1,6 +1,6 @@
 """Rows of embedding and head trained in full, as PEFT stores them in an adapter."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import CheckpointError
-from qlora.lora import EmbeddingRows, trained_rows, wrap_rows
+from qlora.lora import EmbeddingRows, output_head, scores_documents, trained_rows, wrap_rows
 
 PREFIX = "base_model.model."
 # PEFT's config keys for modules trained in full and for rows trained by id, and its name for the tensor of such rows.
@@ -112,13 +112,24 @@ def _ends(names: Iterable[str], end: str) -> list[str]:
 
 
 @torch.no_grad()
-def load_rows(model: nn.Module, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> None:
+def load_rows(
+    model: nn.Module,
+    rows: Mapping[str, StoredRows],
+    tensors: Mapping[str, torch.Tensor],
+    optional: Collection[str] = (),
+) -> None:
     """Copy an adapter's rows into a model that trains the same rows.
+
+    Args:
+        model: Model with trained rows.
+        rows: Stored rows by module.
+        tensors: Tensors of the adapter's file.
+        optional: Modules that keep the model's own rows if the adapter has none of them.
 
     Raises:
         CheckpointError: The model trains other rows, or ties embedding and head while the adapter's differ.
     """
-    trained = dict(_with_tensors(model))
+    trained = {name: own for name, own in _with_tensors(model) if name in rows or name not in optional}
     for name in sorted({*trained} | {*rows}):
         own, stored = (part[name].ids if name in part else range(0) for part in (trained, rows))
         if own != stored:
@@ -151,7 +162,7 @@ def rows_problems(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[s
         if stored.bias and not torch.equal(tensors[stored.bias].to(layer.bias), layer.bias.cpu().to(layer.bias)):
             problems.append(f"{name} has a trained bias, which is not supported")
     sizes = {max(len(layer.weight), rows[name].ids.stop if name in rows else 0) for name, layer in layers.items()}
-    if len(sizes) > 1 and not problems and not are_shared(model, rows, tensors):
+    if len(sizes) > 1 and not (problems or scores_documents(model) or are_shared(model, rows, tensors)):
         problems.append(f"it adds rows to only one of {' and '.join(layers)}")
     return problems
 
@@ -180,7 +191,7 @@ def wrap_stored_rows(
 
 def are_shared(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return whether embedding and head share the stored rows: PEFT stores rows by ids of a tied weight once."""
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if head is None or head.weight is not model.get_input_embeddings().weight or not rows:
         return False
     first, *others = rows.items()
@@ -192,7 +203,7 @@ def are_shared(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str,
 
 def embedding_and_head(model: Any) -> dict[str, Any]:
     """Return a model's embedding and output head by their names."""
-    both = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    both = [layer for layer in (model.get_input_embeddings(), output_head(model)) if layer is not None]
     return {name: module for name, module in model.named_modules() if any(module is layer for layer in both)}
 
 

@@ -22,7 +22,7 @@ def evaluation_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int
     """
     found: dict[str, dict[int, float]] = {}
     for line in lines:
-        for name in filter(is_evaluated, line):
+        for name in (each for each in line if is_evaluated(each) and isinstance(line[each], int | float)):
             found.setdefault(name, {})[line["step"]] = line[name]
     return found
 

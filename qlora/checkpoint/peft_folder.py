@@ -16,6 +16,7 @@ from qlora.files.base_files import describe_pickles
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
 from qlora.lora import StoredAdapter
+from qlora.lora.head import SCORE
 from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, scaling
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,6 +26,8 @@ MAX_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
 # Values of init_lora_weights that change the base's weights, so that the adapter does not fit the published base.
 CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# PEFT's name for models that score documents.
+SCORER_TASK = "SEQ_CLS"
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 # Name of the norms of the rows, which DoRA trains, in the file.
 MAGNITUDE = "lora_magnitude_vector"
@@ -144,6 +147,18 @@ def read_adapter_header(folder: Path) -> dict[str, Any]:
                 f"{path}: {name} is not a LoRA factor: {entry['dtype']} {entry['shape']}; save or download it again."
             )
     return header
+
+
+def stored_scores(folder: Path) -> int | None:
+    """Return the number of scores that an adapter's head gives a document; None if it is for another kind of head.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    if read_adapter_config(folder).get("task_type") != SCORER_TASK:
+        return None
+    shape = read_adapter_header(folder).get(f"{PREFIX}{SCORE}.weight", {}).get("shape", [])
+    return int(shape[0]) if len(shape) == 2 else None
 
 
 def read_adapter(folder: Path) -> PeftAdapter:

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora.errors import CheckpointError
 from qlora.files.json_files import read_object
+from qlora.lora import ScoreHead
 
 Steps = Annotated[int, Field(gt=0, lt=1 << 63)]
 ComputeDtype = Annotated[str, Field(pattern="^(bfloat16|float16|float32)$")]
@@ -190,6 +191,7 @@ class RunRecord:
         examples: Number of examples.
         held_out: Number of examples of each set that is evaluated, by its name in metrics.
         retain: Data report of each source of retained rows.
+        head: Head of scores of whole documents; None for the head over the vocabulary.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
         best: The best evaluation, if its checkpoint is kept (`train.keep_best`).
@@ -211,6 +213,7 @@ class RunRecord:
     examples: ExampleCounts
     held_out: dict[str, int] = field(default_factory=dict)
     retain: list[dict[str, Any]] = field(default_factory=list)
+    head: ScoreHead | None = None
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     best: Best | None = None

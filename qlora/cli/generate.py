@@ -105,7 +105,9 @@ def check_sampling(temperature: float, top_p: float | None) -> None:
 def load(model: str, base: str | None, device: str) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and say on standard error what an adapter made elsewhere is loaded onto."""
     from qlora.model import find_foreign, load_model
+    from qlora.model.generate import check_generates
 
+    check_generates(model, base)
     foreign = find_foreign(model, base)
     if foreign is not None:
         print(f"{model} was made elsewhere; its base {foreign.base} is loaded in 4 bits (NF4).", file=sys.stderr)

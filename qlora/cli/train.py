@@ -83,7 +83,7 @@ def train(
             from qlora.checkpoint import metric_label
 
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
-            del values["eval_losses"], values["evaluations"]
+            del values["eval_losses"], values["eval_metrics"], values["evaluations"]
             for name, by_step in result.evaluations.items():
                 values[metric_label(name)] = {f"step {step:,}": f"{value:.4f}" for step, value in by_step.items()}
             del values["signal"]  # the exit code has it, and the title the notes

@@ -4,7 +4,8 @@ from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_bat
 from qlora.data.datasets import MAIN_SET, RETAIN_SET, Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
-from qlora.data.new_tokens import add_new_tokens, new_token_ids, set_special_tokens
+from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
+from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
 from qlora.data.questions import Question, read_questions
 from qlora.data.report import DataReport
@@ -16,6 +17,7 @@ from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
 __all__ = [
     "IGNORE_INDEX",
+    "LABEL",
     "MAIN_SET",
     "RETAIN_SET",
     "Batch",
@@ -24,6 +26,7 @@ __all__ = [
     "Datasets",
     "EncodeOptions",
     "ExampleSet",
+    "Labels",
     "Piece",
     "Question",
     "Source",
@@ -32,9 +35,12 @@ __all__ = [
     "answer_end_id",
     "apply_template",
     "build_datasets",
+    "choose_pad_token",
     "collate",
     "encode_prompt",
     "eval_batches",
+    "find_labels",
+    "labels_from_dict",
     "make_example",
     "new_token_ids",
     "pieces",

@@ -9,6 +9,8 @@ import numpy as np
 
 from qlora.data.cache import cache_folder
 from qlora.data.encode import ExampleEncoder
+from qlora.data.label_words import words_note
+from qlora.data.labels import Labels
 from qlora.data.options import EncodeOptions
 from qlora.data.prepare import prepare
 from qlora.data.report import DataReport
@@ -33,6 +35,7 @@ class Datasets:
         reports: One report per source: first the training sources, then those of `data.eval`.
         retain_reports: One report per source of `data.retain`.
         sources: The sources of all reports.
+        labels: Labels of the texts, with the words and tokens that stand for them; None if there are none to learn.
     """
 
     train: ExampleSet
@@ -40,6 +43,7 @@ class Datasets:
     reports: list[DataReport]
     retain_reports: list[DataReport]
     sources: list[Source]
+    labels: Labels | None = None
 
     @property
     def eval(self) -> ExampleSet:
@@ -89,7 +93,7 @@ def build_datasets(
     """
     options = options or EncodeOptions()
     template = apply_template(tokenizer, chat_template)
-    encoder = ExampleEncoder(tokenizer, options.loss_on)
+    encoder = ExampleEncoder(tokenizer, options.loss_on, options.labels)
     cache = cache_folder(cache_dir)
     named = eval if isinstance(eval, Mapping) else {MAIN_SET: eval}
     asked: dict[str, Held] = {**named, RETAIN_SET: retain}
@@ -146,6 +150,8 @@ def build_datasets(
         reports[number] = replace(reports[number], drawn=len(left[number]) * stores[number].group_size)
     if share and not any(map(len, held_out.values())):
         reports[0].notes.append("no example is held out, so there is no evaluation")
+    if (note := words_note(encoder.labels)) is not None:
+        reports[0].notes.append(note)
     chosen = {name: held_out if name in shares else {n: left[n] for n in numbers_of[name]} for name in asked}
     sets = {name: _choose(stores, groups, reports) for name, groups in chosen.items()}
     return Datasets(
@@ -154,6 +160,7 @@ def build_datasets(
         reports=reports[:num_others],
         retain_reports=reports[num_others:],
         sources=list(chain(train, *sources_of.values())),
+        labels=encoder.labels,
     )
 
 

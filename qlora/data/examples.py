@@ -83,10 +83,17 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two continuations of the same turns, of which the first is preferred."""
+    """Two continuations of the same turns, of which the first is preferred.
+
+    Attributes:
+        chosen: The preferred one.
+        rejected: The other one.
+        margin: By how much the reward of the first should be above that of the second, for reward models.
+    """
 
     chosen: Conversation
     rejected: Conversation
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +106,17 @@ class Rated:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text with its class."""
+    """A text with its labels.
+
+    Attributes:
+        text: The text.
+        labels: Names of its labels.
+        is_list: Whether the row has a list of labels, of any length, instead of one.
+    """
 
     text: str
-    label: str
+    labels: tuple[str, ...]
+    is_list: bool = False
 
 
 Example = Conversation | Completion | Tokens | Preference | Rated | Labelled

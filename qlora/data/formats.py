@@ -16,7 +16,7 @@ from qlora.data.conversations import (
 from qlora.data.documents import read_classification, read_text, read_tokenized
 from qlora.data.examples import Conversation, Example
 from qlora.data.mismatched import RATING
-from qlora.data.ratings import read_chosen, read_kto, read_preference, verdict_of
+from qlora.data.ratings import MARGIN, read_chosen, read_kto, read_preference, verdict_of
 from qlora.data.rows import Row
 from qlora.data.store import Column
 from qlora.data.turns import MEDIA_KEYS, TRANSCRIPT_START, TurnReader
@@ -29,19 +29,22 @@ FORMATS = {
     "completion": "prompt, completion",
     "text": "text",
     "tokenized": "input_ids, [labels or loss_mask]",
-    "preference": "chosen, rejected, and prompt, instruction, conversations or messages unless they contain it",
+    "preference": "chosen, rejected, [margin], and prompt, instruction, conversations or messages unless they have it",
     "chosen": "as preference, but only the chosen answer is trained on",
     "kto": "label (true or false), and a conversation in any of the forms above",
     "classification": "text, label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
 }
 # Columns of the stores of a format, in addition to those of every store.
-STORED_COLUMNS: Mapping[str, Sequence[Column]] = {"kto": (Column(RATING, "int8", "document"),)}
+STORED_COLUMNS: Mapping[str, Sequence[Column]] = {
+    "kto": (Column(RATING, "int8", "document"),),
+    "preference": (Column(MARGIN, "float32", "document"),),
+}
 # Names that a mapping may have: all columns of all formats, and the keys of a turn.
 COLUMNS = {
     "instruction", "input", "output", "response", "system", "history", "tools", *TURN_COLUMNS, "prompt", "completion",
     "text", "input_ids", "labels", "loss_mask", "attention_mask", "chosen", "rejected", "chosen_messages",
-    "rejected_messages", "label", "message_tree_id", "message_id", "replies", "role", "content",
+    "rejected_messages", "margin", "label", "message_tree_id", "message_id", "replies", "role", "content",
 }  # fmt: skip
 _READERS: dict[str, Callable[[TurnReader, Row], Example]] = {
     "alpaca": read_alpaca,

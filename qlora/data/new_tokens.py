@@ -1,7 +1,7 @@
 """Tokens added to a tokenizer with their ids, and the tokens that it ends and pads texts with."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from qlora.errors import DataError
@@ -58,6 +58,35 @@ def new_token_ids(tokenizer: Any, tokens: Sequence[str]) -> range:
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"data.new_tokens: the tokenizer gave them the ids {ids}, which are not consecutive.")
     return range(ids[0], ids[-1] + 1)
+
+
+def choose_pad_token(tokenizer: Any, last_ids: Set[int], is_given: bool = False) -> str:
+    """Choose a padding token that no document ends with, and set it.
+
+    Transformers reads the scores of a document at the last token that is not the padding token.
+
+    Args:
+        tokenizer: A tokenizer of transformers; changed in place.
+        last_ids: Ids of the tokens that documents end with.
+        is_given: Whether the config sets the tokenizer's own padding token, so that no other may be taken.
+
+    Returns:
+        The tokenizer's own padding token if it can be used, else its unknown, begin or end token.
+
+    Raises:
+        DataError: Documents end with each of them.
+    """
+    names = ["pad_token"] if is_given else ["pad_token", "unk_token", "bos_token", "eos_token"]
+    found = [token for name in names if (token := getattr(tokenizer, name)) is not None]
+    free = [token for token in found if tokenizer.convert_tokens_to_ids(token) not in last_ids]
+    if not free:
+        raise DataError(
+            "A document is scored at its last token before the padding, but documents end with the padding token "
+            f"{', '.join(map(repr, found)) or 'that the tokenizer lacks'}; set data.special_tokens: {{pad_token: …}} "
+            "to a token that ends none of them."
+        )
+    set_special_tokens(tokenizer, {"pad_token": free[0]})
+    return free[0]
 
 
 def set_special_tokens(tokenizer: Any, tokens: Mapping[Literal["eos_token", "pad_token"], str]) -> None:

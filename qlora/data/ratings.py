@@ -1,5 +1,6 @@
 """Rows with rated answers: preference pairs, their chosen answers, and KTO's good and bad answers."""
 
+import math
 from typing import Any
 
 from qlora.data.conversations import (
@@ -19,10 +20,27 @@ from qlora.data.turns import TRANSCRIPT_START, TurnReader, read_spoken, read_tra
 from qlora.data.values import check_unicode, text_of
 from qlora.errors import DataError
 
+# Column of a pair, and of the documents of its store: see :class:`qlora.data.examples.Preference`.
+MARGIN = "margin"
+
 
 def read_preference(turns: TurnReader, row: Row) -> Preference:
-    """Read `chosen` and `rejected`, each after the same prompt."""
-    return Preference(_read_answered(turns, row, "chosen"), _read_answered(turns, row, "rejected"))
+    """Read `chosen` and `rejected`, each after the same prompt, and `margin` where it is given."""
+    chosen, rejected = (_read_answered(turns, row, name) for name in ("chosen", "rejected"))
+    return Preference(chosen, rejected, _read_margin(row))
+
+
+def _read_margin(row: Row) -> float:
+    value = row.values.get(MARGIN)
+    if value is None or value == "":
+        return 0.0
+    try:
+        margin = float("nan" if isinstance(value, bool) else value)  # tables have numbers as text
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise DataError(f"{row.origin}: '{MARGIN}' should be a number, not {value!r:.80}.")
+    return margin
 
 
 def read_chosen(turns: TurnReader, row: Row) -> Conversation:

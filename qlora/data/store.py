@@ -224,6 +224,10 @@ class ExampleStore:
         """Return the largest token id."""
         return int(self._values["input_ids"].max())
 
+    def last_ids(self) -> set[int]:
+        """Return the ids of tokens that documents end with."""
+        return {*np.unique(self._values["input_ids"][self._ends - 1]).tolist()}
+
     def count_ids(self, ids: range) -> np.ndarray:
         """Count how often each of some ids occurs in each document, (documents, ids), int64."""
         counts = np.zeros((len(self), len(ids)), dtype=np.int64)

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
-from qlora.model import AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
+from qlora.lora import ScoreHead
+from qlora.model import LABELS_FILE, AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
@@ -75,13 +76,17 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     if weights.has_own_head:
         # transformers also uses a stored head that differs from the embedding without this; other tools don't.
         config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source = weights.source
     tokenizer = load_adapter_tokenizer(source)
+    if source.head is not None:
+        config |= _describe_head(config, source.head, weights.architecture, tokenizer.pad_token_id)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.run is not None and source.run.final_adapter.is_dir():
         _copy_tokenizer(source.run.final_adapter, folder)
     else:
         tokenizer.save_pretrained(folder)
+    if source.run is not None and source.run.labels.is_file():  # what qlora predict reads
+        shutil.copyfile(source.run.labels, folder / LABELS_FILE)
     for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if source.trust_remote_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
@@ -92,6 +97,23 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
         generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses a temperature without do_sample, which many published models have.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+def _describe_head(config: Mapping[str, Any], head: ScoreHead, architecture: str, pad_id: int | None) -> dict[str, Any]:
+    """Return the keys of a config that differ in a model that scores documents.
+
+    Args:
+        config: Config of the base.
+        head: Head of the model.
+        architecture: Name of its class.
+        pad_id: Id of the padding token, before which transformers reads the scores.
+    """
+    keys: dict[str, Any] = {"architectures": [architecture], **head.config(), "pad_token_id": pad_id}
+    del keys["num_labels"]  # follows from the labels, and transformers does not write it
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        keys["text_config"] = text | {"pad_token_id": pad_id}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _copy_tokenizer(adapter: Path, folder: Path) -> None:

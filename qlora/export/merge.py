@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora.config import RunConfig, load_config
+from qlora.checkpoint import RunDirectory
 from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
@@ -25,7 +25,7 @@ def merge(
     on_progress: OnProgress | None = None,
     format: str = "safetensors",
     base: str | None = None,
-    judge_of: Callable[[RunConfig], Judge] = lambda _: Judge(),
+    judge_of: Callable[[RunDirectory], Judge] = lambda _: Judge(),
 ) -> MergeReport:
     """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
@@ -43,7 +43,7 @@ def merge(
         on_progress: Called with the bytes written so far and the total.
         format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
-        judge_of: Returns what `best` compares the merges of a run by, from the run's config; the supervised loss by
+        judge_of: Returns what `best` compares the merges of a run by; the supervised loss by
             default.
 
     Raises:
@@ -58,6 +58,10 @@ def merge(
     if onto is None:
         onto = default_onto(source)
     if format == "gguf":
+        if source.head is not None:
+            raise ExportError(
+                f"format: {run_dir} scores texts, and only models that predict tokens are written as GGUF; omit it."
+            )
         if max_shard_size is not None:
             raise ExportError(
                 f"max_shard_size: {max_shard_size!r} has no meaning for GGUF, which is one file; omit it."
@@ -66,7 +70,7 @@ def merge(
     shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     return merge_to_folder(
         source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress,
-        judge=Judge() if source.run is None else judge_of(load_config(source.run.config)),
+        judge=Judge() if source.run is None else judge_of(source.run),
     )  # fmt: skip
 
 

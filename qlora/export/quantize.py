@@ -20,6 +20,7 @@ from qlora.files import BaseFiles, atomic_folder
 from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
+from qlora.lora import stored_head
 from qlora.model import (
     BITSANDBYTES_4BIT,
     BaseWeights,
@@ -137,7 +138,9 @@ def quantize_model(
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
     settings = nf4_settings(double_quant, target)
-    layers = find_quantized_layers(build_skeleton(files, trust_remote_code), settings, base, weights.shapes)
+    layers = find_quantized_layers(
+        build_skeleton(files, trust_remote_code, stored_head(files.config)), settings, base, weights.shapes
+    )
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
     with atomic_folder(out_dir, ExportError) as folder:
@@ -162,7 +165,7 @@ def quantize_model(
             "bytes": writer.num_bytes,
             **({"notes": "; ".join(notes)} if notes else {}),
         }
-        write_quantized_card(folder, out_dir.name, base, files.folder, rows)
+        write_quantized_card(folder, out_dir.name, base, files.folder, rows, stored_head(files.config))
     return QuantizeReport(
         out_dir=str(out_dir),
         dtype=_name(target),

@@ -15,6 +15,8 @@ from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.kernels import LowRank, fold, row_norms, row_scale
+from qlora.lora import output_head
+from qlora.lora.head import SCORE
 from qlora.model import (
     BITSANDBYTES_4BIT,
     AdapterSource,
@@ -26,6 +28,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
+from qlora.model.score import vocabulary_head
 from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
@@ -46,6 +49,7 @@ class MergedWeights:
 
     Attributes:
         base_differs: Files of the base that differ from those used in training; empty without `force`.
+        architecture: Name of the model's class in transformers.
 
     Raises:
         ExportError: The base is not the one used in training, its files lack adapted modules, or `onto` is unknown or
@@ -77,8 +81,13 @@ class MergedWeights:
         path = source.folder / WEIGHTS_FILE
         self._trained = StoredTensors({path: read_header(path)})  # read by rows, because an embedding is large
         self._base = BaseWeights(self.files)
+        skeleton = build_skeleton(self.files, source.trust_remote_code, source.head)
+        self.architecture = type(skeleton).__name__
         self._shapes = dict(self._base.shapes)
-        skeleton = build_skeleton(self.files, source.trust_remote_code)
+        if source.head is not None:
+            left_out = vocabulary_head(self.files, self._shapes, source.trust_remote_code)
+            self._shapes = {name: shape for name, shape in self._shapes.items() if name not in left_out}
+            self._shapes[f"{SCORE}.weight"] = tuple(output_head(skeleton).weight.shape)
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
         self._adapted = self._by_name_in_files(self._layers, skeleton)
@@ -123,8 +132,8 @@ class MergedWeights:
 
     @property
     def has_own_head(self) -> bool:
-        """Whether the files have a head that differs from the embedding."""
-        if self._embedding is None or self._head is None:
+        """Whether the files have a head over the vocabulary that differs from the embedding."""
+        if self._embedding is None or self._head is None or self.source.head is not None:
             return False
         if self._shapes[self._embedding] != self._shapes[self._head]:
             return True
@@ -133,15 +142,22 @@ class MergedWeights:
     @property
     def num_embeddings(self) -> int | None:
         """Number of rows of embedding and head if tokens were added; None if it is the base's number."""
-        longer = [self._shapes[name][0] for name in self._rows if self._shapes[name] != self._base.shapes[name]]
+        longer = [
+            self._shapes[name][0]
+            for name in self._rows
+            if name in self._base.shapes and name != f"{SCORE}.weight" and self._shapes[name] != self._base.shapes[name]
+        ]
         return longer[0] if longer else None
 
     def layout(self, dtype: torch.dtype) -> list[TensorLayout]:
         """Return the layout of all tensors in the order of the base's files; integers keep their dtype."""
         return [
-            TensorLayout(name, shape, dtype if self._base.is_floating_point(name) else self._base.dtype(name))
+            TensorLayout(name, shape, dtype if self._is_floating_point(name) else self._base.dtype(name))
             for name, shape in self._shapes.items()
         ]
+
+    def _is_floating_point(self, name: str) -> bool:
+        return name not in self._base.shapes or self._base.is_floating_point(name)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Yield one tensor of the merged model in blocks of its rows, in order.
@@ -234,11 +250,11 @@ class MergedWeights:
         tensor, ids = self._rows[name].tensor, self._rows[name].ids
         first, last, _ = rows.indices(self._shapes[name][0])
         start, stop = (min(max(bound, first), last) for bound in (ids.start, ids.stop))
-        parts = [
-            self._base.read(name, slice(first, start)),
-            self._trained.read(tensor, slice(start - ids.start, stop - ids.start)),
-            self._base.read(name, slice(stop, last)),
-        ]
+        parts = [self._trained.read(tensor, slice(start - ids.start, stop - ids.start))]
+        if first < start:  # a head of scores has no rows in the base
+            parts.insert(0, self._base.read(name, slice(first, start)))
+        if stop < last:
+            parts.append(self._base.read(name, slice(stop, last)))
         return torch.cat([part.float() for part in parts])
 
     def _check_factors(self) -> None:

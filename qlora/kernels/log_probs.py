@@ -63,7 +63,10 @@ class _LinearLogProbs(torch.autograd.Function):
             _, normed = apply_norm(hidden[rows], norm, False)
             head.multiply(normed.detach(), product)
             logits = transform_logits(product.float(), logit_scale, softcap)
-            result[rows] = logits.gather(1, labels[rows, None]).squeeze(1) - logits.logsumexp(1)
+            result[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+            largest = logits.amax(dim=1, keepdim=True)
+            result[rows] -= (largest + logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log()).squeeze(1)
+            del logits  # before the next chunk's are allocated
         return result
 
     @staticmethod
@@ -77,13 +80,16 @@ class _LinearLogProbs(torch.autograd.Function):
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             head.multiply(normed.detach(), product)
             logits = transform_logits(product.float(), logit_scale, softcap)
-            grad_logits = torch.softmax(logits, dim=1).neg_()
+            slope = None if softcap is None else 1 - (logits / softcap).square()
+            grad_logits = logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+            grad_logits.div_(-grad_logits.sum(dim=1, keepdim=True))
             places = labels[rows, None]
             grad_logits.scatter_add_(1, places, grad_logits.new_ones((1, 1)).expand(places.shape))
-            if softcap is not None:
-                grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1))
+            if slope is not None:
+                grad_logits.mul_(slope)
             grad_logits.mul_(logit_scale * grad_output[rows, None])
             head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
+            del logits, grad_logits, slope  # before the next chunk's are allocated
         grads = [
             None if grad is None else grad.to(weight.dtype) for grad, weight in zip(head.grads, weights, strict=True)
         ]

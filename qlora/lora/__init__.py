@@ -2,6 +2,7 @@
 
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
+from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
 from qlora.lora.initial import Factors, orthogonal, pissa
 from qlora.lora.inject import (
     Targets,
@@ -48,6 +49,7 @@ __all__ = [
     "RankBudget",
     "RecomputedWeights",
     "Reconstruction",
+    "ScoreHead",
     "StoredAdapter",
     "Targets",
     "TrainedEmbedding",
@@ -67,11 +69,14 @@ __all__ = [
     "match_targets",
     "num_directions",
     "orthogonal",
+    "output_head",
     "pissa",
     "reconstruct",
     "redistribute",
+    "scores_documents",
     "starts_from_tensors",
     "starts_to_tensors",
+    "stored_head",
     "subtract",
     "train_rows",
     "trained_rows",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 
@@ -81,7 +82,7 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     linears = list(linear_layers(model))
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
-    head = _output_head(model)
+    head = output_head(model)
     matches = {}
     for pattern in [targets] if isinstance(targets, str) else targets:
         if pattern == ALL_LINEAR:
@@ -94,8 +95,9 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     wanted = {name for names in matches.values() for name in names}
     if any(model.get_submodule(name) is head for name in wanted):
         raise ModelError(
-            "lora.targets: the output head can't be adapted: its loss is computed in chunks from a frozen weight, and "
-            "a merge can't store its update if it shares that weight with the embeddings. Leave it out."
+            "lora.targets: the output head can't be adapted: one that scores documents is trained in full, and the "
+            "loss of another is computed in chunks from a frozen weight, which it may share with the embeddings. Leave "
+            "it out."
         )
     return [name for name in linears if name in wanted]
 
@@ -228,11 +230,6 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
 def _is_linear(module: nn.Module) -> bool:
     # A transformers model has `dequantize` too, but no sizes.
     return isinstance(module, nn.Linear) or (hasattr(module, "dequantize") and hasattr(module, "in_features"))
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    head = getattr(model, "get_output_embeddings", None)
-    return head() if head else None
 
 
 def _matches(pattern: str, name: str) -> bool:

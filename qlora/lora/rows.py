@@ -1,4 +1,7 @@
-"""Rows of an embedding or an output head that are trained in full: all of them, or those of new tokens."""
+"""Rows of an embedding or an output head that are trained in full: all of them, or those of new tokens.
+
+A head that scores documents is always trained, and all of it.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
+from qlora.lora.head import output_head, scores_documents
 
 
 class EmbeddingRows(nn.Module):
@@ -170,7 +174,7 @@ def train_rows(
     predictions barely change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
-        model: A causal language model of transformers.
+        model: A model of transformers that predicts tokens, or scores documents; then its head is trained too.
         modules: Names, or their last parts, of the modules trained in full. If embedding and head share a weight, both
             are.
         new_ids: Ids of tokens added to the vocabulary; their rows are trained, and added if there are none.
@@ -182,29 +186,31 @@ def train_rows(
     Raises:
         ModelError: A name is neither the embedding's nor the head's, or one can't be trained or extended.
     """
-    if not modules and not new_ids:
+    is_scorer = scores_documents(model)
+    if not modules and not new_ids and not is_scorer:
         return {}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), output_head(model)
     names = {id(module): name for name, module in model.named_modules()}
     layers = {names[id(layer)]: layer for layer in (embedding, head) if layer is not None}
     is_tied = head is not None and head.weight is embedding.weight
     whole = _match(model, modules, list(layers))
     if is_tied and whole:
         whole = set(layers)
+    added = {name: range(0) if is_scorer and layer is head else new_ids for name, layer in layers.items()}
     spans = {
-        name: range(max(len(layer.weight), new_ids.stop)) if name in whole else new_ids
-        for name, layer in layers.items()
+        name: range(max(len(layer.weight), added[name].stop)) if name in whole or is_scorer and layer is head else ids
+        for (name, layer), ids in zip(layers.items(), added.values(), strict=True)
     }
     for name, layer in layers.items():
         if spans[name]:
-            _check(name, layer, new_ids)
+            _check(name, layer, added[name])
     rows: dict[str, EmbeddingRows] = {}
     for name, layer in layers.items():
         if spans[name]:
             if rows and is_tied:
                 rows[name] = next(iter(rows.values()))
             else:
-                values = first_rows(layer.weight, spans[name], new_ids, dtype)
+                values = first_rows(layer.weight, spans[name], added[name], dtype)
                 rows[name] = EmbeddingRows(values, spans[name], len(layer.weight))
     wrap_rows(model, rows)
     return {name: span for name, span in spans.items() if span}
@@ -214,7 +220,7 @@ def wrap_rows(model: Any, rows: Mapping[str, EmbeddingRows]) -> None:
     """Wrap the embedding and the head of a model so that they use rows of their own, in place.
 
     Args:
-        model: A causal language model of transformers.
+        model: A model of transformers.
         rows: Rows by the names of the modules; those of a tied embedding and head are the same object.
     """
     embedding = model.get_input_embeddings()

@@ -35,7 +35,7 @@ class Estimate:
         micro_batch_size: Number of sequences per micro-batch.
         max_seq_len: Largest number of tokens per sequence.
         packing: Whether the sequences of a micro-batch are joined into one.
-        chunk_tokens: Number of tokens whose logits are in memory at a time.
+        chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
     """
 
@@ -158,9 +158,18 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         micro_batch_size=rows,
         max_seq_len=row,
         packing=config.data.packing,
-        chunk_tokens=max(1, default_chunk(device) // footprint.vocabulary),
+        chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
     )
+
+
+def _chunk_tokens(footprint: Footprint, loss: Loss, device: torch.device) -> int:
+    """Return the number of tokens whose logits are in memory at a time; 1 for a head of scores, which has none."""
+    if footprint.vocabulary is None:
+        return 1
+    # Where a loss looks ahead, one document of each group has logits at a time.
+    times = 1 if loss.ahead is None else loss.group_size
+    return max(1, default_chunk(device) // footprint.vocabulary) * times
 
 
 def choose_level(

@@ -14,7 +14,7 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import AdapterSpec, head_blocks, train_rows, trained_rows
+from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
@@ -47,7 +47,7 @@ class Footprint:
         held: For each level, the fastest first, the memory at each moment that may be the peak.
         layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
-        vocabulary: Number of rows of the head.
+        vocabulary: Number of rows of the head, whose logits are computed in chunks; None for a head of scores.
         positions: Number of positions that the model supports; None if its config does not say.
     """
 
@@ -58,7 +58,7 @@ class Footprint:
     held: dict[str, list[Held]]
     layers_dequantized: list[int]
     rows_attend: bool
-    vocabulary: int
+    vocabulary: int | None
     positions: int | None
 
 
@@ -79,10 +79,10 @@ def take_footprint(
     Raises:
         ModelError: The base can't be trained, or its step can't be run on the meta device.
     """
-    _check_task(files)
+    _check_task(files, loss)
     quantization = _quantization(config, files)
-    model = build_skeleton(files, config.model.trust_remote_code)
-    head = model.get_output_embeddings()
+    model = build_skeleton(files, config.model.trust_remote_code, loss.head)
+    head = output_head(model)
     if head is None:
         raise ModelError(
             f"{files.name}: {type(model).__name__} has no output head; set model.base to a model with one."
@@ -132,13 +132,15 @@ def take_footprint(
         held=held,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
-        vocabulary=sum(map(len, head_blocks(model.get_output_embeddings()))),
+        vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
         positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
-def _check_task(files: BaseFiles) -> None:
+def _check_task(files: BaseFiles, loss: Loss) -> None:
     """Check that a base is a causal language model; the weights of others lack its head."""
+    if loss.head is not None and stored_head(files.config) is not None:
+        return
     for name in files.config.get("architectures") or []:
         _, is_named, task = name.rpartition("For")
         if is_named and task not in CAUSAL_TASKS:

@@ -12,7 +12,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
-from qlora.lora import head_blocks, trained_rows
+from qlora.lora import head_blocks, output_head, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
 from qlora.model.loss import Loss
@@ -37,8 +37,11 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         rebuild_activations(model)
     levels = recompute_levels(model)
     whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
-    short = _prime(2 * whole // sum(map(len, head_blocks(model.get_output_embeddings()))), model)
     long = _prime(TILE_TOKENS, model)
+    if loss.head is None:
+        short = _prime(2 * whole // sum(map(len, head_blocks(output_head(model)))), model)
+    else:  # nothing is computed in chunks
+        short, own = long, whole
     held: dict[str, list[Held]] = {}
     head: list[Held] = []
     for level in levels:
@@ -115,19 +118,20 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     def move(place: int) -> None:
         timeline.place = place
 
-    def is_trained() -> bool:
-        return torch.is_grad_enabled() and not is_backward
-
     def begin(place: int, inputs: Any) -> None:
-        if is_trained():  # the backward runs forwards too, where it recomputes layers
-            move(place)
+        if is_backward:  # it runs forwards too, where it recomputes layers
+            return
+        move(place)
+        if torch.is_grad_enabled():
             starts.append(timeline.held)
             if place and inputs and inputs[0].requires_grad:
                 inputs[0].register_hook(lambda _grad: move(place - 1))
 
     def end(output: Any) -> None:
-        if is_trained():
-            move(HEAD)
+        if is_backward:
+            return
+        move(HEAD)
+        if torch.is_grad_enabled():
             starts.append(timeline.held)
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:

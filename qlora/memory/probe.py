@@ -113,7 +113,7 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
     model, _ = load_for_training(
-        config, device, new_ids, starts, examples, old_examples, is_reference=loss.has_reference
+        config, device, new_ids, starts, examples, old_examples, is_reference=loss.has_reference, head=loss.head
     )
     if config.model.attention == "auto":
         use_document_attention(model)

@@ -9,12 +9,14 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
+from qlora.lora import ScoreHead
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.score import replace_head
 from qlora.model.skeleton import build_skeleton
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
@@ -32,8 +34,10 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_weight: OnWeight | None = None,
+    head: ScoreHead | None = None,
+    seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Load a causal language model, frozen, and its tokenizer.
+    """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
     else is loaded in the compute dtype.
@@ -51,6 +55,9 @@ def load_base(
             stored: (out_features, in_features), on the CPU, in the file's dtype. It returns the weight to quantize
             instead: the same shape, in 16 or 32 bits, on any device. This is cast to the compute dtype and
             quantized before the next weight is read.
+        head: Head that scores documents, in place of the one over the vocabulary. The base's own is taken if its files
+            have one for the same scores; otherwise its values are drawn from the seed.
+        seed: Seed of these values.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -75,14 +82,17 @@ def load_base(
         arguments["attn_implementation"] = attention
     if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = nf4_settings(double_quant, dtype)
-    skeleton = build_skeleton(files, trust_remote_code)
+    skeleton = build_skeleton(files, trust_remote_code, head)
     if stored_in != BITSANDBYTES_4BIT:
         vars(skeleton.config).pop(
             "quantization_config", None
         )  # it describes the stored weights, which are decoded when read
     weights = BaseWeights(files)
-    _check_shapes(weights, base, skeleton)
     tensors: dict[str, Any] = {**weights.lazy()}
+    drawn: set[str] = set()
+    if head is not None:
+        tensors, drawn = replace_head(files, skeleton, head, tensors, seed, trust_remote_code)
+    _check_shapes(weights, base, skeleton, drawn)
     if on_weight is not None:
         layers = find_quantized_layers(skeleton, arguments["quantization_config"], base, tensors)
         tensors = replace_when_read(tensors, layers, on_weight)
@@ -120,8 +130,14 @@ def _bars_on_terminals() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _check_shapes(weights: BaseWeights, base: str, skeleton: Any) -> None:
+def _check_shapes(weights: BaseWeights, base: str, skeleton: Any, drawn: set[str]) -> None:
     """Check that the files hold what config.json describes; transformers checks less, and does not name the weights.
+
+    Args:
+        weights: The files' weights.
+        base: Name of the base.
+        skeleton: Model without weights.
+        drawn: Names of weights that are not loaded from the files.
 
     Raises:
         ModelError: config.json describes far more parameters than there are, or other shapes.
@@ -134,7 +150,7 @@ def _check_shapes(weights: BaseWeights, base: str, skeleton: Any) -> None:
         problems.append(f"config.json describes {described:,} parameters, but the files hold {stored:,}")
     for name, parameter in skeleton.state_dict().items():
         shape = weights.shapes.get(name)
-        if shape is not None and not weights.is_4bit(name) and shape != tuple(parameter.shape):
+        if shape is not None and name not in drawn and not weights.is_4bit(name) and shape != tuple(parameter.shape):
             problems.append(f"{name} is {shape}, but config.json describes {tuple(parameter.shape)}")
     if problems:
         raise ModelError(f"{base}: weights and config do not match: {_first(problems)}; download the base again.")

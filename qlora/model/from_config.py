@@ -8,14 +8,26 @@ import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
 from qlora.config.sections import layer_indices, rate_factor
-from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
+from qlora.data import (
+    Datasets,
+    EncodeOptions,
+    Labels,
+    Source,
+    add_new_tokens,
+    build_datasets,
+    set_special_tokens,
+)
 from qlora.lora import (
     AdapterSpec,
     LayerStart,
+    ScoreHead,
     Targets,
+    TrainedHead,
     apply_starts,
     check_ranks,
     match_targets,
+    output_head,
+    scores_documents,
     train_rows,
     trained_rows,
     wrap_linears,
@@ -28,10 +40,15 @@ Specs = dict[str, AdapterSpec]
 
 
 def base_from_section(
-    section: ModelSection, device: str | torch.device = "auto", on_weight: OnWeight | None = None
+    section: ModelSection,
+    device: str | torch.device = "auto",
+    on_weight: OnWeight | None = None,
+    head: ScoreHead | None = None,
+    seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Load the base that a config names, and its tokenizer; see :func:`load_base` for `on_weight`."""
-    return load_base(device=device, on_weight=on_weight, **section.model_dump(exclude={"recompute", "weight_cache"}))
+    """Load the base that a config names, and its tokenizer; see :func:`load_base` for the other arguments."""
+    settings = section.model_dump(exclude={"recompute", "weight_cache"})
+    return load_base(device=device, on_weight=on_weight, head=head, seed=seed, **settings)
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:
@@ -89,9 +106,8 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
     Args:
         model: Model with adapters.
-        section: Training section of the config, with a number as learning rate. A key of
-            `learning_rates` is a group of parameters: trained rows, or those of adapters by the last part of their
-            names.
+        section: Training section of the config, with a number as learning rate. A key of `learning_rates` is a group
+            of parameters: trained rows, a head of scores, or those of adapters by the last part of their names.
     """
     flat = flat_parameters(model, section)
     flat.set_rates(group_rates(section))
@@ -107,11 +123,14 @@ def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:
 
 def flat_parameters(model: Any, section: TrainSection) -> FlatParameters:
     """Move the trained parameters of a model into a flat buffer, in the groups of a config's `learning_rates`."""
-    rows = {id(each.weight) for _, each in trained_rows(model)}
+    score = output_head(model) if scores_documents(model) else None
+    rows = {id(each.weight): "embeddings" for _, each in trained_rows(model)}
+    if isinstance(score, TrainedHead):
+        rows[id(score.rows.weight)] = "score"
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def group_of(name: str) -> str:
-        group = "embeddings" if id(trained[name]) in rows else name.rpartition(".")[2]
+        group = rows.get(id(trained[name]), name.rpartition(".")[2])
         return group if group in section.learning_rates else ""
 
     return FlatParameters(trained.items(), group_of)
@@ -137,7 +156,12 @@ def set_tokens(section: DataSection, tokenizer: Any) -> range:
 
 
 def datasets_from_section(
-    section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
+    section: DataSection,
+    tokenizer: Any,
+    seed: int,
+    own_template: bool = False,
+    new_ids: range = range(0),
+    labels: Labels | None = None,
 ) -> Datasets:
     """Build a config's training, held-out and retained examples.
 
@@ -147,15 +171,16 @@ def datasets_from_section(
         seed: Seed of the run.
         own_template: Whether the tokenizer is a run's and has its chat template already, whose file may be gone.
         new_ids: Ids of added tokens; those that are in no training example are noted in the first report.
+        labels: Labels of texts, see :func:`qlora.model.labels_from_config`.
     """
     datasets = build_datasets(
         tokenizer,
-        [_source(section, source) for source in section.train],
+        training_sources(section),
         {
             name: [_source(section, source) for source in held] if isinstance(held, list) else held
             for name, held in section.eval_sets.items()
         },
-        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row, labels),
         chat_template="auto" if own_template else section.chat_template,
         cache_dir=section.cache_dir,
         seed=seed,
@@ -169,6 +194,11 @@ def datasets_from_section(
         note = f"new tokens that are in no training example, so their use is not trained: {', '.join(absent)}"
         datasets.reports[0].notes.append(note)
     return datasets
+
+
+def training_sources(section: DataSection) -> list[Source]:
+    """Return the sources of a config's training rows."""
+    return [_source(section, source) for source in section.train]
 
 
 def _source(section: DataSection, source: SourceSection) -> Source:

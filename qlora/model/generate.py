@@ -10,8 +10,12 @@ from qlora.data import answer_end_id, apply_template, encode_prompt
 from qlora.data.examples import Conversation
 from qlora.data.prompts import check_prompt
 from qlora.data.serving import TemplateFacts
-from qlora.errors import ConfigError
-from qlora.model.restore import load_model
+from qlora.errors import ConfigError, ModelError
+from qlora.lora import scores_documents
+from qlora.model.restore import head_of, load_model
+
+# Error for a model without a head over the vocabulary.
+NO_ANSWERS = "{} scores texts, and has no head that answers could come from; use a model that predicts tokens."
 
 
 def generate(
@@ -49,7 +53,11 @@ def generate(
         DataError: The chat template would leave out or change part of a prompt.
     """
     check_sampling(max_new_tokens, temperature, top_p)
+    if not isinstance(model, tuple):
+        check_generates(str(model), base)
     loaded, tokenizer = model if isinstance(model, tuple) else load_model(str(model), device, base)
+    if scores_documents(loaded):
+        raise ModelError(NO_ANSWERS.format(type(loaded).__name__))
     if getattr(tokenizer, "chat_template", None) is None:
         apply_template(tokenizer, "auto")  # as for a model that is given by its path
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
@@ -67,6 +75,20 @@ def generate(
         torch.manual_seed(seed + number)
         answers.append(answer(loaded, tokenizer, messages, max_new_tokens, temperature, top_p=top_p))
     return answers[0] if is_single else answers
+
+
+def check_generates(path: str, base: str | None = None) -> None:
+    """Check that a run, an adapter or a model predicts tokens, before it is loaded.
+
+    Args:
+        path: See :func:`qlora.model.load_model`.
+        base: See :func:`qlora.model.load_model`.
+
+    Raises:
+        ModelError: It scores documents.
+    """
+    if head_of(path, base) is not None:
+        raise ModelError(NO_ANSWERS.format(path))
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float | None) -> None:

@@ -15,6 +15,7 @@ from qlora.kernels import LowRank
 from qlora.lora import (
     InputStatistics,
     LayerStart,
+    ScoreHead,
     eva_factors,
     keep_starts,
     lora_layers,
@@ -25,6 +26,7 @@ from qlora.lora import (
     starts_to_tensors,
     trained_rows,
 )
+from qlora.lora.head import SCORE
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -51,6 +53,7 @@ def load_for_training(
     examples: Sequence[TokenizedExample] = (),
     old_examples: Sequence[TokenizedExample] | None = None,
     is_reference: bool = False,
+    head: ScoreHead | None = None,
 ) -> tuple[Any, Starts]:
     """Load the base that a config names with its adapters, frozen except for these.
 
@@ -62,6 +65,7 @@ def load_for_training(
         examples: Examples that statistics of the layers' inputs are taken from, if the initial values need them.
         old_examples: Examples whose inputs the adapters are not to see; None for none, or if they are in the starts.
         is_reference: Whether the model at its start is what training compares with, so that it is kept.
+        head: Head of scores of whole documents that is trained, in place of the one over the vocabulary.
 
     Returns:
         The model, in evaluation mode, and what its adapters start from: empty if that follows from the seed.
@@ -69,22 +73,22 @@ def load_for_training(
     Raises:
         ModelError: The base can't be loaded or adapted, or is not the one that the starts were computed for.
     """
-    section, adapter = config.lora, None
+    section, seed, adapter = config.lora, config.train.seed, None
     if starts is not None:
-        model = load_started_base(config.model, starts, device)
+        model = load_started_base(config.model, starts, device, head, seed)
     elif section.start_from is not None:
         source = open_start(config)
         adapter = source.read()
-        model = load_started_base(config.model, source.starts(), device)
-        starts = starts_from_adapter(config, source, adapter, adapter_specs(model, section))
+        model = load_started_base(config.model, source.starts(), device, head, seed)
+        starts = starts_from_adapter(config, source, adapter, adapter_specs(model, section), head)
     elif section.init == "reconstruct":
-        model, starts = _reconstructed(config, device, examples)
+        model, starts = _reconstructed(config, device, examples, head)
     else:
-        model, _ = base_from_section(config.model, device)
+        model, _ = base_from_section(config.model, device, head=head, seed=seed)
         starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
-    adapt(model, section, config.train.seed, new_ids, starts)
+    adapt(model, section, seed, new_ids, starts)
     if adapter is not None and adapter.rows:
-        load_rows(model, adapter.rows, adapter.tensors)
+        load_rows(model, adapter.rows, adapter.tensors, optional=(SCORE,))
         if is_reference:  # to have them when the run is continued; otherwise its checkpoints do
             starts = {**starts, **{name: LayerStart(rows=own.weight.detach()) for name, own in trained_rows(model)}}
     if old_examples is not None:
@@ -127,7 +131,7 @@ _COMPUTED: dict[str, Callable[[Any, LoraSection, Sequence[TokenizedExample]], St
 
 
 def _reconstructed(
-    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample]
+    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample], head: ScoreHead | None
 ) -> tuple[Any, Starts]:
     """Load a base whose weights are quantized together with the initial adapter, one at a time as they are read."""
     section = config.model
@@ -137,7 +141,7 @@ def _reconstructed(
             f"lora.init: reconstruct needs the weights before they are quantized, but {section.base} has only 4-bit "
             "ones; set model.base to the 16-bit model that it was made from."
         )
-    skeleton = build_skeleton(files, section.trust_remote_code)
+    skeleton = build_skeleton(files, section.trust_remote_code, head)
     device = torch.device(device)
     dtype = resolve_compute_dtype(section.compute_dtype, device)
     settings = nf4_settings(section.double_quant, dtype)
@@ -167,7 +171,7 @@ def _reconstructed(
         )
         return subtracted(weight, starts[name])
 
-    model, _ = base_from_section(section, device, start)
+    model, _ = base_from_section(section, device, start, head, config.train.seed)
     for name, found in starts.items():
         starts[name] = replace(found, codes=codes_digest(model.get_submodule(name).weight))
     return model, starts

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
-from qlora.kernels import linear_cross_entropy, recipe_of
+from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
-from qlora.lora import head_blocks
+from qlora.lora import ScoreHead, head_blocks
 from qlora.model.embeddings import changed_embeddings
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
@@ -30,10 +30,12 @@ class StepLoss:
     Attributes:
         total: Sum of the loss over the batch, a scalar in fp32, not yet divided by any count.
         metrics: Other sums over the batch by name, scalars in fp32; they get no gradient.
+        counts: Counts of the batch, of the shape :attr:`Loss.counts`; None if it has none.
     """
 
     total: torch.Tensor
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Loss:
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
         metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
+        counts: Shape of the counts of every :class:`StepLoss`, which evaluations add up over batches and processes.
+        summarize: Computes further metrics from these sums, for those that are no means over units.
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
@@ -56,11 +60,14 @@ class Loss:
             document of each group gets a gradient; the others are for these sums.
         num_ahead: Number of these sums.
         is_per_token: Whether the loss is a cross-entropy per unit of supervised weight, which has a perplexity.
+        head: Head of scores of whole documents that the loss is computed from; None for the head over the vocabulary.
     """
 
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    summarize: Callable[[list[Any]], Mapping[str, float]] | None = None
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
     group_size: int = 1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -68,6 +75,13 @@ class Loss:
     ahead: Callable[[Any, Batch], torch.Tensor] | None = None
     num_ahead: int = 0
     is_per_token: bool = False
+    head: ScoreHead | None = None
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of all metrics of an evaluation, those that are summarized included."""
+        nothing = torch.zeros(self.counts, dtype=torch.int64).tolist()
+        return (*self.metrics, *(() if self.summarize is None else self.summarize(nothing)))
 
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""
@@ -99,14 +113,45 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
+    return _token_loss(model, batch)[0]
+
+
+def _token_loss(
+    model: Any, batch: Batch, label_smoothing: float = 0.0, by_probability: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a loss of the supervised tokens, and their plain cross-entropy; see :func:`linear_token_loss`."""
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    rows, norm = supervised_rows(hidden, batch)
+    return loss_of_rows(model, batch, rows, norm, batch.weights, label_smoothing, by_probability)
+
+
+def loss_of_rows(
+    model: Any,
+    batch: Batch,
+    rows: torch.Tensor,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    weights: torch.Tensor | None,
+    label_smoothing: float = 0.0,
+    by_probability: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of the supervised tokens and their plain cross-entropy, from their hidden states.
+
+    Args:
+        model: A causal language model.
+        batch: The batch.
+        rows: See :func:`supervised_rows`, as `norm`.
+        norm: Norm that the rows still need.
+        weights: Weight of each token, (supervised tokens,), fp32; None if all are 1.
+        label_smoothing: See :func:`linear_token_loss`, as `by_probability`.
+        by_probability: Multiply by the tokens' probabilities.
+    """
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    rows, norm = supervised_rows(hidden, batch)
     labels = batch.labels.flatten().index_select(0, batch.supervised)
-    return linear_cross_entropy(
+    return linear_token_loss(
         rows, head_blocks(head), labels, head.bias,
-        logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+        logit_scale=scale, softcap=softcap, row_weights=weights, norm=norm,
+        label_smoothing=label_smoothing, by_probability=by_probability,
     )  # fmt: skip
 
 
@@ -116,6 +161,21 @@ SUPERVISED = Loss(
     units=lambda part: part.total_weight,
     is_per_token=True,
 )
+
+
+def token_loss(label_smoothing: float, by_probability: bool) -> Loss:
+    """Return a variant of :data:`SUPERVISED` to train with; its metric `cross_entropy` is the plain one.
+
+    Args:
+        label_smoothing: Share of each target that is spread evenly over the vocabulary.
+        by_probability: Multiply each token's loss by the token's probability, as DFT does (arXiv:2508.05629).
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        loss, plain = _token_loss(model, batch, label_smoothing, by_probability)
+        return StepLoss(loss, {"cross_entropy": plain})
+
+    return Loss(compute, SUPERVISED.units, metrics=("cross_entropy",))
 
 
 def supervised_rows(
@@ -130,10 +190,25 @@ def supervised_rows(
     Returns:
         (supervised tokens, features), and the last norm where its input is enough to compute it again.
     """
+    return rows_at(hidden, batch.supervised)
+
+
+def rows_at(
+    hidden: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Return the hidden states of some tokens, and the norm that they still need.
+
+    Args:
+        hidden: Last hidden states of a batch, (batch, seq, features).
+        places: (tokens,), int64: their indices in the flattened batch.
+
+    Returns:
+        (tokens, features), and the last norm where its input is enough to compute it again.
+    """
     recipe = recipe_of(hidden)
     if recipe is not None:
         (hidden,) = recipe.inputs
-    rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
+    rows = hidden.flatten(0, 1).index_select(0, places)
     return rows, None if recipe is None else recipe.source.function
 
 
@@ -155,7 +230,12 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     return scale, getattr(text_config, "final_logit_softcapping", None)
 
 
-def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExample) -> None:
+def check_isolation(
+    model: Any,
+    first: TokenizedExample,
+    second: TokenizedExample,
+    loss_of_last: Callable[[Any, Batch], torch.Tensor] | None = None,
+) -> None:
     """Check that documents packed into one sequence don't see each other: the loss of one has no gradient in another.
 
     Without a leak that gradient is exactly zero, while outputs also differ by rounding.
@@ -164,6 +244,7 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
         model: A model with or without adapters; it is left in evaluation mode.
         first: A document.
         second: Another document, with supervised tokens.
+        loss_of_last: Computes a scalar from the last document of a batch; default: the supervised loss.
 
     Raises:
         ModelError: They see each other, as in architectures that carry a state from token to token.
@@ -177,7 +258,8 @@ def check_isolation(model: Any, first: TokenizedExample, second: TokenizedExampl
 
     context = make_example(first.input_ids, [False] * len(first))
     with changed_embeddings(model, watch):
-        loss = supervised_loss(model, collate([context, second], packed=True).to(model.device))
+        batch = collate([context, second], packed=True).to(model.device)
+        loss = supervised_loss(model, batch) if loss_of_last is None else loss_of_last(model, batch)
     (grad,) = torch.autograd.grad(loss, embedded[0])
     before, own = grad[0].float().split([len(first), len(second)])
     leak = (before.norm() / own.norm()).item()

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from qlora.lora import output_head
+
 
 def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Find the stored tensors of each parameter, by the tables that transformers loads with.
@@ -59,6 +61,6 @@ def embedding_and_head_tensors(skeleton: Any, stored: Iterable[str]) -> tuple[st
     modules = {module: name for name, module in skeleton.named_modules()}
     embedding, head = (
         one_to_one.get(f"{modules.get(layer)}.weight")
-        for layer in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+        for layer in (skeleton.get_input_embeddings(), output_head(skeleton))
     )
     return embedding, head

@@ -8,10 +8,10 @@ import torch
 from qlora.checkpoint import PeftAdapter, RunDirectory, wrap_adapter
 from qlora.checkpoint.adapter_rows import embedding_and_head
 from qlora.config import RunConfig, load_config
-from qlora.data import apply_template
+from qlora.data import apply_template, set_special_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles, find_adapter
-from qlora.lora import apply_first, keep_starts, trained_rows
+from qlora.lora import ScoreHead, apply_first, keep_starts, stored_head, trained_rows
 from qlora.lora.rows import first_rows
 from qlora.model.base import load_base
 from qlora.model.device import resolve_device
@@ -41,6 +41,9 @@ def load_run_tokenizer(run: RunDirectory) -> Any:
     tokenizer = load_tokenizer(files.folder, section.trust_remote_code)
     set_tokens(config.data, tokenizer)
     apply_template(tokenizer, config.data.chat_template)
+    head = run.read_record().head
+    if head is not None and head.pad_token is not None:
+        set_special_tokens(tokenizer, {"pad_token": head.pad_token})
     return tokenizer
 
 
@@ -88,7 +91,7 @@ def load_adapted(
     adapter = source.read()
     tokenizer = load_adapter_tokenizer(source)
     if source.run is None:
-        model, _ = load_base(source.base, quantization, device=device)
+        model, _ = load_base(source.base, quantization, device=device, head=source.head)
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)
@@ -98,7 +101,7 @@ def load_adapted(
             # The dtype that the base was quantized from; auto may be another one here.
             dtype = str(source.compute_dtype(resolve_device(device)))
             section = section.model_copy(update={"compute_dtype": dtype.removeprefix("torch.")})
-        model = load_started_base(section, starts, device)
+        model = load_started_base(section, starts, device, source.head)
         if is_reference:
             specs, rows = adapter_specs(model, config.lora, starts), _first_rows(model, config, adapter, starts)
         wrap_adapter(model, adapter, config.lora.form)
@@ -107,6 +110,9 @@ def load_adapted(
             keep_starts(model, starts, specs)
             for name, own in trained_rows(model):
                 own.kept = rows[name].to(own.weight)
+    if source.head is not None:
+        # To score several texts at a time, which transformers pads with it.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
@@ -161,6 +167,19 @@ def find_foreign(path: str, base: str | None = None) -> AdapterSource | None:
     return None
 
 
+def head_of(path: str, base: str | None = None) -> ScoreHead | None:
+    """Return the head of scores of a run, an adapter or a model; None for one that predicts tokens.
+
+    Args:
+        path: See :func:`load_model`.
+        base: See :func:`load_model`.
+    """
+    if (foreign := find_foreign(path, base)) is not None:
+        return foreign.head
+    run = RunDirectory.find(path)
+    return stored_head(BaseFiles.resolve(path).config) if run is None else run.read_record().head
+
+
 def load_model(path: str, device: str | torch.device = "auto", base: str | None = None) -> tuple[Any, Any]:
     """Load a run, one of its checkpoints, an adapter made elsewhere, or a model as it is stored, with a chat template.
 
@@ -180,7 +199,8 @@ def load_model(path: str, device: str | torch.device = "auto", base: str | None 
     elif RunDirectory.find(path) is not None:
         return load_run(path, device)
     else:
-        quantization = "nf4" if weight_format(BaseFiles.resolve(path)) == BITSANDBYTES_4BIT else "none"
-        model, tokenizer = load_base(path, quantization=quantization, device=device)
+        files = BaseFiles.resolve(path)
+        quantization = "nf4" if weight_format(files) == BITSANDBYTES_4BIT else "none"
+        model, tokenizer = load_base(path, quantization=quantization, device=device, head=stored_head(files.config))
     apply_template(tokenizer, "auto")
     return model, tokenizer

@@ -8,6 +8,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.lora import ScoreHead, output_head
 from qlora.model.formats import weight_format
 
 # Config keys that count modules, and the largest number of each.
@@ -17,16 +18,17 @@ MAX_COUNT = 10_000
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 
-def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: ScoreHead | None = None) -> Any:
     """Build a base's architecture without weights, on the meta device.
 
     Args:
         files: The base's files; only config.json is read.
         trust_remote_code: Run code that comes with the model.
+        head: Head that scores documents; None for the causal language model.
 
     Raises:
-        ModelError: The weights' format is not supported, transformers does not know the architecture, it needs code
-            that may not be run, or its sizes are impossible.
+        ModelError: The weights' format is not supported, transformers does not know the architecture or has no class of
+            it with such a head, it needs code that may not be run, or its sizes are impossible.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,11 +36,44 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False) -> Any:
     _check_config(files)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+        if head is not None:
+            return _build_scorer(files, config, head, trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:  # a wrong value can make an architecture raise anything
         reason = reason_for_users(error, trust_remote_code)
         raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+
+
+def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_code: bool) -> Any:
+    """Build the class of an architecture that scores documents with a linear head of its own.
+
+    Raises:
+        ModelError: Transformers has no such class, or its head is another one.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+
+    auto_class = AutoModelForSequenceClassification.__name__
+    has_own_code = trust_remote_code and auto_class in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not has_own_code:
+        raise ModelError(
+            f"{files.name}: transformers has no class of {config.model_type} that scores documents ({auto_class}), "
+            "which a reward model or a classification head needs; use a base of another architecture, such as Llama, "
+            "Mistral, Qwen or Gemma."
+        )
+    config.update(head.config())
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    layer = output_head(model)
+    if not isinstance(layer, torch.nn.Linear) or layer.bias is not None or layer.out_features != head.num_labels:
+        raise ModelError(
+            f"{files.name}: {type(model).__name__} scores documents by another module than a linear layer named score "
+            "without a bias, which is not supported; use a base of another architecture, such as Llama, Mistral, Qwen "
+            "or Gemma."
+        )
+    return model
 
 
 def reason_for_users(error: Exception, trust_remote_code: bool) -> str:

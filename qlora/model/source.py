@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter, read_adapter_config
+from qlora.checkpoint.peft_folder import stored_scores
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
+from qlora.lora import ScoreHead, stored_head
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.quantization import find_quantized_layers, nf4_settings
@@ -77,6 +79,17 @@ class AdapterSource:
         """
         return read_adapter(self.folder) if self.run is None else read_run_adapter(self.run)
 
+    @property
+    def head(self) -> ScoreHead | None:
+        """Head of scores of whole documents; None if the adapter is for the head over the vocabulary."""
+        if self.run is not None:
+            return self.run.read_record().head
+        num_scores = stored_scores(self.folder)
+        if num_scores is None:
+            return None
+        named = stored_head(self.base_files().config)
+        return named if named is not None and named.num_labels == num_scores else ScoreHead(num_scores)
+
     def starts(self) -> Starts:
         """Return what the run's adapters started from, see :func:`starts_of`; empty if the adapter was made elsewhere.
 
@@ -110,7 +123,7 @@ class AdapterSource:
         if weight_format(files) == BITSANDBYTES_4BIT:
             return []
         settings = nf4_settings(self.double_quant, torch.bfloat16)
-        layers = find_quantized_layers(build_skeleton(files), settings, files.name, files.tensors)
+        layers = find_quantized_layers(build_skeleton(files, head=self.head), settings, files.name, files.tensors)
         return [layer.name for layer in layers.values()]
 
 

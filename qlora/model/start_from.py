@@ -9,7 +9,8 @@ from qlora.checkpoint import PeftAdapter, RunDirectory
 from qlora.config import RunConfig
 from qlora.errors import ConfigError
 from qlora.files import BaseFiles
-from qlora.lora import AdapterSpec, LayerStart, StoredAdapter
+from qlora.lora import AdapterSpec, LayerStart, ScoreHead, StoredAdapter
+from qlora.lora.head import SCORE
 from qlora.lora.linear import draw
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts
@@ -35,7 +36,11 @@ def open_start(config: RunConfig) -> AdapterSource:
 
 
 def starts_from_adapter(
-    config: RunConfig, source: AdapterSource, adapter: PeftAdapter, specs: Mapping[str, AdapterSpec]
+    config: RunConfig,
+    source: AdapterSource,
+    adapter: PeftAdapter,
+    specs: Mapping[str, AdapterSpec],
+    head: ScoreHead | None = None,
 ) -> Starts:
     """Return what the layers of a config start from, if that is an adapter.
 
@@ -48,6 +53,7 @@ def starts_from_adapter(
         source: The adapter that it starts from.
         adapter: What that holds.
         specs: Specs of the adapted layers by the config.
+        head: Head of scores that the config trains; it starts from the adapter's, if that has one.
 
     Raises:
         ConfigError: The config leaves out layers of the adapter, or can't represent it; names all problems.
@@ -64,11 +70,15 @@ def starts_from_adapter(
         problems.append("it is a DoRA adapter, whose row scale can't be kept below another adapter; remove lora.stack")
     elif has_magnitude and section.kind != "dora":
         problems.append(f"it is a DoRA adapter; set lora.kind: dora instead of {section.kind}")
-    if adapter.rows and section.stack:
-        problems.append(f"it has trained rows of {', '.join(adapter.rows)}, which can't be stacked; remove lora.stack")
-    if adapter.rows and not (section.modules_to_save or config.data.new_tokens):
+    if source.head is not None and (head is None or not source.head.scores_the_same(head)):
+        count, objective = source.head.num_labels, config.train.objective
+        problems.append(f"it gives texts {count} score{'s' * (count > 1)}, unlike train.objective: {objective} here")
+    rows = [name for name in adapter.rows if name != SCORE]
+    if rows and section.stack:
+        problems.append(f"it has trained rows of {', '.join(rows)}, which can't be stacked; remove lora.stack")
+    if rows and not (section.modules_to_save or config.data.new_tokens):
         problems.append(
-            f"it has trained rows of {', '.join(adapter.rows)}; set lora.modules_to_save or data.new_tokens as for it"
+            f"it has trained rows of {', '.join(rows)}; set lora.modules_to_save or data.new_tokens as for it"
         )
     if section.kind == "rows" and not section.stack and not all(map(_is_rows, adapter.layers.values())):
         problems.append("it was not trained with lora.kind: rows; set lora.kind: lora, or lora.stack: true")

@@ -9,7 +9,7 @@ import torch
 from qlora.checkpoint import RunDirectory, read_starts
 from qlora.config import ModelSection, RunConfig
 from qlora.errors import ModelError
-from qlora.lora import Factors, LayerStart, subtract
+from qlora.lora import Factors, LayerStart, ScoreHead, subtract
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model.from_config import base_from_section
 
@@ -17,19 +17,32 @@ from qlora.model.from_config import base_from_section
 Starts = Mapping[str, LayerStart]
 
 
-def load_started_base(section: ModelSection, starts: Starts, device: str | torch.device = "auto") -> Any:
+def load_started_base(
+    section: ModelSection,
+    starts: Starts,
+    device: str | torch.device = "auto",
+    head: ScoreHead | None = None,
+    seed: int = 0,
+) -> Any:
     """Load a base without the terms that its run subtracted before quantizing it.
+
+    Args:
+        section: Model section of the run's config.
+        starts: What the run's adapters started from.
+        device: Device of the model.
+        head: Head that scores documents, see :func:`load_base`.
+        seed: Seed of its initial values.
 
     Raises:
         ModelError: The base can't be loaded, or its codes are not those that the run trained on.
     """
     if not any(start.subtracted for start in starts.values()):
-        return base_from_section(section, device)[0]
+        return base_from_section(section, device, head=head, seed=seed)[0]
 
     def without(name: str, weight: torch.Tensor) -> torch.Tensor:
         return subtracted(weight, starts.get(name))
 
-    model, _ = base_from_section(section, device, without)
+    model, _ = base_from_section(section, device, without, head, seed)
     differing = [name for name, start in starts.items() if not has_codes(start, model.get_submodule(name).weight)]
     if differing:
         raise ModelError(

@@ -10,8 +10,10 @@ from qlora.checkpoint import PeftAdapter, read_adapter
 from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
 from qlora.config import load_config
 from qlora.files import BaseFiles
+from qlora.lora.head import SCORE
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.names import names_in_files, transposed_modules
+from qlora.model.score import vocabulary_head
 from qlora.nf4 import dequantize, quantize
 
 
@@ -38,8 +40,12 @@ class ExpectedWeights:
         self.compute_dtype = source.compute_dtype(device)
         self._base = BaseWeights(base)
         self.names = list(self._base.shapes)
+        if source.head is not None:
+            # The head over the vocabulary makes place for the trained one.
+            left_out = {*vocabulary_head(base, self.names, source.trust_remote_code), f"{SCORE}.weight"}
+            self.names = [name for name in self.names if name not in left_out] + [f"{SCORE}.weight"]
 
-        skeleton = build_skeleton(base, source.trust_remote_code)
+        skeleton = build_skeleton(base, source.trust_remote_code, source.head)
         adapter = read_adapter(source.folder)
         self._scaling_of = _scaling_rule(source, adapter)
         modules = {
@@ -95,12 +101,15 @@ class ExpectedWeights:
             base: Result of :meth:`base`.
         """
         if name in self._trained:
-            size, features = self._base.shapes[name]
-            return max(size, self._trained[name][0].stop), features
+            ids, trained = self._trained[name]
+            size = 0 if self._modules[name] == SCORE else self._base.shapes[name][0]
+            return max(size, ids.stop), trained.shape[1]
         return self._base.shapes[name] if base is None else tuple(base.shape)
 
     def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
         """Return rows of a base weight, with those trained in full: in fp64; integers as they are stored."""
+        if name in self._trained and self._modules[name] == SCORE:
+            return self._trained[name][1][rows].double()
         values = self._base.read(name, rows) if base is None else base[rows]
         if not values.is_floating_point():
             return values

@@ -8,6 +8,7 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import StoredTensors, row_blocks
+from qlora.lora import ScoreHead, output_head, stored_head
 from qlora.model import AdapterSource, end_token_ids, load_generation_config, load_tokenizer
 from qlora.model.names import embedding_and_head_tensors
 from qlora.model.tokenizer import GENERATION_FILE
@@ -25,6 +26,8 @@ SAMPLE_TEXTS = (
 
 # Keys of a config that a merge may change (verified elsewhere), and keys without effect.
 MERGED_KEYS = {"dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "vocab_size"}
+# Keys that a head of scores changes.
+HEAD_KEYS = {"architectures", "id2label", "label2id", "num_labels", "problem_type", "pad_token_id"}
 IDLE_KEYS = {"transformers_version", "_name_or_path"}
 
 
@@ -47,7 +50,7 @@ def check_weight_files(written: BaseFiles) -> list[str]:
     return problems
 
 
-def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
+def check_config(base: BaseFiles, written: BaseFiles, dtype: str, head: ScoreHead | None = None) -> list[str]:
     """Check that config.json describes the base's architecture.
 
     The comparison of predictions could miss a difference, since a window or a scaling of positions affects only long
@@ -57,11 +60,16 @@ def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
         base: Files of the base.
         written: The merged folder.
         dtype: Dtype of the merge.
+        head: Head that scores documents, in place of the base's.
 
     Returns:
         A line for each mismatch.
     """
     expected, found = _described(base.config), _described(written.config)
+    if head is not None:
+        expected, found = (
+            {key: value for key, value in each.items() if key not in HEAD_KEYS} for each in (expected, found)
+        )
     problems = [
         f"config.json has {key}: {found.get(key)!r:.80}, the base {expected.get(key)!r:.80}"
         for key in sorted({*expected, *found})
@@ -69,6 +77,31 @@ def check_config(base: BaseFiles, written: BaseFiles, dtype: str) -> list[str]:
     ]
     own = written.config.get("dtype", written.config.get("torch_dtype"))
     return problems if own == dtype else [*problems, f"config.json has dtype: {own!r}, the weights are {dtype}"]
+
+
+def check_scores(written: BaseFiles, head: ScoreHead, pad_id: int | None) -> list[str]:
+    """Check that config.json describes a model that scores documents as its run did.
+
+    Args:
+        written: The merged folder.
+        head: Head of the run.
+        pad_id: Id of the run's padding token, before which transformers reads the scores.
+
+    Returns:
+        A line for each mismatch.
+    """
+    found = stored_head(written.config)
+    if found is None:
+        return [f"config.json has architectures: {written.config.get('architectures')!r:.80}, which score no documents"]
+    return [
+        f"config.json has {key}: {own!r:.80}, the run {wanted!r:.80}"
+        for key, own, wanted in (
+            ("labels", [*found.labels] or found.num_labels, [*head.labels] or head.num_labels),
+            ("problem_type", found.problem_type, head.problem_type),
+            ("pad_token_id", written.config.get("pad_token_id"), pad_id),
+        )
+        if own != wanted
+    ]
 
 
 def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles) -> list[str]:
@@ -86,7 +119,7 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
     problems, is_tied, head = [], _is_tied(merged), _own_head(merged, written)
     if is_tied and head is not None:
         problems.append(f"config.json ties the head to the embeddings, but the files have a different one in {head}")
-    if not is_tied and head is None and merged.get_output_embeddings() is not None:
+    if not is_tied and head is None and output_head(merged) is not None:
         problems.append("config.json does not tie the head to the embeddings, but the files have no weights for it")
     # transformers does not tie a head whose stored values differ, even if the base's config says so.
     if is_tied != (_is_tied(base) and _own_head(base, base_files) is None):
@@ -154,7 +187,7 @@ def _described(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_tied(skeleton: Any) -> bool:
-    head, embeddings = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    head, embeddings = output_head(skeleton), skeleton.get_input_embeddings()
     return head is not None and head.weight is embeddings.weight
 
 

@@ -17,10 +17,13 @@ from qlora.export.held_out import held_out_examples
 from qlora.export.merged import Merged, read_merged
 from qlora.files import BaseFiles
 from qlora.model import (
+    SUPERVISED,
     AdapterSource,
+    Loss,
     build_skeleton,
     end_token_ids,
     evaluate,
+    labels_from_config,
     load_adapted,
     load_adapter_tokenizer,
     load_base,
@@ -28,12 +31,14 @@ from qlora.model import (
     open_source,
     resolve_device,
 )
+from qlora.objectives import evaluation_loss
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
-from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_tokenizer, check_weight_files
+from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_scores, check_tokenizer, check_weight_files
 from qlora.proof.gguf import check_gguf
-from qlora.proof.predictions import PROMPTS, compare, fixed_examples, predict
+from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, predict
+from qlora.proof.scores import MAX_SCORE_DIFFERENCE, Scores, compare_scores, predict_scores
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
 # Mean KL divergence and difference of losses, in nats, above which two models don't match: ten times the difference
@@ -62,8 +67,8 @@ class VerifyReport:
         max_layer_difference: Largest relative difference of these outputs.
         tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.
         max_weight_difference: Largest difference of a written value from the expected one before rounding.
-        positions: Number of positions whose logits were compared.
-        max_logit_difference: Largest difference over all positions and tokens.
+        positions: Number of positions whose logits were compared, or of texts whose scores were.
+        max_logit_difference: Largest difference over all positions and tokens, or of a score.
         mean_logit_difference: Mean difference over the same.
         mean_kl: KL(adapter ‖ merged), in nats per position.
         top1_agreement: Share of positions with the same most likely token.
@@ -123,7 +128,7 @@ def verify(
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
     resolve_device(device)  # so that an unknown one is reported before the tensors are compared
     files = source.base_files()
-    skeleton = build_skeleton(files, source.trust_remote_code)
+    skeleton = build_skeleton(files, source.trust_remote_code, source.head)
     base_differs = source.base_differs(files)
     problems = []
     if source.run is not None:
@@ -196,7 +201,8 @@ def _compare_layers(source: AdapterSource, base: BaseFiles, device: str, problem
         return {}
     layers = check_layers(model, ExpectedWeights(source, base, "dequantized", model.device), examples)
     problems += layers.problems
-    loss = evaluate(model, eval_batches(examples, 1)).loss
+    objective = _loss(source)
+    loss = None if objective is None else evaluate(model, eval_batches(examples, 1), loss=objective).loss
     return {
         "layers_checked": layers.checked,
         "max_layer_difference": layers.max_difference,
@@ -204,11 +210,21 @@ def _compare_layers(source: AdapterSource, base: BaseFiles, device: str, problem
     }
 
 
+def _loss(source: AdapterSource) -> Loss | None:
+    """Return the loss that models are compared by; None for scores of an adapter made elsewhere."""
+    if source.head is None:
+        return SUPERVISED
+    if source.run is None:
+        return None
+    config = load_config(source.run.config)
+    return evaluation_loss(config.train, labels_from_config(config, source.run))
+
+
 def _examples(source: AdapterSource, tokenizer: Any) -> Sequence[TokenizedExample]:
     """Return the examples that a model is run on: held-out ones of the run, or fixed texts."""
     if source.run is None:
         return fixed_examples(tokenizer, (*PROMPTS, *SAMPLE_TEXTS))
-    return held_out_examples(load_config(source.run.config), tokenizer)[:NUM_EXAMPLES]
+    return held_out_examples(source.run, tokenizer)[:NUM_EXAMPLES]
 
 
 def _compare_gguf(
@@ -235,15 +251,18 @@ def _compare_folder(
     """Compare a folder of safetensors, and its predictions with the run's."""
     try:
         written = BaseFiles.resolve(str(merged.folder))
-        merged_skeleton = build_skeleton(written, source.trust_remote_code)
+        merged_skeleton = build_skeleton(written, source.trust_remote_code, source.head)
     except ModelError as error:
         problems.append(str(error))
         return {}
     expected = _expected_weights(source, base, merged)
     tensors = check_tensors(expected, WrittenFolder(written, getattr(torch, merged.dtype)))
     problems += tensors.problems + check_weight_files(written)
-    problems += check_config(base, written, merged.dtype) + check_head(skeleton, base, merged_skeleton, written)
+    problems += check_config(base, written, merged.dtype, source.head)
+    problems += check_head(skeleton, base, merged_skeleton, written)
     tokenizer = load_adapter_tokenizer(source)
+    if source.head is not None:
+        problems += check_scores(written, source.head, tokenizer.pad_token_id)
     problems += check_tokenizer(base, written, tokenizer, source)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
     return found | _compare_predictions(source, written, merged, device, problems)
@@ -273,7 +292,13 @@ def _compare_predictions(
     except (CheckpointError, ConfigError, DataError) as error:  # the tensors were compared already
         problems.append(f"its predictions were not compared: {error}")
         return {}
-    adapter = predict(model, tokenizer, examples)
+
+    def measure(model: Any) -> Predictions | Scores:
+        if source.head is not None:
+            return predict_scores(model, examples, _loss(source))
+        return predict(model, tokenizer, examples)
+
+    adapter = measure(model)
     del model
     gc.collect()
     try:
@@ -283,25 +308,36 @@ def _compare_predictions(
             compute_dtype=merged.dtype,
             device=device,
             trust_remote_code=source.trust_remote_code,
+            head=source.head,
         )
     except ModelError as error:
         if str(error) not in problems:
             problems.append(str(error))
         return {"adapter_loss": adapter.loss}
-    sizes = len(model.get_output_embeddings().weight), adapter.logits[0].shape[1]
+    is_other_base = merged.onto == "original" and source.run is not None
+    other = measure(model)
+    if isinstance(adapter, Scores):
+        assert isinstance(other, Scores)
+        scores = compare_scores(adapter, other)
+        if not is_other_base and not scores.share <= MAX_SCORE_DIFFERENCE:  # also true for NaN
+            problems.append(f"scores differ by {scores.share:.2%} of their size, more than {MAX_SCORE_DIFFERENCE:.0%}")
+        if adapter.loss is not None and other.loss is not None:
+            problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
+        return scores.as_dict() | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
+    assert isinstance(other, Predictions)
+    sizes = other.logits[0].shape[1], adapter.logits[0].shape[1]
     if sizes[0] != sizes[1]:
         problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
         return {"adapter_loss": adapter.loss}
-    other = predict(model, tokenizer, examples)
     distance = compare(adapter, other)
-    problems += _prediction_mismatches(
-        merged.onto == "original" and source.run is not None, distance.mean_kl, adapter.loss, other.loss
-    )
+    if not is_other_base and not distance.mean_kl <= MAX_KL:
+        problems.append(f"mean KL divergence {distance.mean_kl:.4g} is above {MAX_KL}")
+    problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
     return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
-def _prediction_mismatches(is_other_base: bool, mean_kl: float, adapter_loss: float, merged_loss: float) -> list[str]:
-    """Return a line for each bound that the predictions exceed; NaN exceeds every bound."""
+def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: float) -> list[str]:
+    """Return a line if the losses are too far apart; NaN always is."""
     if is_other_base:
         # Onto base weights other than those of training the predictions differ; they must only not be worse.
         if merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE:
@@ -309,9 +345,6 @@ def _prediction_mismatches(is_other_base: bool, mean_kl: float, adapter_loss: fl
         return [
             f"loss {merged_loss:.4f} is worse than the adapter's {adapter_loss:.4f}; merge --onto dequantized or best"
         ]
-    problems = []
-    if not mean_kl <= MAX_KL:
-        problems.append(f"mean KL divergence {mean_kl:.4g} is above {MAX_KL}")
     if not abs(adapter_loss - merged_loss) <= MAX_LOSS_DIFFERENCE:
-        problems.append(f"losses {adapter_loss:.4f} and {merged_loss:.4f} differ by more than {MAX_LOSS_DIFFERENCE}")
-    return problems
+        return [f"losses {adapter_loss:.4f} and {merged_loss:.4f} differ by more than {MAX_LOSS_DIFFERENCE}"]
+    return []

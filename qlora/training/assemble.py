@@ -1,17 +1,17 @@
 """Assembly of a run's parts from its config, with all checks that are possible before the first step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory
 from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, TrainSection
-from qlora.data import BatchPlan, Datasets, ExampleSet, collate, make_example
+from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
-from qlora.lora import RankBudget, lora_layers
+from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Starts,
@@ -20,6 +20,7 @@ from qlora.model import (
     check_isolation,
     check_loss,
     datasets_from_section,
+    labels_from_config,
     load_for_training,
     load_tokenizer,
     optimizer_from_section,
@@ -28,8 +29,9 @@ from qlora.model import (
     take_inventory,
     weight_format,
 )
+from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
-from qlora.objectives import Objective, objective_from_section, training_loss
+from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -99,6 +101,7 @@ class Assembly:
         starts: What the adapters start from, as far as that does not follow from the seed.
         ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
         scorer: Questions that are asked at every evaluation, with the metrics of their answers.
+        head: Head of scores of whole documents, if the objective trains one.
     """
 
     config: RunConfig
@@ -114,6 +117,7 @@ class Assembly:
     starts: Starts
     ranks: RankBudget | None
     scorer: Scorer
+    head: ScoreHead | None
 
     @property
     def loop_parts(self) -> LoopParts:
@@ -121,7 +125,7 @@ class Assembly:
         return LoopParts(
             model=self.model,
             optimizer=self.optimizer,
-            loss=training_loss(self.config.train, self.objective.loss),
+            loss=training_loss(self.config.train, self.objective.trained or self.objective.loss),
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
@@ -149,21 +153,26 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
-        processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
+        processes,
+        lambda: datasets_from_section(
+            config.data, tokenizer, section.seed, new_ids=new_ids, labels=labels_from_config(config)
+        ),
     )
     # A continued run has what was computed from these in its starts.
     old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
+        if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
+            raise ConfigError("\n".join(problems))
+        objective = objective_for_data(section, datasets)
         scorer = Scorer.from_section(
             config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
         )
-        means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metrics)]
+        means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metric_names)]
         check_metric(section, [*means, *scorer.names])
-        if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
-            raise ConfigError("\n".join(problems))
-        skeleton = build_skeleton(files, model_section.trust_remote_code)
+        head = _finish_head(objective.loss.head, config, tokenizer, datasets)
+        skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
-        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old)
+        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,
@@ -187,7 +196,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     section, why = resolve_rate(config, model.config)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    loss = training_loss(section, objective.loss)
+    loss = training_loss(section, objective.trained or objective.loss)
     fit = fit_memory(config.model_copy(update={"train": section}), model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),
@@ -224,6 +233,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         starts=starts,
         ranks=_rank_budget(config.lora, model, total_steps),
         scorer=scorer,
+        head=head,
     )
 
 
@@ -234,6 +244,7 @@ def _load_checked(
     new_ids: range,
     starts: Starts | None,
     old: Datasets | None,
+    head: ScoreHead | None,
 ) -> tuple[Any, Starts, str, str]:
     """Load the base with its adapters, in training mode.
 
@@ -244,20 +255,43 @@ def _load_checked(
     """
     model, starts = load_for_training(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
-        is_reference=objective_from_section(config.train).loss.has_reference,
+        is_reference=objective_from_section(config.train).loss.has_reference, head=head,
     )  # fmt: skip
-    ids = datasets.train[0].input_ids[:CHECKED_TOKENS]
+    ids = datasets.train[0].input_ids
+    ids = ids[:CHECKED_TOKENS] if head is None else ids[-CHECKED_TOKENS:]  # whose last is not the padding token
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
-    check_loss(model, collate([example]).to(processes.device))
+    _check_outputs(model, example)
     attention = model.config._attn_implementation
     if config.model.attention == "auto":
         attention = use_document_attention(model)
     if config.data.packing:
-        check_isolation(model, example, other)
+        check_isolation(model, example, other, None if head is None else last_scores)
     activations = rebuild_activations(model)
-    check_loss(model, collate([example]).to(processes.device))  # again, with the modules that will be trained
+    _check_outputs(model, example)  # again, with the modules that will be trained
     return model.train(), starts, attention, activations
+
+
+def _check_outputs(model: Any, example: TokenizedExample) -> None:
+    """Check that the loss is computed from what the model's own class returns for a short example."""
+    if scores_documents(model):
+        check_scores(model, example)
+    else:
+        check_loss(model, collate([example]).to(model.device))
+
+
+def _finish_head(head: ScoreHead | None, config: RunConfig, tokenizer: Any, datasets: Datasets) -> ScoreHead | None:
+    """Return the head of an objective that scores documents, with the token that they are padded with.
+
+    Raises:
+        DataError: Documents end with every token that they could be padded with.
+    """
+    if head is None:
+        return None
+    sets = (datasets.train, *datasets.held_out.values())
+    last_ids = {id_ for examples in sets for store in examples.stores for id_ in store.last_ids()}
+    pad_token = choose_pad_token(tokenizer, last_ids, is_given="pad_token" in config.data.special_tokens)
+    return replace(head, pad_token=pad_token)
 
 
 def _starts_at(config: RunConfig, checkpoint: Path) -> Starts:

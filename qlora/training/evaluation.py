@@ -12,10 +12,18 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import EvalSection, RunConfig, SourceSection, load_config, metric_name
 from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
-from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
+from qlora.model import (
+    AdapterSource,
+    base_from_section,
+    datasets_from_section,
+    find_foreign,
+    labels_from_config,
+    load_model,
+    load_run,
+)
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
-from qlora.objectives import objective_from_section
+from qlora.objectives import by_label, evaluation_loss, objective_for_data, objective_from_section
 from qlora.training.scoring import Scorer
 
 
@@ -32,6 +40,9 @@ class EvaluationReport:
         perplexity: exp(loss); None for objectives whose loss is not one of tokens.
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
+        labels: For each label of a classification its name and precision, recall, F1 and number of texts.
+        confusion: Number of texts by label and predicted label, of a classification; where a text can have several
+            labels, of each label by whether texts have it and whether it is predicted.
         answered: Number of rows that were answered for metrics of answers.
         answer_seconds: Time that this took.
         others: Loss and metrics on the config's other sets, by their names in metrics.jsonl: `eval_NAME_loss`,
@@ -46,6 +57,8 @@ class EvaluationReport:
     perplexity: float | None
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    confusion: list[Any] = field(default_factory=list)
     answered: int | None = None
     answer_seconds: float | None = None
     others: dict[str, float] = field(default_factory=dict)
@@ -93,15 +106,18 @@ def evaluate(
     if foreign is not None:
         if data is None:
             raise ConfigError(f"{target} was made elsewhere and holds out no example; name a file with --data (data=).")
-        config, run, own_template = _config_for(foreign, data), None, True
+        config, run, own_template, labels = _config_for(foreign, data), None, True, None
         model, tokenizer = load_model(str(target), device, base)
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template, has_reference = run is not None, objective_from_section(config.train).loss.has_reference
-        model, tokenizer = (
-            base_from_section(config.model, device) if run is None else load_run(str(target), device, has_reference)
-        )
+        own_template, labels = run is not None, labels_from_config(config, run)
+        if run is None:
+            head = evaluation_loss(config.train, labels).head
+            model, tokenizer = base_from_section(config.model, device, head=head, seed=config.train.seed)
+        else:
+            has_reference = objective_from_section(config.train).loss.has_reference
+            model, tokenizer = load_run(str(target), device, has_reference)
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -122,7 +138,9 @@ def evaluate(
         asked = asked.model_copy(update={"metrics": [each for each in asked.metrics if each not in functions]})
         notes += [f"{each} was not run; add --metric {each} (metrics= in Python) to run it" for each in functions]
     try:
-        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
+        datasets = datasets_from_section(
+            section, tokenizer, config.train.seed, own_template=own_template, labels=labels
+        )
     except (ConfigError, DataError) as error:
         raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
     if problems := objective_from_section(config.train).unsupported_reasons(datasets.all_reports):
@@ -132,7 +150,7 @@ def evaluate(
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
     sets = {MAIN_SET: examples} if data is not None else datasets.held_out
     scorer = Scorer.from_section(asked, section, tokenizer, datasets, sets, batch_size)
-    loss = objective_from_section(config.train).loss
+    loss = objective_for_data(config.train, datasets).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     others: dict[str, float] = {}
     for name, held_out in datasets.held_out.items() if data is None else ():
@@ -143,6 +161,7 @@ def evaluate(
     for name, values in scores.by_set.items():
         others |= {} if name == MAIN_SET else {f"{name}_{metric}": value for metric, value in values.items()}
     step = "" if run is None else f", step {RunDirectory.open(str(target)).step}"
+    names = datasets.labels.names if datasets.labels is not None else ()
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -153,6 +172,8 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
         metrics=result.metrics | scores.by_set.get(MAIN_SET, {}),
+        labels=[each.described(name) for name, each in zip(names, by_label(result.counts), strict=True)],
+        confusion=result.counts,
         answered=scores.answered or None,
         answer_seconds=round(scores.seconds, 3) if scores.answered else None,
         notes=notes,
@@ -161,11 +182,21 @@ def evaluate(
 
 
 def _config_for(source: AdapterSource, data: str | Path) -> RunConfig:
-    """Return a config of default values with an adapter's base and data."""
+    """Return a config of default values with an adapter's base and data.
+
+    Raises:
+        ConfigError: The adapter is a classifier's, whose labels are not known.
+    """
+    head = source.head
+    if head is not None and head.num_labels > 1:
+        raise ConfigError(
+            f"{source.path} gives texts {head.num_labels} scores; only a model with a single score, a reward, can be "
+            "evaluated if it was made elsewhere."
+        )
     return RunConfig.model_validate(
         {
             "model": {"base": source.base},
             "data": {"train": [{"path": str(data)}], "eval": None},
-            "train": {"output_dir": str(source.folder)},
+            "train": {"output_dir": str(source.folder), "objective": "sft" if head is None else "reward"},
         }
     )

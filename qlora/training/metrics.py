@@ -119,14 +119,10 @@ class MetricsLog:
                 **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
                 f"{name}_supervised_tokens": each.num_supervised,
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
+                **({f"{name}_confusion": each.counts} if each.counts else {}),
             }
         self._write(values)
-        parts = [
-            f"{metric_label(f'{name}_{metric}')} {value:.4f}"
-            for name, each in evaluations.items()
-            for metric, value in {"loss": each.loss, **each.metrics}.items()
-        ]
-        self.display.show_event(step, "  ".join(parts))
+        self.display.show_event(step, "  ".join(_describe(name, each) for name, each in evaluations.items()))
 
     def close(self) -> None:
         """End the progress line, and close the file."""
@@ -152,6 +148,11 @@ class MetricsLog:
             self.write_out()
         numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
         self.processes.log(numbers, values["step"])
+
+
+def _describe(name: str, evaluation: Evaluation) -> str:
+    values = {"loss": evaluation.loss, **evaluation.metrics}
+    return ", ".join(f"{metric_label(f'{name}_{metric}')} {value:.4f}" for metric, value in values.items())
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:

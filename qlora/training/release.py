@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from qlora.config import RunConfig
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
 from qlora.export import Judge, MergeReport
 from qlora.export import merge as merge_adapter
 from qlora.export.companions import OnProgress
-from qlora.objectives import objective_from_section
+from qlora.model import labels_from_config
+from qlora.objectives import evaluation_loss
 
 
 def merge(
@@ -30,6 +32,13 @@ def merge(
     )
 
 
-def judge_of(config: RunConfig) -> Judge:
-    """Return what merges of a config's run are compared by."""
-    return Judge(objective_from_section(config.train).loss)
+def judge_of(run: RunDirectory) -> Judge:
+    """Return what merges of a run are compared by: the loss of its objective, if a merged model has it by itself."""
+    config = load_config(run.config)
+    loss = evaluation_loss(config.train, labels_from_config(config, run))
+    if loss.has_reference:
+        return Judge(
+            note="the losses by base are those of the tokens of all answers, because the loss of "
+            f"{config.train.objective} compares with the model at step 0, which a merged model does not have"
+        )
+    return Judge(loss)

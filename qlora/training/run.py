@@ -20,7 +20,7 @@ from qlora.checkpoint import (
 from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
-from qlora.model import frozen_checksum, resolve_device
+from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
@@ -30,7 +30,7 @@ from qlora.training.display import Display
 from qlora.training.given import as_config
 from qlora.training.metrics import peak_memory_bytes
 from qlora.training.origin import OWN_KEYS, flatten
-from qlora.training.plot import draw_losses
+from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, find_start
 from qlora.training.session import SessionOptions, how_to_continue, run_session
@@ -72,9 +72,16 @@ class RunResult:
         """Held-out loss by step: of the first set in `data.eval`."""
         return self.evaluations.get("eval_loss", {})
 
+    @property
+    def eval_metrics(self) -> dict[str, float]:
+        """Metrics of the last held-out evaluation by name, such as the accuracy of a classification."""
+        last = {name: list(values.values())[-1] for name, values in self.evaluations.items() if name != "eval_loss"}
+        return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self) | {"run_dir": str(self.run_dir), "eval_losses": self.eval_losses}
+        also = {"eval_losses": self.eval_losses, "eval_metrics": self.eval_metrics}
+        return asdict(self) | {"run_dir": str(self.run_dir)} | also
 
     def __repr__(self) -> str:
         loss = f", loss {self.losses[-1]:.4f}" if self.losses else ""
@@ -199,6 +206,8 @@ def _train(
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
             if assembly.starts:
                 write_starts(run.starts, assembly.starts)
+            if (labels := assembly.plan.datasets.labels) is not None:
+                write_labels(run.labels, labels, assembly.config.data.max_seq_len)
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
@@ -229,7 +238,7 @@ def _train(
             if is_finished:
                 _save_final_adapter(assembly, run)
             run.write_record(record)
-            draw_losses(run.read_metrics(), run.path / "loss.png", title=run.path.name)
+            _draw(run, assembly)
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())
@@ -240,6 +249,17 @@ def _train(
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=end.signal)
+
+
+def _draw(run: RunDirectory, assembly: Assembly) -> None:
+    """Draw the run's losses, and the confusion matrix of its last evaluation if it classifies."""
+    lines, labels = run.read_metrics(), assembly.plan.datasets.labels
+    draw_losses(lines, run.path / "loss.png", title=run.path.name)
+    matrices = [(line["step"], line["eval_confusion"]) for line in lines if "eval_confusion" in line]
+    if labels is not None and not labels.is_multiple and matrices:
+        step, matrix = matrices[-1]
+        title = f"{run.path.name}, step {step:,}"
+        draw_confusion(matrix, labels.names, run.path / "confusion.png", title)
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:

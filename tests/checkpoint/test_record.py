@@ -34,6 +34,7 @@ def test_a_record_of_an_older_version_is_read(run):
         "final_step": None,
         "retain": [],
         "held_out": {},
+        "head": None,
         "best": None,
         "stopped_early": None,
     }

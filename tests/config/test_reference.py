@@ -20,6 +20,20 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {
     "train.decay_ratio": {"train": {"lr_scheduler": "wsd"}},
     "train.restarts": {"train": {"lr_scheduler": "cosine_restarts"}},
+    **{
+        f"train.preference{key}": {"train": {"objective": "dpo"}}
+        for key in (
+            "",
+            ".beta",
+            ".label_smoothing",
+            ".sft_weight",
+            ".length_normalize",
+        )
+    },
+    "train.preference.gamma": {"train": {"objective": "simpo"}},
+    **{
+        f"train.preference.{key}": {"train": {"objective": "kto"}} for key in ("desirable_weight", "undesirable_weight")
+    },
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
@@ -27,6 +41,10 @@ NEEDED = {
     "train.keep_best": {"data": {"eval": 0.1}},
     "train.early_stopping": {"data": {"eval": 0.1}},
     **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},
+    "data.labels": {"train": {"objective": "classify"}},
+    "train.classify_by": {"train": {"objective": "classify"}},
+    "train.class_weights": {"train": {"objective": "classify"}},
+    **dict.fromkeys(("train.reward", "train.reward.center"), {"train": {"objective": "reward"}}),
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
 

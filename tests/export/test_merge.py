@@ -492,14 +492,14 @@ def test_onto_best_compares_by_the_loss_that_is_passed_in(run, tmp_path):
     """The public function passes that of the run's objective."""
     seen = []
 
-    def judge_of(config):
-        seen.append(config.train.objective)
+    def judge_of(run):
+        seen.append(run.path.name)
         negated = replace(SUPERVISED, compute=lambda model, batch: StepLoss(-SUPERVISED.compute(model, batch).total))
         return Judge(negated, "the losses by base are negated")
 
     usual = qlora.merge(run, tmp_path / "usual", "float32", onto="best")
     report = merge(run, tmp_path / "out", "float32", onto="best", judge_of=judge_of)
-    assert seen == ["sft"]
+    assert seen == [Path(run).name]
     assert report.losses == {base: -loss for base, loss in usual.losses.items()}
     assert {report.onto, usual.onto} == {"dequantized", "original"}
     assert "the losses by base are negated" in report.notes

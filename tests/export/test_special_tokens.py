@@ -36,7 +36,8 @@ def test_a_run_has_the_special_tokens_in_its_tokenizer(run):
 
 
 def test_an_interrupted_run_has_the_special_tokens(run, tiny_base, tmp_path):
-    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
     tokenizer = load_run_tokenizer(RunDirectory(tmp_path))
     assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
 

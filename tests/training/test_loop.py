@@ -46,7 +46,7 @@ class Trainer:
         **settings,
     ):  # fmt: skip
         self.loss = loss or self.loss
-        self.model, _ = load_base(str(base), compute_dtype=compute_dtype)
+        self.model, _ = load_base(str(base), compute_dtype=compute_dtype, head=self.loss.head)
         add_lora(self.model, rank=4, alpha=8, **{"dtype": torch.float32, **settings})
         train_rows(self.model, rows, dtype=torch.float32)
         self.model.train()

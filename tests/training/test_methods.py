@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
-from qlora.errors import ConfigError, ModelError
+from qlora.errors import ConfigError, ExportError, ModelError
 from qlora.export import merge
 from qlora.export.quantize import quantize_model
 from qlora.lora import adapters_off, lora_layers
@@ -28,7 +29,10 @@ METHODS = {
     "dora + reconstruct + ranks": {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },
-    "rows + dropout + layers": {"lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1]},
+    "rows + dropout + layers + smoothing": {
+        "lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1],
+        "train__label_smoothing": 0.1,
+    },
     "B alone + eva + exclude": {"lora__train": "B", "lora__init": "eva", "lora__exclude": ["down_proj"]},
     "pissa + rslora": {"lora__init": "pissa", "lora__rslora": True},
     "dora + final rank + master": {"lora__kind": "dora", "lora__final_rank": 2, "train__rounding": "master"},
@@ -36,16 +40,31 @@ METHODS = {
         "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}, "lora__init": "orthogonal",
         "train__learning_rates": {"lora_B": "4x"},
     },
+    "classification by words + class weights": {"train__objective": "classify", "train__class_weights": "balanced"},
+    "classification by a head + dora": {
+        "train__objective": "classify", "train__classify_by": "head", "lora__kind": "dora",
+    },
+    "reward + embeddings + rates": {
+        "train__objective": "reward", "train__reward": {"center": 0.01}, "lora__modules_to_save": ["embed_tokens"],
+        "train__learning_rates": {"score": "4x"},
+    },
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def data_of(alpaca_file, pairs_file, labelled_file):
+    """A function that returns the rows that a run's settings are for."""
+    files = {"reward": pairs_file, "classify": labelled_file}
+    return lambda settings: files.get(settings.get("train__objective"), alpaca_file)
+
+
 @pytest.fixture(scope="module", params=METHODS, ids=lambda name: name.replace(" ", "-"))
-def trained(request, tiny_base, alpaca_file, tmp_path_factory):
+def trained(request, tiny_base, data_of, tmp_path_factory):
     """The settings and folder of a finished run of a method, and its merge in fp32."""
     folder = tmp_path_factory.mktemp("methods") / "run"
     old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
     settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
-    train(load_config(run_config(tiny_base, alpaca_file, folder, **settings)))
+    train(load_config(run_config(tiny_base, data_of(settings), folder, **settings)))
     merge(folder, folder.with_name("merged"), dtype="float32")
     return settings, folder, folder.with_name("merged")
 
@@ -55,9 +74,9 @@ def logits(model, ids):
         return model(input_ids=ids).logits.float()
 
 
-def test_a_continued_run_is_the_whole_run(trained, tiny_base, alpaca_file, tmp_path):
+def test_a_continued_run_is_the_whole_run(trained, tiny_base, data_of, tmp_path):
     settings, whole, _ = trained
-    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    config = load_config(run_config(tiny_base, data_of(settings), tmp_path / "run", **settings))
     train(config, stop_at=3)
     train(config)
     assert_same_run(tmp_path / "run", whole)
@@ -79,7 +98,11 @@ def test_the_adapter_and_its_merges_are_verified(trained, tmp_path):
 
 def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
     pytest.importorskip("gguf")
-    _, run, _ = trained
+    settings, run, _ = trained
+    if settings.get("train__objective") == "reward":
+        with pytest.raises(ExportError, match="scores texts, and only models that predict tokens are written as GGUF"):
+            merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
+        return
     merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
     report = verify(run, tmp_path / "gguf")
     assert report.tensors_checked > 0
@@ -89,14 +112,15 @@ def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
 def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
     peft = pytest.importorskip("peft")
     _, run, folder = trained
-    merged, _ = load_base(str(folder), quantization="none", compute_dtype="float32")
+    head = RunDirectory.open(run).read_record().head
+    merged, _ = load_base(str(folder), quantization="none", compute_dtype="float32", head=head)
     adapted, _ = load_run(run)
     ids = torch.randint(259, (1, 40), generator=generator)
     wanted, found = logits(adapted, ids), logits(merged, ids)
-    base, _ = load_base(str(tiny_base))
+    base, _ = load_base(str(tiny_base), head=head)
     assert (found - wanted).norm() < 0.1 * (wanted - logits(base, ids)).norm()
     # The weights that the run trained on, in fp32, with the adapter as PEFT reads it.
-    plain, _ = load_base(str(tiny_base), "none", compute_dtype="float32")
+    plain, _ = load_base(str(tiny_base), "none", compute_dtype="float32", head=head)
     for name, layer in adapted.named_modules():
         if isinstance(layer, NF4Linear):
             weight = plain.get_submodule(name.removesuffix(".base")).weight

@@ -122,7 +122,7 @@ NOT_AVAILABLE = {
     "it sets another objective than supervised fine-tuning, the only one available": (
         "rl rl_* stage reward_model process_reward_model pref_* dpo_* orpo_* kto_* cpo_* simpo_* ppo_* grpo_* "
         "rpo_* gkd_* ref_model ref_model_* beta loss_type max_prompt_length max_completion_length reward_* trl "
-        "num_generations precompute_ref_log_probs use_dft use_eaft eaft_* dft_* use_asft_loss diffusion_* "
+        "num_generations precompute_ref_log_probs use_eaft eaft_* dft_* use_asft_loss diffusion_* "
         "compute_accuracy teacher_model* desirable_weight undesirable_weight truncate_prompt model_adapter_name "
         "lmbda ebft* dpo_use_logits_to_keep max_prompt_len ld_alpha"
     ),
@@ -143,7 +143,6 @@ NOT_AVAILABLE = {
     "prompts are written by the chat template; put another system message into the rows": (
         "default_system_message default_system prompt_template tool_format"
     ),
-    "label smoothing is not available": "label_smoothing_factor label_smoothing",
     "a run ends early by train.early_stopping, on held-out rows": (
         "early_stopping_* loss_watchdog_threshold loss_watchdog_patience"
     ),

@@ -1,0 +1,149 @@
+"""Models that score whole documents: their head, the scores of a batch, and checks of both."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlora.data import Batch, TokenizedExample, collate
+from qlora.errors import ModelError
+from qlora.files import BaseFiles
+from qlora.lora import ScoreHead, head_blocks, output_head, stored_head
+from qlora.lora.head import SCORE
+from qlora.model.loss import model_inputs, rows_at
+from qlora.model.names import names_in_files
+from qlora.model.skeleton import build_skeleton
+
+# Largest relative difference between the scores and those of the model's own class, from rounding.
+TOLERANCE = 0.02
+# Standard deviation of initial values for architectures whose config has none.
+INITIALIZER_RANGE = 0.02
+
+
+def replace_head(
+    files: BaseFiles,
+    skeleton: Any,
+    head: ScoreHead,
+    tensors: Mapping[str, Any],
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, Any], set[str]]:
+    """Return a base's tensors with a head that scores documents, in place of the one over the vocabulary.
+
+    The base's own head is taken if its files have one for the same scores. Otherwise its values are drawn from a normal
+    distribution, on the CPU, and so alike everywhere.
+
+    Args:
+        files: Files of the base.
+        skeleton: The model that scores documents, without weights.
+        head: Its head.
+        tensors: The files' tensors by name.
+        seed: Seed of the values.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The tensors by name, and the names of those that were drawn.
+    """
+    left_out = vocabulary_head(files, tensors, trust_remote_code)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    weight = f"{SCORE}.weight"
+    stored = stored_head(files.config)
+    if stored is not None and weight in kept and stored.scores_the_same(head):
+        return kept, set()
+    deviation = getattr(skeleton.config.get_text_config(), "initializer_range", None) or INITIALIZER_RANGE
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(output_head(skeleton).weight.shape, device="cpu").normal_(std=deviation, generator=generator)
+    return {**kept, weight: values}, {weight}
+
+
+def vocabulary_head(files: BaseFiles, stored: Iterable[str], trust_remote_code: bool = False) -> set[str]:
+    """Return the names of the tensors of a base's head over the vocabulary, as far as its files hold any.
+
+    Args:
+        files: Files of the base.
+        stored: Names of their tensors.
+        trust_remote_code: Run code that comes with the model.
+    """
+    if stored_head(files.config) is not None:
+        return set()
+    causal = build_skeleton(files, trust_remote_code)
+    layer = output_head(causal)
+    one_to_one, _ = names_in_files(causal, stored)
+    found = [name for name, module in causal.named_modules() if layer is not None and module is layer]
+    names = {f"{name}.{own}" for name in found for own in ("weight", "bias")}
+    return {tensor for parameter, tensor in one_to_one.items() if parameter in names}
+
+
+def document_scores(model: Any, batch: Batch) -> torch.Tensor:
+    """Compute the scores of each document, read at its last token.
+
+    The head is applied to these tokens alone, in fp32.
+
+    Args:
+        model: A model of transformers that scores documents.
+        batch: A batch on the model's device.
+
+    Returns:
+        (documents, scores), fp32.
+    """
+    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    rows, norm = rows_at(hidden, last_tokens(batch))
+    if norm is not None:
+        rows = norm(rows)
+    weight = torch.cat([block.float() for block in head_blocks(output_head(model))])
+    return F.linear(rows.float(), weight)
+
+
+def last_scores(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the sum of the scores of a batch's last document, a scalar."""
+    return document_scores(model, batch)[-1].sum()
+
+
+def last_tokens(batch: Batch) -> torch.Tensor:
+    """Return the index of each document's last token in the flattened batch, (documents,), int64."""
+    if batch.cu_seq_lens is not None:
+        return (batch.cu_seq_lens[1:].long() - 1).to(batch.input_ids.device)
+    width = batch.input_ids.shape[1]
+    ends = [number * width + length - 1 for number, length in enumerate(batch.lengths)]
+    return torch.tensor(ends, device=batch.input_ids.device)
+
+
+@torch.no_grad()
+def check_scores(model: Any, example: TokenizedExample) -> None:
+    """Check the scores of a document against those that the model's own class computes.
+
+    Args:
+        model: A model that scores documents; it is left in evaluation mode.
+        example: A short document, which does not end with the padding token.
+
+    Raises:
+        ModelError: They differ or are not finite, or the model can't run with its layers replaced.
+    """
+    batch = collate([example]).to(model.device)
+    try:
+        model.train()  # runs the code that some architectures have for training only
+        document_scores(model, batch)
+        model.eval()
+        scores = document_scores(model, batch)[0]
+        own = model(**model_inputs(model, batch)).logits.float().flatten()
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "
+            "Some architectures use weights of layers directly; model.quantization=none or other lora.targets may help."
+        ) from error
+    if not scores.isfinite().all():
+        raise ModelError(
+            f"The scores of {type(model).__name__} are {scores.tolist()} before any training: its weights or "
+            f"activations do not fit {model.dtype}; set model.compute_dtype to bfloat16 or float32."
+        )
+    if own.shape != scores.shape or not (own - scores).norm() <= TOLERANCE * own.norm():
+        raise ModelError(
+            f"{type(model).__name__} reads the scores of a document elsewhere than at its last token ("
+            f"{_shown(scores)} there, {_shown(own)} by its own class), so training would be wrong; use a base of "
+            "another architecture."
+        )
+
+
+def _shown(scores: torch.Tensor) -> str:
+    return ", ".join(f"{score:.4g}" for score in scores[:4].tolist()) + (" …" if len(scores) > 4 else "")

@@ -1,0 +1,71 @@
+"""Classification of texts by a head: a score for each label, read at a text's last token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from qlora.data import LABEL, Batch, TokenizedExample
+from qlora.lora import ScoreHead
+from qlora.model import Loss, StepLoss
+from qlora.model.score import document_scores
+from qlora.objectives.confusion import ACCURACY, count_labels, summarize
+
+SINGLE, MULTIPLE = "single_label_classification", "multi_label_classification"
+
+
+def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence[float] | None = None) -> Loss:
+    """Return the loss of a head with a score for each label, a mean over texts by their weights.
+
+    Where a text has one label, it is the cross-entropy of the scores; where it can have several, or none, the binary
+    cross-entropy of each score, averaged over the labels. Transformers computes the same without weights. The metric is
+    the share of texts whose label, or all of whose labels, are predicted.
+
+    Args:
+        names: Name of each label. `Batch.values` has a column `label`, (documents,) with the numbers of the labels, or
+            (documents, labels) with 1 where a text has a label.
+        is_multiple: Whether a text can have several labels, or none.
+        weights: Weight of each label: of the texts that have it, or of its score's loss where there can be several.
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        scores, given = document_scores(model, batch), batch.values[LABEL]
+        own = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=scores.device)
+        predicted = predicted_labels(scores, is_multiple)
+        counts = count_labels(given.long(), predicted, len(names))
+        if is_multiple:
+            losses = F.binary_cross_entropy_with_logits(scores, given.float(), own, reduction="none")
+            return StepLoss(losses.mean(dim=1).sum(), {ACCURACY: (predicted == given).all(dim=1).float().sum()}, counts)
+        number = given.long()
+        loss = F.cross_entropy(scores, number, own, reduction="sum")
+        correct = (predicted == number).float()
+        return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own[number]}, counts)
+
+    def units(part: TokenizedExample | Batch) -> float:
+        if weights is None or is_multiple:
+            return len(part.lengths) if isinstance(part, Batch) else 1
+        return float(np.asarray(weights)[np.asarray(part.values[LABEL])].sum())
+
+    made_up = torch.zeros(len(names) if is_multiple else (), dtype=torch.uint8 if is_multiple else torch.int32)
+    head = ScoreHead(len(names), tuple(names), MULTIPLE if is_multiple else SINGLE)
+    return Loss(
+        compute=compute,
+        units=units,
+        metrics=(ACCURACY,),
+        counts=(len(names), 2, 2) if is_multiple else (len(names), len(names)),
+        summarize=summarize,
+        columns={LABEL: made_up},
+        head=head,
+    )
+
+
+def predicted_labels(scores: torch.Tensor, is_multiple: bool) -> torch.Tensor:
+    """Return the number of each text's label, (texts,) int64; with several labels 1 for each of them, (texts, labels).
+
+    Args:
+        scores: (texts, labels).
+        is_multiple: Whether a text can have several labels: those with a probability above one half.
+    """
+    return (scores > 0).long() if is_multiple else scores.argmax(dim=1)

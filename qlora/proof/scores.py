@@ -1,0 +1,73 @@
+"""Scores of texts by two models, one in memory at a time, and the objective's loss on them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qlora.data import eval_batches
+from qlora.data.tokens import TokenizedExample
+from qlora.model import Loss, evaluate
+
+# Largest difference of the scores of two models that match, relative to the scores: several times what rounding a model
+# of a few billion parameters to 16 bits causes.
+MAX_SCORE_DIFFERENCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model gives texts.
+
+    Attributes:
+        scores: (texts, scores), fp32 on the CPU, as the model's own class computes them.
+        loss: Mean loss of the objective on the texts; None if it is not known.
+    """
+
+    scores: torch.Tensor
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDistance:
+    """Distance between the scores of two models.
+
+    Attributes:
+        positions: Number of texts.
+        max_logit_difference: Largest difference of a score.
+        mean_logit_difference: Mean difference over all scores.
+        share: Norm of the differences relative to that of the scores.
+    """
+
+    positions: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    share: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the values that a report has."""
+        values = asdict(self)
+        del values["share"]
+        return values
+
+
+@torch.no_grad()
+def predict_scores(model: Any, examples: Sequence[TokenizedExample], loss: Loss | None) -> Scores:
+    """Return the scores of texts, each computed alone by the model's class, and the loss on all of them."""
+    scores = [
+        model(input_ids=torch.from_numpy(example.input_ids).long()[None].to(model.device), use_cache=False).logits[0]
+        for example in examples
+    ]
+    value = None if loss is None else evaluate(model, eval_batches(examples, 1), loss=loss).loss
+    return Scores(torch.stack(scores).float().cpu(), value)
+
+
+def compare_scores(one: Scores, other: Scores) -> ScoreDistance:
+    """Return the distance between what two models give the same texts."""
+    difference = (one.scores - other.scores).abs()
+    return ScoreDistance(
+        positions=len(difference),
+        max_logit_difference=difference.max().item(),
+        mean_logit_difference=difference.mean().item(),
+        share=(difference.norm() / one.scores.norm()).item(),
+    )
