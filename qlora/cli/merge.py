@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import Adapter, AsJson, Base, NewFolder
+from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, NewFolder, choose_adapter
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
 
@@ -18,6 +18,7 @@ from qlora.cli.stopping import stopping_with
 def merge(
     run: Adapter,
     output: NewFolder,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
@@ -75,14 +76,15 @@ def merge(
     from qlora.checkpoint import adapter_digest
     from qlora.config import ExportSection, load_config
     from qlora.errors import ExportError
-    from qlora.export import merge as run_merge
     from qlora.export.companions import REPORT_FILE
     from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
     from qlora.model import open_source
+    from qlora.training import merge as run_merge
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
+    run = choose_adapter(run, checkpoint)
     source = open_source(run, base)
     asked = {"dtype": None if dtype == "q8_0" else dtype, "onto": onto, "max_shard_size": max_shard_size}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
@@ -119,25 +121,12 @@ def merge(
                 on_progress=on_progress,
                 format=format,
                 base=base,
-                judge=_judge(source) if settings.onto == "best" else None,
             )
         values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
         pushed = push(folder, push_to_hub, not public, dry_run)
         values["pushed"] = pushed.as_dict()
     show_report(values, as_json, title)
-
-
-def _judge(source: Any) -> Any:
-    """Return the loss that decides between two merged models of a run; None for an adapter made elsewhere."""
-    from qlora.config import load_config
-    from qlora.model import labels_from_config
-    from qlora.objectives import release_loss
-
-    if source.run is None:
-        return None
-    config = load_config(source.run.config)
-    return release_loss(config.train, labels_from_config(config, source.run))
 
 
 def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:

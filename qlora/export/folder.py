@@ -19,11 +19,11 @@ from qlora.export.companions import (
     write_companions,
     write_report_and_card,
 )
-from qlora.export.held_out import held_out_examples, written_loss
+from qlora.export.held_out import Judge, held_out_examples, written_loss
 from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
-from qlora.model import SUPERVISED, AdapterSource, Loss, load_run_tokenizer
+from qlora.model import AdapterSource, load_run_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 DEFAULT_SHARD_SIZE = "5GB"
@@ -38,7 +38,7 @@ def merge_to_folder(
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
-    judge: Loss | None = None,
+    judge: Judge = Judge(),  # noqa: B008 (frozen)
 ) -> MergeReport:
     """Merge an adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
 
@@ -66,10 +66,10 @@ def merge_to_folder(
     if onto == "best":  # read now, so that missing data are reported before anything is written
         if source.run is None:
             raise ExportError("onto: 'best' needs the held-out examples of a run; use original or dequantized.")
-        if source.head is not None and judge is None:
+        if (source.head is None) != (judge.loss.head is None):
             raise ExportError(
-                "onto: 'best' compares losses of tokens, which a model that scores texts does not have; give the loss "
-                "of its objective (judge=), as qlora merge does, or use original or dequantized."
+                "onto: 'best' needs the loss of the run's objective, as its model scores texts; call qlora.merge, or "
+                "use original or dequantized."
             )
         examples = held_out_examples(source.run, load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
@@ -78,7 +78,7 @@ def merge_to_folder(
             write_companions(staging / base, candidate, dtype)
             if onto == "best":
                 losses[base] = written_loss(
-                    staging / base, dtype, examples, candidate.device, source.trust_remote_code, judge or SUPERVISED
+                    staging / base, dtype, examples, judge.loss, candidate.device, source.trust_remote_code
                 )
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
@@ -96,7 +96,7 @@ def merge_to_folder(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=candidates[chosen].notes + _notes_on_losses(losses, source),
+            notes=candidates[chosen].notes + _notes_on_losses(losses, source, judge),
         )
         write_report_and_card(staging / chosen, report, source, weights.files.folder)
         put_in_place(staging / chosen, out_dir)
@@ -137,11 +137,14 @@ def _better(losses: dict[str, float], dtype: str) -> str:
     return min(finite, key=lambda base: finite[base])
 
 
-def _notes_on_losses(losses: dict[str, float], source: AdapterSource) -> list[str]:
-    """Return a note if the losses by base are not held-out losses."""
-    if not losses or source.run is None or source.run.read_record().examples.eval:
+def _notes_on_losses(losses: dict[str, float], source: AdapterSource, judge: Judge) -> list[str]:
+    """Return notes if the losses by base are not held-out losses, or not those of the run's objective."""
+    if not losses or source.run is None:
         return []
-    return ["the run has no held-out examples, so the losses by base are training losses"]
+    notes = [] if judge.note is None else [judge.note]
+    if not source.run.read_record().examples.eval:
+        notes.append("the run has no held-out examples, so the losses by base are training losses")
+    return notes
 
 
 class _Progress:

@@ -1,12 +1,15 @@
 """Merge an adapter into release weights, in the format asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from qlora.checkpoint import RunDirectory
 from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
 from qlora.export.gguf.merge import merge_to_gguf
-from qlora.model import BITSANDBYTES_4BIT, AdapterSource, Loss, open_source, weight_format
+from qlora.export.held_out import Judge
+from qlora.model import BITSANDBYTES_4BIT, AdapterSource, open_source, weight_format
 
 FORMATS = ("safetensors", "gguf")
 
@@ -22,7 +25,7 @@ def merge(
     on_progress: OnProgress | None = None,
     format: str = "safetensors",
     base: str | None = None,
-    judge: Loss | None = None,
+    judge_of: Callable[[RunDirectory], Judge] = lambda _: Judge(),
 ) -> MergeReport:
     """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
@@ -40,8 +43,8 @@ def merge(
         on_progress: Called with the bytes written so far and the total.
         format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
-        judge: Loss that `best` compares, see :func:`qlora.objectives.release_loss`; default: the supervised one, which
-            models that score texts do not have.
+        judge_of: Returns what `best` compares the merges of a run by; the supervised loss by
+            default.
 
     Raises:
         ExportError: An argument is unknown, the folder exists, the base is not the one used in training, a value does
@@ -67,7 +70,7 @@ def merge(
     shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     return merge_to_folder(
         source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress,
-        judge=judge,
+        judge=Judge() if source.run is None else judge_of(source.run),
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from qlora.objectives.from_config import (
     evaluation_loss,
     objective_for_data,
     objective_from_section,
-    release_loss,
     training_loss,
 )
 from qlora.objectives.objective import Objective
@@ -18,6 +17,5 @@ __all__ = [
     "evaluation_loss",
     "objective_for_data",
     "objective_from_section",
-    "release_loss",
     "training_loss",
 ]

@@ -69,8 +69,8 @@ def count_labels(given: torch.Tensor, predicted: torch.Tensor, num_labels: int) 
 
 
 def by_label(counts: Sequence[Any]) -> list[LabelResult]:
-    """Return the result of each label, from what :func:`count_labels` counted; empty if nothing was counted."""
-    if not len(counts):
+    """Return the result of each label, from what :func:`count_labels` counted."""
+    if len(counts) == 0:  # of a loss without labels
         return []
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim == 3:

@@ -5,7 +5,7 @@ from functools import partial
 
 from qlora.config import TrainSection
 from qlora.data import Datasets, Labels
-from qlora.model import SUPERVISED, Loss, token_loss
+from qlora.model import Loss, token_loss
 from qlora.objectives.adversarial import with_adversary
 from qlora.objectives.classify import classify_objective, label_loss, with_labels
 from qlora.objectives.keep import with_base_kl
@@ -71,20 +71,6 @@ def evaluation_loss(section: TrainSection, labels: Labels | None) -> Loss:
             of a classification by words.
     """
     return objective_from_section(section).loss if labels is None else label_loss(labels)
-
-
-def release_loss(section: TrainSection, labels: Labels | None = None) -> Loss:
-    """Return the loss that merged models are compared by: that of evaluations.
-
-    A merged model has no start to be compared with; where the objective's loss needs one, it is the supervised loss of
-    the answers.
-
-    Args:
-        section: Section of the config.
-        labels: Labels that it learns, see :func:`evaluation_loss`.
-    """
-    loss = evaluation_loss(section, labels)
-    return SUPERVISED if loss.has_reference else loss
 
 
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:

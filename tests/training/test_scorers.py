@@ -140,7 +140,7 @@ def test_what_needs_a_vocabulary_is_refused(run, tmp_path):
         generate(run, "Hello")
     with pytest.raises(ModelError, match="scores texts, and has no head that answers could come from"):
         generate(run.with_name("merged"), "Hello")
-    with pytest.raises(ExportError, match="'best' compares losses of tokens"):
+    with pytest.raises(ExportError, match="'best' needs the loss of the run's objective"):
         merge(run, tmp_path / "best", onto="best")
 
 
