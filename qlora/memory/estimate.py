@@ -158,11 +158,18 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         micro_batch_size=rows,
         max_seq_len=row,
         packing=config.data.packing,
-        # Where a loss looks ahead, one document of each group has logits at a time.
-        chunk_tokens=(1 if footprint.vocabulary is None else max(1, default_chunk(device) // footprint.vocabulary))
-        * (1 if loss.ahead is None else loss.group_size),
+        chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
     )
+
+
+def _chunk_tokens(footprint: Footprint, loss: Loss, device: torch.device) -> int:
+    """Return the number of tokens whose logits are in memory at a time; 1 for a head of scores, which has none."""
+    if footprint.vocabulary is None:
+        return 1
+    # Where a loss looks ahead, one document of each group has logits at a time.
+    times = 1 if loss.ahead is None else loss.group_size
+    return max(1, default_chunk(device) // footprint.vocabulary) * times
 
 
 def choose_level(
