@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
     before = next(line for line in lines if "eval_accuracy" in line)
     merged = folder / "merged"
     qlora.merge(result.run_dir, merged, dtype="bfloat16")
-    ours = [each.label for each in qlora.predict(merged, paths["test"])]
+    ours = [each.label for each in qlora.predict(merged, paths["test"], batch_size=1)]
     of_run = [each.label for each in qlora.predict(result.run_dir, paths["test"])]
     theirs = by_transformers(merged, rows["test"])
     different = sum(map(str.__ne__, ours, theirs))
