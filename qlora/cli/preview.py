@@ -67,12 +67,12 @@ def _show(result: Any) -> None:
             console.print(Text(label, style="yellow" if over else ""))
     console.rule(Text("an epoch"), align="left")
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
-    retained = f", {result.retain_examples:,} retained" if result.retain_examples else ""
+    others = "".join(f", {count:,} of {name}" for name, count in result.held_out.items() if name != "eval")
     console.print(
         Text(
             f"{result.train_examples:,} examples, {result.tokens_per_epoch:,} tokens in {result.rows_per_epoch:,} "
             f"sequences of up to {result.max_seq_len:,} ({packing}): {result.steps_per_epoch:,} steps; "
-            f"{result.total_steps:,} in the whole run; {result.eval_examples:,} examples held out{retained}"
+            f"{result.total_steps:,} in the whole run; {result.eval_examples:,} examples held out{others}"
         )
     )
     for problem in result.problems:
