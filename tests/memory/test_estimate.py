@@ -93,7 +93,7 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
         ["data.max_seq_len=192", "train.adversarial.epsilon=0.1"],
         ["data.max_seq_len=192", "train.keep.kl=0.1", "train.token_loss=dft", "train.label_smoothing=0.1"],
         ["data.max_seq_len=192", "train.objective=classify"],
-        ["data.max_seq_len=192", "train.keep.kl=0.1"],
+        ["data.max_seq_len=192", "train.objective=classify", "train.classify_by=head"],
         ["data.max_seq_len=96", "train.objective=dpo"],
         ["data.max_seq_len=96", "train.objective=kto"],
         ["data.max_seq_len=96", "train.objective=orpo", "data.packing=false"],

@@ -126,7 +126,7 @@ def test_another_loss_and_its_metrics_are_means_over_its_own_units(model, genera
 def test_nothing_to_evaluate_is_no_division_by_zero(model):
     assert evaluate(model, []) == Evaluation(0.0, 0, 0.0)
     loss = Loss(by_documents, units=lambda part: 1.0, metrics=("documents",))
-    assert evaluate(model, [], loss=loss) == Evaluation(0.0, 0, 0.0, {"documents": 0.0})
+    assert evaluate(model, [], loss=loss) == Evaluation(0.0, 0, 0.0, {"documents": 0.0}, is_per_token=False)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

@@ -90,8 +90,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
                 "objective": "classify",
                 "output_dir": str(folder / "run"),
                 "epochs": arguments.epochs,
-                "micro_batch_size": 4,
-                "gradient_accumulation_steps": 2,
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": arguments.batch,
                 "learning_rate": arguments.rate,
                 "eval_every": None,
                 "log_every": 20,
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
     before = next(line for line in lines if "eval_accuracy" in line)
     merged = folder / "merged"
     qlora.merge(result.run_dir, merged, dtype="bfloat16")
-    ours = [each.label for each in qlora.predict(merged, paths["test"])]
+    ours = [each.label for each in qlora.predict(merged, paths["test"], batch_size=1)]
     of_run = [each.label for each in qlora.predict(result.run_dir, paths["test"])]
     theirs = by_transformers(merged, rows["test"])
     different = sum(map(str.__ne__, ours, theirs))
@@ -123,7 +123,7 @@ TABLE = """| model | task | rows | steps | rate | before | after | macro F1 | pr
 transformers, merged | different | s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 TEXT = """`python -m scripts.dev.bench.classification{options}`. NF4 with double quantization, LoRA of rank 8 on all
-linear layers, sequences of 256 tokens, 8 a step. Accuracy on the test rows: before training, after it, by `qlora
+linear layers, {batch} sequences of 256 tokens a step. Accuracy on the test rows: before training, after it, by `qlora
 predict` with the run and with its merge in bf16, and by transformers alone with that folder; and the number of test
 rows that the last two predict differently."""
 
@@ -135,17 +135,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=REALDATA / "models" / "stories260K-hf")
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--rows", type=int, default=0, help="about this many rows of each part; 0 takes all")
     parser.add_argument("--words", action="store_true", help="words instead of TREC's numbers")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     given = {"task": arguments.task, "rate": arguments.rate, "epochs": arguments.epochs, "rows": arguments.rows}
+    given["batch"] = arguments.batch
     options = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
     options += " --model DIR" * (arguments.model != parser.get_default("model")) + " --words" * arguments.words
     with tempfile.TemporaryDirectory() as folder:
         lines = measure(arguments, Path(folder))
     title = f"Accuracy of {arguments.model.name} on {arguments.task}"
-    text = [*heading(title, "torch", "transformers", "bitsandbytes"), TEXT.format(options=options), "", TABLE, *lines]
+    text = [
+        *heading(title, "torch", "transformers", "bitsandbytes"),
+        TEXT.format(options=options, batch=arguments.batch),
+        "",
+        TABLE,
+        *lines,
+    ]
     append(arguments.out, TITLE, text)
 
 
