@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlora.config import RunConfig, load_config
     from qlora.export import MergeReport, QuantizeReport, merge, quantize
     from qlora.lora import LoraLinear, adapters_off, add_lora
-    from qlora.model import generate, load_base, load_run
+    from qlora.model import Prediction, generate, load_base, load_run, predict
     from qlora.nf4 import NF4Linear
     from qlora.proof import VerifyReport, verify
     from qlora.training import (
@@ -35,6 +35,7 @@ _HOMES = {
     "LoraLinear": "qlora.lora",
     "MergeReport": "qlora.export",
     "NF4Linear": "qlora.nf4",
+    "Prediction": "qlora.model",
     "Preview": "qlora.training",
     "QuantizeReport": "qlora.export",
     "RunConfig": "qlora.config",
@@ -51,6 +52,7 @@ _HOMES = {
     "load_config": "qlora.config",
     "load_run": "qlora.model",
     "merge": "qlora.export",
+    "predict": "qlora.model",
     "preview": "qlora.training",
     "quantize": "qlora.export",
     "save_adapter": "qlora.checkpoint",
@@ -71,6 +73,7 @@ __all__ = [
     "MergeReport",
     "ModelError",
     "NF4Linear",
+    "Prediction",
     "Preview",
     "QLoRAError",
     "QuantizeReport",
@@ -88,6 +91,7 @@ __all__ = [
     "load_config",
     "load_run",
     "merge",
+    "predict",
     "preview",
     "quantize",
     "save_adapter",

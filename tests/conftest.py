@@ -84,6 +84,17 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty texts of different lengths with one of three labels each."""
+    labels = {"tin": "metal", "oak": "tree", "elm": "tree", "rust": "metal", "moss": "plant"}
+    rows = [
+        {"id": f"row-{number}", "text": f"{word} and {number}" + " more" * (number % 7), "label": label}
+        for number, (word, label) in enumerate([*labels.items()] * 8)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of instructions with answers of different lengths."""
     rows = [

@@ -32,6 +32,7 @@ class RunDirectory:
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.starts = self.path / "starts.safetensors"
+        self.labels = self.path / "labels.json"
         self.final_adapter = self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.trial = self.checkpoints / "trial"
@@ -112,7 +113,7 @@ class RunDirectory:
 
     def clear_leftovers(self) -> None:
         """Recover from interrupted writes; only for the process that holds the lock."""
-        for target in (self.config, self.record, self.metrics, self.starts, self.adapter, self.trial):
+        for target in (self.config, self.record, self.metrics, self.starts, self.labels, self.adapter, self.trial):
             settle(target)
         if self.trial.exists():
             discard(self.trial)

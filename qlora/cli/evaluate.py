@@ -1,11 +1,14 @@
 """`qlora eval`: held-out loss of a run, or of the base that a config starts from."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qlora.cli.options import AsJson, Base, Device, expand_home
 from qlora.cli.report import show_report
+
+# Number of labels up to which the whole matrix fits a terminal.
+MATRIX_LABELS = 10
 
 
 def evaluate(
@@ -26,7 +29,48 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Print loss and perplexity per supervised token, and bits per byte."""
+    """Print loss and perplexity per supervised token, and bits per byte; of a classification, results by label."""
     from qlora.training import evaluate as run_evaluation
 
-    show_report(run_evaluation(target, data, batch_size, device, base).as_dict(), as_json)
+    report = run_evaluation(target, data, batch_size, device, base)
+    values = report.as_dict()
+    if as_json:
+        show_report(values, as_json)
+        return
+    show_report({key: value for key, value in values.items() if key not in ("labels", "confusion")}, as_json)
+    if report.labels:
+        print("\n".join(["", *_label_lines(report.labels), *_confusion_lines(report.labels, report.confusion)]))
+
+
+def _label_lines(labels: list[dict[str, Any]]) -> list[str]:
+    """Return a table with a line for each label."""
+    width = max(len("label"), *(len(each["label"]) for each in labels))
+    shown = [
+        f"  {each['label']:<{width}}  {each['precision']:>9.1%}  {each['recall']:>6.1%}  {each['f1']:>6.1%}  "
+        f"{each['texts']:>7,}"
+        for each in labels
+    ]
+    return [f"  {'label':<{width}}  precision  recall      F1    texts", *shown]
+
+
+def _confusion_lines(labels: list[dict[str, Any]], confusion: list[Any]) -> list[str]:
+    """Return the matrix of labels and predicted labels; with many labels, the pairs that are confused most often."""
+    names = [each["label"] for each in labels]
+    if isinstance(confusion[0][0], list):  # a text can have several labels
+        return []
+    width = max(map(len, names))
+    if len(names) <= MATRIX_LABELS:
+        columns = [max(len(name), 5) for name in names]
+        head = "  ".join(f"{name:>{size}}" for name, size in zip(names, columns, strict=True))
+        rows = [
+            f"  {name:<{width}}  " + "  ".join(f"{count:>{size},}" for count, size in zip(counts, columns, strict=True))
+            for name, counts in zip(names, confusion, strict=True)
+        ]
+        return ["", "  predicted, by label:", f"  {'':<{width}}  {head}", *rows]
+    pairs = sorted(
+        ((count, names[own], names[other]) for own, row in enumerate(confusion) for other, count in enumerate(row)
+         if count and own != other),
+        key=lambda pair: -pair[0],
+    )  # fmt: skip
+    shown = [f"  {count:>5,}  {own} → {other}" for count, own, other in pairs[:MATRIX_LABELS]]
+    return ["", "  most often confused:", *shown] if shown else []

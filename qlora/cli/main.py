@@ -16,6 +16,7 @@ from qlora.cli.explain import explain
 from qlora.cli.generate import generate
 from qlora.cli.init import init
 from qlora.cli.merge import merge
+from qlora.cli.predict import predict
 from qlora.cli.preview import preview
 from qlora.cli.quantize import quantize
 from qlora.cli.stopping import Terminated, raising_on_sigterm
@@ -60,6 +61,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("predict")(predict)
 app.command("merge")(merge)
 app.command("verify")(verify)
 app.command("quantize")(quantize)

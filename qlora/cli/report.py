@@ -15,6 +15,7 @@ LABELS = {
     "layers_checked": "layers compared",
     "losses": "loss, first and last step",
     "eval_losses": "held-out loss",
+    "eval_metrics": "held-out metrics",
     "retain_loss": "retained loss",
     "retain_losses": "retained loss",
     "seconds": "time",

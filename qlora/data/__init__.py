@@ -4,6 +4,7 @@ from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_bat
 from qlora.data.datasets import Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
+from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
 from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
@@ -15,12 +16,14 @@ from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 
 __all__ = [
     "IGNORE_INDEX",
+    "LABEL",
     "Batch",
     "BatchPlan",
     "DataReport",
     "Datasets",
     "EncodeOptions",
     "ExampleSet",
+    "Labels",
     "Piece",
     "Source",
     "TokenizedExample",
@@ -32,6 +35,8 @@ __all__ = [
     "collate",
     "encode_prompt",
     "eval_batches",
+    "find_labels",
+    "labels_from_dict",
     "make_example",
     "new_token_ids",
     "pieces",

@@ -8,6 +8,8 @@ import numpy as np
 
 from qlora.data.cache import cache_folder
 from qlora.data.encode import ExampleEncoder
+from qlora.data.label_words import words_note
+from qlora.data.labels import Labels
 from qlora.data.options import EncodeOptions
 from qlora.data.prepare import prepare
 from qlora.data.report import DataReport
@@ -27,6 +29,7 @@ class Datasets:
         reports: One report per source: first the training sources, then the evaluation sources.
         retain: Examples of an older task, which are evaluated and never trained on.
         retain_reports: One report per source of these.
+        labels: Labels of the texts, with the words and tokens that stand for them; None if there are none to learn.
     """
 
     train: ExampleSet
@@ -34,6 +37,7 @@ class Datasets:
     reports: list[DataReport]
     retain: ExampleSet
     retain_reports: list[DataReport]
+    labels: Labels | None = None
 
     @property
     def all_reports(self) -> list[DataReport]:
@@ -77,7 +81,7 @@ def build_datasets(
     """
     options = options or EncodeOptions()
     template = apply_template(tokenizer, chat_template)
-    encoder = ExampleEncoder(tokenizer, options.loss_on)
+    encoder = ExampleEncoder(tokenizer, options.loss_on, options.labels)
     cache = cache_folder(cache_dir)
     eval_sources = [] if isinstance(eval, float | int) else list(eval)
     stores, reports = [], []
@@ -130,8 +134,10 @@ def build_datasets(
         reports[number] = replace(reports[number], drawn=len(groups) * stores[number].group_size)
     if share and not any(map(len, held_out.values())):
         reports[0].notes.append("no example is held out, so there is no evaluation")
+    if (note := words_note(encoder.labels)) is not None:
+        reports[0].notes.append(note)
     sets = [_choose(stores, groups, reports) for groups in (trained, held_out, retained)]
-    return Datasets(sets[0], sets[1], reports[:num_others], sets[2], reports[num_others:])
+    return Datasets(sets[0], sets[1], reports[:num_others], sets[2], reports[num_others:], encoder.labels)
 
 
 def _hold_out(

@@ -1,5 +1,7 @@
 """Rows that are read without a chat template: text, token ids and labelled text."""
 
+from typing import Any
+
 from qlora.data.examples import Completion, Labelled, Tokens
 from qlora.data.masks import check_weight
 from qlora.data.rows import Row
@@ -40,8 +42,16 @@ def read_tokenized(_turns: TurnReader, row: Row) -> Tokens:
 
 
 def read_classification(_turns: TurnReader, row: Row) -> Labelled:
-    """Read `text` and `label`, a name or a number."""
-    label = row.values.get("label")
-    if not isinstance(label, str | int):
-        raise DataError(f"{row.origin}: 'label' should be a name or a number, not {label!r:.80}.")
-    return Labelled(text_of(row, "text"), check_unicode(row, str(label)))
+    """Read `text` and `label`: a name, a whole number, or a list of them."""
+    value = row.values.get("label")
+    labels = tuple(_label(row, each) for each in (value if isinstance(value, list) else [value]))
+    return Labelled(text_of(row, "text"), tuple(dict.fromkeys(labels)), isinstance(value, list))
+
+
+def _label(row: Row, value: Any) -> str:
+    is_whole = isinstance(value, float) and value.is_integer()  # tables without a value somewhere turn numbers into it
+    if not (isinstance(value, str | int) or is_whole) or value == "":
+        raise DataError(
+            f"{row.origin}: 'label' should be a name or a whole number, or a list of them, not {value!r:.80}."
+        )
+    return check_unicode(row, str(int(value) if is_whole else value))

@@ -12,6 +12,8 @@ from qlora.data.answers import draft_conversation
 from qlora.data.draft_tokens import DraftTokenizer
 from qlora.data.drafts import Answer, Draft
 from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.label_words import with_answers
+from qlora.data.labels import BY_TOKENS, LABEL, Labels
 from qlora.data.mismatched import BAD, GOOD, RATING
 from qlora.data.options import CHOICES
 from qlora.data.ratings import MARGIN
@@ -73,12 +75,17 @@ class ExampleEncoder:
         loss_on: Which tokens of a conversation are supervised: `assistant` for the assistant's turns with their end
             tokens, `last` for the last of these turns, `all` for prompts too. In rated conversations, such as those of
             a preference, it is always the last turn.
+        labels: Labels of texts, whose words are chosen if they have none; None if there are none to learn.
+
+    Attributes:
+        labels: The labels with their words and tokens.
 
     Raises:
         DataError: The tokenizer has no EOS token, so the model would not learn to stop, or is not a fast one.
+        ConfigError: The labels' words can't be told apart by one token.
     """
 
-    def __init__(self, tokenizer: Any, loss_on: str = "assistant") -> None:
+    def __init__(self, tokenizer: Any, loss_on: str = "assistant", labels: Labels | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError("The tokenizer has no EOS token, so the model would not learn to stop; set its eos_token.")
         if not tokenizer.is_fast:
@@ -91,6 +98,8 @@ class ExampleEncoder:
         self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._draft_tokenizer = DraftTokenizer(tokenizer, self.facts)
         self._executor = ThreadPoolExecutor(max_workers=1)
+        is_by_tokens = labels is not None and labels.by == BY_TOKENS
+        self.labels = with_answers(labels, self._answer_ids) if labels is not None and is_by_tokens else labels
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
         """Encode examples; an example that can't be encoded gives its error instead."""
@@ -119,6 +128,12 @@ class ExampleEncoder:
                 results.append(_encode_ids(example))
             else:
                 finished = [document for draft in group for document in to_documents(draft, next(encodings))]
+                if isinstance(example, Labelled) and self.labels is not None:
+                    try:
+                        results.append(self._label(example, finished, self.labels))
+                    except DataError as error:
+                        results.append(error)
+                    continue
                 documents = [replace(document, values=_values_of(example)) for document, _ in finished]
                 group_size = 2 if isinstance(example, Preference) else 1
                 per_answer = len(documents) > group_size
@@ -138,6 +153,9 @@ class ExampleEncoder:
             weight = float(self.loss_on == "all")
             answer = Answer(begin, None, len(text), 1.0)
             return [Draft(text, [answer], weight, is_chat=False, needs_end=True, starts=self._bos)]
+        if isinstance(example, Labelled) and self.labels is not None and self.labels.words:
+            word = self.labels.words[self._label_number(example, self.labels)]
+            return draft_conversation(self.tokenizer, self.facts, _question(example.text, word), "last")
         if isinstance(example, Labelled):
             return [Draft(example.text, [], 0.0, is_chat=False, starts=self._bos)]
         if isinstance(example, Preference):
@@ -158,6 +176,55 @@ class ExampleEncoder:
             raise DataError("the answer that was rated has weight 0, so nothing would be supervised; remove the mask.")
         weights = [*[0.0] * (len(messages) - 1), own]
         return draft_conversation(self.tokenizer, self.facts, Conversation(messages, conversation.tools, weights))
+
+    def shorten(self, example: Labelled, limit: int) -> Encoded | DataError:
+        """Encode a labelled text that has too many tokens, without the end of the text.
+
+        Args:
+            example: The text.
+            limit: Largest number of tokens of the document.
+        """
+        (offsets,) = (encoding.offsets for encoding in self._draft_tokenizer.encode([example.text]))
+        kept = len(offsets)
+        (result,) = self.encode([example])
+        while not isinstance(result, DataError) and (excess := len(result.documents[0]) - limit) > 0:
+            kept -= excess
+            if kept < 1:
+                return DataError(
+                    f"a prompt and an answer take {len(result.documents[0])} tokens, so nothing is left of the text "
+                    f"with data.max_seq_len {limit}; raise it."
+                )
+            (result,) = self.encode([replace(example, text=example.text[: offsets[kept - 1][1]])])
+        return result
+
+    def _label(self, example: Labelled, finished: Sequence[tuple[TokenizedExample, bool]], labels: Labels) -> Encoded:
+        """Return a labelled text's document with its label; by tokens, check that it ends with the label's answer."""
+        ((document, eos_added),) = finished
+        if labels.is_multiple:
+            numbers = [labels.number(name) for name in example.labels]
+            value: Any = np.isin(np.arange(len(labels.names)), numbers).astype(np.uint8)
+        else:
+            number = self._label_number(example, labels)
+            value = np.int32(number)
+            if labels.answers and tuple(document.input_ids[document.loss_mask].tolist()) != labels.answers[number]:
+                raise DataError(
+                    "its label has other tokens after this text than after others; set data.chat_template to one that "
+                    "ends prompts with a special token or a line break (the built-in chatml does)."
+                )
+        return Encoded([replace(document, values={LABEL: value})], eos_added=eos_added)
+
+    def _label_number(self, example: Labelled, labels: Labels) -> int:
+        if len(example.labels) != 1:
+            raise DataError(f"it has {len(example.labels)} labels; a text has one here.")
+        return labels.number(example.labels[0])
+
+    def _answer_ids(self, word: str) -> tuple[int, ...]:
+        """Return the supervised tokens of an answer."""
+        (encoded,) = self.encode([_question(QUESTION["content"], word)])
+        if isinstance(encoded, DataError):
+            raise ConfigError(f"data.labels: {word!r} can't be answered: {encoded}")
+        (document,) = encoded.documents
+        return tuple(document.input_ids[document.loss_mask].tolist())
 
     def _count_control_tokens(self, example: Example) -> Counter[str]:
         """Count the control tokens in the turns and tools of an example."""
@@ -180,6 +247,10 @@ def _values_of(example: Example) -> Mapping[str, Any]:
     if isinstance(example, Preference):
         return {MARGIN: np.float32(example.margin)}
     return {}
+
+
+def _question(text: str, answer: str) -> Conversation:
+    return Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": answer}])
 
 
 def answer_end_id(tokenizer: Any) -> int:

@@ -106,10 +106,17 @@ class Rated:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text with its class."""
+    """A text with its labels.
+
+    Attributes:
+        text: The text.
+        labels: Names of its labels.
+        is_list: Whether the row has a list of labels, of any length, instead of one.
+    """
 
     text: str
-    label: str
+    labels: tuple[str, ...]
+    is_list: bool = False
 
 
 Example = Conversation | Completion | Tokens | Preference | Rated | Labelled

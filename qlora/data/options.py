@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qlora.data.labels import Labels
 from qlora.errors import ConfigError
 
 CHOICES = {
@@ -21,12 +22,14 @@ class EncodeOptions:
         overlong: How longer documents are handled: `drop`, `truncate`, `split` or `error`; always counted. A group of
             several documents is dropped or truncated whole, and never split.
         on_bad_row: How rows that can't be used are handled: `error`, or `drop`, which counts them.
+        labels: Labels that texts are classified by; None reads labelled texts without learning from them.
     """
 
     loss_on: str = "assistant"
     max_seq_len: int = 2048
     overlong: str = "drop"
     on_bad_row: str = "error"
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -23,13 +23,15 @@ from qlora.data.report import DataReport
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.serving import tokenizer_notes
 from qlora.data.sources import Source, file_notes
-from qlora.data.store import ExampleStore, ExampleWriter
+from qlora.data.store import Column, ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
 # Characters and rows that are tokenized at a time. Two such batches are in memory at once.
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
+# Examples that are never split, by what messages call them.
+WHOLE = {Preference | Rated: "rated answers", Labelled: "a text with a label"}
 
 
 def prepare(
@@ -101,7 +103,7 @@ class _Build:
                 # A batch is tokenized while the next one is read and rendered.
                 begun = self._begin(rows, reader)
                 if writer is None:  # now the format is known
-                    writer = ExampleWriter(self.folder, STORED_COLUMNS.get(reader.format, ()))
+                    writer = ExampleWriter(self.folder, self._columns(reader.format))
                 if pending is not None:
                     self._finish(pending, writer)
                 pending = begun
@@ -128,6 +130,12 @@ class _Build:
             report.notes += self.encoder.facts.notes()
         report.seconds = time.perf_counter() - started
         write_report(self.folder, report.as_dict())
+
+    def _columns(self, format: str) -> Sequence[Column]:
+        """Return the columns of a format's stores, in addition to those of every store."""
+        if format == "classification" and self.encoder.labels is not None:
+            return (self.encoder.labels.column(),)
+        return STORED_COLUMNS.get(format, ())
 
     def _begin(self, rows: list[Row | BadRow], reader: RowReader) -> _PendingRows:
         """Read a batch of rows and start tokenizing it."""
@@ -160,14 +168,20 @@ class _Build:
 
     def _write(self, number: int, row: Row | BadRow, example: Example, result: Encoded, writer: ExampleWriter) -> None:
         report, options = self.report, self.options
-        is_rated = isinstance(example, Preference | Rated)
-        if options.overlong == "error" or options.overlong == "split" and is_rated:
-            longest = max(map(len, result.documents))
-            if longest > options.max_seq_len:
-                what = f"{longest} tokens, more than data.max_seq_len ({options.max_seq_len}); raise it, or set "
-                choices = "drop or truncate, as rated answers can't be split" if is_rated else "drop, truncate or split"
-                self._refuse(row, f"{what}data.overlong to {choices}.")
+        longest = max(map(len, result.documents))
+        whole = next((what for kind, what in WHOLE.items() if isinstance(example, kind)), None)
+        if longest > options.max_seq_len and (options.overlong == "error" or options.overlong == "split" and whole):
+            what = f"{longest} tokens, more than data.max_seq_len ({options.max_seq_len}); raise it, or set "
+            choices = f"drop or truncate, as {whole} can't be split" if whole else "drop, truncate or split"
+            self._refuse(row, f"{what}data.overlong to {choices}.")
+            return
+        if longest > options.max_seq_len and options.overlong == "truncate" and isinstance(example, Labelled):
+            shorter = self.encoder.shorten(example, options.max_seq_len)
+            if isinstance(shorter, DataError):
+                self._refuse(row, str(shorter))
                 return
+            result = shorter
+            report.overlong["truncated"] = report.overlong.get("truncated", 0) + 1
         report.per_answer += result.per_answer
         report.eos_added += result.eos_added
         for counts, more in (report.switched, result.switched), (report.control_tokens, result.control_tokens):

@@ -11,6 +11,7 @@ from qlora.checkpoint import RunDirectory, RunRecord, read_adapter_config
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 from qlora.export.card_adapter import adapter_rows
+from qlora.lora import ScoreHead
 from qlora.model import AdapterSource
 
 CARD_FILE = "README.md"
@@ -55,11 +56,12 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     datasets = [source for source, on_hub in map(public_name, _sources(config)) if on_hub]
     if datasets:
         front["datasets"] = datasets
-    front |= {"library_name": _library(folder), "pipeline_tag": "text-generation", "tags": ["qlora", "lora"]}
+    front |= {"library_name": _library(folder), "pipeline_tag": _pipeline(record.head), "tags": ["qlora", "lora"]}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, with the adapter merged into its weights.",
+        f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, with the adapter merged into its weights."
+        + _describe_head(record.head),
         "## Data",
         _table(["source", "format", "documents", "tokens", "supervised tokens"], _data_rows(record)),
         f"{record.examples.train} documents for training, {record.examples.eval} held out{_retained(record)}.",
@@ -75,7 +77,14 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, rows: Mapping[str, Any]) -> None:
+def write_quantized_card(
+    folder: Path,
+    name: str,
+    base: str,
+    base_folder: Path,
+    rows: Mapping[str, Any],
+    head: ScoreHead | None = None,
+) -> None:
     """Write the README.md of a model in 4 bits.
 
     Args:
@@ -84,17 +93,19 @@ def write_quantized_card(folder: Path, name: str, base: str, base_folder: Path, 
         base: Folder or hub id of the original model; a folder appears only with the last part of its path.
         base_folder: Folder with the original model's files, for its licence.
         rows: Rows of the card's table: values by name.
+        head: Head of scores of the model, if it has one.
     """
     base, is_on_hub = public_name(base)
     license = read_license(base_folder)
     front: dict[str, Any] = dict(license)
     if is_on_hub:
         front |= {"base_model": base, "base_model_relation": "quantized"}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bitsandbytes", "nf4"]}
+    front |= {"library_name": "transformers", "pipeline_tag": _pipeline(head), "tags": ["bitsandbytes", "nf4"]}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{_link(base, is_on_hub)} in bitsandbytes' 4-bit format, which transformers loads directly.",
+        f"{_link(base, is_on_hub)} in bitsandbytes' 4-bit format, which transformers loads directly."
+        + _describe_head(head),
         _table(["", ""], rows.items()),
         "## Licence",
         _license_text(base, license),
@@ -119,7 +130,7 @@ def write_adapter_card(
     front: dict[str, Any] = dict(license)
     if base_on_hub:
         front |= {"base_model": base, "base_model_relation": "finetune"}
-    front |= {"library_name": _library(folder), "pipeline_tag": "text-generation", "tags": ["lora"]}
+    front |= {"library_name": _library(folder), "pipeline_tag": _pipeline(source.head), "tags": ["lora"]}
     patterns = {"ranks": config.get("rank_pattern"), "alphas": config.get("alpha_pattern")}
     own = "".join(f"; {what} by layer: {pattern}" for what, pattern in patterns.items() if pattern)
     adapter = {
@@ -130,13 +141,29 @@ def write_adapter_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
         f"{_link(base, base_on_hub)} with the LoRA adapter {source.folder.name} merged into its weights. The adapter "
-        "was made elsewhere, so its data and training are not known here.",
+        "was made elsewhere, so its data and training are not known here." + _describe_head(source.head),
         "## Merge",
         _table(["", ""], ({key: value for key, value in adapter.items() if value} | _merge_rows(report)).items()),
         "## Licence",
         _license_text(base, license),
     ]
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _pipeline(head: ScoreHead | None) -> str:
+    """Return the hub's name of what a model is for."""
+    return "text-generation" if head is None else "text-classification"
+
+
+def _describe_head(head: ScoreHead | None) -> str:
+    """Return sentences about a head of scores; empty for a model that predicts tokens."""
+    if head is None:
+        return ""
+    if head.num_labels == 1 and not head.labels:
+        what = "It is a reward model: it gives a text one score"
+    else:
+        what = f"It classifies texts: {', '.join(head.labels) or f'{head.num_labels} labels'}"
+    return f" {what}, and loads with AutoModelForSequenceClassification."
 
 
 def lost_in_4_bits(onto: str) -> list[str]:
@@ -220,7 +247,7 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         **adapter_rows(lora, train.keep, mean_ranks[-1] if mean_ranks else None, start, old_task),
         **_rows_trained(record, config),
-        "loss on": data.loss_on,
+        **({"loss on": data.loss_on} if record.head is None else {"loss": f"{train.objective}, of whole texts"}),
         "optimizer": f"{train.optimizer}, learning rate {rate:g} ({_schedule(train)}), weight decay "
         f"{train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",
@@ -253,12 +280,21 @@ def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
 def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
     """Return the held-out losses, those on retained rows before and after, and the last training loss."""
     lines = run.read_metrics(until=run.step)
-    held_out = [(line["step"], f"{line['eval_loss']:.4f} held-out") for line in lines if "eval_loss" in line]
+    held_out = [
+        (line["step"], f"{line['eval_loss']:.4f} held-out{_reward_accuracy(line)}")
+        for line in lines
+        if "eval_loss" in line
+    ]
     retained = [
         (line["step"], f"{line['retain_loss']:.4f} on retained rows") for line in lines if "retain_loss" in line
     ]
     last = [(line["step"], f"{line['loss']:.4f} training") for line in lines if "loss" in line][-1:]
     return held_out + retained[:1] + retained[1:][-1:] + last
+
+
+def _reward_accuracy(line: Mapping[str, Any]) -> str:
+    accuracy = line.get("eval_reward_accuracy")
+    return "" if accuracy is None else f", the chosen answer preferred in {accuracy:.1%} of the pairs"
 
 
 def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:

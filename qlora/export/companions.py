@@ -10,7 +10,7 @@ from typing import Any
 from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
 from qlora.lora import ScoreHead
-from qlora.model import AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
+from qlora.model import LABELS_FILE, AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
@@ -85,6 +85,8 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
         _copy_tokenizer(source.run.final_adapter, folder)
     else:
         tokenizer.save_pretrained(folder)
+    if source.run is not None and source.run.labels.is_file():  # what qlora predict reads
+        shutil.copyfile(source.run.labels, folder / LABELS_FILE)
     for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if source.trust_remote_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from qlora.checkpoint import adapter_digest
-from qlora.config import load_config
 from qlora.config.sections import parse_size
 from qlora.dtypes import full_name
 from qlora.errors import ExportError
@@ -71,7 +70,7 @@ def merge_to_folder(
                 "onto: 'best' compares losses of tokens, which a model that scores texts does not have; use original "
                 "or dequantized."
             )
-        examples = held_out_examples(load_config(source.run.config), load_run_tokenizer(source.run))
+        examples = held_out_examples(source.run, load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
         for base, candidate in candidates.items():
             _write_weights(staging / base, candidate, dtype, max_bytes, progress)

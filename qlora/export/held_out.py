@@ -6,25 +6,29 @@ from typing import Any
 
 import torch
 
-from qlora.config import RunConfig
+from qlora.checkpoint import RunDirectory
+from qlora.config import load_config
 from qlora.data import ExampleSet, eval_batches
-from qlora.model import datasets_from_section, evaluate, load_base
+from qlora.model import datasets_from_section, evaluate, labels_from_config, load_base
 
 # Number of training examples that replace held-out ones in a run without them.
 NUM_TRAIN_EXAMPLES = 64
 
 
-def held_out_examples(config: RunConfig, tokenizer: Any) -> ExampleSet:
+def held_out_examples(run: RunDirectory, tokenizer: Any) -> ExampleSet:
     """Return the held-out examples of a run; if it has none, its first training examples.
 
     Args:
-        config: Config of the run.
+        run: The run.
         tokenizer: Tokenizer of the run, with its template.
 
     Raises:
         DataError: The run's data can't be read.
     """
-    datasets = datasets_from_section(config.data, tokenizer, config.train.seed, own_template=True)
+    config = load_config(run.config)
+    datasets = datasets_from_section(
+        config.data, tokenizer, config.train.seed, own_template=True, labels=labels_from_config(config, run)
+    )
     return datasets.eval or datasets.train[:NUM_TRAIN_EXAMPLES]
 
 

@@ -165,7 +165,7 @@ def quantize_model(
             "bytes": writer.num_bytes,
             **({"notes": "; ".join(notes)} if notes else {}),
         }
-        write_quantized_card(folder, out_dir.name, base, files.folder, rows)
+        write_quantized_card(folder, out_dir.name, base, files.folder, rows, stored_head(files.config))
     return QuantizeReport(
         out_dir=str(out_dir),
         dtype=_name(target),

@@ -1,6 +1,6 @@
 """Fast operations, each with a twin in plain torch."""
 
-from qlora.kernels.cross_entropy import linear_cross_entropy
+from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
@@ -29,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_log_probs",
+    "linear_token_loss",
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",

@@ -39,14 +39,55 @@ def linear_cross_entropy(
     Returns:
         A scalar, fp32.
     """
+    loss, _ = linear_token_loss(
+        hidden, weight, labels, bias, logit_scale, softcap, row_weights, norm, chunk_elements=chunk_elements
+    )
+    return loss
+
+
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    row_weights: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    by_probability: bool = False,
+    chunk_elements: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a variant of :func:`linear_cross_entropy`, and the plain cross-entropy with it.
+
+    Args:
+        hidden: See :func:`linear_cross_entropy`, as all arguments that are not described here.
+        weight: The head's weight.
+        labels: Token ids.
+        bias: The head's bias.
+        logit_scale: Factor on the logits.
+        softcap: Soft cap of the logits.
+        row_weights: Weight of each row.
+        norm: Norm applied to `hidden` first.
+        label_smoothing: Share of each target that is spread evenly over the vocabulary, as in
+            `torch.nn.functional.cross_entropy`.
+        by_probability: Multiply each row's loss by the probability of its label, which gets no gradient
+            (DFT, arXiv:2508.05629).
+        chunk_elements: Logits held at a time.
+
+    Returns:
+        The loss and the plain cross-entropy, scalars in fp32; only the loss has a gradient.
+    """
     blocks = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
-    return _LinearCrossEntropy.apply(hidden, labels, bias, logit_scale, softcap, row_weights, norm, chunk, *blocks)
+    options = (bias, logit_scale, softcap, row_weights, norm, label_smoothing, by_probability, chunk)
+    loss, cross_entropy = _LinearTokenLoss.apply(hidden, labels, *options, *blocks)
+    return loss, cross_entropy
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -57,10 +98,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         row_weights: torch.Tensor | None,
         norm: Callable[[torch.Tensor], torch.Tensor] | None,
+        label_smoothing: float,
+        by_probability: bool,
         chunk_elements: int,
         *weights: torch.Tensor,
-    ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, plain = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
@@ -76,28 +119,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = transform_logits(all_logits[: len(normed)].copy_(product), logit_scale, softcap)
             places = labels[rows, None]
             of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
+            means = logits.mean(dim=1) if label_smoothing else None
             slope = None if softcap is None or not needs_grad else 1 - (logits / softcap).square()
             exponentials = logits.sub_(largest).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
-            losses = (largest + sums.log() - of_labels).squeeze(1)
-            total += losses.sum() if row_weights is None else losses @ row_weights[rows]
+            norms = (largest + sums.log()).squeeze(1)
+            losses = norms - of_labels.squeeze(1)
+            weights_here = None if row_weights is None else row_weights[rows]
+            plain += losses.sum() if weights_here is None else losses @ weights_here
+            if by_probability:
+                probabilities = losses.neg().exp()
+                weights_here = probabilities if weights_here is None else probabilities * weights_here
+            if means is not None:
+                losses = losses.mul_(1 - label_smoothing).add_(norms - means, alpha=label_smoothing)
+            total += losses.sum() if weights_here is None else losses @ weights_here
             if not needs_grad:
                 continue
             grad_logits = exponentials.div_(sums)
-            grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), -1.0).expand(places.shape))
+            if label_smoothing:
+                grad_logits.sub_(label_smoothing / head.size)
+            grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), label_smoothing - 1).expand(places.shape))
             if slope is not None:
                 grad_logits.mul_(slope)
                 del slope  # before the next chunk's is allocated
             if logit_scale != 1.0:
                 grad_logits.mul_(logit_scale)
-            if row_weights is not None:
-                grad_logits.mul_(row_weights[rows, None])
+            if weights_here is not None:
+                grad_logits.mul_(weights_here[:, None])
             head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
         ctx.save_for_backward(grad_hidden, *head.grads)
-        return total
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, *grads = scale_gradients(ctx.saved_tensors, grad_output)
-        return grad_hidden, *(None,) * 7, *grads
+    def backward(ctx: Any, grad_loss: torch.Tensor, _grad_plain: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, *grads = scale_gradients(ctx.saved_tensors, grad_loss)
+        return grad_hidden, *(None,) * 9, *grads

@@ -19,7 +19,9 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
-from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss
+from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
+from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss, token_loss
+from qlora.model.predict import Prediction, predict
 from qlora.model.restore import (
     find_foreign,
     load_adapted,
@@ -35,11 +37,13 @@ from qlora.model.tokenizer import load_generation_config, load_tokenizer
 
 __all__ = [
     "BITSANDBYTES_4BIT",
+    "LABELS_FILE",
     "SUPERVISED",
     "AdapterSource",
     "BaseWeights",
     "Evaluation",
     "Loss",
+    "Prediction",
     "Starts",
     "StepLoss",
     "adapt",
@@ -58,6 +62,7 @@ __all__ = [
     "generate",
     "group_rates",
     "has_codes",
+    "labels_from_config",
     "load_base",
     "load_for_training",
     "load_generation_config",
@@ -72,11 +77,15 @@ __all__ = [
     "load_tokenizer",
     "optimizer_from_section",
     "resolve_compute_dtype",
+    "predict",
+    "read_labels",
     "resolve_device",
     "set_tokens",
     "starts_of",
     "subtracted",
     "supervised_loss",
     "take_inventory",
+    "token_loss",
     "weight_format",
+    "write_labels",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.data import Batch
@@ -20,7 +21,8 @@ class Evaluation:
         num_supervised: Number of supervised tokens.
         total_weight: Number of units that the mean is over: the weight of the supervised tokens, unless another loss
             was evaluated.
-        metrics: Mean of each of the loss's metrics, by name.
+        metrics: Mean of each of the loss's metrics, and what it summarizes from its counts, by name.
+        counts: Sums of the loss's counts, as nested lists.
         is_per_token: Whether the loss is a cross-entropy per unit of supervised weight.
     """
 
@@ -29,6 +31,7 @@ class Evaluation:
     total_weight: float
     metrics: dict[str, float] = field(default_factory=dict)
     is_per_token: bool = True
+    counts: list[Any] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float | None:
@@ -59,20 +62,28 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # Loss, supervised tokens, units, and each metric.
-    totals = torch.zeros(3 + len(loss.metrics), dtype=torch.float64, device=device)
+    # Loss, supervised tokens, units, each metric, and each count.
+    num_means = 3 + len(loss.metrics)
+    totals = torch.zeros(num_means + math.prod(loss.counts), dtype=torch.float64, device=device)
     if loss.ahead is not None:
         batches = _with_ahead(model, list(batches), reduce, loss, device)
     for batch in batches:
-        sums = loss.sums(loss.compute(model, loss.learned_part(model, batch.to(device))))
+        step = loss.compute(model, loss.learned_part(model, batch.to(device)))
+        sums = loss.sums(step)
         totals[0] += sums[0]
         totals[1] += batch.num_supervised
         totals[2] += loss.units(batch)
-        totals[3:] += sums[1:]
+        totals[3:num_means] += sums[1:]
+        if step.counts is not None:
+            totals[num_means:] += step.counts.flatten()
     model.train(was_training)
-    loss_sum, num_supervised, units, *metrics = (totals if reduce is None else reduce(totals)).tolist()
+    loss_sum, num_supervised, units, *others = (totals if reduce is None else reduce(totals)).tolist()
+    metrics, counted = others[: len(loss.metrics)], np.array(others[len(loss.metrics) :], dtype=np.int64)
+    counts = counted.reshape(loss.counts).tolist()
     means = {name: value / (units or 1.0) for name, value in zip(loss.metrics, metrics, strict=True)}
-    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, loss.is_per_token)
+    if loss.summarize is not None:
+        means |= loss.summarize(counts)
+    return Evaluation(loss_sum / (units or 1.0), int(num_supervised), units, means, loss.is_per_token, counts)
 
 
 def _with_ahead(

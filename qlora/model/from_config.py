@@ -8,7 +8,15 @@ import torch
 
 from qlora.config import DataSection, LoraSection, ModelSection, SourceSection, TrainSection
 from qlora.config.sections import layer_indices, rate_factor
-from qlora.data import Datasets, EncodeOptions, Source, add_new_tokens, build_datasets, set_special_tokens
+from qlora.data import (
+    Datasets,
+    EncodeOptions,
+    Labels,
+    Source,
+    add_new_tokens,
+    build_datasets,
+    set_special_tokens,
+)
 from qlora.lora import (
     AdapterSpec,
     LayerStart,
@@ -148,7 +156,12 @@ def set_tokens(section: DataSection, tokenizer: Any) -> range:
 
 
 def datasets_from_section(
-    section: DataSection, tokenizer: Any, seed: int, own_template: bool = False, new_ids: range = range(0)
+    section: DataSection,
+    tokenizer: Any,
+    seed: int,
+    own_template: bool = False,
+    new_ids: range = range(0),
+    labels: Labels | None = None,
 ) -> Datasets:
     """Build a config's training, held-out and retained examples.
 
@@ -158,14 +171,15 @@ def datasets_from_section(
         seed: Seed of the run.
         own_template: Whether the tokenizer is a run's and has its chat template already, whose file may be gone.
         new_ids: Ids of added tokens; those that are in no training example are noted in the first report.
+        labels: Labels of texts, see :func:`qlora.model.labels_from_config`.
     """
     datasets = build_datasets(
         tokenizer,
-        [_source(section, source) for source in section.train],
+        training_sources(section),
         [_source(section, source) for source in section.eval]
         if isinstance(section.eval, list)
         else section.eval or 0.0,
-        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row),
+        EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row, labels),
         chat_template="auto" if own_template else section.chat_template,
         cache_dir=section.cache_dir,
         seed=seed,
@@ -179,6 +193,11 @@ def datasets_from_section(
         note = f"new tokens that are in no training example, so their use is not trained: {', '.join(absent)}"
         datasets.reports[0].notes.append(note)
     return datasets
+
+
+def training_sources(section: DataSection) -> list[Source]:
+    """Return the sources of a config's training rows."""
+    return [_source(section, source) for source in section.train]
 
 
 def _source(section: DataSection, source: SourceSection) -> Source:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
-from qlora.kernels import linear_cross_entropy, recipe_of
+from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import ScoreHead, head_blocks
 from qlora.model.embeddings import changed_embeddings
@@ -30,10 +30,12 @@ class StepLoss:
     Attributes:
         total: Sum of the loss over the batch, a scalar in fp32, not yet divided by any count.
         metrics: Other sums over the batch by name, scalars in fp32; they get no gradient.
+        counts: Counts of the batch, of the shape :attr:`Loss.counts`; None if it has none.
     """
 
     total: torch.Tensor
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Loss:
         units: Number of units in an example or a batch: what a sum of losses or metrics is divided by for the mean.
         metrics: Names of the metrics of every :class:`StepLoss`. They are fixed, because processes add up their
             metrics even if one of them ran out of memory before it computed any.
+        counts: Shape of the counts of every :class:`StepLoss`, which evaluations add up over batches and processes.
+        summarize: Computes further metrics from these sums, for those that are no means over units.
         passes: Yields the parts of a loss that is trained in several passes; the backward of each is run before the
             next is asked for. The loss and its metrics are the sums over the parts. By default there is one pass,
             which `compute` returns.
@@ -62,6 +66,8 @@ class Loss:
     compute: Callable[[Any, Batch], StepLoss]
     units: Callable[[TokenizedExample | Batch], float]
     metrics: tuple[str, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    summarize: Callable[[list[Any]], Mapping[str, float]] | None = None
     passes: Callable[[Any, Batch], Iterable[StepLoss]] | None = None
     group_size: int = 1
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -101,14 +107,45 @@ def supervised_loss(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         A scalar, fp32; divide it by the weight of all supervised tokens that you average over.
     """
+    return _token_loss(model, batch)[0]
+
+
+def _token_loss(
+    model: Any, batch: Batch, label_smoothing: float = 0.0, by_probability: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a loss of the supervised tokens, and their plain cross-entropy; see :func:`linear_token_loss`."""
     hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    rows, norm = supervised_rows(hidden, batch)
+    return loss_of_rows(model, batch, rows, norm, batch.weights, label_smoothing, by_probability)
+
+
+def loss_of_rows(
+    model: Any,
+    batch: Batch,
+    rows: torch.Tensor,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None,
+    weights: torch.Tensor | None,
+    label_smoothing: float = 0.0,
+    by_probability: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of the supervised tokens and their plain cross-entropy, from their hidden states.
+
+    Args:
+        model: A causal language model.
+        batch: The batch.
+        rows: See :func:`supervised_rows`, as `norm`.
+        norm: Norm that the rows still need.
+        weights: Weight of each token, (supervised tokens,), fp32; None if all are 1.
+        label_smoothing: See :func:`linear_token_loss`, as `by_probability`.
+        by_probability: Multiply by the tokens' probabilities.
+    """
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
-    rows, norm = supervised_rows(hidden, batch)
     labels = batch.labels.flatten().index_select(0, batch.supervised)
-    return linear_cross_entropy(
+    return linear_token_loss(
         rows, head_blocks(head), labels, head.bias,
-        logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+        logit_scale=scale, softcap=softcap, row_weights=weights, norm=norm,
+        label_smoothing=label_smoothing, by_probability=by_probability,
     )  # fmt: skip
 
 
@@ -118,6 +155,21 @@ SUPERVISED = Loss(
     units=lambda part: part.total_weight,
     is_per_token=True,
 )
+
+
+def token_loss(label_smoothing: float, by_probability: bool) -> Loss:
+    """Return a variant of :data:`SUPERVISED` to train with; its metric `cross_entropy` is the plain one.
+
+    Args:
+        label_smoothing: Share of each target that is spread evenly over the vocabulary.
+        by_probability: Multiply each token's loss by the token's probability, as DFT does (arXiv:2508.05629).
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        loss, plain = _token_loss(model, batch, label_smoothing, by_probability)
+        return StepLoss(loss, {"cross_entropy": plain})
+
+    return Loss(compute, SUPERVISED.units, metrics=("cross_entropy",))
 
 
 def supervised_rows(

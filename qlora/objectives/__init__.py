@@ -1,7 +1,16 @@
 """Training objectives, one per file."""
 
-from qlora.objectives.from_config import objective_from_section, training_loss
+from qlora.objectives.confusion import by_label
+from qlora.objectives.from_config import evaluation_loss, objective_for_data, objective_from_section, training_loss
 from qlora.objectives.objective import Objective
 from qlora.objectives.sft import SFT
 
-__all__ = ["SFT", "Objective", "objective_from_section", "training_loss"]
+__all__ = [
+    "SFT",
+    "Objective",
+    "by_label",
+    "evaluation_loss",
+    "objective_for_data",
+    "objective_from_section",
+    "training_loss",
+]

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, TokenizedExample
+from qlora.data import LABEL, Batch, TokenizedExample
 from qlora.lora import ScoreHead
 from qlora.model import Loss, StepLoss
 from qlora.model.score import document_scores
+from qlora.objectives.confusion import ACCURACY, count_labels, summarize
 
-LABEL, ACCURACY = "label", "accuracy"
 SINGLE, MULTIPLE = "single_label_classification", "multi_label_classification"
 
 
@@ -34,13 +34,14 @@ def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence
         scores, given = document_scores(model, batch), batch.values[LABEL]
         own = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=scores.device)
         predicted = predicted_labels(scores, is_multiple)
+        counts = count_labels(given.long(), predicted, len(names))
         if is_multiple:
             losses = F.binary_cross_entropy_with_logits(scores, given.float(), own, reduction="none")
-            return StepLoss(losses.mean(dim=1).sum(), {ACCURACY: (predicted == given).all(dim=1).float().sum()})
+            return StepLoss(losses.mean(dim=1).sum(), {ACCURACY: (predicted == given).all(dim=1).float().sum()}, counts)
         number = given.long()
         loss = F.cross_entropy(scores, number, own, reduction="sum")
         correct = (predicted == number).float()
-        return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own[number]})
+        return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own[number]}, counts)
 
     def units(part: TokenizedExample | Batch) -> float:
         if weights is None or is_multiple:
@@ -49,7 +50,15 @@ def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence
 
     made_up = torch.zeros(len(names) if is_multiple else (), dtype=torch.uint8 if is_multiple else torch.int32)
     head = ScoreHead(len(names), tuple(names), MULTIPLE if is_multiple else SINGLE)
-    return Loss(compute=compute, units=units, metrics=(ACCURACY,), columns={LABEL: made_up}, head=head)
+    return Loss(
+        compute=compute,
+        units=units,
+        metrics=(ACCURACY,),
+        counts=(len(names), 2, 2) if is_multiple else (len(names), len(names)),
+        summarize=summarize,
+        columns={LABEL: made_up},
+        head=head,
+    )
 
 
 def predicted_labels(scores: torch.Tensor, is_multiple: bool) -> torch.Tensor:

@@ -9,7 +9,7 @@ REMEDIES = {
     "preference": "set data.format: chosen; to learn the preference, set train.objective: dpo",
     "kto": "remove the rows whose label is false, and set data.format to messages, alpaca or completion; to learn from "
     "both, set train.objective: kto",
-    "classification": "set data.format: text",
+    "classification": "set data.format: text; to learn the labels, set train.objective: classify",
 }
 SFT = Objective(
     name="sft",

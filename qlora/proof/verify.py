@@ -23,6 +23,7 @@ from qlora.model import (
     build_skeleton,
     end_token_ids,
     evaluate,
+    labels_from_config,
     load_adapted,
     load_adapter_tokenizer,
     load_base,
@@ -30,7 +31,7 @@ from qlora.model import (
     open_source,
     resolve_device,
 )
-from qlora.objectives import objective_from_section
+from qlora.objectives import evaluation_loss
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
@@ -210,14 +211,17 @@ def _loss(source: AdapterSource) -> Loss | None:
     """Return the loss that models are compared by; None for scores of an adapter made elsewhere."""
     if source.head is None:
         return SUPERVISED
-    return None if source.run is None else objective_from_section(load_config(source.run.config).train).loss
+    if source.run is None:
+        return None
+    config = load_config(source.run.config)
+    return evaluation_loss(config.train, labels_from_config(config, source.run))
 
 
 def _examples(source: AdapterSource, tokenizer: Any) -> Sequence[TokenizedExample]:
     """Return the examples that a model is run on: held-out ones of the run, or fixed texts."""
     if source.run is None:
         return fixed_examples(tokenizer, (*PROMPTS, *SAMPLE_TEXTS))
-    return held_out_examples(load_config(source.run.config), tokenizer)[:NUM_EXAMPLES]
+    return held_out_examples(source.run, tokenizer)[:NUM_EXAMPLES]
 
 
 def _compare_gguf(

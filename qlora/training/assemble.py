@@ -20,6 +20,7 @@ from qlora.model import (
     check_isolation,
     check_loss,
     datasets_from_section,
+    labels_from_config,
     load_for_training,
     load_tokenizer,
     optimizer_from_section,
@@ -30,7 +31,7 @@ from qlora.model import (
 )
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
-from qlora.objectives import Objective, objective_from_section, training_loss
+from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -120,7 +121,7 @@ class Assembly:
         return LoopParts(
             model=self.model,
             optimizer=self.optimizer,
-            loss=training_loss(self.config.train, self.objective.loss),
+            loss=training_loss(self.config.train, self.objective.trained or self.objective.loss),
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
@@ -148,13 +149,17 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
-        processes, lambda: datasets_from_section(config.data, tokenizer, section.seed, new_ids=new_ids)
+        processes,
+        lambda: datasets_from_section(
+            config.data, tokenizer, section.seed, new_ids=new_ids, labels=labels_from_config(config)
+        ),
     )
     # A continued run has what was computed from these in its starts.
     old = _old_examples(config, processes, tokenizer) if starts is None else None
     with processes.raise_together():
         if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
+        objective = objective_for_data(section, datasets)
         head = _finish_head(objective.loss.head, config, tokenizer, datasets)
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
@@ -182,7 +187,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     section, why = resolve_rate(config, model.config)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    loss = training_loss(section, objective.loss)
+    loss = training_loss(section, objective.trained or objective.loss)
     fit = fit_memory(config.model_copy(update={"train": section}), model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),

@@ -10,10 +10,18 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig, SourceSection, load_config
 from qlora.data import eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
-from qlora.model import AdapterSource, base_from_section, datasets_from_section, find_foreign, load_model, load_run
+from qlora.model import (
+    AdapterSource,
+    base_from_section,
+    datasets_from_section,
+    find_foreign,
+    labels_from_config,
+    load_model,
+    load_run,
+)
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
-from qlora.objectives import objective_from_section
+from qlora.objectives import by_label, evaluation_loss, objective_for_data, objective_from_section
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,6 +37,9 @@ class EvaluationReport:
         perplexity: exp(loss); None for objectives whose loss is not one of tokens.
         bits_per_byte: Bits per UTF-8 byte of the supervised text; None where tokens have weights or no text.
         metrics: Mean of each metric of the config's objective, by name.
+        labels: For each label of a classification its name and precision, recall, F1 and number of texts.
+        confusion: Number of texts by label and predicted label, of a classification; where a text can have several
+            labels, of each label by whether texts have it and whether it is predicted.
         retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
     """
 
@@ -39,6 +50,8 @@ class EvaluationReport:
     perplexity: float | None
     bits_per_byte: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    confusion: list[Any] = field(default_factory=list)
     retain_loss: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,16 +94,18 @@ def evaluate(
     if foreign is not None:
         if data is None:
             raise ConfigError(f"{target} was made elsewhere and holds out no example; name a file with --data (data=).")
-        config, run, own_template = _config_for(foreign, data), None, True
+        config, run, own_template, labels = _config_for(foreign, data), None, True, None
         model, tokenizer = load_model(str(target), device, base)
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
-        own_template, expected = run is not None, objective_from_section(config.train).loss
+        own_template, labels = run is not None, labels_from_config(config, run)
         if run is None:
-            model, tokenizer = base_from_section(config.model, device, head=expected.head, seed=config.train.seed)
+            head = evaluation_loss(config.train, labels).head
+            model, tokenizer = base_from_section(config.model, device, head=head, seed=config.train.seed)
         else:
-            model, tokenizer = load_run(str(target), device, expected.has_reference)
+            has_reference = objective_from_section(config.train).loss.has_reference
+            model, tokenizer = load_run(str(target), device, has_reference)
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -101,7 +116,9 @@ def evaluate(
         whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
     try:
-        datasets = datasets_from_section(section, tokenizer, config.train.seed, own_template=own_template)
+        datasets = datasets_from_section(
+            section, tokenizer, config.train.seed, own_template=own_template, labels=labels
+        )
     except (ConfigError, DataError) as error:
         raise error if data is None else type(error)(f"--data {data} (data= in Python): {error}") from None
     if problems := objective_from_section(config.train).unsupported_reasons(datasets.all_reports):
@@ -109,11 +126,12 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
-    loss = objective_from_section(config.train).loss
+    loss = objective_for_data(config.train, datasets).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     retained = (
         evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
     )
+    names = datasets.labels.names if datasets.labels is not None else ()
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
@@ -124,6 +142,8 @@ def evaluate(
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
         metrics=result.metrics,
+        labels=[each.described(name) for name, each in zip(names, by_label(result.counts), strict=True)],
+        confusion=result.counts,
         retain_loss=retained.loss if retained else None,
     )
 

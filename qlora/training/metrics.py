@@ -122,10 +122,11 @@ class MetricsLog:
                 **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
                 f"{name}_supervised_tokens": each.num_supervised,
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
+                **({f"{name}_confusion": each.counts} if each.counts else {}),
             }
         self._write(values)
         labels = {"eval": "held-out loss", "retain": "retained loss"}
-        self.display.show_event(step, "  ".join(f"{labels[name]} {each.loss:.4f}" for name, each in found.items()))
+        self.display.show_event(step, "  ".join(_describe(labels[name], each) for name, each in found.items()))
 
     def close(self) -> None:
         """End the progress line, and close the file."""
@@ -151,6 +152,11 @@ class MetricsLog:
             self.write_out()
         numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
         self.processes.log(numbers, values["step"])
+
+
+def _describe(label: str, evaluation: Evaluation) -> str:
+    metrics = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in evaluation.metrics.items()]
+    return ", ".join([f"{label} {evaluation.loss:.4f}", *metrics])
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:

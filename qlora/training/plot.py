@@ -1,4 +1,4 @@
-"""The loss curve of a run as an image."""
+"""The loss curve of a run, and its confusion matrix, as images."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -7,6 +7,8 @@ from typing import Any
 
 # Share of the logged steps that the smoothed training loss averages over.
 SMOOTHED_SHARE = 0.05
+# Number of labels up to which counts are written into a confusion matrix.
+WRITTEN_LABELS = 20
 Points = list[tuple[int, float]]
 
 
@@ -42,6 +44,37 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         rate_axes.set(ylabel="learning rate", ylim=(0, None))
         lines = [*lines, *rate_axes.get_lines()]
     axes.legend(handles=lines)
+    return _save(figure, target)
+
+
+def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], target: Path, title: str = "") -> bool:
+    """Draw the number of texts by label and predicted label as a PNG, each row shaded by its own share.
+
+    Args:
+        matrix: (labels, labels), texts by their label and the predicted one.
+        names: Names of the labels.
+        target: Path of the PNG.
+        title: Title of the image.
+
+    Returns:
+        Whether it was drawn, see :func:`draw_losses`.
+    """
+    if (figure := _figure()) is None:
+        return False
+    size = max(4.5, 0.3 * len(names) + 2)
+    figure.set_size_inches(size + 0.5, size)
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in matrix]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=90)
+    axes.set_yticks(places, names)
+    axes.set(title=title, xlabel="predicted", ylabel="label")
+    if len(names) <= WRITTEN_LABELS:
+        for row in places:
+            for column in places:
+                color = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(column, row, f"{matrix[row][column]:,}", ha="center", va="center", color=color)
     return _save(figure, target)
 
 

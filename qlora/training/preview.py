@@ -12,7 +12,7 @@ from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
 from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
-from qlora.model import datasets_from_section, load_tokenizer, set_tokens
+from qlora.model import datasets_from_section, labels_from_config, load_tokenizer, set_tokens
 from qlora.objectives import objective_from_section
 from qlora.training.given import as_config
 from qlora.training.schedule import resolve_total_steps
@@ -98,7 +98,8 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
     new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
-    datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids)
+    labels = labels_from_config(config)
+    datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids, labels=labels)
     problems = objective_from_section(section).unsupported_reasons(datasets.all_reports)
     num_bad = sum(report.bad_rows for report in datasets.all_reports)
     if num_bad and config.data.on_bad_row == "error":

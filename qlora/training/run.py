@@ -11,7 +11,7 @@ from qlora.checkpoint import RunDirectory, quarantine, save_adapter, write_start
 from qlora.config import RunConfig, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
-from qlora.model import frozen_checksum, resolve_device
+from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
@@ -21,7 +21,7 @@ from qlora.training.display import Display
 from qlora.training.given import as_config
 from qlora.training.metrics import peak_memory_bytes
 from qlora.training.origin import OWN_KEYS, flatten
-from qlora.training.plot import draw_losses
+from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, find_start
 from qlora.training.session import SessionOptions, how_to_continue, run_session
@@ -39,6 +39,7 @@ class RunResult:
         losses: Training loss of every logged step.
         eval_losses: Held-out loss by step.
         retain_losses: Loss on retained rows (`data.retain`) by step.
+        eval_metrics: Metrics of the last held-out evaluation by name, such as the accuracy of a classification.
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -52,6 +53,7 @@ class RunResult:
     losses: list[float]
     eval_losses: dict[int, float]
     retain_losses: dict[int, float]
+    eval_metrics: dict[str, float]
     tokens_per_second: float
     peak_memory: int
     signal: int | None
@@ -184,6 +186,8 @@ def _train(
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
             if assembly.starts:
                 write_starts(run.starts, assembly.starts)
+            if (labels := assembly.plan.datasets.labels) is not None:
+                write_labels(run.labels, labels, assembly.config.data.max_seq_len)
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
@@ -207,13 +211,35 @@ def _train(
             if is_finished:
                 _save_final_adapter(assembly, run)
             run.write_record(record)
-            draw_losses(run.read_metrics(), run.path / "loss.png", title=run.path.name)
+            _draw(run, assembly)
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=received)
+
+
+def _draw(run: RunDirectory, assembly: Assembly) -> None:
+    """Draw the run's losses, and the confusion matrix of its last evaluation if it classifies."""
+    lines, labels = run.read_metrics(), assembly.plan.datasets.labels
+    draw_losses(lines, run.path / "loss.png", title=run.path.name)
+    matrices = [(line["step"], line["eval_confusion"]) for line in lines if "eval_confusion" in line]
+    if labels is not None and not labels.is_multiple and matrices:
+        step, matrix = matrices[-1]
+        title = f"{run.path.name}, step {step:,}"
+        draw_confusion(matrix, labels.names, run.path / "confusion.png", title)
+
+
+def _last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the last evaluation of held-out examples, of which not all are losses."""
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    others = {"eval_loss", "eval_perplexity", "eval_supervised_tokens"}
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in last.items()
+        if key.startswith("eval_") and key not in others and isinstance(value, int | float)
+    }
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
@@ -264,6 +290,7 @@ def _result(
         losses=[line["loss"] for line in lines if "loss" in line],
         eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
         retain_losses={line["step"]: line["retain_loss"] for line in lines if "retain_loss" in line},
+        eval_metrics=_last_metrics(lines),
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

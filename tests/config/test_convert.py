@@ -664,3 +664,12 @@ def test_neftunes_noise_is_kept(base, alpha, expected, convert):
     conversion, config = convert(base | {"neftune_noise_alpha": alpha})
     assert config.train.neftune_alpha == expected
     assert "neftune_noise_alpha" not in conversion.text.partition("dropped")[2]
+
+
+@pytest.mark.parametrize(("base", "keys"), [
+    (AXOLOTL_BASE, {"use_dft": True}), (LLAMA_FACTORY_BASE, {"use_dft_loss": True}), (TRL_BASE, {"loss_type": "dft"}),
+], ids=["axolotl", "LLaMA-Factory", "TRL"])  # fmt: skip
+def test_token_losses_are_kept(base, keys, convert):
+    conversion, config = convert(base | keys | {"label_smoothing_factor": 0.1})
+    assert (config.train.token_loss, config.train.label_smoothing) == ("dft", 0.1)
+    assert not [name for name in keys if name in conversion.text.partition("dropped")[2]]

@@ -53,6 +53,7 @@ PEERS = {
 
 INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {
+    "train.label_smoothing": (-0.1, 1, 1.5, "soft"),
     "train.neftune_alpha": (0, -1, "loud"),
     "lora.rank": [0, -4, 1.5, "many"],
     "lora.alpha": [0, -1, INF, NAN],
@@ -198,7 +199,7 @@ def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("load_in_8bit", "8-bit bases are not available"), ("wandb_project", "environment"), ("deepspeed", "processes"),
-    ("train.label_smoothing", "label smoothing"),
+    ("min_sample_len", "short rows"),
 ])  # fmt: skip
 def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
     message = problems(write({name: 1}))
@@ -576,6 +577,16 @@ def test_a_floor_above_the_peak_of_the_learning_rate_is_refused(write):
 ])  # fmt: skip
 def test_keys_of_the_schedule_that_contradict_each_other_are_refused(write, keys, expected):
     assert expected in problems(write({f"train.{key}": value for key, value in keys.items()}))
+
+
+@pytest.mark.parametrize("keys", [{"token_loss": "dft"}, {"label_smoothing": 0.1}])
+def test_token_losses_need_an_objective_with_a_loss_of_tokens(keys, monkeypatch, write):
+    """The check that each objective without one relies on, tried as if fine-tuning were such an objective."""
+    assert load_config(write({f"train.{key}": value for key, value in keys.items()}))
+    monkeypatch.setattr("qlora.config.sections.train.TOKEN_LOSS_OBJECTIVES", ("other",))
+    assert "changes the loss of tokens, but train.objective sft has none; remove it, or set objective: other" in (
+        problems(write({f"train.{key}": value for key, value in keys.items()}))
+    )
 
 
 @pytest.mark.parametrize("keys", [

@@ -37,6 +37,9 @@ NEEDED = {
     "lora.train": {"lora": {"init": "orthogonal"}},
     "lora.calibrate": {"lora": {"init": "reconstruct"}},
     "lora.stack": {"lora": {"start_from": "runs/earlier"}},
+    "data.labels": {"train": {"objective": "classify"}},
+    "train.classify_by": {"train": {"objective": "classify"}},
+    "train.class_weights": {"train": {"objective": "classify"}},
     **dict.fromkeys(("train.reward", "train.reward.center"), {"train": {"objective": "reward"}}),
 }
 REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}

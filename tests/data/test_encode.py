@@ -342,7 +342,7 @@ def test_loss_on_all_supervises_a_completions_prompt_too(rng):
 
 def test_a_labelled_text_is_its_tokens_and_teaches_none(rng):
     labelled, text = encoder(), words(rng)
-    document = only(documents(labelled, Labelled(text, "animal")))
+    document = only(documents(labelled, Labelled(text, ("animal",))))
     assert document.input_ids.tolist() == labelled.tokenizer(text).input_ids
     assert document.num_supervised == 0
 
@@ -391,7 +391,7 @@ def test_many_at_once_are_what_each_is_alone(rng):
     rewriting = encoder(REWRITING)
     chats = [Conversation(turns(*(words(rng) for _ in range(rng.randrange(1, 7))))) for _ in range(8)]
     bad = [Conversation([{"role": "assistant", "content": "a"}]), Tokens([-1], [1.0])]
-    texts = [Completion(words(rng), words(rng)), Labelled(words(rng), "a"), Tokens([1, 2], [1.0, 1.0])]
+    texts = [Completion(words(rng), words(rng)), Labelled(words(rng), ("a",)), Tokens([1, 2], [1.0, 1.0])]
     pairs = [Preference(chat, chat) for chat in chats if len(chat.messages) % 2 == 0]
     examples = [*chats, *bad, *texts, *pairs]
     rng.shuffle(examples)

@@ -357,14 +357,21 @@ def test_a_label_that_is_no_verdict_is_refused(label):
 # Classes.
 
 
-@pytest.mark.parametrize(("label", "name"), [("joy", "joy"), (3, "3"), ("", "")])
+@pytest.mark.parametrize(("label", "name"), [("joy", "joy"), (3, "3"), (3.0, "3"), (True, "True")])
 def test_a_text_may_have_a_class(label, name):
-    assert read(text="Some words.", label=label) == Labelled("Some words.", name)
+    assert read(text="Some words.", label=label) == Labelled("Some words.", (name,))
 
 
-@pytest.mark.parametrize("label", [None, [1], {"a": 1}, 1.5], ids=repr)
+@pytest.mark.parametrize(("labels", "names"), [([], ()), (["joy", 3, "joy"], ("joy", "3"))])
+def test_a_text_may_have_several_classes(labels, names):
+    assert read(text="Some words.", label=labels) == Labelled("Some words.", names, is_list=True)
+
+
+@pytest.mark.parametrize("label", [None, {"a": 1}, 1.5, ""], ids=repr)
 def test_a_class_that_is_no_name_is_refused(label):
-    assert f"'label' should be a name or a number, not {label!r}" in refusal("classification", text="x", label=label)
+    for value in (label, ["joy", label]):
+        message = refusal("classification", text="x", label=value)
+        assert f"'label' should be a name or a whole number, or a list of them, not {label!r}" in message
 
 
 # Trees.
@@ -587,7 +594,7 @@ def test_a_text_that_is_a_transcript_is_text_and_noted():
 def test_columns_are_mapped_before_the_format_is_detected():
     columns = {"instruction": "question", "output": "answer"}
     assert read(columns=columns, question="Hi", answer="Ho") == Conversation([HI, HO])
-    assert read(columns={"label": "category"}, text="x", category="joy") == Labelled("x", "joy")
+    assert read(columns={"label": "category"}, text="x", category="joy") == Labelled("x", ("joy",))
 
 
 def test_a_mapped_column_comes_before_one_of_its_name():

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora.kernels import linear_cross_entropy
+from qlora.kernels import linear_cross_entropy, linear_token_loss
 from tests.reference.cross_entropy import linear_cross_entropy as reference
+from tests.reference.cross_entropy import token_losses
 
 
 def make_inputs(generator, rows, features, vocabulary, dtype=torch.float32):
@@ -34,7 +35,13 @@ def relative(found, wanted):
     return ((found.float() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
 
 
-@settings(max_examples=60, deadline=None)
+# Variants of the loss, alone and together.
+VARIANTS = [
+    {}, {"label_smoothing": 0.3}, {"by_probability": True}, {"label_smoothing": 0.1, "by_probability": True},
+]  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
     rows=st.integers(1, 40),
@@ -46,20 +53,31 @@ def relative(found, wanted):
     logit_scale=st.sampled_from([1.0, 0.0625, 3.0]),
     softcap=st.sampled_from([None, 1.5, 30.0]),
     weighted=st.booleans(),
+    variant=st.sampled_from(VARIANTS),
 )
 def test_loss_and_gradient_are_torchs(
-    seed, rows, features, vocabulary, chunk_rows, with_bias, logit_scale, softcap, weighted
+    seed, rows, features, vocabulary, chunk_rows, with_bias, logit_scale, softcap, weighted, variant
 ):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, labels, bias = make_inputs(generator, rows, features, vocabulary)
     options = {"bias": bias if with_bias else None, "logit_scale": logit_scale, "softcap": softcap}
     options["row_weights"] = random_weights(generator, rows) if weighted else None
     chunk = max(1, chunk_rows * vocabulary)
-    loss, grad = run(hidden, weight, labels, chunk_elements=chunk, **options)
-    wanted_loss, wanted_grad = reference(hidden, weight, labels, **options)
+    loss, plain = linear_token_loss(hidden, weight, labels, chunk_elements=chunk, **options, **variant)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    wanted_loss, wanted_grad = reference(hidden, weight, labels, **options, **variant)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wanted_loss, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(loss.detach(), wanted_loss, rtol=2e-5, atol=1e-5)
     torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
+    assert not plain.requires_grad
+    torch.testing.assert_close(plain, reference(hidden, weight, labels, **options)[0], rtol=2e-5, atol=1e-5)
+
+
+def test_without_a_variant_the_token_loss_is_the_cross_entropy(generator):
+    hidden, weight, labels, _ = make_inputs(generator, 9, 16, 50)
+    loss, plain = linear_token_loss(hidden, weight, labels)
+    assert torch.equal(loss.detach(), plain)
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -206,9 +224,10 @@ def split_at(weight, bounds, trained):
     softcap=st.sampled_from([None, 1.5]),
     weighted=st.booleans(),
     frozen_hidden=st.booleans(),
+    variant=st.sampled_from(VARIANTS),
 )
 def test_trained_blocks_of_the_head_get_torchs_gradient(
-    seed, rows, bounds, trained, chunk_rows, with_bias, logit_scale, softcap, weighted, frozen_hidden
+    seed, rows, bounds, trained, chunk_rows, with_bias, logit_scale, softcap, weighted, frozen_hidden, variant
 ):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, labels, bias = make_inputs(generator, rows, 16, 50)
@@ -216,14 +235,12 @@ def test_trained_blocks_of_the_head_get_torchs_gradient(
     options = {"bias": bias if with_bias else None, "logit_scale": logit_scale, "softcap": softcap}
     options["row_weights"] = random_weights(generator, rows) if weighted else None
     blocks = split_at(weight, bounds, trained)
-    loss = linear_cross_entropy(hidden, blocks, labels, chunk_elements=chunk_rows * 50, **options)
-    wanted_loss, _ = reference(hidden, weight, labels, **options)
+    loss, _ = linear_token_loss(hidden, blocks, labels, chunk_elements=chunk_rows * 50, **options, **variant)
+    wanted_loss, _ = reference(hidden, weight, labels, **options, **variant)
     torch.testing.assert_close(loss.detach(), wanted_loss, rtol=2e-5, atol=1e-5)
     wanted = torch.cat(blocks).double().detach().requires_grad_()
-    logits = hidden.detach().double() @ wanted.T + (bias.double() if with_bias else 0)
-    logits = logits * logit_scale
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    own_bias = bias.double() if with_bias else None
+    losses = token_losses(hidden.detach().double(), wanted, labels, own_bias, logit_scale, softcap, **variant)
     (losses * (1 if options["row_weights"] is None else options["row_weights"])).sum().backward()
     if loss.requires_grad:
         (loss / 7).backward()

@@ -91,6 +91,8 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
         ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32"],
         ["data.max_seq_len=192", "train.neftune_alpha=5"],
         ["data.max_seq_len=192", "train.adversarial.epsilon=0.1"],
+        ["data.max_seq_len=192", "train.keep.kl=0.1", "train.token_loss=dft", "train.label_smoothing=0.1"],
+        ["data.max_seq_len=192", "train.objective=classify"],
         ["data.max_seq_len=192", "train.keep.kl=0.1"],
         ["data.max_seq_len=96", "train.objective=dpo"],
         ["data.max_seq_len=96", "train.objective=kto"],

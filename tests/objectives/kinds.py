@@ -6,9 +6,12 @@ import numpy as np
 import torch
 
 from qlora.config import TrainSection
+from qlora.data import LABEL, Labels, make_example
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.data.ratings import MARGIN
 from qlora.objectives import objective_from_section
+from qlora.objectives.classify import answer_loss
+from qlora.objectives.classify_head import head_loss
 from tests.training.test_loop import random_examples
 
 # Settings of the train section, by objective.
@@ -21,16 +24,23 @@ OBJECTIVES = {
     "cpo": {"preference": {"length_normalize": True}},
     "reward": {"reward": {"center": 0.05}},
     "kto": {"preference": {"beta": 0.7, "desirable_weight": 1.3}},
+    "classify": {},
+    "classify by head": {"classify_by": "head"},
 }
+LABELS = Labels(("a", "b", "c"), "tokens", answers=((5, 9, 257), (5, 8, 257), (5, 7, 257)))
 
 
 def section_of(name, **settings):
     """Return a train section of the objective."""
-    return TrainSection(**{"objective": name, "output_dir": "run"} | OBJECTIVES[name] | settings)
+    return TrainSection(**{"objective": name.split()[0], "output_dir": "run"} | OBJECTIVES[name] | settings)
 
 
 def loss_of(name, **settings):
     """Return the objective's loss."""
+    if name == "classify":
+        return answer_loss(LABELS, (0.5, 1.0, 2.0))
+    if name == "classify by head":
+        return head_loss(LABELS.names, weights=(0.5, 1.0, 2.0))
     return objective_from_section(section_of(name, **settings)).loss
 
 
@@ -51,5 +61,14 @@ def examples_of(name, generator, count):
         ratings = [value for good in ratings for value in (GOOD if good else BAD, MISMATCHED)]
         examples = [
             replace(each, values={RATING: np.int8(rating)}) for each, rating in zip(examples, ratings, strict=True)
+        ]
+    if name.startswith("classify"):
+        numbers = torch.randint(len(LABELS.names), (count,), generator=generator).tolist()
+        examples = [
+            replace(
+                make_example([*each.input_ids, *LABELS.answers[number]], [0] * len(each) + [1, 1, 1]),
+                values={LABEL: np.int32(number)},
+            )
+            for each, number in zip(examples, numbers, strict=True)
         ]
     return examples

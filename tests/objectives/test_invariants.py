@@ -90,6 +90,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(name, tiny_base, generator
     assert one.loss == pytest.approx(other.loss, rel=1e-4)
     assert one.metrics == pytest.approx(other.metrics, rel=1e-3, abs=1e-4)
     assert one.total_weight == other.total_weight
+    assert one.counts == other.counts
 
 
 def test_a_repeated_evaluation_is_the_same_and_leaves_the_random_numbers_alone(name, tiny_base, generator):
@@ -106,8 +107,9 @@ def test_noise_an_adversary_and_the_bases_divergence_are_added_to_every_loss(nam
     predicts_tokens = loss_of(name).head is None
     if predicts_tokens:
         settings["keep"] = {"kl": 0.2}
-    loss = training_loss(section_of(name, **settings))
-    assert {*loss_of(name).metrics, "clean_loss", "adversarial_loss"} == {*loss.metrics} - {"kl"}
+    loss = training_loss(section_of(name, **settings), loss_of(name))
+    added = {"clean_loss", "adversarial_loss", *(["kl"] if predicts_tokens else [])}
+    assert {*loss_of(name).metrics, *added} == {*loss.metrics}
     examples = examples_of(name, generator, 4)
     report = trainer_of(name, tiny_base, examples, loss=loss, micro=4, accumulation=1).run(2, 3e-3).reports[1]
     assert not predicts_tokens or report.metrics["kl"] > 0

@@ -29,13 +29,20 @@ METHODS = {
     "dora + reconstruct + ranks": {
         "lora__kind": "dora", "lora__init": "reconstruct", "lora__rank_pattern": {"v_proj": 2, "layers.1.mlp.*": 7},
     },
-    "rows + dropout + layers": {"lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1]},
+    "rows + dropout + layers + smoothing": {
+        "lora__kind": "rows", "lora__alpha": 32, "lora__dropout": 0.1, "lora__layers": [1],
+        "train__label_smoothing": 0.1,
+    },
     "B alone + eva + exclude": {"lora__train": "B", "lora__init": "eva", "lora__exclude": ["down_proj"]},
     "pissa + rslora": {"lora__init": "pissa", "lora__rslora": True},
     "dora + final rank + master": {"lora__kind": "dora", "lora__final_rank": 2, "train__rounding": "master"},
     "null space + orthogonal + rates": {
         "train__keep": {"null_space": "OLD ROWS", "kl": 0.1}, "lora__init": "orthogonal",
         "train__learning_rates": {"lora_B": "4x"},
+    },
+    "classification by words + class weights": {"train__objective": "classify", "train__class_weights": "balanced"},
+    "classification by a head + dora": {
+        "train__objective": "classify", "train__classify_by": "head", "lora__kind": "dora",
     },
     "reward + embeddings + rates": {
         "train__objective": "reward", "train__reward": {"center": 0.01}, "lora__modules_to_save": ["embed_tokens"],
@@ -45,9 +52,10 @@ METHODS = {
 
 
 @pytest.fixture(scope="session")
-def data_of(alpaca_file, pairs_file):
+def data_of(alpaca_file, pairs_file, labelled_file):
     """A function that returns the rows that a run's settings are for."""
-    return lambda settings: pairs_file if settings.get("train__objective") == "reward" else alpaca_file
+    files = {"reward": pairs_file, "classify": labelled_file}
+    return lambda settings: files.get(settings.get("train__objective"), alpaca_file)
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=lambda name: name.replace(" ", "-"))

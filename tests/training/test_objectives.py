@@ -42,6 +42,7 @@ def rated_rows(mark=""):
 OBJECTIVES = {
     "dpo": (pair_rows, {"train__preference": {"sft_weight": 0.1}, "lora__dropout": 0.1}),
     "orpo": (pair_rows, {"lora__kind": "dora", "data__packing": False}),
+    "reward": (pair_rows, {"train__reward": {"center": 0.01}}),
     "kto": (rated_rows, {"train__preference": {"beta": 0.5}, "train__neftune_alpha": 5}),
 }
 

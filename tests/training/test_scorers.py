@@ -16,9 +16,7 @@ from qlora.lora import ScoreHead
 from qlora.model import generate, load_base, load_for_training, load_model, load_run
 from qlora.proof import verify
 from qlora.training import evaluate, train
-from qlora.training.replay import replay
-from tests.tiny import POISON, make_base, run_config, write_jsonl
-from tests.training.ranks import needs_fork, train_in_two
+from tests.tiny import make_base, run_config
 from tests.training.same_run import lines_of
 
 pytestmark = pytest.mark.slow
@@ -165,32 +163,6 @@ def test_rows_without_pairs_are_refused_with_what_would_do(tiny_base, alpaca_fil
         ConfigError, match=r"train.objective: reward can't learn from the alpaca rows .* preference rows"
     ):
         train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **REWARD)))
-
-
-@needs_fork
-def test_two_processes_train_what_one_does_with_twice_the_batch(tiny_base, pairs_file, tmp_path):
-    one, two = (
-        run_config(tiny_base, pairs_file, tmp_path / name, train__gradient_accumulation_steps=steps, **REWARD)
-        for name, steps in (("one", 2), ("two", 1))
-    )
-    train(load_config(one))
-    train_in_two(two)
-    for mine, other in zip(*(lines_of(tmp_path / name) for name in ("one", "two")), strict=True):
-        assert mine.keys() == other.keys()
-        for key in {"loss", "eval_loss"} & mine.keys():
-            assert mine[key] == pytest.approx(other[key], rel=1e-3)
-
-
-def test_a_failed_step_is_rerun(poisoned_base, tmp_path):
-    pairs = [{"prompt": "Say it", "chosen": "fine", "rejected": f"not {number}"} for number in range(7)]
-    data = write_jsonl(tmp_path / "rows.jsonl", [*pairs, {"prompt": "Say it", "chosen": POISON, "rejected": "no"}])
-    config = load_config(run_config(poisoned_base, data, tmp_path / "run", data__eval=None, **REWARD))
-    with pytest.raises(ModelError, match="is not finite|nan|inf"):
-        train(config)
-    (saved,) = (tmp_path / "run" / "replay").iterdir()
-    report = replay(config, saved)
-    assert not report.is_finite
-    assert report.broken
 
 
 def test_a_published_reward_model_is_trained_further(run, pairs_file, tmp_path):

@@ -18,6 +18,7 @@ from tests.training.same_run import lines_of
 from tests.training.test_loop import CAPACITIES, Trainer, lengths_of, random_examples
 
 ADDED = {
+    "token loss": {"token_loss": "dft", "label_smoothing": 0.1},
     "noise": {"neftune_alpha": 20.0},
     "adversary": {"adversarial": {"epsilon": 0.2}},
     "divergence": {"keep": {"kl": 0.7}},

@@ -99,6 +99,11 @@ def _copy(draft: Draft) -> None:
     name, alpha = draft.take_named("neftune_noise_alpha", "noisy_embedding_alpha")
     if values.number(alpha):
         draft.set("train.neftune_alpha", values.number(alpha), name)
+    if smoothing := values.number(draft.take("label_smoothing_factor")):
+        draft.set("train.label_smoothing", smoothing, "label_smoothing_factor")
+    name, is_dft = draft.take_named("use_dft", "use_dft_loss")
+    if values.flag(is_dft):
+        draft.set("train.token_loss", "dft", name)
     _packing(draft)
     names = ("tokens", "added_tokens", "new_special_tokens", "add_special_tokens", "add_tokens")
     tokens = draft.peek(*names)

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 WITHOUT_MEANING = {
     "it is for an objective that this config does not train": (
         "beta rl_beta pref_* dpo_* orpo_* kto_* cpo_* simpo_* rpo_* desirable_weight undesirable_weight loss_weights "
-        "gamma_beta_ratio center_rewards_coefficient"
+        "label_smoothing gamma_beta_ratio center_rewards_coefficient"
     ),
     "data.max_seq_len bounds each answer with its prompt": (
         "max_prompt_length max_completion_length max_prompt_len truncate_prompt"
@@ -132,7 +132,7 @@ NOT_AVAILABLE = {
     ),
     "this objective is not available": (
         "rl rl_* stage reward_model process_reward_model ppo_* grpo_* gkd_* loss_type reward_* trl num_generations "
-        "use_dft use_eaft eaft_* dft_* use_asft_loss diffusion_* teacher_model* lmbda ebft*"
+        "use_eaft eaft_* dft_* use_asft_loss diffusion_* teacher_model* lmbda ebft*"
     ),
     "it changes a loss of preferences in a way that is not available": (
         "ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting dpo_use_weighting discopop_tau "
@@ -158,7 +158,6 @@ NOT_AVAILABLE = {
     "prompts are written by the chat template; put another system message into the rows": (
         "default_system_message default_system prompt_template tool_format"
     ),
-    "label smoothing is not available": "label_smoothing_factor label_smoothing",
     "early stopping is not available; the best checkpoint can be merged by its path": (
         "early_stopping_patience early_stopping_* early_stopping load_best_model_at_end metric_for_best_model "
         "greater_is_better loss_watchdog_threshold loss_watchdog_patience"

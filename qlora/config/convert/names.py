@@ -83,6 +83,8 @@ NAMES_OF = {
     "train.deterministic": "full_determinism",
     "train.seed": "random_state random_seed",
     "train.neftune_alpha": "neftune_noise_alpha noisy_embedding_alpha",
+    "train.token_loss": "use_dft use_dft_loss",
+    "train.label_smoothing": "label_smoothing_factor",
     "train.log_every": "logging_steps",
     "train.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "train.save_every": "save_steps saves_per_epoch save_strategy",

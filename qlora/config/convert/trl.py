@@ -41,6 +41,8 @@ def translate(draft: Draft, folder: Path) -> None:
     defaults = translate_trl(draft)
     if draft.peek("loss_type") in ("nll", "chunked_nll"):
         draft.drop("loss_type", "the loss is the mean over supervised tokens, computed in chunks")
+    if draft.peek("loss_type") == "dft":
+        draft.set("train.token_loss", draft.take("loss_type"), "loss_type")
     translate_data(draft)
     name, template = draft.take_named("chat_template_path", "chat_template", "chat_template_format")
     set_template(draft, template, name)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import Columns, Count, NewTokens, PathText
+from qlora.config.sections.values import Columns, Count, LabelNames, NewTokens, PathText
 
 Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
@@ -138,6 +138,12 @@ class DataSection(Section):
         default={},
         description="Speaker names of your data, each with its meaning: system, user, assistant or tool.",
         examples=[{"agent": "assistant", "caller": "user"}],
+    )
+    labels: LabelNames | None = Field(
+        default=None,
+        description="Labels of train.objective classify: their names in order, or the word that stands for each name "
+        "in an answer. null takes those of the training rows, sorted.",
+        examples=[{"0": "negative", "1": "positive"}],
     )
     max_rows: Count | None = Field(
         default=None,

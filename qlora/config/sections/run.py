@@ -7,7 +7,7 @@ from qlora.config.sections.data import DataSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
-from qlora.config.sections.train import SCORING, TrainSection
+from qlora.config.sections.train import TrainSection
 
 
 class RunConfig(Section):
@@ -54,7 +54,7 @@ class RunConfig(Section):
             }
             if found := [reason for reason, is_so in conflicts.items() if is_so]:
                 raise ValueError(f"keep.null_space hides inputs from new adapters, but {' and '.join(found)}")
-        if value.keep is not None and value.keep.kl and value.objective in SCORING:
+        if value.keep is not None and value.keep.kl and value.has_scores:
             raise ValueError(
                 f"keep.kl compares predictions of tokens, which a model of train.objective: {value.objective} does not "
                 "make; remove keep.kl"
@@ -66,11 +66,35 @@ class RunConfig(Section):
             )
         return value
 
+    @field_validator("train")
+    @classmethod
+    def _check_classification(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if data is None:
+            return value
+        if value.objective != "classify":
+            if data.labels is not None:
+                raise ValueError(
+                    f"objective is {value.objective}, but data.labels names labels; set objective: classify"
+                )
+            return value
+        if data.overlong == "split":
+            raise ValueError(
+                "objective: classify can't learn from parts of a text, but data.overlong is split; set it to truncate, "
+                "drop or error"
+            )
+        if isinstance(data.labels, dict) and value.classify_by == "head":
+            raise ValueError("classify_by: head needs no words, but data.labels gives some; name the labels in a list")
+        named = set(value.class_weights) if isinstance(value.class_weights, dict) else set()
+        if data.labels is not None and (unknown := named - set(data.labels)):
+            raise ValueError(f"class_weights names {', '.join(sorted(unknown))}, which data.labels does not have")
+        return value
+
 
 def untrained_groups(lora: LoraSection, data: DataSection, train: TrainSection) -> dict[str, str]:
     """Return the groups of `train.learning_rates` that a config does not train, each with what is missing."""
     reasons = {}
-    if train.objective not in SCORING:
+    if not train.has_scores:
         reasons["score"] = f"train.objective: {train.objective} trains no head of scores; choose another group"
     if not (data.new_tokens or lora.modules_to_save):
         reasons["embeddings"] = "no embedding or head is trained; set lora.modules_to_save or data.new_tokens"

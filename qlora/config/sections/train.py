@@ -19,9 +19,11 @@ from qlora.config.sections.values import (
 
 DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_WARMUP_RATIO = 0.03
+# Objectives whose loss is the cross-entropy of supervised tokens.
+TOKEN_LOSS_OBJECTIVES = ("sft",)
 # Groups of parameters that can have a learning rate of their own.
 RATE_GROUPS = ("lora_A", "lora_B", "embeddings", "magnitude", "score")
-# Objectives that train a head of scores for whole texts, instead of the one over the vocabulary.
+# Objectives that always train a head of scores for whole texts.
 SCORING = ("reward",)
 # Keys of a single scheduler: its name, and the key's value where it is null.
 SCHEDULER_OPTIONS: dict[str, tuple[str, float]] = {"decay_ratio": ("wsd", 0.2), "restarts": ("cosine_restarts", 1)}
@@ -139,11 +141,11 @@ class RewardSection(Section):
 class TrainSection(Section):
     """The run."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto", "reward"] = Field(
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto", "reward", "classify"] = Field(
         default="sft",
         description="Training objective. sft is supervised fine-tuning; dpo, ipo, orpo, simpo and cpo learn from "
         "preference pairs, kto from answers rated good or bad; reward trains a model of preference pairs that gives a "
-        "text a score.",
+        "text a score; classify learns the labels of texts.",
         examples=["dpo"],
     )
     preference: PreferenceSection | None = Field(
@@ -156,6 +158,31 @@ class TrainSection(Section):
         default=None,
         description="Options of train.objective: reward; null takes their defaults.",
         examples=[{"center": 0.01}],
+    )
+    classify_by: Literal["head", "tokens"] | None = Field(
+        default=None,
+        validate_default=True,
+        description="What decides on a label with objective classify: a head with a score of each label, or tokens, "
+        "the words that the model answers with; null is tokens.",
+        examples=["tokens"],
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="Weights of labels in the loss that is trained: balanced makes all labels count the same in total; "
+        "or a weight for each name, 1 for those that are left out. null weighs every text the same.",
+        examples=["balanced"],
+    )
+    token_loss: Literal["ce", "dft"] = Field(
+        default="ce",
+        description="Loss of a token while training: ce is the cross-entropy; dft multiplies it by the token's own "
+        "probability, which gets no gradient. Evaluations report the cross-entropy.",
+        examples=["dft"],
+    )
+    label_smoothing: Share = Field(
+        default=0.0,
+        description="Share of each target token that is spread evenly over the vocabulary while training. Evaluations "
+        "do not smooth.",
+        examples=[0.1],
     )
     output_dir: PathText = Field(
         description="Run directory: config, metrics, checkpoints and adapter. The same command continues a run in it.",
@@ -297,6 +324,11 @@ class TrainSection(Section):
     )
 
     @property
+    def has_scores(self) -> bool:
+        """Whether a head of scores for whole texts is trained, instead of using the one over the vocabulary."""
+        return self.objective in SCORING or self.classify_by == "head"
+
+    @property
     def peak(self) -> float:
         """Peak learning rate of a section in which it is a number."""
         assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
@@ -309,6 +341,27 @@ class TrainSection(Section):
             ValidationError: Other keys don't allow it.
         """
         return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
+    @field_validator("classify_by", "class_weights")
+    @classmethod
+    def _check_classify(cls, value: object, info: ValidationInfo) -> object:
+        objective = info.data.get("objective", "classify")  # absent if it is invalid itself
+        if objective == "classify":
+            return "tokens" if value is None and info.field_name == "classify_by" else value
+        if value is not None:
+            raise ValueError(f"is set, but train.objective is {objective}; remove it, or set objective: classify")
+        return None
+
+    @field_validator("token_loss", "label_smoothing")
+    @classmethod
+    def _check_token_loss(cls, value: str | float, info: ValidationInfo) -> str | float:
+        objective = info.data.get("objective", "sft")  # absent if it is invalid itself
+        if value not in ("ce", 0) and objective not in TOKEN_LOSS_OBJECTIVES:
+            raise ValueError(
+                f"changes the loss of tokens, but train.objective {objective} has none; remove it, or set "
+                f"objective: {' or '.join(TOKEN_LOSS_OBJECTIVES)}"
+            )
+        return value
 
     @field_validator("preference")
     @classmethod

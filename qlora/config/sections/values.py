@@ -135,6 +135,13 @@ def _column_names(value: object) -> object:
     return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
 
 
+def _label_names(value: object) -> object:
+    """Return names as text, also those that YAML reads as numbers."""
+    if isinstance(value, dict):
+        return {str(name) if type(name) is int else name: word for name, word in value.items()}
+    return [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else value
+
+
 def _number_of_text(value: object) -> object:
     """Return the number that a text is, which YAML does not recognize without a dot: `5e-5`."""
     try:
@@ -173,6 +180,11 @@ LayerIndices = Annotated[
 ]
 NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
 Columns = Annotated[dict[str, str], BeforeValidator(_column_names, json_schema_input_type=dict[str, str | int])]
+LabelNames = Annotated[
+    list[str] | dict[str, str],
+    Field(min_length=1),
+    BeforeValidator(_label_names, json_schema_input_type=list[str | int] | dict[str | int, str]),
+]
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 ComputeDtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],

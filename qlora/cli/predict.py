@@ -1,0 +1,50 @@
+"""`qlora predict`: the labels of a file's texts."""
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from qlora.cli.options import AsJson, Device, expand_home
+from qlora.cli.report import show_report
+from qlora.cli.stopping import stopping_with
+
+
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run that classifies, one of its checkpoints, or the folder that it was merged into.",
+            callback=expand_home,
+        ),
+    ],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Rows with a text each, as JSONL or CSV.", callback=expand_home)
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="A new JSONL file with the row's number, its id, its label and the probability of each label.",
+            callback=expand_home,
+        ),
+    ],
+    text: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column with the text; default: that of the run, or 'text'.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 16,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Predict the label of every row of a file."""
+    with stopping_with("Nothing was written. Run the same command again."):
+        from qlora.model import predict as predict_labels
+
+        predictions = predict_labels(model, data, output, text, batch_size, device)
+    found = [each.label if isinstance(each.label, list) else [each.label] for each in predictions]
+    counts = Counter(name for names in found for name in names)
+    report = {"rows": len(predictions), "labels": dict(counts.most_common()), "output": output}
+    show_report(report, as_json, f"Predicted the labels of {len(predictions)} rows.")
