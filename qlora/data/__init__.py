@@ -8,7 +8,7 @@ from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
 from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
 from qlora.data.report import DataReport
-from qlora.data.samples import Piece, pieces
+from qlora.data.samples import Piece, pieces, split_shared
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet
 from qlora.data.template import apply_template, encode_prompt, template_name
@@ -41,6 +41,7 @@ __all__ = [
     "new_token_ids",
     "pieces",
     "set_special_tokens",
+    "split_shared",
     "store_rows",
     "supervised_bytes",
     "template_name",
