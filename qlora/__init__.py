@@ -9,7 +9,7 @@ from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, M
 if TYPE_CHECKING:
     from qlora.checkpoint import save_adapter
     from qlora.config import RunConfig, load_config
-    from qlora.export import MergeReport, QuantizeReport, merge, quantize
+    from qlora.export import MergeReport, QuantizeReport, quantize
     from qlora.lora import LoraLinear, adapters_off, add_lora
     from qlora.model import Prediction, generate, load_base, load_run, predict
     from qlora.nf4 import NF4Linear
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TuneReport,
         estimate,
         evaluate,
+        merge,
         preview,
         train,
         tune,
@@ -51,7 +52,7 @@ _HOMES = {
     "load_base": "qlora.model",
     "load_config": "qlora.config",
     "load_run": "qlora.model",
-    "merge": "qlora.export",
+    "merge": "qlora.training",
     "predict": "qlora.model",
     "preview": "qlora.training",
     "quantize": "qlora.export",

@@ -46,7 +46,7 @@ def imported_packages():
 def test_dependencies_are_what_is_imported():
     required = names_of(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(sum((extras[name] for name in ("plot", "gpu", "gguf")), []))
+    optional = names_of(sum((extras[name] for name in ("plot", "gpu", "gguf", "metrics")), []))
     imported = imported_packages()
     assert imported.keys() - required - optional - BROUGHT_BY_TORCH == set()
     assert required - imported.keys() == set()

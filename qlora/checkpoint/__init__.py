@@ -2,6 +2,7 @@
 
 from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
+from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, is_lower_better, metric_label
 from qlora.checkpoint.peft_folder import (
     PeftAdapter,
     adapter_digest,
@@ -10,6 +11,7 @@ from qlora.checkpoint.peft_folder import (
 )
 from qlora.checkpoint.record import (
     BaseRecord,
+    Best,
     ExampleCounts,
     InUse,
     Inventory,
@@ -33,6 +35,7 @@ from qlora.checkpoint.state import (
 
 __all__ = [
     "BaseRecord",
+    "Best",
     "ExampleCounts",
     "InUse",
     "Inventory",
@@ -47,6 +50,10 @@ __all__ = [
     "check_whole",
     "checkpoint_bytes",
     "drop_old_checkpoints",
+    "evaluation_metrics",
+    "is_evaluated",
+    "is_lower_better",
+    "metric_label",
     "load_adapter",
     "load_state",
     "newest_whole",

@@ -155,6 +155,21 @@ class ExampleCounts:
     eval: int
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation of a run, whose checkpoint is kept.
+
+    Attributes:
+        metric: Name of the metric that evaluations are compared by.
+        value: Its value.
+        step: Number of optimizer steps done.
+    """
+
+    metric: str
+    value: float
+    step: Steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """The contents of run.json.
@@ -174,10 +189,13 @@ class RunRecord:
         data: Data report of each source as JSON values. Its keys differ between versions; `source` and `digest` are
             always present.
         examples: Number of examples.
+        held_out: Number of examples of each set that is evaluated, by its name in metrics.
         retain: Data report of each source of retained rows.
         head: Head of scores of whole documents; None for the head over the vocabulary.
         status: `running`, `interrupted` or `finished`.
         steps: Number of optimizer steps done; None while the run is running.
+        best: The best evaluation, if its checkpoint is kept (`train.keep_best`).
+        stopped_early: Step at which the run last stopped early; None if it never did.
     """
 
     versions: dict[str, str]
@@ -193,10 +211,13 @@ class RunRecord:
     parameters: Inventory
     data: list[dict[str, Any]]
     examples: ExampleCounts
+    held_out: dict[str, int] = field(default_factory=dict)
     retain: list[dict[str, Any]] = field(default_factory=list)
     head: ScoreHead | None = None
     status: Literal["running", "interrupted", "finished"]
     steps: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    best: Best | None = None
+    stopped_early: Steps | None = None
 
     @property
     def is_finished(self) -> bool:

@@ -23,7 +23,8 @@ class RunDirectory:
         path: The run's output_dir.
 
     Attributes:
-        adapter: Folder of the adapter to read: the final one, or the checkpoint that :meth:`open` was given.
+        adapter: Folder of the adapter to read: the final one, the best checkpoint, or the one that :meth:`open` was
+            given.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,7 +63,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """Open the run of a path; see :meth:`find`.
+        """Open the run of a path, see :meth:`find`; if the run keeps its best checkpoint, its adapter is that one.
 
         Raises:
             CheckpointError: There is no run, the run is not finished and the path is not one of its checkpoints, or the
@@ -75,9 +76,39 @@ class RunDirectory:
             )
         if run.adapter != run.final_adapter:
             check_whole(run.adapter)
-        elif cls(path).exists() or run.final_step is None:
+            return run
+        if cls(path).exists() or run.final_step is None:
             run._check_finished()
+        best = run.read_record().best
+        if cls(path).exists() and best is not None:
+            run.adapter = run.checkpoint(best.step)
+            check_whole(run.adapter)
         return run
+
+    def choose(self, which: str) -> Path:
+        """Return the folder of an adapter of the run.
+
+        Args:
+            which: `best`, `last`, or the step of a checkpoint.
+
+        Raises:
+            CheckpointError: There is no such adapter.
+        """
+        record, checkpoints = self.read_record(), self.list_checkpoints()
+        if which == "best":
+            if record.best is None:
+                raise CheckpointError(
+                    f"--checkpoint best: {self.path} keeps none; set train.keep_best: true before it is trained."
+                )
+            return self.checkpoint(record.best.step)
+        if which == "last":
+            if record.is_finished or not checkpoints:
+                return self.final_adapter
+            return checkpoints[-1]
+        if not which.isdecimal():
+            raise CheckpointError(f"--checkpoint {which!r:.80} should be best, last, or the step of a checkpoint.")
+        folder = self.checkpoint(int(which))
+        return self.final_adapter if not folder.is_dir() and self.final_step == int(which) else folder
 
     @property
     def step(self) -> int:

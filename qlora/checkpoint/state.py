@@ -184,10 +184,11 @@ def quarantine(folder: Path) -> Path:
         raise CheckpointError(f"{folder} is damaged, and can't be renamed to {target.name}: {error}.") from error
 
 
-def drop_old_checkpoints(checkpoints: list[Path], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a list, the oldest first."""
+def drop_old_checkpoints(checkpoints: list[Path], keep: int, best: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints of a list, the oldest first, and the best one."""
     for folder in checkpoints[:-keep]:
-        discard(folder)
+        if folder != best:
+            discard(folder)
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -4,7 +4,7 @@ import re
 import sys
 
 from qlora.cli.generate import MaxNewTokens, Model, System, Temperature, TopP, check_sampling, load
-from qlora.cli.options import Base, Device
+from qlora.cli.options import Base, Checkpoint, Device, choose_adapter
 
 COMMANDS = "/reset starts over, /system TEXT sets the system message and starts over, /exit or Ctrl-D ends"
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
@@ -12,6 +12,7 @@ COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
 
 def chat(
     model: Model,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -31,6 +32,7 @@ def chat(
     from qlora.errors import DataError
     from qlora.model import answer
 
+    model = choose_adapter(model, checkpoint)
     loaded, tokenizer = load(model, base, device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     name = template_name(tokenizer) or "the tokenizer's own"

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.options import AsJson, Base, Device, expand_home
+from qlora.cli.options import AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 
 # Number of labels up to which the whole matrix fits a terminal.
@@ -24,20 +24,32 @@ def evaluate(
         str | None,
         typer.Option(help="A file to evaluate on instead of the config's held-out data.", callback=expand_home),
     ] = None,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 4,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME|FILE.py:FUNCTION",
+            help="A metric of answers instead of the config's eval.metrics; may be given several times.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Print loss and perplexity per supervised token, and bits per byte; of a classification, results by label."""
+    from qlora.checkpoint import is_evaluated, metric_label
     from qlora.training import evaluate as run_evaluation
 
-    report = run_evaluation(target, data, batch_size, device, base)
+    target = choose_adapter(target, checkpoint)
+    report = run_evaluation(target, data, batch_size, device, base, metric or None)
     values = report.as_dict()
     if as_json:
         show_report(values, as_json)
         return
-    show_report({key: value for key, value in values.items() if key not in ("labels", "confusion")}, as_json)
+    shown = {key: value for key, value in values.items() if key not in ("labels", "confusion")}
+    show_report({metric_label(key) if is_evaluated(key) else key: value for key, value in shown.items()}, as_json)
     if report.labels:
         print("\n".join(["", *_label_lines(report.labels), *_confusion_lines(report.labels, report.confusion)]))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from qlora.cli.options import AsJson, Base, Device, expand_home
+from qlora.cli.options import AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import Terminated, stopping_with
 
@@ -57,6 +57,7 @@ def generate(
             callback=expand_home,
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -72,6 +73,7 @@ def generate(
     if (prompts is None) != (output is None):
         raise typer.BadParameter("--prompts FILE and --output FILE go together.")
     check_sampling(temperature, top_p)
+    model = choose_adapter(model, checkpoint)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if prompts is not None and output is not None:
         with stopping_with("Nothing was answered. Run the same command again."):

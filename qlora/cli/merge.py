@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qlora.cli.options import Adapter, AsJson, Base, NewFolder
+from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, NewFolder, choose_adapter
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
 
@@ -18,6 +18,7 @@ from qlora.cli.stopping import stopping_with
 def merge(
     run: Adapter,
     output: NewFolder,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
@@ -75,14 +76,15 @@ def merge(
     from qlora.checkpoint import adapter_digest
     from qlora.config import ExportSection, load_config
     from qlora.errors import ExportError
-    from qlora.export import merge as run_merge
     from qlora.export.companions import REPORT_FILE
     from qlora.export.merge import default_onto
     from qlora.export.push import check_repo, push
     from qlora.model import open_source
+    from qlora.training import merge as run_merge
 
     if push_to_hub is not None:
         check_repo(push_to_hub)
+    run = choose_adapter(run, checkpoint)
     source = open_source(run, base)
     asked = {"dtype": None if dtype == "q8_0" else dtype, "onto": onto, "max_shard_size": max_shard_size}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}

@@ -1,6 +1,7 @@
 """Options that several verbs share."""
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -38,6 +39,37 @@ Adapter = Annotated[
         callback=expand_home,
     ),
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last|STEP",
+        help="Checkpoint of the run; default: the best if the run keeps it (train.keep_best), else the last.",
+    ),
+]
 RunDir = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's output_dir, or one of its checkpoints.", callback=expand_home)
 ]
+
+
+def choose_adapter(path: str, checkpoint: str | None) -> str:
+    """Return the path of the adapter that a run's path and --checkpoint name together.
+
+    It says on standard error if the best checkpoint of a run is taken without being asked for.
+    """
+    from qlora.checkpoint import RunDirectory
+    from qlora.errors import ConfigError
+
+    run = RunDirectory.find(path)
+    if checkpoint is not None:
+        if run is None or not RunDirectory(path).exists():
+            raise ConfigError(f"--checkpoint {checkpoint}: {path} is not a run's output_dir; omit --checkpoint.")
+        return str(run.choose(checkpoint))
+    best = run.read_record().best if run is not None and RunDirectory(path).exists() else None
+    if run is not None and best is not None and run.read_record().is_finished and best.step != run.final_step:
+        print(
+            f"{path}: taking its best checkpoint, step {best.step} with {best.metric} {best.value:.4f}; --checkpoint "
+            f"last takes step {run.final_step}.",
+            file=sys.stderr,
+        )
+    return path

@@ -74,13 +74,13 @@ def _show(result: Any) -> None:
     size = result.group_size
     compared = " and as many that their KL is measured on" if result.unit == "rated answers" else ""
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
-    retained = f", {result.retain_examples:,} retained" if result.retain_examples else ""
+    others = "".join(f", {count // size:,} of {name}" for name, count in result.held_out.items() if name != "eval")
     console.print(
         Text(
             f"{result.train_examples // size:,} {result.unit}{compared}, {result.tokens_per_epoch:,} tokens in "
             f"{result.rows_per_epoch:,} sequences of up to {result.max_seq_len * size:,} ({packing}): "
             f"{result.steps_per_epoch:,} steps; {result.total_steps:,} in the whole run; "
-            f"{result.eval_examples // size:,} {result.unit} held out{retained}"
+            f"{result.eval_examples // size:,} {result.unit} held out{others}"
         )
     )
     for problem in result.problems:

@@ -15,10 +15,9 @@ LABELS = {
     "layers_checked": "layers compared",
     "losses": "loss, first and last step",
     "eval_losses": "held-out loss",
-    "eval_metrics": "held-out metrics",
-    "retain_loss": "retained loss",
-    "retain_losses": "retained loss",
     "seconds": "time",
+    "answered": "rows answered",
+    "answer_seconds": "time for answers",
     "recompute_why": "reason for it",
     "weights_kept": "weights cached",
     "micro_batch_parts": "parts of a micro-batch",
@@ -96,7 +95,7 @@ def format_value(key: str, value: Any) -> str:
         return format_size(value)
     if key.endswith(SHARES):
         return f"{value:.1%}"
-    if key == "seconds":
+    if key in ("seconds", "answer_seconds"):
         return f"{value:,.1f} s"
     if key.endswith("_per_second"):
         return f"{value:,.0f}"

@@ -80,9 +80,12 @@ def train(
         if report_file is not None:
             write_text(Path(report_file), as_json_text(values) + "\n")
         if not as_json:
+            from qlora.checkpoint import metric_label
+
             values["losses"] = " → ".join(f"{loss:.4f}" for loss in (*result.losses[:1], *result.losses[-1:]))
-            for key in ("eval_losses", "retain_losses"):
-                values[key] = {f"step {step:,}": f"{loss:.4f}" for step, loss in values[key].items()}
+            del values["eval_losses"], values["eval_metrics"], values["evaluations"]
+            for name, by_step in result.evaluations.items():
+                values[metric_label(name)] = {f"step {step:,}": f"{value:.4f}" for step, value in by_step.items()}
             del values["signal"]  # the exit code has it, and the title the notes
             values["notes"] = []
             if result.status == "finished":
@@ -99,7 +102,7 @@ def _describe(plan: Any) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "train_examples": len(plan.datasets.train),
         "eval_examples": len(plan.datasets.eval),
-        "retain_examples": len(plan.datasets.retain),
+        "held_out": {name: len(examples) for name, examples in plan.datasets.held_out.items()},
         "data": [report.summary() for report in plan.datasets.all_reports],
         "base_parameters": inventory.num_parameters,
         "trained_parameters": inventory.num_trained,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import Adapter, AsJson, Base, Device, expand_home
+from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 
 
@@ -18,6 +18,7 @@ def verify(
             callback=expand_home,
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
     base: Base = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -28,6 +29,7 @@ def verify(
     """
     from qlora.proof import verify as run_verification
 
+    run = choose_adapter(run, checkpoint)
     report = run_verification(run, folder, device, base)
     values = report.as_dict()
     if not as_json:  # one line per client and problem

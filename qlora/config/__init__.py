@@ -3,6 +3,7 @@
 from qlora.config.load import absolute_paths, dump_config, load_config
 from qlora.config.sections import (
     DataSection,
+    EvalSection,
     ExportSection,
     LoraSection,
     ModelSection,
@@ -10,10 +11,12 @@ from qlora.config.sections import (
     RunConfig,
     SourceSection,
     TrainSection,
+    metric_name,
 )
 
 __all__ = [
     "DataSection",
+    "EvalSection",
     "ExportSection",
     "LoraSection",
     "ModelSection",
@@ -24,4 +27,5 @@ __all__ = [
     "absolute_paths",
     "dump_config",
     "load_config",
+    "metric_name",
 ]

@@ -13,6 +13,7 @@ from qlora.config.convert.names import NAMES
 from qlora.config.hints import close_names, full_names, nested_section, suggest
 from qlora.config.plain_yaml import parse_yaml
 from qlora.config.sections import RunConfig
+from qlora.config.sections.evaluation import USER_METRIC
 from qlora.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold sections (model, lora, data, train, export), not {values!r:.80}.")
+        raise ConfigError(f"{path} should hold sections (model, lora, data, eval, train, export), not {values!r:.80}.")
     if (trainer := recognize(values)) is not None:
         raise ConfigError(f"{path} is a config of {trainer}. Convert it with: qlora init --from {path} -o my.yaml")
     return _validate(str(path), values, overrides)
@@ -68,21 +69,24 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     model = config.model.model_copy(update={"base": resolved(config.model.base)})
     paths: dict[str, object] = {}
-    for key in ("train", "eval", "retain"):
-        sources = getattr(config.data, key)
-        if isinstance(sources, list):
-            paths[key] = [source.model_copy(update={"path": resolved(source.path)}) for source in sources]
     if config.data.cache_dir is not None:  # created if it is absent
         paths["cache_dir"] = str(Path(config.data.cache_dir).expanduser().absolute())
     # A word without a suffix of letters, such as llama3.1, is a template's name, no matter which files are here.
     if Path(config.data.chat_template).suffix.strip(".0123456789"):
         paths["chat_template"] = resolved(config.data.chat_template)
     lora = config.lora.model_copy(update={"start_from": resolved(config.lora.start_from)})
-    data, train = config.data.model_copy(update=paths), config.train
+    sources = config.data.each_source(lambda source: source.model_copy(update={"path": resolved(source.path)}))
+    data, train = sources.model_copy(update=paths), config.train
     if train.keep is not None:
         keep = train.keep.model_copy(update={"null_space": resolved(train.keep.null_space)})
         train = train.model_copy(update={"keep": keep})
-    return config.model_copy(update={"model": model, "lora": lora, "data": data, "train": train})
+    functions = [USER_METRIC.fullmatch(metric) for metric in config.eval.metrics]
+    metrics = [
+        metric if found is None else f"{resolved(found['path'])}:{found['function']}"
+        for metric, found in zip(config.eval.metrics, functions, strict=True)
+    ]
+    evaluation = config.eval.model_copy(update={"metrics": metrics})
+    return config.model_copy(update={"model": model, "lora": lora, "data": data, "eval": evaluation, "train": train})
 
 
 def dump_config(config: RunConfig) -> str:

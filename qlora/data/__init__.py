@@ -1,12 +1,13 @@
 """Data: rows to examples, to tokens with weights, to packed rows, to batches."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
-from qlora.data.datasets import Datasets, build_datasets
+from qlora.data.datasets import MAIN_SET, RETAIN_SET, Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
 from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
 from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
+from qlora.data.questions import Question, read_questions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces, split_shared
 from qlora.data.sources import Source
@@ -17,6 +18,8 @@ from qlora.data.tokens import TokenizedExample, make_example, supervised_bytes
 __all__ = [
     "IGNORE_INDEX",
     "LABEL",
+    "MAIN_SET",
+    "RETAIN_SET",
     "Batch",
     "BatchPlan",
     "DataReport",
@@ -25,6 +28,7 @@ __all__ = [
     "ExampleSet",
     "Labels",
     "Piece",
+    "Question",
     "Source",
     "TokenizedExample",
     "add_new_tokens",
@@ -40,6 +44,7 @@ __all__ = [
     "make_example",
     "new_token_ids",
     "pieces",
+    "read_questions",
     "set_special_tokens",
     "split_shared",
     "store_rows",

@@ -1,7 +1,8 @@
-"""A training set, a held-out set and a retained set from sources."""
+"""A training set, and the sets to evaluate on, from sources."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from qlora.data.store import ExampleSet, ExampleStore, find_repeats
 from qlora.data.template import apply_template
 from qlora.errors import ConfigError, DataError, QLoRAError
 
+# Sets to evaluate on: the first of `data.eval`, and `data.retain`. Their metrics' names begin with these.
+MAIN_SET, RETAIN_SET = "eval", "retain"
+Held = Sequence[Source] | float
+
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
@@ -25,19 +30,25 @@ class Datasets:
 
     Attributes:
         train: Examples to train on.
-        eval: Held-out examples.
-        reports: One report per source: first the training sources, then the evaluation sources.
-        retain: Examples of an older task, which are evaluated and never trained on.
-        retain_reports: One report per source of these.
+        held_out: The sets to evaluate on that have examples, by name: `eval` is the first of `data.eval`, `eval_NAME`
+            another one, `retain` are rows of an older task.
+        reports: One report per source: first the training sources, then those of `data.eval`.
+        retain_reports: One report per source of `data.retain`.
+        sources: The sources of all reports.
         labels: Labels of the texts, with the words and tokens that stand for them; None if there are none to learn.
     """
 
     train: ExampleSet
-    eval: ExampleSet
+    held_out: dict[str, ExampleSet]
     reports: list[DataReport]
-    retain: ExampleSet
     retain_reports: list[DataReport]
+    sources: list[Source]
     labels: Labels | None = None
+
+    @property
+    def eval(self) -> ExampleSet:
+        """Examples of the first set in `data.eval`; empty if nothing is held out."""
+        return self.held_out.get(MAIN_SET, self.train[:0])
 
     @property
     def all_reports(self) -> list[DataReport]:
@@ -48,7 +59,7 @@ class Datasets:
 def build_datasets(
     tokenizer: Any,
     train: Sequence[Source],
-    eval: Sequence[Source] | float = 0.0,
+    eval: Held | Mapping[str, Held] = 0.0,
     options: EncodeOptions | None = None,
     chat_template: str = "auto",
     cache_dir: str | None = None,
@@ -64,7 +75,8 @@ def build_datasets(
     Args:
         tokenizer: A tokenizer of transformers; its chat template is set.
         train: Sources of the rows to train on.
-        eval: Sources of held-out rows, or the share of each training source's rows to hold out, drawn by `seed`.
+        eval: Sources of held-out rows, or the share of each training source's rows to hold out, drawn by `seed`; or
+            several of these by the names of their sets, with at most one share.
         options: How examples are tokenized; by default as :class:`EncodeOptions` says.
         chat_template: See :func:`qlora.data.template.apply_template`.
         cache_dir: Folder for tokenized examples; by default one in the user's cache.
@@ -83,11 +95,12 @@ def build_datasets(
     template = apply_template(tokenizer, chat_template)
     encoder = ExampleEncoder(tokenizer, options.loss_on, options.labels)
     cache = cache_folder(cache_dir)
-    eval_sources = [] if isinstance(eval, float | int) else list(eval)
+    named = eval if isinstance(eval, Mapping) else {MAIN_SET: eval}
+    asked: dict[str, Held] = {**named, RETAIN_SET: retain}
+    sources_of = {name: [] if isinstance(held, float | int) else list(held) for name, held in asked.items()}
     stores, reports = [], []
     errors: list[QLoRAError] = []
-    num_others = len(train) + len(eval_sources)
-    for source in (*train, *eval_sources, *retain):
+    for source in chain(train, *sources_of.values()):
         try:
             store, report = prepare(source, encoder, options, cache)
         except (ConfigError, DataError) as error:
@@ -98,12 +111,16 @@ def build_datasets(
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
 
+    # Numbers of the stores of each set; those of `retain` are the last.
+    numbers = iter(range(len(train), len(stores)))
+    numbers_of = {name: list(islice(numbers, len(sources))) for name, sources in sources_of.items()}
+    num_others = len(stores) - len(retain)
     # Evaluation sources come first, so that repeats are removed from the training set.
     order = [*range(len(train), num_others), *range(len(train))]
-    left = {number: np.arange(stores[number].num_groups) for number in order}
+    left = {number: np.arange(stores[number].num_groups) for number in range(len(stores))}
     if deduplicate:
         repeats = find_repeats([stores[number] for number in order])
-        left = {number: np.flatnonzero(~repeated) for number, repeated in zip(order, repeats, strict=True)}
+        left |= {number: np.flatnonzero(~repeated) for number, repeated in zip(order, repeats, strict=True)}
         for number in order:
             store = stores[number]
             removed = (store.num_groups - len(left[number])) * store.group_size
@@ -111,7 +128,8 @@ def build_datasets(
     if not any(len(left[number]) for number in range(len(train))):
         raise DataError("data.deduplicate: every training example is also in data.eval, so none is left to train on.")
 
-    share = float(eval) if isinstance(eval, float | int) else 0.0
+    shares = {name: float(held) for name, held in asked.items() if isinstance(held, float | int)}
+    share = sum(shares.values())
     trained: dict[int, np.ndarray] = {}
     held_out: dict[int, np.ndarray] = {}
     for number, source in enumerate(train):
@@ -128,16 +146,22 @@ def build_datasets(
         trained[number] = _draw(kept, source.weight, np.random.default_rng((seed, number)))
         held_out[number] = out
         reports[number] = replace(reports[number], drawn=len(trained[number]) * stores[number].group_size)
-    held_out |= {number: left[number] for number in range(len(train), num_others)}
-    retained = {number: np.arange(stores[number].num_groups) for number in range(num_others, len(stores))}
-    for number, groups in [*held_out.items()][len(train) :] + [*retained.items()]:
-        reports[number] = replace(reports[number], drawn=len(groups) * stores[number].group_size)
+    for number in range(len(train), len(stores)):
+        reports[number] = replace(reports[number], drawn=len(left[number]) * stores[number].group_size)
     if share and not any(map(len, held_out.values())):
         reports[0].notes.append("no example is held out, so there is no evaluation")
     if (note := words_note(encoder.labels)) is not None:
         reports[0].notes.append(note)
-    sets = [_choose(stores, groups, reports) for groups in (trained, held_out, retained)]
-    return Datasets(sets[0], sets[1], reports[:num_others], sets[2], reports[num_others:], encoder.labels)
+    chosen = {name: held_out if name in shares else {n: left[n] for n in numbers_of[name]} for name in asked}
+    sets = {name: _choose(stores, groups, reports) for name, groups in chosen.items()}
+    return Datasets(
+        train=_choose(stores, trained, reports),
+        held_out={name: examples for name, examples in sets.items() if len(examples)},
+        reports=reports[:num_others],
+        retain_reports=reports[num_others:],
+        sources=list(chain(train, *sources_of.values())),
+        labels=encoder.labels,
+    )
 
 
 def _hold_out(

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from qlora.checkpoint import RunDirectory, RunRecord, read_adapter_config
+from qlora.checkpoint import RunDirectory, RunRecord, evaluation_metrics, metric_label, read_adapter_config
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 from qlora.export.card_adapter import adapter_rows
@@ -64,11 +64,11 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
         + _describe_head(record.head),
         "## Data",
         _table(["source", "format", "documents", "tokens", "supervised tokens"], _data_rows(record)),
-        f"{record.examples.train} documents for training, {record.examples.eval} held out{_retained(record)}.",
+        f"{record.examples.train} documents for training, {record.examples.eval} held out{_other_sets(record)}.",
         "## Training",
         _table(["setting", ""], _settings(run, record, config).items()),
-        "## Losses",
-        _table(["step", "loss"], _losses(run)),
+        "## Evaluation",
+        _table(["step", ""], _evaluations(run)),
         "## Merge",
         _table(["", ""], _merge_rows(report).items()),
         "## Licence",
@@ -226,11 +226,13 @@ def _data_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     ]
 
 
-def _retained(record: RunRecord) -> str:
-    """Return what the card says about retained rows; empty if there are none."""
+def _other_sets(record: RunRecord) -> str:
+    """Return what the card says about sets that are evaluated besides the held-out rows; empty if there are none."""
+    others = [f", {count} as {name}" for name, count in record.held_out.items() if name not in ("eval", "retain")]
     count = sum(report["examples"] for report in record.retain)
     names = ", ".join(public_name(report["source"])[0] for report in record.retain)
-    return f", {count} of an older task ({names}) only to measure what is retained" if record.retain else ""
+    retained = f", {count} of an older task ({names}) only to measure what is retained" if record.retain else ""
+    return "".join([*others, retained])
 
 
 def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[str, Any]:
@@ -277,24 +279,15 @@ def _rows_trained(record: RunRecord, config: RunConfig) -> dict[str, str]:
     return {key: value for key, value in lines.items() if value}
 
 
-def _losses(run: RunDirectory) -> list[tuple[Any, ...]]:
-    """Return the held-out losses, those on retained rows before and after, and the last training loss."""
+def _evaluations(run: RunDirectory) -> list[tuple[Any, ...]]:
+    """Return the held-out losses, the evaluations' other metrics before and after, and the last training loss."""
     lines = run.read_metrics(until=run.step)
-    held_out = [
-        (line["step"], f"{line['eval_loss']:.4f} held-out{_reward_accuracy(line)}")
-        for line in lines
-        if "eval_loss" in line
-    ]
-    retained = [
-        (line["step"], f"{line['retain_loss']:.4f} on retained rows") for line in lines if "retain_loss" in line
-    ]
-    last = [(line["step"], f"{line['loss']:.4f} training") for line in lines if "loss" in line][-1:]
-    return held_out + retained[:1] + retained[1:][-1:] + last
-
-
-def _reward_accuracy(line: Mapping[str, Any]) -> str:
-    accuracy = line.get("eval_reward_accuracy")
-    return "" if accuracy is None else f", the chosen answer preferred in {accuracy:.1%} of the pairs"
+    rows = []
+    for name, values in evaluation_metrics(lines).items():
+        shown = list(values.items())
+        shown = shown if name == "eval_loss" else shown[:1] + shown[1:][-1:]
+        rows += [(step, f"{value:.4f} {metric_label(name)}") for step, value in shown]
+    return rows + [(line["step"], f"{line['loss']:.4f} training loss") for line in lines if "loss" in line][-1:]
 
 
 def _merge_rows(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qlora.export.companions import (
     write_companions,
     write_report_and_card,
 )
-from qlora.export.held_out import held_out_examples, written_loss
+from qlora.export.held_out import Judge, held_out_examples, written_loss
 from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
@@ -38,6 +38,7 @@ def merge_to_folder(
     device: str | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
+    judge: Judge = Judge(),  # noqa: B008 (frozen)
 ) -> MergeReport:
     """Merge an adapter into its base, and write a folder that transformers loads; see :func:`qlora.merge`.
 
@@ -76,7 +77,9 @@ def merge_to_folder(
             _write_weights(staging / base, candidate, dtype, max_bytes, progress)
             write_companions(staging / base, candidate, dtype)
             if onto == "best":
-                losses[base] = written_loss(staging / base, dtype, examples, candidate.device, source.trust_remote_code)
+                losses[base] = written_loss(
+                    staging / base, dtype, examples, judge.loss, candidate.device, source.trust_remote_code
+                )
         chosen = _better(losses, dtype) if losses else onto
         report = MergeReport(
             out_dir=str(out_dir),
@@ -93,7 +96,7 @@ def merge_to_folder(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=candidates[chosen].notes + _notes_on_losses(losses, source),
+            notes=candidates[chosen].notes + _notes_on_losses(losses, source, judge),
         )
         write_report_and_card(staging / chosen, report, source, weights.files.folder)
         put_in_place(staging / chosen, out_dir)
@@ -134,11 +137,14 @@ def _better(losses: dict[str, float], dtype: str) -> str:
     return min(finite, key=lambda base: finite[base])
 
 
-def _notes_on_losses(losses: dict[str, float], source: AdapterSource) -> list[str]:
-    """Return a note if the losses by base are not held-out losses."""
-    if not losses or source.run is None or source.run.read_record().examples.eval:
+def _notes_on_losses(losses: dict[str, float], source: AdapterSource, judge: Judge) -> list[str]:
+    """Return notes if the losses by base are not held-out losses, or not those of the run's objective."""
+    if not losses or source.run is None:
         return []
-    return ["the run has no held-out examples, so the losses by base are training losses"]
+    notes = [] if judge.note is None else [judge.note]
+    if not source.run.read_record().examples.eval:
+        notes.append("the run has no held-out examples, so the losses by base are training losses")
+    return notes
 
 
 class _Progress:

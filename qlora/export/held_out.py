@@ -1,6 +1,7 @@
-"""A run's held-out examples, and the loss of a written model on them."""
+"""What a run's merges are judged by: its held-out examples, and the loss of a written model on them."""
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,23 @@ import torch
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.data import ExampleSet, eval_batches
-from qlora.model import datasets_from_section, evaluate, labels_from_config, load_base
+from qlora.model import SUPERVISED, Loss, datasets_from_section, evaluate, labels_from_config, load_base
 
 # Number of training examples that replace held-out ones in a run without them.
 NUM_TRAIN_EXAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """The loss that merges onto different base weights are compared by.
+
+    Attributes:
+        loss: A loss that a merged model has by itself: it needs neither adapters nor a reference model.
+        note: What a user should know about it, in the merge report; None if it is the one that was trained.
+    """
+
+    loss: Loss = SUPERVISED
+    note: str | None = None
 
 
 def held_out_examples(run: RunDirectory, tokenizer: Any) -> ExampleSet:
@@ -33,14 +47,20 @@ def held_out_examples(run: RunDirectory, tokenizer: Any) -> ExampleSet:
 
 
 def written_loss(
-    folder: Path, dtype: str, examples: ExampleSet, device: str | torch.device, trust_remote_code: bool = False
+    folder: Path,
+    dtype: str,
+    examples: ExampleSet,
+    loss: Loss,
+    device: str | torch.device,
+    trust_remote_code: bool = False,
 ) -> float:
-    """Load a merged model, and return its mean loss in nats per supervised token.
+    """Load a merged model, and return its mean loss per unit.
 
     Args:
         folder: Folder with weights, config and the run's tokenizer.
         dtype: Dtype of the weights and of the computation.
         examples: Examples of the run's data.
+        loss: Loss to compute.
         device: Device to compute on.
         trust_remote_code: Run code that comes with the model.
 
@@ -48,7 +68,7 @@ def written_loss(
         ModelError: The model can't be loaded.
     """
     model, _ = load_base(str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    loss = evaluate(model, eval_batches(examples, 1)).loss
+    mean = evaluate(model, eval_batches(examples, 1), loss=loss).loss
     del model
     gc.collect()
-    return loss
+    return mean

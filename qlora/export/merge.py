@@ -1,11 +1,14 @@
 """Merge an adapter into release weights, in the format asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from qlora.checkpoint import RunDirectory
 from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
 from qlora.export.gguf.merge import merge_to_gguf
+from qlora.export.held_out import Judge
 from qlora.model import BITSANDBYTES_4BIT, AdapterSource, open_source, weight_format
 
 FORMATS = ("safetensors", "gguf")
@@ -22,6 +25,7 @@ def merge(
     on_progress: OnProgress | None = None,
     format: str = "safetensors",
     base: str | None = None,
+    judge_of: Callable[[RunDirectory], Judge] = lambda _: Judge(),
 ) -> MergeReport:
     """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
@@ -39,6 +43,8 @@ def merge(
         on_progress: Called with the bytes written so far and the total.
         format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
+        judge_of: Returns what `best` compares the merges of a run by; the supervised loss by
+            default.
 
     Raises:
         ExportError: An argument is unknown, the folder exists, the base is not the one used in training, a value does
@@ -63,8 +69,9 @@ def merge(
         return merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
     shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
     return merge_to_folder(
-        source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress
-    )
+        source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress,
+        judge=Judge() if source.run is None else judge_of(source.run),
+    )  # fmt: skip
 
 
 def default_onto(source: AdapterSource) -> str:

@@ -1,5 +1,6 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
+from qlora.model.answers import answer_all
 from qlora.model.base import load_base
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -50,6 +51,7 @@ __all__ = [
     "adapter_spec",
     "adapter_specs",
     "answer",
+    "answer_all",
     "base_from_section",
     "build_skeleton",
     "check_isolation",

@@ -176,9 +176,10 @@ def datasets_from_section(
     datasets = build_datasets(
         tokenizer,
         training_sources(section),
-        [_source(section, source) for source in section.eval]
-        if isinstance(section.eval, list)
-        else section.eval or 0.0,
+        {
+            name: [_source(section, source) for source in held] if isinstance(held, list) else held
+            for name, held in section.eval_sets.items()
+        },
         EncodeOptions(section.loss_on, section.max_seq_len, section.overlong, section.on_bad_row, labels),
         chat_template="auto" if own_template else section.chat_template,
         cache_dir=section.cache_dir,

@@ -77,6 +77,12 @@ class Loss:
     is_per_token: bool = False
     head: ScoreHead | None = None
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of all metrics of an evaluation, those that are summarized included."""
+        nothing = torch.zeros(self.counts, dtype=torch.int64).tolist()
+        return (*self.metrics, *(() if self.summarize is None else self.summarize(nothing)))
+
     def training_passes(self, model: Any, batch: Batch) -> Iterable[StepLoss]:
         """Return the passes of a training step; run the backward of each before you take the next."""
         batch = self.learned_part(model, batch)

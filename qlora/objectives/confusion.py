@@ -70,6 +70,8 @@ def count_labels(given: torch.Tensor, predicted: torch.Tensor, num_labels: int) 
 
 def by_label(counts: Sequence[Any]) -> list[LabelResult]:
     """Return the result of each label, from what :func:`count_labels` counted."""
+    if len(counts) == 0:  # of a loss without labels
+        return []
     array = np.asarray(counts, dtype=np.int64)
     if array.ndim == 3:
         columns: Any = (array[:, 1].sum(axis=1), array[:, :, 1].sum(axis=1), array[:, 1, 1])

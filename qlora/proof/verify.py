@@ -139,7 +139,10 @@ def verify(
     if merged is None:
         found = _compare_layers(source, files, device, problems)
     elif merged.step not in (None, source.step):
-        problems.append(f"it was merged at step {merged.step}, but the run is at step {source.step}. Merge again.")
+        problems.append(
+            f"it was merged at step {merged.step}, but the run's adapter is that of step {source.step}. Merge again, "
+            f"or add --checkpoint {merged.step}."
+        )
         found = {}
     elif merged.adapter not in (None, adapter_digest(source.folder)):
         problems.append(

@@ -6,6 +6,7 @@ from qlora.training.check_resume import ResumeCheck, check_resume
 from qlora.training.estimation import estimate
 from qlora.training.evaluation import EvaluationReport, evaluate
 from qlora.training.preview import Preview, preview
+from qlora.training.release import merge
 from qlora.training.replay import ReplayReport, replay
 from qlora.training.run import RunResult, plan_run, train
 from qlora.training.tune import RateTrial, TuneReport, tune
@@ -24,6 +25,7 @@ __all__ = [
     "check_resume",
     "estimate",
     "evaluate",
+    "merge",
     "plan_run",
     "preview",
     "replay",

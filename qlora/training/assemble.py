@@ -36,9 +36,11 @@ from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.auto_rate import resolve_rate
+from qlora.training.best import check_metric
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
+from qlora.training.scoring import Scorer
 
 # Number of tokens that the loss is checked on.
 CHECKED_TOKENS = 16
@@ -98,6 +100,7 @@ class Assembly:
         plan: Plan of the run.
         starts: What the adapters start from, as far as that does not follow from the seed.
         ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
+        scorer: Questions that are asked at every evaluation, with the metrics of their answers.
         head: Head of scores of whole documents, if the objective trains one.
     """
 
@@ -113,6 +116,7 @@ class Assembly:
     plan: RunPlan
     starts: Starts
     ranks: RankBudget | None
+    scorer: Scorer
     head: ScoreHead | None
 
     @property
@@ -160,6 +164,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         if problems := objective.unsupported_reasons([*datasets.all_reports, *(old.reports if old else ())]):
             raise ConfigError("\n".join(problems))
         objective = objective_for_data(section, datasets)
+        scorer = Scorer.from_section(
+            config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
+        )
+        means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metric_names)]
+        check_metric(section, [*means, *scorer.names])
         head = _finish_head(objective.loss.head, config, tokenizer, datasets)
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
@@ -223,6 +232,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         plan=RunPlan(total_steps, batches.steps_per_epoch, take_inventory(model), datasets, in_use),
         starts=starts,
         ranks=_rank_budget(config.lora, model, total_steps),
+        scorer=scorer,
         head=head,
     )
 
@@ -278,8 +288,8 @@ def _finish_head(head: ScoreHead | None, config: RunConfig, tokenizer: Any, data
     """
     if head is None:
         return None
-    sets = (datasets.train, datasets.eval, datasets.retain)
-    last_ids = {id_ for examples in sets if examples for store in examples.stores for id_ in store.last_ids()}
+    sets = (datasets.train, *datasets.held_out.values())
+    last_ids = {id_ for examples in sets for store in examples.stores for id_ in store.last_ids()}
     pad_token = choose_pad_token(tokenizer, last_ids, is_given="pad_token" in config.data.special_tokens)
     return replace(head, pad_token=pad_token)
 

@@ -30,18 +30,19 @@ class Callback:
         """
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Handle an evaluation on held-out examples.
+        """Handle an evaluation on the held-out examples: the first set in `data.eval`.
 
         Args:
             step: Number of steps done.
             evaluation: Its loss, perplexity and metrics.
         """
 
-    def on_retain_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Handle an evaluation on the rows of `data.retain`, at the same steps.
+    def on_other_evaluation(self, step: int, name: str, evaluation: Evaluation) -> None:
+        """Handle an evaluation on another set, at the same steps.
 
         Args:
             step: Number of steps done.
+            name: `eval_NAME` for a further set of `data.eval`, `retain` for `data.retain`.
             evaluation: Its loss, perplexity and metrics.
         """
 

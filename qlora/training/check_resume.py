@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora.checkpoint import RunDirectory
-from qlora.config import RunConfig, absolute_paths
+from qlora.config import EvalSection, RunConfig, absolute_paths
 from qlora.errors import CheckpointError
 from qlora.training.metrics import VOLATILE
 from qlora.training.run import RunResult, train
@@ -72,10 +72,12 @@ def check_resume(config: RunConfig) -> ResumeCheck:
 def _train_in_process(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
     """Train in a new process, which shares only the disk with the others."""
     values = {"output_dir": str(run.path), "max_steps": STEPS, "eval_every": 2, "save_every": None, "log_every": 1}
+    values |= {"early_stopping": None, "keep_best": False}
     section = config.train.model_copy(update=values | {"trackers": []})
+    config = config.model_copy(update={"train": section, "eval": EvalSection()})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(train, config.model_copy(update={"train": section}), "auto", stop_at).result()
+        return pool.submit(train, config, "auto", stop_at).result()
 
 
 def _differing(run: RunDirectory, expected: RunDirectory) -> list[str]:

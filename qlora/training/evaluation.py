@@ -1,14 +1,16 @@
 """Held-out loss of a run, or of the base that a config starts from."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from qlora.checkpoint import RunDirectory
-from qlora.config import RunConfig, SourceSection, load_config
-from qlora.data import eval_batches, set_special_tokens, supervised_bytes
+from qlora.config import EvalSection, RunConfig, SourceSection, load_config, metric_name
+from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
 from qlora.model import (
     AdapterSource,
@@ -22,6 +24,7 @@ from qlora.model import (
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
 from qlora.objectives import by_label, evaluation_loss, objective_for_data, objective_from_section
+from qlora.training.scoring import Scorer
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -40,7 +43,11 @@ class EvaluationReport:
         labels: For each label of a classification its name and precision, recall, F1 and number of texts.
         confusion: Number of texts by label and predicted label, of a classification; where a text can have several
             labels, of each label by whether texts have it and whether it is predicted.
-        retain_loss: Mean loss on the rows of `data.retain`; None without any, or if another file is evaluated.
+        answered: Number of rows that were answered for metrics of answers.
+        answer_seconds: Time that this took.
+        others: Loss and metrics on the config's other sets, by their names in metrics.jsonl: `eval_NAME_loss`,
+            `retain_loss`; empty if another file is evaluated.
+        notes: What a user should know about the evaluation.
     """
 
     model: str
@@ -52,13 +59,15 @@ class EvaluationReport:
     metrics: dict[str, float] = field(default_factory=dict)
     labels: list[dict[str, Any]] = field(default_factory=list)
     confusion: list[Any] = field(default_factory=list)
-    retain_loss: float | None = None
+    answered: int | None = None
+    answer_seconds: float | None = None
+    others: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, metrics by their own names."""
         values = asdict(self)
-        metrics = values.pop("metrics")
-        return values | metrics
+        return values | values.pop("metrics") | values.pop("others")
 
     def __repr__(self) -> str:
         return f"<EvaluationReport: loss {self.loss:.4f} over {self.supervised_tokens:,} tokens, {self.model}>"
@@ -70,6 +79,7 @@ def evaluate(
     batch_size: int = 4,
     device: str | torch.device = "auto",
     base: str | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> EvaluationReport:
     """Evaluate a run with its adapter, or the base that a config starts from, on held-out examples.
 
@@ -80,6 +90,8 @@ def evaluate(
         batch_size: Number of examples per batch.
         device: `auto` takes a GPU if there is one.
         base: Base of an adapter made elsewhere, which is loaded in NF4; None for the one that its config names.
+        metrics: Metrics of answers instead of those of `eval.metrics`. A function in a file is run only if it is named
+            here or in a config that is given, not if a run's config names it.
 
     Raises:
         ConfigError: The config holds out no example and no file is given, no file is given for an adapter made
@@ -115,6 +127,16 @@ def evaluate(
         source = SourceSection(path=str(data))
         whole_file = {"train": [source], "eval": None, "retain": None, "max_rows": None, "deduplicate": False}
         section = section.model_copy(update=whole_file)
+    asked, notes = config.eval, []
+    if metrics is not None:
+        try:
+            asked = EvalSection.model_validate(config.eval.model_dump() | {"metrics": list(metrics)})
+        except ValidationError as error:
+            raise ConfigError(f"metrics: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+    elif own_template:  # nobody here chose the code that a run names
+        functions = [metric for metric in asked.metrics if metric_name(metric) != metric]
+        asked = asked.model_copy(update={"metrics": [each for each in asked.metrics if each not in functions]})
+        notes += [f"{each} was not run; add --metric {each} (metrics= in Python) to run it" for each in functions]
     try:
         datasets = datasets_from_section(
             section, tokenizer, config.train.seed, own_template=own_template, labels=labels
@@ -126,25 +148,36 @@ def evaluate(
     examples = datasets.train if data is not None else datasets.eval
     if not len(examples):
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
+    sets = {MAIN_SET: examples} if data is not None else datasets.held_out
+    scorer = Scorer.from_section(asked, section, tokenizer, datasets, sets, batch_size)
     loss = objective_for_data(config.train, datasets).loss
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
-    retained = (
-        evaluate_batches(model, eval_batches(datasets.retain, batch_size), loss=loss) if datasets.retain else None
-    )
+    others: dict[str, float] = {}
+    for name, held_out in datasets.held_out.items() if data is None else ():
+        if name != MAIN_SET:
+            other = evaluate_batches(model, eval_batches(held_out, batch_size), loss=loss)
+            others |= {f"{name}_{metric}": value for metric, value in {"loss": other.loss, **other.metrics}.items()}
+    scores = scorer.score(model, tokenizer)
+    for name, values in scores.by_set.items():
+        others |= {} if name == MAIN_SET else {f"{name}_{metric}": value for metric, value in values.items()}
+    step = "" if run is None else f", step {RunDirectory.open(str(target)).step}"
     names = datasets.labels.names if datasets.labels is not None else ()
     num_bytes = supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
-        model=f"{config.model.base} with the adapter of {target}" if own_template else config.model.base,
+        model=f"{config.model.base} with the adapter of {target}{step}" if own_template else config.model.base,
         examples=len(examples),
         supervised_tokens=result.num_supervised,
         loss=result.loss,
         perplexity=result.perplexity,
         bits_per_byte=result.bits / num_bytes if num_bytes and is_plain and result.bits is not None else None,
-        metrics=result.metrics,
+        metrics=result.metrics | scores.by_set.get(MAIN_SET, {}),
         labels=[each.described(name) for name, each in zip(names, by_label(result.counts), strict=True)],
         confusion=result.counts,
-        retain_loss=retained.loss if retained else None,
+        answered=scores.answered or None,
+        answer_seconds=round(scores.seconds, 3) if scores.answered else None,
+        notes=notes,
+        others=others,
     )
 
 

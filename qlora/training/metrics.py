@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, metric_label
 from qlora.model import Evaluation
 from qlora.processes import Processes
 from qlora.training.display import Display
@@ -103,20 +103,17 @@ class MetricsLog:
         about = "" if rows is None else f" Rows: {describe_rows(rows)}."
         self.announce([f"step {step:,}/{self.total_steps:,}  {message}{about}"])
 
-    def log_evaluation(self, step: int, evaluation: Evaluation | None, retained: Evaluation | None = None) -> None:
-        """Log an evaluation.
+    def log_evaluation(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
+        """Log the evaluations after a step.
 
         Args:
             step: Number of steps done.
-            evaluation: Evaluation of the held-out examples, if there are any.
-            retained: Evaluation of the retained examples, if there are any.
+            evaluations: Evaluation of each set, by its name, which the names of its metrics begin with.
         """
-        named = {"eval": evaluation, "retain": retained}
-        found = {name: each for name, each in named.items() if each is not None}
-        if not self.is_main or not found:
+        if not self.is_main or not evaluations:
             return
         values: dict[str, Any] = {"step": step, **self._epoch(step)}
-        for name, each in found.items():
+        for name, each in evaluations.items():
             values |= {
                 f"{name}_loss": each.loss,
                 **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
@@ -125,8 +122,7 @@ class MetricsLog:
                 **({f"{name}_confusion": each.counts} if each.counts else {}),
             }
         self._write(values)
-        labels = {"eval": "held-out loss", "retain": "retained loss"}
-        self.display.show_event(step, "  ".join(_describe(labels[name], each) for name, each in found.items()))
+        self.display.show_event(step, "  ".join(_describe(name, each) for name, each in evaluations.items()))
 
     def close(self) -> None:
         """End the progress line, and close the file."""
@@ -154,9 +150,9 @@ class MetricsLog:
         self.processes.log(numbers, values["step"])
 
 
-def _describe(label: str, evaluation: Evaluation) -> str:
-    metrics = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in evaluation.metrics.items()]
-    return ", ".join([f"{label} {evaluation.loss:.4f}", *metrics])
+def _describe(name: str, evaluation: Evaluation) -> str:
+    values = {"loss": evaluation.loss, **evaluation.metrics}
+    return ", ".join(f"{metric_label(f'{name}_{metric}')} {value:.4f}" for metric, value in values.items())
 
 
 def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:

@@ -14,7 +14,8 @@ from qlora.errors import CheckpointError, ConfigError
 # are compared in KEPT_IN_USE.)
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep_checkpoints", "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
+    "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.trackers", "train.on_nonfinite",
+    "data.cache_dir", "data.retain", "eval.metrics", "eval.rows", "eval.max_new_tokens",
     "model.recompute", "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
@@ -23,7 +24,7 @@ SCHEDULE_KEYS = {
     "train.warmup_steps", "train.warmup_ratio",
 }  # fmt: skip
 # Keys of the length of a run.
-LENGTH_KEYS = {"train.epochs", "train.max_steps"}
+LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them.
@@ -35,15 +36,13 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
     Only the last part of the paths of base and data is kept: they are identified by their contents, and may be moved.
     """
-    sections = config.model_dump(mode="json")
+    named = config.data.each_source(lambda source: source.model_copy(update={"path": Path(source.path).name}))
+    sections = config.model_copy(update={"data": named}).model_dump(mode="json")
     sections["model"]["base"] = Path(config.model.base).name
     if config.lora.start_from is not None:
         sections["lora"]["start_from"] = _adapter_name(Path(config.lora.start_from))
     if config.train.keep is not None and config.train.keep.null_space is not None:
         sections["train"]["keep"]["null_space"] = Path(config.train.keep.null_space).name
-    for sources in (sections["data"][key] for key in ("train", "eval", "retain")):
-        for source in sources if isinstance(sources, list) else ():
-            source["path"] = Path(source["path"]).name
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
@@ -72,6 +71,8 @@ def _by_source(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             found |= {f"{key}[{place}].{name}": each[name] for place, each in enumerate(value) for name in each}
+        elif key == "data.eval" and isinstance(value, dict):  # several sets
+            found |= _by_source({f"{key}.{name}": held for name, held in value.items()})
         else:
             found[key] = value
     return found
@@ -170,7 +171,10 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     minimal = {"model": {"base": "."}, "data": {"train": "."}, "train": {"output_dir": "."}}
     defaults = flatten(RunConfig.model_validate(minimal))
     completed, source = defaults | settings, defaults["data.train"][0]
-    for key in ("data.train", "data.eval", "data.retain"):
-        if isinstance(completed[key], list):
-            completed[key] = [source | each if isinstance(each, dict) else each for each in completed[key]]
-    return completed
+
+    def complete(value: Any) -> Any:
+        if isinstance(value, list):
+            return [source | each if isinstance(each, dict) else each for each in value]
+        return {name: complete(held) for name, held in value.items()} if isinstance(value, dict) else value
+
+    return completed | {key: complete(completed[key]) for key in ("data.train", "data.eval", "data.retain")}

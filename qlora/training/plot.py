@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from qlora.checkpoint import evaluation_metrics, metric_label
+
 # Share of the logged steps that the smoothed training loss averages over.
 SMOOTHED_SHARE = 0.05
+# Markers and colours of the sets' losses: the first is that of the held-out rows.
+STYLES = [f"{marker}-C{colour}" for colour, marker in enumerate("osD^vP", 1)]
 # Number of labels up to which counts are written into a confusion matrix.
 WRITTEN_LABELS = 20
 Points = list[tuple[int, float]]
 
 
 def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "") -> bool:
-    """Draw training loss, smoothed training loss, held-out and retained loss and learning rate over the steps as a PNG.
+    """Draw training loss, smoothed training loss, the loss on each set and the learning rate over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -25,16 +30,14 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
     """
     if (figure := _figure()) is None:
         return False
-    keys = ("loss", "eval_loss", "retain_loss", "learning_rate")
-    training, held_out, retained, rates = (_points(metrics, key) for key in keys)
+    training, rates = (_points(metrics, key) for key in ("loss", "learning_rate"))
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.3, label="training")
         axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", label="training, smoothed")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    if retained:
-        axes.plot(*zip(*retained, strict=True), "s-", color="tab:green", label="retained")
+    losses = {key: losses for key, losses in evaluation_metrics(metrics).items() if key.endswith("_loss")}
+    for (key, points), style in zip(losses.items(), cycle(STYLES)):
+        axes.plot(*zip(*points.items(), strict=True), style, label=metric_label(key))
     axes.set(title=title, xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()

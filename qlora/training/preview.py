@@ -48,8 +48,8 @@ class Preview:
     Attributes:
         reports: Report of each source: of training, then of evaluation.
         train_examples: Number of examples of an epoch.
-        eval_examples: Number of held-out examples.
-        retain_examples: Number of retained examples.
+        eval_examples: Number of held-out examples: of the first set in `data.eval`.
+        held_out: Number of examples of each set that is evaluated, by its name in metrics.
         tokens_per_epoch: Number of tokens of an epoch.
         max_seq_len: Value of `data.max_seq_len`.
         packing_fill: Share of the packed sequences that is filled with tokens; None if nothing is packed.
@@ -66,7 +66,7 @@ class Preview:
     reports: list[DataReport]
     train_examples: int
     eval_examples: int
-    retain_examples: int
+    held_out: dict[str, int]
     tokens_per_epoch: int
     max_seq_len: int
     packing_fill: float | None
@@ -139,7 +139,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         reports=datasets.all_reports,
         train_examples=len(datasets.train),
         eval_examples=len(datasets.eval),
-        retain_examples=len(datasets.retain),
+        held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
         max_seq_len=data.max_seq_len,
         packing_fill=batches.fill if data.packing else None,

@@ -35,9 +35,11 @@ def make_record(assembly: Assembly, start: Start) -> RunRecord:
         parameters=plan.inventory,
         data=[report.as_dict() for report in plan.datasets.reports],
         examples=ExampleCounts(len(plan.datasets.train), len(plan.datasets.eval)),
+        held_out={name: len(examples) for name, examples in plan.datasets.held_out.items()},
         retain=[report.as_dict() for report in plan.datasets.retain_reports],
         head=assembly.head,
         status="running",
+        stopped_early=None if start.record is None else start.record.stopped_early,
     )
 
 

@@ -7,8 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, quarantine, save_adapter, write_starts
-from qlora.config import RunConfig, absolute_paths, dump_config
+from qlora.checkpoint import (
+    Best,
+    RunDirectory,
+    RunRecord,
+    evaluation_metrics,
+    is_lower_better,
+    quarantine,
+    save_adapter,
+    write_starts,
+)
+from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.model import frozen_checksum, resolve_device, write_labels
@@ -37,9 +46,9 @@ class RunResult:
         steps: Number of optimizer steps done, in all sessions.
         trained_steps: Number of those done in this session; 0 if the run was finished already.
         losses: Training loss of every logged step.
-        eval_losses: Held-out loss by step.
-        retain_losses: Loss on retained rows (`data.retain`) by step.
-        eval_metrics: Metrics of the last held-out evaluation by name, such as the accuracy of a classification.
+        evaluations: Every metric of the evaluations, by its name in metrics.jsonl and by step: `eval_loss`,
+            `eval_NAME_loss` of a further set of `data.eval`, `retain_loss`, and others.
+        best: The best evaluation, if its checkpoint is kept (`train.keep_best`, `train.early_stopping`).
         tokens_per_second: Mean over the logged steps.
         peak_memory: Peak memory of all sessions in bytes; see :func:`qlora.training.metrics.peak_memory_bytes`.
         signal: Signal that interrupted this session, if one did.
@@ -51,17 +60,28 @@ class RunResult:
     steps: int
     trained_steps: int
     losses: list[float]
-    eval_losses: dict[int, float]
-    retain_losses: dict[int, float]
-    eval_metrics: dict[str, float]
+    evaluations: dict[str, dict[int, float]]
+    best: Best | None
     tokens_per_second: float
     peak_memory: int
     signal: int | None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def eval_losses(self) -> dict[int, float]:
+        """Held-out loss by step: of the first set in `data.eval`."""
+        return self.evaluations.get("eval_loss", {})
+
+    @property
+    def eval_metrics(self) -> dict[str, float]:
+        """Metrics of the last held-out evaluation by name, such as the accuracy of a classification."""
+        last = {name: list(values.values())[-1] for name, values in self.evaluations.items() if name != "eval_loss"}
+        return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self) | {"run_dir": str(self.run_dir)}
+        also = {"eval_losses": self.eval_losses, "eval_metrics": self.eval_metrics}
+        return asdict(self) | {"run_dir": str(self.run_dir)} | also
 
     def __repr__(self) -> str:
         loss = f", loss {self.losses[-1]:.4f}" if self.losses else ""
@@ -198,10 +218,17 @@ def _train(
     if first_step:
         display.show([f"Continuing after step {first_step:,} from {start.checkpoint}."])
     display.announce(remarks)
-    received, in_use = run_session(assembly, run, prepared, display, options)
+    end = run_session(assembly, run, prepared, display, options)
 
-    is_finished = progress.step == total_steps
-    record = replace(record, in_use=in_use, status="finished" if is_finished else "interrupted", steps=progress.step)
+    is_finished = progress.step == total_steps or end.stopped_early
+    record = replace(
+        record,
+        in_use=end.in_use,
+        status="finished" if is_finished else "interrupted",
+        steps=progress.step,
+        best=end.best,
+        stopped_early=progress.step if end.stopped_early else record.stopped_early,
+    )
     with processes.raise_together():
         if frozen_checksum(model) != checksum:
             raise ModelError(
@@ -215,9 +242,13 @@ def _train(
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())
+    if end.stopped_early:
+        notes.append(f"{_describe_stop(assembly.train, progress.step)} To train on, raise train.max_steps.")
+    if is_finished:
+        notes += _describe_best(run, record)
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
-    return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=received)
+    return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=end.signal)
 
 
 def _draw(run: RunDirectory, assembly: Assembly) -> None:
@@ -229,17 +260,6 @@ def _draw(run: RunDirectory, assembly: Assembly) -> None:
         step, matrix = matrices[-1]
         title = f"{run.path.name}, step {step:,}"
         draw_confusion(matrix, labels.names, run.path / "confusion.png", title)
-
-
-def _last_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the metrics of the last evaluation of held-out examples, of which not all are losses."""
-    last: Mapping[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
-    others = {"eval_loss", "eval_perplexity", "eval_supervised_tokens"}
-    return {
-        key.removeprefix("eval_"): value
-        for key, value in last.items()
-        if key.startswith("eval_") and key not in others and isinstance(value, int | float)
-    }
 
 
 def _save_final_adapter(assembly: Assembly, run: RunDirectory) -> None:
@@ -259,12 +279,39 @@ def _already_finished(run: RunDirectory, start: Start, config: RunConfig, resume
 
 
 def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list[str]:
+    assert start.record is not None
+    early = " (stopped early)" if start.record.stopped_early == start.finished_steps else ""
     notes = [
-        f"Already finished at step {start.finished_steps}; nothing was trained. To continue training, raise "
-        f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name."
+        f"Already finished at step {start.finished_steps}{early}; nothing was trained. To continue training, raise "
+        f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name.",
+        *_describe_best(run, start.record),
     ]
     if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
         notes.append(f"Ignored, because the run is finished: {'; '.join(sorted(ignored))}.")
+    return notes
+
+
+def _describe_stop(section: TrainSection, step: int) -> str:
+    """Return why a run stopped early."""
+    assert section.early_stopping is not None
+    stopping = section.early_stopping
+    count = "the last evaluation" if stopping.patience == 1 else f"the last {stopping.patience} evaluations"
+    least = f" by more than {stopping.min_delta:g}" if stopping.min_delta else ""
+    return f"Stopped early at step {step}: {stopping.metric} did not improve in {count}{least}."
+
+
+def _describe_best(run: RunDirectory, record: RunRecord) -> list[str]:
+    """Return which checkpoint is released, if that is the best one, and whether training was of use."""
+    best = record.best
+    if best is None:
+        return []
+    first = evaluation_metrics(run.read_metrics(until=0)).get(best.metric, {}).get(0)
+    notes = [
+        f"The best is step {best.step}, with {best.metric} {best.value:.4f}: merge, verify, generate, chat and eval "
+        "take it; --checkpoint last takes the last step."
+    ]
+    if first is not None and (first < best.value if is_lower_better(best.metric) else first > best.value):
+        notes.append(f"The base is better: {best.metric} {first:.4f} before training.")
     return notes
 
 
@@ -288,9 +335,8 @@ def _result(
         steps=steps,
         trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
-        eval_losses={line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
-        retain_losses={line["step"]: line["retain_loss"] for line in lines if "retain_loss" in line},
-        eval_metrics=_last_metrics(lines),
+        evaluations=evaluation_metrics(lines),
+        best=run.read_record().best,
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

@@ -25,10 +25,14 @@ class Saver:
         assembly: Parts of the run.
         origin: Everything that determines the run's steps, see :func:`qlora.training.origin.describe_origin`.
         log: Log of the run, which is written before every checkpoint and shows messages.
+
+    Attributes:
+        best: The best checkpoint, which is kept.
     """
 
     def __init__(self, run: RunDirectory, assembly: Assembly, origin: dict[str, Any], log: MetricsLog) -> None:
         self.run, self.assembly, self.origin, self.log = run, assembly, origin, log
+        self.best: Path | None = None
         self._failures = 0
 
     def try_save(self, progress: Progress) -> None:
@@ -74,11 +78,16 @@ class Saver:
             self.log.announce([f"{message} The run continues and saves again at the next interval."])
             return None
         self._failures = 0
-        try:
-            drop_old_checkpoints(self.run.list_checkpoints(), self.assembly.config.train.keep_checkpoints)
-        except CheckpointError as problem:  # the new checkpoint is whole, so only space is lost
-            self.log.announce([f"Step {progress.step} is saved. {problem} Removal is retried at the next save."])
+        self.drop_old(progress.step)
         return folder
+
+    def drop_old(self, step: int) -> None:
+        """Remove the oldest checkpoints, but not the best."""
+        keep = self.assembly.config.train.keep_checkpoints
+        try:
+            drop_old_checkpoints(self.run.list_checkpoints(), keep, self.best)
+        except CheckpointError as problem:  # the new checkpoint is whole, so only space is lost
+            self.log.announce([f"Step {step} is saved. {problem} Removal is retried at the next save."])
 
     def _write(self, folder: Path, progress: Progress) -> None:
         try:
@@ -109,6 +118,8 @@ def check_room(run: RunDirectory, assembly: Assembly, checkpoints: list[Path]) -
     every = resolve_interval(section.save_every, total) or total
     # The oldest is removed once the newest is whole, so for a moment there is one more than is kept.
     num_kept = min(section.keep_checkpoints + 1, -(-total // every))
+    if section.best_metric is not None:  # the best one is saved after any evaluation
+        num_kept = min(section.keep_checkpoints + 2, total)
     num_new = max(1, num_kept - len(checkpoints))
     checkpoint = checkpoint_bytes(assembly.model, assembly.optimizer, assembly.ranks)
     tokenizer = sum(path.stat().st_size for path in assembly.files.folder.glob("tokenizer*"))

@@ -1,18 +1,19 @@
 """A session of a run: it trains, evaluates and saves until the end of the run, a signal or an error."""
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 
-from qlora.checkpoint import InUse, RunDirectory
-from qlora.data import ExampleSet, eval_batches
+from qlora.checkpoint import Best, InUse, RunDirectory, step_of
+from qlora.data import MAIN_SET, ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
 from qlora.training.assemble import Assembly
+from qlora.training.best import BestWatch
 from qlora.training.callbacks import Callback, call_all
 from qlora.training.display import Display
 from qlora.training.guard import StepGuard
@@ -37,9 +38,26 @@ class SessionOptions:
     callbacks: Sequence[Callback] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """How a session ended.
+
+    Attributes:
+        signal: Signal that ended it, if one did.
+        in_use: What the run used at the end.
+        best: The best evaluation of the run, if its checkpoint is kept.
+        stopped_early: Whether the run ended because evaluations no longer improved.
+    """
+
+    signal: signal.Signals | None
+    in_use: InUse
+    best: Best | None
+    stopped_early: bool
+
+
 def run_session(
     assembly: Assembly, run: RunDirectory, prepared: Prepared, display: Display, options: SessionOptions
-) -> tuple[signal.Signals | None, InUse]:
+) -> SessionEnd:
     """Train until the end, a signal or a given step, saving and evaluating on the way.
 
     Args:
@@ -49,9 +67,6 @@ def run_session(
         display: Display of the run.
         options: Options of the session.
 
-    Returns:
-        The signal that ended the session, if one did, and what the run used at the end.
-
     Raises:
         QLoRAError: Training failed; what was saved stays.
     """
@@ -60,15 +75,11 @@ def run_session(
     first_step = progress.step
     processes.start_trackers("qlora")
     eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
-    evaluated = {
-        name
-        for name, examples in (("eval_loss", plan.datasets.eval), ("retain_loss", plan.datasets.retain))
-        if examples
-    }
-    is_evaluated = processes.broadcast(
-        processes.is_first
-        and any(line["step"] == progress.step and evaluated <= line.keys() for line in run.read_metrics())
-    )
+    evaluated = {f"{name}_loss" for name in plan.datasets.held_out}
+    lines = processes.broadcast(run.read_metrics() if processes.is_first else [])
+    is_evaluated = any(line["step"] == progress.step and evaluated <= line.keys() for line in lines)
+    saved = processes.broadcast([step_of(folder) or 0 for folder in run.list_checkpoints()])
+    watch = BestWatch.restored(config, lines, saved, prepared.record.stopped_early)
     log = MetricsLog(
         run,
         processes,
@@ -96,16 +107,38 @@ def run_session(
         if folder is not None:
             call("on_save", folder)
 
+    def save_evaluated(is_last: bool) -> bool:
+        """Save an evaluated step that has no checkpoint yet; return whether it has one now, on every process."""
+        folder = run.checkpoint(progress.step)
+        with processes.raise_together():
+            if processes.is_first and not folder.is_dir():
+                save_now(is_last)
+        return processes.broadcast(folder.is_dir())
+
+    def keep_best(value: float) -> None:
+        """Keep the checkpoint of this step if it is the best so far."""
+        if watch.observe(progress.step, value) and save_evaluated(is_last=False):
+            watch.keep(progress.step, value)
+            if processes.is_first:
+                saver.best = run.checkpoint(progress.step)
+                run.write_record(replace(prepared.record, best=watch.best))
+                saver.drop_old(progress.step)
+
     def evaluate_now() -> None:
-        evaluation, retained = (
-            evaluate_examples(assembly, examples) if examples else None
-            for examples in (plan.datasets.eval, plan.datasets.retain)
-        )
-        log.log_evaluation(progress.step, evaluation, retained)
-        if evaluation is not None:
-            call("on_evaluation", evaluation)
-        if retained is not None:
-            call("on_retain_evaluation", retained)
+        evaluations = {name: evaluate_examples(assembly, examples) for name, examples in plan.datasets.held_out.items()}
+        scores = assembly.scorer.score(assembly.model, assembly.tokenizer, processes)
+        for name, values in scores.by_set.items():
+            evaluations[name] = replace(evaluations[name], metrics=evaluations[name].metrics | values)
+        log.log_evaluation(progress.step, evaluations)
+        if scores.answered and processes.is_first:
+            display.show_event(progress.step, scores.describe())
+        for name, evaluation in evaluations.items():
+            if name == MAIN_SET:
+                call("on_evaluation", evaluation)
+            else:
+                call("on_other_evaluation", name, evaluation)
+        if watch.metric is not None:
+            keep_best(processes.broadcast(metric_of(evaluations, watch.metric)))
 
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
@@ -127,8 +160,12 @@ def run_session(
         if not (stop or is_last) and processes.world_size == 1 and interruption.requested:  # by a callback since
             saver.save(progress, True)
             stop = True
-        return not stop
+        if watch.is_exhausted and not is_last:
+            save_evaluated(is_last=True)
+        return not (stop or watch.is_exhausted)
 
+    if watch.best is not None:
+        saver.best = run.checkpoint(watch.best.step)
     with Interruption() as interruption:
         callbacks = LoopCallbacks(
             after_step=after_step,
@@ -142,7 +179,8 @@ def run_session(
             if evaluates_at(progress.step) and not is_evaluated:
                 evaluate_now()
             schedule = LoopSchedule(total, rate_of(assembly.train, total), config.max_grad_norm)
-            run_loop(assembly.loop_parts, progress, schedule, callbacks)
+            if not watch.is_exhausted:
+                run_loop(assembly.loop_parts, progress, schedule, callbacks)
         except torch.OutOfMemoryError as problem:
             raise ModelError(
                 f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
@@ -154,7 +192,7 @@ def run_session(
             raise
         finally:
             log.close()
-    return interruption.signal, guard.in_use
+    return SessionEnd(interruption.signal, guard.in_use, watch.best, watch.is_exhausted and progress.step < total)
 
 
 def how_to_continue(fresh: bool) -> str:
@@ -163,8 +201,18 @@ def how_to_continue(fresh: bool) -> str:
 
 
 def evaluate_examples(assembly: Assembly, examples: ExampleSet) -> Evaluation:
-    """Evaluate held-out or retained examples, each process a part of them."""
+    """Evaluate a set of examples, each process a part of them."""
     processes = assembly.processes
     batches = eval_batches(examples, assembly.config.train.micro_batch_size, assembly.batches.capacity)
     share = islice(batches, processes.rank, None, processes.world_size)
     return evaluate(assembly.model, share, processes.sum, assembly.objective.loss)
+
+
+def metric_of(evaluations: Mapping[str, Evaluation], name: str) -> float:
+    """Return a metric of the evaluations, by its name in metrics.jsonl."""
+    values = {
+        f"{group}_{metric}": value
+        for group, each in evaluations.items()
+        for metric, value in {"loss": each.loss, **each.metrics}.items()
+    }
+    return values[name]

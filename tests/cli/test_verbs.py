@@ -588,7 +588,17 @@ def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merg
 
     done = run("verify", run_dir, out, "--json")
     assert done.code == 1
-    assert json.loads(done.out)["problems"] == ["it was merged at step 3, but the run is at step 6. Merge again."]
+    assert json.loads(done.out)["problems"] == [
+        "it was merged at step 3, but the run's adapter is that of step 6. Merge again, or add --checkpoint 3."
+    ]
+    for chosen in ("3", "last"):
+        done = run("verify", run_dir, out, "--checkpoint", chosen, "--json")
+        assert (done.code, chosen) in ((0, "3"), (1, "last"))
+    assert run("eval", run_dir, "--checkpoint", "6", "--json").json()["loss"] == final
+    assert "keeps none; set train.keep_best" in run("eval", run_dir, "--checkpoint", "best").error()
+    assert "should be best, last, or the step" in run("eval", run_dir, "--checkpoint", "-1").error()
+    assert "step-000004 does not exist; the checkpoints" in run("eval", run_dir, "--checkpoint", "4").error()
+    assert "is not a run's output_dir" in run("eval", checkpoint, "--checkpoint", "3").error()
 
 
 def test_merge_update_goes_by_the_adapter_and_the_options(run_dir, merged, tmp_path):

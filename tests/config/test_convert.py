@@ -257,6 +257,29 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     assert get(config, key) == value
 
 
+@pytest.mark.parametrize(("base", "theirs", "expected"), [
+    (AXOLOTL_BASE, {"val_set_size": 0.1, "early_stopping_patience": 3},
+     {"train.early_stopping": {"metric": "eval_loss", "patience": 3}}),
+    (AXOLOTL_BASE, {"early_stopping_patience": 3}, {}),
+    (AXOLOTL_BASE, {"val_set_size": 0.1, "load_best_model_at_end": True}, {"train.keep_best": True}),
+    (AXOLOTL_BASE, {"val_set_size": 0.1, "do_causal_lm_eval": True, "eval_causal_lm_metrics": ["sacrebleu", "ter"],
+                    "eval_max_new_tokens": 64, "load_best_model_at_end": True, "metric_for_best_model": "sacrebleu"},
+     {"eval.metrics": ["bleu"], "eval.max_new_tokens": 64, "train.keep_best": "eval_bleu"}),
+    (TRL_BASE, {"eval_dataset": {"main": "a.jsonl", "old": "b.jsonl"}, "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_old_loss"},
+     {"data.eval": {"main": [{"path": "a.jsonl"}], "old": [{"path": "b.jsonl"}]}, "train.keep_best": "eval_old_loss"}),
+    (LLAMA_FACTORY_BASE, {"eval_dataset": "one,two", "eval_on_each_dataset": True},
+     {"data.eval": {"one": [{"path": "data/one.json"}], "two": [{"path": "data/two.json"}]}}),
+], ids=str)  # fmt: skip
+def test_what_is_evaluated_becomes_ours(convert, base, theirs, expected):
+    keys = ("data.eval", "train.early_stopping", "train.keep_best", "eval.metrics", "eval.max_new_tokens")
+    conversion, _ = convert(base | theirs)
+    found = {key: conversion.draft.values[key] for key in keys if key in conversion.draft.values}
+    if not isinstance(expected.get("data.eval"), dict):
+        found.pop("data.eval", None)
+    assert found == expected
+
+
 @pytest.mark.parametrize(("base", "theirs", "words"), [
     (AXOLOTL_BASE, {"adapter": None, "load_in_4bit": False}, ["full fine-tuning"]),
     (AXOLOTL_BASE, {"rl": "grpo"}, ["rl: grpo", "not available", "data.format: chosen"]),
@@ -281,7 +304,9 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     (TRL_BASE, {"init_r": 40.0, "target_r": 20}, ["lora.rank", "lora.final_rank (target_r) is left out"]),
     (TRL_BASE, {"init_r": 12, "target_r": 8, "init_lora_weights": "pissa"}, ["lora.final_rank (target_r) is left out"]),
     (LLAMA_FACTORY_BASE, {"adapter_name_or_path": "x" * 5000, "create_new_adapter": True}, ["lora.stack", "left out"]),
-    (AXOLOTL_BASE, {"early_stopping_patience": 3}, ["early_stopping_patience"]),
+    (AXOLOTL_BASE, {"val_set_size": 0.1, "load_best_model_at_end": True, "metric_for_best_model": "comet"},
+     ["metric_for_best_model: comet is not evaluated"]),
+    (LLAMA_FACTORY_BASE, {"val_size": 0.1, "predict_with_generate": True}, ["rouge is not available", "bleu, chrf"]),
     (AXOLOTL_BASE, {"chat_template": "jamba", "datasets": [{"path": "r", "type": "chat_template"}]},
      ["chat_template: jamba", "auto"]),
     (AXOLOTL_BASE, {"val_set_size": 500}, ["500", "share"]),

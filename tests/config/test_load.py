@@ -84,6 +84,8 @@ OUT_OF_RANGE = {
     "train.eval_every": [0, -1, 1.5, INF, NAN],
     "train.save_every": [0, -1, 2.5, INF, NAN],
     "train.keep_checkpoints": [0, -1],
+    "eval.rows": [0, -1, 1.5],
+    "eval.max_new_tokens": [0, -1],
     "export.max_shard_size": ["big", "0GB", "-5GB", "5 apples", 5],
 }
 
@@ -443,7 +445,7 @@ def test_yaml_that_holds_no_sections_is_refused(tmp_path, content):
     path.write_text(content)
     message = problems(path)
     assert str(path) in message
-    assert "model, lora, data, train, export" in message
+    assert "model, lora, data, eval, train, export" in message
 
 
 def test_a_section_that_is_no_group_of_keys_is_named(write):

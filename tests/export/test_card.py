@@ -43,9 +43,9 @@ def test_the_card_contains_base_data_settings_losses_and_merge(run, report, tiny
     assert "learning rate 0.01" in text
     for line in metrics:
         if "eval_loss" in line:
-            assert f"| {line['step']} | {line['eval_loss']:.4f} held-out |" in text
+            assert f"| {line['step']} | {line['eval_loss']:.4f} held-out loss |" in text
     last = [line for line in metrics if "loss" in line][-1]
-    assert f"| {last['step']} | {last['loss']:.4f} training |" in text
+    assert f"| {last['step']} | {last['loss']:.4f} training loss |" in text
     assert "| layers with an adapter | 14 |" in text
     assert "the dequantized base" in text
 

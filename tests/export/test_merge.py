@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,14 @@ from transformers import (
 )
 from transformers.models.hrm_text import HrmTextConfig
 
+import qlora
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, ExportError
-from qlora.export import merge
+from qlora.export import Judge, merge
 from qlora.export.folder import cast_checked
 from qlora.files.stored import BLOCK_NUMEL
 from qlora.lora import lora_layers
-from qlora.model import load_base, load_run
+from qlora.model import SUPERVISED, StepLoss, load_base, load_run
 from qlora.proof import verify
 from qlora.training import train
 from tests.tiny import make_base, make_tokenizer, run_config
@@ -484,6 +486,23 @@ def test_onto_best_writes_the_base_with_the_lower_loss(held_out, tiny_base, alpa
     assert report.onto == min(losses, key=losses.get)
     assert contents(tmp_path / "out") == contents(tmp_path / report.onto)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["losses"] == report.losses
+
+
+def test_onto_best_compares_by_the_loss_that_is_passed_in(run, tmp_path):
+    """The public function passes that of the run's objective."""
+    seen = []
+
+    def judge_of(run):
+        seen.append(run.path.name)
+        negated = replace(SUPERVISED, compute=lambda model, batch: StepLoss(-SUPERVISED.compute(model, batch).total))
+        return Judge(negated, "the losses by base are negated")
+
+    usual = qlora.merge(run, tmp_path / "usual", "float32", onto="best")
+    report = merge(run, tmp_path / "out", "float32", onto="best", judge_of=judge_of)
+    assert seen == [Path(run).name]
+    assert report.losses == {base: -loss for base, loss in usual.losses.items()}
+    assert {report.onto, usual.onto} == {"dequantized", "original"}
+    assert "the losses by base are negated" in report.notes
 
 
 def test_an_interrupted_merge_onto_best_resumes(run, tmp_path):

@@ -25,7 +25,7 @@ def test_it_shows_losses_and_the_learning_rate_by_step(drawn, tmp_path):
     assert axes.get_title() == "llama on rows"
     lines = {line.get_label(): line.get_xydata().tolist() for line in (*axes.get_lines(), *rates.get_lines())}
     assert lines["training"] == [[line["step"], line["loss"]] for line in METRICS]
-    assert lines["held out"] == [[2, 3.0]]
+    assert lines["held-out loss"] == [[2, 3.0]]
     assert lines["learning rate"][-1] == [40, pytest.approx(4e-3)]
     smoothed = [value for _, value in lines["training, smoothed"]]
     assert smoothed[0] == 4.0

@@ -29,17 +29,23 @@ pytestmark = pytest.mark.slow
 # What a config adds to the loss while training.
 ADDED = ({}, {"train__neftune_alpha": 5}, {"train__adversarial": {"epsilon": 0.1}}, {"train__keep": {"kl": 0.1}})
 
+# What is evaluated, and whether answers are generated.
+EVALUATIONS = (
+    {"data__eval": 0.2}, {"data__eval": None},
+    {"data__eval": 0.2, "eval__metrics": ["exact_match"], "eval__rows": 3, "eval__max_new_tokens": 4},
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("optimizer", "rounding", "packing", "dropout", "evaluation", "added"),
-    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), (0.2, None), ADDED),
+    pairs(tuple(OPTIMIZERS), ("stochastic", "master"), (True, False), (0.0, 0.1), EVALUATIONS, ADDED),
 )
 def test_a_run_stopped_after_any_step_continues_as_if_it_never_was(
     optimizer, rounding, packing, dropout, evaluation, added, configure, tmp_path, seed
 ):
     steps = 5
     settings = {"train__optimizer": optimizer, "train__rounding": rounding, "train__max_steps": steps}
-    settings |= {"data__packing": packing, "data__eval": evaluation, "lora__dropout": dropout, **added}
+    settings |= {"data__packing": packing, "lora__dropout": dropout, **evaluation, **added}
     train(configure("whole", **settings))
     first = 1 + seed % (steps - 1)
     assert train(configure(**settings), stop_at=first).steps == first

@@ -142,7 +142,7 @@ def test_a_run_stops_when_saves_fail_again_and_again_or_the_last_one_does(
 
 
 def test_an_old_checkpoint_that_can_not_be_removed_fails_no_save(configure, tmp_path, monkeypatch):
-    def refuse(checkpoints, keep):
+    def refuse(checkpoints, keep, best):
         raise CheckpointError("It can't be removed.")
 
     settings = {"train__max_steps": 8, "train__keep_checkpoints": 1}

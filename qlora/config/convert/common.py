@@ -7,6 +7,7 @@ from qlora.config.convert import values
 from qlora.config.convert.adapters import translate_adapters
 from qlora.config.convert.base_model import translate_base
 from qlora.config.convert.draft import OFF, Draft
+from qlora.config.convert.evaluation import translate_evaluation
 from qlora.config.convert.names import NAMES, SAME_NAMES
 from qlora.config.convert.steps import translate_steps
 
@@ -38,6 +39,7 @@ def translate_common(draft: Draft, is_full: bool = False) -> None:
     _copy(draft)
     _trackers(draft)
     translate_steps(draft)
+    translate_evaluation(draft)
 
 
 def hold_out(draft: Draft, size: Any, name: str) -> None:

@@ -73,12 +73,13 @@ WITHOUT_MEANING = {
         "axolotl_config_path cloud env gpus restore_callback_states_from_checkpoint is_preprocess cache_dir "
         "runtime_config peft_version auto_mapping"
     ),
-    "evaluation is the mean loss over held-out rows, in the training's batches": (
-        "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size eval_table_size eval_max_new_tokens "
-        "eval_table_max_new_tokens eval_on_each_dataset prediction_loss_only batch_eval_metrics max_eval_samples "
-        "dpo_generate_during_eval generate_during_eval compute_accuracy "
+    "losses should fall and scores should rise": "greater_is_better",
+    "evaluation is the mean loss over held-out rows, in the training's batches, and by eval.metrics": (
+        "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size eval_table_size "
+        "prediction_loss_only batch_eval_metrics max_eval_samples dpo_generate_during_eval "
+        "generate_during_eval compute_accuracy "
         "eval_num_beams max_prompt_length_eval do_mmlu_eval mmlu_* do_bench_eval bench_* eval_do_concat_batches "
-        "include_for_metrics metric_name eval_use_gather_object do_causal_lm_eval eval_causal_lm_metrics "
+        "include_for_metrics metric_name eval_use_gather_object "
         "label_names"
     ),
     "use qlora merge --push-to-hub, and hf auth login for private repositories": (
@@ -88,7 +89,7 @@ WITHOUT_MEANING = {
     ),
     "generation is set by options of qlora generate and qlora chat": (
         "max_new_tokens top_k top_p temperature repetition_penalty length_penalty num_beams do_sample "
-        "predict_with_generate gen_* infer_backend infer_dtype fast_inference gpu_memory_utilization "
+        "gen_* infer_backend infer_dtype fast_inference gpu_memory_utilization "
         "max_lora_rank vllm_* use_vllm generation_* skip_special_tokens vllm gradio_*"
     ),
     "memory is fitted before the first step; set train.micro_batch_size": "auto_find_batch_size find_batch_size",
@@ -158,9 +159,8 @@ NOT_AVAILABLE = {
     "prompts are written by the chat template; put another system message into the rows": (
         "default_system_message default_system prompt_template tool_format"
     ),
-    "early stopping is not available; the best checkpoint can be merged by its path": (
-        "early_stopping_patience early_stopping_* early_stopping load_best_model_at_end metric_for_best_model "
-        "greater_is_better loss_watchdog_threshold loss_watchdog_patience"
+    "a run ends early by train.early_stopping, on held-out rows": (
+        "early_stopping_* loss_watchdog_threshold loss_watchdog_patience"
     ),
     "rotary embeddings and other settings of the base's config.json are used as they are": (
         "rope_scaling rope_theta overrides_of_model_config overrides_of_model_kwargs model_config "

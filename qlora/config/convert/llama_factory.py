@@ -49,6 +49,9 @@ def translate(draft: Draft, folder: Path) -> None:
         wanted = values.names(draft.take(name))
         if wanted:
             draft.set(key, [_source(draft, one, info, stage) for one in wanted], name)
+    sets = draft.values.get("data.eval", [])
+    if values.flag(draft.take("eval_on_each_dataset")) and len(sets) > 1:
+        draft.values["data.eval"] = {name: [source] for name, source in zip(wanted, sets, strict=True)}
     draft.take("dataset_dir")
     set_template(draft, draft.take("template"), "template")
     hold_out(draft, draft.take("val_size"), "val_size")

@@ -41,7 +41,7 @@ NAMES_OF = {
     ),
     "data.eval": (
         "val_set_size val_size test_datasets eval_dataset eval_dataset_size test_split_size validation_file "
-        "eval_file local_eval_dataset eval_split_size"
+        "eval_file local_eval_dataset eval_split_size eval_on_each_dataset"
     ),
     "data.format": "format_type dataset_format",
     "data.columns": "field_messages message_property_mappings dataset_text_field",
@@ -88,6 +88,10 @@ NAMES_OF = {
     "train.log_every": "logging_steps",
     "train.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "train.save_every": "save_steps saves_per_epoch save_strategy",
+    "train.early_stopping": "early_stopping_patience",
+    "train.keep_best": "load_best_model_at_end metric_for_best_model",
+    "eval.metrics": "predict_with_generate do_causal_lm_eval eval_causal_lm_metrics",
+    "eval.max_new_tokens": "eval_max_new_tokens eval_table_max_new_tokens",
     "train.keep_checkpoints": "save_total_limit",
     "train.trackers": "report_to use_wandb use_tensorboard use_mlflow use_comet enable_wandb enable_tensorboard",
 }

@@ -24,7 +24,7 @@ DEFAULTS = {
 MAPPINGS = {
     "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "dataset_mixture", "dataset_mixer", "model_init_kwargs",
     "dataset_kwargs", "accelerator_config", "fsdp_config", "deepspeed", "bnb_config_kwargs", "optim_args", "env",
-    "loftq_config", "eva_config", "rank_pattern", "alpha_pattern", "rope_scaling",
+    "loftq_config", "eva_config", "rank_pattern", "eval_dataset", "alpha_pattern", "rope_scaling",
 }  # fmt: skip
 
 
@@ -109,7 +109,9 @@ def translate_data(draft: Draft) -> None:
     name, held_out = draft.take_named("eval_dataset", "validation_file", "eval_file", "local_eval_dataset")
     strategy = draft.peek("eval_strategy", "evaluation_strategy")
     first = (draft.values.get("data.train") or [{}])[0]
-    if isinstance(held_out, str):
+    if isinstance(held_out, dict) and all(isinstance(path, str) for path in held_out.values()):
+        draft.set("data.eval", {str(key): [{"path": path}] for key, path in held_out.items()}, name)
+    elif isinstance(held_out, str):
         draft.set("data.eval", [{"path": held_out}], name)
     elif strategy not in (None, "no", False) and isinstance(paths, str) and "/" in paths and not Path(paths).exists():
         draft.set("data.eval", [first | {"split": test_split or "test"}], "the test split")

@@ -1,6 +1,7 @@
 """The schema of a config: sections, keys, types, defaults, ranges and meanings."""
 
 from qlora.config.sections.data import DataSection, SourceSection
+from qlora.config.sections.evaluation import EvalSection, metric_name
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
@@ -10,6 +11,7 @@ from qlora.config.sections.values import layer_indices, parse_duration, parse_si
 
 __all__ = [
     "DataSection",
+    "EvalSection",
     "ExportSection",
     "LoraSection",
     "ModelSection",
@@ -18,6 +20,7 @@ __all__ = [
     "SourceSection",
     "TrainSection",
     "layer_indices",
+    "metric_name",
     "parse_duration",
     "parse_size",
     "rate_factor",

@@ -1,6 +1,8 @@
 """The section `data`, and a source in it: the rows and how they become examples."""
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -86,6 +88,9 @@ def _list_sources(value: object) -> object:
 
 
 def _check_eval(value: object) -> object:
+    """Return a share, a list of sources, or these by name."""
+    if isinstance(value, dict) and value.keys().isdisjoint(SourceSection.model_fields):
+        return _check_sets(value)
     if isinstance(value, str):
         try:
             value = float(value)  # YAML reads 2e-2, without a dot, as text
@@ -96,12 +101,41 @@ def _check_eval(value: object) -> object:
     return value if value is None or isinstance(value, int | float) else _list_sources(value)
 
 
+def _check_sets(sets: dict[object, object]) -> object:
+    """Check the names of several sets and return what each of them is."""
+    if not sets:
+        raise ValueError("should name a set at least, as {main: data/eval.jsonl}; null holds out nothing")
+    for name in sets:
+        if not isinstance(name, str) or not SET_NAME.fullmatch(name):
+            raise ValueError(f"has a set named {name!r:.80}; a name has letters, digits, _, - and dots")
+    checked = {name: _check_eval(value) for name, value in sets.items()}
+    if wrong := [name for name, value in checked.items() if not value or isinstance(value, dict)]:
+        raise ValueError(f"has nothing in the set {wrong[0]}; name a file or dataset, or remove the set")
+    if len(shares := [str(name) for name, value in checked.items() if isinstance(value, int | float)]) > 1:
+        raise ValueError(f"has a share of the rows in {' and '.join(shares)}; only one set can have one")
+    return checked
+
+
+def _kind_of_eval(value: object) -> str:
+    return "sets" if isinstance(value, dict) else "sources" if isinstance(value, list) else "share"
+
+
+# A set's name is a part of its metrics' names.
+SET_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 WrittenSources = str | SourceSection | list[str | SourceSection]
+EvalShare = Annotated[float, Field(ge=0, lt=1)]
 Sources = Annotated[list[SourceSection], BeforeValidator(_list_sources, json_schema_input_type=WrittenSources)]
+EvalSet = Annotated[
+    Annotated[list[SourceSection], Tag("sources")] | Annotated[float, Tag("share")], Discriminator(_kind_of_eval)
+]
 EvalSources = Annotated[
-    Annotated[list[SourceSection], Tag("sources")] | Annotated[float | None, Tag("share")],
-    Discriminator(lambda value: "sources" if isinstance(value, list) else "share"),
-    BeforeValidator(_check_eval, json_schema_input_type=Annotated[float, Field(ge=0, lt=1)] | WrittenSources | None),
+    Annotated[list[SourceSection], Tag("sources")]
+    | Annotated[float | None, Tag("share")]
+    | Annotated[dict[str, EvalSet], Tag("sets")],
+    Discriminator(_kind_of_eval),
+    BeforeValidator(
+        _check_eval, json_schema_input_type=EvalShare | WrittenSources | dict[str, EvalShare | WrittenSources] | None
+    ),
 ]
 
 
@@ -114,7 +148,8 @@ class DataSection(Section):
     )
     eval: EvalSources = Field(
         default=None,
-        description="Held-out rows: a share of the training rows, or sources as for data.train; null holds out none.",
+        description="Held-out rows: a share of the training rows, or sources as for data.train, or several of these by "
+        "name, each of which is evaluated; null holds out none.",
         examples=[0.02],
     )
     retain: Sources | None = Field(
@@ -204,3 +239,24 @@ class DataSection(Section):
         description="Folder for tokenized data; null takes $XDG_CACHE_HOME/qlora/data or ~/.cache/qlora/data.",
         examples=["/scratch/qlora-data"],
     )
+
+    @property
+    def eval_sets(self) -> dict[str, list[SourceSection] | float]:
+        """What `eval` holds, by the name of the set in metrics: `eval` for the first, `eval_NAME` for others."""
+        named = self.eval if isinstance(self.eval, dict) else {"": self.eval or 0.0}
+        return {f"eval_{name}" if place else "eval": held for place, (name, held) in enumerate(named.items())}
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the sets to evaluate on: those of `eval`, and `retain`."""
+        return [name for name, held in self.eval_sets.items() if held] + ["retain"] * bool(self.retain)
+
+    def each_source(self, change: Callable[[SourceSection], SourceSection]) -> "DataSection":
+        """Return the section with every source changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(held) for name, held in value.items()}
+            return [change(source) for source in value] if isinstance(value, list) else value
+
+        return self.model_copy(update={key: changed(getattr(self, key)) for key in ("train", "eval", "retain")})

@@ -1,9 +1,10 @@
-"""A whole config: the five sections together."""
+"""A whole config: the sections together."""
 
 from pydantic import ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
 from qlora.config.sections.data import DataSection
+from qlora.config.sections.evaluation import EvalSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
@@ -16,6 +17,7 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    eval: EvalSection = EvalSection()
     train: TrainSection
     export: ExportSection = ExportSection()
 
@@ -63,6 +65,30 @@ class RunConfig(Section):
             raise ValueError(
                 "keep.kl compares the model with its base, whose embedding or head is replaced by lora.modules_to_save "
                 f"{lora.modules_to_save}; leave that empty, or remove keep.kl"
+            )
+        return value
+
+    @field_validator("eval")
+    @classmethod
+    def _check_metrics(cls, value: EvalSection, info: ValidationInfo) -> EvalSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if data is not None and value.metrics and not data.measured:
+            raise ValueError("metrics compares answers to held-out rows, but no rows are held out; set data.eval")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _check_best(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data, metric = info.data.get("data"), value.best_metric
+        if data is None or metric is None:
+            return value
+        key = "keep_best" if value.early_stopping is None else "early_stopping"
+        if value.eval_every is None:
+            raise ValueError(f"{key} compares evaluations, but eval_every is null; set an interval")
+        if not any(metric.startswith(f"{name}_") for name in data.measured):
+            measured = f"the sets are {', '.join(data.measured)}" if data.measured else "no rows are held out"
+            raise ValueError(
+                f"{key} compares by {metric}, but {measured}; set data.eval, and name a metric such as eval_loss"
             )
         return value
 

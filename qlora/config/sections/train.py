@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config.sections.base import Section
+from qlora.config.sections.evaluation import EarlyStoppingSection
 from qlora.config.sections.values import (
     Count,
     GroupRate,
@@ -317,6 +318,17 @@ class TrainSection(Section):
         examples=[0.1],
     )
     keep_checkpoints: Count = Field(default=2, description="Number of latest checkpoints that are kept.", examples=[3])
+    keep_best: bool | str = Field(
+        default=False,
+        description="Keep the checkpoint of the best evaluation besides the latest ones, by eval_loss, or by the "
+        "metric named here; it is the one that is merged. train.early_stopping implies it.",
+        examples=[True],
+    )
+    early_stopping: EarlyStoppingSection | None = Field(
+        default=None,
+        description="Stop once evaluations no longer improve; null trains to the last step.",
+        examples=[{"metric": "eval_loss", "patience": 3}],
+    )
     trackers: Names = Field(
         default=[],
         description="Trackers of accelerate that metrics are sent to as well, by name.",
@@ -334,6 +346,13 @@ class TrainSection(Section):
         assert not isinstance(self.learning_rate, str), "auto is resolved when a run is assembled"
         return self.learning_rate
 
+    @property
+    def best_metric(self) -> str | None:
+        """Metric of the evaluations by which the best checkpoint is kept; None if it is not."""
+        if self.early_stopping is not None:
+            return self.early_stopping.metric
+        return "eval_loss" if self.keep_best is True else self.keep_best or None
+
     def with_learning_rate(self, rate: float) -> "TrainSection":
         """Return the section with another peak learning rate.
 
@@ -341,6 +360,14 @@ class TrainSection(Section):
             ValidationError: Other keys don't allow it.
         """
         return TrainSection.model_validate(self.model_dump() | {"learning_rate": rate})
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _check_stopping(cls, value: EarlyStoppingSection | None, info: ValidationInfo) -> EarlyStoppingSection | None:
+        kept = info.data.get("keep_best")
+        if value is not None and isinstance(kept, str) and kept != value.metric:
+            raise ValueError(f"has the metric {value.metric}, but train.keep_best has {kept}; set both to one")
+        return value
 
     @field_validator("classify_by", "class_weights")
     @classmethod

@@ -193,7 +193,7 @@ class Bench:
             name=name,
             fold=self.fold,
             new=[*result.eval_losses.values()],
-            old=[*result.retain_losses.values()],
+            old=[*result.evaluations["retain_loss"].values()],
             residuals=residuals(run) if setting.hides else {},
         )
 

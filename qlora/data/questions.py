@@ -1,0 +1,100 @@
+"""Questions: prompts of held-out rows with the answers that the rows have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from qlora.data.datasets import Datasets
+from qlora.data.examples import Completion, Conversation, Example, PartWeights
+from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.rows import Row, read_rows
+from qlora.data.store import ExampleSet
+from qlora.data.tables import HeaderRule
+from qlora.data.template import adds_bos, encode_prompt
+from qlora.errors import DataError
+
+# Formats whose rows have one answer to each prompt.
+ANSWERED_FORMATS = ("alpaca", "sharegpt", "messages", "completion", "chosen", "oasst")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt with its answer.
+
+    Attributes:
+        prompt: Ids of everything before the answer, as a server feeds it.
+        reference: The answer in the data.
+    """
+
+    prompt: list[int]
+    reference: str
+
+
+def read_questions(
+    tokenizer: Any, datasets: Datasets, examples: ExampleSet, count: int, max_length: int
+) -> list[Question]:
+    """Read the last answer of rows with its prompt again from their sources.
+
+    Rows without an answer in text, such as a call, and those with a longer prompt than `max_length` are left out.
+
+    Args:
+        tokenizer: Tokenizer with the chat template set.
+        datasets: The data that the examples are from.
+        examples: Examples whose rows are read: at most `count` of them, evenly spread.
+        count: Largest number of rows.
+        max_length: Largest number of tokens of a prompt.
+
+    Returns:
+        The questions, in the order of the rows; none if no source has a format in `ANSWERED_FORMATS`.
+    """
+    reports = datasets.all_reports
+    places = [
+        (store, row)
+        for store, rows in examples.rows_of(range(len(examples))).items()
+        if reports[store].format in ANSWERED_FORMATS
+        for row in rows
+    ]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)).tolist()
+    rows_of: dict[int, set[int]] = {}
+    for store, row in map(places.__getitem__, chosen):
+        rows_of.setdefault(store, set()).add(row)
+    questions: list[Question | None] = []
+    for store, wanted in rows_of.items():
+        source = datasets.sources[store]
+        reader = RowReader(reports[store].format, source.columns, source.roles)
+        found = islice(read_rows(source, HeaderRule(source.header, source.columns.values(), COLUMNS)), max(wanted))
+        for number, each in enumerate(found, 1):
+            if number in wanted and isinstance(each, Row):
+                questions.append(_question(tokenizer, reader.read(each)))
+    return [each for each in questions if each is not None and 0 < len(each.prompt) <= max_length]
+
+
+def _question(tokenizer: Any, example: Example) -> Question | None:
+    """Return the question of an example; None if it has no answer in text."""
+    if isinstance(example, Completion):
+        ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
+        starts = [tokenizer.bos_token_id] if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id] else []
+        return Question([*starts, *ids], example.completion) if example.completion.strip() else None
+    if not isinstance(example, Conversation):
+        return None
+    messages = example.messages
+    turn = _last_answer(messages, example.weights or [1.0] * len(messages))
+    if not turn or "tool_calls" in messages[turn] or not messages[turn]["content"].strip():
+        return None
+    try:
+        prompt = encode_prompt(tokenizer, messages[:turn], example.tools)
+    except DataError:  # a template may take the whole conversation only
+        return None
+    return Question(prompt, messages[turn]["content"])
+
+
+def _last_answer(messages: Sequence[dict[str, Any]], weights: Sequence[float | PartWeights]) -> int | None:
+    """Return the last turn of the assistant that is supervised; None if there is none."""
+    for turn in reversed(range(len(messages))):
+        weight = weights[turn]
+        if messages[turn]["role"] == "assistant" and (weight.max_weight if isinstance(weight, PartWeights) else weight):
+            return turn
+    return None
