@@ -445,7 +445,9 @@ def test_the_columns_of_axolotls_rated_rows_become_ours(convert):
 
 def test_options_of_another_objective_are_dropped(convert):
     conversion, _ = convert(LLAMA_FACTORY_BASE | {"pref_beta": 0.1, "simpo_gamma": 0.5})
-    assert conversion.draft.dropped["pref_beta"] == "it is for an objective that this config does not train"
+    assert (
+        conversion.draft.dropped["pref_beta"] == "train.preference takes only options of the objective that is trained"
+    )
     assert conversion.draft.dropped["simpo_gamma"] == conversion.draft.dropped["pref_beta"]
 
 

@@ -4,7 +4,7 @@ from fnmatch import fnmatch
 
 # Keys without a meaning here: what they set has no influence on what is learned, or is decided otherwise.
 WITHOUT_MEANING = {
-    "it is for an objective that this config does not train": (
+    "train.preference takes only options of the objective that is trained": (
         "beta rl_beta pref_* dpo_* orpo_* kto_* cpo_* simpo_* rpo_* desirable_weight undesirable_weight loss_weights "
         "label_smoothing gamma_beta_ratio center_rewards_coefficient"
     ),
