@@ -34,11 +34,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = measure(Path(folder))
     about = ABOUT.format(train=TRAIN_CHARACTERS, held=EVAL_CHARACTERS, rate=RATE, every=EVERY)
-    lines = [*heading("An overfitting run", "torch", "transformers", "bitsandbytes"), "", about, *lines]
+    lines = [*heading("An overfitting run", "torch", "transformers", "bitsandbytes"), about, *lines]
     if arguments.out is None:
         print("\n".join(lines))
     else:
-        append(arguments.out, "Early stopping", lines)
+        append(arguments.out, "# Early stopping\n", lines)
 
 
 def measure(folder: Path) -> list[str]:
