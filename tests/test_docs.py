@@ -20,7 +20,7 @@ PAGES += sorted(ROOT.glob("docs/*.md"))
 # Pages whose blocks can be followed from the first to the last.
 FOLLOWED = ["README.md", "docs/chat.md", "docs/pretraining.md", "docs/new-tokens.md", "docs/release.md"]
 FOLLOWED += ["docs/commands.md", "docs/python.md", "docs/continual.md", "docs/methods.md", "docs/reward.md"]
-FOLLOWED += ["docs/classification.md", "docs/evaluation.md"]
+FOLLOWED += ["docs/classification.md", "docs/evaluation.md", "docs/preferences.md"]
 HUB_ID = re.compile(r"\b(?:meta-llama|Qwen)/[\w.-]+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -138,6 +138,7 @@ def test_a_page_can_be_followed(page, reader, tiny_base):
             make_small(config, tiny_base)
             if rows:
                 write_jsonl(Path(yaml.safe_load(text)["data"]["train"]), rows * 60)
+                rows = []  # a later config has rows of its own
         elif language == "python":
             code = re.sub(r'(max_steps"?[=:] ?)\d+', r"\g<1>2", HUB_ID.sub(str(tiny_base), text))
             exec(compile(code, page, "exec"), names)

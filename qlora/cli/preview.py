@@ -9,6 +9,8 @@ from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 
 BAR_WIDTH = 40
+# Least number of columns of a terminal that shows the answers of a pair side by side.
+LEAST_WIDTH = 100
 # Control characters in data are shown as symbols: a terminal would act on them.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
@@ -49,10 +51,13 @@ def _show(result: Any) -> None:
     console = Console(highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
     key = "green: supervised, dim: not, reversed: control tokens" if coloured else "supervised: between ⟦ ⟧"
-    for sample in result.samples:
-        title = f"example {sample.number}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised ({key})"
-        console.rule(Text(title), align="left")
-        console.print(_text_of(sample.pieces, coloured))
+    for first, second in result.pairs:
+        if second is None:
+            console.rule(Text(f"{_title(first, result.group_size)} ({key})"), align="left")
+            console.print(_text_of(first.pieces, coloured))
+        else:
+            console.rule(Text(f"pair {first.number // 2} ({key})"), align="left")
+            _show_pair(console, first, second, coloured)
     for report in result.reports:
         console.rule(Text(report.source), align="left")
         for line in report.summary().splitlines():
@@ -66,17 +71,53 @@ def _show(result: Any) -> None:
             label = f"  {low:>7}–{high:<7} {bar} {count}{'  longer than max_seq_len' if over and count else ''}"
             console.print(Text(label, style="yellow" if over else ""))
     console.rule(Text("an epoch"), align="left")
+    size = result.group_size
+    compared = " and as many that their KL is measured on" if result.unit == "rated answers" else ""
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
-    others = "".join(f", {count:,} of {name}" for name, count in result.held_out.items() if name != "eval")
+    others = "".join(f", {count // size:,} of {name}" for name, count in result.held_out.items() if name != "eval")
     console.print(
         Text(
-            f"{result.train_examples:,} examples, {result.tokens_per_epoch:,} tokens in {result.rows_per_epoch:,} "
-            f"sequences of up to {result.max_seq_len:,} ({packing}): {result.steps_per_epoch:,} steps; "
-            f"{result.total_steps:,} in the whole run; {result.eval_examples:,} examples held out{others}"
+            f"{result.train_examples // size:,} {result.unit}{compared}, {result.tokens_per_epoch:,} tokens in "
+            f"{result.rows_per_epoch:,} sequences of up to {result.max_seq_len * size:,} ({packing}): "
+            f"{result.steps_per_epoch:,} steps; {result.total_steps:,} in the whole run; "
+            f"{result.eval_examples // size:,} {result.unit} held out{others}"
         )
     )
     for problem in result.problems:
         console.print(Text(f"this config can't be trained: {problem}", style="bold red"))
+
+
+def _title(sample: Any, group_size: int) -> str:
+    kind = "" if sample.counts_as is None else f" ({sample.counts_as})"
+    number = sample.number // group_size
+    return f"example {number}{kind}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised"
+
+
+def _show_pair(console: Any, chosen: Any, rejected: Any, coloured: bool) -> None:
+    """Show the prompt that two answers share, then the answers: side by side on a wide terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from qlora.data import split_shared
+
+    prompt, *answers = split_shared(chosen.pieces, rejected.pieces)
+    if prompt:
+        console.print(_text_of(prompt, coloured), end="" if prompt[-1].text.endswith("\n") else "\n")
+    titles = [
+        f"{each.counts_as}: {each.num_tokens:,} tokens, {each.num_supervised:,} supervised"
+        for each in (chosen, rejected)
+    ]
+    if console.is_terminal and console.width >= LEAST_WIDTH:
+        table = Table.grid(expand=True, padding=(0, 2))
+        for _ in answers:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*(Text(title, style="bold") for title in titles))
+        table.add_row(*(_text_of(answer, coloured) for answer in answers))
+        console.print(table, soft_wrap=False)
+        return
+    for title, answer in zip(titles, answers, strict=True):
+        console.print(Text(f"– {title}", style="bold"))
+        console.print(_text_of(answer, coloured))
 
 
 def _text_of(pieces: list[Any], coloured: bool) -> Any:

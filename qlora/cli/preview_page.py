@@ -20,9 +20,15 @@ def write_page(path: Path, result: Any, config: str) -> None:
     """
     from jinja2 import Environment
 
+    from qlora.data import split_shared
+
     source = files("qlora.cli").joinpath("preview.html.jinja").read_text(encoding="utf-8")
     # All text comes from data, so all of it is escaped.
-    page = Environment(autoescape=True).from_string(source).render(result=result, config=Path(config).name)
+    page = (
+        Environment(autoescape=True)
+        .from_string(source)
+        .render(result=result, config=Path(config).name, split_shared=split_shared)
+    )
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

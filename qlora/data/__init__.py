@@ -9,7 +9,7 @@ from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_id
 from qlora.data.options import EncodeOptions
 from qlora.data.questions import Question, read_questions
 from qlora.data.report import DataReport
-from qlora.data.samples import Piece, pieces
+from qlora.data.samples import Piece, pieces, split_shared
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet
 from qlora.data.template import apply_template, encode_prompt, template_name
@@ -46,6 +46,7 @@ __all__ = [
     "pieces",
     "read_questions",
     "set_special_tokens",
+    "split_shared",
     "store_rows",
     "supervised_bytes",
     "template_name",

@@ -1,5 +1,6 @@
 """Examples decoded into pieces of text that show what is supervised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,6 +21,13 @@ class Piece:
     text: str
     weight: float
     is_special: bool
+
+
+def split_shared(first: Sequence[Piece], second: Sequence[Piece]) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    """Return the unsupervised pieces that two documents begin with, such as a prompt, and what follows in each."""
+    pairs = enumerate(zip(first, second, strict=False))
+    common = next((place for place, (one, other) in pairs if one != other or one.weight), min(len(first), len(second)))
+    return list(first[:common]), list(first[common:]), list(second[common:])
 
 
 def pieces(tokenizer: Any, example: TokenizedExample) -> list[Piece]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from qlora.config import RunConfig
-from qlora.data import BatchPlan, DataReport, ExampleSet, Piece, pieces
+from qlora.data import LABEL, BatchPlan, DataReport, ExampleSet, Labels, Piece, TokenizedExample, pieces
+from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
@@ -16,6 +17,8 @@ from qlora.model import datasets_from_section, labels_from_config, load_tokenize
 from qlora.objectives import objective_from_section
 from qlora.training.given import as_config
 from qlora.training.schedule import resolve_total_steps
+
+CHOSEN, REJECTED = "chosen", "rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,15 @@ class Sample:
         num_tokens: Number of its tokens.
         num_supervised: Number of its supervised tokens.
         pieces: Its text.
+        counts_as: What it is learned as: `chosen` or `rejected` of a pair, rated `good` or `bad`, or the name of its
+            label; None for other examples.
     """
 
     number: int
     num_tokens: int
     num_supervised: int
     pieces: list[Piece]
+    counts_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -51,7 +57,10 @@ class Preview:
         steps_per_epoch: Number of optimizer steps of an epoch, on one process.
         total_steps: Number of optimizer steps of the run.
         problems: Reasons why the config can't be trained as it is.
-        samples: Examples spread evenly over those of an epoch.
+        samples: Examples spread evenly over those of an epoch. Both answers of a pair follow each other; the answers
+            of other rows that KTO compares with are left out.
+        group_size: Number of examples that a row becomes: 2 for preference pairs, and for rated answers, each of which
+            has the answer of another row beside it.
     """
 
     reports: list[DataReport]
@@ -66,6 +75,20 @@ class Preview:
     total_steps: int
     problems: list[str]
     samples: list[Sample]
+    group_size: int
+
+    @property
+    def unit(self) -> str:
+        """Name of what rows become: examples, pairs or rated answers."""
+        if self.group_size == 1:
+            return "examples"
+        return "rated answers" if any(report.format == "kto" for report in self.reports) else "pairs"
+
+    @property
+    def pairs(self) -> list[tuple[Sample, Sample | None]]:
+        """The samples, each with the other answer of its pair; None for samples that are no pairs."""
+        others = {sample.number - 1: sample for sample in self.samples if sample.counts_as == REJECTED}
+        return [(each, others.get(each.number)) for each in self.samples if each.counts_as != REJECTED]
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -124,7 +147,8 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch),
         problems=problems,
-        samples=_samples(tokenizer, datasets.train, num_samples),
+        samples=_samples(tokenizer, datasets.train, num_samples, datasets.labels),
+        group_size=datasets.train.group_size,
     )
 
 
@@ -138,9 +162,26 @@ def _num_positions(folder: Path) -> int | None:
         return None
 
 
-def _samples(tokenizer: Any, examples: ExampleSet, count: int) -> list[Sample]:
-    chosen = np.unique(np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)).tolist()
+def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | None) -> list[Sample]:
+    """Return groups of documents spread evenly, as samples; a mismatched answer is not learned, so it is left out."""
+    size, num_groups = examples.group_size, len(examples) // examples.group_size
+    chosen = np.unique(np.linspace(0, num_groups - 1, min(count, num_groups)).astype(int)).tolist()
     return [
-        Sample(number, len(examples[number]), examples[number].num_supervised, pieces(tokenizer, examples[number]))
-        for number in chosen
-    ]
+        Sample(
+            number, len(example), example.num_supervised, pieces(tokenizer, example),
+            _counts_as(example, number % size if size > 1 else None, labels),
+        )
+        for group in chosen
+        for number in range(group * size, (group + 1) * size)
+        if (example := examples[number]).values.get(RATING) != MISMATCHED
+    ]  # fmt: skip
+
+
+def _counts_as(example: TokenizedExample, place: int | None, labels: Labels | None) -> str | None:
+    """Return what an example is learned as, by its values and its place in its group."""
+    if RATING in example.values:
+        return {GOOD: "good", BAD: "bad"}[int(example.values[RATING])]
+    if labels is not None and LABEL in example.values:
+        numbers = np.flatnonzero(example.values[LABEL]) if labels.is_multiple else [int(example.values[LABEL])]
+        return ", ".join(labels.names[number] for number in numbers)
+    return None if place is None else (CHOSEN, REJECTED)[place]

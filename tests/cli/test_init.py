@@ -8,7 +8,7 @@ from tests.cli import run
 
 THEIRS = {
     "base_model": "org/base", "sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1, "adapter": "qlora",
-    "datasets": [{"path": "org/rows", "type": "alpaca"}], "output_dir": "out", "wandb_project": "mine", "rl": "dpo",
+    "datasets": [{"path": "org/rows", "type": "alpaca"}], "output_dir": "out", "wandb_project": "mine", "rl": "grpo",
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def test_a_conversion_says_whose_config_it_was_and_what_was_dropped(theirs, tmp_
     done = run("init", "--from", theirs, "-o", tmp_path / "mine.yaml")
     assert done.code == 0
     assert f"Converted {theirs}, a config of axolotl." in done.out
-    assert "rl: dpo asks for an objective that is not available" in done.out
+    assert "rl: grpo asks for an objective that is not available" in done.out
     assert "wandb_project: wandb and other trackers read their settings" in done.out
     assert f"Next: qlora preview {tmp_path / 'mine.yaml'}" in done.out
     config = load_config(tmp_path / "mine.yaml")

@@ -110,6 +110,64 @@ def test_rows_for_another_objective_are_shown_and_reported(config, tmp_path):
     assert "train.objective: sft can't learn from the preference rows" in shown.out
 
 
+PAIR = {"prompt": "Say", "chosen": "yes, certainly", "rejected": "no"}
+
+
+@pytest.fixture
+def pairs_config(config, tmp_path):
+    """Return the arguments that preview three pairs."""
+    data = rows_file(tmp_path, *({**PAIR, "prompt": f"Say {name}"} for name in ("a", "b", "c")))
+    return "preview", config, f"data.train={data}", "data.eval=null", "train.objective=dpo"
+
+
+def test_the_prompt_of_a_pair_is_shown_once(pairs_config):
+    shown = run(*pairs_config, "-n", "2").out
+    assert shown.count("Say a") == shown.count("Say c") == 1
+    assert "Say b" not in shown
+    assert "### Response:\n– chosen: " in shown
+    assert "⟦yes, certainly</s>⟧\n– rejected: " in shown
+    assert "3 pairs, " in shown
+
+
+@pytest.mark.parametrize(("width", "is_beside"), [(120, True), (80, False)])
+def test_the_answers_of_a_pair_are_side_by_side_on_a_wide_terminal(pairs_config, monkeypatch, width, is_beside):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = run(*pairs_config, "-n", "1").out.splitlines()
+    (line,) = (line for line in lines if "yes, certainly" in line)
+    assert line.startswith("\x1b[32myes, certainly\x1b[0m")  # green
+    assert ("\x1b[32mno\x1b[0m" in line) == is_beside
+    assert sum("\x1b[32mno\x1b[0m" in line for line in lines) == 1
+
+
+def test_both_answers_of_a_pair_are_in_the_json_and_the_page(pairs_config, tmp_path):
+    report = run(*pairs_config, "-n", "1", "--json", "--html", tmp_path / "page.html").json()
+    assert [(sample["number"], sample["counts_as"]) for sample in report["samples"]] == [(0, "chosen"), (1, "rejected")]
+    assert report["group_size"] == 2
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("Say a") == 1
+    assert re.findall(r'<span class="supervised">([^<]*)</span>', page) == ["yes, certainly", "no"]
+
+
+def test_the_ratings_of_answers_are_shown_and_not_the_answers_of_other_rows(config, tmp_path):
+    rows = ({"prompt": f"Say {number}", "completion": f"yes {number}", "label": number > 1} for number in range(3))
+    arguments = ("preview", config, f"data.train={rows_file(tmp_path, *rows)}", "data.eval=null", "train.objective=kto")
+    shown = run(*arguments).out
+    assert re.findall(r"example (\d) \((\w+)\)", shown) == [("0", "bad"), ("1", "bad"), ("2", "good")]
+    assert re.findall(r"⟦(.*)⟧", shown)[1::2] == [f"yes {number}</s>" for number in range(3)]
+    assert "3 rated answers and as many" in shown
+    samples = run(*arguments, "--json").json()["samples"]
+    assert [sample["counts_as"] for sample in samples] == ["bad", "bad", "good"]
+
+
+@pytest.mark.parametrize("how", ["head", "tokens"])
+def test_the_labels_of_texts_are_shown(config, tmp_path, how):
+    data = rows_file(tmp_path, {"text": "Hi", "label": "spam"}, {"text": "Ho", "label": "ham"})
+    settings = (f"data.train={data}", "data.eval=null", "train.objective=classify", f"train.classify_by={how}")
+    samples = run("preview", config, *settings, "--json").json()["samples"]
+    assert sorted(sample["counts_as"] for sample in samples) == ["ham", "spam"]
+
+
 def test_the_lengths_are_drawn_and_those_too_long_marked(config, tmp_path):
     data = rows_file(tmp_path, *({"text": "x" * length} for length in (5, 20, 21, 40, 500)))
     arguments = ("preview", config, f"data.train={data}", "data.eval=null", "data.max_seq_len=64")

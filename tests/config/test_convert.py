@@ -1,5 +1,7 @@
 """Configs of other trainers become configs of ours, and every key of theirs is accounted for."""
 
+import ast
+import importlib.util
 import json
 import random
 import re
@@ -222,6 +224,10 @@ def get(config, key):
     (TRL_BASE, {"max_grad_norm": 0}, "train.max_grad_norm", None),
     (TRL_BASE, {"torch_dtype": "bfloat16"}, "model.compute_dtype", "bfloat16"),
     (TRL_BASE, {"adam_beta2": 0.95}, "train.betas", (0.9, 0.95)),
+    (TRL_BASE, {"loss_type": "ipo", "lora_dropout": 0.1}, "lora.dropout", 0.0),
+    (TRL_BASE, {"loss_type": "ipo", "lora_dropout": 0.1, "disable_dropout": False}, "lora.dropout", 0.1),
+    (LLAMA_FACTORY_BASE, {"stage": "rm", "lora_dropout": 0.1}, "lora.dropout", 0.1),
+    (AXOLOTL_BASE, {"rl": "dpo", "sample_packing": True}, "data.packing", False),
     (TRL_BASE, {}, "lora.dropout", 0.05),
     (TRL_BASE, {"use_dora": True}, "lora.kind", "dora"),
     (TRL_BASE, {"init_lora_weights": "gaussian"}, "lora.init", "gaussian"),
@@ -276,7 +282,13 @@ def test_what_is_evaluated_becomes_ours(convert, base, theirs, expected):
 
 @pytest.mark.parametrize(("base", "theirs", "words"), [
     (AXOLOTL_BASE, {"adapter": None, "load_in_4bit": False}, ["full fine-tuning"]),
-    (AXOLOTL_BASE, {"rl": "dpo"}, ["rl: dpo", "not available", "data.format: chosen"]),
+    (AXOLOTL_BASE, {"rl": "grpo"}, ["rl: grpo", "not available", "data.format: chosen"]),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_loss_type": ["sigmoid", "hinge"]}, ["dpo_loss_type: ['sigmoid', 'hinge'] asks"]),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_use_weighting": True}, ["dpo_use_weighting", "changes a loss"]),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_label_smoothing": 0.1}, ["dpo_label_smoothing", "newer versions of TRL"]),
+    (AXOLOTL_BASE, {"rl": "dpo", "rpo_alpha": 1.0}, ["sft_weight", "over all tokens"]),
+    (AXOLOTL_BASE, {"rl": "orpo"}, ["learns the prompts"]),
+    (AXOLOTL_BASE, {"process_reward_model": True}, ["process_reward_model", "not available"]),
     (AXOLOTL_BASE, {"load_in_4bit": False, "adapter": "lora", "load_in_8bit": True}, ["8 bits", "nf4"]),
     (AXOLOTL_BASE, {}, ["type: alpaca", "Below is an instruction", "jinja"]),
     (AXOLOTL_BASE, {"lr_scheduler": "warmup_stable_decay"}, ["train.decay_ratio", "0.2", "1 - sqrt(progress)"]),
@@ -302,14 +314,29 @@ def test_what_is_evaluated_becomes_ours(convert, base, theirs, expected):
     (AXOLOTL_BASE, {"lora_dropout": 1.5}, ["lora.dropout", "left out", "less than 1"]),
     (AXOLOTL_BASE, {"base_model": None}, ["model.base is not in the original"]),
     (LLAMA_FACTORY_BASE, {"finetuning_type": "full"}, ["full fine-tuning"]),
-    (LLAMA_FACTORY_BASE, {"stage": "dpo"}, ["stage: dpo"]),
+    (LLAMA_FACTORY_BASE, {"stage": "ppo"}, ["stage: ppo", "not available"]),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_loss": "kto_pair"}, ["pref_loss: kto_pair", "not available"]),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_bco_weight": 0.5}, ["pref_bco_weight", "changes a loss"]),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "ref_model": "org/other"}, ["ref_model", "model at step 0"]),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "adapter_name_or_path": "saves/sft"}, ["reference there is the base"]),
+    (LLAMA_FACTORY_BASE, {"stage": "kto", "pref_ftx": 0.5}, ["pref_ftx: 0.5", "not available with kto"]),
     (LLAMA_FACTORY_BASE, {"packing": True}, ["documents see each other"]),
     (AXOLOTL_BASE, {"lr_groups": [{"name": "q"}]}, ["lr_groups", "learning rates of their own"]),
     (LLAMA_FACTORY_BASE, {}, ["dataset mine", "dataset_info.json"]),
     (TRL_BASE, {}, ["every token", "data.loss_on"]),
     (TRL_BASE, {"use_peft": False, "lora_target_modules": None}, ["full fine-tuning"]),
     (TRL_BASE, {"lora_target_modules": None}, ["all-linear"]),
-    (TRL_BASE, {"beta": 0.1}, ["objective"]),
+    (TRL_BASE, {"beta": 0.1}, ["beta: 0.1", "does not say which", "train.objective (dpo, ipo, "]),
+    (TRL_BASE, {"beta": 0.1, "loss_type": "hinge"}, ["loss_type: hinge", "not available"]),
+    (TRL_BASE, {"beta": 0.1, "loss_type": ["sigmoid", "bco_pair", "sft"]}, ["bco_pair", "not available"]),
+    (TRL_BASE, {"loss_type": ["sft"]}, ["loss_type: ['sft']", "not available"]),
+    (TRL_BASE, {"beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 1]}, ["weight of sigmoid is 0.5"]),
+    (TRL_BASE, {"loss_type": "sigmoid", "ld_alpha": 0.5}, ["ld_alpha", "changes a loss"]),
+    (TRL_BASE, {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"}, ["f_divergence_type", "changes a loss"]),
+    (TRL_BASE, {"loss_type": "apo_zero_unpaired"}, ["loss_type: apo_zero_unpaired", "not available"]),
+    (TRL_BASE, {"cpo_alpha": 1.0, "loss_type": "ipo"}, ["loss_type: ipo", "not available"]),
+    (TRL_BASE, {"cpo_alpha": 1.0, "alpha": 0.25}, ["alpha: 0.25", "not available"]),
+    (TRL_BASE, {"num_generations": 8, "beta": 0.04}, ["grpo", "not available"]),
     (UNSLOTH_BASE, {"full_finetuning": True}, ["full fine-tuning"]),
 ], ids=str)  # fmt: skip
 def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
@@ -317,6 +344,138 @@ def test_what_can_not_be_followed_is_reported(convert, base, theirs, words):
     reported = "\n".join(conversion.draft.warnings)
     assert [word for word in words if word not in reported] == []
     assert conversion.text.index("Check these first") < conversion.text.index("\nmodel:")
+
+
+DPO = {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalize": False}
+IPO = {"beta": 0.1, "sft_weight": 0.0, "length_normalize": True}
+ORPO = {"beta": 0.1, "sft_weight": 1.0}
+# The defaults of TRL and LLaMA-Factory, which differ from those here.
+SIMPO = {"beta": 0.1, "gamma": 0.5, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalize": True}
+CPO = {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 1.0, "length_normalize": False}
+KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+
+
+@pytest.mark.parametrize(("base", "theirs", "objective", "options"), [
+    (AXOLOTL_BASE, {"rl": "dpo"}, "dpo", DPO),
+    (AXOLOTL_BASE, {"rl": "dpo", "rl_beta": 0.3, "trl": {"beta": 0.2}}, "dpo", DPO | {"beta": 0.2}),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_label_smoothing": 0.1, "rpo_alpha": 0.5}, "dpo",
+     DPO | {"label_smoothing": 0.1, "sft_weight": 0.5}),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_norm_loss": True}, "dpo", DPO | {"length_normalize": True}),
+    (AXOLOTL_BASE, {"rl": "dpo", "dpo_loss_type": ["ipo"]}, "ipo", IPO),
+    (AXOLOTL_BASE, {"rl": "ipo", "rl_beta": 0.05, "dpo_label_smoothing": 0.1}, "ipo", IPO | {"beta": 0.05}),
+    (AXOLOTL_BASE, {"rl": "orpo", "orpo_alpha": 0.2}, "orpo", ORPO | {"beta": 0.2}),
+    (AXOLOTL_BASE, {"rl": "orpo", "orpo_alpha": 0.2, "rl_beta": 0.3}, "orpo", ORPO | {"beta": 0.3}),
+    (AXOLOTL_BASE, {"rl": "simpo"}, "simpo", SIMPO | {"sft_weight": 1.0}),
+    (AXOLOTL_BASE, {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.2, "cpo_alpha": 0}, "simpo",
+     SIMPO | {"beta": 2.0, "gamma": 1.2}),
+    (AXOLOTL_BASE, {"rl": "kto", "rl_beta": 0.5, "kto_desirable_weight": 0.2}, "kto",
+     KTO | {"beta": 0.5, "desirable_weight": 0.2}),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_beta": 0.2, "pref_ftx": 0.5, "dpo_label_smoothing": 0.1}, "dpo",
+     DPO | {"beta": 0.2, "sft_weight": 0.5, "label_smoothing": 0.1}),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_loss": "ipo"}, "ipo", IPO),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_loss": "orpo"}, "orpo", ORPO),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_loss": "orpo", "pref_ftx": 0.5}, "orpo", ORPO | {"sft_weight": 1.5}),
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "pref_loss": "simpo"}, "simpo", SIMPO),
+    (LLAMA_FACTORY_BASE, {"stage": "kto", "kto_rejected_weight": 1.5}, "kto", KTO | {"undesirable_weight": 1.5}),
+    (TRL_BASE, {"beta": 0.3, "loss_type": "sigmoid"}, "dpo", DPO | {"beta": 0.3}),
+    (TRL_BASE, {"loss_type": ["sigmoid_norm"]}, "dpo", DPO | {"length_normalize": True}),
+    (TRL_BASE, {"loss_type": "ipo"}, "ipo", IPO),
+    (TRL_BASE, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]}, "dpo", DPO | {"sft_weight": 0.25}),
+    (TRL_BASE, {"loss_type": ["sft", "ipo"]}, "ipo", IPO | {"sft_weight": 1.0}),
+    (TRL_BASE, {"rpo_alpha": 1.0, "label_smoothing": 0.1}, "dpo", DPO | {"sft_weight": 1.0, "label_smoothing": 0.1}),
+    (TRL_BASE, {"cpo_alpha": 0.5, "label_smoothing": 0.1}, "cpo", CPO | {"sft_weight": 0.5, "label_smoothing": 0.1}),
+    (TRL_BASE, {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.4}, "simpo",
+     SIMPO | {"beta": 2.5, "gamma": 1.4, "sft_weight": 1.0}),
+    (TRL_BASE, {"loss_type": "alphapo", "cpo_alpha": 0.5}, "simpo", SIMPO),
+    (TRL_BASE, {"beta": 10.0, "gamma_beta_ratio": 0.3}, "simpo", SIMPO | {"beta": 10.0, "gamma": 3.0}),
+    (TRL_BASE, {"loss_type": "kto", "undesirable_weight": 1.2}, "kto", KTO | {"undesirable_weight": 1.2}),
+    (UNSLOTH_BASE, {"beta": 0.2, "loss_type": "sigmoid"}, "dpo", DPO | {"beta": 0.2}),
+], ids=str)  # fmt: skip
+def test_an_objective_becomes_ours_with_all_options(convert, base, theirs, objective, options):
+    _, config = convert(base | theirs)
+    assert config.train.objective == objective
+    given = config.train.preference.model_dump(exclude_none=True)
+    assert given == pytest.approx(options)
+    assert config.data.format == ("kto" if objective == "kto" else "preference")
+    assert config.lora.dropout == 0
+
+
+@pytest.mark.parametrize(("base", "theirs", "center"), [
+    (AXOLOTL_BASE, {"reward_model": True, "center_rewards_coefficient": 0.01}, 0.01),
+    (LLAMA_FACTORY_BASE, {"stage": "rm"}, None),
+    (TRL_BASE, {"center_rewards_coefficient": 0.01}, 0.01),
+], ids=str)  # fmt: skip
+def test_a_reward_model_becomes_ours(convert, base, theirs, center):
+    _, config = convert(base | theirs)
+    assert (config.train.objective, config.data.format) == ("reward", "preference")
+    assert (config.train.reward and config.train.reward.center) == center
+
+
+@pytest.mark.parametrize(("command", "objective"), [
+    ("trl dpo", "dpo"), ("trl kto", "kto"), ("trl reward", "reward"), ("trl sft", "sft"),
+    ("accelerate launch --config_file dpo/zero3.yaml train_orpo.py", "orpo"), ("python -m trl.scripts.dpo", "dpo"),
+    ("python dpo-project/scripts/run_sft.py", "sft"), ("python cpo.py", "cpo"),
+])  # fmt: skip
+def test_trls_trainer_is_told_by_the_command(convert, command, objective):
+    _, config = convert(f"{command} --model_name_or_path org/b --dataset_name org/rows --use_peft --beta 0.3")
+    assert config.train.objective == objective
+    if objective not in ("sft", "reward"):
+        assert config.train.preference.beta == 0.3
+        assert config.train.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(("name", "objective"), [("orpo.yaml", "orpo"), ("config.yaml", "sft"), ("my_kto.yml", "kto")])
+def test_trls_trainer_is_told_by_the_files_name(convert, name, objective):
+    _, config = convert(TRL_BASE | {"beta": 0.1}, name)
+    assert config.train.objective == objective
+
+
+def test_the_columns_of_axolotls_rated_rows_become_ours(convert):
+    kind = {"field_prompt": "q", "field_chosen": "good", "field_rejected": "bad", "prompt_format": "Q: {prompt}"}
+    _, config = convert(AXOLOTL_BASE | {"rl": "dpo", "datasets": [
+        {"path": "a.jsonl", "type": "chatml.intel"}, {"path": "b.jsonl", "type": kind},
+        {"path": "c.jsonl", "type": "chat_template.default", "field_messages": "talk", "field_chosen": "good"},
+    ]})  # fmt: skip
+    assert [source.columns for source in config.data.train] == [
+        {"prompt": "question"}, {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"messages": "talk", "chosen": "good"},
+    ]  # fmt: skip
+    assert config.data.chat_template == "chatml"
+
+
+def test_options_of_another_objective_are_dropped(convert):
+    conversion, _ = convert(LLAMA_FACTORY_BASE | {"pref_beta": 0.1, "simpo_gamma": 0.5})
+    assert (
+        conversion.draft.dropped["pref_beta"] == "train.preference takes only options of the objective that is trained"
+    )
+    assert conversion.draft.dropped["simpo_gamma"] == conversion.draft.dropped["pref_beta"]
+
+
+@pytest.mark.parametrize(("file", "name", "defaults"), [
+    ("trainer/dpo_config.py", "dpo", {"beta": 0.1, "label_smoothing": 0.0, "learning_rate": 1e-6}),
+    ("experimental/cpo/cpo_config.py", "simpo", {
+        "beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "label_smoothing": 0.0, "learning_rate": 1e-6}),
+    ("experimental/orpo/orpo_config.py", "orpo", {"beta": 0.1, "learning_rate": 1e-6}),
+    ("trainer/kto_config.py", "kto", {
+        "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "learning_rate": 1e-6}),
+    ("trainer/reward_config.py", "reward", {"center_rewards_coefficient": None, "learning_rate": 1e-4}),
+])  # fmt: skip
+def test_trls_defaults_are_those_of_its_config_classes(convert, file, name, defaults):
+    """The classes are read, not imported, which takes half a minute."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or not (Path(spec.origin).parent / file).exists():
+        pytest.skip("needs TRL")
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    found = {
+        node.target.id: next(ast.literal_eval(one.value) for one in node.value.keywords if one.arg == "default")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and node.target.id in {*defaults, "disable_dropout", "max_length"}
+    }
+    assert found == defaults | {"disable_dropout": True, "max_length": 1024}
+    given = {"loss_type": "simpo"} if name == "simpo" else {"beta": 0.1}
+    _, config = convert(TRL_BASE | given, f"{name}.yaml")
+    assert (config.train.objective, config.train.learning_rate) == (name, defaults["learning_rate"])
+    assert (config.data.max_seq_len, config.lora.dropout) == (1024, 0)
 
 
 def test_a_known_key_with_a_value_that_has_no_counterpart_is_dropped_with_its_key_here(convert):

@@ -98,13 +98,8 @@ def test_the_adapter_and_its_merges_are_verified(trained, tmp_path):
 
 def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
     pytest.importorskip("gguf")
-<<<<<<< HEAD
     _, run, _ = trained
     if RunDirectory.open(run).read_record().head is not None:
-=======
-    settings, run, _ = trained
-    if settings.get("train__objective") == "reward" or settings.get("train__classify_by") == "head":
->>>>>>> hc
         with pytest.raises(ExportError, match="scores texts, and only models that predict tokens are written as GGUF"):
             merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
         return

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, refuse_objective, set_template, translate_common
+from qlora.config.convert.common import hold_out, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
+from qlora.config.convert.objectives import translate_axolotl
 
 # Keys by which axolotl's configs are recognized.
 MARKS = {
@@ -39,6 +40,10 @@ TYPES: dict[str, tuple[str | None, dict[str, str]]] = {
 }  # fmt: skip
 # Types whose prompts have Alpaca's form, regardless of the chat template.
 ALPACA_STYLE = {"alpaca", "gpteacher"}
+# Types of rated rows by the part of their name that says where the prompt is, if it is in a column of another name.
+RATED_PROMPTS = {"bradley_terry": "input", "intel": "question", "icr": "input"}
+# The same types by the part that names their chat template.
+RATED_TEMPLATES = ("chatml", "llama3")
 FILE_TYPES = ("json", "csv", "parquet", "arrow", "text")
 # Speakers that are known here without a mapping.
 KNOWN_ROLES = ("system", "user", "human", "assistant", "gpt", "tool")
@@ -53,7 +58,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """
     is_full = draft.peek("adapter") in OFF
     _data(draft)
-    _objective(draft)
+    translate_axolotl(draft)
     hold_out(draft, draft.take("val_set_size"), "val_set_size")
     if values.flag(draft.take("train_on_inputs")):
         draft.set("data.loss_on", "all", "train_on_inputs")
@@ -65,12 +70,6 @@ def translate(draft: Draft, folder: Path) -> None:
     if draft.values.get("data.format") == "text":
         draft.set("data.overlong", "split", "axolotl splits long texts")
     draft.set_defaults(DEFAULTS)
-
-
-def _objective(draft: Draft) -> None:
-    for name in ("rl", "reward_model", "process_reward_model"):
-        if draft.peek(name) not in OFF:
-            refuse_objective(draft, name)
 
 
 def _data(draft: Draft) -> None:
@@ -96,6 +95,8 @@ def _data(draft: Draft) -> None:
                 entry.setdefault("type", "pretrain")
             styles.add(_style(entry))
             template = template or entry.get("chat_template_jinja") or entry.get("chat_template")
+            if _is_rated(draft) and (style := str(entry.get("type")).partition(".")[0]) in RATED_TEMPLATES:
+                template = template or style
             sources += _sources(draft, entry, name)
         formats = {source.get("format") for source in sources}
         if key == "data.train" and len(formats) == 1 and formats != {None}:
@@ -152,11 +153,29 @@ def _sources(draft: Draft, entry: dict[str, Any], name: str) -> list[dict[str, A
     return [{"path": str(one), **source} for one in paths if one]
 
 
+def _is_rated(draft: Draft) -> bool:
+    return draft.peek("rl", "reward_model", "process_reward_model") not in OFF
+
+
+def _rated_columns(draft: Draft, kind: Any, path: Any) -> dict[str, str]:
+    """Return names of columns of rows with preferences or ratings; their format follows from the objective."""
+    if not isinstance(kind, dict):
+        parts = str(kind).split(".")
+        prompt = RATED_PROMPTS.get(parts[0]) or RATED_PROMPTS.get(parts[-1])
+        return {} if prompt is None else {"prompt": prompt}
+    if any(name.endswith("_format") for name in map(str, kind)):
+        draft.warn(f"{path} has a prompt format of its own; here the chat template writes its prompts.")
+    names = ("system", "prompt", "chosen", "rejected", "completion", "label")
+    return {ours: str(kind[f"field_{ours}"]) for ours in names if kind.get(f"field_{ours}") not in (None, ours)}
+
+
 def _format(draft: Draft, entry: dict[str, Any], path: Any) -> dict[str, Any]:
     kind = entry.pop("type", None)
     columns: dict[str, str] = {}
     result: dict[str, Any] = {}
-    if isinstance(kind, dict):
+    if _is_rated(draft):
+        columns = _rated_columns(draft, kind, path)
+    elif isinstance(kind, dict):
         result["format"] = "alpaca"
         columns = {
             ours: kind[f"field_{ours}"]
@@ -168,10 +187,9 @@ def _format(draft: Draft, entry: dict[str, Any], path: Any) -> dict[str, Any]:
     elif isinstance(kind, str):
         name = kind.partition(":")[0]
         known = TYPES.get(name) or TYPES.get(name.partition(".")[0])
-        is_rated = draft.peek("rl", "reward_model", "process_reward_model") not in OFF
-        if known is None and not is_rated:
+        if known is None:
             draft.warn(f"type: {kind} of {path} is not known; its format is detected from the column names.")
-        elif known is not None and not is_rated:
+        else:
             result |= {"format": known[0]} if known[0] else {}
             columns = dict(known[1])
             if ":" in kind and known[0] == "alpaca" or name == "alpaca_chat":

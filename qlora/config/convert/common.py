@@ -54,15 +54,6 @@ def hold_out(draft: Draft, size: Any, name: str) -> None:
         draft.warn(f"{name}: {share} is a number of rows; data.eval takes a share. It is set to 0.02.")
 
 
-def refuse_objective(draft: Draft, name: str) -> None:
-    """Drop the key of an objective that is not available, and warn what the rows can be used for."""
-    draft.warn(
-        f"{name}: {draft.peek(name)} asks for an objective that is not available: qlora preview shows the rows, and "
-        "qlora train refuses them. To train on the chosen answers of preference rows, set data.format: chosen."
-    )
-    draft.drop(name, "supervised fine-tuning is the only objective")
-
-
 def set_template(draft: Draft, name: Any, key: str) -> None:
     """Translate the name of a chat template, or keep one that is written out."""
     if name in OFF:

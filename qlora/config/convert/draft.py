@@ -1,6 +1,6 @@
 """A draft of a config, made from the values of another trainer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora.config.convert.dropped import drop_reason
@@ -23,6 +23,8 @@ class Draft:
     Args:
         trainer: Name of the other trainer.
         values: Its keys and values.
+        program: Start of the command that they were given to, empty for a file with nothing else.
+        names: Names of their file and of its folder.
 
     Attributes:
         values: Our values by full name, `lora.rank`.
@@ -35,8 +37,8 @@ class Draft:
         template: A chat template that was written inside the other config.
     """
 
-    def __init__(self, trainer: str, values: Mapping[str, Any]) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: str, values: Mapping[str, Any], program: str = "", names: Sequence[str] = ()) -> None:
+        self.trainer, self.program, self.names = trainer, program, names
         self._left = dict(values)
         self.values: dict[str, Any] = {}
         self.comments: dict[str, str] = {}
@@ -94,10 +96,10 @@ class Draft:
         """Record every key that is left: empty or off, dropped for a reason, or unknown."""
         missing: dict[str, list[str]] = {}
         for name, value in self.left():
-            found = drop_reason(name)
+            found, ours = drop_reason(name), NAMES.get(name) or SAME_NAMES.get(name)
             if value in OFF:
                 self.off.append(name)
-            elif (ours := NAMES.get(name) or SAME_NAMES.get(name)) is not None:
+            elif ours is not None and (found is None or found[1]):
                 self.dropped[name] = f"{ours} takes no such value"
             elif found is None:
                 self.unknown.append(name)

@@ -4,6 +4,17 @@ from fnmatch import fnmatch
 
 # Keys without a meaning here: what they set has no influence on what is learned, or is decided otherwise.
 WITHOUT_MEANING = {
+    "train.preference takes only options of the objective that is trained": (
+        "beta rl_beta pref_* dpo_* orpo_* kto_* cpo_* simpo_* rpo_* desirable_weight undesirable_weight loss_weights "
+        "label_smoothing gamma_beta_ratio center_rewards_coefficient"
+    ),
+    "data.max_seq_len bounds each answer with its prompt": (
+        "max_prompt_length max_completion_length max_prompt_len truncate_prompt"
+    ),
+    "the reference's log-probabilities are computed in each step, without a second model": (
+        "precompute_ref_log_probs precompute_ref_batch_size dpo_use_logits_to_keep dpo_padding_free "
+        "dpo_use_liger_kernel model_adapter_name"
+    ),
     "the architecture and the tokenizer are read from the base's files": (
         "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy use_fast_tokenizer use_fast "
         "is_*_derived_model base_model_config processor_type base_model_ignore_patterns num_labels "
@@ -65,7 +76,8 @@ WITHOUT_MEANING = {
     "losses should fall and scores should rise": "greater_is_better",
     "evaluation is the mean loss over held-out rows, in the training's batches, and by eval.metrics": (
         "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size eval_table_size "
-        "prediction_loss_only batch_eval_metrics max_eval_samples "
+        "prediction_loss_only batch_eval_metrics max_eval_samples dpo_generate_during_eval "
+        "generate_during_eval compute_accuracy "
         "eval_num_beams max_prompt_length_eval do_mmlu_eval mmlu_* do_bench_eval bench_* eval_do_concat_batches "
         "include_for_metrics metric_name eval_use_gather_object "
         "label_names"
@@ -119,12 +131,16 @@ NOT_AVAILABLE = {
     "bases quantized by GPTQ, AWQ and others can't be trained on; name the original model as model.base": (
         "gptq gptq_* load_4bit load_in_quantized_moe awq quantization_method_gptq hqq_* quantization_device_map"
     ),
-    "it sets another objective than supervised fine-tuning, the only one available": (
-        "rl rl_* stage reward_model process_reward_model pref_* dpo_* orpo_* kto_* cpo_* simpo_* ppo_* grpo_* "
-        "rpo_* gkd_* ref_model ref_model_* beta loss_type max_prompt_length max_completion_length reward_* trl "
-        "num_generations precompute_ref_log_probs use_eaft eaft_* dft_* use_asft_loss diffusion_* "
-        "compute_accuracy teacher_model* desirable_weight undesirable_weight truncate_prompt model_adapter_name "
-        "lmbda ebft* dpo_use_logits_to_keep max_prompt_len ld_alpha"
+    "this objective is not available": (
+        "rl rl_* stage reward_model process_reward_model ppo_* grpo_* gkd_* loss_type reward_* trl num_generations "
+        "use_eaft eaft_* dft_* use_asft_loss diffusion_* teacher_model* lmbda ebft*"
+    ),
+    "it changes a loss of preferences in a way that is not available": (
+        "ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting dpo_use_weighting discopop_tau "
+        "pref_bco_weight reference_free"
+    ),
+    "the reference is the model at step 0": (
+        "ref_model ref_model_* sync_ref_model rl_adapter_ref_model ref_adapter_name"
     ),
     "these initial values are not available; factor B starts at zero": "peft corda_* olora_* lora_ga_config",
     "layers can't have learning rates of their own": "lr_groups layerwise_lr",

@@ -51,8 +51,8 @@ def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conv
     Raises:
         ConfigError: The file can't be read, or is of an unknown trainer, or is a config of qlora.
     """
-    trainer, values = _read(path)
-    draft = Draft(trainer.name, values)
+    trainer, values, program = _read(path)
+    draft = Draft(trainer.name, values, program, [path.name, path.absolute().parent.name])
     trainer.translate(draft, path.parent)
     if draft.template is not None:
         draft.set("data.chat_template", template_file, "written in the original")
@@ -82,7 +82,7 @@ def is_ours(values: dict[str, Any]) -> bool:
     return any(isinstance(keys, dict) and keys.keys() & {*sections.get(name, ())} for name, keys in values.items())
 
 
-def _read(path: Path) -> tuple[Trainer, dict[str, Any]]:
+def _read(path: Path) -> tuple[Trainer, dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def _read(path: Path) -> tuple[Trainer, dict[str, Any]]:
     if found is None:
         names = ", ".join(trainer.name for trainer in TRAINERS)
         raise ConfigError(f"{path} is not recognized as a config of {names}: it has few or none of their keys.")
-    return found
+    return *found, program
 
 
 def _drop_invalid(draft: Draft) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import hold_out, refuse_objective, set_template, translate_common
+from qlora.config.convert.common import hold_out, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
+from qlora.config.convert.objectives import translate_llama_factory
 
 # Keys by which LLaMA-Factory's configs are recognized.
 MARKS = {
@@ -38,10 +39,7 @@ def translate(draft: Draft, folder: Path) -> None:
     """
     method = draft.peek("finetuning_type")
     stage = draft.peek("stage") or "sft"
-    if stage in ("sft", "pt"):
-        draft.take("stage")
-    else:
-        refuse_objective(draft, "stage")
+    translate_llama_factory(draft)
     if stage == "pt":
         draft.set("data.format", "text", "stage: pt")
         draft.set("data.overlong", "split", "stage: pt")

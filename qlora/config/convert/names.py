@@ -61,6 +61,13 @@ NAMES_OF = {
     "data.overlong": "excess_length_strategy truncation_mode",
     "data.packing": "sample_packing neat_packing",
     "data.cache_dir": "dataset_prepared_path tokenized_path",
+    "train.objective": "rl stage pref_loss loss_type dpo_loss_type",
+    "train.reward": "center_rewards_coefficient",
+    "train.preference": (
+        "beta rl_beta pref_beta rpo_alpha pref_ftx dpo_label_smoothing dpo_norm_loss orpo_alpha cpo_alpha simpo_gamma "
+        "kto_desirable_weight kto_undesirable_weight kto_chosen_weight kto_rejected_weight desirable_weight "
+        "undesirable_weight"
+    ),
     "train.epochs": "num_epochs num_train_epochs",
     "train.micro_batch_size": "per_device_train_batch_size per_gpu_train_batch_size batch_size train_batch_size",
     "train.gradient_accumulation_steps": "grad_accum accumulation_steps",

@@ -4,14 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.convert import values
-from qlora.config.convert.common import (
-    flatten,
-    hold_out,
-    refuse_objective,
-    set_template,
-    translate_common,
-)
+from qlora.config.convert.common import flatten, hold_out, set_template, translate_common
 from qlora.config.convert.draft import OFF, Draft
+from qlora.config.convert.trl_objectives import translate_trl
 
 # Keys by which TRL's and transformers' arguments are recognized.
 MARKS = {
@@ -43,8 +38,7 @@ def translate(draft: Draft, folder: Path) -> None:
     adapters = draft.peek(
         "use_peft", "use_peft_lora", "lora_r", "lora_alpha", "lora_target_modules", "r", "lora_modules"
     )
-    if draft.peek("beta") is not None:
-        refuse_objective(draft, "beta")
+    defaults = translate_trl(draft)
     if draft.peek("loss_type") in ("nll", "chunked_nll"):
         draft.drop("loss_type", "the loss is the mean over supervised tokens, computed in chunks")
     if draft.peek("loss_type") == "dft":
@@ -52,7 +46,8 @@ def translate(draft: Draft, folder: Path) -> None:
     translate_data(draft)
     name, template = draft.take_named("chat_template_path", "chat_template", "chat_template_format")
     set_template(draft, template, name)
-    supervision(draft)
+    if defaults is None:
+        supervision(draft)
     lengths = [values.number(draft.take(name)) for name in ("source_max_len", "target_max_len")]
     if all(lengths):
         draft.set("data.max_seq_len", sum(int(length or 0) for length in lengths), "source_max_len + target_max_len")
@@ -62,7 +57,7 @@ def translate(draft: Draft, folder: Path) -> None:
     translate_common(draft, is_full=not adapters)
     if draft.values["model.quantization"] == "nf4" and double is None:
         draft.set("model.double_quant", False, "TRL's default")
-    draft.set_defaults(DEFAULTS)
+    draft.set_defaults(DEFAULTS | (defaults or {}))
 
 
 def supervision(draft: Draft) -> None:

@@ -7,6 +7,7 @@ from qlora.config.convert import values
 from qlora.config.convert.common import flatten, set_template, translate_common
 from qlora.config.convert.draft import Draft
 from qlora.config.convert.trl import MAPPINGS, supervision, translate_data
+from qlora.config.convert.trl_objectives import translate_trl
 
 # Keys by which unsloth's arguments are recognized.
 MARKS = {
@@ -37,11 +38,13 @@ def translate(draft: Draft, folder: Path) -> None:
     if draft.peek("load_in_4bit", "load_in_8bit", "load_in_16bit") is None and not is_full:
         draft.set("model.quantization", "nf4", "unsloth's default")
     draft.take("load_in_16bit")
+    is_supervised = translate_trl(draft) is None
     translate_data(draft)
     if (form := values.FORMATS.get(str(draft.take("format_type", "dataset_format")))) is not None:
         draft.set("data.format", form, "format_type")
     set_template(draft, draft.take("chat_template"), "chat_template")
-    supervision(draft)
+    if is_supervised:
+        supervision(draft)
     translate_common(draft, is_full=bool(is_full))
     draft.set_defaults(DEFAULTS)
 
