@@ -1,5 +1,6 @@
 """Predictions of two models, one in memory at a time: logits, losses, and greedy answers to fixed prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,13 @@ class Predictions:
     Attributes:
         logits: Logits of the first positions, by example: (positions, vocabulary), fp32 on the CPU.
         loss: Loss on all examples, in nats per supervised token.
+        num_tokens: Number of supervised tokens.
         answers: Ids of the greedy answer to each prompt.
     """
 
     logits: list[torch.Tensor]
     loss: float
+    num_tokens: int
     answers: list[list[int]]
 
 
@@ -69,8 +72,10 @@ def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample]) ->
         ids = torch.from_numpy(example.input_ids[:remaining]).long()[None].to(model.device)
         logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
         remaining -= ids.shape[1]
-    loss = evaluate(model, eval_batches(examples, 1)).loss
-    return Predictions(logits, loss, [_answer(model, tokenizer, prompt) for prompt in PROMPTS])
+    found = evaluate(model, eval_batches(examples, 1))
+    return Predictions(
+        logits, found.loss, found.num_supervised, [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
+    )
 
 
 def compare(one: Predictions, other: Predictions) -> Distance:
@@ -94,6 +99,19 @@ def compare(one: Predictions, other: Predictions) -> Distance:
         top1_agreement=agreeing / positions,
         greedy_agreement=greedy,
     )
+
+
+def loss_noise(mean_kl: float, num_tokens: int) -> float:
+    """Return how far apart the mean losses of two models are by chance, in nats: three standard deviations.
+
+    The log-probabilities that two close models give a token differ with a variance of twice their KL divergence, so the
+    means over a few tokens differ by more than those over many.
+
+    Args:
+        mean_kl: KL divergence of the models' predictions, in nats per token.
+        num_tokens: Number of tokens that the losses are averaged over.
+    """
+    return 3 * math.sqrt(2 * max(0.0, mean_kl) / max(1, num_tokens))
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -37,7 +37,7 @@ from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
 from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_scores, check_tokenizer, check_weight_files
 from qlora.proof.gguf import check_gguf
-from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, predict
+from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, loss_noise, predict
 from qlora.proof.scores import MAX_SCORE_DIFFERENCE, Scores, compare_scores, predict_scores
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
@@ -332,12 +332,20 @@ def _compare_predictions(
     distance = compare(adapter, other)
     if not is_other_base and not distance.mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {distance.mean_kl:.4g} is above {MAX_KL}")
-    problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
+    noise = loss_noise(distance.mean_kl, adapter.num_tokens)
+    problems += _loss_mismatches(is_other_base, adapter.loss, other.loss, noise)
     return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
-def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: float) -> list[str]:
-    """Return a line if the losses are too far apart; NaN always is."""
+def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: float, noise: float = 0.0) -> list[str]:
+    """Return a line if the losses are further apart than rounding explains; NaN always is.
+
+    Args:
+        is_other_base: Whether the merge is onto base weights other than those of training.
+        adapter_loss: Loss of the adapter's model.
+        merged_loss: Loss of the merged model.
+        noise: Difference by chance, because there are few tokens.
+    """
     if is_other_base:
         # Onto base weights other than those of training the predictions differ; they must only not be worse.
         if merged_loss <= adapter_loss + MAX_LOSS_DIFFERENCE:
@@ -345,6 +353,7 @@ def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: floa
         return [
             f"loss {merged_loss:.4f} is worse than the adapter's {adapter_loss:.4f}; merge --onto dequantized or best"
         ]
-    if not abs(adapter_loss - merged_loss) <= MAX_LOSS_DIFFERENCE:
-        return [f"losses {adapter_loss:.4f} and {merged_loss:.4f} differ by more than {MAX_LOSS_DIFFERENCE}"]
+    most = MAX_LOSS_DIFFERENCE + noise
+    if not abs(adapter_loss - merged_loss) <= most:
+        return [f"losses {adapter_loss:.4f} and {merged_loss:.4f} differ by more than {most:.2g}"]
     return []
