@@ -314,6 +314,11 @@ def _compare_predictions(
         if str(error) not in problems:
             problems.append(str(error))
         return {"adapter_loss": adapter.loss}
+    if isinstance(adapter, Predictions):
+        sizes = len(model.get_output_embeddings().weight), adapter.logits[0].shape[1]
+        if sizes[0] != sizes[1]:
+            problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
+            return {"adapter_loss": adapter.loss}
     is_other_base = merged.onto == "original" and source.run is not None
     other = measure(model)
     if isinstance(adapter, Scores):
@@ -325,10 +330,6 @@ def _compare_predictions(
             problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
         return scores.as_dict() | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
     assert isinstance(other, Predictions)
-    sizes = other.logits[0].shape[1], adapter.logits[0].shape[1]
-    if sizes[0] != sizes[1]:
-        problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
-        return {"adapter_loss": adapter.loss}
     distance = compare(adapter, other)
     if not is_other_base and not distance.mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {distance.mean_kl:.4g} is above {MAX_KL}")

@@ -128,7 +128,7 @@ def places(tiny_base, alpaca_file, tmp_path_factory):
         "qlora.training.train",
         "Nothing was trained in this session. Run the same command to start again.",
     ),
-    (["merge", "{run}", "-o", "{out}"], "qlora.export.merge", "The same command continues."),
+    (["merge", "{run}", "-o", "{out}"], "qlora.training.merge", "The same command continues."),
 ])  # fmt: skip
 def test_a_signal_outside_of_training_shows_how_to_continue(number, code, verb, target, message, places, monkeypatch):
     monkeypatch.setattr(target, lambda *_, **__: os.kill(os.getpid(), number))
