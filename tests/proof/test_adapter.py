@@ -36,7 +36,7 @@ def loaded(folder):
     config = load_config(run.config)
     model, tokenizer = load_run(folder, "cpu")
     expected = ExpectedWeights(open_source(folder), BaseFiles.resolve(config.model.base), "dequantized", model.device)
-    return model, expected, held_out_examples(config, tokenizer)
+    return model, expected, held_out_examples(run, tokenizer)
 
 
 def test_the_adapter_of_a_run_is_verified(merged):
