@@ -6,11 +6,11 @@ import torch
 
 from qlora.config import PreferenceSection
 from qlora.data import Batch
-from qlora.data.mismatched import RATING
+from qlora.data.mismatched import GOOD, RATING
 from qlora.model import Loss, StepLoss
 from qlora.model.log_probs import document_log_probs, fixed_log_probs, reference_log_probs
 from qlora.objectives.objective import Objective
-from qlora.objectives.preference import GROUP_SIZE, num_pairs
+from qlora.objectives.preference import GROUP_SIZE, answers_loss, num_pairs
 
 METRICS = ("reward_accuracy", "reward_margin", "log_prob", "kl")
 
@@ -62,5 +62,11 @@ def kto_objective(options: PreferenceSection) -> Objective:
             num_ahead=1,
         ),
         formats=frozenset({"kto"}),
+        judge=answers_loss(good_answers),
         remedies={"preference": "set train.objective: dpo"},
     )
+
+
+def good_answers(batch: Batch) -> list[int]:
+    """Return the answers of a batch that were rated good."""
+    return torch.nonzero(batch.values[RATING] == GOOD).flatten().tolist()

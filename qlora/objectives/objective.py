@@ -15,8 +15,9 @@ class Objective:
         name: Value of `train.objective`.
         loss: Loss to evaluate with; :func:`qlora.objectives.training_loss` is the one to train with.
         formats: Formats of rows that it supports, of :data:`qlora.data.formats.FORMATS`.
-        trained: Loss to train with, if it is another one than evaluations report.
         remedies: What to do about rows of another format, by format; default: name the supported formats.
+        trained: Loss to train with, if it is another one than evaluations report.
+        judge: Loss to compare merged models by, if `loss` needs the model at step 0, which they don't have.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Objective:
     formats: frozenset[str]
     remedies: Mapping[str, str] = field(default_factory=dict)
     trained: Loss | None = None
+    judge: Loss | None = None
 
     def unsupported_reasons(self, reports: Sequence[DataReport]) -> list[str]:
         """Return a sentence for each source that the objective can't learn from: why, and what to do."""

@@ -1,6 +1,6 @@
 """Learning from pairs of answers of which the first is preferred: DPO, IPO, ORPO, SimPO and CPO."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from qlora.config import PreferenceSection
 from qlora.data import Batch, TokenizedExample
-from qlora.model import Loss, StepLoss
+from qlora.model import SUPERVISED, Loss, StepLoss
 from qlora.model.log_probs import document_log_probs, reference_log_probs
 from qlora.objectives.objective import Objective
 
@@ -131,8 +131,33 @@ def preference_objective(name: str, options: PreferenceSection) -> Objective:
             has_reference=kind.has_reference,
         ),
         formats=frozenset({"preference"}),
+        judge=answers_loss(first_of_pairs) if kind.has_reference else None,
         remedies={"kto": "set train.objective: kto", "chosen": "set data.format: preference"},
     )
+
+
+def answers_loss(chosen: Callable[[Batch], Sequence[int]]) -> Loss:
+    """Return the cross-entropy of the tokens of some answers, which a model has without a reference.
+
+    Args:
+        chosen: Returns the documents of a batch with these answers.
+    """
+
+    def compute(model: Any, batch: Batch) -> StepLoss:
+        documents = chosen(batch)
+        if not documents:
+            return StepLoss(torch.zeros((), device=batch.input_ids.device))
+        return SUPERVISED.compute(model, batch.select(documents))
+
+    def units(part: TokenizedExample | Batch) -> float:
+        return sum(part.weight_sums[each] for each in chosen(part)) if isinstance(part, Batch) else part.total_weight
+
+    return Loss(compute, units, is_per_token=True)
+
+
+def first_of_pairs(batch: Batch) -> Sequence[int]:
+    """Return the chosen answers of a batch."""
+    return range(0, len(batch.lengths), GROUP_SIZE)
 
 
 def num_pairs(part: TokenizedExample | Batch) -> float:

@@ -8,7 +8,7 @@ from qlora.export import Judge, MergeReport
 from qlora.export import merge as merge_adapter
 from qlora.export.companions import OnProgress
 from qlora.model import labels_from_config
-from qlora.objectives import evaluation_loss
+from qlora.objectives import evaluation_loss, objective_from_section
 
 
 def merge(
@@ -35,10 +35,11 @@ def merge(
 def judge_of(run: RunDirectory) -> Judge:
     """Return what merges of a run are compared by: the loss of its objective, if a merged model has it by itself."""
     config = load_config(run.config)
-    loss = evaluation_loss(config.train, labels_from_config(config, run))
-    if loss.has_reference:
-        return Judge(
-            note="the losses by base are those of the tokens of all answers, because the loss of "
-            f"{config.train.objective} compares with the model at step 0, which a merged model does not have"
-        )
-    return Judge(loss)
+    judge = objective_from_section(config.train).judge
+    if judge is None:
+        return Judge(evaluation_loss(config.train, labels_from_config(config, run)))
+    return Judge(
+        judge,
+        f"the losses by base are those of the preferred answers' tokens, because the loss of {config.train.objective} "
+        "compares with the model at step 0, which a merged model does not have",
+    )

@@ -9,8 +9,9 @@ from qlora.config import load_config
 from qlora.data import collate
 from qlora.errors import ConfigError
 from qlora.lora import adapters_off, lora_layers, trained_rows
-from qlora.model import load_for_training, load_run
+from qlora.model import evaluate, load_for_training, load_run
 from qlora.model.log_probs import document_log_probs, reference_log_probs
+from qlora.objectives import objective_from_section
 from qlora.training import train
 from tests.objectives.kinds import examples_of, loss_of, section_of
 from tests.reference.preference import kto_loss, log_probs, pair_loss
@@ -82,6 +83,20 @@ def test_the_loss_of_ratings_takes_its_divergence_from_the_mismatched_answers(ti
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-3)
     assert found.metrics["kl"].item() / 4 == pytest.approx(kl, rel=1e-3, abs=1e-4)
     assert_same_gradients(model, found.total, expected)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
+def test_merges_are_compared_by_the_cross_entropy_of_the_preferred_answers(name, tiny_base, generator):
+    model, examples = trained_model(tiny_base, generator, name)
+    judge = objective_from_section(section_of(name)).judge
+    groups = [examples[start : start + 2] for start in range(0, len(examples), 2)]
+    found = evaluate(model, [collate(group) for group in groups], loss=judge)
+    preferred = [first for first, _ in groups if name != "kto" or first.values["rating"] > 0]
+    if preferred:
+        expected = evaluate(model, [collate(preferred)])
+        assert (found.loss, found.total_weight) == (pytest.approx(expected.loss, rel=1e-4), expected.total_weight)
+    else:
+        assert found.total_weight == 0
 
 
 @pytest.fixture

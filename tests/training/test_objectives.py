@@ -7,9 +7,8 @@ import pytest
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.errors import ModelError
-from qlora.export import merge
 from qlora.proof import verify
-from qlora.training import evaluate, train
+from qlora.training import evaluate, merge, train
 from qlora.training.replay import replay
 from tests.tiny import POISON, run_config, write_jsonl
 from tests.training.ranks import needs_fork, train_in_two
@@ -76,6 +75,14 @@ def test_a_continued_run_is_the_whole_one_and_its_merge_is_verified(configure, t
     assert found.loss == pytest.approx(last["eval_loss"], rel=5e-3)
     assert found.metrics == pytest.approx({name: last[f"eval_{name}"] for name in found.metrics}, rel=0.02, abs=0.02)
     assert found.perplexity is None
+
+
+@pytest.mark.parametrize("configure", ["kto"], indirect=True)
+def test_merges_are_compared_by_a_loss_that_needs_no_reference(configure, tmp_path):
+    train(configure("run", train__max_steps=2))
+    report = merge(tmp_path / "run", tmp_path / "merged", dtype="float32", onto="best")
+    assert any("those of the preferred answers' tokens" in note for note in report.notes)
+    assert report.losses.keys() == {"dequantized", "original"}
 
 
 @needs_fork
