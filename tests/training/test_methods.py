@@ -64,6 +64,7 @@ def trained(request, tiny_base, data_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods") / "run"
     old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
     settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
+    settings["model__compute_dtype"] = "float32"  # also on processors that multiply in 16 bits
     train(load_config(run_config(tiny_base, data_of(settings), folder, **settings)))
     merge(folder, folder.with_name("merged"), dtype="float32")
     return settings, folder, folder.with_name("merged")
@@ -117,7 +118,7 @@ def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
     adapted, _ = load_run(run)
     ids = torch.randint(259, (1, 40), generator=generator)
     wanted, found = logits(adapted, ids), logits(merged, ids)
-    base, _ = load_base(str(tiny_base), head=head)
+    base, _ = load_base(str(tiny_base), compute_dtype="float32", head=head)
     assert (found - wanted).norm() < 0.1 * (wanted - logits(base, ids)).norm()
     # The weights that the run trained on, in fp32, with the adapter as PEFT reads it.
     plain, _ = load_base(str(tiny_base), "none", compute_dtype="float32", head=head)
@@ -138,7 +139,8 @@ def test_new_tokens_count_as_a_known_one_before_they_have_rows(tiny_base, alpaca
 def test_a_reconstructed_runs_adapter_fits_the_base_that_quantize_writes(tiny_base, alpaca_file, tmp_path, generator):
     peft = pytest.importorskip("peft")
     run = tmp_path / "run"
-    train(load_config(run_config(tiny_base, alpaca_file, run, lora__init="reconstruct", lora__calibrate=True)))
+    exact = {"model__compute_dtype": "float32"}
+    train(load_config(run_config(tiny_base, alpaca_file, run, lora__init="reconstruct", lora__calibrate=True, **exact)))
     report = verify(run)
     assert all("does not fit the published base" in " ".join(each.reasons) for each in report.clients.values())
     quantize_model(str(run), tmp_path / "base")
