@@ -1,6 +1,6 @@
 """Data: rows to examples, to tokens with weights, to packed rows, to batches."""
 
-from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches
+from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_batches, to_device
 from qlora.data.datasets import MAIN_SET, RETAIN_SET, Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
@@ -50,4 +50,5 @@ __all__ = [
     "store_rows",
     "supervised_bytes",
     "template_name",
+    "to_device",
 ]

@@ -26,7 +26,8 @@ class Labels:
 
     Attributes:
         names: Name of each label.
-        by: What decides on a label: `head`, a score of each label, or `tokens`, the words that the model answers with.
+        by: How a label is predicted: by a `head`, a score of each label, or by `tokens`, the words that the model
+            answers with.
         words: The word that stands for each label in an answer; None chooses them by the tokenizer. Unused by `head`.
         is_multiple: Whether a text can have several labels, or none.
         answers: Token ids of each label's answer, up to the end of the turn; empty until a tokenizer gave them.
@@ -55,7 +56,7 @@ class Labels:
             )
         for what, values in (("label", self.names), ("word", self.words or ())):
             if repeated := sorted({value for value in values if values.count(value) > 1}):
-                raise ConfigError(f"data.labels: the {what} {repeated[0]!r} is there twice; each label needs its own.")
+                raise ConfigError(f"data.labels: the {what} {repeated[0]!r} occurs twice; each label needs its own.")
         if self.is_multiple and self.by == BY_TOKENS:
             raise ConfigError(
                 "train.classify_by: tokens answers with a single label, but the rows have lists of labels; set "

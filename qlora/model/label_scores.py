@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, Labels
+from qlora.data import Batch, Labels, to_device
 from qlora.kernels.head import transform_logits
 from qlora.lora import head_blocks
 from qlora.model.loss import logit_transform
@@ -38,13 +38,13 @@ def word_scores(
         (documents, labels), fp32, without a gradient.
     """
     begins = [begin + labels.offset for begin in accumulate(batch.counts[:-1], initial=0)]
-    places = torch.tensor(begins, device=rows.device)
+    places = to_device(torch.tensor(begins), rows.device)
     with torch.no_grad():
         states = rows.detach().index_select(0, places)
         states = states if norm is None else norm(states)
         head = model.get_output_embeddings()
         weight = rows_of_head(head_blocks(head), labels.deciding)
-        bias = None if head.bias is None else head.bias[list(labels.deciding)]
+        bias = None if head.bias is None else head.bias[to_device(torch.tensor(labels.deciding), head.bias.device)]
         logits = F.linear(states, weight.to(states.dtype), bias).float()
         return transform_logits(logits, *logit_transform(model.config))
 
@@ -56,9 +56,9 @@ def rows_of_head(blocks: Sequence[torch.Tensor], ids: Sequence[int]) -> torch.Te
     order: list[int] = []
     for block in blocks:
         own = [id_ for id_ in ids if begin <= id_ < begin + len(block)]
-        index = torch.tensor([id_ - begin for id_ in own], dtype=torch.int64, device=block.device)
+        index = to_device(torch.tensor([id_ - begin for id_ in own], dtype=torch.int64), block.device)
         found.append(block.index_select(0, index))
         order += [places[id_] for id_ in own]
         begin += len(block)
     rows = torch.cat([each.to(found[0].dtype) for each in found])
-    return rows[torch.tensor(order, device=rows.device).argsort()]
+    return rows[to_device(torch.tensor(order).argsort(), rows.device)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, TokenizedExample, collate
+from qlora.data import Batch, TokenizedExample, collate, to_device
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead, head_blocks, output_head, stored_head
@@ -106,7 +106,7 @@ def last_tokens(batch: Batch) -> torch.Tensor:
         return (batch.cu_seq_lens[1:].long() - 1).to(batch.input_ids.device)
     width = batch.input_ids.shape[1]
     ends = [number * width + length - 1 for number, length in enumerate(batch.lengths)]
-    return torch.tensor(ends, device=batch.input_ids.device)
+    return to_device(torch.tensor(ends), batch.input_ids.device)
 
 
 @torch.no_grad()

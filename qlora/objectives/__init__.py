@@ -1,6 +1,7 @@
 """Training objectives, one per file."""
 
 from qlora.objectives.confusion import by_label
+from qlora.objectives.classify import label_loss
 from qlora.objectives.from_config import (
     evaluation_loss,
     objective_for_data,
@@ -15,6 +16,7 @@ __all__ = [
     "Objective",
     "by_label",
     "evaluation_loss",
+    "label_loss",
     "objective_for_data",
     "objective_from_section",
     "training_loss",

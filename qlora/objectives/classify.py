@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora.data import LABEL, Batch, Datasets, Labels, TokenizedExample
+from qlora.data import LABEL, Batch, Datasets, Labels, to_device
 from qlora.data.labels import BY_HEAD
 from qlora.errors import ConfigError
 from qlora.model import Loss, StepLoss
@@ -15,6 +15,7 @@ from qlora.model.label_scores import word_scores
 from qlora.model.loss import loss_of_rows, model_inputs, supervised_rows
 from qlora.objectives.classify_head import head_loss
 from qlora.objectives.confusion import ACCURACY, count_labels, summarize
+from qlora.objectives.label_weights import LabelWeights
 from qlora.objectives.objective import Objective
 
 
@@ -29,31 +30,27 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
         weights: Weight of each label's texts; None weighs them the same.
     """
 
+    of_labels = LabelWeights(weights)
+
     def compute(model: Any, batch: Batch) -> StepLoss:
         hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
         rows, norm = supervised_rows(hidden, batch)
-        if labels is None:
-            return StepLoss(loss_of_rows(model, batch, rows, norm, None)[0])
-        numbers = batch.values[LABEL].long()
-        own = None if weights is None else torch.tensor(weights, device=rows.device)[numbers]
+        own = None if weights is None else of_labels.of_texts(batch.values[LABEL].long())
         of_tokens = None if own is None else own[_documents(batch, rows.device)]
         loss, _ = loss_of_rows(model, batch, rows, norm, of_tokens)
+        if labels is None:
+            return StepLoss(loss)
+        numbers = batch.values[LABEL].long()
         predicted = word_scores(model, batch, rows, norm, labels).argmax(dim=1)
-        correct = (predicted == numbers).float()
         counts = count_labels(numbers, predicted, len(labels.names))
-        return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own}, counts)
-
-    def units(part: TokenizedExample | Batch) -> float:
-        if weights is None:
-            return len(part.lengths) if isinstance(part, Batch) else 1
-        return float(np.asarray(weights)[np.asarray(part.values[LABEL])].sum())
+        return StepLoss(loss, {ACCURACY: of_labels.sum_correct(predicted, numbers)}, counts)
 
     if labels is None:
-        return Loss(compute, units)
+        return Loss(compute, of_labels.units)
     size = len(labels.names)
     return Loss(
         compute,
-        units,
+        of_labels.units,
         metrics=(ACCURACY,),
         counts=(size, size),
         columns={LABEL: torch.zeros((), dtype=torch.int32)},
@@ -65,7 +62,7 @@ def classify_objective(by: str) -> Objective:
     """Return the objective of classification before its labels are known, which is what memory is estimated with.
 
     Args:
-        by: What decides on a label: `head` or `tokens`.
+        by: How a label is predicted: by a `head`, or by `tokens`.
     """
     loss = head_loss(("first", "second")) if by == BY_HEAD else answer_loss()
     return Objective(name="classify", loss=loss, formats=frozenset({"classification"}))
@@ -95,12 +92,12 @@ def with_labels(objective: Objective, datasets: Datasets, class_weights: str | M
         own = datasets.train.values(LABEL)
         counts = own.sum(axis=0) if labels.is_multiple else np.bincount(own, minlength=len(labels.names))
         weights = [float(counts.sum() / (np.count_nonzero(counts) * count)) if count else 1.0 for count in counts]
-    trained = None if weights is None else label_loss(labels, weights)
-    return replace(objective, loss=label_loss(labels), trained=trained)
+    weighted = None if weights is None else label_loss(labels, weights)
+    return replace(objective, loss=label_loss(labels), weighted=weighted, label_weights=weights)
 
 
 def label_loss(labels: Labels, weights: Sequence[float] | None = None) -> Loss:
-    """Return the loss of learning labels by what decides on them; see :func:`answer_loss` and :func:`head_loss`."""
+    """Return the loss for a head or for label words, as `labels.by` says: :func:`head_loss` or :func:`answer_loss`."""
     if labels.by == BY_HEAD:
         return head_loss(labels.names, labels.is_multiple, weights)
     return answer_loss(labels if labels.answers else None, weights)
@@ -108,4 +105,4 @@ def label_loss(labels: Labels, weights: Sequence[float] | None = None) -> Loss:
 
 def _documents(batch: Batch, device: torch.device) -> torch.Tensor:
     """Return the number of each supervised token's document, (supervised tokens,), int64."""
-    return torch.from_numpy(np.repeat(np.arange(len(batch.counts)), batch.counts)).to(device)
+    return to_device(torch.from_numpy(np.repeat(np.arange(len(batch.counts)), batch.counts)), device)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qlora.data import LABEL, Batch, TokenizedExample
+from qlora.data import LABEL, Batch
 from qlora.lora import ScoreHead
 from qlora.model import Loss, StepLoss
 from qlora.model.score import document_scores
 from qlora.objectives.confusion import ACCURACY, count_labels, summarize
+from qlora.objectives.label_weights import LabelWeights
 
 SINGLE, MULTIPLE = "single_label_classification", "multi_label_classification"
 
@@ -29,10 +29,11 @@ def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence
         is_multiple: Whether a text can have several labels, or none.
         weights: Weight of each label: of the texts that have it, or of its score's loss where there can be several.
     """
+    of_labels = LabelWeights(weights)
 
     def compute(model: Any, batch: Batch) -> StepLoss:
         scores, given = document_scores(model, batch), batch.values[LABEL]
-        own = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=scores.device)
+        own = of_labels.by_label(scores.device)
         predicted = predicted_labels(scores, is_multiple)
         counts = count_labels(given.long(), predicted, len(names))
         if is_multiple:
@@ -40,19 +41,13 @@ def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence
             return StepLoss(losses.mean(dim=1).sum(), {ACCURACY: (predicted == given).all(dim=1).float().sum()}, counts)
         number = given.long()
         loss = F.cross_entropy(scores, number, own, reduction="sum")
-        correct = (predicted == number).float()
-        return StepLoss(loss, {ACCURACY: correct.sum() if own is None else correct @ own[number]}, counts)
-
-    def units(part: TokenizedExample | Batch) -> float:
-        if weights is None or is_multiple:
-            return len(part.lengths) if isinstance(part, Batch) else 1
-        return float(np.asarray(weights)[np.asarray(part.values[LABEL])].sum())
+        return StepLoss(loss, {ACCURACY: of_labels.sum_correct(predicted, number)}, counts)
 
     made_up = torch.zeros(len(names) if is_multiple else (), dtype=torch.uint8 if is_multiple else torch.int32)
     head = ScoreHead(len(names), tuple(names), MULTIPLE if is_multiple else SINGLE)
     return Loss(
         compute=compute,
-        units=units,
+        units=(LabelWeights() if is_multiple else of_labels).units,
         metrics=(ACCURACY,),
         counts=(len(names), 2, 2) if is_multiple else (len(names), len(names)),
         summarize=summarize,

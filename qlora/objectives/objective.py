@@ -16,7 +16,8 @@ class Objective:
         loss: Loss to evaluate with; :func:`qlora.objectives.training_loss` is the one to train with.
         formats: Formats of rows that it supports, of :data:`qlora.data.formats.FORMATS`.
         remedies: What to do about rows of another format, by format; default: name the supported formats.
-        trained: Loss to train with, if it is another one than evaluations report.
+        weighted: Loss to train with, if labels have weights; see :attr:`trained`.
+        label_weights: Weight of each label's texts while training; None if all weigh the same.
         judge: Loss to compare merged models by, if `loss` needs the model at step 0, which they don't have.
     """
 
@@ -24,8 +25,14 @@ class Objective:
     loss: Loss
     formats: frozenset[str]
     remedies: Mapping[str, str] = field(default_factory=dict)
-    trained: Loss | None = None
+    weighted: Loss | None = None
+    label_weights: Sequence[float] | None = None
     judge: Loss | None = None
+
+    @property
+    def trained(self) -> Loss:
+        """The loss to train with, before what the config adds to it."""
+        return self.loss if self.weighted is None else self.weighted
 
     def unsupported_reasons(self, reports: Sequence[DataReport]) -> list[str]:
         """Return a sentence for each source that the objective can't learn from: why, and what to do."""

@@ -30,7 +30,7 @@ def reward_objective(center: float = 0.0) -> Objective:
     def compute(model: Any, batch: Batch) -> StepLoss:
         chosen, rejected = document_scores(model, batch)[:, 0].view(-1, GROUP_SIZE).unbind(1)
         difference = chosen - rejected
-        margin = batch.values[MARGIN][::GROUP_SIZE] if MARGIN in batch.values else 0.0
+        margin = batch.values[MARGIN][::GROUP_SIZE]
         total = -F.logsigmoid(difference - margin).sum()
         if center:
             total = total + center * (chosen + rejected).square().sum()

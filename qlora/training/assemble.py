@@ -125,7 +125,7 @@ class Assembly:
         return LoopParts(
             model=self.model,
             optimizer=self.optimizer,
-            loss=training_loss(self.config.train, self.objective.trained or self.objective.loss),
+            loss=training_loss(self.config.train, self.objective.trained),
             examples=self.plan.datasets.train,
             batches=self.batches,
             processes=self.processes,
@@ -148,14 +148,15 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         weight_format(files, model_section.quantization)
-        starts = None if checkpoint is None else _starts_at(config, checkpoint)
+        run = None if checkpoint is None else _run_of(checkpoint)
+        starts = None if run is None else starts_of(config, run)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
-            config.data, tokenizer, section.seed, new_ids=new_ids, labels=labels_from_config(config)
+            config.data, tokenizer, section.seed, new_ids=new_ids, labels=labels_from_config(config, run)
         ),
     )
     # A continued run has what was computed from these in its starts.
@@ -199,7 +200,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     section, why = resolve_rate(config, model.config)
     optimizer = optimizer_from_section(model, section)
     largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
-    loss = training_loss(section, objective.trained or objective.loss)
+    loss = training_loss(section, objective.trained)
     fit = fit_memory(config.model_copy(update={"train": section}), model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),
@@ -300,9 +301,10 @@ def _pad_token(config: RunConfig, tokenizer: Any, datasets: Datasets, size: int)
     return choose_pad_token(tokenizer, last_ids, size, is_given="pad_token" in config.data.special_tokens)
 
 
-def _starts_at(config: RunConfig, checkpoint: Path) -> Starts:
+def _run_of(checkpoint: Path) -> RunDirectory:
+    """Return the run of a checkpoint, or what is left of it."""
     run = RunDirectory.find(checkpoint)
-    return starts_of(config, RunDirectory(checkpoint.parent.parent) if run is None else run)
+    return RunDirectory(checkpoint.parent.parent) if run is None else run
 
 
 def _rank_budget(section: LoraSection, model: Any, total_steps: int) -> RankBudget | None:

@@ -88,6 +88,7 @@ class StepGuard:
             "grad_norm": found.grad_norm,
             "loss_scale": self._progress.loss_scale,
             "rows": rows,
+            "label_weights": self._assembly.objective.label_weights,
         }
         try:
             if self._assembly.processes.is_first:

@@ -16,14 +16,14 @@ from torch import nn
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import RunConfig
-from qlora.data import Batch, TokenizedExample, collate
+from qlora.data import LABEL, Batch, Labels, TokenizedExample, collate
 from qlora.errors import CheckpointError
 from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
 from qlora.memory.probe import prepare
-from qlora.model import flat_parameters, resolve_device, starts_of
-from qlora.objectives import training_loss
+from qlora.model import flat_parameters, labels_from_config, resolve_device, starts_of
+from qlora.objectives import label_loss, training_loss
 from qlora.training.loop import LoopParts
 from qlora.training.seeds import document_seeds, seed_step
 
@@ -109,7 +109,8 @@ def save_step(path: Path, parts: LoopParts, step: int, num_parts: int, about: Ma
         parts: Parts of the run, of which only the optimizer's buffer, the examples and the batches are read.
         step: Number of the step, from 0.
         num_parts: Number of parts that micro-batches were split into.
-        about: `loss`, `grad_norm`, `loss_scale` and `rows`, for the report.
+        about: `loss`, `grad_norm`, `loss_scale` and `rows`, for the report, and `label_weights`, see
+            :attr:`qlora.objectives.Objective.label_weights`.
 
     Raises:
         CheckpointError: The file can't be written.
@@ -152,8 +153,12 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
         ModelError: The base can't be loaded.
     """
     settings, tensors = _read(Path(path).expanduser())
-    loss = training_loss(config.train)
-    starts = starts_of(config, RunDirectory(Path(path).expanduser().parent.parent))
+    run = RunDirectory(Path(path).expanduser().parent.parent)
+    labels = labels_from_config(config, run)
+    own = None if labels is None else label_loss(labels, settings["label_weights"])
+    _check_labels(path, labels, settings, tensors)
+    loss = training_loss(config.train, own)
+    starts = starts_of(config, run)
     model = prepare(config, resolve_device(), loss, starts)
     apply_recompute(model, config.model.recompute)
     flat = flat_parameters(model, config.train)
@@ -247,6 +252,9 @@ def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     numbers = [settings["loss"], settings["grad_norm"], settings["loss_scale"]]
     if not all(type(number) in (int, float) for number in numbers) or not settings["loss_scale"] > 0:
         raise ValueError("its loss, norm or scale is not a number")
+    weights = settings["label_weights"]
+    if weights is not None and not all(type(number) in (int, float) for number in weights):
+        raise ValueError("its weights of labels are not numbers")
     if not all(batch for batches in processes for batch in batches):
         raise ValueError("a micro-batch is empty")
     if sorted(index for batches in processes for batch in batches for index in batch) != sorted(indices):
@@ -258,6 +266,27 @@ def _check(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError("its documents do not have the recorded lengths")
     if any(len(tensor) != len(indices) for name, tensor in tensors.items() if name.startswith(VALUE)):
         raise ValueError("values of its documents are missing")
+
+
+def _check_labels(
+    path: str | Path, labels: Labels | None, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that the labels of a step's texts are among those of its run.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    if labels is None:
+        return
+    size, given, weights = len(labels.names), tensors.get(VALUE + LABEL), settings["label_weights"]
+    most = 1 if labels.is_multiple else size - 1
+    shape = (len(settings["indices"]), size) if labels.is_multiple else (len(settings["indices"]),)
+    has_all = given is not None and given.shape == shape and given.min() >= 0 and given.max() <= most
+    if not has_all or len(weights or labels.names) != size:
+        raise CheckpointError(
+            f"{path} has other labels than its run, {', '.join(labels.names[:SHOWN])}; keep the file in the folder of "
+            "the run that saved it."
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from qlora.checkpoint import (
     is_lower_better,
     quarantine,
     save_adapter,
+    step_of,
     write_starts,
 )
 from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
@@ -24,6 +25,7 @@ from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
+from qlora.training.best import BestWatch
 from qlora.training.callbacks import Callback, check_callbacks
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.display import Display
@@ -197,6 +199,7 @@ def _train(
         return _already_finished(run, start, assembly.config, "auto")
     if options.stop_at is not None and options.stop_at <= first_step:
         raise ConfigError(f"stop_at: {options.stop_at} should be after step {first_step}, where the run starts now.")
+    watch = BestWatch()
     with processes.raise_together():
         if processes.is_first:
             if start.fresh and run.exists():
@@ -204,6 +207,9 @@ def _train(
             for folder in start.damaged:
                 quarantine(folder)
             run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+            saved = [step_of(folder) or 0 for folder in run.list_checkpoints()]
+            watch = BestWatch.restored(assembly.config.train, run.read_metrics(), saved, record.stopped_early)
+            record = replace(record, best=watch.best)
             if assembly.starts:
                 write_starts(run.starts, assembly.starts)
             if (labels := assembly.plan.datasets.labels) is not None:
@@ -218,7 +224,9 @@ def _train(
     if first_step:
         display.show([f"Continuing after step {first_step:,} from {start.checkpoint}."])
     display.announce(remarks)
-    end = run_session(assembly, run, prepared, display, options)
+    record = processes.broadcast(record)
+    prepared = replace(prepared, record=record)
+    end = run_session(assembly, run, prepared, processes.broadcast(watch), display, options)
 
     is_finished = progress.step == total_steps or end.stopped_early
     record = replace(

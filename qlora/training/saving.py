@@ -4,7 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import RunDirectory, adapter_bytes, checkpoint_bytes, drop_old_checkpoints, save_checkpoint
+from qlora.checkpoint import (
+    RunDirectory,
+    RunRecord,
+    adapter_bytes,
+    checkpoint_bytes,
+    drop_old_checkpoints,
+    save_checkpoint,
+)
 from qlora.errors import CheckpointError
 from qlora.files import discard, free_bytes, sync
 from qlora.lora import starts_to_tensors
@@ -69,17 +76,37 @@ class Saver:
                 raise CheckpointError(f"{self.run.path} was removed or unmounted during the run.")
             self._write(folder, progress)
         except CheckpointError as problem:
-            self._failures += 1
             checkpoints = self.run.list_checkpoints()
             last = f"{checkpoints[-1].name} is the last one saved." if checkpoints else "Nothing is saved yet."
-            message = f"Step {progress.step} could not be saved, and {last} {problem}"
-            if is_last or self._failures == MAX_FAILURES:
-                raise CheckpointError(message) from problem
-            self.log.announce([f"{message} The run continues and saves again at the next interval."])
+            self._bear(f"Step {progress.step} could not be saved, and {last}", problem, is_last)
             return None
         self._failures = 0
         self.drop_old(progress.step)
         return folder
+
+    def save_record(self, record: RunRecord, step: int) -> None:
+        """Write run.json with the best checkpoint, and remove the oldest; a failure counts like that of a save.
+
+        Args:
+            record: The record.
+            step: Number of steps done.
+
+        Raises:
+            CheckpointError: It can't be written, and the two saves before failed too.
+        """
+        try:
+            self.run.write_record(record)
+        except CheckpointError as problem:
+            self._bear(f"Step {step} is saved and the best so far, but not recorded as such.", problem, False)
+        else:
+            self.drop_old(step)
+
+    def _bear(self, message: str, problem: CheckpointError, is_last: bool) -> None:
+        """Count and show a failed save, or raise it if no other will follow or too many failed."""
+        self._failures += 1
+        if is_last or self._failures >= MAX_FAILURES:
+            raise CheckpointError(f"{message} {problem}") from problem
+        self.log.announce([f"{message} {problem} The run continues and saves again at the next interval."])
 
     def drop_old(self, step: int) -> None:
         """Remove the oldest checkpoints, but not the best."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import Best, InUse, RunDirectory, step_of
+from qlora.checkpoint import Best, InUse, RunDirectory
 from qlora.data import MAIN_SET, ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
@@ -56,7 +56,12 @@ class SessionEnd:
 
 
 def run_session(
-    assembly: Assembly, run: RunDirectory, prepared: Prepared, display: Display, options: SessionOptions
+    assembly: Assembly,
+    run: RunDirectory,
+    prepared: Prepared,
+    watch: BestWatch,
+    display: Display,
+    options: SessionOptions,
 ) -> SessionEnd:
     """Train until the end, a signal or a given step, saving and evaluating on the way.
 
@@ -64,6 +69,7 @@ def run_session(
         assembly: Parts of the run.
         run: Directory of the run.
         prepared: The run, ready to train; its progress is changed in place.
+        watch: The best evaluation so far, alike on every process; it is changed in place.
         display: Display of the run.
         options: Options of the session.
 
@@ -78,8 +84,6 @@ def run_session(
     evaluated = {f"{name}_loss" for name in plan.datasets.held_out}
     lines = processes.broadcast(run.read_metrics() if processes.is_first else [])
     is_evaluated = any(line["step"] == progress.step and evaluated <= line.keys() for line in lines)
-    saved = processes.broadcast([step_of(folder) or 0 for folder in run.list_checkpoints()])
-    watch = BestWatch.restored(config, lines, saved, prepared.record.stopped_early)
     log = MetricsLog(
         run,
         processes,
@@ -119,10 +123,10 @@ def run_session(
         """Keep the checkpoint of this step if it is the best so far."""
         if watch.observe(progress.step, value) and save_evaluated(is_last=False):
             watch.keep(progress.step, value)
-            if processes.is_first:
-                saver.best = run.checkpoint(progress.step)
-                run.write_record(replace(prepared.record, best=watch.best))
-                saver.drop_old(progress.step)
+            with processes.raise_together():
+                if processes.is_first:
+                    saver.best = run.checkpoint(progress.step)
+                    saver.save_record(replace(prepared.record, in_use=guard.in_use, best=watch.best), progress.step)
 
     def evaluate_now() -> None:
         evaluations = {name: evaluate_examples(assembly, examples) for name, examples in plan.datasets.held_out.items()}

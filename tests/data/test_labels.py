@@ -63,8 +63,8 @@ def test_labels_can_be_given_in_an_order_and_with_words(source):
 @pytest.mark.parametrize(("labels", "by", "names", "message"), [
     (["a", "a"], "tokens", None, "needs two labels or more, but there is 'a' alone"),
     ([["a", "b"], ["a"]], "tokens", None, "the rows have lists of labels; set train.classify_by: head"),
-    (["a", "b"], "head", ["a", "b", "a"], "the label 'a' is there twice"),
-    (["a", "b"], "tokens", {"a": "x", "b": "x"}, "the word 'x' is there twice"),
+    (["a", "b"], "head", ["a", "b", "a"], "the label 'a' occurs twice"),
+    (["a", "b"], "tokens", {"a": "x", "b": "x"}, "the word 'x' occurs twice"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told_apart_are_refused(labels, by, names, message, source):
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ import pytest
 from qlora import StopTraining
 from qlora.checkpoint import RunDirectory
 from qlora.config import TrainSection
-from qlora.errors import ConfigError
+from qlora.errors import CheckpointError, ConfigError
 from qlora.export import merge
 from qlora.model import Evaluation
 from qlora.proof import verify
@@ -144,7 +144,6 @@ def test_a_callback_sees_the_best_checkpoint_saved_and_may_stop_the_run(scripted
 
 @pytest.mark.slow
 def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(scripted, configure, tmp_path, monkeypatch):
-    from qlora.errors import CheckpointError
     from qlora.training import saving
 
     original = saving.save_checkpoint
@@ -157,6 +156,35 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(scripted, con
     monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
     result = train(configure(**STOPPING))
     assert (result.steps, result.best.step) == (8, 8)  # 2.25, the best of those that are saved
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_after_it_was_continued_still_records_its_best(scripted, configure, tmp_path, monkeypatch):
+    train(configure(**STOPPING), stop_at=5)
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora.training.run.run_session", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+        with pytest.raises(SystemExit):
+            train(configure(**STOPPING))
+    run = RunDirectory(tmp_path / "run")
+    assert (run.read_record().best.step, run.choose("best")) == (4, run.checkpoint(4))
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_could_not_be_recorded_is_kept_until_the_next_record(
+    scripted, configure, tmp_path, monkeypatch
+):
+    original = RunDirectory.write_record
+
+    def write_record(self, record):
+        if record.status == "running" and record.best is not None and record.best.step == 4:
+            raise CheckpointError("The disk is full.")
+        original(self, record)
+
+    monkeypatch.setattr(RunDirectory, "write_record", write_record)
+    result = train(configure(**STOPPING))
+    assert (result.steps, result.best.step) == (8, 4)
+    assert "Step 4 is saved and the best so far, but not recorded as such. The disk is full." in "\n".join(result.notes)
+    assert RunDirectory(tmp_path / "run").read_record().best == result.best
 
 
 @needs_fork

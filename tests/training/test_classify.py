@@ -12,8 +12,10 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qlora.export import merge
 from qlora.model import predict
+from qlora.processes import Processes
 from qlora.training import evaluate, preview, train
-from qlora.training.replay import replay
+from qlora.training.assemble import assemble
+from qlora.training.replay import replay, save_step
 from tests.cli import run as command
 from tests.tiny import POISON, run_config, write_jsonl
 from tests.training.ranks import needs_fork, train_in_two
@@ -226,3 +228,36 @@ def test_a_failed_step_keeps_its_labels(poisoned_base, tmp_path):
         train(config)
     (saved,) = (tmp_path / "run" / "replay").iterdir()
     assert not replay(config, saved).is_finite
+
+
+@pytest.mark.parametrize("class_weights", [None, "balanced", {"tree": 3.0}], ids=str)
+@pytest.mark.parametrize("by", ["head", "tokens", "several"])
+def test_a_replayed_step_repeats_the_loss_of_its_labels(by, class_weights, texts, rows, tiny_base, tmp_path):
+    if by == "several":
+        rows = write_jsonl(tmp_path / "rows.jsonl", [each | {"label": [each["label"]]} for each in texts[:9]])
+    keys = {"train__objective": "classify", "data__eval": None, "train__class_weights": class_weights}
+    keys["train__classify_by"] = "tokens" if by == "tokens" else "head"
+    config = load_config(run_config(tiny_base, rows, tmp_path / "run", **keys))
+    train(config, stop_at=1)
+    (line,) = (line for line in lines_of(tmp_path / "run") if "loss" in line)
+    assembly = assemble(config, Processes(device=torch.device("cpu")))
+    about = {"loss": line["loss"], "grad_norm": line["grad_norm"], "loss_scale": 1.0, "rows": {}}
+    about["label_weights"] = assembly.objective.label_weights
+    saved = tmp_path / "run" / "replay" / "step.safetensors"
+    save_step(saved, assembly.loop_parts, 0, 1, about)
+    report = replay(config, saved)
+    assert report.loss == pytest.approx(report.recorded_loss, rel=1e-5)
+    assert report.grad_norm == pytest.approx(report.recorded_grad_norm, rel=1e-4)
+    (labels,) = (tmp_path / "run").glob("labels.json")
+    labels.write_text(labels.read_text().replace("metal", "a").replace('"name": "plant"', '"name": "b"'))
+    values = json.loads(labels.read_text())
+    labels.write_text(json.dumps(values | {"labels": values["labels"][:2]}))
+    with pytest.raises(CheckpointError, match="has other labels than its run"):
+        replay(config, saved)
+
+
+def test_a_continued_run_reads_no_training_row_for_its_labels(rows, tiny_base, tmp_path, monkeypatch):
+    config = load_config(run_config(tiny_base, rows, tmp_path / "run", train__objective="classify"))
+    train(config, stop_at=1)
+    monkeypatch.setattr("qlora.model.labels.find_labels", lambda *_: pytest.fail("the rows were read"))
+    assert train(config).status == "finished"

@@ -124,6 +124,7 @@ def test_a_file_that_is_not_a_saved_step_is_refused(stopped, tmp_path):
     lambda settings, tensors: settings.update(step=-1),
     lambda settings, tensors: settings.update(loss_scale=0),
     lambda settings, tensors: settings.update(processes=3),
+    lambda settings, tensors: settings.update(label_weights=["1"]),
     lambda settings, tensors: settings.update(processes=[[[99]]]),
     lambda settings, tensors: settings["processes"][0].append([]),
     lambda settings, tensors: tensors.update(lengths=tensors["lengths"][:-1]),

@@ -145,7 +145,7 @@ def test_a_replayed_step_repeats_its_numbers(added, configure, tmp_path):
     (line,) = (line for line in lines_of(tmp_path / "run") if "loss" in line)
     parts = assemble(config, Processes(device=torch.device("cpu"))).loop_parts
     kept = tmp_path / "step.safetensors"
-    about = {"loss": line["loss"], "grad_norm": line["grad_norm"], "loss_scale": 1.0, "rows": {}}
+    about = {"loss": line["loss"], "grad_norm": line["grad_norm"], "loss_scale": 1.0, "rows": {}, "label_weights": None}
     save_step(kept, parts, 0, 1, about)
     report = replay(config, kept)
     assert report.loss == pytest.approx(report.recorded_loss, rel=1e-6)

@@ -163,8 +163,8 @@ class TrainSection(Section):
     classify_by: Literal["head", "tokens"] | None = Field(
         default=None,
         validate_default=True,
-        description="What decides on a label with objective classify: a head with a score of each label, or tokens, "
-        "the words that the model answers with; null is tokens.",
+        description="How a label is predicted with objective classify: by a head with a score of each label, or by "
+        "tokens, the words that the model answers with; null is tokens.",
         examples=["tokens"],
     )
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
