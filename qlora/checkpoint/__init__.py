@@ -2,7 +2,7 @@
 
 from qlora.checkpoint.adapter import load_adapter, save_adapter, wrap_adapter
 from qlora.checkpoint.adapter_rows import StoredRows
-from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, is_lower_better, metric_label
+from qlora.checkpoint.evaluations import evaluation_metrics, is_evaluated, metric_label, mode_of
 from qlora.checkpoint.peft_folder import (
     PeftAdapter,
     adapter_digest,
@@ -52,8 +52,8 @@ __all__ = [
     "drop_old_checkpoints",
     "evaluation_metrics",
     "is_evaluated",
-    "is_lower_better",
     "metric_label",
+    "mode_of",
     "load_adapter",
     "load_state",
     "newest_whole",

@@ -1,17 +1,29 @@
 """Metrics of evaluations, as lines of metrics.jsonl hold them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 # A metric's name begins with its set: `eval_loss`, `eval_NAME_loss`, `retain_loss`.
 SETS = ("eval_", "retain_")
-# These follow from the losses and the data.
+# These follow from the losses and the data, and have a loss of the same set beside them.
 NOT_COMPARED = ("_perplexity", "_supervised_tokens")
+# The names of metrics end with one of these: they should fall, or rise.
+FALLING = ("loss", "kl", "reward_rejected", "log_prob_rejected")
+RISING = (
+    "accuracy", "macro_f1", "exact_match", "contains", "f1", "chrf", "bleu",
+    "reward_accuracy", "reward_margin", "reward_chosen", "log_prob_chosen", "log_prob",
+)  # fmt: skip
 
 
-def is_evaluated(name: str) -> bool:
-    """Return whether a key of metrics.jsonl is a metric of an evaluation, which others are compared by."""
-    return name.startswith(SETS) and not name.endswith(NOT_COMPARED)
+def is_evaluated(name: str, beside: Collection[str] = ()) -> bool:
+    """Return whether a key of metrics.jsonl is a metric of an evaluation, which others are compared by.
+
+    Args:
+        name: The key.
+        beside: Keys of the same line.
+    """
+    follows = any(name.endswith(end) and f"{name.removesuffix(end)}_loss" in beside for end in NOT_COMPARED)
+    return name.startswith(SETS) and not follows
 
 
 def evaluation_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
@@ -22,7 +34,7 @@ def evaluation_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int
     """
     found: dict[str, dict[int, float]] = {}
     for line in lines:
-        for name in (each for each in line if is_evaluated(each) and isinstance(line[each], int | float)):
+        for name in (each for each in line if is_evaluated(each, line.keys()) and isinstance(line[each], int | float)):
             found.setdefault(name, {})[line["step"]] = line[name]
     return found
 
@@ -34,6 +46,11 @@ def metric_label(name: str) -> str:
     return name.removeprefix("eval_").replace("retain_", "retained ").replace("_", " ")
 
 
-def is_lower_better(name: str) -> bool:
-    """Return whether a smaller value of a metric is the better one: losses and divergences fall, scores rise."""
-    return name.endswith(("loss", "perplexity", "_kl"))
+def mode_of(name: str) -> str | None:
+    """Return whether a metric is best at its smallest value, `min`, or at its largest, `max`; None if it is not known.
+
+    Args:
+        name: Name of the metric, with its set.
+    """
+    modes = {f"_{end}": mode for ends, mode in ((FALLING, "min"), (RISING, "max")) for end in ends}
+    return next((mode for end, mode in modes.items() if name.endswith(end)), None)

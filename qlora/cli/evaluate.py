@@ -49,7 +49,9 @@ def evaluate(
         show_report(values, as_json)
         return
     shown = {key: value for key, value in values.items() if key not in ("labels", "confusion")}
-    show_report({metric_label(key) if is_evaluated(key) else key: value for key, value in shown.items()}, as_json)
+    show_report(
+        {metric_label(key) if is_evaluated(key, shown) else key: value for key, value in shown.items()}, as_json
+    )
     if report.labels:
         print("\n".join(["", *_label_lines(report.labels), *_confusion_lines(report.labels, report.confusion)]))
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.options import AsJson, Device, expand_home
+from qlora.cli.options import AsJson, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
 
@@ -20,7 +20,10 @@ def predict(
         ),
     ],
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="Rows with a text each, as JSONL or CSV.", callback=expand_home)
+        str,
+        typer.Option(
+            metavar="FILE", help="Rows with a text each, of any type that training reads.", callback=expand_home
+        ),
     ],
     output: Annotated[
         str,
@@ -32,6 +35,7 @@ def predict(
             callback=expand_home,
         ),
     ],
+    checkpoint: Checkpoint = None,
     text: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column with the text; default: that of the run, or 'text'.")
     ] = None,
@@ -43,7 +47,7 @@ def predict(
     with stopping_with("Nothing was written. Run the same command again."):
         from qlora.model import predict as predict_labels
 
-        predictions = predict_labels(model, data, output, text, batch_size, device)
+        predictions = predict_labels(choose_adapter(model, checkpoint), data, output, text, batch_size, device)
     found = [each.label if isinstance(each.label, list) else [each.label] for each in predictions]
     counts = Counter(name for names in found for name in names)
     report = {"rows": len(predictions), "labels": dict(counts.most_common()), "output": output}

@@ -1,5 +1,6 @@
 """Questions: prompts of held-out rows with the answers that the rows have."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,12 @@ from qlora.errors import DataError
 
 # Formats whose rows have one answer to each prompt.
 ANSWERED_FORMATS = ("alpaca", "sharegpt", "messages", "completion", "chosen", "oasst")
+# Ends the reasoning that a model may write before its answer.
+END_OF_REASONING = "</think>"
+# Why a row is not asked.
+NO_ANSWER = "no answer in text"
+NO_PROMPT = "a chat template that does not render the prompt alone"
+TOO_LONG = "a prompt longer than data.max_seq_len"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +40,18 @@ class Question:
     reference: str
 
 
+def after_reasoning(text: str) -> str:
+    """Return what follows a model's reasoning in an answer; the whole answer if it has none."""
+    return text.rpartition(END_OF_REASONING)[2]
+
+
 def read_questions(
     tokenizer: Any, datasets: Datasets, examples: ExampleSet, count: int, max_length: int
-) -> list[Question]:
+) -> tuple[list[Question], dict[str, int]]:
     """Read the last answer of rows with its prompt again from their sources.
 
     Rows without an answer in text, such as a call, and those with a longer prompt than `max_length` are left out.
+    Reasoning is no part of an answer, as in what a model answers.
 
     Args:
         tokenizer: Tokenizer with the chat template set.
@@ -48,7 +61,8 @@ def read_questions(
         max_length: Largest number of tokens of a prompt.
 
     Returns:
-        The questions, in the order of the rows; none if no source has a format in `ANSWERED_FORMATS`.
+        The questions, in the order of the rows, and the number of rows that are left out, by what they have. Both are
+        empty if no source has a format in `ANSWERED_FORMATS`.
     """
     reports = datasets.all_reports
     places = [
@@ -61,34 +75,48 @@ def read_questions(
     rows_of: dict[int, set[int]] = {}
     for store, row in map(places.__getitem__, chosen):
         rows_of.setdefault(store, set()).add(row)
-    questions: list[Question | None] = []
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
     for store, wanted in rows_of.items():
         source = datasets.sources[store]
         reader = RowReader(reports[store].format, source.columns, source.roles)
-        found = islice(read_rows(source, HeaderRule(source.header, source.columns.values(), COLUMNS)), max(wanted))
-        for number, each in enumerate(found, 1):
+        rows_read = islice(read_rows(source, HeaderRule(source.header, source.columns.values(), COLUMNS)), max(wanted))
+        for number, each in enumerate(rows_read, 1):
             if number in wanted and isinstance(each, Row):
-                questions.append(_question(tokenizer, reader.read(each)))
-    return [each for each in questions if each is not None and 0 < len(each.prompt) <= max_length]
+                found: Question | str = _question(tokenizer, reader.read(each))
+                if isinstance(found, Question) and len(found.prompt) > max_length:
+                    found = TOO_LONG
+                if isinstance(found, Question):
+                    questions.append(found)
+                else:
+                    left_out[found] += 1
+    return questions, dict(left_out)
 
 
-def _question(tokenizer: Any, example: Example) -> Question | None:
-    """Return the question of an example; None if it has no answer in text."""
+def _question(tokenizer: Any, example: Example) -> Question | str:
+    """Return the question of an example, or why it is not asked."""
     if isinstance(example, Completion):
         ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
         starts = [tokenizer.bos_token_id] if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id] else []
-        return Question([*starts, *ids], example.completion) if example.completion.strip() else None
+        return _with_answer([*starts, *ids], example.completion)
     if not isinstance(example, Conversation):
-        return None
+        return NO_ANSWER
     messages = example.messages
     turn = _last_answer(messages, example.weights or [1.0] * len(messages))
-    if not turn or "tool_calls" in messages[turn] or not messages[turn]["content"].strip():
-        return None
+    if not turn or "tool_calls" in messages[turn]:
+        return NO_ANSWER
     try:
         prompt = encode_prompt(tokenizer, messages[:turn], example.tools)
     except DataError:  # a template may take the whole conversation only
-        return None
-    return Question(prompt, messages[turn]["content"])
+        return NO_PROMPT
+    return _with_answer(prompt, messages[turn]["content"])
+
+
+def _with_answer(prompt: list[int], answer: str) -> Question | str:
+    reference = after_reasoning(answer)
+    if not prompt:
+        return NO_PROMPT
+    return Question(prompt, reference) if reference.strip() else NO_ANSWER
 
 
 def _last_answer(messages: Sequence[dict[str, Any]], weights: Sequence[float | PartWeights]) -> int | None:

@@ -28,6 +28,7 @@ from qlora.model.restore import (
     load_adapted,
     load_adapter_tokenizer,
     load_model,
+    load_model_tokenizer,
     load_run,
     load_run_tokenizer,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "load_adapted",
     "load_adapter_tokenizer",
     "load_model",
+    "load_model_tokenizer",
     "open_source",
     "load_run",
     "load_run_tokenizer",

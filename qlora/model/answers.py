@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 
+from qlora.data.questions import after_reasoning
 from qlora.model.generate import end_token_ids
-
-# Ends the reasoning that a model may write before its answer.
-END_OF_REASONING = "</think>"
 
 
 @torch.no_grad()
@@ -54,6 +52,6 @@ def answer_all(
         )
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         for number, text in zip(batch, texts, strict=True):
-            answers[number] = text.rpartition(END_OF_REASONING)[2]
+            answers[number] = after_reasoning(text)
     model.train(was_training)
     return answers

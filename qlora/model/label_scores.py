@@ -62,3 +62,13 @@ def rows_of_head(blocks: Sequence[torch.Tensor], ids: Sequence[int]) -> torch.Te
         begin += len(block)
     rows = torch.cat([each.to(found[0].dtype) for each in found])
     return rows[to_device(torch.tensor(order).argsort(), rows.device)]
+
+
+def predicted_labels(scores: torch.Tensor, is_multiple: bool) -> torch.Tensor:
+    """Return the number of each text's label, (texts,) int64; with several labels 1 for each of them, (texts, labels).
+
+    Args:
+        scores: (texts, labels).
+        is_multiple: Whether a text can have several labels: those with a probability above one half.
+    """
+    return (scores > 0).long() if is_multiple else scores.argmax(dim=1)

@@ -23,10 +23,10 @@ from qlora.data.tokens import TokenizedExample
 from qlora.data.values import text_of
 from qlora.errors import ConfigError, DataError
 from qlora.files.atomic import write_text
-from qlora.model.label_scores import word_scores
+from qlora.model.label_scores import predicted_labels, word_scores
 from qlora.model.labels import LABELS_FILE, read_labels
 from qlora.model.loss import model_inputs, supervised_rows
-from qlora.model.restore import load_model
+from qlora.model.restore import load_model, load_model_tokenizer
 from qlora.model.score import document_scores
 
 TEXT, ID = "text", "id"
@@ -90,21 +90,24 @@ def predict(
     if text is None:
         text = TEXT if run is None else load_config(run.config).data.columns.get(TEXT, TEXT)
     rows = list(_read(data, text))
-    loaded, tokenizer = load_model(str(model), device)
-    encoder = ExampleEncoder(tokenizer, labels=labels)
+    # The texts first, so that their errors are reported before tens of gigabytes are loaded.
+    encoder = ExampleEncoder(load_model_tokenizer(str(model)), labels=labels)
     examples = _encode(encoder, rows, text, max_seq_len)
     assert encoder.labels is not None, "they were given"
-    probabilities = label_probabilities(loaded, examples, encoder.labels, batch_size)
+    loaded, _ = load_model(str(model), device)
+    scores = score_labels(loaded, examples, encoder.labels, batch_size)
+    probabilities = scores.sigmoid() if labels.is_multiple else scores.softmax(dim=1)
+    predicted = predicted_labels(scores, labels.is_multiple).tolist()
     predictions = [
         Prediction(
             number,
             row.values.get(ID),
-            [name for name, value in zip(labels.names, own, strict=True) if value > 0.5]
+            [name for name, has in zip(labels.names, found, strict=True) if has]
             if labels.is_multiple
-            else labels.names[int(own.argmax())],
-            dict(zip(labels.names, own.tolist(), strict=True)),
+            else labels.names[found],
+            dict(zip(labels.names, own, strict=True)),
         )
-        for number, (row, own) in enumerate(zip(rows, probabilities, strict=True), start=1)
+        for number, (row, own, found) in enumerate(zip(rows, probabilities.tolist(), predicted, strict=True), start=1)
     ]
     if output is not None:
         lines = (json.dumps(asdict(each), ensure_ascii=False, default=str) + "\n" for each in predictions)
@@ -113,10 +116,8 @@ def predict(
 
 
 @torch.no_grad()
-def label_probabilities(
-    model: Any, examples: Sequence[TokenizedExample], labels: Labels, batch_size: int
-) -> np.ndarray:
-    """Compute the probabilities of labels.
+def score_labels(model: Any, examples: Sequence[TokenizedExample], labels: Labels, batch_size: int) -> torch.Tensor:
+    """Compute the scores of labels, the logits of their probabilities.
 
     Args:
         model: A model that was trained to answer with their words, or one with a score of each.
@@ -125,17 +126,16 @@ def label_probabilities(
         batch_size: Number of texts at a time.
 
     Returns:
-        (examples, labels), fp32.
+        (examples, labels), fp32, on the CPU.
     """
     was_training = model.training
     model.eval()
-    found = np.zeros((len(examples), len(labels.names)), dtype=np.float32)
+    found = torch.zeros((len(examples), len(labels.names)), dtype=torch.float32)
     order = np.argsort([-len(example) for example in examples], kind="stable")  # texts of about one length together
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[number] for number in chosen]).to(model.device)
-        scores = _scores(model, batch, labels)
-        found[chosen] = (scores.sigmoid() if labels.is_multiple else scores.softmax(dim=1)).cpu().numpy()
+        found[torch.from_numpy(chosen)] = _scores(model, batch, labels).float().cpu()
     model.train(was_training)
     return found
 

@@ -180,6 +180,18 @@ def head_of(path: str, base: str | None = None) -> ScoreHead | None:
     return stored_head(BaseFiles.resolve(path).config) if run is None else run.read_record().head
 
 
+def load_model_tokenizer(path: str, base: str | None = None) -> Any:
+    """Load the tokenizer that :func:`load_model` returns, without the model; it raises the same errors."""
+    if (foreign := find_foreign(path, base)) is not None:
+        tokenizer = load_adapter_tokenizer(foreign)
+    elif RunDirectory.find(path) is not None:
+        return load_adapter_tokenizer(open_source(RunDirectory.open(path).adapter))
+    else:
+        tokenizer = load_tokenizer(BaseFiles.resolve(path).folder)
+    apply_template(tokenizer, "auto")
+    return tokenizer
+
+
 def load_model(path: str, device: str | torch.device = "auto", base: str | None = None) -> tuple[Any, Any]:
     """Load a run, one of its checkpoints, an adapter made elsewhere, or a model as it is stored, with a chat template.
 

@@ -71,8 +71,7 @@ def starts_from_adapter(
     elif has_magnitude and section.kind != "dora":
         problems.append(f"it is a DoRA adapter; set lora.kind: dora instead of {section.kind}")
     if source.head is not None and (head is None or not source.head.scores_the_same(head)):
-        count, objective = source.head.num_labels, config.train.objective
-        problems.append(f"it gives texts {count} score{'s' * (count > 1)}, unlike train.objective: {objective} here")
+        problems.append(_other_scores(source.head, head, config.train.objective))
     rows = [name for name in adapter.rows if name != SCORE]
     if rows and section.stack:
         problems.append(f"it has trained rows of {', '.join(rows)}, which can't be stacked; remove lora.stack")
@@ -101,6 +100,23 @@ def starts_from_adapter(
             start = _below(stored, start) if section.stack else _continued(stored, spec, start, generator)
         starts[name] = start
     return starts
+
+
+def _other_scores(stored: ScoreHead, own: ScoreHead | None, objective: str) -> str:
+    """Return how the scores of an adapter differ from those that a config trains."""
+    count = stored.num_labels
+    if own is None or own.num_labels != count or not set(stored.labels) ^ set(own.labels):
+        same = own is not None and own.num_labels == count
+        order = f"it has the labels {', '.join(stored.labels)} in this order; set data.labels to it"
+        scores = f"it gives texts {count} score{'s' * (count > 1)}, unlike train.objective: {objective} here"
+        return order if same else scores
+    missing, new = (", ".join(sorted(names)) for names in (
+        set(stored.labels) - set(own.labels), set(own.labels) - set(stored.labels),
+    ))  # fmt: skip
+    return (
+        f"it scores the labels {missing}, where this config has {new}; rename the labels of the rows, or remove "
+        "lora.start_from"
+    )
 
 
 def _below(stored: StoredAdapter, start: LayerStart) -> LayerStart:

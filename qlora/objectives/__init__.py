@@ -1,7 +1,7 @@
 """Training objectives, one per file."""
 
-from qlora.objectives.confusion import by_label
 from qlora.objectives.classify import label_loss
+from qlora.objectives.confusion import by_label
 from qlora.objectives.from_config import (
     evaluation_loss,
     objective_for_data,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from qlora.data import LABEL, Batch
 from qlora.lora import ScoreHead
 from qlora.model import Loss, StepLoss
+from qlora.model.label_scores import predicted_labels
 from qlora.model.score import document_scores
 from qlora.objectives.confusion import ACCURACY, count_labels, summarize
 from qlora.objectives.label_weights import LabelWeights
@@ -54,13 +55,3 @@ def head_loss(names: Sequence[str], is_multiple: bool = False, weights: Sequence
         columns={LABEL: made_up},
         head=head,
     )
-
-
-def predicted_labels(scores: torch.Tensor, is_multiple: bool) -> torch.Tensor:
-    """Return the number of each text's label, (texts,) int64; with several labels 1 for each of them, (texts, labels).
-
-    Args:
-        scores: (texts, labels).
-        is_multiple: Whether a text can have several labels: those with a probability above one half.
-    """
-    return (scores > 0).long() if is_multiple else scores.argmax(dim=1)

@@ -169,7 +169,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
         )
         means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metric_names)]
-        check_metric(section, [*means, *scorer.names])
+        check_metric(section, [*means, *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         if head is not None:

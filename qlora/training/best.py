@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.checkpoint import Best, evaluation_metrics, is_lower_better
+from qlora.checkpoint import Best, evaluation_metrics, mode_of
 from qlora.config import TrainSection
 from qlora.errors import ConfigError
 
@@ -16,6 +16,7 @@ class BestWatch:
 
     Attributes:
         metric: Name of the metric in metrics.jsonl; None if nothing is followed.
+        mode: `min` or `max`: the metric's best value; None for what is known of it.
         patience: Number of evaluations without an improvement after which the run stops; None for never.
         min_delta: Least change that is an improvement for `patience`.
         after: Evaluations up to this step don't count for `patience`: the step of an earlier early stop.
@@ -26,6 +27,7 @@ class BestWatch:
     """
 
     metric: str | None = None
+    mode: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
     after: int = 0
@@ -48,7 +50,7 @@ class BestWatch:
         """
         stopping = section.early_stopping
         patience, min_delta = (None, 0.0) if stopping is None else (stopping.patience, stopping.min_delta)
-        watch = cls(section.best_metric, patience, min_delta, after or 0)
+        watch = cls(section.best_metric, section.best_mode, patience, min_delta, after or 0)
         for step, value in evaluation_metrics(lines).get(watch.metric or "", {}).items():
             if watch.observe(step, value) and step in kept:
                 watch.keep(step, value)
@@ -77,20 +79,41 @@ class BestWatch:
 
     def _gain(self, value: float, other: float) -> float:
         assert self.metric is not None
-        return other - value if is_lower_better(self.metric) else value - other
+        gain = abs(value - other)
+        return gain if is_better(self.metric, self.mode, value, other) else -gain
 
 
-def check_metric(section: TrainSection, names: Collection[str]) -> None:
+def is_better(metric: str, mode: str | None, value: float, other: float) -> bool:
+    """Return whether a value of a metric is better than another one.
+
+    Args:
+        metric: Name of the metric.
+        mode: `min` or `max`; None for what is known of the metric.
+        value: The value.
+        other: The other one.
+    """
+    return value < other if (mode or mode_of(metric)) == "min" else value > other
+
+
+def check_metric(section: TrainSection, names: Collection[str], unknown: Collection[str] = ()) -> None:
     """Check that the metric by which a config chooses the best checkpoint will be logged.
 
     Args:
         section: Training section of the config.
         names: Names of the metrics of its evaluations.
+        unknown: Those of them that functions of the user compute.
 
     Raises:
-        ConfigError: It will not.
+        ConfigError: It will not, or it is not known whether it should rise or fall.
     """
     metric = section.best_metric
+    key = "early_stopping.metric" if section.early_stopping is not None else "keep_best"
     if metric is not None and metric not in names:
-        key = "early_stopping.metric" if section.early_stopping is not None else "keep_best"
+        loss = f"{metric.removesuffix('_perplexity')}_loss"
+        if loss != f"{metric}_loss" and loss in names:
+            raise ConfigError(f"train.{key}: {metric} is not compared; use {loss}, which is its logarithm.")
         raise ConfigError(f"train.{key}: {metric} is not evaluated; the metrics are {', '.join(names) or 'none'}.")
+    if metric is not None and section.best_mode is None and (metric in unknown or mode_of(metric) is None):
+        raise ConfigError(
+            f"train.best_mode: is null, and whether {metric} should fall or rise is not known; set it to min or max."
+        )

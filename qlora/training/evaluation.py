@@ -12,6 +12,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.config import EvalSection, RunConfig, SourceSection, load_config, metric_name
 from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
 from qlora.errors import ConfigError, DataError
+from qlora.files import BaseFiles
 from qlora.model import (
     AdapterSource,
     base_from_section,
@@ -19,11 +20,13 @@ from qlora.model import (
     find_foreign,
     labels_from_config,
     load_model,
+    load_model_tokenizer,
     load_run,
+    load_tokenizer,
 )
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
-from qlora.objectives import by_label, evaluation_loss, objective_for_data, objective_from_section
+from qlora.objectives import by_label, objective_for_data, objective_from_section
 from qlora.training.scoring import Scorer
 
 
@@ -34,7 +37,7 @@ class EvaluationReport:
     Attributes:
         model: The model evaluated: a base, or a base with the adapter of a run.
         examples: Number of examples.
-        supervised_tokens: Number of tokens that the loss is averaged over.
+        supervised_tokens: Number of supervised tokens, which a loss of tokens is averaged over.
         loss: Mean loss of the config's objective: for supervised fine-tuning over supervised tokens by their weights,
             in nats.
         perplexity: exp(loss); None for objectives whose loss is not one of tokens.
@@ -70,7 +73,9 @@ class EvaluationReport:
         return values | values.pop("metrics") | values.pop("others")
 
     def __repr__(self) -> str:
-        return f"<EvaluationReport: loss {self.loss:.4f} over {self.supervised_tokens:,} tokens, {self.model}>"
+        is_per_token = self.perplexity is not None
+        over = f"{self.supervised_tokens:,} tokens" if is_per_token else f"{self.examples:,} examples"
+        return f"<EvaluationReport: loss {self.loss:.4f} over {over}, {self.model}>"
 
 
 def evaluate(
@@ -107,17 +112,17 @@ def evaluate(
         if data is None:
             raise ConfigError(f"{target} was made elsewhere and holds out no example; name a file with --data (data=).")
         config, run, own_template, labels = _config_for(foreign, data), None, True, None
-        model, tokenizer = load_model(str(target), device, base)
     else:
         run = None if isinstance(target, RunConfig) else RunDirectory.find(str(target))
         config = target if isinstance(target, RunConfig) else load_config(target if run is None else run.config)
         own_template, labels = run is not None, labels_from_config(config, run)
-        if run is None:
-            head = evaluation_loss(config.train, labels).head
-            model, tokenizer = base_from_section(config.model, device, head=head, seed=config.train.seed)
-        else:
-            has_reference = objective_from_section(config.train).loss.has_reference
-            model, tokenizer = load_run(str(target), device, has_reference)
+    # The data and the metrics first, so that their errors are reported before tens of gigabytes are loaded.
+    if run is None and foreign is None:
+        given = config.model
+        files = BaseFiles.resolve(given.base, given.revision, given.trust_remote_code)
+        tokenizer = load_tokenizer(files.folder, given.trust_remote_code)
+    else:
+        tokenizer = load_model_tokenizer(str(target), base)
     section = config.data
     if run is None and foreign is None:  # the base, without the tokens that training adds
         own = {key: token for key, token in section.special_tokens.items() if token not in section.new_tokens}
@@ -150,7 +155,15 @@ def evaluate(
         raise ConfigError(f"{target}: data.eval holds out no example; name a file with --data (data= in Python).")
     sets = {MAIN_SET: examples} if data is not None else datasets.held_out
     scorer = Scorer.from_section(asked, section, tokenizer, datasets, sets, batch_size)
-    loss = objective_for_data(config.train, datasets).loss
+    notes += scorer.notes
+    objective = objective_for_data(config.train, datasets)
+    loss = objective.loss
+    if foreign is not None:
+        model, _ = load_model(str(target), device, base)
+    elif run is None:
+        model, _ = base_from_section(config.model, device, head=loss.head, seed=config.train.seed)
+    else:
+        model, _ = load_run(str(target), device, loss.has_reference)
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)
     others: dict[str, float] = {}
     for name, held_out in datasets.held_out.items() if data is None else ():
@@ -162,7 +175,7 @@ def evaluate(
         others |= {} if name == MAIN_SET else {f"{name}_{metric}": value for metric, value in values.items()}
     step = "" if run is None else f", step {RunDirectory.open(str(target)).step}"
     names = datasets.labels.names if datasets.labels is not None else ()
-    num_bytes = supervised_bytes(tokenizer, examples)
+    num_bytes = 0 if result.bits is None else supervised_bytes(tokenizer, examples)
     is_plain = result.total_weight == result.num_supervised  # weighted tokens have no bits
     return EvaluationReport(
         model=f"{config.model.base} with the adapter of {target}{step}" if own_template else config.model.base,

@@ -117,7 +117,7 @@ class MetricsLog:
             values |= {
                 f"{name}_loss": each.loss,
                 **({} if each.perplexity is None else {f"{name}_perplexity": each.perplexity}),
-                f"{name}_supervised_tokens": each.num_supervised,
+                **({f"{name}_supervised_tokens": each.num_supervised} if each.num_supervised else {}),
                 **{f"{name}_{metric}": value for metric, value in each.metrics.items()},
                 **({f"{name}_confusion": each.counts} if each.counts else {}),
             }

@@ -14,8 +14,9 @@ from qlora.errors import CheckpointError, ConfigError
 # are compared in KEPT_IN_USE.)
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.trackers", "train.on_nonfinite",
-    "data.cache_dir", "data.retain", "eval.metrics", "eval.rows", "eval.max_new_tokens",
+    "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.best_mode",
+    "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
+    "eval.metrics", "eval.rows", "eval.max_new_tokens",
     "model.recompute", "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.

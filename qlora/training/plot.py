@@ -17,13 +17,14 @@ WRITTEN_LABELS = 20
 Points = list[tuple[int, float]]
 
 
-def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "") -> bool:
+def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "", ylabel: str = "loss") -> bool:
     """Draw training loss, smoothed training loss, the loss on each set and the learning rate over the steps as a PNG.
 
     Args:
         metrics: Lines of metrics.jsonl.
         target: Path of the PNG.
         title: Title of the image.
+        ylabel: What the losses are.
 
     Returns:
         Whether it was drawn: matplotlib is an optional dependency, and the disk may be full.
@@ -38,7 +39,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
     losses = {key: losses for key, losses in evaluation_metrics(metrics).items() if key.endswith("_loss")}
     for (key, points), style in zip(losses.items(), cycle(STYLES)):
         axes.plot(*zip(*points.items(), strict=True), style, label=metric_label(key))
-    axes.set(title=title, xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))
+    axes.set(title=title, xlabel="step", ylabel=ylabel, ylim=(0, None))
     axes.grid(alpha=0.3)
     lines = axes.get_lines()
     if rates:

@@ -50,8 +50,9 @@ class MemoryRelief:
         """
         change = self._release_weights() or self._raise_level() or self._cut_micro_batches()
         if change is None:
+            single = {1: "examples", 2: "pairs"}.get(self._plan.group_size, "groups of examples")
             raise ModelError(
-                f"Step {step + 1}: memory ran out with single examples at model.recompute={self.level}, so it can't "
+                f"Step {step + 1}: memory ran out with single {single} at model.recompute={self.level}, so it can't "
                 "be reduced further. Lower data.max_seq_len or lora.rank, or stop other programs on the device; "
                 "saved checkpoints are complete, but other settings need another train.output_dir."
             )

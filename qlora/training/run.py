@@ -12,7 +12,6 @@ from qlora.checkpoint import (
     RunDirectory,
     RunRecord,
     evaluation_metrics,
-    is_lower_better,
     quarantine,
     save_adapter,
     step_of,
@@ -25,7 +24,7 @@ from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
-from qlora.training.best import BestWatch
+from qlora.training.best import BestWatch, is_better
 from qlora.training.callbacks import Callback, check_callbacks
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.display import Display
@@ -112,7 +111,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = start.describe_damage()
+    notes = [*start.describe_damage(), *assembly.scorer.notes]
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
@@ -217,7 +216,8 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += start.describe_damage() + start.describe_jump(assembly.train, first_step, total_steps)
+    remarks += [*start.describe_damage(), *assembly.scorer.notes]
+    remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)
     display.show([*(report.summary() for report in assembly.plan.datasets.all_reports), assembly.plan.summary()])
@@ -253,7 +253,7 @@ def _train(
     if end.stopped_early:
         notes.append(f"{_describe_stop(assembly.train, progress.step)} To train on, raise train.max_steps.")
     if is_finished:
-        notes += _describe_best(run, record)
+        notes += _describe_best(run, record, assembly.train)
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=end.signal)
@@ -262,7 +262,8 @@ def _train(
 def _draw(run: RunDirectory, assembly: Assembly) -> None:
     """Draw the run's losses, and the confusion matrix of its last evaluation if it classifies."""
     lines, labels = run.read_metrics(), assembly.plan.datasets.labels
-    draw_losses(lines, run.path / "loss.png", title=run.path.name)
+    ylabel = "loss per supervised token (nats)" if assembly.objective.loss.is_per_token else "loss"
+    draw_losses(lines, run.path / "loss.png", run.path.name, ylabel)
     matrices = [(line["step"], line["eval_confusion"]) for line in lines if "eval_confusion" in line]
     if labels is not None and not labels.is_multiple and matrices:
         step, matrix = matrices[-1]
@@ -292,7 +293,7 @@ def _notes_when_done(run: RunDirectory, start: Start, config: RunConfig) -> list
     notes = [
         f"Already finished at step {start.finished_steps}{early}; nothing was trained. To continue training, raise "
         f"train.max_steps or train.epochs; to start over, add --fresh, which keeps {run.path} under another name.",
-        *_describe_best(run, start.record),
+        *_describe_best(run, start.record, config.train),
     ]
     if ignored := start.changes(config, flatten(config).keys() - OWN_KEYS):
         notes.append(f"Ignored, because the run is finished: {'; '.join(sorted(ignored))}.")
@@ -308,17 +309,17 @@ def _describe_stop(section: TrainSection, step: int) -> str:
     return f"Stopped early at step {step}: {stopping.metric} did not improve in {count}{least}."
 
 
-def _describe_best(run: RunDirectory, record: RunRecord) -> list[str]:
+def _describe_best(run: RunDirectory, record: RunRecord, section: TrainSection) -> list[str]:
     """Return which checkpoint is released, if that is the best one, and whether training was of use."""
     best = record.best
     if best is None:
         return []
     first = evaluation_metrics(run.read_metrics(until=0)).get(best.metric, {}).get(0)
     notes = [
-        f"The best is step {best.step}, with {best.metric} {best.value:.4f}: merge, verify, generate, chat and eval "
-        "take it; --checkpoint last takes the last step."
+        f"The best is step {best.step}, with {best.metric} {best.value:.4f}: merge, verify, generate, chat, eval and "
+        "predict take it; --checkpoint last takes the last step."
     ]
-    if first is not None and (first < best.value if is_lower_better(best.metric) else first > best.value):
+    if first is not None and is_better(best.metric, section.best_mode, first, best.value):
         notes.append(f"The base is better: {best.metric} {first:.4f} before training.")
     return notes
 

@@ -1,7 +1,7 @@
 """Scores of the answers that a model gives to held-out rows."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from qlora.config import DataSection, EvalSection, metric_name
 from qlora.data import Datasets, ExampleSet, Question, read_questions
 from qlora.errors import ConfigError
 from qlora.model import answer_all
-from qlora.model.answer_metrics import Metric, load_metric
+from qlora.model.answer_metrics import METRICS, Metric, load_metric
 from qlora.processes import Processes
 
 
@@ -41,12 +41,14 @@ class Scorer:
         metrics: Metrics by name.
         max_new_tokens: Largest number of tokens in an answer.
         max_tokens: Largest number of tokens in a batch.
+        notes: Which rows are not asked, and why.
     """
 
     questions: Mapping[str, list[Question]] = field(default_factory=dict)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     max_new_tokens: int = 1
     max_tokens: int = 1
+    notes: Sequence[str] = ()
 
     @classmethod
     def from_section(
@@ -69,28 +71,41 @@ class Scorer:
             batch_size: Number of sequences of `data.max_seq_len` that fit into memory; a batch has as many tokens.
 
         Raises:
-            ConfigError: A metric can't be loaded, or no row has an answer to compare with.
+            ConfigError: A metric can't be loaded, or no row of a set has an answer to compare with.
         """
         if not section.metrics or not sets:
             return cls()
         metrics = {metric_name(each): load_metric(each) for each in section.metrics}
-        questions = {
-            name: found
-            for name, examples in sets.items()
-            if (found := read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len))
-        }
+        questions, notes = {}, []
+        for name, examples in sets.items():
+            found, left_out = read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len)
+            reasons = ", ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+            if reasons and not found:
+                raise ConfigError(
+                    f"eval.metrics: no row of the set {name} can be asked: {reasons}. Hold out other rows, raise "
+                    "data.max_seq_len, or remove eval.metrics."
+                )
+            if found:
+                questions[name] = found
+            if reasons:
+                notes.append(f"eval.metrics: of the set {name}, {len(found):,} rows are asked; left out: {reasons}.")
         if not questions:
             formats = ", ".join(sorted({report.format for report in datasets.all_reports}))
             raise ConfigError(
                 f"eval.metrics: no held-out row has an answer in text to compare with (formats: {formats}); hold out "
                 "conversations, or prompts with completions, or remove eval.metrics."
             )
-        return cls(questions, metrics, section.max_new_tokens, batch_size * data.max_seq_len)
+        return cls(questions, metrics, section.max_new_tokens, batch_size * data.max_seq_len, notes)
 
     @property
     def names(self) -> list[str]:
         """Names of all metrics in metrics.jsonl."""
         return [f"{name}_{metric}" for name in self.questions for metric in self.metrics]
+
+    @property
+    def unknown_names(self) -> list[str]:
+        """Those of the names whose metrics are functions of the user, so that nothing is known of their values."""
+        return [f"{name}_{metric}" for name in self.questions for metric in self.metrics if metric not in METRICS]
 
     def score(self, model: Any, tokenizer: Any, processes: Processes | None = None) -> Scores:
         """Answer all questions, each process a part of them, and compute the metrics.

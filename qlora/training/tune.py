@@ -11,7 +11,7 @@ from typing import Any, Never
 import torch
 from pydantic import ValidationError
 
-from qlora.config import RunConfig, TrainSection, absolute_paths
+from qlora.config import EvalSection, RunConfig, TrainSection, absolute_paths
 from qlora.config.sections import parse_duration
 from qlora.errors import ConfigError, ModelError
 from qlora.model import group_rates, resolve_device
@@ -137,7 +137,10 @@ def tune(
         raise ConfigError(f"budget: {budget!r} should be a duration such as 90s, 10m or 2h.") from None
     config = absolute_paths(as_config(config))
     # Rates are compared at the full rank: components are removed over a whole run.
-    config = config.model_copy(update={"lora": config.lora.model_copy(update={"final_rank": None})})
+    lora = config.lora.model_copy(update={"final_rank": None})
+    # They are compared by loss alone: no answers are scored, no metric's file is run, and no checkpoint is the best.
+    section = config.train.model_copy(update={"early_stopping": None, "keep_best": False, "best_mode": None})
+    config = config.model_copy(update={"lora": lora, "train": section, "eval": EvalSection()})
     no_examples = ConfigError(
         "data.eval holds out no example, and learning rates are compared by held-out loss; set data.eval to a share "
         "such as 0.05, or to a file."

@@ -40,6 +40,7 @@ NEEDED = {
     "eval.metrics": {"data": {"eval": 0.1}},
     "train.keep_best": {"data": {"eval": 0.1}},
     "train.early_stopping": {"data": {"eval": 0.1}},
+    "train.best_mode": {"data": {"eval": 0.1}, "train": {"keep_best": True}},
     **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},
     "data.labels": {"train": {"objective": "classify"}},
     "train.classify_by": {"train": {"objective": "classify"}},

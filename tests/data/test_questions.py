@@ -25,7 +25,7 @@ def ask(tmp_path):
         held_out = [Source(str(path), **source)]
         settings = {"options": options, "cache_dir": str(tmp_path / "cache"), "chat_template": "chatml"}
         datasets = build_datasets(tokenizer, [Source(str(train))], held_out, **settings)
-        return tokenizer, read_questions(tokenizer, datasets, datasets.eval, count, max_length)
+        return tokenizer, *read_questions(tokenizer, datasets, datasets.eval, count, max_length)
 
     return build
 
@@ -37,7 +37,8 @@ def test_a_conversation_asks_for_its_last_supervised_answer(ask):
         {"messages": [user("1"), assistant("one"), user("2"), assistant("two", weight=0)]},
         {"messages": [user("1"), assistant("one"), user("thanks")]},
     ]
-    tokenizer, questions = ask(rows)
+    tokenizer, questions, left_out = ask(rows)
+    assert left_out == {}
     assert [question.reference for question in questions] == ["oak", " fern\n", "one", "one"]
     turns = [row["messages"] for row in rows]
     prompts = [turns[0][:1], turns[1][:3], [user("1")], [user("1")]]
@@ -45,14 +46,14 @@ def test_a_conversation_asks_for_its_last_supervised_answer(ask):
 
 
 def test_other_formats_with_an_answer(ask):
-    tokenizer, (alpaca,) = ask([{"instruction": "Add", "input": "1 and 2", "output": "3"}])
+    tokenizer, (alpaca,), _ = ask([{"instruction": "Add", "input": "1 and 2", "output": "3"}])
     assert alpaca.prompt == encode_prompt(tokenizer, [user("Add\n\n1 and 2")])
     assert alpaca.reference == "3"
-    tokenizer, (completion,) = ask([{"prompt": "1 + 2 =", "completion": " 3"}])
+    tokenizer, (completion,), _ = ask([{"prompt": "1 + 2 =", "completion": " 3"}])
     assert completion.prompt == tokenizer("1 + 2 =").input_ids  # with BOS, as in training
     assert completion.reference == " 3"
     mapped = {"format": "alpaca", "columns": {"instruction": "q", "output": "a"}}
-    _, (renamed,) = ask([{"q": "Add", "a": "3"}], **mapped)
+    _, (renamed,), _ = ask([{"q": "Add", "a": "3"}], **mapped)
     assert renamed.reference == "3"
 
 
@@ -60,15 +61,18 @@ def test_rows_without_an_answer_in_text_are_left_out(ask):
     rows = [
         {"messages": [user("Say oak"), assistant("oak")]},
         {"messages": [user("x" * 300), assistant("long")]},
+        {"messages": [user("Say tin"), assistant("<think>tin, or pewter?</think>")]},
+        {"messages": [user("Say fern"), assistant("<think>fern?</think>\n\nfern")]},
     ]
-    _, questions = ask(rows)
-    assert [question.reference for question in questions] == ["oak"]
-    assert ask([{"text": "some text"}])[1] == []
+    _, questions, left_out = ask(rows)
+    assert [question.reference for question in questions] == ["oak", "\n\nfern"]
+    assert left_out == {"a prompt longer than data.max_seq_len": 1, "no answer in text": 1}
+    assert ask([{"text": "some text"}])[1:] == ([], {})
 
 
 def test_rows_are_spread_evenly_and_each_is_asked_once(ask):
     rows = [{"instruction": f"Q{number}", "output": f"A{number}"} for number in range(11)]
-    _, questions = ask(rows, count=3)
+    _, questions, _ = ask(rows, count=3)
     assert [question.reference for question in questions] == ["A0", "A5", "A10"]
 
 
@@ -77,7 +81,7 @@ def test_a_share_of_the_rows_asks_for_those_that_are_held_out(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     tokenizer = make_tokenizer()
     datasets = build_datasets(tokenizer, [Source(str(path))], 0.3, cache_dir=str(tmp_path / "cache"))
-    questions = read_questions(tokenizer, datasets, datasets.eval, 100, 200)
+    questions, _ = read_questions(tokenizer, datasets, datasets.eval, 100, 200)
     held_out = [tokenizer.decode(example.input_ids) for example in datasets.eval]
     assert len(questions) == 6
     for question, text in zip(questions, held_out, strict=True):

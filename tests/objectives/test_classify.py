@@ -13,7 +13,7 @@ from qlora.errors import ConfigError
 from qlora.lora import add_lora
 from qlora.lora.rows import train_rows
 from qlora.model import evaluate, load_base
-from qlora.model.predict import label_probabilities
+from qlora.model.predict import score_labels
 from qlora.objectives import by_label, objective_for_data
 from tests.reference import classification as reference
 from tests.tiny import make_base, write_jsonl
@@ -65,11 +65,11 @@ def test_loss_predictions_and_metrics_are_the_references(packed, model, datasets
     assert result.total_weight == len(data.train)
     assert result.loss == pytest.approx(wanted.mean().item(), rel=1e-4)
     own, predicted = data.train.values(LABEL).tolist(), []
-    found = label_probabilities(model, data.train, data.labels, 4)
+    found = score_labels(model, data.train, data.labels, 4).softmax(dim=1)
     for example, probabilities in zip(data.train, found, strict=True):
         prompt = example.input_ids[: -example.num_supervised]
         expected = reference.label_probabilities(model, prompt, data.labels.answers)
-        torch.testing.assert_close(torch.from_numpy(probabilities), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-5)
         predicted.append(int(probabilities.argmax()))
     accuracy = sum(map(int.__eq__, own, predicted)) / len(own)
     assert result.metrics == pytest.approx({"accuracy": accuracy, "macro_f1": reference.macro_f1(own, predicted)})
@@ -115,9 +115,9 @@ def test_words_with_trained_rows_of_the_head_are_scored_with_them(tiny_base, dat
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.1, generator=generator)
-    found = label_probabilities(model, data.train, data.labels, 4)
+    found = score_labels(model, data.train, data.labels, 4).softmax(dim=1)
     for example, probabilities in zip(data.train, found, strict=True):
         prompt = example.input_ids[: -example.num_supervised]
         with torch.no_grad():
             expected = reference.label_probabilities(model, prompt, data.labels.answers)
-        torch.testing.assert_close(torch.from_numpy(probabilities), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-5)

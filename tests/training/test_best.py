@@ -1,18 +1,21 @@
 """Early stopping and the best checkpoint: what is kept, released, continued and resumed."""
 
 import math
+from typing import get_args
 
 import pytest
 
 from qlora import StopTraining
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, evaluation_metrics, mode_of
 from qlora.config import TrainSection
+from qlora.config.sections.evaluation import ANSWER_METRICS
 from qlora.errors import CheckpointError, ConfigError
 from qlora.export import merge
 from qlora.model import Evaluation
+from qlora.objectives import objective_from_section
 from qlora.proof import verify
 from qlora.training import Callback, plan_run, session, train
-from qlora.training.best import BestWatch
+from qlora.training.best import BestWatch, check_metric
 from tests.cli import run as run_cli
 from tests.training.ranks import needs_fork, train_in_two
 from tests.training.same_run import assert_same_run
@@ -215,6 +218,41 @@ def test_scores_should_rise_and_losses_fall():
     assert watch_of(values).best is None
 
 
+@pytest.mark.parametrize(("mode", "best"), [(None, 2), ("max", 2), ("min", 1)])
+def test_a_mode_says_whether_a_metric_should_fall(mode, best):
+    assert watch_of({1: 1.0, 2: 3.0, 3: 2.0}, keep_best="eval_score", best_mode=mode).best.step == best
+
+
+def test_every_known_metric_has_a_mode():
+    modes = {name: mode_of(f"eval_old_{name}") for name in ANSWER_METRICS}
+    for objective in get_args(TrainSection.model_fields["objective"].annotation):
+        section = TrainSection(output_dir="run", objective=objective)
+        modes |= {
+            name: mode_of(f"eval_{name}") for name in ("loss", *objective_from_section(section).loss.metric_names)
+        }
+    assert {name for name, mode in modes.items() if mode is None} == set()
+    falling = {"loss", "kl", "reward_rejected", "log_prob_rejected"}
+    assert {name for name, mode in modes.items() if mode == "min"} == falling
+
+
+@pytest.mark.parametrize(("metric", "unknown", "message"), [
+    ("eval_perplexity", [], r"keep_best: eval_perplexity is not compared; use eval_loss"),
+    ("eval_wer", ["eval_wer"], r"best_mode: is null, and whether eval_wer should fall or rise is not known"),
+    ("eval_my_loss", ["eval_my_loss"], r"best_mode: is null, and whether eval_my_loss should"),
+])  # fmt: skip
+def test_a_metric_that_can_not_be_compared_is_refused(metric, unknown, message):
+    section = TrainSection(output_dir="run", keep_best=metric)
+    with pytest.raises(ConfigError, match=message):
+        check_metric(section, ["eval_loss", *unknown], unknown)
+    if unknown:
+        check_metric(section.model_copy(update={"best_mode": "min"}), ["eval_loss", *unknown], unknown)
+
+
+def test_a_metric_of_a_user_may_end_like_one_that_is_left_out():
+    line = {"step": 1, "eval_loss": 1.0, "eval_perplexity": 2.7, "eval_supervised_tokens": 3, "eval_own_perplexity": 4}
+    assert evaluation_metrics([line]).keys() == {"eval_loss", "eval_own_perplexity"}
+
+
 def test_patience_counts_from_the_last_improvement_by_min_delta():
     def worse(values):
         return watch_of(values, early_stopping={"min_delta": 0.5, "patience": 2}).num_worse
@@ -231,6 +269,7 @@ def test_patience_counts_from_the_last_improvement_by_min_delta():
     ({"train__keep_best": "old_loss"}, "keep_best compares by old_loss, but the sets are eval; set data.eval"),
     ({"train__early_stopping": {}, "train__eval_every": None}, "early_stopping compares evaluations, but eval_every"),
     ({"train__early_stopping": {}, "train__keep_best": "eval_kl"}, "has the metric eval_loss, but train.keep_best has"),
+    ({"train__best_mode": "min"}, r"train\.best_mode: 'min' has no effect without train\.keep_best"),
     ({"train__early_stopping": {"patience": 0}}, r"train\.early_stopping\.patience"),
     ({"train__early_stopping": {"min_delta": -1}}, r"train\.early_stopping\.min_delta"),
 ])  # fmt: skip

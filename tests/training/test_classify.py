@@ -1,6 +1,7 @@
 """Runs that classify: on any number of processes and batches, merged, and predicted by transformers alone."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qlora.export import merge
 from qlora.model import predict
+from qlora.model.label_scores import predicted_labels
 from qlora.processes import Processes
 from qlora.training import evaluate, preview, train
 from qlora.training.assemble import assemble
@@ -261,3 +263,44 @@ def test_a_continued_run_reads_no_training_row_for_its_labels(rows, tiny_base, t
     train(config, stop_at=1)
     monkeypatch.setattr("qlora.model.labels.find_labels", lambda *_: pytest.fail("the rows were read"))
     assert train(config).status == "finished"
+
+
+def test_the_command_chooses_the_best_checkpoint_unless_another_is_named(tiny_base, rows, tmp_path):
+    keys = {"train__objective": "classify", "data__eval": 0.25, "train__max_steps": 4, "train__eval_every": 2}
+    keys |= {"train__keep_best": True, "train__learning_rate": 0.5, "train__save_every": 1}
+    keys |= {"train__keep_checkpoints": 4}
+    result = train(load_config(run_config(tiny_base, rows, tmp_path / "run", **keys)))
+    other = ["--checkpoint", "1"]
+    found = []
+    for number, options in enumerate(([], ["--checkpoint", "best"], other)):
+        output = tmp_path / f"{number}.jsonl"
+        told = command("predict", tmp_path / "run", "--data", rows, "-o", output, *options)
+        assert told.code == 0, told.err
+        taken = result.best.step != 4 and not options
+        assert ("taking its best checkpoint" in told.err) == taken
+        found.append(output.read_text())
+    assert found[0] == found[1] != found[2]
+
+
+def test_rows_that_can_not_be_classified_are_reported_before_the_model_is_loaded(trained, monkeypatch):
+    monkeypatch.setattr(sys.modules["qlora.model.predict"], "load_model", None)
+    with pytest.raises(DataError, match="1 row can't be classified"):
+        predict(trained[0], [{"other": "a"}])
+
+
+def test_labels_of_other_names_are_named_when_training_goes_on(tiny_base, rows, texts, tmp_path):
+    keys = {"train__objective": "classify", "train__classify_by": "head", "train__max_steps": 1}
+    train(load_config(run_config(tiny_base, rows, tmp_path / "run", **keys)))
+    renamed = [each | {"label": each["label"].replace("metal", "ore")} for each in texts]
+    keys["lora__start_from"] = str(tmp_path / "run")
+    other = write_jsonl(tmp_path / "renamed.jsonl", renamed)
+    with pytest.raises(ConfigError, match="it scores the labels metal, where this config has ore; rename"):
+        train(load_config(run_config(tiny_base, other, tmp_path / "renamed", **keys)))
+    turned = run_config(tiny_base, rows, tmp_path / "turned", data__labels=["tree", "plant", "metal"], **keys)
+    with pytest.raises(ConfigError, match="it has the labels metal, plant, tree in this order; set data.labels to it"):
+        train(load_config(turned))
+
+
+@pytest.mark.parametrize("score", [1e-9, -1e-9, 2.0])
+def test_a_label_is_predicted_as_in_training_however_small_its_score(score):
+    assert predicted_labels(torch.tensor([[score, -score]]), is_multiple=True).tolist() == [[score > 0, score < 0]]

@@ -1,6 +1,7 @@
 """qlora.evaluate: the same loss from a run, its config and Python, on held-out rows or another file."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -53,3 +54,22 @@ def test_rows_that_the_objective_can_not_learn_from_are_refused(run_dir, tmp_pat
     pairs = [{"prompt": "Say oak", "chosen": "oak", "rejected": "tin"}] * 3
     with pytest.raises(ConfigError, match="sft can't learn from the preference rows"):
         qlora.evaluate(run_dir, data=write_jsonl(tmp_path / "pairs.jsonl", pairs), device="cpu")
+
+
+@pytest.mark.parametrize(("metrics", "rows", "message"), [
+    (["absent.py:score"], [{"instruction": "Say oak", "output": "oak"}], "there is no file .*absent"),
+    (["nothing"], [{"instruction": "Say oak", "output": "oak"}], "'nothing' is unknown"),
+    (["f1"], [{"text": "oak"}], "no held-out row has an answer in text"),
+])  # fmt: skip
+def test_what_can_not_be_scored_is_reported_before_the_model_is_loaded(metrics, rows, message, run_dir, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qlora.model.restore.load_started_base", None)
+        with pytest.raises(ConfigError, match=message):
+            qlora.evaluate(run_dir, data=data, device="cpu", metrics=metrics)
+
+
+def test_a_loss_that_is_none_of_tokens_names_no_tokens(run_dir):
+    report = qlora.evaluate(run_dir, device="cpu")
+    assert f"over {report.supervised_tokens:,} tokens" in repr(report)
+    assert f"over {report.examples:,} examples" in repr(replace(report, perplexity=None))

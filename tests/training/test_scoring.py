@@ -120,6 +120,7 @@ def test_impossible_settings_are_refused(settings, message, configure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("settings", "message"), [
+    ({"eval__metrics": ["f1"], "data__eval": "EMPTY"}, r"no row of the set eval can be asked: 1 with no answer"),
     ({"eval__metrics": ["absent.py:score"]}, "there is no file .*absent.py"),
     ({"eval__metrics": ["f1"], "data__eval": "TEXTS"}, r"no held-out row has an answer in text .*\(formats: alp"),
     ({"eval__metrics": ["f1"], "train__keep_best": "eval_bleu"}, r"eval_bleu is not evaluated; .*eval_loss, eval_f1\."),
@@ -129,7 +130,9 @@ def test_what_can_not_be_scored_is_reported_before_the_model_is_loaded(
 ):
     monkeypatch.setattr("qlora.training.assemble.load_for_training", None)
     texts = str(write_jsonl(tmp_path / "texts.jsonl", [{"text": "some text"}]))
-    settings = {key: texts if value == "TEXTS" else value for key, value in settings.items()}
+    reasoned = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}]}]
+    files = {"TEXTS": texts, "EMPTY": str(write_jsonl(tmp_path / "empty.jsonl", reasoned))}
+    settings = {key: files.get(str(value), value) for key, value in settings.items()}
     with pytest.raises(ConfigError, match=message):
         train(configure(**settings))
 

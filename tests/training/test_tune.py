@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import pytest
 
@@ -116,3 +117,15 @@ def test_what_can_not_be_compared_is_refused(configure, settings, budget, messag
     with pytest.raises(ConfigError, match=message):
         qlora.tune(configure(**settings), budget)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_metric_of_answers_is_loaded(configure, tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text("raise SystemExit('the file was run')")
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["qlora.training.tune"], "_search", lambda assembly, *_: seen.append(assembly.scorer.names)
+    )
+    keys = {"eval__metrics": [f"{path}:wer"], "data__eval": 0.3, "train__early_stopping": {"metric": "eval_wer"}}
+    qlora.tune(configure(**keys), "1m")
+    assert seen == [[]]

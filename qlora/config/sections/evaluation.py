@@ -9,7 +9,7 @@ from qlora.config.sections.base import Section
 from qlora.config.sections.values import Count, Names
 
 # Metrics of answers; any other one is a function in a Python file, `path/to/file.py:function`.
-ANSWER_METRICS = ("exact_match", "contains", "accuracy", "f1", "chrf", "bleu")
+ANSWER_METRICS = ("exact_match", "contains", "accuracy", "macro_f1", "f1", "chrf", "bleu")
 USER_METRIC = re.compile(r"(?P<path>.+\.py):(?P<function>[A-Za-z_]\w*)", re.ASCII)
 
 
@@ -40,9 +40,9 @@ class EvalSection(Section):
 
     metrics: Annotated[Names, AfterValidator(_check_metrics)] = Field(
         default=[],
-        description="Metrics of greedy answers, compared with those of the rows: exact_match, contains, accuracy, f1, "
-        "chrf, bleu, or a function of yours as path/to/file.py:function, which is run. Without any, nothing is "
-        "generated.",
+        description="Metrics of greedy answers, compared with those of the rows: exact_match, contains, accuracy, "
+        "macro_f1, f1, chrf, bleu, or a function of yours as path/to/file.py:function, which is run. Without any, "
+        "nothing is generated.",
         examples=[["exact_match", "chrf"]],
     )
     rows: Count = Field(
@@ -62,7 +62,7 @@ class EarlyStoppingSection(Section):
 
     metric: str = Field(
         default="eval_loss",
-        description="Metric of the evaluations, by its name in metrics.jsonl. Losses should fall, scores should rise.",
+        description="Metric of the evaluations, by its name in metrics.jsonl; see train.best_mode.",
         examples=["eval_exact_match"],
     )
     patience: Count = Field(

@@ -329,6 +329,13 @@ class TrainSection(Section):
         description="Stop once evaluations no longer improve; null trains to the last step.",
         examples=[{"metric": "eval_loss", "patience": 3}],
     )
+    best_mode: Literal["min", "max"] | None = Field(
+        default=None,
+        validate_default=True,
+        description="Whether the metric of keep_best or early_stopping is best at its smallest (min) or largest value "
+        "(max); null knows it of all metrics but those of a function of yours.",
+        examples=["min"],
+    )
     trackers: Names = Field(
         default=[],
         description="Trackers of accelerate that metrics are sent to as well, by name.",
@@ -367,6 +374,13 @@ class TrainSection(Section):
         kept = info.data.get("keep_best")
         if value is not None and isinstance(kept, str) and kept != value.metric:
             raise ValueError(f"has the metric {value.metric}, but train.keep_best has {kept}; set both to one")
+        return value
+
+    @field_validator("best_mode")
+    @classmethod
+    def _check_best_mode(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not info.data.get("keep_best") and info.data.get("early_stopping") is None:
+            raise ValueError("has no effect without train.keep_best or train.early_stopping; remove it, or set one")
         return value
 
     @field_validator("classify_by", "class_weights")
