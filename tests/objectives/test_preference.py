@@ -81,7 +81,7 @@ def test_the_loss_of_ratings_takes_its_divergence_from_the_mismatched_answers(ti
     ]  # fmt: skip
     expected = torch.stack(losses).sum()
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert found.metrics["kl"].item() / 4 == pytest.approx(kl, rel=1e-3, abs=1e-4)
+    assert found.metrics["reference_kl"].item() / 4 == pytest.approx(kl, rel=1e-3, abs=1e-4)
     assert_same_gradients(model, found.total, expected)
 
 

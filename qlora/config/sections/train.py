@@ -47,8 +47,9 @@ class KeepSection(Section):
     kl: float = Field(
         default=0.0,
         ge=0,
-        description="Factor of KL(base ‖ model) per supervised token of the current batch, which is added to the loss. "
-        "The base is the model without its adapter.",
+        description="Factor of KL(base ‖ model) per supervised token of the current batch, which is added to the loss; "
+        "for objectives of pairs and ratings, the mean over each answer's tokens. The base is the model without its "
+        "adapter.",
         examples=[0.1],
     )
     null_space: PathText | None = Field(
