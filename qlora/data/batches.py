@@ -65,8 +65,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
-        moved: dict[str, Any] = {name: _move(value, device) for name, value in own.items()}
-        return Batch(**moved | {"values": {name: _move(value, device) for name, value in self.values.items()}})
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in own.items()}
+        return Batch(**moved | {"values": {name: to_device(value, device) for name, value in self.values.items()}})
 
     def select(self, documents: Sequence[int]) -> "Batch":
         """Return the batch of some of the documents, in the given order, on the same device."""
@@ -83,7 +83,7 @@ class Batch:
         shifts = [begins[new] - old_begins[old] for new, old in enumerate(documents)]
         device = self.input_ids.device
         rows, from_tokens, from_labels, moves = (
-            _move(torch.tensor(places, dtype=torch.int64), device)
+            to_device(torch.tensor(places, dtype=torch.int64), device)
             for places in (
                 documents, [*chain(*tokens)], [*chain(*labels)], np.repeat(shifts, counts),
             )
@@ -100,7 +100,7 @@ class Batch:
             labels=take(self.labels),
             supervised=self.supervised[from_labels] + moves,
             weights=None if self.weights is None else self.weights[from_labels],
-            cu_seq_lens=_move(torch.tensor(begins, dtype=torch.int32), device) if is_packed else None,
+            cu_seq_lens=to_device(torch.tensor(begins, dtype=torch.int32), device) if is_packed else None,
             lengths=lengths,
             counts=counts,
             weight_sums=tuple(self.weight_sums[each] for each in documents),
@@ -109,9 +109,9 @@ class Batch:
         )
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    """Copy a tensor to a device; other values are returned as they are."""
-    if not isinstance(value, torch.Tensor):
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copy a tensor to a device; other values, and tensors that are there, are returned as they are."""
+    if not isinstance(value, torch.Tensor) or value.device == device:
         return value
     # Only copies from pinned memory are asynchronous.
     return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)

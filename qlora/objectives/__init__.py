@@ -5,6 +5,7 @@ from qlora.objectives.from_config import (
     evaluation_loss,
     objective_for_data,
     objective_from_section,
+    release_loss,
     training_loss,
 )
 from qlora.objectives.objective import Objective
@@ -17,5 +18,6 @@ __all__ = [
     "evaluation_loss",
     "objective_for_data",
     "objective_from_section",
+    "release_loss",
     "training_loss",
 ]

@@ -56,10 +56,10 @@ class RunConfig(Section):
             }
             if found := [reason for reason, is_so in conflicts.items() if is_so]:
                 raise ValueError(f"keep.null_space hides inputs from new adapters, but {' and '.join(found)}")
-        if value.keep is not None and value.keep.kl and value.has_scores:
+        if value.keep is not None and value.keep.kl and value.objective in ("reward", "classify"):
             raise ValueError(
-                f"keep.kl compares predictions of tokens, which a model of train.objective: {value.objective} does not "
-                "make; remove keep.kl"
+                f"keep.kl compares predictions of whole answers, which train.objective: {value.objective} does not "
+                "learn; remove keep.kl"
             )
         if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
             raise ValueError(
