@@ -8,6 +8,7 @@ from typing import Any
 from qlora.checkpoint import Best, evaluation_metrics, is_lower_better
 from qlora.config import TrainSection
 from qlora.errors import ConfigError
+from qlora.model import Loss
 
 
 @dataclass(slots=True)
@@ -78,6 +79,11 @@ class BestWatch:
     def _gain(self, value: float, other: float) -> float:
         assert self.metric is not None
         return other - value if is_lower_better(self.metric) else value - other
+
+
+def loss_metrics(sets: Iterable[str], loss: Loss) -> list[str]:
+    """Return the names in metrics.jsonl of what an objective's loss reports of held-out sets."""
+    return [f"{name}_{metric}" for name in sets for metric in ("loss", *loss.metric_names)]
 
 
 def check_metric(section: TrainSection, names: Collection[str]) -> None:

@@ -25,7 +25,8 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
-    See :func:`qlora.export.merge` for arguments and errors. `onto="best"` compares by the loss of the run's objective.
+    See :func:`qlora.export.merge` for arguments and errors. `onto="best"` compares by the loss of the run's
+    objective, or by :attr:`qlora.objectives.Objective.judge` where a merged model does not have that loss.
     """
     return merge_adapter(
         run_dir, out_dir, dtype, onto, max_shard_size, device, force, on_progress, format, base, judge_of

@@ -74,17 +74,7 @@ class Scorer:
         if not section.metrics or not sets:
             return cls()
         metrics = {metric_name(each): load_metric(each) for each in section.metrics}
-        questions = {
-            name: found
-            for name, examples in sets.items()
-            if (found := read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len))
-        }
-        if not questions:
-            formats = ", ".join(sorted({report.format for report in datasets.all_reports}))
-            raise ConfigError(
-                f"eval.metrics: no held-out row has an answer in text to compare with (formats: {formats}); hold out "
-                "conversations, or prompts with completions, or remove eval.metrics."
-            )
+        questions = questions_of_sets(section, data, tokenizer, datasets, sets)
         return cls(questions, metrics, section.max_new_tokens, batch_size * data.max_seq_len)
 
     @property
@@ -122,3 +112,25 @@ class Scorer:
                     for name, each in pairs.items()
                 }
         return Scores(processes.broadcast(by_set), len(asked), time.perf_counter() - started)
+
+
+def questions_of_sets(
+    section: EvalSection, data: DataSection, tokenizer: Any, datasets: Datasets, sets: Mapping[str, ExampleSet]
+) -> dict[str, list[Question]]:
+    """Read the questions of each set that has any; see :meth:`Scorer.from_section`.
+
+    Raises:
+        ConfigError: No row has an answer to compare with.
+    """
+    questions = {
+        name: found
+        for name, examples in sets.items()
+        if (found := read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len))
+    }
+    if not questions:
+        formats = ", ".join(sorted({report.format for report in datasets.all_reports}))
+        raise ConfigError(
+            f"eval.metrics: no held-out row has an answer in text to compare with (formats: {formats}); hold out "
+            "conversations, or prompts with completions, or remove eval.metrics."
+        )
+    return questions

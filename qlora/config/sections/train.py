@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from qlora.config.sections.base import Section
 from qlora.config.sections.evaluation import EarlyStoppingSection
 from qlora.config.sections.values import (
+    ClassWeights,
     Count,
     GroupRate,
     Names,
@@ -170,7 +171,7 @@ class TrainSection(Section):
         "the words that the model answers with; null is tokens.",
         examples=["tokens"],
     )
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    class_weights: ClassWeights = Field(
         default=None,
         description="Weights of labels in the loss that is trained: balanced makes all labels count the same in total; "
         "or a weight for each name, 1 for those that are left out. null weighs every text the same.",
