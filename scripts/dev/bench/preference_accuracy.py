@@ -110,7 +110,7 @@ def measure_trl(train: list[Any], held_out: list[Any], folder: Path) -> tuple[fl
         args=DPOConfig(
             output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], beta=BETA, learning_rate=LEARNING_RATE,
             num_train_epochs=EPOCHS, per_device_train_batch_size=PAIRS_PER_STEP, per_device_eval_batch_size=8,
-            lr_scheduler_type="cosine", warmup_ratio=0.03, max_length=MAX_TOKENS, save_strategy="no",
+            lr_scheduler_type="cosine", warmup_steps=5, max_length=MAX_TOKENS, save_strategy="no",
             gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
         ),
         train_dataset=Dataset.from_list(train),
