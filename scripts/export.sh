@@ -18,5 +18,14 @@ here=${0%"${0##*/}"} # not dirname: Bash loses a SIGINT that arrives while it wa
 here=${here:-./}
 source "${here}forward.sh"
 
+# What chooses the adapter and its base is needed to verify them, too.
+verified=("$run" "$merged")
+before=
+for option in "$@"; do
+  case $before in --checkpoint | --base) verified+=("$before" "$option") ;; esac
+  case $option in --checkpoint=* | --base=*) verified+=("$option") ;; esac
+  before=$option
+done
+
 forward qlora merge "$run" -o "$merged" --update "$@"
-forward qlora verify "$run" "$merged"
+forward qlora verify "${verified[@]}"

@@ -13,7 +13,7 @@ from qlora.export import merge
 from qlora.export.quantize import quantize_model
 from qlora.files import BaseFiles
 from qlora.memory.estimate import estimate
-from qlora.model import BITSANDBYTES_4BIT, load_base, load_model, weight_format
+from qlora.model import BITSANDBYTES_4BIT, SUPERVISED, load_base, load_model, weight_format
 from qlora.model.formats import PLAIN
 from qlora.proof.verify import verify
 from qlora.training import train
@@ -65,7 +65,7 @@ def verbs(base, tmp_path):
         "load in 16 bits": lambda: load_base(str(base), quantization="none"),
         "talk to": lambda: load_model(str(base)),
         "train": lambda: train(config),
-        "estimate": lambda: estimate(config, "cpu"),
+        "estimate": lambda: estimate(config, SUPERVISED, "cpu"),
         "quantize": lambda: quantize_model(str(base), tmp_path / "out"),
     }
 

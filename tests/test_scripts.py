@@ -202,6 +202,13 @@ def test_export_updates_the_merge_with_the_options_given_and_verifies_it(recorde
     assert recorded() == [f"merge {run} -o {merged} --update --dtype bfloat16", f"verify {run} {merged}"]
 
 
+def test_export_verifies_the_adapter_and_base_that_it_merged(recorded, tmp_path):
+    options = ["--checkpoint", "last", "--dtype", "bfloat16", "--base=other"]
+    code, output = finish(start("bash", SCRIPTS / "export.sh", tmp_path / "run", tmp_path / "merged", *options))
+    assert code == 0, output
+    assert recorded()[1] == f"verify {tmp_path / 'run'} {tmp_path / 'merged'} --checkpoint last --base=other"
+
+
 @pytest.mark.parametrize("option", ["--dry-run", "--replay=x"])
 def test_finetune_refuses_what_trains_nothing(recorded, tmp_path, option):
     code, output = finish(start("bash", SCRIPTS / "finetune.sh", "config.yaml", tmp_path / "merged", option))

@@ -43,7 +43,9 @@ def metric_label(name: str) -> str:
     """Return a metric's name for people."""
     if name == "eval_loss":
         return "held-out loss"
-    return name.removeprefix("eval_").replace("retain_", "retained ").replace("_", " ")
+    if name.startswith("retain_"):
+        return name.replace("retain_", "retained ", 1).replace("_", " ")
+    return name.removeprefix("eval_").replace("_", " ")
 
 
 def mode_of(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`qlora eval`: held-out loss of a run, or of the base that a config starts from."""
+"""`qlora eval`: loss and metrics on held-out rows of a run, or of the base that a config starts from."""
 
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Print loss and perplexity per supervised token, and bits per byte; of a classification, results by label."""
+    """Print the objective's loss and its metrics on held-out rows; of a classification, also results by label."""
     from qlora.checkpoint import is_evaluated, metric_label
     from qlora.training import evaluate as run_evaluation
 

@@ -110,8 +110,8 @@ class Batch:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Copy a tensor to a device without waiting for it; other values are returned as they are."""
-    if not isinstance(value, torch.Tensor):
+    """Copy a tensor to a device; other values, and tensors that are there, are returned as they are."""
+    if not isinstance(value, torch.Tensor) or value.device == device:
         return value
     # Only copies from pinned memory are asynchronous.
     return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)

@@ -50,8 +50,8 @@ def read_classification(_turns: TurnReader, row: Row) -> Labelled:
 
 def _label(row: Row, value: Any) -> str:
     is_whole = isinstance(value, float) and value.is_integer()  # tables without a value somewhere turn numbers into it
-    if not (isinstance(value, str | int) or is_whole) or value == "":
+    if not (isinstance(value, str) and value.strip() or type(value) is int or is_whole):
         raise DataError(
             f"{row.origin}: 'label' should be a name or a whole number, or a list of them, not {value!r:.80}."
         )
-    return check_unicode(row, str(int(value) if is_whole else value))
+    return check_unicode(row, str(int(value) if is_whole else value).strip())

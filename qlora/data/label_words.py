@@ -87,7 +87,7 @@ def words_note(labels: Labels | None) -> str | None:
     others = [f"{name} → {word}" for name, word in pairs if name != word]
     if not others:
         return None
-    return f"labels are answered by a word of their own, as some names begin alike: {describe_names(others)}"
+    return f"labels are answered by a word of their own: {describe_names(others)}"
 
 
 def _candidates(name: str) -> list[str]:

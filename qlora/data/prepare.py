@@ -32,6 +32,7 @@ from qlora.errors import DataError
 BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
 # Examples that are never split, by what messages call them.
 WHOLE = {Preference | Rated: "rated answers", Labelled: "a text with a label"}
+WHOLE_FORMATS = ("preference", "kto", "classification")
 
 
 def prepare(
@@ -214,9 +215,12 @@ class _Build:
         report = self.report
         lines = [f"{report.source}: {counted(report.rows, 'row')}, but no example is left to train on."]
         if report.overlong:
+            choices = ["truncate"] if report.format in WHOLE_FORMATS else ["truncate", "split"]
+            others = " or ".join(each for each in choices if each != self.options.overlong)
             lines.append(
                 f"{sum(report.overlong.values())} were too long: data.max_seq_len is {self.options.max_seq_len} and "
-                f"data.overlong is {self.options.overlong}; raise max_seq_len, or set overlong to truncate or split."
+                f"data.overlong is {self.options.overlong}; raise max_seq_len"
+                + (f", or set overlong to {others}." if others else ".")
             )
         if report.bad_rows:
             lines.append(report.describe_problems())

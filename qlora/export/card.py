@@ -11,6 +11,7 @@ from qlora.checkpoint import RunDirectory, RunRecord, evaluation_metrics, metric
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.config.plain_yaml import parse_yaml
 from qlora.export.card_adapter import adapter_rows
+from qlora.export.card_objective import objective_rows, unit_of
 from qlora.lora import ScoreHead
 from qlora.model import AdapterSource
 
@@ -57,14 +58,16 @@ def write_card(folder: Path, name: str, run: RunDirectory, base_folder: Path, re
     if datasets:
         front["datasets"] = datasets
     front |= {"library_name": _library(folder), "pipeline_tag": _pipeline(record.head), "tags": ["qlora", "lora"]}
+    unit, size = unit_of(config.train.objective)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {name}",
         f"{_link(base, base_on_hub)}, fine-tuned with QLoRA, with the adapter merged into its weights."
         + _describe_head(record.head),
         "## Data",
-        _table(["source", "format", "documents", "tokens", "supervised tokens"], _data_rows(record)),
-        f"{record.examples.train} documents for training, {record.examples.eval} held out{_other_sets(record)}.",
+        _table(["source", "format", unit, "tokens", "supervised tokens"], _data_rows(record, size)),
+        f"{record.examples.train // size} {unit} for training, {record.examples.eval // size} held out"
+        f"{_other_sets(record, size)}.",
         "## Training",
         _table(["setting", ""], _settings(run, record, config).items()),
         "## Evaluation",
@@ -213,12 +216,12 @@ def _sources(config: RunConfig) -> list[str]:
     return [source.path for source in config.data.train]
 
 
-def _data_rows(record: RunRecord) -> list[tuple[Any, ...]]:
+def _data_rows(record: RunRecord, size: int) -> list[tuple[Any, ...]]:
     return [
         (
             _link(*public_name(report["source"]), "datasets/"),
             report["format"],
-            report["examples"],
+            report["examples"] // size,
             report["tokens"],
             report["supervised_tokens"],
         )
@@ -226,10 +229,12 @@ def _data_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     ]
 
 
-def _other_sets(record: RunRecord) -> str:
+def _other_sets(record: RunRecord, size: int) -> str:
     """Return what the card says about sets that are evaluated besides the held-out rows; empty if there are none."""
-    others = [f", {count} as {name}" for name, count in record.held_out.items() if name not in ("eval", "retain")]
-    count = sum(report["examples"] for report in record.retain)
+    others = [
+        f", {count // size} as {name}" for name, count in record.held_out.items() if name not in ("eval", "retain")
+    ]
+    count = sum(report["examples"] for report in record.retain) // size
     names = ", ".join(public_name(report["source"])[0] for report in record.retain)
     retained = f", {count} of an older task ({names}) only to measure what is retained" if record.retain else ""
     return "".join([*others, retained])
@@ -239,17 +244,19 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     lora, train, data = config.lora, config.train, config.data
     quantization, in_use = record.quantization, record.in_use
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
+    size = unit_of(train.objective)[1]
+    longest = data.max_seq_len if size == 1 else f"{size} × {data.max_seq_len}"
     rate = in_use.learning_rate or train.peak
     mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
     start = None if lora.start_from is None else public_name(lora.start_from)[0]
     old_task = None if train.keep is None or train.keep.null_space is None else public_name(train.keep.null_space)[0]
     return {
         "steps": run.step,
-        "sequences per step": f"{sequences} of up to {data.max_seq_len} tokens{', packed' if data.packing else ''}",
+        "sequences per step": f"{sequences} of up to {longest} tokens{', packed' if data.packing else ''}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         **adapter_rows(lora, train.keep, mean_ranks[-1] if mean_ranks else None, start, old_task),
         **_rows_trained(record, config),
-        **({"loss on": data.loss_on} if record.head is None else {"loss": f"{train.objective}, of whole texts"}),
+        **objective_rows(config),
         "optimizer": f"{train.optimizer}, learning rate {rate:g} ({_schedule(train)}), weight decay "
         f"{train.weight_decay:g}, gradients "
         f"{'not clipped' if train.max_grad_norm is None else f'clipped at {train.max_grad_norm:g}'}",

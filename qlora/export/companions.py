@@ -79,6 +79,7 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     source = weights.source
     tokenizer = load_adapter_tokenizer(source)
     if source.head is not None:
+        config.pop("problem_type", None)  # of the base's own head
         config |= _describe_head(config, source.head, weights.architecture, tokenizer.pad_token_id)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.run is not None and source.run.final_adapter.is_dir():

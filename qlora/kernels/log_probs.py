@@ -90,10 +90,7 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_logits.mul_(logit_scale * grad_output[rows, None])
             head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
             del logits, grad_logits, slope  # before the next chunk's are allocated
-        grads = [
-            None if grad is None else grad.to(weight.dtype) for grad, weight in zip(head.grads, weights, strict=True)
-        ]
-        return grad_hidden, *(None,) * 6, *grads
+        return grad_hidden, *(None,) * 6, *head.grads
 
 
 def _chunks(hidden: torch.Tensor, head: Head, chunk_elements: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -62,7 +62,11 @@ class EmbeddingRows(nn.Module):
             frozen: The base's weight, (rows, features).
         """
         if not self.is_off:
-            return self.kept if self.is_at_start and self.kept is not None else self.weight
+            if not self.is_at_start:
+                return self.weight
+            if self.kept is None:
+                raise ModelError("The initial rows of embedding or head were not kept; load with is_reference=True.")
+            return self.kept
         # Not a view: products of other layouts may round differently.
         return _mean_row(frozen, self.ids).to(self.weight.dtype).repeat(len(self.used_ids), 1)
 

@@ -6,6 +6,7 @@ from qlora.objectives.from_config import (
     evaluation_loss,
     objective_for_data,
     objective_from_section,
+    release_loss,
     training_loss,
 )
 from qlora.objectives.objective import Objective
@@ -19,5 +20,6 @@ __all__ = [
     "label_loss",
     "objective_for_data",
     "objective_from_section",
+    "release_loss",
     "training_loss",
 ]

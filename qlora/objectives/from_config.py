@@ -73,6 +73,11 @@ def evaluation_loss(section: TrainSection, labels: Labels | None) -> Loss:
     return objective_from_section(section).loss if labels is None else label_loss(labels)
 
 
+def release_loss(section: TrainSection, labels: Labels | None) -> Loss:
+    """Return the loss that merged models are compared by: the objective's, or one that needs no model at step 0."""
+    return objective_from_section(section).judge or evaluation_loss(section, labels)
+
+
 def training_loss(section: TrainSection, loss: Loss | None = None) -> Loss:
     """Return the loss that a run is trained with: the objective's, with what the config adds while training.
 

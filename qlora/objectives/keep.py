@@ -3,9 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.data import Batch
+from qlora.data.batches import to_device
 from qlora.kernels import linear_kl_divergence
 from qlora.lora import adapters_off, head_blocks
 from qlora.model import Loss, StepLoss
@@ -13,7 +15,10 @@ from qlora.model.loss import logit_transform, model_inputs, supervised_rows
 
 
 def with_base_kl(loss: Loss, weight: float) -> Loss:
-    """Return a loss with `weight` times KL(base ‖ model), summed over the supervised tokens by their weights.
+    """Return a loss with `weight` times KL(base ‖ model) per supervised token.
+
+    Where the loss is not a mean over tokens but over pairs, answers or texts, the divergence is the mean over each
+    document's tokens.
 
     The base is the model itself with its adapters off, as in ASFT (arXiv:2509.23753). It predicts from the clean tokens
     in evaluation mode, while the model predicts from the same forward pass that the loss is computed from, noise and
@@ -45,11 +50,24 @@ def with_base_kl(loss: Loss, weight: float) -> Loss:
         scale, softcap = logit_transform(model.config)
         divergence = linear_kl_divergence(
             rows, head_blocks(head), base_rows, base_blocks, head.bias,
-            logit_scale=scale, softcap=softcap, row_weights=batch.weights, norm=norm,
+            logit_scale=scale, softcap=softcap, row_weights=_row_weights(loss, batch), norm=norm,
         )  # fmt: skip
         return StepLoss(step.total + weight * divergence, {**step.metrics, "kl": divergence.detach()})
 
     return replace(loss, compute=compute, metrics=(*loss.metrics, "kl"))
+
+
+def _row_weights(loss: Loss, batch: Batch) -> torch.Tensor | None:
+    """Return what the divergence of each supervised token counts in the units of a loss, (tokens,); None for 1."""
+    num_units = loss.units(batch)
+    if num_units == batch.total_weight:
+        return batch.weights
+    # Of a loss that looks ahead, one document of each group is here.
+    num_units *= 1 if loss.ahead is None else loss.group_size
+    per_document = num_units / len(batch.lengths)
+    shares = np.repeat([per_document / (total or 1.0) for total in batch.weight_sums], batch.counts)
+    weights = to_device(torch.from_numpy(shares.astype(np.float32)), batch.input_ids.device)
+    return weights if batch.weights is None else weights * batch.weights
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from qlora.model.log_probs import document_log_probs, fixed_log_probs, reference
 from qlora.objectives.objective import Objective
 from qlora.objectives.preference import GROUP_SIZE, answers_loss, num_pairs
 
-METRICS = ("reward_accuracy", "reward_margin", "log_prob", "kl")
+METRICS = ("reward_accuracy", "reward_margin", "log_prob", "reference_kl")
 
 
 def kto_objective(options: PreferenceSection) -> Objective:
@@ -23,8 +23,8 @@ def kto_objective(options: PreferenceSection) -> Objective:
     of the whole step, at least 0, without a gradient; in an evaluation it is the mean over the whole set. The
     mismatched answers are in the data, see :class:`qlora.data.mismatched.MismatchedAnswers`.
 
-    The metrics are means over rated answers: how often r is on its side of KL (0.5 where they are equal, as at the
-    start), how far (β · (r - KL), or the opposite for bad ones), the log-probability, and KL.
+    The metrics are means over rated answers: the share with r above KL for good and below it for bad ones (equal ones,
+    as at the start, count half), the margin β · (r - KL) with the sign of the rating, the log-probability, and KL.
     """
 
     def mismatched(model: Any, batch: Batch) -> torch.Tensor:

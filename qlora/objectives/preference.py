@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from qlora.config import PreferenceSection
 from qlora.data import Batch, TokenizedExample
+from qlora.data.batches import to_device
 from qlora.model import SUPERVISED, Loss, StepLoss
 from qlora.model.log_probs import document_log_probs, reference_log_probs
 from qlora.objectives.objective import Objective
@@ -111,7 +112,7 @@ def preference_objective(name: str, options: PreferenceSection) -> Objective:
         reference = reference_log_probs(model, batch) if kind.has_reference else None
         log_probs = document_log_probs(model, batch)
         reference = torch.zeros_like(log_probs) if reference is None else reference
-        lengths = torch.tensor(batch.weight_sums, dtype=torch.float32).to(log_probs.device, non_blocking=True)
+        lengths = to_device(torch.tensor(batch.weight_sums, dtype=torch.float32), log_probs.device)
         chosen, rejected = (
             Answers(log_probs[side::GROUP_SIZE], reference[side::GROUP_SIZE], lengths[side::GROUP_SIZE])
             for side in range(GROUP_SIZE)

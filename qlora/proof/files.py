@@ -94,7 +94,11 @@ def check_scores(written: BaseFiles, head: ScoreHead, pad_id: int | None) -> lis
     return [
         f"config.json has {key}: {own!r:.80}, the run {wanted!r:.80}"
         for key, own, wanted in (
-            ("labels", [*found.labels] or found.num_labels, [*head.labels] or head.num_labels),
+            (
+                "id2label",
+                found.config()["id2label"],
+                head.config()["id2label"],
+            ),  # a head may name its labels LABEL_0, …
             ("problem_type", found.problem_type, head.problem_type),
             ("pad_token_id", written.config.get("pad_token_id"), pad_id),
         )

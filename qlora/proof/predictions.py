@@ -9,7 +9,7 @@ import torch
 
 from qlora.data import eval_batches
 from qlora.data.tokens import TokenizedExample, make_example
-from qlora.model import end_token_ids, evaluate
+from qlora.model import SUPERVISED, Loss, end_token_ids, evaluate
 
 # Number of positions whose whole distributions are compared; with a vocabulary of 128k their logits take 256 MiB.
 NUM_POSITIONS = 512
@@ -23,7 +23,7 @@ class Predictions:
 
     Attributes:
         logits: Logits of the first positions, by example: (positions, vocabulary), fp32 on the CPU.
-        loss: Loss on all examples, in nats per supervised token.
+        loss: Mean loss on all examples; by default in nats per supervised token.
         num_tokens: Number of supervised tokens.
         answers: Ids of the greedy answer to each prompt.
     """
@@ -62,7 +62,7 @@ def fixed_examples(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedExampl
 
 
 @torch.no_grad()
-def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample]) -> Predictions:
+def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample], loss: Loss = SUPERVISED) -> Predictions:
     """Return a model's logits at the first positions, loss on all examples, and answers to the prompts."""
     logits: list[torch.Tensor] = []
     remaining = NUM_POSITIONS
@@ -72,7 +72,7 @@ def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample]) ->
         ids = torch.from_numpy(example.input_ids[:remaining]).long()[None].to(model.device)
         logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
         remaining -= ids.shape[1]
-    found = evaluate(model, eval_batches(examples, 1))
+    found = evaluate(model, eval_batches(examples, 1), loss=loss)
     return Predictions(
         logits, found.loss, found.num_supervised, [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
     )

@@ -31,7 +31,7 @@ from qlora.model import (
     open_source,
     resolve_device,
 )
-from qlora.objectives import evaluation_loss
+from qlora.objectives import release_loss
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
@@ -210,14 +210,22 @@ def _compare_layers(source: AdapterSource, base: BaseFiles, device: str, problem
     }
 
 
-def _loss(source: AdapterSource) -> Loss | None:
-    """Return the loss that models are compared by; None for scores of an adapter made elsewhere."""
-    if source.head is None:
-        return SUPERVISED
+def _loss(source: AdapterSource, is_other_base: bool = False) -> Loss | None:
+    """Return the loss that models are compared by; None for scores of an adapter made elsewhere.
+
+    Predictions of tokens are compared by their cross-entropy, unless the merge is onto base weights other than those of
+    training: that is judged as `qlora merge --onto best` judges it.
+
+    Args:
+        source: The adapter.
+        is_other_base: Whether the merge is onto other base weights.
+    """
     if source.run is None:
-        return None
+        return SUPERVISED if source.head is None else None
+    if source.head is None and not is_other_base:
+        return SUPERVISED
     config = load_config(source.run.config)
-    return evaluation_loss(config.train, labels_from_config(config, source.run))
+    return release_loss(config.train, labels_from_config(config, source.run))
 
 
 def _examples(source: AdapterSource, tokenizer: Any) -> Sequence[TokenizedExample]:
@@ -293,10 +301,14 @@ def _compare_predictions(
         problems.append(f"its predictions were not compared: {error}")
         return {}
 
+    is_other_base = merged.onto == "original" and source.run is not None
+    loss = _loss(source, is_other_base)
+
     def measure(model: Any) -> Predictions | Scores:
         if source.head is not None:
-            return predict_scores(model, examples, _loss(source))
-        return predict(model, tokenizer, examples)
+            return predict_scores(model, examples, loss)
+        assert loss is not None, "models that predict tokens have one"
+        return predict(model, tokenizer, examples, loss)
 
     adapter = measure(model)
     del model
@@ -319,7 +331,6 @@ def _compare_predictions(
         if sizes[0] != sizes[1]:
             problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
             return {"adapter_loss": adapter.loss}
-    is_other_base = merged.onto == "original" and source.run is not None
     other = measure(model)
     if isinstance(adapter, Scores):
         assert isinstance(other, Scores)

@@ -36,7 +36,7 @@ from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.auto_rate import resolve_rate
-from qlora.training.best import check_metric
+from qlora.training.best import check_metric, loss_metrics
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
 from qlora.training.schedule import resolve_total_steps
@@ -168,8 +168,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         scorer = Scorer.from_section(
             config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
         )
-        means = [f"{name}_{metric}" for name in datasets.held_out for metric in ("loss", *objective.loss.metric_names)]
-        check_metric(section, [*means, *scorer.names], scorer.unknown_names)
+        check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         if head is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from qlora.checkpoint import Best, evaluation_metrics, mode_of
 from qlora.config import TrainSection
 from qlora.errors import ConfigError
+from qlora.model import Loss
 
 
 @dataclass(slots=True)
@@ -93,6 +94,11 @@ def is_better(metric: str, mode: str | None, value: float, other: float) -> bool
         other: The other one.
     """
     return value < other if (mode or mode_of(metric)) == "min" else value > other
+
+
+def loss_metrics(sets: Iterable[str], loss: Loss) -> list[str]:
+    """Return the names in metrics.jsonl of what an objective's loss reports of held-out sets."""
+    return [f"{name}_{metric}" for name in sets for metric in ("loss", *loss.metric_names)]
 
 
 def check_metric(section: TrainSection, names: Collection[str], unknown: Collection[str] = ()) -> None:

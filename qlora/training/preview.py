@@ -1,22 +1,25 @@
 """Preview of the examples that a config would train on, without loading its model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora.config import RunConfig
-from qlora.data import LABEL, BatchPlan, DataReport, ExampleSet, Labels, Piece, TokenizedExample, pieces
+from qlora.config import RunConfig, metric_name
+from qlora.data import LABEL, BatchPlan, DataReport, Datasets, ExampleSet, Labels, Piece, TokenizedExample, pieces
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.model import datasets_from_section, labels_from_config, load_tokenizer, set_tokens
-from qlora.objectives import objective_from_section
+from qlora.model.answer_metrics import METRICS, load_metric
+from qlora.objectives import objective_for_data, objective_from_section
+from qlora.training.best import check_metric, loss_metrics
 from qlora.training.given import as_config
 from qlora.training.schedule import resolve_total_steps
+from qlora.training.scoring import questions_of_sets
 
 CHOSEN, REJECTED = "chosen", "rejected"
 
@@ -124,6 +127,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     labels = labels_from_config(config)
     datasets = datasets_from_section(data, tokenizer, section.seed, new_ids=new_ids, labels=labels)
     problems = objective_from_section(section).unsupported_reasons(datasets.all_reports)
+    problems += _problems_of_metrics(config, tokenizer, datasets) if not problems else []
     num_bad = sum(report.bad_rows for report in datasets.all_reports)
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
@@ -150,6 +154,24 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         samples=_samples(tokenizer, datasets.train, num_samples, datasets.labels),
         group_size=datasets.train.group_size,
     )
+
+
+def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) -> list[str]:
+    """Return what training refuses of weights and metrics, without running a user's file."""
+    asked = config.eval.metrics if datasets.held_out else []
+    try:
+        objective = objective_for_data(config.train, datasets)
+        for metric in METRICS.keys() & {*asked}:
+            load_metric(metric)
+        questions: Iterable[str] = ()
+        if asked:
+            questions, _ = questions_of_sets(config.eval, config.data, tokenizer, datasets, datasets.held_out)
+        names = [f"{name}_{metric_name(metric)}" for name in questions for metric in asked]
+        unknown = [f"{name}_{metric_name(metric)}" for name in questions for metric in asked if metric not in METRICS]
+        check_metric(config.train, [*loss_metrics(datasets.held_out, objective.loss), *names], unknown)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _num_positions(folder: Path) -> int | None:

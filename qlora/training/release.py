@@ -8,7 +8,7 @@ from qlora.export import Judge, MergeReport
 from qlora.export import merge as merge_adapter
 from qlora.export.companions import OnProgress
 from qlora.model import labels_from_config
-from qlora.objectives import evaluation_loss, objective_from_section
+from qlora.objectives import objective_from_section, release_loss
 
 
 def merge(
@@ -25,7 +25,8 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter into its base, and write weights that need neither qlora nor PEFT.
 
-    See :func:`qlora.export.merge` for arguments and errors. `onto="best"` compares by the loss of the run's objective.
+    See :func:`qlora.export.merge` for arguments and errors. `onto="best"` compares by the loss of the run's
+    objective, or by :attr:`qlora.objectives.Objective.judge` where a merged model does not have that loss.
     """
     return merge_adapter(
         run_dir, out_dir, dtype, onto, max_shard_size, device, force, on_progress, format, base, judge_of
@@ -35,11 +36,10 @@ def merge(
 def judge_of(run: RunDirectory) -> Judge:
     """Return what merges of a run are compared by: the loss of its objective, if a merged model has it by itself."""
     config = load_config(run.config)
-    judge = objective_from_section(config.train).judge
-    if judge is None:
-        return Judge(evaluation_loss(config.train, labels_from_config(config, run)))
-    return Judge(
-        judge,
-        f"the losses by base are those of the preferred answers' tokens, because the loss of {config.train.objective} "
-        "compares with the model at step 0, which a merged model does not have",
-    )
+    note = None
+    if objective_from_section(config.train).loss.has_reference:
+        note = (
+            "the losses by base are those of the preferred answers' tokens, because the loss of "
+            f"{config.train.objective} compares with the model at step 0, which a merged model does not have"
+        )
+    return Judge(release_loss(config.train, labels_from_config(config, run)), note)

@@ -345,7 +345,8 @@ def _result(
         trained_steps=trained_steps,
         losses=[line["loss"] for line in lines if "loss" in line],
         evaluations=evaluation_metrics(lines),
-        best=run.read_record().best,
+        # Only the first process has the run's files, unless the folder is shared.
+        best=run.read_record().best if run.record.is_file() else None,
         tokens_per_second=sum(speeds) / max(1, len(speeds)),
         peak_memory=max(peaks),
         signal=received,

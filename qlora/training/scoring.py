@@ -76,25 +76,7 @@ class Scorer:
         if not section.metrics or not sets:
             return cls()
         metrics = {metric_name(each): load_metric(each) for each in section.metrics}
-        questions, notes = {}, []
-        for name, examples in sets.items():
-            found, left_out = read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len)
-            reasons = ", ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
-            if reasons and not found:
-                raise ConfigError(
-                    f"eval.metrics: no row of the set {name} can be asked: {reasons}. Hold out other rows, raise "
-                    "data.max_seq_len, or remove eval.metrics."
-                )
-            if found:
-                questions[name] = found
-            if reasons:
-                notes.append(f"eval.metrics: of the set {name}, {len(found):,} rows are asked; left out: {reasons}.")
-        if not questions:
-            formats = ", ".join(sorted({report.format for report in datasets.all_reports}))
-            raise ConfigError(
-                f"eval.metrics: no held-out row has an answer in text to compare with (formats: {formats}); hold out "
-                "conversations, or prompts with completions, or remove eval.metrics."
-            )
+        questions, notes = questions_of_sets(section, data, tokenizer, datasets, sets)
         return cls(questions, metrics, section.max_new_tokens, batch_size * data.max_seq_len, notes)
 
     @property
@@ -137,3 +119,36 @@ class Scorer:
                     for name, each in pairs.items()
                 }
         return Scores(processes.broadcast(by_set), len(asked), time.perf_counter() - started)
+
+
+def questions_of_sets(
+    section: EvalSection, data: DataSection, tokenizer: Any, datasets: Datasets, sets: Mapping[str, ExampleSet]
+) -> tuple[dict[str, list[Question]], list[str]]:
+    """Read the questions of each set that has any; see :meth:`Scorer.from_section`.
+
+    Returns:
+        The questions by set, and a line for each set of which rows are left out.
+
+    Raises:
+        ConfigError: No row has an answer to compare with, or all rows of a set are left out.
+    """
+    questions, notes = {}, []
+    for name, examples in sets.items():
+        found, left_out = read_questions(tokenizer, datasets, examples, section.rows, data.max_seq_len)
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in left_out.items())
+        if reasons and not found:
+            raise ConfigError(
+                f"eval.metrics: no row of the set {name} can be asked: {reasons}. Hold out other rows, raise "
+                "data.max_seq_len, or remove eval.metrics."
+            )
+        if found:
+            questions[name] = found
+        if reasons:
+            notes.append(f"eval.metrics: of the set {name}, {len(found):,} rows are asked; left out: {reasons}.")
+    if not questions:
+        formats = ", ".join(sorted({report.format for report in datasets.all_reports}))
+        raise ConfigError(
+            f"eval.metrics: no held-out row has an answer in text to compare with (formats: {formats}); hold out "
+            "conversations, or prompts with completions, or remove eval.metrics."
+        )
+    return questions, notes

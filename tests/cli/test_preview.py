@@ -225,3 +225,23 @@ def test_a_browser_shows_the_page(page, tmp_path):
 def test_a_page_that_can_not_be_written_is_reported(config, tmp_path):
     refused = run("preview", config, "--html", tmp_path / "absent" / "page.html")
     assert "page.html: can't be written: No such file or directory" in refused.error()
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["train.class_weights={oak: 2}"], "train.class_weights: oak is no label; the labels are ash, elm."),
+    (["train.early_stopping={metric: eval_accurracy}"], "train.early_stopping.metric: eval_accurracy is not evaluated"),
+    (["eval.metrics=[exact_match]"], "eval.metrics: no held-out row has an answer in text to compare with"),
+])  # fmt: skip
+def test_what_training_would_refuse_is_a_problem(overrides, expected, config, tmp_path):
+    data = rows_file(tmp_path, *({"text": f"leaf {n}", "label": ("ash", "elm")[n % 2]} for n in range(8)))
+    given = [f"data.train={data}", "data.eval=0.5", "train.objective=classify", "train.eval_every=1"]
+    assert run("preview", config, *given, "--json").json()["problems"] == []
+    found = run("preview", config, *given, *overrides, "--json")
+    (problem,) = json.loads(found.out)["problems"]
+    assert (found.code, expected in problem) == (1, True), problem
+
+
+def test_a_metric_of_a_users_file_is_named_but_not_run(config, tmp_path):
+    (tmp_path / "mine.py").write_text("raise RuntimeError")
+    given = ["data.eval=0.5", f"eval.metrics={tmp_path / 'mine.py'}:score", "train.keep_best=eval_score"]
+    assert run("preview", config, *given, "--json").json()["problems"] == []

@@ -257,10 +257,29 @@ def test_a_value_becomes_ours(convert, base, theirs, key, value):
     assert get(config, key) == value
 
 
+@pytest.mark.parametrize(("base", "theirs"), [
+    (LLAMA_FACTORY_BASE, {"stage": "dpo", "train_on_prompt": True}),
+    (AXOLOTL_BASE, {"rl": "dpo", "train_on_inputs": True}),
+], ids=str)  # fmt: skip
+def test_keys_on_supervised_tokens_are_dropped_where_answers_are_judged(convert, base, theirs):
+    conversion, config = convert(base | theirs)
+    assert (config.train.objective, config.data.loss_on) == ("dpo", "assistant")
+    assert conversion.draft.dropped[[*theirs][1]] == "rows of dpo are learned whole"
+
+
+def test_a_comment_names_only_keys_that_are_there(convert):
+    conversion, _ = convert(AXOLOTL_BASE | {"val_set_size": 0.1, "load_best_model_at_end": True})
+    assert conversion.draft.comments["train.keep_best"] == "load_best_model_at_end"
+
+
 @pytest.mark.parametrize(("base", "theirs", "expected"), [
     (AXOLOTL_BASE, {"val_set_size": 0.1, "early_stopping_patience": 3},
      {"train.early_stopping": {"metric": "eval_loss", "patience": 3}}),
     (AXOLOTL_BASE, {"early_stopping_patience": 3}, {}),
+    (LLAMA_FACTORY_BASE, {"val_size": 0.1, "early_stopping_steps": 4},
+     {"train.early_stopping": {"metric": "eval_loss", "patience": 4}}),
+    (TRL_BASE, {"loss_type": "sigmoid", "eval_dataset": "a.jsonl", "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_rewards/accuracies"}, {"train.keep_best": "eval_reward_accuracy"}),
     (AXOLOTL_BASE, {"val_set_size": 0.1, "load_best_model_at_end": True}, {"train.keep_best": True}),
     (AXOLOTL_BASE, {"val_set_size": 0.1, "do_causal_lm_eval": True, "eval_causal_lm_metrics": ["sacrebleu", "ter"],
                     "eval_max_new_tokens": 64, "load_best_model_at_end": True, "metric_for_best_model": "sacrebleu"},

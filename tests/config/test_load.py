@@ -618,3 +618,35 @@ def test_keys_inside_a_key_are_named_in_full(write):
         write({"train.adversarial": {"epsilom": 1}})
     )
     assert "  train.adversarial: 0.1 should hold keys: epsilon" in problems(write({"train.adversarial": 0.1}))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "reward", "classify"])
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("loss_on", "all", "so data.loss_on: all has no effect; remove it"),
+    ("overlong", "split", "which can't be split, but data.overlong is split; set it to truncate, drop or error"),
+])  # fmt: skip
+def test_objectives_of_whole_rows_refuse_keys_for_tokens(objective, key, value, expected, write):
+    found = problems(write({"train.objective": objective, f"data.{key}": value}))
+    assert f"objective: {objective} learns" in found
+    assert expected in found
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("train.class_weights", "balance", "'balance' should be 'balanced'"),
+    ("train.class_weights", {"a": 0}, "0 should be greater than 0"),
+    ("data.labels", {True: "yes", "b": "no"}, "has True, but labels and their words are text or whole numbers"),
+    ("data.labels", [1.5, "b"], "has 1.5, but labels and their words are text or whole numbers"),
+    ("data.retain", "old.jsonl", "measures rows as retain, and so does a set of data.eval; rename that set"),
+])  # fmt: skip
+def test_a_wrong_label_or_set_is_one_problem(key, value, expected, write):
+    keys = {"train.objective": "classify", "data.eval": {"main": "a.jsonl", "retain": "b.jsonl"}, key: value}
+    found = problems(write(keys))
+    assert "1 problem(s)" in found
+    assert expected in found
+
+
+def test_labels_that_yaml_reads_as_numbers_are_names(write):
+    keys = {"train.objective": "classify", "data.labels": {0: 1, 1: "b "}, "train.class_weights": {1: 2}}
+    config = load_config(write(keys))
+    assert config.data.labels == {"0": "1", "1": "b "}
+    assert config.train.class_weights == {"1": 2.0}

@@ -237,7 +237,7 @@ def rated(number, label=True, answer="yes"):
     return {"prompt": f"Q{number:03}", "completion": answer, "label": label}
 
 
-def test_a_rated_answer_has_a_group_with_its_prompt_and_the_answer_of_the_row_before(build):
+def test_a_rated_answer_has_a_group_with_its_prompt_and_the_answer_to_the_prompt_before(build):
     built = build([rated(0, answer="zero"), rated(1, False, "one"), rated(2, answer="two")])
     answers = [(own.splitlines()[-1], other.splitlines()[-1]) for own, other in pairs_of(built.train)]
     assert answers == [("zero", "one"), ("one", "zero"), ("two", "one")]
@@ -253,6 +253,15 @@ def test_mismatched_answers_are_truncated_and_do_not_make_rows_different(build):
     assert built.reports[0].deduplicated == 4
 
 
-def test_a_single_rated_answer_is_refused(build):
-    with pytest.raises(DataError, match="there is a single one; add rows"):
-        build([rated(0)])
+def test_rated_answers_to_a_single_prompt_are_refused(build):
+    with pytest.raises(DataError, match="all rows have the same prompt; add rows with another"):
+        build([rated(0), rated(0, False, "no")])
+
+
+def test_an_answer_to_the_same_prompt_is_no_mismatched_one(build):
+    rows = [rated(0, answer="a"), rated(0, False, "b"), rated(1, answer="c"), rated(1, False, "d"), rated(2)]
+    pairs = pairs_of(build(rows).train)
+    assert [(own.splitlines()[-1], other.splitlines()[-1]) for own, other in pairs] == [
+        ("a", "c"), ("b", "c"), ("c", "b"), ("d", "b"), ("yes", "d"),
+    ]  # fmt: skip
+    assert all(own.splitlines()[:-1] == other.splitlines()[:-1] for own, other in pairs)

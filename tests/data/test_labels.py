@@ -47,6 +47,7 @@ def letters(word):
     (["oak", "ash", "oak"], ("ash", "oak")),
     ([10, 9, -1, 9.0], ("-1", "9", "10")),
     (["b", 2, "10"], ("2", "10", "b")),
+    (["ham ", "ham", " eggs"], ("eggs", "ham")),
 ])  # fmt: skip
 def test_labels_are_those_of_all_sources_sorted(labels, names, source):
     sources = [source(labels[:1], "one"), source(labels[1:], "two")]
@@ -213,3 +214,9 @@ def test_labels_are_read_back(labels):
 def test_damaged_labels_are_refused(values):
     with pytest.raises(ValueError, match="labels"):
         labels_from_dict(values)
+
+
+@pytest.mark.parametrize("label", [True, " ", ["a", False]])
+def test_a_label_that_is_no_name_is_refused_with_its_row(label, build, source):
+    with pytest.raises(DataError, match="'label' should be a name or a whole number"):
+        build([source(["a", "b", label])], by="head")

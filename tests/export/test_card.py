@@ -93,6 +93,32 @@ def test_the_card_says_how_the_adapter_was_made(lora, keep, rows, run, report, t
     assert ("| initial values |" in text) == (lora.get("kind") != "rows" and "started from | first" not in text)
 
 
+@pytest.mark.parametrize(("train", "unit", "rows"), [
+    ({}, "documents", ["| objective | sft |", "| loss on | assistant |", "of up to 128 tokens"]),
+    ({"token_loss": "dft"}, "documents", ["| objective | sft, token loss dft |"]),
+    ({"objective": "orpo", "preference": {"beta": 0.3}}, "pairs", [
+        "| objective | orpo, beta 0.3, sft weight 1 |", "of up to 2 × 128 tokens",
+    ]),
+    ({"objective": "kto"}, "rated answers", [
+        "| objective | kto, beta 0.1, desirable weight 1, undesirable weight 1 |",
+    ]),
+    ({"objective": "reward", "reward": {"center": 0.01}}, "pairs", ["| objective | reward, center 0.01 |"]),
+    ({"objective": "classify", "classify_by": "head", "class_weights": "balanced"}, "documents", [
+        "| objective | classify, by head, class weights balanced |",
+    ]),
+])  # fmt: skip
+def test_the_card_says_what_was_learned(train, unit, rows, run, report, tiny_base, tmp_path):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    config = yaml.safe_load(copy.config.read_text())
+    config["train"] |= train
+    copy.config.write_text(json.dumps(config))
+    text = card_of(tmp_path, copy, tiny_base, report)
+    assert [row for row in rows if row not in text] == []
+    assert ("| loss on |" in text) == ("objective" not in train)
+    count = run.read_record().examples.train // (1 if unit == "documents" else 2)
+    assert f"{count} {unit} for training" in text
+
+
 def test_the_card_says_to_what_rank_an_adapter_was_reduced(run, report, tiny_base, tmp_path):
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
     with copy.metrics.open("a") as file:

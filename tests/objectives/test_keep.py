@@ -15,6 +15,7 @@ from qlora.layers import rebuild_activations
 from qlora.lora import adapters_off, add_lora, lora_layers, train_rows
 from qlora.model import SUPERVISED, load_base
 from qlora.objectives.keep import with_base_kl
+from tests.objectives.kinds import examples_of, loss_of
 from tests.tiny import make_base, run_config
 from tests.training.test_loop import random_examples
 
@@ -121,3 +122,14 @@ def test_embedding_or_head_trained_in_full_are_refused(tiny_base, alpaca_file, t
         load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
     with pytest.raises(ConfigError, match="keeps nothing; set kl or null_space, or remove keep"):
         load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__keep={"kl": 0}))
+
+
+def test_outside_of_fine_tuning_it_is_the_mean_over_each_answers_tokens(tiny_base, generator):
+    model, examples = load(tiny_base, generator), examples_of("dpo", generator, 3)
+    plain, kept = loss_of("dpo"), with_base_kl(loss_of("dpo"), WEIGHT)
+    batch = collate(examples, packed=True)
+    (one,), (other,) = plain.training_passes(model, batch), kept.training_passes(model, batch)
+    means = [plain_divergence(model, collate([example]))[0].item() / example.num_supervised for example in examples]
+    expected = sum(means) / len(means)
+    assert other.metrics["kl"].item() / plain.units(batch) == pytest.approx(expected, rel=5e-3)
+    assert (other.total - one.total).item() / plain.units(batch) == pytest.approx(WEIGHT * expected, rel=5e-3)

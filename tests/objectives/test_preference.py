@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora.config import load_config
+from qlora.config import TrainSection, load_config
 from qlora.data import collate
 from qlora.errors import ConfigError
 from qlora.lora import adapters_off, lora_layers, trained_rows
@@ -81,7 +81,7 @@ def test_the_loss_of_ratings_takes_its_divergence_from_the_mismatched_answers(ti
     ]  # fmt: skip
     expected = torch.stack(losses).sum()
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert found.metrics["kl"].item() / 4 == pytest.approx(kl, rel=1e-3, abs=1e-4)
+    assert found.metrics["reference_kl"].item() / 4 == pytest.approx(kl, rel=1e-3, abs=1e-4)
     assert_same_gradients(model, found.total, expected)
 
 
@@ -171,9 +171,16 @@ def test_the_reference_needs_no_second_copy_where_adapters_start_at_zero(tiny_ba
     ({"objective": "dpo", "preference": {"gamma": 1.0}}, ["gamma has no effect on dpo", "beta, label_smoothing"]),
     ({"objective": "kto", "preference": {"sft_weight": 1.0}}, ["sft_weight has no effect on kto"]),
     ({"objective": "dpo", "preference": {"label_smoothing": 0.5}}, ["label_smoothing"]),
+    ({"objective": "kto", "learning_rate": "auto"}, ["train.learning_rate", "far too high for kto", "5e-06"]),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(settings, words, tiny_base, tmp_path):
     keys = {f"train__{key}": value for key, value in settings.items()}
     with pytest.raises(ConfigError) as caught:
         load_config(run_config(tiny_base, tmp_path / "none.jsonl", tmp_path / "run", **keys))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_the_default_learning_rate_is_that_of_the_objective():
+    assert TrainSection(objective="dpo", output_dir="run").learning_rate == 5e-6
+    assert TrainSection(objective="dpo", output_dir="run", learning_rate=1e-5).learning_rate == 1e-5
+    assert TrainSection(output_dir="run").learning_rate == 2e-4

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora.export import merge
 from qlora.files import BaseFiles
+from qlora.lora import ScoreHead
 from qlora.model import build_skeleton
 from qlora.proof import verify
-from qlora.proof.files import check_head
+from qlora.proof.files import check_head, check_scores
 from tests.export import change_tensors
 
 HEAD = "lm_head.weight"
@@ -153,3 +154,16 @@ def test_a_truncated_companion_file_is_reported_once(name, own):
     assert not report.matches
     assert sum(str(own / "out") in problem for problem in report.problems) == 1
     assert report.tensors_checked == 21
+
+
+@pytest.mark.parametrize(("labels", "others"), [(("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_0")), (("a", "b"), ())])
+def test_the_labels_of_a_head_are_compared_by_name(labels, others, tmp_path):
+    def problems(written):
+        head = ScoreHead(2, labels, "single_label_classification")
+        config = {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0, **written.config()}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return check_scores(BaseFiles(tmp_path, "written"), head, 0)
+
+    assert problems(ScoreHead(2, labels, "single_label_classification")) == []
+    (problem,) = problems(ScoreHead(2, others, "single_label_classification"))
+    assert "config.json has id2label" in problem

@@ -231,7 +231,7 @@ def test_every_known_metric_has_a_mode():
             name: mode_of(f"eval_{name}") for name in ("loss", *objective_from_section(section).loss.metric_names)
         }
     assert {name for name, mode in modes.items() if mode is None} == set()
-    falling = {"loss", "kl", "reward_rejected", "log_prob_rejected"}
+    falling = {"loss", "reference_kl", "reward_rejected", "log_prob_rejected"}
     assert {name for name, mode in modes.items() if mode == "min"} == falling
 
 

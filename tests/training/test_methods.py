@@ -183,9 +183,10 @@ CONTINUATIONS = {
 @pytest.mark.parametrize("name", CONTINUATIONS)
 def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, tiny_base, alpaca_file, tmp_path, generator):
     first, then = CONTINUATIONS[name]
-    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", **first)))
+    exact = {"model__compute_dtype": "float32"}
+    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", **first, **exact)))
     settings = then | {"lora__start_from": str(tmp_path / "first")}
-    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings, **exact))
     earlier, _ = load_run(tmp_path / "first")
     ids = torch.randint(259, (1, 40), generator=generator)
     started, _ = load_for_training(config, "cpu")

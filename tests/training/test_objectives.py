@@ -83,6 +83,7 @@ def test_merges_are_compared_by_a_loss_that_needs_no_reference(configure, tmp_pa
     report = merge(tmp_path / "run", tmp_path / "merged", dtype="float32", onto="best")
     assert any("those of the preferred answers' tokens" in note for note in report.notes)
     assert report.losses.keys() == {"dequantized", "original"}
+    assert not any("is worse than" in problem for problem in verify(tmp_path / "run", tmp_path / "merged").problems)
 
 
 @needs_fork

@@ -18,7 +18,7 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qlora.export import merge
 from qlora.files import BaseFiles
-from qlora.model import SUPERVISED, Loss, StepLoss, load_base, load_run, supervised_loss, take_inventory
+from qlora.model import SUPERVISED, StepLoss, load_base, load_run, supervised_loss, take_inventory
 from qlora.objectives import SFT
 from qlora.proof import verify
 from qlora.training import plan_run, session, train
@@ -53,8 +53,8 @@ def learn_by(monkeypatch, compute, metrics=()):
     def compute_unless_estimated(model, batch):
         return (SUPERVISED.compute if batch.input_ids.is_meta else compute)(model, batch)
 
-    objective = replace(SFT, loss=Loss(compute_unless_estimated, SUPERVISED.units, metrics))
-    monkeypatch.setattr("qlora.training.assemble.objective_from_section", lambda section: objective)
+    objective = replace(SFT, loss=replace(SUPERVISED, compute=compute_unless_estimated, metrics=metrics))
+    monkeypatch.setattr("qlora.training.assemble.objective_for_data", lambda section, datasets: objective)
 
 
 def contents(folder):

@@ -35,10 +35,13 @@ REWARD = {"train__objective": "reward"}
 
 @pytest.fixture(scope="module")
 def run(tiny_base, pairs_file, tmp_path_factory):
-    """A finished run of a reward model in fp32, and its merge."""
+    """A finished run of a reward model in fp32, and its merge; the config of the base has the key of another head."""
     folder = tmp_path_factory.mktemp("reward") / "run"
+    base = shutil.copytree(tiny_base, folder.with_name("base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
     settings = {"train__max_steps": 12, "model__compute_dtype": "float32", "lora__dtype": "float32"}
-    train(load_config(run_config(tiny_base, pairs_file, folder, **REWARD, **settings)))
+    train(load_config(run_config(base, pairs_file, folder, **REWARD, **settings)))
     merge(folder, folder.with_name("merged"), dtype="float32")
     return folder
 
@@ -67,6 +70,7 @@ def test_transformers_alone_gives_padded_texts_the_runs_scores(run, tiny_base):
     for side in ("right", "left"):
         found = scores_of(merged, tokenizer, padding_side=side)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert verify(run, run.with_name("merged")).problems == []
     written, base = (load_file(folder / "model.safetensors") for folder in (run.with_name("merged"), tiny_base))
     assert written.keys() == base.keys() - {"lm_head.weight"} | {"score.weight"}
 
@@ -101,7 +105,7 @@ def test_a_damaged_release_is_reported(damage, run, tmp_path):
     assert not report.matches
     expected = {
         "head": "tensor score.weight is not",
-        "labels": "config.json has labels",
+        "labels": "config.json has id2label",
         "padding": "has pad_token_id: 5",
     }
     assert any(expected[damage] in problem for problem in report.problems), report.problems

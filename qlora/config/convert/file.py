@@ -13,6 +13,7 @@ from qlora.config.convert.draft import Draft
 from qlora.config.convert.write import config_text, summary_lines
 from qlora.config.plain_yaml import MAX_CHARACTERS, parse_yaml
 from qlora.config.sections import RunConfig
+from qlora.config.sections.train import TOKEN_LOSS_OBJECTIVES
 from qlora.errors import ConfigError
 
 # Values of required keys that the other config does not set.
@@ -62,6 +63,7 @@ def convert_file(path: Path, template_file: str = "chat_template.jinja") -> Conv
             draft.set(key, value, "not in the original: set it")
             draft.warn(f"{key} is not in the original; set it.")
     draft.drop_rest()
+    _drop_unused(draft)
     _drop_invalid(draft)
     order = [f"{section}.{key}" for section, keys in _all_keys().items() for key in keys]
     draft.values = {key: draft.values[key] for key in order if key in draft.values}
@@ -108,6 +110,19 @@ def _read(path: Path) -> tuple[Trainer, dict[str, Any], str]:
         names = ", ".join(trainer.name for trainer in TRAINERS)
         raise ConfigError(f"{path} is not recognized as a config of {names}: it has few or none of their keys.")
     return *found, program
+
+
+def _drop_unused(draft: Draft) -> None:
+    """Leave out keys that have no meaning for rows of the objective, which other trainers ignore for them, too."""
+    if draft.values.get("train.objective", "sft") in TOKEN_LOSS_OBJECTIVES:
+        return
+    unused = ["data.loss_on"] if "data.loss_on" in draft.values else []
+    unused += ["data.overlong"] if draft.values.get("data.overlong") == "split" else []
+    for key in unused:
+        del draft.values[key]
+        name = draft.comments.pop(key)
+        if name in draft.translated:
+            draft.drop(name, f"rows of {draft.values['train.objective']} are learned whole")
 
 
 def _drop_invalid(draft: Draft) -> None:

@@ -88,7 +88,7 @@ NAMES_OF = {
     "train.log_every": "logging_steps",
     "train.eval_every": "eval_steps evals_per_epoch eval_strategy evaluation_strategy",
     "train.save_every": "save_steps saves_per_epoch save_strategy",
-    "train.early_stopping": "early_stopping_patience",
+    "train.early_stopping": "early_stopping_patience early_stopping_steps",
     "train.keep_best": "load_best_model_at_end metric_for_best_model",
     "eval.metrics": "predict_with_generate do_causal_lm_eval eval_causal_lm_metrics",
     "eval.max_new_tokens": "eval_max_new_tokens eval_table_max_new_tokens",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
 from qlora.config.sections.values import Columns, Count, LabelNames, NewTokens, PathText
@@ -239,6 +239,14 @@ class DataSection(Section):
         description="Folder for tokenized data; null takes $XDG_CACHE_HOME/qlora/data or ~/.cache/qlora/data.",
         examples=["/scratch/qlora-data"],
     )
+
+    @field_validator("retain")
+    @classmethod
+    def _check_retain(cls, value: list[SourceSection] | None, info: ValidationInfo) -> list[SourceSection] | None:
+        sets = info.data.get("eval")  # absent if invalid itself
+        if value and isinstance(sets, dict) and "retain" in sets:
+            raise ValueError("measures rows as retain, and so does a set of data.eval; rename that set")
+        return value
 
     @property
     def eval_sets(self) -> dict[str, list[SourceSection] | float]:

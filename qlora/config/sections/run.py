@@ -8,7 +8,7 @@ from qlora.config.sections.evaluation import EvalSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
-from qlora.config.sections.train import TrainSection
+from qlora.config.sections.train import TOKEN_LOSS_OBJECTIVES, TrainSection
 
 
 class RunConfig(Section):
@@ -56,10 +56,10 @@ class RunConfig(Section):
             }
             if found := [reason for reason, is_so in conflicts.items() if is_so]:
                 raise ValueError(f"keep.null_space hides inputs from new adapters, but {' and '.join(found)}")
-        if value.keep is not None and value.keep.kl and value.has_scores:
+        if value.keep is not None and value.keep.kl and value.objective in ("reward", "classify"):
             raise ValueError(
-                f"keep.kl compares predictions of tokens, which a model of train.objective: {value.objective} does not "
-                "make; remove keep.kl"
+                f"keep.kl compares predictions of whole answers, which train.objective: {value.objective} does not "
+                "learn; remove keep.kl"
             )
         if value.keep is not None and value.keep.kl and lora is not None and lora.modules_to_save:
             raise ValueError(
@@ -94,6 +94,24 @@ class RunConfig(Section):
 
     @field_validator("train")
     @classmethod
+    def _check_rows(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if data is None or value.objective in TOKEN_LOSS_OBJECTIVES:
+            return value
+        what = "the labels of texts" if value.objective == "classify" else "judged answers"
+        if data.loss_on != "assistant":
+            raise ValueError(
+                f"objective: {value.objective} learns {what}, so data.loss_on: {data.loss_on} has no effect; remove it"
+            )
+        if data.overlong == "split":
+            raise ValueError(
+                f"objective: {value.objective} learns {what}, which can't be split, but data.overlong is split; set "
+                "it to truncate, drop or error"
+            )
+        return value
+
+    @field_validator("train")
+    @classmethod
     def _check_classification(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
         data = info.data.get("data")  # absent if invalid itself
         if data is None:
@@ -104,11 +122,6 @@ class RunConfig(Section):
                     f"objective is {value.objective}, but data.labels names labels; set objective: classify"
                 )
             return value
-        if data.overlong == "split":
-            raise ValueError(
-                "objective: classify can't learn from parts of a text, but data.overlong is split; set it to truncate, "
-                "drop or error"
-            )
         if isinstance(data.labels, dict) and value.classify_by == "head":
             raise ValueError("classify_by: head needs no words, but data.labels gives some; name the labels in a list")
         named = set(value.class_weights) if isinstance(value.class_weights, dict) else set()

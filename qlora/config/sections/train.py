@@ -1,12 +1,13 @@
 """The section `train`: the run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config.sections.base import Section
 from qlora.config.sections.evaluation import EarlyStoppingSection
 from qlora.config.sections.values import (
+    ClassWeights,
     Count,
     GroupRate,
     Names,
@@ -19,6 +20,8 @@ from qlora.config.sections.values import (
 )
 
 DEFAULT_LEARNING_RATE = 2e-4
+# Of objectives of preferences: higher rates soon make all answers less likely (docs/preferences.md).
+PREFERENCE_LEARNING_RATE = 5e-6
 DEFAULT_WARMUP_RATIO = 0.03
 # Objectives whose loss is the cross-entropy of supervised tokens.
 TOKEN_LOSS_OBJECTIVES = ("sft",)
@@ -47,8 +50,9 @@ class KeepSection(Section):
     kl: float = Field(
         default=0.0,
         ge=0,
-        description="Factor of KL(base ‖ model) per supervised token of the current batch, which is added to the loss. "
-        "The base is the model without its adapter.",
+        description="Factor of KL(base ‖ model) per supervised token of the current batch, which is added to the loss; "
+        "for objectives of pairs and ratings, the mean over each answer's tokens. The base is the model without its "
+        "adapter.",
         examples=[0.1],
     )
     null_space: PathText | None = Field(
@@ -167,7 +171,7 @@ class TrainSection(Section):
         "tokens, the words that the model answers with; null is tokens.",
         examples=["tokens"],
     )
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    class_weights: ClassWeights = Field(
         default=None,
         description="Weights of labels in the loss that is trained: balanced makes all labels count the same in total; "
         "or a weight for each name, 1 for those that are left out. null weighs every text the same.",
@@ -203,7 +207,8 @@ class TrainSection(Section):
     )
     learning_rate: RateOrAuto = Field(
         default=DEFAULT_LEARNING_RATE,
-        description="Peak learning rate. auto computes it from the base's family and width and the adapters' scaling.",
+        description="Peak learning rate; 5e-6 by default for objectives of preferences and ratings. auto computes it "
+        "from the base's family and width and the adapters' scaling.",
         examples=["auto"],
     )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "cosine_restarts"] = Field(
@@ -401,6 +406,24 @@ class TrainSection(Section):
             raise ValueError(
                 f"changes the loss of tokens, but train.objective {objective} has none; remove it, or set "
                 f"objective: {' or '.join(TOKEN_LOSS_OBJECTIVES)}"
+            )
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_learning_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("objective") in PREFERENCE_DEFAULTS:
+            return {"learning_rate": PREFERENCE_LEARNING_RATE} | values
+        return values
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _check_auto(cls, value: float | str, info: ValidationInfo) -> float | str:
+        objective = info.data.get("objective")  # absent if it is invalid itself
+        if value == "auto" and objective in PREFERENCE_DEFAULTS:
+            raise ValueError(
+                f"auto is a rule for supervised fine-tuning, far too high for {objective}; remove it, which is "
+                f"{PREFERENCE_LEARNING_RATE:g}, or set a number"
             )
         return value
 

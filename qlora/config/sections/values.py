@@ -135,11 +135,26 @@ def _column_names(value: object) -> object:
     return {ours: str(theirs) if type(theirs) is int else theirs for ours, theirs in value.items()}
 
 
+def _label_text(value: object) -> str:
+    if not (isinstance(value, str) and value.strip() or type(value) is int):
+        raise ValueError(f"has {value!r:.80}, but labels and their words are text or whole numbers; put it in quotes")
+    return str(value)
+
+
+def _label_name(value: object) -> str:
+    return _label_text(value).strip()  # as those of rows
+
+
 def _label_names(value: object) -> object:
-    """Return names as text, also those that YAML reads as numbers."""
+    """Return names and words as text, also those that YAML reads as numbers."""
     if isinstance(value, dict):
-        return {str(name) if type(name) is int else name: word for name, word in value.items()}
-    return [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else value
+        return {_label_name(name): _label_text(word) for name, word in value.items()}
+    return [_label_name(name) for name in value] if isinstance(value, list) else value
+
+
+def _label_weights(value: object) -> object:
+    """Return weights by the names of labels as text."""
+    return {_label_name(name): weight for name, weight in value.items()} if isinstance(value, dict) else value
 
 
 def _number_of_text(value: object) -> object:
@@ -181,9 +196,19 @@ LayerIndices = Annotated[
 NewTokens = Annotated[list[str], AfterValidator(_check_new_tokens)]
 Columns = Annotated[dict[str, str], BeforeValidator(_column_names, json_schema_input_type=dict[str, str | int])]
 LabelNames = Annotated[
-    list[str] | dict[str, str],
-    Field(min_length=1),
-    BeforeValidator(_label_names, json_schema_input_type=list[str | int] | dict[str | int, str]),
+    Annotated[list[str], Field(min_length=1), Tag("names")]
+    | Annotated[dict[str, str], Field(min_length=1), Tag("words")],
+    Discriminator(lambda value: "words" if isinstance(value, dict) else "names"),
+    BeforeValidator(_label_names, json_schema_input_type=list[str | int] | dict[str | int, str | int]),
+]
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"] | None, Tag("balanced")]
+    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
+    Discriminator(lambda value: "weights" if isinstance(value, dict) else "balanced"),
+    BeforeValidator(
+        _label_weights,
+        json_schema_input_type=Literal["balanced"] | dict[str | int, Annotated[float, Field(gt=0)]] | None,
+    ),
 ]
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 ComputeDtype = Annotated[

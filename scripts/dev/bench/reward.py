@@ -69,7 +69,7 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     first, *_, last = [line for line in lines if "eval_loss" in line]
     qlora.merge(folder / "run", folder / "merged", dtype="bfloat16")
     run = RunDirectory.open(folder / "run")
-    examples = held_out_examples(qlora.load_config(config), load_run_tokenizer(run))
+    examples = held_out_examples(run, load_run_tokenizer(run))
     documents = [example.input_ids.tolist() for example in examples]
     scores = score_alone(folder / "merged", documents)
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
