@@ -357,7 +357,7 @@ def test_a_label_that_is_no_verdict_is_refused(label):
 # Classes.
 
 
-@pytest.mark.parametrize(("label", "name"), [("joy", "joy"), (3, "3"), (3.0, "3"), (True, "True")])
+@pytest.mark.parametrize(("label", "name"), [("joy", "joy"), (3, "3"), (3.0, "3"), (" joy ", "joy")])
 def test_a_text_may_have_a_class(label, name):
     assert read(text="Some words.", label=label) == Labelled("Some words.", (name,))
 
@@ -367,7 +367,7 @@ def test_a_text_may_have_several_classes(labels, names):
     assert read(text="Some words.", label=labels) == Labelled("Some words.", names, is_list=True)
 
 
-@pytest.mark.parametrize("label", [None, {"a": 1}, 1.5, ""], ids=repr)
+@pytest.mark.parametrize("label", [None, {"a": 1}, 1.5, "", " ", True], ids=repr)
 def test_a_class_that_is_no_name_is_refused(label):
     for value in (label, ["joy", label]):
         message = refusal("classification", text="x", label=value)

@@ -124,10 +124,9 @@ def test_a_release_in_4_bits_keeps_its_head(run, tmp_path):
 
 def test_a_reward_model_is_trained_further_and_from_an_sft_run(run, tiny_base, alpaca_file, pairs_file, tmp_path):
     settings = {"model__compute_dtype": "float32", "lora__dtype": "float32"}
+    base = run.with_name("base")
     config = load_config(
-        run_config(
-            run.with_name("base"), pairs_file, tmp_path / "further", lora__start_from=str(run), **REWARD, **settings
-        )
+        run_config(base, pairs_file, tmp_path / "further", lora__start_from=str(run), **REWARD, **settings)
     )
     started, _ = load_for_training(config, "cpu", head=ScoreHead(1))
     own, tokenizer = load_run(run)
@@ -136,7 +135,7 @@ def test_a_reward_model_is_trained_further_and_from_an_sft_run(run, tiny_base, a
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "sft", **settings)))
     first = run_config(tiny_base, pairs_file, tmp_path / "reward", lora__start_from=str(tmp_path / "sft"), **REWARD)
     assert train(load_config(first)).status == "finished"
-    back = run_config(run.with_name("base"), alpaca_file, tmp_path / "back", lora__start_from=str(run))
+    back = run_config(base, alpaca_file, tmp_path / "back", lora__start_from=str(run))
     with pytest.raises(ConfigError, match=r"it gives texts 1 score, unlike train.objective: sft here"):
         train(load_config(back))
 
@@ -160,7 +159,7 @@ def test_the_better_base_is_the_one_with_the_lower_reward_loss(run, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (REWARD | {"train__keep": {"kl": 0.1}}, r"keep.kl compares predictions of tokens"),
+    (REWARD | {"train__keep": {"kl": 0.1}}, r"keep.kl compares predictions of whole answers"),
     ({"train__learning_rates": {"score": "2x"}}, r"train.objective: sft trains no head of scores"),
     ({"train__reward": {"center": 0.1}}, r"has options of reward models, but train.objective is sft"),
 ])  # fmt: skip
