@@ -227,7 +227,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            settings = parse_object((file.metadata() or {})["step"].encode())
+            settings = {"label_weights": None} | parse_object((file.metadata() or {})["step"].encode())
             names = [*TENSORS, *(name for name in file.keys() if name.startswith(VALUE))]  # noqa: SIM118 (not a dict)
             tensors = {name: file.get_tensor(name) for name in names}
         _check(settings, tensors)
