@@ -20,7 +20,8 @@ PAGES += sorted(ROOT.glob("docs/*.md"))
 # Pages whose blocks can be followed from the first to the last.
 FOLLOWED = ["README.md", "docs/chat.md", "docs/pretraining.md", "docs/new-tokens.md", "docs/release.md"]
 FOLLOWED += ["docs/commands.md", "docs/python.md", "docs/continual.md", "docs/methods.md", "docs/reward.md"]
-FOLLOWED += ["docs/classification.md", "docs/evaluation.md", "docs/preferences.md"]
+FOLLOWED += ["docs/classification.md", "docs/evaluation.md", "docs/preferences.md", "docs/question-answering.md"]
+FOLLOWED += ["docs/translation.md"]
 HUB_ID = re.compile(r"\b(?:meta-llama|Qwen)/[\w.-]+")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -24,13 +24,11 @@ class Predictions:
     Attributes:
         logits: Logits of the first positions, by example: (positions, vocabulary), fp32 on the CPU.
         loss: Mean loss on all examples; by default in nats per supervised token.
-        num_tokens: Number of supervised tokens.
         answers: Ids of the greedy answer to each prompt.
     """
 
     logits: list[torch.Tensor]
     loss: float
-    num_tokens: int
     answers: list[list[int]]
 
 
@@ -72,10 +70,8 @@ def predict(model: Any, tokenizer: Any, examples: Sequence[TokenizedExample], lo
         ids = torch.from_numpy(example.input_ids[:remaining]).long()[None].to(model.device)
         logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
         remaining -= ids.shape[1]
-    found = evaluate(model, eval_batches(examples, 1), loss=loss)
-    return Predictions(
-        logits, found.loss, found.num_supervised, [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
-    )
+    mean = evaluate(model, eval_batches(examples, 1), loss=loss).loss
+    return Predictions(logits, mean, [_answer(model, tokenizer, prompt) for prompt in PROMPTS])
 
 
 def compare(one: Predictions, other: Predictions) -> Distance:
@@ -101,17 +97,16 @@ def compare(one: Predictions, other: Predictions) -> Distance:
     )
 
 
-def loss_noise(mean_kl: float, num_tokens: int) -> float:
-    """Return how far apart the mean losses of two models are by chance, in nats: three standard deviations.
+def loss_noise(mean_kl: float) -> float:
+    """Return how far rounding may move the mean loss of a model with this KL divergence from another, in nats.
 
-    The log-probabilities that two close models give a token differ with a variance of twice their KL divergence, so the
-    means over a few tokens differ by more than those over many.
+    The log-probabilities that two close models give a token differ by about √(2 KL). Rounding errors may be alike in
+    all tokens, as in texts that resemble each other, so they don't average out.
 
     Args:
         mean_kl: KL divergence of the models' predictions, in nats per token.
-        num_tokens: Number of tokens that the losses are averaged over.
     """
-    return 3 * math.sqrt(2 * max(0.0, mean_kl) / max(1, num_tokens))
+    return 2 * math.sqrt(max(0.0, mean_kl))
 
 
 def _shared(one: list[int], other: list[int]) -> int:

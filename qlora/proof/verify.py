@@ -344,8 +344,7 @@ def _compare_predictions(
     distance = compare(adapter, other)
     if not is_other_base and not distance.mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {distance.mean_kl:.4g} is above {MAX_KL}")
-    noise = loss_noise(distance.mean_kl, adapter.num_tokens)
-    problems += _loss_mismatches(is_other_base, adapter.loss, other.loss, noise)
+    problems += _loss_mismatches(is_other_base, adapter.loss, other.loss, loss_noise(distance.mean_kl))
     return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
 
 
@@ -356,7 +355,7 @@ def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: floa
         is_other_base: Whether the merge is onto base weights other than those of training.
         adapter_loss: Loss of the adapter's model.
         merged_loss: Loss of the merged model.
-        noise: Difference by chance, because there are few tokens.
+        noise: Difference that rounding of the predictions explains.
     """
     if is_other_base:
         # Onto base weights other than those of training the predictions differ; they must only not be worse.

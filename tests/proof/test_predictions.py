@@ -10,7 +10,7 @@ from qlora.proof.predictions import Predictions, compare, loss_noise
 def test_the_distance_equals_the_formulas_over_all_positions(generator):
     sizes = (5, 1, 12)
     one, other = ([torch.randn(size, 40, generator=generator) for size in sizes] for _ in range(2))
-    distance = compare(Predictions(one, 0.0, 18, [[1]]), Predictions(other, 0.0, 18, [[1]]))
+    distance = compare(Predictions(one, 0.0, [[1]]), Predictions(other, 0.0, [[1]]))
     p, q = torch.cat(one).double(), torch.cat(other).double()
     kl = functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
     assert distance.positions == 18
@@ -31,17 +31,16 @@ def test_the_distance_equals_the_formulas_over_all_positions(generator):
 )
 def test_greedy_answers_agree_up_to_the_first_token_that_differs(one, other, share):
     logits = [torch.zeros(1, 3)]
-    assert compare(Predictions(logits, 0.0, 1, one), Predictions(logits, 0.0, 1, other)).greedy_agreement == share
+    assert compare(Predictions(logits, 0.0, one), Predictions(logits, 0.0, other)).greedy_agreement == share
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 300])
-def test_losses_of_close_models_differ_by_less_than_their_noise_in_nearly_all_samples(num_tokens, generator):
+@pytest.mark.parametrize(("num_tokens", "share"), [(1, 0.6), (30, 0.99), (300, 0.99)])
+def test_losses_of_close_models_differ_by_less_than_rounding_explains(num_tokens, share, generator):
     """The tokens are drawn from the first model, 500 times."""
     logits = torch.randn(num_tokens, 60, generator=generator, dtype=torch.float64)
     p, q = logits.log_softmax(-1), (logits + 0.05 * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     tokens = torch.multinomial(p.exp(), 500, replacement=True, generator=generator)
     differences = (p.gather(1, tokens) - q.gather(1, tokens)).mean(0).abs()
-    within = (differences <= loss_noise(kl, num_tokens)).double().mean()
-    assert within > 0.97
-    assert (differences <= loss_noise(kl, num_tokens) / 9).double().mean() < 0.6  # it is no empty bound
+    assert (differences <= loss_noise(kl)).double().mean() > share
+    assert loss_noise(kl) < 0.2  # of logits that differ by 0.05
