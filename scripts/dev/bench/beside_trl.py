@@ -61,9 +61,10 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         *heading(f"DPO beside TRL: {arguments.shape}, {size}", "torch", "transformers", "trl", "peft", "bitsandbytes"),
         "`python -m scripts.dev.bench.beside_trl`. Saved: bytes per token that autograd keeps for the backward. Peak:",
         "of the tensors of a step, without the model. Two runs of each, A B B A; the faster one counts.",
+        "Dequantized: base weights per layer and step, of seven.",
         "",
-        "| recompute | trainer | loss | saved B/token | peak, MiB | tokens/s | CPU seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| recompute | trainer | loss | saved B/token | peak, MiB | dequantized | tokens/s | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for recompute in ("none", "full"):
         results: dict[str, list[dict[str, Any]]] = {"qlora": [], "trl": []}
@@ -75,12 +76,13 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
             speeds = ", ".join(f"{run['speed']:.0f}" for run in results[trainer])
             lines.append(
                 f"| {recompute} | {trainer} | {one['loss']:.4f} | {one['saved']:,.0f} | {one['peak'] / 2**20:.0f} | "
-                f"{speeds} | {one['cpu']:.1f} |"
+                f"{one['dequantized']:g} | {speeds} | {one['cpu']:.1f} |"
             )
         ours, theirs = best["qlora"], best["trl"]
         lines.append(
             f"| {recompute} | ours ÷ TRL's | | {ours['saved'] / theirs['saved']:.2f} | "
-            f"{ours['peak'] / theirs['peak']:.2f} | {ours['speed'] / theirs['speed']:.2f} | "
+            f"{ours['peak'] / theirs['peak']:.2f} | {ours['dequantized'] / theirs['dequantized']:.2f} | "
+            f"{ours['speed'] / theirs['speed']:.2f} | "
             f"{ours['cpu'] / theirs['cpu']:.2f} |"
         )
     return lines
@@ -91,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from qlora.memory.probe import measure_peak
-    from scripts.dev.bench.counts import held_for_backward
+    from scripts.dev.bench.counts import Watch, held_for_backward
 
     model, loss, step = SIDES[arguments.trainer](arguments)
     value = loss()  # a first run may fill caches
@@ -101,7 +103,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     peak = measure_peak(lambda: loss().backward(), torch.device("cpu"), held)
     peak -= sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
-    step()
+    with Watch(torch.device("cpu")) as work:
+        step()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(arguments.steps):
         step()
@@ -110,6 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         "loss": value.item(),
         "saved": saved,
         "peak": peak,
+        "dequantized": work.dequantized / model.config.num_hidden_layers,
         "speed": arguments.steps * tokens / seconds,
         "cpu": cpu,
     }
