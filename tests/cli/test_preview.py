@@ -244,4 +244,5 @@ def test_what_training_would_refuse_is_a_problem(overrides, expected, config, tm
 def test_a_metric_of_a_users_file_is_named_but_not_run(config, tmp_path):
     (tmp_path / "mine.py").write_text("raise RuntimeError")
     given = ["data.eval=0.5", f"eval.metrics={tmp_path / 'mine.py'}:score", "train.keep_best=eval_score"]
+    given.append("train.best_mode=max")
     assert run("preview", config, *given, "--json").json()["problems"] == []

@@ -145,6 +145,10 @@ def test_a_reconstructed_runs_adapter_fits_the_base_that_quantize_writes(tiny_ba
     assert all("does not fit the published base" in " ".join(each.reasons) for each in report.clients.values())
     quantize_model(str(run), tmp_path / "base")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for module in theirs.modules():
+        # Where the processor multiplies bf16, bitsandbytes would pack the weights for sizes that these are not of.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     ours, _ = load_run(run)
     ids = torch.randint(259, (1, 40), generator=generator)
     with_adapter = peft.PeftModel.from_pretrained(theirs, run / "adapter").eval()
