@@ -68,7 +68,7 @@ def test_it_is_that_of_whole_logits_and_adds_its_gradient(weighted, family, gene
     batch, model = collate(examples), load(base, generator)
     expected, gradients = plain_divergence(copy.deepcopy(model), batch)
     plain, kept = SUPERVISED.compute(model, batch), with_base_kl(SUPERVISED, WEIGHT).compute(model, batch)
-    assert expected > 0.1
+    assert expected > 0.01  # it is no empty comparison
     assert kept.metrics["kl"].item() == pytest.approx(expected.item(), rel=2e-3)
     assert kept.total.item() == pytest.approx((plain.total + WEIGHT * expected).item(), rel=1e-4)
     trained = [each for each in model.parameters() if each.requires_grad]
