@@ -180,8 +180,8 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         micro_batches = plan.micro_batches(step, progress.num_parts)
         own: list[torch.Tensor] = []
         batches = partial(_batches, parts, step, micro_batches)
-        ahead, is_ahead = _look_ahead(parts, batches(), num_units)
-        ran_out = not (is_ahead and _accumulate(parts, batches(ahead), num_units, scale, own))
+        ahead, has_fit = _look_ahead(parts, batches(), num_units)
+        ran_out = not (has_fit and _accumulate(parts, batches(ahead), num_units, scale, own))
         sums = sum(own, torch.zeros(1 + len(loss.metrics), device=processes.device))
         sums = torch.stack([*sums, *(torch.full_like(sums[0], flag) for flag in (callbacks.stop_asked(), ran_out))])
         if processes.world_size > 1:
@@ -266,7 +266,7 @@ def check_gradients(model: Any) -> None:
 def _batches(
     parts: LoopParts, step: int, micro_batches: Sequence[Sequence[int]], ahead: torch.Tensor | None = None
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of a step, with what the loss looked ahead at."""
+    """Yield the micro-batches of a step, with the means of the look-ahead pass, if the loss has one."""
     plan = parts.batches
     for indices in micro_batches:
         documents = [parts.examples[index] for index in indices]

@@ -58,10 +58,12 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     """Run both trainers twice at each level of recomputation."""
     size = f"{arguments.pairs} × 2 × {arguments.seq_len} tokens"
     lines = [
-        *heading(f"DPO beside TRL: {arguments.shape}, {size}", "torch", "transformers", "trl", "peft", "bitsandbytes"),
+        *heading(
+            f"DPO compared with TRL: {arguments.shape}, {size}", "torch", "transformers", "trl", "peft", "bitsandbytes"
+        ),
         "`python -m scripts.dev.bench.beside_trl`. Saved: bytes per token that autograd keeps for the backward. Peak:",
         "of the tensors of a step, without the model. Two runs of each, A B B A; the faster one counts.",
-        "Dequantized: base weights per layer and step, of seven.",
+        "Dequantized: weights dequantized per layer and step; a layer has seven.",
         "",
         "| recompute | trainer | loss | saved B/token | peak, MiB | dequantized | tokens/s | CPU seconds |",
         "|---|---|---|---|---|---|---|---|",

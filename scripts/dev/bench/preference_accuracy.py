@@ -31,7 +31,7 @@ def main() -> None:
     """Measure, print and append the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = [
-        *heading("DPO on held-out pairs beside TRL", "torch", "transformers", "trl", "peft", "bitsandbytes"),
+        *heading("DPO on held-out pairs, compared with TRL", "torch", "transformers", "trl", "peft", "bitsandbytes"),
         "`python -m scripts.dev.bench.preference_accuracy`. stories260K-hf, a real Llama of 260,032 parameters that",
         "knows simple stories; a fifth of the pairs is held out. Rank 8, alpha 16, all linear layers, β 0.1, learning",
         f"rate {LEARNING_RATE:g} with a cosine, {EPOCHS} epochs of {PAIRS_PER_STEP} pairs a step. qlora on NF4, TRL's",

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(REALDATA / "models" / "stories260K-hf"))
     base = parser.parse_args().base
     lines = [
-        *heading("loss and gradient beside TRL", "torch", "transformers", "trl", "peft"),
+        *heading("losses and gradients compared with TRL", "torch", "transformers", "trl", "peft"),
         "`python -m scripts.dev.bench.trl_losses`. A real model of 260,032 parameters in fp32, four pairs (KTO: their",
         "eight answers; CPO with `sft_weight`: one pair), factors of rank 4 that are not zero. ORPO without the chosen",
         "answer's own loss, which TRL computes over prompt and answer and qlora over the answer.",
