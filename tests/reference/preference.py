@@ -1,6 +1,5 @@
 """Losses of pairs of answers and of rated answers, written from their papers, over whole logits."""
 
-import math
 from typing import Any
 
 import torch
@@ -53,6 +52,3 @@ def kto_loss(ratio: torch.Tensor, is_good: bool, kl: float, *, beta: float, good
     """Return the loss of one rated answer, given the log-ratio to the reference."""
     z = ratio - kl if is_good else kl - ratio
     return (good if is_good else bad) * (1 - torch.sigmoid(beta * z))
-
-
-LOG_2 = math.log(2)
