@@ -123,7 +123,7 @@ def adapter_bytes(model: nn.Module) -> int:
     stored = [layer.stored() for _, layer in lora_layers(model)]
     tensors = [tensor for each in stored for tensor in (each.A, each.B, each.magnitude) if tensor is not None]
     # Rows of a tied embedding and head are written twice.
-    tensors += [rows.weight for _, rows in trained_rows(model)]
+    tensors += [parameter for _, rows in trained_rows(model) for parameter in rows.trained]
     return sum(tensor.nbytes for tensor in tensors)
 
 

@@ -137,10 +137,9 @@ def quantize_model(
     notes = _notes(files.folder)
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
-    settings = nf4_settings(double_quant, target)
-    layers = find_quantized_layers(
-        build_skeleton(files, trust_remote_code, stored_head(files.config)), settings, base, weights.shapes
-    )
+    skeleton = build_skeleton(files, trust_remote_code, stored_head(files.config))
+    settings = nf4_settings(double_quant, target, skeleton)
+    layers = find_quantized_layers(skeleton, settings, base, weights.shapes)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
     with atomic_folder(out_dir, ExportError) as folder:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora.lora import reads_images
+
 NAME = "qlora_documents"
 # Dropouts and arguments of attention layers that are not supported here; they are refused, never ignored.
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -30,7 +32,7 @@ def use_document_attention(model: Any) -> str:
     current = model.config._attn_implementation
     reason = _unsupported_reason(model)
     if reason is not None:
-        return f"{current}, with a mask over all documents of a row: {reason}"
+        return current if reads_images(model) else f"{current}, with a mask over all documents of a row: {reason}"
     _register()
     model.set_attn_implementation(NAME)
     kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
@@ -155,6 +157,8 @@ def _varlen(
 
 def _unsupported_reason(model: Any) -> str | None:
     """Return why a model can't attend within documents, or None if it can."""
+    if reads_images(model):
+        return "it attends within images"
     config = model.config.get_text_config()
     if model.config._attn_implementation != "sdpa":
         return "it was asked for or is the architecture's own"

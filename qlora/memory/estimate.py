@@ -14,7 +14,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model import Loss, resolve_compute_dtype, resolve_device
+from qlora.model import Loss, resolve_compute_dtype, resolve_device, with_images
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -33,7 +33,7 @@ class Estimate:
         device: Device of the run.
         dtype: Compute dtype.
         micro_batch_size: Number of sequences per micro-batch.
-        max_seq_len: Largest number of tokens per sequence.
+        max_seq_len: Largest number of tokens per sequence; an image is one of one token.
         packing: Whether the sequences of a micro-batch are joined into one.
         chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
@@ -149,7 +149,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         section.compute_dtype, device
     )  # fmt: skip
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code, with_weights=False)
-    row, rows = config.data.max_seq_len, config.train.micro_batch_size
+    row, rows = config.data.max_tokens, config.train.micro_batch_size
+    loss = with_images(loss, config.data, files.folder)
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(
         footprint=footprint,

@@ -11,11 +11,13 @@ from qlora.model.from_config import (
     adapter_spec,
     adapter_specs,
     base_from_section,
+    check_documents,
     datasets_from_section,
     flat_parameters,
     group_rates,
     optimizer_from_section,
     set_tokens,
+    with_images,
 )
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
@@ -23,6 +25,7 @@ from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
+from qlora.model.processor import load_processor
 from qlora.model.restore import (
     find_foreign,
     load_adapted,
@@ -55,6 +58,7 @@ __all__ = [
     "answer_all",
     "base_from_section",
     "build_skeleton",
+    "check_documents",
     "check_isolation",
     "check_loss",
     "datasets_from_section",
@@ -74,6 +78,7 @@ __all__ = [
     "load_adapter_tokenizer",
     "load_model",
     "load_model_tokenizer",
+    "load_processor",
     "open_source",
     "load_run",
     "load_run_tokenizer",
@@ -91,5 +96,6 @@ __all__ = [
     "take_inventory",
     "token_loss",
     "weight_format",
+    "with_images",
     "write_labels",
 ]

@@ -15,10 +15,11 @@ from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
 from qlora.model.on_weight import OnWeight, replace_when_read
+from qlora.model.processor import load_processor
 from qlora.model.quantization import find_quantized_layers, nf4_settings
 from qlora.model.score import replace_head
 from qlora.model.skeleton import build_skeleton
-from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
+from qlora.model.tokenizer import GENERATION_FILE, load_generation_config
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
 QUANTIZATIONS = ("nf4", "none")
@@ -37,7 +38,7 @@ def load_base(
     head: ScoreHead | None = None,
     seed: int = 0,
 ) -> tuple[Any, Any]:
-    """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
+    """Load a causal language model, or one that scores documents, frozen, and its tokenizer or image processor.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
     else is loaded in the compute dtype.
@@ -60,7 +61,7 @@ def load_base(
         seed: Seed of these values.
 
     Returns:
-        The model, in evaluation mode, and its tokenizer.
+        The model, in evaluation mode, and its tokenizer; of a model of images its image processor.
 
     Raises:
         ModelError: An argument is unknown, the base can't be found, read or loaded, its files lack weights that the
@@ -80,9 +81,9 @@ def load_base(
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
-    if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
-        arguments["quantization_config"] = nf4_settings(double_quant, dtype)
     skeleton = build_skeleton(files, trust_remote_code, head)
+    if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
+        arguments["quantization_config"] = nf4_settings(double_quant, dtype, skeleton)
     if stored_in != BITSANDBYTES_4BIT:
         vars(skeleton.config).pop(
             "quantization_config", None
@@ -112,7 +113,7 @@ def load_base(
     _check_finite(base, model)
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
-    return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)
+    return model.requires_grad_(False).eval(), load_processor(files.folder, trust_remote_code)
 
 
 @contextmanager

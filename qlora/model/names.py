@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from qlora.lora import output_head
+from qlora.lora import input_embedding, output_head
 
 
 def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -60,7 +60,6 @@ def embedding_and_head_tensors(skeleton: Any, stored: Iterable[str]) -> tuple[st
     one_to_one, _ = names_in_files(skeleton, stored)
     modules = {module: name for name, module in skeleton.named_modules()}
     embedding, head = (
-        one_to_one.get(f"{modules.get(layer)}.weight")
-        for layer in (skeleton.get_input_embeddings(), output_head(skeleton))
+        one_to_one.get(f"{modules.get(layer)}.weight") for layer in (input_embedding(skeleton), output_head(skeleton))
     )
     return embedding, head

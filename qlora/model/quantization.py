@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qlora.errors import ModelError
+from qlora.lora import reads_images, score_name
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.nf4 import is_bitsandbytes_linear
 
@@ -24,8 +25,15 @@ class QuantizedLayer:
     is_transposed: bool
 
 
-def nf4_settings(double_quant: bool, compute_dtype: torch.dtype) -> Any:
-    """Return the `BitsAndBytesConfig` that has transformers quantize a model to NF4."""
+def nf4_settings(double_quant: bool, compute_dtype: torch.dtype, skeleton: Any) -> Any:
+    """Return the `BitsAndBytesConfig` that has transformers quantize a model to NF4.
+
+    Args:
+        double_quant: Quantize the blocks' statistics too.
+        compute_dtype: Dtype of products.
+        skeleton: The model without weights. Transformers leaves out the module of the last parameter, which is not the
+            head of a model of images: that has a bias. So it is named.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -33,6 +41,7 @@ def nf4_settings(double_quant: bool, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[score_name(skeleton)] if reads_images(skeleton) else None,
     )
 
 

@@ -1,19 +1,20 @@
 """A base's architecture without weights, built from an untrusted config."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead, output_head
+from qlora.lora import ScoreHead, output_head, reads_images
 from qlora.model.formats import weight_format
 
 # Config keys that count modules, and the largest number of each.
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
 MAX_COUNT = 10_000
+CHANNELS = 3
 # Config keys that may name a kernel to download from the hub.
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
@@ -37,7 +38,8 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: Scor
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
         if head is not None:
-            return _build_scorer(files, config, head, trust_remote_code)
+            build = _build_image_scorer if of_images(files.config) else _build_scorer
+            return build(files, config, head, trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ModelError:
@@ -45,6 +47,42 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: Scor
     except Exception as error:  # a wrong value can make an architecture raise anything
         reason = reason_for_users(error, trust_remote_code)
         raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+
+
+def of_images(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is of an architecture that classifies images and predicts no tokens."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    name = config.get("model_type")
+    if name not in CONFIG_MAPPING:
+        return False
+    kind = CONFIG_MAPPING[name]
+    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead, _trust_remote_code: bool) -> Any:
+    """Build the class of an architecture that classifies images with a linear head on pooled features.
+
+    Raises:
+        ModelError: Its head is another module, or it takes other inputs than RGB images.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+
+    kinds = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT has others with a teacher's head
+    config.update(head.config() | {"architectures": [kind.__name__]})
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    layer = output_head(model)
+    is_linear = isinstance(layer, torch.nn.Linear) and layer.out_features == head.num_labels
+    if not is_linear or not reads_images(model):
+        raise ModelError(
+            f"{files.name}: {kind.__name__} has no linear head on the features of an image under a known name, which "
+            "is not supported; use a base of another architecture, such as ViT, DeiT, DINOv2 or Swin."
+        )
+    if getattr(config, "num_channels", CHANNELS) != CHANNELS:
+        raise ModelError(f"{files.name} reads images of {config.num_channels} channels; only RGB is supported.")
+    return model
 
 
 def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_code: bool) -> Any:

@@ -15,7 +15,7 @@ from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.quantization import find_quantized_layers, nf4_settings
 from qlora.model.run_adapter import read_run_adapter
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, of_images
 from qlora.model.starts import Starts, starts_of
 from qlora.nf4 import BLOCK_SIZE
 
@@ -88,7 +88,9 @@ class AdapterSource:
         if num_scores is None:
             return None
         named = stored_head(self.base_files().config)
-        return named if named is not None and named.num_labels == num_scores else ScoreHead(num_scores)
+        if named is not None and named.num_labels == num_scores:
+            return named
+        return ScoreHead(num_scores, of_images=of_images(self.base_files().config))
 
     def starts(self) -> Starts:
         """Return what the run's adapters started from, see :func:`starts_of`; empty if the adapter was made elsewhere.
@@ -122,8 +124,9 @@ class AdapterSource:
             return self.run.read_record().parameters.quantized
         if weight_format(files) == BITSANDBYTES_4BIT:
             return []
-        settings = nf4_settings(self.double_quant, torch.bfloat16)
-        layers = find_quantized_layers(build_skeleton(files, head=self.head), settings, files.name, files.tensors)
+        skeleton = build_skeleton(files, head=self.head)
+        settings = nf4_settings(self.double_quant, torch.bfloat16, skeleton)
+        layers = find_quantized_layers(skeleton, settings, files.name, files.tensors)
         return [layer.name for layer in layers.values()]
 
 

@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
-from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents
+from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Starts,
@@ -22,7 +22,7 @@ from qlora.model import (
     datasets_from_section,
     labels_from_config,
     load_for_training,
-    load_tokenizer,
+    load_processor,
     optimizer_from_section,
     set_tokens,
     starts_of,
@@ -93,7 +93,7 @@ class Assembly:
         objective: Objective that is trained for.
         files: Files of the base.
         model: Model with adapters, in training mode.
-        tokenizer: Tokenizer with the run's chat template and new tokens.
+        tokenizer: Tokenizer with the run's chat template and new tokens; of a model of images its image processor.
         optimizer: Optimizer over the trained parameters.
         processes: Processes of the run.
         batches: Plan of the examples of each step.
@@ -151,7 +151,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
-        tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
+        tokenizer = load_processor(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes,
@@ -171,10 +171,13 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
-        if head is not None:
+        if reads_images(skeleton):
+            head = None if head is None else replace(head, of_images=True)
+        else:
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
-            head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
-        _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
+            if head is not None:
+                head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
+            _check_fit(skeleton, size, [datasets.train, *([old.train] if old else ())])
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
@@ -260,16 +263,19 @@ def _load_checked(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
         is_reference=objective_from_section(config.train).loss.has_reference, head=head,
     )  # fmt: skip
-    ids = datasets.train[0].input_ids
-    ids = ids[:CHECKED_TOKENS] if head is None else ids[-CHECKED_TOKENS:]  # whose last is not the padding token
-    other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
-    example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
+    first = datasets.train[0]
+    # The last token of a text that is scored is not the padding token.
+    span = slice(0, CHECKED_TOKENS) if head is None else slice(-CHECKED_TOKENS, None)
+    ids = first.input_ids[span]
+    example = make_example(ids, [True] * len(ids), first.values)
     _check_outputs(model, example)
     attention = model.config._attn_implementation
     if config.model.attention == "auto":
         attention = use_document_attention(model)
     if config.data.packing:
-        check_isolation(model, example, other, None if head is None else last_scores)
+        other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
+        other = make_example(other_ids, [True] * len(ids))
+        check_isolation(model, make_example(ids, [True] * len(ids)), other, None if head is None else last_scores)
     activations = rebuild_activations(model)
     _check_outputs(model, example)  # again, with the modules that will be trained
     return model.train(), starts, attention, activations
@@ -342,18 +348,17 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
         return build() if datasets is None else datasets
 
 
-def _check_fit(skeleton: Any, new_ids: range, examples: Sequence[ExampleSet]) -> None:
+def _check_fit(skeleton: Any, num_embeddings: int, examples: Sequence[ExampleSet]) -> None:
     """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
 
     Args:
         skeleton: The base without weights.
-        new_ids: Ids of the tokens that the config adds.
+        num_embeddings: Number of tokens that it embeds, with those that the config adds.
         examples: All examples that the model is run on.
 
     Raises:
         DataError: An embedding or a position is missing.
     """
-    num_embeddings = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
     stores = [store for each in examples for store in each.stores]
     largest = max(store.largest_id() for store in stores)
     if largest >= num_embeddings:

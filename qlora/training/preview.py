@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 
 from qlora.config import RunConfig, metric_name
-from qlora.data import LABEL, BatchPlan, DataReport, Datasets, ExampleSet, Labels, Piece, TokenizedExample, pieces
+from qlora.data import (
+    LABEL,
+    BatchPlan,
+    DataReport,
+    Datasets,
+    ExampleSet,
+    ImageProcessor,
+    Labels,
+    Piece,
+    TokenizedExample,
+    as_data_uri,
+    pieces,
+)
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
-from qlora.model import datasets_from_section, labels_from_config, load_tokenizer, set_tokens
+from qlora.model import datasets_from_section, labels_from_config, load_processor, set_tokens
 from qlora.model.answer_metrics import METRICS, load_metric
 from qlora.objectives import objective_for_data, objective_from_section
 from qlora.training.best import check_metric, loss_metrics
@@ -35,6 +47,7 @@ class Sample:
         pieces: Its text.
         counts_as: What it is learned as: `chosen` or `rejected` of a pair, rated `good` or `bad`, or the name of its
             label; None for other examples.
+        image: The image as a data URI; None for a text.
     """
 
     number: int
@@ -42,6 +55,7 @@ class Sample:
     num_supervised: int
     pieces: list[Piece]
     counts_as: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -121,7 +135,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     section = config.train
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_processor(folder, model.trust_remote_code)
     new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     labels = labels_from_config(config)
@@ -145,7 +159,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         eval_examples=len(datasets.eval),
         held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
-        max_seq_len=data.max_seq_len,
+        max_seq_len=data.max_tokens,
         packing_fill=batches.fill if data.packing else None,
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
@@ -190,8 +204,9 @@ def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | 
     chosen = np.unique(np.linspace(0, num_groups - 1, min(count, num_groups)).astype(int)).tolist()
     return [
         Sample(
-            number, len(example), example.num_supervised, pieces(tokenizer, example),
-            _counts_as(example, number % size if size > 1 else None, labels),
+            number, len(example), example.num_supervised,
+            [] if isinstance(tokenizer, ImageProcessor) else pieces(tokenizer, example),
+            _counts_as(example, number % size if size > 1 else None, labels), as_data_uri(example),
         )
         for group in chosen
         for number in range(group * size, (group + 1) * size)
