@@ -136,12 +136,12 @@ def load_rows(
         if own != stored:
             raise CheckpointError(f"The adapter has rows of {name} for {_show(stored)}, the model for {_show(own)}.")
     for name, own_rows in trained.items():
-        stored = rows[name]
-        if (own_rows.bias is None) != (stored.bias is None) and scores_documents(model):
-            raise CheckpointError(f"The adapter's head {name} has {'no' if stored.bias is None else 'a'} trained bias.")
-        own_rows.weight.copy_(tensors[stored.tensor])
-        if own_rows.bias is not None:
-            own_rows.bias.copy_(tensors[str(stored.bias)])
+        bias = rows[name].bias
+        if (own_rows.bias is None) != (bias is None) and scores_documents(model):
+            raise CheckpointError(f"The adapter's head {name} has {'no' if bias is None else 'a'} trained bias.")
+        own_rows.weight.copy_(tensors[rows[name].tensor])
+        if own_rows.bias is not None and bias is not None:
+            own_rows.bias.copy_(tensors[bias])
     for name, own_rows in trained.items():
         if not torch.equal(own_rows.weight, tensors[rows[name].tensor].to(own_rows.weight)):
             raise CheckpointError(

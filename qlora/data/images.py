@@ -117,8 +117,8 @@ class ImageProcessor:
             ("image_mean", 0.0), ("image_std", 1.0)
         ))  # fmt: skip
         try:
-            scaling = np.stack([np.broadcast_to(each, CHANNELS) for each in (factor, mean, deviation)])
-            self.scaling = scaling.astype(np.float32)
+            scaling = [np.broadcast_to(np.array(each, np.float32), CHANNELS) for each in (factor, mean, deviation)]
+            self.scaling = np.stack(scaling)
             stored = [self._unscaled(image) for image in tried]
         except (TypeError, ValueError):
             return False
@@ -157,7 +157,7 @@ def open_image(image: Path | bytes) -> Any:
     Raises:
         DataError: The file is missing, damaged, no image, or has more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = f"its image of {len(image)} bytes" if isinstance(image, bytes) else f"its image {image}"
     try:
@@ -171,7 +171,7 @@ def open_image(image: Path | bytes) -> Any:
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; relative paths count from the data file's folder.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "it is no image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "it is no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(f"{name} can't be decoded: {reason}.") from None
 
 

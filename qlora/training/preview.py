@@ -96,7 +96,9 @@ class Preview:
 
     @property
     def unit(self) -> str:
-        """Name of what rows become: examples, pairs or rated answers."""
+        """Name of what rows become: examples, images, pairs or rated answers."""
+        if any(report.format == "images" for report in self.reports):
+            return "images"
         if self.group_size == 1:
             return "examples"
         return "rated answers" if any(report.format == "kto" for report in self.reports) else "pairs"
