@@ -37,6 +37,7 @@ class Estimate:
         packing: Whether the sequences of a micro-batch are joined into one.
         chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
+        of_images: Whether the sequences are images.
     """
 
     footprint: Footprint
@@ -47,6 +48,7 @@ class Estimate:
     packing: bool
     chunk_tokens: int
     group_size: int = 1
+    of_images: bool = False
 
     @property
     def levels(self) -> list[str]:
@@ -161,6 +163,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         packing=config.data.packing,
         chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
+        of_images=config.data.has_images,
     )
 
 
