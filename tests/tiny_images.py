@@ -32,7 +32,7 @@ def make_image_base(folder: Path, family: str = "vit", seed: int = 1, **changes:
     getattr(transformers, model_class)(config).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     mean, deviation = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-    transformers.ViTImageProcessor(size=size, image_mean=mean, image_std=deviation).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size=size, image_mean=mean, image_std=deviation).save_pretrained(folder)
     return folder
 
 

@@ -44,9 +44,7 @@ def load_image_processor(folder: Path) -> ImageProcessor:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise ModelError(
-            'Images are read by Pillow, which is not installed; pip install "qlora-trainer[images]".'
-        ) from None
+        raise ModelError("Images are read by Pillow, which is not installed; run pip install -e '.[images]'.") from None
     from transformers import AutoImageProcessor
 
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 RECIPE_FILE = "tiny_recipe.json"
 LETTERS = string.ascii_uppercase
@@ -80,7 +80,7 @@ def make_model(recipe: Recipe) -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-def pretrain(recipe: Recipe, processor: ViTImageProcessor) -> tuple[ViTForImageClassification, float]:
+def pretrain(recipe: Recipe, processor: ViTImageProcessorPil) -> tuple[ViTForImageClassification, float]:
     """Train the model to tell drawn letters apart.
 
     Returns:
@@ -129,7 +129,7 @@ def main() -> None:
         return
     started = time.perf_counter()
     size = {"height": recipe.image_size, "width": recipe.image_size}
-    processor = ViTImageProcessor(size=size)
+    processor = ViTImageProcessorPil(size=size)
     model, accuracy = pretrain(recipe, processor)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=out.parent))

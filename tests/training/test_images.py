@@ -164,8 +164,8 @@ def test_evaluation_estimate_preview_and_page_work_without_a_tokenizer(trained, 
     assert command("preview", path, "--html", tmp_path / "page.html").code == 0
     assert (tmp_path / "page.html").read_text().count("<img src") == 5
     shown = command("estimate", path)
-    assert shown.code == 0, shown.output
-    assert "4 images" in shown.output
+    assert shown.code == 0, shown.err
+    assert "4 images" in shown.out
     assert command("train", path, "--dry-run").code == 0
     assert command("eval", path).code == 0  # the base, with a head that knows nothing yet
     out = tmp_path / "predictions.jsonl"
