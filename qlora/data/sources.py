@@ -69,8 +69,11 @@ class Source:
     @property
     def folder(self) -> Path:
         """Folder that relative paths in the rows count from: the file's, or the source itself."""
-        path = Path(self.path).expanduser()
-        return path.parent if path.is_file() else path
+        try:
+            path = Path(self.path).expanduser()
+            return path.parent if path.is_file() else path
+        except (OSError, RuntimeError):  # reported by find_files
+            return Path()
 
 
 def labelled_images(source: Source) -> list[tuple[Path, str]]:
@@ -79,8 +82,10 @@ def labelled_images(source: Source) -> list[tuple[Path, str]]:
     Raises:
         DataError: The folder has no such split, or images outside of folders for labels.
     """
+    if source.format != "images":
+        return []
     path = Path(source.path).expanduser()
-    if source.format != "images" or not path.is_dir():
+    if not path.is_dir():
         return []
     if any(_is_data(file.relative_to(path)) and type_of(file) != "text" for file in path.rglob("*") if file.is_file()):
         return []  # a file of rows names its images
