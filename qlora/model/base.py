@@ -9,15 +9,17 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead
+from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
+from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.quantization import find_quantized_layers, nf4_settings
 from qlora.model.score import replace_head
 from qlora.model.skeleton import build_skeleton
+from qlora.model.text_only import find_text_model, tensors_of_text
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
@@ -36,11 +38,12 @@ def load_base(
     on_weight: OnWeight | None = None,
     head: ScoreHead | None = None,
     seed: int = 0,
+    whole: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
-    else is loaded in the compute dtype.
+    else is loaded in the compute dtype. Of a multimodal model, only the text part is built and read.
 
     Args:
         base: A folder, or a model id on the hub. A checkpoint in bitsandbytes 4-bit keeps its codes.
@@ -58,6 +61,7 @@ def load_base(
         head: Head that scores documents, in place of the one over the vocabulary. The base's own is taken if its files
             have one for the same scores; otherwise its values are drawn from the seed.
         seed: Seed of these values.
+        whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -82,13 +86,14 @@ def load_base(
         arguments["attn_implementation"] = attention
     if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = nf4_settings(double_quant, dtype)
-    skeleton = build_skeleton(files, trust_remote_code, head)
+    skeleton = build_skeleton(files, trust_remote_code, head, whole)
     if stored_in != BITSANDBYTES_4BIT:
         vars(skeleton.config).pop(
             "quantization_config", None
         )  # it describes the stored weights, which are decoded when read
     weights = BaseWeights(files)
-    tensors: dict[str, Any] = {**weights.lazy()}
+    of_text = None if text_part(skeleton) is None else tensors_of_text(skeleton, weights.shapes)
+    tensors: dict[str, Any] = {**weights.lazy(of_text)}
     drawn: set[str] = set()
     if head is not None:
         tensors, drawn = replace_head(files, skeleton, head, tensors, seed, trust_remote_code)
@@ -110,6 +115,8 @@ def load_base(
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
+    if whole and is_multimodal(model.config):
+        model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
     return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)

@@ -11,11 +11,12 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations, use_document_attention
-from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents
+from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents, text_part, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Starts,
     adapter_spec,
+    adapter_specs,
     build_skeleton,
     check_isolation,
     check_loss,
@@ -24,6 +25,7 @@ from qlora.model import (
     load_for_training,
     load_tokenizer,
     optimizer_from_section,
+    read_config,
     set_tokens,
     starts_of,
     take_inventory,
@@ -148,6 +150,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         weight_format(files, model_section.quantization)
+        read_config(files, model_section.trust_remote_code)
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
@@ -174,6 +177,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         if head is not None:
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
+        if text_part(skeleton) is not None:  # names of other parts are easily confused with those of text
+            adapter_specs(skeleton, config.lora)
+            train_rows(skeleton, config.lora.modules_to_save)
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
     # Before memory is fitted, because that exchanges a number between processes for every level.
