@@ -246,9 +246,9 @@ def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:
     if unknown:
         elsewhere = [f"{asked!r} is in {other}. " for asked in unknown if (other := other_part(model, asked))]
         raise ModelError(
-            f"lora.modules_to_save: {''.join(elsewhere)}{', '.join(map(repr, unknown))} can't be trained in full: only the input "
-            f"embeddings and the output head can, in {type(model).__name__} {' and '.join(allowed)}. Linear layers are "
-            "adapted by lora.targets."
+            f"lora.modules_to_save: {''.join(elsewhere)}{', '.join(map(repr, unknown))} can't be trained in full: only "
+            f"the input embeddings and the output head can, in {type(model).__name__} {' and '.join(allowed)}. "
+            "Linear layers are adapted by lora.targets."
         )
     return {name for found in matches.values() for name in found}
 

@@ -37,8 +37,7 @@ def multimodal_class(config: Any) -> type | None:
     if not is_multimodal(config) or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return None
     whole, text = (
-        mapping[type(config)] if type(config) in mapping else None
-        for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+        mapping.get(type(config), None) for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     )
     is_text = text is not whole and text is not None and text.__name__ in (config.architectures or ())
     return None if is_text else whole

@@ -89,7 +89,7 @@ def _other_parts(model: Any, text_model: str) -> dict[str, nn.Module]:
     }
 
 
-class _Arrived(Exception):
+class _Arrived(Exception):  # noqa: N818 (a signal, no error)
     """Text has arrived at the text model."""
 
 

@@ -1,0 +1,53 @@
+"""Releases of multimodal bases: the text part is merged, everything else travels under its own name."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.files import BaseFiles
+from qlora.model import build_skeleton
+from qlora.model.base_weights import BaseWeights
+from qlora.model.text_only import tensors_of_text
+from scripts.dev.bench import proof_families as families
+from tests.multimodal import FAMILIES, make_multimodal
+
+# Families whose files have other names than their modules, and the one with most parts; QLORA_SWEEP=1 checks all.
+CHECKED = tuple(FAMILIES) if os.environ.get("QLORA_SWEEP") else ("llava", "qwen2_5_vl", "gemma4")
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CHECKED)
+def test_a_release_matches_the_run_and_peft_on_the_whole_model(family, alpaca_file, tmp_path, seed):
+    pytest.importorskip("peft")
+    is_published = seed % 2 == 0
+    base = make_multimodal(tmp_path / "base", family, seed, is_published)
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    sections = {"data": families.RUN["data"] | {"packing": family != "qwen3_5"}}
+    run = families.train_run(base, alpaca_file, tmp_path / "run", **sections)
+    proof = families.prove(base, run, tmp_path, "AutoModelForImageTextToText")
+    assert proof.problems["dequantized"] == []
+    assert all("is worse than the adapter's" in problem for problem in proof.problems["original"])
+    assert abs(proof.max_kl) < 1e-6
+    assert proof.peft_difference < 1e-5 < proof.update / 100
+
+    merged = tmp_path / "dequantized"
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    assert {*before} == {*after}
+    files = BaseFiles.resolve(str(base))
+    of_text = tensors_of_text(build_skeleton(files), BaseWeights(files).shapes)
+    others = {*before} - of_text
+    assert others
+    assert all(torch.equal(before[name].float(), after[name]) for name in others)
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == files.config["architectures"]
+    assert config["text_config"].get("dtype", "float32") == "float32"
+    assert (merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
+    assert json.loads((merged / "chat_template.json").read_text()) == {"chat_template": TEMPLATE}
+    assert (merged / "chat_template.jinja").read_text() == TEMPLATE
