@@ -222,7 +222,7 @@ def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
     parts = sorted({name.rpartition(".")[2] for name in adapted})
     linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
     text = text_part(model)
-    if text is not None:  # PEFT selects layers of the whole model
+    if text is not None:  # PEFT selects modules of the whole model
         linears += [name for names in text.others.values() for name in names]
     selected = {name for name in linears if name.rpartition(".")[2] in parts}
     return parts if selected == set(adapted) else sorted(adapted)

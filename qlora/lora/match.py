@@ -29,8 +29,8 @@ def other_part(model: nn.Module, pattern: str) -> str | None:
     text = text_part(model)
     if text is None:
         return None
-    for part, linears in text.others.items():
-        if any(matches(pattern, name) for name in (part, *linears)):
+    for part, names in text.others.items():
+        if any(matches(pattern, name) for name in names):
             return f"{part}, which is not trained: only {text.text_model} is"
     return None
 

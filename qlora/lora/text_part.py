@@ -13,7 +13,7 @@ class TextPart:
 
     Attributes:
         text_model: Name of the module that computes the hidden states of text.
-        others: Names of the linear layers of each other part, such as `model.visual`, by its name. Most are left out;
+        others: Names of the modules of each other part, such as `model.visual`, by its name. Most parts are left out;
             one that text passes on its way to the text model is there, but not trained.
     """
 

@@ -27,7 +27,7 @@ def unsupported_kind(config: Any) -> str | None:
     return None if has_class or has_code else "not a language model"
 
 
-def multimodal_class(config: Any) -> type | None:
+def multimodal_class(config: Any) -> Any:
     """Return the multimodal class that a config describes; None for a model of text alone.
 
     A config of a multimodal model may come with the weights of its text model alone, saved by the class for text.

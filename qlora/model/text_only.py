@@ -14,7 +14,7 @@ from qlora.model.names import names_in_files
 ANY_MASK = (1, 1, 1, 1)
 
 
-def text_only(whole: type) -> type:
+def text_only(whole: Any) -> Any:
     """Return a multimodal class that builds the modules that text passes, and no others.
 
     Its modules have the names that they have in the whole class, so that files, adapters and other tools agree on them,
@@ -25,7 +25,7 @@ def text_only(whole: type) -> type:
     """
 
     def build(self: Any, config: Any) -> None:
-        whole.__init__(self, config)  # type: ignore[misc]
+        whole.__init__(self, config)
         _leave_out_other_parts(self)
 
     return type(whole.__name__, (whole,), {"__module__": whole.__module__, "__init__": build})
@@ -53,15 +53,14 @@ def _leave_out_other_parts(model: Any) -> None:
     name, text = find_text_model(model)
     parts = _other_parts(model, name)
     passed = _passed_parts(model, text, parts)
-    linears = {
-        part: [f"{part}.{own}".removesuffix(".") for own, each in module.named_modules() if isinstance(each, nn.Linear)]
-        for part, module in parts.items()
+    names = {
+        part: [f"{part}.{own}".removesuffix(".") for own, _ in module.named_modules()] for part, module in parts.items()
     }
     for part in parts.keys() - passed:
         parent, _, attribute = part.rpartition(".")
         setattr(model.get_submodule(parent), attribute, None)
     _passed_parts(model, text, {})  # again, since some classes read attributes of modules that they do not call
-    model.text_part = TextPart(name, linears)
+    model.text_part = TextPart(name, names)
 
 
 def find_text_model(model: Any) -> tuple[str, Any]:
