@@ -12,6 +12,7 @@ from qlora.errors import ModelError
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.match import matches, other_part, unmatched
+from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 from qlora.lora.text_part import text_part
 
@@ -49,7 +50,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if _is_linear(module) and (text is None or not text.is_outside(name))
+        if is_linear(module) and (text is None or not text.is_outside(name))
     }
 
 
@@ -236,8 +237,3 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # A transformers model has `dequantize` too, but no sizes.
-    return isinstance(module, nn.Linear) or (hasattr(module, "dequantize") and hasattr(module, "in_features"))

@@ -6,13 +6,15 @@ import transformers
 
 from qlora.data import collate, make_example
 from qlora.errors import ModelError
+from qlora.files import BaseFiles
 from qlora.files.stored import StoredTensors
 from qlora.layers import use_document_attention
-from qlora.lora import add_lora, linear_layers, match_targets, text_model, text_part, train_rows
-from qlora.model import load_base
+from qlora.lora import Targets, add_lora, linear_layers, match_targets, text_model, text_part, train_rows
+from qlora.model import build_skeleton, load_base
 from qlora.model.loss import check_isolation, check_loss, model_inputs
+from qlora.model.quantization import layers_in_16bit, nf4_settings, quantized_names
+from qlora.model.text_only import text_only
 from tests.multimodal import FAMILIES, make_multimodal
-from tests.tiny import only
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -112,18 +114,46 @@ def test_a_name_that_text_shares_with_another_part_is_that_of_text(llava):
 
 
 def test_other_names_in_another_part_are_refused(llava):
-    from qlora.lora import Targets
-
     with pytest.raises(ModelError, match=r"lora.exclude: 'fc1' is in model.vision_tower, which is not trained"):
         match_targets(llava, Targets("all-linear", exclude=["fc1"]))
     with pytest.raises(ModelError, match=r"lora.modules_to_save: 'vision_tower' is in model.vision_tower"):
         train_rows(llava, ["vision_tower"])
 
 
-def test_a_part_that_text_passes_is_loaded_but_not_trained(tmp_path):
-    """Gemma 3n looks up every token in the embedders of its other parts."""
-    pytest.importorskip("timm")
-    del tmp_path
+class Passing(transformers.LlavaForConditionalGeneration):
+    """Text passes a module next to the text model, as in Gemma 3n."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_vision = torch.nn.Sequential(torch.nn.Linear(64, 64))
+
+    def forward(self, input_ids=None, **kwargs):
+        embedded = self.model.embed_vision(self.get_input_embeddings()(input_ids))
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+class Touching(Passing):
+    """Text needs a module that is not called, as in Qwen2-Audio."""
+
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids.to(self.model.vision_tower.device), **kwargs)
+
+
+def test_a_part_that_text_passes_is_kept_but_not_trained(llava):
+    with torch.device("meta"):
+        model = text_only(Passing)(llava.config)
+    assert model.model.vision_tower is None
+    assert model.model.embed_vision is not None
+    assert match_targets(model, "all-linear") == match_targets(llava, "all-linear")
+    with pytest.raises(ModelError, match=r"'model.embed_vision.0' is in model.embed_vision, which is not trained"):
+        match_targets(model, ["model.embed_vision.0"])
+    settings = nf4_settings(True, torch.float32, layers_in_16bit(model))
+    assert quantized_names(model, settings) == match_targets(llava, "all-linear")
+
+
+def test_a_class_that_takes_no_text_without_its_other_parts_is_refused(llava):
+    with pytest.raises(ModelError, match="Touching takes no text without its other parts"), torch.device("meta"):
+        text_only(Touching)(llava.config)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +167,6 @@ def test_a_part_that_text_passes_is_loaded_but_not_trained(tmp_path):
     ],
 )
 def test_models_of_other_kinds_are_refused_by_their_config(tmp_path, config_class, arguments, kind):
-    from qlora.files import BaseFiles
-    from qlora.model import build_skeleton
-
     getattr(transformers, config_class)(**arguments).save_pretrained(tmp_path)
     files = BaseFiles.resolve(str(tmp_path), with_weights=False)
     with pytest.raises(ModelError) as error:
@@ -148,4 +175,3 @@ def test_models_of_other_kinds_are_refused_by_their_config(tmp_path, config_clas
         f"{tmp_path} is {kind}, but only decoder-only models are supported; set model.base to one, such as Llama, "
         "Mistral, Qwen or Gemma."
     )
-    assert only([error.value])
