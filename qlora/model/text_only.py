@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.lora import TextPart, output_head
+from qlora.lora import TextPart, output_head, text_part
 from qlora.model.names import names_in_files
 
 # Shape of a mask that transformers passes on to the text model as it is.
@@ -42,6 +42,25 @@ def tensors_of_text(skeleton: Any, stored: Iterable[str]) -> set[str]:
     parameters = skeleton.state_dict()
     names = {tensor for parameter, tensor in one_to_one.items() if parameter in parameters}
     return names.union(*(tensors for parameter, tensors in converted.items() if parameter in parameters))
+
+
+def names_as_text(skeleton: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return the names that stored tensors have in a model of text alone; of a multimodal model, only those of text.
+
+    Args:
+        skeleton: The model without weights.
+        stored: Names of the tensors in the files.
+    """
+    text = text_part(skeleton)
+    if text is None:
+        return {name: name for name in stored}
+    one_to_one, _ = names_in_files(skeleton, stored)
+    parameters, prefix = skeleton.state_dict(), f"{text.text_model}."
+    return {
+        name: f"model.{parameter.removeprefix(prefix)}" if parameter.startswith(prefix) else parameter
+        for parameter, name in one_to_one.items()
+        if parameter in parameters
+    }
 
 
 def _leave_out_other_parts(model: Any) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import random
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from qlora.export import merge
 from qlora.files import BaseFiles
 from qlora.model import build_skeleton
 from qlora.model.base_weights import BaseWeights
 from qlora.model.text_only import tensors_of_text
+from qlora.proof import verify
 from scripts.dev.bench import proof_families as families
 from tests.multimodal import FAMILIES, make_multimodal
 
@@ -22,15 +26,24 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", CHECKED)
-def test_a_release_matches_the_run_and_peft_on_the_whole_model(family, alpaca_file, tmp_path, seed):
-    pytest.importorskip("peft")
-    is_published = seed % 2 == 0
-    base = make_multimodal(tmp_path / "base", family, seed, is_published)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(request, alpaca_file, tmp_path_factory):
+    """A base of a family, in either layout, and its run; not to be changed."""
+    folder, seed = tmp_path_factory.mktemp(request.param), random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    base = make_multimodal(folder / "base", request.param, seed, is_published=seed % 2 == 0)
     (base / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    sections = {"data": families.RUN["data"] | {"packing": family != "qwen3_5"}}
-    run = families.train_run(base, alpaca_file, tmp_path / "run", **sections)
+    sections = {"data": families.RUN["data"] | {"packing": request.param != "qwen3_5"}}
+    return base, families.train_run(base, alpaca_file, folder / "run", **sections)
+
+
+@pytest.mark.parametrize("trained", CHECKED, indirect=True)
+def test_a_release_matches_the_run_and_peft_on_the_whole_model(trained, tmp_path):
+    pytest.importorskip("peft")
+    base, run = trained
     proof = families.prove(base, run, tmp_path, "AutoModelForImageTextToText")
     assert proof.problems["dequantized"] == []
     assert all("is worse than the adapter's" in problem for problem in proof.problems["original"])
@@ -51,3 +64,19 @@ def test_a_release_matches_the_run_and_peft_on_the_whole_model(family, alpaca_fi
     assert (merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
     assert json.loads((merged / "chat_template.json").read_text()) == {"chat_template": TEMPLATE}
     assert (merged / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.mark.parametrize("trained", ["llava"], indirect=True)
+def test_the_text_part_as_gguf(trained, tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    _, run = trained
+    merge(run, tmp_path / "out", "float16", format="gguf")
+    report = verify(run, tmp_path / "out")
+    assert report.problems == []
+    merge(run, tmp_path / "whole", "float16")
+    path = next((tmp_path / "out").glob("*.gguf")).name
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=path, dtype=torch.float32)
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    ids = torch.randint(4, 256, (1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(text(ids).logits, whole(input_ids=ids).logits, atol=1e-4, rtol=0)
