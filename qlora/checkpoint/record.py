@@ -88,6 +88,8 @@ class InUse:
         packing_fill: Share of the packed sequences that is filled with tokens; None without packing.
         learning_rate: Peak learning rate; None in records of qlora 0.1.0.
         learning_rate_why: How it was computed; None if the config gives it.
+        states: How layers that carry a state from token to token compute, and why; None if there are none.
+        unpacked_why: Why documents are not packed, although the config asks for it where it is possible.
     """
 
     device: str
@@ -109,6 +111,8 @@ class InUse:
     packing_fill: float | None
     learning_rate: float | None = None
     learning_rate_why: str | None = None
+    states: str | None = None
+    unpacked_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ def set_attention(model: Any, config: RunConfig, device: torch.device, row: int)
         use_document_attention(model)
         if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS:
             model.set_attn_implementation("sdpa")  # one kernel for all documents keeps as much as for a single one
-    by_documents = device.type == "cuda" and config.data.packing and model.config._attn_implementation == "sdpa"
+    by_documents = device.type == "cuda" and config.data.packs and model.config._attn_implementation == "sdpa"
     for holder in (model.config.get_text_config(), *model.modules()):
         window = getattr(holder, "sliding_window", None)
         if isinstance(window, int):
