@@ -22,6 +22,8 @@ CONDITION = (
     ast.expr_context,
 )  # fmt: skip
 
+OWN = __name__.partition(".")[0]
+
 # A condition, and the value that it has where a weight is read.
 Condition = tuple[CodeType, bool]
 
@@ -32,12 +34,14 @@ def read_directly(model: nn.Module) -> list[str]:
     The code is that of the classes' methods, so a model without values is enough. Reads under a condition that the
     module's own attributes exclude don't count, such as Bloom's for `pretraining_tp`.
     """
-    found = {
-        f"{name}.{path}" if name else path
-        for name, module in model.named_modules()
-        for path, conditions in _reads(type(module))
-        if all(_may_hold(module, condition) for condition in conditions)
-    }
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        kind: Any = type(module)
+        if kind.__module__.partition(".")[0] == OWN:  # adapters read the weight that they are around
+            continue
+        for path, conditions in _reads(kind):
+            if all(_may_hold(module, condition) for condition in conditions):
+                found.add(f"{name}.{path}" if name else path)
     return [name for name, _ in model.named_modules() if name in found]
 
 
@@ -50,9 +54,9 @@ def _may_hold(module: nn.Module, condition: Condition) -> bool:
 
 
 @cache
-def _reads(kind: type[nn.Module]) -> list[tuple[str, tuple[Condition, ...]]]:
+def _reads(kind: Any) -> list[tuple[str, tuple[Condition, ...]]]:
     """Return the paths of the modules whose weight a class's methods read, each with the conditions around it."""
-    found = []
+    found: list[tuple[str, tuple[Condition, ...]]] = []
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         if name.startswith(SETS_VALUES) or method.__module__ != kind.__module__:  # others know no names of its parts
             continue

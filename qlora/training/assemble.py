@@ -17,6 +17,7 @@ from qlora.model import (
     Isolation,
     Starts,
     adapter_spec,
+    adapter_specs,
     build_skeleton,
     check_loss,
     datasets_from_section,
@@ -70,6 +71,7 @@ class RunPlan:
     def summary(self) -> str:
         """Return one line for people."""
         inventory, in_use = self.inventory, self.in_use
+        direct = inventory.describe_direct()
         return (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of linear and expert weights in "
             f"4 bits; training "
@@ -77,6 +79,7 @@ class RunPlan:
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
             f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
             f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
+            f"{direct and f'. {direct}'}"
         )
 
     def _learning_rate(self) -> str:
@@ -178,6 +181,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
+        adapter_specs(skeleton, config.lora)  # before anything is loaded, targets that match nothing are reported
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
