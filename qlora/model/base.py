@@ -93,9 +93,8 @@ def load_base(
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:
-        vars(skeleton.config).pop(
-            "quantization_config", None
-        )  # it describes the stored weights, which are decoded when read
+        for config in (skeleton.config, skeleton.config.get_text_config()):
+            vars(config).pop("quantization_config", None)  # it describes the stored weights, which are read decoded
     weights = BaseWeights(files)
     tensors: dict[str, Any] = {**weights.lazy()}
     drawn: set[str] = set()
