@@ -121,6 +121,7 @@ def attend_with_sinks(
     length, mask = query.shape[2], None
     if window is not None and length > window:
         mask = query.new_zeros((length, length)).masked_fill(~near_mask(length, window, query.device), -torch.inf)
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]  # the kernel does not check it
     attended: torch.Tensor = _OneDocument.apply(query, key, value, sinks, scale, mask)
     return attended
 
