@@ -14,6 +14,7 @@ from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
 from qlora.layers.sinks import has_sinks
+from qlora.layers.states import use_document_states
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
 from qlora.nf4 import NF4Linear
@@ -150,6 +151,8 @@ def set_attention(model: Any, config: RunConfig, device: torch.device, row: int)
         use_document_attention(model)
         if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS and not has_sinks(model):
             model.set_attn_implementation("sdpa")  # one kernel for all documents keeps as much as for a single one
+    if config.data.packs:
+        use_document_states(model)
     by_documents = device.type == "cuda" and config.data.packs and model.config._attn_implementation == "sdpa"
     for holder in (model.config.get_text_config(), *model.modules()):
         window = getattr(holder, "sliding_window", None)
