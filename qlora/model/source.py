@@ -11,6 +11,7 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
 from qlora.lora import ScoreHead, stored_head
+from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.quantization import find_quantized_layers, settings_of_base
@@ -129,7 +130,7 @@ class AdapterSource:
             return []
         skeleton = build_skeleton(files, head=self.head)
         settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
-        layers = find_quantized_layers(skeleton, settings, files.name, files.tensors)
+        layers = find_quantized_layers(skeleton, settings, files.name, BaseWeights(files).shapes)
         return [layer.name for layer in layers.values()]
 
 
