@@ -36,8 +36,7 @@ def trained(request, alpaca_file, tmp_path_factory):
     print(f"seed {seed}")
     base = make_multimodal(folder / "base", request.param, seed, is_published=seed % 2 == 0)
     (base / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    sections = {"data": families.RUN["data"] | {"packing": request.param != "qwen3_5"}}
-    return base, families.train_run(base, alpaca_file, folder / "run", **sections)
+    return base, families.train_run(base, alpaca_file, folder / "run")
 
 
 @pytest.mark.parametrize("trained", CHECKED, indirect=True)

@@ -8,10 +8,10 @@ from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.stored import StoredTensors
-from qlora.layers import use_document_attention
 from qlora.lora import Targets, add_lora, linear_layers, match_targets, text_model, text_part, train_rows
 from qlora.model import build_skeleton, load_base
-from qlora.model.loss import check_isolation, check_loss, model_inputs
+from qlora.model.isolation import keep_apart
+from qlora.model.loss import check_loss, model_inputs
 from qlora.model.quantization import layers_in_16bit, nf4_settings, quantized_names
 from qlora.model.text_only import text_only
 from tests.multimodal import FAMILIES, make_multimodal
@@ -66,16 +66,14 @@ def test_the_text_part_computes_what_the_whole_model_computes(base, generator, m
 
 
 def test_packed_documents_compute_what_they_compute_alone(family, tmp_path, generator):
-    if family == "qwen3_5":
-        pytest.skip("its layers carry a state from document to document")
     base = make_multimodal(tmp_path / "base", family, seed=3)
     documents = [ids_of_text(generator, length)[0].numpy() for length in (7, 11, 5)]
     examples = [make_example(ids, [True] * len(ids)) for ids in documents]
     for attention in ("auto", "eager"):
         model, _ = load_base(str(base), "none", compute_dtype="float32", device="cpu", attention=attention)
-        if attention == "auto":
-            assert "by documents" in use_document_attention(model)
-        check_isolation(model, examples[0], examples[1])
+        isolation = keep_apart(model, examples[0], examples[1], any_attention=attention == "auto", packed=True)
+        assert isolation.mixed_reason is None
+        assert ("by documents" in isolation.attention) == (attention == "auto")
         batch = collate(examples, packed=True)
         with torch.no_grad():
             packed = model(**model_inputs(model, batch)).logits[0]
