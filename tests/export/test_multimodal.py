@@ -47,7 +47,7 @@ def test_a_release_matches_the_run_and_peft_on_the_whole_model(trained, tmp_path
     assert proof.problems["dequantized"] == []
     assert all("is worse than the adapter's" in problem for problem in proof.problems["original"])
     assert abs(proof.max_kl) < 1e-6
-    assert proof.peft_difference < 1e-5 < proof.update / 100
+    assert proof.peft_difference < 5e-5 < proof.update / 100
 
     merged = tmp_path / "dequantized"
     before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
