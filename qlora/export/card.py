@@ -250,7 +250,8 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     size = unit_of(train.objective)[1]
     longest = data.max_seq_len if size == 1 else f"{size} × {data.max_seq_len}"
-    rows_of = f"{sequences} of up to {longest} tokens{', packed' if data.packing else ''}"
+    packed = "" if in_use.packing_fill is None else ", packed"
+    rows_of = f"{sequences} of up to {longest} tokens{packed}"
     rate = in_use.learning_rate or train.peak
     mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
     start = None if lora.start_from is None else public_name(lora.start_from)[0]

@@ -1,5 +1,6 @@
 """LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
+from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import (
@@ -48,6 +49,7 @@ from qlora.lora.start import (
 )
 from qlora.lora.statistics import InputObserver, InputStatistics
 from qlora.lora.switch import adapters_at_start, adapters_off
+from qlora.lora.text_part import TextPart, text_model, text_part
 
 __all__ = [
     "AdapterSpec",
@@ -63,6 +65,7 @@ __all__ = [
     "ScoreHead",
     "StoredAdapter",
     "Targets",
+    "TextPart",
     "TrainedEmbedding",
     "TrainedHead",
     "adapters_at_start",
@@ -88,6 +91,7 @@ __all__ = [
     "orthogonal",
     "output_head",
     "pissa",
+    "read_directly",
     "reconstruct",
     "redistribute",
     "scores_documents",
@@ -95,6 +99,8 @@ __all__ = [
     "starts_to_tensors",
     "stored_head",
     "subtract",
+    "text_model",
+    "text_part",
     "train_rows",
     "trained_rows",
     "unmatched",

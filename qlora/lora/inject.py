@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.direct import read_directly
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
-from qlora.lora.match import matches, unmatched
+from qlora.lora.match import matches, other_part, unmatched
 from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
+from qlora.lora.text_part import text_part
 
 ALL_LINEAR = "all-linear"
 # The index of a layer in a module's name: the first number, as in `model.layers.3.self_attn.q_proj`.
@@ -33,7 +35,8 @@ class Targets:
 
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
-            (`q_proj`), or regular expressions that match a full name.
+            (`q_proj`), or regular expressions that match a full name. Layers that :func:`read_directly` returns are
+            left out.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -44,8 +47,13 @@ class Targets:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+    """Return the linear layers of a model by name, in the model's order; of a multimodal one, those of text."""
+    text = text_part(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and (text is None or not text.is_outside(name))
+    }
 
 
 def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
@@ -66,7 +74,10 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
     absent = sorted({*(given.layers or ())} - {*indices.values()})
     kept = [name for name in named if name not in left_out and (given.layers is None or indices[name] in given.layers)]
     problems = [
-        f"lora.exclude: '{pattern}' matches no layer of lora.targets; correct or remove it." for pattern in unused
+        f"lora.exclude: '{pattern}' is in {other}; remove it."
+        if (other := other_part(model, pattern))
+        else f"lora.exclude: '{pattern}' matches no layer of lora.targets; correct or remove it."
+        for pattern in unused
     ]
     if absent:
         largest = max((index for index in indices.values() if index is not None), default=None)
@@ -80,7 +91,9 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = list(linear_layers(model))
+    direct = {*read_directly(model)}
+    every = list(linear_layers(model))
+    linears = [name for name in every if name not in direct]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = output_head(model)
@@ -90,9 +103,7 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             found[pattern] = [name for name in linears if model.get_submodule(name) is not head]
         else:
             found[pattern] = [name for name in linears if matches(pattern, name)]
-    problems = [
-        unmatched("lora.targets", pattern, model, linears, "adapted") for pattern, names in found.items() if not names
-    ]
+    problems = [_unmatched(model, every, linears, pattern) for pattern, names in found.items() if not names]
     if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in found.values() for name in names}
@@ -103,6 +114,16 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             "it out."
         )
     return [name for name in linears if name in wanted]
+
+
+def _unmatched(model: nn.Module, every: Sequence[str], linears: Sequence[str], pattern: str) -> str:
+    read = [name for name in every if matches(pattern, name)]
+    if not read:
+        return unmatched("lora.targets", pattern, model, linears, "adapted")
+    return (
+        f"lora.targets: '{pattern}' is {read[0]}, whose weight the model's code reads instead of calling the layer, so "
+        "an adapter would have no effect there; leave it out."
+    )
 
 
 def add_lora(

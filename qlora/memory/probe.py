@@ -16,6 +16,7 @@ from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
+from qlora.layers.states import use_document_states
 from qlora.lora import input_embedding
 from qlora.model.from_config import optimizer_from_section, set_tokens, with_images
 from qlora.model.initial import load_for_training
@@ -118,6 +119,8 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
     )
     if config.model.attention == "auto":
         use_document_attention(model)
+    if config.data.packs:
+        use_document_states(model)
     rebuild_activations(model)
     return model.train()
 
@@ -147,7 +150,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
     documents = [made_up_document(ids, config, files.folder, loss) for ids in torch.randint(vocabulary, shape).tolist()]
-    batch = collate(documents, packed=config.data.packing)
+    batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 
     def step() -> None:

@@ -22,8 +22,9 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
+from qlora.model.isolation import Isolation, keep_apart, mixed_reason
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
-from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss, token_loss
+from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
 from qlora.model.processor import load_processor
 from qlora.model.restore import (
@@ -35,7 +36,7 @@ from qlora.model.restore import (
     load_run,
     load_run_tokenizer,
 )
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, read_config
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, has_codes, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
@@ -47,6 +48,7 @@ __all__ = [
     "AdapterSource",
     "BaseWeights",
     "Evaluation",
+    "Isolation",
     "Loss",
     "Prediction",
     "Starts",
@@ -59,7 +61,6 @@ __all__ = [
     "base_from_section",
     "build_skeleton",
     "check_documents",
-    "check_isolation",
     "check_loss",
     "datasets_from_section",
     "end_token_ids",
@@ -69,12 +70,14 @@ __all__ = [
     "generate",
     "group_rates",
     "has_codes",
+    "keep_apart",
     "labels_from_config",
     "load_base",
     "load_for_training",
     "load_generation_config",
     "find_foreign",
     "load_adapted",
+    "mixed_reason",
     "load_adapter_tokenizer",
     "load_model",
     "load_model_tokenizer",
@@ -87,6 +90,7 @@ __all__ = [
     "optimizer_from_section",
     "resolve_compute_dtype",
     "predict",
+    "read_config",
     "read_labels",
     "resolve_device",
     "set_tokens",

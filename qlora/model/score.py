@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, to_device
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead, head_blocks, output_head, reads_images, score_name, stored_head
+from qlora.lora import ScoreHead, head_blocks, output_head, reads_images, score_name, stored_head, text_model
 from qlora.model.loss import model_inputs, rows_at
 from qlora.model.names import names_in_files
 from qlora.model.skeleton import build_skeleton, of_images
@@ -110,7 +110,7 @@ def document_scores(model: Any, batch: Batch) -> torch.Tensor:
 
 def _last_states(model: Any, batch: Batch) -> torch.Tensor:
     """Return the hidden state of each text's last token, (documents, features)."""
-    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     rows, norm = rows_at(hidden, last_tokens(batch))
     return rows if norm is None else norm(rows)
 

@@ -12,7 +12,7 @@ from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead, add_lora, scores_documents, train_rows
-from qlora.model import build_skeleton, check_isolation, generate, load_base
+from qlora.model import build_skeleton, generate, load_base, mixed_reason
 from qlora.model.score import check_scores, document_scores, last_scores
 from qlora.nf4 import NF4Linear
 from tests.reference.reward import scores_one_by_one
@@ -83,7 +83,8 @@ def test_bases_that_can_not_score_documents_are_refused_by_name(family, problem,
     if family == "GraniteConfig":
         make_base(tmp_path, 1, transformers.GraniteConfig)
     else:
-        config = transformers.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+        sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+        config = transformers.BertConfig(**sizes, is_decoder=True)
         config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=problem):
         build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False), head=ScoreHead(1))
@@ -102,7 +103,7 @@ def test_another_place_of_the_scores_is_refused(tiny_base, generator):
 def test_packed_documents_are_checked_by_their_scores(tiny_base, generator):
     model, _ = load_base(str(tiny_base), head=ScoreHead(1), compute_dtype="float32")
     first, second = documents(generator, 5, 8)
-    check_isolation(model, first, second, last_scores)
+    assert mixed_reason(model, first, second, last_scores) is None
 
 
 def test_a_model_that_scores_texts_is_refused_where_answers_are_asked_for(tiny_base, tmp_path):

@@ -228,9 +228,10 @@ class DataSection(Section):
         description="How documents longer than data.max_seq_len are handled. The report counts them.",
         examples=["truncate"],
     )
-    packing: bool = Field(
-        default=True,
-        description="Put several documents into one sequence. They do not see each other. Images are not packed.",
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Put several documents into one sequence. They do not see each other; for a base that can't keep "
+        "them apart, auto does not pack, and true is an error. Images are not packed.",
         examples=[False],
     )
     on_bad_row: Literal["error", "drop"] = Field(
@@ -262,8 +263,8 @@ class DataSection(Section):
 
     @field_validator("packing")
     @classmethod
-    def _check_packing(cls, value: bool, info: ValidationInfo) -> bool:
-        return value and info.data.get("format") != IMAGES
+    def _check_packing(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        return False if info.data.get("format") == IMAGES else value
 
     @property
     def has_images(self) -> bool:
@@ -274,6 +275,11 @@ class DataSection(Section):
     def max_tokens(self) -> int:
         """Largest number of tokens of a document; an image counts as one."""
         return 1 if self.has_images else self.max_seq_len
+
+    @property
+    def packs(self) -> bool:
+        """Whether documents are packed, if the base keeps them apart."""
+        return self.packing is not False
 
     @property
     def eval_sets(self) -> dict[str, list[SourceSection] | float]:
