@@ -32,7 +32,7 @@ from qlora.model import (
     subtracted,
     weight_format,
 )
-from qlora.model.quantization import QuantizedLayer, find_quantized_layers, nf4_settings
+from qlora.model.quantization import QuantizedLayer, bitsandbytes_settings, find_quantized_layers
 from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_tensors
 
 COPIED = (
@@ -137,7 +137,7 @@ def quantize_model(
     notes = _notes(files.folder)
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
-    settings = nf4_settings(double_quant, target)
+    settings = bitsandbytes_settings(double_quant, target)
     layers = find_quantized_layers(
         build_skeleton(files, trust_remote_code, stored_head(files.config)), settings, base, weights.shapes
     )

@@ -9,6 +9,7 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
+from qlora.layers.experts import check_experts, use_nf4_experts
 from qlora.lora import ScoreHead
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -87,6 +88,8 @@ def load_base(
         vars(skeleton.config).pop(
             "quantization_config", None
         )  # it describes the stored weights, which are decoded when read
+    if quantization == "nf4":
+        check_experts(skeleton, base)
     weights = BaseWeights(files)
     tensors: dict[str, Any] = {**weights.lazy()}
     drawn: set[str] = set()
@@ -101,7 +104,10 @@ def load_base(
             model, info = type(skeleton).from_pretrained(
                 None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
             )
+            experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
             _take_over_linears(model)
+            if quantization == "nf4":
+                use_nf4_experts(model, experts, double_quant)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
         if attention != "auto" and "attention" in str(error).lower():
             raise ModelError(

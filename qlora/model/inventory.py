@@ -5,7 +5,7 @@ from torch import nn
 
 from qlora.checkpoint import Inventory
 from qlora.lora import LoraLinear, lora_layers, trained_rows
-from qlora.nf4 import NF4Linear, statistics
+from qlora.nf4 import NF4Experts, NF4Linear
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -25,8 +25,8 @@ def take_inventory(model: nn.Module) -> Inventory:
             trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
             adapted += module.in_features * module.out_features
             continue
-        if isinstance(module, NF4Linear):
-            in_4bit += module.in_features * module.out_features
+        if isinstance(module, NF4Linear | NF4Experts):
+            in_4bit += module.numel
             num_bytes += module.num_bytes
             quantized.append(name)
             del parameters["weight"]
@@ -56,8 +56,8 @@ def frozen_checksum(model: nn.Module) -> int:
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     frozen: list[torch.Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            frozen += statistics(module.quant_state)
+        if isinstance(module, NF4Linear | NF4Experts):
+            frozen += module.statistics
         if isinstance(module, LoraLinear):
             frozen += module.buffers(recurse=False)
     for tensor in frozen:

@@ -8,6 +8,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.model.names import names_in_files, transposed_modules
+from qlora.model.quantizer import register
 from qlora.nf4 import is_bitsandbytes_linear
 
 
@@ -25,7 +26,14 @@ class QuantizedLayer:
 
 
 def nf4_settings(double_quant: bool, compute_dtype: torch.dtype) -> Any:
-    """Return the `BitsAndBytesConfig` that has transformers quantize a model to NF4."""
+    """Return the settings that have transformers quantize a model to NF4, its experts too."""
+    settings = bitsandbytes_settings(double_quant, compute_dtype)
+    settings.quant_method = register()
+    return settings
+
+
+def bitsandbytes_settings(double_quant: bool, compute_dtype: torch.dtype) -> Any:
+    """Return the settings of a model whose linear layers are stored in NF4."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -12,9 +12,11 @@ from qlora.config import load_config
 from qlora.files import BaseFiles
 from qlora.lora.head import SCORE
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
+from qlora.model.expert_files import expert_tensors
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
 from qlora.nf4 import dequantize, quantize
+from qlora.proof.experts import ExpectedExperts
 
 
 class ExpectedWeights:
@@ -59,6 +61,10 @@ class ExpectedWeights:
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
         self._starts = source.starts()
         self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
+        self._experts = ExpectedExperts(
+            self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, device, self.compute_dtype,
+            source.double_quant,
+        )  # fmt: skip
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
@@ -81,6 +87,8 @@ class ExpectedWeights:
         """Return a whole dequantized weight, as training used it; None for a weight that is used as in the files."""
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
+        if name in self._experts:
+            return self._experts.base_weight(name)
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
         weight = self._base.read(name)
