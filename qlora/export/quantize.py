@@ -21,6 +21,7 @@ from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
 from qlora.lora import stored_head
+from qlora.lora.mixture import expert_stacks
 from qlora.model import (
     BITSANDBYTES_4BIT,
     BaseWeights,
@@ -138,9 +139,14 @@ def quantize_model(
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
     settings = bitsandbytes_settings(double_quant, target)
-    layers = find_quantized_layers(
-        build_skeleton(files, trust_remote_code, stored_head(files.config)), settings, base, weights.shapes
-    )
+    skeleton = build_skeleton(files, trust_remote_code, stored_head(files.config))
+    if experts := expert_stacks(skeleton):
+        numel = sum(stack.numel for stack in experts.values())
+        notes.append(
+            f"{numel:,} weights of experts stay in {_name(target)}, because bitsandbytes has no format for them in 4 "
+            "bits; qlora quantizes them when it loads the folder"
+        )
+    layers = find_quantized_layers(skeleton, settings, base, weights.shapes)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
     with atomic_folder(out_dir, ExportError) as folder:

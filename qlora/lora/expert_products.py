@@ -168,7 +168,9 @@ class _ExpertProducts(torch.autograd.Function):
         flat, dtype = scores.reshape(-1, 1), x.dtype
         grad_rows = call.rows_like(x, x.shape[1]) if needs_x else None
         grad_scores = torch.zeros_like(flat) if needs_scores else None
-        grads = [torch.zeros_like(each, dtype=dtype) if need else None for each, need in zip(factors, needed, strict=True)]
+        grads = [
+            torch.zeros_like(each, dtype=dtype) if need else None for each, need in zip(factors, needed, strict=True)
+        ]
         grads_up, grads_down = call.split(grads)
         for expert, rows, tokens in call.hit(order):
             inputs, own, score = x[tokens], grad[tokens], flat[rows]

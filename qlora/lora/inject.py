@@ -12,6 +12,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
+from qlora.lora.mixture import routers
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 
 ALL_LINEAR = "all-linear"
@@ -32,7 +33,7 @@ class Targets:
 
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
-            (`q_proj`), or regular expressions that match a full name.
+            (`q_proj`), or regular expressions that match a full name. Routers of experts are never adapted.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -79,7 +80,8 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = list(linear_layers(model))
+    kept = routers(model)
+    linears = [name for name in linear_layers(model) if name not in kept]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = output_head(model)
@@ -245,6 +247,8 @@ def _unmatched(model: nn.Module, linears: Sequence[str], pattern: str) -> str:
     others = [name for name, _ in model.named_modules() if name and _matches(pattern, name)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
+        if others[0] in routers(model):
+            return f"lora.targets: '{pattern}' is {others[0]}, which chooses experts; routers stay as they are."
         return f"lora.targets: '{pattern}' is {others[0]}, a {kind}; only linear layers can be adapted."
     parts = sorted({name.rpartition(".")[2] for name in linears})
     near = difflib.get_close_matches(pattern, [*parts, *linears], n=1)

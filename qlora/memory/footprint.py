@@ -14,7 +14,9 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
+from qlora.lora.mixture import ExpertStack, expert_stacks, routers
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
@@ -93,12 +95,16 @@ def take_footprint(
     model.requires_grad_(False)
     specs = adapter_specs(model, config.lora)
     adapted = {name: model.get_submodule(name) for name in specs}
+    kept = {head, *map(model.get_submodule, routers(model))}
     quantized = {} if quantization is None else {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in kept
     }  # fmt: skip
+    experts = {} if quantization is None else expert_stacks(model)
+    if quantization is not None:
+        check_experts(model, files.name)
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
-    weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
+    weights = _weight_bytes(model, quantized, experts, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
     shapes = [
         shape
         for layer, one in adapted.items()
@@ -112,7 +118,7 @@ def take_footprint(
     flat = FlatParameters(("", each) for each in [*trained, *all_rows])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
-    stack = Stack(model, adapted, specs, quantized)
+    stack = Stack(model, adapted, specs, quantized, experts)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -192,11 +198,15 @@ def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec]
     return total
 
 
-def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: bool) -> int:
-    in_4bit = {id(module.weight) for module in quantized.values()}
-    total = sum(
-        nf4_bytes(parameter.numel(), double_quant) if id(parameter) in in_4bit else parameter.nbytes
-        for parameter in model.parameters()  # each once, even if modules share it
-        if not parameter.requires_grad
-    )
+def _weight_bytes(
+    model: nn.Module, quantized: dict[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
+) -> int:
+    # The number of weights in each parameter that have statistics of their own.
+    in_4bit = {id(module.weight): 1 for module in quantized.values()}
+    in_4bit |= {id(model.get_parameter(name)): stack.shape[0] for name, stack in experts.items()}
+    total = 0
+    for parameter in model.parameters():  # each once, even if modules share it
+        if not parameter.requires_grad:
+            parts = in_4bit.get(id(parameter))
+            total += parameter.nbytes if parts is None else parts * nf4_bytes(parameter.numel() // parts, double_quant)
     return total + sum(buffer.nbytes for buffer in model.buffers())

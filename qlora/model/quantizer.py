@@ -1,12 +1,13 @@
 """transformers' quantizer for NF4, which also quantizes the experts of a mixture as they are read."""
 
+import re
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora.lora.mixture import expert_stacks
+from qlora.lora.mixture import expert_stacks, routers
 from qlora.nf4 import NF4Experts
 
 METHOD = "qlora_nf4"
@@ -53,6 +54,11 @@ def register() -> str:
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             """Return whether a parameter is to be quantized."""
             return param_name in self.stacks or super().param_needs_quantization(model, param_name, **kwargs)
+
+        def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+            """Return patterns of the linear layers that stay as they are: the head, and the routers."""
+            kept = [f"{re.escape(name)}$" for name in sorted(routers(model))]
+            return super().get_modules_to_not_convert(model, *args, **kwargs) + kept
 
         @property
         def linear_operation(self) -> Any:

@@ -1,11 +1,13 @@
 """Whether an adapter is the one that its run trained."""
 
 import math
+from typing import Any
 
 from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
 from qlora.config import load_config
 from qlora.errors import CheckpointError
 from qlora.model.from_config import adapter_spec
+from qlora.nf4 import NF4Experts
 
 
 def read_run_adapter(run: RunDirectory) -> PeftAdapter:
@@ -37,6 +39,22 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"{run.adapter} is not the adapter that its run trained; use the run's own:\n{lines}")
     return adapter
+
+
+def check_experts_as_trained(run: RunDirectory, model: Any) -> None:
+    """Check that the experts of a base are in 4 bits if they were in training.
+
+    Raises:
+        CheckpointError: A version of qlora that left them in 16 bits trained the run.
+    """
+    record = run.read_record()
+    trained = {*record.parameters.quantized}
+    others = [name for name, module in model.named_modules() if isinstance(module, NF4Experts) and name not in trained]
+    if others:
+        raise CheckpointError(
+            f"{run.path} was trained by qlora {record.versions.get('qlora', '0.1.0')} with experts in 16 bits "
+            f"({others[0]}), which are in 4 bits now; continue or run it with that version, or train again."
+        )
 
 
 def _show(ids: range) -> str:

@@ -29,6 +29,7 @@ from qlora.model import (
     take_inventory,
     weight_format,
 )
+from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
@@ -176,6 +177,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
         model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, model)
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,

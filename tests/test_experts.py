@@ -1,0 +1,160 @@
+"""Experts in 4 bits, family by family, against transformers' own eager code on the dequantized weights."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import JetMoeConfig
+
+from qlora.checkpoint import RunDirectory
+from qlora.checkpoint.adapter import save_adapter
+from qlora.config import load_config
+from qlora.data import collate
+from qlora.errors import ModelError
+from qlora.export import merge
+from qlora.files import BaseFiles
+from qlora.layers import apply_recompute
+from qlora.lora import add_lora, lora_layers
+from qlora.lora.mixture import expert_layers, expert_stacks, routers
+from qlora.model import load_base, open_source, supervised_loss, take_inventory
+from qlora.nf4 import NF4Experts
+from qlora.proof import verify
+from qlora.proof.expected import ExpectedWeights
+from qlora.proof.tensors import WrittenFolder, check_tensors
+from qlora.training import train
+from tests.layers.test_packed import random_documents
+from tests.moe import FAMILIES, copy_dequantized, make_moe
+from tests.tiny import make_base, run_config
+
+
+@pytest.fixture
+def base(family, tmp_path, seed):
+    return make_moe(tmp_path / "base", family, seed)
+
+
+def load(base, quantization="nf4"):
+    return load_base(str(base), quantization, compute_dtype="float32", device="cpu")[0]
+
+
+def adapted(model, generator):
+    """Add adapters with values drawn from the generator; return their parameters."""
+    names = add_lora(model, rank=4, dtype=torch.float32)
+    assert not {*names} & routers(model)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(model, parameters, batch):
+    loss = supervised_loss(model, batch)
+    return loss.item(), torch.autograd.grad(loss, parameters)
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 2e-5 * other.norm() + 1e-7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_is_in_4_bits_and_computes_what_transformers_does(family, base, generator):
+    model, plain = load(base), load(base, "none")
+    copy_dequantized(model, plain)
+    inventory, stacks = take_inventory(model), expert_stacks(plain)
+    assert stacks.keys() <= {*inventory.quantized}
+    assert sum(isinstance(module, NF4Experts) for module in model.modules()) == 2 * len([*expert_layers(model)])
+    matrices = sum(each.numel() for name, each in plain.named_parameters() if each.dim() > 1 and "embed" not in name)
+    in_4bit = inventory.quantized_share * inventory.num_parameters
+    others = plain.get_output_embeddings().weight.numel()
+    assert in_4bit >= 0.95 * (matrices - others)
+
+    documents = random_documents(generator, lengths=(17, 9))
+    state = generator.get_state()
+    trained = adapted(model, generator)
+    generator.set_state(state)
+    expected_loss, expected = gradients(plain, adapted(plain, generator), collate(documents))
+    loss, found = gradients(model, trained, collate(documents))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close(found, expected)
+
+    apply_recompute(model.train(), "full")
+    if family != "phimoe":  # which draws experts at random while it is trained
+        assert_close(gradients(model, trained, collate(documents))[1], expected)
+    if family not in ("phimoe", "gpt_oss"):  # whose sinks are lost where documents are kept apart
+        assert_close(gradients(model, trained, collate(documents, packed=True))[1], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_has_the_layout_of_the_files_and_is_verified(family, base, tmp_path, generator):
+    model = load_base(str(base), device="cpu")[0]  # in the dtype that is assumed for an adapter made elsewhere
+    adapted(model, generator)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    merge(tmp_path / "adapter", tmp_path / "out", dtype="float32", onto="dequantized")
+    source, files = open_source(tmp_path / "adapter"), BaseFiles.resolve(str(tmp_path / "out"))
+    expected = ExpectedWeights(source, source.base_files(), "dequantized", model.device)
+    assert check_tensors(expected, WrittenFolder(files, torch.float32)).problems == []
+    merged = load(tmp_path / "out", "none")
+    for name, stack in expert_stacks(merged).items():
+        for expert in range(stack.shape[0]):
+            trained = model.get_submodule(name).dequantize(expert, model.dtype)
+            assert torch.equal(merged.get_parameter(name)[expert], trained.float())
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {name: each.shape for name, each in after.items()} == {name: each.shape for name, each in before.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alpaca_file, tmp_path):
+    settings = {"model__compute_dtype": "float32", "train__max_steps": 2, "train__save_every": 1}
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
+    train(config)
+    record = RunDirectory.open(tmp_path / "run").read_record()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for path in ("adapter", "checkpoints/step-000002"):
+        shutil.rmtree(tmp_path / "run" / path)
+    train(config)
+    adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole")]
+    assert all(torch.equal(adapters[0][name], each) for name, each in adapters[1].items())
+    merge(tmp_path / "run", tmp_path / "out", dtype="float32")
+    report = verify(tmp_path / "run", tmp_path / "out")
+    assert report.problems == []
+    assert report.mean_kl < 1e-6
+    assert verify(tmp_path / "run").matches
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    one, other = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3))
+    save_file(tensors | {one: tensors[other], other: tensors[one]}, path, metadata={"format": "pt"})
+    assert any(f"it contains {other}" in problem for problem in verify(tmp_path / "run", tmp_path / "out").problems)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_generation_dequantizes_the_experts_of_its_token_alone(family, base, monkeypatch):
+    model, asked = load(base), []
+    own = NF4Experts.dequantize
+
+    def dequantize(experts, expert, *rest):
+        asked.append(expert)
+        return own(experts, expert, *rest)
+
+    monkeypatch.setattr(NF4Experts, "dequantize", dequantize)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5]]))
+    assert len(asked) == 2 * 2 * model.config.num_hidden_layers  # two weights of two experts in each layer
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_an_expert_without_tokens_and_a_second_backward_are_no_error(family, base, generator):
+    model = load(base)
+    trained = adapted(model, generator)
+    batch = collate(random_documents(generator, lengths=(2,)))
+    assert_close(gradients(model, trained, batch)[1], gradients(model, trained, batch)[1])
+
+
+def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
+    sizes = {"num_local_experts": 4, "kv_channels": 16, "num_experts_per_tok": 2}
+    base = make_base(tmp_path / "base", seed, JetMoeConfig, **sizes)
+    with pytest.raises(ModelError, match="holds experts in JetMoeParallelExperts .* set model.quantization: none"):
+        load(base)
+    load(base, "none")
