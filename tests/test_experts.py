@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import JetMoeConfig
+from transformers import AutoModelForCausalLM, JetMoeConfig
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, read_adapter, wrap_adapter
 from qlora.checkpoint.adapter import save_adapter
 from qlora.config import load_config
 from qlora.data import collate
@@ -15,7 +15,7 @@ from qlora.errors import ModelError
 from qlora.export import merge
 from qlora.files import BaseFiles
 from qlora.layers import apply_recompute
-from qlora.lora import add_lora, lora_layers
+from qlora.lora import add_lora, lora_experts, lora_layers
 from qlora.lora.mixture import expert_layers, expert_stacks, routers
 from qlora.model import load_base, open_source, supervised_loss, take_inventory
 from qlora.nf4 import NF4Experts
@@ -25,6 +25,7 @@ from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
 from tests.layers.test_packed import random_documents
 from tests.moe import FAMILIES, copy_dequantized, make_moe
+from tests.reference.experts import adapt_experts
 from tests.tiny import make_base, run_config
 
 
@@ -37,23 +38,27 @@ def load(base, quantization="nf4"):
     return load_base(str(base), quantization, compute_dtype="float32", device="cpu")[0]
 
 
-def adapted(model, generator):
-    """Add adapters with values drawn from the generator; return their parameters."""
-    names = add_lora(model, rank=4, dtype=torch.float32)
+def adapted(model, generator, **settings):
+    """Add adapters with values drawn from the generator; return their factors by the names of layers and stacks."""
+    names = add_lora(model, rank=4, dtype=torch.float32, **settings)
     assert not {*names} & routers(model)
-    for _, layer in lora_layers(model):
+    layers = dict(lora_layers(model)) | dict(lora_experts(model))
+    for layer in layers.values():
         layer.lora_B.data.normal_(std=0.1, generator=generator)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
 
 
-def gradients(model, parameters, batch):
+def gradients(model, factors, batch):
     loss = supervised_loss(model, batch)
-    return loss.item(), torch.autograd.grad(loss, parameters)
+    found = torch.autograd.grad(loss, [factor for pair in factors.values() for factor in pair])
+    return loss.item(), dict(zip(factors, zip(found[::2], found[1::2], strict=True), strict=True))
 
 
 def assert_close(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 2e-5 * other.norm() + 1e-7
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert (one - other).norm() <= 2e-5 * other.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,8 +76,11 @@ def test_every_expert_is_in_4_bits_and_computes_what_transformers_does(family, b
     documents = random_documents(generator, lengths=(17, 9))
     state = generator.get_state()
     trained = adapted(model, generator)
+    assert stacks.keys() <= trained.keys()
     generator.set_state(state)
-    expected_loss, expected = gradients(plain, adapted(plain, generator), collate(documents))
+    dense = adapted(plain, generator, expert_rank=0)
+    dense |= adapt_experts(plain, lora_experts(model))
+    expected_loss, expected = gradients(plain, dense, collate(documents))
     loss, found = gradients(model, trained, collate(documents))
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close(found, expected)
@@ -95,12 +103,33 @@ def test_a_merge_has_the_layout_of_the_files_and_is_verified(family, base, tmp_p
     expected = ExpectedWeights(source, source.base_files(), "dequantized", model.device)
     assert check_tensors(expected, WrittenFolder(files, torch.float32)).problems == []
     merged = load(tmp_path / "out", "none")
-    for name, stack in expert_stacks(merged).items():
-        for expert in range(stack.shape[0]):
-            trained = model.get_submodule(name).dequantize(expert, model.dtype)
-            assert torch.equal(merged.get_parameter(name)[expert], trained.float())
+    for name, layer in lora_experts(model):
+        stored = layer.stored()
+        for expert in range(layer.shape[0]):
+            delta = stored.delta(expert).T if layer.is_transposed else stored.delta(expert)
+            trained = delta.fold(layer.base.dequantize(expert, model.dtype).float())
+            assert torch.allclose(merged.get_parameter(name)[expert], trained, rtol=0, atol=1e-6)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert {name: each.shape for name, each in after.items()} == {name: each.shape for name, each in before.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_the_same(family, base, tmp_path, generator):
+    peft = pytest.importorskip("peft")
+    model = load(base, "none")
+    adapted(model, generator, rank_pattern={"o_proj": 2, "experts.down_proj": 3}, alpha_pattern={"o_proj": 8})
+    save_adapter(model, tmp_path / "adapter", str(base))
+    ids = torch.randint(5, 250, (2, 24), generator=generator)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = plain(ids).logits
+        found = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(ids).logits
+        expected = model(ids).logits
+        again = load(base, "none")
+        wrap_adapter(again, read_adapter(tmp_path / "adapter"))
+        assert torch.equal(again(ids).logits, expected)
+    assert (found - expected).abs().max() < 1e-4 < (before - expected).abs().max() / 100
 
 
 @pytest.mark.slow

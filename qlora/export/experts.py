@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
+from qlora.lora import StoredExperts
 from qlora.model import BaseWeights
 from qlora.model.expert_files import ExpertTensors
 from qlora.nf4 import BLOCK_SIZE, dequantize, quantize
@@ -19,6 +20,7 @@ class MergedExperts:
         base: The base's weights.
         tensors: The tensors of its experts.
         quantized: Names of the stacks that were quantized in training and are merged onto as training used them.
+        adapted: Updates by the names of the stacks.
         device: Device to compute on.
         dtype: Compute dtype of training.
         double_quant: Whether the statistics were quantized too.
@@ -30,17 +32,18 @@ class MergedExperts:
         base: BaseWeights,
         tensors: Mapping[str, ExpertTensors],
         quantized: Collection[str],
+        adapted: Mapping[str, StoredExperts],
         device: torch.device,
         dtype: torch.dtype,
         double_quant: bool = True,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        self._base, self._quantized, self._device = base, quantized, device
+        self._base, self._quantized, self._adapted, self._device = base, quantized, adapted, device
         self._dtype, self._double_quant, self._block_size = dtype, double_quant, block_size
         self._places = {
             name: (own, pattern, expert if len(names) > 1 else None)
             for stack, own in tensors.items()
-            if stack in quantized
+            if stack in quantized or stack in adapted
             for pattern, names in own.sources.items()
             for expert, name in enumerate(names)
         }
@@ -73,4 +76,9 @@ class MergedExperts:
         if tensors.stack.name in self._quantized:
             packed = quantize(weight.to(self._dtype), self._double_quant, self._block_size)
             weight = dequantize(*packed, self._dtype)
-        return weight.float()
+        weight = weight.float()
+        update = self._adapted.get(tensors.stack.name)
+        if update is None:
+            return weight
+        delta = update.delta(expert).to(self._device).to(torch.float32)
+        return (delta.T if tensors.stack.is_transposed else delta).fold(weight)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import PeftAdapter, StoredRows
+from qlora.checkpoint.adapter_experts import experts_problems
 from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import ExportError, ModelError
@@ -104,17 +105,21 @@ class MergedWeights:
             self._shapes[name] = (max(size, rows.ids.stop), features)
         quantized = source.quantized(self.files) if onto == "dequantized" else ()
         experts = expert_tensors(skeleton, self._shapes, self.files.name)
+        if problems := experts_problems(skeleton, adapter.experts):
+            raise ExportError("\n".join(problems))
         self._experts = MergedExperts(
-            self._base, experts, [name for name in quantized if name in experts], self.device, self._compute_dtype,
+            self._base, experts, [name for name in quantized if name in experts], adapter.experts, self.device,
+            self._compute_dtype,
             source.double_quant, source.block_size,
         )  # fmt: skip
         self._quantized = self._by_name_in_files([name for name in quantized if name not in experts], skeleton)
+        self._num_experts = len(adapter.experts)
         self._check_factors()
 
     @property
     def num_adapted(self) -> int:
         """Number of weights that an adapter is merged into."""
-        return len(self._adapted)
+        return len(self._adapted) + self._num_experts
 
     @property
     def notes(self) -> list[str]:

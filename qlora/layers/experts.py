@@ -1,19 +1,12 @@
-"""Experts in 4 bits, computed through transformers' `ExpertsInterface`, without a change to any architecture's code.
+"""Experts in 4 bits in place of those of a transformers model."""
 
-The function is registered with transformers under its own name, which :func:`use_nf4_experts` sets on a model.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from qlora.errors import ModelError
-from qlora.lora.expert_products import ExpertProjection, expert_products
-from qlora.lora.mixture import expert_layers, expert_stacks, projections, undeclared_experts
+from qlora.lora.expert_layer import use_expert_function
+from qlora.lora.mixture import expert_layers, expert_stacks, undeclared_experts
 from qlora.nf4 import NF4Experts
-
-NAME = "qlora_experts"
 
 
 def use_nf4_experts(model: Any, quantized: Mapping[str, NF4Experts], double_quant: bool = True) -> list[str]:
@@ -43,25 +36,6 @@ def use_nf4_experts(model: Any, quantized: Mapping[str, NF4Experts], double_quan
     return list(stacks)
 
 
-def use_expert_function(model: Any) -> None:
-    """Have transformers compute all experts of a model by :func:`compute_experts`.
-
-    Raises:
-        ModelError: Some would be computed by another function.
-    """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
-    model.set_experts_implementation(NAME)
-    # transformers finds out by a model's source text whether it can, and otherwise changes nothing.
-    others = [name for name, layer in expert_layers(model) if layer.config._experts_implementation != NAME]
-    if others:
-        raise ModelError(
-            f"{type(model).__name__}: transformers computes {len(others)} layers of experts by a function of its own "
-            f"({', '.join(others[:3])} …), so they can't be in 4 bits; set model.quantization: none."
-        )
-
-
 def check_experts(model: Any, name: str) -> None:
     """Check that all experts of a model can be in 4 bits.
 
@@ -86,29 +60,3 @@ def check_experts(model: Any, name: str) -> None:
                 f"{name}: {type(layer).__name__} ({layer_name}) normalizes the output of each expert, which is not "
                 f"supported for experts in 4 bits; {remedy}."
             )
-
-
-def compute_experts(
-    layer: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Compute a layer of experts; transformers calls it with the layer first.
-
-    Args:
-        layer: A layer of experts whose projections are in 4 bits.
-        hidden_states: (tokens, hidden).
-        top_k_index: (tokens, top_k), the experts of each token.
-        top_k_weights: (tokens, top_k), their scores.
-
-    Returns:
-        (tokens, hidden).
-    """
-    if getattr(layer, "_is_expert_parallel", False):
-        raise NotImplementedError("experts in 4 bits can't be split over devices")
-    up, down = (_projection(layer, part) for part in projections(layer))
-    gate: Callable[[torch.Tensor], torch.Tensor] = layer._apply_gate if layer.has_gate else layer.act_fn
-    return expert_products(hidden_states, top_k_index, top_k_weights, up, down, gate)
-
-
-def _projection(layer: Any, part: str) -> ExpertProjection:
-    bias = getattr(layer, f"{part}_bias") if getattr(layer, "has_bias", False) else None
-    return ExpertProjection(getattr(layer, part), bias, layer.is_transposed)

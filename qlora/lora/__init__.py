@@ -1,6 +1,8 @@
 """LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
 from qlora.lora.eva import eva_factors, num_directions, redistribute
+from qlora.lora.expert_layer import wrap_experts
+from qlora.lora.experts import LoraExperts, StoredExperts, lora_experts, reset_experts
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
 from qlora.lora.initial import Factors, orthogonal, pissa
@@ -11,6 +13,7 @@ from qlora.lora.inject import (
     linear_layers,
     lora_layers,
     match_targets,
+    specs_of_experts,
     wrap_layers,
     wrap_linears,
 )
@@ -45,12 +48,14 @@ __all__ = [
     "InputObserver",
     "InputStatistics",
     "LayerStart",
+    "LoraExperts",
     "LoraLinear",
     "RankBudget",
     "RecomputedWeights",
     "Reconstruction",
     "ScoreHead",
     "StoredAdapter",
+    "StoredExperts",
     "Targets",
     "TrainedEmbedding",
     "TrainedHead",
@@ -65,6 +70,7 @@ __all__ = [
     "head_blocks",
     "keep_starts",
     "linear_layers",
+    "lora_experts",
     "lora_layers",
     "match_targets",
     "num_directions",
@@ -73,13 +79,16 @@ __all__ = [
     "pissa",
     "reconstruct",
     "redistribute",
+    "reset_experts",
     "scores_documents",
+    "specs_of_experts",
     "starts_from_tensors",
     "starts_to_tensors",
     "stored_head",
     "subtract",
     "train_rows",
     "trained_rows",
+    "wrap_experts",
     "wrap_layers",
     "wrap_linears",
     "wrap_rows",

@@ -99,3 +99,8 @@ def routers(model: nn.Module) -> set[str]:
             and own.rpartition(".")[2] not in ("up_proj", "gate_proj", "down_proj")
         }
     return found
+
+
+def experts_per_token(model: Any) -> int:
+    """Return the number of experts that compute each token, by the model's config."""
+    return int(model.config.get_text_config().num_experts_per_tok)

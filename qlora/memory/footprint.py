@@ -16,6 +16,7 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
+from qlora.lora.experts import factor_shapes
 from qlora.lora.mixture import ExpertStack, expert_stacks, routers
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
@@ -26,6 +27,7 @@ from qlora.model import (
     adapter_spec,
     adapter_specs,
     build_skeleton,
+    expert_specs,
     load_tokenizer,
     weight_format,
 )
@@ -104,12 +106,20 @@ def take_footprint(
         check_experts(model, files.name)
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
+    of_experts = expert_specs(model, config.lora)
+    stacks = expert_stacks(model)
     weights = _weight_bytes(model, quantized, experts, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
     shapes = [
         shape
         for layer, one in adapted.items()
         for name, shape in specs[layer].shapes(one.out_features, one.in_features).items()
         if specs[layer].trains(name)
+    ]
+    shapes += [
+        shape
+        for stack, spec in of_experts.items()
+        for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
+        if spec.trains(name)
     ]
     trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
     all_rows = {rows.weight for _, rows in trained_rows(model)}
@@ -118,7 +128,7 @@ def take_footprint(
     flat = FlatParameters(("", each) for each in [*trained, *all_rows])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
-    stack = Stack(model, adapted, specs, quantized, experts)
+    stack = Stack(model, adapted, specs, quantized, experts, of_experts)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:

@@ -14,8 +14,8 @@ from qlora.errors import ModelError
 from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
-from qlora.layers.experts import use_expert_function
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
+from qlora.lora.expert_layer import use_expert_function, wrap_experts
 from qlora.lora.mixture import ExpertStack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
 from qlora.nf4 import NF4Experts, NF4Linear
@@ -33,6 +33,7 @@ class Stack:
         specs: Specs of these adapters, by name.
         quantized: Linear layers in 4 bits, by name.
         experts: Weights of experts in 4 bits, by name.
+        adapted_experts: Specs of the adapters of experts, by name.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Stack:
         specs: dict[str, AdapterSpec],
         quantized: dict[str, Any],
         experts: Mapping[str, ExpertStack],
+        adapted_experts: Mapping[str, AdapterSpec],
     ) -> None:
         self.model, self.adapted, self.specs, self.quantized = model, adapted, specs, quantized
-        self.experts = experts
+        self.experts, self.adapted_experts = experts, adapted_experts
         self.name, layers = _find_layers(model)
         self.prefixes = [f"{self.name}.{index}." for index in range(len(layers))]
         types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
@@ -55,6 +57,10 @@ class Stack:
                 tuple(
                     (name, specs[f"{prefix}{name}"].rank) for name, _ in layer.named_modules()
                     if f"{prefix}{name}" in specs
+                ),
+                tuple(
+                    (name, adapted_experts[f"{prefix}{name}"].rank) for name, _ in layer.named_parameters()
+                    if f"{prefix}{name}" in adapted_experts
                 ),
             )
             for layer, kind, prefix in zip(layers, types, self.prefixes, strict=False)
@@ -86,6 +92,7 @@ class Stack:
                 experts = model.get_submodule(stack.layer)
                 delattr(experts, stack.part)
                 experts.add_module(stack.part, _EmptyExperts(stack, device))
+        wrap_experts(model, {name: spec for name, spec in self.adapted_experts.items() if name.startswith(prefixes)})
         if self.experts:
             use_expert_function(model)
         model.set_submodule(self.name, nn.ModuleList(self.layers))

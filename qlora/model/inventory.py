@@ -4,14 +4,14 @@ import torch
 from torch import nn
 
 from qlora.checkpoint import Inventory
-from qlora.lora import LoraLinear, lora_layers, trained_rows
+from qlora.lora import LoraExperts, LoraLinear, lora_layers, trained_rows
 from qlora.nf4 import NF4Experts, NF4Linear
 
 
 def take_inventory(model: nn.Module) -> Inventory:
     """Count the parameters of a model with or without adapters; names are those of the model without adapters."""
     in_4bit = adapted = num_bytes = 0
-    quantized, unquantized = [], []
+    quantized, unquantized, experts = [], [], dict[str, int]()
     with_rows = dict(trained_rows(model))
     all_rows = {*with_rows.values()}  # a single one if embedding and head share them
     trained = sum(rows.weight.numel() for rows in all_rows)
@@ -24,6 +24,11 @@ def take_inventory(model: nn.Module) -> Inventory:
         if isinstance(module, LoraLinear):
             trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
             adapted += module.in_features * module.out_features
+            continue
+        if isinstance(module, LoraExperts):
+            trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+            adapted += module.numel
+            experts[name] = module.spec.rank
             continue
         if isinstance(module, NF4Linear | NF4Experts):
             in_4bit += module.numel
@@ -48,6 +53,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
         shared_rows=len(all_rows) < len(with_rows),
         adapted=[name for name, _ in lora_layers(model)],
+        adapted_experts=experts,
     )
 
 

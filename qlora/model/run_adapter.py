@@ -17,10 +17,17 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         CheckpointError: The adapter is damaged, or another run's; names all mismatches.
     """
     adapter, parameters = read_adapter(run.adapter), run.read_record().parameters
-    specs = adapter_spec(load_config(run.config).lora).by_layer(parameters.adapted)
+    specs = adapter_spec(load_config(run.config).lora).by_layer(parameters.adapted, others=parameters.adapted_experts)
     problems = []
     if differing := sorted({*adapter.layers} ^ {*specs}):
         problems.append(f"adapter and run differ in {len(differing)} modules: {', '.join(differing[:4])} …")
+    if differing := sorted({*adapter.experts} ^ {*parameters.adapted_experts}):
+        problems.append(f"adapter and run differ in {len(differing)} stacks of experts: {', '.join(differing[:4])} …")
+    problems += [
+        f"{name} has experts of rank {own.A.shape[1]}, the run trained with {parameters.adapted_experts[name]}"
+        for name, own in adapter.experts.items()
+        if parameters.adapted_experts.get(name, own.A.shape[1]) != own.A.shape[1]
+    ]
     scalings = {name: (adapter.layers[name].scaling, specs[name].scaling) for name in specs if name in adapter.layers}
     scaled = [name for name, (found, trained) in scalings.items() if not math.isclose(found, trained)]
     if scaled:
@@ -49,7 +56,8 @@ def check_experts_as_trained(run: RunDirectory, model: Any) -> None:
     """
     record = run.read_record()
     trained = {*record.parameters.quantized}
-    others = [name for name, module in model.named_modules() if isinstance(module, NF4Experts) and name not in trained]
+    here = [name.removesuffix(".base") for name, module in model.named_modules() if isinstance(module, NF4Experts)]
+    others = [name for name in here if name not in trained]
     if others:
         raise CheckpointError(
             f"{run.path} was trained by qlora {record.versions.get('qlora', '0.1.0')} with experts in 16 bits "

@@ -44,9 +44,9 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
     Returns:
         A line for each mismatch.
     """
-    adapted = run.read_record().parameters.adapted
+    parameters = run.read_record().parameters
     section = load_config(run.config).lora
-    specs = adapter_spec(section).by_layer(adapted)
+    specs = adapter_spec(section).by_layer(parameters.adapted, others=parameters.adapted_experts)
     # These change ranks, and add terms that are stored with the trained one.
     has_own_ranks = section.final_rank or section.start_from or section.init in COMPUTED_INITS
     layers = read_adapter(run.adapter).layers

@@ -62,8 +62,8 @@ class ExpectedWeights:
         self._starts = source.starts()
         self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
         self._experts = ExpectedExperts(
-            self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, device, self.compute_dtype,
-            source.double_quant,
+            self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, adapter.experts,
+            _scaling_of_experts(source, adapter, self._scaling_of), device, self.compute_dtype, source.double_quant,
         )  # fmt: skip
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
@@ -77,7 +77,7 @@ class ExpectedWeights:
 
     def is_adapted(self, name: str) -> bool:
         """Return whether an update is added to a tensor."""
-        return name in self._layers
+        return name in self._layers or self._experts.is_adapted(name)
 
     def has_trained_rows(self, name: str) -> bool:
         """Return whether rows of a tensor were trained in full."""
@@ -87,7 +87,7 @@ class ExpectedWeights:
         """Return a whole dequantized weight, as training used it; None for a weight that is used as in the files."""
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
-        if name in self._experts:
+        if self._experts.is_quantized(name):
             return self._experts.base_weight(name)
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
@@ -141,6 +141,8 @@ class ExpectedWeights:
             rows: The rows.
             base: Result of :meth:`base`.
         """
+        if name in self._experts:
+            return self._experts.update(name, rows)
         update, bound = self._low_rank(name, rows)
         magnitude = self._layers[name].magnitude
         if magnitude is None:
@@ -193,6 +195,24 @@ def _scaling_rule(source: AdapterSource, adapter: PeftAdapter) -> Callable[[str]
         return own_alpha * own_rank**-0.5 if rslora else own_alpha / own_rank
 
     return scaling_of
+
+
+def _scaling_of_experts(
+    source: AdapterSource, adapter: PeftAdapter, scaling_of: Callable[[str], float]
+) -> Callable[[str], float]:
+    """Return the factor on B A by stack of experts; in a run it is that of layers without patterns, or its own."""
+    if source.run is None:
+        return scaling_of
+    lora = load_config(source.run.config).lora
+    power = -0.5 if lora.rslora else -1.0
+
+    def scaling_of_stack(name: str) -> float:
+        own = [alpha for key, alpha in lora.alpha_pattern.items() if re.search(rf"(^|\.)({key})$", name)]
+        if own:
+            return float(own[0] * adapter.experts[name].A.shape[1] ** power)
+        return float(lora.alpha * lora.rank**power)
+
+    return scaling_of_stack
 
 
 def _trained_rows(adapter: PeftAdapter, skeleton: Any) -> dict[str, tuple[range, torch.Tensor]]:

@@ -5,22 +5,25 @@ are loaded in their place, which tells where each of them is in the model's weig
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
+from qlora.lora import StoredExperts
 from qlora.model import BaseWeights
 from qlora.model.expert_files import ExpertTensors
 from qlora.nf4 import NF4Experts
 
 
 class ExpectedExperts:
-    """The tensors of experts in 4 bits by their names in the base's files, dequantized as training used them.
+    """The tensors of experts that are in 4 bits or adapted, by their names in the base's files.
 
     Args:
         base: The base's weights.
         tensors: The tensors of its experts.
-        quantized: Names of the stacks that were quantized in training.
+        quantized: Names of the stacks that are used as training dequantized them; others as they are in the files.
+        adapted: Updates by the names of the stacks.
+        scaling_of: Returns the factor on the update of a stack, by the run's config.
         device: Device to quantize on.
         dtype: Compute dtype of training.
         double_quant: Whether the statistics were quantized too.
@@ -31,24 +34,65 @@ class ExpectedExperts:
         base: BaseWeights,
         tensors: dict[str, ExpertTensors],
         quantized: Collection[str],
+        adapted: Mapping[str, StoredExperts],
+        scaling_of: Callable[[str], float],
         device: torch.device,
         dtype: torch.dtype,
         double_quant: bool,
     ) -> None:
         self._base, self._device, self._dtype, self._double_quant = base, device, dtype, double_quant
-        self._tensors = {name: own for stack, own in tensors.items() if stack in quantized for name in own.names}
+        self._quantized, self._adapted, self._scaling_of = quantized, adapted, scaling_of
+        self._tensors = {name: own for own in tensors.values() for name in own.names}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def is_quantized(self, name: str) -> bool:
+        """Return whether a tensor is used as training dequantized it."""
+        return name in self._tensors and self._tensors[name].stack.name in self._quantized
+
+    def is_adapted(self, name: str) -> bool:
+        """Return whether an update is added to a tensor."""
+        return name in self._tensors and self._tensors[name].stack.name in self._adapted
+
     def base_weight(self, name: str) -> torch.Tensor:
         """Return a whole tensor of the files as training used it, in the compute dtype on the CPU."""
+        return self._whole(name, slice(None), self._trained_on)
+
+    def update(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows of what is added to a tensor of the files, in fp64, and of a bound on the error of its sums.
+
+        Args:
+            name: Name of the tensor.
+            rows: The rows along its first dimension, which is the experts' if it holds all of them.
+        """
+        return self._whole(name, rows, self._update), self._whole(name, rows, self._bound)
+
+    def _whole(self, name: str, rows: slice, weight_of: Callable[[ExpertTensors, int], torch.Tensor]) -> torch.Tensor:
+        """Return rows of a tensor of the files, given the function that computes an expert's weight in the model."""
         tensors = self._tensors[name]
         expert = tensors.expert_of(name)
         if expert is not None:
-            return self._in_file(tensors, expert, name, self._trained_on(tensors, expert))
-        experts = range(tensors.stack.shape[0])
-        return torch.stack([self._in_file(tensors, each, name, self._trained_on(tensors, each))[0] for each in experts])
+            return self._in_file(tensors, expert, name, weight_of(tensors, expert))[rows]
+        experts = range(*rows.indices(tensors.stack.shape[0]))
+        return torch.stack([self._in_file(tensors, each, name, weight_of(tensors, each))[0] for each in experts])
+
+    def _update(self, tensors: ExpertTensors, expert: int) -> torch.Tensor:
+        """Return what is added to an expert's weight in the model, fp64."""
+        A, B = self._factors(tensors, expert)
+        update = B @ A
+        return update.T if tensors.stack.is_transposed else update
+
+    def _bound(self, tensors: ExpertTensors, expert: int) -> torch.Tensor:
+        """Return a bound on the error of its sums in fp32: each is of rank products (Cauchy-Schwarz)."""
+        A, B = self._factors(tensors, expert)
+        size = torch.outer(B.norm(dim=1), A.norm(dim=0)) * (len(A) + 1) * 2.0**-24
+        return size.T if tensors.stack.is_transposed else size
+
+    def _factors(self, tensors: ExpertTensors, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        name = tensors.stack.name
+        stored = self._adapted[name]
+        return stored.A[expert].double(), stored.B[expert].double() * self._scaling_of(name)
 
     def _trained_on(self, tensors: ExpertTensors, expert: int) -> torch.Tensor:
         """Return an expert's weight in the model, quantized and dequantized by the code that trains."""
@@ -60,7 +104,7 @@ class ExpectedExperts:
         positions = _Positions(self._base, tensors, expert)
         places = tensors.read(positions, expert).flatten()
         in_order = torch.empty(len(places), dtype=weight.dtype)
-        in_order[places] = weight.flatten()
+        in_order[places] = weight.reshape(-1)
         start, shape = positions.starts[name], positions.shape(name)
         return in_order[start : start + math.prod(shape)].view(shape)
 
