@@ -184,6 +184,6 @@ def test_an_expert_without_tokens_and_a_second_backward_are_no_error(family, bas
 def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
     sizes = {"num_local_experts": 4, "kv_channels": 16, "num_experts_per_tok": 2}
     base = make_base(tmp_path / "base", seed, JetMoeConfig, **sizes)
-    with pytest.raises(ModelError, match="holds experts in JetMoeParallelExperts .* set model.quantization: none"):
+    with pytest.raises(ModelError, match=r"holds experts in JetMoeParallelExperts .* model\.allow_unquantized: true"):
         load(base)
     load(base, "none")

@@ -118,8 +118,8 @@ class Inventory:
     Attributes:
         num_parameters: Number of the base's parameters, each counted once.
         num_trained: Number of trained parameters, in adapters and in rows trained in full.
-        quantized_share: Share of the base's parameters that are in 4 bits.
-        adapted_share: Share of the base's parameters that are in layers with an adapter.
+        quantized_share: Share of the base's linear and expert weights, without embedding and head, that are in 4 bits.
+        adapted_share: Share of these weights that are in layers with an adapter.
         base_bytes: Bytes of the base, without embeddings and heads whose rows are all trained.
         quantized: Names of the quantized layers.
         unquantized: Names of all parameters that are not quantized.

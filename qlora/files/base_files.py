@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,12 @@ from qlora.files.json_files import read_object
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
-HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
+# Other layouts of the same weights, in Mistral's and Meta's own names.
+ORIGINAL_PREFIX = "consolidated"
+HUB_DUPLICATES = [f"{ORIGINAL_PREFIX}*.safetensors", "original/*"]
+OTHER_WEIGHTS = ("adapter_model.safetensors",)
+PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+MAX_PARTS = 10_000
 # Not read, because reading a pickle can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,12 +84,13 @@ class BaseFiles:
         """The safetensors files that make up the model.
 
         Raises:
-            ModelError: The index is damaged, or names a file that is missing or not a weight file of this folder.
+            ModelError: The index is damaged, or a file is missing or not a weight file of this folder.
         """
         files = self._named_files
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it again.")
+            named_by = "which its index names" if self._has_index else "a part of the same model"
+            raise ModelError(f"{self.name} lacks {', '.join(missing)}, {named_by}; download it again.")
         if (self.folder / SINGLE_FILE).is_file() and self.folder / SINGLE_FILE not in files:
             raise ModelError(f"{self.folder} has {SINGLE_FILE} and {INDEX_FILE} for other files; remove one of them.")
         return files
@@ -103,9 +110,18 @@ class BaseFiles:
         """Dtype, shape and offsets of the tensors in each weight file.
 
         Raises:
-            ModelError: A file is cut short or damaged.
+            ModelError: A file is cut short or damaged, or two of them hold the same tensor.
         """
-        return {path: read_header(path) for path in self.weight_files}
+        headers = {path: read_header(path) for path in self.weight_files}
+        found: dict[str, Path] = {}
+        for path, header in headers.items():
+            if twice := next((name for name in header if name in found), None):
+                raise ModelError(
+                    f"{self.folder}: {found[twice].name} and {path.name} both hold {twice}; remove the files that do "
+                    "not belong to the model."
+                )
+            found |= dict.fromkeys(header, path)
+        return headers
 
     @property
     def commit(self) -> str | None:
@@ -127,10 +143,10 @@ class BaseFiles:
 
     @cached_property
     def _named_files(self) -> list[Path]:
-        """The weight files that the index names, or the single one if there is no index."""
+        """The weight files that the index names; without an index, the single one, or all parts of one."""
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
-        if not index.is_file():
-            return [single] if single.is_file() else []
+        if not self._has_index:
+            return [single] if single.is_file() else self._parts()
         weight_map = read_object(index, ModelError, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index} is damaged; download it again (it has no weight_map).")
@@ -139,6 +155,19 @@ class BaseFiles:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ModelError(f"{index} names {name!r:.80}, which is not a *.safetensors of its folder.")
         return [self.folder / name for name in names]
+
+    @property
+    def _has_index(self) -> bool:
+        return (self.folder / INDEX_FILE).is_file()
+
+    def _parts(self) -> list[Path]:
+        """Return the weight files of a folder without an index; missing ones are known by the numbers of the others."""
+        names = {path.name for path in self.folder.glob("*.safetensors")}
+        names = {name for name in names if name not in OTHER_WEIGHTS and not name.startswith(ORIGINAL_PREFIX)}
+        for match in filter(None, map(PART.fullmatch, sorted(names))):
+            count = min(int(match["count"]), MAX_PARTS)
+            names |= {f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors" for number in range(1, count + 1)}
+        return [self.folder / name for name in sorted(names)]
 
 
 def find_tokenizer(base: str, revision: str | None = None, with_code: bool = False) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora.errors import ModelError
 from qlora.lora.expert_layer import use_expert_function
-from qlora.lora.mixture import expert_layers, expert_stacks, undeclared_experts
+from qlora.lora.mixture import expert_stacks, undeclared_experts
 from qlora.nf4 import NF4Experts
 
 
@@ -46,17 +46,11 @@ def check_experts(model: Any, name: str) -> None:
     Raises:
         ModelError: Some can't.
     """
-    remedy = "set model.quantization: none (--quantization none), or use another base"
     undeclared = undeclared_experts(model)
     if undeclared:
         kind = type(model.get_submodule(undeclared[0])).__name__
         raise ModelError(
-            f"{name}: {type(model).__name__} holds experts in {kind} ({undeclared[0]}), which is not computed by "
-            f"transformers' ExpertsInterface, so they can't be in 4 bits; {remedy}."
+            f"{name}: {type(model).__name__} holds experts in {kind} ({undeclared[0]}), which transformers does not "
+            "compute by its ExpertsInterface, or with a norm of each output, so they can't be in 4 bits; use another "
+            "base, or set model.allow_unquantized: true to train with these in 16 bits."
         )
-    for layer_name, layer in expert_layers(model):
-        if getattr(layer, "has_post_expert_norm", False):
-            raise ModelError(
-                f"{name}: {type(layer).__name__} ({layer_name}) normalizes the output of each expert, which is not "
-                f"supported for experts in 4 bits; {remedy}."
-            )

@@ -18,6 +18,8 @@ from qlora.lora.inject import (
     wrap_linears,
 )
 from qlora.lora.linear import LoraLinear, StoredAdapter
+from qlora.lora.match import matches, unmatched
+from qlora.lora.plain import is_linear
 from qlora.lora.ranks import RankBudget
 from qlora.lora.reconstruction import Reconstruction, reconstruct, subtract
 from qlora.lora.rows import (
@@ -68,11 +70,13 @@ __all__ = [
     "choose_form",
     "eva_factors",
     "head_blocks",
+    "is_linear",
     "keep_starts",
     "linear_layers",
     "lora_experts",
     "lora_layers",
     "match_targets",
+    "matches",
     "num_directions",
     "orthogonal",
     "output_head",
@@ -88,6 +92,7 @@ __all__ = [
     "subtract",
     "train_rows",
     "trained_rows",
+    "unmatched",
     "wrap_experts",
     "wrap_layers",
     "wrap_linears",

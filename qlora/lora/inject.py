@@ -1,6 +1,5 @@
 """Selects the linear layers of a model that get an adapter, and wraps them."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from qlora.lora.expert_layer import wrap_experts
 from qlora.lora.experts import AUTO, expert_specs, lora_experts, rank_of_experts, reset_experts
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
+from qlora.lora.match import matches, unmatched
 from qlora.lora.mixture import expert_stacks, experts_per_token, routers
+from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 
 ALL_LINEAR = "all-linear"
@@ -47,7 +48,7 @@ class Targets:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
@@ -82,8 +83,8 @@ def _match(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str
     """Return the names of the linear layers and stacks of experts that `targets` asks for."""
     given = targets if isinstance(targets, Targets) else Targets(targets)
     named = _match_names(model, given.names)
-    left_out = {name for pattern in given.exclude for name in named if _matches(pattern, name)}
-    unused = [pattern for pattern in given.exclude if not any(_matches(pattern, name) for name in named)]
+    left_out = {name for pattern in given.exclude for name in named if matches(pattern, name)}
+    unused = [pattern for pattern in given.exclude if not any(matches(pattern, name) for name in named)]
     indices = {name: int(found[1]) if (found := LAYER_INDEX.search(name)) else None for name in named}
     absent = sorted({*(given.layers or ())} - {*indices.values()})
     kept = [name for name in named if name not in left_out and (given.layers is None or indices[name] in given.layers)]
@@ -108,16 +109,18 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = next((name for name in linears if model.get_submodule(name) is output_head(model)), None)
     linears += expert_stacks(model)
-    matches = {}
+    found = {}
     for pattern in [targets] if isinstance(targets, str) else targets:
         if pattern == ALL_LINEAR:
-            matches[pattern] = [name for name in linears if name != head]
+            found[pattern] = [name for name in linears if name != head]
         else:
-            matches[pattern] = [name for name in linears if _matches(pattern, name)]
-    problems = [_unmatched(model, linears, pattern) for pattern, names in matches.items() if not names]
-    if problems or not matches:
+            found[pattern] = [name for name in linears if matches(pattern, name)]
+    problems = [
+        unmatched("lora.targets", pattern, model, linears, "adapted") for pattern, names in found.items() if not names
+    ]
+    if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
-    wanted = {name for names in matches.values() for name in names}
+    wanted = {name for names in found.values() for name in names}
     if head in wanted:
         raise ModelError(
             "lora.targets: the output head can't be adapted: one that scores documents is trained in full, and the "
@@ -274,30 +277,3 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # A transformers model has `dequantize` too, but no sizes.
-    return isinstance(module, nn.Linear) or (hasattr(module, "dequantize") and hasattr(module, "in_features"))
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if name == pattern or name.endswith(f".{pattern}"):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
-
-
-def _unmatched(model: nn.Module, linears: Sequence[str], pattern: str) -> str:
-    others = [name for name, _ in model.named_modules() if name and _matches(pattern, name)]
-    if others:
-        kind = type(model.get_submodule(others[0])).__name__
-        if others[0] in routers(model):
-            return f"lora.targets: '{pattern}' is {others[0]}, which chooses experts; routers stay as they are."
-        return f"lora.targets: '{pattern}' is {others[0]}, a {kind}; only linear layers can be adapted."
-    parts = sorted({name.rpartition(".")[2] for name in linears})
-    near = difflib.get_close_matches(pattern, [*parts, *linears], n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"lora.targets: '{pattern}' matches no linear layer.{hint} This model has: {', '.join(parts)}."

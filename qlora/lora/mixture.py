@@ -51,8 +51,9 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def is_expert_layer(module: nn.Module) -> bool:
-    """Return whether a module declares itself to transformers' `ExpertsInterface`."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(type(module), "_apply_gate")
+    """Return whether a module declares itself to transformers' `ExpertsInterface`, without a norm of each output."""
+    is_declared = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    return is_declared and hasattr(type(module), "_apply_gate") and not getattr(module, "has_post_expert_norm", False)
 
 
 def projections(layer: Any) -> tuple[str, str]:
@@ -71,7 +72,7 @@ def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
 
 
 def undeclared_experts(model: nn.Module) -> list[str]:
-    """Return the names of modules that hold experts' weights, but are not computed by the `ExpertsInterface`."""
+    """Return the names of modules that hold experts' weights, but are no layers of experts as above."""
     return [
         name
         for name, module in model.named_modules()

@@ -17,7 +17,7 @@ from qlora.files import BaseFiles
 from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
-from qlora.lora.mixture import ExpertStack, expert_stacks, routers
+from qlora.lora.mixture import ExpertStack, expert_stacks
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
@@ -32,6 +32,8 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
+from qlora.model.quantization import quantized_names, settings_of_base
+from qlora.model.shares import check_share
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -95,15 +97,10 @@ def take_footprint(
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)
+    quantized = _quantized(config, files, model, dtype)
     specs = adapter_specs(model, config.lora)
     adapted = {name: model.get_submodule(name) for name in specs}
-    kept = {head, *map(model.get_submodule, routers(model))}
-    quantized = {} if quantization is None else {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in kept
-    }  # fmt: skip
     experts = {} if quantization is None else expert_stacks(model)
-    if quantization is not None:
-        check_experts(model, files.name)
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
     of_experts = expert_specs(model, config.lora)
@@ -175,6 +172,21 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
     if weight_format(files, config.model.quantization) == BITSANDBYTES_4BIT:
         return bool(files.config["quantization_config"].get("bnb_4bit_use_double_quant"))
     return config.model.double_quant if config.model.quantization == "nf4" else None
+
+
+def _quantized(config: RunConfig, files: BaseFiles, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the layers that are in 4 bits by name.
+
+    Raises:
+        ModelError: Most weights would stay in 16 bits, and the config does not allow that.
+    """
+    section = config.model
+    settings = settings_of_base(files, model, section.quantization, section.double_quant, dtype, section.keep_16bit)
+    names = [] if settings is None else quantized_names(model, settings)
+    if settings is not None and not section.allow_unquantized:
+        check_experts(model, files.name)
+        check_share(files.name, model, [*names, *expert_stacks(model)])
+    return {name: model.get_submodule(name) for name in names}
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:

@@ -5,6 +5,7 @@ from torch import nn
 
 from qlora.checkpoint import Inventory
 from qlora.lora import LoraExperts, LoraLinear, lora_layers, trained_rows
+from qlora.model.shares import linear_weights
 from qlora.nf4 import NF4Experts, NF4Linear
 
 
@@ -41,12 +42,12 @@ def take_inventory(model: nn.Module) -> Inventory:
                 unquantized.append(f"{name}.{own_name}")
                 plain += parameter.numel()
                 num_bytes += parameter.nbytes
-    total = max(1, in_4bit + plain)
+    linear = max(1, sum(numel for _, numel, _ in linear_weights(model)))
     return Inventory(
-        num_parameters=total,
+        num_parameters=max(1, in_4bit + plain),
         num_trained=trained,
-        quantized_share=in_4bit / total,
-        adapted_share=adapted / total,
+        quantized_share=in_4bit / linear,
+        adapted_share=adapted / linear,
         base_bytes=num_bytes,
         quantized=quantized,
         unquantized=unquantized,

@@ -14,7 +14,7 @@ from qlora.lora import ScoreHead, stored_head
 from qlora.lora.mixture import expert_stacks
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
 from qlora.model.skeleton import build_skeleton
 from qlora.model.starts import Starts, starts_of
@@ -72,6 +72,11 @@ class AdapterSource:
         """Number of elements per 4-bit block in training."""
         return BLOCK_SIZE if self.run is None else self.run.read_record().quantization.block_size or BLOCK_SIZE
 
+    @property
+    def keep_16bit(self) -> list[str]:
+        """Patterns of the linear layers that were not quantized in training."""
+        return [] if self.run is None else load_config(self.run.config).model.keep_16bit
+
     def read(self) -> PeftAdapter:
         """Read the adapter; a run's is checked against its run.
 
@@ -125,7 +130,7 @@ class AdapterSource:
         experts = list(expert_stacks(skeleton))
         if weight_format(files) == BITSANDBYTES_4BIT:
             return experts
-        settings = nf4_settings(self.double_quant, torch.bfloat16)
+        settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
         layers = find_quantized_layers(skeleton, settings, files.name, files.tensors)
         return [*(layer.name for layer in layers.values()), *experts]
 

@@ -71,7 +71,8 @@ class RunPlan:
         """Return one line for people."""
         inventory, in_use = self.inventory, self.in_use
         return (
-            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
+            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of linear and expert weights in "
+            f"4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
             f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "

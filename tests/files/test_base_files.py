@@ -163,3 +163,17 @@ def test_a_fine_tuned_tensor_changes_the_hash_of_a_large_sampled_file(base, gene
         hashes.add(fingerprint(base)[WEIGHTS])
     assert (base / WEIGHTS).stat().st_size > 64 * 65536
     assert len(hashes) == 9
+
+
+def test_parts_without_an_index_have_to_be_complete_and_of_one_model(sharded):
+    (sharded / f"{WEIGHTS}.index.json").unlink()
+    assert len(BaseFiles.resolve(str(sharded)).weight_files) == 2
+    first, second = (sharded / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    shutil.copy(second, sharded / "other.safetensors")
+    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors and other\.safetensors both hold"):
+        BaseFiles.resolve(str(sharded))
+    (sharded / "other.safetensors").unlink()
+    first.unlink()
+    assert not BaseFiles.resolve(str(sharded), with_weights=False).has_weights
+    with pytest.raises(ModelError, match=rf"lacks {first.name}, a part of the same model; download it again"):
+        BaseFiles.resolve(str(sharded))

@@ -81,7 +81,8 @@ def load(folder, seed, config_class, sizes, attention="auto", compute_dtype="flo
     if attention == "sdpa" and config_class is Gemma2Config:
         pytest.skip("Gemma 2 has no sdpa attention")
     base = make_base(folder / "base", seed, config_class, **sizes)
-    return load_base(str(base), compute_dtype=compute_dtype, attention=attention, **settings)[0]
+    arguments = {"attention": attention, "allow_unquantized": True, **settings}
+    return load_base(str(base), compute_dtype=compute_dtype, **arguments)[0]
 
 
 def loss_and_gradients(model, batches):

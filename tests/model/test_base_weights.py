@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.model import BaseWeights
-from qlora.model.quantization import bitsandbytes_settings
+from qlora.model.quantization import nf4_settings
 from qlora.nf4 import QUANT_STATE, dequantize, quantize
 from tests.tiny import make_tokenizer
 
@@ -22,7 +22,7 @@ STATE = f"{WEIGHT}{QUANT_STATE}nf4"
 
 def save_in_4bit(base, folder, double_quant=True):
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=bitsandbytes_settings(double_quant, torch.bfloat16)
+        base, dtype=torch.bfloat16, quantization_config=nf4_settings(double_quant, torch.bfloat16)
     )
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -35,6 +35,17 @@ class ModelSection(Section):
         description="Store the quantization statistics in 8 bits as well: 0.516 instead of 0.563 bytes per parameter.",
         examples=[False],
     )
+    keep_16bit: list[str] = Field(
+        default=[],
+        description="Linear layers that are not quantized, such as fragile ones: full names, last parts of names, or "
+        "regular expressions. They can still be adapted.",
+        examples=[["down_proj"]],
+    )
+    allow_unquantized: bool = Field(
+        default=False,
+        description="Train a base even if nf4 leaves more than half of its linear and expert weights in 16 bits.",
+        examples=[True],
+    )
     compute_dtype: ComputeDtype = Field(
         default="auto",
         description="Dtype of activations and products. auto takes bfloat16 where the hardware has it, else float16 on "
