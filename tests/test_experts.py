@@ -15,7 +15,8 @@ from qlora.errors import ModelError
 from qlora.export import merge
 from qlora.files import BaseFiles
 from qlora.layers import apply_recompute
-from qlora.lora import add_lora, lora_experts, lora_layers
+from qlora.lora import Targets, adapters_off, add_lora, lora_experts, lora_layers, match_targets
+from qlora.lora.inject import match_experts
 from qlora.lora.mixture import expert_layers, expert_stacks, routers
 from qlora.model import load_base, open_source, supervised_loss, take_inventory
 from qlora.nf4 import NF4Experts
@@ -173,12 +174,52 @@ def test_generation_dequantizes_the_experts_of_its_token_alone(family, base, mon
     assert len(asked) == 2 * 2 * model.config.num_hidden_layers  # two weights of two experts in each layer
 
 
+@pytest.mark.parametrize("family", ["olmoe"])
+def test_fresh_adapters_and_adapters_off_change_nothing(family, base, generator):
+    model, ids = load(base), torch.randint(5, 250, (2, 24), generator=generator)
+    with torch.no_grad():
+        before = model(ids).logits
+        add_lora(model, rank=8)
+        assert {layer.spec.rank for _, layer in lora_experts(model)} == {4}  # two experts for each token
+        assert len({layer.spec.scaling for _, layer in [*lora_experts(model), *lora_layers(model)]}) == 1
+        assert torch.equal(model(ids).logits, before)
+        for _, layer in lora_experts(model):
+            layer.lora_B.normal_(generator=generator)
+        assert not torch.equal(model(ids).logits, before)
+        with adapters_off(model):
+            assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe"])
+def test_what_experts_cannot_have_is_refused_and_targets_choose_them(family, base):
+    model = load(base)
+    for wrong in ({"kind": "dora"}, {"dropout": 0.1}):
+        with pytest.raises(ModelError, match=r"experts take plain LoRA:\n  lora\..* set lora\.expert_rank: 0"):
+            add_lora(model, **wrong)
+    assert not any("experts." in name for name in match_targets(model, "all-linear"))
+    assert match_experts(model, ["q_proj"]) == []
+    assert len(match_experts(model, "all-linear")) == 4
+    only = Targets(["q_proj", "experts.down_proj"], layers=[1])
+    assert match_experts(model, only) == ["model.layers.1.mlp.experts.down_proj"]
+    names = add_lora(model, targets=["experts.down_proj"], expert_rank=3)
+    assert names == [f"model.layers.{index}.mlp.experts.down_proj" for index in (0, 1)]
+
+
 @pytest.mark.parametrize("family", ["mixtral"])
 def test_an_expert_without_tokens_and_a_second_backward_are_no_error(family, base, generator):
     model = load(base)
     trained = adapted(model, generator)
     batch = collate(random_documents(generator, lengths=(2,)))
-    assert_close(gradients(model, trained, batch)[1], gradients(model, trained, batch)[1])
+    found = gradients(model, trained, batch)[1]
+    assert_close(gradients(model, trained, batch)[1], found)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    hit = found[name][1].flatten(1).any(1)
+    assert hit.any()
+    adapters = dict(lora_experts(model))
+    with torch.no_grad():
+        for stack, layer in adapters.items():
+            layer.lora_B.copy_(found[stack][1])
+    assert adapters[name].dead() == (~hit).nonzero().flatten().tolist()
 
 
 def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):

@@ -10,6 +10,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.kernels import Delta, LowRank, fold
 from qlora.lora.linear import draw
+from qlora.lora.mixture import DOWN
 from qlora.lora.spec import AdapterSpec, by_pattern
 
 AUTO = "auto"
@@ -120,6 +121,19 @@ class LoraExperts(nn.Module):
     def extra_repr(self) -> str:
         """Return rank and scaling."""
         return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}"
+
+
+def describe_dead_experts(model: nn.Module) -> list[str]:
+    """Return a line if experts of a trained model were never adapted, because no token reached them."""
+    dead = {name: layer.dead() for name, layer in lora_experts(model) if name.endswith(DOWN)}
+    number, first = sum(map(len, dead.values())), next((name for name, experts in dead.items() if experts), None)
+    if first is None:
+        return []
+    total = sum(layer.shape[0] for name, layer in lora_experts(model) if name in dead)
+    return [
+        f"{number:,} of {total:,} experts got no token of the training data, so they are as in the base; the first is "
+        f"expert {dead[first][0]} of {first.rpartition('.')[0]}."
+    ]
 
 
 def factor_shapes(spec: AdapterSpec, shape: Sequence[int], is_transposed: bool) -> dict[str, tuple[int, int, int]]:

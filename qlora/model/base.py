@@ -91,14 +91,13 @@ def load_base(
     skeleton = build_skeleton(files, trust_remote_code, head)
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
+        check_experts(skeleton, base)
         check_share(base, skeleton, [*quantized_names(skeleton, settings), *expert_stacks(skeleton)])
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:
         for config in (skeleton.config, skeleton.config.get_text_config()):
             vars(config).pop("quantization_config", None)  # it describes the stored weights, which are read decoded
-    if quantization == "nf4" and not allow_unquantized:
-        check_experts(skeleton, base)
     weights = BaseWeights(files)
     tensors: dict[str, Any] = {**weights.lazy()}
     drawn: set[str] = set()

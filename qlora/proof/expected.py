@@ -35,6 +35,7 @@ class ExpectedWeights:
         names: Names of the tensors, in the base's order.
         compute_dtype: Dtype that the run's weights were dequantized to.
         unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
+        experts: The experts of a mixture among them.
     """
 
     def __init__(self, source: AdapterSource, base: BaseFiles, onto: str, device: torch.device) -> None:
@@ -61,7 +62,7 @@ class ExpectedWeights:
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
         self._starts = source.starts()
         self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
-        self._experts = ExpectedExperts(
+        self.experts = ExpectedExperts(
             self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, adapter.experts,
             _scaling_of_experts(source, adapter, self._scaling_of), device, self.compute_dtype, source.double_quant,
         )  # fmt: skip
@@ -77,7 +78,7 @@ class ExpectedWeights:
 
     def is_adapted(self, name: str) -> bool:
         """Return whether an update is added to a tensor."""
-        return name in self._layers or self._experts.is_adapted(name)
+        return name in self._layers or self.experts.is_adapted(name)
 
     def has_trained_rows(self, name: str) -> bool:
         """Return whether rows of a tensor were trained in full."""
@@ -87,8 +88,8 @@ class ExpectedWeights:
         """Return a whole dequantized weight, as training used it; None for a weight that is used as in the files."""
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
-        if self._experts.is_quantized(name):
-            return self._experts.base_weight(name)
+        if self.experts.is_quantized(name):
+            return self.experts.base_weight(name)
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
         weight = self._base.read(name)
@@ -141,8 +142,8 @@ class ExpectedWeights:
             rows: The rows.
             base: Result of :meth:`base`.
         """
-        if name in self._experts:
-            return self._experts.update(name, rows)
+        if name in self.experts:
+            return self.experts.update(name, rows)
         update, bound = self._low_rank(name, rows)
         magnitude = self._layers[name].magnitude
         if magnitude is None:

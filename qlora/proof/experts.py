@@ -6,10 +6,13 @@ are loaded in their place, which tells where each of them is in the model's weig
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora.lora import StoredExperts
+from qlora.lora.mixture import projections
 from qlora.model import BaseWeights
 from qlora.model.expert_files import ExpertTensors
 from qlora.nf4 import NF4Experts
@@ -42,6 +45,7 @@ class ExpectedExperts:
     ) -> None:
         self._base, self._device, self._dtype, self._double_quant = base, device, dtype, double_quant
         self._quantized, self._adapted, self._scaling_of = quantized, adapted, scaling_of
+        self._stacks = tensors
         self._tensors = {name: own for own in tensors.values() for name in own.names}
 
     def __contains__(self, name: str) -> bool:
@@ -67,6 +71,19 @@ class ExpectedExperts:
             rows: The rows along its first dimension, which is the experts' if it holds all of them.
         """
         return self._whole(name, rows, self._update), self._whole(name, rows, self._bound)
+
+    @property
+    def adapted(self) -> Collection[str]:
+        """Names of the adapted stacks."""
+        return self._adapted.keys()
+
+    def weights(self, stack: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an expert's weight in the model and what is added to it, (out, in) and fp64 each."""
+        tensors = self._stacks[stack]
+        base = self._trained_on(tensors, expert) if stack in self._quantized else tensors.read(self._base, expert)
+        base = base.double()
+        update = self._update(tensors, expert) if stack in self._adapted else torch.zeros_like(base)
+        return (base.T, update.T) if tensors.stack.is_transposed else (base, update)
 
     def _whole(self, name: str, rows: slice, weight_of: Callable[[ExpertTensors, int], torch.Tensor]) -> torch.Tensor:
         """Return rows of a tensor of the files, given the function that computes an expert's weight in the model."""
@@ -107,6 +124,48 @@ class ExpectedExperts:
         in_order[places] = weight.reshape(-1)
         start, shape = positions.starts[name], positions.shape(name)
         return in_order[start : start + math.prod(shape)].view(shape)
+
+
+@torch.no_grad()
+def expert_outputs(
+    name: str, layer: Any, expected: ExpectedExperts, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Compute a layer of experts in fp64.
+
+    Args:
+        name: Name of the layer.
+        layer: The layer, whose gate and biases are used.
+        expected: The weights of the experts.
+        inputs: What the layer got: hidden states, the experts of each token, and their scores.
+
+    Returns:
+        The outputs, (tokens, hidden); the same without the updates of the weights; and the norm of all terms that are
+        summed.
+    """
+    hidden, index, scores = (tensor.cpu() for tensor in inputs)
+    x, weights = hidden.double(), scores.double()
+    first, second = projections(layer)
+    gate = layer._apply_gate if layer.has_gate else layer.act_fn
+    biases = [
+        getattr(layer, f"{part}_bias").double().cpu() if getattr(layer, "has_bias", False) else None
+        for part in (first, second)
+    ]
+    with_update, without = torch.zeros_like(x), torch.zeros_like(x)
+    squares = 0.0
+    for expert in index.unique().tolist():
+        tokens, places = (index == expert).nonzero(as_tuple=True)
+        score = weights[tokens, places][:, None]
+        up, down = (expected.weights(f"{name}.{part}", expert) for part in (first, second))
+        for total, is_updated in ((with_update, True), (without, False)):
+            middle = gate(F.linear(x[tokens], up[0] + is_updated * up[1], _row(biases[0], expert)))
+            output = score * F.linear(middle, down[0] + is_updated * down[1], _row(biases[1], expert))
+            total[tokens] += output  # each token once
+            squares += output.square().sum().item() * is_updated
+    return with_update, without, squares**0.5
+
+
+def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if bias is None else bias[expert]
 
 
 class _Positions:
