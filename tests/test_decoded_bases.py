@@ -11,9 +11,12 @@ from transformers import GptOssConfig
 
 from qlora.config import load_config
 from qlora.export import merge
+from qlora.export.gguf.model import write_gguf
 from qlora.export.quantize import quantize_model
+from qlora.files import BaseFiles
+from qlora.files.shards import TensorLayout
 from qlora.memory.estimate import estimate
-from qlora.model import SUPERVISED, load_base
+from qlora.model import SUPERVISED, load_base, load_generation_config, load_tokenizer
 from qlora.nf4 import NF4Linear, quantize
 from qlora.proof.verify import verify
 from qlora.training import plan_run, train
@@ -69,7 +72,32 @@ def in_mxfp4(folder, seed):
     return save(base, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}), {**stored, **decoded}
 
 
-FORMATS = {"FP8 in blocks": in_fp8_blocks, "FP8 per tensor": in_fp8_per_tensor, "MXFP4": in_mxfp4}
+def in_gguf(folder, seed, **sizes):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    base, stored = make_base(folder, seed, attention_bias=True, mlp_bias=True, **sizes), {}
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = {token: id_ for token, id_ in tokenizer["model"]["vocab"].items() if id_ != 255}
+    tokenizer["model"] |= {"vocab": vocabulary | {"th": 255}, "merges": [["t", "h"]]}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))  # transformers reads no vocabulary without merges
+    layout = []
+    for name, tensor in load_file(base / "model.safetensors").items():
+        layout.append(TensorLayout(name, tuple(tensor.shape), torch.float32))
+        stored[name] = tensor.float()
+    write_gguf(base, layout, stored.__getitem__, folder.with_suffix(".gguf"), "q8_0")
+    kinds, decoded = gguf.GGMLQuantizationType, {}
+    for name, tensor in stored.items():
+        kind = kinds.F32 if tensor.dim() == 1 else kinds.F16 if tensor.shape[-1] % 32 else kinds.Q8_0
+        values = gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), kind), kind)
+        decoded[name] = torch.from_numpy(values.astype("float32"))
+    return folder.with_suffix(".gguf"), decoded
+
+
+FORMATS = {
+    "FP8 in blocks": in_fp8_blocks,
+    "FP8 per tensor": in_fp8_per_tensor,
+    "MXFP4": in_mxfp4,
+    "GGUF": in_gguf,
+}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -119,6 +147,35 @@ def test_a_base_in_fp8_is_quantized_to_a_4_bit_folder(tmp_path, seed):
     model, _ = load_base(str(tmp_path / "4bit"), compute_dtype="float32")
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(model.get_submodule(name).weight, quantize(expected[f"{name}.weight"], True)[0])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_gguf_file_says_what_a_config_does(rope, tmp_path, seed):
+    rope = {"rope_theta": 500_000.0, **rope}
+    path, _ = in_gguf(tmp_path / "base", seed, rope_parameters=rope, num_hidden_layers=1)
+    files = BaseFiles.resolve(str(path))
+    found, expected = files.config, BaseFiles.resolve(str(tmp_path / "base")).config
+    assert found["rope_parameters"] == expected["rope_parameters"]
+    for key in ("architectures", "hidden_size", "head_dim", "attention_bias", "mlp_bias", "eos_token_id", "vocab_size"):
+        assert found[key] == expected[key], key
+    assert load_generation_config(files.folder).eos_token_id == [257]
+    own, theirs = (load_tokenizer(folder) for folder in (files.folder, tmp_path / "base"))
+    assert own("the oak, 3 tins</s>").input_ids == theirs("the oak, 3 tins</s>").input_ids
 
 
 def test_parts_without_an_index_are_one_model(tiny_base, tmp_path):

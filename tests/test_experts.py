@@ -89,7 +89,7 @@ def test_every_expert_is_in_4_bits_and_computes_what_transformers_does(family, b
     apply_recompute(model.train(), "full")
     if family != "phimoe":  # which draws experts at random while it is trained
         assert_close(gradients(model, trained, collate(documents))[1], expected)
-    if family not in ("phimoe", "gpt_oss"):  # whose sinks are lost where documents are kept apart
+    if family not in ("phimoe", "gpt_oss"):  # whose own attention with sinks mixes documents
         assert_close(gradients(model, trained, collate(documents, packed=True))[1], expected)
 
 

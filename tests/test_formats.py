@@ -87,12 +87,6 @@ def test_a_format_that_only_the_tensors_show_is_refused_in_every_verb(stored_in,
     assert_refused(base, tmp_path, stored_in)
 
 
-def test_gguf_is_refused_in_every_verb(base, tmp_path):
-    (base / "model.safetensors").rename(base / "model.gguf")
-    assert_refused(base, tmp_path, "GGUF")
-    assert_refused(base / "model.gguf", tmp_path, "GGUF")
-
-
 def test_a_config_alone_is_enough_to_refuse(base, tmp_path):
     (base / "model.safetensors").unlink()
     declare(base, DECLARED["GPTQ"])

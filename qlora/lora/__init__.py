@@ -1,5 +1,6 @@
 """LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
+from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.expert_layer import wrap_experts
 from qlora.lora.experts import LoraExperts, StoredExperts, lora_experts, reset_experts
@@ -81,6 +82,7 @@ __all__ = [
     "orthogonal",
     "output_head",
     "pissa",
+    "read_directly",
     "reconstruct",
     "redistribute",
     "reset_experts",

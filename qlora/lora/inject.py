@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.direct import read_directly
 from qlora.lora.expert_layer import wrap_experts
 from qlora.lora.experts import AUTO, expert_specs, lora_experts, rank_of_experts, reset_experts
 from qlora.lora.head import output_head
@@ -36,7 +37,8 @@ class Targets:
 
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
-            (`q_proj`), or regular expressions that match a full name. Routers of experts are never adapted.
+            (`q_proj`), or regular expressions that match a full name. Layers that :func:`read_directly` returns are
+            left out, and so are routers of experts.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -103,8 +105,9 @@ def _match(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    kept = routers(model)
-    linears = [name for name in linear_layers(model) if name not in kept]
+    left_out = {*read_directly(model)} | routers(model)
+    every = list(linear_layers(model))
+    linears = [name for name in every if name not in left_out]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = next((name for name in linears if model.get_submodule(name) is output_head(model)), None)
@@ -115,9 +118,7 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             found[pattern] = [name for name in linears if name != head]
         else:
             found[pattern] = [name for name in linears if matches(pattern, name)]
-    problems = [
-        unmatched("lora.targets", pattern, model, linears, "adapted") for pattern, names in found.items() if not names
-    ]
+    problems = [_unmatched(model, every, linears, pattern) for pattern, names in found.items() if not names]
     if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in found.values() for name in names}
@@ -128,6 +129,18 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             "it out."
         )
     return [name for name in linears if name in wanted]
+
+
+def _unmatched(model: nn.Module, every: Sequence[str], linears: Sequence[str], pattern: str) -> str:
+    read = [name for name in every if matches(pattern, name)]
+    if not read:
+        return unmatched("lora.targets", pattern, model, linears, "adapted")
+    if read[0] in routers(model):
+        return f"lora.targets: '{pattern}' is {read[0]}, which chooses experts; routers stay as they are."
+    return (
+        f"lora.targets: '{pattern}' is {read[0]}, whose weight the model's code reads instead of calling the layer, so "
+        "an adapter would have no effect there; leave it out."
+    )
 
 
 def add_lora(

@@ -9,12 +9,14 @@ from qlora.files.base_files import unsupported_format
 from qlora.files.fp8 import ACTIVATION_ENDINGS, DEFAULT_BLOCK, fp8_tensors
 from qlora.files.mxfp4 import mxfp4_tensors
 from qlora.files.stored import DTYPES, FP8_DTYPES, StoredTensors, TensorReader
+from qlora.model.gguf_names import open_gguf
 from qlora.nf4 import QUANT_STATE
 
 PLAIN = "16 or 32 bits"
 BITSANDBYTES_4BIT = "bitsandbytes 4-bit"
 FP8 = "FP8"
 MXFP4 = "MXFP4"
+GGUF = "GGUF"
 
 
 def _open_plain(files: BaseFiles) -> TensorReader:
@@ -39,6 +41,7 @@ READERS: dict[str, Callable[[BaseFiles], TensorReader]] = {
     BITSANDBYTES_4BIT: _open_plain,
     FP8: _open_fp8,
     MXFP4: _open_mxfp4,
+    GGUF: open_gguf,
 }
 # Names of formats by their quant_method in config.json; another method keeps its own name.
 METHODS = {"fp8": FP8, "fbgemm_fp8": FP8, "mxfp4": MXFP4, "gptq": "GPTQ", "awq": "AWQ"}
@@ -64,6 +67,8 @@ def weight_format(files: BaseFiles, quantization: str = "nf4") -> str:
         ModelError: The format is not supported, config.json contradicts the tensors, or weights in bitsandbytes' 4 bits
             are loaded without quantization.
     """
+    if files.gguf is not None:
+        return GGUF
     declared = _declared_format(files)
     found = _formats_of_tensors(files) if files.has_weights else {declared}
     for stored_in in (declared, *sorted(found)):

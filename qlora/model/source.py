@@ -12,6 +12,7 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
 from qlora.lora import ScoreHead, stored_head
 from qlora.lora.mixture import expert_stacks
+from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.quantization import find_quantized_layers, settings_of_base
@@ -131,7 +132,7 @@ class AdapterSource:
         if weight_format(files) == BITSANDBYTES_4BIT:
             return experts
         settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
-        layers = find_quantized_layers(skeleton, settings, files.name, files.tensors)
+        layers = find_quantized_layers(skeleton, settings, files.name, BaseWeights(files).shapes)
         return [*(layer.name for layer in layers.values()), *experts]
 
 

@@ -108,12 +108,19 @@ def test_has_weights_requires_all_files(sharded):
     assert files.config["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("with_weights", [True, False])
-def test_gguf_is_refused_as_a_file_and_as_a_folder(with_weights, base):
+def test_a_damaged_gguf_file_is_refused_by_its_name(base):
+    pytest.importorskip("gguf")
     (base / WEIGHTS).rename(base / "model.gguf")
     for path in (base, base / "model.gguf"):
-        with pytest.raises(ModelError, match=f"^{path} is stored in GGUF, which is not supported; use the same model"):
-            BaseFiles.resolve(str(path), with_weights=with_weights)
+        with pytest.raises(ModelError, match=rf"^{base}/model\.gguf is truncated or damaged"):
+            BaseFiles.resolve(str(path))
+
+
+def test_one_of_several_gguf_files_has_to_be_named(base):
+    (base / WEIGHTS).rename(base / "a.gguf")
+    shutil.copy(base / "a.gguf", base / "b.gguf")
+    with pytest.raises(ModelError, match=r"2 GGUF files \(a\.gguf, b\.gguf\); name one of them in model\.base"):
+        BaseFiles.resolve(str(base))
 
 
 def fingerprint(base):

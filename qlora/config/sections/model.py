@@ -12,7 +12,8 @@ class ModelSection(Section):
     """The base model and how it is loaded."""
 
     base: PathText = Field(
-        description="Base model: a local folder or a model id on the hub. Any causal language model of transformers.",
+        description="Base model: a local folder, a GGUF file or a model id on the hub. Any causal language model of "
+        "transformers.",
         examples=["meta-llama/Llama-3.1-8B"],
     )
     revision: str | None = Field(
