@@ -15,6 +15,7 @@ from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.expert_files import expert_tensors
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
+from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
 from qlora.proof.experts import ExpectedExperts
 
@@ -33,6 +34,7 @@ class ExpectedWeights:
 
     Attributes:
         names: Names of the tensors, in the base's order.
+        names_as_text: Names that they have in a model of text alone, by their own.
         compute_dtype: Dtype that the run's weights were dequantized to.
         unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
         experts: The experts of a mixture among them.
@@ -56,6 +58,7 @@ class ExpectedWeights:
             for parameter, name in names_in_files(skeleton, self.names)[0].items()
         }
         self._modules = modules
+        self.names_as_text = names_as_text(skeleton, self.names)
         self._layers = {name: adapter.layers[module] for name, module in modules.items() if module in adapter.layers}
         self.unplaced = sorted({*adapter.layers} - {modules[name] for name in self._layers})
         self._trained = _trained_rows(adapter, skeleton)
