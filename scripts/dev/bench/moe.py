@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+INTRODUCTION = """# Mixtures of experts
+
+Estimates from the shapes alone, as `qlora estimate` makes them. Where the step of the optimizer takes more than the
+layers do, its temporary memory is counted under optimizer, and there are no activations.
+"""
 TOKENS = 2048
 EXPERT_RANKS = (0, "auto", 16)
 # Sizes as published, of what decides the number of weights and the activations.
@@ -72,7 +77,7 @@ def main() -> None:
             lines.append(f"| {name} | {rank} | " + " | ".join(f"{number / GIB:.2f}" for number in kinds) + " |")
             print(lines[-1], flush=True)
     if arguments.out:
-        append(arguments.out, "# Mixtures of experts\n", lines)
+        append(arguments.out, INTRODUCTION, lines)
 
 
 if __name__ == "__main__":
