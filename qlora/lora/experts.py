@@ -10,7 +10,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.kernels import Delta, LowRank, fold
 from qlora.lora.linear import draw
-from qlora.lora.mixture import DOWN
+from qlora.lora.mixture import DOWN, experts_per_token
 from qlora.lora.spec import AdapterSpec, by_pattern
 
 AUTO = "auto"
@@ -150,15 +150,22 @@ def lora_experts(model: nn.Module) -> Iterator[tuple[str, LoraExperts]]:
             yield name, module
 
 
-def rank_of_experts(asked: int | str, rank: int, top_k: int) -> int:
+def rank_of_experts(asked: int | str, rank: int, model: nn.Module) -> int:
     """Return the rank of experts' factors: `auto` gives as many trained values per token as `rank` in a dense layer.
 
     Args:
         asked: `auto`, or a number; 0 for none.
         rank: Rank of the other layers.
-        top_k: Number of experts of a token.
+        model: The model.
+
+    Raises:
+        ModelError: It is neither, or `auto` can't be computed.
     """
-    return max(1, rank // top_k) if asked == AUTO else int(asked)
+    if asked == AUTO:
+        return max(1, rank // experts_per_token(model))
+    if type(asked) is not int or asked < 0:
+        raise ModelError(f"expert_rank: {asked!r} should be 'auto' or a whole number from 0.")
+    return asked
 
 
 def expert_specs(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[str, AdapterSpec]:

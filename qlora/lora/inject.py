@@ -15,7 +15,7 @@ from qlora.lora.experts import AUTO, expert_specs, lora_experts, rank_of_experts
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.match import matches, other_part, unmatched
-from qlora.lora.mixture import expert_stacks, experts_per_token, routers
+from qlora.lora.mixture import expert_stacks, routers
 from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 from qlora.lora.text_part import text_part
@@ -241,7 +241,7 @@ def specs_of_experts(
         ModelError: See :func:`match_targets`; or the adapter is of a kind that experts can't have.
     """
     names = match_experts(model, targets) if rank else []
-    return expert_specs(spec, names, rank_of_experts(rank, spec.rank, experts_per_token(model))) if names else {}
+    return expert_specs(spec, names, rank_of_experts(rank, spec.rank, model)) if names else {}
 
 
 def check_ranks(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:

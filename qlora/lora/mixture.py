@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from qlora.errors import ModelError
+
 # Names that transformers gives the fused parameters: experts with a gate hold it and the up projection in one.
 GATED, UNGATED, DOWN = "gate_up_proj", "up_proj", "down_proj"
 
@@ -103,5 +105,15 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def experts_per_token(model: Any) -> int:
-    """Return the number of experts that compute each token, by the model's config."""
-    return int(model.config.get_text_config().num_experts_per_tok)
+    """Return the number of experts that compute each token, by the model's config; the most of any layer.
+
+    Raises:
+        ModelError: The config does not say it.
+    """
+    number = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    if not number:
+        raise ModelError(
+            f"lora.expert_rank: auto needs the number of experts of a token, which the config of "
+            f"{type(model).__name__} does not have; set a number."
+        )
+    return max(number) if isinstance(number, list | tuple) else int(number)
