@@ -1,6 +1,6 @@
 """The section `lora`: the adapters."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from qlora.config.sections.values import (
     Names,
     PathText,
     Pattern,
+    RankOrAuto,
     Share,
     Targets,
 )
@@ -106,7 +107,7 @@ class LoraSection(Section):
         description="Keep the adapter of lora.start_from as it is, and train a new one on top of it.",
         examples=[True],
     )
-    expert_rank: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+    expert_rank: RankOrAuto = Field(
         default="auto",
         description="Rank of the adapters of a mixture's experts. auto is lora.rank divided by the number of experts "
         "of a token, at least 1; 0 leaves experts as they are. The scaling is that of the other layers.",
