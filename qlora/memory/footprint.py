@@ -14,6 +14,7 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
@@ -133,7 +134,8 @@ def take_footprint(
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
-        positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        positions=num_positions(files.config)
+        or getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 

@@ -36,6 +36,8 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: Scor
     _check_config(files)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+        if files.rope_scaling is not None:
+            config = _extended(files, config)
         if head is not None:
             return _build_scorer(files, config, head, trust_remote_code)
         with torch.device("meta"):
@@ -45,6 +47,19 @@ def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: Scor
     except Exception as error:  # a wrong value can make an architecture raise anything
         reason = reason_for_users(error, trust_remote_code)
         raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+
+
+def _extended(files: BaseFiles, config: Any) -> Any:
+    """Return a config with its context extended, as its class reads it from config.json.
+
+    Raises:
+        ModelError: The architecture has no rotary embeddings.
+    """
+    if not getattr(config.get_text_config(), "rope_parameters", None):
+        raise ModelError(
+            f"{files.name}: {config.model_type} has no rotary embeddings that can be scaled; omit model.rope_scaling."
+        )
+    return type(config).from_dict(files.config)
 
 
 def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_code: bool) -> Any:

@@ -47,7 +47,14 @@ NEEDED = {
     "train.class_weights": {"train": {"objective": "classify"}},
     **dict.fromkeys(("train.reward", "train.reward.center"), {"train": {"objective": "reward"}}),
 }
-REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
+REQUIRED = {
+    "model.base",
+    "data.train",
+    "train.output_dir",
+    "train.adversarial.epsilon",
+    "model.rope_scaling.factor",
+    f"{SOURCE}.path",
+}
 
 
 def test_every_key_is_listed_once():
