@@ -1,5 +1,6 @@
 """LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
+from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
@@ -75,6 +76,7 @@ __all__ = [
     "orthogonal",
     "output_head",
     "pissa",
+    "read_directly",
     "reconstruct",
     "redistribute",
     "scores_documents",

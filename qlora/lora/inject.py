@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.direct import read_directly
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.match import matches, unmatched
@@ -33,7 +34,8 @@ class Targets:
 
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
-            (`q_proj`), or regular expressions that match a full name.
+            (`q_proj`), or regular expressions that match a full name. Layers that :func:`read_directly` returns are
+            left out.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -80,7 +82,9 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = list(linear_layers(model))
+    direct = {*read_directly(model)}
+    every = list(linear_layers(model))
+    linears = [name for name in every if name not in direct]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = output_head(model)
@@ -90,9 +94,7 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             found[pattern] = [name for name in linears if model.get_submodule(name) is not head]
         else:
             found[pattern] = [name for name in linears if matches(pattern, name)]
-    problems = [
-        unmatched("lora.targets", pattern, model, linears, "adapted") for pattern, names in found.items() if not names
-    ]
+    problems = [_unmatched(model, every, linears, pattern) for pattern, names in found.items() if not names]
     if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in found.values() for name in names}
@@ -103,6 +105,16 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             "it out."
         )
     return [name for name in linears if name in wanted]
+
+
+def _unmatched(model: nn.Module, every: Sequence[str], linears: Sequence[str], pattern: str) -> str:
+    read = [name for name in every if matches(pattern, name)]
+    if not read:
+        return unmatched("lora.targets", pattern, model, linears, "adapted")
+    return (
+        f"lora.targets: '{pattern}' is {read[0]}, whose weight the model's code reads instead of calling the layer, so "
+        "an adapter would have no effect there; leave it out."
+    )
 
 
 def add_lora(

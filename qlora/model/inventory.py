@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qlora.checkpoint import Inventory
-from qlora.lora import LoraLinear, lora_layers, trained_rows
+from qlora.lora import LoraLinear, linear_layers, lora_layers, output_head, read_directly, trained_rows
 from qlora.model.shares import linear_weights
 from qlora.nf4 import NF4Linear, statistics
 
@@ -49,7 +49,13 @@ def take_inventory(model: nn.Module) -> Inventory:
         trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
         shared_rows=len(all_rows) < len(with_rows),
         adapted=[name for name, _ in lora_layers(model)],
+        read_directly=_read_directly(model),
     )
+
+
+def _read_directly(model: nn.Module) -> list[str]:
+    linears, head = linear_layers(model), output_head(model)
+    return [name for name in read_directly(model) if name in linears and linears[name] is not head]
 
 
 def frozen_checksum(model: nn.Module) -> int:
