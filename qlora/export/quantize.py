@@ -123,7 +123,7 @@ def quantize_model(
     out_dir = new_folder(out_dir)
     starts: Starts = {}
     keep_16bit: Sequence[str] = ()
-    run, trained_on = base, None
+    run, trained_on, source = base, None, None
     if RunDirectory.find(base) is not None:
         source = open_source(base)
         if not source.quantized(source.base_files()):
@@ -136,7 +136,7 @@ def quantize_model(
         base, revision, trust_remote_code = source.base, source.revision, source.trust_remote_code
         double_quant, starts, keep_16bit = source.double_quant, source.starts(), source.keep_16bit
         dtype = _name(source.compute_dtype(resolve_device(device)))
-    files = BaseFiles.resolve(base, revision, trust_remote_code)
+    files = source.base_files() if source is not None else BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")
     notes = _notes(files.folder)

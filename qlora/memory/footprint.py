@@ -14,6 +14,7 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
 from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
@@ -148,7 +149,8 @@ def take_footprint(
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
-        positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        positions=num_positions(files.config)
+        or getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 

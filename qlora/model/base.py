@@ -1,7 +1,7 @@
 """Loading a base: each linear layer is quantized to NF4 as it is read, and becomes an `NF4Linear`."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ def load_base(
     on_weight: OnWeight | None = None,
     head: ScoreHead | None = None,
     seed: int = 0,
+    rope_scaling: Mapping[str, Any] | None = None,
     keep_16bit: Sequence[str] = (),
     allow_unquantized: bool = False,
     whole: bool = False,
@@ -67,6 +68,7 @@ def load_base(
         head: Head that scores documents, in place of the one over the vocabulary. The base's own is taken if its files
             have one for the same scores; otherwise its values are drawn from the seed.
         seed: Seed of these values.
+        rope_scaling: Extends the context: `type` (`yarn`, `linear` or `dynamic`) and `factor`.
         keep_16bit: Linear layers that are not quantized, by names or patterns as in :class:`qlora.lora.Targets`.
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
@@ -81,7 +83,7 @@ def load_base(
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
-    files = BaseFiles.resolve(base, revision, trust_remote_code)
+    files = BaseFiles.resolve(base, revision, trust_remote_code, rope_scaling=rope_scaling)
     stored_in = weight_format(files, quantization)
     device = resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)

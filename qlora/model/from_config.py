@@ -18,6 +18,7 @@ from qlora.data import (
     set_special_tokens,
 )
 from qlora.errors import ModelError
+from qlora.files import BaseFiles
 from qlora.lora import (
     AdapterSpec,
     LayerStart,
@@ -41,6 +42,14 @@ from qlora.model.on_weight import OnWeight
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 Specs = dict[str, AdapterSpec]
+
+
+def base_files(section: ModelSection, with_weights: bool = True) -> BaseFiles:
+    """Find the files of the base that a config names; see :meth:`BaseFiles.resolve`."""
+    scaling = None if section.rope_scaling is None else section.rope_scaling.model_dump()
+    return BaseFiles.resolve(
+        section.base, section.revision, section.trust_remote_code, with_weights, rope_scaling=scaling
+    )
 
 
 def base_from_section(

@@ -15,6 +15,7 @@ from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
+from qlora.model.from_config import base_files
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
 from qlora.model.skeleton import build_skeleton
@@ -111,6 +112,8 @@ class AdapterSource:
         Raises:
             ModelError: There are none, or they are damaged.
         """
+        if self.run is not None:
+            return base_files(load_config(self.run.config).model)
         return BaseFiles.resolve(self.base, self.revision, self.trust_remote_code)
 
     def base_differs(self, files: BaseFiles) -> list[str]:
