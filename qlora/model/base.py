@@ -9,7 +9,9 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
+from qlora.layers.experts import check_experts, use_nf4_experts
 from qlora.lora import ScoreHead, TextPart, text_part
+from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -96,7 +98,8 @@ def load_base(
     skeleton = build_skeleton(files, trust_remote_code, head, whole)
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
-        check_share(base, skeleton, quantized_names(skeleton, settings))
+        check_experts(skeleton, base)
+        check_share(base, skeleton, [*quantized_names(skeleton, settings), *expert_stacks(skeleton)])
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:
@@ -117,7 +120,10 @@ def load_base(
             model, info = type(skeleton).from_pretrained(
                 None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
             )
+            experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
             _take_over_linears(model)
+            if quantization == "nf4":
+                use_nf4_experts(model, experts, double_quant)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
         if attention != "auto" and "attention" in str(error).lower():
             raise ModelError(

@@ -34,6 +34,7 @@ from qlora.model import (
     take_inventory,
     weight_format,
 )
+from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
@@ -192,6 +193,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
         )
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, model)
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
