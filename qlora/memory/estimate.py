@@ -156,7 +156,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         dtype=dtype,
         micro_batch_size=rows,
         max_seq_len=row,
-        packing=config.data.packs,
+        packing=config.data.packs and footprint.unpacked_why is None,
         chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
     )
