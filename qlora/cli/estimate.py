@@ -119,6 +119,8 @@ def _show(report: dict[str, Any], base: str) -> None:
     console.print(_bar(levels[shown]["bytes"], free, coloured))
     why = f"recompute {report['level']}: {report['why']}" if report["level"] else report["why"]
     console.print(Text(why, style="" if report["level"] else "bold red"))
+    if report["unpacked_why"] is not None:
+        console.print(Text(f"documents are not packed, because {report['unpacked_why']}"))
     if not levels[shown]["bytes"]["activations"]:
         console.print(Text("memory peaks in the optimizer's step, when there are no activations"))
     if levels[shown]["bytes"]["context"]:

@@ -31,6 +31,7 @@ from qlora.model import (
     expert_specs,
     load_tokenizer,
     read_config,
+    unpackable_reason,
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
@@ -56,6 +57,7 @@ class Footprint:
         held: For each level, the fastest first, the memory at each moment that may be the peak.
         layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
+        unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
         vocabulary: Number of rows of the head, whose logits are computed in chunks; None for a head of scores.
         positions: Number of positions that the model supports; None if its config does not say.
     """
@@ -67,6 +69,7 @@ class Footprint:
     held: dict[str, list[Held]]
     layers_dequantized: list[int]
     rows_attend: bool
+    unpacked_why: str | None
     vocabulary: int | None
     positions: int | None
 
@@ -149,6 +152,7 @@ def take_footprint(
         held=held,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
+        unpacked_why=unpackable_reason(model) if config.data.packs else None,
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
         positions=num_positions(files.config)
         or getattr(model.config.get_text_config(), "max_position_embeddings", None),

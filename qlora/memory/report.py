@@ -23,6 +23,7 @@ class MemoryReport:
             `largest_micro_batch`, the `longest_context` and the number of `weight_cache_layers`.
         level: The level to use; None if the run does not fit.
         why: Reason for the level, or why no level fits.
+        unpacked_why: Why documents would not be packed, as far as the architecture tells; None if it does not.
     """
 
     device: str
@@ -35,6 +36,7 @@ class MemoryReport:
     levels: dict[str, dict[str, Any]]
     level: str | None
     why: str
+    unpacked_why: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -85,4 +87,5 @@ def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> Mem
         levels=levels,
         level=chosen,
         why=why,
+        unpacked_why=estimate.footprint.unpacked_why,
     )

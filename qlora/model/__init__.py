@@ -24,7 +24,7 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
-from qlora.model.isolation import Isolation, keep_apart, mixed_reason
+from qlora.model.isolation import Isolation, keep_apart, mixed_reason, unpackable_reason
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
@@ -103,6 +103,7 @@ __all__ = [
     "supervised_loss",
     "take_inventory",
     "token_loss",
+    "unpackable_reason",
     "weight_format",
     "with_images",
     "write_labels",

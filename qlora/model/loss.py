@@ -235,6 +235,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     """Return the factor and the soft cap that an architecture applies to its logits, from its config's keys."""
     text_config = config.get_text_config()
     scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale *= getattr(text_config, "lm_head_multiplier", None) or 1.0  # Falcon H1
     scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite divides
     return scale, getattr(text_config, "final_logit_softcapping", None)
 

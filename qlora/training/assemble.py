@@ -32,6 +32,7 @@ from qlora.model import (
     set_tokens,
     starts_of,
     take_inventory,
+    unpackable_reason,
     weight_format,
 )
 from qlora.model.run_adapter import check_experts_as_trained
@@ -192,6 +193,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         # Before anything is loaded, names that match nothing are reported.
         adapter_specs(skeleton, config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
+        if config.data.packs and unpacked_why is None:
+            unpacked_why = unpackable_reason(skeleton)
+            _check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
@@ -302,17 +306,26 @@ def _load_checked(
     other = example
     if not reads_images(model):
         other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
-        other = make_example(other_ids, [True] * len(ids))
+        other = make_example(other_ids, [True] * len(ids), first.values)
     isolation = keep_apart(
         model, example, other, packed=packed,
         any_attention=config.model.attention == "auto" and not reads_images(model),
         loss_of_last=None if head is None else last_scores,
     )  # fmt: skip
-    if isolation.mixed_reason is not None and config.data.packing is True:
-        raise ModelError(f"{isolation.mixed_reason}; set data.packing: auto, which then does not pack, or false.")
+    _check_packing(config.data, isolation.mixed_reason)
     activations = rebuild_activations(model)
     _check_outputs(model, example)  # again, with the modules that will be trained
     return model.train(), starts, isolation, activations
+
+
+def _check_packing(section: DataSection, reason: str | None) -> None:
+    """Check that there is no reason against packing, if the config insists on it.
+
+    Raises:
+        ModelError: There is one, and `data.packing` is true.
+    """
+    if reason is not None and section.packing is True:
+        raise ModelError(f"{reason}; set data.packing: auto, which then does not pack, or false.")
 
 
 def _check_outputs(model: Any, example: TokenizedExample) -> None:

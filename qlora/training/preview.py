@@ -22,11 +22,18 @@ from qlora.data import (
     pieces,
 )
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
-from qlora.errors import ConfigError
-from qlora.files import find_tokenizer
+from qlora.errors import ConfigError, ModelError
+from qlora.files import BaseFiles, find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.files.rope import num_positions
-from qlora.model import datasets_from_section, labels_from_config, load_processor, set_tokens
+from qlora.model import (
+    build_skeleton,
+    datasets_from_section,
+    labels_from_config,
+    load_processor,
+    set_tokens,
+    unpackable_reason,
+)
 from qlora.model.answer_metrics import METRICS, load_metric
 from qlora.objectives import objective_for_data, objective_from_section
 from qlora.training.best import check_metric, loss_metrics
@@ -152,9 +159,15 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     positions, longest = _num_positions(folder, model), int(lengths.max())
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
+    unpacked_why = _unpacked_why(config, folder)
+    if unpacked_why is not None and data.packing is True:
+        problems.append(f"data.packing: true, but {unpacked_why}.")
+    elif unpacked_why is not None:
+        datasets.reports[0].notes.append(f"documents are not packed, because {unpacked_why}")
+    packed = data.packs and unpacked_why is None
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        data.max_seq_len if data.packs else None, group_size=datasets.train.group_size,
+        data.max_seq_len if packed else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
         reports=datasets.all_reports,
@@ -163,7 +176,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
         max_seq_len=data.max_tokens,
-        packing_fill=batches.fill if data.packs else None,
+        packing_fill=batches.fill if packed else None,
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch),
@@ -189,6 +202,18 @@ def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) 
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def _unpacked_why(config: RunConfig, folder: Path) -> str | None:
+    """Return why documents would not be packed, as far as the base's config tells; training finds the other reasons."""
+    model = config.model
+    if not config.data.packs or not (folder / "config.json").is_file():
+        return None
+    try:
+        files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code, with_weights=False)
+        return unpackable_reason(build_skeleton(files, model.trust_remote_code))
+    except ModelError:  # a preview is about the data; training says what is wrong with the base
+        return None
 
 
 def _num_positions(folder: Path, section: ModelSection) -> int | None:
