@@ -23,6 +23,7 @@ from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
 from qlora.lora import stored_head
+from qlora.lora.mixture import expert_stacks
 from qlora.model import (
     BITSANDBYTES_4BIT,
     BaseWeights,
@@ -144,6 +145,12 @@ def quantize_model(
     skeleton = build_skeleton(files, trust_remote_code, stored_head(files.config))
     settings = settings_of_base(files, skeleton, "nf4", double_quant, target, keep_16bit)
     layers = find_quantized_layers(skeleton, settings, base, weights.shapes)
+    if experts := expert_stacks(skeleton):
+        numel = sum(stack.numel for stack in experts.values())
+        notes.append(
+            f"{numel:,} weights of experts stay in {_name(target)}, because bitsandbytes has no format for them in 4 "
+            "bits; qlora quantizes them when it loads the folder"
+        )
     _check_classes(skeleton, layers, base)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)

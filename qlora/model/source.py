@@ -11,13 +11,14 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
 from qlora.lora import ScoreHead, stored_head
+from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import base_files
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, of_images
 from qlora.model.starts import Starts, starts_of
 from qlora.nf4 import BLOCK_SIZE
 
@@ -95,7 +96,9 @@ class AdapterSource:
         if num_scores is None:
             return None
         named = stored_head(self.base_files().config)
-        return named if named is not None and named.num_labels == num_scores else ScoreHead(num_scores)
+        if named is not None and named.num_labels == num_scores:
+            return named
+        return ScoreHead(num_scores, of_images=of_images(self.base_files().config))
 
     def starts(self) -> Starts:
         """Return what the run's adapters started from, see :func:`starts_of`; empty if the adapter was made elsewhere.
@@ -126,15 +129,16 @@ class AdapterSource:
         return getattr(torch, self.run.read_record().in_use.compute_dtype)
 
     def quantized(self, files: BaseFiles) -> list[str]:
-        """Return the names of the layers that were quantized in training; by default, those that would be now."""
+        """Return the names of layers and experts quantized in training; by default, of those that would be now."""
         if self.run is not None:
             return self.run.read_record().parameters.quantized
-        if weight_format(files) == BITSANDBYTES_4BIT:
-            return []
         skeleton = build_skeleton(files, head=self.head)
+        experts = list(expert_stacks(skeleton))
+        if weight_format(files) == BITSANDBYTES_4BIT:
+            return experts
         settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
         layers = find_quantized_layers(skeleton, settings, files.name, BaseWeights(files).shapes)
-        return [layer.name for layer in layers.values()]
+        return [*(layer.name for layer in layers.values()), *experts]
 
 
 def is_hub_id(name: str | Path) -> bool:

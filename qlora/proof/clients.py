@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
+from qlora.checkpoint.adapter_experts import is_linear_parameter, linear_parameters, read_experts
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
-from qlora.lora import output_head, scores_documents
+from qlora.lora import embedding_and_head, input_embedding, output_head, reads_images, scores_documents
+from qlora.lora.mixture import expert_stacks
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
@@ -62,6 +64,9 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
     """
     config = read_adapter_config(adapter)
     header = read_adapter_header(adapter)
+    experts, problems = read_experts(config, header)
+    of_experts = {key for keys in experts.values() for key in keys}
+    header = {name: entry for name, entry in header.items() if name not in of_experts}
     matches = [match for name in header if (match := FACTOR.fullmatch(name))]
     ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
     others = sorted({*header} - {match[0] for match in matches})
@@ -70,6 +75,7 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
         "vllm": _check_vllm(config, ranks, others),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
+    _check_experts(verdicts, config, ranks, experts, problems, base)
     if not is_for_published:
         for verdict in verdicts.values():
             verdict.refuse(
@@ -81,7 +87,9 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
 
 def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str, list[int]], base: Any) -> Verdict:
     verdict = Verdict()
-    if scores_documents(base):
+    if reads_images(base):
+        verdict.needs.append(f"on AutoModelForImageClassification with num_labels={base.config.num_labels}")
+    elif scores_documents(base):
         verdict.needs.append(
             f"on AutoModelForSequenceClassification with num_labels={base.config.num_labels}, and the config's "
             "pad_token_id set to that of the adapter's tokenizer"
@@ -102,20 +110,49 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     selected = _selected(config, {name for name, _ in base.named_modules()})
     if selected is None:
         verdict.needs.append("the layers that target_modules selects were not checked")
-    elif selected != {*ranks} and not absent:
-        verdict.refuse(f"target_modules and the tensors differ in {sorted(selected ^ {*ranks})[0]}")
+    else:
+        differing = selected ^ {name for name in ranks if not is_linear_parameter(config, name)}
+        if differing and not absent:
+            verdict.refuse(f"target_modules and the tensors differ in {sorted(differing)[0]}")
     return verdict
+
+
+def _check_experts(
+    verdicts: dict[str, Verdict],
+    config: dict[str, Any],
+    ranks: dict[str, int],
+    experts: dict[str, tuple[str, str]],
+    problems: list[str],
+    base: Any,
+) -> None:
+    """Check adapters on the experts of a mixture, and on linear layers whose names PEFT takes for experts."""
+    stacks = expert_stacks(base)
+    for problem in problems:
+        verdicts["peft"].refuse(problem)
+    if absent := sorted({*experts} - {*stacks}):
+        verdicts["peft"].refuse(f"the base has no experts {absent[0]}")
+    taken = [name for name in linear_parameters(base, ranks) if not is_linear_parameter(config, name)]
+    if taken:
+        verdicts["peft"].needs.append(
+            f"if the base's family is not one of which it takes {taken[0]} for experts and drops it silently; list "
+            f"{taken[0]}.weight in target_parameters"
+        )
+    if config.get("target_parameters") and config.get("lora_dropout"):
+        verdicts["peft"].refuse("it has no dropout on target_parameters; set lora_dropout to 0 in adapter_config.json")
+    if experts:
+        verdicts["vllm"].needs.append("a version that reads factors of experts in PEFT's layout, which was not checked")
+        verdicts["llama.cpp"].refuse("its converter reads factors of numbered experts, not of all experts of a layer")
 
 
 def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list[int]], base: Any) -> None:
     """Check that PEFT can load rows trained in full, and computes the same with them."""
-    head, embeddings = output_head(base), base.get_input_embeddings()
-    names = {name: module for name, module in base.named_modules() if module in (head, embeddings)}
+    embeddings = input_embedding(base)
+    names = embedding_and_head(base)
     by_ids = config.get("trainable_token_indices") or {}
     ids = [id_ for given in (by_ids.values() if isinstance(by_ids, dict) else [by_ids]) for id_ in given]
     whole = [others[f"{PREFIX}{name}.weight"][0] for name in names if f"{PREFIX}{name}.weight" in others]
     size = max([*whole, *(id_ + 1 for id_ in ids)], default=0)
-    if size > len(embeddings.weight):
+    if embeddings is not None and size > len(embeddings.weight):
         verdict.needs.append(f"after resize_token_embeddings({size}) of the base, and the adapter's tokenizer")
     biased = [name for name in by_ids if getattr(names.get(name), "bias", None) is not None]
     if biased:
@@ -160,9 +197,10 @@ def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list
     if unknown:
         verdict.refuse(f"its converter fails on {unknown[0]}, which is neither lora_A nor lora_B")
     modules = dict(base.named_modules())
-    head, embeddings = output_head(base), base.get_input_embeddings()
+    head, embeddings = output_head(base), input_embedding(base)
     for module in ranks:
-        if modules.get(module) is head and head is not None and head.weight is embeddings.weight:
+        is_head = modules.get(module) is head and head is not None and embeddings is not None
+        if is_head and head.weight is embeddings.weight:
             verdict.refuse(f"it can't update {module} separately from the embeddings that share its weight")
         if type(modules.get(module)).__name__ == "Conv1D":
             verdict.refuse(
