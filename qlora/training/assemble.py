@@ -35,6 +35,7 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
+from qlora.model.names import transposed_modules
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
@@ -191,7 +192,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
                 head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
             _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
         # Before anything is loaded, names that match nothing are reported.
-        adapter_specs(skeleton, config.lora)
+        if not transposed_modules(skeleton):  # GPT-2's layers become linear ones when they are loaded
+            adapter_specs(skeleton, config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         if config.data.packs and unpacked_why is None:
             unpacked_why = unpackable_reason(skeleton)
