@@ -1,0 +1,249 @@
+"""What is checked of one architecture: a tiny random base is trained, merged, verified and read by PEFT, in fp32."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qlora
+from qlora.checkpoint import RunDirectory
+from qlora.data import collate, make_example
+from qlora.errors import QLoRAError
+from qlora.layers import use_document_attention
+from qlora.lora import lora_layers, output_head
+from qlora.model import check_isolation, supervised_loss
+from scripts.dev.support.sizes import tiny_config
+
+# Largest differences of logits of two models that compute the same in another order, and of losses, as a share.
+LOGITS, LOSSES = 1e-4, 1e-5
+# Smallest share of the weights of linear layers that a run may have in 4 bits without a word.
+LEAST_IN_4_BITS = 0.5
+TOKENS = 24
+ROWS = [{"instruction": f"Add {one} and {one + 3}.", "output": f"{2 * one + 3}"} for one in range(24)]
+RUN: dict[str, dict[str, Any]] = {
+    "model": {"compute_dtype": "float32", "recompute": "none"},
+    "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
+    "data": {"max_seq_len": 192},
+    "train": {
+        "max_steps": 2, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+        "lr_scheduler": "constant", "warmup_steps": 0, "eval_every": None, "save_every": None,
+    },
+}  # fmt: skip
+REFUSED, FAILED, NOT_RUN = "refused", "failed", "not run"
+
+
+class _Stop(Exception):  # noqa: N818
+    """The end of the checks, with what the row then says."""
+
+
+def check(config_class: Any, auto_class: Any, tokenizer: Path, folder: Path) -> dict[str, Any]:
+    """Run every check of one architecture; return its findings by name.
+
+    Args:
+        config_class: Config class of transformers.
+        auto_class: Class of transformers that builds and loads its model.
+        tokenizer: Folder of the tokenizer.
+        folder: An empty folder to work in.
+
+    Returns:
+        The shares, the differences and the verdicts; `refused`, `failed` or `not run` with a sentence where the checks
+        ended early, and `wrong` with every finding that should be another.
+    """
+    found: dict[str, Any] = {}
+    base = folder / "base"
+    ids = torch.randint(8, 200, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    try:
+        with _stage(NOT_RUN):
+            found["class"] = _make_base(config_class, auto_class, tokenizer, base)
+            plain = auto_class.from_pretrained(base, dtype=torch.float32).eval()
+            found["causal"] = _is_causal(plain, ids)
+            del plain
+        with _stage(FAILED):
+            run = _train(base, folder, found)
+            own = _logits(qlora.load_run(run)[0], ids)
+        with _stage(FAILED):
+            _check_adapters(base, ids, found)
+        with _stage(FAILED):
+            _check_release(run, folder, auto_class, ids, own, found)
+        with _stage(FAILED):
+            _check_peft(base, run, auto_class, ids, own, found)
+    except _Stop as end:
+        kind, sentence = end.args
+        found[kind] = sentence
+    found["wrong"] = [*_wrong(found)]
+    return found
+
+
+class _stage:  # noqa: N801
+    """Ends the checks at an error: a sentence of qlora's is a refusal, and any other error what is given."""
+
+    def __init__(self, otherwise: str) -> None:
+        self.otherwise = otherwise
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, QLoRAError):
+            raise _Stop(REFUSED, str(error)) from error
+        if isinstance(error, Exception) and not isinstance(error, _Stop):
+            raise _Stop(self.otherwise, f"{type(error).__name__}: {error}") from error
+
+
+def _make_base(config_class: Any, auto_class: Any, tokenizer: Path, base: Path) -> str:
+    """Save a random model in fp32 with the tokenizer; return the name of its class."""
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    model = auto_class.from_config(tiny_config(config_class, len(words), special)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # so that a lost one shows
+            if name.endswith(".bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(base)
+    shutil.copytree(tokenizer, base, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    return type(model).__name__
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return a model's logits of token ids, (1, tokens, vocabulary)."""
+    return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def _is_causal(model: Any, ids: torch.Tensor) -> bool:
+    """Return whether no logits depend on later tokens."""
+    other = ids.clone()
+    other[:, -4:] += 1
+    first, second = (_logits(model, each)[:, :-4] for each in (ids, other))
+    return _difference(first, second) < LOGITS
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return ((one - other).abs().max() / other.abs().max().clamp(min=1e-6)).item()
+
+
+def _check_adapters(base: Path, ids: torch.Tensor, found: dict[str, Any]) -> None:
+    """Compare the base in NF4 with transformers', count its weights, and add adapters, which change nothing."""
+    model, _ = qlora.load_base(str(base), compute_dtype="float32")
+    before = _logits(model, ids)
+    qlora.add_lora(model, rank=4, alpha=8, dtype=torch.float32)
+    found["step 0"] = (_logits(model, ids) - before).abs().max().item()
+    found["in 4 bits"], found["adapted"] = _shares(model)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.02, generator=generator)
+    found["attention"] = use_document_attention(model)
+    documents = [
+        make_example(torch.randint(8, 200, (length,), generator=generator).numpy(), [True] * length)
+        for length in (17, 9, 20)
+    ]
+    try:
+        check_isolation(model, *documents[:2])
+    except QLoRAError as error:
+        found["packed"] = str(error)
+        return
+    with torch.no_grad():
+        together = supervised_loss(model.eval(), collate(documents, packed=True)).item()
+        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
+    found["packed"] = abs(together - apart) / abs(apart)
+
+
+def _shares(model: Any) -> tuple[float, float]:
+    """Return the shares of the weights of products, without the head's, that are in 4 bits and that are adapted."""
+    head = output_head(model)
+    adapted = {id(layer.base): layer.in_features * layer.out_features for _, layer in lora_layers(model)}
+    every, in_4bit = 0, 0
+    for module in model.modules():
+        if isinstance(module, qlora.NF4Linear):
+            in_4bit += module.in_features * module.out_features
+            every += module.in_features * module.out_features
+        elif module is not head and not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            own = [(name, each) for name, each in module.named_parameters(recurse=False) if each.dim() >= 2]
+            every += sum(each.numel() for name, each in own if not name.startswith("lora_"))
+    every = max(every, 1)
+    return in_4bit / every, sum(adapted.values()) / every
+
+
+def _train(base: Path, folder: Path, found: dict[str, Any]) -> Path:
+    """Train for two steps, packed unless qlora refuses that; return the run's folder."""
+    for packing in (True, False):
+        run = folder / f"run-{packing}"
+        config = {name: dict(values) for name, values in RUN.items()}
+        config["model"]["base"] = str(base)
+        config["data"] |= {"packing": packing, "cache_dir": str(folder / "cache")}
+        config["train"]["output_dir"] = str(run)
+        try:
+            qlora.train(config, rows=ROWS)
+        except QLoRAError as error:
+            if packing and "data.packing: false" in str(error):
+                continue
+            raise
+        is_packed = RunDirectory.open(run).read_record().in_use.packing_fill is not None
+        found["rows"] = "packed" if is_packed else "one each"
+        return run
+    raise AssertionError("a run without packing is not asked for less")
+
+
+def _check_release(
+    run: Path, folder: Path, auto_class: Any, ids: torch.Tensor, own: torch.Tensor, found: dict[str, Any]
+) -> None:
+    """Merge in fp32, load the folder with transformers alone, and verify it."""
+    merged = folder / "merged"
+    qlora.merge(run, merged, "float32", "dequantized")
+    model, info = auto_class.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    found["merged"] = f"lacks {missing[0]}" if missing else _difference(_logits(model, ids), own)
+    del model
+    report = qlora.verify(run, merged, "cpu")
+    found["verify"] = "matches" if report.matches else report.problems[0]
+
+
+def _check_peft(
+    base: Path, run: Path, auto_class: Any, ids: torch.Tensor, own: torch.Tensor, found: dict[str, Any]
+) -> None:
+    """Compare the base and the run with transformers, bitsandbytes and PEFT."""
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = auto_class.from_pretrained(base, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"})
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # else evaluation repacks the weights in place
+            module.support_avx512bf16_for_cpu = False
+    ours, _ = qlora.load_base(str(base), compute_dtype="float32")
+    found["base"] = _difference(_logits(ours, ids), _logits(model, ids))
+    del ours
+    found["PEFT"] = _difference(_logits(PeftModel.from_pretrained(model, run / "adapter"), ids), own)
+
+
+BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "step 0": lambda value: value == 0,
+    "packed": lambda value: isinstance(value, str) or value <= LOSSES,
+    "merged": lambda value: isinstance(value, float) and value <= LOGITS,
+    "verify": lambda value: value == "matches",
+    "base": lambda value: value <= LOGITS,
+    "PEFT": lambda value: value <= LOGITS,
+    "failed": lambda value: False,
+}
+
+
+def _wrong(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of what was found and should be another."""
+    yield from (name for name, is_right in BOUNDS.items() if name in found and not is_right(found[name]))
+    if "rows" in found:  # it was trained
+        if REFUSED in found:
+            yield f"{REFUSED} after training"
+        if not found["causal"]:
+            yield "trained, but not causal"
+        if found["in 4 bits"] < LEAST_IN_4_BITS:
+            yield "trained, but mostly in 16 bits"
