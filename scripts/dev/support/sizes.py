@@ -20,7 +20,7 @@ NAMES: dict[int, str] = {
         hc_lowrank aligner_ffn_mult mm_tokens_per_image num_query_tokens resampler_n_latents resampler_num_latents""",
     8: """mamba_n_heads mamba_num_heads index_topk keep_window_size""",
     16: """head_dim d_head dim_head d_kv kv_channels attention_head_size rotary_dim qk_nope_head_dim qk_rope_head_dim
-        v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim
+        v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim
         mamba_headdim swa_head_dim resampler_dim_head resampler_head_dim
         mamba_d_state ssm_state_size state_size chunk_size mamba_chunk_size local_attn_chunk_length
         lsh_attn_chunk_length index_block_size
@@ -36,7 +36,7 @@ NAMES: dict[int, str] = {
         hidden_size_global d_rel ple_embed_dim moe_intermediate_size shape_embed_dim pronunciation_embed_dim
         adapter_out_dim adapter_in_dim
         adapter_input_size hidden_size_per_layer_input laurel_rank time_step_rank
-        mamba_dt_rank adapter_rank loop_gate_rank dim_model_base expert_ffn_hidden_size""",
+        linear_head_dim mamba_dt_rank adapter_rank loop_gate_rank dim_model_base expert_ffn_hidden_size""",
     128: """intermediate_size ffn_dim d_ff d_inner dff dim_ff n_inner ffn_hidden_size feed_forward_size
         decoder_ffn_dim encoder_ffn_dim decoder_intermediate_size dense_intermediate_size intermediate_size_mlp
         shared_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size share_expert_dim
@@ -77,6 +77,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 32},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
     "qwen2_5_vl_text": {"rope_parameters": ROPE},
     "qwen2_vl_text": {"rope_parameters": ROPE},
 }
