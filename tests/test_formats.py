@@ -16,15 +16,13 @@ from qlora.memory.estimate import estimate
 from qlora.model import BITSANDBYTES_4BIT, SUPERVISED, load_base, load_model, weight_format
 from qlora.model.formats import PLAIN
 from qlora.proof.verify import verify
-from qlora.training import train
+from qlora.training import plan_run, train
 from tests.tiny import run_config
 
 LAYER = "model.layers.0.mlp.up_proj"
 REMEDY = "which is not supported; use the same model in 16-bit safetensors."
 
 DECLARED = {
-    "FP8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "MXFP4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     "GPTQ": {"quant_method": "gptq", "bits": 4},
     "AWQ": {"quant_method": "awq", "bits": 4},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
@@ -33,8 +31,6 @@ DECLARED = {
 }
 # Tensors instead of a layer's weight, whose config does not declare them.
 UNDECLARED = {
-    "FP8": lambda weight: {".weight": weight.to(torch.float8_e4m3fn), ".weight_scale_inv": torch.ones(2, 1)},
-    "MXFP4": lambda weight: {"_proj_blocks": torch.zeros(4, 8).byte(), "_proj_scales": torch.zeros(4).byte()},
     "GPTQ or AWQ": lambda weight: {".qweight": torch.zeros(8, 8).int(), ".scales": torch.ones(8)},
     "compressed-tensors": lambda weight: {".weight_packed": torch.zeros(8, 8).int(), ".weight_scale": torch.ones(8)},
     "bitsandbytes 8-bit": lambda weight: {".weight": weight.to(torch.int8), ".SCB": torch.ones(172)},
@@ -65,6 +61,7 @@ def verbs(base, tmp_path):
         "load in 16 bits": lambda: load_base(str(base), quantization="none"),
         "talk to": lambda: load_model(str(base)),
         "train": lambda: train(config),
+        "train --dry-run": lambda: plan_run(config),
         "estimate": lambda: estimate(config, SUPERVISED, "cpu"),
         "quantize": lambda: quantize_model(str(base), tmp_path / "out"),
     }
@@ -90,16 +87,10 @@ def test_a_format_that_only_the_tensors_show_is_refused_in_every_verb(stored_in,
     assert_refused(base, tmp_path, stored_in)
 
 
-def test_gguf_is_refused_in_every_verb(base, tmp_path):
-    (base / "model.safetensors").rename(base / "model.gguf")
-    assert_refused(base, tmp_path, "GGUF")
-    assert_refused(base / "model.gguf", tmp_path, "GGUF")
-
-
 def test_a_config_alone_is_enough_to_refuse(base, tmp_path):
     (base / "model.safetensors").unlink()
-    declare(base, DECLARED["FP8"])
-    with pytest.raises(ModelError, match="is stored in FP8"):
+    declare(base, DECLARED["GPTQ"])
+    with pytest.raises(ModelError, match="is stored in GPTQ"):
         verbs(base, tmp_path)["estimate"]()
 
 
@@ -126,12 +117,25 @@ def test_a_declaration_that_is_no_object_is_refused(settings, base):
         load_base(str(base))
 
 
+def test_an_adapter_made_elsewhere_is_not_merged_into_an_unsupported_base(base, alpaca_file, tmp_path):
+    train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
+    declare(base, DECLARED["GPTQ"])
+    adapter = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "adapter")
+    with pytest.raises(ModelError, match=f"^{base} is stored in GPTQ, {REMEDY}"):
+        merge(adapter, tmp_path / "out", base=str(base), onto="original")
+
+
 def test_tensors_and_declaration_have_to_agree(tiny_base, base, tmp_path):
     quantize_model(str(tiny_base), tmp_path / "4bit")
     assert weight_format(BaseFiles.resolve(str(tmp_path / "4bit"))) == BITSANDBYTES_4BIT
     declare(base, json.loads((tmp_path / "4bit" / "config.json").read_text())["quantization_config"])
     declare(tmp_path / "4bit", None)
-    for folder, declared in ((base, "bitsandbytes 4-bit"), (tmp_path / "4bit", "16 or 32 bits")):
+    fp8 = shutil.copytree(tiny_base, tmp_path / "fp8")
+    replace_layer(
+        fp8, lambda weight: {".weight": weight.to(torch.float8_e4m3fn), ".weight_scale_inv": torch.ones(2, 1)}
+    )
+    plain = "16 or 32 bits"
+    for folder, declared in ((base, "bitsandbytes 4-bit"), (tmp_path / "4bit", plain), (fp8, plain)):
         with pytest.raises(
             ModelError, match=rf"declares weights in {declared}, but .* correct its quantization_config"
         ):

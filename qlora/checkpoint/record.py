@@ -1,6 +1,7 @@
 """A run's record, run.json: its origin, the values in use, and its status."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,6 +89,8 @@ class InUse:
         packing_fill: Share of the packed sequences that is filled with tokens; None without packing.
         learning_rate: Peak learning rate; None in records of qlora 0.1.0.
         learning_rate_why: How it was computed; None if the config gives it.
+        states: How layers that carry a state from token to token compute, and why; None if there are none.
+        unpacked_why: Why documents are not packed, although the config asks for it where it is possible.
     """
 
     device: str
@@ -109,6 +112,8 @@ class InUse:
     packing_fill: float | None
     learning_rate: float | None = None
     learning_rate_why: str | None = None
+    states: str | None = None
+    unpacked_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +123,16 @@ class Inventory:
     Attributes:
         num_parameters: Number of the base's parameters, each counted once.
         num_trained: Number of trained parameters, in adapters and in rows trained in full.
-        quantized_share: Share of the base's parameters that are in 4 bits.
-        adapted_share: Share of the base's parameters that are in layers with an adapter.
+        quantized_share: Share of the base's linear and expert weights, without embedding and head, that are in 4 bits.
+        adapted_share: Share of these weights that are in layers with an adapter.
         base_bytes: Bytes of the base, without embeddings and heads whose rows are all trained.
         quantized: Names of the quantized layers.
         unquantized: Names of all parameters that are not quantized.
         trained_rows: Index of the first row trained in full and one past the last, by the module's name.
         shared_rows: Whether embedding and head are tied, and so are their trained rows.
         adapted: Names of the layers with an adapter.
+        read_directly: Names of the linear layers that are neither quantized nor adapted, because the model's code reads
+            their weights instead of calling them.
     """
 
     num_parameters: int
@@ -138,6 +145,7 @@ class Inventory:
     trained_rows: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
     shared_rows: bool
     adapted: list[str]
+    read_directly: list[str] = field(default_factory=list)
 
     def describe_rows(self) -> str:
         """Return a description of the rows trained in full; empty if there are none."""
@@ -145,6 +153,16 @@ class Inventory:
             return ""
         rows = [f"{stop - start} rows of {name}" for name, (start, stop) in self.trained_rows.items()]
         return f" (including {', '.join(rows)}{', which share their weight' if self.shared_rows else ''})"
+
+    def describe_direct(self) -> str:
+        """Return a sentence about the layers whose weights are read; empty if there are none."""
+        if not self.read_directly:
+            return ""
+        kinds = Counter(name.rpartition(".")[2] for name in self.read_directly)
+        return (
+            f"Left in 16 bits without an adapter, because the model's code reads their weights: "
+            f"{', '.join(f'{count} × {kind}' for kind, count in kinds.items())}."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,13 +246,14 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     sequences = f"{train.micro_batch_size} × {train.gradient_accumulation_steps} × {in_use.processes}"
     size = unit_of(train.objective)[1]
     longest = data.max_seq_len if size == 1 else f"{size} × {data.max_seq_len}"
+    packed = "" if in_use.packing_fill is None else ", packed"
     rate = in_use.learning_rate or train.peak
     mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
     start = None if lora.start_from is None else public_name(lora.start_from)[0]
     old_task = None if train.keep is None or train.keep.null_space is None else public_name(train.keep.null_space)[0]
     return {
         "steps": run.step,
-        "sequences per step": f"{sequences} of up to {longest} tokens{', packed' if data.packing else ''}",
+        "sequences per step": f"{sequences} of up to {longest} tokens{packed}",
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         **adapter_rows(lora, train.keep, mean_ranks[-1] if mean_ranks else None, start, old_task),
         **_rows_trained(record, config),

@@ -4,11 +4,13 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
@@ -32,7 +34,7 @@ from qlora.model import (
     subtracted,
     weight_format,
 )
-from qlora.model.quantization import QuantizedLayer, find_quantized_layers, nf4_settings
+from qlora.model.quantization import QuantizedLayer, find_quantized_layers, settings_of_base
 from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_tensors
 
 COPIED = (
@@ -118,6 +120,7 @@ def quantize_model(
         raise ExportError(f"max_shard_size: {max_shard_size!r} should be a size such as 5GB or 500MB.") from None
     out_dir = new_folder(out_dir)
     starts: Starts = {}
+    keep_16bit: Sequence[str] = ()
     run, trained_on = base, None
     if RunDirectory.find(base) is not None:
         source = open_source(base)
@@ -129,7 +132,7 @@ def quantize_model(
         if dtype != "auto" or not double_quant or revision is not None:
             raise ExportError(f"{base} is a run, whose dtype, double quantization and revision are used; omit yours.")
         base, revision, trust_remote_code = source.base, source.revision, source.trust_remote_code
-        double_quant, starts = source.double_quant, source.starts()
+        double_quant, starts, keep_16bit = source.double_quant, source.starts(), source.keep_16bit
         dtype = _name(source.compute_dtype(resolve_device(device)))
     files = BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
@@ -137,10 +140,10 @@ def quantize_model(
     notes = _notes(files.folder)
     weights = BaseWeights(files)
     target = _own_dtype(files, weights) if dtype == "auto" else as_dtype(dtype, ExportError)
-    settings = nf4_settings(double_quant, target)
-    layers = find_quantized_layers(
-        build_skeleton(files, trust_remote_code, stored_head(files.config)), settings, base, weights.shapes
-    )
+    skeleton = build_skeleton(files, trust_remote_code, stored_head(files.config))
+    settings = settings_of_base(files, skeleton, "nf4", double_quant, target, keep_16bit)
+    layers = find_quantized_layers(skeleton, settings, base, weights.shapes)
+    _check_classes(skeleton, layers, base)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)
     with atomic_folder(out_dir, ExportError) as folder:
@@ -176,6 +179,22 @@ def quantize_model(
         seconds=round(time.perf_counter() - started, 3),
         notes=notes,
     )
+
+
+def _check_classes(skeleton: Any, layers: Mapping[str, QuantizedLayer], base: str) -> None:
+    """Check that transformers, which reads the result, knows every quantized layer as one.
+
+    Raises:
+        ExportError: It does not: only qlora quantizes subclasses of `nn.Linear`.
+    """
+    modules = (skeleton.get_submodule(layer.name) for layer in layers.values())
+    subclasses = (type(module) for module in modules if isinstance(module, nn.Linear))
+    others = {each.__name__ for each in subclasses if each is not nn.Linear}
+    if others:
+        raise ExportError(
+            f"{base} has layers of the class {', '.join(sorted(others))}, which transformers does not load in 4 bits; "
+            "use the 16-bit model, which training quantizes as it loads it."
+        )
 
 
 def _differs(message: str, device: str, trained_on: str | None, notes: list[str]) -> None:

@@ -2,24 +2,33 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError
+from qlora.files.gguf_folder import gguf_folder
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
-HUB_DUPLICATES = ["consolidated*.safetensors", "original/*"]
+# Other layouts of the same weights, in Mistral's and Meta's own names.
+ORIGINAL_PREFIX = "consolidated"
+HUB_DUPLICATES = [f"{ORIGINAL_PREFIX}*.safetensors", "original/*"]
+OTHER_WEIGHTS = ("adapter_model.safetensors",)
+PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+MAX_PARTS = 10_000
 # Not read, because reading a pickle can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
+# Enough for the largest vocabularies.
+GGUF_HEADER_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,14 @@ class BaseFiles:
     """A folder with a model's config, weights in safetensors, and tokenizer.
 
     Attributes:
-        folder: The folder.
-        name: The folder or hub id passed to :meth:`resolve`.
+        folder: The folder; for a GGUF file, one with what it says besides its weights.
+        name: The folder, file or hub id passed to :meth:`resolve`.
+        gguf: The GGUF file that holds the weights, instead of safetensors.
     """
 
     folder: Path
     name: str
+    gguf: Path | None = None
 
     @classmethod
     def resolve(
@@ -41,7 +52,7 @@ class BaseFiles:
         """Find a base by folder or hub id; download what is not in the hub's cache.
 
         Args:
-            base: A folder, or a model id on the hub.
+            base: A folder, a GGUF file, a folder with one, or a model id on the hub.
             revision: Revision on the hub.
             with_code: Download the model's Python files too.
             with_weights: Download the weights too, and check that they are complete.
@@ -51,9 +62,9 @@ class BaseFiles:
                 of the folder.
         """
         patterns = HUB_PATTERNS if with_weights else TOKENIZER_PATTERNS
+        if (gguf := _find_gguf(base)) is not None:
+            return cls(gguf_folder(gguf, _sampled_sha256(gguf)), base, gguf)
         folder = _find_folder(base, revision, patterns, with_code)
-        if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-            raise unsupported_format(base, "GGUF")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{base} has no config.json; give a model folder of transformers.")
         files = cls(folder, base)
@@ -75,15 +86,18 @@ class BaseFiles:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files that make up the model.
+        """The files that make up the model's weights.
 
         Raises:
-            ModelError: The index is damaged, or names a file that is missing or not a weight file of this folder.
+            ModelError: The index is damaged, or a file is missing or not a weight file of this folder.
         """
+        if self.gguf is not None:
+            return [self.gguf]
         files = self._named_files
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise ModelError(f"{self.name} lacks {', '.join(missing)}, which its index names; download it again.")
+            named_by = "which its index names" if self._has_index else "a part of the same model"
+            raise ModelError(f"{self.name} lacks {', '.join(missing)}, {named_by}; download it again.")
         if (self.folder / SINGLE_FILE).is_file() and self.folder / SINGLE_FILE not in files:
             raise ModelError(f"{self.folder} has {SINGLE_FILE} and {INDEX_FILE} for other files; remove one of them.")
         return files
@@ -91,7 +105,7 @@ class BaseFiles:
     @property
     def has_weights(self) -> bool:
         """Whether all weight files are in the folder, rather than its config alone."""
-        return bool(self._named_files) and all(path.is_file() for path in self._named_files)
+        return self.gguf is not None or bool(self._named_files) and all(path.is_file() for path in self._named_files)
 
     @cached_property
     def tensors(self) -> dict[str, Path]:
@@ -100,12 +114,21 @@ class BaseFiles:
 
     @cached_property
     def headers(self) -> dict[Path, dict[str, Any]]:
-        """Dtype, shape and offsets of the tensors in each weight file.
+        """Dtype, shape and offsets of the tensors in each safetensors file.
 
         Raises:
-            ModelError: A file is cut short or damaged.
+            ModelError: A file is cut short or damaged, or two of them hold the same tensor.
         """
-        return {path: read_header(path) for path in self.weight_files}
+        headers = {path: read_header(path) for path in self.weight_files}
+        found: dict[str, Path] = {}
+        for path, header in headers.items():
+            if twice := next((name for name in header if name in found), None):
+                raise ModelError(
+                    f"{self.folder}: {found[twice].name} and {path.name} both hold {twice}; remove the files that do "
+                    "not belong to the model."
+                )
+            found |= dict.fromkeys(header, path)
+        return headers
 
     @property
     def commit(self) -> str | None:
@@ -122,15 +145,17 @@ class BaseFiles:
 
         64 samples of 64 KiB distinguish fine-tunes of a model in a second, while hashing 140 GB takes minutes.
         """
+        if self.gguf is not None:  # whose config follows from it
+            return {self.gguf.name: _sampled_sha256(self.gguf)}
         hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
         return hashes | {path.name: _sampled_sha256(path) for path in self.weight_files}
 
     @cached_property
     def _named_files(self) -> list[Path]:
-        """The weight files that the index names, or the single one if there is no index."""
+        """The weight files that the index names; without an index, the single one, or all parts of one."""
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
-        if not index.is_file():
-            return [single] if single.is_file() else []
+        if not self._has_index:
+            return [single] if single.is_file() else self._parts()
         weight_map = read_object(index, ModelError, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index} is damaged; download it again (it has no weight_map).")
@@ -140,9 +165,24 @@ class BaseFiles:
                 raise ModelError(f"{index} names {name!r:.80}, which is not a *.safetensors of its folder.")
         return [self.folder / name for name in names]
 
+    @property
+    def _has_index(self) -> bool:
+        return (self.folder / INDEX_FILE).is_file()
+
+    def _parts(self) -> list[Path]:
+        """Return the weight files of a folder without an index; missing ones are known by the numbers of the others."""
+        names = {path.name for path in self.folder.glob("*.safetensors")}
+        names = {name for name in names if name not in OTHER_WEIGHTS and not name.startswith(ORIGINAL_PREFIX)}
+        for match in filter(None, map(PART.fullmatch, sorted(names))):
+            count = min(int(match["count"]), MAX_PARTS)
+            names |= {f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors" for number in range(1, count + 1)}
+        return [self.folder / name for name in sorted(names)]
+
 
 def find_tokenizer(base: str, revision: str | None = None, with_code: bool = False) -> Path:
     """Return the folder of a base's tokenizer, without its weights; see :meth:`BaseFiles.resolve`."""
+    if _find_gguf(base) is not None:
+        return BaseFiles.resolve(base).folder
     return _find_folder(base, revision, TOKENIZER_PATTERNS, with_code)
 
 
@@ -152,6 +192,8 @@ def find_adapter(name: str) -> Path | None:
     Raises:
         ModelError: There is no such folder or repository.
     """
+    if _find_gguf(name) is not None:
+        return None
     folder = _find_folder(name, None, [*TOKENIZER_PATTERNS, "adapter_model.safetensors"], with_code=False)
     return folder if (folder / "adapter_config.json").is_file() else None
 
@@ -176,12 +218,26 @@ def describe_pickles(folder: Path) -> str:
 
 def _find_folder(base: str, revision: str | None, patterns: list[str], with_code: bool) -> Path:
     folder = Path(base).expanduser()
-    if folder.suffix == ".gguf" and folder.is_file():
-        raise unsupported_format(base, "GGUF")
     if not folder.is_dir():
         return _download(base, revision, patterns + ["*.py"] * with_code)
     _check_links(folder)
     return folder
+
+
+def _find_gguf(base: str) -> Path | None:
+    """Return the GGUF file that a base names, or the one of a folder without safetensors; None without one.
+
+    Raises:
+        ModelError: A folder has several.
+    """
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise ModelError(f"{base} has {len(found)} GGUF files ({names}); name one of them in model.base.")
+    return found[0] if found else None
 
 
 def _check_links(folder: Path) -> None:
@@ -218,7 +274,9 @@ def _sampled_sha256(path: Path) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         length = file.read(8)
-        digest.update(length + file.read(int.from_bytes(length, "little")))
+        # A GGUF file does not say how long its header is.
+        num_bytes = GGUF_HEADER_BYTES if path.suffix == ".gguf" else int.from_bytes(length, "little")
+        digest.update(length + file.read(num_bytes))
         for sample in range(NUM_SAMPLES):
             file.seek(max(0, size - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,9 +13,29 @@ from qlora.errors import ExportError
 from qlora.files.shards import DTYPE_NAMES
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Dtypes of weights that are values only together with their scales.
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Elements per block of rows: in fp32, a block and an update of the same size fit a core's cache, and malloc keeps their
 # memory for the next block. Half or twice as many were slower.
 BLOCK_NUMEL = 1 << 17
+
+
+class TensorReader(Protocol):
+    """Tensors by name, of which single rows can be read; in whatever way they are stored."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is read in."""
+        ...
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """Read a tensor, or some of its rows (along its first dimension)."""
+        ...
 
 
 class StoredTensors:
@@ -25,9 +45,11 @@ class StoredTensors:
 
     Args:
         headers: Dtype, shape and offsets of the tensors in each file, from :func:`qlora.files.headers.read_header`.
+        dtypes: Dtypes that can be read, by safetensors' names.
     """
 
-    def __init__(self, headers: Mapping[Path, Mapping[str, Any]]) -> None:
+    def __init__(self, headers: Mapping[Path, Mapping[str, Any]], dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
+        self._dtypes = dtypes
         self._entries = {name: (path, entry) for path, header in headers.items() for name, entry in header.items()}
         self._opened: dict[Path, tuple[FileIO, int]] = {}
 
@@ -52,12 +74,12 @@ class StoredTensors:
             ExportError: The dtype is not supported.
         """
         stored_in = self.dtype_name(name)
-        if stored_in not in DTYPES:
+        if stored_in not in self._dtypes:
             raise ExportError(
-                f"{self._entries[name][0]}: {name} is in {stored_in}; supported are {', '.join(DTYPES)} and "
+                f"{self._entries[name][0]}: {name} is in {stored_in}; supported are {', '.join(self._dtypes)} and "
                 "bitsandbytes 4-bit."
             )
-        return DTYPES[stored_in]
+        return self._dtypes[stored_in]
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Read a tensor, or some of its rows (along its first dimension).
@@ -82,10 +104,6 @@ class StoredTensors:
             buffer, offset = buffer[count:], offset + count
         return values
 
-    def lazy(self) -> dict[str, "LazyTensor"]:
-        """Return all tensors by name, to be read later."""
-        return {name: LazyTensor(self, name) for name in self}
-
     def _open(self, path: Path) -> tuple[FileIO, int]:
         """Return the open file, and the offset of its first tensor."""
         if path not in self._opened:
@@ -99,7 +117,7 @@ class StoredTensors:
 class LazyTensor:
     """A stored tensor that is read when it is indexed; transformers loads it like a slice of safetensors."""
 
-    def __init__(self, stored: StoredTensors, name: str) -> None:
+    def __init__(self, stored: TensorReader, name: str) -> None:
         self._stored, self._name = stored, name
 
     def get_shape(self) -> list[int]:
@@ -108,7 +126,7 @@ class LazyTensor:
 
     def get_dtype(self) -> str:
         """Return the dtype as safetensors names it."""
-        return self._stored.dtype_name(self._name)
+        return DTYPE_NAMES[self._stored.dtype(self._name)]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._stored.read(self._name)[index]

@@ -10,12 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora.layers.sinks import (
+    attend_with_sinks,
+    has_sinks,
+    masked_with_sinks,
+    near_mask,
+    sinks_unusable_reason,
+    varlen_with_sinks,
+)
+from qlora.layers.states import ARGUMENT, takes_lengths
+
 NAME = "qlora_documents"
 # Dropouts and arguments of attention layers that are not supported here; they are refused, never ignored.
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Shape of an empty mask: transformers passes a mask of four dimensions on unchanged.
 NO_MASK = (1, 1, 0, 0)
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+# Kinds of layers, by transformers' names: causal attention, a state, or neither.
+KINDS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
+UNSUPPORTED = ("softcap", "position_bias", "head_mask")
 
 
 def use_document_attention(model: Any) -> str:
@@ -59,6 +71,8 @@ def mask_arguments(
         arguments |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     if cu_seq_lens is not None and name == NAME:
         arguments["document_lengths"] = lengths
+    if cu_seq_lens is not None and takes_lengths(model):
+        arguments[ARGUMENT] = lengths
     return arguments
 
 
@@ -74,6 +88,7 @@ def document_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     document_lengths: Sequence[int] = (),
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each document.
@@ -90,6 +105,7 @@ def document_attention(
         cu_seq_lens_q: (documents + 1,), int32, see :func:`mask_arguments`.
         max_length_q: Number of tokens of the longest document.
         document_lengths: Number of tokens of each document, on the host.
+        s_aux: (heads,): sinks, see :mod:`qlora.layers.sinks`.
         kwargs: Further arguments of the layer; unsupported ones are refused.
 
     Returns:
@@ -102,28 +118,39 @@ def document_attention(
         attention_mask = None
     if cu_seq_lens_q is None:
         if attention_mask is None and query.shape[2] == key.shape[2]:
-            return _attend(query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
+            return _attend(query, key, value, scaling, sliding_window, s_aux).transpose(1, 2).contiguous(), None
+        if s_aux is not None:
+            attended = masked_with_sinks(query, key, value, s_aux, scaling, attention_mask)
+            return attended.transpose(1, 2).contiguous(), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.is_cuda:
-        return _varlen(
-            query, key, value, scaling, sliding_window, cu_seq_lens=cu_seq_lens_q, max_length=max_length_q
-        ), None
+        return _varlen(query, key, value, scaling, sliding_window, s_aux, cu_seq_lens_q, max_length_q), None
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
-    attended = [_attend(*document, scaling, sliding_window) for document in documents]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    outputs = [_attend(*document, scaling, sliding_window, s_aux) for document in documents]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     length = query.shape[2]
+    if sinks is not None and query.is_cuda:
+        starts = torch.tensor([0, length], dtype=torch.int32, device=query.device)
+        rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([_varlen(*row, scaling, window, sinks, starts, length).transpose(1, 2) for row in rows])
+    if sinks is not None:
+        return attend_with_sinks(query, key, value, sinks, scaling, window)
     if window is None or length <= window:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    near = ones.tril().triu(1 - window)
+    near = near_mask(length, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, near, scale=scaling, enable_gqa=True)
 
 
@@ -133,32 +160,33 @@ def _varlen(
     value: torch.Tensor,
     scaling: float | None,
     window: int | None,
+    sinks: torch.Tensor | None,
     cu_seq_lens: torch.Tensor,
     max_length: int,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, Any] = {}
+    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if key.shape[1] != query.shape[1]:
         if "enable_gqa" in signature(varlen_attn).parameters:
-            grouped["enable_gqa"] = True
+            settings["enable_gqa"] = True
         else:  # torch below 2.12 needs as many key heads as query heads
             groups = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    seen = (-1 if window is None else window - 1, 0)
-    attended: Any = varlen_attn(
-        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=seen, **grouped
-    )
+    if sinks is not None:
+        return varlen_with_sinks(q, k, v, sinks, cu_seq_lens, max_length, **settings)[None]
+    attended: Any = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, **settings)
     return attended[None]
 
 
 def _unsupported_reason(model: Any) -> str | None:
     """Return why a model can't attend within documents, or None if it can."""
     config = model.config.get_text_config()
-    if model.config._attn_implementation != "sdpa":
+    sinks = has_sinks(model)  # their architectures have no other attention of torch's own
+    if model.config._attn_implementation != ("eager" if sinks else "sdpa"):
         return "it was asked for or is the architecture's own"
-    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+    if set(getattr(config, "layer_types", None) or ()) - KINDS:
         return "the architecture has layers of another kind of attention"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "the architecture attends in chunks"
@@ -166,8 +194,12 @@ def _unsupported_reason(model: Any) -> str | None:
         return "the architecture caps attention scores"
     if any(getattr(config, name, 0.0) for name in DROPOUTS):
         return "the architecture drops attention weights"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
         return "the architecture takes no attention function from outside"
+    if sinks:
+        return sinks_unusable_reason(
+            lambda q, k, v, sinks, window: _attend(q, k, v, None, window, sinks), model.device, model.dtype
+        )
     return None
 
 

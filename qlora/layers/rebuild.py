@@ -107,7 +107,7 @@ def _replacement(module: Any, chooser: "_Chooser") -> nn.Module | None:
         x = chooser.random_rows(module.gate_proj.in_features)
         with torch.no_grad():
             product = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
-            is_all = _close(module(x), module.down_proj(product), 0.0)
+            is_all = is_close(module(x), module.down_proj(product), 0.0)
         return GatedMLP(module, chooser.product(module.act_fn, product.shape[-1])) if is_all else None
     return None
 
@@ -176,15 +176,16 @@ def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:
     inputs = tuple(each.detach().requires_grad_() for each in inputs)
     with torch.enable_grad():
         found, expected = rebuilt(function, *inputs), own(*inputs)
-    if found.dtype != expected.dtype or not _close(found, expected, TOLERANCE):
+    if found.dtype != expected.dtype or not is_close(found, expected, TOLERANCE):
         return False
     grad_output = inputs[-1].detach().flip(0, 1)
     gradients = (torch.autograd.grad(result, inputs, grad_output) for result in (found, expected))
     tolerance = max(TOLERANCE, torch.finfo(expected.dtype).eps)
-    return all(_close(one, other, tolerance) for one, other in zip(*gradients, strict=True))
+    return all(is_close(one, other, tolerance) for one, other in zip(*gradients, strict=True))
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+def is_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Return whether the rows of two tensors differ by at most a share of their size, on average."""
     if found.is_meta:  # there are no values to compare
         return True
     found, expected = found.detach().float(), expected.detach().float()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from qlora.layers.states import SameDocuments
 from qlora.lora import RecomputedWeights
 
 # By name, because not every version of torch has all of them.
@@ -39,7 +40,7 @@ def recomputed(function: Callable[..., Any], *inputs: Any, keep_attention: bool 
 def _contexts(keep_attention: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of a region's forward and of its recomputation."""
     forward, again = _attention_kept() if keep_attention else (nullcontext(), nullcontext())
-    return forward, _Both(again, RecomputedWeights())
+    return forward, _Both(again, SameDocuments(), RecomputedWeights())
 
 
 class _Both(AbstractContextManager[None]):

@@ -1,5 +1,6 @@
 """LoraLinear over any linear layer, its initial values and injection, and embeddings and heads trained in full."""
 
+from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
@@ -15,6 +16,8 @@ from qlora.lora.inject import (
     wrap_linears,
 )
 from qlora.lora.linear import LoraLinear, StoredAdapter
+from qlora.lora.match import matches, unmatched
+from qlora.lora.plain import is_linear
 from qlora.lora.ranks import RankBudget
 from qlora.lora.reconstruction import Reconstruction, reconstruct, subtract
 from qlora.lora.rows import (
@@ -63,14 +66,17 @@ __all__ = [
     "choose_form",
     "eva_factors",
     "head_blocks",
+    "is_linear",
     "keep_starts",
     "linear_layers",
     "lora_layers",
     "match_targets",
+    "matches",
     "num_directions",
     "orthogonal",
     "output_head",
     "pissa",
+    "read_directly",
     "reconstruct",
     "redistribute",
     "scores_documents",
@@ -80,6 +86,7 @@ __all__ = [
     "subtract",
     "train_rows",
     "trained_rows",
+    "unmatched",
     "wrap_layers",
     "wrap_linears",
     "wrap_rows",

@@ -1,6 +1,5 @@
 """Selects the linear layers of a model that get an adapter, and wraps them."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,11 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.direct import read_directly
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
+from qlora.lora.match import matches, unmatched
+from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 
 ALL_LINEAR = "all-linear"
@@ -32,7 +34,8 @@ class Targets:
 
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
-            (`q_proj`), or regular expressions that match a full name.
+            (`q_proj`), or regular expressions that match a full name. Layers that :func:`read_directly` returns are
+            left out.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -44,7 +47,7 @@ class Targets:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if _is_linear(module)}
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
@@ -59,8 +62,8 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
     """
     given = targets if isinstance(targets, Targets) else Targets(targets)
     named = _match_names(model, given.names)
-    left_out = {name for pattern in given.exclude for name in named if _matches(pattern, name)}
-    unused = [pattern for pattern in given.exclude if not any(_matches(pattern, name) for name in named)]
+    left_out = {name for pattern in given.exclude for name in named if matches(pattern, name)}
+    unused = [pattern for pattern in given.exclude if not any(matches(pattern, name) for name in named)]
     indices = {name: int(found[1]) if (found := LAYER_INDEX.search(name)) else None for name in named}
     absent = sorted({*(given.layers or ())} - {*indices.values()})
     kept = [name for name in named if name not in left_out and (given.layers is None or indices[name] in given.layers)]
@@ -79,20 +82,22 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = list(linear_layers(model))
+    direct = {*read_directly(model)}
+    every = list(linear_layers(model))
+    linears = [name for name in every if name not in direct]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
     head = output_head(model)
-    matches = {}
+    found = {}
     for pattern in [targets] if isinstance(targets, str) else targets:
         if pattern == ALL_LINEAR:
-            matches[pattern] = [name for name in linears if model.get_submodule(name) is not head]
+            found[pattern] = [name for name in linears if model.get_submodule(name) is not head]
         else:
-            matches[pattern] = [name for name in linears if _matches(pattern, name)]
-    problems = [_unmatched(model, linears, pattern) for pattern, names in matches.items() if not names]
-    if problems or not matches:
+            found[pattern] = [name for name in linears if matches(pattern, name)]
+    problems = [_unmatched(model, every, linears, pattern) for pattern, names in found.items() if not names]
+    if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
-    wanted = {name for names in matches.values() for name in names}
+    wanted = {name for names in found.values() for name in names}
     if any(model.get_submodule(name) is head for name in wanted):
         raise ModelError(
             "lora.targets: the output head can't be adapted: one that scores documents is trained in full, and the "
@@ -100,6 +105,16 @@ def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             "it out."
         )
     return [name for name in linears if name in wanted]
+
+
+def _unmatched(model: nn.Module, every: Sequence[str], linears: Sequence[str], pattern: str) -> str:
+    read = [name for name in every if matches(pattern, name)]
+    if not read:
+        return unmatched("lora.targets", pattern, model, linears, "adapted")
+    return (
+        f"lora.targets: '{pattern}' is {read[0]}, whose weight the model's code reads instead of calling the layer, so "
+        "an adapter would have no effect there; leave it out."
+    )
 
 
 def add_lora(
@@ -225,28 +240,3 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
             model.training
         )  # A new module is in training mode, and would apply dropout in a model loaded for inference.
         model.set_submodule(name, layer)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # A transformers model has `dequantize` too, but no sizes.
-    return isinstance(module, nn.Linear) or (hasattr(module, "dequantize") and hasattr(module, "in_features"))
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if name == pattern or name.endswith(f".{pattern}"):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
-
-
-def _unmatched(model: nn.Module, linears: Sequence[str], pattern: str) -> str:
-    others = [name for name, _ in model.named_modules() if name and _matches(pattern, name)]
-    if others:
-        kind = type(model.get_submodule(others[0])).__name__
-        return f"lora.targets: '{pattern}' is {others[0]}, a {kind}; only linear layers can be adapted."
-    parts = sorted({name.rpartition(".")[2] for name in linears})
-    near = difflib.get_close_matches(pattern, [*parts, *linears], n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"lora.targets: '{pattern}' matches no linear layer.{hint} This model has: {', '.join(parts)}."

@@ -157,7 +157,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         dtype=dtype,
         micro_batch_size=rows,
         max_seq_len=row,
-        packing=config.data.packing,
+        packing=config.data.packs,
         chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
     )

@@ -28,6 +28,8 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
+from qlora.model.quantization import quantized_names, settings_of_base
+from qlora.model.shares import check_share
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -91,11 +93,9 @@ def take_footprint(
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False)
+    quantized = _quantized(config, files, model, dtype)
     specs = adapter_specs(model, config.lora)
     adapted = {name: model.get_submodule(name) for name in specs}
-    quantized = {} if quantization is None else {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    }  # fmt: skip
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
     weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
@@ -159,6 +159,20 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
     if weight_format(files, config.model.quantization) == BITSANDBYTES_4BIT:
         return bool(files.config["quantization_config"].get("bnb_4bit_use_double_quant"))
     return config.model.double_quant if config.model.quantization == "nf4" else None
+
+
+def _quantized(config: RunConfig, files: BaseFiles, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the layers that are in 4 bits by name.
+
+    Raises:
+        ModelError: Most weights would stay in 16 bits, and the config does not allow that.
+    """
+    section = config.model
+    settings = settings_of_base(files, model, section.quantization, section.double_quant, dtype, section.keep_16bit)
+    names = [] if settings is None else quantized_names(model, settings)
+    if settings is not None and not section.allow_unquantized:
+        check_share(files.name, model, names)
+    return {name: model.get_submodule(name) for name in names}
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:

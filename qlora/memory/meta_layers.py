@@ -13,6 +13,8 @@ from qlora.errors import ModelError
 from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import use_document_attention
+from qlora.layers.sinks import has_sinks
+from qlora.layers.states import use_document_states
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
 from qlora.nf4 import NF4Linear
@@ -73,9 +75,10 @@ class Stack:
                 model.set_submodule(name, layer)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()
-        if getattr(text, "layer_types", None):
-            text.layer_types = [text.layer_types[index] for index in self.kept]
+        types = [text.layer_types[index] for index in self.kept] if getattr(text, "layer_types", None) else None
         text.num_hidden_layers = len(self.kept)
+        if types and text.layer_types != types:  # Falcon H1's follow from their number and can't be set
+            text.layer_types = types
         model.train()
         largest = self._largest_scratch(form, device)
         dtype = model.dtype
@@ -146,9 +149,11 @@ def set_attention(model: Any, config: RunConfig, device: torch.device, row: int)
         model.set_attn_implementation("eager")
     elif config.model.attention == "auto":
         use_document_attention(model)
-        if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS:
+        if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS and not has_sinks(model):
             model.set_attn_implementation("sdpa")  # one kernel for all documents keeps as much as for a single one
-    by_documents = device.type == "cuda" and config.data.packing and model.config._attn_implementation == "sdpa"
+    if config.data.packs:
+        use_document_states(model)
+    by_documents = device.type == "cuda" and config.data.packs and model.config._attn_implementation == "sdpa"
     for holder in (model.config.get_text_config(), *model.modules()):
         window = getattr(holder, "sliding_window", None)
         if isinstance(window, int):

@@ -15,6 +15,7 @@ from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
+from qlora.layers.states import use_document_states
 from qlora.model.from_config import optimizer_from_section
 from qlora.model.initial import load_for_training
 from qlora.model.loss import Loss
@@ -117,6 +118,8 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
     )
     if config.model.attention == "auto":
         use_document_attention(model)
+    if config.data.packs:
+        use_document_states(model)
     rebuild_activations(model)
     return model.train()
 
@@ -145,7 +148,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     shape = (section.micro_batch_size * loss.group_size, config.data.max_seq_len)
     values = {name: value.numpy() for name, value in loss.columns.items()}
     documents = [make_example(ids, [True] * len(ids), values) for ids in torch.randint(vocabulary, shape).tolist()]
-    batch = collate(documents, packed=config.data.packing)
+    batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 
     def step() -> None:

@@ -20,8 +20,9 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
+from qlora.model.isolation import Isolation, keep_apart, mixed_reason
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
-from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_isolation, check_loss, supervised_loss, token_loss
+from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
 from qlora.model.restore import (
     find_foreign,
@@ -44,6 +45,7 @@ __all__ = [
     "AdapterSource",
     "BaseWeights",
     "Evaluation",
+    "Isolation",
     "Loss",
     "Prediction",
     "Starts",
@@ -55,7 +57,6 @@ __all__ = [
     "answer_all",
     "base_from_section",
     "build_skeleton",
-    "check_isolation",
     "check_loss",
     "datasets_from_section",
     "end_token_ids",
@@ -65,12 +66,14 @@ __all__ = [
     "generate",
     "group_rates",
     "has_codes",
+    "keep_apart",
     "labels_from_config",
     "load_base",
     "load_for_training",
     "load_generation_config",
     "find_foreign",
     "load_adapted",
+    "mixed_reason",
     "load_adapter_tokenizer",
     "load_model",
     "load_model_tokenizer",

@@ -1,7 +1,7 @@
 """Loading a base: each linear layer is quantized to NF4 as it is read, and becomes an `NF4Linear`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
 from qlora.model.on_weight import OnWeight, replace_when_read
-from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.quantization import find_quantized_layers, quantized_names, settings_of_base
 from qlora.model.score import replace_head
+from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
@@ -36,11 +37,13 @@ def load_base(
     on_weight: OnWeight | None = None,
     head: ScoreHead | None = None,
     seed: int = 0,
+    keep_16bit: Sequence[str] = (),
+    allow_unquantized: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
-    else is loaded in the compute dtype.
+    else is loaded in the compute dtype, including subclasses of `nn.Linear` that compute something else.
 
     Args:
         base: A folder, or a model id on the hub. A checkpoint in bitsandbytes 4-bit keeps its codes.
@@ -58,13 +61,16 @@ def load_base(
         head: Head that scores documents, in place of the one over the vocabulary. The base's own is taken if its files
             have one for the same scores; otherwise its values are drawn from the seed.
         seed: Seed of these values.
+        keep_16bit: Linear layers that are not quantized, by names or patterns as in :class:`qlora.lora.Targets`.
+        allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
         ModelError: An argument is unknown, the base can't be found, read or loaded, its files lack weights that the
-            model needs, or `on_weight` failed or has no quantized weight to replace.
+            model needs, most of them would stay in 16 bits, or `on_weight` failed or has no quantized weight to
+            replace.
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
@@ -80,13 +86,15 @@ def load_base(
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
-    if quantization == "nf4" and stored_in != BITSANDBYTES_4BIT:
-        arguments["quantization_config"] = nf4_settings(double_quant, dtype)
     skeleton = build_skeleton(files, trust_remote_code, head)
+    settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
+    if settings is not None and not allow_unquantized:
+        check_share(base, skeleton, quantized_names(skeleton, settings))
+    if settings is not None and stored_in != BITSANDBYTES_4BIT:
+        arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:
-        vars(skeleton.config).pop(
-            "quantization_config", None
-        )  # it describes the stored weights, which are decoded when read
+        for config in (skeleton.config, skeleton.config.get_text_config()):
+            vars(config).pop("quantization_config", None)  # it describes the stored weights, which are read decoded
     weights = BaseWeights(files)
     tensors: dict[str, Any] = {**weights.lazy()}
     drawn: set[str] = set()
@@ -94,7 +102,7 @@ def load_base(
         tensors, drawn = replace_head(files, skeleton, head, tensors, seed, trust_remote_code)
     _check_shapes(weights, base, skeleton, drawn)
     if on_weight is not None:
-        layers = find_quantized_layers(skeleton, arguments["quantization_config"], base, tensors)
+        layers = find_quantized_layers(skeleton, settings, base, tensors)
         tensors = replace_when_read(tensors, layers, on_weight)
     try:
         with returned_to_system(), _bars_on_terminals():

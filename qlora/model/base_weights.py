@@ -31,7 +31,7 @@ class BaseWeights:
 
     def __init__(self, files: BaseFiles) -> None:
         self._base = files.name
-        self._stored = READERS[weight_format(files)](files.headers)
+        self._stored = READERS[weight_format(files)](files)
         self._statistics = statistics_by_weight(self._stored)
         statistics = {name for names in self._statistics.values() for name in names}
         self.shapes = {name: self._shape(name) for name in self._stored if name not in statistics}
@@ -50,7 +50,7 @@ class BaseWeights:
         return self.is_4bit(name) or self.dtype(name).is_floating_point
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a tensor is stored in; uint8 for a weight in 4 bits.
+        """Return the dtype that a tensor is stored in, or decoded to; uint8 for a weight in bitsandbytes' 4 bits.
 
         Raises:
             ExportError: The dtype cannot be read.
@@ -58,7 +58,7 @@ class BaseWeights:
         return self._stored.dtype(name)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Read a tensor that is not stored in 4 bits, or some of its rows, in its stored dtype.
+        """Read a tensor that is not stored in bitsandbytes' 4 bits, or some of its rows, decoded.
 
         Raises:
             ExportError: The file ends before the tensor does, or its dtype cannot be read.
@@ -78,7 +78,7 @@ class BaseWeights:
 
     def lazy(self) -> dict[str, LazyTensor]:
         """Return all tensors of the files without reading them; a weight in 4 bits is several tensors."""
-        return self._stored.lazy()
+        return {name: LazyTensor(self._stored, name) for name in self._stored}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self.is_4bit(name):

@@ -33,7 +33,7 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapt, adapter_specs, base_from_section
 from qlora.model.null_space import hide_inputs
 from qlora.model.observe import observe
-from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.skeleton import build_skeleton
 from qlora.model.start_from import open_start, starts_from_adapter
 from qlora.model.starts import Starts, codes_digest, load_started_base, subtracted
@@ -144,7 +144,7 @@ def _reconstructed(
     skeleton = build_skeleton(files, section.trust_remote_code, head)
     device = torch.device(device)
     dtype = resolve_compute_dtype(section.compute_dtype, device)
-    settings = nf4_settings(section.double_quant, dtype)
+    settings = settings_of_base(files, skeleton, section.quantization, section.double_quant, dtype, section.keep_16bit)
     layers = find_quantized_layers(skeleton, settings, section.base, BaseWeights(files).shapes)
     specs = adapter_specs(skeleton, config.lora)
     if missing := sorted({*specs} - {layer.name for layer in layers.values()}):

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from qlora.checkpoint import Inventory
-from qlora.lora import LoraLinear, lora_layers, trained_rows
+from qlora.lora import LoraLinear, linear_layers, lora_layers, output_head, read_directly, trained_rows
+from qlora.model.shares import linear_weights
 from qlora.nf4 import NF4Linear, statistics
 
 
@@ -36,19 +37,25 @@ def take_inventory(model: nn.Module) -> Inventory:
                 unquantized.append(f"{name}.{own_name}")
                 plain += parameter.numel()
                 num_bytes += parameter.nbytes
-    total = max(1, in_4bit + plain)
+    linear = max(1, sum(numel for _, numel, _ in linear_weights(model)))
     return Inventory(
-        num_parameters=total,
+        num_parameters=max(1, in_4bit + plain),
         num_trained=trained,
-        quantized_share=in_4bit / total,
-        adapted_share=adapted / total,
+        quantized_share=in_4bit / linear,
+        adapted_share=adapted / linear,
         base_bytes=num_bytes,
         quantized=quantized,
         unquantized=unquantized,
         trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
         shared_rows=len(all_rows) < len(with_rows),
         adapted=[name for name, _ in lora_layers(model)],
+        read_directly=_read_directly(model),
     )
+
+
+def _read_directly(model: nn.Module) -> list[str]:
+    linears, head = linear_layers(model), output_head(model)
+    return [name for name in read_directly(model) if name in linears and linears[name] is not head]
 
 
 def frozen_checksum(model: nn.Module) -> int:

@@ -8,19 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, TokenizedExample, collate, make_example
+from qlora.data import Batch, TokenizedExample
 from qlora.errors import ModelError
 from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import ScoreHead, head_blocks
-from qlora.model.embeddings import changed_embeddings
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
 TOLERANCE = 0.01
-# Largest share of a document's gradient in another one; above zero only for backends that mask with a large number.
-LEAK = 1e-6
-# Largest relative change of a document's states after another one: rounding in 16 bits is below, wrong positions above.
-CHANGE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,53 +223,6 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite divides
     return scale, getattr(text_config, "final_logit_softcapping", None)
-
-
-def check_isolation(
-    model: Any,
-    first: TokenizedExample,
-    second: TokenizedExample,
-    loss_of_last: Callable[[Any, Batch], torch.Tensor] | None = None,
-) -> None:
-    """Check that documents packed into one sequence don't see each other: the loss of one has no gradient in another.
-
-    Without a leak that gradient is exactly zero, while outputs also differ by rounding.
-
-    Args:
-        model: A model with or without adapters; it is left in evaluation mode.
-        first: A document.
-        second: Another document, with supervised tokens.
-        loss_of_last: Computes a scalar from the last document of a batch; default: the supervised loss.
-
-    Raises:
-        ModelError: They see each other, as in architectures that carry a state from token to token.
-    """
-    model.eval()
-    embedded: list[torch.Tensor] = []
-
-    def watch(output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    context = make_example(first.input_ids, [False] * len(first))
-    with changed_embeddings(model, watch):
-        batch = collate([context, second], packed=True).to(model.device)
-        loss = supervised_loss(model, batch) if loss_of_last is None else loss_of_last(model, batch)
-    (grad,) = torch.autograd.grad(loss, embedded[0])
-    before, own = grad[0].float().split([len(first), len(second)])
-    leak = (before.norm() / own.norm()).item()
-    with torch.no_grad():
-        alone, after = (
-            model.base_model(**model_inputs(model, batch)).last_hidden_state[0]
-            for batch in (collate(documents, packed=True).to(model.device) for documents in ([second], [first, second]))
-        )
-    # Positions may be wrong without any leak.
-    change = ((after[len(first) :] - alone).float().norm() / alone.float().norm()).item()
-    if not (leak <= LEAK and change <= CHANGE):
-        raise ModelError(
-            f"{type(model).__name__} lets documents packed into one sequence change each other (gradient of one in "
-            f"another: {leak:.2g} of its own; its states change by {change:.1%}); set data.packing: false."
-        )
 
 
 @torch.no_grad()

@@ -91,12 +91,12 @@ def load_adapted(
     adapter = source.read()
     tokenizer = load_adapter_tokenizer(source)
     if source.run is None:
-        model, _ = load_base(source.base, quantization, device=device, head=source.head)
+        model, _ = load_base(source.base, quantization, device=device, head=source.head, allow_unquantized=True)
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)
         starts = source.starts()
-        section = config.model
+        section = config.model.model_copy(update={"allow_unquantized": True})  # as it was trained
         if any(start.subtracted for start in starts.values()):
             # The dtype that the base was quantized from; auto may be another one here.
             dtype = str(source.compute_dtype(resolve_device(device)))
@@ -213,6 +213,8 @@ def load_model(path: str, device: str | torch.device = "auto", base: str | None 
     else:
         files = BaseFiles.resolve(path)
         quantization = "nf4" if weight_format(files) == BITSANDBYTES_4BIT else "none"
-        model, tokenizer = load_base(path, quantization=quantization, device=device, head=stored_head(files.config))
+        model, tokenizer = load_base(
+            path, quantization=quantization, device=device, head=stored_head(files.config), allow_unquantized=True
+        )
     apply_template(tokenizer, "auto")
     return model, tokenizer

@@ -11,9 +11,10 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
 from qlora.lora import ScoreHead, stored_head
+from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.quantization import find_quantized_layers, nf4_settings
+from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
 from qlora.model.skeleton import build_skeleton
 from qlora.model.starts import Starts, starts_of
@@ -71,6 +72,11 @@ class AdapterSource:
         """Number of elements per 4-bit block in training."""
         return BLOCK_SIZE if self.run is None else self.run.read_record().quantization.block_size or BLOCK_SIZE
 
+    @property
+    def keep_16bit(self) -> list[str]:
+        """Patterns of the linear layers that were not quantized in training."""
+        return [] if self.run is None else load_config(self.run.config).model.keep_16bit
+
     def read(self) -> PeftAdapter:
         """Read the adapter; a run's is checked against its run.
 
@@ -122,8 +128,9 @@ class AdapterSource:
             return self.run.read_record().parameters.quantized
         if weight_format(files) == BITSANDBYTES_4BIT:
             return []
-        settings = nf4_settings(self.double_quant, torch.bfloat16)
-        layers = find_quantized_layers(build_skeleton(files, head=self.head), settings, files.name, files.tensors)
+        skeleton = build_skeleton(files, head=self.head)
+        settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
+        layers = find_quantized_layers(skeleton, settings, files.name, BaseWeights(files).shapes)
         return [layer.name for layer in layers.values()]
 
 

@@ -8,9 +8,9 @@ import torch
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
-from qlora.files.stored import StoredTensors, row_blocks
+from qlora.files.stored import row_blocks
 from qlora.lora import ScoreHead, output_head, stored_head
-from qlora.model import AdapterSource, end_token_ids, load_generation_config, load_tokenizer
+from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_generation_config, load_tokenizer
 from qlora.model.names import embedding_and_head_tensors
 from qlora.model.tokenizer import GENERATION_FILE
 
@@ -200,12 +200,12 @@ def _is_tied(skeleton: Any) -> bool:
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
     """Return the name of the head's tensor; None if there is none, or if it equals the embeddings of a tied model."""
-    embeddings, head = embedding_and_head_tensors(skeleton, files.tensors)
+    stored = BaseWeights(files)
+    embeddings, head = embedding_and_head_tensors(skeleton, stored.shapes)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head
-    stored = StoredTensors(files.headers)
-    is_same = stored.shape(head) == stored.shape(embeddings) and all(
-        torch.equal(stored.read(head, rows), stored.read(embeddings, rows)) for rows in row_blocks(stored.shape(head))
+    is_same = stored.shapes[head] == stored.shapes[embeddings] and all(
+        torch.equal(stored.read(head, rows), stored.read(embeddings, rows)) for rows in row_blocks(stored.shapes[head])
     )
     return None if is_same else head
 

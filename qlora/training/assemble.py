@@ -5,21 +5,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory
+from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory, read_origin
 from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, TrainSection
 from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
-from qlora.errors import ConfigError, DataError
+from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
-from qlora.layers import rebuild_activations, use_document_attention
+from qlora.layers import rebuild_activations
 from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents
 from qlora.memory.fit import fit_memory
 from qlora.model import (
+    Isolation,
     Starts,
     adapter_spec,
+    adapter_specs,
     build_skeleton,
-    check_isolation,
     check_loss,
     datasets_from_section,
+    keep_apart,
     labels_from_config,
     load_for_training,
     load_tokenizer,
@@ -69,12 +71,15 @@ class RunPlan:
     def summary(self) -> str:
         """Return one line for people."""
         inventory, in_use = self.inventory, self.in_use
+        direct = inventory.describe_direct()
         return (
-            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of them in 4 bits; training "
+            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of linear and expert weights in "
+            f"4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
             f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
             f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
+            f"{direct and f'. {direct}'}"
         )
 
     def _learning_rate(self) -> str:
@@ -150,6 +155,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         weight_format(files, model_section.quantization)
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
+        unpacked_why = None if checkpoint is None else read_origin(checkpoint)["in_use"].get("unpacked_why")
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
@@ -175,7 +181,15 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
-        model, starts, attention, activations = _load_checked(config, processes, datasets, new_ids, starts, old, head)
+        adapter_specs(skeleton, config.lora)  # before anything is loaded, targets that match nothing are reported
+        packed = config.data.packs and unpacked_why is None
+        model, starts, isolation, activations = _load_checked(
+            config, processes, datasets, new_ids, starts, old, head, packed
+        )
+        if isolation.mixed_reason is not None:
+            packed, unpacked_why = False, isolation.mixed_reason
+        if unpacked_why is not None:
+            datasets.reports[0].notes.append(f"documents are not packed, because {unpacked_why}")
     # Before memory is fitted, because that exchanges a number between processes for every level.
     check_same(
         processes,
@@ -187,7 +201,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     )
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        config.data.max_seq_len if config.data.packing else None, section.seed,
+        config.data.max_seq_len if packed else None, section.seed,
         rank=processes.rank, world_size=processes.world_size, group_size=datasets.train.group_size,
     )  # fmt: skip
     total_steps = resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch)
@@ -198,14 +212,15 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         )
     section, why = resolve_rate(config, model.config)
     optimizer = optimizer_from_section(model, section)
-    largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=config.data.packing)
+    largest = collate([datasets.train[index] for index in batches.largest_micro_batch()], packed=packed)
     loss = training_loss(section, objective.trained)
-    fit = fit_memory(config.model_copy(update={"train": section}), model, loss, largest.to(processes.device), processes)
+    own = {"train": section, "data": config.data.model_copy(update={"packing": packed})}
+    fit = fit_memory(config.model_copy(update=own), model, loss, largest.to(processes.device), processes)
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,
         compute_dtype=str(model.dtype).removeprefix("torch."),
-        attention=attention,
+        attention=isolation.attention,
         activations=activations,
         dequantize=dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
         recompute=fit.level,
@@ -218,9 +233,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         rounding=optimizer.rounding,
         micro_batch_parts=1,
         deterministic=describe_determinism(section.deterministic, processes.device),
-        packing_fill=round(batches.fill, 4) if config.data.packing else None,
+        packing_fill=round(batches.fill, 4) if packed else None,
         learning_rate=section.peak,
         learning_rate_why=why,
+        states=isolation.states,
+        unpacked_why=unpacked_why,
     )
     return Assembly(
         config=config,
@@ -248,13 +265,17 @@ def _load_checked(
     starts: Starts | None,
     old: Datasets | None,
     head: ScoreHead | None,
-) -> tuple[Any, Starts, str, str]:
+    packed: bool,
+) -> tuple[Any, Starts, Isolation, str]:
     """Load the base with its adapters, in training mode.
 
     The loss, and the isolation of packed documents, are checked on a few tokens.
 
     Returns:
-        The model, what its adapters start from, and the attention and activations in use.
+        The model, what its adapters start from, how it keeps packed documents apart, and the activations in use.
+
+    Raises:
+        ModelError: The model can't be trained, or can't keep packed documents apart and `data.packing` is true.
     """
     model, starts = load_for_training(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
@@ -265,14 +286,15 @@ def _load_checked(
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
     _check_outputs(model, example)
-    attention = model.config._attn_implementation
-    if config.model.attention == "auto":
-        attention = use_document_attention(model)
-    if config.data.packing:
-        check_isolation(model, example, other, None if head is None else last_scores)
+    isolation = keep_apart(
+        model, example, other, any_attention=config.model.attention == "auto", packed=packed,
+        loss_of_last=None if head is None else last_scores,
+    )  # fmt: skip
+    if isolation.mixed_reason is not None and config.data.packing is True:
+        raise ModelError(f"{isolation.mixed_reason}; set data.packing: auto, which then does not pack, or false.")
     activations = rebuild_activations(model)
     _check_outputs(model, example)  # again, with the modules that will be trained
-    return model.train(), starts, attention, activations
+    return model.train(), starts, isolation, activations
 
 
 def _check_outputs(model: Any, example: TokenizedExample) -> None:

@@ -29,7 +29,10 @@ LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them.
-KEPT_IN_USE = ("processes", "compute_dtype", "attention", "activations", "dequantize", "tiled", "rounding")
+KEPT_IN_USE = (
+    "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "tiled",
+    "rounding",
+)  # fmt: skip
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     """
     named = config.data.each_source(lambda source: source.model_copy(update={"path": Path(source.path).name}))
     sections = config.model_copy(update={"data": named}).model_dump(mode="json")
+    sections["data"]["packing"] = config.data.packs  # what became of `auto` is in use
     sections["model"]["base"] = Path(config.model.base).name
     if config.lora.start_from is not None:
         sections["lora"]["start_from"] = _adapter_name(Path(config.lora.start_from))

@@ -137,7 +137,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        data.max_seq_len if data.packing else None, group_size=datasets.train.group_size,
+        data.max_seq_len if data.packs else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
         reports=datasets.all_reports,
@@ -146,7 +146,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
         max_seq_len=data.max_seq_len,
-        packing_fill=batches.fill if data.packing else None,
+        packing_fill=batches.fill if data.packs else None,
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch),

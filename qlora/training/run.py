@@ -21,6 +21,7 @@ from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.model import frozen_checksum, resolve_device, write_labels
+from qlora.model.formats import notes_on_format
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
@@ -111,7 +112,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = [*start.describe_damage(), *assembly.scorer.notes]
+    notes = [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
@@ -216,7 +217,7 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += [*start.describe_damage(), *assembly.scorer.notes]
+    remarks += [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
     remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)

@@ -127,7 +127,7 @@ def get(config, key):
     (AXOLOTL_BASE, {"lora_target_linear": True, "lora_target_modules": ["q_proj"]}, "lora.targets", "all-linear"),
     (AXOLOTL_BASE, {"lora_target_modules": ["q_proj", "v_proj"]}, "lora.targets", ["q_proj", "v_proj"]),
     (AXOLOTL_BASE, {"lora_target_modules": r"layers.[\d]+.mlp.up_proj"}, "lora.targets", r"layers.[\d]+.mlp.up_proj"),
-    (AXOLOTL_BASE, {"sample_packing": True}, "data.packing", True),
+    (AXOLOTL_BASE, {"sample_packing": True}, "data.packing", "auto"),
     (AXOLOTL_BASE, {}, "data.packing", False),
     (AXOLOTL_BASE, {"warmup_steps": 10}, "train.warmup_steps", 10),
     (AXOLOTL_BASE, {"warmup_steps": 10, "warmup_ratio": 0.1}, "train.warmup_steps", 10),
@@ -200,7 +200,7 @@ def get(config, key):
     (LLAMA_FACTORY_BASE, {"lora_target": "all"}, "lora.targets", "all-linear"),
     (LLAMA_FACTORY_BASE, {"quantization_bit": 4}, "model.quantization", "nf4"),
     (LLAMA_FACTORY_BASE, {"mask_history": True}, "data.loss_on", "last"),
-    (LLAMA_FACTORY_BASE, {"neat_packing": True}, "data.packing", True),
+    (LLAMA_FACTORY_BASE, {"neat_packing": True}, "data.packing", "auto"),
     (LLAMA_FACTORY_BASE, {"stage": "pt"}, "data.format", "text"),
     (LLAMA_FACTORY_BASE, {"warmup_steps": 0.1}, "train.warmup_ratio", 0.1),
     (LLAMA_FACTORY_BASE, {"new_special_tokens": "<a>,<b>"}, "data.new_tokens", ["<a>", "<b>"]),
@@ -568,7 +568,7 @@ def test_pretraining_text_is_read_from_its_column(convert, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(INFO))
     _, config = convert(LLAMA_FACTORY_BASE | {"stage": "pt", "dataset": "wiki"})
     assert config.data.train[0].columns == {"text": "content"}
-    assert (config.data.format, config.data.overlong, config.data.packing) == ("text", "split", True)
+    assert (config.data.format, config.data.overlong, config.data.packing) == ("text", "split", "auto")
 
 
 SCRIPT = r"""#!/bin/bash

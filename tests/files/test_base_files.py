@@ -108,12 +108,19 @@ def test_has_weights_requires_all_files(sharded):
     assert files.config["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("with_weights", [True, False])
-def test_gguf_is_refused_as_a_file_and_as_a_folder(with_weights, base):
+def test_a_damaged_gguf_file_is_refused_by_its_name(base):
+    pytest.importorskip("gguf")
     (base / WEIGHTS).rename(base / "model.gguf")
     for path in (base, base / "model.gguf"):
-        with pytest.raises(ModelError, match=f"^{path} is stored in GGUF, which is not supported; use the same model"):
-            BaseFiles.resolve(str(path), with_weights=with_weights)
+        with pytest.raises(ModelError, match=rf"^{base}/model\.gguf is truncated or damaged"):
+            BaseFiles.resolve(str(path))
+
+
+def test_one_of_several_gguf_files_has_to_be_named(base):
+    (base / WEIGHTS).rename(base / "a.gguf")
+    shutil.copy(base / "a.gguf", base / "b.gguf")
+    with pytest.raises(ModelError, match=r"2 GGUF files \(a\.gguf, b\.gguf\); name one of them in model\.base"):
+        BaseFiles.resolve(str(base))
 
 
 def fingerprint(base):
@@ -163,3 +170,17 @@ def test_a_fine_tuned_tensor_changes_the_hash_of_a_large_sampled_file(base, gene
         hashes.add(fingerprint(base)[WEIGHTS])
     assert (base / WEIGHTS).stat().st_size > 64 * 65536
     assert len(hashes) == 9
+
+
+def test_parts_without_an_index_have_to_be_complete_and_of_one_model(sharded):
+    (sharded / f"{WEIGHTS}.index.json").unlink()
+    assert len(BaseFiles.resolve(str(sharded)).weight_files) == 2
+    first, second = (sharded / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    shutil.copy(second, sharded / "other.safetensors")
+    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors and other\.safetensors both hold"):
+        BaseFiles.resolve(str(sharded))
+    (sharded / "other.safetensors").unlink()
+    first.unlink()
+    assert not BaseFiles.resolve(str(sharded), with_weights=False).has_weights
+    with pytest.raises(ModelError, match=rf"lacks {first.name}, a part of the same model; download it again"):
+        BaseFiles.resolve(str(sharded))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from qlora.errors import ExportError
 from qlora.files.headers import read_header
-from qlora.files.stored import DTYPES, StoredTensors, row_blocks
+from qlora.files.stored import DTYPES, LazyTensor, StoredTensors, row_blocks
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_threads_may_read_at_the_same_time(stored, tensors):
 
 
 def test_a_lazy_tensor_is_read_when_it_is_indexed(stored, tensors):
-    lazy = stored.lazy()
+    lazy = {name: LazyTensor(stored, name) for name in stored}
     assert lazy.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert lazy[name].get_shape() == list(tensor.shape)

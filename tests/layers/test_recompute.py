@@ -52,7 +52,7 @@ def own_memory(monkeypatch):
 
 
 def make_model(base, generator, dropout=0.0, compute_dtype="bfloat16", packed=True, rank=4, **settings):
-    model, _ = load_base(str(base), compute_dtype=compute_dtype)
+    model, _ = load_base(str(base), compute_dtype=compute_dtype, allow_unquantized=True)
     add_lora(model, rank=rank, dropout=dropout, dtype=getattr(torch, compute_dtype), **settings)
     for _, layer in lora_layers(model):
         layer.first_trained.data.normal_(std=0.05, generator=generator)
@@ -353,7 +353,7 @@ def test_auto_is_full_where_layers_can_be_recomputed(tiny_base):
 )
 def test_a_level_that_a_model_does_not_support_is_refused(config_class, settings, level, message, tmp_path):
     base = make_base(tmp_path / "base", 0, config_class)
-    model, _ = load_base(str(base), **settings)
+    model, _ = load_base(str(base), allow_unquantized=True, **settings)
     rebuild_activations(model)
     with pytest.raises(ModelError, match=message):
         apply_recompute(model, level)

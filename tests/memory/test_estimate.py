@@ -48,7 +48,7 @@ def settings(base, tmp_path, *overrides, **keys):
 
 
 def estimate_real(realdata, tmp_path, name, *overrides):
-    keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 2}
+    keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 2, "model__allow_unquantized": True}
     return estimate(settings(realdata / "configs" / name, tmp_path, *overrides, **keys), SUPERVISED, "cuda")
 
 

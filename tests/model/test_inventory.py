@@ -15,13 +15,12 @@ def base(request, tmp_path, seed):
     return make_base(tmp_path / "base", seed, tie_word_embeddings=request.param, attention_bias=True)
 
 
-def test_parameters_are_counted_once_and_shares_are_of_them(base):
+def test_parameters_are_counted_once_and_shares_are_of_linear_weights(base):
     plain = AutoModelForCausalLM.from_pretrained(base)
     model, _ = load_base(str(base))
     inventory = take_inventory(model)
-    in_4bit = sum(module.weight.numel() for name, module in plain.model.named_modules() if name.endswith("_proj"))
     assert inventory.num_parameters == plain.num_parameters()
-    assert inventory.quantized_share == pytest.approx(in_4bit / plain.num_parameters())
+    assert inventory.quantized_share == 1  # embedding and head do not count
     assert inventory.adapted_share == 0
     assert inventory.num_trained == 0
 
@@ -44,7 +43,9 @@ def test_adapters_change_no_name_and_no_count_of_the_base(base):
     assert after.unquantized == before.unquantized
     assert (after.num_parameters, after.base_bytes) == (before.num_parameters, before.base_bytes)
     assert after.num_trained == 2 * 4 * (64 + 64 + 64 + 172)
-    assert after.adapted_share == pytest.approx(2 * (64 * 64 + 64 * 172) / after.num_parameters)
+    linear = 64 * (64 + 32 + 32 + 64 + 3 * 172)
+    assert after.quantized_share == 1
+    assert after.adapted_share == pytest.approx((64 * 64 + 64 * 172) / linear)
 
 
 @pytest.mark.parametrize("modules", [[], ["lm_head"]], ids=["new rows", "head in full"])

@@ -12,7 +12,7 @@ from qlora.data import collate, make_example
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead, add_lora, scores_documents, train_rows
-from qlora.model import build_skeleton, check_isolation, generate, load_base
+from qlora.model import build_skeleton, generate, load_base, mixed_reason
 from qlora.model.score import check_scores, document_scores, last_scores
 from qlora.nf4 import NF4Linear
 from tests.reference.reward import scores_one_by_one
@@ -102,7 +102,7 @@ def test_another_place_of_the_scores_is_refused(tiny_base, generator):
 def test_packed_documents_are_checked_by_their_scores(tiny_base, generator):
     model, _ = load_base(str(tiny_base), head=ScoreHead(1), compute_dtype="float32")
     first, second = documents(generator, 5, 8)
-    check_isolation(model, first, second, last_scores)
+    assert mixed_reason(model, first, second, last_scores) is None
 
 
 def test_a_model_that_scores_texts_is_refused_where_answers_are_asked_for(tiny_base, tmp_path):

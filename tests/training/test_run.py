@@ -133,7 +133,7 @@ def test_run_json_has_the_share_that_is_quantized_and_the_names_of_the_rest(fini
     inventory = take_inventory(load_base(str(tiny_base))[0])
     parameters = record(finished[1])["parameters"]
     assert parameters["quantized_share"] == parameters["adapted_share"] == inventory.quantized_share
-    assert 0.5 < inventory.quantized_share < 1
+    assert inventory.quantized_share == 1
     assert parameters["quantized"] == parameters["adapted"] == inventory.quantized
     assert parameters["unquantized"] == inventory.unquantized
     assert "lm_head.weight" in parameters["unquantized"]
@@ -708,15 +708,25 @@ def test_packed_or_not_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_p
 
 
 @pytest.mark.parametrize("text", ["aaaaaaaa", "abcddcba"])
-def test_a_base_that_mixes_packed_documents_is_refused_for_any_first_document(text, tmp_path, seed):
-    """A palindrome must not hide it."""
+def test_a_base_that_mixes_packed_documents_is_not_packed(text, tmp_path, seed):
+    """A palindrome must not hide it. The run says so, records it, and is continued without packing."""
     base = make_base(tmp_path / "base", seed, BloomConfig, n_layer=2, n_head=4)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}] * 4)
-    config = run_config(base, data, tmp_path / "run", data__eval=None, train__max_steps=1)
-    with pytest.raises(ModelError, match=r"BloomForCausalLM lets documents .* set data\.packing: false"):
-        train(load_config(config))
+    settings = {"data__eval": None, "train__max_steps": 2, "train__save_every": 1}
+    config = run_config(base, data, tmp_path / "run", **settings)
+    with pytest.raises(
+        ModelError, match=r"BloomForCausalLM lets documents .* set data\.packing: auto, which then does"
+    ):
+        train(load_config(config, ["data.packing=true"]))
     assert not (tmp_path / "run").exists()
-    assert train(load_config(config, ["data.packing=false"])).status == "finished"
+    for stop_at in (1, None):
+        result = train(load_config(config), stop_at=stop_at)
+        values = record(tmp_path / "run")
+        assert values["in_use"]["unpacked_why"].startswith("BloomForCausalLM lets documents packed into one sequence")
+        assert values["in_use"]["packing_fill"] is None
+        assert any("documents are not packed" in note for note in values["data"][0]["notes"])
+    plain = train(load_config(run_config(base, data, tmp_path / "plain", data__packing=False, **settings)))
+    assert result.losses == plain.losses
 
 
 def test_several_sources_are_trained_on_by_their_weights(tiny_base, alpaca_file, tmp_path):

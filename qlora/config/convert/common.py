@@ -173,8 +173,9 @@ def _group_rates(draft: Draft) -> None:
 
 def _packing(draft: Draft) -> None:
     name, packing = draft.take_named("sample_packing", "neat_packing", "packing")
-    if values.flag(packing) is not None:
-        draft.set("data.packing", values.flag(packing), name)
+    if (flag := values.flag(packing)) is not None:
+        # Nothing there refuses to pack; here true would, if the base can't keep documents apart.
+        draft.set("data.packing", "auto" if flag else False, name)
 
 
 def _trackers(draft: Draft) -> None:

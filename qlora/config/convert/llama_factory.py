@@ -43,7 +43,7 @@ def translate(draft: Draft, folder: Path) -> None:
     if stage == "pt":
         draft.set("data.format", "text", "stage: pt")
         draft.set("data.overlong", "split", "stage: pt")
-        draft.set("data.packing", True, "stage: pt packs")
+        draft.set("data.packing", "auto", "stage: pt packs")
     info = _find_info(draft, folder)
     for name, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         wanted = values.names(draft.take(name))

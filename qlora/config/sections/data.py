@@ -224,9 +224,10 @@ class DataSection(Section):
         description="How documents longer than data.max_seq_len are handled. The report counts them.",
         examples=["truncate"],
     )
-    packing: bool = Field(
-        default=True,
-        description="Put several documents into one sequence. They do not see each other.",
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Put several documents into one sequence. They do not see each other; for a base that can't keep "
+        "them apart, auto does not pack, and true is an error.",
         examples=[False],
     )
     on_bad_row: Literal["error", "drop"] = Field(
@@ -247,6 +248,11 @@ class DataSection(Section):
         if value and isinstance(sets, dict) and "retain" in sets:
             raise ValueError("measures rows as retain, and so does a set of data.eval; rename that set")
         return value
+
+    @property
+    def packs(self) -> bool:
+        """Whether documents are packed, if the base keeps them apart."""
+        return self.packing is not False
 
     @property
     def eval_sets(self) -> dict[str, list[SourceSection] | float]:

@@ -12,7 +12,8 @@ class ModelSection(Section):
     """The base model and how it is loaded."""
 
     base: PathText = Field(
-        description="Base model: a local folder or a model id on the hub. Any causal language model of transformers.",
+        description="Base model: a local folder, a GGUF file or a model id on the hub. Any causal language model of "
+        "transformers.",
         examples=["meta-llama/Llama-3.1-8B"],
     )
     revision: str | None = Field(
@@ -34,6 +35,17 @@ class ModelSection(Section):
         default=True,
         description="Store the quantization statistics in 8 bits as well: 0.516 instead of 0.563 bytes per parameter.",
         examples=[False],
+    )
+    keep_16bit: list[str] = Field(
+        default=[],
+        description="Linear layers that are not quantized, such as fragile ones: full names, last parts of names, or "
+        "regular expressions. They can still be adapted.",
+        examples=[["down_proj"]],
+    )
+    allow_unquantized: bool = Field(
+        default=False,
+        description="Train a base even if nf4 leaves more than half of its linear and expert weights in 16 bits.",
+        examples=[True],
     )
     compute_dtype: ComputeDtype = Field(
         default="auto",

@@ -12,9 +12,8 @@ import qlora
 from qlora.checkpoint import RunDirectory
 from qlora.data import collate, make_example
 from qlora.errors import QLoRAError
-from qlora.layers import use_document_attention
 from qlora.lora import lora_layers, output_head
-from qlora.model import check_isolation, supervised_loss
+from qlora.model import keep_apart, supervised_loss
 from scripts.dev.support.sizes import tiny_config
 
 # Largest differences of logits of two models that compute the same in another order, and of losses, as a share.
@@ -139,20 +138,18 @@ def _check_adapters(base: Path, ids: torch.Tensor, found: dict[str, Any]) -> Non
     generator = torch.Generator().manual_seed(0)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.02, generator=generator)
-    found["attention"] = use_document_attention(model)
     documents = [
         make_example(torch.randint(8, 200, (length,), generator=generator).numpy(), [True] * length)
         for length in (17, 9, 20)
     ]
-    try:
-        check_isolation(model, *documents[:2])
-    except QLoRAError as error:
-        found["packed"] = str(error)
+    apart = keep_apart(model, *documents[:2], any_attention=True, packed=True)
+    if apart.mixed_reason is not None:
+        found["packed"] = apart.mixed_reason
         return
     with torch.no_grad():
         together = supervised_loss(model.eval(), collate(documents, packed=True)).item()
-        apart = sum(supervised_loss(model, collate([document])).item() for document in documents)
-    found["packed"] = abs(together - apart) / abs(apart)
+        one_by_one = sum(supervised_loss(model, collate([document])).item() for document in documents)
+    found["packed"] = abs(together - one_by_one) / abs(one_by_one)
 
 
 def _shares(model: Any) -> tuple[float, float]:
@@ -245,5 +242,5 @@ def _wrong(found: dict[str, Any]) -> Iterator[str]:
             yield f"{REFUSED} after training"
         if not found["causal"]:
             yield "trained, but not causal"
-        if found["in 4 bits"] < LEAST_IN_4_BITS:
+        if found.get("in 4 bits", 1) < LEAST_IN_4_BITS:
             yield "trained, but mostly in 16 bits"

@@ -61,7 +61,7 @@ def row_of(name: str, found: dict[str, Any]) -> tuple[str, str]:
     if checks.REFUSED in found:
         return REFUSED, _line(name, found[checks.REFUSED])
     shares = [f"{found[key]:.0%}" for key in ("in 4 bits", "adapted")]
-    return TRAINED, _line(name, found["class"], *shares, *(_cell(found.get(key, "")) for key in NUMBERS))
+    return TRAINED, _line(name, found["class"], *shares, *(_cell(key, found.get(key, "")) for key in NUMBERS))
 
 
 def read_rows(path: Path) -> dict[str, tuple[str, str]]:
@@ -97,9 +97,9 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
-def _cell(value: Any) -> str:
+def _cell(key: str, value: Any) -> str:
     if isinstance(value, str):
-        return "not packed" if "data.packing" in value else value
+        return "not packed" if key == "packed" else value
     return "0" if value == 0 else f"{value:.0e}"
 
 

@@ -79,6 +79,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
     "ministral": {"head_dim": 16},
     "qwen2_5_vl_text": {"rope_parameters": ROPE},
     "qwen2_vl_text": {"rope_parameters": ROPE},

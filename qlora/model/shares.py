@@ -1,0 +1,70 @@
+"""Shares of a model's linear and expert weights that are in 4 bits; a base with too few of them is refused."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from qlora.errors import ModelError
+from qlora.lora import LoraLinear, output_head
+from qlora.nf4 import NF4Linear
+
+LEAST_SHARE = 0.5
+# Number of kinds of weights that an error names.
+NUM_NAMED = 4
+
+
+def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
+    """Yield the weights of linear layers and experts: all of two dimensions or more, without embeddings and head.
+
+    Args:
+        model: A model with or without weights and adapters. Its names are those without adapters.
+
+    Yields:
+        Name of the module, number of elements, and what the weight is called in messages.
+    """
+    head, embeddings = output_head(model), model.get_input_embeddings()
+    left_out = tuple(f"{name}." for name, module in model.named_modules() if module is head or module is embeddings)
+    for full_name, module in model.named_modules():
+        name = full_name.removesuffix(".base")
+        if isinstance(module, nn.Embedding | _ConvNd | LoraLinear) or f"{name}.".startswith(left_out):
+            continue
+        if isinstance(module, NF4Linear):
+            yield name, module.in_features * module.out_features, name.rpartition(".")[2]
+            continue
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and not own_name.endswith("bias"):
+                called = name.rpartition(".")[2] if own_name == "weight" else own_name
+                called += f" of {parameter.shape[0]} experts" if parameter.dim() == 3 else ""
+                yield name, parameter.numel(), called
+
+
+def check_share(base: str, skeleton: Any, quantized: Collection[str]) -> None:
+    """Check that at least half of a base's linear and expert weights will be in 4 bits.
+
+    Args:
+        base: Name of the base.
+        skeleton: The model without weights.
+        quantized: Names of the layers in 4 bits.
+
+    Raises:
+        ModelError: Fewer will be. It names the largest that stay in 16 bits.
+    """
+    total, rest, in_4bit = 0, Counter[str](), {*quantized}
+    for name, numel, called in linear_weights(skeleton):
+        total += numel
+        if name not in in_4bit:
+            rest[called] += numel
+    share = 1 - rest.total() / total if total else 1.0
+    if share >= LEAST_SHARE:
+        return
+    named = [called for called, _ in rest.most_common(NUM_NAMED)]
+    more = f" and {len(rest) - len(named)} more" if len(rest) > len(named) else ""
+    gib = 2 * rest.total() / 2**30
+    raise ModelError(
+        f"{base}: only {share:.0%} of the linear and expert weights would be in 4 bits; {', '.join(named)}{more} stay "
+        f"in 16 bits and take {gib:.2f} GiB. Use another base, or set model.allow_unquantized: true to train on this "
+        "one as it is."
+    )
