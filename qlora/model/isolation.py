@@ -112,7 +112,7 @@ def mixed_reason(
 
     def watch(output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # some architectures scale it in place, which a leaf refuses
 
     context = make_example(first.input_ids, [False] * len(first))
     with changed_embeddings(model, watch):

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     BloomConfig,
     CohereConfig,
+    CTRLConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -52,6 +53,10 @@ KEEPS_APART = {
 NOT_BY_DOCUMENTS = ("gemma2 with a window", "gpt2")  # one caps its scores, the other drops some
 MIXES = {
     "opt, whose positions a mask tells": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "ctrl, which scales its embeddings in place": (
+        CTRLConfig,
+        {"n_embd": 64, "dff": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    ),
     "bloom, which has none": (BloomConfig, {"n_layer": 2, "n_head": 4}),
     "mamba, a state": (MambaConfig, {"state_size": 8}),
     "recurrent gemma, a state and attention": (

@@ -13,7 +13,7 @@ from qlora.checkpoint import RunDirectory
 from qlora.data import collate, make_example
 from qlora.errors import QLoRAError
 from qlora.lora import lora_layers, output_head
-from qlora.model import keep_apart, supervised_loss
+from qlora.model import keep_apart, supervised_loss, take_inventory
 from scripts.dev.support.sizes import tiny_config
 
 # Largest differences of logits of two models that compute the same in another order, and of losses, as a share.
@@ -199,22 +199,31 @@ def _check_release(
 def _check_peft(
     base: Path, run: Path, auto_class: Any, ids: torch.Tensor, own: torch.Tensor, found: dict[str, Any]
 ) -> None:
-    """Compare the base and the run with transformers, bitsandbytes and PEFT."""
+    """Compare the base and the run with transformers and PEFT, on weights that bitsandbytes quantized."""
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
-    model = auto_class.from_pretrained(base, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"})
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # else evaluation repacks the weights in place
-            module.support_avx512bf16_for_cpu = False
     ours, _ = qlora.load_base(str(base), compute_dtype="float32")
+    model = auto_class.from_pretrained(base, dtype=torch.float32).eval()
+    for name in take_inventory(ours).quantized:
+        _round_to_nf4(model.get_submodule(name))
     found["base"] = _difference(_logits(ours, ids), _logits(model, ids))
     del ours
     found["PEFT"] = _difference(_logits(PeftModel.from_pretrained(model, run / "adapter"), ids), own)
+
+
+def _round_to_nf4(layer: Any) -> None:
+    """Quantize a layer's weight with bitsandbytes, and dequantize it again.
+
+    The weight is passed as one row, because some widths are dequantized wrongly on processors with AVX-512.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from transformers.pytorch_utils import Conv1D
+
+    is_transposed = isinstance(layer, Conv1D)
+    weight = layer.weight.data.T.contiguous() if is_transposed else layer.weight.data
+    codes, state = quantize_4bit(weight.reshape(1, -1), compress_statistics=True, quant_type="nf4")
+    rounded = dequantize_4bit(codes, state).reshape(weight.shape)
+    layer.weight.data = rounded.T.contiguous() if is_transposed else rounded
 
 
 BOUNDS: dict[str, Callable[[Any], bool]] = {

@@ -25,13 +25,13 @@ A tiny random model shows whether the code is right for an architecture, not how
 ABOUT = {
     TRAINED: f"""- **in 4 bits**, **adapted**: shares of the weights of linear layers and experts, without the output
   head. What is missing stays in 16 bits, or has no adapter.
-- **base**: logits of the base as qlora loads it, compared with transformers and bitsandbytes on the same base in NF4.
+- **base**: logits of the base as qlora loads it, compared with transformers on weights that bitsandbytes quantized.
 - **step 0**: largest change of a logit by adapters before the first step.
 - **packed**: loss of documents packed into one sequence, compared with their losses one by one; or that they are not
   packed, because the architecture would let them change each other.
 - **merged**: logits of the merged folder, loaded by transformers alone, compared with the run's.
 - **verify**: what `qlora verify` says of the merged folder.
-- **PEFT**: logits of the adapter, loaded by PEFT onto the base in NF4, compared with the run's.
+- **PEFT**: logits of the adapter, loaded by PEFT onto the same weights, compared with the run's.
 
 Differences are relative to the largest logit. Bounds: {checks.LOGITS:g}, {checks.LOSSES:g} for losses, and 0 at step 0.
 

@@ -3,8 +3,7 @@
 import re
 from typing import Any
 
-# Sizes by the names of their keys. Widths are multiples of 64: others bitsandbytes, which a base is compared with,
-# dequantizes wrongly on some processors. What is null or zero by default stays so.
+# Sizes by the names of their keys. What is null or zero by default stays so.
 NAMES: dict[int, str] = {
     1: """n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups o_groups num_dense_layers
         num_layers_per_stack n_input_layers n_output_layers resampler_depth aligner_num_add_layers moe_k
@@ -57,6 +56,7 @@ MROPE_SECTION = [4, 2, 2]
 # What a rule by names can't know, by the model type that has it.
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": MROPE_SECTION}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
