@@ -38,6 +38,7 @@ from qlora.lora import (
     lora_layers,
     output_head,
     scores_documents,
+    text_part,
     wrap_layers,
 )
 from qlora.lora.spec import matches
@@ -169,7 +170,14 @@ def _misfits(model: Any, adapter: PeftAdapter) -> list[str]:
     """Return a line for each layer of an adapter that a base can't take."""
     linears, modules = linear_layers(model), dict(model.named_modules())
     problems, absent = [], [name for name in adapter.layers if name not in modules]
-    if absent:
+    text = text_part(model)
+    outside = [name for name in absent if text is not None and text.is_outside(name)]
+    if text is not None and outside:
+        problems.append(
+            f"{len(outside)} of its layers ({', '.join(outside[:3])} …) are not in {text.text_model}, the only part of "
+            "this base that is supported"
+        )
+    elif absent:
         near = difflib.get_close_matches(absent[0], linears, n=1)
         hint = f"; the nearest name is {near[0]}" if near else ""
         more = " …" if len(absent) > 3 else ""
@@ -213,5 +221,8 @@ def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
     """Return the last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
     linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
+    text = text_part(model)
+    if text is not None:  # PEFT selects modules of the whole model
+        linears += [name for names in text.others.values() for name in names]
     selected = {name for name in linears if name.rpartition(".")[2] in parts}
     return parts if selected == set(adapted) else sorted(adapted)

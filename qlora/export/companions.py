@@ -7,13 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora.errors import ExportError
 from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
+from qlora.files.json_files import read_object
 from qlora.lora import ScoreHead
 from qlora.model import LABELS_FILE, AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 from qlora.model.tokenizer import GENERATION_FILE
 
 REPORT_FILE = "merge_report.json"
+# Files of the base that a release has as they are. Image, video and audio processors keep their settings in
+# preprocessor_config.json, video_preprocessor_config.json and processor_config.json.
+COPIED = ("tokenizer.model", "*processor_config.json", "LICENSE*", "NOTICE*")
+# Where processors kept the chat template before it was a file of its own.
+PROCESSOR_TEMPLATE, PROCESSOR_FILE = "chat_template.json", "processor_config.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Called with the bytes written so far and the total.
 OnProgress = Callable[[int, int], None]
@@ -68,9 +75,9 @@ class MergeReport:
 
 def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     """Write config, tokenizer with its chat template, and generation config next to the weights."""
-    config = dict(weights.files.config)
+    config = _with_dtype(weights.files.config, dtype)
     config.pop("quantization_config", None)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", dtype)
     if weights.num_embeddings is not None:
         _set_vocab_size(config, weights.num_embeddings)
     if weights.has_own_head:
@@ -88,9 +95,10 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
         tokenizer.save_pretrained(folder)
     if source.run is not None and source.run.labels.is_file():  # what qlora predict reads
         shutil.copyfile(source.run.labels, folder / LABELS_FILE)
-    for pattern in ("tokenizer.model", "LICENSE*", "NOTICE*", *(["*.py"] if source.trust_remote_code else [])):
+    for pattern in (*COPIED, *(["*.py"] if source.trust_remote_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+    _write_template_of_processor(weights.files.folder, folder, tokenizer.chat_template)
 
     generation = load_generation_config(weights.files.folder)
     generation.eos_token_id = end_token_ids(generation, tokenizer)
@@ -98,6 +106,32 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
         generation.pad_token_id = tokenizer.pad_token_id
     # save_pretrained refuses a temperature without do_sample, which many published models have.
     generation.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config with another dtype wherever it names one, in its sections too."""
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and value is not None
+        else _with_dtype(value, dtype) if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }  # fmt: skip
+
+
+def _write_template_of_processor(base: Path, folder: Path, template: Any) -> None:
+    """Write the run's chat template wherever the base's processor keeps one, so that none contradicts it.
+
+    Args:
+        base: Folder of the base.
+        folder: Folder of the release.
+        template: The tokenizer's chat template, or several by name.
+    """
+    if (base / PROCESSOR_TEMPLATE).is_file() and isinstance(template, str):
+        text = json.dumps({"chat_template": template}, indent=2, ensure_ascii=False)
+        (folder / PROCESSOR_TEMPLATE).write_text(text + "\n", encoding="utf-8")
+    settings = folder / PROCESSOR_FILE
+    if settings.is_file() and "chat_template" in (own := read_object(settings, ExportError, "download the base again")):
+        settings.write_text(json.dumps(own | {"chat_template": template}, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe_head(config: Mapping[str, Any], head: ScoreHead, architecture: str, pad_id: int | None) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_ten
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-    "additional_chat_templates/*.jinja", "*.model", "generation_config.json", "*.py", "LICENSE*", "NOTICE*",
+    "additional_chat_templates/*.jinja", "*.model", "generation_config.json", "*processor_config.json",
+    "chat_template.json", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 

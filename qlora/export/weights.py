@@ -29,6 +29,7 @@ from qlora.model import (
 )
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
+from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
 
 ONTO = ("dequantized", "original")
@@ -50,6 +51,7 @@ class MergedWeights:
     Attributes:
         base_differs: Files of the base that differ from those used in training; empty without `force`.
         architecture: Name of the model's class in transformers.
+        names_as_text: Names that the base's tensors have in a model of text alone, by their own.
 
     Raises:
         ExportError: The base is not the one used in training, its files lack adapted modules, or `onto` is unknown or
@@ -83,6 +85,7 @@ class MergedWeights:
         self._base = BaseWeights(self.files)
         skeleton = build_skeleton(self.files, source.trust_remote_code, source.head)
         self.architecture = type(skeleton).__name__
+        self.names_as_text = names_as_text(skeleton, self._base.shapes)
         self._shapes = dict(self._base.shapes)
         if source.head is not None:
             left_out = vocabulary_head(self.files, self._shapes, source.trust_remote_code)

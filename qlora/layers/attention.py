@@ -44,9 +44,16 @@ def use_document_attention(model: Any) -> str:
     if reason is not None:
         return f"{current}, with a mask over all documents of a row: {reason}"
     _register()
-    model.set_attn_implementation(NAME)
+    set_text_attention(model, NAME)
     kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
     return f"{current} by documents ({kernel})"
+
+
+def set_text_attention(model: Any, name: str) -> None:
+    """Set the attention of a model by a name of transformers; of a multimodal one, only where text is computed."""
+    config = model.config
+    sections = [key for key in config.sub_configs if getattr(config, key, None) is config.get_text_config()]
+    model.set_attn_implementation({"": name, **dict.fromkeys(sections, name)} if sections else name)
 
 
 def mask_arguments(

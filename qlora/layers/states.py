@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from qlora.layers.rebuild import is_close
+from qlora.lora import text_model
 
 ARGUMENT = "state_lengths"
 # Arguments about documents that are meant for attention; plain versions of state layers refuse some of them.
@@ -69,8 +70,8 @@ def use_document_states(model: Any) -> str | None:
         layer.forward = partial(_with_borders if reasons[kind] is None else _by_documents, layer.forward)
     if not reasons:
         return None
-    model.base_model.register_forward_pre_hook(_begin, with_kwargs=True)
-    model.base_model.register_forward_hook(_end, always_call=True)
+    text_model(model).register_forward_pre_hook(_begin, with_kwargs=True)
+    text_model(model).register_forward_hook(_end, always_call=True)
     return "; ".join(
         f"{kind.__name__} {'with the borders' if reason is None else f'a document at a time ({reason})'}"
         for kind, reason in reasons.items()
@@ -79,7 +80,7 @@ def use_document_states(model: Any) -> str | None:
 
 def takes_lengths(model: Any) -> bool:
     """Return whether a model's base takes the documents' lengths for its state layers."""
-    return _begin in model.base_model._forward_pre_hooks.values()
+    return _begin in text_model(model)._forward_pre_hooks.values()
 
 
 class SameDocuments(AbstractContextManager[None]):

@@ -40,6 +40,7 @@ from qlora.lora.start import (
 )
 from qlora.lora.statistics import InputObserver, InputStatistics
 from qlora.lora.switch import adapters_at_start, adapters_off
+from qlora.lora.text_part import TextPart, text_model, text_part
 
 __all__ = [
     "AdapterSpec",
@@ -55,6 +56,7 @@ __all__ = [
     "ScoreHead",
     "StoredAdapter",
     "Targets",
+    "TextPart",
     "TrainedEmbedding",
     "TrainedHead",
     "adapters_at_start",
@@ -84,6 +86,8 @@ __all__ = [
     "starts_to_tensors",
     "stored_head",
     "subtract",
+    "text_model",
+    "text_part",
     "train_rows",
     "trained_rows",
     "unmatched",

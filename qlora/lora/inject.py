@@ -12,9 +12,10 @@ from qlora.errors import ModelError
 from qlora.lora.direct import read_directly
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
-from qlora.lora.match import matches, unmatched
+from qlora.lora.match import matches, other_part, unmatched
 from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
+from qlora.lora.text_part import text_part
 
 ALL_LINEAR = "all-linear"
 # The index of a layer in a module's name: the first number, as in `model.layers.3.self_attn.q_proj`.
@@ -46,8 +47,13 @@ class Targets:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+    """Return the linear layers of a model by name, in the model's order; of a multimodal one, those of text."""
+    text = text_part(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and (text is None or not text.is_outside(name))
+    }
 
 
 def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
@@ -68,7 +74,10 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
     absent = sorted({*(given.layers or ())} - {*indices.values()})
     kept = [name for name in named if name not in left_out and (given.layers is None or indices[name] in given.layers)]
     problems = [
-        f"lora.exclude: '{pattern}' matches no layer of lora.targets; correct or remove it." for pattern in unused
+        f"lora.exclude: '{pattern}' is in {other}; remove it."
+        if (other := other_part(model, pattern))
+        else f"lora.exclude: '{pattern}' matches no layer of lora.targets; correct or remove it."
+        for pattern in unused
     ]
     if absent:
         largest = max((index for index in indices.values() if index is not None), default=None)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
 from qlora.lora.head import output_head, scores_documents
+from qlora.lora.match import other_part
 
 
 class EmbeddingRows(nn.Module):
@@ -243,10 +244,11 @@ def _match(model: Any, modules: Sequence[str], allowed: list[str]) -> set[str]:
     matches = {asked: [name for name in allowed if f".{name}".endswith(f".{asked}")] for asked in modules}
     unknown = [asked for asked, found in matches.items() if not found]
     if unknown:
+        elsewhere = [f"{asked!r} is in {other}. " for asked in unknown if (other := other_part(model, asked))]
         raise ModelError(
-            f"lora.modules_to_save: {', '.join(map(repr, unknown))} can't be trained in full: only the input "
-            f"embeddings and the output head can, in {type(model).__name__} {' and '.join(allowed)}. Linear layers are "
-            "adapted by lora.targets."
+            f"lora.modules_to_save: {''.join(elsewhere)}{', '.join(map(repr, unknown))} can't be trained in full: only "
+            f"the input embeddings and the output head can, in {type(model).__name__} {' and '.join(allowed)}. "
+            "Linear layers are adapted by lora.targets."
         )
     return {name for found in matches.values() for name in found}
 

@@ -25,6 +25,7 @@ from qlora.model import (
     adapter_specs,
     build_skeleton,
     load_tokenizer,
+    read_config,
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
@@ -81,6 +82,7 @@ def take_footprint(
     Raises:
         ModelError: The base can't be trained, or its step can't be run on the meta device.
     """
+    read_config(files, config.model.trust_remote_code)
     _check_task(files, loss)
     quantization = _quantization(config, files)
     model = build_skeleton(files, config.model.trust_remote_code, loss.head)

@@ -12,7 +12,7 @@ from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
-from qlora.layers.attention import use_document_attention
+from qlora.layers.attention import set_text_attention, use_document_attention
 from qlora.layers.sinks import has_sinks
 from qlora.layers.states import use_document_states
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
@@ -146,11 +146,11 @@ class _EmptyLinear(NF4Linear):
 def set_attention(model: Any, config: RunConfig, device: torch.device, row: int) -> None:
     """Set the attention that a run would use, as far as it affects memory."""
     if config.model.attention == "eager":
-        model.set_attn_implementation("eager")
+        set_text_attention(model, "eager")
     elif config.model.attention == "auto":
         use_document_attention(model)
         if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS and not has_sinks(model):
-            model.set_attn_implementation("sdpa")  # one kernel for all documents keeps as much as for a single one
+            set_text_attention(model, "sdpa")  # one kernel for all documents keeps as much as for a single one
     if config.data.packs:
         use_document_states(model)
     by_documents = device.type == "cuda" and config.data.packs and model.config._attn_implementation == "sdpa"

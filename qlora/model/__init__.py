@@ -33,7 +33,7 @@ from qlora.model.restore import (
     load_run,
     load_run_tokenizer,
 )
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, read_config
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, has_codes, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
@@ -85,6 +85,7 @@ __all__ = [
     "optimizer_from_section",
     "resolve_compute_dtype",
     "predict",
+    "read_config",
     "read_labels",
     "resolve_device",
     "set_tokens",

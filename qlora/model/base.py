@@ -9,16 +9,18 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead
+from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
+from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.quantization import find_quantized_layers, quantized_names, settings_of_base
 from qlora.model.score import replace_head
 from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
+from qlora.model.text_only import find_text_model, tensors_of_text
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
@@ -39,11 +41,13 @@ def load_base(
     seed: int = 0,
     keep_16bit: Sequence[str] = (),
     allow_unquantized: bool = False,
+    whole: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
-    else is loaded in the compute dtype, including subclasses of `nn.Linear` that compute something else.
+    else is loaded in the compute dtype, including subclasses of `nn.Linear` that compute something else. Of a
+    multimodal model, only the text part is built and read.
 
     Args:
         base: A folder, or a model id on the hub. A checkpoint in bitsandbytes 4-bit keeps its codes.
@@ -63,6 +67,7 @@ def load_base(
         seed: Seed of these values.
         keep_16bit: Linear layers that are not quantized, by names or patterns as in :class:`qlora.lora.Targets`.
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
+        whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -86,7 +91,7 @@ def load_base(
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
-    skeleton = build_skeleton(files, trust_remote_code, head)
+    skeleton = build_skeleton(files, trust_remote_code, head, whole)
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
         check_share(base, skeleton, quantized_names(skeleton, settings))
@@ -96,7 +101,8 @@ def load_base(
         for config in (skeleton.config, skeleton.config.get_text_config()):
             vars(config).pop("quantization_config", None)  # it describes the stored weights, which are read decoded
     weights = BaseWeights(files)
-    tensors: dict[str, Any] = {**weights.lazy()}
+    of_text = None if text_part(skeleton) is None else tensors_of_text(skeleton, weights.shapes)
+    tensors: dict[str, Any] = {**weights.lazy(of_text)}
     drawn: set[str] = set()
     if head is not None:
         tensors, drawn = replace_head(files, skeleton, head, tensors, seed, trust_remote_code)
@@ -118,6 +124,8 @@ def load_base(
         raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
+    if whole and is_multimodal(model.config):
+        model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
     return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)

@@ -1,6 +1,7 @@
 """The weights that a base's files hold, read one at a time in any supported format."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -76,9 +77,15 @@ class BaseWeights:
         keys = (name, *self._statistics[name])
         return from_checkpoint_tensors({key.removeprefix(prefix): self._stored.read(key).to(device) for key in keys})
 
-    def lazy(self) -> dict[str, LazyTensor]:
-        """Return all tensors of the files without reading them; a weight in 4 bits is several tensors."""
-        return {name: LazyTensor(self._stored, name) for name in self._stored}
+    def lazy(self, weights: Collection[str] | None = None) -> dict[str, LazyTensor]:
+        """Return tensors of the files without reading them; a weight in 4 bits is several tensors.
+
+        Args:
+            weights: Names of the weights; None for all.
+        """
+        weights = self.shapes if weights is None else weights
+        names = {name for weight in weights for name in (weight, *self._statistics.get(weight, ()))}
+        return {name: LazyTensor(self._stored, name) for name in self._stored if name in names}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if not self.is_4bit(name):

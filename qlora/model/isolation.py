@@ -8,6 +8,8 @@ import torch
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.layers import use_document_attention, use_document_states
+from qlora.layers.attention import set_text_attention
+from qlora.lora import text_model
 from qlora.model.embeddings import changed_embeddings
 from qlora.model.loss import model_inputs, supervised_loss
 
@@ -65,13 +67,13 @@ def keep_apart(
         if model.config._attn_implementation != own:
             reason = _replaced_reason(model, first, second, expected, packed, loss_of_last)
         if reason is not None:
-            model.set_attn_implementation(own)
+            set_text_attention(model, own)
             attention = f"{own}, with a mask over all documents of a row: {reason}"
     mixed = mixed_reason(model, first, second, loss_of_last) if packed else None
     if mixed is None:
         return Isolation(attention, states, None)
     # What a run that was never to be packed uses, so that a continued run uses the same.
-    model.set_attn_implementation(own)
+    set_text_attention(model, own)
     return replace(keep_apart(model, first, second, any_attention=any_attention, packed=False), mixed_reason=mixed)
 
 
@@ -135,7 +137,7 @@ def mixed_reason(
 def _hidden_states(model: Any, documents: Sequence[TokenizedExample]) -> torch.Tensor:
     """Return the last hidden states of packed documents, (tokens, features)."""
     batch = collate(documents, packed=True).to(model.device)
-    states: torch.Tensor = model.base_model(**model_inputs(model, batch)).last_hidden_state[0]
+    states: torch.Tensor = text_model(model)(**model_inputs(model, batch)).last_hidden_state[0]
     return states
 
 

@@ -6,7 +6,7 @@ import torch
 
 from qlora.data import Batch
 from qlora.kernels import linear_log_probs
-from qlora.lora import adapters_at_start, head_blocks
+from qlora.lora import adapters_at_start, head_blocks, text_model
 from qlora.model.loss import logit_transform, model_inputs, supervised_rows
 
 
@@ -20,7 +20,7 @@ def document_log_probs(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         (documents,), fp32.
     """
-    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     head = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
     rows, norm = supervised_rows(hidden, batch)

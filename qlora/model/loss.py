@@ -12,7 +12,7 @@ from qlora.data import Batch, TokenizedExample
 from qlora.errors import ModelError
 from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
-from qlora.lora import ScoreHead, head_blocks
+from qlora.lora import ScoreHead, head_blocks, text_model
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
 TOLERANCE = 0.01
@@ -115,7 +115,7 @@ def _token_loss(
     model: Any, batch: Batch, label_smoothing: float = 0.0, by_probability: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a loss of the supervised tokens, and their plain cross-entropy; see :func:`linear_token_loss`."""
-    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     rows, norm = supervised_rows(hidden, batch)
     return loss_of_rows(model, batch, rows, norm, batch.weights, label_smoothing, by_probability)
 
@@ -209,12 +209,21 @@ def rows_at(
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Return a model's arguments for a batch; positions that restart separate packed documents, not a mask."""
+    positions = batch.position_ids
+    if positions is not None and _has_axes(model.config):
+        # Text, and the three axes of images. Given two dimensions, some of these models don't look for documents.
+        positions = positions.expand(4, *positions.shape)
     return {
         "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
+        "position_ids": positions,
         "use_cache": False,
         **mask_arguments(model, batch.attention_mask, batch.cu_seq_lens, batch.lengths),
     }
+
+
+def _has_axes(config: Any) -> bool:
+    """Return whether an architecture's rotary embedding has axes for images, as Qwen-VL's has."""
+    return "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:

@@ -7,7 +7,7 @@ import torch
 
 from qlora.data import TokenizedExample, collate
 from qlora.errors import ModelError
-from qlora.lora import InputObserver, InputStatistics
+from qlora.lora import InputObserver, InputStatistics, text_model
 from qlora.model.loss import model_inputs
 
 # Tokens that statistics of inputs are taken from: enough for a few hundred directions, and a second's work on a GPU.
@@ -38,7 +38,7 @@ def observe(
         for example in examples:
             batch = collate([example]).to(model.device)
             batch.input_ids.clamp_(max=last)
-            model.base_model(**model_inputs(model, batch))
+            text_model(model)(**model_inputs(model, batch))
             left -= len(example)
             if left <= 0:
                 break

@@ -23,6 +23,7 @@ from qlora.data.tokens import TokenizedExample
 from qlora.data.values import text_of
 from qlora.errors import ConfigError, DataError
 from qlora.files.atomic import write_text
+from qlora.lora import text_model
 from qlora.model.label_scores import predicted_labels, word_scores
 from qlora.model.labels import LABELS_FILE, read_labels
 from qlora.model.loss import model_inputs, supervised_rows
@@ -143,7 +144,7 @@ def score_labels(model: Any, examples: Sequence[TokenizedExample], labels: Label
 def _scores(model: Any, batch: Batch, labels: Labels) -> torch.Tensor:
     if labels.by == BY_HEAD:
         return document_scores(model, batch)
-    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     rows, norm = supervised_rows(hidden, batch)
     return word_scores(model, batch, rows, norm, labels)
 

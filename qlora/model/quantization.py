@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import is_linear, matches, read_directly, unmatched
+from qlora.lora import is_linear, matches, read_directly, text_part, unmatched
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.names import names_in_files, transposed_modules
 
@@ -49,7 +49,8 @@ def nf4_settings(double_quant: bool, compute_dtype: torch.dtype, skip: Iterable[
 def layers_in_16bit(skeleton: Any, keep_16bit: Sequence[str] = ()) -> list[str]:
     """Return the names of the modules that transformers is not to quantize; empty for its default, the output head.
 
-    They are the layers that the config keeps, and those whose weight other code reads.
+    They are the layers that the config keeps, those whose weight other code reads, and the other parts of a
+    multimodal model, also where transformers loads the whole of it.
 
     Args:
         skeleton: The model without weights.
@@ -70,6 +71,8 @@ def layers_in_16bit(skeleton: Any, keep_16bit: Sequence[str] = ()) -> list[str]:
         raise ModelError("\n".join(problems))
     direct = {*read_directly(skeleton)}
     kept = [name for name in linears if name in direct or any(matches(pattern, name) for pattern in keep_16bit)]
+    text = text_part(skeleton)
+    kept += [] if text is None else text.others
     # A list replaces the default ones, also in a config.json that has it.
     return [*HfQuantizer.get_modules_to_not_convert(skeleton), *kept] if kept else []
 

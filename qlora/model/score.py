@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, to_device
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead, head_blocks, output_head, stored_head
+from qlora.lora import ScoreHead, head_blocks, output_head, stored_head, text_model
 from qlora.lora.head import SCORE
 from qlora.model.loss import model_inputs, rows_at
 from qlora.model.names import names_in_files
@@ -87,7 +87,7 @@ def document_scores(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         (documents, scores), fp32.
     """
-    hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     rows, norm = rows_at(hidden, last_tokens(batch))
     if norm is not None:
         rows = norm(rows)

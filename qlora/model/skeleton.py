@@ -10,6 +10,8 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead, output_head
 from qlora.model.formats import weight_format
+from qlora.model.kinds import is_multimodal, multimodal_class, unsupported_kind
+from qlora.model.text_only import text_only
 
 # Config keys that count modules, and the largest number of each.
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
@@ -18,36 +20,75 @@ MAX_COUNT = 10_000
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
 
-def build_skeleton(files: BaseFiles, trust_remote_code: bool = False, head: ScoreHead | None = None) -> Any:
+def build_skeleton(
+    files: BaseFiles, trust_remote_code: bool = False, head: ScoreHead | None = None, whole: bool = False
+) -> Any:
     """Build a base's architecture without weights, on the meta device.
 
     Args:
         files: The base's files; only config.json is read.
         trust_remote_code: Run code that comes with the model.
         head: Head that scores documents; None for the causal language model.
+        whole: Whether to build the other parts of a multimodal model too.
+
+    Returns:
+        The model; of a multimodal one the text part, in the class that config.json names.
 
     Raises:
-        ModelError: The weights' format is not supported, transformers does not know the architecture or has no class of
-            it with such a head, it needs code that may not be run, or its sizes are impossible.
+        ModelError: The weights' format is not supported, the base is no decoder-only model, transformers does not know
+            the architecture or has no class of it with such a head, it needs code that may not be run, or its sizes are
+            impossible.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     weight_format(files)
-    _check_config(files)
+    config = read_config(files, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
         if head is not None:
-            return _build_scorer(files, config, head, trust_remote_code)
+            return _build_scorer(files, config, head, trust_remote_code, whole)
+        multimodal = multimodal_class(config)
         with torch.device("meta"):
+            if multimodal is not None:
+                return (multimodal if whole else text_only(multimodal))._from_config(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:  # a wrong value can make an architecture raise anything
-        reason = reason_for_users(error, trust_remote_code)
-        raise ModelError(f"{files.name}: the architecture can't be built: {reason}") from error
+        raise _unbuildable(files, error, trust_remote_code) from error
 
 
-def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_code: bool) -> Any:
+def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
+    """Return a base's config, after checking that it is that of a decoder-only model.
+
+    Args:
+        files: The base's files; only config.json is read.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ModelError: It is not, or transformers can't read it.
+    """
+    from transformers import AutoConfig
+
+    _check_config(files)
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value can make an architecture raise anything
+        raise _unbuildable(files, error, trust_remote_code) from error
+    kind = unsupported_kind(config)
+    if kind is not None:
+        raise ModelError(
+            f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "
+            "to one, such as Llama, Mistral, Qwen or Gemma."
+        )
+    return config
+
+
+def _unbuildable(files: BaseFiles, error: Exception, trust_remote_code: bool) -> ModelError:
+    reason = reason_for_users(error, trust_remote_code)
+    return ModelError(f"{files.name}: the architecture can't be built: {reason}")
+
+
+def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_code: bool, whole: bool) -> Any:
     """Build the class of an architecture that scores documents with a linear head of its own.
 
     Raises:
@@ -65,7 +106,10 @@ def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_c
         )
     config.update(head.config())
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+        if is_multimodal(config) and not (has_own_code or whole):
+            model = text_only(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])._from_config(config)
+        else:
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     layer = output_head(model)
     if not isinstance(layer, torch.nn.Linear) or layer.bias is not None or layer.out_features != head.num_labels:
         raise ModelError(

@@ -10,6 +10,7 @@ import torch
 from qlora.data import LABEL, Batch, Datasets, Labels, to_device
 from qlora.data.labels import BY_HEAD
 from qlora.errors import ConfigError
+from qlora.lora import text_model
 from qlora.model import Loss, StepLoss
 from qlora.model.label_scores import word_scores
 from qlora.model.loss import loss_of_rows, model_inputs, supervised_rows
@@ -33,7 +34,7 @@ def answer_loss(labels: Labels | None = None, weights: Sequence[float] | None = 
     of_labels = LabelWeights(weights)
 
     def compute(model: Any, batch: Batch) -> StepLoss:
-        hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+        hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
         rows, norm = supervised_rows(hidden, batch)
         own = None if weights is None else of_labels.of_texts(batch.values[LABEL].long())
         of_tokens = None if own is None else own[_documents(batch, rows.device)]

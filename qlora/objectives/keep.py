@@ -9,7 +9,7 @@ import torch
 from qlora.data import Batch
 from qlora.data.batches import to_device
 from qlora.kernels import linear_kl_divergence
-from qlora.lora import adapters_off, head_blocks
+from qlora.lora import adapters_off, head_blocks, text_model
 from qlora.model import Loss, StepLoss
 from qlora.model.loss import logit_transform, model_inputs, supervised_rows
 
@@ -37,7 +37,7 @@ def with_base_kl(loss: Loss, weight: float) -> Loss:
             if torch.is_grad_enabled():
                 states.append(output.last_hidden_state)
 
-        handle = model.base_model.register_forward_hook(watch)
+        handle = text_model(model).register_forward_hook(watch)
         try:
             step = loss.compute(model, batch)
         finally:
@@ -77,7 +77,7 @@ def predict_base(model: Any, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Te
     model.eval()
     try:
         with adapters_off(model):
-            hidden = model.base_model(**model_inputs(model, batch)).last_hidden_state
+            hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
             blocks = head_blocks(model.get_output_embeddings())
     finally:
         model.train(was_training)

@@ -99,7 +99,7 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     wrong = [module for module, rank in ranks.items() if rank != config_rank(config, module)]
     if wrong:
         verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, the config says {config_rank(config, wrong[0])}")
-    selected = _selected(config, modules)
+    selected = _selected(config, {name for name, _ in base.named_modules()})
     if selected is None:
         verdict.needs.append("the layers that target_modules selects were not checked")
     elif selected != {*ranks} and not absent:

@@ -14,6 +14,7 @@ from qlora.lora.head import SCORE
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
+from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
 
 
@@ -31,6 +32,7 @@ class ExpectedWeights:
 
     Attributes:
         names: Names of the tensors, in the base's order.
+        names_as_text: Names that they have in a model of text alone, by their own.
         compute_dtype: Dtype that the run's weights were dequantized to.
         unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
     """
@@ -53,6 +55,7 @@ class ExpectedWeights:
             for parameter, name in names_in_files(skeleton, self.names)[0].items()
         }
         self._modules = modules
+        self.names_as_text = names_as_text(skeleton, self.names)
         self._layers = {name: adapter.layers[module] for name, module in modules.items() if module in adapter.layers}
         self.unplaced = sorted({*adapter.layers} - {modules[name] for name in self._layers})
         self._trained = _trained_rows(adapter, skeleton)

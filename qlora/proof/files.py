@@ -180,14 +180,14 @@ def _check_pad_token(written: BaseFiles, tokenizer: Any) -> list[str]:
 
 
 def _described(config: dict[str, Any], changed: Set[str]) -> dict[str, Any]:
-    """Return the keys of a config that describe the architecture; a model with images has a section with more.
+    """Return the keys of a config that describe the architecture; a multimodal one has sections with more.
 
     Args:
         config: The config.
         changed: Keys that a merge may change.
     """
     return {
-        key: _described(value, changed) if key == "text_config" and isinstance(value, dict) else value
+        key: _described(value, changed) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in changed | IDLE_KEYS
     }

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class GGUFFile:
 
     Args:
         path: Path of the file.
-        names: Names of the expected tensors.
+        names: Names of the expected tensors in a model of text alone, by their names in the base's files.
         dtype: Expected dtype of the matrices: `float16`, `bfloat16` or `q8_0`.
         config: Config of the model.
 
@@ -55,7 +55,7 @@ class GGUFFile:
         ExportError: `gguf` is not installed, or the file is damaged.
     """
 
-    def __init__(self, path: Path, names: Iterable[str], dtype: str, config: Any) -> None:
+    def __init__(self, path: Path, names: Mapping[str, str], dtype: str, config: Any) -> None:
         try:
             from gguf import GGUFReader
         except ImportError:
@@ -68,12 +68,14 @@ class GGUFFile:
         self._matrix_kind, self._head_dim = KINDS[dtype], _head_dim(config)
         self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        own = {name: other for name in names if (other := _name(name)) in tensors}
+        own = {name: other for name, plain in names.items() if (other := _name(plain)) in tensors}
         factors = tensors.pop("rope_freqs.weight", None)
         self.rope_factors = None if factors is None else factors.data.tolist()
         self._tensors = {name: tensors.pop(other) for name, other in own.items()}
-        if HEAD in names and HEAD not in self._tensors and EMBEDDING in self._tensors:
-            self._tensors[HEAD] = self._tensors[EMBEDDING]  # llama.cpp uses the embedding if there is no head
+        self._names, stored = names, {plain: name for name, plain in names.items()}
+        head, embedding = stored.get(HEAD), stored.get(EMBEDDING)
+        if head is not None and head not in self._tensors and embedding in self._tensors:
+            self._tensors[head] = self._tensors[embedding]  # llama.cpp uses the embedding if there is no head
         self.names = [*self._tensors, *tensors]
 
     def __contains__(self, name: str) -> bool:
@@ -122,7 +124,7 @@ class GGUFFile:
 
         llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
         """
-        match = LAYER.fullmatch(name)
+        match = LAYER.fullmatch(self._names[name])
         if not self._has_pairs or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
             return None
         size = self._head_dim
@@ -139,7 +141,7 @@ def check_gguf(
         path: Path of the file.
         expected: Merged weights, computed a second time.
         dtype: Dtype that the merge report names.
-        config: Config of the base.
+        config: Config of the base, whose section for text counts.
         tokenizer: Tokenizer of the run.
         ends: Ids of the tokens that end an answer.
 
@@ -147,13 +149,15 @@ def check_gguf(
         ExportError: `gguf` is not installed, the file is damaged, or llama.cpp has no equivalent architecture or
             tokenizer.
     """
+    config = config.get_text_config()
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
             f"{path.name}: GGUF export supports {', '.join(ARCHITECTURES)}, not {config.model_type}; merge to a folder."
         )
-    file = GGUFFile(path, expected.names, dtype, config)
-    check = check_tensors(expected, file)
-    num_rows = expected.shape(EMBEDDING, None)[0]
+    file = GGUFFile(path, expected.names_as_text, dtype, config)
+    check = check_tensors(expected, file, expected.names_as_text)
+    embedding = next(name for name, plain in expected.names_as_text.items() if plain == EMBEDDING)
+    num_rows = expected.shape(embedding, None)[0]
     vocabulary = read_vocabulary(tokenizer, num_rows, ends, config.bos_token_id)
     wanted = _sizes(config, num_rows) | _vocabulary_fields(vocabulary)
     for key, value in wanted.items():

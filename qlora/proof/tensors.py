@@ -83,18 +83,20 @@ class WrittenFolder:
         """Return None, since values are only rounded once."""
 
 
-def check_tensors(expected: ExpectedWeights, written: Written) -> TensorCheck:
+def check_tensors(expected: ExpectedWeights, written: Written, names: Iterable[str] | None = None) -> TensorCheck:
     """Compare every written tensor, in blocks of its rows, to within half a unit in the last place.
 
     Args:
         expected: Merged weights, computed a second time.
         written: Tensors of the merged model.
+        names: Names of the tensors that it should have; None for all.
     """
-    check, known = TensorCheck(), {*expected.names}
+    wanted = list(expected.names if names is None else names)
+    check, known = TensorCheck(), {*wanted}
     check.problems += [f"the base's files have no weight of the adapted layer {name}" for name in expected.unplaced]
-    check.problems += [f"tensor {name} is missing" for name in expected.names if name not in written]
+    check.problems += [f"tensor {name} is missing" for name in wanted if name not in written]
     check.problems += [f"tensor {name} is not in the base" for name in written.names if name not in known]
-    comparisons = [_compare(expected, written, name) for name in expected.names if name in written]
+    comparisons = [_compare(expected, written, name) for name in wanted if name in written]
     check.problems += [problem for each in comparisons if (problem := each.problem(comparisons))]
     check.checked = len(comparisons)
     check.max_difference = max((each.max_difference for each in comparisons), default=0.0)

@@ -67,6 +67,7 @@ class VerifyReport:
         max_layer_difference: Largest relative difference of these outputs.
         tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.
         max_weight_difference: Largest difference of a written value from the expected one before rounding.
+        opened_as: Class of transformers that the merged model was opened in; of a multimodal model, the whole of it.
         positions: Number of positions whose logits were compared, or of texts whose scores were.
         max_logit_difference: Largest difference over all positions and tokens, or of a score.
         mean_logit_difference: Mean difference over the same.
@@ -87,6 +88,7 @@ class VerifyReport:
     max_layer_difference: float | None = None
     tensors_checked: int | None = None
     max_weight_difference: float | None = None
+    opened_as: str | None = None
     positions: int | None = None
     max_logit_difference: float | None = None
     mean_logit_difference: float | None = None
@@ -128,7 +130,7 @@ def verify(
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
     resolve_device(device)  # so that an unknown one is reported before the tensors are compared
     files = source.base_files()
-    skeleton = build_skeleton(files, source.trust_remote_code, source.head)
+    skeleton = build_skeleton(files, source.trust_remote_code, source.head, whole=True)
     base_differs = source.base_differs(files)
     problems = []
     if source.run is not None:
@@ -321,16 +323,18 @@ def _compare_predictions(
             device=device,
             trust_remote_code=source.trust_remote_code,
             head=source.head,
+            whole=True,
         )
     except ModelError as error:
         if str(error) not in problems:
             problems.append(str(error))
         return {"adapter_loss": adapter.loss}
+    found = {"opened_as": type(model).__name__, "adapter_loss": adapter.loss}
     if isinstance(adapter, Predictions):
         sizes = len(model.get_output_embeddings().weight), adapter.logits[0].shape[1]
         if sizes[0] != sizes[1]:
             problems.append(f"{written.folder} predicts {sizes[0]} tokens, the run {sizes[1]}")
-            return {"adapter_loss": adapter.loss}
+            return found
     other = measure(model)
     if isinstance(adapter, Scores):
         assert isinstance(other, Scores)
@@ -339,13 +343,13 @@ def _compare_predictions(
             problems.append(f"scores differ by {scores.share:.2%} of their size, more than {MAX_SCORE_DIFFERENCE:.0%}")
         if adapter.loss is not None and other.loss is not None:
             problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
-        return scores.as_dict() | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
+        return found | scores.as_dict() | {"merged_loss": other.loss}
     assert isinstance(other, Predictions)
     distance = compare(adapter, other)
     if not is_other_base and not distance.mean_kl <= MAX_KL:
         problems.append(f"mean KL divergence {distance.mean_kl:.4g} is above {MAX_KL}")
     problems += _loss_mismatches(is_other_base, adapter.loss, other.loss, loss_noise(distance.mean_kl))
-    return asdict(distance) | {"adapter_loss": adapter.loss, "merged_loss": other.loss}
+    return found | asdict(distance) | {"merged_loss": other.loss}
 
 
 def _loss_mismatches(is_other_base: bool, adapter_loss: float, merged_loss: float, noise: float = 0.0) -> list[str]:

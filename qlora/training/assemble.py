@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations
-from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents
+from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Isolation,
@@ -26,6 +26,7 @@ from qlora.model import (
     load_for_training,
     load_tokenizer,
     optimizer_from_section,
+    read_config,
     set_tokens,
     starts_of,
     take_inventory,
@@ -153,6 +154,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     with processes.raise_together():
         files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
         weight_format(files, model_section.quantization)
+        read_config(files, model_section.trust_remote_code)
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
         unpacked_why = None if checkpoint is None else read_origin(checkpoint)["in_use"].get("unpacked_why")
@@ -181,7 +183,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
-        adapter_specs(skeleton, config.lora)  # before anything is loaded, targets that match nothing are reported
+        # Before anything is loaded, names that match nothing are reported.
+        adapter_specs(skeleton, config.lora)
+        train_rows(skeleton, config.lora.modules_to_save)
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from qlora.errors import ModelError
 from qlora.lora import match_targets
 from tests.cli import run
-from tests.tiny import run_config, write_jsonl
+from tests.tiny import make_tokenizer, run_config, write_jsonl
 
 GOOD = {"instruction": "Say it", "output": "it"}
 
@@ -400,3 +401,41 @@ def test_a_device_that_is_not_there(run_dir, own_base, tmp_path, verb):
     done = run(verb, run_dir, *rest, "--device", "banana")
     assert done.code == 1
     assert "Device 'banana' can't be used here: " in done.error()
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """Return an encoder-decoder base, and an adapter made elsewhere for it."""
+    folder = tmp_path_factory.mktemp("t5")
+    config = T5Config(vocab_size=259, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    layer = "base_model.model.encoder.block.0.layer.0.SelfAttention.q"
+    factors = {f"{layer}.lora_A.weight": torch.zeros(2, 16), f"{layer}.lora_B.weight": torch.zeros(16, 2)}
+    (folder / "adapter").mkdir()
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    settings["base_model_name_or_path"] = str(folder / "base")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["train", "dry-run", "estimate", "eval", "generate", "quantize", "merge", "verify"])
+def test_a_base_that_is_not_decoder_only_gets_the_same_sentence_from_every_verb(t5, alpaca_file, tmp_path, verb):
+    base, config = t5 / "base", run_config(t5 / "base", alpaca_file, tmp_path / "run")
+    arguments = {
+        "train": ["train", config],
+        "dry-run": ["train", config, "--dry-run"],
+        "estimate": ["estimate", config],
+        "eval": ["eval", config],
+        "generate": ["generate", base, "--prompt", "Hi"],
+        "quantize": ["quantize", base, "-o", tmp_path / "out"],
+        "merge": ["merge", t5 / "adapter", "-o", tmp_path / "out"],
+        "verify": ["verify", t5 / "adapter"],
+    }[verb]
+    done = run(*arguments)
+    assert done.code == 1
+    assert done.error() == (
+        f"{base} is an encoder-decoder model (t5), but only decoder-only models are supported; set model.base to one, "
+        "such as Llama, Mistral, Qwen or Gemma."
+    )

@@ -19,6 +19,7 @@ from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
 from qlora.objectives import training_loss
 from qlora.optim import FlatParameters, make_optimizer
+from tests.multimodal import make_multimodal
 from tests.tiny import make_base, run_config
 
 CPU = torch.device("cpu")
@@ -150,6 +151,16 @@ def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, ti
     assert footprint.adapters == flat.data.nbytes + flat.grad.nbytes
     state = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding).state_dict()
     assert footprint.optimizer == sum(value.nbytes for key, value in state.items() if key not in ("generator", "step"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4"])
+def test_only_the_text_part_of_a_multimodal_base_is_counted_and_its_config_is_enough(family, tmp_path, seed):
+    base = make_multimodal(tmp_path / "base", family, seed)
+    config = settings(base, tmp_path)
+    model, _ = base_from_section(config.model, CPU)
+    (base / "model.safetensors").unlink()
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert estimate(config, SUPERVISED, CPU).footprint.weights == take_inventory(model).base_bytes + buffers
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -83,7 +83,8 @@ def test_bases_that_can_not_score_documents_are_refused_by_name(family, problem,
     if family == "GraniteConfig":
         make_base(tmp_path, 1, transformers.GraniteConfig)
     else:
-        config = transformers.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+        sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+        config = transformers.BertConfig(**sizes, is_decoder=True)
         config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=problem):
         build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False), head=ScoreHead(1))

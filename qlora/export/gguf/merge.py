@@ -1,6 +1,7 @@
 """Merge an adapter into one GGUF file, from the base's files and the adapter."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,12 +42,15 @@ def merge_to_gguf(
         )
     step, adapter = source.step, adapter_digest(source.folder)  # before the weights, as in merge
     weights = MergedWeights(source, onto, device, force)
-    layout = weights.layout(torch.float32)
+    # Of a multimodal model, the file has the text part.
+    names = weights.names_as_text
+    layout = [replace(entry, name=names[entry.name]) for entry in weights.layout(torch.float32) if entry.name in names]
+    stored = {name: own for own, name in names.items()}
     remaining = {entry.name: entry.num_bytes for entry in layout}
     total = sum(remaining.values())
 
     def read(name: str) -> torch.Tensor:
-        value = weights.tensor(name).cpu()
+        value = weights.tensor(stored[name]).cpu()
         remaining.pop(name, None)  # the embedding and head of a tied model may be read twice
         if on_progress is not None:
             on_progress(total - sum(remaining.values()), total)

@@ -123,16 +123,19 @@ def _import_gguf() -> Any:
 
 
 def _read_config(folder: Path) -> Any:
-    """Read a model's config.
+    """Read a model's config; of a multimodal model, that of its text model.
 
     Raises:
         ExportError: llama.cpp would not compute what the config describes.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = whole.get_text_config()
     if config.model_type not in FAMILIES:
         raise ExportError(f"GGUF export supports {', '.join(FAMILIES)}, not {config.model_type}. {OTHER_WAY}")
+    if whole is not config:
+        config.tie_word_embeddings = whole.tie_word_embeddings
     rope = config.rope_parameters
     unknown = {
         "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,

@@ -110,11 +110,18 @@ def train_run(base: Path, rows: Path, folder: Path, **sections: dict[str, Any]) 
     return folder
 
 
-def prove(base: Path, run: Path, folder: Path) -> Proof:
-    """Merge a run both ways in fp32, verify both, and compare with PEFT."""
+def prove(base: Path, run: Path, folder: Path, auto_class: str = "AutoModelForCausalLM") -> Proof:
+    """Merge a run both ways in fp32, verify both, and compare with PEFT.
+
+    Args:
+        base: The run's base.
+        run: The run.
+        folder: Where to merge.
+        auto_class: Class of transformers that users load the base with.
+    """
     import torch
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from qlora import merge, verify
 
@@ -122,12 +129,15 @@ def prove(base: Path, run: Path, folder: Path) -> Proof:
     for onto in ("dequantized", "original"):
         merge(run, folder / onto, "float32", onto)
         reports[onto] = verify(run, folder / onto, "cpu")
-    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    load = getattr(transformers, auto_class).from_pretrained
+    original = load(base, dtype=torch.float32).eval()
+    ids = torch.randint(
+        original.config.get_text_config().vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        plain = original(ids).logits
-        adapted = PeftModel.from_pretrained(original, run / "adapter").eval()(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(folder / "original", dtype=torch.float32).eval()(ids).logits
+        plain = original(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(original, run / "adapter").eval()(input_ids=ids).logits
+        merged = load(folder / "original", dtype=torch.float32).eval()(input_ids=ids).logits
     return Proof(
         reports["dequantized"].tensors_checked,
         {onto: report.problems for onto, report in reports.items()},
