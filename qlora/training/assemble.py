@@ -32,6 +32,8 @@ from qlora.model import (
     take_inventory,
     weight_format,
 )
+from qlora.model.isolation import check_causal
+from qlora.model.quantization import with_linears
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
@@ -184,7 +186,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
         # Before anything is loaded, names that match nothing are reported.
-        adapter_specs(skeleton, config.lora)
+        adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
@@ -290,6 +292,7 @@ def _load_checked(
     other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
     example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
     _check_outputs(model, example)
+    check_causal(model, example)
     isolation = keep_apart(
         model, example, other, any_attention=config.model.attention == "auto", packed=packed,
         loss_of_last=None if head is None else last_scores,
