@@ -13,6 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from qlora.checkpoint.adapter_experts import (
+    KEY,
+    copy_experts,
+    end_of_stack,
+    experts_problems,
+    experts_targets,
+    experts_tensors,
+    linear_parameters,
+)
 from qlora.checkpoint.adapter_rows import (
     load_rows,
     rows_config,
@@ -34,11 +43,14 @@ from qlora.lora import (
     AdapterSpec,
     LoraLinear,
     StoredAdapter,
+    StoredExperts,
     linear_layers,
+    lora_experts,
     lora_layers,
     output_head,
     scores_documents,
     text_part,
+    wrap_experts,
     wrap_layers,
 )
 from qlora.lora.spec import matches
@@ -59,15 +71,21 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     Raises:
         CheckpointError: The model has no adapters.
     """
-    layers = dict(lora_layers(model))
-    if not layers:
+    layers, experts = dict(lora_layers(model)), dict(lora_experts(model))
+    if not layers and not experts:
         raise CheckpointError(f"{type(model).__name__} has no adapters to save; add some with add_lora.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: layer.stored() for name, layer in layers.items()}
-    ranks = {name: len(each.A) for name, each in stored.items()}
+    parameters = linear_parameters(model, layers)
+    # By the names that PEFT compares patterns with.
+    keys = {name: f"{name}.weight" if name in parameters else name for name in layers}
+    ranks = {keys[name]: len(each.A) for name, each in stored.items()}
+    ranks |= {name: layer.spec.rank for name, layer in experts.items()}
+    scalings = {keys[name]: each.scaling for name, each in stored.items()}
+    scalings |= {name: layer.spec.scaling for name, layer in experts.items()}
     # Rounded, because the scaling is a quotient of the alpha.
-    alphas = {name: round(each.scaling * ranks[name], 12) for name, each in stored.items()}
+    alphas = {name: round(scaling * ranks[name], 12) for name, scaling in scalings.items()}
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
@@ -75,17 +93,19 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": next(iter(layers.values())).spec.dropout,
+        # PEFT has no dropout on parameters, and refuses it; it has no effect once an adapter is trained.
+        "lora_dropout": 0.0 if parameters or experts else next(iter(layers.values())).spec.dropout,
         "use_rslora": False,
-        "target_modules": _target_modules(model, list(layers)),
+        "target_modules": _target_modules(model, [name for name in layers if name not in parameters]),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     has_magnitude = any(each.magnitude is not None for each in stored.values())
-    options = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_dora": has_magnitude}
+    options: dict[str, Any] = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_dora": has_magnitude}
+    options[KEY] = [*experts_targets(model), *(f"{name}.weight" for name in parameters)]
     config |= {key: value for key, value in options.items() if value} | rows_config(model)
-    tensors = rows_tensors(model)
+    tensors = rows_tensors(model) | experts_tensors(model)
     for layer, each in stored.items():
         values = zip(tensor_names(layer, has_magnitude), (each.A, each.B, each.magnitude), strict=False)
         tensors |= {name: value.detach().cpu().contiguous() for name, value in values if value is not None}
@@ -101,6 +121,12 @@ def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if value != common:
             is_unique = not any(matches(name, other) for other in values if other != name)
             others[name if is_unique else f"^{re.escape(name)}"] = value
+    for end in {end for name in others if (end := end_of_stack(name))}:  # a mixture has hundreds of stacks
+        own = {name: value for name, value in values.items() if matches(end, name)}
+        if own.keys() <= others.keys() and len({*own.values()}) == 1:
+            others = {name: value for name, value in others.items() if name not in own} | {
+                end: next(iter(own.values()))
+            }
     return common, others
 
 
@@ -129,6 +155,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} has a scaling of {stored.scaling:g}, the run trained with {layer.spec.scaling:g}."
             )
         _copy(layer, stored)
+    experts = dict(lora_experts(model))
+    if set(adapter.experts) != set(experts):
+        mismatches = sorted(set(adapter.experts) ^ set(experts))
+        raise CheckpointError(
+            f"{folder}: adapter and model differ in {len(mismatches)} stacks of experts: {', '.join(mismatches[:4])} …"
+        )
+    for name, own in adapter.experts.items():
+        if own.A.shape != experts[name].lora_A.shape or not math.isclose(own.scaling, experts[name].spec.scaling):
+            raise CheckpointError(
+                f"{folder}: {name} has factors {tuple(own.A.shape)} with a scaling of {own.scaling:g}, the model "
+                f"{tuple(experts[name].lora_A.shape)} with {experts[name].spec.scaling:g}."
+            )
+        copy_experts(experts[name], own)
     load_rows(model, adapter.rows, adapter.tensors)
 
 
@@ -142,21 +181,25 @@ def wrap_adapter(model: Any, adapter: PeftAdapter, form: str = "auto") -> list[s
         form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
 
     Returns:
-        The names of the adapted layers.
+        The names of the adapted layers and stacks of experts.
 
     Raises:
         CheckpointError: The adapter does not fit the base; names all problems.
     """
     problems = _misfits(model, adapter) + rows_problems(model, adapter.rows, adapter.tensors)
+    problems += experts_problems(model, adapter.experts)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"The adapter {adapter.folder} does not fit {type(model).__name__}:\n{lines}")
     wrap_layers(model, {name: _spec(adapter, name, form) for name in adapter.layers})
     for name, layer in lora_layers(model):
         _copy(layer, adapter.layers[name])
+    wrap_experts(model, {name: _experts_spec(stored) for name, stored in adapter.experts.items()})
+    for name, experts in lora_experts(model):
+        copy_experts(experts, adapter.experts[name])
     dtype = _dtype(adapter.tensors[rows.tensor] for rows in adapter.rows.values())
     wrap_stored_rows(model, adapter.rows, adapter.tensors, dtype)
-    return list(adapter.layers)
+    return [*adapter.layers, *adapter.experts]
 
 
 def _copy(layer: LoraLinear, stored: StoredAdapter) -> None:
@@ -210,6 +253,12 @@ def _spec(adapter: PeftAdapter, name: str, form: str) -> AdapterSpec:
         dtype=_dtype([stored.A, stored.B]),
         form=form,
     )
+
+
+def _experts_spec(stored: StoredExperts) -> AdapterSpec:
+    """Return the spec of a stored stack of experts."""
+    rank = stored.A.shape[1]
+    return AdapterSpec(rank=rank, alpha=stored.scaling * rank, dtype=_dtype([stored.A, stored.B]))
 
 
 def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from qlora.checkpoint.adapter_experts import is_linear_parameter, read_experts, stored_experts
 from qlora.checkpoint.adapter_rows import PREFIX, StoredRows, check_rows_config, read_rows
 from qlora.errors import CheckpointError, ModelError
 from qlora.files.base_files import describe_pickles
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
-from qlora.lora import StoredAdapter
+from qlora.lora import StoredAdapter, StoredExperts
 from qlora.lora.head import SCORE
 from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, scaling
 
@@ -41,7 +42,6 @@ UNSUPPORTED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "replicated layers",
-    "target_parameters": "LoRA on parameters that are not linear layers",
 }
 
 
@@ -53,6 +53,7 @@ class PeftAdapter:
         folder: The folder.
         config: Its `adapter_config.json`.
         layers: Updates by the names of the layers.
+        experts: Updates by the names of the stacks of experts.
         rows: Rows of embedding and head trained in full, by the names of the modules.
         tensors: All tensors by their names in the file.
     """
@@ -60,6 +61,7 @@ class PeftAdapter:
     folder: Path
     config: dict[str, Any]
     layers: dict[str, StoredAdapter]
+    experts: dict[str, StoredExperts]
     rows: dict[str, StoredRows]
     tensors: dict[str, torch.Tensor]
 
@@ -115,13 +117,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def config_rank(config: Mapping[str, Any], module: str) -> int:
-    """Return the rank that an adapter's config gives a module."""
-    return by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    """Return the rank that an adapter's config gives a module, or a stack of experts."""
+    return by_pattern(config.get("rank_pattern") or {}, _key(config, module), config["r"])
 
 
 def config_alpha(config: Mapping[str, Any], module: str) -> float:
-    """Return the alpha that an adapter's config gives a module."""
-    return by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    """Return the alpha that an adapter's config gives a module, or a stack of experts."""
+    return by_pattern(config.get("alpha_pattern") or {}, _key(config, module), config["lora_alpha"])
+
+
+def _key(config: Mapping[str, Any], module: str) -> str:
+    """Return what PEFT compares patterns with."""
+    return f"{module}.weight" if is_linear_parameter(config, module) else module
 
 
 def config_scaling(config: Mapping[str, Any], module: str) -> float:
@@ -171,9 +178,14 @@ def read_adapter(folder: Path) -> PeftAdapter:
     header, config = read_adapter_header(folder), read_adapter_config(folder)
     rows, problems = read_rows(config, header)
     problems = _unsupported(config) + problems
+    experts, others_problems = read_experts(config, header)
+    problems += others_problems
     used = {name for each in rows.values() for name in (each.tensor, each.bias) if name}
+    used |= {key for keys in experts.values() for key in keys}
     # PEFT stores LoRA on an embedding under other names, and base weights with LoRA on embedding or head.
-    others = {key: re.split(r"\.lora_embedding_|\.base_layer\.", key.removeprefix(PREFIX))[0] for key in header}
+    others = {
+        key: re.split(r"\.lora_embedding_|\.base_layer\.", key.removeprefix(PREFIX))[0] for key in {*header} - used
+    }
     vocabulary = {key: name for key, name in others.items() if key != f"{PREFIX}{name}"}
     problems += [
         f"LoRA on the embedding or output head {name} is not supported, only rows of it trained in full"
@@ -195,6 +207,14 @@ def read_adapter(folder: Path) -> PeftAdapter:
             problems.append(f"{name} has factors of rank {rank}, {CONFIG_FILE} says {config_rank(config, name)}")
         if magnitudes and magnitudes[0] != [out]:
             problems.append(f"{name} has a magnitude of the shape {magnitudes[0]}, not [{out}]")
+    for name, pair in experts.items():
+        if all(key in header for key in pair):
+            (rows_of_A, _), (_, columns_of_B) = (header[key]["shape"] for key in pair)
+            if rows_of_A != columns_of_B or rows_of_A % config_rank(config, name):
+                problems.append(
+                    f"{name} has factors of {rows_of_A} and {columns_of_B} components, which are not experts of rank "
+                    f"{config_rank(config, name)}, as {CONFIG_FILE} says"
+                )
     if problems:
         raise CheckpointError(f"{folder} can't be used:\n" + "\n".join(f"  {problem}" for problem in problems))
     tensors = load_file(folder / WEIGHTS_FILE)
@@ -202,7 +222,11 @@ def read_adapter(folder: Path) -> PeftAdapter:
         name: StoredAdapter(tensors[key_A], tensors[key_B], config_scaling(config, name), *map(tensors.get, magnitudes))
         for name, (key_A, key_B, *magnitudes) in keys.items()
     }
-    return PeftAdapter(folder, config, layers, rows, tensors)
+    of_experts = {
+        name: stored_experts(tensors[key_A], tensors[key_B], config_rank(config, name), config_scaling(config, name))
+        for name, (key_A, key_B) in experts.items()
+    }
+    return PeftAdapter(folder, config, layers, of_experts, rows, tensors)
 
 
 def tensor_names(layer: str, has_magnitude: bool) -> list[str]:

@@ -131,6 +131,7 @@ class Inventory:
         trained_rows: Index of the first row trained in full and one past the last, by the module's name.
         shared_rows: Whether embedding and head are tied, and so are their trained rows.
         adapted: Names of the layers with an adapter.
+        adapted_experts: Ranks of the adapters of stacks of experts, by their names.
         read_directly: Names of the linear layers that are neither quantized nor adapted, because the model's code reads
             their weights instead of calling them.
     """
@@ -145,6 +146,7 @@ class Inventory:
     trained_rows: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
     shared_rows: bool
     adapted: list[str]
+    adapted_experts: dict[str, int] = field(default_factory=dict)
     read_directly: list[str] = field(default_factory=list)
 
     def describe_rows(self) -> str:

@@ -16,7 +16,7 @@ from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import CheckpointError
 from qlora.files.atomic import atomic_folder, discard
 from qlora.files.json_files import parse_object, read_object
-from qlora.lora import RankBudget, lora_layers, trained_rows
+from qlora.lora import RankBudget, lora_experts, lora_layers, trained_rows
 from qlora.optim import FlatOptimizer
 
 MANIFEST = "manifest.json"
@@ -122,6 +122,7 @@ def adapter_bytes(model: nn.Module) -> int:
     """Return the bytes that the trained parameters take on the disk."""
     stored = [layer.stored() for _, layer in lora_layers(model)]
     tensors = [tensor for each in stored for tensor in (each.A, each.B, each.magnitude) if tensor is not None]
+    tensors += [factor for _, layer in lora_experts(model) for factor in (layer.lora_A, layer.lora_B)]
     # Rows of a tied embedding and head are written twice.
     tensors += [rows.weight for _, rows in trained_rows(model)]
     return sum(tensor.nbytes for tensor in tensors)

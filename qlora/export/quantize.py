@@ -23,6 +23,7 @@ from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
 from qlora.lora import stored_head
+from qlora.lora.mixture import expert_stacks
 from qlora.model import (
     BITSANDBYTES_4BIT,
     BaseWeights,
@@ -122,7 +123,7 @@ def quantize_model(
     out_dir = new_folder(out_dir)
     starts: Starts = {}
     keep_16bit: Sequence[str] = ()
-    run, trained_on = base, None
+    run, trained_on, source = base, None, None
     if RunDirectory.find(base) is not None:
         source = open_source(base)
         if not source.quantized(source.base_files()):
@@ -135,7 +136,7 @@ def quantize_model(
         base, revision, trust_remote_code = source.base, source.revision, source.trust_remote_code
         double_quant, starts, keep_16bit = source.double_quant, source.starts(), source.keep_16bit
         dtype = _name(source.compute_dtype(resolve_device(device)))
-    files = BaseFiles.resolve(base, revision, trust_remote_code)
+    files = source.base_files() if source is not None else BaseFiles.resolve(base, revision, trust_remote_code)
     if weight_format(files) == BITSANDBYTES_4BIT:
         raise ExportError(f"{base} is quantized already; quantize the 16-bit model it was made from.")
     notes = _notes(files.folder)
@@ -144,6 +145,12 @@ def quantize_model(
     skeleton = build_skeleton(files, trust_remote_code, stored_head(files.config))
     settings = settings_of_base(files, skeleton, "nf4", double_quant, target, keep_16bit)
     layers = find_quantized_layers(skeleton, settings, base, weights.shapes)
+    if experts := expert_stacks(skeleton):
+        numel = sum(stack.numel for stack in experts.values())
+        notes.append(
+            f"{numel:,} weights of experts stay in {_name(target)}, because bitsandbytes has no format for them in 4 "
+            "bits; qlora quantizes them when it loads the folder"
+        )
     _check_classes(skeleton, layers, base)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import PeftAdapter, StoredRows
+from qlora.checkpoint.adapter_experts import experts_problems
 from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import ExportError, ModelError
 from qlora.export.card import public_name
+from qlora.export.experts import MergedExperts
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
@@ -27,6 +29,7 @@ from qlora.model import (
     subtracted,
     weight_format,
 )
+from qlora.model.expert_files import expert_tensors
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
 from qlora.model.text_only import names_as_text
@@ -104,13 +107,22 @@ class MergedWeights:
                 )
             self._shapes[name] = (max(size, rows.ids.stop), features)
         quantized = source.quantized(self.files) if onto == "dequantized" else ()
-        self._quantized = self._by_name_in_files(quantized, skeleton)
+        experts = expert_tensors(skeleton, self._shapes, self.files.name)
+        if problems := experts_problems(skeleton, adapter.experts):
+            raise ExportError("\n".join(problems))
+        self._experts = MergedExperts(
+            self._base, experts, [name for name in quantized if name in experts], adapter.experts, self.device,
+            self._compute_dtype,
+            source.double_quant, source.block_size,
+        )  # fmt: skip
+        self._quantized = self._by_name_in_files([name for name in quantized if name not in experts], skeleton)
+        self._num_experts = len(adapter.experts)
         self._check_factors()
 
     @property
     def num_adapted(self) -> int:
         """Number of weights that an adapter is merged into."""
-        return len(self._adapted)
+        return len(self._adapted) + self._num_experts
 
     @property
     def notes(self) -> list[str]:
@@ -168,6 +180,9 @@ class MergedWeights:
         Yields:
             Rows in fp32 on the device; integers as they are stored.
         """
+        if name in self._experts:
+            yield from self._experts.blocks(name)
+            return
         base = self._dequantized(name)
         module = self._adapted.get(name)
         magnitude = None if module is None else self._layers[module].magnitude
@@ -200,13 +215,14 @@ class MergedWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor of the merged model, fp32; integers as they are stored."""
-        whole = torch.empty(0)
-        for rows, block in zip(row_blocks(self._shapes[name]), self.blocks(name), strict=True):
+        whole, start = torch.empty(0), 0
+        for block in self.blocks(name):
             if block.shape == self._shapes[name]:
                 return block
-            if not whole.numel():
+            if not start:
                 whole = block.new_empty(self._shapes[name])
-            whole[rows] = block
+            whole[start : start + len(block)] = block
+            start += len(block)
         return whole
 
     def _dequantized(self, name: str) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from qlora.errors import ModelError
 from qlora.files.gguf_folder import gguf_folder
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
+from qlora.files.rope import extend_context
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
@@ -39,15 +41,22 @@ class BaseFiles:
         folder: The folder; for a GGUF file, one with what it says besides its weights.
         name: The folder, file or hub id passed to :meth:`resolve`.
         gguf: The GGUF file that holds the weights, instead of safetensors.
+        rope_scaling: A longer context than the model's own, see :func:`qlora.files.rope.extend_context`.
     """
 
     folder: Path
     name: str
     gguf: Path | None = None
+    rope_scaling: Mapping[str, Any] | None = None
 
     @classmethod
     def resolve(
-        cls, base: str, revision: str | None = None, with_code: bool = False, with_weights: bool = True
+        cls,
+        base: str,
+        revision: str | None = None,
+        with_code: bool = False,
+        with_weights: bool = True,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> "BaseFiles":
         """Find a base by folder or hub id; download what is not in the hub's cache.
 
@@ -56,18 +65,21 @@ class BaseFiles:
             revision: Revision on the hub.
             with_code: Download the model's Python files too.
             with_weights: Download the weights too, and check that they are complete.
+            rope_scaling: Extends the context, see :func:`qlora.files.rope.extend_context`.
 
         Raises:
-            ModelError: The base does not exist, has no config or safetensors, a file is damaged, or a link leads out
-                of the folder.
+            ModelError: The base does not exist, has no config or safetensors, a file is damaged, a link leads out of
+                the folder, or its context can't be extended.
         """
         patterns = HUB_PATTERNS if with_weights else TOKENIZER_PATTERNS
         if (gguf := _find_gguf(base)) is not None:
-            return cls(gguf_folder(gguf, _sampled_sha256(gguf)), base, gguf)
+            files = cls(gguf_folder(gguf, _sampled_sha256(gguf)), base, gguf, rope_scaling)
+            assert files.config is not None
+            return files
         folder = _find_folder(base, revision, patterns, with_code)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{base} has no config.json; give a model folder of transformers.")
-        files = cls(folder, base)
+        files = cls(folder, base, rope_scaling=rope_scaling)
         assert files.config is not None  # read now, so that a damaged file is reported before anything is loaded
         if with_weights and not files.weight_files:
             raise ModelError(f"{base} has no *.safetensors{describe_pickles(folder)}.")
@@ -77,12 +89,13 @@ class BaseFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json.
+        """The model's config.json, with the context extended.
 
         Raises:
-            ModelError: It is not a JSON object.
+            ModelError: It is not a JSON object, or its context can't be extended.
         """
-        return read_object(self.folder / "config.json", ModelError, "download it again")
+        config = read_object(self.folder / "config.json", ModelError, "download it again")
+        return config if self.rope_scaling is None else extend_context(config, self.rope_scaling, self.name)
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
+from qlora.lora.expert_layer import wrap_experts
+from qlora.lora.experts import LoraExperts, StoredExperts, lora_experts, reset_experts
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
 from qlora.lora.initial import Factors, orthogonal, pissa
@@ -12,6 +14,7 @@ from qlora.lora.inject import (
     linear_layers,
     lora_layers,
     match_targets,
+    specs_of_experts,
     wrap_layers,
     wrap_linears,
 )
@@ -49,12 +52,14 @@ __all__ = [
     "InputObserver",
     "InputStatistics",
     "LayerStart",
+    "LoraExperts",
     "LoraLinear",
     "RankBudget",
     "RecomputedWeights",
     "Reconstruction",
     "ScoreHead",
     "StoredAdapter",
+    "StoredExperts",
     "Targets",
     "TextPart",
     "TrainedEmbedding",
@@ -71,6 +76,7 @@ __all__ = [
     "is_linear",
     "keep_starts",
     "linear_layers",
+    "lora_experts",
     "lora_layers",
     "match_targets",
     "matches",
@@ -81,7 +87,9 @@ __all__ = [
     "read_directly",
     "reconstruct",
     "redistribute",
+    "reset_experts",
     "scores_documents",
+    "specs_of_experts",
     "starts_from_tensors",
     "starts_to_tensors",
     "stored_head",
@@ -91,6 +99,7 @@ __all__ = [
     "train_rows",
     "trained_rows",
     "unmatched",
+    "wrap_experts",
     "wrap_layers",
     "wrap_linears",
     "wrap_rows",

@@ -10,9 +10,12 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.lora.direct import read_directly
+from qlora.lora.expert_layer import wrap_experts
+from qlora.lora.experts import AUTO, expert_specs, lora_experts, rank_of_experts, reset_experts
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.match import matches, other_part, unmatched
+from qlora.lora.mixture import expert_stacks, routers
 from qlora.lora.plain import is_linear
 from qlora.lora.spec import COMPUTED_INITS, AdapterSpec
 from qlora.lora.text_part import text_part
@@ -36,7 +39,7 @@ class Targets:
     Attributes:
         names: `all-linear` (every linear but the output head), or one or more full names, last parts of names
             (`q_proj`), or regular expressions that match a full name. Layers that :func:`read_directly` returns are
-            left out.
+            left out, and so are routers of experts.
         exclude: Layers that are left out, given like `names`.
         layers: Indices of the decoder layers whose linears are adapted; None for all.
     """
@@ -66,6 +69,26 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
     Raises:
         ModelError: The model has no linear layer, a target matches none (all such targets at once), or the head.
     """
+    linears = linear_layers(model)
+    return [name for name in _match(model, targets) if name in linears]
+
+
+def match_experts(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
+    """Return the names of the stacks of experts that `targets` asks for, in the model's order.
+
+    Args:
+        model: A model; without experts, none is found.
+        targets: See :func:`match_targets`. A stack is named like `model.layers.0.mlp.experts.gate_up_proj`.
+
+    Raises:
+        ModelError: See :func:`match_targets`.
+    """
+    stacks = expert_stacks(model)
+    return [name for name in _match(model, targets) if name in stacks] if stacks else []
+
+
+def _match(model: nn.Module, targets: Targets | str | Sequence[str]) -> list[str]:
+    """Return the names of the linear layers and stacks of experts that `targets` asks for."""
     given = targets if isinstance(targets, Targets) else Targets(targets)
     named = _match_names(model, given.names)
     left_out = {name for pattern in given.exclude for name in named if matches(pattern, name)}
@@ -91,23 +114,24 @@ def match_targets(model: nn.Module, targets: Targets | str | Sequence[str]) -> l
 
 
 def _match_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    direct = {*read_directly(model)}
+    left_out = {*read_directly(model)} | routers(model)
     every = list(linear_layers(model))
-    linears = [name for name in every if name not in direct]
+    linears = [name for name in every if name not in left_out]
     if not linears:
         raise ModelError(f"{type(model).__name__} has no linear layer, so it can't be adapted.")
-    head = output_head(model)
+    head = next((name for name in linears if model.get_submodule(name) is output_head(model)), None)
+    linears += expert_stacks(model)
     found = {}
     for pattern in [targets] if isinstance(targets, str) else targets:
         if pattern == ALL_LINEAR:
-            found[pattern] = [name for name in linears if model.get_submodule(name) is not head]
+            found[pattern] = [name for name in linears if name != head]
         else:
             found[pattern] = [name for name in linears if matches(pattern, name)]
     problems = [_unmatched(model, every, linears, pattern) for pattern, names in found.items() if not names]
     if problems or not found:
         raise ModelError("\n".join(problems) or "lora.targets is empty, so there is nothing to train.")
     wanted = {name for names in found.values() for name in names}
-    if any(model.get_submodule(name) is head for name in wanted):
+    if head in wanted:
         raise ModelError(
             "lora.targets: the output head can't be adapted: one that scores documents is trained in full, and the "
             "loss of another is computed in chunks from a frozen weight, which it may share with the embeddings. Leave "
@@ -120,6 +144,8 @@ def _unmatched(model: nn.Module, every: Sequence[str], linears: Sequence[str], p
     read = [name for name in every if matches(pattern, name)]
     if not read:
         return unmatched("lora.targets", pattern, model, linears, "adapted")
+    if read[0] in routers(model):
+        return f"lora.targets: '{pattern}' is {read[0]}, which chooses experts; routers stay as they are."
     return (
         f"lora.targets: '{pattern}' is {read[0]}, whose weight the model's code reads instead of calling the layer, so "
         "an adapter would have no effect there; leave it out."
@@ -143,6 +169,7 @@ def add_lora(
     train: str = "AB",
     exclude: Sequence[str] = (),
     layers: Collection[int] | None = None,
+    expert_rank: int | str = AUTO,
 ) -> list[str]:
     """Freeze a model and wrap its linear layers in :class:`LoraLinear`, in place.
 
@@ -165,9 +192,10 @@ def add_lora(
         train: `AB`, or `B` alone.
         exclude: Layers of `targets` that are left out.
         layers: Indices of the decoder layers to adapt; default: all.
+        expert_rank: Rank of the adapters of experts, see :func:`qlora.lora.experts.rank_of_experts`; 0 for none.
 
     Returns:
-        The names of the adapted layers.
+        The names of the adapted layers and stacks of experts.
 
     Raises:
         ModelError: A value is out of range or unknown, a target or pattern matches nothing, or the model has adapters
@@ -188,10 +216,32 @@ def add_lora(
     )
     if init in COMPUTED_INITS:
         raise ModelError(f"init: {init!r} is computed from weights or data: set lora.init of a run, and train it.")
-    specs = spec.by_layer(match_targets(model, Targets(targets, exclude, layers)))
+    chosen = Targets(targets, exclude, layers)
+    experts = specs_of_experts(model, spec, chosen, expert_rank)
+    specs = spec.by_layer(match_targets(model, chosen), others=experts)
     check_ranks(model, specs)
     wrap_linears(model, specs, seed)
-    return list(specs)
+    wrap_experts(model, experts)
+    reset_experts(model, seed)
+    return [*specs, *experts]
+
+
+def specs_of_experts(
+    model: nn.Module, spec: AdapterSpec, targets: Targets, rank: int | str = AUTO
+) -> dict[str, AdapterSpec]:
+    """Return the specs of the stacks of experts that are adapted, by their names.
+
+    Args:
+        model: A model.
+        spec: Spec of the other layers.
+        targets: The layers to adapt.
+        rank: See :func:`qlora.lora.experts.rank_of_experts`.
+
+    Raises:
+        ModelError: See :func:`match_targets`; or the adapter is of a kind that experts can't have.
+    """
+    names = match_experts(model, targets) if rank else []
+    return expert_specs(spec, names, rank_of_experts(rank, spec.rank, model)) if names else {}
 
 
 def check_ranks(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
@@ -239,7 +289,7 @@ def wrap_layers(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
     Raises:
         ModelError: The model has adapters already.
     """
-    if any(lora_layers(model)):
+    if any(lora_layers(model)) or any(lora_experts(model)):
         raise ModelError("This model has adapters already; load the base again to add others.")
     model.requires_grad_(False)
     for name, spec in specs.items():

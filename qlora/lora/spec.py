@@ -112,21 +112,22 @@ class AdapterSpec:
         alpha = self.alpha if self.kind == "rows" else self.scaling * (math.sqrt(rank) if self.rslora else rank)
         return replace(self, rank=rank, alpha=alpha)
 
-    def by_layer(self, names: Iterable[str]) -> dict[str, "AdapterSpec"]:
+    def by_layer(self, names: Iterable[str], others: Iterable[str] = ()) -> dict[str, "AdapterSpec"]:
         """Return the spec of each layer, with its own rank and alpha and without patterns.
 
         Args:
             names: Full names of all adapted layers.
+            others: Names of what else is adapted, which patterns may be for.
 
         Raises:
             ModelError: A pattern matches none of them; names all such patterns.
         """
-        names = list(names)
+        names, others = list(names), list(others)
         unmatched = [
             f"lora.{key}: '{pattern}' matches no adapted layer, so it would change nothing; correct or remove it."
             for key in ("rank_pattern", "alpha_pattern")
             for pattern in getattr(self, key)
-            if not any(matches(pattern, name) for name in names)
+            if not any(matches(pattern, name) for name in names + others)
         ]
         if unmatched:
             raise ModelError("\n".join(unmatched))

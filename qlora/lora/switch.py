@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.lora.experts import LoraExperts
 from qlora.lora.linear import LoraLinear
 from qlora.lora.rows import EmbeddingRows
 
-Part = LoraLinear | EmbeddingRows
+Part = LoraLinear | LoraExperts | EmbeddingRows
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def adapters_at_start(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(model: nn.Module) -> list[Part]:
-    return [module for module in model.modules() if isinstance(module, LoraLinear | EmbeddingRows)]
+    return [module for module in model.modules() if isinstance(module, Part)]
 
 
 @contextmanager

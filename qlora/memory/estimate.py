@@ -9,12 +9,11 @@ import torch
 
 from qlora.config import RunConfig
 from qlora.errors import ModelError
-from qlora.files import BaseFiles
 from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model import Loss, resolve_compute_dtype, resolve_device
+from qlora.model import Loss, base_files, resolve_compute_dtype, resolve_device
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -148,7 +147,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     dtype = torch.bfloat16 if absent and section.compute_dtype == "auto" else resolve_compute_dtype(
         section.compute_dtype, device
     )  # fmt: skip
-    files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code, with_weights=False)
+    files = base_files(section, with_weights=False)
     row, rows = config.data.max_seq_len, config.train.micro_batch_size
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(

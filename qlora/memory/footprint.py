@@ -14,7 +14,11 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
+from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
+from qlora.lora.experts import factor_shapes
+from qlora.lora.mixture import ExpertStack, expert_stacks
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
 from qlora.memory.timeline import Held
@@ -24,6 +28,7 @@ from qlora.model import (
     adapter_spec,
     adapter_specs,
     build_skeleton,
+    expert_specs,
     load_tokenizer,
     read_config,
     weight_format,
@@ -98,14 +103,23 @@ def take_footprint(
     quantized = _quantized(config, files, model, dtype)
     specs = adapter_specs(model, config.lora)
     adapted = {name: model.get_submodule(name) for name in specs}
+    experts = {} if quantization is None else expert_stacks(model)
     dtype_trained = adapter_spec(config.lora).dtype
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
-    weights = _weight_bytes(model, quantized, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
+    of_experts = expert_specs(model, config.lora)
+    stacks = expert_stacks(model)
+    weights = _weight_bytes(model, quantized, experts, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
     shapes = [
         shape
         for layer, one in adapted.items()
         for name, shape in specs[layer].shapes(one.out_features, one.in_features).items()
         if specs[layer].trains(name)
+    ]
+    shapes += [
+        shape
+        for stack, spec in of_experts.items()
+        for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
+        if spec.trains(name)
     ]
     trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
     all_rows = {rows.weight for _, rows in trained_rows(model)}
@@ -114,7 +128,7 @@ def take_footprint(
     flat = FlatParameters(("", each) for each in [*trained, *all_rows])
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
-    stack = Stack(model, adapted, specs, quantized)
+    stack = Stack(model, adapted, specs, quantized, experts, of_experts)
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -135,7 +149,8 @@ def take_footprint(
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
-        positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        positions=num_positions(files.config)
+        or getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
@@ -173,7 +188,8 @@ def _quantized(config: RunConfig, files: BaseFiles, model: Any, dtype: torch.dty
     settings = settings_of_base(files, model, section.quantization, section.double_quant, dtype, section.keep_16bit)
     names = [] if settings is None else quantized_names(model, settings)
     if settings is not None and not section.allow_unquantized:
-        check_share(files.name, model, names)
+        check_experts(model, files.name)
+        check_share(files.name, model, [*names, *expert_stacks(model)])
     return {name: model.get_submodule(name) for name in names}
 
 
@@ -208,11 +224,15 @@ def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec]
     return total
 
 
-def _weight_bytes(model: nn.Module, quantized: dict[str, Any], double_quant: bool) -> int:
-    in_4bit = {id(module.weight) for module in quantized.values()}
-    total = sum(
-        nf4_bytes(parameter.numel(), double_quant) if id(parameter) in in_4bit else parameter.nbytes
-        for parameter in model.parameters()  # each once, even if modules share it
-        if not parameter.requires_grad
-    )
+def _weight_bytes(
+    model: nn.Module, quantized: dict[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
+) -> int:
+    # The number of weights in each parameter that have statistics of their own.
+    in_4bit = {id(module.weight): 1 for module in quantized.values()}
+    in_4bit |= {id(model.get_parameter(name)): stack.shape[0] for name, stack in experts.items()}
+    total = 0
+    for parameter in model.parameters():  # each once, even if modules share it
+        if not parameter.requires_grad:
+            parts = in_4bit.get(id(parameter))
+            total += parameter.nbytes if parts is None else parts * nf4_bytes(parameter.numel() // parts, double_quant)
     return total + sum(buffer.nbytes for buffer in model.buffers())

@@ -1,6 +1,7 @@
 """A model reduced to one layer of each kind on the meta device, from which the memory of all layers is extrapolated."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from qlora.layers.attention import set_text_attention, use_document_attention
 from qlora.layers.sinks import has_sinks
 from qlora.layers.states import use_document_states
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
+from qlora.lora.expert_layer import use_expert_function, wrap_experts
+from qlora.lora.mixture import ExpertStack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Experts, NF4Linear
 
 # Longer than any sequence.
 ENDLESS = 1 << 40
@@ -31,12 +34,21 @@ class Stack:
         adapted: Linear layers that get adapters, by name.
         specs: Specs of these adapters, by name.
         quantized: Linear layers in 4 bits, by name.
+        experts: Weights of experts in 4 bits, by name.
+        adapted_experts: Specs of the adapters of experts, by name.
     """
 
     def __init__(
-        self, model: Any, adapted: dict[str, Any], specs: dict[str, AdapterSpec], quantized: dict[str, Any]
+        self,
+        model: Any,
+        adapted: dict[str, Any],
+        specs: dict[str, AdapterSpec],
+        quantized: dict[str, Any],
+        experts: Mapping[str, ExpertStack],
+        adapted_experts: Mapping[str, AdapterSpec],
     ) -> None:
         self.model, self.adapted, self.specs, self.quantized = model, adapted, specs, quantized
+        self.experts, self.adapted_experts = experts, adapted_experts
         self.name, layers = _find_layers(model)
         self.prefixes = [f"{self.name}.{index}." for index in range(len(layers))]
         types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
@@ -47,6 +59,10 @@ class Stack:
                 tuple(
                     (name, specs[f"{prefix}{name}"].rank) for name, _ in layer.named_modules()
                     if f"{prefix}{name}" in specs
+                ),
+                tuple(
+                    (name, adapted_experts[f"{prefix}{name}"].rank) for name, _ in layer.named_parameters()
+                    if f"{prefix}{name}" in adapted_experts
                 ),
             )
             for layer, kind, prefix in zip(layers, types, self.prefixes, strict=False)
@@ -73,6 +89,14 @@ class Stack:
                     if lora.init == "pissa":
                         layer.removed = LowRank(torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B), 1.0)
                 model.set_submodule(name, layer)
+        for name, stack in self.experts.items():
+            if name.startswith(prefixes):
+                experts = model.get_submodule(stack.layer)
+                delattr(experts, stack.part)
+                experts.add_module(stack.part, _EmptyExperts(stack, device))
+        wrap_experts(model, {name: spec for name, spec in self.adapted_experts.items() if name.startswith(prefixes)})
+        if self.experts:
+            use_expert_function(model)
         model.set_submodule(self.name, nn.ModuleList(self.layers))
         text = model.config.get_text_config()
         types = [text.layer_types[index] for index in self.kept] if getattr(text, "layer_types", None) else None
@@ -93,7 +117,8 @@ class Stack:
         written = self.quantized if device.type == "cuda" else {}
         if form == "folded":
             written = {name: one for name, one in self.adapted.items() if name not in self.quantized} | written
-        return max((module.weight.numel() for module in written.values()), default=0)
+        of_experts = [math.prod(stack.sizes) for stack in self.experts.values()] if device.type == "cuda" else []
+        return max([*of_experts, *(module.weight.numel() for module in written.values())], default=0)
 
     def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Held]:
         """Return the memory at each moment of a step with all layers.
@@ -141,6 +166,21 @@ class _EmptyLinear(NF4Linear):
         if self._writes_scratch and not lasting:
             return scratch(self.quant_state.shape, dtype, self.weight.device)
         return torch.empty(self.quant_state.shape, dtype=dtype, device="meta")
+
+
+class _EmptyExperts(NF4Experts):
+    """Experts in 4 bits on the meta device."""
+
+    def __init__(self, stack: ExpertStack, device: torch.device) -> None:
+        codes = -(-math.prod(stack.sizes) // 2)
+        super().__init__(torch.empty(stack.shape[0], codes, dtype=torch.uint8, device="meta"), {}, {}, stack.shape)
+        self._writes_scratch = device.type == "cuda"
+
+    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Any = ()) -> torch.Tensor:
+        """Return a meta tensor in the same kind of memory as the real expert's weight."""
+        if self._writes_scratch:
+            return scratch(self.shape[1:], dtype, self.weight.device)
+        return torch.empty(self.shape[1:], dtype=dtype, device="meta")
 
 
 def set_attention(model: Any, config: RunConfig, device: torch.device, row: int) -> None:

@@ -21,7 +21,7 @@ from qlora.model.initial import load_for_training
 from qlora.model.loss import Loss
 from qlora.model.starts import Starts
 from qlora.model.tokenizer import load_tokenizer
-from qlora.nf4 import NF4Linear, statistics
+from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.optim import FlatOptimizer
 
 # Number of tokens of the example that stands for a run's.
@@ -170,6 +170,6 @@ def _tensors(model: Any, optimizer: FlatOptimizer) -> list[torch.Tensor]:
     tensors = [*model.parameters(), *model.buffers(), optimizer.flat.data, optimizer.flat.grad]
     tensors += [state for name, state in optimizer.state_dict().items() if name not in ("generator", "step")]
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            tensors += statistics(module.quant_state)
+        if isinstance(module, NF4Linear | NF4Experts):
+            tensors += module.statistics
     return tensors

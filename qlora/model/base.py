@@ -1,7 +1,7 @@
 """Loading a base: each linear layer is quantized to NF4 as it is read, and becomes an `NF4Linear`."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
+from qlora.layers.experts import check_experts, use_nf4_experts
 from qlora.lora import ScoreHead, TextPart, text_part
+from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -39,6 +41,7 @@ def load_base(
     on_weight: OnWeight | None = None,
     head: ScoreHead | None = None,
     seed: int = 0,
+    rope_scaling: Mapping[str, Any] | None = None,
     keep_16bit: Sequence[str] = (),
     allow_unquantized: bool = False,
     whole: bool = False,
@@ -65,6 +68,7 @@ def load_base(
         head: Head that scores documents, in place of the one over the vocabulary. The base's own is taken if its files
             have one for the same scores; otherwise its values are drawn from the seed.
         seed: Seed of these values.
+        rope_scaling: Extends the context: `type` (`yarn`, `linear` or `dynamic`) and `factor`.
         keep_16bit: Linear layers that are not quantized, by names or patterns as in :class:`qlora.lora.Targets`.
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
@@ -79,7 +83,7 @@ def load_base(
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
-    files = BaseFiles.resolve(base, revision, trust_remote_code)
+    files = BaseFiles.resolve(base, revision, trust_remote_code, rope_scaling=rope_scaling)
     stored_in = weight_format(files, quantization)
     device = resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
@@ -94,7 +98,8 @@ def load_base(
     skeleton = build_skeleton(files, trust_remote_code, head, whole)
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
-        check_share(base, skeleton, quantized_names(skeleton, settings))
+        check_experts(skeleton, base)
+        check_share(base, skeleton, [*quantized_names(skeleton, settings), *expert_stacks(skeleton)])
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:
@@ -115,7 +120,10 @@ def load_base(
             model, info = type(skeleton).from_pretrained(
                 None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
             )
+            experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
             _take_over_linears(model)
+            if quantization == "nf4":
+                use_nf4_experts(model, experts, double_quant)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
         if attention != "auto" and "attention" in str(error).lower():
             raise ModelError(

@@ -17,6 +17,8 @@ from qlora.data import (
     build_datasets,
     set_special_tokens,
 )
+from qlora.errors import ModelError
+from qlora.files import BaseFiles
 from qlora.lora import (
     AdapterSpec,
     LayerStart,
@@ -27,9 +29,12 @@ from qlora.lora import (
     check_ranks,
     match_targets,
     output_head,
+    reset_experts,
     scores_documents,
+    specs_of_experts,
     train_rows,
     trained_rows,
+    wrap_experts,
     wrap_linears,
 )
 from qlora.model.base import load_base
@@ -37,6 +42,14 @@ from qlora.model.on_weight import OnWeight
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 Specs = dict[str, AdapterSpec]
+
+
+def base_files(section: ModelSection, with_weights: bool = True) -> BaseFiles:
+    """Find the files of the base that a config names; see :meth:`BaseFiles.resolve`."""
+    scaling = None if section.rope_scaling is None else section.rope_scaling.model_dump()
+    return BaseFiles.resolve(
+        section.base, section.revision, section.trust_remote_code, with_weights, rope_scaling=scaling
+    )
 
 
 def base_from_section(
@@ -68,11 +81,35 @@ def adapter_specs(model: Any, section: LoraSection, starts: Mapping[str, LayerSt
     Raises:
         ModelError: A target or pattern matches nothing.
     """
-    layers = None if section.layers is None else layer_indices(section.layers)
-    specs = adapter_spec(section).by_layer(match_targets(model, Targets(section.targets, section.exclude, layers)))
+    experts = expert_specs(model, section)
+    names = match_targets(model, _targets(section))
+    if not names and not experts:
+        raise ModelError(
+            "lora.targets selects only experts, which lora.expert_rank: 0 leaves as they are; set a rank, or others."
+        )
+    specs = adapter_spec(section).by_layer(names, others=experts)
     check_ranks(model, specs)
     ranks = {name: start.rank for name, start in (starts or {}).items() if start.rank is not None}
     return {name: spec.with_rank(ranks.get(name, spec.rank)) for name, spec in specs.items()}
+
+
+def expert_specs(model: Any, section: LoraSection) -> Specs:
+    """Return the specification of each stack of experts that a config adapts, by its name.
+
+    Raises:
+        ModelError: See :func:`adapter_specs`; or the config has keys that are for linear layers alone.
+    """
+    found = specs_of_experts(model, adapter_spec(section), _targets(section), section.expert_rank)
+    unsupported = {"final_rank": section.final_rank, "start_from": section.start_from}
+    problems = [f"lora.{key}: {value} is for linear layers" for key, value in unsupported.items() if value is not None]
+    if found and problems:
+        raise ModelError("\n".join(f"{problem}; remove it, or set lora.expert_rank: 0." for problem in problems))
+    return found
+
+
+def _targets(section: LoraSection) -> Targets:
+    layers = None if section.layers is None else layer_indices(section.layers)
+    return Targets(section.targets, section.exclude, layers)
 
 
 def adapt(
@@ -92,13 +129,16 @@ def adapt(
         starts: Starts of layers that don't follow from the seed, by their names.
 
     Returns:
-        The names of the adapted layers.
+        The names of the adapted layers and stacks of experts.
     """
     specs = adapter_specs(model, section, starts)
+    experts = expert_specs(model, section)
     wrap_linears(model, specs, seed)
+    wrap_experts(model, experts)
+    reset_experts(model, seed)
     train_rows(model, section.modules_to_save, new_ids, adapter_spec(section).dtype)
     apply_starts(model, starts or {})
-    return list(specs)
+    return [*specs, *experts]
 
 
 def optimizer_from_section(model: Any, section: TrainSection) -> FlatOptimizer:

@@ -10,7 +10,6 @@ from qlora.checkpoint.adapter_rows import load_rows
 from qlora.config import LoraSection, RunConfig
 from qlora.data import TokenizedExample
 from qlora.errors import ModelError
-from qlora.files import BaseFiles
 from qlora.kernels import LowRank
 from qlora.lora import (
     InputStatistics,
@@ -30,7 +29,7 @@ from qlora.lora.head import SCORE
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.from_config import adapt, adapter_specs, base_from_section
+from qlora.model.from_config import adapt, adapter_specs, base_files, base_from_section
 from qlora.model.null_space import hide_inputs
 from qlora.model.observe import observe
 from qlora.model.quantization import find_quantized_layers, settings_of_base
@@ -135,7 +134,7 @@ def _reconstructed(
 ) -> tuple[Any, Starts]:
     """Load a base whose weights are quantized together with the initial adapter, one at a time as they are read."""
     section = config.model
-    files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
+    files = base_files(section)
     if weight_format(files, section.quantization) == BITSANDBYTES_4BIT:
         raise ModelError(
             f"lora.init: reconstruct needs the weights before they are quantized, but {section.base} has only 4-bit "

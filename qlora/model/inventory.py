@@ -4,15 +4,23 @@ import torch
 from torch import nn
 
 from qlora.checkpoint import Inventory
-from qlora.lora import LoraLinear, linear_layers, lora_layers, output_head, read_directly, trained_rows
+from qlora.lora import (
+    LoraExperts,
+    LoraLinear,
+    linear_layers,
+    lora_layers,
+    output_head,
+    read_directly,
+    trained_rows,
+)
 from qlora.model.shares import linear_weights
-from qlora.nf4 import NF4Linear, statistics
+from qlora.nf4 import NF4Experts, NF4Linear
 
 
 def take_inventory(model: nn.Module) -> Inventory:
     """Count the parameters of a model with or without adapters; names are those of the model without adapters."""
     in_4bit = adapted = num_bytes = 0
-    quantized, unquantized = [], []
+    quantized, unquantized, experts = [], [], dict[str, int]()
     with_rows = dict(trained_rows(model))
     all_rows = {*with_rows.values()}  # a single one if embedding and head share them
     trained = sum(rows.weight.numel() for rows in all_rows)
@@ -26,8 +34,13 @@ def take_inventory(model: nn.Module) -> Inventory:
             trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
             adapted += module.in_features * module.out_features
             continue
-        if isinstance(module, NF4Linear):
-            in_4bit += module.in_features * module.out_features
+        if isinstance(module, LoraExperts):
+            trained += sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+            adapted += module.numel
+            experts[name] = module.spec.rank
+            continue
+        if isinstance(module, NF4Linear | NF4Experts):
+            in_4bit += module.numel
             num_bytes += module.num_bytes
             quantized.append(name)
             del parameters["weight"]
@@ -49,6 +62,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         trained_rows={name: [rows.ids.start, rows.ids.stop] for name, rows in with_rows.items()},
         shared_rows=len(all_rows) < len(with_rows),
         adapted=[name for name, _ in lora_layers(model)],
+        adapted_experts=experts,
         read_directly=_read_directly(model),
     )
 
@@ -63,8 +77,8 @@ def frozen_checksum(model: nn.Module) -> int:
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     frozen: list[torch.Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            frozen += statistics(module.quant_state)
+        if isinstance(module, NF4Linear | NF4Experts):
+            frozen += module.statistics
         if isinstance(module, LoraLinear):
             frozen += module.buffers(recurse=False)
     for tensor in frozen:

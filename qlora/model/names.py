@@ -1,9 +1,28 @@
 """Names of a model's parameters in its checkpoint files, and the orientation they are stored in."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from qlora.lora import output_head
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """A stored tensor, with the parameter that it is loaded into.
+
+    Attributes:
+        name: Name of the tensor.
+        parameter: Name of the parameter; of the first one if it is split into several.
+        converter: transformers' converter that builds the parameter from several tensors, or splits the tensor; None
+            if the parameter is the tensor as it is stored.
+        pattern: The converter's pattern for tensors of this kind; None without a converter.
+    """
+
+    name: str
+    parameter: str
+    converter: Any = None
+    pattern: str | None = None
 
 
 def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -20,6 +39,20 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
         The tensor of each parameter that is one tensor as stored, and the tensors that each converted one is
         built from.
     """
+    one_to_one: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
+    for tensor in named_tensors(skeleton, stored):
+        if tensor.converter is None:
+            one_to_one[tensor.parameter] = tensor.name
+            continue
+        first, *_ = targets = tensor.converter.target_patterns
+        for target in targets:
+            converted.setdefault(tensor.parameter.replace(first, target), []).append(tensor.name)
+    return one_to_one, converted
+
+
+def named_tensors(skeleton: Any, stored: Iterable[str]) -> Iterator[NamedTensor]:
+    """Yield each stored tensor with its parameter; see :func:`names_in_files`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -28,19 +61,14 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    one_to_one: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
     for name in stored:
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
         if parameter not in parameters and name in parameters:
             parameter, pattern = name, None  # a table may match a tensor that has its final name already
-        if pattern is None:
-            one_to_one[parameter] = name
-            continue
-        converter = next(converter for converter in converters if pattern in converter.source_patterns)
-        for target in converter.target_patterns:
-            converted.setdefault(parameter.replace(converter.target_patterns[0], target), []).append(name)
-    return one_to_one, converted
+        converter = None
+        if pattern is not None:
+            converter = next(converter for converter in converters if pattern in converter.source_patterns)
+        yield NamedTensor(name, parameter, converter, pattern)
 
 
 def transposed_modules(skeleton: Any) -> set[str]:

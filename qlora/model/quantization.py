@@ -28,7 +28,7 @@ class QuantizedLayer:
 
 
 def nf4_settings(double_quant: bool, compute_dtype: torch.dtype, skip: Iterable[str] = ()) -> Any:
-    """Return the settings that have transformers quantize a model to NF4.
+    """Return the settings that have transformers quantize a model to NF4, its experts too.
 
     Args:
         double_quant: Quantize the blocks' statistics too.

@@ -1,18 +1,22 @@
-"""The quantizer that transformers loads a model with: its own for NF4, which also takes plain subclasses of linears.
+"""The quantizer that transformers loads a model with: its own for NF4, plain subclasses of linears and experts besides.
 
 Importing this file registers it with transformers, under a name of its own.
 """
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.lora import is_linear
+from qlora.lora.mixture import ExpertStack, expert_stacks, routers
+from qlora.nf4 import NF4Experts
 
 NAME = "qlora-nf4"
 
@@ -32,7 +36,17 @@ class NF4Config(BitsAndBytesConfig):
 
 @register_quantizer(NAME)
 class NF4Quantizer(Bnb4BitHfQuantizer):
-    """Quantizes what transformers does, and subclasses of `nn.Linear` that compute the same, such as Falcon's."""
+    """Quantizes what transformers does, subclasses of `nn.Linear` that compute the same (Falcon's), and experts.
+
+    Attributes:
+        stacks: The experts' parameters by name.
+        experts: Those that were quantized.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.stacks: dict[str, ExpertStack] = {}
+        self.experts: dict[str, NF4Experts] = {}
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         for name, module in list(model.named_modules()):
@@ -40,4 +54,43 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 with torch.device("meta"):
                     plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
                 model.set_submodule(name, plain.to(module.weight.dtype))
+        self.stacks = expert_stacks(model)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is to be quantized."""
+        return param_name in self.stacks or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_modules_to_not_convert(self, model: Any, *arguments: Any, **kwargs: Any) -> list[str]:
+        """Return patterns of the linear layers that stay as they are: the head, what is asked for, and routers."""
+        kept = [f"{re.escape(name)}$" for name in sorted(routers(model))]
+        return super().get_modules_to_not_convert(model, *arguments, **kwargs) + kept
+
+    def get_quantize_ops(self) -> Any:
+        """Return the operation that quantizes a parameter."""
+        return _Quantize(self, super().get_quantize_ops())
+
+
+class _Quantize(ConversionOps):
+    """What transformers calls with the value of a parameter that is to be quantized.
+
+    Args:
+        quantizer: The quantizer, which keeps experts.
+        linears: bitsandbytes' operation for linear layers.
+    """
+
+    def __init__(self, quantizer: NF4Quantizer, linears: Any) -> None:
+        self._quantizer, self._linears = quantizer, linears
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Return the quantized parameters by name; of experts, their codes."""
+        quantizer, found, others = self._quantizer, dict[str, Any](), dict[str, Any]()
+        for name, value in input_dict.items():
+            if name not in quantizer.stacks:
+                others[name] = value
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            double_quant = quantizer.quantization_config.bnb_4bit_use_double_quant
+            quantizer.experts[name] = NF4Experts.from_weight(weight, double_quant)
+            found[name] = quantizer.experts[name].weight
+        return found | (self._linears.convert(others, **kwargs) if others else {})

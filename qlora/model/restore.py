@@ -17,6 +17,7 @@ from qlora.model.base import load_base
 from qlora.model.device import resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapter_spec, adapter_specs, set_tokens
+from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, load_started_base
 from qlora.model.tokenizer import load_tokenizer
@@ -102,6 +103,7 @@ def load_adapted(
             dtype = str(source.compute_dtype(resolve_device(device)))
             section = section.model_copy(update={"compute_dtype": dtype.removeprefix("torch.")})
         model = load_started_base(section, starts, device, source.head)
+        check_experts_as_trained(source.run, model)
         if is_reference:
             specs, rows = adapter_specs(model, config.lora, starts), _first_rows(model, config, adapter, starts)
         wrap_adapter(model, adapter, config.lora.form)

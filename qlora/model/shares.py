@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qlora.errors import ModelError
-from qlora.lora import LoraLinear, output_head
-from qlora.nf4 import NF4Linear
+from qlora.lora import LoraExperts, LoraLinear, output_head
+from qlora.nf4 import NF4Experts, NF4Linear
 
 LEAST_SHARE = 0.5
 # Number of kinds of weights that an error names.
@@ -23,22 +23,23 @@ def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
         model: A model with or without weights and adapters. Its names are those without adapters.
 
     Yields:
-        Name of the module, number of elements, and what the weight is called in messages.
+        Name of the module, or of the parameter if it is not called `weight`; number of elements; and what the weight is
+        called in messages.
     """
     head, embeddings = output_head(model), model.get_input_embeddings()
     left_out = tuple(f"{name}." for name, module in model.named_modules() if module is head or module is embeddings)
     for full_name, module in model.named_modules():
         name = full_name.removesuffix(".base")
-        if isinstance(module, nn.Embedding | _ConvNd | LoraLinear) or f"{name}.".startswith(left_out):
+        if isinstance(module, nn.Embedding | _ConvNd | LoraLinear | LoraExperts) or f"{name}.".startswith(left_out):
             continue
-        if isinstance(module, NF4Linear):
-            yield name, module.in_features * module.out_features, name.rpartition(".")[2]
+        if isinstance(module, NF4Linear | NF4Experts):
+            yield name, module.numel, name.rpartition(".")[2]
             continue
         for own_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and not own_name.endswith("bias"):
                 called = name.rpartition(".")[2] if own_name == "weight" else own_name
                 called += f" of {parameter.shape[0]} experts" if parameter.dim() == 3 else ""
-                yield name, parameter.numel(), called
+                yield name if own_name == "weight" else f"{name}.{own_name}", parameter.numel(), called
 
 
 def check_share(base: str, skeleton: Any, quantized: Collection[str]) -> None:
@@ -47,7 +48,7 @@ def check_share(base: str, skeleton: Any, quantized: Collection[str]) -> None:
     Args:
         base: Name of the base.
         skeleton: The model without weights.
-        quantized: Names of the layers in 4 bits.
+        quantized: Names of the layers and stacks of experts in 4 bits.
 
     Raises:
         ModelError: Fewer will be. It names the largest that stay in 16 bits.

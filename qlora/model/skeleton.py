@@ -57,6 +57,19 @@ def build_skeleton(
         raise _unbuildable(files, error, trust_remote_code) from error
 
 
+def _extended(files: BaseFiles, config: Any) -> Any:
+    """Return a config with its context extended, as its class reads it from config.json.
+
+    Raises:
+        ModelError: The architecture has no rotary embeddings.
+    """
+    if not getattr(config.get_text_config(), "rope_parameters", None):
+        raise ModelError(
+            f"{files.name}: {config.model_type} has no rotary embeddings that can be scaled; omit model.rope_scaling."
+        )
+    return type(config).from_dict(files.config)
+
+
 def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
     """Return a base's config, after checking that it is that of a decoder-only model.
 
@@ -80,7 +93,7 @@ def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
             f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "
             "to one, such as Llama, Mistral, Qwen or Gemma."
         )
-    return config
+    return config if files.rope_scaling is None else _extended(files, config)
 
 
 def _unbuildable(files: BaseFiles, error: Exception, trust_remote_code: bool) -> ModelError:

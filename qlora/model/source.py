@@ -11,9 +11,11 @@ from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import BaseFiles, find_adapter
 from qlora.lora import ScoreHead, stored_head
+from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
+from qlora.model.from_config import base_files
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
 from qlora.model.skeleton import build_skeleton
@@ -110,6 +112,8 @@ class AdapterSource:
         Raises:
             ModelError: There are none, or they are damaged.
         """
+        if self.run is not None:
+            return base_files(load_config(self.run.config).model)
         return BaseFiles.resolve(self.base, self.revision, self.trust_remote_code)
 
     def base_differs(self, files: BaseFiles) -> list[str]:
@@ -123,15 +127,16 @@ class AdapterSource:
         return getattr(torch, self.run.read_record().in_use.compute_dtype)
 
     def quantized(self, files: BaseFiles) -> list[str]:
-        """Return the names of the layers that were quantized in training; by default, those that would be now."""
+        """Return the names of layers and experts quantized in training; by default, of those that would be now."""
         if self.run is not None:
             return self.run.read_record().parameters.quantized
-        if weight_format(files) == BITSANDBYTES_4BIT:
-            return []
         skeleton = build_skeleton(files, head=self.head)
+        experts = list(expert_stacks(skeleton))
+        if weight_format(files) == BITSANDBYTES_4BIT:
+            return experts
         settings = settings_of_base(files, skeleton, "nf4", self.double_quant, torch.bfloat16)
         layers = find_quantized_layers(skeleton, settings, files.name, BaseWeights(files).shapes)
-        return [layer.name for layer in layers.values()]
+        return [*(layer.name for layer in layers.values()), *experts]
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -9,6 +9,7 @@ from qlora.nf4.checkpoint import (
     statistics_by_weight,
     to_checkpoint_tensors,
 )
+from qlora.nf4.experts import NF4Experts
 from qlora.nf4.linear import NF4Linear
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
@@ -18,13 +19,13 @@ from qlora.nf4.quantize import (
     is_bitsandbytes_linear,
     nf4_num_bytes,
     quantize,
-    statistics,
 )
 
 __all__ = [
     "BLOCK_SIZE",
     "NESTED_BLOCK_SIZE",
     "QUANT_STATE",
+    "NF4Experts",
     "NF4Linear",
     "checkpoint_layout",
     "dequantize",
@@ -33,7 +34,6 @@ __all__ = [
     "is_bitsandbytes_linear",
     "nf4_num_bytes",
     "quantize",
-    "statistics",
     "statistics_by_weight",
     "to_checkpoint_tensors",
 ]

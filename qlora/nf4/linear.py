@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels import Delta, LowRank, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
-from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize
+from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, statistics
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -113,6 +113,16 @@ class NF4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
         return _DequantizedLinear.apply(x, self)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.in_features * self.out_features
+
+    @property
+    def statistics(self) -> list[torch.Tensor]:
+        """The tensors that dequantize the codes."""
+        return statistics(self.quant_state)
 
     @property
     def num_bytes(self) -> int:

@@ -15,12 +15,16 @@ from qlora.config import load_config
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError
 from qlora.lora import LoraLinear, lora_layers
+from qlora.lora.mixture import expert_layers
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model import adapter_spec
 from qlora.proof.expected import ExpectedWeights
+from qlora.proof.experts import expert_outputs
 
 # Number of tokens that the model is run on; each layer's product with them is computed a second time in fp64.
 NUM_TOKENS = 128
+# Roundings that follow one another in an expert's output: of inputs, both weights, both products, gate, score and sum.
+EXPERT_ROUNDINGS = 8
 
 
 @dataclass(slots=True)
@@ -44,9 +48,9 @@ def check_adapter_files(run: RunDirectory) -> list[str]:
     Returns:
         A line for each mismatch.
     """
-    adapted = run.read_record().parameters.adapted
+    parameters = run.read_record().parameters
     section = load_config(run.config).lora
-    specs = adapter_spec(section).by_layer(adapted)
+    specs = adapter_spec(section).by_layer(parameters.adapted, others=parameters.adapted_experts)
     # These change ranks, and add terms that are stored with the trained one.
     has_own_ranks = section.final_rank or section.start_from or section.init in COMPUTED_INITS
     layers = read_adapter(run.adapter).layers
@@ -92,6 +96,8 @@ def _compare_saved(checkpoint: Path, adapter: Path) -> list[str]:
 def check_layers(model: Any, expected: ExpectedWeights, examples: Sequence[TokenizedExample]) -> LayerCheck:
     """Run a model on a few tokens, and compare each adapted layer's output with x (W + scaling · B A)ᵀ.
 
+    Layers of experts are computed as a whole, with these weights of each expert.
+
     Each layer is compared for its own inputs, so that an error is reported only for the layer that causes it, and no
     second model is needed.
 
@@ -114,11 +120,19 @@ def check_layers(model: Any, expected: ExpectedWeights, examples: Sequence[Token
         wanted = x @ base.T + update_output
         if layer.base.bias is not None:
             wanted += layer.base.bias.double().cpu()
-        error = y - wanted
         # Norm of the errors from rounding each product to the compute dtype, if the roundings are independent; the sums
         # and the two factors' roundings get as much, twice.
         noise = (x.square() @ base.square().T).sum().sqrt() + wanted.norm() + update_output.norm()
-        bound = 4 * eps * noise.item()
+        judge(name, y, wanted, update_output, 4 * eps * noise.item())
+
+    def compare_experts(name: str, layer: Any, inputs: Any, y: torch.Tensor) -> None:
+        wanted, without, size = expert_outputs(name, layer, expected.experts, inputs)
+        eps = max(torch.finfo(dtype).eps for dtype in (y.dtype, expected.compute_dtype))
+        judge(name, y.flatten(0, -2).double().cpu(), wanted, wanted - without, EXPERT_ROUNDINGS * eps * size)
+
+    def judge(name: str, y: torch.Tensor, wanted: torch.Tensor, update_output: torch.Tensor, bound: float) -> None:
+        """Add what an output differs by from the wanted one, beyond a bound on what rounding explains."""
+        error = y - wanted
         share = ((error * update_output).sum() / update_output.square().sum().clamp_min(1e-30)).item()
         significant = 16 * bound / math.sqrt(error.numel())
         check.checked += 1
@@ -135,6 +149,14 @@ def check_layers(model: Any, expected: ExpectedWeights, examples: Sequence[Token
         layer.register_forward_hook(lambda layer, inputs, output, name=name: compare(name, layer, inputs[0], output))
         for name, layer in lora_layers(model)
         if name not in expected.unplaced
+    ]
+    adapted = {name.rpartition(".")[0] for name in expected.experts.adapted}
+    handles += [
+        layer.register_forward_hook(
+            lambda layer, inputs, output, name=name: compare_experts(name, layer, inputs, output)
+        )
+        for name, layer in expert_layers(model)
+        if name in adapted
     ]
     ids = torch.from_numpy(examples[0].input_ids[:NUM_TOKENS]).long()[None].to(model.device)
     try:

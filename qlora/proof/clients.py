@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import read_adapter_config
+from qlora.checkpoint.adapter_experts import is_linear_parameter, linear_parameters, read_experts
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.lora import output_head, scores_documents
+from qlora.lora.mixture import expert_stacks
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
@@ -62,6 +64,9 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
     """
     config = read_adapter_config(adapter)
     header = read_adapter_header(adapter)
+    experts, problems = read_experts(config, header)
+    of_experts = {key for keys in experts.values() for key in keys}
+    header = {name: entry for name, entry in header.items() if name not in of_experts}
     matches = [match for name in header if (match := FACTOR.fullmatch(name))]
     ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
     others = sorted({*header} - {match[0] for match in matches})
@@ -70,6 +75,7 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
         "vllm": _check_vllm(config, ranks, others),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
+    _check_experts(verdicts, config, ranks, experts, problems, base)
     if not is_for_published:
         for verdict in verdicts.values():
             verdict.refuse(
@@ -102,9 +108,38 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     selected = _selected(config, {name for name, _ in base.named_modules()})
     if selected is None:
         verdict.needs.append("the layers that target_modules selects were not checked")
-    elif selected != {*ranks} and not absent:
-        verdict.refuse(f"target_modules and the tensors differ in {sorted(selected ^ {*ranks})[0]}")
+    else:
+        differing = selected ^ {name for name in ranks if not is_linear_parameter(config, name)}
+        if differing and not absent:
+            verdict.refuse(f"target_modules and the tensors differ in {sorted(differing)[0]}")
     return verdict
+
+
+def _check_experts(
+    verdicts: dict[str, Verdict],
+    config: dict[str, Any],
+    ranks: dict[str, int],
+    experts: dict[str, tuple[str, str]],
+    problems: list[str],
+    base: Any,
+) -> None:
+    """Check adapters on the experts of a mixture, and on linear layers whose names PEFT takes for experts."""
+    stacks = expert_stacks(base)
+    for problem in problems:
+        verdicts["peft"].refuse(problem)
+    if absent := sorted({*experts} - {*stacks}):
+        verdicts["peft"].refuse(f"the base has no experts {absent[0]}")
+    taken = [name for name in linear_parameters(base, ranks) if not is_linear_parameter(config, name)]
+    if taken:
+        verdicts["peft"].needs.append(
+            f"if the base's family is not one of which it takes {taken[0]} for experts and drops it silently; list "
+            f"{taken[0]}.weight in target_parameters"
+        )
+    if config.get("target_parameters") and config.get("lora_dropout"):
+        verdicts["peft"].refuse("it has no dropout on target_parameters; set lora_dropout to 0 in adapter_config.json")
+    if experts:
+        verdicts["vllm"].needs.append("a version that reads factors of experts in PEFT's layout, which was not checked")
+        verdicts["llama.cpp"].refuse("its converter reads factors of numbered experts, not of all experts of a layer")
 
 
 def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list[int]], base: Any) -> None:

@@ -12,10 +12,12 @@ from qlora.config import load_config
 from qlora.files import BaseFiles
 from qlora.lora.head import SCORE
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
+from qlora.model.expert_files import expert_tensors
 from qlora.model.names import names_in_files, transposed_modules
 from qlora.model.score import vocabulary_head
 from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
+from qlora.proof.experts import ExpectedExperts
 
 
 class ExpectedWeights:
@@ -35,6 +37,7 @@ class ExpectedWeights:
         names_as_text: Names that they have in a model of text alone, by their own.
         compute_dtype: Dtype that the run's weights were dequantized to.
         unplaced: Names of the adapted modules whose weight is not a tensor of the base's files.
+        experts: The experts of a mixture among them.
     """
 
     def __init__(self, source: AdapterSource, base: BaseFiles, onto: str, device: torch.device) -> None:
@@ -62,6 +65,10 @@ class ExpectedWeights:
         self._trained = {name: self._trained[module] for name, module in modules.items() if module in self._trained}
         self._starts = source.starts()
         self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
+        self.experts = ExpectedExperts(
+            self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, adapter.experts,
+            _scaling_of_experts(source, adapter, self._scaling_of), device, self.compute_dtype, source.double_quant,
+        )  # fmt: skip
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
 
@@ -74,7 +81,7 @@ class ExpectedWeights:
 
     def is_adapted(self, name: str) -> bool:
         """Return whether an update is added to a tensor."""
-        return name in self._layers
+        return name in self._layers or self.experts.is_adapted(name)
 
     def has_trained_rows(self, name: str) -> bool:
         """Return whether rows of a tensor were trained in full."""
@@ -84,6 +91,8 @@ class ExpectedWeights:
         """Return a whole dequantized weight, as training used it; None for a weight that is used as in the files."""
         if self._base.is_4bit(name):
             return dequantize(*self._base.read_4bit(name, self._device), self.compute_dtype).cpu()
+        if self.experts.is_quantized(name):
+            return self.experts.base_weight(name)
         if self._onto == "original" or self._modules.get(name) not in self._quantized:
             return None
         weight = self._base.read(name)
@@ -136,6 +145,8 @@ class ExpectedWeights:
             rows: The rows.
             base: Result of :meth:`base`.
         """
+        if name in self.experts:
+            return self.experts.update(name, rows)
         update, bound = self._low_rank(name, rows)
         magnitude = self._layers[name].magnitude
         if magnitude is None:
@@ -188,6 +199,24 @@ def _scaling_rule(source: AdapterSource, adapter: PeftAdapter) -> Callable[[str]
         return own_alpha * own_rank**-0.5 if rslora else own_alpha / own_rank
 
     return scaling_of
+
+
+def _scaling_of_experts(
+    source: AdapterSource, adapter: PeftAdapter, scaling_of: Callable[[str], float]
+) -> Callable[[str], float]:
+    """Return the factor on B A by stack of experts; in a run it is that of layers without patterns, or its own."""
+    if source.run is None:
+        return scaling_of
+    lora = load_config(source.run.config).lora
+    power = -0.5 if lora.rslora else -1.0
+
+    def scaling_of_stack(name: str) -> float:
+        own = [alpha for key, alpha in lora.alpha_pattern.items() if re.search(rf"(^|\.)({key})$", name)]
+        if own:
+            return float(own[0] * adapter.experts[name].A.shape[1] ** power)
+        return float(lora.alpha * lora.rank**power)
+
+    return scaling_of_stack
 
 
 def _trained_rows(adapter: PeftAdapter, skeleton: Any) -> dict[str, tuple[range, torch.Tensor]]:

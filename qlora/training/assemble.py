@@ -10,6 +10,7 @@ from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, Tra
 from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
 from qlora.layers import rebuild_activations
 from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
@@ -18,6 +19,7 @@ from qlora.model import (
     Starts,
     adapter_spec,
     adapter_specs,
+    base_files,
     build_skeleton,
     check_loss,
     datasets_from_section,
@@ -34,6 +36,7 @@ from qlora.model import (
 )
 from qlora.model.isolation import check_causal
 from qlora.model.quantization import with_linears
+from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
@@ -154,7 +157,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     """
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
-        files = BaseFiles.resolve(model_section.base, model_section.revision, model_section.trust_remote_code)
+        files = base_files(model_section)
         weight_format(files, model_section.quantization)
         read_config(files, model_section.trust_remote_code)
         run = None if checkpoint is None else _run_of(checkpoint)
@@ -184,7 +187,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         if head is not None:
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
-        _check_fit(skeleton, new_ids, [datasets.train, *([old.train] if old else ())])
+        _check_fit(skeleton, files, new_ids, [datasets.train, *([old.train] if old else ())])
         # Before anything is loaded, names that match nothing are reported.
         adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
@@ -192,6 +195,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
         )
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, model)
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
@@ -371,11 +376,12 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
         return build() if datasets is None else datasets
 
 
-def _check_fit(skeleton: Any, new_ids: range, examples: Sequence[ExampleSet]) -> None:
+def _check_fit(skeleton: Any, files: BaseFiles, new_ids: range, examples: Sequence[ExampleSet]) -> None:
     """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
 
     Args:
         skeleton: The base without weights.
+        files: The base's files.
         new_ids: Ids of the tokens that the config adds.
         examples: All examples that the model is run on.
 
@@ -390,10 +396,12 @@ def _check_fit(skeleton: Any, new_ids: range, examples: Sequence[ExampleSet]) ->
             f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
             "or tokens were added without rows for them; name those to add in data.new_tokens."
         )
-    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(files.config) or getattr(
+        skeleton.config.get_text_config(), "max_position_embeddings", None
+    )
     longest = max(int(store.lengths.max()) for store in stores)
     if positions and longest > positions:
         raise DataError(
             f"The longest example has {longest} tokens, but the model's config has positions for {positions}; lower "
-            "data.max_seq_len, or raise max_position_embeddings there if its rotary embedding can go further."
+            "data.max_seq_len, or extend the context with model.rope_scaling."
         )

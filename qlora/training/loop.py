@@ -11,7 +11,7 @@ import torch
 
 from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
-from qlora.lora import RankBudget, RecomputedWeights, lora_layers
+from qlora.lora import RankBudget, RecomputedWeights, lora_experts, lora_layers
 from qlora.model import Loss
 from qlora.optim import FlatOptimizer
 from qlora.processes import Processes
@@ -253,7 +253,7 @@ def check_gradients(model: Any) -> None:
     Raises:
         ModelError: The B of some layers has no gradient; the error names them.
     """
-    layers = dict(lora_layers(model))
+    layers = [name for adapters in (lora_layers(model), lora_experts(model)) for name, _ in adapters]
     norms = _gradient_norms(model).tolist()
     dead = [name for name, norm in zip(layers, norms, strict=True) if norm == 0]
     if dead:
@@ -308,8 +308,9 @@ def _accumulate(
 
 def _gradient_norms(model: Any) -> torch.Tensor:
     """Return the norm of each adapter's gradient, (adapters,): B's, because those of A are zero in the first step."""
-    grads = [grad for _, layer in lora_layers(model) if (grad := layer.first_trained.grad) is not None]
-    return torch.stack(torch._foreach_norm(grads))
+    trained = [layer.first_trained for _, layer in lora_layers(model)]
+    trained += [layer.lora_B for _, layer in lora_experts(model)]  # of all experts, some of which have tokens
+    return torch.stack(torch._foreach_norm([each.grad for each in trained if each.grad is not None]))
 
 
 def _suspects(sums: list[torch.Tensor], micro_batches: list[list[int]], processes: Processes) -> list[int]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from qlora.config import RunConfig, metric_name
+from qlora.config import ModelSection, RunConfig, metric_name
 from qlora.data import LABEL, BatchPlan, DataReport, Datasets, ExampleSet, Labels, Piece, TokenizedExample, pieces
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError
 from qlora.files import find_tokenizer
 from qlora.files.json_files import parse_object
+from qlora.files.rope import num_positions
 from qlora.model import datasets_from_section, labels_from_config, load_tokenizer, set_tokens
 from qlora.model.answer_metrics import METRICS, load_metric
 from qlora.objectives import objective_for_data, objective_from_section
@@ -132,7 +133,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
     lengths = datasets.train.lengths
-    positions, longest = _num_positions(folder), int(lengths.max())
+    positions, longest = _num_positions(folder, model), int(lengths.max())
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     batches = BatchPlan(
@@ -174,14 +175,15 @@ def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) 
     return []
 
 
-def _num_positions(folder: Path) -> int | None:
-    """Return the number of positions in the model's config; None if it has none."""
+def _num_positions(folder: Path, section: ModelSection) -> int | None:
+    """Return the number of positions of a base; None if its config does not say."""
     try:
-        config = parse_object((folder / "config.json").read_bytes())
-        positions = config.get("text_config", config).get("max_position_embeddings")
-        return positions if isinstance(positions, int) else None
+        positions = num_positions(parse_object((folder / "config.json").read_bytes()))
     except (OSError, ValueError, AttributeError):
         return None
+    if positions is None or section.rope_scaling is None:
+        return positions
+    return int(positions * section.rope_scaling.factor)
 
 
 def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | None) -> list[Sample]:

@@ -20,6 +20,7 @@ from qlora.checkpoint import (
 from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
 from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
+from qlora.lora.experts import describe_dead_experts
 from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.model.formats import notes_on_format
 from qlora.processes import Processes
@@ -254,7 +255,7 @@ def _train(
     if end.stopped_early:
         notes.append(f"{_describe_stop(assembly.train, progress.step)} To train on, raise train.max_steps.")
     if is_finished:
-        notes += _describe_best(run, record, assembly.train)
+        notes += _describe_best(run, record, assembly.train) + describe_dead_experts(model)
     if not is_finished:
         notes.append(f"Stopped at step {progress.step} of {total_steps}. {how_to_continue(start.fresh)}")
     return _result(run, record.status, progress.step, progress.step - first_step, notes=notes, received=end.signal)

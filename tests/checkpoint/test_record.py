@@ -28,7 +28,7 @@ def test_a_record_of_an_older_version_is_read(run):
     write(run)
     record = run.read_record()
     assert (record.is_finished, record.steps, record.in_use.memory.measured) == (True, 4, None)
-    in_use = OLDER["in_use"] | {"learning_rate": None, "learning_rate_why": None}
+    in_use = OLDER["in_use"] | {"learning_rate": None, "learning_rate_why": None, "unpacked_why": None, "states": None}
     added = {
         "started_from": None,
         "final_step": None,
@@ -38,7 +38,8 @@ def test_a_record_of_an_older_version_is_read(run):
         "best": None,
         "stopped_early": None,
     }
-    assert record.as_dict() == OLDER | added | {"in_use": in_use}
+    parameters = OLDER["parameters"] | {"adapted_experts": {}, "read_directly": []}
+    assert record.as_dict() == OLDER | added | {"in_use": in_use, "parameters": parameters}
 
 
 @pytest.mark.parametrize("steps", [None, 0, 7])

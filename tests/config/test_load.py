@@ -59,6 +59,7 @@ OUT_OF_RANGE = {
     "lora.alpha": [0, -1, INF, NAN],
     "lora.rank_pattern": [{"q_proj": 0}, {"q_proj": 1.5}, {"(": 4}, {"(?i)q_proj": 4}, {"a)(b": "x"}, ["q_proj"], 3],
     "lora.final_rank": [0, -4, 2.5],
+    "lora.expert_rank": [-1, 2.5, "many"],
     "lora.alpha_pattern": [{"q_proj": 0}, {"q_proj": INF}, {"[": 4}, "q_proj"],
     "lora.dropout": [-0.1, 1, 1.5],
     "lora.targets": [[], "", [3], 3, "all", ["all_linear"]],

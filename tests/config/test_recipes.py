@@ -13,7 +13,7 @@ ARCHITECTURES = {
     r"meta-llama/.*Llama-3": "executorch_llama3-8B-instruct",
     r"meta-llama/.*Llama-2|huggyllama/llama": "Llama-2-7b-hf",
     r"mistralai/Mistral-7B": "Mistral-7B-v0.1",
-    r"Qwen/Qwen3-\d": "Qwen3-1.7B",
+    r"Qwen/Qwen3-\d+B$": "Qwen3-1.7B",
 }
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

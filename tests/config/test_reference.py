@@ -43,11 +43,19 @@ NEEDED = {
     "train.best_mode": {"data": {"eval": 0.1}, "train": {"keep_best": True}},
     **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},
     "data.labels": {"train": {"objective": "classify"}},
+    "model.rope_scaling.type": {"model": {"rope_scaling": {"factor": 2}}},
     "train.classify_by": {"train": {"objective": "classify"}},
     "train.class_weights": {"train": {"objective": "classify"}},
     **dict.fromkeys(("train.reward", "train.reward.center"), {"train": {"objective": "reward"}}),
 }
-REQUIRED = {"model.base", "data.train", "train.output_dir", "train.adversarial.epsilon", f"{SOURCE}.path"}
+REQUIRED = {
+    "model.base",
+    "data.train",
+    "train.output_dir",
+    "train.adversarial.epsilon",
+    "model.rope_scaling.factor",
+    f"{SOURCE}.path",
+}
 
 
 def test_every_key_is_listed_once():
@@ -72,7 +80,8 @@ def test_a_key_has_a_meaning_of_one_or_more_sentences_and_an_example_that_is_val
         values["data"]["train"] = [{"path": "t", key.key: example}]
     else:
         section, _, group = key.group.partition(".")
-        values.setdefault(section, {})[group or key.key] = {key.key: example} if group else example
+        in_section = values.setdefault(section, {})
+        in_section[group or key.key] = {**in_section.get(group, {}), key.key: example} if group else example
     RunConfig.model_validate(values)
 
 

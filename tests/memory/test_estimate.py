@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from qlora.config import load_config
 from qlora.data import add_new_tokens, collate, make_example
@@ -109,6 +110,28 @@ def test_the_estimate_of_every_level_matches_its_step(base, tmp_path):
 def test_the_estimate_with_every_setting_matches_its_step(base, tmp_path, overrides):
     errors = relative_errors(base, tmp_path, overrides, slice(None, None, 3))
     assert max(map(abs, errors.values())) <= TOLERANCE, errors
+
+
+@pytest.mark.slow
+def test_experts_are_counted(tmp_path, seed):
+    sizes = {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 4_000}
+    base = make_base(tmp_path / "base", seed, Qwen3MoeConfig, **LIMITS | sizes)
+    errors = relative_errors(base, tmp_path, ["data.max_seq_len=96", "lora.rank=64"])
+    assert set(errors) == {"none", "attention", "full"}
+    assert max(map(abs, errors.values())) <= TOLERANCE, errors
+
+
+@pytest.mark.slow
+def test_a_mixture_of_thirty_billion_parameters_fits_24_gb(tmp_path):
+    sizes = {"vocab_size": 151_936, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
+    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=8, decoder_sparse_step=1)
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    keys = {"data__max_seq_len": 2048, "train__micro_batch_size": 1, "train__optimizer": "paged_adamw_8bit"}
+    found = estimate(settings(tmp_path / "base", tmp_path, "model.compute_dtype=bfloat16", **keys), SUPERVISED, "cuda")
+    assert found.footprint.weights == pytest.approx(15.55 * 2**30, rel=0.001)
+    assert found.total_bytes("full", 2048) < 18.5 * 2**30
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, Llama4TextConfig, MixtralConfig, PhimoeConfig
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, Llama4TextConfig, PhimoeConfig
 
 from qlora.config import load_config
 from qlora.errors import ModelError
@@ -91,10 +91,11 @@ def test_a_router_of_its_own_class_is_left_alone(tmp_path, seed):
 
 
 def test_a_base_that_stays_in_16_bits_is_refused_before_it_is_loaded(alpaca_file, tmp_path, seed):
-    base = make_base(tmp_path / "base", seed, MixtralConfig, **EXPERTS)
-    config = load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1))
+    base, kept = make_base(tmp_path / "base", seed), ["gate_proj", "up_proj", "down_proj"]
+    settings = {"train__max_steps": 1, "model__keep_16bit": kept}
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
     calls = {
-        "load": lambda: load_base(str(base)),
+        "load": lambda: load_base(str(base), keep_16bit=kept),
         "train": lambda: train(config),
         "train --dry-run": lambda: plan_run(config),
         "estimate": lambda: estimate(config, SUPERVISED, "cpu"),
@@ -102,7 +103,7 @@ def test_a_base_that_stays_in_16_bits_is_refused_before_it_is_loaded(alpaca_file
     for call in calls.values():
         with pytest.raises(ModelError) as caught:
             call()
-        assert "gate_up_proj of 4 experts, down_proj of 4 experts, gate stay in 16 bits" in str(caught.value)
+        assert "gate_proj, up_proj, down_proj stay in 16 bits" in str(caught.value)
 
 
 def test_a_base_that_is_mostly_embedding_is_accepted(tmp_path, seed):

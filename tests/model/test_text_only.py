@@ -1,11 +1,15 @@
 """Multimodal bases: the text part is found, loaded alone, and computes what the whole model computes for text."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from qlora.checkpoint import read_adapter, wrap_adapter
 from qlora.data import collate, make_example
-from qlora.errors import ModelError
+from qlora.errors import CheckpointError, ModelError
 from qlora.files import BaseFiles
 from qlora.files.stored import StoredTensors
 from qlora.lora import Targets, add_lora, linear_layers, match_targets, text_model, text_part, train_rows
@@ -116,6 +120,19 @@ def test_other_names_in_another_part_are_refused(llava):
         match_targets(llava, Targets("all-linear", exclude=["fc1"]))
     with pytest.raises(ModelError, match=r"lora.modules_to_save: 'vision_tower' is in model.vision_tower"):
         train_rows(llava, ["vision_tower"])
+
+
+def test_an_adapter_for_another_part_is_refused(llava, tmp_path):
+    layer = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    key = f"base_model.model.{layer}.lora_"
+    save_file(
+        {f"{key}A.weight": torch.zeros(2, 32), f"{key}B.weight": torch.zeros(64, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [layer]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"1 of its layers \({layer} …\) are not in model.language_model"):
+        wrap_adapter(llava, read_adapter(tmp_path))
 
 
 class Passing(transformers.LlavaForConditionalGeneration):

@@ -163,10 +163,11 @@ NOT_AVAILABLE = {
         "early_stopping_* loss_watchdog_threshold loss_watchdog_patience"
     ),
     "rotary embeddings and other settings of the base's config.json are used as they are": (
-        "rope_scaling rope_theta overrides_of_model_config overrides_of_model_kwargs model_config "
-        "model_init_kwargs max_position_embeddings yarn_* random_init_weights tokenizer_config tokenizer_name "
+        "rope_theta overrides_of_model_config overrides_of_model_kwargs model_config "
+        "model_init_kwargs max_position_embeddings random_init_weights tokenizer_config tokenizer_name "
         "reinit_weights train_from_scratch use_pose pose_*"
     ),
+    "a longer context is set by model.rope_scaling: {type, factor}": "rope_scaling yarn_*",
     "all sources are mixed by their weights": (
         "interleave_probs mix_strategy curriculum_sampling dataset_mixer_list dataset_weights"
     ),

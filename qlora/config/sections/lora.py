@@ -13,6 +13,7 @@ from qlora.config.sections.values import (
     Names,
     PathText,
     Pattern,
+    RankOrAuto,
     Share,
     Targets,
 )
@@ -105,6 +106,12 @@ class LoraSection(Section):
         default=False,
         description="Keep the adapter of lora.start_from as it is, and train a new one on top of it.",
         examples=[True],
+    )
+    expert_rank: RankOrAuto = Field(
+        default="auto",
+        description="Rank of the adapters of a mixture's experts. auto is lora.rank divided by the number of experts "
+        "of a token, at least 1; 0 leaves experts as they are. The scaling is that of the other layers.",
+        examples=[4],
     )
     rslora: bool = Field(
         default=False,

@@ -8,6 +8,18 @@ from qlora.config.sections.base import Section
 from qlora.config.sections.values import ComputeDtype, PathText
 
 
+class RopeScalingSection(Section):
+    """A context longer than the base's own, by scaling its rotary embeddings."""
+
+    type: Literal["yarn", "linear", "dynamic"] = Field(
+        default="yarn",
+        description="How positions are scaled: yarn keeps short distances apart best; linear interpolates positions; "
+        "dynamic scales only sequences longer than the base's own context.",
+        examples=["yarn"],
+    )
+    factor: float = Field(gt=1, description="How many times longer sequences may be.", examples=[4.0])
+
+
 class ModelSection(Section):
     """The base model and how it is loaded."""
 
@@ -35,6 +47,11 @@ class ModelSection(Section):
         default=True,
         description="Store the quantization statistics in 8 bits as well: 0.516 instead of 0.563 bytes per parameter.",
         examples=[False],
+    )
+    rope_scaling: RopeScalingSection | None = Field(
+        default=None,
+        description="Extend the context of the base. The scaling is written to the config of the merged model.",
+        examples=[{"type": "yarn", "factor": 4.0}],
     )
     keep_16bit: list[str] = Field(
         default=[],

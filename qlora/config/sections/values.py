@@ -185,6 +185,10 @@ RateOrAuto = Annotated[
 ]
 ShareOrSteps = Annotated[int | float | None, AfterValidator(_check_share_or_steps)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+RankOrAuto = Annotated[
+    Annotated[int, Field(ge=0, strict=True), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else "number"),
+]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 Alpha = Annotated[float, Field(gt=0)]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]

@@ -1,0 +1,34 @@
+"""NF4Experts: each expert is a weight of its own."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from qlora.nf4 import NF4Experts, dequantize, quantize
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(3, 64, 96), (2, 33, 50)], ids=str)
+def test_an_expert_is_quantized_like_a_weight_of_its_own(shape, double_quant, generator):
+    scales = 10.0 ** torch.arange(shape[0])
+    weight = torch.randn(shape, generator=generator) * scales.view(-1, 1, 1)
+    experts = NF4Experts.from_weight(weight, double_quant)
+    assert experts.num_experts == shape[0]
+    for expert in range(shape[0]):
+        packed, state = quantize(weight[expert], double_quant)
+        expected = dequantize(packed, state, torch.float32)
+        assert torch.equal(experts.dequantize(expert, torch.float32), expected)
+        error = (expected - weight[expert]).norm() / weight[expert].norm()
+        assert error < 0.11
+
+
+def test_the_statistics_are_saved_and_keep_their_dtype(generator):
+    one, other = (NF4Experts.from_weight(torch.randn(2, 16, 32, generator=generator)) for _ in range(2))
+    expected = one.dequantize(1, torch.float32)
+    assert torch.equal(deepcopy(one).to(torch.bfloat16).dequantize(1, torch.float32), expected)
+    assert not torch.equal(other.dequantize(1, torch.float32), expected)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.dequantize(1, torch.float32), expected)
+    with pytest.raises(ValueError, match="other weights"):
+        NF4Experts.from_weight(torch.randn(3, 16, 32), double_quant=False).set_extra_state(one.get_extra_state())

@@ -1,0 +1,230 @@
+"""Experts in 4 bits, family by family, against transformers' own eager code on the dequantized weights."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, JetMoeConfig
+
+from qlora.checkpoint import RunDirectory, read_adapter, wrap_adapter
+from qlora.checkpoint.adapter import save_adapter
+from qlora.config import load_config
+from qlora.data import collate
+from qlora.errors import ModelError
+from qlora.export import merge
+from qlora.files import BaseFiles
+from qlora.layers import apply_recompute
+from qlora.lora import Targets, adapters_off, add_lora, lora_experts, lora_layers, match_targets
+from qlora.lora.inject import match_experts
+from qlora.lora.mixture import expert_layers, expert_stacks, routers
+from qlora.model import load_base, open_source, supervised_loss, take_inventory
+from qlora.nf4 import NF4Experts
+from qlora.proof import verify
+from qlora.proof.expected import ExpectedWeights
+from qlora.proof.tensors import WrittenFolder, check_tensors
+from qlora.training import train
+from tests.layers.test_packed import random_documents
+from tests.moe import FAMILIES, copy_dequantized, make_moe
+from tests.reference.experts import adapt_experts
+from tests.tiny import make_base, run_config
+
+
+@pytest.fixture
+def base(family, tmp_path, seed):
+    return make_moe(tmp_path / "base", family, seed)
+
+
+def load(base, quantization="nf4"):
+    return load_base(str(base), quantization, compute_dtype="float32", device="cpu")[0]
+
+
+def adapted(model, generator, **settings):
+    """Add adapters with values drawn from the generator; return their factors by the names of layers and stacks."""
+    names = add_lora(model, rank=4, dtype=torch.float32, **settings)
+    assert not {*names} & routers(model)
+    layers = dict(lora_layers(model)) | dict(lora_experts(model))
+    for layer in layers.values():
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    return {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
+
+
+def gradients(model, factors, batch):
+    loss = supervised_loss(model, batch)
+    found = torch.autograd.grad(loss, [factor for pair in factors.values() for factor in pair])
+    return loss.item(), dict(zip(factors, zip(found[::2], found[1::2], strict=True), strict=True))
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert (one - other).norm() <= 2e-5 * other.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_is_in_4_bits_and_computes_what_transformers_does(family, base, generator):
+    model, plain = load(base), load(base, "none")
+    copy_dequantized(model, plain)
+    inventory, stacks = take_inventory(model), expert_stacks(plain)
+    assert stacks.keys() <= {*inventory.quantized}
+    assert sum(isinstance(module, NF4Experts) for module in model.modules()) == 2 * len([*expert_layers(model)])
+    matrices = sum(each.numel() for name, each in plain.named_parameters() if each.dim() > 1 and "embed" not in name)
+    in_4bit = inventory.quantized_share * inventory.num_parameters
+    others = plain.get_output_embeddings().weight.numel()
+    assert in_4bit >= 0.95 * (matrices - others)
+
+    documents = random_documents(generator, lengths=(17, 9))
+    state = generator.get_state()
+    trained = adapted(model, generator)
+    assert stacks.keys() <= trained.keys()
+    generator.set_state(state)
+    dense = adapted(plain, generator, expert_rank=0)
+    dense |= adapt_experts(plain, lora_experts(model))
+    expected_loss, expected = gradients(plain, dense, collate(documents))
+    loss, found = gradients(model, trained, collate(documents))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close(found, expected)
+
+    apply_recompute(model.train(), "full")
+    if family != "phimoe":  # which draws experts at random while it is trained
+        assert_close(gradients(model, trained, collate(documents))[1], expected)
+    if family not in ("phimoe", "gpt_oss"):  # whose own attention with sinks mixes documents
+        assert_close(gradients(model, trained, collate(documents, packed=True))[1], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_has_the_layout_of_the_files_and_is_verified(family, base, tmp_path, generator):
+    model = load_base(str(base), device="cpu")[0]  # in the dtype that is assumed for an adapter made elsewhere
+    adapted(model, generator)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    merge(tmp_path / "adapter", tmp_path / "out", dtype="float32", onto="dequantized")
+    source, files = open_source(tmp_path / "adapter"), BaseFiles.resolve(str(tmp_path / "out"))
+    expected = ExpectedWeights(source, source.base_files(), "dequantized", model.device)
+    assert check_tensors(expected, WrittenFolder(files, torch.float32)).problems == []
+    merged = load(tmp_path / "out", "none")
+    for name, layer in lora_experts(model):
+        stored = layer.stored()
+        for expert in range(layer.shape[0]):
+            delta = stored.delta(expert).T if layer.is_transposed else stored.delta(expert)
+            trained = delta.fold(layer.base.dequantize(expert, model.dtype).float())
+            assert torch.allclose(merged.get_parameter(name)[expert], trained, rtol=0, atol=1e-6)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {name: each.shape for name, each in after.items()} == {name: each.shape for name, each in before.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_the_same(family, base, tmp_path, generator):
+    peft = pytest.importorskip("peft")
+    model = load(base, "none")
+    adapted(model, generator, rank_pattern={"o_proj": 2, "experts.down_proj": 3}, alpha_pattern={"o_proj": 8})
+    save_adapter(model, tmp_path / "adapter", str(base))
+    ids = torch.randint(5, 250, (2, 24), generator=generator)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = plain(ids).logits
+        found = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(ids).logits
+        expected = model(ids).logits
+        again = load(base, "none")
+        wrap_adapter(again, read_adapter(tmp_path / "adapter"))
+        assert torch.equal(again(ids).logits, expected)
+    assert (found - expected).abs().max() < 1e-4 < (before - expected).abs().max() / 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alpaca_file, tmp_path):
+    settings = {"model__compute_dtype": "float32", "train__max_steps": 2, "train__save_every": 1}
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
+    train(config)
+    record = RunDirectory.open(tmp_path / "run").read_record()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for path in ("adapter", "checkpoints/step-000002"):
+        shutil.rmtree(tmp_path / "run" / path)
+    train(config)
+    adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole")]
+    assert all(torch.equal(adapters[0][name], each) for name, each in adapters[1].items())
+    merge(tmp_path / "run", tmp_path / "out", dtype="float32")
+    report = verify(tmp_path / "run", tmp_path / "out")
+    assert report.problems == []
+    assert report.mean_kl < 1e-6
+    assert verify(tmp_path / "run").matches
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    one, other = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3))
+    save_file(tensors | {one: tensors[other], other: tensors[one]}, path, metadata={"format": "pt"})
+    assert any(f"it contains {other}" in problem for problem in verify(tmp_path / "run", tmp_path / "out").problems)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_generation_dequantizes_the_experts_of_its_token_alone(family, base, monkeypatch):
+    model, asked = load(base), []
+    own = NF4Experts.dequantize
+
+    def dequantize(experts, expert, *rest):
+        asked.append(expert)
+        return own(experts, expert, *rest)
+
+    monkeypatch.setattr(NF4Experts, "dequantize", dequantize)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5]]))
+    assert len(asked) == 2 * 2 * model.config.num_hidden_layers  # two weights of two experts in each layer
+
+
+@pytest.mark.parametrize("family", ["olmoe"])
+def test_fresh_adapters_and_adapters_off_change_nothing(family, base, generator):
+    model, ids = load(base), torch.randint(5, 250, (2, 24), generator=generator)
+    with torch.no_grad():
+        before = model(ids).logits
+        add_lora(model, rank=8)
+        assert {layer.spec.rank for _, layer in lora_experts(model)} == {4}  # two experts for each token
+        assert len({layer.spec.scaling for _, layer in [*lora_experts(model), *lora_layers(model)]}) == 1
+        assert torch.equal(model(ids).logits, before)
+        for _, layer in lora_experts(model):
+            layer.lora_B.normal_(generator=generator)
+        assert not torch.equal(model(ids).logits, before)
+        with adapters_off(model):
+            assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe"])
+def test_what_experts_cannot_have_is_refused_and_targets_choose_them(family, base):
+    model = load(base)
+    for wrong in ({"kind": "dora"}, {"dropout": 0.1}):
+        with pytest.raises(ModelError, match=r"experts take plain LoRA:\n  lora\..* set lora\.expert_rank: 0"):
+            add_lora(model, **wrong)
+    assert not any("experts." in name for name in match_targets(model, "all-linear"))
+    assert match_experts(model, ["q_proj"]) == []
+    assert len(match_experts(model, "all-linear")) == 4
+    only = Targets(["q_proj", "experts.down_proj"], layers=[1])
+    assert match_experts(model, only) == ["model.layers.1.mlp.experts.down_proj"]
+    names = add_lora(model, targets=["experts.down_proj"], expert_rank=3)
+    assert names == [f"model.layers.{index}.mlp.experts.down_proj" for index in (0, 1)]
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_an_expert_without_tokens_and_a_second_backward_are_no_error(family, base, generator):
+    model = load(base)
+    trained = adapted(model, generator)
+    batch = collate(random_documents(generator, lengths=(2,)))
+    found = gradients(model, trained, batch)[1]
+    assert_close(gradients(model, trained, batch)[1], found)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    hit = found[name][1].flatten(1).any(1)
+    assert hit.any()
+    adapters = dict(lora_experts(model))
+    with torch.no_grad():
+        for stack, layer in adapters.items():
+            layer.lora_B.copy_(found[stack][1])
+    assert adapters[name].dead() == (~hit).nonzero().flatten().tolist()
+
+
+def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
+    sizes = {"num_local_experts": 4, "kv_channels": 16, "num_experts_per_tok": 2}
+    base = make_base(tmp_path / "base", seed, JetMoeConfig, **sizes)
+    with pytest.raises(ModelError, match=r"holds experts in JetMoeParallelExperts .* model\.allow_unquantized: true"):
+        load(base)
+    load(base, "none")
