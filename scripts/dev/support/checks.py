@@ -12,7 +12,7 @@ import qlora
 from qlora.checkpoint import RunDirectory
 from qlora.data import collate, make_example
 from qlora.errors import QLoRAError
-from qlora.lora import lora_layers, output_head
+from qlora.lora import lora_layers
 from qlora.model import keep_apart, supervised_loss, take_inventory
 from scripts.dev.support.sizes import tiny_config
 
@@ -134,7 +134,8 @@ def _check_adapters(base: Path, ids: torch.Tensor, found: dict[str, Any]) -> Non
     before = _logits(model, ids)
     qlora.add_lora(model, rank=4, alpha=8, dtype=torch.float32)
     found["step 0"] = (_logits(model, ids) - before).abs().max().item()
-    found["in 4 bits"], found["adapted"] = _shares(model)
+    inventory = take_inventory(model)
+    found["in 4 bits"], found["adapted"] = inventory.quantized_share, inventory.adapted_share
     generator = torch.Generator().manual_seed(0)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.02, generator=generator)
@@ -150,22 +151,6 @@ def _check_adapters(base: Path, ids: torch.Tensor, found: dict[str, Any]) -> Non
         together = supervised_loss(model.eval(), collate(documents, packed=True)).item()
         one_by_one = sum(supervised_loss(model, collate([document])).item() for document in documents)
     found["packed"] = abs(together - one_by_one) / abs(one_by_one)
-
-
-def _shares(model: Any) -> tuple[float, float]:
-    """Return the shares of the weights of products, without the head's, that are in 4 bits and that are adapted."""
-    head = output_head(model)
-    adapted = {id(layer.base): layer.in_features * layer.out_features for _, layer in lora_layers(model)}
-    every, in_4bit = 0, 0
-    for module in model.modules():
-        if isinstance(module, qlora.NF4Linear):
-            in_4bit += module.in_features * module.out_features
-            every += module.in_features * module.out_features
-        elif module is not head and not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            own = [(name, each) for name, each in module.named_parameters(recurse=False) if each.dim() >= 2]
-            every += sum(each.numel() for name, each in own if not name.startswith("lora_"))
-    every = max(every, 1)
-    return in_4bit / every, sum(adapted.values()) / every
 
 
 def _train(base: Path, folder: Path, found: dict[str, Any]) -> Path:
@@ -201,29 +186,34 @@ def _check_peft(
 ) -> None:
     """Compare the base and the run with transformers and PEFT, on weights that bitsandbytes quantized."""
     from peft import PeftModel
+    from transformers.pytorch_utils import Conv1D
 
     ours, _ = qlora.load_base(str(base), compute_dtype="float32")
     model = auto_class.from_pretrained(base, dtype=torch.float32).eval()
+    experts = dict(model.named_parameters())
     for name in take_inventory(ours).quantized:
-        _round_to_nf4(model.get_submodule(name))
+        if name in experts:  # a stack of weights, each with statistics of its own
+            experts[name].data = torch.stack([_rounded_to_nf4(weight) for weight in experts[name].data])
+            continue
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, Conv1D):
+            layer.weight.data = _rounded_to_nf4(layer.weight.data.T.contiguous()).T.contiguous()
+        else:
+            layer.weight.data = _rounded_to_nf4(layer.weight.data)
     found["base"] = _difference(_logits(ours, ids), _logits(model, ids))
     del ours
     found["PEFT"] = _difference(_logits(PeftModel.from_pretrained(model, run / "adapter"), ids), own)
 
 
-def _round_to_nf4(layer: Any) -> None:
-    """Quantize a layer's weight with bitsandbytes, and dequantize it again.
+def _rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """Quantize a weight with bitsandbytes, and dequantize it again.
 
-    The weight is passed as one row, because some widths are dequantized wrongly on processors with AVX-512.
+    It is passed as one row, because some widths are dequantized wrongly on processors with AVX-512.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    from transformers.pytorch_utils import Conv1D
 
-    is_transposed = isinstance(layer, Conv1D)
-    weight = layer.weight.data.T.contiguous() if is_transposed else layer.weight.data
     codes, state = quantize_4bit(weight.reshape(1, -1), compress_statistics=True, quant_type="nf4")
-    rounded = dequantize_4bit(codes, state).reshape(weight.shape)
-    layer.weight.data = rounded.T.contiguous() if is_transposed else rounded
+    return dequantize_4bit(codes, state).reshape(weight.shape)
 
 
 BOUNDS: dict[str, Callable[[Any], bool]] = {
