@@ -20,7 +20,8 @@ python -m scripts.dev.support llama qwen3  # these rows
 
 {versions}. {counts}
 
-A tiny random model shows whether the code is right for an architecture, not how well its models learn.
+A tiny random model shows whether the code is right for an architecture, not how well its models learn. An architecture
+without a row has not been checked yet.
 """
 ABOUT = {
     TRAINED: f"""- **in 4 bits**, **adapted**: shares of the weights of linear layers and experts, without the output
