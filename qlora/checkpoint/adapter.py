@@ -48,6 +48,7 @@ from qlora.lora import (
     lora_experts,
     lora_layers,
     output_head,
+    reads_images,
     scores_documents,
     text_part,
     wrap_experts,
@@ -89,7 +90,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
-        "task_type": SCORER_TASK if scores_documents(model) else "CAUSAL_LM",
+        "task_type": _task(model),
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
@@ -111,6 +112,13 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
         tensors |= {name: value.detach().cpu().contiguous() for name, value in values if value is not None}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _task(model: nn.Module) -> str | None:
+    """Return PEFT's name of what a model is for; it has none for images."""
+    if reads_images(model):
+        return None
+    return SCORER_TASK if scores_documents(model) else "CAUSAL_LM"
 
 
 def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -30,7 +30,7 @@ def linear_cross_entropy(
         weight: (vocabulary, features), the head's weight; or consecutive blocks of its rows, of which some are trained.
         labels: (rows,), int64; every label is a token id.
         bias: (vocabulary,), the head's bias.
-        logit_scale: Factor on the logits (Cohere, Granite).
+        logit_scale: Factor on the logits (Cohere, Falcon H1, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
         row_weights: (rows,), fp32; with None, every row has weight 1.
         norm: Norm applied to each row of `hidden` first. Its gradient is computed here too, so its output is not saved.

@@ -20,7 +20,7 @@ def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | 
 
     Args:
         logits: Products of hidden states and head.
-        logit_scale: Factor on the logits (Cohere, Granite).
+        logit_scale: Factor on the logits (Cohere, Falcon H1, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
     """
     if logit_scale != 1.0:

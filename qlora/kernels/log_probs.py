@@ -30,7 +30,7 @@ def linear_log_probs(
             summed in fp32; frozen ones get none.
         labels: (rows,), int64; every label is a token id.
         bias: (vocabulary,), the head's bias.
-        logit_scale: Factor on the logits (Cohere, Granite).
+        logit_scale: Factor on the logits (Cohere, Falcon H1, Granite).
         softcap: Logits become softcap · tanh(logits / softcap) (Gemma 2).
         norm: Norm applied to each row of `hidden` first; its output is not saved.
         chunk_elements: Logits held at a time; default: :func:`qlora.kernels.head.default_chunk` of the device.

@@ -31,11 +31,13 @@ from qlora.model import (
     expert_specs,
     load_tokenizer,
     read_config,
+    unpackable_reason,
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names, settings_of_base
 from qlora.model.shares import check_share
+from qlora.model.skeleton import of_images
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -55,6 +57,7 @@ class Footprint:
         held: For each level, the fastest first, the memory at each moment that may be the peak.
         layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
+        unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
         vocabulary: Number of rows of the head, whose logits are computed in chunks; None for a head of scores.
         positions: Number of positions that the model supports; None if its config does not say.
     """
@@ -66,6 +69,7 @@ class Footprint:
     held: dict[str, list[Held]]
     layers_dequantized: list[int]
     rows_attend: bool
+    unpacked_why: str | None
     vocabulary: int | None
     positions: int | None
 
@@ -122,7 +126,7 @@ def take_footprint(
         if spec.trains(name)
     ]
     trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
-    all_rows = {rows.weight for _, rows in trained_rows(model)}
+    all_rows = {parameter for _, rows in trained_rows(model) for parameter in rows.trained}
     if loss.has_reference:
         weights += sum(each.nbytes for each in all_rows)
     flat = FlatParameters(("", each) for each in [*trained, *all_rows])
@@ -148,6 +152,7 @@ def take_footprint(
         held=held,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
+        unpacked_why=unpackable_reason(model) if config.data.packs else None,
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
         positions=num_positions(files.config)
         or getattr(model.config.get_text_config(), "max_position_embeddings", None),
@@ -156,7 +161,7 @@ def take_footprint(
 
 def _check_task(files: BaseFiles, loss: Loss) -> None:
     """Check that a base is a causal language model; the weights of others lack its head."""
-    if loss.head is not None and stored_head(files.config) is not None:
+    if loss.head is not None and (stored_head(files.config) is not None or of_images(files.config)):
         return
     for name in files.config.get("architectures") or []:
         _, is_named, task = name.rpartition("For")

@@ -15,24 +15,28 @@ class MemoryReport:
         device: Device of the run.
         compute_dtype: Compute dtype.
         micro_batch_size: Number of sequences per micro-batch.
-        max_seq_len: Largest number of tokens per sequence.
+        max_seq_len: Largest number of tokens per sequence; 1 for images.
+        of_images: Whether the sequences are images.
         free_bytes: Bytes that the run may take.
         margin: Share of these bytes that stays free.
         levels: For each level of recomputation, the fastest first: `bytes` by kind, `total`, whether it `fits`, the
             `largest_micro_batch`, the `longest_context` and the number of `weight_cache_layers`.
         level: The level to use; None if the run does not fit.
         why: Reason for the level, or why no level fits.
+        unpacked_why: Why documents would not be packed, as far as the architecture tells; None if it does not.
     """
 
     device: str
     compute_dtype: str
     micro_batch_size: int
     max_seq_len: int
+    of_images: bool
     free_bytes: int
     margin: float
     levels: dict[str, dict[str, Any]]
     level: str | None
     why: str
+    unpacked_why: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -77,9 +81,11 @@ def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> Mem
         compute_dtype=str(estimate.dtype).removeprefix("torch."),
         micro_batch_size=estimate.micro_batch_size,
         max_seq_len=estimate.max_seq_len,
+        of_images=estimate.of_images,
         free_bytes=free_bytes,
         margin=MARGIN,
         levels=levels,
         level=chosen,
         why=why,
+        unpacked_why=estimate.footprint.unpacked_why,
     )

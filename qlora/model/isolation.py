@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import use_document_attention, use_document_states
 from qlora.layers.attention import set_text_attention
+from qlora.layers.states import state_layers
 from qlora.lora import text_model
 from qlora.model.embeddings import changed_embeddings
 from qlora.model.loss import model_inputs, supervised_loss
@@ -35,6 +37,19 @@ class Isolation:
     attention: str
     states: str | None
     mixed_reason: str | None
+
+
+def unpackable_reason(model: Any) -> str | None:
+    """Return why an architecture can't keep packed documents apart, as far as that shows without weights.
+
+    Args:
+        model: A model, or its skeleton.
+    """
+    parameters = signature(type(model.base_model).forward).parameters
+    takes_anything = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    if "position_ids" in parameters or takes_anything or state_layers(model):
+        return None
+    return f"{type(model).__name__} takes no positions, so a document can't begin in the middle of a sequence"
 
 
 def keep_apart(

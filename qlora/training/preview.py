@@ -8,13 +8,32 @@ from typing import Any
 import numpy as np
 
 from qlora.config import ModelSection, RunConfig, metric_name
-from qlora.data import LABEL, BatchPlan, DataReport, Datasets, ExampleSet, Labels, Piece, TokenizedExample, pieces
+from qlora.data import (
+    LABEL,
+    BatchPlan,
+    DataReport,
+    Datasets,
+    ExampleSet,
+    ImageProcessor,
+    Labels,
+    Piece,
+    TokenizedExample,
+    as_data_uri,
+    pieces,
+)
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
-from qlora.errors import ConfigError
-from qlora.files import find_tokenizer
+from qlora.errors import ConfigError, ModelError
+from qlora.files import BaseFiles, find_tokenizer
 from qlora.files.json_files import parse_object
 from qlora.files.rope import num_positions
-from qlora.model import datasets_from_section, labels_from_config, load_tokenizer, set_tokens
+from qlora.model import (
+    build_skeleton,
+    datasets_from_section,
+    labels_from_config,
+    load_processor,
+    set_tokens,
+    unpackable_reason,
+)
 from qlora.model.answer_metrics import METRICS, load_metric
 from qlora.objectives import objective_for_data, objective_from_section
 from qlora.training.best import check_metric, loss_metrics
@@ -36,6 +55,7 @@ class Sample:
         pieces: Its text.
         counts_as: What it is learned as: `chosen` or `rejected` of a pair, rated `good` or `bad`, or the name of its
             label; None for other examples.
+        image: The image as a data URI; None for a text.
     """
 
     number: int
@@ -43,6 +63,7 @@ class Sample:
     num_supervised: int
     pieces: list[Piece]
     counts_as: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -83,7 +104,9 @@ class Preview:
 
     @property
     def unit(self) -> str:
-        """Name of what rows become: examples, pairs or rated answers."""
+        """Name of what rows become: examples, images, pairs or rated answers."""
+        if any(report.format == "images" for report in self.reports):
+            return "images"
         if self.group_size == 1:
             return "examples"
         return "rated answers" if any(report.format == "kto" for report in self.reports) else "pairs"
@@ -122,7 +145,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     section = config.train
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_processor(folder, model.trust_remote_code)
     new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     labels = labels_from_config(config)
@@ -136,9 +159,15 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     positions, longest = _num_positions(folder, model), int(lengths.max())
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
+    unpacked_why = _unpacked_why(config, folder)
+    if unpacked_why is not None and data.packing is True:
+        problems.append(f"data.packing: true, but {unpacked_why}.")
+    elif unpacked_why is not None:
+        datasets.reports[0].notes.append(f"documents are not packed, because {unpacked_why}")
+    packed = data.packs and unpacked_why is None
     batches = BatchPlan(
         lengths, section.micro_batch_size, section.gradient_accumulation_steps,
-        data.max_seq_len if data.packs else None, group_size=datasets.train.group_size,
+        data.max_seq_len if packed else None, group_size=datasets.train.group_size,
     )  # fmt: skip
     return Preview(
         reports=datasets.all_reports,
@@ -146,8 +175,8 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         eval_examples=len(datasets.eval),
         held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
-        max_seq_len=data.max_seq_len,
-        packing_fill=batches.fill if data.packs else None,
+        max_seq_len=data.max_tokens,
+        packing_fill=batches.fill if packed else None,
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch),
@@ -175,6 +204,18 @@ def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) 
     return []
 
 
+def _unpacked_why(config: RunConfig, folder: Path) -> str | None:
+    """Return why documents would not be packed, as far as the base's config tells; training finds the other reasons."""
+    model = config.model
+    if not config.data.packs or not (folder / "config.json").is_file():
+        return None
+    try:
+        files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code, with_weights=False)
+        return unpackable_reason(build_skeleton(files, model.trust_remote_code))
+    except ModelError:  # a preview is about the data; training says what is wrong with the base
+        return None
+
+
 def _num_positions(folder: Path, section: ModelSection) -> int | None:
     """Return the number of positions of a base; None if its config does not say."""
     try:
@@ -192,8 +233,9 @@ def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | 
     chosen = np.unique(np.linspace(0, num_groups - 1, min(count, num_groups)).astype(int)).tolist()
     return [
         Sample(
-            number, len(example), example.num_supervised, pieces(tokenizer, example),
-            _counts_as(example, number % size if size > 1 else None, labels),
+            number, len(example), example.num_supervised,
+            [] if isinstance(tokenizer, ImageProcessor) else pieces(tokenizer, example),
+            _counts_as(example, number % size if size > 1 else None, labels), as_data_uri(example),
         )
         for group in chosen
         for number in range(group * size, (group + 1) * size)

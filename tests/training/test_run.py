@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import BloomConfig, FalconH1Config
+from transformers import BloomConfig, FalconH1Config, XGLMConfig
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
@@ -23,6 +23,7 @@ from qlora.objectives import SFT
 from qlora.proof import verify
 from qlora.training import plan_run, session, train
 from qlora.training.metrics import MetricsLog
+from qlora.training.preview import preview
 from tests.tiny import make_base, run_config, write_jsonl
 
 STEP_KEYS = {
@@ -616,20 +617,28 @@ FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_st
 FALCON["initializer_range"] = 0.5  # logits large enough that a factor shows
 
 
-def test_a_run_that_can_not_have_the_right_loss_is_refused(alpaca_file, tmp_path, seed):
-    """FalconH1 multiplies its logits by a key of its own."""
+def test_a_run_that_can_not_have_the_right_loss_is_refused(tiny_base, alpaca_file, tmp_path, monkeypatch):
+    """The architecture computes its logits by another formula than its config tells."""
+    monkeypatch.setattr("qlora.model.loss.logit_transform", lambda _config: (0.25, None))
+    with pytest.raises(ModelError, match="LlamaForCausalLM computes its logits"):
+        train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", train__max_steps=1)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_whose_weight_is_read_are_left_and_named(alpaca_file, tmp_path, seed):
+    """Falcon H1 has a state and attention in every layer, and multiplies its logits by a key of its own."""
     base = make_base(tmp_path / "base", seed, FalconH1Config, lm_head_multiplier=0.25, **FALCON)
-    settings = {"model__quantization": "none", "lora__targets": ["q_proj"], "train__max_steps": 1}
-    with pytest.raises(ModelError, match="FalconH1ForCausalLM computes its logits"):
-        train(load_config(run_config(base, alpaca_file, tmp_path / "run", **settings)))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_base_that_uses_a_layers_weight_in_training_alone_is_refused(alpaca_file, tmp_path, seed):
-    base = make_base(tmp_path / "base", seed, FalconH1Config, lm_head_multiplier=1.0, **FALCON)
-    with pytest.raises(ModelError, match="FalconH1ForCausalLM can't be run"):
-        train(load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1)))
-    assert not (tmp_path / "run").exists()
+    path = run_config(base, alpaca_file, tmp_path / "run", train__max_steps=1, model__compute_dtype="float32")
+    with pytest.raises(ModelError, match="'out_proj' is model.layers.0.mamba.out_proj, whose weight"):
+        plan_run(load_config(path, ["lora.targets=[out_proj]"]))
+    assert "their weights: 2 × out_proj" in plan_run(load_config(path)).summary()
+    train(load_config(path))
+    values = record(tmp_path / "run")
+    left = [f"model.layers.{layer}.mamba.out_proj" for layer in (0, 1)]
+    assert values["parameters"]["read_directly"] == left
+    assert not {*left} & {*values["parameters"]["adapted"], *values["parameters"]["quantized"]}
+    assert "FalconH1Mixer a document at a time" in values["in_use"]["states"]
+    assert values["in_use"]["packing_fill"] > 0.5
 
 
 def test_a_run_whose_every_step_overflows_is_not_finished(tiny_base, alpaca_file, tmp_path, monkeypatch):
@@ -707,26 +716,38 @@ def test_packed_or_not_an_epoch_is_the_same_tokens(tiny_base, alpaca_file, tmp_p
     assert lines[0]["eval_supervised_tokens"] == lines[1]["eval_supervised_tokens"]
 
 
-@pytest.mark.parametrize("text", ["aaaaaaaa", "abcddcba"])
-def test_a_base_that_mixes_packed_documents_is_not_packed(text, tmp_path, seed):
-    """A palindrome must not hide it. The run says so, records it, and is continued without packing."""
-    base = make_base(tmp_path / "base", seed, BloomConfig, n_layer=2, n_head=4)
+XGLM = {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+MIXING = "XGLMForCausalLM lets documents packed into one sequence change each other"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "sizes", "text", "reason"),
+    [
+        (XGLMConfig, XGLM, "aaaaaaaa", MIXING),
+        (XGLMConfig, XGLM, "abcddcba", MIXING),  # a palindrome must not hide it
+        (BloomConfig, {"n_layer": 2, "n_head": 4}, "aaaaaaaa", "BloomForCausalLM takes no positions"),
+    ],
+)
+def test_a_base_that_mixes_packed_documents_is_not_packed(config_class, sizes, text, reason, tmp_path, seed):
+    """The run says so, records it, and is continued without packing. To insist on packing is an error."""
+    base = make_base(tmp_path / "base", seed, config_class, **sizes)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text}] * 4)
     settings = {"data__eval": None, "train__max_steps": 2, "train__save_every": 1}
-    config = run_config(base, data, tmp_path / "run", **settings)
-    with pytest.raises(
-        ModelError, match=r"BloomForCausalLM lets documents .* set data\.packing: auto, which then does"
-    ):
-        train(load_config(config, ["data.packing=true"]))
+    path = run_config(base, data, tmp_path / "run", **settings)
+    with pytest.raises(ModelError, match=rf"{reason}.* set data\.packing: auto, which then does"):
+        train(load_config(path, ["data.packing=true"]))
     assert not (tmp_path / "run").exists()
     for stop_at in (1, None):
-        result = train(load_config(config), stop_at=stop_at)
+        result = train(load_config(path), stop_at=stop_at)
         values = record(tmp_path / "run")
-        assert values["in_use"]["unpacked_why"].startswith("BloomForCausalLM lets documents packed into one sequence")
+        assert values["in_use"]["unpacked_why"].startswith(reason)
         assert values["in_use"]["packing_fill"] is None
-        assert any("documents are not packed" in note for note in values["data"][0]["notes"])
+        assert any(f"not packed, because {reason}" in note for note in values["data"][0]["notes"])
     plain = train(load_config(run_config(base, data, tmp_path / "plain", data__packing=False, **settings)))
     assert result.losses == plain.losses
+    previewed = preview(load_config(path))
+    assert (previewed.packing_fill is None) == (config_class is BloomConfig)  # the other shows only with weights
+    assert any("not packed" in note for note in previewed.reports[0].notes) == (config_class is BloomConfig)
 
 
 def test_several_sources_are_trained_on_by_their_weights(tiny_base, alpaca_file, tmp_path):
