@@ -305,14 +305,11 @@ def _load_checked(
     ids = first.input_ids[span]
     example = make_example(ids, [True] * len(ids), first.values)
     _check_outputs(model, example)
-<<<<<<< HEAD
-    check_causal(model, example)
-=======
     other = example
     if not reads_images(model):
+        check_causal(model, example)
         other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
         other = make_example(other_ids, [True] * len(ids), first.values)
->>>>>>> main
     isolation = keep_apart(
         model, example, other, packed=packed,
         any_attention=config.model.attention == "auto" and not reads_images(model),
