@@ -185,6 +185,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, skeleton)
         if reads_images(skeleton):
             head = None if head is None else replace(head, of_images=True)
         else:
@@ -202,8 +204,6 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
         )
-        if run is not None and run.record.is_file():
-            check_experts_as_trained(run, model)
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
