@@ -21,6 +21,7 @@ from qlora.model import (
     adapter_specs,
     base_files,
     build_skeleton,
+    check_base,
     check_loss,
     datasets_from_section,
     keep_apart,
@@ -159,10 +160,13 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         files = base_files(model_section)
         weight_format(files, model_section.quantization)
         read_config(files, model_section.trust_remote_code)
+        # The data before the weights, so that errors in them are reported before tens of gigabytes are loaded; and what
+        # config.json tells before the data.
+        skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
+        check_base(model_section, files, skeleton, processes.device)
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
         unpacked_why = None if checkpoint is None else read_origin(checkpoint)["in_use"].get("unpacked_why")
-        # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
@@ -182,8 +186,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         )
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
-        skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         if head is not None:
+            skeleton = build_skeleton(files, model_section.trust_remote_code, head)
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
         _check_fit(skeleton, files, new_ids, [datasets.train, *([old.train] if old else ())])
@@ -191,7 +195,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         adapter_specs(skeleton, config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         if config.data.packs and unpacked_why is None:
-            unpacked_why = unpackable_reason(skeleton)
+            unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
             _check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
@@ -203,14 +207,16 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
             datasets.reports[0].notes.append(f"documents are not packed, because {unpacked_why}")
-    # Before memory is fitted, because that exchanges a number between processes for every level.
+    # Before memory is fitted, because that exchanges a number between processes for every level. Each process has tried
+    # its own kernels, and batches depend on what came out.
     check_same(
         processes,
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
         | {
             f"examples of {Path(report.source).name} (source {number})": report.digest[:12]
             for number, report in enumerate(datasets.all_reports, 1)
-        },
+        }
+        | {"documents are packed": packed, "attention": isolation.attention, "states": isolation.states},
     )
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
@@ -249,7 +255,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         packing_fill=round(batches.fill, 4) if packed else None,
         learning_rate=section.peak,
         learning_rate_why=why,
+        attention_why=isolation.attention_why,
         states=isolation.states,
+        states_why=isolation.states_why,
         unpacked_why=unpacked_why,
     )
     return Assembly(
