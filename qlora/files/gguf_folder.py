@@ -79,8 +79,8 @@ def _write(path: Path, folder: Path) -> None:
     architecture = fields.get("general.architecture")
     try:
         parsed = load_gguf_checkpoint(str(path))["config"]
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # a file can make the conversion raise anything
         raise ModelError(
             f"{path}: transformers can't read this GGUF file of {architecture}: {error}. Use the same model in 16-bit "

@@ -13,12 +13,14 @@ from qlora.model.from_config import (
     base_files,
     base_from_section,
     check_base,
+    check_documents,
     datasets_from_section,
     expert_specs,
     flat_parameters,
     group_rates,
     optimizer_from_section,
     set_tokens,
+    with_images,
 )
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
@@ -27,6 +29,7 @@ from qlora.model.isolation import Isolation, choose_ways, keep_apart, mixed_reas
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
+from qlora.model.processor import load_processor
 from qlora.model.restore import (
     find_foreign,
     load_adapted,
@@ -62,6 +65,7 @@ __all__ = [
     "base_from_section",
     "build_skeleton",
     "check_base",
+    "check_documents",
     "check_loss",
     "choose_ways",
     "datasets_from_section",
@@ -84,6 +88,7 @@ __all__ = [
     "load_adapter_tokenizer",
     "load_model",
     "load_model_tokenizer",
+    "load_processor",
     "open_source",
     "load_run",
     "load_run_tokenizer",
@@ -103,5 +108,6 @@ __all__ = [
     "token_loss",
     "unpackable_reason",
     "weight_format",
+    "with_images",
     "write_labels",
 ]

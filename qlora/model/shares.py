@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qlora.errors import ModelError
 from qlora.layers.experts import check_experts
-from qlora.lora import LoraExperts, LoraLinear, output_head, text_part
+from qlora.lora import LoraExperts, LoraLinear, embedding_and_head, text_part
 from qlora.lora.mixture import expert_stacks
 from qlora.model.quantization import quantized_names
 from qlora.nf4 import NF4Experts, NF4Linear
@@ -31,9 +31,7 @@ def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
         Name of the module, or of the parameter if it is not called `weight`; number of elements; and what the weight is
         called in messages.
     """
-    head, embeddings = output_head(model), model.get_input_embeddings()
-    left_out = tuple(f"{name}." for name, module in model.named_modules() if module is head or module is embeddings)
-    text = text_part(model)
+    left_out, text = tuple(f"{name}." for name in embedding_and_head(model)), text_part(model)
     for full_name, module in model.named_modules():
         name = full_name.removesuffix(".base")
         if text is not None and text.is_outside(name):
