@@ -171,6 +171,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         # config.json tells before the data.
         skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
         check_base(model_section, files, skeleton, processes.device)
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, skeleton)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
@@ -190,8 +192,6 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         head = objective.loss.head
         if head is not None:
             skeleton = build_skeleton(files, model_section.trust_remote_code, head)
-        if run is not None and run.record.is_file():
-            check_experts_as_trained(run, skeleton)
         if reads_images(skeleton):
             head = None if head is None else replace(head, of_images=True)
         else:
