@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice
+from os import stat_result
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ def key_of(source: Source, identity: list[Any], options: EncodeOptions) -> str:
     content: Any
     if source.format == "images" and paths:
         # Images are many and large, so they count by size and time.
-        content = [(str(path), size, time) for path, size, time in _image_stamps(source)]
+        content = [*_image_stamps(source)]
         content += [] if labelled_images(source) else [(str(path.absolute()), _hash_file(path)) for path in paths]
     elif paths and source.max_rows is None:
         content = [(str(path.absolute()), _hash_file(path)) for path in paths]
     elif paths:  # hashing a large file may take much longer than reading its first rows
         stats = [(path.absolute(), path.stat()) for path in paths]
-        content = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+        content = [_stamp(path, stat) for path, stat in stats]
     else:
         content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
     parts = [
@@ -59,16 +60,20 @@ def stamps_of(source: Source) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in find_files(source))]
 
 
-def _image_stamps(source: Source) -> Iterator[tuple[Path, int, int]]:
-    """Yield path, size and modification time of each image that a source's rows name, as far as there is one."""
+def _stamp(path: Path, stat: stat_result) -> tuple[str, int, int, int]:
+    # A copy may keep the time of modification, but not that of the change.
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _image_stamps(source: Source) -> Iterator[tuple[str, int, int, int]]:
+    """Yield path, size and times of each image that a source's rows name, as far as there is one."""
     reader = RowReader(source.format, source.columns, source.roles, source.folder)
     rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
     for row in islice(read_rows(source, rule), source.max_rows):
         try:
             example = reader.read(row) if isinstance(row, Row) else None
             if isinstance(example, LabelledImage) and isinstance(example.image, Path):
-                stat = example.image.stat()
-                yield example.image, stat.st_size, stat.st_mtime_ns
+                yield _stamp(example.image, example.image.stat())
         except (DataError, OSError, ValueError):  # reported with the rows that are read
             continue
 
