@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora.data.encode import Encoded
+from qlora.data.encode import Encoded, ExampleEncoder
 from qlora.data.examples import Example, LabelledImage
 from qlora.data.labels import LABEL, Labels
 from qlora.data.store import Column
@@ -28,6 +28,8 @@ TOLERANCE = 1e-6
 # Width and height of the images that a processor is tried on.
 TRIED = ((96, 64), (64, 96))
 NUM_THREADS = 4
+# Bytes of pixels that are prepared at a time.
+BATCH_BYTES = 64 << 20
 # An image is a document of this one token, which no model is given; its number of tokens is the number of images.
 PLACEHOLDER = 0
 
@@ -215,11 +217,14 @@ class ImageEncoder:
     Attributes:
         labels: The labels.
         template: What the report says in place of a chat template.
+        batch_rows: Largest number of rows to encode at a time.
     """
 
     def __init__(self, processor: ImageProcessor, labels: Labels | None) -> None:
         self.processor, self.labels = processor, labels
         self.template = "none, as images have no text"
+        size = int(np.prod(processor.shape)) * processor.dtype.itemsize
+        self.batch_rows = max(NUM_THREADS, min(ExampleEncoder.batch_rows, BATCH_BYTES // size))
         self._executor = ThreadPoolExecutor(max_workers=NUM_THREADS)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
