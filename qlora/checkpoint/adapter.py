@@ -277,9 +277,10 @@ def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
     """Return the last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
-    linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
+    # PEFT compares them with every module: CTRL's linears are named 0 and 2, as its layers are.
+    names = {name.removesuffix(".base") for name, _ in model.named_modules()}
     text = text_part(model)
     if text is not None:  # PEFT selects modules of the whole model
-        linears += [name for names in text.others.values() for name in names]
-    selected = {name for name in linears if name.rpartition(".")[2] in parts}
+        names |= {name for others in text.others.values() for name in others}
+    selected = {name for name in names if name.rpartition(".")[2] in parts}
     return parts if selected == set(adapted) else sorted(adapted)

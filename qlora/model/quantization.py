@@ -118,6 +118,14 @@ def settings_of_base(
     return nf4_settings(double_quant, compute_dtype, layers_in_16bit(skeleton, keep_16bit))
 
 
+def with_linears(skeleton: Any) -> Any:
+    """Replace GPT-2's `Conv1D` layers of a skeleton by linear layers, which they are in a quantized model."""
+    for name in transposed_modules(skeleton):
+        layer = skeleton.get_submodule(name)
+        skeleton.set_submodule(name, nn.Linear(layer.nx, layer.nf, device="meta"))
+    return skeleton
+
+
 def quantized_names(skeleton: Any, settings: Any) -> list[str]:
     """Return the names of the layers that transformers quantizes, or has quantized, in the model's order.
 

@@ -35,7 +35,8 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
-from qlora.model.names import transposed_modules
+from qlora.model.isolation import check_causal
+from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
@@ -192,8 +193,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
                 head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
             _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
         # Before anything is loaded, names that match nothing are reported.
-        if not transposed_modules(skeleton):  # GPT-2's layers become linear ones when they are loaded
-            adapter_specs(skeleton, config.lora)
+        adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         if config.data.packs and unpacked_why is None:
             unpacked_why = unpackable_reason(skeleton)
@@ -307,6 +307,7 @@ def _load_checked(
     _check_outputs(model, example)
     other = example
     if not reads_images(model):
+        check_causal(model, example)
         other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
         other = make_example(other_ids, [True] * len(ids), first.values)
     isolation = keep_apart(
