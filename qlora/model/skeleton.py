@@ -44,6 +44,8 @@ def build_skeleton(
 
     weight_format(files)
     config = read_config(files, trust_remote_code)
+    if head is None:
+        _check_kind(files, config)
     try:
         if head is not None:
             if of_images(files.config):
@@ -131,13 +133,23 @@ def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value can make an architecture raise anything
         raise _unbuildable(files, error, trust_remote_code) from error
-    kind = None if of_images(files.config) else unsupported_kind(config)
+    if not of_images(files.config):
+        _check_kind(files, config)
+    return config if files.rope_scaling is None else _extended(files, config)
+
+
+def _check_kind(files: BaseFiles, config: Any) -> None:
+    """Check that a config is that of a decoder-only model.
+
+    Raises:
+        ModelError: It is not.
+    """
+    kind = unsupported_kind(config)
     if kind is not None:
         raise ModelError(
             f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "
             "to one, such as Llama, Mistral, Qwen or Gemma."
         )
-    return config if files.rope_scaling is None else _extended(files, config)
 
 
 def _unbuildable(files: BaseFiles, error: Exception, trust_remote_code: bool) -> ModelError:
