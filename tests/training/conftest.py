@@ -9,9 +9,22 @@ import pytest
 from qlora.config import load_config
 from qlora.training import train
 from qlora.training.metrics import MetricsLog
+from tests.moe import make_moe
 from tests.tiny import run_config
 
 SETTINGS = {"lora__dropout": 0.1, "train__eval_every": 2, "train__save_every": 100}
+
+
+@pytest.fixture(scope="session")
+def moe_base(tmp_path_factory):
+    """A tiny base with experts."""
+    return make_moe(tmp_path_factory.mktemp("moe") / "base", "mixtral", seed=0)
+
+
+@pytest.fixture(params=["tiny_base", "moe_base"], ids=["dense", "experts"])
+def any_base(request):
+    """A base without experts, and one with them."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -117,9 +117,9 @@ def test_a_steps_gradient_is_that_of_its_whole_window_as_one_batch(capacity, tin
 
 @CAPACITIES
 @pytest.mark.parametrize("count", [16, 15], ids=["even", "a short last window"])
-def test_four_micro_batches_of_one_are_one_of_four(count, capacity, tiny_base, generator):
+def test_four_micro_batches_of_one_are_one_of_four(count, capacity, any_base, generator):
     examples = random_examples(generator, count)
-    one, other = (Trainer(tiny_base, examples, micro, 4 // micro, capacity=capacity).run(4) for micro in (1, 4))
+    one, other = (Trainer(any_base, examples, micro, 4 // micro, capacity=capacity).run(4) for micro in (1, 4))
     assert one.losses == pytest.approx(other.losses, rel=1e-4)
     for grad, expected in zip(one.grads, other.grads, strict=True):
         assert (grad - expected).norm() < 1e-3 * expected.norm()
@@ -229,13 +229,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(value, tiny_b
 
 
 @CAPACITIES
-def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, generator):
+def test_processes_share_a_window_and_add_up_its_gradient(capacity, any_base, generator):
     """Two processes in turn, each given the sum of both gradients, as by an all-reduce."""
     examples = random_examples(generator, 24)
-    single = Trainer(tiny_base, examples, micro=1, accumulation=4, capacity=capacity)
+    single = Trainer(any_base, examples, micro=1, accumulation=4, capacity=capacity)
     single.loss = counting(SUPERVISED)
     single.run(1)
-    ranks = [Trainer(tiny_base, examples) for _ in range(2)]
+    ranks = [Trainer(any_base, examples) for _ in range(2)]
     local = []
     for collect in (True, False):
         for rank, trainer in enumerate(ranks):
@@ -249,7 +249,7 @@ def test_processes_share_a_window_and_add_up_its_gradient(capacity, tiny_base, g
             processes = Processes(rank, 2)
             processes.sum = reduce
             if collect:
-                trainer = Trainer(tiny_base, examples)
+                trainer = Trainer(any_base, examples)
                 trainer.plan = BatchPlan(lengths_of(examples), 1, 2, capacity, rank=rank, world_size=2)
             trainer.loss = counting(SUPERVISED)
             trainer.run(1, processes=processes)

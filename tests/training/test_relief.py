@@ -78,11 +78,11 @@ def test_recomputation_rises_and_results_have_the_same_bits(tiny_base, examples)
 
 
 @pytest.mark.parametrize("capacity", [None, 80], ids=["apart", "packed"])
-def test_micro_batches_are_halved_at_the_same_gradient(capacity, tiny_base, examples):
+def test_micro_batches_are_halved_at_the_same_gradient(capacity, any_base, examples):
     settings = {"capacity": capacity, "compute_dtype": "float32"}
-    free = prepare(tiny_base, examples, **settings)
+    free = prepare(any_base, examples, **settings)
     needed = max(step_bytes(free) for _ in range(STEPS))
-    trainer = prepare(tiny_base, examples, **settings)
+    trainer = prepare(any_base, examples, **settings)
     relief, changes = run_limited(trainer, int(0.7 * needed), may_raise=False)
     assert relief.level == "none"
     assert trainer.progress.num_parts in (2, 4)
