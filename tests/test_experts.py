@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,12 @@ from qlora.lora.inject import match_experts
 from qlora.lora.mixture import expert_layers, expert_stacks, experts_per_token, routers, undeclared_experts
 from qlora.lora.spec import AdapterSpec
 from qlora.model import build_skeleton, load_base, open_source, supervised_loss, take_inventory
+from qlora.model.from_config import adapter_spec
 from qlora.model.run_adapter import check_experts_as_trained, read_run_adapter
 from qlora.nf4 import NF4Experts
 from qlora.proof import verify
 from qlora.proof.clients import check_clients
-from qlora.proof.expected import ExpectedWeights
+from qlora.proof.expected import ExpectedWeights, _scaling_of_experts
 from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
 from tests.layers.test_packed import random_documents
@@ -295,6 +297,19 @@ def test_the_rank_and_alpha_of_experts_follow_patterns_as_those_of_linear_layers
     assert {name: own.scaling for name, own in specs.items()} == pytest.approx(
         {name: own.scaling for name, own in dense.items()}
     )
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_verify_scales_experts_as_training_does(rslora, tmp_path):
+    patterns = {"lora__rank_pattern": {"1.experts.*": 8}, "lora__alpha_pattern": {"experts.down_proj": 6.0}}
+    path = run_config("none", "none.jsonl", tmp_path / "run", lora__rslora=rslora, **patterns)
+    stacks = [f"{index}.experts.{part}" for index in (0, 1) for part in ("gate_up_proj", "down_proj")]
+    specs = specs_with_rank(adapter_spec(load_config(path).lora), stacks, 2)
+    run, factors = SimpleNamespace(config=path), {name: torch.zeros(3, own.rank, 8) for name, own in specs.items()}
+    adapter = SimpleNamespace(experts={name: SimpleNamespace(A=A) for name, A in factors.items()})
+    found = _scaling_of_experts(SimpleNamespace(run=run), adapter, None)
+    assert {name: found(name) for name in stacks} == pytest.approx({name: own.scaling for name, own in specs.items()})
+    assert len({own.scaling for own in specs.values()}) == 4
 
 
 @pytest.mark.parametrize("family", ["phimoe"])
