@@ -173,6 +173,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         if reads_images(skeleton):
             check_image_size(files, skeleton, tokenizer)
         check_base(model_section, files, skeleton, processes.device)
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, skeleton)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
@@ -209,8 +211,6 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
         )
-        if run is not None and run.record.is_file():
-            check_experts_as_trained(run, model)
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
