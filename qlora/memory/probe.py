@@ -1,8 +1,7 @@
 """Peak memory of a device while a step runs, measured."""
 
 import weakref
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -113,7 +112,8 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
         ModelError: The base can't be loaded.
     """
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), config, files.folder, loss)]
+    columns = with_images(loss, config.data, files.folder).columns
+    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), columns)]
     new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
@@ -156,7 +156,8 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     vocabulary = 1 if embedding is None else embedding.num_embeddings
     shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    documents = [made_up_document(ids, config, files.folder, loss) for ids in torch.randint(vocabulary, shape).tolist()]
+    columns = with_images(loss, config.data, files.folder).columns
+    documents = [made_up_document(ids, columns) for ids in torch.randint(vocabulary, shape).tolist()]
     batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 
@@ -169,9 +170,8 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     return measure_peak(step, model.device, _tensors(model, optimizer))
 
 
-def made_up_document(ids: list[int], config: RunConfig, folder: Path, loss: Loss) -> TokenizedExample:
-    """Return a document with what a loss reads of it, and with pixels if a config has images."""
-    columns = with_images(loss, config.data, folder).columns
+def made_up_document(ids: list[int], columns: Mapping[str, torch.Tensor]) -> TokenizedExample:
+    """Return a document with the values of a loss's columns."""
     return make_example(ids, [True] * len(ids), {name: value.numpy() for name, value in columns.items()})
 
 

@@ -77,7 +77,7 @@ def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
     """Build the class of an architecture that classifies images with a linear head on pooled features.
 
     Raises:
-        ModelError: Its head is another module, or it takes other inputs than RGB images.
+        ModelError: Its head is another module, it has batch norms, or it takes other inputs than RGB images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
@@ -92,6 +92,11 @@ def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
         raise ModelError(
             f"{files.name}: {kind.__name__} has no linear head on the features of an image under a known name, which "
             "is not supported; use a base of another architecture, such as ViT, DeiT, DINOv2 or Swin."
+        )
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ModelError(
+            f"{files.name} has batch norms, whose statistics would change while adapters are trained; use a base with "
+            "layer norms, such as ViT."
         )
     if getattr(config, "num_channels", CHANNELS) != CHANNELS:
         raise ModelError(f"{files.name} reads images of {config.num_channels} channels; only RGB is supported.")
