@@ -98,7 +98,8 @@ def quantize_model(
     lacks the term that the initial values make up for.
 
     Args:
-        base: A folder, or a model id on the hub; or a run, whose settings are then used.
+        base: A folder, a GGUF file, or a model id on the hub, in 16 or 32 bits or a format that is decoded; or a run,
+            whose settings are then used.
         out_dir: A new folder; it appears once everything in it is written.
         double_quant: Quantize the blocks' statistics too.
         dtype: `bfloat16`, `float16` or `float32`: weights are cast to it before they are quantized, and the other
