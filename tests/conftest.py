@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import make_base, make_poisoned_base, write_jsonl
+from tests.tiny_images import make_image_base
 
 # Tests are small: a second thread gains nothing, and on shared cores it waits a hundred times longer.
 torch.set_num_threads(1)
@@ -59,6 +60,12 @@ def realdata() -> Path:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama in bf16 with a byte tokenizer, on disk."""
     return make_base(tmp_path_factory.mktemp("base") / "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_image_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer ViT without a head, with an image processor, on disk."""
+    return make_image_base(tmp_path_factory.mktemp("image-base") / "vit")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tests.cli import run
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTION_OF = {"yaml": "pyyaml"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "PIL": "pillow"}
 BROUGHT_BY_TORCH = {"triton"}
 
 
@@ -46,7 +46,7 @@ def imported_packages():
 def test_dependencies_are_what_is_imported():
     required = names_of(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(sum((extras[name] for name in ("plot", "gpu", "gguf", "metrics")), []))
+    optional = names_of(sum((extras[name] for name in ("plot", "gpu", "gguf", "metrics", "images")), []))
     imported = imported_packages()
     assert imported.keys() - required - optional - BROUGHT_BY_TORCH == set()
     assert required - imported.keys() == set()

@@ -48,6 +48,7 @@ from qlora.lora import (
     lora_experts,
     lora_layers,
     output_head,
+    reads_images,
     scores_documents,
     text_part,
     wrap_experts,
@@ -89,7 +90,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
     (rank, rank_pattern), (alpha, alpha_pattern) = _as_patterns(ranks), _as_patterns(alphas)
     config = {
         "peft_type": "LORA",
-        "task_type": SCORER_TASK if scores_documents(model) else "CAUSAL_LM",
+        "task_type": _task(model),
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
@@ -111,6 +112,13 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str) -> None:
         tensors |= {name: value.detach().cpu().contiguous() for name, value in values if value is not None}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _task(model: nn.Module) -> str | None:
+    """Return PEFT's name of what a model is for; it has none for images."""
+    if reads_images(model):
+        return None
+    return SCORER_TASK if scores_documents(model) else "CAUSAL_LM"
 
 
 def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -269,9 +277,10 @@ def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
     """Return the last parts of the adapted names if these select exactly the adapted layers, else full names."""
     parts = sorted({name.rpartition(".")[2] for name in adapted})
-    linears = [name.removesuffix(".base") for name, module in model.named_modules() if hasattr(module, "in_features")]
+    # PEFT compares them with every module: CTRL's linears are named 0 and 2, as its layers are.
+    names = {name.removesuffix(".base") for name, _ in model.named_modules()}
     text = text_part(model)
     if text is not None:  # PEFT selects modules of the whole model
-        linears += [name for names in text.others.values() for name in names]
-    selected = {name for name in linears if name.rpartition(".")[2] in parts}
+        names |= {name for others in text.others.values() for name in others}
+    selected = {name for name in names if name.rpartition(".")[2] in parts}
     return parts if selected == set(adapted) else sorted(adapted)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from qlora.errors import CheckpointError
-from qlora.lora import EmbeddingRows, output_head, scores_documents, trained_rows, wrap_rows
+from qlora.lora import EmbeddingRows, embedding_and_head, scores_documents, trained_rows, wrap_rows
+from qlora.lora.rows import has_trained_bias
 
 PREFIX = "base_model.model."
 # PEFT's config keys for modules trained in full and for rows trained by id, and its name for the tensor of such rows.
@@ -135,7 +136,12 @@ def load_rows(
         if own != stored:
             raise CheckpointError(f"The adapter has rows of {name} for {_show(stored)}, the model for {_show(own)}.")
     for name, own_rows in trained.items():
+        bias = rows[name].bias
+        if (own_rows.bias is None) != (bias is None) and scores_documents(model):
+            raise CheckpointError(f"The adapter's head {name} has {'no' if bias is None else 'a'} trained bias.")
         own_rows.weight.copy_(tensors[rows[name].tensor])
+        if own_rows.bias is not None and bias is not None:
+            own_rows.bias.copy_(tensors[bias])
     for name, own_rows in trained.items():
         if not torch.equal(own_rows.weight, tensors[rows[name].tensor].to(own_rows.weight)):
             raise CheckpointError(
@@ -159,7 +165,10 @@ def rows_problems(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[s
                 f"{name} has rows {stored.ids.start} to {stored.ids.stop - 1} of {given} features, the base's has "
                 f"{size} rows of {features}"
             )
-        if stored.bias and not torch.equal(tensors[stored.bias].to(layer.bias), layer.bias.cpu().to(layer.bias)):
+        if has_trained_bias(model, layer):
+            if stored.bias is None:
+                problems.append(f"{name} has no trained bias, as it has in this base's class")
+        elif stored.bias and not torch.equal(tensors[stored.bias].to(layer.bias), layer.bias.cpu().to(layer.bias)):
             problems.append(f"{name} has a trained bias, which is not supported")
     sizes = {max(len(layer.weight), rows[name].ids.stop if name in rows else 0) for name, layer in layers.items()}
     if len(sizes) > 1 and not (problems or scores_documents(model) or are_shared(model, rows, tensors)):
@@ -179,11 +188,13 @@ def wrap_stored_rows(
         dtype: Dtype of the rows.
     """
     layers = embedding_and_head(model)
-    device = model.get_input_embeddings().weight.device
-    own = {
-        name: EmbeddingRows(tensors[stored.tensor].to(device, dtype, copy=True), stored.ids, len(layers[name].weight))
-        for name, stored in rows.items()
-    }
+    own = {}
+    for name, stored in rows.items():
+        layer = layers[name]
+        device = layer.weight.device
+        bias = tensors[str(stored.bias)].to(device, dtype, copy=True) if has_trained_bias(model, layer) else None
+        values = tensors[stored.tensor].to(device, dtype, copy=True)
+        own[name] = EmbeddingRows(values, stored.ids, len(layer.weight), bias)
     if own and are_shared(model, rows, tensors):
         own = dict.fromkeys(layers, next(iter(own.values())))
     wrap_rows(model, own)
@@ -191,20 +202,14 @@ def wrap_stored_rows(
 
 def are_shared(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return whether embedding and head share the stored rows: PEFT stores rows by ids of a tied weight once."""
-    head = output_head(model)
-    if head is None or head.weight is not model.get_input_embeddings().weight or not rows:
+    layers = [*embedding_and_head(model).values()]
+    if len(layers) < 2 or layers[0].weight is not layers[1].weight or not rows:
         return False
     first, *others = rows.items()
     if not others:
         return first[1].tensor == _tensor_name(first[0], is_whole=False)
     other = others[0][1]
     return first[1].ids == other.ids and torch.equal(tensors[first[1].tensor], tensors[other.tensor])
-
-
-def embedding_and_head(model: Any) -> dict[str, Any]:
-    """Return a model's embedding and output head by their names."""
-    both = [layer for layer in (model.get_input_embeddings(), output_head(model)) if layer is not None]
-    return {name: module for name, module in model.named_modules() if any(module is layer for layer in both)}
 
 
 def _with_tensors(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:

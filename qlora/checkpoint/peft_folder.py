@@ -17,7 +17,7 @@ from qlora.files.base_files import describe_pickles
 from qlora.files.headers import read_header
 from qlora.files.json_files import read_object
 from qlora.lora import StoredAdapter, StoredExperts
-from qlora.lora.head import SCORE
+from qlora.lora.head import SCORES
 from qlora.lora.spec import by_pattern, is_pattern_map, is_regex, scaling
 
 CONFIG_FILE = "adapter_config.json"
@@ -162,10 +162,11 @@ def stored_scores(folder: Path) -> int | None:
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    if read_adapter_config(folder).get("task_type") != SCORER_TASK:
+    if read_adapter_config(folder).get("task_type") not in (SCORER_TASK, None):  # PEFT has none for images
         return None
-    shape = read_adapter_header(folder).get(f"{PREFIX}{SCORE}.weight", {}).get("shape", [])
-    return int(shape[0]) if len(shape) == 2 else None
+    header = read_adapter_header(folder)
+    shapes = (header.get(f"{PREFIX}{name}.weight", {}).get("shape", []) for name in SCORES)
+    return next((int(shape[0]) for shape in shapes if len(shape) == 2), None)
 
 
 def read_adapter(folder: Path) -> PeftAdapter:

@@ -124,7 +124,7 @@ def adapter_bytes(model: nn.Module) -> int:
     tensors = [tensor for each in stored for tensor in (each.A, each.B, each.magnitude) if tensor is not None]
     tensors += [factor for _, layer in lora_experts(model) for factor in (layer.lora_A, layer.lora_B)]
     # Rows of a tied embedding and head are written twice.
-    tensors += [rows.weight for _, rows in trained_rows(model)]
+    tensors += [parameter for _, rows in trained_rows(model) for parameter in rows.trained]
     return sum(tensor.nbytes for tensor in tensors)
 
 

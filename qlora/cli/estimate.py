@@ -96,18 +96,21 @@ def _show(report: dict[str, Any], base: str) -> None:
     levels, free = report["levels"], report["free_bytes"]
     largest = max(level["total"] for level in levels.values())
     unit, scale = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    count, length = report["micro_batch_size"], report["max_seq_len"]
+    size = f"{count} images" if report["of_images"] else f"{count} × {length} tokens"
     console.print(
         Text(
-            f"{base} on {report['device']} in {report['compute_dtype']}: {report['micro_batch_size']} × "
-            f"{report['max_seq_len']} tokens, {free / scale:.2f} {unit} free; all in {unit}"
+            f"{base} on {report['device']} in {report['compute_dtype']}: {size}, {free / scale:.2f} {unit} free; "
+            f"all in {unit}"
         )
     )
     table = Table(box=None, pad_edge=False)
-    for title in ["recompute", *STYLES, "total", "rows that fit", "longest row"]:
+    fitting = ["images that fit"] if report["of_images"] else ["rows that fit", "longest row"]
+    for title in ["recompute", *STYLES, "total", *fitting]:
         table.add_column(title, justify="left" if title == "recompute" else "right", no_wrap=True)
     for name, level in levels.items():
         cells = [f"{number / scale:.2f}" for number in [*level["bytes"].values(), level["total"]]]
-        cells += [str(level["largest_micro_batch"]), str(level["longest_context"])]
+        cells += [str(level["largest_micro_batch"]), str(level["longest_context"])][: len(fitting)]
         style = "bold" if name == report["level"] else "" if level["fits"] else "dim"
         table.add_row(name, *cells, style=style)
     # At full width even if the width of the screen is unknown.

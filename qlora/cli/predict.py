@@ -1,4 +1,4 @@
-"""`qlora predict`: the labels of a file's texts."""
+"""`qlora predict`: the labels of a file's texts or images."""
 
 from collections import Counter
 from typing import Annotated
@@ -22,7 +22,9 @@ def predict(
     data: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Rows with a text each, of any type that training reads.", callback=expand_home
+            metavar="FILE|DIR",
+            help="Rows with a text or an image each, of any type that training reads; or a folder of images by label.",
+            callback=expand_home,
         ),
     ],
     output: Annotated[
@@ -37,9 +39,12 @@ def predict(
     ],
     checkpoint: Checkpoint = None,
     text: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column with the text; default: that of the run, or 'text'.")
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Column with the text or image; default: that of the run, else text or image."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts or images at a time.")] = 16,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

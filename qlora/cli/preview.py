@@ -53,7 +53,8 @@ def _show(result: Any) -> None:
     key = "green: supervised, dim: not, reversed: control tokens" if coloured else "supervised: between ⟦ ⟧"
     for first, second in result.pairs:
         if second is None:
-            console.rule(Text(f"{_title(first, result.group_size)} ({key})"), align="left")
+            about = "" if first.image is not None else f" ({key})"
+            console.rule(Text(_title(first, result.group_size) + about), align="left")
             console.print(_text_of(first.pieces, coloured))
         else:
             console.rule(Text(f"pair {first.number // 2} ({key})"), align="left")
@@ -64,6 +65,8 @@ def _show(result: Any) -> None:
             console.print(Text(line))
         for problem in report.problem_lines():
             console.print(Text(f"  {problem}", style="red"))
+        if report.format == "images":
+            continue
         console.print(Text(f"  length in tokens: {', '.join(f'{name} {n}' for name, n in report.lengths.items())}"))
         for low, high, count, share in report.bars():
             over = high > result.max_seq_len
@@ -75,10 +78,13 @@ def _show(result: Any) -> None:
     compared = " and as many that their KL is measured on" if result.unit == "rated answers" else ""
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
     others = "".join(f", {count // size:,} of {name}" for name, count in result.held_out.items() if name != "eval")
+    sequences = (
+        f", {result.tokens_per_epoch:,} tokens in {result.rows_per_epoch:,} sequences of up to "
+        f"{result.max_seq_len * size:,} ({packing})"
+    )
     console.print(
         Text(
-            f"{result.train_examples // size:,} {result.unit}{compared}, {result.tokens_per_epoch:,} tokens in "
-            f"{result.rows_per_epoch:,} sequences of up to {result.max_seq_len * size:,} ({packing}): "
+            f"{result.train_examples // size:,} {result.unit}{compared}{'' if result.unit == 'images' else sequences}: "
             f"{result.steps_per_epoch:,} steps; {result.total_steps:,} in the whole run; "
             f"{result.eval_examples // size:,} {result.unit} held out{others}"
         )
@@ -90,6 +96,8 @@ def _show(result: Any) -> None:
 def _title(sample: Any, group_size: int) -> str:
     kind = "" if sample.counts_as is None else f" ({sample.counts_as})"
     number = sample.number // group_size
+    if sample.image is not None:
+        return f"image {number}{kind}; --html FILE shows it"
     return f"example {number}{kind}: {sample.num_tokens:,} tokens, {sample.num_supervised:,} supervised"
 
 

@@ -4,6 +4,7 @@ from qlora.data.batches import IGNORE_INDEX, Batch, BatchPlan, collate, eval_bat
 from qlora.data.datasets import MAIN_SET, RETAIN_SET, Datasets, build_datasets
 from qlora.data.encode import answer_end_id
 from qlora.data.given_rows import store_rows
+from qlora.data.images import ImageProcessor, as_data_uri
 from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
 from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
@@ -26,6 +27,7 @@ __all__ = [
     "Datasets",
     "EncodeOptions",
     "ExampleSet",
+    "ImageProcessor",
     "Labels",
     "Piece",
     "Question",
@@ -34,6 +36,7 @@ __all__ = [
     "add_new_tokens",
     "answer_end_id",
     "apply_template",
+    "as_data_uri",
     "build_datasets",
     "choose_pad_token",
     "collate",

@@ -1,29 +1,44 @@
-"""Cache keys: hashes of everything that a source's tokenized examples depend on."""
+"""Cache keys: hashes of everything that a source's examples depend on."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qlora.data.examples import LabelledImage
+from qlora.data.formats import COLUMNS, RowReader
 from qlora.data.options import EncodeOptions
-from qlora.data.rows import load_hub
-from qlora.data.sources import Source, find_files
+from qlora.data.rows import Row, load_hub, read_rows
+from qlora.data.sources import Source, find_files, labelled_images
+from qlora.data.tables import HeaderRule
 from qlora.errors import DataError
 
 
-def key_of(source: Source, tokenizer: Any, options: EncodeOptions) -> str:
-    """Return the cache key of a source's tokenized examples.
+def key_of(source: Source, identity: list[Any], options: EncodeOptions) -> str:
+    """Return the cache key of a source's examples.
+
+    Args:
+        source: The source.
+        identity: What the encoder that makes the examples depends on, as JSON values.
+        options: Options of tokenizing.
 
     Raises:
         DataError: A file can't be read.
     """
     paths = find_files(source)
-    if paths and source.max_rows is None:
-        content: Any = [(str(path.absolute()), _hash_file(path)) for path in paths]
+    content: Any
+    if source.format == "images" and paths:
+        # Images are many and large, so they count by size and time.
+        content = [(str(path), size, time) for path, size, time in _image_stamps(source)]
+        content += [] if labelled_images(source) else [(str(path.absolute()), _hash_file(path)) for path in paths]
+    elif paths and source.max_rows is None:
+        content = [(str(path.absolute()), _hash_file(path)) for path in paths]
     elif paths:  # hashing a large file may take much longer than reading its first rows
         stats = [(path.absolute(), path.stat()) for path in paths]
         content = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
@@ -31,9 +46,7 @@ def key_of(source: Source, tokenizer: Any, options: EncodeOptions) -> str:
         content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
     parts = [
         _hash_of_code(),
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
+        *identity,
         asdict(replace(options, on_bad_row="drop")),
         asdict(replace(source, weight=1.0)),
         content,
@@ -44,6 +57,20 @@ def key_of(source: Source, tokenizer: Any, options: EncodeOptions) -> str:
 def stamps_of(source: Source) -> list[tuple[int, int]]:
     """Return size and modification time of each file of a source."""
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in find_files(source))]
+
+
+def _image_stamps(source: Source) -> Iterator[tuple[Path, int, int]]:
+    """Yield path, size and modification time of each image that a source's rows name, as far as there is one."""
+    reader = RowReader(source.format, source.columns, source.roles, source.folder)
+    rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
+    for row in islice(read_rows(source, rule), source.max_rows):
+        try:
+            example = reader.read(row) if isinstance(row, Row) else None
+            if isinstance(example, LabelledImage) and isinstance(example.image, Path):
+                stat = example.image.stat()
+                yield example.image, stat.st_size, stat.st_mtime_ns
+        except (DataError, OSError, ValueError):  # reported with the rows that are read
+            continue
 
 
 def _hash_file(path: Path) -> str:

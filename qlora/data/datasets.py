@@ -9,10 +9,11 @@ import numpy as np
 
 from qlora.data.cache import cache_folder
 from qlora.data.encode import ExampleEncoder
+from qlora.data.images import ImageEncoder, ImageProcessor
 from qlora.data.label_words import words_note
 from qlora.data.labels import Labels
 from qlora.data.options import EncodeOptions
-from qlora.data.prepare import prepare
+from qlora.data.prepare import Encoder, prepare
 from qlora.data.report import DataReport
 from qlora.data.sources import Source
 from qlora.data.store import ExampleSet, ExampleStore, find_repeats
@@ -73,7 +74,7 @@ def build_datasets(
     drawn whole.
 
     Args:
-        tokenizer: A tokenizer of transformers; its chat template is set.
+        tokenizer: A tokenizer of transformers, whose chat template is set; or the image processor of a model of images.
         train: Sources of the rows to train on.
         eval: Sources of held-out rows, or the share of each training source's rows to hold out, drawn by `seed`; or
             several of these by the names of their sets, with at most one share.
@@ -92,8 +93,7 @@ def build_datasets(
             of the first error's type.
     """
     options = options or EncodeOptions()
-    template = apply_template(tokenizer, chat_template)
-    encoder = ExampleEncoder(tokenizer, options.loss_on, options.labels)
+    encoder = make_encoder(tokenizer, options, chat_template)
     cache = cache_folder(cache_dir)
     named = eval if isinstance(eval, Mapping) else {MAIN_SET: eval}
     asked: dict[str, Held] = {**named, RETAIN_SET: retain}
@@ -107,7 +107,7 @@ def build_datasets(
             errors.append(error)
             continue
         stores.append(store)
-        reports.append(replace(report, chat_template=template))
+        reports.append(replace(report, chat_template=encoder.template))
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
 
@@ -162,6 +162,20 @@ def build_datasets(
         sources=list(chain(train, *sources_of.values())),
         labels=encoder.labels,
     )
+
+
+def make_encoder(tokenizer: Any, options: EncodeOptions, chat_template: str = "auto") -> Encoder:
+    """Return what turns examples into documents: of texts with a tokenizer, or of images with an image processor.
+
+    Args:
+        tokenizer: See :func:`build_datasets`.
+        options: How examples are tokenized.
+        chat_template: See :func:`qlora.data.template.apply_template`.
+    """
+    if isinstance(tokenizer, ImageProcessor):
+        return ImageEncoder(tokenizer, options.labels)
+    template = apply_template(tokenizer, chat_template)
+    return ExampleEncoder(tokenizer, options.loss_on, options.labels, template)
 
 
 def _hold_out(

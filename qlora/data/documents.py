@@ -1,8 +1,9 @@
-"""Rows that are read without a chat template: text, token ids and labelled text."""
+"""Rows that are read without a chat template: text, token ids, labelled text and labelled images."""
 
+from pathlib import Path
 from typing import Any
 
-from qlora.data.examples import Completion, Labelled, Tokens
+from qlora.data.examples import Completion, Labelled, LabelledImage, Tokens
 from qlora.data.masks import check_weight
 from qlora.data.rows import Row
 from qlora.data.turns import TurnReader
@@ -43,9 +44,39 @@ def read_tokenized(_turns: TurnReader, row: Row) -> Tokens:
 
 def read_classification(_turns: TurnReader, row: Row) -> Labelled:
     """Read `text` and `label`: a name, a whole number, or a list of them."""
+    return Labelled(text_of(row, "text"), *_labels(row))
+
+
+def read_image(_turns: TurnReader, row: Row) -> LabelledImage:
+    """Read `image` and `label`, which is as for texts; a relative path is left as it is."""
+    return LabelledImage(image_of(row, "image"), *_labels(row))
+
+
+def image_of(row: Row, column: str) -> Path | bytes:
+    """Read a column with an image: a path, bytes, or both as datasets of Hugging Face have them.
+
+    Raises:
+        DataError: It is absent or of another kind.
+    """
+    value = row.values.get(column)
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise DataError(
+            f"{row.origin}: column '{column}' should be the path of an image, or its bytes, not {value!r:.80}."
+        )
+    return Path(check_unicode(row, value)).expanduser()
+
+
+def _labels(row: Row) -> tuple[tuple[str, ...], bool]:
+    """Return the names of a row's labels, and whether they are a list."""
     value = row.values.get("label")
-    labels = tuple(_label(row, each) for each in (value if isinstance(value, list) else [value]))
-    return Labelled(text_of(row, "text"), tuple(dict.fromkeys(labels)), isinstance(value, list))
+    labels = (_label(row, each) for each in (value if isinstance(value, list) else [value]))
+    return tuple(dict.fromkeys(labels)), isinstance(value, list)
 
 
 def _label(row: Row, value: Any) -> str:

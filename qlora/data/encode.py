@@ -11,13 +11,15 @@ import numpy as np
 from qlora.data.answers import draft_conversation
 from qlora.data.draft_tokens import DraftTokenizer
 from qlora.data.drafts import Answer, Draft
-from qlora.data.examples import Completion, Conversation, Example, Labelled, Preference, Rated, Tokens
+from qlora.data.examples import Completion, Conversation, Example, Labelled, LabelledImage, Preference, Rated, Tokens
+from qlora.data.formats import CONVERSATIONS, STORED_COLUMNS
 from qlora.data.label_words import with_answers
 from qlora.data.labels import BY_TOKENS, LABEL, Labels
 from qlora.data.mismatched import BAD, GOOD, RATING
 from qlora.data.options import CHOICES
 from qlora.data.ratings import MARGIN
-from qlora.data.serving import ANSWER, QUESTION, TemplateFacts
+from qlora.data.serving import ANSWER, QUESTION, TemplateFacts, tokenizer_notes
+from qlora.data.store import Column
 from qlora.data.template import adds_bos
 from qlora.data.tokens import TokenizedExample, make_example
 from qlora.errors import ConfigError, DataError
@@ -76,16 +78,20 @@ class ExampleEncoder:
             tokens, `last` for the last of these turns, `all` for prompts too. In rated conversations, such as those of
             a preference, it is always the last turn.
         labels: Labels of texts, whose words are chosen if they have none; None if there are none to learn.
+        template: Description of the chat template, for the report.
 
     Attributes:
         labels: The labels with their words and tokens.
+        template: Description of the chat template.
 
     Raises:
         DataError: The tokenizer has no EOS token, so the model would not learn to stop, or is not a fast one.
         ConfigError: The labels' words can't be told apart by one token.
     """
 
-    def __init__(self, tokenizer: Any, loss_on: str = "assistant", labels: Labels | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, loss_on: str = "assistant", labels: Labels | None = None, template: str = ""
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError("The tokenizer has no EOS token, so the model would not learn to stop; set its eos_token.")
         if not tokenizer.is_fast:
@@ -93,7 +99,7 @@ class ExampleEncoder:
         if loss_on not in CHOICES["loss_on"]:
             raise ConfigError(f"loss_on: {loss_on!r} should be one of {', '.join(CHOICES['loss_on'])}.")
         self.tokenizer = tokenizer
-        self.loss_on = loss_on
+        self.loss_on, self.template = loss_on, template
         self.facts = TemplateFacts(tokenizer)
         self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._draft_tokenizer = DraftTokenizer(tokenizer, self.facts)
@@ -154,7 +160,7 @@ class ExampleEncoder:
             answer = Answer(begin, None, len(text), 1.0)
             return [Draft(text, [answer], weight, is_chat=False, needs_end=True, starts=self._bos)]
         if isinstance(example, Labelled) and self.labels is not None and self.labels.words:
-            word = self.labels.words[self._label_number(example, self.labels)]
+            word = self.labels.words[self.labels.value(example.labels)]
             return draft_conversation(self.tokenizer, self.facts, _question(example.text, word), "last")
         if isinstance(example, Labelled):
             return [Draft(example.text, [], 0.0, is_chat=False, starts=self._bos)]
@@ -164,6 +170,8 @@ class ExampleEncoder:
             return self._draft_rated(example.conversation)
         if isinstance(example, Tokens):
             return []
+        if isinstance(example, LabelledImage):
+            raise DataError("it is an image; set data.format: images, and model.base to one that classifies images.")
         return draft_conversation(self.tokenizer, self.facts, example, self.loss_on)
 
     def _draft_rated(self, conversation: Conversation) -> list[Draft]:
@@ -200,23 +208,31 @@ class ExampleEncoder:
     def _label(self, example: Labelled, finished: Sequence[tuple[TokenizedExample, bool]], labels: Labels) -> Encoded:
         """Return a labelled text's document with its label; by tokens, check that it ends with the label's answer."""
         ((document, eos_added),) = finished
-        if labels.is_multiple:
-            numbers = [labels.number(name) for name in example.labels]
-            value: Any = np.isin(np.arange(len(labels.names)), numbers).astype(np.uint8)
-        else:
-            number = self._label_number(example, labels)
-            value = np.int32(number)
-            if labels.answers and tuple(document.input_ids[document.loss_mask].tolist()) != labels.answers[number]:
-                raise DataError(
-                    "its label has other tokens after this text than after others; set data.chat_template to one that "
-                    "ends prompts with a special token or a line break (the built-in chatml does)."
-                )
+        value = labels.value(example.labels)
+        if labels.answers and tuple(document.input_ids[document.loss_mask].tolist()) != labels.answers[value]:
+            raise DataError(
+                "its label has other tokens after this text than after others; set data.chat_template to one that "
+                "ends prompts with a special token or a line break (the built-in chatml does)."
+            )
         return Encoded([replace(document, values={LABEL: value})], eos_added=eos_added)
 
-    def _label_number(self, example: Labelled, labels: Labels) -> int:
-        if len(example.labels) != 1:
-            raise DataError(f"it has {len(example.labels)} labels; a text has one here.")
-        return labels.number(example.labels[0])
+    def columns(self, format: str) -> Sequence[Column]:
+        """Return the columns of a format's stores, in addition to those of every store."""
+        if format == "classification" and self.labels is not None:
+            return (self.labels.column(),)
+        return STORED_COLUMNS.get(format, ())
+
+    def identity(self) -> list[Any]:
+        """Return what the documents depend on besides rows and options, as JSON values."""
+        return [
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.tokenizer.special_tokens_map,
+            self.tokenizer.chat_template,
+        ]
+
+    def notes(self, format: str) -> list[str]:
+        """Return lines on the tokenizer, and on the chat template if a format uses it."""
+        return [*tokenizer_notes(self.tokenizer), *(self.facts.notes() if format in CONVERSATIONS else ())]
 
     def _answer_ids(self, word: str) -> tuple[int, ...]:
         """Return the supervised tokens of an answer."""

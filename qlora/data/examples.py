@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -119,4 +120,19 @@ class Labelled:
     is_list: bool = False
 
 
-Example = Conversation | Completion | Tokens | Preference | Rated | Labelled
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """An image with its labels.
+
+    Attributes:
+        image: Its file, or the content of one.
+        labels: Names of its labels.
+        is_list: Whether the row has a list of labels, of any length, instead of one.
+    """
+
+    image: Path | bytes
+    labels: tuple[str, ...]
+    is_list: bool = False
+
+
+Example = Conversation | Completion | Tokens | Preference | Rated | Labelled | LabelledImage

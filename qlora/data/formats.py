@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qlora.data.conversations import (
@@ -13,8 +14,8 @@ from qlora.data.conversations import (
     read_tool_column,
     read_turns,
 )
-from qlora.data.documents import read_classification, read_text, read_tokenized
-from qlora.data.examples import Conversation, Example
+from qlora.data.documents import read_classification, read_image, read_text, read_tokenized
+from qlora.data.examples import Conversation, Example, LabelledImage
 from qlora.data.mismatched import RATING
 from qlora.data.ratings import MARGIN, read_chosen, read_kto, read_preference, verdict_of
 from qlora.data.rows import Row
@@ -33,8 +34,11 @@ FORMATS = {
     "chosen": "as preference, but only the chosen answer is trained on",
     "kto": "label (true or false), and a conversation in any of the forms above",
     "classification": "text, label",
+    "images": "image, label; or a folder with a folder of images for each label",
     "oasst": "message_tree_id, prompt: {text, role, replies}, or one such message",
 }
+# Formats whose rows are rendered by a chat template.
+CONVERSATIONS = ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto")
 # Columns of the stores of a format, in addition to those of every store.
 STORED_COLUMNS: Mapping[str, Sequence[Column]] = {
     "kto": (Column(RATING, "int8", "document"),),
@@ -44,7 +48,7 @@ STORED_COLUMNS: Mapping[str, Sequence[Column]] = {
 COLUMNS = {
     "instruction", "input", "output", "response", "system", "history", "tools", *TURN_COLUMNS, "prompt", "completion",
     "text", "input_ids", "labels", "loss_mask", "attention_mask", "chosen", "rejected", "chosen_messages",
-    "rejected_messages", "margin", "label", "message_tree_id", "message_id", "replies", "role", "content",
+    "rejected_messages", "margin", "label", "image", "message_tree_id", "message_id", "replies", "role", "content",
 }  # fmt: skip
 _READERS: dict[str, Callable[[TurnReader, Row], Example]] = {
     "alpaca": read_alpaca,
@@ -57,6 +61,7 @@ _READERS: dict[str, Callable[[TurnReader, Row], Example]] = {
     "chosen": read_chosen,
     "kto": read_kto,
     "classification": read_classification,
+    "images": read_image,
     "oasst": read_oasst,
 }
 
@@ -92,6 +97,8 @@ def detect_format(columns: Mapping[str, Any], origin: str) -> str:
         return "completion"
     if "text" in names:
         return "classification" if "label" in names else "text"
+    if names >= {"image", "label"}:
+        return "images"
     known = "\n".join(f"  {name}: {form}" for name, form in FORMATS.items())
     raise DataError(
         f"{origin}: no format has the columns {sorted(names)}; map them with data.columns, as {{instruction: question, "
@@ -106,6 +113,7 @@ class RowReader:
         format: One of `FORMATS`, or `auto`, which detects it from the first row.
         columns: Names of columns or of a turn's keys in the data, by our names.
         roles: Our names of roles, by the names in the data.
+        folder: Folder that relative paths of images count from.
 
     Attributes:
         format: Format of the rows; `auto` until it is detected.
@@ -116,7 +124,13 @@ class RowReader:
         ConfigError: The format is unknown, or a mapping has a column or role that no format has.
     """
 
-    def __init__(self, format: str = "auto", columns: Mapping[str, str] = {}, roles: Mapping[str, str] = {}) -> None:  # noqa: B006 (never changed)
+    def __init__(
+        self,
+        format: str = "auto",
+        columns: Mapping[str, str] = {},  # noqa: B006 (never changed)
+        roles: Mapping[str, str] = {},  # noqa: B006 (never changed)
+        folder: Path = Path(),  # noqa: B008 (never changed)
+    ) -> None:
         if format not in ("auto", *FORMATS):
             raise ConfigError(f"data.format: '{format}' is unknown; use one of auto, {', '.join(FORMATS)}.")
         for name in columns.keys() - COLUMNS:
@@ -125,7 +139,7 @@ class RowReader:
         for name, role in roles.items():
             if role not in ("system", "user", "assistant", "tool"):
                 raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
-        self.format = format
+        self.format, self.folder = format, folder
         self.unread: set[str] = set()
         self.notes: set[str] = set()
         self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
@@ -161,9 +175,12 @@ class RowReader:
         if self.format == "auto":
             self.detect([row])
         row = self._mapped(row)
-        _check_media(row)
+        if self.format != "images":
+            _check_media(row)
         values = _Watched(row.values)
         example = _READERS[self.format](self._turns, Row(values, row.origin))
+        if isinstance(example, LabelledImage) and isinstance(example.image, Path):
+            example = replace(example, image=self.folder / example.image)
         self.unread |= values.keys() - values.read
         if self.format == "text" and row.values["text"].startswith(TRANSCRIPT_START):
             self.notes.add(

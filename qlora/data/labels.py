@@ -6,7 +6,9 @@ from itertools import islice
 from os.path import commonprefix
 from typing import Any
 
-from qlora.data.examples import Labelled
+import numpy as np
+
+from qlora.data.examples import Labelled, LabelledImage
 from qlora.data.formats import COLUMNS, RowReader
 from qlora.data.rows import Row, read_rows
 from qlora.data.sources import Source
@@ -51,8 +53,8 @@ class Labels:
                 f"A classification needs two labels or more, but there is {self.names[0]!r} alone; add rows with "
                 "another label, or name all labels in data.labels."
                 if self.names
-                else "No row has a label to learn. Classification reads rows with the columns text and label; "
-                "data.columns maps others."
+                else "No row has a label to learn. Classification reads rows with the columns text (or image) and "
+                "label; data.columns maps others."
             )
         for what, values in (("label", self.names), ("word", self.words or ())):
             if repeated := sorted({value for value in values if values.count(value) > 1}):
@@ -89,6 +91,21 @@ class Labels:
                 "training rows, unless data.labels names them."
             )
         return self.names.index(name)
+
+    def value(self, names: Sequence[str]) -> Any:
+        """Return a document's entry in :meth:`column`.
+
+        Args:
+            names: Names of its labels.
+
+        Raises:
+            DataError: A label is none of these, or the document does not have exactly one where it should.
+        """
+        if self.is_multiple:
+            return np.isin(np.arange(len(self.names)), [self.number(name) for name in names]).astype(np.uint8)
+        if len(names) != 1:
+            raise DataError(f"it has {len(names)} labels; a row has one here.")
+        return np.int32(self.number(names[0]))
 
     def as_dict(self) -> dict[str, Any]:
         """Return names and words as JSON values, which :func:`labels_from_dict` reads."""
@@ -141,9 +158,9 @@ def describe_names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_LABELS]) + more
 
 
-def _labelled(sources: Iterable[Source]) -> Iterator[Labelled]:
+def _labelled(sources: Iterable[Source]) -> Iterator[Labelled | LabelledImage]:
     for source in sources:
-        reader = RowReader(source.format, source.columns, source.roles)
+        reader = RowReader(source.format, source.columns, source.roles, source.folder)
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         for row in islice(read_rows(source, rule), source.max_rows):
             if not isinstance(row, Row):
@@ -152,7 +169,7 @@ def _labelled(sources: Iterable[Source]) -> Iterator[Labelled]:
                 example = reader.read(row)
             except DataError:  # reported with the rows that are tokenized
                 continue
-            if not isinstance(example, Labelled):
+            if not isinstance(example, Labelled | LabelledImage):
                 break
             yield example
 

@@ -13,17 +13,17 @@ import numpy as np
 
 from qlora.data.cache import find_entry, new_entry, write_report
 from qlora.data.cache_key import key_of, stamps_of
-from qlora.data.encode import Encoded, ExampleEncoder, PendingExamples
-from qlora.data.examples import Conversation, Example, Labelled, Preference, Rated
-from qlora.data.formats import COLUMNS, STORED_COLUMNS, RowReader
+from qlora.data.encode import Encoded, ExampleEncoder
+from qlora.data.examples import Conversation, Example, Labelled, LabelledImage, Preference, Rated
+from qlora.data.formats import COLUMNS, RowReader
+from qlora.data.images import ImageEncoder
 from qlora.data.mismatched import MismatchedAnswers
 from qlora.data.options import EncodeOptions
 from qlora.data.problems import ProblemLog, counted
 from qlora.data.report import DataReport
 from qlora.data.rows import BadRow, Row, read_rows
-from qlora.data.serving import tokenizer_notes
 from qlora.data.sources import Source, file_notes
-from qlora.data.store import Column, ExampleStore, ExampleWriter
+from qlora.data.store import ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
@@ -33,18 +33,17 @@ BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
 # Examples that are never split, by what messages call them.
 WHOLE = {Preference | Rated: "rated answers", Labelled: "a text with a label"}
 WHOLE_FORMATS = ("preference", "kto", "classification")
+Encoder = ExampleEncoder | ImageEncoder
 
 
-def prepare(
-    source: Source, encoder: ExampleEncoder, options: EncodeOptions, cache: Path
-) -> tuple[ExampleStore, DataReport]:
+def prepare(source: Source, encoder: Encoder, options: EncodeOptions, cache: Path) -> tuple[ExampleStore, DataReport]:
     """Return the tokenized examples of a source from the cache, tokenizing them first if they aren't there.
 
     Raises:
         DataError: The source can't be read, rows can't be used, or no example is left to train on.
     """
     stamps = stamps_of(source)
-    key = key_of(source, encoder.tokenizer, options)
+    key = key_of(source, encoder.identity(), options)
     found = find_entry(cache, key)
     if found is None:
         with new_entry(cache, key) as folder:
@@ -72,13 +71,13 @@ class _PendingRows:
 
     rows: list[Row | BadRow]
     examples: list[Example | str]
-    encodings: PendingExamples
+    encodings: Any
 
 
 class _Build:
     """Reads and tokenizes one source into a folder, a batch of rows at a time."""
 
-    def __init__(self, source: Source, encoder: ExampleEncoder, options: EncodeOptions, folder: Path) -> None:
+    def __init__(self, source: Source, encoder: Encoder, options: EncodeOptions, folder: Path) -> None:
         self.source, self.encoder, self.options, self.folder = source, encoder, options, folder
         self.report = DataReport(source.path)
         self._problems = ProblemLog()
@@ -95,7 +94,7 @@ class _Build:
         started = time.perf_counter()
         report = self.report
         source = self.source
-        reader = RowReader(source.format, source.columns, source.roles)
+        reader = RowReader(source.format, source.columns, source.roles, source.folder)
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         writer: ExampleWriter | None = None
         try:
@@ -104,7 +103,7 @@ class _Build:
                 # A batch is tokenized while the next one is read and rendered.
                 begun = self._begin(rows, reader)
                 if writer is None:  # now the format is known
-                    writer = ExampleWriter(self.folder, self._columns(reader.format))
+                    writer = ExampleWriter(self.folder, self.encoder.columns(reader.format))
                 if pending is not None:
                     self._finish(pending, writer)
                 pending = begun
@@ -123,20 +122,11 @@ class _Build:
         report.duplicates = len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
         report.measure(np.asarray(self._lengths), self.options.max_seq_len)
         report.unread_columns, report.unread_keys = sorted(reader.unread), sorted(reader.unread_keys)
-        report.notes = [*sorted(reader.notes), *tokenizer_notes(self.encoder.tokenizer), *file_notes(source)]
-        report.notes += rule.notes()
+        report.notes = [*sorted(reader.notes), *self.encoder.notes(report.format), *file_notes(source), *rule.notes()]
         if report.rows == source.max_rows:
             report.notes.append(f"max_rows: at most {report.rows} rows were read")
-        if report.format in ("alpaca", "sharegpt", "messages", "oasst", "preference", "chosen", "kto"):
-            report.notes += self.encoder.facts.notes()
         report.seconds = time.perf_counter() - started
         write_report(self.folder, report.as_dict())
-
-    def _columns(self, format: str) -> Sequence[Column]:
-        """Return the columns of a format's stores, in addition to those of every store."""
-        if format == "classification" and self.encoder.labels is not None:
-            return (self.encoder.labels.column(),)
-        return STORED_COLUMNS.get(format, ())
 
     def _begin(self, rows: list[Row | BadRow], reader: RowReader) -> _PendingRows:
         """Read a batch of rows and start tokenizing it."""
@@ -162,7 +152,7 @@ class _Build:
                 self._refuse(row, str(result))
             elif not all(map(len, result.documents)):
                 self._refuse(row, "it has no tokens.")
-            elif not isinstance(example, Labelled) and not any(map(_is_supervised, result.groups)):
+            elif not isinstance(example, Labelled | LabelledImage) and not any(map(_is_supervised, result.groups)):
                 self._refuse(row, "no token of this row is supervised; it needs an answer that is trained on.")
             else:
                 self._write(number, row, example, result, writer)
@@ -176,7 +166,8 @@ class _Build:
             choices = f"drop or truncate, as {whole} can't be split" if whole else "drop, truncate or split"
             self._refuse(row, f"{what}data.overlong to {choices}.")
             return
-        if longest > options.max_seq_len and options.overlong == "truncate" and isinstance(example, Labelled):
+        is_shortened = longest > options.max_seq_len and options.overlong == "truncate"
+        if is_shortened and isinstance(example, Labelled) and isinstance(self.encoder, ExampleEncoder):
             shorter = self.encoder.shorten(example, options.max_seq_len)
             if isinstance(shorter, DataError):
                 self._refuse(row, str(shorter))
@@ -188,7 +179,7 @@ class _Build:
         for counts, more in (report.switched, result.switched), (report.control_tokens, result.control_tokens):
             counts.update({name: counts.get(name, 0) + count for name, count in more.items()})
         report.empty_answers += isinstance(example, Conversation) and _has_empty_answer(example)
-        content = b"".join(document.input_ids.tobytes() for document in result.documents)
+        content = b"".join(document.content for document in result.documents)
         self._hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
         for group in result.groups:
             self._lengths.extend(map(len, group))

@@ -129,10 +129,11 @@ class DataReport:
     def summary(self) -> str:
         """Return one line, and another for each remark."""
         drawn = f", {self.drawn} of them an epoch" if self.drawn != self.examples else ""
-        head = (
-            f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples{drawn}, {self.tokens} tokens, "
-            f"{self.supervised_share:.0%} supervised; chat template: {self.chat_template}"
-        )
+        head = f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples{drawn}"
+        if self.format != "images":
+            head += (
+                f", {self.tokens} tokens, {self.supervised_share:.0%} supervised; chat template: {self.chat_template}"
+            )
         return "\n".join([head, *(f"  {remark}" for remark in self.remarks())])
 
 

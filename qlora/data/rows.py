@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora.data.json_rows import MAX_CHARACTERS, json_lines, json_values, lines_of, starts_lines
-from qlora.data.sources import TYPES, Source, find_files, type_of
+from qlora.data.sources import TYPES, Source, find_files, labelled_images, type_of
 from qlora.data.tables import HeaderRule, table_rows
 from qlora.errors import DataError
 
@@ -55,7 +55,11 @@ def read_rows(source: Source, rule: HeaderRule) -> Iterator[Row | BadRow]:
     Raises:
         DataError: The source is absent, empty, of an unknown type, or broken as a whole.
     """
-    files = [(file, _kind_of(file, source)) for file in find_files(source)]
+    paths = find_files(source)
+    if images := labelled_images(source):
+        yield from (Row({"image": str(image.absolute()), "label": label}, str(image)) for image, label in images)
+        return
+    files = [(file, _kind_of(file, source)) for file in paths]
     if source.header != "auto" and not any(kind in TABLES for _, kind in files):
         raise DataError(f"{source.path}: header applies to CSV and TSV files, and it has none; remove header.")
     of_files = (row for file, kind in files for row in _read_file(file, kind, source.encoding, rule))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora.data.image_folders import find_images
 from qlora.errors import ConfigError, DataError
 
 # File types by suffix.
@@ -65,6 +66,31 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths in the rows count from: the file's, or the source itself."""
+        try:
+            path = Path(self.path).expanduser()
+            return path.parent if path.is_file() else path
+        except (OSError, RuntimeError):  # reported by find_files
+            return Path()
+
+
+def labelled_images(source: Source) -> list[tuple[Path, str]]:
+    """Return the images of a source that is a folder with a folder for each label, with their labels, in order.
+
+    Raises:
+        DataError: The folder has no such split, or images outside of folders for labels.
+    """
+    if source.format != "images":
+        return []
+    path = Path(source.path).expanduser()
+    if not path.is_dir():
+        return []
+    if any(_is_data(file.relative_to(path)) and type_of(file) != "text" for file in path.rglob("*") if file.is_file()):
+        return []  # a file of rows names its images
+    return find_images(path, source.split, SPLITS)
+
 
 def find_files(source: Source) -> list[Path]:
     """Return the files of a source, in order; none for a dataset on the hub.
@@ -80,6 +106,8 @@ def find_files(source: Source) -> list[Path]:
         raise DataError(f"{source.path} can't be read: {error}") from None
     if is_file:
         return [path]
+    if is_folder and (images := labelled_images(source)):
+        return [image for image, _ in images]
     if is_folder:
         return _files_of_folder(path, source.split)
     if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
@@ -91,13 +119,19 @@ def find_files(source: Source) -> list[Path]:
 
 
 def file_notes(source: Source) -> list[str]:
-    """Return lines on the files of a folder that are read and ignored, or on a split that a single file ignores."""
+    """Return lines on the files of a folder that are read and ignored, or on a split that a single file ignores.
+
+    Of a folder of images the number is told, not the names.
+    """
     path = Path(source.path).expanduser()
     if path.is_file() and source.split is not None:
         return [f"split {source.split!r} is ignored, as {path.name} is a single file"]
     if not path.is_dir():
         return []
     read = find_files(source)
+    if images := labelled_images(source):
+        labels = len({label for _, label in images})
+        return [f"{len(images)} images in the folders of {labels} labels"]
     others = sorted({other for other in path.rglob("*") if other.is_file()} - {*read})
     ignored = [other for other in others if not _is_hidden(other.relative_to(path))]
     groups = {"files read": read, "files ignored": ignored}

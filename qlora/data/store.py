@@ -19,6 +19,8 @@ from qlora.data.tokens import TokenizedExample
 
 HEADER = "columns.json"
 HASH_BYTES = 16
+# Columns with entries of this size, such as images, stay on the disk until they are read.
+LARGE_ENTRY_BYTES = 64
 # Number of ids that are searched at a time.
 IDS_PER_BLOCK = 1 << 22
 
@@ -241,9 +243,10 @@ class ExampleStore:
 
 
 def _open(folder: Path, column: Column) -> np.ndarray:
-    """Open a column: mapped if it has an entry per token, else read into memory."""
+    """Open a column: mapped if it has an entry per token, or a large one per document; else read into memory."""
     path, dtype = _path(folder, column.name), np.dtype(column.dtype)
-    return np.memmap(path, dtype=dtype, mode="r") if column.per == "token" else np.fromfile(path, dtype=dtype)
+    is_mapped = column.per == "token" or dtype.itemsize >= LARGE_ENTRY_BYTES
+    return np.memmap(path, dtype=dtype, mode="r") if is_mapped else np.fromfile(path, dtype=dtype)
 
 
 def find_repeats(stores: Sequence[ExampleStore]) -> list[np.ndarray]:

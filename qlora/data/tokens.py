@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+# Name of the column with an image's pixels, (channels, height, width).
+PIXELS = "pixels"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One document in tokens.
+    """One document in tokens; an image is one of a single token.
 
     Attributes:
         input_ids: (length,), int32.
@@ -34,6 +37,12 @@ class TokenizedExample:
     def num_supervised(self) -> int:
         """Number of supervised tokens."""
         return int(np.count_nonzero(self.weights))
+
+    @property
+    def content(self) -> bytes:
+        """What the document says: its tokens, and its pixels if it is an image."""
+        pixels = self.values.get(PIXELS)
+        return self.input_ids.tobytes() + (b"" if pixels is None else pixels.tobytes())
 
     @property
     def total_weight(self) -> float:

@@ -155,7 +155,9 @@ def write_adapter_card(
 
 def _pipeline(head: ScoreHead | None) -> str:
     """Return the hub's name of what a model is for."""
-    return "text-generation" if head is None else "text-classification"
+    if head is None:
+        return "text-generation"
+    return "image-classification" if head.of_images else "text-classification"
 
 
 def _describe_head(head: ScoreHead | None) -> str:
@@ -165,8 +167,10 @@ def _describe_head(head: ScoreHead | None) -> str:
     if head.num_labels == 1 and not head.labels:
         what = "It is a reward model: it gives a text one score"
     else:
-        what = f"It classifies texts: {', '.join(head.labels) or f'{head.num_labels} labels'}"
-    return f" {what}, and loads with AutoModelForSequenceClassification."
+        documents = "images" if head.of_images else "texts"
+        what = f"It classifies {documents}: {', '.join(head.labels) or f'{head.num_labels} labels'}"
+    auto_class = "AutoModelForImageClassification" if head.of_images else "AutoModelForSequenceClassification"
+    return f" {what}, and loads with {auto_class}."
 
 
 def lost_in_4_bits(onto: str) -> list[str]:
@@ -247,13 +251,14 @@ def _settings(run: RunDirectory, record: RunRecord, config: RunConfig) -> dict[s
     size = unit_of(train.objective)[1]
     longest = data.max_seq_len if size == 1 else f"{size} × {data.max_seq_len}"
     packed = "" if in_use.packing_fill is None else ", packed"
+    rows_of = f"{sequences} of up to {longest} tokens{packed}"
     rate = in_use.learning_rate or train.peak
     mean_ranks = [line["mean_rank"] for line in run.read_metrics(until=run.step) if "mean_rank" in line]
     start = None if lora.start_from is None else public_name(lora.start_from)[0]
     old_task = None if train.keep is None or train.keep.null_space is None else public_name(train.keep.null_space)[0]
     return {
         "steps": run.step,
-        "sequences per step": f"{sequences} of up to {longest} tokens{packed}",
+        **({"images per step": sequences} if data.has_images else {"sequences per step": rows_of}),
         "base in training": f"{quantization.kind}, double quantization: {quantization.double_quant}",
         **adapter_rows(lora, train.keep, mean_ranks[-1] if mean_ranks else None, start, old_task),
         **_rows_trained(record, config),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora.data import ImageProcessor
 from qlora.errors import ExportError
 from qlora.export.card import write_adapter_card, write_card
 from qlora.export.weights import MergedWeights
@@ -74,7 +75,7 @@ class MergeReport:
 
 
 def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
-    """Write config, tokenizer with its chat template, and generation config next to the weights."""
+    """Write config, tokenizer with its chat template or image processor, and generation config next to the weights."""
     config = _with_dtype(weights.files.config, dtype)
     config.pop("quantization_config", None)
     config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", dtype)
@@ -87,7 +88,8 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     tokenizer = load_adapter_tokenizer(source)
     if source.head is not None:
         config.pop("problem_type", None)  # of the base's own head
-        config |= _describe_head(config, source.head, weights.architecture, tokenizer.pad_token_id)
+        pad_id = None if source.head.of_images else tokenizer.pad_token_id
+        config |= _describe_head(config, source.head, weights.architecture, pad_id)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.run is not None and source.run.final_adapter.is_dir():
         _copy_tokenizer(source.run.final_adapter, folder)
@@ -98,6 +100,8 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     for pattern in (*COPIED, *(["*.py"] if source.trust_remote_code else [])):
         for path in filter(Path.is_file, weights.files.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+    if isinstance(tokenizer, ImageProcessor):
+        return  # nothing is generated
     _write_template_of_processor(weights.files.folder, folder, tokenizer.chat_template)
 
     generation = load_generation_config(weights.files.folder)

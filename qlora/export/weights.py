@@ -8,7 +8,7 @@ import torch
 
 from qlora.checkpoint import PeftAdapter, StoredRows
 from qlora.checkpoint.adapter_experts import experts_problems
-from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
+from qlora.checkpoint.adapter_rows import are_shared
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE
 from qlora.errors import ExportError, ModelError
 from qlora.export.card import public_name
@@ -17,8 +17,7 @@ from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
 from qlora.files.stored import StoredTensors, row_blocks
 from qlora.kernels import LowRank, fold, row_norms, row_scale
-from qlora.lora import output_head
-from qlora.lora.head import SCORE
+from qlora.lora import embedding_and_head
 from qlora.model import (
     BITSANDBYTES_4BIT,
     AdapterSource,
@@ -31,7 +30,7 @@ from qlora.model import (
 )
 from qlora.model.expert_files import expert_tensors
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
-from qlora.model.score import vocabulary_head
+from qlora.model.score import head_shapes, vocabulary_head
 from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
 
@@ -90,22 +89,24 @@ class MergedWeights:
         self.architecture = type(skeleton).__name__
         self.names_as_text = names_as_text(skeleton, self._base.shapes)
         self._shapes = dict(self._base.shapes)
+        self._scores: dict[str, tuple[int, ...]] = {}
         if source.head is not None:
             left_out = vocabulary_head(self.files, self._shapes, source.trust_remote_code)
             self._shapes = {name: shape for name, shape in self._shapes.items() if name not in left_out}
-            self._shapes[f"{SCORE}.weight"] = tuple(output_head(skeleton).weight.shape)
+            self._scores = head_shapes(skeleton)
+            self._shapes |= self._scores
         self._transposed = transposed_modules(skeleton)
         self._embedding, self._head = embedding_and_head_tensors(skeleton, self._shapes)
         self._adapted = self._by_name_in_files(self._layers, skeleton)
         self._rows = self._rows_by_name_in_files(adapter, skeleton)
         for name, rows in self._rows.items():
-            (size, features), given = self._shapes[name], self._trained.shape(rows.tensor)
-            if given[1] != features or rows.ids.start > size:
+            (size, *features), given = self._shapes[name], self._trained.shape(rows.tensor)
+            if [*given[1:]] != features or rows.ids.start > size:
                 raise ExportError(
-                    f"{name}: the adapter has rows {rows.ids.start} to {rows.ids.stop - 1} of {given[1]} features, the "
-                    f"base {size} rows of {features}; take the base and adapter of the same run."
+                    f"{name}: the adapter has rows {rows.ids.start} to {rows.ids.stop - 1} of the shape {given[1:]}, "
+                    f"the base {size} rows of {tuple(features)}; take the base and adapter of the same run."
                 )
-            self._shapes[name] = (max(size, rows.ids.stop), features)
+            self._shapes[name] = (max(size, rows.ids.stop), *features)
         quantized = source.quantized(self.files) if onto == "dequantized" else ()
         experts = expert_tensors(skeleton, self._shapes, self.files.name)
         if problems := experts_problems(skeleton, adapter.experts):
@@ -160,7 +161,7 @@ class MergedWeights:
         longer = [
             self._shapes[name][0]
             for name in self._rows
-            if name in self._base.shapes and name != f"{SCORE}.weight" and self._shapes[name] != self._base.shapes[name]
+            if name in self._base.shapes and name not in self._scores and self._shapes[name] != self._base.shapes[name]
         ]
         return longer[0] if longer else None
 
@@ -294,7 +295,8 @@ class MergedWeights:
         """Return trained rows by the names in the files; those of a shared weight under each name it is stored by.
 
         Raises:
-            ExportError: A module other than embedding and head was trained in full, or the head's bias was.
+            ExportError: A module other than embedding and head was trained in full, or the bias of a head over the
+                vocabulary was.
         """
         names = embedding_and_head(skeleton)
         one_to_one, _ = names_in_files(skeleton, self._shapes)
@@ -304,13 +306,17 @@ class MergedWeights:
         if are_shared(skeleton, rows, adapter.tensors):
             rows = dict.fromkeys(names, next(iter(rows.values())))
             modules = [module for module in rows if f"{module}.weight" in one_to_one]
+        biases: dict[str, StoredRows] = {}
         for module, stored in rows.items():
             if stored.bias is None:
+                continue
+            if f"{module}.bias" in self._scores:
+                biases[f"{module}.bias"] = StoredRows(stored.bias, stored.ids)
                 continue
             bias = adapter.tensors[stored.bias]
             if not torch.equal(self._base.read(one_to_one[f"{module}.bias"]).to(bias.dtype), bias):
                 raise ExportError(f"{module} has a trained bias, which can't be merged; train its weight alone.")
-        return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()}
+        return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()} | biases
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
         """Return modules by the names of their weights in the files.

@@ -75,8 +75,8 @@ def _write(path: Path, folder: Path) -> None:
 
     try:
         reader = gguf.GGUFReader(path)
-        vocabulary = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
-        fields = {key: field.contents() for key, field in reader.fields.items() if key not in vocabulary}
+        read = [key for key in reader.fields if not key.startswith("tokenizer.") or key.endswith("_token_id")]
+        fields = {key: reader.fields[key].contents() for key in read}
         tensors = {
             tensor.name: {
                 "kind": int(tensor.tensor_type),
@@ -91,8 +91,8 @@ def _write(path: Path, folder: Path) -> None:
     architecture = check_architecture(fields, path)
     try:
         parsed = load_gguf_checkpoint(str(path))["config"]
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         complete_config(config, fields, tensors, path)
     except ModelError:
         raise

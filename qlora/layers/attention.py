@@ -19,6 +19,7 @@ from qlora.layers.sinks import (
     varlen_with_sinks,
 )
 from qlora.layers.states import ARGUMENT, takes_lengths
+from qlora.lora import reads_images
 
 NAME = "qlora_documents"
 # Dropouts and arguments of attention layers that are not supported here; they are refused, never ignored.
@@ -42,7 +43,7 @@ def use_document_attention(model: Any) -> str:
     current = model.config._attn_implementation
     reason = _unsupported_reason(model)
     if reason is not None:
-        return f"{current}, with a mask over all documents of a row: {reason}"
+        return current if reads_images(model) else f"{current}, with a mask over all documents of a row: {reason}"
     _register()
     set_text_attention(model, NAME)
     kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
@@ -189,6 +190,8 @@ def _varlen(
 
 def _unsupported_reason(model: Any) -> str | None:
     """Return why a model can't attend within documents, or None if it can."""
+    if reads_images(model):
+        return "it attends within images"
     config = model.config.get_text_config()
     sinks = has_sinks(model)  # their architectures have no other attention of torch's own
     if model.config._attn_implementation != ("eager" if sinks else "sdpa"):

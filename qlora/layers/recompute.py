@@ -90,7 +90,13 @@ def apply_recompute(model: Any, level: str) -> str:
 def _layers(model: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # The innermost ones: Swin's stages, which are such layers too, consist of others.
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [
+        layer
+        for layer in found
+        if not any(isinstance(inner, GradientCheckpointingLayer) for inner in layer.modules() if inner is not layer)
+    ]
 
 
 def _unsupported_reason(model: Any, level: str) -> str:

@@ -5,7 +5,16 @@ from qlora.lora.eva import eva_factors, num_directions, redistribute
 from qlora.lora.expert_layer import wrap_experts
 from qlora.lora.experts import LoraExperts, StoredExperts, lora_experts, reset_experts
 from qlora.lora.function import RecomputedWeights, choose_form
-from qlora.lora.head import ScoreHead, output_head, scores_documents, stored_head
+from qlora.lora.head import (
+    ScoreHead,
+    embedding_and_head,
+    input_embedding,
+    output_head,
+    reads_images,
+    score_name,
+    scores_documents,
+    stored_head,
+)
 from qlora.lora.initial import Factors, orthogonal, pissa
 from qlora.lora.inject import (
     Targets,
@@ -68,6 +77,10 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "apply_first",
+    "embedding_and_head",
+    "input_embedding",
+    "reads_images",
+    "score_name",
     "apply_starts",
     "check_ranks",
     "choose_form",

@@ -6,26 +6,26 @@ such weight, or another one, and an adapter in it would have no effect.
 
 import ast
 import inspect
+import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from types import CodeType
 from typing import Any
 
 from torch import nn
 
 # Methods that set initial values, which are those of the files in a base that is loaded.
 SETS_VALUES = ("__init__", "init_", "_init_", "reset_", "_reset_")
-# What a condition may consist of to be evaluated: attributes of the module and constants.
-CONDITION = (
-    ast.Attribute, ast.Name, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.boolop, ast.cmpop, ast.unaryop,
-    ast.expr_context,
-)  # fmt: skip
+# Comparisons that are computed in conditions; a condition with another one counts as unknown.
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
 
 OWN = __name__.partition(".")[0]
 
 # A condition, and the value that it has where a weight is read.
-Condition = tuple[CodeType, bool]
+Condition = tuple[ast.expr, bool]
 
 
 def read_directly(model: nn.Module) -> list[str]:
@@ -46,11 +46,34 @@ def read_directly(model: nn.Module) -> list[str]:
 
 
 def _may_hold(module: nn.Module, condition: Condition) -> bool:
-    code, expected = condition
+    test, expected = condition
     try:
-        return bool(eval(code, {"__builtins__": {}}, {"self": module})) == expected
-    except (AttributeError, TypeError):
+        return bool(_value(test, module)) == expected
+    except (AttributeError, TypeError, ValueError):
         return True
+
+
+def _value(node: ast.expr, module: nn.Module) -> Any:
+    """Return the value of a condition on the attributes of a module, which is `self` there.
+
+    Raises:
+        AttributeError: The module has no such attribute.
+        TypeError: Values can't be compared.
+        ValueError: The condition depends on something else, or on whether the module is being trained.
+    """
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Attribute() if (path := _path(node)) and "training" not in path.split("."):
+            return operator.attrgetter(path)(module)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, module)
+        case ast.BoolOp(op=op, values=values):
+            combine = all if isinstance(op, ast.And) else any
+            return combine(_value(each, module) for each in values)
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
+            return COMPARISONS[type(op)](_value(left, module), _value(right, module))
+    raise ValueError(f"{ast.unparse(node)} is no condition on attributes of a module")
 
 
 @cache
@@ -74,10 +97,11 @@ def _reads_below(node: ast.AST, conditions: tuple[Condition, ...]) -> Iterator[t
         path = _path(node.value)
         if path:
             yield path, conditions
-    if isinstance(node, ast.If) and (code := _evaluable(node.test)) is not None:
+    if isinstance(node, ast.If):
+        yield from _reads_below(node.test, conditions)
         for statements, expected in ((node.body, True), (node.orelse, False)):
             for statement in statements:
-                yield from _reads_below(statement, (*conditions, (code, expected)))
+                yield from _reads_below(statement, (*conditions, (node.test, expected)))
         return
     for child in ast.iter_child_nodes(node):
         yield from _reads_below(child, conditions)
@@ -90,13 +114,3 @@ def _path(node: Any) -> str:
         parts.insert(0, node.attr)
         node = node.value
     return ".".join(parts) if isinstance(node, ast.Name) and node.id == "self" else ""
-
-
-def _evaluable(test: ast.expr) -> CodeType | None:
-    """Return a condition that follows from the module's attributes; None for others, and for its mode."""
-    nodes = [*ast.walk(test)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    changes = any(isinstance(node, ast.Attribute) and node.attr == "training" for node in nodes)
-    if changes or names != {"self"} or not all(isinstance(node, CONDITION) for node in nodes):
-        return None
-    return compile(ast.Expression(test), "<condition>", "eval")

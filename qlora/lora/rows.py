@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
-from qlora.lora.head import output_head, scores_documents
+from qlora.lora.head import embedding_and_head, input_embedding, output_head, scores_documents
 from qlora.lora.match import other_part
 
 
@@ -23,6 +23,7 @@ class EmbeddingRows(nn.Module):
         values: Initial values, (rows, features).
         ids: Ids of the rows.
         num_frozen: Number of rows of the base's weight.
+        bias: Initial bias of a head of scores that has one, (rows,); None if none is trained.
 
     Attributes:
         is_off: Whether the base's rows are used instead, see :func:`qlora.lora.adapters_off`.
@@ -32,9 +33,10 @@ class EmbeddingRows(nn.Module):
 
     kept: torch.Tensor | None
 
-    def __init__(self, values: torch.Tensor, ids: range, num_frozen: int) -> None:
+    def __init__(self, values: torch.Tensor, ids: range, num_frozen: int, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.ids, self.num_frozen = ids, num_frozen
         self.is_off = self.is_at_start = False
         self.register_buffer("kept", None)
@@ -43,6 +45,11 @@ class EmbeddingRows(nn.Module):
     def is_whole(self) -> bool:
         """Whether every row is trained."""
         return self.ids.start == 0 and self.ids.stop >= self.num_frozen
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The trained parameters: the weight, and the bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def num_rows(self) -> int:
@@ -136,8 +143,8 @@ class TrainedHead(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Frozen bias, (rows,)."""
-        return self.base.bias
+        """Bias, (rows,): the trained one, or the base's."""
+        return self.base.bias if self.rows.bias is None else self.rows.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
         """Return the weight as consecutive blocks of its rows, trained and frozen."""
@@ -154,7 +161,7 @@ class TrainedHead(nn.Module):
         if not self.rows.used_ids:
             return self.base(x)
         logits = torch.cat([F.linear(x, block.to(x.dtype)) for block in self.blocks()], dim=-1)
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else logits + self.bias.to(x.dtype)
 
 
 def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
@@ -179,7 +186,8 @@ def train_rows(
     predictions barely change (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
-        model: A model of transformers that predicts tokens, or scores documents; then its head is trained too.
+        model: A model of transformers that predicts tokens, or scores documents; then its head is trained too, with its
+            bias if it has one.
         modules: Names, or their last parts, of the modules trained in full. If embedding and head share a weight, both
             are.
         new_ids: Ids of tokens added to the vocabulary; their rows are trained, and added if there are none.
@@ -194,10 +202,9 @@ def train_rows(
     is_scorer = scores_documents(model)
     if not modules and not new_ids and not is_scorer:
         return {}
-    embedding, head = model.get_input_embeddings(), output_head(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    layers = {names[id(layer)]: layer for layer in (embedding, head) if layer is not None}
-    is_tied = head is not None and head.weight is embedding.weight
+    head = output_head(model)
+    layers = embedding_and_head(model)
+    is_tied = len({id(layer.weight) for layer in layers.values()}) < len(layers)
     whole = _match(model, modules, list(layers))
     if is_tied and whole:
         whole = set(layers)
@@ -216,9 +223,15 @@ def train_rows(
                 rows[name] = next(iter(rows.values()))
             else:
                 values = first_rows(layer.weight, spans[name], added[name], dtype)
-                rows[name] = EmbeddingRows(values, spans[name], len(layer.weight))
+                bias = layer.bias.to(dtype, copy=True) if has_trained_bias(model, layer) else None
+                rows[name] = EmbeddingRows(values, spans[name], len(layer.weight), bias)
     wrap_rows(model, rows)
     return {name: span for name, span in spans.items() if span}
+
+
+def has_trained_bias(model: Any, layer: Any) -> bool:
+    """Return whether a layer is a model's head of scores with a bias, which is trained with its weight."""
+    return scores_documents(model) and layer is output_head(model) and layer.bias is not None
 
 
 def wrap_rows(model: Any, rows: Mapping[str, EmbeddingRows]) -> None:
@@ -228,7 +241,7 @@ def wrap_rows(model: Any, rows: Mapping[str, EmbeddingRows]) -> None:
         model: A model of transformers.
         rows: Rows by the names of the modules; those of a tied embedding and head are the same object.
     """
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     for name, own in rows.items():
         layer = model.get_submodule(name)
         wrapped = TrainedEmbedding(layer, own) if layer is embedding else TrainedHead(layer, own)

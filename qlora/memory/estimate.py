@@ -13,7 +13,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model import Loss, base_files, resolve_compute_dtype, resolve_device
+from qlora.model import Loss, base_files, resolve_compute_dtype, resolve_device, with_images
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -32,10 +32,11 @@ class Estimate:
         device: Device of the run.
         dtype: Compute dtype.
         micro_batch_size: Number of sequences per micro-batch.
-        max_seq_len: Largest number of tokens per sequence.
+        max_seq_len: Largest number of tokens per sequence; an image is one of one token.
         packing: Whether the sequences of a micro-batch are joined into one.
         chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
+        of_images: Whether the sequences are images.
     """
 
     footprint: Footprint
@@ -46,6 +47,7 @@ class Estimate:
     packing: bool
     chunk_tokens: int
     group_size: int = 1
+    of_images: bool = False
 
     @property
     def levels(self) -> list[str]:
@@ -148,7 +150,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         section.compute_dtype, device
     )  # fmt: skip
     files = base_files(section, with_weights=False)
-    row, rows = config.data.max_seq_len, config.train.micro_batch_size
+    row, rows = config.data.max_tokens, config.train.micro_batch_size
+    loss = with_images(loss, config.data, files.folder)
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(
         footprint=footprint,
@@ -159,6 +162,7 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
         packing=config.data.packs and footprint.unpacked_why is None,
         chunk_tokens=_chunk_tokens(footprint, loss, device),
         group_size=loss.group_size,
+        of_images=config.data.has_images,
     )
 
 

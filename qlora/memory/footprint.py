@@ -37,6 +37,7 @@ from qlora.model import (
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names, settings_of_base
 from qlora.model.shares import check_share
+from qlora.model.skeleton import of_images
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
@@ -125,7 +126,7 @@ def take_footprint(
         if spec.trains(name)
     ]
     trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
-    all_rows = {rows.weight for _, rows in trained_rows(model)}
+    all_rows = {parameter for _, rows in trained_rows(model) for parameter in rows.trained}
     if loss.has_reference:
         weights += sum(each.nbytes for each in all_rows)
     flat = FlatParameters(("", each) for each in [*trained, *all_rows])
@@ -160,7 +161,7 @@ def take_footprint(
 
 def _check_task(files: BaseFiles, loss: Loss) -> None:
     """Check that a base is a causal language model; the weights of others lack its head."""
-    if loss.head is not None and stored_head(files.config) is not None:
+    if loss.head is not None and (stored_head(files.config) is not None or of_images(files.config)):
         return
     for name in files.config.get("architectures") or []:
         _, is_named, task = name.rpartition("For")

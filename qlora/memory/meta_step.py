@@ -12,7 +12,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
-from qlora.lora import head_blocks, output_head, trained_rows
+from qlora.lora import head_blocks, output_head, reads_images, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
 from qlora.model.loss import Loss
@@ -86,23 +86,24 @@ class _Trace:
 
 
 def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int = 0) -> _Trace:
-    """Run a step of a micro-batch of one group of documents.
+    """Run a step of a micro-batch of one group of documents; or of images, each a document of one token.
 
     Args:
         stack: Reduced layers.
         loss: Loss that is minimized.
-        tokens: Number of tokens of each document: a prime, or any number with `divisor`.
+        tokens: Number of tokens of each document, or of images: a prime, or any number with `divisor`.
         supervised: Number of supervised tokens of each document.
         divisor: Sizes that are multiples of it depend on the tokens; `tokens` if not given.
     """
     model, layers, size = stack.model, stack.layers, loss.group_size
-    ids = torch.empty(1, tokens * size, dtype=torch.long, device="meta")
+    count, length = (tokens, 1) if reads_images(model) else (size, tokens)
+    ids = torch.empty(1, count * length, dtype=torch.long, device="meta")
     batch = Batch(
         input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
         supervised=torch.empty(supervised * size, dtype=torch.long, device="meta"), weights=None,
-        cu_seq_lens=torch.arange(0, (size + 1) * tokens, tokens, dtype=torch.int32), lengths=(tokens,) * size,
-        counts=(supervised,) * size, weight_sums=(supervised,) * size,
-        values={name: value.to("meta").expand(size, *value.shape) for name, value in loss.columns.items()},
+        cu_seq_lens=torch.arange(0, (count + 1) * length, length, dtype=torch.int32), lengths=(length,) * count,
+        counts=(supervised,) * count, weight_sums=(supervised,) * count,
+        values={name: value.to("meta").expand(count, *value.shape) for name, value in loss.columns.items()},
     )  # fmt: skip
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -110,7 +111,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     known = [*model.parameters(), *model.buffers(), ids, batch.supervised, batch.cu_seq_lens, stack.scratch]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    rows = {rows.weight.numel() for _, rows in trained_rows(model)}
+    rows = {parameter.numel() for _, rows in trained_rows(model) for parameter in rows.trained}
     sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
     timeline, starts = Timeline(divisor or tokens, known, sizes), []
     is_backward = False

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +11,18 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.config import RunConfig
 from qlora.config.sections.train import DEFAULT_LEARNING_RATE
-from qlora.data import Batch, add_new_tokens, collate, make_example
+from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.files import BaseFiles
 from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.layers.states import use_document_states
-from qlora.model.from_config import optimizer_from_section
+from qlora.lora import input_embedding
+from qlora.model.from_config import optimizer_from_section, set_tokens, with_images
 from qlora.model.initial import load_for_training
 from qlora.model.loss import Loss
+from qlora.model.processor import load_processor
 from qlora.model.starts import Starts
-from qlora.model.tokenizer import load_tokenizer
 from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.optim import FlatOptimizer
 
@@ -108,9 +110,8 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
         ModelError: The base can't be loaded.
     """
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    tokenizer = load_tokenizer(files.folder, config.model.trust_remote_code)
-    examples = [make_example(list(range(MADE_UP_TOKENS)), [True] * MADE_UP_TOKENS)]
-    new_ids = add_new_tokens(tokenizer, config.data.new_tokens)
+    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), config, files.folder, loss)]
+    new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
     model, _ = load_for_training(
@@ -144,10 +145,11 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
         section = section.with_learning_rate(DEFAULT_LEARNING_RATE)
     apply_recompute(model, level)
     optimizer = optimizer_from_section(model, section)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    shape = (section.micro_batch_size * loss.group_size, config.data.max_seq_len)
-    values = {name: value.numpy() for name, value in loss.columns.items()}
-    documents = [make_example(ids, [True] * len(ids), values) for ids in torch.randint(vocabulary, shape).tolist()]
+    embedding = input_embedding(model)
+    vocabulary = 1 if embedding is None else embedding.num_embeddings
+    shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
+    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
+    documents = [made_up_document(ids, config, files.folder, loss) for ids in torch.randint(vocabulary, shape).tolist()]
     batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 
@@ -158,6 +160,12 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
 
     step()  # allocates what is kept after the first use
     return measure_peak(step, model.device, _tensors(model, optimizer))
+
+
+def made_up_document(ids: list[int], config: RunConfig, folder: Path, loss: Loss) -> TokenizedExample:
+    """Return a document with what a loss reads of it, and with pixels if a config has images."""
+    columns = with_images(loss, config.data, folder).columns
+    return make_example(ids, [True] * len(ids), {name: value.numpy() for name, value in columns.items()})
 
 
 def run_passes(model: Any, batch: Batch, loss: Loss) -> None:

@@ -15,7 +15,8 @@ class MemoryReport:
         device: Device of the run.
         compute_dtype: Compute dtype.
         micro_batch_size: Number of sequences per micro-batch.
-        max_seq_len: Largest number of tokens per sequence.
+        max_seq_len: Largest number of tokens per sequence; 1 for images.
+        of_images: Whether the sequences are images.
         free_bytes: Bytes that the run may take.
         margin: Share of these bytes that stays free.
         levels: For each level of recomputation, the fastest first: `bytes` by kind, `total`, whether it `fits`, the
@@ -29,6 +30,7 @@ class MemoryReport:
     compute_dtype: str
     micro_batch_size: int
     max_seq_len: int
+    of_images: bool
     free_bytes: int
     margin: float
     levels: dict[str, dict[str, Any]]
@@ -79,6 +81,7 @@ def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> Mem
         compute_dtype=str(estimate.dtype).removeprefix("torch."),
         micro_batch_size=estimate.micro_batch_size,
         max_seq_len=estimate.max_seq_len,
+        of_images=estimate.of_images,
         free_bytes=free_bytes,
         margin=MARGIN,
         levels=levels,

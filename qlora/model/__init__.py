@@ -12,12 +12,14 @@ from qlora.model.from_config import (
     adapter_specs,
     base_files,
     base_from_section,
+    check_documents,
     datasets_from_section,
     expert_specs,
     flat_parameters,
     group_rates,
     optimizer_from_section,
     set_tokens,
+    with_images,
 )
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
@@ -26,6 +28,7 @@ from qlora.model.isolation import Isolation, keep_apart, mixed_reason, unpackabl
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
+from qlora.model.processor import load_processor
 from qlora.model.restore import (
     find_foreign,
     load_adapted,
@@ -60,6 +63,7 @@ __all__ = [
     "base_files",
     "base_from_section",
     "build_skeleton",
+    "check_documents",
     "check_loss",
     "datasets_from_section",
     "end_token_ids",
@@ -81,6 +85,7 @@ __all__ = [
     "load_adapter_tokenizer",
     "load_model",
     "load_model_tokenizer",
+    "load_processor",
     "open_source",
     "load_run",
     "load_run_tokenizer",
@@ -100,5 +105,6 @@ __all__ = [
     "token_loss",
     "unpackable_reason",
     "weight_format",
+    "with_images",
     "write_labels",
 ]

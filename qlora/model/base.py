@@ -19,12 +19,13 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
 from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
+from qlora.model.processor import load_processor
 from qlora.model.quantization import find_quantized_layers, quantized_names, settings_of_base
 from qlora.model.score import replace_head
 from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
 from qlora.model.text_only import find_text_model, tensors_of_text
-from qlora.model.tokenizer import GENERATION_FILE, load_generation_config, load_tokenizer
+from qlora.model.tokenizer import GENERATION_FILE, load_generation_config
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
 
 QUANTIZATIONS = ("nf4", "none")
@@ -47,7 +48,7 @@ def load_base(
     allow_unquantized: bool = False,
     whole: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a causal language model, or one that scores documents, frozen, and its tokenizer.
+    """Load a causal language model, or one that scores documents, frozen, and its tokenizer or image processor.
 
     Every linear layer except the output head becomes an `NF4Linear`, one at a time as its file is read. Everything
     else is loaded in the compute dtype, including subclasses of `nn.Linear` that compute something else. Of a
@@ -76,7 +77,7 @@ def load_base(
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
 
     Returns:
-        The model, in evaluation mode, and its tokenizer.
+        The model, in evaluation mode, and its tokenizer; of a model of images its image processor.
 
     Raises:
         ModelError: An argument is unknown, the base can't be found, read or loaded, its files lack weights that the
@@ -139,7 +140,7 @@ def load_base(
         model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
-    return model.requires_grad_(False).eval(), load_tokenizer(files.folder, trust_remote_code)
+    return model.requires_grad_(False).eval(), load_processor(files.folder, trust_remote_code)
 
 
 @contextmanager

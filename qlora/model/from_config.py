@@ -1,7 +1,8 @@
 """Base, adapters, data and optimizer from the sections of a config."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from qlora.config.sections import layer_indices, rate_factor
 from qlora.data import (
     Datasets,
     EncodeOptions,
+    ImageProcessor,
     Labels,
     Source,
     add_new_tokens,
     build_datasets,
     set_special_tokens,
 )
-from qlora.errors import ModelError
+from qlora.errors import ConfigError, ModelError
 from qlora.files import BaseFiles
 from qlora.lora import (
     AdapterSpec,
@@ -38,7 +40,9 @@ from qlora.lora import (
     wrap_linears,
 )
 from qlora.model.base import load_base
+from qlora.model.loss import Loss
 from qlora.model.on_weight import OnWeight
+from qlora.model.processor import load_processor
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 Specs = dict[str, AdapterSpec]
@@ -166,7 +170,7 @@ def flat_parameters(model: Any, section: TrainSection) -> FlatParameters:
     score = output_head(model) if scores_documents(model) else None
     rows = {id(each.weight): "embeddings" for _, each in trained_rows(model)}
     if isinstance(score, TrainedHead):
-        rows[id(score.rows.weight)] = "score"
+        rows |= {id(parameter): "score" for parameter in score.rows.trained}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def group_of(name: str) -> str:
@@ -188,11 +192,52 @@ def set_tokens(section: DataSection, tokenizer: Any) -> range:
         The ids of the added tokens.
 
     Raises:
+        ConfigError: The base reads images and the config texts, or the other way round.
         DataError: The tokenizer already has a token to add, or lacks a special token.
     """
+    check_documents(section, tokenizer)
+    if section.has_images:
+        return range(0)
     new_ids = add_new_tokens(tokenizer, section.new_tokens)
     set_special_tokens(tokenizer, section.special_tokens)
     return new_ids
+
+
+def check_documents(section: DataSection, tokenizer: Any) -> None:
+    """Check that a config has the kind of documents that its base reads.
+
+    Raises:
+        ConfigError: The base reads images and the config texts, or the other way round.
+    """
+    if section.has_images and not isinstance(tokenizer, ImageProcessor):
+        raise ConfigError(
+            "data.format: images needs a base that classifies images, such as ViT, DeiT, DINOv2 or Swin; set "
+            "model.base to one, or another data.format."
+        )
+    if isinstance(tokenizer, ImageProcessor) and not section.has_images:
+        raise ConfigError(
+            "model.base is a model of images, which learns to classify them; set data.format: images and "
+            "train.objective: classify."
+        )
+
+
+def with_images(loss: Loss, section: DataSection, folder: Path) -> Loss:
+    """Return a loss that also names what it reads of images, if a config has any.
+
+    Args:
+        loss: The loss.
+        section: Data section of the config.
+        folder: Folder of the base, with its image processor.
+
+    Raises:
+        ModelError: The processor is missing or can't be used.
+        ConfigError: The base reads images and the config texts, or the other way round.
+    """
+    if not section.has_images:
+        return loss
+    processor = load_processor(folder)
+    check_documents(section, processor)
+    return replace(loss, columns={**loss.columns, **processor.made_up()})
 
 
 def datasets_from_section(
@@ -211,8 +256,9 @@ def datasets_from_section(
         seed: Seed of the run.
         own_template: Whether the tokenizer is a run's and has its chat template already, whose file may be gone.
         new_ids: Ids of added tokens; those that are in no training example are noted in the first report.
-        labels: Labels of texts, see :func:`qlora.model.labels_from_config`.
+        labels: Labels of texts or images, see :func:`qlora.model.labels_from_config`.
     """
+    check_documents(section, tokenizer)
     datasets = build_datasets(
         tokenizer,
         training_sources(section),

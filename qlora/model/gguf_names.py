@@ -27,7 +27,8 @@ def open_gguf(files: BaseFiles) -> GGUFTensors:
     assert files.gguf is not None
     table = read_table(files.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(config=table["config"])
     names = get_gguf_hf_weights_map(model, processor)
     names |= {f"{name}.weight": names[name] for name in names if name.endswith("_exps")}  # parameters, not modules

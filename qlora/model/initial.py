@@ -25,7 +25,7 @@ from qlora.lora import (
     starts_to_tensors,
     trained_rows,
 )
-from qlora.lora.head import SCORE
+from qlora.lora.head import SCORES
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -87,7 +87,7 @@ def load_for_training(
         starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
     adapt(model, section, seed, new_ids, starts)
     if adapter is not None and adapter.rows:
-        load_rows(model, adapter.rows, adapter.tensors, optional=(SCORE,))
+        load_rows(model, adapter.rows, adapter.tensors, optional=SCORES)
         if is_reference:  # to have them when the run is continued; otherwise its checkpoints do
             starts = {**starts, **{name: LayerStart(rows=own.weight.detach()) for name, own in trained_rows(model)}}
     if old_examples is not None:

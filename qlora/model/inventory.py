@@ -23,10 +23,10 @@ def take_inventory(model: nn.Module) -> Inventory:
     quantized, unquantized, experts = [], [], dict[str, int]()
     with_rows = dict(trained_rows(model))
     all_rows = {*with_rows.values()}  # a single one if embedding and head share them
-    trained = sum(rows.weight.numel() for rows in all_rows)
+    trained = sum(parameter.numel() for rows in all_rows for parameter in rows.trained)
     # A weight whose rows are all trained is removed from the base, but counts as its parameter.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
-    seen = {rows.weight for rows in all_rows}
+    seen = {parameter for rows in all_rows for parameter in rows.trained}
     for name, module in model.named_modules():
         name = name.removesuffix(".base")
         parameters = dict(module.named_parameters(recurse=False))

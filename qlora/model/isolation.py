@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qlora.data import Batch, TokenizedExample, collate, make_example
+from qlora.errors import ModelError
 from qlora.layers import use_document_attention, use_document_states
 from qlora.layers.attention import set_text_attention
 from qlora.layers.states import state_layers
@@ -129,7 +130,7 @@ def mixed_reason(
 
     def watch(output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # some architectures scale it in place, which a leaf refuses
 
     context = make_example(first.input_ids, [False] * len(first))
     with changed_embeddings(model, watch):
@@ -146,6 +147,45 @@ def mixed_reason(
         f"{type(model).__name__} lets documents packed into one sequence change each other (gradient of one in "
         f"another: {leak:.2g} of its own; its states change by {change:.1%})"
     )
+
+
+def check_causal(model: Any, document: TokenizedExample) -> None:
+    """Check that no token sees a later one: the states of the first half have no gradient in the second half.
+
+    Encoders see all tokens, and so do some models of images and text while they read a prompt. The loss of predicting
+    the next token would then fall by copying it.
+
+    Args:
+        model: A model with or without adapters; it is left in evaluation mode.
+        document: A document of two tokens or more; a shorter one is not checked.
+
+    Raises:
+        ModelError: A token sees later ones.
+    """
+    half = len(document) // 2
+    if not half:
+        return
+    model.eval()
+    embedded: list[torch.Tensor] = []
+
+    def watch(output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()
+
+    with changed_embeddings(model, watch):
+        batch = collate([document]).to(model.device)
+        states = text_model(model)(**model_inputs(model, batch)).last_hidden_state[0, :half].float()
+        # Random weights, because a norm makes plain sums or squares of the states constant.
+        generator = torch.Generator().manual_seed(0)
+        total = (states * torch.randn(states.shape, generator=generator).to(states.device)).sum()
+    (grad,) = torch.autograd.grad(total, embedded[0])
+    own, later = (part.float().norm().item() for part in grad[0].split([half, len(document) - half]))
+    if not later <= LEAK * own:
+        raise ModelError(
+            f"{type(model).__name__} lets tokens see later ones (gradient of the first half in the second: "
+            f"{later / max(own, 1e-30):.2g} of its own), so it would learn to copy the next token, not to predict "
+            "it; use a decoder-only model, such as Llama, Mistral, Qwen or Gemma."
+        )
 
 
 @torch.no_grad()

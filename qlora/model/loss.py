@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from qlora.data import Batch, TokenizedExample
+from qlora.data.images import normalize
+from qlora.data.tokens import PIXELS
 from qlora.errors import ModelError
 from qlora.kernels import linear_token_loss, recipe_of
 from qlora.layers.attention import mask_arguments
 from qlora.lora import ScoreHead, head_blocks, text_model
+from qlora.lora.head import PIXEL_VALUES
 
 # Largest relative difference between the loss in chunks and the loss of the model's own logits, from rounding.
 TOLERANCE = 0.01
@@ -209,6 +212,8 @@ def rows_at(
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Return a model's arguments for a batch; positions that restart separate packed documents, not a mask."""
+    if PIXELS in batch.values:
+        return {PIXEL_VALUES: normalize(batch.values, model.dtype)}
     positions = batch.position_ids
     if positions is not None and _has_axes(model.config):
         # Text, and the three axes of images. Given two dimensions, some of these models don't look for documents.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.lora import output_head
+from qlora.lora import input_embedding, output_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,6 @@ def embedding_and_head_tensors(skeleton: Any, stored: Iterable[str]) -> tuple[st
     one_to_one, _ = names_in_files(skeleton, stored)
     modules = {module: name for name, module in skeleton.named_modules()}
     embedding, head = (
-        one_to_one.get(f"{modules.get(layer)}.weight")
-        for layer in (skeleton.get_input_embeddings(), output_head(skeleton))
+        one_to_one.get(f"{modules.get(layer)}.weight") for layer in (input_embedding(skeleton), output_head(skeleton))
     )
     return embedding, head

@@ -7,7 +7,7 @@ import torch
 
 from qlora.data import TokenizedExample, collate
 from qlora.errors import ModelError
-from qlora.lora import InputObserver, InputStatistics, text_model
+from qlora.lora import InputObserver, InputStatistics, input_embedding, text_model
 from qlora.model.loss import model_inputs
 
 # Tokens that statistics of inputs are taken from: enough for a few hundred directions, and a second's work on a GPU.
@@ -32,12 +32,14 @@ def observe(
     if not len(examples):
         raise ModelError(f"{key}: there are no examples to take statistics of the layers' inputs from.")
     # New tokens, whose rows are added with the adapters, count as the base's last one.
-    last = model.get_input_embeddings().num_embeddings - 1
+    embedding = input_embedding(model)
+    last = None if embedding is None else embedding.num_embeddings - 1
     left = CALIBRATION_TOKENS
     with InputObserver(model, names, directions) as observer, torch.no_grad():
         for example in examples:
             batch = collate([example]).to(model.device)
-            batch.input_ids.clamp_(max=last)
+            if last is not None:
+                batch.input_ids.clamp_(max=last)
             text_model(model)(**model_inputs(model, batch))
             left -= len(example)
             if left <= 0:

@@ -1,4 +1,4 @@
-"""Labels of texts, predicted by a run or a release that classifies."""
+"""Labels of texts or images, predicted by a run or a release that classifies."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,11 +11,14 @@ import torch
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
-from qlora.data import Batch, Labels, Source, collate
+from qlora.data import Batch, EncodeOptions, ImageProcessor, Labels, Source, collate
+from qlora.data.datasets import make_encoder
+from qlora.data.documents import image_of
 from qlora.data.encode import ExampleEncoder
-from qlora.data.examples import Labelled
+from qlora.data.examples import Labelled, LabelledImage
 from qlora.data.formats import COLUMNS
 from qlora.data.labels import BY_HEAD
+from qlora.data.prepare import Encoder
 from qlora.data.problems import ProblemLog, counted, problem_lines
 from qlora.data.rows import BadRow, Row, read_rows
 from qlora.data.tables import HeaderRule
@@ -30,18 +33,18 @@ from qlora.model.loss import model_inputs, supervised_rows
 from qlora.model.restore import load_model, load_model_tokenizer
 from qlora.model.score import document_scores
 
-TEXT, ID = "text", "id"
-# Number of texts that are tokenized at a time.
+TEXT, IMAGE, ID = "text", "image", "id"
+# Number of texts that are tokenized, or of images that are decoded, at a time.
 TEXTS_PER_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The label of one text.
+    """The label of one text or image.
 
     Attributes:
         row: Number of its row, from 1.
-        id: The row's own `id`; None if it has none.
+        id: The row's own `id`; without one the path of its image, or None for a text.
         label: Name of the most likely label; where a text can have several, the names of those that are more likely
             than not.
         probabilities: Probability of each label, by name; their sum is 1, unless a text can have several.
@@ -55,31 +58,33 @@ class Prediction:
 
 def predict(
     model: str | Path,
-    data: str | Path | Iterable[str | Mapping[str, Any]],
+    data: str | Path | Iterable[str | Path | Mapping[str, Any]],
     output: str | Path | None = None,
     text: str | None = None,
     batch_size: int = 16,
     device: str | torch.device = "auto",
 ) -> list[Prediction]:
-    """Predict the labels of texts with a run that classifies, or with its merged weights.
+    """Predict the labels of texts or images with a run that classifies, or with its merged weights.
 
-    Texts become tokens as in training. Those with too many tokens for `data.max_seq_len` are truncated.
+    Texts become tokens as in training. Those with too many tokens for `data.max_seq_len` are truncated. Images are
+    prepared as in training.
 
     Args:
         model: A run, one of its checkpoints, or a folder that it was merged into.
-        data: A file of any type that training reads, or texts, or rows as dicts.
+        data: A file of any type that training reads, or texts, or rows as dicts; of images also paths, or a folder with
+            a folder for each label.
         output: A new JSONL file with a line for each row, in their order: `row`, `id`, `label` and `probabilities`. It
             is written whole, or not at all.
-        text: Name of the column with the text; default: that of the run's config, or `text`.
-        batch_size: Number of texts at a time.
+        text: Name of the column with the text or image; default: that of the run's config, or `text` or `image`.
+        batch_size: Number of texts or images at a time.
         device: `auto` takes a GPU if there is one.
 
     Returns:
         A prediction for each row, in their order.
 
     Raises:
-        ConfigError: The model does not classify texts, the output exists already, or batch_size is below 1.
-        DataError: Rows have no text, or the file can't be read; the message names these rows.
+        ConfigError: The model does not classify, the output exists already, or batch_size is below 1.
+        DataError: Rows have no text or image, or the file can't be read; the message names these rows.
         ModelError: The model can't be loaded.
     """
     if batch_size < 1:
@@ -88,12 +93,18 @@ def predict(
         raise ConfigError(f"{output} exists already; name another file.")
     run = RunDirectory.find(model)
     labels, max_seq_len = read_labels(_labels_file(model, run))
-    if text is None:
-        text = TEXT if run is None else load_config(run.config).data.columns.get(TEXT, TEXT)
-    rows = list(_read(data, text))
-    # The texts first, so that their errors are reported before tens of gigabytes are loaded.
-    encoder = ExampleEncoder(load_model_tokenizer(str(model)), labels=labels)
-    examples = _encode(encoder, rows, text, max_seq_len)
+    # The documents first, so that their errors are reported before tens of gigabytes are loaded.
+    tokenizer = load_model_tokenizer(str(model))
+    has_images = isinstance(tokenizer, ImageProcessor)
+    kind = IMAGE if has_images else TEXT
+    column = text
+    if column is None:
+        column = kind if run is None else load_config(run.config).data.columns.get(kind, kind)
+    source = _source(data, has_images)
+    rows = list(_read(source, data, column))
+    encoder = make_encoder(tokenizer, EncodeOptions(labels=labels))
+    folder = Path() if source is None else source.folder
+    examples = _encode(encoder, rows, column, max_seq_len, folder if has_images else None)
     assert encoder.labels is not None, "they were given"
     loaded, _ = load_model(str(model), device)
     scores = score_labels(loaded, examples, encoder.labels, batch_size)
@@ -102,7 +113,7 @@ def predict(
     predictions = [
         Prediction(
             number,
-            row.values.get(ID),
+            row.values.get(ID, _path_of(row.values.get(column)) if has_images else None),
             [name for name, has in zip(labels.names, found, strict=True) if has]
             if labels.is_multiple
             else labels.names[found],
@@ -153,21 +164,33 @@ def _labels_file(model: str | Path, run: RunDirectory | None) -> Path:
     path = Path(model).expanduser() / LABELS_FILE if run is None else run.labels
     if not path.is_file():
         raise ConfigError(
-            f"{model} has no {LABELS_FILE}, so it does not classify texts. Give a run with train.objective: classify, "
+            f"{model} has no {LABELS_FILE}, so it does not classify. Give a run with train.objective: classify, "
             "or the folder that qlora merge wrote of one."
         )
     return path
 
 
-def _read(data: str | Path | Iterable[str | Mapping[str, Any]], text: str) -> Iterator[Row]:
-    if isinstance(data, str | Path):
-        if not Path(data).expanduser().is_file():
-            raise DataError(f"There is no file {data}; give a file, or a list of texts or rows.")
-        source = Source(str(data))
-        rows: Iterable[Row | BadRow] = read_rows(source, HeaderRule(source.header, (text,), COLUMNS))
+def _source(data: str | Path | Iterable[str | Path | Mapping[str, Any]], has_images: bool) -> Source | None:
+    """Return the source that a path names; None for rows in memory."""
+    if not isinstance(data, str | Path):
+        return None
+    path = Path(data).expanduser()
+    if not path.is_file() and not (has_images and path.is_dir()):
+        raise DataError(
+            f"There is no file {data}; give a file, or a list of {'images' if has_images else 'texts'} or rows."
+        )
+    return Source(str(data), format="images") if has_images else Source(str(data))
+
+
+def _read(
+    source: Source | None, data: str | Path | Iterable[str | Path | Mapping[str, Any]], column: str
+) -> Iterator[Row]:
+    if source is not None:
+        rows: Iterable[Row | BadRow] = read_rows(source, HeaderRule(source.header, (column,), COLUMNS))
     else:
+        assert not isinstance(data, str | Path), "these are sources"
         rows = (
-            Row({text: each} if isinstance(each, str) else dict(each), f"row {number}")
+            Row({column: each} if isinstance(each, str | Path) else dict(each), f"row {number}")
             for number, each in enumerate(data, start=1)
         )
     for row in rows:
@@ -176,26 +199,45 @@ def _read(data: str | Path | Iterable[str | Mapping[str, Any]], text: str) -> It
         yield row
 
 
-def _encode(encoder: ExampleEncoder, rows: Sequence[Row], text: str, max_seq_len: int) -> list[TokenizedExample]:
-    """Encode rows as texts with the first label, whose answer stands for any."""
+def _path_of(image: Any) -> str | None:
+    return str(image) if isinstance(image, str | Path) else None
+
+
+def _encode(
+    encoder: Encoder, rows: Sequence[Row], column: str, max_seq_len: int, folder: Path | None
+) -> list[TokenizedExample]:
+    """Encode rows as documents with the first label, whose answer stands for any.
+
+    Args:
+        encoder: Encoder of the model.
+        rows: The rows.
+        column: Column with the text or image.
+        max_seq_len: Largest number of tokens of a text.
+        folder: Folder that paths of images count from; None for texts.
+    """
     assert encoder.labels is not None, "they were given"
     label = encoder.labels.names[:1]
     examples: list[TokenizedExample] = []
     problems = ProblemLog()
     num_bad = 0
     for start in range(0, len(rows), TEXTS_PER_BLOCK):
-        texts: list[Labelled] = []
+        texts: list[Labelled | LabelledImage] = []
         block = rows[start : start + TEXTS_PER_BLOCK]
         for row in block:
             try:
-                texts.append(Labelled(text_of(row, text), label))
+                texts.append(
+                    Labelled(text_of(row, column), label)
+                    if folder is None
+                    else LabelledImage(_in_folder(image_of(row, column), folder), label)
+                )
             except DataError as error:
                 problems.add(row.origin, str(error), row.values)
                 num_bad += 1
         if num_bad:
             continue
         for row, example, encoded in zip(block, texts, encoder.encode(texts), strict=True):
-            if not isinstance(encoded, DataError) and len(encoded.documents[0]) > max_seq_len:
+            is_long = not isinstance(encoded, DataError) and len(encoded.documents[0]) > max_seq_len
+            if is_long and isinstance(example, Labelled) and isinstance(encoder, ExampleEncoder):
                 encoded = encoder.shorten(example, max_seq_len)
             if isinstance(encoded, DataError):
                 problems.add(row.origin, str(encoded), row.values)
@@ -206,3 +248,7 @@ def _encode(encoder: ExampleEncoder, rows: Sequence[Row], text: str, max_seq_len
         head = f"{counted(num_bad, 'row')} can't be classified:"
         raise DataError("\n".join([head, *problem_lines(problems.problems())]))
     return examples
+
+
+def _in_folder(image: Path | bytes, folder: Path) -> Path | bytes:
+    return image if isinstance(image, bytes) else folder / image

@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import is_linear, matches, read_directly, text_part, unmatched
+from qlora.lora import is_linear, matches, output_head, read_directly, reads_images, text_part, unmatched
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.names import names_in_files, transposed_modules
 
@@ -73,6 +73,8 @@ def layers_in_16bit(skeleton: Any, keep_16bit: Sequence[str] = ()) -> list[str]:
     kept = [name for name in linears if name in direct or any(matches(pattern, name) for pattern in keep_16bit)]
     text = text_part(skeleton)
     kept += [] if text is None else text.others
+    if reads_images(skeleton):  # transformers leaves out the module of the last parameter, here the head's bias
+        kept += [name for name, module in skeleton.named_modules() if module is output_head(skeleton)]
     # A list replaces the default ones, also in a config.json that has it.
     return [*HfQuantizer.get_modules_to_not_convert(skeleton), *kept] if kept else []
 
@@ -114,6 +116,14 @@ def settings_of_base(
     if quantization == "none":
         return None
     return nf4_settings(double_quant, compute_dtype, layers_in_16bit(skeleton, keep_16bit))
+
+
+def with_linears(skeleton: Any) -> Any:
+    """Replace GPT-2's `Conv1D` layers of a skeleton by linear layers, which they are in a quantized model."""
+    for name in transposed_modules(skeleton):
+        layer = skeleton.get_submodule(name)
+        skeleton.set_submodule(name, nn.Linear(layer.nx, layer.nf, device="meta"))
+    return skeleton
 
 
 def quantized_names(skeleton: Any, settings: Any) -> list[str]:

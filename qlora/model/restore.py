@@ -6,27 +6,26 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import PeftAdapter, RunDirectory, wrap_adapter
-from qlora.checkpoint.adapter_rows import embedding_and_head
 from qlora.config import RunConfig, load_config
-from qlora.data import apply_template, set_special_tokens
+from qlora.data import ImageProcessor, apply_template, set_special_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles, find_adapter
-from qlora.lora import ScoreHead, apply_first, keep_starts, stored_head, trained_rows
+from qlora.lora import ScoreHead, apply_first, embedding_and_head, keep_starts, stored_head, trained_rows
 from qlora.lora.rows import first_rows
 from qlora.model.base import load_base
 from qlora.model.device import resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapter_spec, adapter_specs, set_tokens
+from qlora.model.processor import load_processor
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, load_started_base
-from qlora.model.tokenizer import load_tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 
 
 def load_run_tokenizer(run: RunDirectory) -> Any:
-    """Load the tokenizer that a run trains with, with its chat template and new tokens.
+    """Load the tokenizer that a run trains with, with its chat template and new tokens; or its image processor.
 
     The final adapter has it; before that it is made from the base's, as in training.
 
@@ -37,11 +36,11 @@ def load_run_tokenizer(run: RunDirectory) -> Any:
     config = load_config(run.config)
     section = config.model
     if run.final_adapter.is_dir():
-        return load_tokenizer(run.final_adapter, section.trust_remote_code)
+        return load_processor(run.final_adapter, section.trust_remote_code)
     files = BaseFiles.resolve(section.base, section.revision, section.trust_remote_code)
-    tokenizer = load_tokenizer(files.folder, section.trust_remote_code)
+    tokenizer = load_processor(files.folder, section.trust_remote_code)
     set_tokens(config.data, tokenizer)
-    apply_template(tokenizer, config.data.chat_template)
+    _set_template(tokenizer, config.data.chat_template)
     head = run.read_record().head
     if head is not None and head.pad_token is not None:
         set_special_tokens(tokenizer, {"pad_token": head.pad_token})
@@ -112,7 +111,7 @@ def load_adapted(
             keep_starts(model, starts, specs)
             for name, own in trained_rows(model):
                 own.kept = rows[name].to(own.weight)
-    if source.head is not None:
+    if source.head is not None and not source.head.of_images:
         # To score several texts at a time, which transformers pads with it.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -121,7 +120,7 @@ def load_adapted(
 def _first_rows(model: Any, config: RunConfig, adapter: PeftAdapter, starts: Starts) -> dict[str, torch.Tensor]:
     """Return the rows of embedding and head that a run's training started from, by module."""
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    new_ids = set_tokens(config.data, load_tokenizer(files.folder, config.model.trust_remote_code))
+    new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
     dtype, found = adapter_spec(config.lora).dtype, {}
     shared = next(iter(adapter.rows.values()), None)
     for name, layer in embedding_and_head(model).items():
@@ -133,7 +132,7 @@ def _first_rows(model: Any, config: RunConfig, adapter: PeftAdapter, starts: Sta
 
 
 def load_adapter_tokenizer(source: AdapterSource) -> Any:
-    """Load the tokenizer of an adapter: a run's, or the one in the adapter's folder, or the base's.
+    """Load the tokenizer or image processor of an adapter: a run's, the one in the adapter's folder, or the base's.
 
     Raises:
         ModelError: It can't be loaded.
@@ -143,12 +142,12 @@ def load_adapter_tokenizer(source: AdapterSource) -> Any:
         return load_run_tokenizer(source.run)
     folder = source.base_files().folder
     has_own = any((source.folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    tokenizer = load_tokenizer(source.folder if has_own else folder)
+    tokenizer = load_processor(source.folder if has_own else folder)
     template = source.folder / TEMPLATE_FILE
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     elif has_own and tokenizer.chat_template is None:
-        tokenizer.chat_template = load_tokenizer(folder).chat_template
+        tokenizer.chat_template = load_processor(folder).chat_template
     return tokenizer
 
 
@@ -189,8 +188,8 @@ def load_model_tokenizer(path: str, base: str | None = None) -> Any:
     elif RunDirectory.find(path) is not None:
         return load_adapter_tokenizer(open_source(RunDirectory.open(path).adapter))
     else:
-        tokenizer = load_tokenizer(BaseFiles.resolve(path).folder)
-    apply_template(tokenizer, "auto")
+        tokenizer = load_processor(BaseFiles.resolve(path).folder)
+    _set_template(tokenizer, "auto")
     return tokenizer
 
 
@@ -218,5 +217,11 @@ def load_model(path: str, device: str | torch.device = "auto", base: str | None 
         model, tokenizer = load_base(
             path, quantization=quantization, device=device, head=stored_head(files.config), allow_unquantized=True
         )
-    apply_template(tokenizer, "auto")
+    _set_template(tokenizer, "auto")
     return model, tokenizer
+
+
+def _set_template(tokenizer: Any, name: str) -> None:
+    """Set the chat template of a tokenizer; an image processor has none."""
+    if not isinstance(tokenizer, ImageProcessor):
+        apply_template(tokenizer, name)

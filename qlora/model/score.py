@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from qlora.data import Batch, TokenizedExample, collate, to_device
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead, head_blocks, output_head, stored_head, text_model
-from qlora.lora.head import SCORE
+from qlora.lora import ScoreHead, head_blocks, output_head, reads_images, score_name, stored_head, text_model
 from qlora.model.loss import model_inputs, rows_at
 from qlora.model.names import names_in_files
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, of_images
 
 # Largest relative difference between the scores and those of the model's own class, from rounding.
 TOLERANCE = 0.02
@@ -47,14 +46,30 @@ def replace_head(
     """
     left_out = vocabulary_head(files, tensors, trust_remote_code)
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    weight = f"{SCORE}.weight"
+    shapes = head_shapes(skeleton)
     stored = stored_head(files.config)
-    if stored is not None and weight in kept and stored.scores_the_same(head):
+    if stored is not None and shapes.keys() <= kept.keys() and stored.scores_the_same(head):
         return kept, set()
     deviation = getattr(skeleton.config.get_text_config(), "initializer_range", None) or INITIALIZER_RANGE
     generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(output_head(skeleton).weight.shape, device="cpu").normal_(std=deviation, generator=generator)
-    return {**kept, weight: values}, {weight}
+    drawn = {
+        name: torch.zeros(shape)
+        if name.endswith(".bias")
+        else torch.empty(shape, device="cpu").normal_(std=deviation, generator=generator)
+        for name, shape in shapes.items()
+    }
+    return {**kept, **drawn}, {*drawn}
+
+
+def head_shapes(skeleton: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weight and, if there is one, the bias of a head that scores documents, by name.
+
+    Args:
+        skeleton: A model that scores documents.
+    """
+    name, head = score_name(skeleton), output_head(skeleton)
+    values = {"weight": head.weight, "bias": head.bias}
+    return {f"{name}.{own}": tuple(value.shape) for own, value in values.items() if value is not None}
 
 
 def vocabulary_head(files: BaseFiles, stored: Iterable[str], trust_remote_code: bool = False) -> set[str]:
@@ -65,7 +80,7 @@ def vocabulary_head(files: BaseFiles, stored: Iterable[str], trust_remote_code: 
         stored: Names of their tensors.
         trust_remote_code: Run code that comes with the model.
     """
-    if stored_head(files.config) is not None:
+    if stored_head(files.config) is not None or of_images(files.config):
         return set()
     causal = build_skeleton(files, trust_remote_code)
     layer = output_head(causal)
@@ -76,9 +91,9 @@ def vocabulary_head(files: BaseFiles, stored: Iterable[str], trust_remote_code: 
 
 
 def document_scores(model: Any, batch: Batch) -> torch.Tensor:
-    """Compute the scores of each document, read at its last token.
+    """Compute the scores of each document: of a text at its last token, of an image from the features of its class.
 
-    The head is applied to these tokens alone, in fp32.
+    The head is applied to these alone, in fp32.
 
     Args:
         model: A model of transformers that scores documents.
@@ -87,12 +102,28 @@ def document_scores(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         (documents, scores), fp32.
     """
+    head = output_head(model)
+    rows = _image_features(model, batch) if reads_images(model) else _last_states(model, batch)
+    weight = torch.cat([block.float() for block in head_blocks(head)])
+    return F.linear(rows.float(), weight, None if head.bias is None else head.bias.float())
+
+
+def _last_states(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the hidden state of each text's last token, (documents, features)."""
     hidden = text_model(model)(**model_inputs(model, batch)).last_hidden_state
     rows, norm = rows_at(hidden, last_tokens(batch))
-    if norm is not None:
-        rows = norm(rows)
-    weight = torch.cat([block.float() for block in head_blocks(output_head(model))])
-    return F.linear(rows.float(), weight)
+    return rows if norm is None else norm(rows)
+
+
+def _image_features(model: Any, batch: Batch) -> torch.Tensor:
+    """Return what the model's own class gives its head, (documents, features): classes pool in different ways."""
+    given: list[torch.Tensor] = []
+    handle = output_head(model).register_forward_pre_hook(lambda _head, inputs: given.append(inputs[0]))
+    try:
+        model(**model_inputs(model, batch))
+    finally:
+        handle.remove()
+    return given[0]
 
 
 def last_scores(model: Any, batch: Batch) -> torch.Tensor:
@@ -127,7 +158,7 @@ def check_scores(model: Any, example: TokenizedExample) -> None:
         model.eval()
         scores = document_scores(model, batch)[0]
         own = model(**model_inputs(model, batch)).logits.float().flatten()
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(
             f"{type(model).__name__} can't be run with its linear layers quantized and adapted: {error}. "
             "Some architectures use weights of layers directly; model.quantization=none or other lora.targets may help."

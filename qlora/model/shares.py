@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qlora.errors import ModelError
-from qlora.lora import LoraExperts, LoraLinear, output_head
+from qlora.lora import LoraExperts, LoraLinear, embedding_and_head
 from qlora.nf4 import NF4Experts, NF4Linear
 
 LEAST_SHARE = 0.5
@@ -26,8 +26,7 @@ def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
         Name of the module, or of the parameter if it is not called `weight`; number of elements; and what the weight is
         called in messages.
     """
-    head, embeddings = output_head(model), model.get_input_embeddings()
-    left_out = tuple(f"{name}." for name, module in model.named_modules() if module is head or module is embeddings)
+    left_out = tuple(f"{name}." for name in embedding_and_head(model))
     for full_name, module in model.named_modules():
         name = full_name.removesuffix(".base")
         if isinstance(module, nn.Embedding | _ConvNd | LoraLinear | LoraExperts) or f"{name}.".startswith(left_out):

@@ -1,14 +1,14 @@
 """A base's architecture without weights, built from an untrusted config."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import ScoreHead, output_head
+from qlora.lora import ScoreHead, output_head, reads_images
 from qlora.model.formats import weight_format
 from qlora.model.kinds import is_multimodal, multimodal_class, unsupported_kind
 from qlora.model.text_only import text_only
@@ -16,6 +16,7 @@ from qlora.model.text_only import text_only
 # Config keys that count modules, and the largest number of each.
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
 MAX_COUNT = 10_000
+CHANNELS = 3
 # Config keys that may name a kernel to download from the hub.
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
@@ -45,6 +46,8 @@ def build_skeleton(
     config = read_config(files, trust_remote_code)
     try:
         if head is not None:
+            if of_images(files.config):
+                return _build_image_scorer(files, config, head)
             return _build_scorer(files, config, head, trust_remote_code, whole)
         multimodal = multimodal_class(config)
         with torch.device("meta"):
@@ -55,6 +58,42 @@ def build_skeleton(
         raise
     except Exception as error:  # a wrong value can make an architecture raise anything
         raise _unbuildable(files, error, trust_remote_code) from error
+
+
+def of_images(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is of an architecture that classifies images and predicts no tokens."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    name = config.get("model_type")
+    if name not in CONFIG_MAPPING:
+        return False
+    kind = CONFIG_MAPPING[name]
+    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
+    """Build the class of an architecture that classifies images with a linear head on pooled features.
+
+    Raises:
+        ModelError: Its head is another module, or it takes other inputs than RGB images.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+
+    kinds = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT has others with a teacher's head
+    config.update(head.config() | {"architectures": [kind.__name__]})
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    layer = output_head(model)
+    is_linear = isinstance(layer, torch.nn.Linear) and layer.out_features == head.num_labels
+    if not is_linear or not reads_images(model):
+        raise ModelError(
+            f"{files.name}: {kind.__name__} has no linear head on the features of an image under a known name, which "
+            "is not supported; use a base of another architecture, such as ViT, DeiT, DINOv2 or Swin."
+        )
+    if getattr(config, "num_channels", CHANNELS) != CHANNELS:
+        raise ModelError(f"{files.name} reads images of {config.num_channels} channels; only RGB is supported.")
+    return model
 
 
 def _extended(files: BaseFiles, config: Any) -> Any:
@@ -71,7 +110,7 @@ def _extended(files: BaseFiles, config: Any) -> Any:
 
 
 def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
-    """Return a base's config, after checking that it is that of a decoder-only model.
+    """Return a base's config, after checking that it is that of a decoder-only model, or of images.
 
     Args:
         files: The base's files; only config.json is read.
@@ -87,7 +126,7 @@ def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value can make an architecture raise anything
         raise _unbuildable(files, error, trust_remote_code) from error
-    kind = unsupported_kind(config)
+    kind = None if of_images(files.config) else unsupported_kind(config)
     if kind is not None:
         raise ModelError(
             f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "

@@ -18,7 +18,7 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import base_files
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.run_adapter import read_run_adapter
-from qlora.model.skeleton import build_skeleton
+from qlora.model.skeleton import build_skeleton, of_images
 from qlora.model.starts import Starts, starts_of
 from qlora.nf4 import BLOCK_SIZE
 
@@ -96,7 +96,9 @@ class AdapterSource:
         if num_scores is None:
             return None
         named = stored_head(self.base_files().config)
-        return named if named is not None and named.num_labels == num_scores else ScoreHead(num_scores)
+        if named is not None and named.num_labels == num_scores:
+            return named
+        return ScoreHead(num_scores, of_images=of_images(self.base_files().config))
 
     def starts(self) -> Starts:
         """Return what the run's adapters started from, see :func:`starts_of`; empty if the adapter was made elsewhere.

@@ -10,7 +10,7 @@ from qlora.config import RunConfig
 from qlora.errors import ConfigError
 from qlora.files import BaseFiles
 from qlora.lora import AdapterSpec, LayerStart, ScoreHead, StoredAdapter
-from qlora.lora.head import SCORE
+from qlora.lora.head import SCORES
 from qlora.lora.linear import draw
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts
@@ -72,7 +72,7 @@ def starts_from_adapter(
         problems.append(f"it is a DoRA adapter; set lora.kind: dora instead of {section.kind}")
     if source.head is not None and (head is None or not source.head.scores_the_same(head)):
         problems.append(_other_scores(source.head, head, config.train.objective))
-    rows = [name for name in adapter.rows if name != SCORE]
+    rows = [name for name in adapter.rows if name not in SCORES]
     if rows and section.stack:
         problems.append(f"it has trained rows of {', '.join(rows)}, which can't be stacked; remove lora.stack")
     if rows and not (section.modules_to_save or config.data.new_tokens):

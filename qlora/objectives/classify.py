@@ -66,7 +66,7 @@ def classify_objective(by: str) -> Objective:
         by: How a label is predicted: by a `head`, or by `tokens`.
     """
     loss = head_loss(("first", "second")) if by == BY_HEAD else answer_loss()
-    return Objective(name="classify", loss=loss, formats=frozenset({"classification"}))
+    return Objective(name="classify", loss=loss, formats=frozenset({"classification", "images"}))
 
 
 def with_labels(objective: Objective, datasets: Datasets, class_weights: str | Mapping[str, float] | None) -> Objective:

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from qlora.checkpoint import RunDirectory, read_adapter, step_of
 from qlora.checkpoint.peft_folder import WEIGHTS_FILE, read_adapter_header
 from qlora.config import load_config
+from qlora.data import collate
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError
 from qlora.lora import LoraLinear, lora_layers
 from qlora.lora.mixture import expert_layers
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model import adapter_spec
+from qlora.model.loss import model_inputs
 from qlora.proof.expected import ExpectedWeights
 from qlora.proof.experts import expert_outputs
 
@@ -158,9 +160,9 @@ def check_layers(model: Any, expected: ExpectedWeights, examples: Sequence[Token
         for name, layer in expert_layers(model)
         if name in adapted
     ]
-    ids = torch.from_numpy(examples[0].input_ids[:NUM_TOKENS]).long()[None].to(model.device)
+    batch = collate([examples[0][:NUM_TOKENS]]).to(model.device)
     try:
-        model(input_ids=ids, use_cache=False)
+        model(**model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ from qlora.checkpoint import read_adapter_config
 from qlora.checkpoint.adapter_experts import is_linear_parameter, linear_parameters, read_experts
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
-from qlora.lora import output_head, scores_documents
+from qlora.lora import embedding_and_head, input_embedding, output_head, reads_images, scores_documents
 from qlora.lora.mixture import expert_stacks
 from qlora.lora.spec import scaling
 
@@ -87,7 +87,9 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
 
 def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str, list[int]], base: Any) -> Verdict:
     verdict = Verdict()
-    if scores_documents(base):
+    if reads_images(base):
+        verdict.needs.append(f"on AutoModelForImageClassification with num_labels={base.config.num_labels}")
+    elif scores_documents(base):
         verdict.needs.append(
             f"on AutoModelForSequenceClassification with num_labels={base.config.num_labels}, and the config's "
             "pad_token_id set to that of the adapter's tokenizer"
@@ -144,13 +146,13 @@ def _check_experts(
 
 def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list[int]], base: Any) -> None:
     """Check that PEFT can load rows trained in full, and computes the same with them."""
-    head, embeddings = output_head(base), base.get_input_embeddings()
-    names = {name: module for name, module in base.named_modules() if module in (head, embeddings)}
+    embeddings = input_embedding(base)
+    names = embedding_and_head(base)
     by_ids = config.get("trainable_token_indices") or {}
     ids = [id_ for given in (by_ids.values() if isinstance(by_ids, dict) else [by_ids]) for id_ in given]
     whole = [others[f"{PREFIX}{name}.weight"][0] for name in names if f"{PREFIX}{name}.weight" in others]
     size = max([*whole, *(id_ + 1 for id_ in ids)], default=0)
-    if size > len(embeddings.weight):
+    if embeddings is not None and size > len(embeddings.weight):
         verdict.needs.append(f"after resize_token_embeddings({size}) of the base, and the adapter's tokenizer")
     biased = [name for name in by_ids if getattr(names.get(name), "bias", None) is not None]
     if biased:
@@ -195,9 +197,10 @@ def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list
     if unknown:
         verdict.refuse(f"its converter fails on {unknown[0]}, which is neither lora_A nor lora_B")
     modules = dict(base.named_modules())
-    head, embeddings = output_head(base), base.get_input_embeddings()
+    head, embeddings = output_head(base), input_embedding(base)
     for module in ranks:
-        if modules.get(module) is head and head is not None and head.weight is embeddings.weight:
+        is_head = modules.get(module) is head and head is not None and embeddings is not None
+        if is_head and head.weight is embeddings.weight:
             verdict.refuse(f"it can't update {module} separately from the embeddings that share its weight")
         if type(modules.get(module)).__name__ == "Conv1D":
             verdict.refuse(

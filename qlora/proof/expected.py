@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from qlora.checkpoint import PeftAdapter, read_adapter
-from qlora.checkpoint.adapter_rows import are_shared, embedding_and_head
+from qlora.checkpoint.adapter_rows import are_shared
 from qlora.config import load_config
 from qlora.files import BaseFiles
-from qlora.lora.head import SCORE
+from qlora.lora import embedding_and_head
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.expert_files import expert_tensors
 from qlora.model.names import names_in_files, transposed_modules
-from qlora.model.score import vocabulary_head
+from qlora.model.score import head_shapes, vocabulary_head
 from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, quantize
 from qlora.proof.experts import ExpectedExperts
@@ -45,12 +45,13 @@ class ExpectedWeights:
         self.compute_dtype = source.compute_dtype(device)
         self._base = BaseWeights(base)
         self.names = list(self._base.shapes)
+        skeleton = build_skeleton(base, source.trust_remote_code, source.head)
+        self._scores: dict[str, tuple[int, ...]] = {}
         if source.head is not None:
             # The head over the vocabulary makes place for the trained one.
-            left_out = {*vocabulary_head(base, self.names, source.trust_remote_code), f"{SCORE}.weight"}
-            self.names = [name for name in self.names if name not in left_out] + [f"{SCORE}.weight"]
-
-        skeleton = build_skeleton(base, source.trust_remote_code, source.head)
+            self._scores = head_shapes(skeleton)
+            left_out = {*vocabulary_head(base, self.names, source.trust_remote_code), *self._scores}
+            self.names = [name for name in self.names if name not in left_out] + [*self._scores]
         adapter = read_adapter(source.folder)
         self._scaling_of = _scaling_rule(source, adapter)
         modules = {
@@ -114,13 +115,13 @@ class ExpectedWeights:
         """
         if name in self._trained:
             ids, trained = self._trained[name]
-            size = 0 if self._modules[name] == SCORE else self._base.shapes[name][0]
-            return max(size, ids.stop), trained.shape[1]
+            size = 0 if name in self._scores else self._base.shapes[name][0]
+            return max(size, ids.stop), *trained.shape[1:]
         return self._base.shapes[name] if base is None else tuple(base.shape)
 
     def rows(self, name: str, rows: slice, base: torch.Tensor | None) -> torch.Tensor:
         """Return rows of a base weight, with those trained in full: in fp64; integers as they are stored."""
-        if name in self._trained and self._modules[name] == SCORE:
+        if name in self._trained and name in self._scores:
             return self._trained[name][1][rows].double()
         values = self._base.read(name, rows) if base is None else base[rows]
         if not values.is_floating_point():
@@ -222,6 +223,7 @@ def _scaling_of_experts(
 def _trained_rows(adapter: PeftAdapter, skeleton: Any) -> dict[str, tuple[range, torch.Tensor]]:
     """Return ids and values of the rows trained in full, by module; shared ones for both modules."""
     trained = {module: (rows.ids, adapter.tensors[rows.tensor]) for module, rows in adapter.rows.items()}
+    biases = {f"{module}.bias": (rows.ids, rows.bias) for module, rows in adapter.rows.items() if rows.bias}
     if are_shared(skeleton, adapter.rows, adapter.tensors):
         trained = dict.fromkeys(embedding_and_head(skeleton), next(iter(trained.values())))
-    return trained
+    return trained | {name: (ids, adapter.tensors[bias]) for name, (ids, bias) in biases.items()}

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from qlora.data import ImageProcessor
+from qlora.data.images import PROCESSOR_FILE
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import row_blocks
-from qlora.lora import ScoreHead, output_head, stored_head
-from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_generation_config, load_tokenizer
+from qlora.lora import ScoreHead, input_embedding, output_head, stored_head
+from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_generation_config, load_processor
 from qlora.model.names import embedding_and_head_tensors
 from qlora.model.tokenizer import GENERATION_FILE
 
@@ -133,6 +135,8 @@ def check_head(base: Any, base_files: BaseFiles, merged: Any, written: BaseFiles
 def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, source: AdapterSource) -> list[str]:
     """Check that the folder's tokenizer has the adapter's ids, chat template and special tokens.
 
+    Of a model of images, the settings of the image processor are compared.
+
     Args:
         base: Files of the base.
         written: The merged folder.
@@ -143,7 +147,9 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, source: 
         A line for each mismatch.
     """
     try:
-        tokenizer = load_tokenizer(written.folder, source.trust_remote_code)
+        tokenizer = load_processor(written.folder, source.trust_remote_code)
+        if isinstance(expected, ImageProcessor):
+            return [] if _same_settings(tokenizer, expected) else [f"{PROCESSOR_FILE} differs from the run's"]
         problems = _check_end_tokens(base, written, expected)
         if source.sets_pad_token:
             problems += _check_pad_token(written, expected)
@@ -159,6 +165,10 @@ def check_tokenizer(base: BaseFiles, written: BaseFiles, expected: Any, source: 
     if tokenizer.chat_template != expected.chat_template:
         problems.append("the chat template differs from the run's")
     return problems
+
+
+def _same_settings(found: Any, expected: ImageProcessor) -> bool:
+    return isinstance(found, ImageProcessor) and found.settings() == expected.settings()
 
 
 def _check_end_tokens(base: BaseFiles, written: BaseFiles, tokenizer: Any) -> list[str]:
@@ -194,8 +204,8 @@ def _described(config: dict[str, Any], changed: Set[str]) -> dict[str, Any]:
 
 
 def _is_tied(skeleton: Any) -> bool:
-    head, embeddings = output_head(skeleton), skeleton.get_input_embeddings()
-    return head is not None and head.weight is embeddings.weight
+    head, embeddings = output_head(skeleton), input_embedding(skeleton)
+    return head is not None and embeddings is not None and head.weight is embeddings.weight
 
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:

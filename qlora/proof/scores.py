@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from qlora.data import eval_batches
+from qlora.data import collate, eval_batches
 from qlora.data.tokens import TokenizedExample
 from qlora.model import Loss, evaluate
+from qlora.model.loss import model_inputs
 
 # Largest difference of the scores of two models that match, relative to the scores: several times what rounding a model
 # of a few billion parameters to 16 bits causes.
@@ -53,11 +54,8 @@ class ScoreDistance:
 
 @torch.no_grad()
 def predict_scores(model: Any, examples: Sequence[TokenizedExample], loss: Loss | None) -> Scores:
-    """Return the scores of texts, each computed alone by the model's class, and the loss on all of them."""
-    scores = [
-        model(input_ids=torch.from_numpy(example.input_ids).long()[None].to(model.device), use_cache=False).logits[0]
-        for example in examples
-    ]
+    """Return the scores of documents, each computed alone by the model's class, and the loss on all of them."""
+    scores = [model(**model_inputs(model, collate([example]).to(model.device))).logits[0] for example in examples]
     value = None if loss is None else evaluate(model, eval_batches(examples, 1), loss=loss).loss
     return Scores(torch.stack(scores).float().cpu(), value)
 

@@ -12,7 +12,7 @@ from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.files.rope import num_positions
 from qlora.layers import rebuild_activations
-from qlora.lora import RankBudget, ScoreHead, lora_layers, scores_documents, train_rows
+from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Isolation,
@@ -26,7 +26,7 @@ from qlora.model import (
     keep_apart,
     labels_from_config,
     load_for_training,
-    load_tokenizer,
+    load_processor,
     optimizer_from_section,
     read_config,
     set_tokens,
@@ -35,6 +35,8 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
+from qlora.model.isolation import check_causal
+from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_scores, last_scores
 from qlora.nf4 import dequantize_path
@@ -103,7 +105,7 @@ class Assembly:
         objective: Objective that is trained for.
         files: Files of the base.
         model: Model with adapters, in training mode.
-        tokenizer: Tokenizer with the run's chat template and new tokens.
+        tokenizer: Tokenizer with the run's chat template and new tokens; of a model of images its image processor.
         optimizer: Optimizer over the trained parameters.
         processes: Processes of the run.
         batches: Plan of the examples of each step.
@@ -163,7 +165,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         starts = None if run is None else starts_of(config, run)
         unpacked_why = None if checkpoint is None else read_origin(checkpoint)["in_use"].get("unpacked_why")
         # The data first, so that its errors are reported before tens of gigabytes are loaded.
-        tokenizer = load_tokenizer(files.folder, model_section.trust_remote_code)
+        tokenizer = load_processor(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
     datasets = _build_first(
         processes,
@@ -183,12 +185,15 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         skeleton = build_skeleton(files, model_section.trust_remote_code, head)
-        if head is not None:
+        if reads_images(skeleton):
+            head = None if head is None else replace(head, of_images=True)
+        else:
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
-            head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
-        _check_fit(skeleton, files, new_ids, [datasets.train, *([old.train] if old else ())])
+            if head is not None:
+                head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
+            _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
         # Before anything is loaded, names that match nothing are reported.
-        adapter_specs(skeleton, config.lora)
+        adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         if config.data.packs and unpacked_why is None:
             unpacked_why = unpackable_reason(skeleton)
@@ -294,13 +299,20 @@ def _load_checked(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
         is_reference=objective_from_section(config.train).loss.has_reference, head=head,
     )  # fmt: skip
-    ids = datasets.train[0].input_ids
-    ids = ids[:CHECKED_TOKENS] if head is None else ids[-CHECKED_TOKENS:]  # whose last is not the padding token
-    other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
-    example, other = (make_example(each, [True] * len(each)) for each in (ids, other_ids))
+    first = datasets.train[0]
+    # The last token of a text that is scored is not the padding token.
+    span = slice(0, CHECKED_TOKENS) if head is None else slice(-CHECKED_TOKENS, None)
+    ids = first.input_ids[span]
+    example = make_example(ids, [True] * len(ids), first.values)
     _check_outputs(model, example)
+    other = example
+    if not reads_images(model):
+        check_causal(model, example)
+        other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
+        other = make_example(other_ids, [True] * len(ids), first.values)
     isolation = keep_apart(
-        model, example, other, any_attention=config.model.attention == "auto", packed=packed,
+        model, example, other, packed=packed,
+        any_attention=config.model.attention == "auto" and not reads_images(model),
         loss_of_last=None if head is None else last_scores,
     )  # fmt: skip
     _check_packing(config.data, isolation.mixed_reason)
@@ -386,19 +398,18 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
         return build() if datasets is None else datasets
 
 
-def _check_fit(skeleton: Any, files: BaseFiles, new_ids: range, examples: Sequence[ExampleSet]) -> None:
+def _check_fit(skeleton: Any, files: BaseFiles, num_embeddings: int, examples: Sequence[ExampleSet]) -> None:
     """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
 
     Args:
         skeleton: The base without weights.
         files: The base's files.
-        new_ids: Ids of the tokens that the config adds.
+        num_embeddings: Number of tokens that it embeds, with those that the config adds.
         examples: All examples that the model is run on.
 
     Raises:
         DataError: An embedding or a position is missing.
     """
-    num_embeddings = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
     stores = [store for each in examples for store in each.stores]
     largest = max(store.largest_id() for store in stores)
     if largest >= num_embeddings:

@@ -16,13 +16,14 @@ from qlora.files import BaseFiles
 from qlora.model import (
     AdapterSource,
     base_from_section,
+    check_documents,
     datasets_from_section,
     find_foreign,
     labels_from_config,
     load_model,
     load_model_tokenizer,
+    load_processor,
     load_run,
-    load_tokenizer,
 )
 from qlora.model import evaluate as evaluate_batches
 from qlora.model.source import is_hub_id
@@ -120,7 +121,8 @@ def evaluate(
     if run is None and foreign is None:
         given = config.model
         files = BaseFiles.resolve(given.base, given.revision, given.trust_remote_code)
-        tokenizer = load_tokenizer(files.folder, given.trust_remote_code)
+        tokenizer = load_processor(files.folder, given.trust_remote_code)
+        check_documents(config.data, tokenizer)
     else:
         tokenizer = load_model_tokenizer(str(target), base)
     section = config.data

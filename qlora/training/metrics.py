@@ -33,6 +33,7 @@ class MetricsLog:
         steps_per_epoch: Number of steps per epoch.
         log_every: Number of steps between lines.
         display: Display of the run.
+        unit: What the display calls the tokens of a run of texts, or the images of one of images.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class MetricsLog:
         steps_per_epoch: int,
         log_every: int,
         display: Display,
+        unit: str = "tok",
     ) -> None:
+        self.unit = unit
         self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
@@ -85,7 +88,8 @@ class MetricsLog:
         self.display.show_step(
             progress.step,
             f"epoch {progress.step / self.steps_per_epoch:.2f}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"grad norm {report.grad_norm:.2f}  {tokens_per_second:,.0f} tok/s  {peak_memory_bytes() / 2**30:.2f} GiB",
+            f"grad norm {report.grad_norm:.2f}  {tokens_per_second:,.0f} {self.unit}/s  "
+            f"{peak_memory_bytes() / 2**30:.2f} GiB",
         )
 
     def log_event(self, step: int, kind: str, message: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:

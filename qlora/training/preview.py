@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from qlora.config import ModelSection, RunConfig, metric_name
-from qlora.data import LABEL, BatchPlan, DataReport, Datasets, ExampleSet, Labels, Piece, TokenizedExample, pieces
+from qlora.data import (
+    LABEL,
+    BatchPlan,
+    DataReport,
+    Datasets,
+    ExampleSet,
+    ImageProcessor,
+    Labels,
+    Piece,
+    TokenizedExample,
+    as_data_uri,
+    pieces,
+)
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError, ModelError
 from qlora.files import BaseFiles, find_tokenizer
@@ -18,7 +30,7 @@ from qlora.model import (
     build_skeleton,
     datasets_from_section,
     labels_from_config,
-    load_tokenizer,
+    load_processor,
     set_tokens,
     unpackable_reason,
 )
@@ -43,6 +55,7 @@ class Sample:
         pieces: Its text.
         counts_as: What it is learned as: `chosen` or `rejected` of a pair, rated `good` or `bad`, or the name of its
             label; None for other examples.
+        image: The image as a data URI; None for a text.
     """
 
     number: int
@@ -50,6 +63,7 @@ class Sample:
     num_supervised: int
     pieces: list[Piece]
     counts_as: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -90,7 +104,9 @@ class Preview:
 
     @property
     def unit(self) -> str:
-        """Name of what rows become: examples, pairs or rated answers."""
+        """Name of what rows become: examples, images, pairs or rated answers."""
+        if any(report.format == "images" for report in self.reports):
+            return "images"
         if self.group_size == 1:
             return "examples"
         return "rated answers" if any(report.format == "kto" for report in self.reports) else "pairs"
@@ -129,7 +145,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     section = config.train
     model = config.model
     folder = find_tokenizer(model.base, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    tokenizer = load_processor(folder, model.trust_remote_code)
     new_ids = set_tokens(config.data, tokenizer)
     data = config.data.model_copy(update={"on_bad_row": "drop"})
     labels = labels_from_config(config)
@@ -159,7 +175,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         eval_examples=len(datasets.eval),
         held_out={name: len(examples) for name, examples in datasets.held_out.items()},
         tokens_per_epoch=int(lengths.sum()),
-        max_seq_len=data.max_seq_len,
+        max_seq_len=data.max_tokens,
         packing_fill=batches.fill if packed else None,
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
@@ -217,8 +233,9 @@ def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | 
     chosen = np.unique(np.linspace(0, num_groups - 1, min(count, num_groups)).astype(int)).tolist()
     return [
         Sample(
-            number, len(example), example.num_supervised, pieces(tokenizer, example),
-            _counts_as(example, number % size if size > 1 else None, labels),
+            number, len(example), example.num_supervised,
+            [] if isinstance(tokenizer, ImageProcessor) else pieces(tokenizer, example),
+            _counts_as(example, number % size if size > 1 else None, labels), as_data_uri(example),
         )
         for group in chosen
         for number in range(group * size, (group + 1) * size)

@@ -21,6 +21,7 @@ from qlora.errors import CheckpointError
 from qlora.files import write_bytes
 from qlora.files.json_files import parse_object
 from qlora.layers import apply_recompute
+from qlora.lora import input_embedding
 from qlora.memory.probe import prepare
 from qlora.model import flat_parameters, labels_from_config, resolve_device, starts_of
 from qlora.objectives import label_loss, training_loss
@@ -167,7 +168,8 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
             f"{path}: its run trained {len(settings['trained'])} parameters, {tensors['trained'].numel()} values; this "
             f"config trains {len(flat.names)}, {flat.data.numel()} values. Replay it with the config.yaml of its run."
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embedding = input_embedding(model)
+    vocabulary = 1 if embedding is None else embedding.num_embeddings
     if tensors["input_ids"].min() < 0 or tensors["input_ids"].max() >= vocabulary:
         raise CheckpointError(f"{path} has token ids outside the base's vocabulary of {vocabulary}.")
     flat.data.copy_(tensors["trained"])

@@ -91,6 +91,7 @@ def run_session(
         steps_per_epoch=plan.steps_per_epoch,
         log_every=config.log_every,
         display=display,
+        unit="images" if assembly.config.data.has_images else "tok",
     )
     saver = Saver(run, assembly, prepared.origin, log)
     guard = StepGuard(run, assembly, progress, log, prepared.record.in_use)

@@ -64,8 +64,9 @@ def test_a_wrong_size_is_wrong_use(config, size, problem):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_is_estimated_for_its_gpu(path, tiny_base, realdata):
-    base = tiny_base if path.stem == "tiny" else realdata / "configs" / "executorch_llama3-8B-instruct"
+def test_every_recipe_is_estimated_for_its_gpu(path, tiny_base, tiny_image_base, realdata):
+    bases = {"tiny": tiny_base, "digits": tiny_image_base}
+    base = bases.get(path.stem, realdata / "configs" / "executorch_llama3-8B-instruct")
     report = run("estimate", path, f"model.base={base}", "model.recompute=auto", "--gpu", "96GB", "--json").json()
     levels = report["levels"]
     assert report["level"] == next(name for name, level in levels.items() if level["fits"])

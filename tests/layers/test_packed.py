@@ -5,8 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoModelForCausalLM,
+    BertGenerationConfig,
     BloomConfig,
     CohereConfig,
+    CTRLConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -25,9 +28,11 @@ from transformers import (
 )
 
 from qlora.data import collate, make_example
+from qlora.errors import ModelError
 from qlora.layers import apply_recompute, use_document_attention
 from qlora.lora import add_lora, lora_layers
 from qlora.model import load_base, mixed_reason, supervised_loss
+from qlora.model.isolation import check_causal
 from tests.combinations import pairs
 from tests.tiny import make_base
 
@@ -248,3 +253,20 @@ def test_a_mixture_that_the_model_hides_in_one_layer_is_found(tiny_base, generat
     handle.remove()
     assert mixed_reason(model, *documents) is None
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, seed, generator):
+    (document,) = random_documents(generator, (16,))
+    check_causal(load(tmp_path / "causal", seed, LlamaConfig, {}), document)
+    config = BertGenerationConfig(
+        vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    sees_all = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ModelError, match=r"lets tokens see later ones .* decoder-only model"):
+        check_causal(sees_all, document)
+
+
+def test_a_model_that_scales_its_embeddings_in_place_is_tried(tmp_path, seed, generator):
+    sizes = {"n_embd": 64, "dff": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    model = load(tmp_path, seed, CTRLConfig, sizes)
+    assert mixed_reason(model, *random_documents(generator, (16, 16))) is None

@@ -20,7 +20,7 @@ from qlora.layers.rebuild import GatedMLP
 from qlora.layers.recompute import recompute_levels
 from qlora.layers.recompute_mlp import tile_mlp
 from qlora.layers.region import _is_kept
-from qlora.lora import add_lora, lora_layers, train_rows
+from qlora.lora import add_lora, lora_experts, lora_layers, train_rows
 from qlora.model import load_base, supervised_loss
 from scripts.dev.bench import counts
 from tests.combinations import pairs
@@ -53,9 +53,14 @@ def own_memory(monkeypatch):
 
 def make_model(base, generator, dropout=0.0, compute_dtype="bfloat16", packed=True, rank=4, **settings):
     model, _ = load_base(str(base), compute_dtype=compute_dtype, allow_unquantized=True)
-    add_lora(model, rank=rank, dropout=dropout, dtype=getattr(torch, compute_dtype), **settings)
+    expert_rank = 0 if dropout else "auto"  # experts have no dropout
+    add_lora(
+        model, rank=rank, dropout=dropout, dtype=getattr(torch, compute_dtype), expert_rank=expert_rank, **settings
+    )
     for _, layer in lora_layers(model):
         layer.first_trained.data.normal_(std=0.05, generator=generator)
+    for _, experts in lora_experts(model):
+        experts.lora_B.data.normal_(std=0.05, generator=generator)
     if packed:
         use_document_attention(model)
     rebuild_activations(model)

@@ -7,8 +7,10 @@ import torch
 
 from qlora.config import TrainSection
 from qlora.data import LABEL, Labels, make_example
+from qlora.data.images import PLACEHOLDER, SCALING
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.data.ratings import MARGIN
+from qlora.data.tokens import PIXELS
 from qlora.objectives import objective_from_section
 from qlora.objectives.classify import answer_loss
 from qlora.objectives.classify_head import head_loss
@@ -26,7 +28,9 @@ OBJECTIVES = {
     "kto": {"preference": {"beta": 0.7, "desirable_weight": 1.3}},
     "classify": {},
     "classify by head": {"classify_by": "head"},
+    "classify images": {"classify_by": "head"},
 }
+IMAGES = "classify images"
 LABELS = Labels(("a", "b", "c"), "tokens", answers=((5, 9, 257), (5, 8, 257), (5, 7, 257)))
 
 
@@ -39,13 +43,15 @@ def loss_of(name, **settings):
     """Return the objective's loss."""
     if name == "classify":
         return answer_loss(LABELS, (0.5, 1.0, 2.0))
-    if name == "classify by head":
+    if name in ("classify by head", IMAGES):
         return head_loss(LABELS.names, weights=(0.5, 1.0, 2.0))
     return objective_from_section(section_of(name, **settings)).loss
 
 
 def examples_of(name, generator, count):
     """Return groups of random documents that the objective can learn from, each with supervised tokens."""
+    if name == IMAGES:
+        return [image_of(generator) for _ in range(count)]
     size = loss_of(name).group_size
     examples = [
         replace(example, weights=np.where(np.arange(len(example)) == len(example) - 1, 1, example.weights))
@@ -72,3 +78,13 @@ def examples_of(name, generator, count):
             for each, number in zip(examples, numbers, strict=True)
         ]
     return examples
+
+
+def image_of(generator):
+    """Return a random image with a random label, as the tiny models of images take them."""
+    values = {
+        PIXELS: torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator).numpy(),
+        SCALING: np.array([[1 / 255] * 3, [0.5] * 3, [0.25] * 3], dtype=np.float32),
+        LABEL: np.int32(torch.randint(len(LABELS.names), (), generator=generator)),
+    }
+    return make_example([PLACEHOLDER], [0], values)

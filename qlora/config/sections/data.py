@@ -11,8 +11,11 @@ from qlora.config.sections.values import Columns, Count, LabelNames, NewTokens, 
 
 Format = Literal[
     "auto", "alpaca", "sharegpt", "messages", "completion", "text", "tokenized", "preference", "chosen", "kto",
-    "classification", "oasst",
+    "classification", "images", "oasst",
 ]  # fmt: skip
+
+
+IMAGES = "images"
 
 
 class SourceSection(Section):
@@ -160,7 +163,8 @@ class DataSection(Section):
     )
     format: Format = Field(
         default="auto",
-        description="What the columns mean. auto detects it from the column names; qlora preview prints the result.",
+        description="What the columns mean. auto detects it from the column names; qlora preview prints the result. "
+        "images are classified by a base that reads images; they are never detected.",
         examples=["alpaca"],
     )
     columns: Columns = Field(
@@ -227,7 +231,7 @@ class DataSection(Section):
     packing: bool | Literal["auto"] = Field(
         default="auto",
         description="Put several documents into one sequence. They do not see each other; for a base that can't keep "
-        "them apart, auto does not pack, and true is an error.",
+        "them apart, auto does not pack, and true is an error. Images are not packed.",
         examples=[False],
     )
     on_bad_row: Literal["error", "drop"] = Field(
@@ -248,6 +252,29 @@ class DataSection(Section):
         if value and isinstance(sets, dict) and "retain" in sets:
             raise ValueError("measures rows as retain, and so does a set of data.eval; rename that set")
         return value
+
+    @field_validator("roles", "chat_template", "new_tokens", "special_tokens")
+    @classmethod
+    def _check_texts_only(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if info.data.get("format") == IMAGES and value != cls.model_fields[name].get_default():
+            raise ValueError("is for texts, but data.format is images; remove it")
+        return value
+
+    @field_validator("packing")
+    @classmethod
+    def _check_packing(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        return False if info.data.get("format") == IMAGES else value
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the documents are images instead of texts."""
+        return self.format == IMAGES
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest number of tokens of a document; an image counts as one."""
+        return 1 if self.has_images else self.max_seq_len
 
     @property
     def packs(self) -> bool:

@@ -3,7 +3,7 @@
 from pydantic import ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.data import DataSection
+from qlora.config.sections.data import IMAGES, DataSection, SourceSection
 from qlora.config.sections.evaluation import EvalSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
@@ -20,6 +20,42 @@ class RunConfig(Section):
     eval: EvalSection = EvalSection()
     train: TrainSection
     export: ExportSection = ExportSection()
+
+    @field_validator("data")
+    @classmethod
+    def _check_sources(cls, value: DataSection) -> DataSection:
+        formats: list[str | None] = []
+
+        def note(source: SourceSection) -> SourceSection:
+            formats.append(source.format)
+            return source
+
+        value.each_source(note)
+        if IMAGES in formats and not value.has_images:
+            raise ValueError("format is images for one source; set data.format: images, for all of them")
+        if value.has_images and {*formats} - {IMAGES, None}:
+            raise ValueError("format is images, but one source has another; train on texts in another run")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _check_images(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data, evaluation = info.data.get("data"), info.data.get("eval")
+        if data is None or not data.has_images:  # absent if invalid itself
+            return value
+        if value.objective != "classify":
+            raise ValueError(f"objective: {value.objective} learns from texts, but data.format is images; set classify")
+        if value.classify_by == "tokens" and "classify_by" in value.model_fields_set:
+            raise ValueError("classify_by: tokens answers with words, but data.format is images; set it to head")
+        texts_only = {
+            "train.neftune_alpha": value.neftune_alpha,
+            "train.adversarial": value.adversarial,
+            "train.keep": value.keep,
+            "eval.metrics": evaluation.metrics if evaluation is not None else None,
+        }
+        if asked := [name for name, setting in texts_only.items() if setting]:
+            raise ValueError(f"has data.format: images, but {' and '.join(asked)} is for texts; remove it")
+        return value.model_copy(update={"classify_by": "head"})
 
     @field_validator("train")
     @classmethod
@@ -98,7 +134,7 @@ class RunConfig(Section):
         data = info.data.get("data")  # absent if invalid itself
         if data is None or value.objective in TOKEN_LOSS_OBJECTIVES:
             return value
-        what = "the labels of texts" if value.objective == "classify" else "judged answers"
+        what = "labels" if value.objective == "classify" else "judged answers"
         if data.loss_on != "assistant":
             raise ValueError(
                 f"objective: {value.objective} learns {what}, so data.loss_on: {data.loss_on} has no effect; remove it"

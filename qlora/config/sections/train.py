@@ -150,7 +150,7 @@ class TrainSection(Section):
         default="sft",
         description="Training objective. sft is supervised fine-tuning; dpo, ipo, orpo, simpo and cpo learn from "
         "preference pairs, kto from answers rated good or bad; reward trains a model of preference pairs that gives a "
-        "text a score; classify learns the labels of texts.",
+        "text a score; classify learns the labels of texts or images.",
         examples=["dpo"],
     )
     preference: PreferenceSection | None = Field(
@@ -168,7 +168,7 @@ class TrainSection(Section):
         default=None,
         validate_default=True,
         description="How a label is predicted with objective classify: by a head with a score of each label, or by "
-        "tokens, the words that the model answers with; null is tokens.",
+        "tokens, the words that the model answers with; null is tokens, and head for images.",
         examples=["tokens"],
     )
     class_weights: ClassWeights = Field(

@@ -1,7 +1,7 @@
-"""Measure the accuracy of classification by words before and after training, and from the merged folder.
+"""Measure the accuracy of classification before and after training, from the merged folder, and beside PEFT.
 
 python -m scripts.dev.bench.classification --out docs/benchmarks/classification.md
-python -m scripts.dev.bench.classification --task banking77 --model DIR --rate 1e-3 --out FILE
+python -m scripts.dev.bench.classification --task banking77 --by head --model DIR --rate 1e-3 --peft --out FILE
 """
 
 import argparse
@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import qlora
+from qlora.data.encode import ExampleEncoder
+from qlora.data.examples import Labelled
+from qlora.files import BaseFiles
+from qlora.lora import stored_head
+from qlora.model.labels import LABELS_FILE, read_labels
+from qlora.model.predict import score_labels
 from scripts.dev.bench.common import REALDATA, append, heading
+from scripts.dev.bench.peft_classifier import measure_peft
 
 TITLE = """# Classification
 """
@@ -47,10 +54,19 @@ def write(path: Path, rows: Sequence[dict[str, str]]) -> str:
 
 
 @torch.no_grad()
-def by_transformers(folder: Path, rows: Sequence[dict[str, str]]) -> list[str]:
-    """Predict the labels with transformers alone: the likeliest first token of the labels' words after the prompt."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
-    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))["labels"]
+def by_transformers(folder: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> list[str]:
+    """Predict the labels with transformers alone.
+
+    By a head, the largest score; by words, the likeliest first token of the labels' words after the prompt.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
+    labels = given["labels"]
+    if given["by"] == "head":
+        scorer = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        scores = (scorer(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows)
+        return [scorer.config.id2label[int(each.argmax())] for each in scores]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def prompt(text: str, answer: str = "") -> list[int]:
         turns = [{"role": "user", "content": text}]
@@ -65,6 +81,21 @@ def by_transformers(folder: Path, rows: Sequence[dict[str, str]]) -> list[str]:
         ids = torch.tensor([prompt(row["text"]) + answers[0][:common]])
         found.append(labels[int(model(ids).logits[0, -1, tokens].argmax())]["name"])
     return found
+
+
+def by_qlora(folder: Path, rows: Sequence[dict[str, str]], dtype: str) -> list[str]:
+    """Predict the labels with qlora in a dtype, a text at a time, as transformers does."""
+    labels, _ = read_labels(folder / LABELS_FILE)
+    files = BaseFiles.resolve(str(folder))
+    model, tokenizer = qlora.load_base(
+        str(folder), quantization="none", compute_dtype=dtype, head=stored_head(files.config)
+    )
+    encoder = ExampleEncoder(tokenizer, labels=labels)
+    assert encoder.labels is not None
+    encoded = encoder.encode([Labelled(row["text"], labels.names[:1]) for row in rows])
+    examples = [document for each in encoded for document in each.documents]
+    scores = score_labels(model, examples, encoder.labels, batch_size=1)
+    return [labels.names[number] for number in scores.argmax(dim=1).tolist()]
 
 
 def accuracy(predicted: Sequence[str], rows: Sequence[dict[str, str]]) -> float:
@@ -88,6 +119,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
             "data": data | {"cache_dir": str(folder / "cache")},
             "train": {
                 "objective": "classify",
+                "classify_by": arguments.by,
+                "optimizer": "adamw_32bit",
                 "output_dir": str(folder / "run"),
                 "epochs": arguments.epochs,
                 "micro_batch_size": 1,
@@ -105,27 +138,31 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before = next(line for line in lines if "eval_accuracy" in line)
     merged = folder / "merged"
-    qlora.merge(result.run_dir, merged, dtype="bfloat16")
-    ours = [each.label for each in qlora.predict(merged, paths["test"], batch_size=1)]
-    of_run = [each.label for each in qlora.predict(result.run_dir, paths["test"])]
-    theirs = by_transformers(merged, rows["test"])
-    different = sum(map(str.__ne__, ours, theirs))
-    name = Path(arguments.model).name
-    return [
-        f"| {name} | {arguments.task} | {len(rows['train']):,} / {len(rows['test']):,} | {result.steps} | "
-        f"{arguments.rate:g} | {before['eval_accuracy']:.1%} | {run.metrics['accuracy']:.1%} | "
-        f"{run.metrics['macro_f1']:.1%} | {accuracy(of_run, rows['test']):.1%} | {accuracy(ours, rows['test']):.1%} | "
-        f"{accuracy(theirs, rows['test']):.1%} | {different} | {seconds:,.0f} |"
-    ]
+    qlora.merge(result.run_dir, merged, dtype="float32")
+    counts = []
+    for dtype in ("bfloat16", "float32"):
+        ours, theirs = (
+            by_qlora(merged, rows["test"], dtype),
+            by_transformers(merged, rows["test"], getattr(torch, dtype)),
+        )
+        counts += [f"{accuracy(theirs, rows['test']):.1%}", str(sum(map(str.__ne__, ours, theirs)))]
+    peft = f"{measure_peft(config):.1%}" if arguments.peft else ""
+    cells = [
+        Path(arguments.model).name, arguments.task, arguments.by, f"{len(rows['train']):,} / {len(rows['test']):,}",
+        str(result.steps), f"{arguments.rate:g}", f"{before['eval_accuracy']:.1%}", f"{run.metrics['accuracy']:.1%}",
+        f"{run.metrics['macro_f1']:.1%}", *counts, peft, f"{seconds:,.0f}",
+    ]  # fmt: skip
+    return ["| " + " | ".join(cells) + " |"]
 
 
-TABLE = """| model | task | rows | steps | rate | before | after | macro F1 | predict, run | predict, merged | \
-transformers, merged | different | s |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+TABLE = """| model | task | by | rows | steps | rate | before | after | macro F1 | merged, bf16 | different \
+| merged, fp32 | different | PEFT | s |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 TEXT = """`python -m scripts.dev.bench.classification{options}`. NF4 with double quantization, LoRA of rank 8 on all
-linear layers, {batch} sequences of 256 tokens a step. Accuracy on the test rows: before training, after it, by `qlora
-predict` with the run and with its merge in bf16, and by transformers alone with that folder; and the number of test
-rows that the last two predict differently."""
+linear layers, {batch} sequences of 256 tokens a step, AdamW in 32 bits. Accuracy on the test rows: before training,
+after it, and by transformers alone with the merged folder, in bf16 and in fp32. "Different" is the number of test rows
+that qlora predicts differently with the same folder and dtype. PEFT, on bitsandbytes' layers, was trained on the same
+texts in the same steps at the same rate."""
 
 
 def main() -> None:
@@ -137,13 +174,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--rows", type=int, default=0, help="about this many rows of each part; 0 takes all")
+    parser.add_argument("--by", choices=("tokens", "head"), default="tokens")
+    parser.add_argument("--peft", action="store_true", help="train the same with PEFT")
     parser.add_argument("--words", action="store_true", help="words instead of TREC's numbers")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     given = {"task": arguments.task, "rate": arguments.rate, "epochs": arguments.epochs, "rows": arguments.rows}
-    given["batch"] = arguments.batch
+    given |= {"batch": arguments.batch, "by": arguments.by}
     options = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
-    options += " --model DIR" * (arguments.model != parser.get_default("model")) + " --words" * arguments.words
+    options += (
+        " --model DIR" * (arguments.model != parser.get_default("model"))
+        + " --words" * arguments.words
+        + " --peft" * arguments.peft
+    )
     with tempfile.TemporaryDirectory() as folder:
         lines = measure(arguments, Path(folder))
     title = f"Accuracy of {arguments.model.name} on {arguments.task}"

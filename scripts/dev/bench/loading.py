@@ -4,10 +4,13 @@ Makes a random Llama checkpoint of the given sizes in a temporary folder, loads 
 a line to docs/benchmarks/loading.md: the highest resident memory during the load above that before it.
 
     python -m scripts.dev.bench.loading --layers 8 --hidden 2048 --intermediate 8192
+    python -m scripts.dev.bench.loading --base FOLDER
 """
 
 import argparse
 import json
+import math
+import re
 import tempfile
 import time
 from datetime import date
@@ -33,6 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--base", type=Path, help="folder of a checkpoint, instead of a random one")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -46,10 +50,13 @@ def main() -> None:
         "vocab_size": arguments.vocabulary,
     }
     with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), sizes)
-        checkpoint = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
-        found = run_child(__spec__.name, "--measure", folder)
-    largest = 2 * arguments.hidden * max(arguments.intermediate, arguments.vocabulary) / 1e6
+        base = arguments.base or Path(folder)
+        if arguments.base is None:
+            make_base(base, sizes)
+        files = [*base.glob("*.safetensors")]
+        checkpoint = sum(path.stat().st_size for path in files) / 1e6
+        largest = max(largest_tensor(path) for path in files) / 1e6
+        found = run_child(__spec__.name, "--measure", str(base))
     packages = versions("torch", "transformers", "bitsandbytes")
     row = (
         f"| {date.today()} | {checkpoint:.0f} | {found['base']:.0f} | {largest:.0f} "
@@ -60,6 +67,15 @@ def main() -> None:
         TARGET.write_text(TITLE, encoding="utf-8")
     with TARGET.open("a", encoding="utf-8") as file:
         file.write(row + "\n")
+
+
+def largest_tensor(path: Path) -> int:
+    """Return the bytes of the largest tensor of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tensors = (file.get_slice(name) for name in file.keys())  # noqa: SIM118  (it is no dict)
+        return max(math.prod(each.get_shape()) * int(re.sub(r"\D", "", each.get_dtype())) // 8 for each in tensors)
 
 
 def measure(folder: str) -> dict[str, float]:

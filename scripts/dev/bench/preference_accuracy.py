@@ -4,11 +4,13 @@ The same real pairs, prompt text, rank, learning rate and number of steps; each 
 A table is appended to docs/benchmarks/preferences.md.
 
     python -m scripts.dev.bench.preference_accuracy
+    python -m scripts.dev.bench.preference_accuracy --model DIR --pairs 300 --rate 2e-4 --epochs 1 --bf16
 """
 
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +24,56 @@ DATA = {
     "llms_from_scratch": REALDATA / "data" / "llms_from_scratch" / "instruction-data-with-preference.json",
     "dpo_en_demo": REALDATA / "data" / "llama_factory_demo" / "dpo_en_demo.json",
 }
-PAIRS_PER_STEP, LEARNING_RATE, BETA, EPOCHS, MAX_TOKENS = 8, 3e-3, 0.1, 2, 512
+PAIRS_PER_STEP, BETA, MAX_TOKENS = 8, 0.1, 512
 # Writes turns as they are, so that both sides train on the same text.
 PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def main() -> None:
     """Measure, print and append the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--data", choices=DATA, action="append", help="pairs to train on; default: each in turn")
+    parser.add_argument("--pairs", type=int, default=0, help="about this many pairs; 0 takes all")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--micro-batch", type=int, default=PAIRS_PER_STEP, help="pairs at a time, of 8 a step")
+    parser.add_argument("--bf16", action="store_true", help="TRL's model in bf16 instead of fp32")
+    arguments = parser.parse_args()
+    defaults = vars(parser.parse_args([]))
+    options = "".join(
+        f" --{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in vars(arguments).items()
+        if name not in ("model", "data") and value != defaults[name]
+    )
+    options = " --model DIR" * (arguments.model != MODEL) + options
     lines = [
         *heading("DPO on held-out pairs, compared with TRL", "torch", "transformers", "trl", "peft", "bitsandbytes"),
-        "`python -m scripts.dev.bench.preference_accuracy`. stories260K-hf, a real Llama of 260,032 parameters that",
-        "knows simple stories; a fifth of the pairs is held out. Rank 8, alpha 16, all linear layers, β 0.1, learning",
-        f"rate {LEARNING_RATE:g} with a cosine, {EPOCHS} epochs of {PAIRS_PER_STEP} pairs a step. qlora on NF4, TRL's",
-        "DPOTrainer with PEFT on the weights in fp32. Equal rewards count one half here, and as wrong in TRL.",
+        f"`python -m scripts.dev.bench.preference_accuracy{options}`. {arguments.model.name}; a fifth of the pairs is",
+        f"held out. Rank 8, alpha 16, all linear layers, β {BETA:g}, learning rate {arguments.rate:g} with a cosine,",
+        f"{arguments.epochs} epochs of {PAIRS_PER_STEP} pairs a step. qlora on NF4, TRL's DPOTrainer with PEFT on the",
+        f"weights in {'bf16' if arguments.bf16 else 'fp32'}. Equal rewards count one half here, and as wrong in TRL.",
         "",
-        "| pairs | held out | side | accuracy before | after | loss before | after |",
-        "|---|---|---|---|---|---|---|",
+        "| pairs | held out | side | accuracy before | after | loss before | after | s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, path in DATA.items():
+    for name in arguments.data or DATA:
         with tempfile.TemporaryDirectory() as folder:
-            train, held_out = split(path, Path(folder))
+            train, held_out = split(DATA[name], Path(folder), arguments.pairs)
             for side, measure in {"qlora": measure_qlora, "TRL": measure_trl}.items():
-                found = measure(train, held_out, Path(folder) / side)
+                started = time.perf_counter()
+                found = measure(arguments, train, held_out, Path(folder) / side)
                 numbers = " | ".join(f"{number:.3f}" for number in found)
-                lines.append(f"| {name} | {len(held_out)} of {len(train) + len(held_out)} | {side} | {numbers} |")
+                seconds = time.perf_counter() - started
+                lines.append(
+                    f"| {name} | {len(held_out)} of {len(train) + len(held_out)} | {side} | {numbers} | {seconds:.0f} |"
+                )
                 print(lines[-1], flush=True)
     append(TARGET, TITLE, lines)
 
 
-def split(path: Path, folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return pairs to train on and held-out ones, as a prompt and two answers that fit the model."""
+def split(path: Path, folder: Path, count: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return pairs to train on and held-out ones, about `count` in all, as a prompt and two answers."""
     rows = []
     for row in json.loads(path.read_text(encoding="utf-8")):
         if "instruction" in row:
@@ -61,8 +82,9 @@ def split(path: Path, folder: Path) -> tuple[list[dict[str, str]], list[dict[str
         else:
             prompt = "\n".join(turn["value"] for turn in row["conversations"])
             answers = {side: row[side]["value"] for side in ("chosen", "rejected")}
-        # A token of this model is about two characters.
+        # A token of the smallest model is about two characters.
         rows.append({"prompt": prompt[:200] + "\n", **{side: text[:500] for side, text in answers.items()}})
+    rows = rows[:: max(1, round(len(rows) / count))] if count else rows
     held_out = rows[::5]
     train = [row for number, row in enumerate(rows) if number % 5]
     for name, part in {"train": train, "held_out": held_out}.items():
@@ -71,20 +93,23 @@ def split(path: Path, folder: Path) -> tuple[list[dict[str, str]], list[dict[str
     return train, held_out
 
 
-def measure_qlora(train: list[Any], held_out: list[Any], folder: Path) -> tuple[float, float, float, float]:
+def measure_qlora(
+    arguments: argparse.Namespace, train: list[Any], held_out: list[Any], folder: Path
+) -> tuple[float, float, float, float]:
     """Train with qlora; return accuracy before and after, and the losses."""
     data = folder.parent
     qlora.train(
         {
-            "model": {"base": str(MODEL)},
+            "model": {"base": str(arguments.model)},
             "lora": {"rank": 8, "alpha": 16},
             "data": {
                 "train": str(data / "train.jsonl"), "eval": str(data / "held_out.jsonl"), "max_seq_len": MAX_TOKENS,
                 "overlong": "truncate", "packing": False, "chat_template": str(data / "plain.jinja"),
             },
             "train": {
-                "objective": "dpo", "preference": {"beta": BETA}, "output_dir": str(folder), "epochs": EPOCHS,
-                "micro_batch_size": PAIRS_PER_STEP, "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE,
+                "objective": "dpo", "preference": {"beta": BETA}, "output_dir": str(folder), "epochs": arguments.epochs,
+                "micro_batch_size": arguments.micro_batch, "learning_rate": arguments.rate,
+                "gradient_accumulation_steps": PAIRS_PER_STEP // arguments.micro_batch,
                 "max_grad_norm": 1.0, "eval_every": 1.0, "save_every": None,
             },
         }
@@ -95,7 +120,9 @@ def measure_qlora(train: list[Any], held_out: list[Any], folder: Path) -> tuple[
     return (*accuracies, first["eval_loss"], last["eval_loss"])  # type: ignore[return-value]
 
 
-def measure_trl(train: list[Any], held_out: list[Any], folder: Path) -> tuple[float, float, float, float]:
+def measure_trl(
+    arguments: argparse.Namespace, train: list[Any], held_out: list[Any], folder: Path
+) -> tuple[float, float, float, float]:
     """Train with TRL; return accuracy before and after, and the losses. TRL counts ties as wrong, so before is 0."""
     import torch
     from datasets import Dataset
@@ -103,13 +130,16 @@ def measure_trl(train: list[Any], held_out: list[Any], folder: Path) -> tuple[fl
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype),
         args=DPOConfig(
-            output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], beta=BETA, learning_rate=LEARNING_RATE,
-            num_train_epochs=EPOCHS, per_device_train_batch_size=PAIRS_PER_STEP, per_device_eval_batch_size=8,
+            output_dir=str(folder), use_cpu=True, bf16=arguments.bf16, report_to=[], beta=BETA,
+            learning_rate=arguments.rate, num_train_epochs=arguments.epochs,
+            per_device_train_batch_size=arguments.micro_batch, per_device_eval_batch_size=arguments.micro_batch,
+            gradient_accumulation_steps=PAIRS_PER_STEP // arguments.micro_batch,
             lr_scheduler_type="cosine", warmup_steps=5, max_length=MAX_TOKENS, save_strategy="no",
             gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
         ),
