@@ -13,6 +13,7 @@ from qlora.config import load_config
 from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.export import merge
+from qlora.export.quantize import quantize_model
 from qlora.files import BaseFiles
 from qlora.layers import apply_recompute
 from qlora.lora import Targets, adapters_off, add_lora, lora_experts, lora_layers, match_targets
@@ -227,4 +228,6 @@ def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, JetMoeConfig, **sizes)
     with pytest.raises(ModelError, match=r"holds experts in JetMoeParallelExperts .* model\.allow_unquantized: true"):
         load(base)
+    report = quantize_model(str(base), tmp_path / "4bit")
+    assert "qlora train refuses the folder, as it does the base: " in " ".join(report.notes)
     load(base, "none")

@@ -15,13 +15,14 @@ from torch import nn
 from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
 from qlora.dtypes import as_dtype
-from qlora.errors import ExportError
+from qlora.errors import ExportError, ModelError
 from qlora.export.card import lost_in_4_bits, write_quantized_card
 from qlora.export.companions import REPORT_FILE
 from qlora.files import BaseFiles, atomic_folder
 from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
+from qlora.layers.experts import check_experts
 from qlora.lora import stored_head
 from qlora.lora.mixture import expert_stacks
 from qlora.model import (
@@ -36,6 +37,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.quantization import QuantizedLayer, find_quantized_layers, settings_of_base
+from qlora.model.shares import check_share
 from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_tensors
 
 COPIED = (
@@ -152,6 +154,11 @@ def quantize_model(
             f"{numel:,} weights of experts stay in {_name(target)}, because bitsandbytes has no format for them in 4 "
             "bits; qlora quantizes them when it loads the folder"
         )
+    try:
+        check_experts(skeleton, base)
+        check_share(base, skeleton, [*(layer.name for layer in layers.values()), *expert_stacks(skeleton)])
+    except ModelError as error:
+        notes.append(f"qlora train refuses the folder, as it does the base: {error}")
     _check_classes(skeleton, layers, base)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)

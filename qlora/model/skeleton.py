@@ -8,6 +8,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
 from qlora.lora import ScoreHead, output_head, reads_images
 from qlora.model.formats import weight_format
 from qlora.model.kinds import is_multimodal, multimodal_class, unsupported_kind
@@ -133,6 +134,16 @@ def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
             "to one, such as Llama, Mistral, Qwen or Gemma."
         )
     return config if files.rope_scaling is None else _extended(files, config)
+
+
+def positions_of(files: BaseFiles, config: Any) -> int | None:
+    """Return the number of positions that a base supports; None if it does not say.
+
+    Args:
+        files: The base's files; only config.json is read.
+        config: What transformers makes of it, with the defaults of its class.
+    """
+    return num_positions(files.config) or getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _unbuildable(files: BaseFiles, error: Exception, trust_remote_code: bool) -> ModelError:
