@@ -1,27 +1,35 @@
 """Experts in 4 bits, family by family, against transformers' own eager code on the dequantized weights."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, JetMoeConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, JetMoeConfig
 
 from qlora.checkpoint import RunDirectory, read_adapter, wrap_adapter
 from qlora.checkpoint.adapter import save_adapter
 from qlora.config import load_config
 from qlora.data import collate
-from qlora.errors import ModelError
+from qlora.errors import CheckpointError, ModelError
 from qlora.export import merge
 from qlora.export.quantize import quantize_model
 from qlora.files import BaseFiles
 from qlora.layers import apply_recompute
+from qlora.layers.recompute import recompute_levels
 from qlora.lora import Targets, adapters_off, add_lora, lora_experts, lora_layers, match_targets
+from qlora.lora.experts import describe_dead_experts, specs_with_rank
 from qlora.lora.inject import match_experts
-from qlora.lora.mixture import expert_layers, expert_stacks, routers
-from qlora.model import load_base, open_source, supervised_loss, take_inventory
+from qlora.lora.mixture import expert_layers, expert_stacks, experts_per_token, routers, undeclared_experts
+from qlora.lora.spec import AdapterSpec
+from qlora.model import build_skeleton, load_base, open_source, supervised_loss, take_inventory
+from qlora.model.run_adapter import check_experts_as_trained, read_run_adapter
 from qlora.nf4 import NF4Experts
 from qlora.proof import verify
+from qlora.proof.clients import check_clients
 from qlora.proof.expected import ExpectedWeights
 from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
@@ -87,8 +95,9 @@ def test_every_expert_is_in_4_bits_and_computes_what_transformers_does(family, b
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close(found, expected)
 
-    apply_recompute(model.train(), "full")
-    if family != "phimoe":  # which draws experts at random while it is trained
+    model.train()
+    for level in recompute_levels(model)[1:] if family != "phimoe" else []:  # which draws experts at random in training
+        apply_recompute(model, level)
         assert_close(gradients(model, trained, collate(documents))[1], expected)
     if family not in ("phimoe", "gpt_oss"):  # whose own attention with sinks mixes documents
         assert_close(gradients(model, trained, collate(documents, packed=True))[1], expected)
@@ -153,6 +162,25 @@ def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alp
     assert report.problems == []
     assert report.mean_kl < 1e-6
     assert verify(tmp_path / "run").matches
+    run = RunDirectory.open(tmp_path / "run")
+    adapter_config = run.adapter / "adapter_config.json"
+    written = adapter_config.read_text()
+    adapter_config.write_text(json.dumps(json.loads(written) | {"lora_alpha": 1}))
+    with pytest.raises(CheckpointError, match=r"has a scaling of .* the run trained with"):
+        read_run_adapter(run)
+    patterns = json.loads(written).get("alpha_pattern", {}) | {"experts.down_proj": 1}
+    adapter_config.write_text(json.dumps(json.loads(written) | {"alpha_pattern": patterns}))
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj has a scaling of .* and 1 other layers"):
+        read_run_adapter(run)
+    adapter_config.write_text(written)
+    skeleton = build_skeleton(BaseFiles.resolve(str(base)))
+    check_experts_as_trained(run, skeleton)
+    layers = [name for name in record.parameters.quantized if "experts." not in name]
+    old = replace(record, parameters=replace(record.parameters, quantized=layers))
+    run.write_record(old)
+    with pytest.raises(CheckpointError, match=r"experts in 16 bits .* merge it with this one"):
+        check_experts_as_trained(run, skeleton)
+    run.write_record(record)
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     one, other = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3))
@@ -231,3 +259,103 @@ def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
     report = quantize_model(str(base), tmp_path / "4bit")
     assert "qlora train refuses the folder, as it does the base: " in " ".join(report.notes)
     load(base, "none")
+    names = ["q_proj"]
+    with pytest.raises(ModelError, match=r"lora\.expert_rank: 4 has no effect, as JetMoeForCausalLM has no experts"):
+        add_lora(load(base, "none"), targets=names, expert_rank=4)
+    with pytest.raises(ModelError, match=r"lora\.expert_rank: 'banana' should be"):
+        add_lora(load(base, "none"), targets=names, expert_rank="banana")
+
+
+def test_a_large_weight_of_three_dimensions_is_taken_for_experts():
+    model = nn.ModuleDict({"mixer": nn.Conv1d(64, 64, 3), "scales": nn.Module(), "mixture": nn.Module()})
+    model["scales"].register_parameter("weight", nn.Parameter(torch.zeros(1, 64, 64)))
+    model["mixture"].register_parameter("weight", nn.Parameter(torch.zeros(4, 64, 64)))
+    assert undeclared_experts(model) == ["mixture"]
+
+
+def test_keys_and_values_beside_experts_are_no_routers(tmp_path, seed):
+    sizes = {
+        "enable_moe_block": True, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 36, "head_dim": 16,
+        "num_key_value_heads": 1, "global_head_dim": 16, "hidden_size_per_layer_input": 0,
+    }  # fmt: skip
+    model = load(make_base(tmp_path / "base", seed, Gemma4TextConfig, **sizes))
+    assert routers(model) == {f"model.layers.{index}.router.proj" for index in (0, 1)}
+    assert experts_per_token(model) == 4
+    names = add_lora(model, rank=8)
+    assert {f"model.layers.0.self_attn.{each}_proj" for each in "qkvo"} <= {*names}
+    assert {layer.spec.rank for _, layer in lora_experts(model)} == {2}
+
+
+def test_the_rank_and_alpha_of_experts_follow_patterns_as_those_of_linear_layers_do():
+    stacks = ["0.experts.gate_up_proj", "0.experts.down_proj"]
+    spec = AdapterSpec(
+        rank=16, alpha=32, rslora=True, rank_pattern={"down_proj": 4}, alpha_pattern={"1.experts.down_proj": 6.0}
+    )
+    specs = specs_with_rank(spec, [*stacks, "1.experts.down_proj"], 2)
+    dense = spec.by_layer([*stacks, "1.experts.down_proj"])
+    assert {name: own.rank for name, own in specs.items()} == dict(zip(specs, (2, 4, 4), strict=True))
+    assert {name: own.scaling for name, own in specs.items()} == pytest.approx(
+        {name: own.scaling for name, own in dense.items()}
+    )
+
+
+@pytest.mark.parametrize("family", ["phimoe"])
+def test_transformers_loads_a_quantized_mixture_whose_routers_are_linear_layers(family, base, tmp_path):
+    quantize_model(str(base), tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    stored = load_file(base / "model.safetensors")
+    router = model.model.layers[1].mlp.router
+    assert torch.equal(
+        router.weight,
+        next(
+            each.float()
+            for name, each in stored.items()
+            if "layers.1" in name and name.endswith(("gate.weight", "router.weight"))
+        ),
+    )
+    assert type(model.model.layers[1].self_attn.q_proj).__name__ == "Linear4bit"
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+@pytest.mark.parametrize("targets", ["all-linear", ["experts.gate_up_proj"]], ids=str)
+def test_experts_without_a_token_are_those_whose_every_update_is_zero(targets, family, base):
+    model = load(base)
+    add_lora(model, targets=targets)
+    for number, (_, layer) in enumerate(lora_experts(model)):
+        layer.lora_B.data[number % 2 :] = 1.0
+    total = 12
+    (line,) = describe_dead_experts(model) or [""]
+    assert (f" of {total} experts" in line) == (targets != "all-linear"), line
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_an_adapter_of_peft_that_names_parameters_alone_is_read(family, base, tmp_path, generator):
+    peft = pytest.importorskip("peft")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    adapted_by_peft = peft.get_peft_model(plain, config).eval()
+    for name, parameter in adapted_by_peft.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    adapted_by_peft.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    assert len(adapter.layers) == 2
+    assert len(adapter.experts) == 4
+    model, ids = load(base, "none"), torch.randint(5, 250, (2, 24), generator=generator)
+    wrap_adapter(model, adapter)
+    with torch.no_grad():
+        assert (model(ids).logits - adapted_by_peft(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_only_tools_that_read_experts_load_them(family, base, tmp_path, generator):
+    model = load(base)
+    adapted(model, generator)
+    save_adapter(model, tmp_path / "adapter", str(base))
+    skeleton = build_skeleton(BaseFiles.resolve(str(base)))
+    verdicts = check_clients(tmp_path / "adapter", skeleton)
+    assert [client for client, verdict in verdicts.items() if verdict.loads] == ["peft"]
+    assert "was not checked; merge instead" in str(verdicts["vllm"])
+    other = build_skeleton(BaseFiles.resolve(str(make_moe(tmp_path / "other", family, 0, num_local_experts=8))))
+    assert "factors for (4," in str(check_clients(tmp_path / "adapter", other)["peft"])

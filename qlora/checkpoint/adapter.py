@@ -129,7 +129,7 @@ def _as_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if value != common:
             is_unique = not any(matches(name, other) for other in values if other != name)
             others[name if is_unique else f"^{re.escape(name)}"] = value
-    for end in {end for name in others if (end := end_of_stack(name))}:  # a mixture has hundreds of stacks
+    for end in sorted({end for name in others if (end := end_of_stack(name))}):  # a mixture has hundreds of stacks
         own = {name: value for name, value in values.items() if matches(end, name)}
         if own.keys() <= others.keys() and len({*own.values()}) == 1:
             others = {name: value for name, value in others.items() if name not in own} | {

@@ -74,7 +74,11 @@ def read_experts(config: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[
         return {}, []
     modules = {match["module"] for key in header if (match := FACTOR.fullmatch(key))}
     stacks = [
-        f"{module}.{part}" for module in sorted(modules) for part in PARTS if _is_asked(f"{module}.{part}", asked)
+        f"{module}.{part}"
+        for module in sorted(modules)
+        if not _is_linear(config, module)  # which a parameter's name alone, such as gate_up_proj, would select too
+        for part in PARTS
+        if _is_asked(f"{module}.{part}", asked)
     ]
     found = {
         name: (f"{wrapper}.lora_A.weight", f"{wrapper}.lora_B.weight") for name, wrapper in _wrappers(stacks).items()
@@ -95,6 +99,13 @@ def read_experts(config: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[
 def is_linear_parameter(config: Mapping[str, Any], module: str) -> bool:
     """Return whether an adapter's config lists a linear layer by its weight, rather than as a module."""
     return _is_asked(f"{module}.weight", config.get(KEY) or [])
+
+
+def _is_linear(config: Mapping[str, Any], module: str) -> bool:
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, module))
+    return _is_asked(module, targets) or is_linear_parameter(config, module)
 
 
 def stored_experts(A: torch.Tensor, B: torch.Tensor, rank: int, scaling: float) -> StoredExperts:

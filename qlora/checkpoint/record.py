@@ -89,7 +89,11 @@ class InUse:
         packing_fill: Share of the packed sequences that is filled with tokens; None without packing.
         learning_rate: Peak learning rate; None in records of qlora 0.1.0.
         learning_rate_why: How it was computed; None if the config gives it.
-        states: How layers that carry a state from token to token compute, and why; None if there are none.
+        attention_why: Why attention spans all documents of a row; None if it does not, or the config selects it. In
+            records of qlora 0.1.0, the reason is part of `attention`.
+        states: How packed sequences are computed by each class of layers that carry a state from token to token: with
+            the `borders` of documents, or by `documents`, one at a time; None if there are none.
+        states_why: Why some compute one document at a time.
         unpacked_why: Why documents are not packed, although the config asks for it where it is possible.
     """
 
@@ -112,7 +116,9 @@ class InUse:
     packing_fill: float | None
     learning_rate: float | None = None
     learning_rate_why: str | None = None
-    states: str | None = None
+    attention_why: str | None = None
+    states: dict[str, str] | None = None
+    states_why: str | None = None
     unpacked_why: str | None = None
 
 

@@ -56,8 +56,8 @@ def estimate(
         level = result.level or list(result.levels)[-1]
         expected = result.levels[level]["total"] - result.levels[level]["bytes"]["context"]
         loss = training_loss(settings.train)
-        model = prepare(settings, resolve_device(), loss)
-        measured = measure_step(model, settings, level, loss)
+        model, prepared = prepare(settings, resolve_device(), loss)
+        measured = measure_step(model, prepared, level, loss)
         report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
     if as_json:
         show_report(report, as_json)

@@ -23,7 +23,7 @@ def predict(
         str,
         typer.Option(
             metavar="FILE|DIR",
-            help="Rows with a text or an image each, of any type that training reads; or a folder of images by label.",
+            help="Rows with a text or an image each, of any type that training reads; or a folder of images, at any depth.",
             callback=expand_home,
         ),
     ],

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice
+from os import stat_result
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,34 @@ from qlora.data.examples import LabelledImage
 from qlora.data.formats import COLUMNS, RowReader
 from qlora.data.options import EncodeOptions
 from qlora.data.rows import Row, load_hub, read_rows
-from qlora.data.sources import Source, find_files, labelled_images
+from qlora.data.sources import FoundFiles, Source
 from qlora.data.tables import HeaderRule
 from qlora.errors import DataError
 
 
-def key_of(source: Source, identity: list[Any], options: EncodeOptions) -> str:
+def key_of(source: Source, found: FoundFiles, identity: list[Any], options: EncodeOptions) -> str:
     """Return the cache key of a source's examples.
 
     Args:
         source: The source.
+        found: Its files.
         identity: What the encoder that makes the examples depends on, as JSON values.
         options: Options of tokenizing.
 
     Raises:
         DataError: A file can't be read.
     """
-    paths = find_files(source)
+    paths = found.paths
     content: Any
     if source.format == "images" and paths:
         # Images are many and large, so they count by size and time.
-        content = [(str(path), size, time) for path, size, time in _image_stamps(source)]
-        content += [] if labelled_images(source) else [(str(path.absolute()), _hash_file(path)) for path in paths]
+        content = [*_image_stamps(source, found)]
+        content += [] if found.labels else [(str(path.absolute()), _hash_file(path)) for path in paths]
     elif paths and source.max_rows is None:
         content = [(str(path.absolute()), _hash_file(path)) for path in paths]
     elif paths:  # hashing a large file may take much longer than reading its first rows
         stats = [(path.absolute(), path.stat()) for path in paths]
-        content = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+        content = [_stamp(path, stat) for path, stat in stats]
     else:
         content = [(file["filename"], Path(file["filename"]).stat().st_size) for file in load_hub(source).cache_files]
     parts = [
@@ -54,21 +56,33 @@ def key_of(source: Source, identity: list[Any], options: EncodeOptions) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def stamps_of(source: Source) -> list[tuple[int, int]]:
-    """Return size and modification time of each file of a source."""
-    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in find_files(source))]
+def stamps_of(found: FoundFiles) -> list[tuple[int, int]]:
+    """Return size and modification time of each file of a source; (-1, 0) for one that was removed."""
+    return [_size_and_time(path) for path in found.paths]
 
 
-def _image_stamps(source: Source) -> Iterator[tuple[Path, int, int]]:
-    """Yield path, size and modification time of each image that a source's rows name, as far as there is one."""
-    reader = RowReader(source.format, source.columns, source.roles, source.folder)
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _stamp(path: Path, stat: stat_result) -> tuple[str, int, int, int]:
+    # A copy may keep the time of modification, but not that of the change.
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _image_stamps(source: Source, found: FoundFiles) -> Iterator[tuple[str, int, int, int]]:
+    """Yield path, size and times of each image that a source's rows name, as far as there is one."""
+    reader = RowReader(source.format, source.columns, source.roles)
     rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
-    for row in islice(read_rows(source, rule), source.max_rows):
+    for row in islice(read_rows(source, rule, found), source.max_rows):
         try:
             example = reader.read(row) if isinstance(row, Row) else None
             if isinstance(example, LabelledImage) and isinstance(example.image, Path):
-                stat = example.image.stat()
-                yield example.image, stat.st_size, stat.st_mtime_ns
+                yield _stamp(example.image, example.image.stat())
         except (DataError, OSError, ValueError):  # reported with the rows that are read
             continue
 

@@ -69,7 +69,10 @@ def image_of(row: Row, column: str) -> Path | bytes:
         raise DataError(
             f"{row.origin}: column '{column}' should be the path of an image, or its bytes, not {value!r:.80}."
         )
-    return Path(check_unicode(row, value)).expanduser()
+    try:
+        return Path(check_unicode(row, value)).expanduser()
+    except RuntimeError:
+        raise DataError(f"{row.origin}: {value} names a home folder that does not exist.") from None
 
 
 def _labels(row: Row) -> tuple[tuple[str, ...], bool]:

@@ -83,11 +83,14 @@ class ExampleEncoder:
     Attributes:
         labels: The labels with their words and tokens.
         template: Description of the chat template.
+        batch_rows: Largest number of rows to encode at a time.
 
     Raises:
         DataError: The tokenizer has no EOS token, so the model would not learn to stop, or is not a fast one.
         ConfigError: The labels' words can't be told apart by one token.
     """
+
+    batch_rows = 512
 
     def __init__(
         self, tokenizer: Any, loss_on: str = "assistant", labels: Labels | None = None, template: str = ""

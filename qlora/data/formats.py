@@ -113,7 +113,6 @@ class RowReader:
         format: One of `FORMATS`, or `auto`, which detects it from the first row.
         columns: Names of columns or of a turn's keys in the data, by our names.
         roles: Our names of roles, by the names in the data.
-        folder: Folder that relative paths of images count from.
 
     Attributes:
         format: Format of the rows; `auto` until it is detected.
@@ -129,7 +128,6 @@ class RowReader:
         format: str = "auto",
         columns: Mapping[str, str] = {},  # noqa: B006 (never changed)
         roles: Mapping[str, str] = {},  # noqa: B006 (never changed)
-        folder: Path = Path(),  # noqa: B008 (never changed)
     ) -> None:
         if format not in ("auto", *FORMATS):
             raise ConfigError(f"data.format: '{format}' is unknown; use one of auto, {', '.join(FORMATS)}.")
@@ -139,7 +137,7 @@ class RowReader:
         for name, role in roles.items():
             if role not in ("system", "user", "assistant", "tool"):
                 raise ConfigError(f"data.roles: {name}: '{role}' should be system, user, assistant or tool.")
-        self.format, self.folder = format, folder
+        self.format = format
         self.unread: set[str] = set()
         self.notes: set[str] = set()
         self._columns = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
@@ -180,7 +178,7 @@ class RowReader:
         values = _Watched(row.values)
         example = _READERS[self.format](self._turns, Row(values, row.origin))
         if isinstance(example, LabelledImage) and isinstance(example.image, Path):
-            example = replace(example, image=self.folder / example.image)
+            example = replace(example, image=(row.folder or Path()) / example.image)
         self.unread |= values.keys() - values.read
         if self.format == "text" and row.values["text"].startswith(TRANSCRIPT_START):
             self.notes.add(
@@ -210,7 +208,7 @@ class RowReader:
         others = {name: value for name, value in row.values.items() if name not in self._columns.values()}
         mapped = {ours: row.values[theirs] for ours, theirs in self._columns.items() if theirs in row.values}
         self.unread |= others.keys() & mapped.keys()
-        return Row(others | mapped, row.origin)
+        return replace(row, values=others | mapped)
 
 
 class _Watched(dict[str, Any]):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora.data.encode import Encoded
+from qlora.data.encode import Encoded, ExampleEncoder
 from qlora.data.examples import Example, LabelledImage
 from qlora.data.labels import LABEL, Labels
 from qlora.data.store import Column
@@ -28,6 +28,8 @@ TOLERANCE = 1e-6
 # Width and height of the images that a processor is tried on.
 TRIED = ((96, 64), (64, 96))
 NUM_THREADS = 4
+# Bytes of pixels that are prepared at a time.
+BATCH_BYTES = 64 << 20
 # An image is a document of this one token, which no model is given; its number of tokens is the number of images.
 PLACEHOLDER = 0
 
@@ -170,17 +172,19 @@ def open_image(image: Path | bytes) -> Any:
             return upright.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; relative paths count from the data file's folder.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "it is no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else str(error)
+    except DataError:
+        raise
+    except Exception as error:  # decoders of damaged files raise anything, such as struct.error or KeyError
+        reason = "it is no image that Pillow reads" if isinstance(error, UnidentifiedImageError) else _reason(error)
         raise DataError(f"{name} can't be decoded: {reason}.") from None
 
 
 def as_data_uri(example: TokenizedExample) -> str | None:
     """Return an image as a PNG in a data URI, as the model gets it; None for other documents."""
-    from PIL import Image
-
     if PIXELS not in example.values:
         return None
+    from PIL import Image  # not installed where only texts are read
+
     pixels = np.asarray(example.values[PIXELS])
     if pixels.dtype != np.uint8:
         low, high = pixels.min(), pixels.max()
@@ -213,11 +217,14 @@ class ImageEncoder:
     Attributes:
         labels: The labels.
         template: What the report says in place of a chat template.
+        batch_rows: Largest number of rows to encode at a time.
     """
 
     def __init__(self, processor: ImageProcessor, labels: Labels | None) -> None:
         self.processor, self.labels = processor, labels
         self.template = "none, as images have no text"
+        size = int(np.prod(processor.shape)) * processor.dtype.itemsize
+        self.batch_rows = max(NUM_THREADS, min(ExampleEncoder.batch_rows, BATCH_BYTES // size))
         self._executor = ThreadPoolExecutor(max_workers=NUM_THREADS)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | DataError]:
@@ -263,10 +270,21 @@ class ImageEncoder:
         return [f"images are prepared by {self.processor.describe()}; packing does not apply to them"]
 
     def _pixels(self, image: Path | bytes) -> np.ndarray:
+        decoded = open_image(image)
         try:
-            return self.processor.pixels(open_image(image))
-        except ValueError as error:  # such as an aspect ratio that leaves no pixel in one direction
-            raise DataError(f"its image can't be prepared: {error}.") from None
+            pixels = self.processor.pixels(decoded)
+        except Exception as error:  # processors raise anything, such as for an aspect ratio that leaves no pixel
+            raise DataError(f"its image can't be prepared: {_reason(error)}.") from None
+        if pixels.shape != self.processor.shape:
+            raise DataError(
+                f"its image of {decoded.width} × {decoded.height} pixels is prepared as values of shape "
+                f"{pixels.shape}, not {self.processor.shape}; crop or resize it."
+            )
+        return pixels
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _normalized(pixels: np.ndarray, scaling: np.ndarray) -> np.ndarray:

@@ -160,7 +160,7 @@ def describe_names(names: Sequence[str]) -> str:
 
 def _labelled(sources: Iterable[Source]) -> Iterator[Labelled | LabelledImage]:
     for source in sources:
-        reader = RowReader(source.format, source.columns, source.roles, source.folder)
+        reader = RowReader(source.format, source.columns, source.roles)
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         for row in islice(read_rows(source, rule), source.max_rows):
             if not isinstance(row, Row):

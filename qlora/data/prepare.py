@@ -22,14 +22,16 @@ from qlora.data.options import EncodeOptions
 from qlora.data.problems import ProblemLog, counted
 from qlora.data.report import DataReport
 from qlora.data.rows import BadRow, Row, read_rows
-from qlora.data.sources import Source, file_notes
+from qlora.data.sources import FoundFiles, Source, file_notes, find_files
 from qlora.data.store import ExampleStore, ExampleWriter
 from qlora.data.tables import HeaderRule
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import DataError
 
-# Characters and rows that are tokenized at a time. Two such batches are in memory at once.
-BATCH_CHARACTERS, BATCH_ROWS = 1 << 19, 512
+# Characters that are tokenized at a time. Two such batches are in memory at once.
+BATCH_CHARACTERS = 1 << 19
+# Bytes of an image in a row that count as one character.
+BYTES_PER_CHARACTER = 32
 # Examples that are never split, by what messages call them.
 WHOLE = {Preference | Rated: "rated answers", Labelled: "a text with a label"}
 WHOLE_FORMATS = ("preference", "kto", "classification")
@@ -42,13 +44,14 @@ def prepare(source: Source, encoder: Encoder, options: EncodeOptions, cache: Pat
     Raises:
         DataError: The source can't be read, rows can't be used, or no example is left to train on.
     """
-    stamps = stamps_of(source)
-    key = key_of(source, encoder.identity(), options)
+    files = find_files(source)
+    stamps = stamps_of(files)
+    key = key_of(source, files, encoder.identity(), options)
     found = find_entry(cache, key)
     if found is None:
         with new_entry(cache, key) as folder:
-            _Build(source, encoder, options, folder).run()
-            if stamps_of(source) != stamps:  # the key would describe the previous content of the files
+            _Build(source, files, encoder, options, folder).run()
+            if stamps_of(find_files(source)) != stamps:  # the key would describe the previous content of the files
                 raise DataError(f"{source.path} changed while it was read; start again once it is complete.")
         found = find_entry(cache, key)
     if found is None:
@@ -77,8 +80,10 @@ class _PendingRows:
 class _Build:
     """Reads and tokenizes one source into a folder, a batch of rows at a time."""
 
-    def __init__(self, source: Source, encoder: Encoder, options: EncodeOptions, folder: Path) -> None:
-        self.source, self.encoder, self.options, self.folder = source, encoder, options, folder
+    def __init__(
+        self, source: Source, files: FoundFiles, encoder: Encoder, options: EncodeOptions, folder: Path
+    ) -> None:
+        self.source, self.files, self.encoder, self.options, self.folder = source, files, encoder, options, folder
         self.report = DataReport(source.path)
         self._problems = ProblemLog()
         self._mismatched = MismatchedAnswers(options.max_seq_len)
@@ -94,12 +99,12 @@ class _Build:
         started = time.perf_counter()
         report = self.report
         source = self.source
-        reader = RowReader(source.format, source.columns, source.roles, source.folder)
+        reader = RowReader(source.format, source.columns, source.roles)
         rule = HeaderRule(source.header, source.columns.values(), COLUMNS)
         writer: ExampleWriter | None = None
         try:
             pending: _PendingRows | None = None
-            for rows in _batches(islice(read_rows(source, rule), source.max_rows)):
+            for rows in _batches(islice(read_rows(source, rule, self.files), source.max_rows), self.encoder.batch_rows):
                 # A batch is tokenized while the next one is read and rendered.
                 begun = self._begin(rows, reader)
                 if writer is None:  # now the format is known
@@ -122,7 +127,12 @@ class _Build:
         report.duplicates = len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
         report.measure(np.asarray(self._lengths), self.options.max_seq_len)
         report.unread_columns, report.unread_keys = sorted(reader.unread), sorted(reader.unread_keys)
-        report.notes = [*sorted(reader.notes), *self.encoder.notes(report.format), *file_notes(source), *rule.notes()]
+        report.notes = [
+            *sorted(reader.notes),
+            *self.encoder.notes(report.format),
+            *file_notes(source, self.files),
+            *rule.notes(),
+        ]
         if report.rows == source.max_rows:
             report.notes.append(f"max_rows: at most {report.rows} rows were read")
         report.seconds = time.perf_counter() - started
@@ -218,14 +228,14 @@ class _Build:
         return "\n".join(lines)
 
 
-def _batches(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    """Split rows into batches with just enough text to tokenize efficiently."""
+def _batches(rows: Iterable[Row | BadRow], num_rows: int) -> Iterator[list[Row | BadRow]]:
+    """Split rows into batches of at most `num_rows`, with just enough text to tokenize efficiently."""
     batch: list[Row | BadRow] = []
     size = 0
     for row in rows:
         batch.append(row)
         size += _characters(row.values) if isinstance(row, Row) else 0
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+        if size >= BATCH_CHARACTERS or len(batch) >= num_rows:
             yield batch
             batch, size = [], 0
     if batch:
@@ -235,6 +245,8 @@ def _batches(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
 def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
+    if isinstance(value, bytes):
+        return len(value) // BYTES_PER_CHARACTER
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 1

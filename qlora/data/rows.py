@@ -6,12 +6,12 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from qlora.data.json_rows import MAX_CHARACTERS, json_lines, json_values, lines_of, starts_lines
-from qlora.data.sources import TYPES, Source, find_files, labelled_images, type_of
+from qlora.data.sources import TYPES, FoundFiles, Source, find_files, type_of
 from qlora.data.tables import HeaderRule, table_rows
 from qlora.errors import DataError
 
@@ -26,10 +26,12 @@ class Row:
     Attributes:
         values: Values by column.
         origin: File and line or row number, for messages.
+        folder: Folder that relative paths of images count from, that of the file; None for other rows.
     """
 
     values: dict[str, Any]
     origin: str
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +47,30 @@ class BadRow:
     problem: str
 
 
-def read_rows(source: Source, rule: HeaderRule) -> Iterator[Row | BadRow]:
+def read_rows(source: Source, rule: HeaderRule, found: FoundFiles | None = None) -> Iterator[Row | BadRow]:
     """Read a source row by row.
 
     Args:
         source: The source.
         rule: Decides whether tables begin with a header.
+        found: The source's files; None finds them.
 
     Raises:
         DataError: The source is absent, empty, of an unknown type, or broken as a whole.
     """
-    paths = find_files(source)
-    if images := labelled_images(source):
-        yield from (Row({"image": str(image.absolute()), "label": label}, str(image)) for image, label in images)
+    found = find_files(source) if found is None else found
+    if found.labels:
+        for image, label in zip(found.paths, found.labels, strict=True):
+            yield Row({"image": str(image.absolute()), "label": label}, str(image))
         return
-    files = [(file, _kind_of(file, source)) for file in paths]
+    files = [(file, _kind_of(file, source)) for file in found.paths]
     if source.header != "auto" and not any(kind in TABLES for _, kind in files):
         raise DataError(f"{source.path}: header applies to CSV and TSV files, and it has none; remove header.")
-    of_files = (row for file, kind in files for row in _read_file(file, kind, source.encoding, rule))
+    of_files = (
+        replace(row, folder=file.parent) if source.format == "images" and isinstance(row, Row) else row
+        for file, kind in files
+        for row in _read_file(file, kind, source.encoding, rule)
+    )
     num_rows = 0
     for row in of_files if files else _read_hub(source):
         num_rows += 1

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.data.image_folders import find_images
+from qlora.data.image_folders import find_images, list_files, num_labels
+from qlora.data.problems import counted
 from qlora.errors import ConfigError, DataError
 
 # File types by suffix.
@@ -66,38 +67,28 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def folder(self) -> Path:
-        """Folder that relative paths in the rows count from: the file's, or the source itself."""
-        try:
-            path = Path(self.path).expanduser()
-            return path.parent if path.is_file() else path
-        except (OSError, RuntimeError):  # reported by find_files
-            return Path()
 
+@dataclass(frozen=True, slots=True)
+class FoundFiles:
+    """Files that a source is read from.
 
-def labelled_images(source: Source) -> list[tuple[Path, str]]:
-    """Return the images of a source that is a folder with a folder for each label, with their labels, in order.
-
-    Raises:
-        DataError: The folder has no such split, or images outside of folders for labels.
+    Attributes:
+        paths: The files, in order; none for a dataset on the hub.
+        labels: Label of each file, if these are images in folders by label; otherwise empty.
+        ignored: Other files of such folders.
     """
-    if source.format != "images":
-        return []
-    path = Path(source.path).expanduser()
-    if not path.is_dir():
-        return []
-    if any(_is_data(file.relative_to(path)) and type_of(file) != "text" for file in path.rglob("*") if file.is_file()):
-        return []  # a file of rows names its images
-    return find_images(path, source.split, SPLITS)
+
+    paths: list[Path]
+    labels: list[str] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
 
 
-def find_files(source: Source) -> list[Path]:
-    """Return the files of a source, in order; none for a dataset on the hub.
+def find_files(source: Source) -> FoundFiles:
+    """Return the files of a source.
 
     Raises:
         ConfigError: The file or folder is absent.
-        DataError: It can't be read, or a folder has no data.
+        DataError: It can't be read, or a folder has no data, or both images in folders and a file of rows.
     """
     try:
         path = Path(source.path).expanduser()
@@ -105,37 +96,59 @@ def find_files(source: Source) -> list[Path]:
     except (OSError, RuntimeError) as error:  # the name is too long, or ~user names no user
         raise DataError(f"{source.path} can't be read: {error}") from None
     if is_file:
-        return [path]
-    if is_folder and (images := labelled_images(source)):
-        return [image for image, _ in images]
+        return FoundFiles([path])
+    if is_folder and source.format == "images" and (found := _labelled_images(path, source.split)):
+        return found
     if is_folder:
-        return _files_of_folder(path, source.split)
+        return FoundFiles(_files_of_folder(path, source.split))
     if path.suffix.lower() in (*TYPES, *OTHER_SUFFIXES) or source.path.startswith((".", "/", "~")):
         raise ConfigError(
             f"Data file not found: {source.path}; data.train, data.eval and data.retain take files, folders or "
             "datasets on the hub."
         )
-    return []
+    return FoundFiles([])
 
 
-def file_notes(source: Source) -> list[str]:
+def file_notes(source: Source, found: FoundFiles) -> list[str]:
     """Return lines on the files of a folder that are read and ignored, or on a split that a single file ignores.
 
-    Of a folder of images the number is told, not the names.
+    A folder of images is reported by its number of images.
+
+    Args:
+        source: The source.
+        found: Its files.
     """
     path = Path(source.path).expanduser()
     if path.is_file() and source.split is not None:
         return [f"split {source.split!r} is ignored, as {path.name} is a single file"]
     if not path.is_dir():
         return []
-    read = find_files(source)
-    if images := labelled_images(source):
-        labels = len({label for _, label in images})
-        return [f"{len(images)} images in the folders of {labels} labels"]
-    others = sorted({other for other in path.rglob("*") if other.is_file()} - {*read})
+    if found.labels:
+        note = f"{len(found.paths)} images in the folders of {len({*found.labels})} labels"
+        if found.ignored:
+            first = found.ignored[0].relative_to(path)
+            note += f"; {counted(len(found.ignored), 'other file')} ignored, such as {first}"
+        return [note]
+    others = sorted({other for other in path.rglob("*") if other.is_file()} - {*found.paths})
     ignored = [other for other in others if not _is_hidden(other.relative_to(path))]
-    groups = {"files read": read, "files ignored": ignored}
+    groups = {"files read": found.paths, "files ignored": ignored}
     return [f"{what}: {_list_names(path, files)}" for what, files in groups.items() if files]
+
+
+def _labelled_images(folder: Path, split: str | None) -> FoundFiles | None:
+    """Return the images of a folder with a folder for each label; None if a file of rows names its images."""
+    files = list_files(folder)
+    rows = [file for file in files if _is_data(file.relative_to(folder)) and type_of(file) != "text"]
+    if rows and num_labels(folder, files, SPLITS) > 1:
+        raise DataError(
+            f"{folder} has images in folders and {rows[0].relative_to(folder)}; name the file, or remove it."
+        )
+    if rows:
+        return None
+    found = find_images(folder, files, split, SPLITS)
+    if not found.images:
+        return None
+    return FoundFiles([image for image, _ in found.images], [label for _, label in found.images], found.ignored)
 
 
 def _list_names(folder: Path, files: list[Path]) -> str:

@@ -22,7 +22,6 @@ from qlora.files import BaseFiles, atomic_folder
 from qlora.files.json_files import read_object
 from qlora.files.resumable import new_folder
 from qlora.files.shards import ShardWriter, TensorLayout
-from qlora.layers.experts import check_experts
 from qlora.lora import stored_head
 from qlora.lora.mixture import expert_stacks
 from qlora.model import (
@@ -155,8 +154,7 @@ def quantize_model(
             "bits; qlora quantizes them when it loads the folder"
         )
     try:
-        check_experts(skeleton, base)
-        check_share(base, skeleton, [*(layer.name for layer in layers.values()), *expert_stacks(skeleton)])
+        check_share(base, skeleton, settings)
     except ModelError as error:
         notes.append(f"qlora train refuses the folder, as it does the base: {error}")
     _check_classes(skeleton, layers, base)

@@ -113,8 +113,7 @@ class MergedWeights:
             raise ExportError("\n".join(problems))
         self._experts = MergedExperts(
             self._base, experts, [name for name in quantized if name in experts], adapter.experts, self.device,
-            self._compute_dtype,
-            source.double_quant, source.block_size,
+            self._compute_dtype, source.double_quant, source.block_size,
         )  # fmt: skip
         self._quantized = self._by_name_in_files([name for name in quantized if name not in experts], skeleton)
         self._num_experts = len(adapter.experts)

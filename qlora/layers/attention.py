@@ -28,26 +28,28 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 NO_MASK = (1, 1, 0, 0)
 # Kinds of layers, by transformers' names: causal attention, a state, or neither.
 KINDS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
+# What a model uses otherwise, after the name of its own attention.
+OVER_ALL = ", with a mask over all documents of a row"
 UNSUPPORTED = ("softcap", "position_bias", "head_mask")
 
 
-def use_document_attention(model: Any) -> str:
+def use_document_attention(model: Any) -> tuple[str, str | None]:
     """Set a model to attend within packed documents, if its architecture allows it.
 
     Args:
         model: A model of transformers, on its device.
 
     Returns:
-        The attention in use, and if it is another one, the reason.
+        The attention in use, and the reason if it is another one.
     """
     current = model.config._attn_implementation
     reason = _unsupported_reason(model)
     if reason is not None:
-        return current if reads_images(model) else f"{current}, with a mask over all documents of a row: {reason}"
+        return (current, None) if reads_images(model) else (f"{current}{OVER_ALL}", reason)
     _register()
     set_text_attention(model, NAME)
     kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
-    return f"{current} by documents ({kernel})"
+    return f"{current} by documents ({kernel})", None
 
 
 def set_text_attention(model: Any, name: str) -> None:
@@ -195,7 +197,7 @@ def _unsupported_reason(model: Any) -> str | None:
     config = model.config.get_text_config()
     sinks = has_sinks(model)  # their architectures have no other attention of torch's own
     if model.config._attn_implementation != ("eager" if sinks else "sdpa"):
-        return "it was asked for or is the architecture's own"
+        return "model.attention selects it, or the architecture supports no other"
     if set(getattr(config, "layer_types", None) or ()) - KINDS:
         return "the architecture has layers of another kind of attention"
     if getattr(config, "attention_chunk_size", None) is not None:
@@ -205,7 +207,7 @@ def _unsupported_reason(model: Any) -> str | None:
     if any(getattr(config, name, 0.0) for name in DROPOUTS):
         return "the architecture drops attention weights"
     if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
-        return "the architecture takes no attention function from outside"
+        return "the architecture does not support custom attention functions"
     if sinks:
         return sinks_unusable_reason(
             lambda q, k, v, sinks, window: _attend(q, k, v, None, window, sinks), model.device, model.dtype

@@ -50,7 +50,7 @@ def check_experts(model: Any, name: str) -> None:
     if undeclared:
         kind = type(model.get_submodule(undeclared[0])).__name__
         raise ModelError(
-            f"{name}: {type(model).__name__} holds experts in {kind} ({undeclared[0]}), which transformers does not "
-            "compute by its ExpertsInterface, or with a norm of each output, so they can't be in 4 bits; use another "
-            "base, or set model.allow_unquantized: true to train with these in 16 bits."
+            f"{name}: {type(model).__name__} holds experts in {kind} ({undeclared[0]}), which transformers' "
+            "ExpertsInterface does not compute, or computes with a norm of each output, so they can't be in 4 bits; "
+            "use another base, or set model.allow_unquantized: true to train with these in 16 bits."
         )

@@ -7,6 +7,7 @@ where transformers' kernels take them; otherwise it runs on one document at a ti
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,8 +24,8 @@ ARGUMENT = "state_lengths"
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "document_lengths", "seq_idx")
 # Parameter of a state space's decay, by the name that every architecture has from the code of the Mamba paper.
 DECAY = "A_log"
-# Lengths of the documents that kernels are tried on: shorter and longer than a convolution.
-TRIED_LENGTHS = (5, 9, 3)
+# Number of tokens that kernels compute at a time where the layer has no `chunk_size`, as those of gated delta rules.
+CHUNK = 64
 # Largest difference between a kernel's results and those of separate documents, as a share of a row's size, in units
 # of the dtype's precision; a state that crosses a border differs by hundreds of times as much.
 TOLERANCE = 16
@@ -48,7 +49,31 @@ def state_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def use_document_states(model: Any) -> str | None:
+@dataclass(frozen=True, slots=True)
+class DocumentStates:
+    """How the layers of a model begin again with every document.
+
+    Attributes:
+        ways: How each class of layers computes: `borders` or `documents` (one at a time).
+        why: Reasons of those that compute one document at a time; None if there are none.
+    """
+
+    ways: dict[str, str]
+    why: str | None
+    _forwards: dict[nn.Module, Forward | None] = field(repr=False)
+    _hooks: tuple[Any, ...] = field(repr=False)
+
+    def remove(self) -> None:
+        """Undo :func:`use_document_states`, whose changes must be the last ones of these layers' forward."""
+        for layer, forward in self._forwards.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+        for hook in self._hooks:
+            hook.remove()
+
+
+def use_document_states(model: Any) -> DocumentStates | None:
     """Have the state of a model's layers begin again with every document of a packed sequence.
 
     A layer gets the documents' borders if it computes the same with them as on separate documents, which is tried on
@@ -59,23 +84,31 @@ def use_document_states(model: Any) -> str | None:
         model: A model of transformers, on its device, with adapters if it gets any.
 
     Returns:
-        How the layers compute now, and why; None if there are none.
+        How the layers compute now; None if there are none.
     """
     reasons: dict[type, str | None] = {}
+    forwards: dict[nn.Module, Forward | None] = {}
     for layer in state_layers(model).values():
         kind = type(layer)
         if kind not in reasons:
             reasons[kind] = _unusable_reason(layer, model)
+        forwards[layer] = vars(layer).get("forward")
         # Set on the instance: a module around it would change the names of its parameters.
         layer.forward = partial(_with_borders if reasons[kind] is None else _by_documents, layer.forward)
     if not reasons:
         return None
-    text_model(model).register_forward_pre_hook(_begin, with_kwargs=True)
-    text_model(model).register_forward_hook(_end, always_call=True)
-    return "; ".join(
-        f"{kind.__name__} {'with the borders' if reason is None else f'a document at a time ({reason})'}"
-        for kind, reason in reasons.items()
+    hooks = (
+        text_model(model).register_forward_pre_hook(_begin, with_kwargs=True),
+        text_model(model).register_forward_hook(_end, always_call=True),
     )
+    ways = {kind.__name__: "borders" if reason is None else "documents" for kind, reason in reasons.items()}
+    why = "; ".join(f"{kind.__name__}: {reason}" for kind, reason in reasons.items() if reason is not None)
+    return DocumentStates(ways, why or None, forwards, hooks)
+
+
+def longest_chunk(model: nn.Module) -> int:
+    """Return the largest number of tokens that a layer with a state computes at a time; 0 if there is no such layer."""
+    return max(map(_chunk, state_layers(model).values()), default=0)
 
 
 def takes_lengths(model: Any) -> bool:
@@ -108,6 +141,11 @@ def _begin(_module: Any, inputs: Any, arguments: dict[str, Any]) -> tuple[Any, d
 
 def _end(*_: Any) -> None:
     _lengths.set(None)
+
+
+def _chunk(layer: nn.Module) -> int:
+    size = getattr(layer, "chunk_size", None)
+    return size if isinstance(size, int) else CHUNK
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -151,10 +189,12 @@ def _unusable_reason(layer: Any, model: Any) -> str | None:
     if model.device.type == "meta":
         return "nothing is computed"
     generator = torch.Generator().manual_seed(0)
-    size = (1, sum(TRIED_LENGTHS), model.config.get_text_config().hidden_size)
+    # Shorter than a convolution, across the borders of chunks, and within one.
+    lengths = (5, _chunk(layer) * 5 // 4 + 1, 3)
+    size = (1, sum(lengths), model.config.get_text_config().hidden_size)
     x, grad_output = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
     was_training, layer.training = layer.training, True  # of the layer alone: some call other kernels in training
-    token = _lengths.set(TRIED_LENGTHS)
+    token = _lengths.set(lengths)
     try:
         found, expected = (
             _with_gradient(partial(way, layer.forward), x, grad_output) for way in (_with_borders, _by_documents)
@@ -167,7 +207,7 @@ def _unusable_reason(layer: Any, model: Any) -> str | None:
     tolerance = TOLERANCE * torch.finfo(model.dtype).eps
     if all(is_close(one, other, tolerance) for one, other in zip(found, expected, strict=True)):
         return None
-    return "given the borders, it computes something else"
+    return "its results with borders differ from those of separate documents"
 
 
 def _with_gradient(function: Forward, x: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,8 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 OWN = __name__.partition(".")[0]
+# Where the base classes of all models are defined, whose methods know no names of a model's parts.
+GENERAL = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation.")
 
 # A condition, and the value that it has where a weight is read.
 Condition = tuple[ast.expr, bool]
@@ -81,7 +83,7 @@ def _reads(kind: Any) -> list[tuple[str, tuple[Condition, ...]]]:
     """Return the paths of the modules whose weight a class's methods read, each with the conditions around it."""
     found: list[tuple[str, tuple[Condition, ...]]] = []
     for name, method in inspect.getmembers(kind, inspect.isfunction):
-        if name.startswith(SETS_VALUES) or method.__module__ != kind.__module__:  # others know no names of its parts
+        if name.startswith(SETS_VALUES) or method.__module__.startswith(GENERAL):
             continue
         try:
             source = inspect.getsource(method)

@@ -23,10 +23,15 @@ def use_expert_function(model: Any) -> None:
     """Have transformers compute all experts of a model by :func:`compute_experts`.
 
     Raises:
-        ModelError: Some would be computed by another function.
+        ModelError: Some would be computed by another function, or are split over devices.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    if any(getattr(layer, "_is_expert_parallel", False) for _, layer in expert_layers(model)):
+        raise ModelError(
+            f"{type(model).__name__}: experts that are in 4 bits or adapted can't be split over devices; load the base "
+            "without tensor parallelism."
+        )
     ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
     model.set_experts_implementation(NAME)
     # transformers finds out by a model's source text whether it can, and otherwise changes nothing.
@@ -54,8 +59,6 @@ def compute_experts(
     Returns:
         (tokens, hidden).
     """
-    if getattr(layer, "_is_expert_parallel", False):
-        raise NotImplementedError("experts that are in 4 bits or adapted can't be split over devices")
     up, down = (_projection(layer, part) for part in projections(layer))
     gate: Callable[[torch.Tensor], torch.Tensor] = layer._apply_gate if layer.has_gate else layer.act_fn
     factors = [factor for part in projections(layer) for factor in _factors(getattr(layer, part))]

@@ -10,7 +10,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.kernels import Delta, LowRank, fold
 from qlora.lora.linear import draw
-from qlora.lora.mixture import DOWN, experts_per_token
+from qlora.lora.mixture import expert_stacks, experts_per_token
 from qlora.lora.spec import AdapterSpec, by_pattern
 
 AUTO = "auto"
@@ -125,14 +125,17 @@ class LoraExperts(nn.Module):
 
 def describe_dead_experts(model: nn.Module) -> list[str]:
     """Return a line if experts of a trained model were never adapted, because no token reached them."""
-    dead = {name: layer.dead() for name, layer in lora_experts(model) if name.endswith(DOWN)}
-    number, first = sum(map(len, dead.values())), next((name for name, experts in dead.items() if experts), None)
+    dead, sizes = dict[str, set[int]](), dict[str, int]()
+    for name, stack in lora_experts(model):
+        layer = name.rpartition(".")[0]
+        sizes[layer] = stack.shape[0]
+        dead[layer] = {*stack.dead()} & dead.get(layer, {*range(stack.shape[0])})
+    first = next((layer for layer, experts in dead.items() if experts), None)
     if first is None:
         return []
-    total = sum(layer.shape[0] for name, layer in lora_experts(model) if name in dead)
     return [
-        f"{number:,} of {total:,} experts got no token of the training data, so they are as in the base; the first is "
-        f"expert {dead[first][0]} of {first.rpartition('.')[0]}."
+        f"{sum(map(len, dead.values())):,} of {sum(sizes.values()):,} experts got no token of the training data, so "
+        f"they are as in the base; the first is expert {min(dead[first])} of {first}."
     ]
 
 
@@ -150,26 +153,44 @@ def lora_experts(model: nn.Module) -> Iterator[tuple[str, LoraExperts]]:
             yield name, module
 
 
+def check_rank(asked: int | str, model: nn.Module) -> None:
+    """Check the rank that is asked for experts.
+
+    Args:
+        asked: `auto`, or a number; 0 for none.
+        model: The model.
+
+    Raises:
+        ModelError: It is neither, or a number for a model without experts that can be adapted.
+    """
+    if asked != AUTO and (type(asked) is not int or asked < 0):
+        raise ModelError(f"lora.expert_rank: {asked!r} should be 'auto' or a whole number from 0.")
+    if asked not in (AUTO, 0) and not expert_stacks(model):
+        raise ModelError(
+            f"lora.expert_rank: {asked} has no effect, as {type(model).__name__} has no experts that can be adapted; "
+            "remove it."
+        )
+
+
 def rank_of_experts(asked: int | str, rank: int, model: nn.Module) -> int:
     """Return the rank of experts' factors: `auto` gives as many trained values per token as `rank` in a dense layer.
 
     Args:
-        asked: `auto`, or a number; 0 for none.
+        asked: `auto`, or a number; see :func:`check_rank`.
         rank: Rank of the other layers.
         model: The model.
 
     Raises:
-        ModelError: It is neither, or `auto` can't be computed.
+        ModelError: `auto` can't be computed.
     """
-    if asked == AUTO:
-        return max(1, rank // experts_per_token(model))
-    if type(asked) is not int or asked < 0:
-        raise ModelError(f"expert_rank: {asked!r} should be 'auto' or a whole number from 0.")
-    return asked
+    return max(1, rank // experts_per_token(model)) if asked == AUTO else int(asked)
 
 
-def expert_specs(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[str, AdapterSpec]:
-    """Return the spec of each stack of experts, with the scaling of other layers unless a pattern says otherwise.
+def specs_with_rank(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[str, AdapterSpec]:
+    """Return the spec of each stack of experts, with the scaling of other layers.
+
+    Patterns mean what they mean for other layers: the scaling is alpha divided by the pattern's rank, or by its root
+    with rsLoRA.
 
     Args:
         spec: Spec of the other layers, with patterns.
@@ -185,7 +206,8 @@ def expert_specs(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[str
     plain = replace(spec, rank_pattern={}, alpha_pattern={})
     specs = {}
     for name in names:
-        own = plain.with_rank(by_pattern(spec.rank_pattern, name, rank))
+        own_rank = by_pattern(spec.rank_pattern, name, None)
+        own = plain.with_rank(rank) if own_rank is None else replace(plain, rank=own_rank)
         alpha = by_pattern(spec.alpha_pattern, name, None)
         specs[name] = own if alpha is None else replace(own, alpha=alpha)
     return specs
@@ -195,9 +217,8 @@ def expert_problems(spec: AdapterSpec) -> list[str]:
     """Return a line for each setting of an adapter that experts can't have, with the remedy."""
     wrong = {
         f"lora.kind: {spec.kind} is for linear layers": spec.kind != "lora",
-        f"lora.dropout: {spec.dropout} needs an input of the adapter, which a weight with its update has not": bool(
-            spec.dropout
-        ),
+        f"lora.dropout: {spec.dropout} is applied to an adapter's input, and experts' updates are added to the weight "
+        "instead": bool(spec.dropout),
         f"lora.init: {spec.init} is computed for linear layers": spec.init not in ("kaiming", "gaussian", "orthogonal"),
     }
     return [f"{problem}; change it, or set lora.expert_rank: 0" for problem, is_wrong in wrong.items() if is_wrong]

@@ -11,7 +11,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.lora.direct import read_directly
 from qlora.lora.expert_layer import wrap_experts
-from qlora.lora.experts import AUTO, expert_specs, lora_experts, rank_of_experts, reset_experts
+from qlora.lora.experts import AUTO, check_rank, lora_experts, rank_of_experts, reset_experts, specs_with_rank
 from qlora.lora.head import output_head
 from qlora.lora.linear import LoraLinear
 from qlora.lora.match import matches, other_part, unmatched
@@ -238,10 +238,12 @@ def specs_of_experts(
         rank: See :func:`qlora.lora.experts.rank_of_experts`.
 
     Raises:
-        ModelError: See :func:`match_targets`; or the adapter is of a kind that experts can't have.
+        ModelError: See :func:`match_targets`; the rank is out of range, or given for a model without experts; or the
+            adapter is of a kind that experts can't have.
     """
+    check_rank(rank, model)
     names = match_experts(model, targets) if rank else []
-    return expert_specs(spec, names, rank_of_experts(rank, spec.rank, model)) if names else {}
+    return specs_with_rank(spec, names, rank_of_experts(rank, spec.rank, model)) if names else {}
 
 
 def check_ranks(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:

@@ -5,11 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from qlora.errors import ModelError
 
 # Names that transformers gives the fused parameters: experts with a gate hold it and the up projection in one.
 GATED, UNGATED, DOWN = "gate_up_proj", "up_proj", "down_proj"
+# Parts of the names of routers, besides those that contain `router`.
+ROUTERS = ("gate", "wg")
+# Names that configs give the number of experts of a token.
+EXPERTS_OF_A_TOKEN = (
+    "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token",
+)  # fmt: skip
+# A tensor of three dimensions with more than this share of all weights holds those of experts.
+LEAST_EXPERTS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +83,30 @@ def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
 
 
 def undeclared_experts(model: nn.Module) -> list[str]:
-    """Return the names of modules that hold experts' weights, but are no layers of experts as above."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if "Expert" in type(module).__name__
-        and not is_expert_layer(module)
-        and not isinstance(module, nn.Linear)
-        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    ]
+    """Return the names of modules that hold experts' weights, but are no layers of experts as above.
+
+    They are recognized by the name of their class, or by a large weight of three dimensions that is no convolution's.
+    """
+    least = LEAST_EXPERTS * sum(parameter.numel() for parameter in model.parameters())
+
+    def holds_experts(module: nn.Module) -> bool:
+        if is_expert_layer(module) or isinstance(module, nn.Linear | _ConvNd):
+            return False
+        is_named = "Expert" in type(module).__name__
+        return any(
+            (is_named and parameter.dim() > 1)
+            or (parameter.dim() == 3 and len(parameter) > 1 and parameter.numel() > least)
+            for parameter in module.parameters(recurse=False)
+        )
+
+    return [name for name, module in model.named_modules() if holds_experts(module)]
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Return the names of the linear layers that choose experts: those beside a layer of experts with a score for each.
+    """Return the names of the linear layers that choose experts: a score for each, in the block of a layer of experts.
 
-    Most routers are modules of another class, and are left alone anyway.
+    They are told by their names too, because where the block is a whole decoder layer, keys and values may have as many
+    features as there are experts. Most routers are modules of another class, and are left alone anyway.
     """
     found = set()
     for name, layer in expert_layers(model):
@@ -97,9 +115,8 @@ def routers(model: nn.Module) -> set[str]:
         found |= {
             f"{block}.{own}"
             for own, module in model.get_submodule(block).named_modules()
-            if not own.startswith(name.rpartition(".")[2])
-            and getattr(module, "out_features", None) == num_experts
-            and own.rpartition(".")[2] not in ("up_proj", "gate_proj", "down_proj")
+            if getattr(module, "out_features", None) == num_experts
+            and any(part in ROUTERS or "router" in part for part in own.split("."))
         }
     return found
 
@@ -110,8 +127,9 @@ def experts_per_token(model: Any) -> int:
     Raises:
         ModelError: The config does not say it.
     """
-    number = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    if not number:
+    config = model.config.get_text_config()
+    number = next((number for key in EXPERTS_OF_A_TOKEN if (number := getattr(config, key, None))), None)
+    if number is None:
         raise ModelError(
             f"lora.expert_rank: auto needs the number of experts of a token, which the config of "
             f"{type(model).__name__} does not have; set a number."

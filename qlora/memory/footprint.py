@@ -14,7 +14,6 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.layers.experts import check_experts
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
 from qlora.lora.mixture import ExpertStack, expert_stacks
@@ -136,7 +135,8 @@ def take_footprint(
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
-        set_attention(model, config, device, row)
+        unpacked_why = unpackable_reason(model, config.data.max_seq_len) if config.data.packs else None
+        set_attention(model, config, device, row, packed=config.data.packs and unpacked_why is None)
         stack.reduce(config, device, tokens)
         held = trace_levels(stack, device, loss)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
@@ -152,7 +152,7 @@ def take_footprint(
         held=held,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
-        unpacked_why=unpackable_reason(model) if config.data.packs else None,
+        unpacked_why=unpacked_why,
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
         positions=positions_of(files, model.config),
     )
@@ -192,8 +192,7 @@ def _quantized(config: RunConfig, files: BaseFiles, model: Any, dtype: torch.dty
     settings = settings_of_base(files, model, section.quantization, section.double_quant, dtype, section.keep_16bit)
     names = [] if settings is None else quantized_names(model, settings)
     if settings is not None and not section.allow_unquantized:
-        check_experts(model, files.name)
-        check_share(files.name, model, [*names, *expert_stacks(model)])
+        check_share(files.name, model, settings)
     return {name: model.get_submodule(name) for name in names}
 
 

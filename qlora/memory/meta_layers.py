@@ -13,13 +13,13 @@ from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.kernels import LowRank, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
-from qlora.layers.attention import set_text_attention, use_document_attention
+from qlora.layers.attention import set_text_attention
 from qlora.layers.sinks import has_sinks
-from qlora.layers.states import use_document_states
 from qlora.lora import AdapterSpec, LoraLinear, choose_form
 from qlora.lora.expert_layer import use_expert_function, wrap_experts
 from qlora.lora.mixture import ExpertStack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment
+from qlora.model import choose_ways
 from qlora.nf4 import NF4Experts, NF4Linear
 
 # Longer than any sequence.
@@ -183,17 +183,14 @@ class _EmptyExperts(NF4Experts):
         return torch.empty(self.shape[1:], dtype=dtype, device="meta")
 
 
-def set_attention(model: Any, config: RunConfig, device: torch.device, row: int) -> None:
+def set_attention(model: Any, config: RunConfig, device: torch.device, row: int, packed: bool) -> None:
     """Set the attention that a run would use, as far as it affects memory."""
     if config.model.attention == "eager":
         set_text_attention(model, "eager")
-    elif config.model.attention == "auto":
-        use_document_attention(model)
-        if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS and not has_sinks(model):
-            set_text_attention(model, "sdpa")  # one kernel for all documents keeps as much as for a single one
-    if config.data.packs:
-        use_document_states(model)
-    by_documents = device.type == "cuda" and config.data.packs and model.config._attn_implementation == "sdpa"
+    choose_ways(model, any_attention=config.model.attention == "auto", packed=packed)
+    if device.type == "cuda" and model.config._attn_implementation == BY_DOCUMENTS and not has_sinks(model):
+        set_text_attention(model, "sdpa")  # one kernel for all documents keeps as much as for a single one
+    by_documents = device.type == "cuda" and packed and model.config._attn_implementation == "sdpa"
     for holder in (model.config.get_text_config(), *model.modules()):
         window = getattr(holder, "sliding_window", None)
         if isinstance(window, int):

@@ -1,8 +1,7 @@
 """Peak memory of a device while a step runs, measured."""
 
 import weakref
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from qlora.config import RunConfig
 from qlora.config.sections.train import DEFAULT_LEARNING_RATE
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.files import BaseFiles
-from qlora.layers.attention import use_document_attention
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
-from qlora.layers.states import use_document_states
-from qlora.lora import input_embedding
+from qlora.lora import input_embedding, reads_images
 from qlora.model.from_config import optimizer_from_section, set_tokens, with_images
 from qlora.model.initial import load_for_training
+from qlora.model.isolation import keep_apart, unpackable_reason
 from qlora.model.loss import Loss
 from qlora.model.processor import load_processor
+from qlora.model.score import last_scores
 from qlora.model.starts import Starts
 from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.optim import FlatOptimizer
@@ -97,7 +96,7 @@ class Storages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts | None = None) -> Any:
+def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts | None = None) -> tuple[Any, RunConfig]:
     """Load a run's model as it would be trained, except for its level of recomputation.
 
     Args:
@@ -106,23 +105,31 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
         loss: Loss that is minimized.
         starts: What the run's adapters started from; None computes it, from made-up examples if it needs any.
 
+    Returns:
+        The model, and the config with what became of `data.packing`.
+
     Raises:
         ModelError: The base can't be loaded.
     """
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), config, files.folder, loss)]
+    columns = with_images(loss, config.data, files.folder).columns
+    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), columns)]
     new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
     model, _ = load_for_training(
         config, device, new_ids, starts, examples, old_examples, is_reference=loss.has_reference, head=loss.head
     )
-    if config.model.attention == "auto":
-        use_document_attention(model)
-    if config.data.packs:
-        use_document_states(model)
+    packed = config.data.packs and unpackable_reason(model, config.data.max_seq_len) is None
+    first = examples[0]
+    isolation = keep_apart(
+        model, first, make_example(first.input_ids + 1, [True] * len(first), first.values), packed=packed,
+        any_attention=config.model.attention == "auto" and not reads_images(model),
+        loss_of_last=None if loss.head is None else last_scores,
+    )  # fmt: skip
     rebuild_activations(model)
-    return model.train()
+    data = config.data.model_copy(update={"packing": packed and isolation.mixed_reason is None})
+    return model.train(), config.model_copy(update={"data": data})
 
 
 def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
@@ -130,7 +137,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
 
     Args:
         model: Model that :func:`prepare` returned; it is trained on random tokens, so that no data are needed.
-        config: Config of the run.
+        config: Config that it returned.
         level: Level of recomputation.
         loss: Loss that is minimized.
 
@@ -149,7 +156,8 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     vocabulary = 1 if embedding is None else embedding.num_embeddings
     shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
     files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
-    documents = [made_up_document(ids, config, files.folder, loss) for ids in torch.randint(vocabulary, shape).tolist()]
+    columns = with_images(loss, config.data, files.folder).columns
+    documents = [made_up_document(ids, columns) for ids in torch.randint(vocabulary, shape).tolist()]
     batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 
@@ -162,9 +170,8 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     return measure_peak(step, model.device, _tensors(model, optimizer))
 
 
-def made_up_document(ids: list[int], config: RunConfig, folder: Path, loss: Loss) -> TokenizedExample:
-    """Return a document with what a loss reads of it, and with pixels if a config has images."""
-    columns = with_images(loss, config.data, folder).columns
+def made_up_document(ids: list[int], columns: Mapping[str, torch.Tensor]) -> TokenizedExample:
+    """Return a document with the values of a loss's columns."""
     return make_example(ids, [True] * len(ids), {name: value.numpy() for name, value in columns.items()})
 
 

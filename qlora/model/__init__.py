@@ -12,6 +12,7 @@ from qlora.model.from_config import (
     adapter_specs,
     base_files,
     base_from_section,
+    check_base,
     check_documents,
     datasets_from_section,
     expert_specs,
@@ -24,7 +25,7 @@ from qlora.model.from_config import (
 from qlora.model.generate import answer, end_token_ids, generate
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
-from qlora.model.isolation import Isolation, keep_apart, mixed_reason, unpackable_reason
+from qlora.model.isolation import Isolation, choose_ways, keep_apart, mixed_reason, unpackable_reason
 from qlora.model.labels import LABELS_FILE, labels_from_config, read_labels, write_labels
 from qlora.model.loss import SUPERVISED, Loss, StepLoss, check_loss, supervised_loss, token_loss
 from qlora.model.predict import Prediction, predict
@@ -63,8 +64,10 @@ __all__ = [
     "base_files",
     "base_from_section",
     "build_skeleton",
+    "check_base",
     "check_documents",
     "check_loss",
+    "choose_ways",
     "datasets_from_section",
     "end_token_ids",
     "evaluate",

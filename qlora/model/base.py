@@ -10,9 +10,8 @@ import torch
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import use_document_rotary
-from qlora.layers.experts import check_experts, use_nf4_experts
+from qlora.layers.experts import use_nf4_experts
 from qlora.lora import ScoreHead, TextPart, text_part
-from qlora.lora.mixture import expert_stacks
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -20,7 +19,7 @@ from qlora.model.host_memory import returned_to_system
 from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.processor import load_processor
-from qlora.model.quantization import find_quantized_layers, quantized_names, settings_of_base
+from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.score import replace_head
 from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
@@ -101,8 +100,7 @@ def load_base(
     skeleton = build_skeleton(files, trust_remote_code, head, whole)
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
-        check_experts(skeleton, base)
-        check_share(base, skeleton, [*quantized_names(skeleton, settings), *expert_stacks(skeleton)])
+        check_share(base, skeleton, settings)
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
     if stored_in != BITSANDBYTES_4BIT:

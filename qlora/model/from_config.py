@@ -40,9 +40,12 @@ from qlora.lora import (
     wrap_linears,
 )
 from qlora.model.base import load_base
+from qlora.model.device import resolve_compute_dtype
 from qlora.model.loss import Loss
 from qlora.model.on_weight import OnWeight
 from qlora.model.processor import load_processor
+from qlora.model.quantization import settings_of_base
+from qlora.model.shares import check_share
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
 
 Specs = dict[str, AdapterSpec]
@@ -54,6 +57,24 @@ def base_files(section: ModelSection, with_weights: bool = True) -> BaseFiles:
     return BaseFiles.resolve(
         section.base, section.revision, section.trust_remote_code, with_weights, rope_scaling=scaling
     )
+
+
+def check_base(section: ModelSection, files: BaseFiles, skeleton: Any, device: torch.device) -> None:
+    """Check that a base will be in 4 bits as a config asks for, before its weights are read.
+
+    Args:
+        section: Model section of the config.
+        files: The base's files; only config.json is read.
+        skeleton: The base without weights.
+        device: Device of the run.
+
+    Raises:
+        ModelError: `model.keep_16bit` is unknown or has no effect, or most weights would stay in 16 bits.
+    """
+    dtype = resolve_compute_dtype(section.compute_dtype, device)
+    settings = settings_of_base(files, skeleton, section.quantization, section.double_quant, dtype, section.keep_16bit)
+    if settings is not None and not section.allow_unquantized:
+        check_share(files.name, skeleton, settings)
 
 
 def base_from_section(

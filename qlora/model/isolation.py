@@ -10,8 +10,8 @@ import torch
 from qlora.data import Batch, TokenizedExample, collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import use_document_attention, use_document_states
-from qlora.layers.attention import set_text_attention
-from qlora.layers.states import state_layers
+from qlora.layers.attention import OVER_ALL, set_text_attention
+from qlora.layers.states import DocumentStates, longest_chunk, state_layers
 from qlora.lora import text_model
 from qlora.model.embeddings import changed_embeddings
 from qlora.model.loss import model_inputs, supervised_loss
@@ -21,6 +21,9 @@ LEAK = 1e-6
 # Largest relative change of a document's states after another one: rounding in 16 bits is below, wrong positions above.
 CHANGE = 0.05
 
+# What models raise that can't be run in some way.
+UNRUNNABLE = (RuntimeError, TypeError, AttributeError, NotImplementedError)
+
 LossOfLast = Callable[[Any, Batch], torch.Tensor]
 
 
@@ -29,27 +32,60 @@ class Isolation:
     """How a model keeps packed documents apart.
 
     Attributes:
-        attention: Attention in use, and why.
-        states: How layers that carry a state compute, and why; None if there are none.
+        attention: Attention in use.
+        attention_why: Why it spans all documents of a row; None if it does not, or the config selects it.
+        states: How each class of layers that carry a state computes, see :class:`qlora.layers.states.DocumentStates`;
+            None if there are none, or documents are not packed.
+        states_why: Why some compute one document at a time; None if none do.
         mixed_reason: Why documents can't be packed; None if they don't change each other, or were not to be packed.
     """
 
     attention: str
-    states: str | None
+    attention_why: str | None
+    states: dict[str, str] | None
+    states_why: str | None
     mixed_reason: str | None
 
 
-def unpackable_reason(model: Any) -> str | None:
+def unpackable_reason(model: Any, row: int) -> str | None:
     """Return why an architecture can't keep packed documents apart, as far as that shows without weights.
 
     Args:
         model: A model, or its skeleton.
+        row: Number of tokens of the longest packed sequence.
     """
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and row > chunk:
+        return (
+            f"{type(model).__name__} attends in chunks of {chunk} tokens, which are counted from the beginning of the "
+            f"sequence, and data.max_seq_len is {row}"
+        )
     parameters = signature(type(model.base_model).forward).parameters
     takes_anything = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
     if "position_ids" in parameters or takes_anything or state_layers(model):
         return None
     return f"{type(model).__name__} takes no positions, so a document can't begin in the middle of a sequence"
+
+
+def choose_ways(model: Any, *, any_attention: bool, packed: bool) -> tuple[Isolation, DocumentStates | None]:
+    """Have a model compute as a run would that keeps packed documents apart, without proof.
+
+    Args:
+        model: A model with or without adapters, or its skeleton.
+        any_attention: Whether attention by documents may replace the model's own.
+        packed: Whether documents are to be packed.
+
+    Returns:
+        What is in use, and what undoes the changes to layers that carry a state.
+    """
+    states = use_document_states(model) if packed else None
+    attention, why = model.config._attn_implementation, None
+    if any_attention:
+        attention, why = use_document_attention(model)
+    isolation = Isolation(
+        attention, why, None if states is None else states.ways, None if states is None else states.why, None
+    )
+    return isolation, states
 
 
 def keep_apart(
@@ -65,7 +101,7 @@ def keep_apart(
 
     Args:
         model: A model with or without adapters; it is left in evaluation mode.
-        first: A document.
+        first: A document; repeated where layers compute longer chunks at a time, so that the proof crosses one.
         second: Another document, with supervised tokens.
         any_attention: Whether attention by documents may replace the model's own; it is used if it computes the same
             and keeps documents apart.
@@ -74,22 +110,28 @@ def keep_apart(
     """
     model.eval()
     own = model.config._attn_implementation
-    states = use_document_states(model) if packed else None
-    attention = own
-    if any_attention:
-        expected = _hidden_states(model, [second])
-        attention = use_document_attention(model)
-        reason = None
-        if model.config._attn_implementation != own:
-            reason = _replaced_reason(model, first, second, expected, packed, loss_of_last)
-        if reason is not None:
-            set_text_attention(model, own)
-            attention = f"{own}, with a mask over all documents of a row: {reason}"
-    mixed = mixed_reason(model, first, second, loss_of_last) if packed else None
+    times = longest_chunk(model) // len(first) + 1 if packed else 1
+    if times > 1:
+        first = make_example(list(first.input_ids) * times, list(first.weights) * times)
+    expected = _hidden_states(model, [second], packed=False) if any_attention else None
+    isolation, states = choose_ways(model, any_attention=any_attention, packed=packed)
+    if expected is not None and model.config._attn_implementation != own:
+        reason = _replaced_reason(model, first, second, expected, packed, loss_of_last)
+        if reason is None:
+            return isolation
+        set_text_attention(model, own)
+        isolation = replace(isolation, attention=f"{own}{OVER_ALL}", attention_why=reason)
+    if not packed:
+        return isolation
+    try:
+        mixed = mixed_reason(model, first, second, loss_of_last)
+    except UNRUNNABLE as error:
+        mixed = f"{type(model).__name__} can't be run on packed documents ({_first_line(error)})"
     if mixed is None:
-        return Isolation(attention, states, None)
+        return isolation
     # What a run that was never to be packed uses, so that a continued run uses the same.
-    set_text_attention(model, own)
+    if states is not None:
+        states.remove()
     return replace(keep_apart(model, first, second, any_attention=any_attention, packed=False), mixed_reason=mixed)
 
 
@@ -104,11 +146,15 @@ def _replaced_reason(
     """Return why attention by documents can't be used; None if it computes the same and keeps documents apart."""
     try:
         if not _change(_hidden_states(model, [second]), expected) <= CHANGE:
-            return "by documents, the model computes something else"
+            return "by documents, its results differ from those of its own attention"
         mixed = mixed_reason(model, first, second, loss_of_last) if packed else None
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        return f"by documents, the model can't be run ({error})"
+    except UNRUNNABLE as error:
+        return f"by documents, the model can't be run ({_first_line(error)})"
     return None if mixed is None else f"by documents, {mixed}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def mixed_reason(
@@ -189,9 +235,9 @@ def check_causal(model: Any, document: TokenizedExample) -> None:
 
 
 @torch.no_grad()
-def _hidden_states(model: Any, documents: Sequence[TokenizedExample]) -> torch.Tensor:
-    """Return the last hidden states of packed documents, (tokens, features)."""
-    batch = collate(documents, packed=True).to(model.device)
+def _hidden_states(model: Any, documents: Sequence[TokenizedExample], packed: bool = True) -> torch.Tensor:
+    """Return the last hidden states of packed documents, or of a single one, (tokens, features)."""
+    batch = collate(documents, packed=packed).to(model.device)
     states: torch.Tensor = text_model(model)(**model_inputs(model, batch)).last_hidden_state[0]
     return states
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora.data.documents import image_of
 from qlora.data.encode import ExampleEncoder
 from qlora.data.examples import Labelled, LabelledImage
 from qlora.data.formats import COLUMNS
+from qlora.data.image_folders import images_below
 from qlora.data.labels import BY_HEAD
 from qlora.data.prepare import Encoder
 from qlora.data.problems import ProblemLog, counted, problem_lines
@@ -34,8 +36,6 @@ from qlora.model.restore import load_model, load_model_tokenizer
 from qlora.model.score import document_scores
 
 TEXT, IMAGE, ID = "text", "image", "id"
-# Number of texts that are tokenized, or of images that are decoded, at a time.
-TEXTS_PER_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,13 @@ def predict(
     """Predict the labels of texts or images with a run that classifies, or with its merged weights.
 
     Texts become tokens as in training. Those with too many tokens for `data.max_seq_len` are truncated. Images are
-    prepared as in training.
+    prepared as in training. Their pixels are in memory for a block of images at a time, so the model is loaded once the
+    first block is read, and a damaged image may be found later; then nothing is written.
 
     Args:
         model: A run, one of its checkpoints, or a folder that it was merged into.
-        data: A file of any type that training reads, or texts, or rows as dicts; of images also paths, or a folder with
-            a folder for each label.
+        data: A file of any type that training reads, or texts, or rows as dicts; of images also paths, or a folder,
+            of which all images at any depth are read, whatever their folders are called.
         output: A new JSONL file with a line for each row, in their order: `row`, `id`, `label` and `probabilities`. It
             is written whole, or not at all.
         text: Name of the column with the text or image; default: that of the run's config, or `text` or `image`.
@@ -93,33 +94,46 @@ def predict(
         raise ConfigError(f"{output} exists already; name another file.")
     run = RunDirectory.find(model)
     labels, max_seq_len = read_labels(_labels_file(model, run))
-    # The documents first, so that their errors are reported before tens of gigabytes are loaded.
     tokenizer = load_model_tokenizer(str(model))
     has_images = isinstance(tokenizer, ImageProcessor)
     kind = IMAGE if has_images else TEXT
     column = text
     if column is None:
         column = kind if run is None else load_config(run.config).data.columns.get(kind, kind)
-    source = _source(data, has_images)
-    rows = list(_read(source, data, column))
     encoder = make_encoder(tokenizer, EncodeOptions(labels=labels))
-    folder = Path() if source is None else source.folder
-    examples = _encode(encoder, rows, column, max_seq_len, folder if has_images else None)
     assert encoder.labels is not None, "they were given"
-    loaded, _ = load_model(str(model), device)
-    scores = score_labels(loaded, examples, encoder.labels, batch_size)
+    ids: list[Any] = []
+
+    def noted(rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            ids.append(row.values.get(ID, _path_of(row.values.get(column)) if has_images else None))
+            yield row
+
+    blocks: Iterable[list[TokenizedExample]] = _encode(
+        encoder, noted(_read(data, column, has_images)), column, max_seq_len, has_images
+    )
+    if not has_images:
+        # All texts first, so that their errors are reported before tens of gigabytes are loaded.
+        blocks = [[*chain.from_iterable(blocks)]]
+    loaded: Any = None
+    found_scores = [torch.zeros((0, len(labels.names)))]
+    for block in blocks:
+        if loaded is None:
+            loaded, _ = load_model(str(model), device)
+        found_scores.append(score_labels(loaded, block, encoder.labels, batch_size))
+    scores = torch.cat(found_scores)
     probabilities = scores.sigmoid() if labels.is_multiple else scores.softmax(dim=1)
     predicted = predicted_labels(scores, labels.is_multiple).tolist()
     predictions = [
         Prediction(
             number,
-            row.values.get(ID, _path_of(row.values.get(column)) if has_images else None),
+            id,
             [name for name, has in zip(labels.names, found, strict=True) if has]
             if labels.is_multiple
             else labels.names[found],
             dict(zip(labels.names, own, strict=True)),
         )
-        for number, (row, own, found) in enumerate(zip(rows, probabilities.tolist(), predicted, strict=True), start=1)
+        for number, (id, own, found) in enumerate(zip(ids, probabilities.tolist(), predicted, strict=True), start=1)
     ]
     if output is not None:
         lines = (json.dumps(asdict(each), ensure_ascii=False, default=str) + "\n" for each in predictions)
@@ -170,30 +184,27 @@ def _labels_file(model: str | Path, run: RunDirectory | None) -> Path:
     return path
 
 
-def _source(data: str | Path | Iterable[str | Path | Mapping[str, Any]], has_images: bool) -> Source | None:
-    """Return the source that a path names; None for rows in memory."""
+def _read(data: str | Path | Iterable[str | Path | Mapping[str, Any]], column: str, has_images: bool) -> Iterator[Row]:
+    """Yield the rows of a file, a folder of images, or values in memory.
+
+    Raises:
+        DataError: There is no such file or folder, or a row can't be read.
+    """
     if not isinstance(data, str | Path):
-        return None
+        for number, each in enumerate(data, start=1):
+            yield Row({column: each} if isinstance(each, str | Path) else dict(each), f"row {number}")
+        return
     path = Path(data).expanduser()
-    if not path.is_file() and not (has_images and path.is_dir()):
+    if has_images and path.is_dir():
+        for image in images_below(path):
+            yield Row({column: str(image.absolute())}, str(image))
+        return
+    if not path.is_file():
         raise DataError(
             f"There is no file {data}; give a file, or a list of {'images' if has_images else 'texts'} or rows."
         )
-    return Source(str(data), format="images") if has_images else Source(str(data))
-
-
-def _read(
-    source: Source | None, data: str | Path | Iterable[str | Path | Mapping[str, Any]], column: str
-) -> Iterator[Row]:
-    if source is not None:
-        rows: Iterable[Row | BadRow] = read_rows(source, HeaderRule(source.header, (column,), COLUMNS))
-    else:
-        assert not isinstance(data, str | Path), "these are sources"
-        rows = (
-            Row({column: each} if isinstance(each, str | Path) else dict(each), f"row {number}")
-            for number, each in enumerate(data, start=1)
-        )
-    for row in rows:
+    source = Source(str(data), format="images" if has_images else "auto")
+    for row in read_rows(source, HeaderRule(source.header, (column,), COLUMNS)):
         if isinstance(row, BadRow):
             raise DataError(f"{row.origin}: {row.problem}")
         yield row
@@ -204,38 +215,36 @@ def _path_of(image: Any) -> str | None:
 
 
 def _encode(
-    encoder: Encoder, rows: Sequence[Row], column: str, max_seq_len: int, folder: Path | None
-) -> list[TokenizedExample]:
-    """Encode rows as documents with the first label, whose answer stands for any.
+    encoder: Encoder, rows: Iterable[Row], column: str, max_seq_len: int, has_images: bool
+) -> Iterator[list[TokenizedExample]]:
+    """Yield blocks of rows as documents with the first label, whose answer stands for any.
+
+    After a row that can't be encoded nothing is yielded; the others are read to report all of these together.
 
     Args:
         encoder: Encoder of the model.
         rows: The rows.
         column: Column with the text or image.
         max_seq_len: Largest number of tokens of a text.
-        folder: Folder that paths of images count from; None for texts.
+        has_images: Whether the column has images.
+
+    Raises:
+        DataError: Rows can't be encoded.
     """
     assert encoder.labels is not None, "they were given"
     label = encoder.labels.names[:1]
-    examples: list[TokenizedExample] = []
     problems = ProblemLog()
-    num_bad = 0
-    for start in range(0, len(rows), TEXTS_PER_BLOCK):
-        texts: list[Labelled | LabelledImage] = []
-        block = rows[start : start + TEXTS_PER_BLOCK]
+    num_bad, left = 0, iter(rows)
+    while block := [*islice(left, encoder.batch_rows)]:
+        read: list[tuple[Row, Labelled | LabelledImage]] = []
         for row in block:
             try:
-                texts.append(
-                    Labelled(text_of(row, column), label)
-                    if folder is None
-                    else LabelledImage(_in_folder(image_of(row, column), folder), label)
-                )
+                read.append((row, _document(row, column, label, has_images)))
             except DataError as error:
                 problems.add(row.origin, str(error), row.values)
                 num_bad += 1
-        if num_bad:
-            continue
-        for row, example, encoded in zip(block, texts, encoder.encode(texts), strict=True):
+        examples: list[TokenizedExample] = []
+        for (row, example), encoded in zip(read, encoder.encode([example for _, example in read]), strict=True):
             is_long = not isinstance(encoded, DataError) and len(encoded.documents[0]) > max_seq_len
             if is_long and isinstance(example, Labelled) and isinstance(encoder, ExampleEncoder):
                 encoded = encoder.shorten(example, max_seq_len)
@@ -244,11 +253,15 @@ def _encode(
                 num_bad += 1
             else:
                 examples += encoded.documents
+        if not num_bad:
+            yield examples
     if num_bad:
         head = f"{counted(num_bad, 'row')} can't be classified:"
         raise DataError("\n".join([head, *problem_lines(problems.problems())]))
-    return examples
 
 
-def _in_folder(image: Path | bytes, folder: Path) -> Path | bytes:
-    return image if isinstance(image, bytes) else folder / image
+def _document(row: Row, column: str, label: tuple[str, ...], has_images: bool) -> Labelled | LabelledImage:
+    if not has_images:
+        return Labelled(text_of(row, column), label)
+    image = image_of(row, column)
+    return LabelledImage(image if isinstance(image, bytes) else (row.folder or Path()) / image, label)

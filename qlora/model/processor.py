@@ -49,7 +49,7 @@ def load_image_processor(folder: Path) -> ImageProcessor:
 
     try:
         # On Pillow also where torchvision is installed, whose resizing gives other pixels.
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # a damaged file can raise anything
         raise ModelError(f"{file}: no image processor can be made of it: {reason_for_users(error, False)}") from error
     if getattr(processor, "backend", "pil") != "pil":

@@ -10,6 +10,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import is_linear, matches, output_head, read_directly, reads_images, text_part, unmatched
+from qlora.lora.mixture import routers
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.names import names_in_files, transposed_modules
 
@@ -49,8 +50,8 @@ def nf4_settings(double_quant: bool, compute_dtype: torch.dtype, skip: Iterable[
 def layers_in_16bit(skeleton: Any, keep_16bit: Sequence[str] = ()) -> list[str]:
     """Return the names of the modules that transformers is not to quantize; empty for its default, the output head.
 
-    They are the layers that the config keeps, those whose weight other code reads, and the other parts of a
-    multimodal model, also where transformers loads the whole of it.
+    They are the layers that the config keeps, those whose weight other code reads, routers of experts, and the other
+    parts of a multimodal model, also where transformers loads the whole of it.
 
     Args:
         skeleton: The model without weights.
@@ -69,8 +70,8 @@ def layers_in_16bit(skeleton: Any, keep_16bit: Sequence[str] = ()) -> list[str]:
     ]
     if problems:
         raise ModelError("\n".join(problems))
-    direct = {*read_directly(skeleton)}
-    kept = [name for name in linears if name in direct or any(matches(pattern, name) for pattern in keep_16bit)]
+    left_out = {*read_directly(skeleton)} | routers(skeleton)
+    kept = [name for name in linears if name in left_out or any(matches(pattern, name) for pattern in keep_16bit)]
     text = text_part(skeleton)
     kept += [] if text is None else text.others
     if reads_images(skeleton):  # transformers leaves out the module of the last parameter, here the head's bias

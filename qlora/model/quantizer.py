@@ -1,9 +1,9 @@
-"""The quantizer that transformers loads a model with: its own for NF4, plain subclasses of linears and experts besides.
+"""The quantizer that transformers loads a model with: its own for NF4, which also takes experts.
 
-Importing this file registers it with transformers, under a name of its own.
+It takes subclasses of `nn.Linear` that compute the same, too. Importing this file registers it with transformers, under
+a name of its own.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.lora import is_linear
-from qlora.lora.mixture import ExpertStack, expert_stacks, routers
+from qlora.lora.mixture import ExpertStack, expert_stacks
 from qlora.nf4 import NF4Experts
 
 NAME = "qlora-nf4"
@@ -60,11 +60,6 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a parameter is to be quantized."""
         return param_name in self.stacks or super().param_needs_quantization(model, param_name, **kwargs)
-
-    def get_modules_to_not_convert(self, model: Any, *arguments: Any, **kwargs: Any) -> list[str]:
-        """Return patterns of the linear layers that stay as they are: the head, what is asked for, and routers."""
-        kept = [f"{re.escape(name)}$" for name in sorted(routers(model))]
-        return super().get_modules_to_not_convert(model, *arguments, **kwargs) + kept
 
     def get_quantize_ops(self) -> Any:
         """Return the operation that quantizes a parameter."""

@@ -18,6 +18,7 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapter_spec, adapter_specs, set_tokens
 from qlora.model.processor import load_processor
 from qlora.model.run_adapter import check_experts_as_trained
+from qlora.model.skeleton import build_skeleton
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, load_started_base
 
@@ -95,6 +96,9 @@ def load_adapted(
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)
+        check_experts_as_trained(
+            source.run, build_skeleton(source.base_files(), config.model.trust_remote_code, source.head)
+        )
         starts = source.starts()
         section = config.model.model_copy(update={"allow_unquantized": True})  # as it was trained
         if any(start.subtracted for start in starts.values()):
@@ -102,7 +106,6 @@ def load_adapted(
             dtype = str(source.compute_dtype(resolve_device(device)))
             section = section.model_copy(update={"compute_dtype": dtype.removeprefix("torch.")})
         model = load_started_base(section, starts, device, source.head)
-        check_experts_as_trained(source.run, model)
         if is_reference:
             specs, rows = adapter_specs(model, config.lora, starts), _first_rows(model, config, adapter, starts)
         wrap_adapter(model, adapter, config.lora.form)

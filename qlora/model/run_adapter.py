@@ -6,8 +6,9 @@ from typing import Any
 from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
 from qlora.config import load_config
 from qlora.errors import CheckpointError
+from qlora.lora.experts import specs_with_rank
+from qlora.lora.mixture import expert_stacks
 from qlora.model.from_config import adapter_spec
-from qlora.nf4 import NF4Experts
 
 
 def read_run_adapter(run: RunDirectory) -> PeftAdapter:
@@ -17,7 +18,8 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         CheckpointError: The adapter is damaged, or another run's; names all mismatches.
     """
     adapter, parameters = read_adapter(run.adapter), run.read_record().parameters
-    specs = adapter_spec(load_config(run.config).lora).by_layer(parameters.adapted, others=parameters.adapted_experts)
+    spec = adapter_spec(load_config(run.config).lora)
+    specs = spec.by_layer(parameters.adapted, others=parameters.adapted_experts)
     problems = []
     if differing := sorted({*adapter.layers} ^ {*specs}):
         problems.append(f"adapter and run differ in {len(differing)} modules: {', '.join(differing[:4])} …")
@@ -28,7 +30,11 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         for name, own in adapter.experts.items()
         if parameters.adapted_experts.get(name, own.A.shape[1]) != own.A.shape[1]
     ]
-    scalings = {name: (adapter.layers[name].scaling, specs[name].scaling) for name in specs if name in adapter.layers}
+    for name, rank in parameters.adapted_experts.items():
+        specs |= specs_with_rank(spec, [name], rank)
+    found_scalings = {name: own.scaling for name, own in adapter.layers.items()}
+    found_scalings |= {name: own.scaling for name, own in adapter.experts.items()}
+    scalings = {name: (found_scalings[name], specs[name].scaling) for name in specs if name in found_scalings}
     scaled = [name for name, (found, trained) in scalings.items() if not math.isclose(found, trained)]
     if scaled:
         found, trained = scalings[scaled[0]]
@@ -48,20 +54,23 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
     return adapter
 
 
-def check_experts_as_trained(run: RunDirectory, model: Any) -> None:
-    """Check that the experts of a base are in 4 bits if they were in training.
+def check_experts_as_trained(run: RunDirectory, skeleton: Any) -> None:
+    """Check, before a base is loaded, that its experts were in 4 bits in training if they will be now.
+
+    Args:
+        run: The run.
+        skeleton: The base without weights.
 
     Raises:
         CheckpointError: A version of qlora that left them in 16 bits trained the run.
     """
     record = run.read_record()
-    trained = {*record.parameters.quantized}
-    here = [name.removesuffix(".base") for name, module in model.named_modules() if isinstance(module, NF4Experts)]
-    others = [name for name in here if name not in trained]
-    if others:
+    others = [name for name in expert_stacks(skeleton) if name not in record.parameters.quantized]
+    if others and record.quantization.kind != "none":
         raise CheckpointError(
             f"{run.path} was trained by qlora {record.versions.get('qlora', '0.1.0')} with experts in 16 bits "
-            f"({others[0]}), which are in 4 bits now; continue or run it with that version, or train again."
+            f"({others[0]}), which are in 4 bits now; continue or run it with that version, merge it with this one, or "
+            "train again."
         )
 
 

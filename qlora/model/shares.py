@@ -1,14 +1,17 @@
 """Shares of a model's linear and expert weights that are in 4 bits; a base with too few of them is refused."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qlora.errors import ModelError
-from qlora.lora import LoraExperts, LoraLinear, embedding_and_head
+from qlora.layers.experts import check_experts
+from qlora.lora import LoraExperts, LoraLinear, embedding_and_head, text_part
+from qlora.lora.mixture import expert_stacks
+from qlora.model.quantization import quantized_names
 from qlora.nf4 import NF4Experts, NF4Linear
 
 LEAST_SHARE = 0.5
@@ -19,6 +22,8 @@ NUM_NAMED = 4
 def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
     """Yield the weights of linear layers and experts: all of two dimensions or more, without embeddings and head.
 
+    Of a multimodal model, only those of its text part.
+
     Args:
         model: A model with or without weights and adapters. Its names are those without adapters.
 
@@ -26,9 +31,11 @@ def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
         Name of the module, or of the parameter if it is not called `weight`; number of elements; and what the weight is
         called in messages.
     """
-    left_out = tuple(f"{name}." for name in embedding_and_head(model))
+    left_out, text = tuple(f"{name}." for name in embedding_and_head(model)), text_part(model)
     for full_name, module in model.named_modules():
         name = full_name.removesuffix(".base")
+        if text is not None and text.is_outside(name):
+            continue
         if isinstance(module, nn.Embedding | _ConvNd | LoraLinear | LoraExperts) or f"{name}.".startswith(left_out):
             continue
         if isinstance(module, NF4Linear | NF4Experts):
@@ -41,18 +48,19 @@ def linear_weights(model: Any) -> Iterator[tuple[str, int, str]]:
                 yield name if own_name == "weight" else f"{name}.{own_name}", parameter.numel(), called
 
 
-def check_share(base: str, skeleton: Any, quantized: Collection[str]) -> None:
+def check_share(base: str, skeleton: Any, settings: Any) -> None:
     """Check that at least half of a base's linear and expert weights will be in 4 bits.
 
     Args:
         base: Name of the base.
         skeleton: The model without weights.
-        quantized: Names of the layers and stacks of experts in 4 bits.
+        settings: Settings that it is quantized by, see :func:`qlora.model.quantization.settings_of_base`.
 
     Raises:
-        ModelError: Fewer will be. It names the largest that stay in 16 bits.
+        ModelError: Fewer will be, with the names of the largest that stay in 16 bits; or its experts can't be.
     """
-    total, rest, in_4bit = 0, Counter[str](), {*quantized}
+    check_experts(skeleton, base)
+    total, rest, in_4bit = 0, Counter[str](), {*quantized_names(skeleton, settings), *expert_stacks(skeleton)}
     for name, numel, called in linear_weights(skeleton):
         total += numel
         if name not in in_4bit:

@@ -45,6 +45,8 @@ def build_skeleton(
 
     weight_format(files)
     config = read_config(files, trust_remote_code)
+    if head is None:
+        _check_kind(files, config)
     try:
         if head is not None:
             if of_images(files.config):
@@ -76,7 +78,7 @@ def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
     """Build the class of an architecture that classifies images with a linear head on pooled features.
 
     Raises:
-        ModelError: Its head is another module, or it takes other inputs than RGB images.
+        ModelError: Its head is another module, it has batch norms, or it takes other inputs than RGB images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
@@ -91,6 +93,11 @@ def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
         raise ModelError(
             f"{files.name}: {kind.__name__} has no linear head on the features of an image under a known name, which "
             "is not supported; use a base of another architecture, such as ViT, DeiT, DINOv2 or Swin."
+        )
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ModelError(
+            f"{files.name} has batch norms, whose statistics would change while adapters are trained; use a base with "
+            "layer norms, such as ViT."
         )
     if getattr(config, "num_channels", CHANNELS) != CHANNELS:
         raise ModelError(f"{files.name} reads images of {config.num_channels} channels; only RGB is supported.")
@@ -127,13 +134,23 @@ def read_config(files: BaseFiles, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value can make an architecture raise anything
         raise _unbuildable(files, error, trust_remote_code) from error
-    kind = None if of_images(files.config) else unsupported_kind(config)
+    if not of_images(files.config):
+        _check_kind(files, config)
+    return config if files.rope_scaling is None else _extended(files, config)
+
+
+def _check_kind(files: BaseFiles, config: Any) -> None:
+    """Check that a config is that of a decoder-only model.
+
+    Raises:
+        ModelError: It is not.
+    """
+    kind = unsupported_kind(config)
     if kind is not None:
         raise ModelError(
             f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "
             "to one, such as Llama, Mistral, Qwen or Gemma."
         )
-    return config if files.rope_scaling is None else _extended(files, config)
 
 
 def positions_of(files: BaseFiles, config: Any) -> int | None:

@@ -79,6 +79,7 @@ def _leave_out_other_parts(model: Any) -> None:
         parent, _, attribute = part.rpartition(".")
         setattr(model.get_submodule(parent), attribute, None)
     _passed_parts(model, text, {})  # again, since some classes read attributes of modules that they do not call
+    _check_outputs(model, text)
     model.text_part = TextPart(name, names)
 
 
@@ -131,10 +132,8 @@ def _passed_parts(model: Any, text: nn.Module, parts: dict[str, nn.Module]) -> s
     handles = [text.register_forward_pre_hook(arrive)]
     for name, module in parts.items():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: passed.add(name)))
-    device = model.get_input_embeddings().weight.device
-    ids, mask = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones(ANY_MASK, device=device)
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        _run_on_a_token(model)
         reason = "the text model is not called"
     except _Arrived:
         return passed
@@ -146,3 +145,39 @@ def _passed_parts(model: Any, text: nn.Module, parts: dict[str, nn.Module]) -> s
     raise ModelError(
         f"{type(model).__name__} takes no text without its other parts ({reason}), so it can't be trained."
     )
+
+
+@torch.no_grad()
+def _check_outputs(model: Any, text: nn.Module) -> None:
+    """Check that a class finds what it reads of its text model's outputs, by a token that passes no layers.
+
+    What fails otherwise, because of the layers that are left out, is no sign of anything.
+
+    Raises:
+        ModelError: It reads an output that there is not.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.utils import ModelOutput
+
+    layers = [module for module in text.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        _run_on_a_token(model)
+    except AttributeError as error:
+        if isinstance(error.obj, ModelOutput):
+            raise ModelError(
+                f"{type(model).__name__} reads {error.name} of its text model's outputs, which have no such value, so "
+                "this version of transformers can't run it; install another version."
+            ) from error
+    except Exception:  # an architecture can raise anything without its layers
+        return
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _run_on_a_token(model: Any) -> None:
+    device = model.get_input_embeddings().weight.device
+    ids, mask = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones(ANY_MASK, device=device)
+    model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora.checkpoint import read_adapter_config
-from qlora.checkpoint.adapter_experts import is_linear_parameter, linear_parameters, read_experts
+from qlora.checkpoint.adapter_experts import (
+    experts_problems,
+    is_linear_parameter,
+    linear_parameters,
+    read_experts,
+    stored_experts,
+)
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.lora import embedding_and_head, input_embedding, output_head, reads_images, scores_documents
-from qlora.lora.mixture import expert_stacks
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
@@ -67,10 +74,10 @@ def check_clients(
         CheckpointError: The folder has no adapter, or a damaged one.
     """
     config = read_adapter_config(adapter)
-    header = read_adapter_header(adapter)
-    experts, problems = read_experts(config, header)
+    full_header = read_adapter_header(adapter)
+    experts, problems = read_experts(config, full_header)
     of_experts = {key for keys in experts.values() for key in keys}
-    header = {name: entry for name, entry in header.items() if name not in of_experts}
+    header = {name: entry for name, entry in full_header.items() if name not in of_experts}
     matches = [match for name in header if (match := FACTOR.fullmatch(name))]
     ranks = {match["module"]: header[match[0]]["shape"][0] for match in matches if match["factor"] == "A"}
     others = sorted({*header} - {match[0] for match in matches})
@@ -79,6 +86,7 @@ def check_clients(
         "vllm": _check_vllm(config, ranks, others),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
+    problems += _misfits(config, full_header, experts, base)
     _check_experts(verdicts, config, ranks, experts, problems, base)
     if rope_scaling is not None:
         for verdict in verdicts.values():
@@ -127,6 +135,25 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     return verdict
 
 
+def _misfits(
+    config: dict[str, Any], header: dict[str, Any], experts: dict[str, tuple[str, str]], base: Any
+) -> list[str]:
+    """Return a line for each stack of experts whose factors do not fit the base."""
+    stored = {
+        name: stored_experts(A, B, rank, config_scaling(config, name))
+        for name, keys in experts.items()
+        if all(key in header for key in keys)
+        for A, B in [[torch.empty(header[key]["shape"], device="meta") for key in keys]]
+        if not len(A) % (rank := config_rank(config, name)) and len(A) == B.shape[1]
+    }
+    problems = [
+        f"{name} has factors that are not of experts of rank {config_rank(config, name)}"
+        for name, keys in experts.items()
+        if name not in stored and all(key in header for key in keys)
+    ]
+    return problems + experts_problems(base, stored)
+
+
 def _check_experts(
     verdicts: dict[str, Verdict],
     config: dict[str, Any],
@@ -136,11 +163,8 @@ def _check_experts(
     base: Any,
 ) -> None:
     """Check adapters on the experts of a mixture, and on linear layers whose names PEFT takes for experts."""
-    stacks = expert_stacks(base)
     for problem in problems:
         verdicts["peft"].refuse(problem)
-    if absent := sorted({*experts} - {*stacks}):
-        verdicts["peft"].refuse(f"the base has no experts {absent[0]}")
     taken = [name for name in linear_parameters(base, ranks) if not is_linear_parameter(config, name)]
     if taken:
         verdicts["peft"].needs.append(
@@ -150,7 +174,7 @@ def _check_experts(
     if config.get("target_parameters") and config.get("lora_dropout"):
         verdicts["peft"].refuse("it has no dropout on target_parameters; set lora_dropout to 0 in adapter_config.json")
     if experts:
-        verdicts["vllm"].needs.append("a version that reads factors of experts in PEFT's layout, which was not checked")
+        verdicts["vllm"].refuse("its reading of factors of experts in PEFT's layout was not checked; merge instead")
         verdicts["llama.cpp"].refuse("its converter reads factors of numbered experts, not of all experts of a layer")
 
 

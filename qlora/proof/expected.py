@@ -205,16 +205,19 @@ def _scaling_rule(source: AdapterSource, adapter: PeftAdapter) -> Callable[[str]
 def _scaling_of_experts(
     source: AdapterSource, adapter: PeftAdapter, scaling_of: Callable[[str], float]
 ) -> Callable[[str], float]:
-    """Return the factor on B A by stack of experts; in a run it is that of layers without patterns, or its own."""
+    """Return the factor on B A by stack of experts; in a run it is that of layers unless a pattern is for the stack."""
     if source.run is None:
         return scaling_of
     lora = load_config(source.run.config).lora
     power = -0.5 if lora.rslora else -1.0
 
     def scaling_of_stack(name: str) -> float:
-        own = [alpha for key, alpha in lora.alpha_pattern.items() if re.search(rf"(^|\.)({key})$", name)]
-        if own:
-            return float(own[0] * adapter.experts[name].A.shape[1] ** power)
+        alphas, ranks = (
+            [value for key, value in pattern.items() if re.search(rf"(^|\.)({key})$", name)]
+            for pattern in (lora.alpha_pattern, lora.rank_pattern)
+        )
+        if alphas or ranks:
+            return float((alphas or [lora.alpha])[0] * adapter.experts[name].A.shape[1] ** power)
         return float(lora.alpha * lora.rank**power)
 
     return scaling_of_stack

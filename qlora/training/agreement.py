@@ -25,6 +25,6 @@ def check_same(processes: Processes, facts: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"Process {rank} of {processes.world_size} has other inputs than process 0 (0 → {rank}):\n"
                 + "\n".join(f"  {difference}" for difference in differences)
-                + "\nGive all processes the same config, base files and data files, and a train.output_dir on a file "
-                "system that they share."
+                + "\nGive all processes the same config, base files, data files and installed packages, and a "
+                "train.output_dir on a file system that they share."
             )

@@ -20,6 +20,7 @@ from qlora.model import (
     adapter_specs,
     base_files,
     build_skeleton,
+    check_base,
     check_loss,
     datasets_from_section,
     keep_apart,
@@ -164,9 +165,14 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         run = None if checkpoint is None else _run_of(checkpoint)
         starts = None if run is None else starts_of(config, run)
         unpacked_why = None if checkpoint is None else read_origin(checkpoint)["in_use"].get("unpacked_why")
-        # The data first, so that its errors are reported before tens of gigabytes are loaded.
         tokenizer = load_processor(files.folder, model_section.trust_remote_code)
         new_ids = set_tokens(config.data, tokenizer)
+        # The data before the weights, so that errors in them are reported before tens of gigabytes are loaded; and what
+        # config.json tells before the data.
+        skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
+        check_base(model_section, files, skeleton, processes.device)
+        if run is not None and run.record.is_file():
+            check_experts_as_trained(run, skeleton)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
@@ -184,7 +190,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         )
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
-        skeleton = build_skeleton(files, model_section.trust_remote_code, head)
+        if head is not None:
+            skeleton = build_skeleton(files, model_section.trust_remote_code, head)
         if reads_images(skeleton):
             head = None if head is None else replace(head, of_images=True)
         else:
@@ -196,26 +203,26 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
         if config.data.packs and unpacked_why is None:
-            unpacked_why = unpackable_reason(skeleton)
+            unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
             _check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
         model, starts, isolation, activations = _load_checked(
             config, processes, datasets, new_ids, starts, old, head, packed
         )
-        if run is not None and run.record.is_file():
-            check_experts_as_trained(run, model)
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
         if unpacked_why is not None:
             datasets.reports[0].notes.append(f"documents are not packed, because {unpacked_why}")
-    # Before memory is fitted, because that exchanges a number between processes for every level.
+    # Before memory is fitted, because that exchanges a number between processes for every level. Each process has tried
+    # its own kernels, and batches depend on what came out.
     check_same(
         processes,
         {f"contents of {name} (model.base)": digest[:12] for name, digest in files.fingerprint().items()}
         | {
             f"examples of {Path(report.source).name} (source {number})": report.digest[:12]
             for number, report in enumerate(datasets.all_reports, 1)
-        },
+        }
+        | {"documents are packed": packed, "attention": isolation.attention, "states": isolation.states},
     )
     batches = BatchPlan(
         datasets.train.lengths, section.micro_batch_size, section.gradient_accumulation_steps,
@@ -254,7 +261,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         packing_fill=round(batches.fill, 4) if packed else None,
         learning_rate=section.peak,
         learning_rate_why=why,
+        attention_why=isolation.attention_why,
         states=isolation.states,
+        states_why=isolation.states_why,
         unpacked_why=unpacked_why,
     )
     return Assembly(

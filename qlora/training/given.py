@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import RunConfig, load_config
+from qlora.config.sections.data import IMAGES
 from qlora.data import store_rows
 from qlora.errors import ConfigError
+
+IMAGE = "image"
 
 
 def as_config(
@@ -17,7 +20,8 @@ def as_config(
     Args:
         config: A config, or a YAML file or sections that :func:`qlora.load_config` reads. With rows, sections need no
             `data.train`.
-        rows: Rows in memory; they are written to a file in the cache of tokenized data.
+        rows: Rows in memory; they are written to a file in the cache of tokenized data. Relative paths of images count
+            from the current folder.
 
     Raises:
         ConfigError: The config is wrong.
@@ -31,9 +35,12 @@ def as_config(
             raise ConfigError(
                 f"data: {data!r:.80} should be a section with keys; the rows take the place of data.train."
             )
-        path = store_rows(rows, data.get("cache_dir"))
+        columns = data.get("columns") or {}
+        image = columns.get(IMAGE, IMAGE) if isinstance(columns, Mapping) else IMAGE
+        path = store_rows(rows, data.get("cache_dir"), image if data.get("format") == IMAGES else None)
         return load_config({**config, "data": {**data, "train": str(path)}})
     loaded = config if isinstance(config, RunConfig) else load_config(config)
     values = loaded.model_dump()
-    values["data"]["train"] = str(store_rows(rows, loaded.data.cache_dir))
+    image = loaded.data.columns.get(IMAGE, IMAGE) if loaded.data.has_images else None
+    values["data"]["train"] = str(store_rows(rows, loaded.data.cache_dir, image))
     return RunConfig.model_validate(values)

@@ -29,7 +29,7 @@ SCHEDULE_KEYS = {
 LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
-# Fields of `InUse` that must not change, because batches and rounding depend on them.
+# Fields of `InUse` that must not change, because batches and rounding depend on them: see :func:`fixed_in_use`.
 KEPT_IN_USE = (
     "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "tiled",
     "rounding",
@@ -101,6 +101,15 @@ def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     return json.loads(json.dumps(origin))  # with the types that reading it from a file returns
 
 
+def fixed_in_use(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is in use in an origin and must not change, without reasons, which may name sizes or paths."""
+    in_use = dict(origin["in_use"])
+    in_use["documents are packed"] = in_use.pop("unpacked_why", None) is None
+    if isinstance(in_use.get("attention"), str):  # qlora 0.1.0 adds the reason
+        in_use["attention"] = in_use["attention"].partition(": ")[0]
+    return in_use
+
+
 def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each difference between two origins, except those of the settings."""
     files, other_files = before["base"], now["base"]
@@ -119,7 +128,7 @@ def compare_origins(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         changes.append(f"number of data sources: {len(digests)} → {len(now['data'])}")
     if before.get("examples") not in (None, now["examples"]):  # checkpoints of qlora 0.1.0 lack it
         changes.append(f"number of examples: {_shown(before['examples'])} → {_shown(now['examples'])}")
-    return changes + describe_changes(before["in_use"], now["in_use"])
+    return changes + describe_changes(fixed_in_use(before), fixed_in_use(now))
 
 
 def read_checked_origin(checkpoint: Path, config: RunConfig, may_change: set[str], ways_out: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.lora import starts_to_tensors
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly
-from qlora.training.origin import describe_origin
+from qlora.training.origin import describe_origin, fixed_in_use
 from qlora.training.progress import Progress
 from qlora.training.record import make_record
 from qlora.training.resume import Start, check_same_origin
@@ -71,6 +71,6 @@ def prepare_run(assembly: Assembly, run: RunDirectory, start: Start) -> Prepared
         "trained parameters": hashlib.sha256(trained).hexdigest()[:12],
         "starts of the adapters": hashlib.sha256(starts).hexdigest()[:12],
     }
-    check_same(processes, origin["in_use"] | facts)
+    check_same(processes, fixed_in_use(origin) | facts)
     in_use = replace(record.in_use, micro_batch_parts=progress.num_parts)
     return Prepared(progress, replace(record, in_use=in_use), origin, start.fresh)

@@ -212,7 +212,7 @@ def _unpacked_why(config: RunConfig, folder: Path) -> str | None:
         return None
     try:
         files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code, with_weights=False)
-        return unpackable_reason(build_skeleton(files, model.trust_remote_code))
+        return unpackable_reason(build_skeleton(files, model.trust_remote_code), config.data.max_seq_len)
     except ModelError:  # a preview is about the data; training says what is wrong with the base
         return None
 

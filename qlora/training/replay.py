@@ -160,7 +160,9 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     _check_labels(path, labels, settings, tensors)
     loss = training_loss(config.train, own)
     starts = starts_of(config, run)
-    model = prepare(config, resolve_device(), loss, starts)
+    # As the step was, unless documents can't be kept apart here; each alone gives the same numbers up to rounding.
+    data = config.data.model_copy(update={"packing": settings["packed"]})
+    model, config = prepare(config.model_copy(update={"data": data}), resolve_device(), loss, starts)
     apply_recompute(model, config.model.recompute)
     flat = flat_parameters(model, config.train)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):
@@ -188,7 +190,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
 
     def batch_of(indices: Sequence[int]) -> Batch:
         seeds = document_seeds(settings["seed"], settings["step"], indices)
-        return collate([examples[index] for index in indices], settings["packed"], seeds).to(model.device)
+        return collate([examples[index] for index in indices], config.data.packs, seeds).to(model.device)
 
     ahead = None
     if loss.ahead is not None:

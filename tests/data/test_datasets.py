@@ -527,7 +527,7 @@ def test_the_weights_of_turns_reach_the_tokens(path):
 
 def test_many_rows_are_tokenized_in_batches_in_their_order(path, rng, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 50)
-    monkeypatch.setattr(prepare, "BATCH_ROWS", 7)
+    monkeypatch.setattr(prepare.ExampleEncoder, "batch_rows", 7)
     sizes, original = [], prepare.ExampleEncoder.begin
 
     def begin(self, examples):

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
 from qlora.data import EncodeOptions, Labels, Source, build_datasets, collate, find_labels
-from qlora.data.images import PIXELS, ImageProcessor, normalize, open_image
+from qlora.data.images import PIXELS, ImageEncoder, ImageProcessor, normalize, open_image
 from qlora.errors import DataError, ModelError
 from qlora.model.processor import load_image_processor
+from qlora.training.given import as_config
 from tests.tiny import write_jsonl
 from tests.tiny_images import LABELS, write_images
 
@@ -106,6 +110,56 @@ def test_folders_by_class_are_read_by_split(images, processor, tmp_path):
         build(processor, images_of(images, split="dev"), tmp_path=tmp_path)
 
 
+def test_what_is_read_of_a_folder_is_told(images, processor, tmp_path):
+    (images / "train" / "red" / "0.heic").touch()
+    (images / "readme.md").touch()
+    (images / "test" / "notes.txt").touch()
+    (report,) = build(processor, images_of(images), tmp_path=tmp_path).reports
+    assert "12 images in the folders of 3 labels; 2 other files ignored, such as readme.md" in report.notes
+    (images / "names.json").write_text("{}")
+    with pytest.raises(DataError, match=r"images has images in folders and names\.json; name the file, or remove it"):
+        build(processor, images_of(images), tmp_path=tmp_path)
+
+
+def test_a_label_may_be_named_like_a_split(processor, tmp_path):
+    folder = write_images(tmp_path / "vehicles", 2, np.random.default_rng(0))
+    (folder / "red").rename(folder / "train")
+    datasets = build(processor, images_of(folder), tmp_path=tmp_path)
+    assert datasets.labels.names == ("blue", "green", "train")
+    assert len(datasets.train) == 6
+
+
+def test_paths_in_a_file_below_the_source_count_from_the_file(images, processor, tmp_path):
+    for split, kept in (("train", "red"), ("test", "green")):  # the layout of "imagefolder" on the hub
+        folder = tmp_path / "hub" / split
+        folder.parent.mkdir(exist_ok=True)
+        (images / split / kept).rename(folder)
+        write_jsonl(folder / "metadata.jsonl", [{"file_name": f"{number}.png", "label": number} for number in (0, 1)])
+    source = images_of(tmp_path / "hub", columns={"image": "file_name"})
+    first = build(processor, source, tmp_path=tmp_path).train[0]
+    with Image.open(tmp_path / "hub" / "train" / "0.png") as image:
+        assert np.array_equal(first.values[PIXELS], processor.pixels(image))
+
+
+def test_rows_in_memory_count_paths_of_images_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"file": "0.png", "label": "a"}, {"file": {"path": "1.png"}, "label": "b"}]
+    data = {"format": "images", "columns": {"image": "file"}, "cache_dir": str(tmp_path / "cache")}
+    sections = {"model": {"base": "base"}, "data": data, "train": {"objective": "classify", "output_dir": "run"}}
+    for given in (sections, as_config(sections, rows)):
+        (source,) = as_config(given, rows).data.train
+        stored = [json.loads(line)["file"] for line in Path(source.path).read_text().splitlines()]
+        assert stored == [str(tmp_path / "0.png"), {"path": str(tmp_path / "1.png")}]
+
+
+def test_the_pixels_of_a_batch_of_rows_are_bounded(images, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora.data.images.BATCH_BYTES", 5 * processor.pixels(Image.new("RGB", (9, 9))).nbytes)
+    sizes, original = [], ImageEncoder.begin
+    monkeypatch.setattr(ImageEncoder, "begin", lambda self, given: sizes.append(len(given)) or original(self, given))
+    assert len(build(processor, images_of(images), tmp_path=tmp_path).train) == 12
+    assert sizes == [5, 5, 2]
+
+
 def test_rows_name_images_by_path_or_hold_their_bytes(images, processor, tmp_path):
     content = (images / "train" / "red" / "0.png").read_bytes()
     given = [
@@ -141,20 +195,28 @@ def test_bad_images_are_bad_rows_grouped_by_cause(images, processor, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     whole = (images / "train" / "red" / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:200])
+    # A chunk of 5 bytes after the pixels, which should have a multiple of 4: Pillow raises struct.error.
+    chunk = b"cHRM12345"
+    late = whole[:-12] + struct.pack(">I", 5) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[-12:]
+    (tmp_path / "late.png").write_bytes(late)
     Image.fromarray(np.full((4, 4), 999, dtype=np.uint16)).save(tmp_path / "deep.png")
     rows = [
         {"image": "images/train/red/0.png", "label": "a"}, {"image": "images/train/red/1.png", "label": "b"},
         {"image": "absent.png", "label": "a"}, {"image": "text.png", "label": "a"}, {"image": "cut.png", "label": "b"},
+        {"image": "~nobody-here/x.png", "label": "b"}, {"image": "late.png", "label": "b"},
         {"image": "deep.png", "label": "b"}, {"image": 7, "label": "b"}, {"image": "images/train/red/2.png"},
     ]  # fmt: skip
     source = images_of(write_jsonl(tmp_path / "rows.jsonl", rows))
     with pytest.raises(DataError) as error:
         build(processor, source, tmp_path=tmp_path)
-    for part in ("6 of 8 rows", "absent.png does not exist", "no image that Pillow reads", "cut.png can't be decoded",
-                 "more than 8 bits", "should be the path of an image"):  # fmt: skip
+    for part in (
+        "8 of 10 rows", "absent.png does not exist", "no image that Pillow reads", "cut.png can't be decoded",
+        "late.png can't be decoded", "more than 8 bits", "names a home folder that does not exist",
+        "should be the path of an image",
+    ):  # fmt: skip
         assert part in str(error.value)
     report = build(processor, source, tmp_path=tmp_path, on_bad_row="drop").reports[0]
-    assert (report.examples, report.bad_rows) == (2, 6)
+    assert (report.examples, report.bad_rows) == (2, 8)
 
 
 def test_images_are_turned_and_converted_to_rgb(tmp_path):

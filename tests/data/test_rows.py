@@ -481,7 +481,7 @@ def hub(tmp_path, monkeypatch):
     ],
 )
 def test_another_name_is_a_data_set_on_the_hub(hub, source, asked):
-    assert find_files(source) == []
+    assert find_files(source).paths == []
     assert list(read_rows(source, RULE)) == [
         Row({"text": "one", "turns": [{"b": 0}]}, f"{source.path} row 1"),
         Row({"text": "two"}, f"{source.path} row 2"),

@@ -139,7 +139,7 @@ def test_attention_by_documents_trains_what_they_do_separately(
     model.train()
     documents = random_documents(generator)
     loss, separate = loss_and_gradients(model, [collate([document]) for document in documents])
-    assert "by documents" in use_document_attention(model)
+    assert "by documents" in use_document_attention(model)[0]
     assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), loss, separate)
     assert_same(*loss_and_gradients(model, [collate([document]) for document in documents]), loss, separate)
     assert_same(*loss_and_gradients(model, [collate(documents)]), loss, separate)
@@ -162,7 +162,9 @@ def test_attention_by_documents_separates_what_a_mask_would_not(tmp_path, seed, 
 def test_an_architecture_whose_attention_is_another_keeps_its_own(config_class, sizes, tmp_path, seed):
     model = load(tmp_path, seed, config_class, sizes)
     before = model.config._attn_implementation
-    assert use_document_attention(model).startswith(f"{before}, with a mask over all documents of a row: ")
+    attention, why = use_document_attention(model)
+    assert attention == f"{before}, with a mask over all documents of a row"
+    assert why.startswith(("the architecture ", "model.attention "))
     assert model.config._attn_implementation == before
 
 

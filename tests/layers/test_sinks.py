@@ -66,9 +66,9 @@ def test_a_kernel_is_used_only_if_it_computes_the_formula(dtype):
 
     assert sinks_unusable_reason(attend, device, dtype) is None
     wrong = {
-        "something else": lambda q, k, v, sinks, window: attend(q, k, v, sinks + 1, window),
-        "something else ": lambda q, k, v, sinks, window: attend(q, k, v, sinks, None),
-        "something else  ": lambda q, k, v, sinks, window: attend(q.detach(), k, v, sinks, window) + 0 * q,
+        "differ from": lambda q, k, v, sinks, window: attend(q, k, v, sinks + 1, window),
+        "differ from ": lambda q, k, v, sinks, window: attend(q, k, v, sinks, None),
+        "differ from  ": lambda q, k, v, sinks, window: attend(q.detach(), k, v, sinks, window) + 0 * q,
         "fails with sinks: no such operator": refuse,
     }
     for words, function in wrong.items():
@@ -85,7 +85,7 @@ def test_gpt_oss_is_trained_by_documents_as_by_its_own_attention(recompute, tmp_
     documents = random_documents(generator)
     model.train()
     own = loss_and_gradients(model, [collate([document]) for document in documents])
-    assert use_document_attention(model) == "eager by documents (a document at a time)"
+    assert use_document_attention(model) == ("eager by documents (a document at a time)", None)
     apply_recompute(model, recompute)
     for batches in (
         [collate(documents, packed=True)], [collate(documents)], [collate([document]) for document in documents],

@@ -18,10 +18,11 @@ from transformers import (
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
 )
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from qlora.data import collate
 from qlora.layers import apply_recompute, use_document_states
-from qlora.layers.states import _by_documents, _with_borders, state_layers
+from qlora.layers.states import _by_documents, _with_borders, state_layers, takes_lengths
 from qlora.lora import add_lora, lora_layers, read_directly
 from qlora.model import keep_apart, load_base, mixed_reason
 from qlora.model.answers import answer_all
@@ -90,7 +91,8 @@ def test_a_packed_sequence_trains_what_its_documents_do_separately(
     assert mixed_reason(model, *documents[-2:]) is not None
     isolation = keep_apart(model, *documents[-2:], any_attention=True, packed=True)
     assert isolation.mixed_reason is None
-    assert "a document at a time (" in isolation.states
+    assert {*isolation.states.values()} == {"documents"}
+    assert isolation.states_why
     model.train()
     apply_recompute(model, recompute)
     assert_same(*loss_and_gradients(model, [collate(documents, packed=True)]), *separate)
@@ -108,6 +110,16 @@ def test_weights_that_are_read_directly_are_neither_quantized_nor_adapted(family
     assert linears == direct
     assert adapted
     assert not {*adapted} & {*direct}
+
+
+class Inherits(Mamba2Mixer):
+    """A layer of another module's class, as code that comes with a model has them."""
+
+
+def test_a_weight_that_an_inherited_method_reads_is_found():
+    with torch.device("meta"):
+        layer = Inherits(Mamba2Config(hidden_size=64, **OWN), layer_idx=0)
+    assert "0.out_proj" in read_directly(nn.Sequential(layer))
 
 
 def test_a_backward_that_is_recomputed_later_has_its_own_documents(tmp_path, seed, generator):
@@ -151,11 +163,15 @@ def test_a_kernel_gets_the_borders_only_if_it_keeps_documents_apart_with_them(ta
     model.model.layers[0].mlp = nn.Sequential(layer, mlp)
     documents = random_documents(generator)
     expected = loss_of(model, [collate([document]) for document in documents])
-    described = use_document_states(model)
+    states = use_document_states(model)
     assert isinstance(layer.forward, partial)
     assert layer.forward.func is way
-    assert described.startswith("Kernel with the borders" if takes_borders else "Kernel a document at a time (given")
+    assert states.ways == {"Kernel": "borders" if takes_borders else "documents"}
+    assert (states.why is None) == takes_borders
     assert loss_of(model, [collate(documents, packed=True)]) == pytest.approx(expected, rel=1e-5)
+    states.remove()
+    assert "forward" not in vars(layer)
+    assert not takes_lengths(model)
 
 
 def loss_of(model, batches):

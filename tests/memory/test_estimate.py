@@ -64,7 +64,8 @@ def relative_errors(base, tmp_path, overrides, levels=slice(None)):
     """Return the relative error of the estimate by level, against the measured step."""
     config = settings(base, tmp_path, *overrides)
     loss = training_loss(config.train)
-    predicted, model = estimate(config, loss, CPU), prepare(config, CPU, loss)
+    predicted = estimate(config, loss, CPU)
+    model, config = prepare(config, CPU, loss)
     assert predicted.levels == recompute_levels(model)
     return {
         level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, loss) - 1
@@ -142,7 +143,7 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
         base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
     overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
     config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
-    predicted, model = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
+    predicted, (model, _) = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
     predicted = replace(predicted, footprint=replace(predicted.footprint, update=0, optimizer=0))
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     generator = torch.Generator().manual_seed(seed)

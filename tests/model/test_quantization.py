@@ -90,10 +90,10 @@ def test_a_router_of_its_own_class_is_left_alone(tmp_path, seed):
         add_lora(load_base(str(base), allow_unquantized=True)[0], rank=4, targets="router")
 
 
-def test_a_base_that_stays_in_16_bits_is_refused_before_it_is_loaded(alpaca_file, tmp_path, seed):
+def test_a_base_that_stays_in_16_bits_is_refused_before_data_and_weights_are_read(tmp_path, seed):
     base, kept = make_base(tmp_path / "base", seed), ["gate_proj", "up_proj", "down_proj"]
     settings = {"train__max_steps": 1, "model__keep_16bit": kept}
-    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
+    config = load_config(run_config(base, tmp_path / "absent.jsonl", tmp_path / "run", **settings))
     calls = {
         "load": lambda: load_base(str(base), keep_16bit=kept),
         "train": lambda: train(config),

@@ -17,6 +17,7 @@ from qlora.model import build_skeleton, load_base
 from qlora.model.isolation import keep_apart
 from qlora.model.loss import check_loss, model_inputs
 from qlora.model.quantization import layers_in_16bit, nf4_settings, quantized_names
+from qlora.model.shares import linear_weights
 from qlora.model.text_only import text_only
 from tests.multimodal import FAMILIES, make_multimodal
 
@@ -154,6 +155,13 @@ class Touching(Passing):
         return super().forward(input_ids.to(self.model.vision_tower.device), **kwargs)
 
 
+class Reading(transformers.LlavaForConditionalGeneration):
+    """A class that reads an output that its text model does not have, as Llama 4's in transformers 5.24."""
+
+    def forward(self, **kwargs):
+        return super().forward(**kwargs).image_outputs_of_text
+
+
 def test_a_part_that_text_passes_is_kept_but_not_trained(llava):
     with torch.device("meta"):
         model = text_only(Passing)(llava.config)
@@ -164,11 +172,20 @@ def test_a_part_that_text_passes_is_kept_but_not_trained(llava):
         match_targets(model, ["model.embed_vision.0"])
     settings = nf4_settings(True, torch.float32, layers_in_16bit(model))
     assert quantized_names(model, settings) == match_targets(llava, "all-linear")
+    assert [*linear_weights(model)] == [*linear_weights(llava)]
 
 
 def test_a_class_that_takes_no_text_without_its_other_parts_is_refused(llava):
     with pytest.raises(ModelError, match="Touching takes no text without its other parts"), torch.device("meta"):
         text_only(Touching)(llava.config)
+
+
+def test_a_class_that_can_not_be_run_is_refused_before_it_is_loaded(llava):
+    with (
+        pytest.raises(ModelError, match=r"^Reading reads image_outputs_of_text of its text model's outputs"),
+        torch.device("meta"),
+    ):
+        text_only(Reading)(llava.config)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_rows_without_text_are_refused(data, error, message, trained, tmp_path):
 
 def test_a_model_that_does_not_classify_is_refused(whole, tiny_base, trained, tmp_path):
     for model in (whole, tiny_base):
-        with pytest.raises(ConfigError, match=r"has no labels.json, so it does not classify texts. Give a run with"):
+        with pytest.raises(ConfigError, match=r"has no labels.json, so it does not classify\. Give a run with"):
             predict(model, ["a"])
     folder = tmp_path / "damaged"
     folder.mkdir()

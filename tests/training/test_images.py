@@ -1,10 +1,12 @@
 """Runs that classify images: of each family, resumed, replayed, merged, and predicted by transformers alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -12,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from qlora.config import RunConfig, load_config
 from qlora.data import LABEL
 from qlora.data.images import PIXELS
-from qlora.errors import ConfigError, ExportError, ModelError
+from qlora.errors import ConfigError, DataError, ExportError, ModelError
 from qlora.export import merge
 from qlora.model import generate, load_run, predict
 from qlora.nf4 import NF4Linear
@@ -174,6 +176,26 @@ def test_evaluation_estimate_preview_and_page_work_without_a_tokenizer(trained, 
     assert [line["label"] for line in lines] == [each.label for each in predict(run, images / "test")]
 
 
+def test_every_image_below_a_folder_is_predicted_whatever_its_folders_are_called(trained, images, tmp_path):
+    run, _ = trained
+    renamed = tmp_path / "renamed"
+    shutil.copytree(run, renamed)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["columns"] = {"image": "file"}
+    (renamed / "config.yaml").write_text(yaml.safe_dump(config))
+    flat = tmp_path / "flat"
+    shutil.copytree(images / "test" / "red", flat)
+    (flat / "notes.json").write_text("{}")
+    assert [each.id for each in predict(renamed, flat)] == [str(flat / f"{number}.png") for number in range(4)]
+    assert len(predict(run, images)) == 36
+    (flat / "2.png").write_text("no image")
+    with pytest.raises(DataError, match=r"1 row can't be classified"):
+        predict(run, flat)
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no images"):
+        predict(run, empty)
+
+
 def test_what_does_not_apply_to_images_is_refused_in_a_sentence(trained, vit, tiny_base, images, tmp_path):
     run, merged = trained
     with pytest.raises(ExportError, match="GGUF"):
@@ -192,6 +214,7 @@ def test_what_does_not_apply_to_images_is_refused_in_a_sentence(trained, vit, ti
         ("train", "objective", "sft", "set classify"),
         ("train", "neftune_alpha", 5, "is for texts"),
         ("data", "new_tokens", ["<a>"], "is for texts"),
+        ("data", "packing", True, "true is for texts"),
         ("data", "chat_template", "chatml", "is for texts"),
     ):
         wrong = image_config(vit, images, tmp_path / "run")

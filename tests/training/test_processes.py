@@ -2,16 +2,17 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
-from qlora.errors import QLoRAError
+from qlora.errors import ConfigError, QLoRAError
 from qlora.export import merge
 from qlora.proof import verify
-from qlora.training import train
+from qlora.training import assemble, train
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 from tests.training.ranks import call_in_two, needs_fork, train_in_two
 from tests.training.same_run import assert_same_run, rewrite
@@ -83,6 +84,24 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     assert found["damaged"][0] == "CheckpointError"  # which only the first process meets, when it starts to write
     assert "metrics.jsonl:1 is damaged" in found["damaged"][1]
     assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
+
+
+def train_where_only_the_second_mixes(config):
+    """Train where documents mix on the second process alone, as other kernels may make them, and return the error."""
+    own = assemble.keep_apart
+    if os.environ["RANK"] == "1":
+        assemble.keep_apart = lambda *args, **kwargs: replace(own(*args, **kwargs), mixed_reason="they mix here")
+    with pytest.raises(ConfigError) as error:
+        train(load_config(config))
+    return str(error.value)
+
+
+def test_processes_that_pack_otherwise_all_stop(tiny_base, alpaca_file, tmp_path):
+    config = str(run_config(tiny_base, alpaca_file, tmp_path / "run"))
+    found, other = call_in_two(train_where_only_the_second_mixes, config)
+    assert found == other
+    assert "\n  documents are packed: true → false\n" in found
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):

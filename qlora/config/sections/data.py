@@ -264,7 +264,11 @@ class DataSection(Section):
     @field_validator("packing")
     @classmethod
     def _check_packing(cls, value: bool | str, info: ValidationInfo) -> bool | str:
-        return False if info.data.get("format") == IMAGES else value
+        if info.data.get("format") != IMAGES:
+            return value
+        if value is True:
+            raise ValueError("true is for texts, but data.format is images; remove it")
+        return False
 
     @property
     def has_images(self) -> bool:
@@ -291,6 +295,12 @@ class DataSection(Section):
     def measured(self) -> list[str]:
         """Names of the sets to evaluate on: those of `eval`, and `retain`."""
         return [name for name, held in self.eval_sets.items() if held] + ["retain"] * bool(self.retain)
+
+    @property
+    def sources(self) -> list[SourceSection]:
+        """All sources, of training, evaluation and retained rows."""
+        held = [self.train, *(self.eval_sets.values()), self.retain]
+        return [source for sources in held if isinstance(sources, list) for source in sources]
 
     def each_source(self, change: Callable[[SourceSection], SourceSection]) -> "DataSection":
         """Return the section with every source changed."""

@@ -110,7 +110,8 @@ class LoraSection(Section):
     expert_rank: RankOrAuto = Field(
         default="auto",
         description="Rank of the adapters of a mixture's experts. auto is lora.rank divided by the number of experts "
-        "of a token, at least 1; 0 leaves experts as they are. The scaling is that of the other layers.",
+        "of a token, at least 1; 0 leaves experts as they are. The scaling is that of the other layers, which "
+        "lora.rank and the patterns decide.",
         examples=[4],
     )
     rslora: bool = Field(

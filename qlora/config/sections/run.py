@@ -3,7 +3,7 @@
 from pydantic import ValidationInfo, field_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.data import IMAGES, DataSection, SourceSection
+from qlora.config.sections.data import IMAGES, DataSection
 from qlora.config.sections.evaluation import EvalSection
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
@@ -24,16 +24,10 @@ class RunConfig(Section):
     @field_validator("data")
     @classmethod
     def _check_sources(cls, value: DataSection) -> DataSection:
-        formats: list[str | None] = []
-
-        def note(source: SourceSection) -> SourceSection:
-            formats.append(source.format)
-            return source
-
-        value.each_source(note)
+        formats = {source.format for source in value.sources}
         if IMAGES in formats and not value.has_images:
             raise ValueError("format is images for one source; set data.format: images, for all of them")
-        if value.has_images and {*formats} - {IMAGES, None}:
+        if value.has_images and formats - {IMAGES, None}:
             raise ValueError("format is images, but one source has another; train on texts in another run")
         return value
 
