@@ -39,7 +39,7 @@ from qlora.model import (
 from qlora.model.isolation import check_causal
 from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
-from qlora.model.score import check_scores, last_scores
+from qlora.model.score import check_image_size, check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
@@ -170,6 +170,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         # The data before the weights, so that errors in them are reported before tens of gigabytes are loaded; and what
         # config.json tells before the data.
         skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
+        if reads_images(skeleton):
+            check_image_size(files, skeleton, tokenizer)
         check_base(model_section, files, skeleton, processes.device)
         if run is not None and run.record.is_file():
             check_experts_as_trained(run, skeleton)
