@@ -163,7 +163,12 @@ def verify(
         problems=problems,
         onto=None if merged is None else merged.onto,
         base_differs=base_differs,
-        clients=check_clients(source.folder, skeleton, not any(start.subtracted for start in source.starts().values())),
+        clients=check_clients(
+            source.folder,
+            skeleton,
+            not any(start.subtracted for start in source.starts().values()),
+            source.base_files().rope_scaling,
+        ),
         notes=_notes(source, problems, found),
         **found,
     )
