@@ -10,7 +10,6 @@ from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, Tra
 from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
-from qlora.files.rope import num_positions
 from qlora.layers import rebuild_activations
 from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
@@ -29,6 +28,7 @@ from qlora.model import (
     load_for_training,
     load_processor,
     optimizer_from_section,
+    positions_of,
     read_config,
     set_tokens,
     starts_of,
@@ -428,9 +428,7 @@ def _check_fit(skeleton: Any, files: BaseFiles, num_embeddings: int, examples: S
             f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
             "or tokens were added without rows for them; name those to add in data.new_tokens."
         )
-    positions = num_positions(files.config) or getattr(
-        skeleton.config.get_text_config(), "max_position_embeddings", None
-    )
+    positions = positions_of(files, skeleton.config)
     longest = max(int(store.lengths.max()) for store in stores)
     if positions and longest > positions:
         raise DataError(
