@@ -124,7 +124,7 @@ def test_the_model_has_the_decoded_weights_in_4_or_16_bits(encoded):
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_run_is_merged_onto_what_was_decoded_and_verified(quantization, encoded, alpaca_file, tmp_path):
     base, expected = encoded
-    settings = {"model__quantization": quantization, "model__allow_unquantized": True, "data__packing": False}
+    settings = {"model__quantization": quantization, "model__allow_unquantized": True}
     config = load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=2, **settings))
     estimate(config, SUPERVISED, "cpu")
     assert any("are decoded from" in note for note in plan_run(config).notes)

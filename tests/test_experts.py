@@ -258,6 +258,8 @@ def test_experts_that_transformers_computes_itself_are_refused(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, JetMoeConfig, **sizes)
     with pytest.raises(ModelError, match=r"holds experts in JetMoeParallelExperts .* model\.allow_unquantized: true"):
         load(base)
+    report = quantize_model(str(base), tmp_path / "4bit")
+    assert "qlora train refuses the folder, as it does the base: " in " ".join(report.notes)
     load(base, "none")
     names = ["q_proj"]
     with pytest.raises(ModelError, match=r"lora\.expert_rank: 4 has no effect, as JetMoeForCausalLM has no experts"):

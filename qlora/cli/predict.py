@@ -23,7 +23,7 @@ def predict(
         str,
         typer.Option(
             metavar="FILE|DIR",
-            help="Rows with a text or an image each, of any type that training reads; or a folder of images, at any depth.",
+            help="Rows with a text or an image each, of any type that training reads; or a folder of images.",
             callback=expand_home,
         ),
     ],

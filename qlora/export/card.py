@@ -155,9 +155,7 @@ def write_adapter_card(
 
 def _pipeline(head: ScoreHead | None) -> str:
     """Return the hub's name of what a model is for."""
-    if head is None:
-        return "text-generation"
-    return "image-classification" if head.of_images else "text-classification"
+    return "text-generation" if head is None else head.pipeline
 
 
 def _describe_head(head: ScoreHead | None) -> str:
@@ -167,10 +165,8 @@ def _describe_head(head: ScoreHead | None) -> str:
     if head.num_labels == 1 and not head.labels:
         what = "It is a reward model: it gives a text one score"
     else:
-        documents = "images" if head.of_images else "texts"
-        what = f"It classifies {documents}: {', '.join(head.labels) or f'{head.num_labels} labels'}"
-    auto_class = "AutoModelForImageClassification" if head.of_images else "AutoModelForSequenceClassification"
-    return f" {what}, and loads with {auto_class}."
+        what = f"It classifies {head.documents}: {', '.join(head.labels) or f'{head.num_labels} labels'}"
+    return f" {what}, and loads with {head.auto_class}."
 
 
 def lost_in_4_bits(onto: str) -> list[str]:

@@ -88,8 +88,7 @@ def write_companions(folder: Path, weights: MergedWeights, dtype: str) -> None:
     tokenizer = load_adapter_tokenizer(source)
     if source.head is not None:
         config.pop("problem_type", None)  # of the base's own head
-        pad_id = None if source.head.of_images else tokenizer.pad_token_id
-        config |= _describe_head(config, source.head, weights.architecture, pad_id)
+        config |= _describe_head(config, source.head, weights.architecture, source.head.pad_id(tokenizer))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if source.run is not None and source.run.final_adapter.is_dir():
         _copy_tokenizer(source.run.final_adapter, folder)

@@ -15,7 +15,7 @@ from torch import nn
 from qlora.checkpoint import RunDirectory
 from qlora.config.sections import parse_size
 from qlora.dtypes import as_dtype
-from qlora.errors import ExportError
+from qlora.errors import ExportError, ModelError
 from qlora.export.card import lost_in_4_bits, write_quantized_card
 from qlora.export.companions import REPORT_FILE
 from qlora.files import BaseFiles, atomic_folder
@@ -36,6 +36,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.quantization import QuantizedLayer, find_quantized_layers, settings_of_base
+from qlora.model.shares import check_share
 from qlora.nf4 import BLOCK_SIZE, checkpoint_layout, quantize, to_checkpoint_tensors
 
 COPIED = (
@@ -98,7 +99,8 @@ def quantize_model(
     lacks the term that the initial values make up for.
 
     Args:
-        base: A folder, or a model id on the hub; or a run, whose settings are then used.
+        base: A folder, a GGUF file, or a model id on the hub, in 16 or 32 bits or a format that is decoded; or a run,
+            whose settings are then used.
         out_dir: A new folder; it appears once everything in it is written.
         double_quant: Quantize the blocks' statistics too.
         dtype: `bfloat16`, `float16` or `float32`: weights are cast to it before they are quantized, and the other
@@ -151,6 +153,10 @@ def quantize_model(
             f"{numel:,} weights of experts stay in {_name(target)}, because bitsandbytes has no format for them in 4 "
             "bits; qlora quantizes them when it loads the folder"
         )
+    try:
+        check_share(base, skeleton, settings)
+    except ModelError as error:
+        notes.append(f"qlora train refuses the folder, as it does the base: {error}")
     _check_classes(skeleton, layers, base)
     layout = _layout(weights, layers, double_quant, target)
     on = resolve_device(device)

@@ -22,6 +22,7 @@ ORIGINAL_PREFIX = "consolidated"
 HUB_DUPLICATES = [f"{ORIGINAL_PREFIX}*.safetensors", "original/*"]
 OTHER_WEIGHTS = ("adapter_model.safetensors",)
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+GGUF_PART = re.compile(r".+-\d{5}-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 10_000
 # Not read, because reading a pickle can run code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -35,7 +36,7 @@ GGUF_HEADER_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A folder with a model's config, weights in safetensors, and tokenizer.
+    """A folder with a model's config, tokenizer and weights in safetensors, or a GGUF file with all of them.
 
     Attributes:
         folder: The folder; for a GGUF file, one with what it says besides its weights.
@@ -78,7 +79,10 @@ class BaseFiles:
             return files
         folder = _find_folder(base, revision, patterns, with_code)
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{base} has no config.json; give a model folder of transformers.")
+            remedy = "give a model folder of transformers"
+            if not Path(base).expanduser().is_dir():
+                remedy += ", or, if the repository has GGUF files, download one and name that"
+            raise ModelError(f"{base} has no config.json; {remedy}.")
         files = cls(folder, base, rope_scaling=rope_scaling)
         assert files.config is not None  # read now, so that a damaged file is reported before anything is loaded
         if with_weights and not files.weight_files:
@@ -241,16 +245,33 @@ def _find_gguf(base: str) -> Path | None:
     """Return the GGUF file that a base names, or the one of a folder without safetensors; None without one.
 
     Raises:
-        ModelError: A folder has several.
+        ModelError: A folder has several, the file does not exist, or it is a part of a model.
     """
     path = Path(base).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise ModelError(f"The GGUF file {base} does not exist.")
+        return _whole_gguf(path)
     found = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
-    if len(found) > 1:
+    if len(found) > 1 and not all(GGUF_PART.fullmatch(file.name) for file in found):
         names = ", ".join(file.name for file in found[:4])
         raise ModelError(f"{base} has {len(found)} GGUF files ({names}); name one of them in model.base.")
-    return found[0] if found else None
+    return _whole_gguf(found[0]) if found else None
+
+
+def _whole_gguf(path: Path) -> Path:
+    """Return a GGUF file, after checking that its name is not that of a part.
+
+    Raises:
+        ModelError: It is.
+    """
+    match = GGUF_PART.fullmatch(path.name)
+    if match is not None and int(match["count"]) > 1:
+        raise ModelError(
+            f"{path} is one of {int(match['count'])} parts; join them with llama.cpp's gguf-split --merge, and name "
+            "the result."
+        )
+    return path
 
 
 def _check_links(folder: Path) -> None:

@@ -16,7 +16,7 @@ from qlora.files.stored import DTYPES, FP8_DTYPES, StoredTensors, row_blocks
 
 # Endings of the scale of a weight, after the weight's name; Mistral's own files end in the last one.
 SCALE_ENDINGS = ("_scale_inv", "_scale")
-ACTIVATION_ENDINGS = ("activation_scale", "input_scale", "input_scale_ub", "qscale_act", "k_scale", "v_scale")
+ACTIVATION_ENDINGS = (".activation_scale", ".input_scale", ".input_scale_ub", ".qscale_act", ".k_scale", ".v_scale")
 DEFAULT_BLOCK = (128, 128)
 
 

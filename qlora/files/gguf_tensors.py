@@ -76,9 +76,12 @@ class GGUFTensors:
             ExportError: The file ends before the tensor does.
         """
         sources = self._sources[name]
-        order = self._order(sources[0]) if len(sources) == 1 else None
-        if order is not None:
-            return self._decode(sources[0], order[rows])
+        orders = [self._order(source) for source in sources]
+        ordered = [order for order in orders if order is not None]
+        if len(ordered) == len(sources):
+            decoded = [self._decode(source, order[rows]) for source, order in zip(sources, ordered, strict=True)]
+            whole = decoded[0] if len(decoded) == 1 else torch.cat([part.to(self.dtype(name)) for part in decoded], 1)
+            return whole.view(len(whole), *self._shapes[name][1:])
         parts = [self._restore(source, self._decode(source).float().numpy()) for source in sources]
         whole = torch.from_numpy(np.concatenate(parts, axis=1) if len(parts) > 1 else np.ascontiguousarray(parts[0]))
         return whole.view(self._shapes[name])[rows].to(self.dtype(name))
@@ -91,18 +94,26 @@ class GGUFTensors:
     def _order(self, source: str) -> np.ndarray | None:
         """Return the row of the file that is each row in transformers; None if more than their order differs."""
         if source not in self._orders:
-            shape = self._places[source].shape
-            order = np.arange(shape[0], dtype=np.int64) if len(shape) == 2 else None
-            if order is not None:
-                try:
-                    # Two columns, so that neither a transposed nor a shifted tensor looks like one in another order.
-                    tried = self._restore(source, np.stack([order, order], axis=1).astype(np.float64))
-                    is_order = tried.shape == (shape[0], 2) and np.array_equal(np.sort(tried[:, 0]), order)
-                    order = tried[:, 0].astype(np.int64) if is_order else None
-                except (ValueError, TypeError):  # it needs the tensor's own columns
-                    order = None
-            self._orders[source] = order
+            self._orders[source] = self._find_order(source)
         return self._orders[source]
+
+    def _find_order(self, source: str) -> np.ndarray | None:
+        num_rows, *widths = self._places[source].shape or (1,)
+        if not widths:
+            return None
+        # A few columns of different sizes, each with its number, so that a transposed, shifted or otherwise changed
+        # tensor does not look like one in another order.
+        columns = np.arange(prod(range(2, 2 + len(widths)))).reshape(range(2, 2 + len(widths))) / 2**10
+        rows = np.arange(num_rows, dtype=np.float64).reshape(-1, *(1 for _ in widths))
+        try:
+            tried = self._restore(source, rows + columns)
+        except (ValueError, TypeError):  # it needs the tensor's own columns
+            return None
+        if tried.shape != (num_rows, *columns.shape):
+            return None
+        order = tried.reshape(num_rows, -1)[:, 0].astype(np.int64)
+        is_order = np.array_equal(tried, rows[order % num_rows] + columns) and np.array_equal(np.sort(order), rows.flat)
+        return order if is_order else None
 
     def _decode(self, source: str, rows: np.ndarray | None = None) -> torch.Tensor:
         """Return a tensor in the file's layout, or rows of it in the order given."""

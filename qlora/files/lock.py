@@ -47,6 +47,21 @@ def hold_lock(path: Path) -> Iterator[str | None]:
                 folder.rmdir()
 
 
+@contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Context that holds a lock file, after waiting for another process that holds it; the file stays.
+
+    Where the file system has no locks, nothing is held.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    with path.open("a") as file:
+        with suppress(OSError):
+            lock_descriptor(file.fileno(), blocking=True)
+        yield
+
+
 def _claim(path: Path) -> tuple[TextIO, str | None]:
     while True:
         file, warning = path.open("a+", encoding="utf-8"), None

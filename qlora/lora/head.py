@@ -42,6 +42,25 @@ class ScoreHead:
         if self.num_labels < 1 or len(self.labels) not in (0, self.num_labels):
             raise ValueError(f"{self.num_labels} scores and {len(self.labels)} labels")
 
+    @property
+    def auto_class(self) -> str:
+        """Name of the class of transformers that loads a model with such a head."""
+        return f"AutoModel{SCORER_CLASSES[self.of_images]}"
+
+    @property
+    def pipeline(self) -> str:
+        """The hub's name of what such a model is for."""
+        return "image-classification" if self.of_images else "text-classification"
+
+    @property
+    def documents(self) -> str:
+        """What is scored, in the plural."""
+        return "images" if self.of_images else "texts"
+
+    def pad_id(self, tokenizer: Any) -> int | None:
+        """Return the token that texts are padded with, of a base's tokenizer; None for images, which need none."""
+        return None if self.of_images else tokenizer.pad_token_id
+
     def scores_the_same(self, other: "ScoreHead") -> bool:
         """Return whether two heads have as many scores, by the same names where both have names."""
         is_named = bool(self.labels and other.labels)

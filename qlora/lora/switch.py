@@ -48,8 +48,14 @@ def adapters_at_start(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A model with adapters whose initial values are kept.
+
+    Raises:
+        ModelError: A bias is trained, whose initial value is not kept.
     """
-    with _set(_parts(model), "is_at_start"):
+    parts = _parts(model)
+    if any(isinstance(part, EmbeddingRows) and part.bias is not None for part in parts):
+        raise ModelError("The model can't be set back to its start: its head has a trained bias, which is not kept.")
+    with _set(parts, "is_at_start"):
         yield
 
 

@@ -14,7 +14,6 @@ from qlora.config import RunConfig
 from qlora.data import add_new_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.files.rope import num_positions
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
 from qlora.lora.mixture import ExpertStack, expert_stacks
@@ -29,6 +28,7 @@ from qlora.model import (
     build_skeleton,
     expert_specs,
     load_tokenizer,
+    positions_of,
     read_config,
     unpackable_reason,
     weight_format,
@@ -154,8 +154,7 @@ def take_footprint(
         rows_attend=model.config._attn_implementation == "eager",
         unpacked_why=unpacked_why,
         vocabulary=None if loss.head else sum(map(len, head_blocks(output_head(model)))),
-        positions=num_positions(files.config)
-        or getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        positions=positions_of(files, model.config),
     )
 
 

@@ -39,7 +39,7 @@ from qlora.model.restore import (
     load_run,
     load_run_tokenizer,
 )
-from qlora.model.skeleton import build_skeleton, read_config
+from qlora.model.skeleton import build_skeleton, positions_of, read_config
 from qlora.model.source import AdapterSource, open_source
 from qlora.model.starts import Starts, has_codes, load_started_base, starts_of, subtracted
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
@@ -97,6 +97,7 @@ __all__ = [
     "optimizer_from_section",
     "resolve_compute_dtype",
     "predict",
+    "positions_of",
     "read_config",
     "read_labels",
     "resolve_device",

@@ -9,6 +9,7 @@ import torch
 
 from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
+from qlora.layers import use_document_rotary
 from qlora.layers.experts import use_nf4_experts
 from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
@@ -53,7 +54,8 @@ def load_base(
     multimodal model, only the text part is built and read.
 
     Args:
-        base: A folder, or a model id on the hub. A checkpoint in bitsandbytes 4-bit keeps its codes.
+        base: A folder, a GGUF file, or a model id on the hub. A checkpoint in bitsandbytes 4-bit keeps its codes;
+            weights in FP8, MXFP4 and GGUF are decoded as they are read.
         quantization: `nf4` or `none`.
         double_quant: Quantize the blocks' statistics too.
         compute_dtype: `bfloat16` (or `bf16`), `float16`, `float32`, or `auto`: see :func:`resolve_compute_dtype`.
@@ -121,6 +123,7 @@ def load_base(
             )
             experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
             _take_over_linears(model)
+            use_document_rotary(model)
             if quantization == "nf4":
                 use_nf4_experts(model, experts, double_quant)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:

@@ -7,7 +7,7 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.base_files import unsupported_format
 from qlora.files.fp8 import ACTIVATION_ENDINGS, DEFAULT_BLOCK, fp8_tensors
-from qlora.files.mxfp4 import mxfp4_tensors
+from qlora.files.mxfp4 import BLOCKS, mxfp4_tensors
 from qlora.files.stored import DTYPES, FP8_DTYPES, StoredTensors, TensorReader
 from qlora.model.gguf_names import open_gguf
 from qlora.nf4 import QUANT_STATE
@@ -50,7 +50,6 @@ ENDINGS = {
     ".SCB": "bitsandbytes 8-bit",
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
-    "_proj_blocks": MXFP4,
 }
 
 
@@ -121,4 +120,6 @@ def _format_of_tensor(name: str, dtype: str) -> str:
         return BITSANDBYTES_4BIT
     if dtype not in DTYPES:
         return FP8 if dtype in FP8_DTYPES else dtype
+    if name.endswith(BLOCKS) and dtype == "U8":
+        return MXFP4
     return next((stored_in for ending, stored_in in ENDINGS.items() if name.endswith(ending)), PLAIN)

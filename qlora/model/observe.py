@@ -10,8 +10,9 @@ from qlora.errors import ModelError
 from qlora.lora import InputObserver, InputStatistics, input_embedding, text_model
 from qlora.model.loss import model_inputs
 
-# Tokens that statistics of inputs are taken from: enough for a few hundred directions, and a second's work on a GPU.
-CALIBRATION_TOKENS = 16_384
+# Rows of a layer's inputs that statistics are taken from: enough for a few hundred directions, and a second's work on
+# a GPU. They are tokens, or patches of images.
+CALIBRATION_ROWS = 16_384
 
 
 def observe(
@@ -23,7 +24,8 @@ def observe(
         model: A causal language model, in evaluation mode.
         names: Names of linear layers.
         key: Key of the config that asks for it, for errors.
-        examples: Documents; up to `CALIBRATION_TOKENS` tokens of them are read.
+        examples: Documents; they are read until half of the layers have seen `CALIBRATION_ROWS` rows: later stages of a
+            model of images see fewer than the first, and a pooler one of each image.
         directions: See :class:`InputStatistics`.
 
     Raises:
@@ -34,15 +36,14 @@ def observe(
     # New tokens, whose rows are added with the adapters, count as the base's last one.
     embedding = input_embedding(model)
     last = None if embedding is None else embedding.num_embeddings - 1
-    left = CALIBRATION_TOKENS
     with InputObserver(model, names, directions) as observer, torch.no_grad():
         for example in examples:
             batch = collate([example]).to(model.device)
             if last is not None:
                 batch.input_ids.clamp_(max=last)
             text_model(model)(**model_inputs(model, batch))
-            left -= len(example)
-            if left <= 0:
+            seen = [own.count for own in observer.statistics.values()]
+            if seen and torch.stack(seen).median() >= CALIBRATION_ROWS:
                 break
     if unused := [name for name in names if name not in observer.statistics]:
         raise ModelError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora.data import Batch, TokenizedExample, collate, to_device
+from qlora.data import Batch, ImageProcessor, TokenizedExample, collate, to_device
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead, head_blocks, output_head, reads_images, score_name, stored_head, text_model
@@ -141,6 +141,32 @@ def last_tokens(batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
+def check_image_size(files: BaseFiles, skeleton: Any, processor: ImageProcessor) -> None:
+    """Check that a model of images takes the size that its image processor gives, without weights.
+
+    Args:
+        files: Files of the base.
+        skeleton: The model, on the meta device.
+        processor: Its image processor.
+
+    Raises:
+        ModelError: It takes another size, and does not interpolate the positions of its patches.
+    """
+    given, taken = processor.shape[1:], getattr(skeleton.config, "image_size", None)
+    taken = (taken, taken) if isinstance(taken, int) else tuple(taken or given)
+    if given == taken:
+        return
+    try:
+        skeleton(pixel_values=torch.empty((1, *processor.shape), dtype=skeleton.dtype, device="meta"))
+    except (ValueError, RuntimeError):
+        (height, width), size = taken, str(taken[0]) if taken[0] == taken[1] else f"{taken[0]} × {taken[1]}"
+        raise ModelError(
+            f"{processor.file} gives {given[0]} × {given[1]} pixels, but {files.name} takes {height} × {width}; set "
+            f"its size to {size}."
+        ) from None
+
+
+@torch.no_grad()
 def check_scores(model: Any, example: TokenizedExample) -> None:
     """Check the scores of a document against those that the model's own class computes.
 
@@ -169,10 +195,14 @@ def check_scores(model: Any, example: TokenizedExample) -> None:
             f"activations do not fit {model.dtype}; set model.compute_dtype to bfloat16 or float32."
         )
     if own.shape != scores.shape or not (own - scores).norm() <= TOLERANCE * own.norm():
+        where = (
+            "computes the scores of an image from more than what its head is given first"
+            if reads_images(model)
+            else "reads the scores of a document elsewhere than at its last token"
+        )
         raise ModelError(
-            f"{type(model).__name__} reads the scores of a document elsewhere than at its last token ("
-            f"{_shown(scores)} there, {_shown(own)} by its own class), so training would be wrong; use a base of "
-            "another architecture."
+            f"{type(model).__name__} {where} ({_shown(scores)} there, {_shown(own)} by its own class), so training "
+            "would be wrong; use a base of another architecture."
         )
 
 

@@ -72,7 +72,7 @@ def check_share(base: str, skeleton: Any, settings: Any) -> None:
     more = f" and {len(rest) - len(named)} more" if len(rest) > len(named) else ""
     gib = 2 * rest.total() / 2**30
     raise ModelError(
-        f"{base}: only {share:.0%} of the linear and expert weights would be in 4 bits; {', '.join(named)}{more} stay "
-        f"in 16 bits and take {gib:.2f} GiB. Use another base, or set model.allow_unquantized: true to train on this "
-        "one as it is."
+        f"{base}: only {share:.0%} of the linear and expert weights would be in 4 bits. In 16 bits: {', '.join(named)}"
+        f"{more}, {gib:.2f} GiB. Use another base, or set model.allow_unquantized: true to train with these weights in "
+        "16 bits."
     )

@@ -8,6 +8,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
+from qlora.files.rope import num_positions
 from qlora.lora import ScoreHead, output_head, reads_images
 from qlora.model.formats import weight_format
 from qlora.model.kinds import is_multimodal, multimodal_class, unsupported_kind
@@ -150,6 +151,16 @@ def _check_kind(files: BaseFiles, config: Any) -> None:
             f"{files.name} is {kind} ({config.model_type}), but only decoder-only models are supported; set model.base "
             "to one, such as Llama, Mistral, Qwen or Gemma."
         )
+
+
+def positions_of(files: BaseFiles, config: Any) -> int | None:
+    """Return the number of positions that a base supports; None if it does not say.
+
+    Args:
+        files: The base's files; only config.json is read.
+        config: What transformers makes of it, with the defaults of its class.
+    """
+    return num_positions(files.config) or getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _unbuildable(files: BaseFiles, error: Exception, trust_remote_code: bool) -> ModelError:

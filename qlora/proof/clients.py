@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class Verdict:
         return verdict + "".join(f" ({need})" for need in self.needs)
 
 
-def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> dict[str, Verdict]:
+def check_clients(
+    adapter: Path, base: Any, is_for_published: bool = True, rope_scaling: Mapping[str, Any] | None = None
+) -> dict[str, Verdict]:
     """Check an adapter's folder by the rules of the tools that load adapters, without running them.
 
     Rules: peft/tuners/lora; vllm/lora/peft_helper.py; convert_lora_to_gguf.py and src/llama-adapter.h of llama.cpp.
@@ -62,6 +65,7 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
         adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: Skeleton of the base that the adapter is for.
         is_for_published: Whether the adapter is for the base as published, rather than one quantized for it.
+        rope_scaling: Extension of the base's context in training: `type` and `factor`.
 
     Returns:
         A verdict for each of `peft`, `vllm` and `llama.cpp`.
@@ -84,6 +88,12 @@ def check_clients(adapter: Path, base: Any, is_for_published: bool = True) -> di
     }
     problems += _misfits(config, full_header, experts, base)
     _check_experts(verdicts, config, ranks, experts, problems, base)
+    if rope_scaling is not None:
+        for verdict in verdicts.values():
+            verdict.needs.append(
+                f"the base's config extended by model.rope_scaling (type {rope_scaling['type']}, factor "
+                f"{rope_scaling['factor']:g}), which the adapter does not hold; merge, or pass it to the client"
+            )
     if not is_for_published:
         for verdict in verdicts.values():
             verdict.refuse(

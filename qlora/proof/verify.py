@@ -163,7 +163,12 @@ def verify(
         problems=problems,
         onto=None if merged is None else merged.onto,
         base_differs=base_differs,
-        clients=check_clients(source.folder, skeleton, not any(start.subtracted for start in source.starts().values())),
+        clients=check_clients(
+            source.folder,
+            skeleton,
+            not any(start.subtracted for start in source.starts().values()),
+            source.base_files().rope_scaling,
+        ),
         notes=_notes(source, problems, found),
         **found,
     )
@@ -272,8 +277,7 @@ def _compare_folder(
     problems += check_head(skeleton, base, merged_skeleton, written)
     tokenizer = load_adapter_tokenizer(source)
     if source.head is not None:
-        pad_id = None if source.head.of_images else tokenizer.pad_token_id
-        problems += check_scores(written, source.head, pad_id)
+        problems += check_scores(written, source.head, source.head.pad_id(tokenizer))
     problems += check_tokenizer(base, written, tokenizer, source)
     found = {"tensors_checked": tensors.checked, "max_weight_difference": tensors.max_difference}
     return found | _compare_predictions(source, written, merged, device, problems)

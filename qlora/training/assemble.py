@@ -10,7 +10,6 @@ from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, Tra
 from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
-from qlora.files.rope import num_positions
 from qlora.layers import rebuild_activations
 from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
@@ -29,6 +28,7 @@ from qlora.model import (
     load_for_training,
     load_processor,
     optimizer_from_section,
+    positions_of,
     read_config,
     set_tokens,
     starts_of,
@@ -39,7 +39,7 @@ from qlora.model import (
 from qlora.model.isolation import check_causal
 from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
-from qlora.model.score import check_scores, last_scores
+from qlora.model.score import check_image_size, check_scores, last_scores
 from qlora.nf4 import dequantize_path
 from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
 from qlora.optim import FlatOptimizer
@@ -170,6 +170,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         # The data before the weights, so that errors in them are reported before tens of gigabytes are loaded; and what
         # config.json tells before the data.
         skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
+        if reads_images(skeleton):
+            check_image_size(files, skeleton, tokenizer)
         check_base(model_section, files, skeleton, processes.device)
         if run is not None and run.record.is_file():
             check_experts_as_trained(run, skeleton)
@@ -426,9 +428,7 @@ def _check_fit(skeleton: Any, files: BaseFiles, num_embeddings: int, examples: S
             f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
             "or tokens were added without rows for them; name those to add in data.new_tokens."
         )
-    positions = num_positions(files.config) or getattr(
-        skeleton.config.get_text_config(), "max_position_embeddings", None
-    )
+    positions = positions_of(files, skeleton.config)
     longest = max(int(store.lengths.max()) for store in stores)
     if positions and longest > positions:
         raise DataError(

@@ -17,7 +17,8 @@ FREE_KEYS = {
     "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.best_mode",
     "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
     "eval.metrics", "eval.rows", "eval.max_new_tokens",
-    "model.recompute", "model.weight_cache", "export.dtype", "export.onto", "export.max_shard_size",
+    "model.recompute", "model.weight_cache", "model.allow_unquantized",
+    "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
 SCHEDULE_KEYS = {

@@ -24,13 +24,14 @@ from qlora.data import (
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError, ModelError
 from qlora.files import BaseFiles, find_tokenizer
-from qlora.files.json_files import parse_object
-from qlora.files.rope import num_positions
 from qlora.model import (
+    base_files,
     build_skeleton,
     datasets_from_section,
     labels_from_config,
     load_processor,
+    positions_of,
+    read_config,
     set_tokens,
     unpackable_reason,
 )
@@ -156,7 +157,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     if num_bad and config.data.on_bad_row == "error":
         problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
     lengths = datasets.train.lengths
-    positions, longest = _num_positions(folder, model), int(lengths.max())
+    positions, longest = _num_positions(model), int(lengths.max())
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     unpacked_why = _unpacked_why(config, folder)
@@ -216,15 +217,13 @@ def _unpacked_why(config: RunConfig, folder: Path) -> str | None:
         return None
 
 
-def _num_positions(folder: Path, section: ModelSection) -> int | None:
-    """Return the number of positions of a base; None if its config does not say."""
+def _num_positions(section: ModelSection) -> int | None:
+    """Return the number of positions of a base; None if its config does not say, or can't be read."""
     try:
-        positions = num_positions(parse_object((folder / "config.json").read_bytes()))
-    except (OSError, ValueError, AttributeError):
+        files = base_files(section, with_weights=False)
+        return positions_of(files, read_config(files, section.trust_remote_code))
+    except ModelError:  # a preview is about the data; training says what is wrong with the base
         return None
-    if positions is None or section.rope_scaling is None:
-        return positions
-    return int(positions * section.rope_scaling.factor)
 
 
 def _samples(tokenizer: Any, examples: ExampleSet, count: int, labels: Labels | None) -> list[Sample]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
-from qlora.data import EncodeOptions, Labels, Source, build_datasets, collate, find_labels
-from qlora.data.images import PIXELS, ImageEncoder, ImageProcessor, normalize, open_image
+from qlora.data import EncodeOptions, Labels, Source, build_datasets, collate, find_labels, make_example
+from qlora.data.images import PIXELS, ImageEncoder, ImageProcessor, as_data_uri, normalize, open_image
 from qlora.errors import DataError, ModelError
 from qlora.model.processor import load_image_processor
 from qlora.training.given import as_config
@@ -187,8 +188,11 @@ def test_a_changed_image_or_processor_is_read_again(images, processor, tmp_path)
     Image.new("RGB", (5, 5), (1, 2, 3)).save(path)
     os.utime(path, (1, 1))
     two = build(processor, source, tmp_path=tmp_path).reports[0].digest
+    Image.new("RGB", (5, 5), (4, 5, 6)).save(path)  # of the same size
+    os.utime(path, (1, 1))
+    three = build(processor, source, tmp_path=tmp_path).reports[0].digest
     other = processor_of(tmp_path / "other", ViTImageProcessor(**SIZES, resample=0))
-    assert len({one, two, build(other, source, tmp_path=tmp_path).reports[0].digest}) == 3
+    assert len({one, two, three, build(other, source, tmp_path=tmp_path).reports[0].digest}) == 4
 
 
 def test_bad_images_are_bad_rows_grouped_by_cause(images, processor, tmp_path):
@@ -234,6 +238,11 @@ def test_images_are_turned_and_converted_to_rgb(tmp_path):
         assert (found.mode, found.size) == ("RGB", (4, 6))
         if mode == "RGBA":
             assert np.array_equal(found, pixels)
+
+
+def test_a_text_is_no_image_even_without_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert as_data_uri(make_example([1, 2], [0, 1])) is None
 
 
 def test_a_missing_processor_is_named(tmp_path):

@@ -43,8 +43,9 @@ def test_one_scale_is_for_the_weight_or_for_a_row_of_it(scale, tmp_path, generat
     values = torch.randn(24, 40, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(scale, generator=generator)
     others = {"a.input_scale": torch.ones(()), "a.bias": torch.randn(24, generator=generator).bfloat16()}
+    others["a.qk_scale"] = torch.ones(3)  # a parameter of the model
     reader = fp8_tensors(headers({"a.weight": values, "a.weight_scale": scales, **others}, tmp_path))
-    assert sorted(reader) == ["a.bias", "a.weight"]
+    assert sorted(reader) == ["a.bias", "a.qk_scale", "a.weight"]
     assert_read_by_rows(reader, "a.weight", values.float() * (scales[:, None] if scale == (24,) else scales))
     assert torch.equal(reader.read("a.bias"), others["a.bias"])
 

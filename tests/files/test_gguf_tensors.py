@@ -41,9 +41,29 @@ def test_rows_are_those_of_the_whole_tensor(kind, restore, tmp_path, seed):
         assert torch.equal(reader.read("wq", rows).float(), expected[rows]), rows
 
 
-@pytest.mark.parametrize("restore", [lambda name, values: values.T, lambda name, values: values - 1])
+@pytest.mark.parametrize(
+    "restore", [lambda name, values: values.T, lambda name, values: values - 1, lambda name, values: values[:, ::-1]]
+)
 def test_other_changes_of_a_tensor_are_made_to_all_of_it(restore, tmp_path, seed):
     reader, expected = open_tensor(tmp_path, "Q8_0", seed, restore)
     reader._shapes = {"wq": tuple(expected.shape)}
     assert torch.equal(reader.read("wq"), expected)
     assert torch.equal(reader.read("wq", slice(2, 5)), expected[2:5])
+
+
+def test_experts_are_read_one_by_one(monkeypatch, tmp_path, seed):
+    """Gates and up projections joined: only the experts asked for are decoded."""
+    generator = np.random.default_rng(seed)
+    gate, up = (generator.standard_normal((6, 3, 32), dtype=np.float32) for _ in range(2))
+    (tmp_path / "a.gguf").write_bytes(gate.tobytes() + up.tobytes())
+    places = {name: Place(0, gate.shape, start, gate.nbytes) for name, start in (("gate", 0), ("up", gate.nbytes))}
+    reader = GGUFTensors(
+        tmp_path / "a.gguf", places, {"both": ["gate", "up"]}, {"both": (6, 6, 32)}, lambda name, values: values
+    )
+    decoded, decode = [], reader._decode
+    monkeypatch.setattr(reader, "_decode", lambda source, rows=None: decoded.append(rows) or decode(source, rows))
+    expected = torch.from_numpy(np.concatenate([gate, up], axis=1))
+    assert torch.equal(reader.read("both"), expected)
+    decoded.clear()
+    assert torch.equal(reader.read("both", slice(2, 4)), expected[2:4])
+    assert [rows.tolist() for rows in decoded] == [[2, 3], [2, 3]]

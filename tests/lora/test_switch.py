@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import PhiConfig
+from transformers import PhiConfig, ViTConfig, ViTForImageClassification
 
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute
-from qlora.lora import adapters_off, add_lora, lora_layers, train_rows, trained_rows
+from qlora.lora import adapters_at_start, adapters_off, add_lora, lora_layers, train_rows, trained_rows
 from qlora.model import load_base, supervised_loss
 from tests.layers.test_recompute import gradients, make_model, random_batch
 from tests.lora.test_rows import BEHIND, ROWS, SPARE
 from tests.lora.test_rows import make_model as make_plain_model
+from tests.tiny_images import SMALL
 
 
 @torch.no_grad()
@@ -118,3 +119,10 @@ def test_a_reference_in_between_changes_no_gradient_at_any_level_of_recomputatio
     assert tuned.item() == loss
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or torch.equal(parameter.grad, expected[name]), name
+
+
+def test_a_trained_bias_is_not_taken_for_that_of_the_start():
+    model = ViTForImageClassification(ViTConfig(**SMALL)).requires_grad_(False)
+    train_rows(model)
+    with pytest.raises(ModelError, match="its head has a trained bias"), adapters_at_start(model):
+        pass

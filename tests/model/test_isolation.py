@@ -7,6 +7,7 @@ from transformers import Lfm2Config, Llama4TextConfig, LlamaConfig
 
 from qlora.config import load_config
 from qlora.layers.states import longest_chunk, state_layers, takes_lengths
+from qlora.memory.estimate import estimate
 from qlora.memory.probe import prepare
 from qlora.model import keep_apart, load_base, unpackable_reason
 from qlora.objectives import training_loss
@@ -74,12 +75,13 @@ def test_chunks_of_attention_are_packed_only_if_a_sequence_has_one(row, is_packe
     assert is_packed or "in chunks of 64 tokens" in reason
 
 
-def test_a_measured_run_is_packed_as_training_would(tmp_path, seed, alpaca_file):
+def test_measured_and_estimated_runs_are_packed_as_training_would(tmp_path, seed, alpaca_file):
     """The base keeps its own attention, whose chunks are shorter than a sequence."""
     base = make_base(tmp_path / "base", seed, LlamaConfig, attention_chunk_size=16)
     config = load_config(run_config(base, alpaca_file, tmp_path / "run", data__max_seq_len=64))
-    _, prepared = prepare(config, torch.device("cpu"), training_loss(config.train))
-    assert (config.data.packs, prepared.data.packs) == (True, False)
+    loss, device = training_loss(config.train), torch.device("cpu")
+    _, prepared = prepare(config, device, loss)
+    assert (config.data.packs, prepared.data.packs, estimate(config, loss, device).packing) == (True, False, False)
 
 
 def test_another_reason_for_what_is_in_use_is_no_change():

@@ -196,6 +196,20 @@ def test_every_image_below_a_folder_is_predicted_whatever_its_folders_are_called
         predict(run, empty)
 
 
+def test_a_base_that_interpolates_takes_another_size(images, tmp_path):
+    result = train(config_of(make_image_base(tmp_path / "base", "dinov2", image_size=8), images, tmp_path / "run",
+                             max_steps=1, eval_every=1))  # fmt: skip
+    assert 0 <= result.eval_metrics["accuracy"] <= 1
+
+
+def test_a_base_with_batch_norms_is_refused(images, tmp_path):
+    config = {"model_type": "mobilevit", "architectures": ["MobileViTForImageClassification"]}
+    base = make_image_base(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="has batch norms, whose statistics would change"):
+        train(config_of(base, images, tmp_path / "run"))
+
+
 def test_what_does_not_apply_to_images_is_refused_in_a_sentence(trained, vit, tiny_base, images, tmp_path):
     run, merged = trained
     with pytest.raises(ExportError, match="GGUF"):
@@ -222,7 +236,8 @@ def test_what_does_not_apply_to_images_is_refused_in_a_sentence(trained, vit, ti
         with pytest.raises(ValueError, match=message):
             RunConfig.model_validate(wrong)
     small = make_image_base(tmp_path / "small", image_size=8)
-    with pytest.raises(ModelError, match="16"):
+    message = r"preprocessor_config\.json gives 16 × 16 pixels, but .*small takes 8 × 8; set its size to 8"
+    with pytest.raises(ModelError, match=message):
         train(config_of(small, images, tmp_path / "run"))
 
 

@@ -35,6 +35,7 @@ def test_a_run_on_longer_sequences_is_released_with_its_scaling(kind, tmp_path, 
     merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
     report = verify(tmp_path / "run", tmp_path / "merged")
     assert report.matches, report.problems
+    assert all(f"model.rope_scaling (type {kind}, factor 4)" in str(each) for each in report.clients.values())
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert written["rope_parameters"]["rope_type"] == kind
     ids = torch.arange(150)[None] % 256

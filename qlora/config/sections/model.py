@@ -17,7 +17,9 @@ class RopeScalingSection(Section):
         "dynamic scales only sequences longer than the base's own context.",
         examples=["yarn"],
     )
-    factor: float = Field(gt=1, description="How many times longer sequences may be.", examples=[4.0])
+    factor: float = Field(
+        gt=1, allow_inf_nan=False, description="How many times longer sequences may be.", examples=[4.0]
+    )
 
 
 class ModelSection(Section):
