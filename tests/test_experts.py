@@ -237,6 +237,13 @@ def test_what_experts_cannot_have_is_refused_and_targets_choose_them(family, bas
 
 
 @pytest.mark.parametrize("family", ["mixtral"])
+def test_inputs_are_hidden_from_no_expert(family, base, alpaca_file, tmp_path):
+    settings = {"train__keep": {"null_space": str(alpaca_file)}}
+    with pytest.raises(ModelError, match=r"keep\.null_space .* 4 stacks of experts .*; set lora\.expert_rank: 0"):
+        train(load_config(run_config(base, alpaca_file, tmp_path / "run", **settings)))
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
 def test_an_expert_without_tokens_and_a_second_backward_are_no_error(family, base, generator):
     model = load(base)
     trained = adapted(model, generator)

@@ -1,12 +1,13 @@
 """Adapters that do not see the inputs of an older task (LoRA-Null, arXiv:2503.02659)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qlora.data import TokenizedExample
+from qlora.errors import ModelError
 from qlora.lora import InputStatistics, LayerStart, apply_starts, lora_layers
 from qlora.model.observe import observe
 from qlora.model.starts import Starts
@@ -18,6 +19,22 @@ ENERGY = 0.99
 MOST_OF_FEATURES = 0.5
 # No more than these; a quarter of the directions that statistics are kept in, which are accurate so far.
 MOST_DIRECTIONS = 64
+
+
+def check_no_experts(experts: Collection[str]) -> None:
+    """Check that inputs are hidden from every adapter; those of experts can't hide any.
+
+    Args:
+        experts: Names of the adapted stacks of experts.
+
+    Raises:
+        ModelError: There are some.
+    """
+    if experts:
+        raise ModelError(
+            f"train.keep.null_space hides inputs from adapters of linear layers only, but {len(experts)} stacks of "
+            f"experts have adapters too, such as {next(iter(experts))}; set lora.expert_rank: 0, or use train.keep.kl."
+        )
 
 
 @torch.no_grad()

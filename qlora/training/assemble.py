@@ -23,6 +23,7 @@ from qlora.model import (
     check_base,
     check_loss,
     datasets_from_section,
+    expert_specs,
     keep_apart,
     labels_from_config,
     load_for_training,
@@ -37,6 +38,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.isolation import check_causal
+from qlora.model.null_space import check_no_experts
 from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_image_size, check_scores, last_scores
@@ -204,6 +206,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         # Before anything is loaded, names that match nothing are reported.
         adapter_specs(with_linears(skeleton), config.lora)
         train_rows(skeleton, config.lora.modules_to_save)
+        if section.keep is not None and section.keep.null_space is not None:
+            check_no_experts(expert_specs(skeleton, config.lora))
         if config.data.packs and unpacked_why is None:
             unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
             _check_packing(config.data, unpacked_why)
