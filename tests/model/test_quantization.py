@@ -103,7 +103,7 @@ def test_a_base_that_stays_in_16_bits_is_refused_before_data_and_weights_are_rea
     for call in calls.values():
         with pytest.raises(ModelError) as caught:
             call()
-        assert "gate_proj, up_proj, down_proj stay in 16 bits" in str(caught.value)
+        assert "In 16 bits: gate_proj, up_proj, down_proj, " in str(caught.value)
 
 
 def test_a_base_that_is_mostly_embedding_is_accepted(tmp_path, seed):
