@@ -75,6 +75,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "glm4v_text": {"rope_parameters": ROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 32},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
