@@ -86,7 +86,7 @@ def _build_image_scorer(files: BaseFiles, config: Any, head: ScoreHead) -> Any:
     kind = kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT has others with a teacher's head
     config.update(head.config() | {"architectures": [kind.__name__]})
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     layer = output_head(model)
     is_linear = isinstance(layer, torch.nn.Linear) and layer.out_features == head.num_labels
     if not is_linear or not reads_images(model):
