@@ -102,6 +102,9 @@ def take_footprint(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.itemsize == 2:  # those in fp32, as rotary frequencies, stay so
+            buffer.data = buffer.data.to(dtype)
     model.requires_grad_(False)
     quantized = _quantized(config, files, model, dtype)
     specs = adapter_specs(model, config.lora)
