@@ -28,7 +28,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Return the images at any depth below a folder, in order, whatever their folders are called.
+    """Return the images at any depth below a folder, in order; names of folders have no meaning here.
 
     Raises:
         DataError: There are none.
@@ -83,7 +83,7 @@ def find_images(
 
 
 def num_labels(folder: Path, files: Collection[Path], splits: Mapping[str, tuple[str, ...]]) -> int:
-    """Return how many folders for labels a folder seems to have, whatever its splits.
+    """Return the number of label folders in a folder, counted over all splits.
 
     Args:
         folder: The folder.

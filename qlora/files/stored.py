@@ -21,7 +21,7 @@ BLOCK_NUMEL = 1 << 17
 
 
 class TensorReader(Protocol):
-    """Tensors by name, of which single rows can be read; in whatever way they are stored."""
+    """Tensors by name that can be read by rows, independent of their storage format."""
 
     def __iter__(self) -> Iterator[str]: ...
 

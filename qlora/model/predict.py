@@ -73,7 +73,7 @@ def predict(
     Args:
         model: A run, one of its checkpoints, or a folder that it was merged into.
         data: A file of any type that training reads, or texts, or rows as dicts; of images also paths, or a folder,
-            of which all images at any depth are read, whatever their folders are called.
+            whose images are all read, at any depth; names of folders have no meaning here.
         output: A new JSONL file with a line for each row, in their order: `row`, `id`, `label` and `probabilities`. It
             is written whole, or not at all.
         text: Name of the column with the text or image; default: that of the run's config, or `text` or `image`.

@@ -1,7 +1,7 @@
 """Check architectures of transformers with tiny random models, and write their rows in docs/support.md.
 
     python -m scripts.dev.support                 # all; takes an hour on one core
-    python -m scripts.dev.support llama qwen3     # these rows anew
+    python -m scripts.dev.support llama qwen3     # only these rows
 
 With peft installed. The tokenizer is that of `QLORA_REALDATA`, or of `--tokenizer`.
 """
