@@ -26,6 +26,7 @@ from qlora.model import (
     adapter_spec,
     adapter_specs,
     build_skeleton,
+    check_base,
     expert_specs,
     load_tokenizer,
     positions_of,
@@ -34,8 +35,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.null_space import MOST_DIRECTIONS
-from qlora.model.quantization import quantized_names, settings_of_base
-from qlora.model.shares import check_share
+from qlora.model.quantization import quantized_names
 from qlora.model.skeleton import of_images
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
@@ -106,7 +106,9 @@ def take_footprint(
         if buffer.is_floating_point() and buffer.itemsize == 2:  # those in fp32, as rotary frequencies, stay so
             buffer.data = buffer.data.to(dtype)
     model.requires_grad_(False)
-    quantized = _quantized(config, files, model, dtype)
+    settings = check_base(config.model, files, model, dtype)
+    names = [] if settings is None else quantized_names(model, settings)
+    quantized = {name: model.get_submodule(name) for name in names}
     specs = adapter_specs(model, config.lora)
     adapted = {name: model.get_submodule(name) for name in specs}
     experts = {} if quantization is None else expert_stacks(model)
@@ -183,20 +185,6 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
     if weight_format(files, config.model.quantization) == BITSANDBYTES_4BIT:
         return bool(files.config["quantization_config"].get("bnb_4bit_use_double_quant"))
     return config.model.double_quant if config.model.quantization == "nf4" else None
-
-
-def _quantized(config: RunConfig, files: BaseFiles, model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the layers that are in 4 bits by name.
-
-    Raises:
-        ModelError: Most weights would stay in 16 bits, and the config does not allow that.
-    """
-    section = config.model
-    settings = settings_of_base(files, model, section.quantization, section.double_quant, dtype, section.keep_16bit)
-    names = [] if settings is None else quantized_names(model, settings)
-    if settings is not None and not section.allow_unquantized:
-        check_share(files.name, model, settings)
-    return {name: model.get_submodule(name) for name in names}
 
 
 def nf4_bytes(numel: int, double_quant: bool) -> int:

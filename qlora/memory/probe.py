@@ -11,11 +11,10 @@ from torch.utils._pytree import tree_leaves
 from qlora.config import RunConfig
 from qlora.config.sections.train import DEFAULT_LEARNING_RATE
 from qlora.data import Batch, TokenizedExample, collate, make_example
-from qlora.files import BaseFiles
 from qlora.layers.rebuild import rebuild_activations
 from qlora.layers.recompute import apply_recompute
 from qlora.lora import input_embedding, reads_images
-from qlora.model.from_config import optimizer_from_section, set_tokens, with_images
+from qlora.model.from_config import base_files, optimizer_from_section, set_tokens, with_images
 from qlora.model.initial import load_for_training
 from qlora.model.isolation import keep_apart, unpackable_reason
 from qlora.model.loss import Loss
@@ -111,7 +110,7 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
     Raises:
         ModelError: The base can't be loaded.
     """
-    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
+    files = base_files(config.model)
     columns = with_images(loss, config.data, files.folder).columns
     examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), columns)]
     new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
@@ -155,7 +154,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     embedding = input_embedding(model)
     vocabulary = 1 if embedding is None else embedding.num_embeddings
     shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
-    files = BaseFiles.resolve(config.model.base, config.model.revision, config.model.trust_remote_code)
+    files = base_files(config.model)
     columns = with_images(loss, config.data, files.folder).columns
     documents = [made_up_document(ids, columns) for ids in torch.randint(vocabulary, shape).tolist()]
     batch = collate(documents, packed=config.data.packs)

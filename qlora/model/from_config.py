@@ -40,7 +40,6 @@ from qlora.lora import (
     wrap_linears,
 )
 from qlora.model.base import load_base
-from qlora.model.device import resolve_compute_dtype
 from qlora.model.loss import Loss
 from qlora.model.on_weight import OnWeight
 from qlora.model.processor import load_processor
@@ -59,22 +58,25 @@ def base_files(section: ModelSection, with_weights: bool = True) -> BaseFiles:
     )
 
 
-def check_base(section: ModelSection, files: BaseFiles, skeleton: Any, device: torch.device) -> None:
+def check_base(section: ModelSection, files: BaseFiles, skeleton: Any, dtype: torch.dtype) -> Any:
     """Check that a base will be in 4 bits as a config asks for, before its weights are read.
 
     Args:
         section: Model section of the config.
         files: The base's files; only config.json is read.
         skeleton: The base without weights.
-        device: Device of the run.
+        dtype: Compute dtype of the run.
+
+    Returns:
+        The settings that it will be quantized by; None for 16 bits.
 
     Raises:
         ModelError: `model.keep_16bit` is unknown or has no effect, or most weights would stay in 16 bits.
     """
-    dtype = resolve_compute_dtype(section.compute_dtype, device)
     settings = settings_of_base(files, skeleton, section.quantization, section.double_quant, dtype, section.keep_16bit)
     if settings is not None and not section.allow_unquantized:
         check_share(files.name, skeleton, settings)
+    return settings
 
 
 def base_from_section(

@@ -31,6 +31,7 @@ from qlora.model import (
     optimizer_from_section,
     positions_of,
     read_config,
+    resolve_compute_dtype,
     set_tokens,
     starts_of,
     take_inventory,
@@ -174,7 +175,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         skeleton = build_skeleton(files, model_section.trust_remote_code, objective.loss.head)
         if reads_images(skeleton):
             check_image_size(files, skeleton, tokenizer)
-        check_base(model_section, files, skeleton, processes.device)
+        dtype = resolve_compute_dtype(model_section.compute_dtype, processes.device)
+        check_base(model_section, files, skeleton, dtype)
         if run is not None and run.record.is_file():
             check_experts_as_trained(run, skeleton)
     datasets = _build_first(
