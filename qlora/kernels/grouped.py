@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from qlora.kernels.deltas import LowRank
 from qlora.kernels.dequantize import HAS_TRITON
+from qlora.kernels.scratch import scratch
 
 # Bytes of the weights that are dequantized at a time, with the kernels and in a loop: there, groups only save calls of
 # small experts, and large weights are faster one at a time.
@@ -108,6 +109,27 @@ def fold_group(
         return own.fold(weights[0], None if out is None else out[0])[None]
     A, B = (factor.index_select(0, group.index).to(weights.dtype) for factor in update.tensors)
     return torch.baddbmm(weights, B, A, alpha=update.scaling, out=out)
+
+
+def weights_of_group(
+    weights: torch.Tensor, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
+) -> torch.Tensor:
+    """Return the weights of a group for a product that starts at once, from those of all experts; read it only.
+
+    Args:
+        weights: (experts, rows, columns) of all experts of the layer; not copied if nothing is added and the group's
+            are next to each other.
+        group: The experts.
+        dtype: Dtype of the result.
+        update: Terms of all experts, of which each expert's is added to its weight.
+
+    Returns:
+        (experts of the group, rows, columns).
+    """
+    first, last = group.experts[0], group.experts[-1]
+    are_neighbours = last - first + 1 == len(group.experts)
+    own = (weights[first : last + 1] if are_neighbours else weights.index_select(0, group.index)).to(dtype)
+    return fold_group(own, update, group, None if update is None else scratch(own.shape, dtype, own.device))
 
 
 def grouped_matmul(
