@@ -232,7 +232,8 @@ def loop_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if not HAS_TRITON:
         return "Triton is not installed"
-    device = torch.empty(0, device=device).device  # with its index
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if (device, dtype) not in _reasons:
         _reasons[device, dtype] = _try_kernels(device, dtype)
     return _reasons[device, dtype]
