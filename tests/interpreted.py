@@ -47,24 +47,33 @@ def use_on_cpu(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, ModuleType
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that would launch a kernel on a GPU, and the waits of the host for it, by name.
+    """Counts the operations that would launch a kernel on a GPU.
 
     Attributes:
         counts: Number of launches by name.
-        waits: Number of reads of values.
     """
+
+    active: list["Launches"] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts, self.waits = Counter[str](), 0
+        self.counts = Counter[str]()
+
+    def __enter__(self) -> "Launches":
+        """Count from here."""
+        self.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no longer."""
+        self.active.remove(self)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation and run it."""
         name = func._schema.name.removeprefix("aten::")
         moves_nothing = func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view"))
-        if name == "_local_scalar_dense":
-            self.waits += 1
-        elif not moves_nothing:
+        if not moves_nothing:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -73,15 +82,15 @@ class Launches(TorchDispatchMode):
         """Number of launches."""
         return self.counts.total()
 
-    def counted(self, name: str) -> Any:
-        """Return what stands for a kernel: it computes nothing, and its launches are counted."""
-        mode = self
 
-        class Kernel:
-            def __getitem__(self, grid: Any) -> Any:
-                return lambda *args, **kwargs: mode.counts.update([name])
+def counted_kernel(name: str) -> Any:
+    """Return what stands for a kernel: it computes nothing, and :class:`Launches` counts it by this name."""
 
-        return Kernel()
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: Launches.active[-1].counts.update([name])
+
+    return Kernel()
 
 
 def compile_for(
