@@ -154,6 +154,7 @@ def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alp
     train(config)
     record = RunDirectory.open(tmp_path / "run").read_record()
     assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
+    assert record.in_use.experts == "loop over experts: the grouped kernels are for CUDA"
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for path in ("adapter", "checkpoints/step-000002"):
         shutil.rmtree(tmp_path / "run" / path)
