@@ -31,6 +31,7 @@ def chat(
     from qlora.data.serving import TemplateFacts
     from qlora.errors import DataError
     from qlora.model import answer
+    from qlora.model.generate import ready_to_answer
 
     model = choose_adapter(model, checkpoint)
     loaded, tokenizer = load(model, base, device)
@@ -62,7 +63,8 @@ def chat(
         messages.append({"role": "user", "content": line})
         try:
             check_prompt(tokenizer, facts, Conversation(messages))
-            text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
+            with ready_to_answer(loaded):
+                text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
         except DataError as error:  # such as a template that leaves out a system message
             _say(str(error))
             messages.pop()

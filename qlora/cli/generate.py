@@ -86,13 +86,15 @@ def generate(
     from qlora.data.examples import Conversation
     from qlora.data.prompts import check_prompt
     from qlora.data.serving import TemplateFacts
+    from qlora.model.generate import ready_to_answer
 
     loaded, tokenizer = load(model, base, device)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": str(prompt)})
     conversation = Conversation(messages)
     check_prompt(tokenizer, TemplateFacts(tokenizer), conversation)
-    answer = _answer(loaded, tokenizer, conversation, seed, settings)
+    with ready_to_answer(loaded):
+        answer = _answer(loaded, tokenizer, conversation, seed, settings)
     print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 

@@ -1,4 +1,4 @@
-"""Fast operations, each with a twin in plain torch."""
+"""Fast operations; most have a twin in plain torch."""
 
 from qlora.kernels.attention import causal_attention
 from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss

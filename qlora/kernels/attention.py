@@ -1,7 +1,7 @@
 """Causal attention on a CPU as products of blocks of queries with the keys that they see.
 
-torch's own kernel for CPUs computes products at a sixth of the rate of a matrix product. These are matrix products, in
-the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them.
+torch's own kernel for CPUs computes its products at a lower rate than matrix products reach. These are matrix products,
+in the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 BLOCK = 128
 # Documents are padded to multiples of it. For each new size oneDNN compiles code and keeps it, so lengths that are all
 # different would take seconds and gigabytes.
-MULTIPLE = 32
-# Scores that are computed at a time at most, unless those of one key head and a few queries are more.
+PAD_TO = 32
+# Number of scores that are computed at a time, unless those of one key head and a block of queries are more.
 TILE = 1 << 20
-# Queries of a block at least.
-LEAST = 16
+# Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast.
+MAX_LENGTH = 4096
 
 
 def causal_attention(
@@ -43,8 +43,15 @@ def causal_attention(
 
     Returns:
         (batch, seq, heads, width).
+
+    Raises:
+        ValueError: The lengths are not those of documents that fill a row, or the window is empty.
     """
     lengths = [query.shape[2]] if lengths is None else list(lengths)
+    if sum(lengths) != query.shape[2] or min(lengths, default=0) < 1:
+        raise ValueError(f"lengths {lengths} should be 1 or more each, and add up to {query.shape[2]} tokens")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} should be 1 or more")
     scale = query.shape[3] ** -0.5 if scale is None else scale
     attended: torch.Tensor = _forward(query, key, value, lengths, scale, window)
     return attended
@@ -86,9 +93,9 @@ def _backward(
         for tile in _tiles(q, window):
             weights, rows = tile.weights(q, k), tile.take(grad)
             tile.seen(sum_v).add_(weights.mT @ rows)
-            slopes = torch._softmax_backward_data(rows @ tile.seen(v).mT, weights, -1, q.dtype)
-            grad_q[tile.heads, :, tile.queries] = tile.split(slopes @ tile.seen(scaled))
-            tile.seen(sum_k).add_(slopes.mT @ tile.take(q))
+            grad_scores = torch._softmax_backward_data(rows @ tile.seen(v).mT, weights, -1, q.dtype)
+            grad_q[tile.heads, :, tile.queries] = tile.split(grad_scores @ tile.seen(scaled))
+            tile.seen(sum_k).add_(grad_scores.mT @ tile.take(q))
         for computed, result in zip((grad_q, sum_k.unsqueeze(1), sum_v.unsqueeze(1)), grads, strict=True):
             _write(computed, own(result))
     return grads[0], grads[1], grads[2]
@@ -134,36 +141,36 @@ class _Tile:
     window: int | None
 
     def take(self, queries: torch.Tensor) -> torch.Tensor:
-        """(key heads, groups, length, width) -> (key heads, groups · queries, width)."""
+        """Return the tile's rows of (key heads, groups, length, width), as (key heads, groups · queries, width)."""
         return queries[self.heads, :, self.queries].flatten(1, 2)
 
     def seen(self, keys: torch.Tensor) -> torch.Tensor:
-        """(key heads, length, width) -> (key heads, keys, width)."""
+        """Return the tile's keys of (key heads, length, width), as (key heads, keys, width)."""
         return keys[self.heads, self.keys]
 
     def split(self, queries: torch.Tensor) -> torch.Tensor:
-        """(key heads, groups · queries, width) -> (key heads, groups, queries, width)."""
+        """Return (key heads, groups · queries, width) as (key heads, groups, queries, width), a view."""
         return queries.unflatten(1, (-1, self.queries.stop - self.queries.start))
 
     def weights(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Return the softmax of the scores, (key heads, groups · queries, keys)."""
         scores = self.take(q) @ self.seen(k).mT
         first, stop, start = self.queries.start, self.queries.stop, self.keys.start
-        shown = self.split(scores)
-        later = torch.ones(stop - first, stop - first, dtype=torch.bool, device=q.device).triu_(1)
-        shown[..., first - start :].masked_fill_(later, -torch.inf)
-        if self.window is not None and start < (hidden := stop - self.window):
-            last = torch.arange(first, stop, device=q.device)[:, None] - self.window
-            shown[..., : hidden - start].masked_fill_(torch.arange(start, hidden, device=q.device) <= last, -torch.inf)
+        by_query = self.split(scores)
+        is_later = torch.ones(stop - first, stop - first, dtype=torch.bool, device=q.device).triu_(1)
+        by_query[..., first - start :].masked_fill_(is_later, -torch.inf)
+        if self.window is not None and start < stop - self.window:  # the last query does not see the first keys
+            keys = torch.arange(start, stop - self.window, device=q.device)
+            is_before = keys <= torch.arange(first, stop, device=q.device)[:, None] - self.window
+            by_query[..., : len(keys)].masked_fill_(is_before, -torch.inf)
         return scores.softmax(-1)
 
 
 def _tiles(q: torch.Tensor, window: int | None) -> Iterator[_Tile]:
     """Yield the tiles of a document's queries, (key heads, groups, length, head_dim)."""
     num_heads, groups, length, _ = q.shape
-    block = min(BLOCK, max(LEAST, TILE // (groups * length)))
-    for first in range(0, length, block):
-        queries = slice(first, min(first + block, length))
+    for first in range(0, length, BLOCK):
+        queries = slice(first, min(first + BLOCK, length))
         keys = slice(0 if window is None else max(0, first + 1 - window), queries.stop)
         step = max(1, TILE // (groups * (queries.stop - first) * (keys.stop - keys.start)))
         for head in range(0, num_heads, step):
@@ -191,7 +198,7 @@ def _documents(
 
 def _padded(document: torch.Tensor) -> torch.Tensor:
     """Return a document with zeros after it, which no token of it sees."""
-    return F.pad(document, (0, 0, 0, -document.shape[-2] % MULTIPLE)).contiguous()
+    return F.pad(document, (0, 0, 0, -document.shape[-2] % PAD_TO)).contiguous()
 
 
 def _write(computed: torch.Tensor, document: torch.Tensor) -> None:

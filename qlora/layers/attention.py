@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import causal_attention
+from qlora.kernels.attention import MAX_LENGTH
 from qlora.layers.sinks import (
     attend_with_sinks,
     has_sinks,
@@ -52,7 +53,8 @@ def use_document_attention(model: Any) -> tuple[str, str | None]:
     if model.device.type == "cuda":
         kernel = "varlen_attn"
     else:
-        kernel = "products of blocks" if _takes_blocks(model, has_sinks(model)) else "a document at a time"
+        by_blocks = _takes_blocks(model, has_sinks(model))
+        kernel = f"products of blocks to {MAX_LENGTH:,} tokens" if by_blocks else "a document at a time"
     return f"{current} by documents ({kernel})", None
 
 
@@ -130,10 +132,14 @@ def document_attention(
         raise NotImplementedError(f"attention by documents has no {', '.join(asked)}; set data.packing: false")
     if attention_mask is not None and attention_mask.shape == NO_MASK:
         attention_mask = None
-    if attention_mask is None and query.shape[2] == key.shape[2] and _takes_blocks(query, s_aux is not None):
-        return causal_attention(query, key, value, document_lengths or None, scaling, sliding_window), None
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else list(document_lengths)
+    if not (query.is_cuda or lengths):
+        raise ValueError("packed documents need their lengths (document_lengths) in addition to cu_seq_lens_q")
+    is_whole = attention_mask is None and query.shape[2] == key.shape[2]
+    if is_whole and max(lengths, default=0) <= MAX_LENGTH and _takes_blocks(query, s_aux is not None):
+        return causal_attention(query, key, value, lengths, scaling, sliding_window), None
     if cu_seq_lens_q is None:
-        if attention_mask is None and query.shape[2] == key.shape[2]:
+        if is_whole:
             return _attend(query, key, value, scaling, sliding_window, s_aux).transpose(1, 2).contiguous(), None
         if s_aux is not None:
             attended = masked_with_sinks(query, key, value, s_aux, scaling, attention_mask)
@@ -149,13 +155,13 @@ def document_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _takes_blocks(computed: Any, has_sinks: bool) -> bool:
+def _takes_blocks(computed: Any, with_sinks: bool) -> bool:
     """Return whether attention of a tensor's or model's device and dtype is computed by blocks.
 
     On the meta device it is, because what is estimated there without CUDA's kernels is a step on a CPU. In fp32, blocks
     are not faster than torch's kernel.
     """
-    return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not has_sinks
+    return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not with_sinks
 
 
 def _attend(

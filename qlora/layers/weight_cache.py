@@ -7,7 +7,7 @@ from typing import Any
 from qlora.lora import lora_experts
 from qlora.nf4 import NF4Experts, NF4Linear
 
-Layer = NF4Linear | NF4Experts
+QuantizedLayer = NF4Linear | NF4Experts
 
 
 def cache_weights(model: Any, num_bytes: float) -> int:
@@ -22,13 +22,13 @@ def cache_weights(model: Any, num_bytes: float) -> int:
     """
     # On a GPU, adapted experts are made from the 4-bit codes, which are fewer bytes than a cached weight.
     uncached = {layer.base for _, layer in lora_experts(model)} if model.device.type == "cuda" else set()
-    layers = [module for module in model.modules() if isinstance(module, Layer) and module not in uncached]
-    return len(_cache(model, layers, num_bytes))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer) and module not in uncached]
+    return sum(1 for _ in _cache(model, layers, num_bytes))
 
 
 @contextmanager
-def cached_weights(model: Any, num_bytes: float) -> Iterator[None]:
-    """Keep more dequantized weights for a while: those that are not cached already, as far as they fit.
+def temporarily_cached_linears(model: Any, num_bytes: float) -> Iterator[None]:
+    """Keep the dequantized weights of as many linear layers as fit until the context ends; cached ones stay cached.
 
     Experts are left out: a few tokens go to few of them, and to dequantize all takes longer.
 
@@ -37,22 +37,21 @@ def cached_weights(model: Any, num_bytes: float) -> Iterator[None]:
         num_bytes: Number of bytes that may be taken.
     """
     linears = [module for module in model.modules() if isinstance(module, NF4Linear) and not module.is_cached]
-    cached = _cache(model, linears, num_bytes)
     try:
+        for _ in _cache(model, linears, num_bytes):
+            pass
         yield
     finally:
-        for layer in cached:
-            layer.uncache_weight()
+        for linear in linears:
+            linear.uncache_weight()
 
 
-def _cache(model: Any, layers: Sequence[Layer], num_bytes: float) -> list[Layer]:
-    cached = list[Layer]()
+def _cache(model: Any, layers: Sequence[QuantizedLayer], num_bytes: float) -> Iterator[QuantizedLayer]:
+    """Cache the weights of the layers that fit, one after the other, and yield these."""
     for layer in layers:
-        if layer.before_read is not None:  # it is not in memory all the time, because memory is short
-            continue
-        num_bytes -= layer.numel * model.dtype.itemsize
-        if num_bytes < 0:
-            break
-        layer.cache_weight(model.dtype)
-        cached.append(layer)
-    return cached
+        needed = layer.numel * model.dtype.itemsize
+        # What is not in memory all the time is placed elsewhere because memory is short.
+        if layer.before_read is None and needed <= num_bytes:
+            num_bytes -= needed
+            layer.cache_weight(model.dtype)
+            yield layer

@@ -1,7 +1,6 @@
 """The level of recomputation and the weight cache that fit into a device's memory."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,8 +61,6 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     """
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
-    if device.type == "cpu":  # shared by the processes of a machine
-        available //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = int(-processes.max(-available))
     placed = placed_weights(model)
     try:

@@ -3,7 +3,7 @@
 from qlora.model.answers import answer_all
 from qlora.model.base import load_base
 from qlora.model.base_weights import BaseWeights
-from qlora.model.device import free_host_bytes, resolve_compute_dtype, resolve_device
+from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import (
@@ -23,6 +23,7 @@ from qlora.model.from_config import (
     with_images,
 )
 from qlora.model.generate import answer, end_token_ids, generate
+from qlora.model.host_memory import free_host_bytes
 from qlora.model.initial import load_for_training
 from qlora.model.inventory import frozen_checksum, take_inventory
 from qlora.model.isolation import Isolation, choose_ways, keep_apart, mixed_reason, unpackable_reason

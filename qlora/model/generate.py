@@ -12,9 +12,9 @@ from qlora.data.examples import Conversation
 from qlora.data.prompts import check_prompt
 from qlora.data.serving import TemplateFacts
 from qlora.errors import ConfigError, ModelError
-from qlora.layers.weight_cache import cached_weights
+from qlora.layers.weight_cache import temporarily_cached_linears
 from qlora.lora import scores_documents
-from qlora.model.device import free_host_bytes
+from qlora.model.host_memory import free_host_bytes
 from qlora.model.restore import head_of, load_model
 
 # Error for a model without a head over the vocabulary.
@@ -94,7 +94,7 @@ def ready_to_answer(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with cached_weights(model, free_host_bytes() / 2 if model.device.type == "cpu" else 0):
+        with temporarily_cached_linears(model, free_host_bytes() / 2 if model.device.type == "cpu" else 0):
             yield
     finally:
         model.train(was_training)
@@ -147,7 +147,7 @@ def answer(
     """Generate the model's next turn in a conversation.
 
     Args:
-        model: A causal language model, with or without adapters.
+        model: A causal language model, with or without adapters, within :func:`ready_to_answer`.
         tokenizer: Its tokenizer, with a chat template.
         messages: The conversation so far.
         max_new_tokens: Largest number of tokens in the answer.
@@ -163,16 +163,15 @@ def answer(
     sampling: dict[str, Any] = {"do_sample": bool(temperature)}
     if temperature:
         sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
-    with ready_to_answer(model):
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_token_ids(model.generation_config, tokenizer),
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
-            **sampling,
-        )
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_token_ids(model.generation_config, tokenizer),
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=streamer,
+        **sampling,
+    )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 

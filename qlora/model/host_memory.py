@@ -1,8 +1,10 @@
-"""Keeping host memory small while a base is loaded."""
+"""The host's free memory, and keeping it free while a base is loaded."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 SMALL, LARGE = 1 << 20, 32 << 20
@@ -25,3 +27,25 @@ def returned_to_system() -> Iterator[None]:
         yield
     finally:
         mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def free_host_bytes() -> int:
+    """Return the free bytes of the host, or of the container that this runs in, for each process of a run here."""
+    return _free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _free_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: half of the memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    values = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return available
+    # Pages of files that were read are given up when memory is needed.
+    own = int(used) - int(statistics.get("inactive_file", 0))
+    return available if limit == "max" else max(0, min(available, int(limit) - own))

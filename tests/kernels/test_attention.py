@@ -2,19 +2,20 @@ import pytest
 import torch
 
 from qlora.kernels import attention, causal_attention
+from qlora.layers import attention as layer_attention
 from qlora.layers.region import recomputed
 
-# (batch, heads, kv_heads, lengths, head_dim, width, window)
+# (batch, heads, kv_heads, lengths, head_dim, width, scale, window)
 SHAPES = [
-    (1, 8, 4, [300, 7, 1, 200], 64, 64, None),
-    (2, 4, 4, [150], 16, 16, None),
-    (1, 4, 2, [300, 20], 24, 40, 50),
-    (2, 6, 2, [290], 8, 8, 200),
-    (1, 2, 1, [5, 130], 8, 8, 1),
+    (1, 8, 4, [300, 7, 1, 200], 64, 64, None, None),
+    (2, 4, 4, [150], 16, 16, 0.1, None),
+    (1, 4, 2, [300, 20], 24, 40, None, 50),
+    (2, 6, 2, [290], 8, 8, 1.0, 200),
+    (1, 2, 1, [5, 130], 8, 8, None, 1),
 ]
 
 
-def reference(query, key, value, lengths, window):
+def reference(query, key, value, lengths, window=None, scale=None):
     """Attention with all scores and a mask."""
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -23,7 +24,7 @@ def reference(query, key, value, lengths, window):
     seen = (distance >= 0) & (document[:, None] == document)
     if window is not None:
         seen &= distance < window
-    scores = (query @ key.mT) * query.shape[-1] ** -0.5
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
@@ -40,14 +41,14 @@ def draw(generator):
 
 
 @pytest.mark.parametrize("tile", [attention.TILE, 5_000], ids=["whole", "small tiles"])
-@pytest.mark.parametrize(("batch", "heads", "kv_heads", "lengths", "head_dim", "width", "window"), SHAPES)
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "lengths", "head_dim", "width", "scale", "window"), SHAPES)
 def test_outputs_and_gradients_are_those_of_the_formula(
-    batch, heads, kv_heads, lengths, head_dim, width, window, tile, draw, monkeypatch
+    batch, heads, kv_heads, lengths, head_dim, width, scale, window, tile, draw, monkeypatch
 ):
     monkeypatch.setattr(attention, "TILE", tile)
     inputs, grad = draw(batch, heads, kv_heads, lengths, head_dim, width)
-    found = causal_attention(*inputs, lengths, window=window)
-    expected = reference(*inputs, lengths, window)
+    found = causal_attention(*inputs, lengths, scale, window)
+    expected = reference(*inputs, lengths, window, scale)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     found, expected = (torch.autograd.grad(output, inputs, grad) for output in (found, expected))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -56,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
 def test_in_bf16_it_is_as_close_to_the_formula_as_its_roundings(draw):
     inputs, grad = draw(1, 8, 4, [300, 40], 64, 64, dtype=torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    found, expected = causal_attention(*inputs, [300, 40]), reference(*exact, [300, 40], None)
+    found, expected = causal_attention(*inputs, [300, 40]), reference(*exact, [300, 40])
     pairs = [(found, expected)]
     pairs += zip(
         torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
@@ -91,7 +92,7 @@ def test_the_meta_device_gives_the_same_shapes_and_strides(draw):
 
 def test_its_output_can_be_kept_in_a_recomputation(draw, monkeypatch):
     inputs, grad = draw(1, 2, 2, [20], 8, 8)
-    expected = torch.autograd.grad(reference(*inputs, [20], None).sin(), inputs, grad)
+    expected = torch.autograd.grad(reference(*inputs, [20]).sin(), inputs, grad)
     calls = []
     weights = attention._Tile.weights
     monkeypatch.setattr(attention._Tile, "weights", lambda *given: calls.append(1) or weights(*given))
@@ -100,3 +101,43 @@ def test_its_output_can_be_kept_in_a_recomputation(draw, monkeypatch):
         output = recomputed(lambda *given: causal_attention(*given).sin(), *inputs, keep_attention=keep)
         torch.testing.assert_close(torch.autograd.grad(output, inputs, grad), expected, rtol=0, atol=1e-12)
         assert len(calls) == passes
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_layers_of_packed_documents_use_it_in_bf16(window, draw, monkeypatch):
+    lengths = [70, 1, 40]
+    inputs, grad = draw(1, 4, 2, lengths, 16, 16, dtype=torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    calls = []
+    monkeypatch.setattr(layer_attention, "causal_attention", lambda *given: calls.append(1) or causal_attention(*given))
+    starts = torch.tensor([0, 70, 71, 111], dtype=torch.int32)
+    found, _ = layer_attention.document_attention(
+        None, *inputs, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=starts, max_length_q=70,
+        document_lengths=lengths,
+    )  # fmt: skip
+    assert calls
+    expected = reference(*exact, lengths, window, 0.3)
+    assert (found.double() - expected).norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    grads = torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
+    for one, other in zip(*grads, strict=True):
+        assert (one.double() - other).norm() < 2 * torch.finfo(torch.bfloat16).eps * other.norm()
+    with pytest.raises(ValueError, match="document_lengths"):
+        layer_attention.document_attention(None, *inputs, None, cu_seq_lens_q=starts)
+
+
+def test_longer_documents_are_left_to_torch(draw, monkeypatch):
+    monkeypatch.setattr(layer_attention, "MAX_LENGTH", 50)
+    monkeypatch.setattr(layer_attention, "causal_attention", None)
+    inputs, _ = draw(1, 2, 2, [51], 8, 8, dtype=torch.bfloat16)
+    found, _ = layer_attention.document_attention(None, *inputs, None)
+    expected = reference(*(tensor.double() for tensor in inputs), [51])
+    assert (found.double() - expected).norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "message"), [([4], None, "10 tokens"), ([0, 10], None, "1 or more"), ([10], 0, "window 0")]
+)
+def test_lengths_that_do_not_fill_a_row_are_refused(lengths, window, message, draw):
+    inputs, _ = draw(1, 2, 2, [10], 8, 8)
+    with pytest.raises(ValueError, match=message):
+        causal_attention(*inputs, lengths, window=window)

@@ -23,8 +23,8 @@ from scripts.dev.bench.common import SHAPES, TOKENIZER, append, heading, make_ba
 TITLE = """# Generation on a CPU
 
 `python -m scripts.dev.bench.generation`: one prompt of 32 tokens, greedy, rank 16 on all linear layers; CPU
-milliseconds per token, in the order A B B A. qlora caches dequantized weights while it answers, as far as half of the
-free memory holds them.
+milliseconds per token, in the order A B B A. qlora is measured with all weights cached, which it does while it answers
+as far as half of the free memory holds them, and without.
 """
 RANK, PROMPT, TOKENS = 16, 32, 48
 
@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    title = f"{shape_name(arguments.shape)}, {arguments.threads} threads"
+    title = f"{shape_name(arguments.shape)}, {arguments.threads} thread{'s' * (arguments.threads > 1)}"
     lines = [
         *heading(title, "torch", "transformers", "peft", "bitsandbytes"),
-        "| side | ms per token (two runs) | PEFT's time ÷ its |",
+        "| side | ms per token (two runs) | PEFT's time ÷ this side's |",
         "|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
