@@ -32,6 +32,8 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.releases = self.path / "releases.jsonl"
+        self.page = self.path / "report.html"
         self.starts = self.path / "starts.safetensors"
         self.labels = self.path / "labels.json"
         self.final_adapter = self.adapter = self.path / "adapter"

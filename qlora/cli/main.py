@@ -19,6 +19,7 @@ from qlora.cli.merge import merge
 from qlora.cli.predict import predict
 from qlora.cli.preview import preview
 from qlora.cli.quantize import quantize
+from qlora.cli.run_report import report
 from qlora.cli.stopping import Terminated, raising_on_sigterm
 from qlora.cli.train import train
 from qlora.cli.tune import tune
@@ -58,6 +59,7 @@ app.command("preview")(preview)
 app.command("estimate")(estimate)
 app.command("tune")(tune)
 app.command("train")(train)
+app.command("report")(report)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)

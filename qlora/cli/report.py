@@ -37,7 +37,7 @@ LABELS = {
     "tensors_checked": "tensors compared",
     "top1_agreement": "same most likely token",
 }
-SIZES = ("memory", "available", "estimated", "measured")
+SIZES = ("memory", "available", "estimated", "measured", "size")
 SHARES = ("_share", "_agreement", "_fill")
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
 

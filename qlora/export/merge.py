@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, record_release
 from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
 from qlora.export.gguf.merge import merge_to_gguf
 from qlora.export.held_out import Judge
 from qlora.model import BITSANDBYTES_4BIT, AdapterSource, open_source, weight_format
+from qlora.pages import refresh_page
 
 FORMATS = ("safetensors", "gguf")
 
@@ -66,12 +67,17 @@ def merge(
             raise ExportError(
                 f"max_shard_size: {max_shard_size!r} has no meaning for GGUF, which is one file; omit it."
             )
-        return merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
-    shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
-    return merge_to_folder(
-        source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress,
-        judge=Judge() if source.run is None else judge_of(source.run),
-    )  # fmt: skip
+        report = merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
+    else:
+        shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
+        report = merge_to_folder(
+            source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force,
+            on_progress=on_progress, judge=Judge() if source.run is None else judge_of(source.run),
+        )  # fmt: skip
+    if source.run is not None:
+        record_release(source.run, "merge", report.as_dict())
+        refresh_page(source.run)
+    return report
 
 
 def default_onto(source: AdapterSource) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import adapter_digest
+from qlora.checkpoint import adapter_digest, record_release
 from qlora.config import load_config
 from qlora.data import eval_batches
 from qlora.data.tokens import TokenizedExample
@@ -32,6 +32,7 @@ from qlora.model import (
     resolve_device,
 )
 from qlora.objectives import release_loss
+from qlora.pages import refresh_page
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
@@ -158,7 +159,7 @@ def verify(
         found = _compare_gguf(source, files, merged, skeleton, problems)
     else:
         found = _compare_folder(source, files, merged, skeleton, device=device, problems=problems)
-    return VerifyReport(
+    report = VerifyReport(
         matches=not problems,
         problems=problems,
         onto=None if merged is None else merged.onto,
@@ -172,6 +173,11 @@ def verify(
         notes=_notes(source, problems, found),
         **found,
     )
+    if source.run is not None:
+        folder = None if merged is None else str(merged.folder)
+        record_release(source.run, "verify", report.as_dict() | {"out_dir": folder, "step": source.step})
+        refresh_page(source.run)
+    return report
 
 
 def _notes(source: AdapterSource, problems: list[str], found: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.lora.experts import describe_dead_experts
 from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.model.formats import notes_on_format
+from qlora.pages import refresh_page
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
@@ -249,6 +250,7 @@ def _train(
                 _save_final_adapter(assembly, run)
             run.write_record(record)
             _draw(run, assembly)
+            display.announce([problem] if (problem := refresh_page(run)) else [])
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())

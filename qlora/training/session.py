@@ -18,6 +18,7 @@ from qlora.training.callbacks import Callback, call_all
 from qlora.training.display import Display
 from qlora.training.guard import StepGuard
 from qlora.training.interrupt import Interruption
+from qlora.training.live_page import LivePage
 from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
 from qlora.training.metrics import MetricsLog
 from qlora.training.prepare import Prepared
@@ -95,6 +96,7 @@ def run_session(
     )
     saver = Saver(run, assembly, prepared.origin, log)
     guard = StepGuard(run, assembly, progress, log, prepared.record.in_use)
+    page = LivePage(run, log.announce)
 
     def evaluates_at(step: int) -> bool:
         return step in (0, total) or eval_every is not None and step % eval_every == 0
@@ -144,6 +146,8 @@ def run_session(
                 call("on_other_evaluation", name, evaluation)
         if watch.metric is not None:
             keep_best(processes.broadcast(metric_of(evaluations, watch.metric)))
+        if processes.is_first:
+            page.refresh()
 
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
