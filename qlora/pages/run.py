@@ -11,6 +11,7 @@ from qlora.config.reference import as_yaml
 from qlora.data import DataReport
 from qlora.errors import CheckpointError
 from qlora.pages.curves import TRAINING, as_columns, curves_by_quantity, thinned, title_of
+from qlora.pages.samples import samples_by_prompt
 from qlora.pages.settings import list_settings
 from qlora.pages.summary import RunSummary, summary_of
 
@@ -38,6 +39,7 @@ def describe_run(run: RunDirectory, num_points: int) -> dict[str, Any]:
         "facts": _facts(config, record, lines, summary),
         "charts": _charts(config, record, lines, num_points),
         "events": _events(lines),
+        "samples": samples_by_prompt(run.read_samples()),
         "settings": [setting.as_dict() for setting in list_settings(config)],
         "data": _data(run, record),
         "memory": asdict(record.in_use.memory) | {"level": record.in_use.recompute, "why": record.in_use.recompute_why},

@@ -16,6 +16,7 @@ from qlora.processes import Processes
 from qlora.training.display import Display
 from qlora.training.loop import StepReport
 from qlora.training.progress import Progress
+from qlora.training.samples import describe_sample
 
 # Values of a line that depend on the clock or the system, and differ between equal runs.
 VOLATILE = ("tokens_per_second", "peak_memory")
@@ -46,7 +47,7 @@ class MetricsLog:
         display: Display,
         unit: str = "tok",
     ) -> None:
-        self.unit = unit
+        self._run, self.unit = run, unit
         self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
@@ -127,6 +128,24 @@ class MetricsLog:
             }
         self._write(values)
         self.display.show_event(step, "  ".join(_describe(name, each) for name, each in evaluations.items()))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Log the samples after a step.
+
+        Args:
+            step: Number of steps done.
+            samples: A `prompt`, an `answer` and maybe a `reference` each.
+        """
+        if not self.is_main:
+            return
+        line = json.dumps({"step": step, **self._epoch(step), "samples": samples}) + "\n"
+        try:
+            with self._run.samples.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as problem:  # a full disk need not end the run; the next save reports it
+            self.announce([f"step {step:,}: the samples can't be written to {self._run.samples}: {problem}."])
+        for sample in samples:
+            self.display.show_event(step, f"sample: {describe_sample(sample)}")
 
     def close(self) -> None:
         """End the progress line, and close the file."""

@@ -22,7 +22,6 @@ from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.lora.experts import describe_dead_experts
 from qlora.model import frozen_checksum, resolve_device, write_labels
-from qlora.model.formats import notes_on_format
 from qlora.pages import refresh_page
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
@@ -114,7 +113,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    notes = [*start.describe_damage(), *assembly.notes]
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
@@ -208,7 +207,7 @@ def _train(
                 remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
             for folder in start.damaged:
                 quarantine(folder)
-            run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+            run.keep_logs_until(-1 if start.checkpoint is None else first_step)
             saved = [step_of(folder) or 0 for folder in run.list_checkpoints()]
             watch = BestWatch.restored(assembly.config.train, run.read_metrics(), saved, record.stopped_early)
             record = replace(record, best=watch.best)
@@ -219,7 +218,7 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    remarks += [*start.describe_damage(), *assembly.notes]
     remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)

@@ -81,10 +81,14 @@ def run_session(
     progress, total = prepared.progress, plan.total_steps
     first_step = progress.step
     processes.start_trackers("qlora")
-    eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
+    sample_every = None if config.samples is None else config.samples.every
+    eval_every, save_every, sample_every = (
+        resolve_interval(value, total) for value in (config.eval_every, config.save_every, sample_every)
+    )
     evaluated = {f"{name}_loss" for name in plan.datasets.held_out}
     lines = processes.broadcast(run.read_metrics() if processes.is_first else [])
     is_evaluated = any(line["step"] == progress.step and evaluated <= line.keys() for line in lines)
+    sampled = processes.broadcast([line["step"] for line in run.read_samples()] if processes.is_first else [])
     log = MetricsLog(
         run,
         processes,
@@ -100,6 +104,10 @@ def run_session(
 
     def evaluates_at(step: int) -> bool:
         return step in (0, total) or eval_every is not None and step % eval_every == 0
+
+    def samples_at(step: int) -> bool:
+        is_due = step in (0, total) or sample_every is not None and step % sample_every == 0
+        return config.samples is not None and (is_due or watch.is_exhausted)
 
     def save_unsaved() -> None:
         if progress.step > first_step:  # before that, there is nothing new to save
@@ -146,7 +154,14 @@ def run_session(
                 call("on_other_evaluation", name, evaluation)
         if watch.metric is not None:
             keep_best(processes.broadcast(metric_of(evaluations, watch.metric)))
-        if processes.is_first:
+
+    def look(evaluates: bool, samples: bool = True) -> None:
+        """Evaluate and take samples, as far as they are due at this step, and show both on the page."""
+        if evaluates:
+            evaluate_now()
+        if samples := samples and samples_at(progress.step):
+            log.log_samples(progress.step, assembly.sampler.take(assembly.model, assembly.tokenizer, processes))
+        if (evaluates or samples) and processes.is_first:
             page.refresh()
 
     def after_step(report: StepReport) -> bool:
@@ -164,8 +179,8 @@ def run_session(
         elif is_asked:  # by a signal to this process only
             save_now(False)
         # After the save, because a stop may leave no time for more; a continued run evaluates then.
-        if evaluates_at(progress.step) and (is_last or not stop):
-            evaluate_now()
+        if is_last or not stop:
+            look(evaluates_at(progress.step))
         if not (stop or is_last) and processes.world_size == 1 and interruption.requested:  # by a callback since
             saver.save(progress, True)
             stop = True
@@ -185,8 +200,7 @@ def run_session(
         try:
             with processes.raise_together():
                 saver.try_save(progress)
-            if evaluates_at(progress.step) and not is_evaluated:
-                evaluate_now()
+            look(evaluates_at(progress.step) and not is_evaluated, progress.step not in sampled)
             schedule = LoopSchedule(total, rate_of(assembly.train, total), config.max_grad_norm)
             if not watch.is_exhausted:
                 run_loop(assembly.loop_parts, progress, schedule, callbacks)
