@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, the display, and accelerate's trackers."""
+"""The log of a run: metrics.jsonl, samples.jsonl, the display, and trackers."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from qlora.training.display import Display
 from qlora.training.loop import StepReport
 from qlora.training.progress import Progress
 from qlora.training.samples import describe_sample
+from qlora.training.tracking import Tracking
 
 # Values of a line that depend on the clock or the system, and differ between equal runs.
 VOLATILE = ("tokens_per_second", "peak_memory")
@@ -29,7 +30,8 @@ class MetricsLog:
 
     Args:
         run: Directory of the run, whose metrics.jsonl is appended to.
-        processes: Processes of the run, with their trackers started.
+        processes: Processes of the run.
+        tracking: Trackers of the run.
         total_steps: Number of steps of the run.
         steps_per_epoch: Number of steps per epoch.
         log_every: Number of steps between lines.
@@ -41,6 +43,7 @@ class MetricsLog:
         self,
         run: RunDirectory,
         processes: Processes,
+        tracking: Tracking,
         total_steps: int,
         steps_per_epoch: int,
         log_every: int,
@@ -48,7 +51,7 @@ class MetricsLog:
         unit: str = "tok",
     ) -> None:
         self._run, self.unit = run, unit
-        self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
+        self._tracking, self.total_steps, self.steps_per_epoch = tracking, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
         # Unbuffered, so that a killed process leaves everything that it logged.
@@ -144,6 +147,7 @@ class MetricsLog:
                 file.write(line.encode())
         except OSError as problem:  # a full disk need not end the run; the next save reports it
             self.announce([f"step {step:,}: the samples can't be written to {self._run.samples}: {problem}."])
+        self._tracking.log_samples(samples, step)
         for sample in samples:
             self.display.show_event(step, f"sample: {describe_sample(sample)}")
 
@@ -169,8 +173,7 @@ class MetricsLog:
         self._unwritten += (json.dumps(values) + "\n").encode()
         with suppress(OSError):  # a full disk need not end the run; the next save reports it
             self.write_out()
-        numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
-        self.processes.log(numbers, values["step"])
+        self._tracking.log_numbers(values, values["step"])
 
 
 def _describe(name: str, evaluation: Evaluation) -> str:

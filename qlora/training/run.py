@@ -37,6 +37,7 @@ from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, find_start
 from qlora.training.session import SessionOptions, how_to_continue, run_session
+from qlora.training.tracking import send_files
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -250,6 +251,7 @@ def _train(
             run.write_record(record)
             _draw(run, assembly)
             display.announce([problem] if (problem := refresh_page(run)) else [])
+            send_files(processes, [run.page, run.samples])
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())

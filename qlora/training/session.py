@@ -24,6 +24,7 @@ from qlora.training.metrics import MetricsLog
 from qlora.training.prepare import Prepared
 from qlora.training.saving import Saver
 from qlora.training.schedule import rate_of, resolve_interval
+from qlora.training.tracking import Tracking
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def run_session(
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     progress, total = prepared.progress, plan.total_steps
     first_step = progress.step
-    processes.start_trackers("qlora")
+    tracking = Tracking(processes, assembly.config, run.path.name)
     sample_every = None if config.samples is None else config.samples.every
     eval_every, save_every, sample_every = (
         resolve_interval(value, total) for value in (config.eval_every, config.save_every, sample_every)
@@ -92,6 +93,7 @@ def run_session(
     log = MetricsLog(
         run,
         processes,
+        tracking,
         total_steps=total,
         steps_per_epoch=plan.steps_per_epoch,
         log_every=config.log_every,
