@@ -21,8 +21,8 @@ def merge(
     checkpoint: Checkpoint = None,
     base: Base = None,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
-        typer.Option(help="Dtype of the weights; q8_0 for GGUF only, which has no float32."),
+        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0", "q5_0", "q4_0"] | None,
+        typer.Option(help="Dtype of the weights; q8_0, q5_0 and q4_0 for GGUF only, which has no float32."),
     ] = None,
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
@@ -66,8 +66,9 @@ def merge(
 
     The same command continues an interrupted merge.
     """
-    if dtype == "q8_0" and format != "gguf":
-        raise typer.BadParameter("--dtype q8_0 needs --format gguf.")
+    block_type = dtype if dtype in ("q8_0", "q5_0", "q4_0") else None
+    if block_type is not None and format != "gguf":
+        raise typer.BadParameter(f"--dtype {dtype} needs --format gguf.")
     if max_shard_size is not None and format == "gguf":
         raise typer.BadParameter("--max-shard-size does not apply to --format gguf, which writes one file.")
     if push_to_hub is None and (dry_run or public):
@@ -86,14 +87,14 @@ def merge(
         check_repo(push_to_hub)
     run = choose_adapter(run, checkpoint)
     source = open_source(run, base)
-    asked = {"dtype": None if dtype == "q8_0" else dtype, "onto": onto, "max_shard_size": max_shard_size}
+    asked = {"dtype": None if block_type else dtype, "onto": onto, "max_shard_size": max_shard_size}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if source.run is None:
         settings = ExportSection(**{"onto": default_onto(source)} | given)
     else:
         overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items()]
         settings = load_config(source.run.config, overrides).export
-    weights_dtype = "q8_0" if dtype == "q8_0" else settings.dtype
+    weights_dtype = block_type or settings.dtype
     folder = Path(os.path.abspath(output))
     values = None
     if update and (folder / REPORT_FILE).exists():

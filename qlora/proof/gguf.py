@@ -31,10 +31,12 @@ NAMES = {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
-KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-# Dtypes that tensors of a kind are read as.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
-BLOCK_SIZE = 32  # of q8_0
+KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+# Dtypes that tensors of a plain kind are read as; others are dequantized to fp32.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Kinds that store blocks of 32 values as integers times a step: the largest value of a block in steps, and the largest
+# integer on the other side of zero.
+BLOCK_SIZE, LEVELS = 32, {"Q8_0": (127, 127), "Q5_0": (16, 15), "Q4_0": (8, 7)}
 
 
 class GGUFFile:
@@ -43,7 +45,7 @@ class GGUFFile:
     Args:
         path: Path of the file.
         names: Names of the expected tensors in a model of text alone, by their names in the base's files.
-        dtype: Expected dtype of the matrices: `float16`, `bfloat16` or `q8_0`.
+        dtype: Expected dtype of the matrices, one of `KINDS`.
         config: Config of the model.
 
     Attributes:
@@ -86,7 +88,7 @@ class GGUFFile:
         return tuple(reversed(self._tensors[name].shape.tolist()))
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Return rows of a tensor in transformers' order; q8_0 is dequantized to fp32."""
+        """Return rows of a tensor in transformers' order; blocks are dequantized to fp32."""
         from gguf import quants
 
         tensor = self._tensors[name]
@@ -101,23 +103,33 @@ class GGUFFile:
     def dtype(self, name: str) -> torch.dtype:
         """Return the expected dtype of a tensor.
 
-        It is fp32 for vectors and the file's for matrices; with q8_0, f16 for rows that are not a multiple of 32.
+        It is fp32 for vectors and the file's for matrices; with blocks, f16 for rows that are not a multiple of 32.
         """
-        return DTYPES[self._kind(name)]
+        return DTYPES.get(self._kind(name), torch.float32)
 
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Return half a step of q8_0 for each value, where a step is the block's largest value / 127, in fp16."""
-        if self._kind(name) != "Q8_0":
+        """Return how far each value of a tensor of blocks may be from its own; None for other kinds.
+
+        That is half a step, or the distance to the largest integer where that is short of the value, and the rounding
+        of the step to fp16.
+        """
+        kind = self._kind(name)
+        if kind not in LEVELS:
             return None
-        steps = values.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / 127
-        slack = steps / 2 + 127 * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
-        return slack.expand(*steps.shape[:-1], BLOCK_SIZE).flatten(-2)
+        (most, opposite), blocks = LEVELS[kind], values.unflatten(-1, (-1, BLOCK_SIZE)).abs()
+        steps = blocks.amax(-1, keepdim=True) / most
+        rounding = most * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
+        short = (blocks - opposite * steps) * (opposite < most)
+        return (torch.maximum(steps / 2, short) + rounding).flatten(-2)
 
     def _kind(self, name: str) -> str:
         shape = self.shape(name)
         if len(shape) == 1:
             return "F32"
-        return "F16" if self._matrix_kind == "Q8_0" and shape[-1] % BLOCK_SIZE else self._matrix_kind
+        if self._matrix_kind in LEVELS:
+            is_outer = self._names.get(name) in (EMBEDDING, HEAD)
+            return "F16" if shape[-1] % BLOCK_SIZE else "Q8_0" if is_outer else self._matrix_kind
+        return self._matrix_kind
 
     def _order(self, name: str) -> torch.Tensor | None:
         """Return the file's row of each row in transformers' order; None if the orders are the same.
