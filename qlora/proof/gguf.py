@@ -67,10 +67,10 @@ class GGUFFile:
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ExportError(f"{path.name} is truncated or damaged ({error}); merge again.") from None
-        self._matrix_kind, self._head_dim = KINDS[dtype], _head_dim(config)
+        self._matrix_kind, self._head_dim = KINDS[dtype], head_dim_of(config)
         self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        own = {name: other for name, plain in names.items() if (other := _name(plain)) in tensors}
+        own = {name: other for name, plain in names.items() if (other := name_in_file(plain)) in tensors}
         factors = tensors.pop("rope_freqs.weight", None)
         self.rope_factors = None if factors is None else factors.data.tolist()
         self._tensors = {name: tensors.pop(other) for name, other in own.items()}
@@ -136,12 +136,22 @@ class GGUFFile:
 
         llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
         """
-        match = LAYER.fullmatch(self._names[name])
-        if not self._has_pairs or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
-            return None
-        size = self._head_dim
-        in_head = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
-        return (torch.arange(0, self.shape(name)[0], size)[:, None] + in_head).flatten()
+        return row_order(self._names[name], self.shape(name)[0], self._head_dim) if self._has_pairs else None
+
+
+def row_order(name: str, num_rows: int, head_dim: int) -> torch.Tensor | None:
+    """Return the row in a file whose architecture has pairs of each row in transformers' order; None if it is the same.
+
+    Args:
+        name: Name of the tensor in a model of text alone.
+        num_rows: Number of its rows.
+        head_dim: Number of rows of a head.
+    """
+    match = LAYER.fullmatch(name)
+    if match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
+        return None
+    in_head = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+    return (torch.arange(0, num_rows, head_dim)[:, None] + in_head).flatten()
 
 
 def check_gguf(
@@ -183,7 +193,7 @@ def check_gguf(
     return check
 
 
-def _name(name: str) -> str:
+def name_in_file(name: str) -> str:
     """Return a tensor's name in the file; empty if it has none."""
     match = LAYER.fullmatch(name)
     if match is None:
@@ -193,7 +203,7 @@ def _name(name: str) -> str:
 
 def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
     """Return the expected metadata on the model, by key; None for a key that should be missing."""
-    architecture, head_dim, rope = ARCHITECTURES[config.model_type], _head_dim(config), config.rope_parameters
+    architecture, head_dim, rope = ARCHITECTURES[config.model_type], head_dim_of(config), config.rope_parameters
     is_scaled, is_yarn = rope["rope_type"] in ("linear", "yarn"), rope["rope_type"] == "yarn"
     values = {
         "vocab_size": num_rows,
@@ -216,7 +226,8 @@ def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
 
 
-def _head_dim(config: Any) -> int:
+def head_dim_of(config: Any) -> int:
+    """Return the number of features of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -252,7 +263,7 @@ def _rope_factors(config: Any) -> list[float] | None:
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
-    head_dim, factors = _head_dim(config), []
+    head_dim, factors = head_dim_of(config), []
     for place in range(0, head_dim, 2):
         turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-place / head_dim) / (2 * math.pi)
         share = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])

@@ -83,6 +83,7 @@ def merge_to_gguf(
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
             notes=weights.notes + written.notes + _notes_on_bits(dtype, onto),
+            format="gguf",
         )
         write_report_and_card(folder, report, source, weights.files.folder)
     return report

@@ -77,8 +77,8 @@ def write_gguf(
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype: {dtype!r} should be one of {', '.join(DTYPES)}.")
-    gguf = _import_gguf()
-    config = _read_config(folder)
+    gguf = import_gguf()
+    config = read_config(folder)
     writer = gguf.GGUFWriter(out_file, FAMILIES[config.model_type])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name or out_file.stem)
@@ -107,7 +107,7 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for tensor in plan:
-            writer.write_tensor_data(_encode(tensor, _in_pairs(read(tensor.source), tensor.name, config)))
+            writer.write_tensor_data(_encode(tensor, in_pairs(read(tensor.source), tensor.name, config)))
     finally:
         writer.close()
     return GGUFReport(
@@ -117,7 +117,12 @@ def write_gguf(
     )
 
 
-def _import_gguf() -> Any:
+def import_gguf() -> Any:
+    """Return the gguf package.
+
+    Raises:
+        ExportError: It is not installed.
+    """
     try:
         import gguf
     except ImportError:
@@ -125,7 +130,7 @@ def _import_gguf() -> Any:
     return gguf
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
     """Read a model's config; of a multimodal model, that of its text model.
 
     Raises:
@@ -253,7 +258,7 @@ def kind_of(name: str, dtype: str) -> str:
     return "q8_0" if dtype in BLOCK_BYTES and name in (EMBEDDING, HEAD) else dtype
 
 
-def _in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
+def in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
     """Interleave the rows of each head's halves if llama.cpp rotates pairs of rows."""
     if not _has_pairs(config) or name.split(".")[-2] not in ("attn_q", "attn_k"):
         return tensor
