@@ -7,12 +7,14 @@ from typing import Any
 
 from qlora.checkpoint import PeftAdapter, adapter_digest
 from qlora.errors import ExportError
+from qlora.export.card import public_name
 from qlora.export.companions import REPORT_FILE, MergeReport
 from qlora.export.gguf.model import FAMILIES, HEAD, import_gguf, in_pairs, read_config
+from qlora.export.gguf.modelfile import write_modelfile
 from qlora.files import BaseFiles, atomic_folder
 from qlora.files.resumable import new_folder
 from qlora.lora.linear import StoredAdapter
-from qlora.model import AdapterSource
+from qlora.model import AdapterSource, end_token_ids, load_adapter_tokenizer, load_generation_config
 
 FORMAT = "lora-gguf"
 MERGE_INSTEAD = "Merge it: --format gguf."
@@ -57,6 +59,9 @@ def adapter_to_gguf(source: AdapterSource, out_dir: str | Path) -> MergeReport:
             writer.write_tensors_to_file()
         finally:
             writer.close()
+        tokenizer = load_adapter_tokenizer(source)
+        ends = end_token_ids(load_generation_config(files.folder), tokenizer)
+        write_modelfile(out_file, tokenizer, ends, adapter_for=public_name(source.base)[0])
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(source.path),

@@ -12,10 +12,11 @@ from qlora.errors import ExportError
 from qlora.export.card import lost_in_4_bits
 from qlora.export.companions import MergeReport, OnProgress, write_companions, write_report_and_card
 from qlora.export.gguf.model import BLOCK_BYTES, BLOCK_SIZE, write_gguf
+from qlora.export.gguf.modelfile import write_modelfile
 from qlora.export.weights import MergedWeights
 from qlora.files import atomic_folder
 from qlora.files.resumable import new_folder
-from qlora.model import AdapterSource
+from qlora.model import AdapterSource, end_token_ids, load_generation_config, load_tokenizer
 
 GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16"} | {name: name for name in BLOCK_BYTES}
 FEW_BITS = (
@@ -67,6 +68,8 @@ def merge_to_gguf(
         write_companions(folder, weights, "float16" if is_blocks else dtype)
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
         written = write_gguf(folder, layout, read, out_file, dtype=GGUF_DTYPES[dtype], name=out_dir.name)
+        tokenizer = load_tokenizer(folder)
+        write_modelfile(out_file, tokenizer, end_token_ids(load_generation_config(folder), tokenizer))
         report = MergeReport(
             out_dir=str(out_dir),
             run_dir=str(source.path),
