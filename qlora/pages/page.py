@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from qlora.about import __version__
@@ -21,19 +20,9 @@ ASSETS = files("qlora.pages") / "assets"
 MOST_POINTS, LEAST_POINTS = 1600, 300
 
 
-def write_page(runs: Sequence[RunDirectory], target: Path) -> None:
-    """Write the page of one run, or of several that are compared, as a file that is there whole or not at all.
-
-    Args:
-        runs: The runs.
-        target: The HTML file.
-
-    Raises:
-        QLoRAError: A file of a run is damaged.
-        OSError: The page can't be written.
-    """
-    num_points = max(LEAST_POINTS, MOST_POINTS // max(1, len(runs)))
-    write_text(target, render_page([describe_run(run, num_points) for run in runs]))
+def points_of_each(num_runs: int) -> int:
+    """Return the number of points of a curve on a page of several runs."""
+    return max(LEAST_POINTS, MOST_POINTS // max(1, num_runs))
 
 
 def refresh_page(run: RunDirectory) -> str | None:
@@ -43,7 +32,7 @@ def refresh_page(run: RunDirectory) -> str | None:
         Why it could not be written: the page never ends what it is about. None if it was.
     """
     try:
-        write_page([run], run.page)
+        write_text(run.page, render_page([describe_run(run, points_of_each(1))]))
     except Exception as problem:
         return f"{run.page} could not be written: {problem}"
     return None

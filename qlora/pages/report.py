@@ -7,7 +7,9 @@ from typing import Any
 
 from qlora.checkpoint import RunDirectory
 from qlora.errors import CheckpointError, QLoRAError
-from qlora.pages.page import write_page
+from qlora.files import write_text
+from qlora.pages.page import points_of_each, render_page
+from qlora.pages.run import describe_run
 from qlora.pages.summary import RunSummary, find_runs, summarize
 
 
@@ -44,24 +46,25 @@ def report(paths: str | Path | Sequence[str | Path], output: str | Path | None =
         CheckpointError: There is no run, a run that is named is damaged, or the page can't be written.
     """
     named = [paths] if isinstance(paths, str | Path) else list(paths)
-    runs, summaries, damaged = [], [], {}
-    for path in (Path(each).expanduser() for each in named):
-        own = RunDirectory.find(path)
-        for run in find_runs(path) if own is None else [own]:
-            try:
-                summaries.append(summarize(run))
-                runs.append(run)
-            except QLoRAError as problem:
-                if own is not None:
-                    raise
-                damaged[str(run.path)] = str(problem)
-    if not runs:
+    owners = {str(path): RunDirectory.find(path) for path in (Path(each).expanduser() for each in named)}
+    runs = [run for path, own in owners.items() for run in (find_runs(Path(path)) if own is None else [own])]
+    target = Path(output).expanduser() if output is not None else runs[0].page if len(runs) == 1 else None
+    values, summaries, damaged = [], [], {}
+    for run in runs:
+        try:
+            if target is not None:
+                values.append(describe_run(run, points_of_each(len(runs))))
+            summaries.append(summarize(run) if target is None else RunSummary(**values[-1]["summary"]))
+        except QLoRAError as problem:
+            if run in owners.values():  # named, not found in a folder
+                raise
+            damaged[str(run.path)] = str(problem)
+    if not summaries:
         reasons = "".join(f"\n  {problem}" for problem in damaged.values())
         raise CheckpointError(f"There is no run in {', '.join(map(str, named))} that can be read.{reasons}")
-    target = runs[0].page if output is None and len(runs) == 1 else None if output is None else Path(output)
     if target is not None:
         try:
-            write_page(runs, target.expanduser())
+            write_text(target, render_page(values))
         except OSError as problem:
             raise CheckpointError(f"{target} can't be written: {problem.strerror or problem}.") from problem
     return RunsReport(summaries, None if target is None else str(target), damaged)
