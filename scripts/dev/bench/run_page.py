@@ -30,7 +30,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     arguments = parser.parse_args()
-    lines = [*heading("size and time of a run's page"), "| steps | written in, s of CPU | size, KB | opened in, ms |"]
+    lines = [
+        *heading("size and time of a run's page", "jinja2"),
+        "| steps | written in, s of CPU | size, KB | opened in, ms |",
+    ]
     lines.append("|---|---|---|---|")
     for steps in arguments.steps:
         with tempfile.TemporaryDirectory() as folder:
