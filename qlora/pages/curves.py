@@ -54,14 +54,14 @@ def curves_by_quantity(lines: Sequence[Mapping[str, Any]], sets: Collection[str]
     training: dict[str, dict[int, float]] = {}
     for line in lines:
         if is_number(line.get("loss")):
-            for name in line.keys() - NOT_DRAWN:
-                if is_number(line[name]):
+            for name in line:
+                if name not in NOT_DRAWN and is_number(line[name]):
                     training.setdefault(name, {})[line["step"]] = line[name]
     found: dict[str, list[Curve]] = {}
-    for name, by_step in sorted(training.items()):
+    for name, by_step in training.items():
         points = sorted(by_step.items())
         found[name] = [Curve(TRAINING, points)]
-        if name not in STEADY:
+        if name not in STEADY and SMOOTHED_SHARE * len(points) > 1:  # of fewer points, each is its own average
             found[name].append(Curve(TRAINING, smoothed(points), is_smoothed=True))
     for key, values in evaluation_metrics(lines).items():
         source, metric = _split(key, sets)

@@ -56,7 +56,15 @@ def test_quantities_come_with_all_their_sets_in_the_order_of_the_charts():
     found = curves_by_quantity(lines, ["eval", "eval_old_f1", "retain"])
     assert list(found) == ["loss", "reward", "f1", "learning_rate"]
     assert [(curve.source, curve.is_smoothed) for curve in found["loss"]] == [
-        (TRAINING, False), (TRAINING, True), ("eval", False), ("eval_old_f1", False),
+        (TRAINING, False), ("eval", False), ("eval_old_f1", False),
     ]  # fmt: skip
-    assert found["loss"][3].points == [(0, 2.0)]
+    assert found["loss"][2].points == [(0, 2.0)]
     assert found["learning_rate"][0].points == [(1, 1e-4), (2, 2e-4)]
+
+
+def test_training_is_smoothed_where_it_varies_by_chance():
+    lines = [{"step": step, "loss": value, "learning_rate": 1e-4} for step, value in noisy(100)]
+    found = curves_by_quantity(lines, [])
+    assert [curve.is_smoothed for curve in found["loss"]] == [False, True]
+    assert found["loss"][1].points == smoothed(found["loss"][0].points)
+    assert [curve.is_smoothed for curve in found["learning_rate"]] == [False]

@@ -56,7 +56,7 @@ def test_the_page_holds_what_the_files_of_an_older_run_say(make_run):
     (run,) = page.values["runs"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     loss, *_ = [chart for chart in run["charts"] if chart["quantity"] == "loss"]
-    assert [curve["source"] for curve in loss["curves"]] == ["training", "training", "held-out"]
+    assert [curve["source"] for curve in loss["curves"]] == ["training", "held-out"]
     assert loss["curves"][0]["steps"] == [1, 2, 3, 4]
     assert loss["curves"][0]["values"] == pytest.approx([line["loss"] for line in lines if "loss" in line], rel=1e-5)
     assert run["summary"]["status"] == "finished"
