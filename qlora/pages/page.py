@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -47,6 +48,9 @@ def render_page(runs: Sequence[dict[str, Any]]) -> str:
     from jinja2 import Environment
 
     settings = [{setting["key"]: setting["value"] for setting in run["settings"]} | run["environment"] for run in runs]
+    # Runs in folders of the same name are shown by their paths.
+    counts = Counter(run["name"] for run in runs)
+    runs = [run | {"name": run["name"] if counts[run["name"]] == 1 else run["summary"]["run"]} for run in runs]
     values = {"runs": runs, "differing": differing(settings) if len(runs) > 1 else {}, "version": __version__}
     scripts = [_asset("uplot/uPlot.iife.min.js"), _asset("charts.js"), _asset("page.js")]
     template = Environment(autoescape=True).from_string(_asset("page.html.jinja"))

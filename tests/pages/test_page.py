@@ -130,6 +130,12 @@ def test_several_runs_are_compared_by_what_differs(make_run, tmp_path):
     assert not (first / "report.html").exists()
 
 
+def test_runs_of_one_name_are_shown_by_their_paths(make_run, tmp_path):
+    folders = [make_run("first/run"), make_run("second/run"), make_run("third")]
+    page = page_of(folders, output=tmp_path / "all.html")
+    assert [run["name"] for run in page.values["runs"]] == [str(folders[0]), str(folders[1]), "third"]
+
+
 def test_a_long_run_keeps_its_extremes_on_a_small_page(make_run):
     lines = [{"step": step, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-4} for step in range(1, 20_001)]
     lines[12_345]["loss"] = 77.0

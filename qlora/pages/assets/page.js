@@ -210,7 +210,7 @@ function comparedSections(runs, differing) {
   const columns = ["run", "status", "lowest held-out loss", "training loss", "learning rate", "rank", "training time", "size"];
   const keys = Object.entries(differing).map(([key, values]) => [key, ...values]);
   return [
-    ["Runs", [table(columns, rows, ["", "", ...Array(6).fill("number")])]],
+    ["Runs", [table(columns, rows, ["name", "", ...Array(6).fill("number")])]],
     ["Curves", curvesSection(runs)],
     ["Differences", [keys.length ? table(["key", ...runs.map((run) => run.name)], keys, ["key", ...runs.map(() => "code")]) : make("p", { className: "faint", textContent: "The runs have the same settings." })]],
     ["Each run", runs.map((run) => make("details", { className: "run" }, make("summary", { textContent: run.name }), facts(run.facts), ...runSections(run).flatMap(([name, content]) => [make("h2", { textContent: name }), ...content.filter(Boolean)])))],
