@@ -10,6 +10,7 @@ from qlora.config import RunConfig, load_config
 from qlora.config.reference import as_yaml
 from qlora.data import DataReport
 from qlora.errors import CheckpointError
+from qlora.pages.confusion import last_confusion
 from qlora.pages.curves import TRAINING, as_columns, curves_by_quantity, thinned, title_of
 from qlora.pages.samples import samples_by_prompt
 from qlora.pages.settings import list_settings
@@ -39,6 +40,7 @@ def describe_run(run: RunDirectory, num_points: int) -> dict[str, Any]:
         "facts": _facts(config, record, lines, summary),
         "charts": _charts(config, record, lines, num_points),
         "events": _events(lines),
+        "confusion": last_confusion(run, lines),
         "samples": samples_by_prompt(run.read_samples()),
         "settings": [setting.as_dict() for setting in list_settings(config)],
         "data": _data(run, record),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlora.checkpoint import RunDirectory, record_release
+from qlora.data import Labels
+from qlora.errors import CheckpointError
 from qlora.pages import refresh_page, report
 from qlora.pages.page import as_inert_json
 
@@ -134,6 +136,19 @@ def test_runs_of_one_name_are_shown_by_their_paths(make_run, tmp_path):
     folders = [make_run("first/run"), make_run("second/run"), make_run("third")]
     page = page_of(folders, output=tmp_path / "all.html")
     assert [run["name"] for run in page.values["runs"]] == [str(folders[0]), str(folders[1]), "third"]
+
+
+def test_the_last_confusion_matrix_comes_with_its_labels(make_run):
+    matrices = [[[2, 1], [0, 3]], [[3, 0], [1, 2]]]
+    folder = make_run(lines=[{"step": step, "eval_confusion": matrix} for step, matrix in enumerate(matrices)])
+    assert page_of(folder).values["runs"][0]["confusion"] is None
+    labels = Labels(("a<b>", "b"), "head", None).as_dict()
+    (folder / "labels.json").write_text(json.dumps(labels))
+    expected = {"step": 1, "labels": ["a<b>", "b"], "counts": matrices[1]}
+    assert page_of(folder).values["runs"][0]["confusion"] == expected
+    (folder / "labels.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="labels.json is damaged"):
+        report(folder)
 
 
 def test_a_long_run_keeps_its_extremes_on_a_small_page(make_run):

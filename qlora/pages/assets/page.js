@@ -89,6 +89,21 @@ function curvesSection(runs) {
   return [toolbar, charts];
 }
 
+function confusionSection({ confusion }) {
+  if (!confusion) return [];
+  const { labels, counts, step } = confusion;
+  const rows = counts.map((row, place) => {
+    const total = row.reduce((sum, count) => sum + count, 0) || 1;
+    return [labels[place], ...row.map((count) => {
+      const cell = make("span", { className: "share", textContent: format(count, "integer") });
+      cell.style.setProperty("--share", `${Math.round((100 * count) / total)}%`);
+      return cell;
+    })];
+  });
+  const note = `Held-out examples at step ${format(step, "integer")}: a row for each label, a column for each prediction, shaded by the share of the row.`;
+  return [make("p", { className: "faint small", textContent: note }), table(["", ...labels], rows, ["", ...labels.map(() => "number")])];
+}
+
 function samplesSection({ samples }) {
   if (!samples || !samples.steps.length) return [];
   const last = samples.steps.length - 1;
@@ -165,9 +180,9 @@ function memorySection({ memory, summary }) {
   rows.push(...bar("estimated", memory.estimated, estimated), ...bar("measured", memory.measured, [["c7", memory.measured]]));
   const legend = make("ul", { className: "legend" }, ...kinds.map(([kind, bytes], place) => make("li", {}, colored(make("span", { className: "dot" }), `c${place % NUM_COLORS}`), `${kind} `, make("strong", { className: "number", textContent: formatBytes(bytes) }), "\u2003")));
   const lines = [
-    `Of ${formatBytes(memory.available)} that the run may take. Activation checkpointing: ${memory.level} (${memory.why}).`,
+    `The run may take ${formatBytes(memory.available)}. Activation checkpointing: ${memory.level} (${memory.why}).`,
     memory.estimated == null ? "The estimate is not known." : "The estimate is of the largest micro-batch, without cached weights.",
-    memory.measured == null ? "The micro-batch was not tried, which only a GPU does." : "Measured by the allocator while the largest micro-batch was tried before step 1.",
+    memory.measured == null ? "Not measured: the largest micro-batch is tried only on a GPU." : "Measured by the allocator while the largest micro-batch was tried before step 1.",
     summary.peak_memory == null ? "" : `The peak of the run was ${formatBytes(summary.peak_memory)}; without a GPU, that is of the whole process.`,
   ];
   return [make("div", { className: "card" }, make("div", { className: "memory" }, ...rows), kinds.length ? legend : null, ...lines.filter(Boolean).map((textContent) => make("p", { className: "faint small wrap", textContent })))];
@@ -198,7 +213,7 @@ function reproduceSection({ command, environment }) {
   ];
 }
 
-const SECTIONS = { Samples: samplesSection, Events: eventsSection, Settings: settingsSection, Data: dataSection, Memory: memorySection, Releases: releasesSection, Reproduce: reproduceSection };
+const SECTIONS = { Confusion: confusionSection, Samples: samplesSection, Events: eventsSection, Settings: settingsSection, Data: dataSection, Memory: memorySection, Releases: releasesSection, Reproduce: reproduceSection };
 
 function runSections(run) {
   return Object.entries(SECTIONS).map(([name, section]) => [name, section(run)]).filter(([, content]) => content.length);
