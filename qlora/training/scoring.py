@@ -8,6 +8,7 @@ from typing import Any
 from qlora.config import DataSection, EvalSection, metric_name
 from qlora.data import Datasets, ExampleSet, Question, read_questions
 from qlora.errors import ConfigError
+from qlora.layers.placement import uneven_passes
 from qlora.model import answer_all
 from qlora.model.answer_metrics import METRICS, Metric, load_metric
 from qlora.processes import Processes
@@ -134,7 +135,9 @@ def answer_together(
         The answers in the order of the prompts, on every process.
     """
     rank, count = processes.rank, processes.world_size
-    parts = processes.gather(answer_all(model, tokenizer, prompts[rank::count], max_new_tokens, max_tokens))
+    with uneven_passes(model):  # answers differ in length
+        own = answer_all(model, tokenizer, prompts[rank::count], max_new_tokens, max_tokens)
+    parts = processes.gather(own)
     return [parts[number % count][number // count] for number in range(len(prompts))]
 
 
