@@ -19,6 +19,7 @@ bench:  ## what this machine can measure; appends to docs/benchmarks/
 	python -m scripts.dev.bench.forms --out docs/benchmarks/forms.md
 	python -m scripts.dev.bench.loading
 	python -m scripts.dev.bench.templates --out docs/benchmarks/templates.md
+	python -m scripts.dev.bench.run_page --out docs/benchmarks/run_page.md
 	$(if $(cuda),python -m scripts.dev.bench.dequantize --out docs/benchmarks/dequantize.md)
 	$(if $(cuda),python -m scripts.dev.bench.max_context --out docs/benchmarks/max_context.md)
 	$(if $(call has,peft),python -m scripts.dev.bench.train_step --peer peft --out docs/benchmarks/train_step.md)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qlora.lora import LoraLinear, adapters_off, add_lora
     from qlora.model import Prediction, generate, load_base, load_run, predict
     from qlora.nf4 import NF4Linear
+    from qlora.pages import RunsReport, report
     from qlora.proof import VerifyReport, verify
     from qlora.training import (
         Callback,
@@ -41,6 +42,7 @@ _HOMES = {
     "QuantizeReport": "qlora.export",
     "RunConfig": "qlora.config",
     "RunResult": "qlora.training",
+    "RunsReport": "qlora.pages",
     "StopTraining": "qlora.training",
     "TuneReport": "qlora.training",
     "VerifyReport": "qlora.proof",
@@ -56,6 +58,7 @@ _HOMES = {
     "predict": "qlora.model",
     "preview": "qlora.training",
     "quantize": "qlora.export",
+    "report": "qlora.pages",
     "save_adapter": "qlora.checkpoint",
     "train": "qlora.training",
     "tune": "qlora.training",
@@ -80,6 +83,7 @@ __all__ = [
     "QuantizeReport",
     "RunConfig",
     "RunResult",
+    "RunsReport",
     "StopTraining",
     "TuneReport",
     "VerifyReport",
@@ -95,6 +99,7 @@ __all__ = [
     "predict",
     "preview",
     "quantize",
+    "report",
     "save_adapter",
     "train",
     "tune",

@@ -165,10 +165,23 @@ class Processes:
             first = type(first)(f"Process {rank} of {self.world_size}: {first}")
         raise first
 
-    def start_trackers(self, project: str) -> None:
-        """Start the trackers that :meth:`start` was given."""
+    def start_trackers(
+        self, project: str, settings: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Start the trackers that :meth:`start` was given.
+
+        Args:
+            project: Name of the project that they log to.
+            settings: Settings of the run: numbers, booleans and texts.
+            options: Arguments of trackers, by their names.
+        """
         if self._accelerator is not None:
-            self._accelerator.init_trackers(project)
+            self._accelerator.init_trackers(project, dict(settings), {name: {**options[name]} for name in options})
+
+    @property
+    def trackers(self) -> list[Any]:
+        """The trackers that were started, on the first process: instances of accelerate's GeneralTracker."""
+        return list(self._accelerator.trackers) if self._accelerator is not None and self.is_first else []
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send numbers to the trackers."""

@@ -19,6 +19,7 @@ from qlora.checkpoint.record import (
     Quantization,
     RunRecord,
 )
+from qlora.checkpoint.releases import read_releases, record_release
 from qlora.checkpoint.run_dir import RunDirectory, step_of
 from qlora.checkpoint.starts import read_starts, write_starts
 from qlora.checkpoint.state import (
@@ -60,7 +61,9 @@ __all__ = [
     "read_adapter",
     "read_adapter_config",
     "read_origin",
+    "read_releases",
     "read_starts",
+    "record_release",
     "save_adapter",
     "save_checkpoint",
     "quarantine",

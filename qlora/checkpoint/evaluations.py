@@ -22,8 +22,9 @@ def is_evaluated(name: str, beside: Collection[str] = ()) -> bool:
         name: The key.
         beside: Keys of the same line.
     """
-    follows = any(name.endswith(end) and f"{name.removesuffix(end)}_loss" in beside for end in NOT_COMPARED)
-    return name.startswith(SETS) and not follows
+    return name.startswith(SETS) and not any(
+        name.endswith(end) and f"{name.removesuffix(end)}_loss" in beside for end in NOT_COMPARED
+    )
 
 
 def evaluation_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

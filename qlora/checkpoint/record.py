@@ -58,11 +58,13 @@ class MemoryUse:
         available: Bytes that the run may take.
         estimated: Predicted bytes; None if they are not known.
         measured: Measured bytes; None if the micro-batch was not tried.
+        by_kind: Predicted bytes of weights, adapters, activations and others; None in records of qlora 0.1.0.
     """
 
     available: int
     estimated: int | None
     measured: int | None
+    by_kind: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.releases = self.path / "releases.jsonl"
+        self.page = self.path / "report.html"
         self.starts = self.path / "starts.safetensors"
         self.labels = self.path / "labels.json"
         self.final_adapter = self.adapter = self.path / "adapter"
@@ -144,7 +147,17 @@ class RunDirectory:
 
     def clear_leftovers(self) -> None:
         """Recover from interrupted writes; only for the process that holds the lock."""
-        for target in (self.config, self.record, self.metrics, self.starts, self.labels, self.adapter, self.trial):
+        for target in (
+            self.config,
+            self.record,
+            self.metrics,
+            self.samples,
+            self.page,
+            self.starts,
+            self.labels,
+            self.adapter,
+            self.trial,
+        ):
             settle(target)
         if self.trial.exists():
             discard(self.trial)
@@ -195,27 +208,17 @@ class RunDirectory:
         Raises:
             CheckpointError: Another line is damaged.
         """
-        lines = (
-            self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.is_file() else []
-        )
-        values: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                value = parse_object(line.encode())
-                if not all(isinstance(value[key], int | float) for key in {"step", *NUMBERS} & {"step", *value}):
-                    raise ValueError("no numbers")
-            except (ValueError, KeyError) as error:
-                if number < len(lines):
-                    raise CheckpointError(f"{self.metrics}:{number} is damaged: {error}") from None
-                break
-            if until is not None and value["step"] > until:
-                break
-            values.append(value)
-        return values
+        return _read_lines(self.metrics, until)
 
-    def keep_metrics_until(self, step: int) -> None:
+    def read_samples(self, until: int | None = None) -> list[dict[str, Any]]:
+        """Return the lines of samples.jsonl; see :meth:`read_metrics`."""
+        return _read_lines(self.samples, until)
+
+    def keep_logs_until(self, step: int) -> None:
         """Drop the lines after a step, which were logged after the checkpoint that the run continues from."""
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self.read_metrics(step)))
+        for path in (self.metrics, self.samples):
+            if path == self.metrics or path.exists():
+                write_text(path, "".join(json.dumps(line) + "\n" for line in _read_lines(path, step)))
 
     def _check_finished(self) -> None:
         if self.read_record().is_finished:
@@ -225,6 +228,25 @@ class RunDirectory:
             adapters.append(self.final_adapter)
         instead = f", or name the adapter to use: {' or '.join(map(str, adapters))}" if adapters else ""
         raise CheckpointError(f"{self.path} has not finished. Continue it with qlora train{instead}.")
+
+
+def _read_lines(path: Path, until: int | None) -> list[dict[str, Any]]:
+    """Return the lines of a log of steps, see :meth:`RunDirectory.read_metrics`."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = parse_object(line.encode())
+            if not all(isinstance(value[key], int | float) for key in {"step", *NUMBERS} & {"step", *value}):
+                raise ValueError("no numbers")
+        except (ValueError, KeyError) as error:
+            if number < len(lines):
+                raise CheckpointError(f"{path}:{number} is damaged: {error}") from None
+            break
+        if until is not None and value["step"] > until:
+            break
+        values.append(value)
+    return values
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""`qlora doctor`: hardware, versions, and what a run would use here, with reasons."""
+"""`qlora doctor`: hardware, versions, what a run would use here, with reasons, and what to do next."""
 
 from typing import Annotated, Any
 
@@ -6,6 +6,9 @@ import typer
 
 from qlora.cli.options import AsJson, expand_home
 from qlora.cli.report import show_report
+
+# Recipes for one GPU by the free memory that they are for, the largest first.
+RECIPES = {"llama3_70b_80gb": 75 << 30, "qwen3_8b_24gb": 20 << 30, "gpt_oss_20b_16gb": 14 << 30}
 
 
 def doctor(
@@ -19,7 +22,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show hardware and versions, and what a run would use here and why."""
+    """Show hardware and versions, what a run would use here and why, and what to do next."""
     if check_resume is not None:
         _check_resume(check_resume, as_json)
         return
@@ -56,11 +59,32 @@ def doctor(
         "hardware": describe_hardware(),
         "in_use": in_use,
     }
+    steps = _next_steps(device.type, available_bytes(device))
     if as_json:
-        show_report(report, as_json)
+        show_report(report | {"next": steps}, as_json)
         return
     for title, values in report.items():
         show_report(values, as_json, title.replace("_", " "))
+    print("\n".join(["next", *(f"  {step}" for step in steps)]))
+
+
+def _next_steps(device: str, free_bytes: int) -> list[str]:
+    """Return what to do next on a device: commands, with what each is for."""
+    if device != "cuda":
+        recipe = "qwen3_8b_24gb"
+        steps = [
+            "A base of billions of parameters needs a GPU; here, train a small one, such as HuggingFaceTB/SmolLM2-135M."
+        ]
+    else:
+        recipe = next((name for name, size in RECIPES.items() if free_bytes >= size), "qwen3_8b_24gb")
+        steps = []
+    return [
+        *steps,
+        "qlora init lists the recipes; with --from FILE it converts a config of another trainer.",
+        f"qlora init {recipe} -o my.yaml writes one; set model.base and data.train in it.",
+        "qlora preview my.yaml shows what is supervised, and qlora estimate my.yaml whether it fits.",
+        "qlora train my.yaml trains; its page is report.html in train.output_dir.",
+    ]
 
 
 def _check_resume(path: str, as_json: bool) -> None:

@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from qlora.cli.chat import chat
 from qlora.cli.doctor import doctor
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
+from qlora.cli.examples import examples_of
 from qlora.cli.explain import explain
 from qlora.cli.generate import generate
 from qlora.cli.init import init
@@ -19,6 +21,7 @@ from qlora.cli.merge import merge
 from qlora.cli.predict import predict
 from qlora.cli.preview import preview
 from qlora.cli.quantize import quantize
+from qlora.cli.run_report import report
 from qlora.cli.stopping import Terminated, raising_on_sigterm
 from qlora.cli.train import train
 from qlora.cli.tune import tune
@@ -37,7 +40,6 @@ def _print_version(asked: bool) -> None:
 app = typer.Typer(
     help="Fine-tune language models in 4 bits on one GPU, and release merged weights that are verified.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,20 +54,25 @@ def options(
     """Handle the options before the verb."""
 
 
-app.command("init")(init)
-app.command("explain")(explain)
-app.command("preview")(preview)
-app.command("estimate")(estimate)
-app.command("tune")(tune)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("predict")(predict)
-app.command("merge")(merge)
-app.command("verify")(verify)
-app.command("quantize")(quantize)
-app.command("doctor")(doctor)
+VERBS: dict[str, Callable[..., Any]] = {
+    "init": init,
+    "explain": explain,
+    "preview": preview,
+    "estimate": estimate,
+    "tune": tune,
+    "train": train,
+    "report": report,
+    "eval": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "predict": predict,
+    "merge": merge,
+    "verify": verify,
+    "quantize": quantize,
+    "doctor": doctor,
+}
+for _name, _verb in VERBS.items():
+    app.command(_name, epilog=examples_of(_name))(_verb)
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ def merge(
     checkpoint: Checkpoint = None,
     base: Base = None,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0"] | None,
-        typer.Option(help="Dtype of the weights; q8_0 for GGUF only, which has no float32."),
+        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0", "q5_0", "q4_0"] | None,
+        typer.Option(help="Dtype of the weights; q8_0, q5_0 and q4_0 for GGUF only, which has no float32."),
     ] = None,
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
@@ -33,7 +33,8 @@ def merge(
         ),
     ] = None,
     format: Annotated[
-        Literal["safetensors", "gguf"], typer.Option(help="A folder for transformers, or a file for llama.cpp.")
+        Literal["safetensors", "gguf", "lora-gguf"],
+        typer.Option(help="A folder for transformers, a file for llama.cpp, or one with the adapter alone for it."),
     ] = "safetensors",
     max_shard_size: Annotated[str | None, typer.Option(help="Size limit of a weight file: 5GB, 500MB.")] = None,
     device: Annotated[
@@ -66,10 +67,18 @@ def merge(
 
     The same command continues an interrupted merge.
     """
-    if dtype == "q8_0" and format != "gguf":
-        raise typer.BadParameter("--dtype q8_0 needs --format gguf.")
-    if max_shard_size is not None and format == "gguf":
-        raise typer.BadParameter("--max-shard-size does not apply to --format gguf, which writes one file.")
+    if format == "lora-gguf":
+        unused = {"--dtype": dtype, "--onto": onto, "--device": device, "--force": force, "--push-to-hub": push_to_hub}
+        unused |= {"--max-shard-size": max_shard_size}
+        if given_in_vain := [option for option, value in unused.items() if value]:
+            raise typer.BadParameter(
+                f"{', '.join(given_in_vain)} does not apply to --format lora-gguf: nothing is merged."
+            )
+    block_type = dtype if dtype in ("q8_0", "q5_0", "q4_0") else None
+    if block_type is not None and format != "gguf":
+        raise typer.BadParameter(f"--dtype {dtype} needs --format gguf.")
+    if max_shard_size is not None and format != "safetensors":
+        raise typer.BadParameter(f"--max-shard-size does not apply to --format {format}, which writes one file.")
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public need --push-to-hub.")
 
@@ -86,18 +95,20 @@ def merge(
         check_repo(push_to_hub)
     run = choose_adapter(run, checkpoint)
     source = open_source(run, base)
-    asked = {"dtype": None if dtype == "q8_0" else dtype, "onto": onto, "max_shard_size": max_shard_size}
+    asked = {"dtype": None if block_type else dtype, "onto": onto, "max_shard_size": max_shard_size}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if source.run is None:
         settings = ExportSection(**{"onto": default_onto(source)} | given)
     else:
         overrides = [f"export.{key}={json.dumps(value)}" for key, value in given.items()]
         settings = load_config(source.run.config, overrides).export
-    weights_dtype = "q8_0" if dtype == "q8_0" else settings.dtype
+    weights_dtype, onto_weights = block_type or settings.dtype, settings.onto
+    if format == "lora-gguf":
+        weights_dtype, onto_weights = "float32", "original"
     folder = Path(os.path.abspath(output))
     values = None
     if update and (folder / REPORT_FILE).exists():
-        wanted = adapter_digest(source.folder), weights_dtype, settings.onto, format == "gguf"
+        wanted = adapter_digest(source.folder), weights_dtype, onto_weights, format
         values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
     elif (folder / REPORT_FILE).exists():
         raise ExportError(
@@ -105,31 +116,32 @@ def merge(
             "another one."
         )
     if values is None:
-        if source.run is None:
+        if source.run is None and format != "lora-gguf":
             onto_what = f"the {settings.onto} weights of {source.base}"
             print(f"{run} was made elsewhere: merging onto {onto_what}, which may not be its own.", file=sys.stderr)
-        next_call = "starts again" if format == "gguf" else "continues"
+        next_call = "continues" if format == "safetensors" else "starts again"
         with stopping_with(f"The same command {next_call}."), _progress_bar(shown=not as_json) as on_progress:
             report = run_merge(
                 run,
                 output,
                 weights_dtype,
-                settings.onto,
-                max_shard_size=None if format == "gguf" else settings.max_shard_size,
+                onto_weights,
+                max_shard_size=settings.max_shard_size if format == "safetensors" else None,
                 device=device,
                 force=force,
                 on_progress=on_progress,
                 format=format,
                 base=base,
             )
-        values, title = report.as_dict(), f"Merged {report.merged} layers into {report.out_dir}."
+        what = "Wrote the adapter of" if format == "lora-gguf" else "Merged"
+        values, title = report.as_dict(), f"{what} {report.merged} layers into {report.out_dir}."
     if push_to_hub is not None:
         pushed = push(folder, push_to_hub, not public, dry_run)
         values["pushed"] = pushed.as_dict()
     show_report(values, as_json, title)
 
 
-def _report_if_same(folder: Path, wanted: tuple[str, str, str, bool]) -> dict[str, Any] | None:
+def _report_if_same(folder: Path, wanted: tuple[str, str, str, str]) -> dict[str, Any] | None:
     """Return the report of the merge in a folder if it is the one wanted; else rename the folder."""
     from qlora.export.merged import read_merged
     from qlora.files import old_name

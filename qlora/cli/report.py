@@ -37,7 +37,7 @@ LABELS = {
     "tensors_checked": "tensors compared",
     "top1_agreement": "same most likely token",
 }
-SIZES = ("memory", "available", "estimated", "measured")
+SIZES = ("memory", "available", "estimated", "measured", "size")
 SHARES = ("_share", "_agreement", "_fill")
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
 
@@ -83,7 +83,11 @@ def format_size(num_bytes: float) -> str:
 def format_value(key: str, value: Any) -> str:
     """Return a value of a report as text for people; the unit follows from its key."""
     if isinstance(value, Mapping):
-        shown = {_label(str(name)): format_value(str(name), item) for name, item in value.items() if _is_printed(item)}
+        shown = {
+            _label(str(name)): format_value("num_bytes" if key == "by_kind" else str(name), item)
+            for name, item in value.items()
+            if _is_printed(item)
+        }
         return ", ".join(f"{label}: {text}" for label, text in shown.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(format_value(key, item) for item in value)

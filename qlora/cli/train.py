@@ -86,6 +86,7 @@ def train(
             del values["eval_losses"], values["eval_metrics"], values["evaluations"]
             for name, by_step in result.evaluations.items():
                 values[metric_label(name)] = {f"step {step:,}": f"{value:.4f}" for step, value in by_step.items()}
+            values["page"] = str(result.run_dir / "report.html")
             del values["signal"]  # the exit code has it, and the title the notes
             values["notes"] = []
             if result.status == "finished":

@@ -80,6 +80,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if train.keep is not None:
         keep = train.keep.model_copy(update={"null_space": resolved(train.keep.null_space)})
         train = train.model_copy(update={"keep": keep})
+    if train.samples is not None:
+        samples = train.samples.model_copy(update={"prompts": resolved(train.samples.prompts)})
+        train = train.model_copy(update={"samples": samples})
     functions = [USER_METRIC.fullmatch(metric) for metric in config.eval.metrics]
     metrics = [
         metric if found is None else f"{resolved(found['path'])}:{found['function']}"

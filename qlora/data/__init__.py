@@ -8,7 +8,8 @@ from qlora.data.images import ImageProcessor, as_data_uri
 from qlora.data.labels import LABEL, Labels, find_labels, labels_from_dict
 from qlora.data.new_tokens import add_new_tokens, choose_pad_token, new_token_ids, set_special_tokens
 from qlora.data.options import EncodeOptions
-from qlora.data.questions import Question, read_questions
+from qlora.data.prompts import check_prompts, read_prompts
+from qlora.data.questions import Question, prompt_text, read_questions
 from qlora.data.report import DataReport
 from qlora.data.samples import Piece, pieces, split_shared
 from qlora.data.sources import Source
@@ -38,6 +39,7 @@ __all__ = [
     "apply_template",
     "as_data_uri",
     "build_datasets",
+    "check_prompts",
     "choose_pad_token",
     "collate",
     "encode_prompt",
@@ -47,6 +49,8 @@ __all__ = [
     "make_example",
     "new_token_ids",
     "pieces",
+    "prompt_text",
+    "read_prompts",
     "read_questions",
     "set_special_tokens",
     "split_shared",

@@ -34,15 +34,25 @@ class Question:
     Attributes:
         prompt: Ids of everything before the answer, as a server feeds it.
         reference: The answer in the data.
+        text: The prompt, for people.
     """
 
     prompt: list[int]
     reference: str
+    text: str
 
 
 def after_reasoning(text: str) -> str:
     """Return what follows a model's reasoning in an answer; the whole answer if it has none."""
     return text.rpartition(END_OF_REASONING)[2]
+
+
+def prompt_text(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the turns before an answer for people: a single one as it is, others with their roles."""
+    texts = [str(message.get("content") or "") for message in messages]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
 
 
 def read_questions(
@@ -98,7 +108,7 @@ def _question(tokenizer: Any, example: Example) -> Question | str:
     if isinstance(example, Completion):
         ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
         starts = [tokenizer.bos_token_id] if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id] else []
-        return _with_answer([*starts, *ids], example.completion)
+        return _with_answer([*starts, *ids], example.completion, example.prompt)
     if not isinstance(example, Conversation):
         return NO_ANSWER
     messages = example.messages
@@ -109,14 +119,14 @@ def _question(tokenizer: Any, example: Example) -> Question | str:
         prompt = encode_prompt(tokenizer, messages[:turn], example.tools)
     except DataError:  # a template may take the whole conversation only
         return NO_PROMPT
-    return _with_answer(prompt, messages[turn]["content"])
+    return _with_answer(prompt, messages[turn]["content"], prompt_text(messages[:turn]))
 
 
-def _with_answer(prompt: list[int], answer: str) -> Question | str:
+def _with_answer(prompt: list[int], answer: str, text: str) -> Question | str:
     reference = after_reasoning(answer)
     if not prompt:
         return NO_PROMPT
-    return Question(prompt, reference) if reference.strip() else NO_ANSWER
+    return Question(prompt, reference, text) if reference.strip() else NO_ANSWER
 
 
 def _last_answer(messages: Sequence[dict[str, Any]], weights: Sequence[float | PartWeights]) -> int | None:

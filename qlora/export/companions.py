@@ -48,6 +48,7 @@ class MergeReport:
         base_differs: With `force`, files of the base that differ from those used in training.
         seconds: Duration of the merge in seconds.
         notes: Ways in which the written model may differ from the trained one.
+        format: `safetensors`, `gguf`, or `lora-gguf`, which is the adapter alone.
     """
 
     out_dir: str
@@ -65,6 +66,7 @@ class MergeReport:
     base_differs: list[str]
     seconds: float
     notes: list[str] = field(default_factory=list)
+    format: str = "safetensors"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

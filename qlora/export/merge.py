@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora.checkpoint import RunDirectory
+from qlora.checkpoint import RunDirectory, record_release
 from qlora.errors import ExportError
 from qlora.export.companions import MergeReport, OnProgress
 from qlora.export.folder import DEFAULT_SHARD_SIZE, merge_to_folder
+from qlora.export.gguf.adapter import FORMAT as ADAPTER_FORMAT
+from qlora.export.gguf.adapter import adapter_to_gguf
 from qlora.export.gguf.merge import merge_to_gguf
 from qlora.export.held_out import Judge
 from qlora.model import BITSANDBYTES_4BIT, AdapterSource, open_source, weight_format
+from qlora.pages import refresh_page
 
-FORMATS = ("safetensors", "gguf")
+FORMATS = ("safetensors", "gguf", ADAPTER_FORMAT)
 
 
 def merge(
@@ -32,7 +35,8 @@ def merge(
     Args:
         run_dir: A finished run, a checkpoint of a run, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A new folder; it appears once everything in it is written.
-        dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16` or `q8_0`.
+        dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16`, `q8_0`,
+            `q5_0` or `q4_0`.
         onto: Base weights to merge onto: `dequantized`, those that a run's adapter was trained on; `original`, those of
             the base's files; or `best`, the ones with the lower loss on a run's held-out examples. `best` needs disk
             space for both and loads each merged model in turn; not for GGUF. None for `dequantized` with a run, and
@@ -41,7 +45,9 @@ def merge(
         device: Device to merge and evaluate on; see :class:`qlora.export.weights.MergedWeights`.
         force: Merge into a base other than the one used in training; the report names the files that differ.
         on_progress: Called with the bytes written so far and the total.
-        format: `safetensors`, a folder that transformers loads, or `gguf`, a file for llama.cpp.
+        format: `safetensors`, a folder that transformers loads; `gguf`, a file for llama.cpp; or `lora-gguf`, a file
+            with the adapter alone, in fp32, which llama.cpp applies to any GGUF file of the base. It merges nothing, so
+            `dtype`, `onto`, `device` and `force` have no effect on it.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
         judge_of: Returns what `best` compares the merges of a run by; the supervised loss by
             default.
@@ -57,7 +63,7 @@ def merge(
     source = open_source(run_dir, base)
     if onto is None:
         onto = default_onto(source)
-    if format == "gguf":
+    if format != "safetensors":
         if source.head is not None:
             raise ExportError(
                 f"format: {run_dir} scores texts, and only models that predict tokens are written as GGUF; omit it."
@@ -66,12 +72,20 @@ def merge(
             raise ExportError(
                 f"max_shard_size: {max_shard_size!r} has no meaning for GGUF, which is one file; omit it."
             )
-        return merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
-    shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
-    return merge_to_folder(
-        source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force, on_progress=on_progress,
-        judge=Judge() if source.run is None else judge_of(source.run),
-    )  # fmt: skip
+    if format == ADAPTER_FORMAT:
+        report = adapter_to_gguf(source, out_dir)
+    elif format == "gguf":
+        report = merge_to_gguf(source, out_dir, dtype, onto, device=device, force=force, on_progress=on_progress)
+    else:
+        shard_size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
+        report = merge_to_folder(
+            source, out_dir, dtype, onto, max_shard_size=shard_size, device=device, force=force,
+            on_progress=on_progress, judge=Judge() if source.run is None else judge_of(source.run),
+        )  # fmt: skip
+    if source.run is not None:
+        record_release(source.run, "merge", report.as_dict())
+        refresh_page(source.run)
+    return report
 
 
 def default_onto(source: AdapterSource) -> str:

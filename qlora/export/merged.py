@@ -7,6 +7,7 @@ from typing import Any
 from qlora.errors import ExportError
 from qlora.export.companions import REPORT_FILE
 from qlora.export.folder import DTYPES
+from qlora.export.gguf.adapter import FORMAT as ADAPTER_FORMAT
 from qlora.export.gguf.merge import GGUF_DTYPES
 from qlora.export.weights import ONTO
 from qlora.files.json_files import parse_object
@@ -25,6 +26,7 @@ class Merged:
         step: Step of the run; None in a report that lacks it.
         adapter: SHA-256 of the adapter's tensors file; None in a report that lacks it.
         gguf: The GGUF file, if the model is one.
+        format: Format of the model, see :class:`qlora.export.companions.MergeReport`.
         report: All values of the report.
     """
 
@@ -36,19 +38,20 @@ class Merged:
     step: int | None
     adapter: str | None
     gguf: Path | None
+    format: str
     report: dict[str, Any]
 
-    def is_merge_of(self, adapter: str, dtype: str, onto: str, as_gguf: bool) -> bool:
+    def is_merge_of(self, adapter: str, dtype: str, onto: str, format: str) -> bool:
         """Return whether a merge with these arguments would write the same model.
 
         Args:
             adapter: SHA-256 of the adapter's tensors file.
             dtype: Dtype of the weights.
             onto: `dequantized`, `original`, or `best`, which only a merge that compared losses satisfies.
-            as_gguf: Whether the model should be a GGUF file.
+            format: Format of the model.
         """
         is_onto = bool(self.report.get("losses")) if onto == "best" else onto == self.onto
-        return (self.adapter, self.dtype, self.gguf is not None) == (adapter, dtype, as_gguf) and is_onto
+        return (self.adapter, self.dtype, self.format) == (adapter, dtype, format) and is_onto
 
 
 def read_merged(folder: Path) -> Merged:
@@ -69,7 +72,11 @@ def read_merged(folder: Path) -> Merged:
         are_known = isinstance(device, str) and isinstance(step, int | None) and isinstance(adapter, str | None)
         if not (is_list and are_known):
             raise TypeError("device, step, adapter or base_differs")
-        if report["dtype"] not in (DTYPES if gguf is None else GGUF_DTYPES) or report["onto"] not in ONTO:
+        format = report.get("format", "safetensors" if gguf is None else "gguf")  # absent in older reports
+        dtypes = {"safetensors": DTYPES, "gguf": GGUF_DTYPES, ADAPTER_FORMAT: ["float32"]}
+        if format not in dtypes or (gguf is None) != (format == "safetensors"):
+            raise ValueError(f"format {format!r:.40}")
+        if report["dtype"] not in dtypes[format] or report["onto"] not in ONTO:
             raise ValueError(f"{report['dtype']} onto {report['onto']}")
         return Merged(
             folder=folder,
@@ -80,6 +87,7 @@ def read_merged(folder: Path) -> Merged:
             step=step,
             adapter=adapter,
             gguf=gguf,
+            format=format,
             report=report,
         )
     except FileNotFoundError:

@@ -33,6 +33,7 @@ class Fit:
         estimated: Predicted bytes of the largest micro-batch, without cached weights; None if they are not known.
         measured: Bytes that the allocator measured for it; None if it was not tried.
         available: Bytes that the run may take.
+        by_kind: The predicted bytes by kind; None if they are not known.
     """
 
     level: str
@@ -41,6 +42,7 @@ class Fit:
     estimated: int | None
     measured: int | None
     available: int
+    by_kind: dict[str, int] | None = None
 
 
 def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, processes: Processes) -> Fit:
@@ -100,13 +102,17 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         # The trial does not run the optimizer's step.
         measured = max(measured, 0 if expected is None else expected.update_bytes)
     apply_recompute(model, level)
-    estimated = None if expected is None else expected.total_bytes(level, tokens)
+    by_kind = None if expected is None else expected.bytes_by_kind(level, tokens)
+    estimated = None if by_kind is None else sum(by_kind.values())
     num_cached = 0
     taken = estimated if measured is None else measured
     if taken is not None and config.model.weight_cache == "auto" and _is_cache_used(config, tokens, device):
         left = (1 - MARGIN) * available - taken
         num_cached = cache_weights(model, left if device.type == "cuda" else HOST_SHARE * left)
-    return Fit(level=level, why=why, num_cached=num_cached, estimated=estimated, measured=measured, available=available)
+    return Fit(
+        level=level, why=why, num_cached=num_cached, estimated=estimated, measured=measured, available=available,
+        by_kind=by_kind,
+    )  # fmt: skip
 
 
 def settle_level(

@@ -31,10 +31,12 @@ NAMES = {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
-KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-# Dtypes that tensors of a kind are read as.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
-BLOCK_SIZE = 32  # of q8_0
+KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+# Dtypes that tensors of a plain kind are read as; others are dequantized to fp32.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Kinds that store blocks of 32 values as integers times a step: the largest value of a block in steps, and the largest
+# integer on the other side of zero.
+BLOCK_SIZE, LEVELS = 32, {"Q8_0": (127, 127), "Q5_0": (16, 15), "Q4_0": (8, 7)}
 
 
 class GGUFFile:
@@ -43,7 +45,7 @@ class GGUFFile:
     Args:
         path: Path of the file.
         names: Names of the expected tensors in a model of text alone, by their names in the base's files.
-        dtype: Expected dtype of the matrices: `float16`, `bfloat16` or `q8_0`.
+        dtype: Expected dtype of the matrices, one of `KINDS`.
         config: Config of the model.
 
     Attributes:
@@ -65,10 +67,10 @@ class GGUFFile:
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ExportError(f"{path.name} is truncated or damaged ({error}); merge again.") from None
-        self._matrix_kind, self._head_dim = KINDS[dtype], _head_dim(config)
+        self._matrix_kind, self._head_dim = KINDS[dtype], head_dim_of(config)
         self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        own = {name: other for name, plain in names.items() if (other := _name(plain)) in tensors}
+        own = {name: other for name, plain in names.items() if (other := name_in_file(plain)) in tensors}
         factors = tensors.pop("rope_freqs.weight", None)
         self.rope_factors = None if factors is None else factors.data.tolist()
         self._tensors = {name: tensors.pop(other) for name, other in own.items()}
@@ -86,7 +88,7 @@ class GGUFFile:
         return tuple(reversed(self._tensors[name].shape.tolist()))
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Return rows of a tensor in transformers' order; q8_0 is dequantized to fp32."""
+        """Return rows of a tensor in transformers' order; blocks are dequantized to fp32."""
         from gguf import quants
 
         tensor = self._tensors[name]
@@ -101,35 +103,55 @@ class GGUFFile:
     def dtype(self, name: str) -> torch.dtype:
         """Return the expected dtype of a tensor.
 
-        It is fp32 for vectors and the file's for matrices; with q8_0, f16 for rows that are not a multiple of 32.
+        It is fp32 for vectors and the file's for matrices; with blocks, f16 for rows that are not a multiple of 32.
         """
-        return DTYPES[self._kind(name)]
+        return DTYPES.get(self._kind(name), torch.float32)
 
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Return half a step of q8_0 for each value, where a step is the block's largest value / 127, in fp16."""
-        if self._kind(name) != "Q8_0":
+        """Return how far each value of a tensor of blocks may be from its own; None for other kinds.
+
+        That is half a step, or the distance to the largest integer where that is short of the value, and the rounding
+        of the step to fp16.
+        """
+        kind = self._kind(name)
+        if kind not in LEVELS:
             return None
-        steps = values.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1, keepdim=True) / 127
-        slack = steps / 2 + 127 * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
-        return slack.expand(*steps.shape[:-1], BLOCK_SIZE).flatten(-2)
+        (most, opposite), blocks = LEVELS[kind], values.unflatten(-1, (-1, BLOCK_SIZE)).abs()
+        steps = blocks.amax(-1, keepdim=True) / most
+        rounding = most * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
+        short = (blocks - opposite * steps) * (opposite < most)
+        return (torch.maximum(steps / 2, short) + rounding).flatten(-2)
 
     def _kind(self, name: str) -> str:
         shape = self.shape(name)
         if len(shape) == 1:
             return "F32"
-        return "F16" if self._matrix_kind == "Q8_0" and shape[-1] % BLOCK_SIZE else self._matrix_kind
+        if self._matrix_kind in LEVELS:
+            is_outer = self._names.get(name) in (EMBEDDING, HEAD)
+            return "F16" if shape[-1] % BLOCK_SIZE else "Q8_0" if is_outer else self._matrix_kind
+        return self._matrix_kind
 
     def _order(self, name: str) -> torch.Tensor | None:
         """Return the file's row of each row in transformers' order; None if the orders are the same.
 
         llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
         """
-        match = LAYER.fullmatch(self._names[name])
-        if not self._has_pairs or match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
-            return None
-        size = self._head_dim
-        in_head = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
-        return (torch.arange(0, self.shape(name)[0], size)[:, None] + in_head).flatten()
+        return row_order(self._names[name], self.shape(name)[0], self._head_dim) if self._has_pairs else None
+
+
+def row_order(name: str, num_rows: int, head_dim: int) -> torch.Tensor | None:
+    """Return the row in a file whose architecture has pairs of each row in transformers' order; None if it is the same.
+
+    Args:
+        name: Name of the tensor in a model of text alone.
+        num_rows: Number of its rows.
+        head_dim: Number of rows of a head.
+    """
+    match = LAYER.fullmatch(name)
+    if match is None or match[2] not in ("self_attn.q_proj", "self_attn.k_proj"):
+        return None
+    in_head = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+    return (torch.arange(0, num_rows, head_dim)[:, None] + in_head).flatten()
 
 
 def check_gguf(
@@ -171,7 +193,7 @@ def check_gguf(
     return check
 
 
-def _name(name: str) -> str:
+def name_in_file(name: str) -> str:
     """Return a tensor's name in the file; empty if it has none."""
     match = LAYER.fullmatch(name)
     if match is None:
@@ -181,7 +203,7 @@ def _name(name: str) -> str:
 
 def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
     """Return the expected metadata on the model, by key; None for a key that should be missing."""
-    architecture, head_dim, rope = ARCHITECTURES[config.model_type], _head_dim(config), config.rope_parameters
+    architecture, head_dim, rope = ARCHITECTURES[config.model_type], head_dim_of(config), config.rope_parameters
     is_scaled, is_yarn = rope["rope_type"] in ("linear", "yarn"), rope["rope_type"] == "yarn"
     values = {
         "vocab_size": num_rows,
@@ -204,7 +226,8 @@ def _sizes(config: Any, num_rows: int) -> dict[str, Any]:
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
 
 
-def _head_dim(config: Any) -> int:
+def head_dim_of(config: Any) -> int:
+    """Return the number of features of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -240,7 +263,7 @@ def _rope_factors(config: Any) -> list[float] | None:
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
-    head_dim, factors = _head_dim(config), []
+    head_dim, factors = head_dim_of(config), []
     for place in range(0, head_dim, 2):
         turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-place / head_dim) / (2 * math.pi)
         share = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import adapter_digest
+from qlora.checkpoint import adapter_digest, record_release
 from qlora.config import load_config
 from qlora.data import eval_batches
 from qlora.data.tokens import TokenizedExample
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
+from qlora.export.gguf.adapter import FORMAT as ADAPTER_FORMAT
 from qlora.export.held_out import held_out_examples
 from qlora.export.merged import Merged, read_merged
 from qlora.files import BaseFiles
@@ -32,11 +33,13 @@ from qlora.model import (
     resolve_device,
 )
 from qlora.objectives import release_loss
+from qlora.pages import refresh_page
 from qlora.proof.adapter import check_adapter_files, check_layers
 from qlora.proof.clients import Verdict, check_clients
 from qlora.proof.expected import ExpectedWeights
 from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_scores, check_tokenizer, check_weight_files
 from qlora.proof.gguf import check_gguf
+from qlora.proof.gguf_adapter import check_gguf_adapter
 from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, loss_noise, predict
 from qlora.proof.scores import MAX_SCORE_DIFFERENCE, Scores, compare_scores, predict_scores
 from qlora.proof.tensors import WrittenFolder, check_tensors
@@ -118,7 +121,8 @@ def verify(
     Args:
         run_dir: The run, one of its checkpoints, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A folder that :func:`qlora.merge` wrote. Tensors, hyperparameters and vocabulary of a GGUF file are
-            compared, but not its predictions; use llama.cpp for those.
+            compared, or the changes that an adapter in a GGUF file makes, but not its predictions; use llama.cpp for
+            those.
         device: Device to run the models on, one after the other.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
 
@@ -154,11 +158,13 @@ def verify(
         found = {}
     elif {*merged.base_differs} - {*base_differs}:
         found = {}  # the base that was merged onto is missing, so every tensor would differ
+    elif merged.format == ADAPTER_FORMAT:
+        found = _compare_gguf_adapter(source, merged, skeleton, problems)
     elif merged.gguf is not None:
         found = _compare_gguf(source, files, merged, skeleton, problems)
     else:
         found = _compare_folder(source, files, merged, skeleton, device=device, problems=problems)
-    return VerifyReport(
+    report = VerifyReport(
         matches=not problems,
         problems=problems,
         onto=None if merged is None else merged.onto,
@@ -172,6 +178,11 @@ def verify(
         notes=_notes(source, problems, found),
         **found,
     )
+    if source.run is not None:
+        folder = None if merged is None else str(merged.folder)
+        record_release(source.run, "verify", report.as_dict() | {"out_dir": folder, "step": source.step})
+        refresh_page(source.run)
+    return report
 
 
 def _notes(source: AdapterSource, problems: list[str], found: dict[str, Any]) -> list[str]:
@@ -257,6 +268,18 @@ def _compare_gguf(
         return {}
     written = BaseFiles(merged.folder, str(merged.folder))
     problems += check.problems + check_tokenizer(base, written, tokenizer, source)
+    return {"tensors_checked": check.checked, "max_weight_difference": check.max_difference}
+
+
+def _compare_gguf_adapter(source: AdapterSource, merged: Merged, skeleton: Any, problems: list[str]) -> dict[str, Any]:
+    """Compare the changes of weights that an adapter in a GGUF file makes."""
+    assert merged.gguf is not None
+    try:
+        check = check_gguf_adapter(merged.gguf, source.read(), skeleton.config)
+    except ExportError as error:
+        problems.append(str(error))
+        return {}
+    problems += check.problems
     return {"tensors_checked": check.checked, "max_weight_difference": check.max_difference}
 
 

@@ -39,6 +39,7 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
+from qlora.model.formats import notes_on_format
 from qlora.model.isolation import check_causal
 from qlora.model.null_space import check_no_experts
 from qlora.model.quantization import with_linears
@@ -53,6 +54,7 @@ from qlora.training.auto_rate import resolve_rate
 from qlora.training.best import check_metric, loss_metrics
 from qlora.training.determinism import describe_determinism
 from qlora.training.loop import LoopParts
+from qlora.training.samples import Sampler, check_file
 from qlora.training.schedule import resolve_total_steps
 from qlora.training.scoring import Scorer
 
@@ -123,6 +125,7 @@ class Assembly:
         starts: What the adapters start from, as far as that does not follow from the seed.
         ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
         scorer: Questions that are asked at every evaluation, with the metrics of their answers.
+        sampler: Prompts that are answered at intervals, to be looked at.
         head: Head of scores of whole documents, if the objective trains one.
     """
 
@@ -139,7 +142,13 @@ class Assembly:
     starts: Starts
     ranks: RankBudget | None
     scorer: Scorer
+    sampler: Sampler
     head: ScoreHead | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the questions, the prompts and the base."""
+        return [*self.scorer.notes, *self.sampler.notes, *notes_on_format(self.files)]
 
     @property
     def loop_parts(self) -> LoopParts:
@@ -168,6 +177,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     """
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
+        check_file(section.samples)
         check_weights(model_section, processes.world_size)
         files = base_files(model_section)
         weight_format(files, model_section.quantization)
@@ -201,6 +211,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         scorer = Scorer.from_section(
             config.eval, config.data, tokenizer, datasets, datasets.held_out, section.micro_batch_size
         )
+        sampler = Sampler.from_section(section.samples, config.data, tokenizer, datasets, section.micro_batch_size)
         check_metric(section, [*loss_metrics(datasets.held_out, objective.loss), *scorer.names], scorer.unknown_names)
         head = objective.loss.head
         if head is not None:
@@ -270,7 +281,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         recompute_why=fit.why,
         tiled=fit.level == "offload+tiled",
         weights_kept=fit.num_cached,
-        memory=MemoryUse(fit.available, fit.estimated, fit.measured),
+        memory=MemoryUse(fit.available, fit.estimated, fit.measured, fit.by_kind),
         optimizer=section.optimizer,
         optimizer_state_paged=optimizer.is_paged,
         rounding=optimizer.rounding,
@@ -301,6 +312,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         starts=starts,
         ranks=_rank_budget(config.lora, model, total_steps),
         scorer=scorer,
+        sampler=sampler,
         head=head,
     )
 

@@ -72,7 +72,7 @@ def check_resume(config: RunConfig) -> ResumeCheck:
 def _train_in_process(config: RunConfig, run: RunDirectory, stop_at: int | None = None) -> RunResult:
     """Train in a new process, which shares only the disk with the others."""
     values = {"output_dir": str(run.path), "max_steps": STEPS, "eval_every": 2, "save_every": None, "log_every": 1}
-    values |= {"early_stopping": None, "keep_best": False, "best_mode": None}
+    values |= {"early_stopping": None, "keep_best": False, "best_mode": None, "samples": None}
     section = config.train.model_copy(update=values | {"trackers": []})
     config = config.model_copy(update={"train": section, "eval": EvalSection()})
     spawn = multiprocessing.get_context("spawn")

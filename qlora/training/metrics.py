@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, the display, and accelerate's trackers."""
+"""The log of a run: metrics.jsonl, samples.jsonl, the display, and trackers."""
 
 import json
 import math
@@ -16,6 +16,8 @@ from qlora.processes import Processes
 from qlora.training.display import Display
 from qlora.training.loop import StepReport
 from qlora.training.progress import Progress
+from qlora.training.samples import describe_sample
+from qlora.training.tracking import Tracking
 
 # Values of a line that depend on the clock or the system, and differ between equal runs.
 VOLATILE = ("tokens_per_second", "peak_memory")
@@ -28,7 +30,8 @@ class MetricsLog:
 
     Args:
         run: Directory of the run, whose metrics.jsonl is appended to.
-        processes: Processes of the run, with their trackers started.
+        processes: Processes of the run.
+        tracking: Trackers of the run.
         total_steps: Number of steps of the run.
         steps_per_epoch: Number of steps per epoch.
         log_every: Number of steps between lines.
@@ -40,14 +43,15 @@ class MetricsLog:
         self,
         run: RunDirectory,
         processes: Processes,
+        tracking: Tracking,
         total_steps: int,
         steps_per_epoch: int,
         log_every: int,
         display: Display,
         unit: str = "tok",
     ) -> None:
-        self.unit = unit
-        self.processes, self.total_steps, self.steps_per_epoch = processes, total_steps, steps_per_epoch
+        self._run, self.unit = run, unit
+        self._tracking, self.total_steps, self.steps_per_epoch = tracking, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
         # Unbuffered, so that a killed process leaves everything that it logged.
@@ -128,6 +132,25 @@ class MetricsLog:
         self._write(values)
         self.display.show_event(step, "  ".join(_describe(name, each) for name, each in evaluations.items()))
 
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Log the samples after a step.
+
+        Args:
+            step: Number of steps done.
+            samples: A `prompt`, an `answer` and maybe a `reference` each.
+        """
+        if not self.is_main:
+            return
+        line = json.dumps({"step": step, **self._epoch(step), "samples": samples}) + "\n"
+        try:
+            with self._run.samples.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as problem:  # a full disk need not end the run; the next save reports it
+            self.announce([f"step {step:,}: the samples can't be written to {self._run.samples}: {problem}."])
+        self._tracking.log_samples(samples, step)
+        for sample in samples:
+            self.display.show_event(step, f"sample: {describe_sample(sample)}")
+
     def close(self) -> None:
         """End the progress line, and close the file."""
         self.display.close()
@@ -150,8 +173,7 @@ class MetricsLog:
         self._unwritten += (json.dumps(values) + "\n").encode()
         with suppress(OSError):  # a full disk need not end the run; the next save reports it
             self.write_out()
-        numbers = {key: value for key, value in values.items() if key != "step" and isinstance(value, int | float)}
-        self.processes.log(numbers, values["step"])
+        self._tracking.log_numbers(values, values["step"])
 
 
 def _describe(name: str, evaluation: Evaluation) -> str:

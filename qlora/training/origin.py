@@ -15,7 +15,7 @@ from qlora.errors import CheckpointError, ConfigError
 FREE_KEYS = {
     "train.output_dir", "train.epochs", "train.max_steps", "train.log_every", "train.eval_every", "train.save_every",
     "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.best_mode",
-    "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
+    "train.samples", "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
     "eval.metrics", "eval.rows", "eval.max_new_tokens",
     "model.recompute", "model.weights", "model.weight_cache", "model.allow_unquantized",
     "export.dtype", "export.onto", "export.max_shard_size",

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import evaluation_metrics, metric_label
+from qlora.pages import Points, smoothed
 
-# Share of the logged steps that the smoothed training loss averages over.
-SMOOTHED_SHARE = 0.05
 # Markers and colours of the sets' losses: the first is that of the held-out rows.
 STYLES = [f"{marker}-C{colour}" for colour, marker in enumerate("osD^vP", 1)]
 # Number of labels up to which counts are written into a confusion matrix.
 WRITTEN_LABELS = 20
-Points = list[tuple[int, float]]
 
 
 def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = "", ylabel: str = "loss") -> bool:
@@ -35,7 +33,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
     axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.3, label="training")
-        axes.plot(*zip(*_smoothed(training), strict=True), color="tab:blue", label="training, smoothed")
+        axes.plot(*zip(*smoothed(training), strict=True), color="tab:blue", label="training, smoothed")
     losses = {key: losses for key, losses in evaluation_metrics(metrics).items() if key.endswith("_loss")}
     for (key, points), style in zip(losses.items(), cycle(STYLES)):
         axes.plot(*zip(*points.items(), strict=True), style, label=metric_label(key))
@@ -125,13 +123,3 @@ def _save(figure: Any, target: Path) -> bool:
 
 def _points(metrics: Sequence[dict[str, Any]], key: str) -> Points:
     return [(line["step"], line[key]) for line in metrics if key in line]
-
-
-def _smoothed(points: Points) -> Points:
-    """Return an exponential moving average, corrected for its start at zero."""
-    decay = 1 - 1 / max(1.0, SMOOTHED_SHARE * len(points))
-    smoothed, total, weight = [], 0.0, 0.0
-    for step, value in points:
-        total, weight = decay * total + value, decay * weight + 1
-        smoothed.append((step, total / weight))
-    return smoothed

@@ -22,7 +22,7 @@ from qlora.data import (
     pieces,
 )
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
-from qlora.errors import ConfigError, ModelError
+from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles, find_tokenizer
 from qlora.model import (
     base_files,
@@ -39,6 +39,7 @@ from qlora.model.answer_metrics import METRICS, load_metric
 from qlora.objectives import objective_for_data, objective_from_section
 from qlora.training.best import check_metric, loss_metrics
 from qlora.training.given import as_config
+from qlora.training.samples import Sampler, check_file
 from qlora.training.schedule import resolve_total_steps
 from qlora.training.scoring import questions_of_sets
 
@@ -188,7 +189,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
 
 
 def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) -> list[str]:
-    """Return what training refuses of weights and metrics, without running a user's file."""
+    """Return what training refuses of weights, metrics and samples, without running a user's file."""
     asked = config.eval.metrics if datasets.held_out else []
     try:
         objective = objective_for_data(config.train, datasets)
@@ -200,7 +201,9 @@ def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) 
         names = [f"{name}_{metric_name(metric)}" for name in questions for metric in asked]
         unknown = [f"{name}_{metric_name(metric)}" for name in questions for metric in asked if metric not in METRICS]
         check_metric(config.train, [*loss_metrics(datasets.held_out, objective.loss), *names], unknown)
-    except ConfigError as error:
+        check_file(config.train.samples)
+        Sampler.from_section(config.train.samples, config.data, tokenizer, datasets, config.train.micro_batch_size)
+    except (ConfigError, DataError) as error:
         return [str(error)]
     return []
 

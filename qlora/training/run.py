@@ -22,7 +22,7 @@ from qlora.errors import ConfigError, ModelError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.lora.experts import describe_dead_experts
 from qlora.model import frozen_checksum, resolve_device, write_labels
-from qlora.model.formats import notes_on_format
+from qlora.pages import refresh_page
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.assemble import Assembly, RunPlan, assemble
@@ -37,6 +37,7 @@ from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, check_step_size, find_start
 from qlora.training.session import SessionOptions, how_to_continue, run_session
+from qlora.training.tracking import send_files
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -114,7 +115,7 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    notes = [*start.describe_damage(), *assembly.notes]
     notes += start.describe_processes(processes.world_size)
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
@@ -210,7 +211,7 @@ def _train(
                 remarks.append(f"The run in {run.path} was moved to {run.move_aside()}.")
             for folder in start.damaged:
                 quarantine(folder)
-            run.keep_metrics_until(-1 if start.checkpoint is None else first_step)
+            run.keep_logs_until(-1 if start.checkpoint is None else first_step)
             saved = [step_of(folder) or 0 for folder in run.list_checkpoints()]
             watch = BestWatch.restored(assembly.config.train, run.read_metrics(), saved, record.stopped_early)
             record = replace(record, best=watch.best)
@@ -221,7 +222,7 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    remarks += [*start.describe_damage(), *assembly.notes]
     remarks += start.describe_processes(processes.world_size)
     remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
@@ -253,6 +254,8 @@ def _train(
                 _save_final_adapter(assembly, run)
             run.write_record(record)
             _draw(run, assembly)
+            display.announce([problem] if (problem := refresh_page(run)) else [])
+            send_files(processes, [run.page, run.samples])
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())

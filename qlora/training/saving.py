@@ -119,7 +119,9 @@ class Saver:
     def _write(self, folder: Path, progress: Progress) -> None:
         try:
             self.log.write_out()
-            sync(self.run.metrics)  # a power cut must not leave a checkpoint without its log
+            for path in (self.run.metrics, self.run.samples):  # a power cut must not leave a checkpoint without its log
+                if path.exists():
+                    sync(path)
         except OSError as problem:
             raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
         model, optimizer, ranks = self.assembly.model, self.assembly.optimizer, self.assembly.ranks

@@ -105,23 +105,40 @@ class Scorer:
             return Scores()
         processes = Processes() if processes is None else processes
         started = time.perf_counter()
-        rank, count = processes.rank, processes.world_size
         asked = [(name, each) for name, questions in self.questions.items() for each in questions]
-        own = [question.prompt for _, question in asked[rank::count]]
-        with uneven_passes(model):  # answers differ in length
-            own_answers = answer_all(model, tokenizer, own, self.max_new_tokens, self.max_tokens)
-        answers = processes.gather(own_answers)
+        prompts = [question.prompt for _, question in asked]
+        answers = answer_together(model, tokenizer, prompts, self.max_new_tokens, self.max_tokens, processes)
         by_set: dict[str, dict[str, float]] = {}
         with processes.raise_together():
             if processes.is_first:
                 pairs: dict[str, list[tuple[str, str]]] = {}
-                for number, (name, question) in enumerate(asked):
-                    pairs.setdefault(name, []).append((answers[number % count][number // count], question.reference))
+                for (name, question), answer in zip(asked, answers, strict=True):
+                    pairs.setdefault(name, []).append((answer, question.reference))
                 by_set = {
                     name: {metric: compute(*zip(*each, strict=True)) for metric, compute in self.metrics.items()}
                     for name, each in pairs.items()
                 }
         return Scores(processes.broadcast(by_set), len(asked), time.perf_counter() - started)
+
+
+def answer_together(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_tokens: int,
+    processes: Processes,
+) -> list[str]:
+    """Answer prompts as :func:`qlora.model.answer_all` does, each process a part of them.
+
+    Returns:
+        The answers in the order of the prompts, on every process.
+    """
+    rank, count = processes.rank, processes.world_size
+    with uneven_passes(model):  # answers differ in length
+        own = answer_all(model, tokenizer, prompts[rank::count], max_new_tokens, max_tokens)
+    parts = processes.gather(own)
+    return [parts[number % count][number // count] for number in range(len(prompts))]
 
 
 def questions_of_sets(

@@ -18,11 +18,13 @@ from qlora.training.callbacks import Callback, call_all
 from qlora.training.display import Display
 from qlora.training.guard import StepGuard
 from qlora.training.interrupt import Interruption
+from qlora.training.live_page import LivePage
 from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
 from qlora.training.metrics import MetricsLog
 from qlora.training.prepare import Prepared
 from qlora.training.saving import Saver
 from qlora.training.schedule import rate_of, resolve_interval
+from qlora.training.tracking import Tracking
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +81,19 @@ def run_session(
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     progress, total = prepared.progress, plan.total_steps
     first_step = progress.step
-    processes.start_trackers("qlora")
-    eval_every, save_every = (resolve_interval(value, total) for value in (config.eval_every, config.save_every))
+    tracking = Tracking(processes, assembly.config, run.path.name)
+    sample_every = None if config.samples is None else config.samples.every
+    eval_every, save_every, sample_every = (
+        resolve_interval(value, total) for value in (config.eval_every, config.save_every, sample_every)
+    )
     evaluated = {f"{name}_loss" for name in plan.datasets.held_out}
     lines = processes.broadcast(run.read_metrics() if processes.is_first else [])
     is_evaluated = any(line["step"] == progress.step and evaluated <= line.keys() for line in lines)
+    sampled = processes.broadcast([line["step"] for line in run.read_samples()] if processes.is_first else [])
     log = MetricsLog(
         run,
         processes,
+        tracking,
         total_steps=total,
         steps_per_epoch=plan.steps_per_epoch,
         log_every=config.log_every,
@@ -95,9 +102,14 @@ def run_session(
     )
     saver = Saver(run, assembly, prepared.origin, log)
     guard = StepGuard(run, assembly, progress, log, prepared.record.in_use)
+    page = LivePage(run, log.announce)
 
     def evaluates_at(step: int) -> bool:
         return step in (0, total) or eval_every is not None and step % eval_every == 0
+
+    def samples_at(step: int) -> bool:
+        is_due = step in (0, total) or sample_every is not None and step % sample_every == 0
+        return config.samples is not None and (is_due or watch.is_exhausted)
 
     def save_unsaved() -> None:
         if progress.step > first_step:  # before that, there is nothing new to save
@@ -145,6 +157,15 @@ def run_session(
         if watch.metric is not None:
             keep_best(processes.broadcast(metric_of(evaluations, watch.metric)))
 
+    def look(evaluates: bool, samples: bool = True) -> None:
+        """Evaluate and take samples, as far as they are due at this step, and show both on the page."""
+        if evaluates:
+            evaluate_now()
+        if samples := samples and samples_at(progress.step):
+            log.log_samples(progress.step, assembly.sampler.take(assembly.model, assembly.tokenizer, processes))
+        if (evaluates or samples) and processes.is_first:
+            page.refresh()
+
     def after_step(report: StepReport) -> bool:
         log.log_step(progress, report)
         guard.note(report)
@@ -160,8 +181,8 @@ def run_session(
         elif is_asked:  # by a signal to this process only
             save_now(False)
         # After the save, because a stop may leave no time for more; a continued run evaluates then.
-        if evaluates_at(progress.step) and (is_last or not stop):
-            evaluate_now()
+        if is_last or not stop:
+            look(evaluates_at(progress.step))
         if not (stop or is_last) and processes.world_size == 1 and interruption.requested:  # by a callback since
             saver.save(progress, True)
             stop = True
@@ -181,8 +202,7 @@ def run_session(
         try:
             with processes.raise_together():
                 saver.try_save(progress)
-            if evaluates_at(progress.step) and not is_evaluated:
-                evaluate_now()
+            look(evaluates_at(progress.step) and not is_evaluated, progress.step not in sampled)
             schedule = LoopSchedule(total, rate_of(assembly.train, total), config.max_grad_norm)
             if not watch.is_exhausted:
                 run_loop(assembly.loop_parts, progress, schedule, callbacks)

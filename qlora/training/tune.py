@@ -139,7 +139,9 @@ def tune(
     # Rates are compared at the full rank: components are removed over a whole run.
     lora = config.lora.model_copy(update={"final_rank": None})
     # They are compared by loss alone: no answers are scored, no metric's file is run, and no checkpoint is the best.
-    section = config.train.model_copy(update={"early_stopping": None, "keep_best": False, "best_mode": None})
+    section = config.train.model_copy(
+        update={"early_stopping": None, "keep_best": False, "best_mode": None, "samples": None}
+    )
     config = config.model_copy(update={"lora": lora, "train": section, "eval": EvalSection()})
     no_examples = ConfigError(
         "data.eval holds out no example, and learning rates are compared by held-out loss; set data.eval to a share "

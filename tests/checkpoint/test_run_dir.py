@@ -27,7 +27,7 @@ def test_lines_after_a_step_and_an_unfinished_one_are_dropped(run):
     lines = [{"step": step} for step in (0, 1, 1, 2)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
     assert run.read_metrics() == lines
-    run.keep_metrics_until(1)
+    run.keep_logs_until(1)
     assert run.metrics.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 1}\n'
 
 
@@ -50,5 +50,5 @@ def test_lines_logged_after_a_checkpoint_may_be_damaged(run):
     run.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\xff\n{"step": 4}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:4 is damaged"):
         run.read_metrics()
-    run.keep_metrics_until(2)
+    run.keep_logs_until(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,12 +1,18 @@
 """The command itself: quick help, exit codes, and errors without a traceback."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
+import yaml
 
+from qlora.cli.examples import EXAMPLES
+from qlora.cli.main import app
 from qlora.config import load_config
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError
 from qlora.training import train
@@ -143,3 +149,34 @@ def test_sigterm_ends_a_verb_that_has_nothing_to_continue(monkeypatch, tmp_path)
     monkeypatch.setattr("qlora.config.load_config", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     done = run("preview", tmp_path / "c.yaml")
     assert (done.code, done.err) == (143, "Stopped.\n")
+
+
+def test_every_verb_has_examples_that_can_be_parsed():
+    commands = typer.main.get_command(app).commands
+    assert EXAMPLES.keys() == commands.keys()
+    for verb, examples in EXAMPLES.items():
+        for example in examples:
+            program, words, arguments = example.partition(f"qlora {verb}")
+            assert words, example
+            commands[verb].make_context(verb, shlex.split(arguments))
+        assert examples[0].split()[-1] in run(verb, "--help").out
+
+
+@pytest.mark.parametrize(("words", "completed"), [("qlora ver", "verify"), ("qlora merge --upd", "--update")])
+def test_verbs_and_options_are_completed(words, completed):
+    environment = os.environ | {
+        "_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", HELP.replace("*sys.argv[1:]", "")], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [completed]
+
+
+def test_the_workflow_on_github_runs_what_ci_runs():
+    root = Path(__file__).parents[2]
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    steps = workflow["jobs"]["check"]["steps"]
+    assert steps[-1] == {"run": "bash .ci/run"}
+    assert (root / ".ci" / "run").is_file()

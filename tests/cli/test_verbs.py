@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from datetime import datetime
@@ -572,6 +573,10 @@ def test_doctor_shows_versions_hardware_and_what_is_used():
     # In parentheses is the error of a weight that is drawn each time.
     expected = [torch.__version__, *(text.partition(" (")[0] for text in report["in_use"].values())]
     assert [text for text in expected if text not in done.out] == []
+    recipe = re.search(r"^  qlora init (\w+) -o my.yaml", done.out, re.MULTILINE)[1]
+    assert recipe in run("init").out
+    assert "qlora train my.yaml" in done.out.splitlines()[-1]
+    assert report["next"] == [line.strip() for line in done.out.partition("\nnext\n")[2].splitlines()]
 
 
 def test_a_checkpoint_is_evaluated_merged_and_verified_by_its_path(run_dir, merged, tmp_path):

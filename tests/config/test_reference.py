@@ -42,6 +42,7 @@ NEEDED = {
     "train.early_stopping": {"data": {"eval": 0.1}},
     "train.best_mode": {"data": {"eval": 0.1}, "train": {"keep_best": True}},
     **{f"train.early_stopping.{key}": {"data": {"eval": 0.1}} for key in ("metric", "patience", "min_delta")},
+    **dict.fromkeys(("train.samples", "train.samples.every", "train.samples.max_new_tokens"), {"data": {"eval": 0.1}}),
     "data.labels": {"train": {"objective": "classify"}},
     "model.rope_scaling.type": {"model": {"rope_scaling": {"factor": 2}}},
     "train.classify_by": {"train": {"objective": "classify"}},

@@ -151,6 +151,23 @@ def test_matrices_are_rounded_once_and_vectors_are_exact(dtype, tmp_path, seed):
         assert "f16" not in "".join(report.notes)
 
 
+@pytest.mark.parametrize(("dtype", "levels"), [("q5_0", 16), ("q4_0", 8)])
+def test_few_bits_are_for_layers_and_eight_for_embedding_and_head(dtype, levels, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, Qwen2Config, dtype=torch.float32, vocab_size=264)
+    report = write(base, tmp_path / "model.gguf", dtype)
+    _, tensors = read(tmp_path / "model.gguf")
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert (kinds["token_embd.weight"], kinds["output.weight"]) == ("Q8_0", "Q8_0")
+    assert (kinds["blk.0.attn_k.weight"], kinds["blk.1.ffn_down.weight"]) == (dtype.upper(), "F16")
+    assert "2 of 16 matrices are in f16, since their rows are not a multiple of 32" in report.notes
+    exact = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    tensor = tensors["blk.0.ffn_up.weight"]
+    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+    steps = exact.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / levels
+    assert ((values - exact).abs() <= 1.01 * steps).all()
+    assert ((values - exact).abs() <= 0.51 * steps).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("repeats", [True, False])
 def test_the_head_in_a_tied_models_file_is_written_only_if_it_differs(repeats, tmp_path, seed, generator):
     base = make_base(tmp_path / "base", seed, dtype=torch.float16, tie_word_embeddings=True)

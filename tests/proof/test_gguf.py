@@ -62,14 +62,15 @@ def opened(out):
     return reader, {tensor.name: tensor.data for tensor in reader.tensors}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0", "q5_0", "q4_0"])
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 def test_a_merged_model_is_verified(dtype, onto, run, tmp_path):
     merge(run, tmp_path / "out", dtype, onto, format="gguf")
     report = verify(run, tmp_path / "out")
     assert report.problems == []
     assert report.tensors_checked >= 20
-    assert 0 < report.max_weight_difference < {"float16": 1e-3, "bfloat16": 1e-2, "q8_0": 1e-2}[dtype]
+    bounds = {"float16": 1e-3, "bfloat16": 1e-2, "q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
+    assert 0 < report.max_weight_difference < bounds[dtype]
     assert report.merged_loss is None
 
 
@@ -85,7 +86,7 @@ def test_the_command_exits_with_1_on_a_changed_file(merged, out):
         assert f"{name.format(layer)} is not base + scaling·B·A: it contains {name.format(1 - layer)}" in done.out
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0", "q5_0", "q4_0"])
 def test_a_value_off_by_two_units_in_the_last_place_is_reported(dtype, merged, tmp_path, seed):
     merge(merged / "run", tmp_path / "out", dtype, format="gguf")
     reader, tensors = opened(tmp_path / "out")
@@ -93,6 +94,8 @@ def test_a_value_off_by_two_units_in_the_last_place_is_reported(dtype, merged, t
     values = tensors[UP.format(0)][row]
     if dtype == "q8_0":
         values[2] ^= 2  # a block is a step in fp16 and 32 bytes
+    elif dtype in ("q5_0", "q4_0"):
+        values[-1] ^= 2  # a block ends with 16 bytes of two values each
     else:
         values.view("uint16")[seed % 64] ^= 2
     del reader, tensors, values

@@ -1,7 +1,7 @@
 """The schema of a config: sections, keys, types, defaults, ranges and meanings."""
 
 from qlora.config.sections.data import DataSection, SourceSection
-from qlora.config.sections.evaluation import EvalSection, metric_name
+from qlora.config.sections.evaluation import EvalSection, SamplesSection, metric_name
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
@@ -17,6 +17,7 @@ __all__ = [
     "ModelSection",
     "PreferenceSection",
     "RunConfig",
+    "SamplesSection",
     "SourceSection",
     "TrainSection",
     "layer_indices",

@@ -1,4 +1,4 @@
-"""The section `eval`, and when a run stops early: what evaluations measure."""
+"""The section `eval`, when a run stops early, and samples: what a run is judged by while it trains."""
 
 import re
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.values import Count, Names
+from qlora.config.sections.values import Count, Names, PathText, ShareOrSteps
 
 # Metrics of answers; any other one is a function in a Python file, `path/to/file.py:function`.
 ANSWER_METRICS = ("exact_match", "contains", "accuracy", "macro_f1", "f1", "chrf", "bleu")
@@ -55,6 +55,23 @@ class EvalSection(Section):
         description="Largest number of tokens in an answer.",
         examples=[512],
     )
+
+
+class SamplesSection(Section):
+    """Greedy answers to a few prompts, which show what a run learns while it trains."""
+
+    prompts: Count | PathText = Field(
+        default=4,
+        description="Number of held-out rows that are asked, or a file of prompts as for qlora generate --prompts.",
+        examples=["data/prompts.jsonl"],
+    )
+    every: ShareOrSteps = Field(
+        default=0.25,
+        description="Interval between samples: steps, or with a dot and up to 1.0 a share of the run; null takes them "
+        "before the first step and after the last.",
+        examples=[100],
+    )
+    max_new_tokens: Count = Field(default=128, description="Largest number of tokens in an answer.", examples=[256])
 
 
 class EarlyStoppingSection(Section):

@@ -45,6 +45,7 @@ class RunConfig(Section):
             "train.neftune_alpha": value.neftune_alpha,
             "train.adversarial": value.adversarial,
             "train.keep": value.keep,
+            "train.samples": value.samples,
             "eval.metrics": evaluation.metrics if evaluation is not None else None,
         }
         if asked := [name for name, setting in texts_only.items() if setting]:
@@ -129,6 +130,23 @@ class RunConfig(Section):
             measured = f"the sets are {', '.join(data.measured)}" if data.measured else "no rows are held out"
             raise ValueError(
                 f"{key} compares by {metric}, but {measured}; set data.eval, and name a metric such as eval_loss"
+            )
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _check_samples(cls, value: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # absent if invalid itself
+        if value.samples is None or data is None or data.has_images:
+            return value
+        if value.has_scores:
+            raise ValueError(
+                "samples are answers, but the run trains a head of scores, which answers nothing; remove samples"
+            )
+        if isinstance(value.samples.prompts, int) and not data.eval:
+            raise ValueError(
+                f"samples.prompts: {value.samples.prompts} asks held-out rows, but none are held out; set data.eval, "
+                "or name a file of prompts"
             )
         return value
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qlora.config.sections.base import Section
-from qlora.config.sections.evaluation import EarlyStoppingSection
+from qlora.config.sections.evaluation import EarlyStoppingSection, SamplesSection
 from qlora.config.sections.values import (
     ClassWeights,
     Count,
@@ -340,6 +340,12 @@ class TrainSection(Section):
         description="Whether the metric of keep_best or early_stopping is best at its smallest (min) or largest value "
         "(max); null knows it of all metrics but those of a function of yours.",
         examples=["min"],
+    )
+    samples: SamplesSection | None = Field(
+        default=None,
+        description="Answer a few prompts before the first step, at intervals and after the last step, for the log, "
+        "samples.jsonl and the run page; null is off.",
+        examples=[{"prompts": 4}],
     )
     trackers: Names = Field(
         default=[],

@@ -15,7 +15,9 @@ from qlora.model import end_token_ids, load_generation_config, load_tokenizer
 
 # llama.cpp's architectures by transformers' model types.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-DTYPES = ("f16", "bf16", "q8_0")
+# Types that store blocks of 32 values, with the bytes of a block.
+BLOCK_SIZE, BLOCK_BYTES = 32, {"q8_0": 34, "q5_0": 22, "q4_0": 18}
+DTYPES = ("f16", "bf16", *BLOCK_BYTES)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # llama.cpp computes YaRN with these values in these architectures, and ignores the file's.
@@ -66,7 +68,8 @@ def write_gguf(
         layout: The model's tensors, by their names in transformers' files.
         read: Returns a tensor in fp32 by its name.
         out_file: The file to write.
-        dtype: `f16`, `bf16` or `q8_0`. With `q8_0`, a matrix whose rows are not a multiple of 32 is written in f16.
+        dtype: `f16`, `bf16`, `q8_0`, `q5_0` or `q4_0`. With the last three, a matrix whose rows are not a multiple of
+            32 is written in f16; with the last two, embedding and head are written in q8_0.
         name: Display name of the model.
 
     Raises:
@@ -74,8 +77,8 @@ def write_gguf(
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype: {dtype!r} should be one of {', '.join(DTYPES)}.")
-    gguf = _import_gguf()
-    config = _read_config(folder)
+    gguf = import_gguf()
+    config = read_config(folder)
     writer = gguf.GGUFWriter(out_file, FAMILIES[config.model_type])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name or out_file.stem)
@@ -104,7 +107,7 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for tensor in plan:
-            writer.write_tensor_data(_encode(tensor, _in_pairs(read(tensor.source), tensor.name, config)))
+            writer.write_tensor_data(_encode(tensor, in_pairs(read(tensor.source), tensor.name, config)))
     finally:
         writer.close()
     return GGUFReport(
@@ -114,7 +117,12 @@ def write_gguf(
     )
 
 
-def _import_gguf() -> Any:
+def import_gguf() -> Any:
+    """Return the gguf package.
+
+    Raises:
+        ExportError: It is not installed.
+    """
     try:
         import gguf
     except ImportError:
@@ -122,7 +130,7 @@ def _import_gguf() -> Any:
     return gguf
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
     """Read a model's config; of a multimodal model, that of its text model.
 
     Raises:
@@ -230,7 +238,7 @@ def _plan(layout: Sequence[TensorLayout], config: Any, dtype: str) -> list[_Plan
         if name is None:
             unknown.append(entry.name)
             continue
-        kind = GGMLQuantizationType[dtype.upper()]
+        kind = GGMLQuantizationType[kind_of(entry.name, dtype).upper()]
         if len(entry.shape) == 1:
             kind = GGMLQuantizationType.F32
         elif entry.shape[-1] % GGML_QUANT_SIZES[kind][0]:
@@ -245,7 +253,12 @@ def _plan(layout: Sequence[TensorLayout], config: Any, dtype: str) -> list[_Plan
     return plan
 
 
-def _in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
+def kind_of(name: str, dtype: str) -> str:
+    """Return the type of a matrix, by its name in transformers' files, in a GGUF file of a type."""
+    return "q8_0" if dtype in BLOCK_BYTES and name in (EMBEDDING, HEAD) else dtype
+
+
+def in_pairs(tensor: torch.Tensor, name: str, config: Any) -> torch.Tensor:
     """Interleave the rows of each head's halves if llama.cpp rotates pairs of rows."""
     if not _has_pairs(config) or name.split(".")[-2] not in ("attn_q", "attn_k"):
         return tensor
@@ -268,7 +281,7 @@ def _encode(tensor: _Planned, values: torch.Tensor) -> Any:
         values = values.to(cast)
     if not values.isfinite().all():
         raise ExportError(f"{tensor.source}: a value does not fit {tensor.kind.name}; write bf16.")
-    if tensor.kind == GGMLQuantizationType.Q8_0:
+    if tensor.kind.name.lower() in BLOCK_BYTES:
         return quants.quantize(values.numpy(), tensor.kind)
     return (values.view(torch.int16) if cast == torch.bfloat16 else values).numpy()
 
@@ -276,7 +289,7 @@ def _encode(tensor: _Planned, values: torch.Tensor) -> Any:
 def _notes(plan: list[_Planned], config: Any, dtype: str) -> list[str]:
     notes = []
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
-    other = [tensor.source for tensor in matrices if tensor.kind.name != dtype.upper()]
+    other = [tensor.source for tensor in matrices if tensor.kind.name.lower() != kind_of(tensor.source, dtype)]
     if other:
         notes.append(f"{len(other)} of {len(matrices)} matrices are in f16, since their rows are not a multiple of 32")
     if getattr(config, "sliding_window", None):

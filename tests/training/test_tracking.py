@@ -1,0 +1,84 @@
+"""Trackers: a run's settings, numbers, samples and page arrive in each that is installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora.processes import Processes
+from qlora.training import train
+from qlora.training.tracking import send_files
+
+SAMPLES = {"train__samples": {"prompts": 2, "every": 3, "max_new_tokens": 4}}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def tracked(configure):
+    """Return a function that trains with a tracker, and returns the run's directory."""
+
+    def run(tracker):
+        return train(configure(train__trackers=[tracker], **SAMPLES)).run_dir
+
+    return run
+
+
+def numbers_of(run_dir, key):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def test_tensorboard_gets_settings_numbers_and_samples(tracked):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tracked("tensorboard")
+    events = EventAccumulator(str(run_dir / "qlora"))
+    events.Reload()
+    for key in ("loss", "eval_loss"):
+        logged = {event.step: event.value for event in events.Scalars(key)}
+        assert logged == pytest.approx(numbers_of(run_dir, key), rel=1e-6)
+    texts = {tag for tag in events.Tags()["tensors"] if tag.startswith("sample/")}
+    assert texts == {"sample/1/text_summary", "sample/2/text_summary"}
+    assert [event.step for event in events.Tensors("sample/1/text_summary")] == [0, 3, 6]
+    (settings,) = (run_dir / "qlora").glob("*/hparams.yml")
+    assert "train.learning_rate: 0.01" in settings.read_text()
+
+
+def test_wandb_gets_everything_offline(tracked, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked("wandb")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    saved = {path.name for path in (folder / "files").rglob("*") if path.is_file()}
+    assert {"report.html", "samples.jsonl"} <= saved
+    assert any(name.startswith("samples_") and name.endswith(".table.json") for name in saved)
+    written = next(folder.glob("*.wandb")).read_bytes()
+    assert b"train.learning_rate" in written
+    assert b"eval_loss" in written
+
+
+class Recorder:
+    """A tracker that keeps what it gets, as accelerate's do."""
+
+    def __init__(self, name):
+        self.name, self.files = name, []
+        self.tracker = self
+
+    def save(self, path, base_path, policy):
+        self.files.append(path)
+
+    def log_artifact(self, path):
+        self.files.append(path)
+
+
+def test_files_go_to_the_trackers_that_keep_them(tmp_path, monkeypatch):
+    page, absent = tmp_path / "report.html", Path("samples.jsonl")
+    page.write_text("page")
+    trackers = [Recorder(name) for name in ("wandb", "mlflow", "tensorboard", "trackio")]
+    monkeypatch.setattr(Processes, "trackers", trackers)
+    send_files(Processes(), [page, absent])
+    assert [tracker.files for tracker in trackers] == [[str(page)], [str(page)], [], []]
