@@ -12,9 +12,7 @@ from typing import Any
 GIB = 2**30
 INTRODUCTION = """# Mixtures of experts
 
-Estimates from the shapes alone, as `qlora estimate` makes them. Where the step of the optimizer takes more than the
-layers do, its temporary memory is counted under optimizer, and there are no activations. With rank 16 that decides for
-Qwen3-30B-A3B: 23.3 GiB, more than the adapters need (a step in slices is not built).
+Estimates from the shapes alone, as `qlora estimate` makes them.
 """
 TOKENS = 2048
 EXPERT_RANKS = (0, "auto", 16)
