@@ -46,6 +46,7 @@ def make_moe(folder: Path, family: str, seed: int, **sizes: Any) -> Path:
 def copy_dequantized(model: Any, plain: Any) -> None:
     """Copy a model in 4 bits, dequantized, into one of the same architecture that transformers computes by itself."""
     for name, module in model.named_modules():
+        name = name.removesuffix(".base")  # of an adapted layer
         if isinstance(module, NF4Linear):
             plain.get_submodule(name).weight.data = module.dequantize(torch.float32)
         if isinstance(module, NF4Experts):

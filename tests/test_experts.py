@@ -1,7 +1,6 @@
 """Experts in 4 bits, family by family, against transformers' own eager code on the dequantized weights."""
 
 import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -147,18 +146,12 @@ def test_peft_computes_the_same(family, base, tmp_path, generator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe"])
-def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alpaca_file, tmp_path):
-    settings = {"model__compute_dtype": "float32", "train__max_steps": 2, "train__save_every": 1}
+def test_a_run_is_recorded_with_its_experts_and_swapped_ones_are_found(family, base, alpaca_file, tmp_path):
+    settings = {"model__compute_dtype": "float32", "train__max_steps": 2}
     config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
     train(config)
     record = RunDirectory.open(tmp_path / "run").read_record()
     assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    for path in ("adapter", "checkpoints/step-000002"):
-        shutil.rmtree(tmp_path / "run" / path)
-    train(config)
-    adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole")]
-    assert all(torch.equal(adapters[0][name], each) for name, each in adapters[1].items())
     merge(tmp_path / "run", tmp_path / "out", dtype="float32")
     report = verify(tmp_path / "run", tmp_path / "out")
     assert report.problems == []

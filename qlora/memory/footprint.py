@@ -1,7 +1,7 @@
 """Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from qlora.optim import FlatParameters, make_optimizer
 
 FP32_BYTES = 4
 CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
+# A tensor of an adapter: the adapter's spec, the tensor's name and its shape.
+Values = tuple[AdapterSpec, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +118,23 @@ def take_footprint(
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
     of_experts = expert_specs(model, config.lora)
     stacks = expert_stacks(model)
-    weights = _weight_bytes(model, quantized, experts, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
-    shapes = [
-        shape
+    values: list[Values] = [
+        (specs[layer], name, shape)
         for layer, one in adapted.items()
         for name, shape in specs[layer].shapes(one.out_features, one.in_features).items()
-        if specs[layer].trains(name)
     ]
-    shapes += [
-        shape
+    values += [
+        (spec, name, shape)
         for stack, spec in of_experts.items()
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
+    ]
+    weights = _weight_bytes(model, quantized, experts, bool(quantization))
+    weights += _fixed_bytes(config, loss, specs, adapted, values)
+    trained = [
+        nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta"))
+        for spec, name, shape in values
         if spec.trains(name)
     ]
-    trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
     all_rows = {parameter for _, rows in trained_rows(model) for parameter in rows.trained}
     if loss.has_reference:
         weights += sum(each.nbytes for each in all_rows)
@@ -194,7 +199,13 @@ def nf4_bytes(numel: int, double_quant: bool) -> int:
     return -(-numel // 2) + statistics
 
 
-def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:
+def _fixed_bytes(
+    config: RunConfig,
+    loss: Loss,
+    specs: Mapping[str, AdapterSpec],
+    adapted: Mapping[str, Any],
+    values: Iterable[Values],
+) -> int:
     """Return the bytes of what adapters hold and don't train: frozen terms and factors, indices, and null spaces."""
     section, keep = config.lora, config.train.keep
     # The subtracted part of PiSSA, the initial values of `reconstruct`, which stay where the adapters are off, or an
@@ -202,12 +213,13 @@ def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec]
     is_kept = loss.has_reference and section.start_from is not None and not section.stack
     has_copy = section.init in ("pissa", "reconstruct") or is_kept
     has_null_space = keep is not None and keep.null_space is not None
-    total = 0
+    total = sum(
+        math.prod(shape) * spec.dtype.itemsize
+        for spec, name, shape in values
+        if name.startswith("lora_") and (has_copy or not spec.trains(name))
+    )
     for layer, one in adapted.items():
         spec = specs[layer]
-        for name, shape in spec.shapes(one.out_features, one.in_features).items():
-            if name.startswith("lora_") and (has_copy or not spec.trains(name)):
-                total += math.prod(shape) * spec.dtype.itemsize
         if has_null_space:
             total += one.in_features * min(MOST_DIRECTIONS, one.in_features // 2) * FP32_BYTES
         total += {"rows": 8 * spec.rank, "dora": FP32_BYTES * one.out_features}.get(spec.kind, 0)
