@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.kernels import Delta, LowRank, fold
+from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch
 from qlora.lora.linear import draw
 from qlora.lora.mixture import expert_stacks, experts_per_token
 from qlora.lora.spec import AdapterSpec, by_pattern
@@ -33,7 +33,7 @@ class StoredExperts:
 
     def delta(self, expert: int) -> LowRank:
         """Return the term that is added to an expert's weight, (out, in)."""
-        return LowRank(self.A[expert], self.B[expert], self.scaling)
+        return LowRank(self.A, self.B, self.scaling).at(expert)
 
 
 class PlainExperts(nn.Module):
@@ -52,9 +52,23 @@ class PlainExperts(nn.Module):
         """(experts, rows, columns)."""
         return self.weight.shape
 
-    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Sequence[Delta] = ()) -> torch.Tensor:
-        """Return the weight of an expert with terms added, (rows, columns), in `dtype`."""
-        return fold(self.weight[expert].to(dtype), deltas)
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weight.device
+
+    def weights_for_product(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
+    ) -> torch.Tensor:
+        """Return the weights of a group of experts with terms added, (experts, rows, columns), in `dtype`.
+
+        See :class:`qlora.lora.expert_products.ExpertWeights`.
+        """
+        first, last = group.experts[0], group.experts[-1]
+        are_neighbours = last - first + 1 == len(group.experts)
+        weights = self.weight[first : last + 1] if are_neighbours else self.weight[group.index]
+        out = None if update is None else scratch(weights.shape, dtype, weights.device)
+        return fold_group(weights.to(dtype), update, group, out)
 
 
 class LoraExperts(nn.Module):

@@ -1,12 +1,12 @@
 """NF4Experts: a frozen stack of expert weights in 4 bits, of which single experts are dequantized."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qlora.kernels import Delta, fold, scratch
+from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch
 from qlora.nf4.quantize import BLOCK_SIZE, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class NF4Experts(nn.Module):
         return self.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Device of the codes, where products are computed."""
+        return self.weight.device
+
+    @property
     def numel(self) -> int:
         """Number of weights of all experts."""
         return self.shape[0] * self.shape[1] * self.shape[2]
@@ -110,21 +115,28 @@ class NF4Experts(nn.Module):
         """Return the weight of an expert, (rows, columns), in `dtype`."""
         return dequantize(self.weight[expert], self.quant_state(expert), dtype, out)
 
-    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Sequence[Delta] = ()) -> torch.Tensor:
-        """Return the weight of an expert for a product that starts at once; read it only, as the next call writes it.
+    def weights_for_product(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
+    ) -> torch.Tensor:
+        """Return the weights of a group of experts for a product that starts at once; the next call may overwrite them.
 
         Args:
-            expert: Index of the expert.
+            group: The experts.
             dtype: Dtype of the result.
-            deltas: Terms added to the weight, in `dtype` and in its orientation.
+            update: Terms of all experts of the layer, of which each expert's is added to its weight: in any dtype and
+                in the orientation of the weights.
 
         Returns:
-            (rows, columns).
+            (experts of the group, rows, columns).
         """
-        # bitsandbytes returns a new tensor on CPUs, regardless of `out`.
-        out = scratch(self.shape[1:], dtype, self.weight.device) if self.weight.is_cuda else None
-        weight = self.dequantize(expert, dtype, out)
-        return fold(weight, deltas, out=weight)
+        experts = group.experts
+        if len(experts) == 1 and not self.weight.is_cuda:  # where bitsandbytes returns a new tensor
+            weights = self.dequantize(experts[0], dtype)[None]
+        else:
+            weights = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
+            for out, expert in zip(weights, experts, strict=True):
+                self.dequantize(expert, dtype, out)
+        return fold_group(weights, update, group, out=weights)
 
     def forward(self, *_: Any) -> torch.Tensor:
         """Refuse: experts are called through their layer, which knows the experts of each token."""
