@@ -35,8 +35,8 @@ from qlora.proof.expected import ExpectedWeights, _scaling_of_experts
 from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
 from tests.layers.test_packed import random_documents
-from tests.moe import FAMILIES, copy_dequantized, make_moe
-from tests.reference.experts import adapt_experts
+from tests.moe import FAMILIES, make_moe
+from scripts.dev.bench.dense_experts import adapt_experts, copy_dequantized
 from tests.tiny import make_base, run_config
 
 
@@ -370,7 +370,17 @@ def test_only_tools_that_read_experts_load_them(family, base, tmp_path, generato
     save_adapter(model, tmp_path / "adapter", str(base))
     skeleton = build_skeleton(BaseFiles.resolve(str(base)))
     verdicts = check_clients(tmp_path / "adapter", skeleton)
-    assert [client for client, verdict in verdicts.items() if verdict.loads] == ["peft"]
-    assert "was not checked; merge instead" in str(verdicts["vllm"])
+    assert [client for client, verdict in verdicts.items() if verdict.loads] == ["peft", "vllm"]
+    assert "(vLLM 0.24 or newer with --enable-mixed-moe-lora-format" in str(verdicts["vllm"])
+    assert "reads factors of numbered experts" in str(verdicts["llama.cpp"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(config | {"alpha_pattern": {"experts.down_proj": 1}})
+    )
+    assert "would silently scale model.layers.0" in str(check_clients(tmp_path / "adapter", skeleton)["vllm"])
+    single = load(base)
+    add_lora(single, targets=["q_proj", "experts.down_proj"])
+    save_adapter(single, tmp_path / "single", str(base))
+    assert "has them alone" in str(check_clients(tmp_path / "single", skeleton)["vllm"])
     other = build_skeleton(BaseFiles.resolve(str(make_moe(tmp_path / "other", family, 0, num_local_experts=8))))
     assert "factors for (4," in str(check_clients(tmp_path / "adapter", other)["peft"])

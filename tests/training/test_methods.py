@@ -19,7 +19,7 @@ from qlora.proof import verify
 from qlora.training import train
 from qlora.training.assemble import assemble
 from qlora.training.replay import replay, save_step
-from tests.moe import copy_dequantized
+from scripts.dev.bench.dense_experts import copy_dequantized
 from tests.tiny import POISON, run_config, write_jsonl
 from tests.training.ranks import needs_fork, train_in_two
 from tests.training.same_run import assert_same_run, lines_of
