@@ -34,9 +34,9 @@ from qlora.proof.clients import check_clients
 from qlora.proof.expected import ExpectedWeights, _scaling_of_experts
 from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
+from scripts.dev.bench.dense_experts import adapt_experts, copy_dequantized
 from tests.layers.test_packed import random_documents
 from tests.moe import FAMILIES, make_moe
-from scripts.dev.bench.dense_experts import adapt_experts, copy_dequantized
 from tests.tiny import make_base, run_config
 
 
