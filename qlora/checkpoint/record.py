@@ -95,6 +95,7 @@ class InUse:
             the `borders` of documents, or by `documents`, one at a time; None if there are none.
         states_why: Why some compute one document at a time.
         unpacked_why: Why documents are not packed, although the config asks for it where it is possible.
+        experts: How experts are computed, and why; None if none are in 4 bits or adapted.
     """
 
     device: str
@@ -120,6 +121,7 @@ class InUse:
     states: dict[str, str] | None = None
     states_why: str | None = None
     unpacked_why: str | None = None
+    experts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from qlora.kernels.grouped import (
     grouped_matmul,
     grouped_outer,
     loop_reason,
+    weights_of_group,
 )
 from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
@@ -65,4 +66,5 @@ __all__ = [
     "scale_rows",
     "scratch",
     "liger_unavailable_reason",
+    "weights_of_group",
 ]

@@ -7,14 +7,18 @@ computed by one program in a fixed order, and neither depends on how many rows o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora.kernels.deltas import LowRank
 from qlora.kernels.dequantize import HAS_TRITON
+from qlora.kernels.scratch import scratch
 
-# Bytes of the weights that are dequantized at a time where there is a kernel for several experts.
-GROUP_BYTES = 128 << 20
+# Bytes of the weights that are dequantized at a time, with the kernels and in a loop: there, groups only save calls of
+# small experts, and large weights are faster one at a time.
+GROUP_BYTES, LOOP_BYTES = 128 << 20, 2 << 20
 # Rows of a group, as a multiple of the tokens, of which one expert gets at most all; and rows that are always few.
 ROWS_PER_TOKEN = 2
 FEW_ROWS = 1024
@@ -51,19 +55,15 @@ class ExpertGroup:
         """The largest number of rows of an expert."""
         return max(stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False))
 
+    def first(self, number: int) -> "ExpertGroup":
+        """The group of the first experts."""
+        return ExpertGroup(self.experts[:number], self.starts[: number + 1], self.index[:number], self.bounds)
+
     def __iter__(self) -> Iterator[tuple[int, int, slice]]:
         """Yield each expert's place in the group, its number, and its rows among the group's."""
         first = self.starts[0]
         for slot, expert in enumerate(self.experts):
             yield slot, expert, slice(self.starts[slot] - first, self.starts[slot + 1] - first)
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the value of each row's expert, (rows, …), of values for all experts, (experts, …)."""
-        if len(self.experts) == 1:
-            return values[self.experts[0]].expand(self.most_rows, *values.shape[1:])
-        counts = self.bounds.diff().index_select(0, self.index)
-        size = self.starts[-1] - self.starts[0]
-        return values.index_select(0, self.index.repeat_interleave(counts, output_size=size))
 
 
 def group_experts(
@@ -111,15 +111,42 @@ def fold_group(
     return torch.baddbmm(weights, B, A, alpha=update.scaling, out=out)
 
 
-def grouped_matmul(
-    x: torch.Tensor, weights: torch.Tensor, group: ExpertGroup, *, of_group: bool = False
+def weights_of_group(
+    weights: torch.Tensor, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
 ) -> torch.Tensor:
-    """Multiply the rows of each expert by its matrix, x Wᵀ.
+    """Return the weights of a group for a product that starts at once, from those of all experts; read it only.
+
+    Args:
+        weights: (experts, rows, columns) of all experts of the layer; not copied if nothing is added and the group's
+            are next to each other.
+        group: The experts.
+        dtype: Dtype of the result.
+        update: Terms of all experts, of which each expert's is added to its weight.
+
+    Returns:
+        (experts of the group, rows, columns).
+    """
+    first, last = group.experts[0], group.experts[-1]
+    are_neighbours = last - first + 1 == len(group.experts)
+    own = (weights[first : last + 1] if are_neighbours else weights.index_select(0, group.index)).to(dtype)
+    return fold_group(own, update, group, None if update is None else scratch(own.shape, dtype, own.device))
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    group: ExpertGroup,
+    *,
+    bias: torch.Tensor | None = None,
+    of_group: bool = False,
+) -> torch.Tensor:
+    """Multiply the rows of each expert by its matrix, x Wᵀ + bias.
 
     Args:
         x: (rows, in), the group's.
         weights: (experts, out, in) of all experts of the layer; of any strides. Cast to the dtype of `x`.
         group: The experts.
+        bias: (experts, out) of all experts of the layer.
         of_group: `weights` are of the group's experts alone.
 
     Returns:
@@ -128,43 +155,56 @@ def grouped_matmul(
     if loop_reason(x.device, x.dtype) is None:
         from qlora.kernels.grouped_triton import grouped_matmul_triton
 
-        return grouped_matmul_triton(x, weights.to(x.dtype), group, of_group=of_group)
-    return grouped_matmul_plain(x, weights, group, of_group=of_group)
+        return grouped_matmul_triton(x, weights.to(x.dtype), group, bias=bias, of_group=of_group)
+    return grouped_matmul_plain(x, weights, group, bias=bias, of_group=of_group)
 
 
-def grouped_outer(left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor) -> None:
-    """Write the sum over each expert's rows of the products of two features, leftᵀ right.
+def grouped_outer(
+    left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor, scaling: float = 1.0
+) -> None:
+    """Write the sum over each expert's rows of the products of two features, scaling · leftᵀ right.
 
     Args:
         left: (rows, m), the group's.
         right: (rows, n), of the dtype of `left`.
         group: The experts.
         out: (experts, m, n) of all experts of the layer, contiguous; only those of the group are written.
+        scaling: Factor on the sums.
     """
     if loop_reason(left.device, left.dtype) is None:
         from qlora.kernels.grouped_triton import grouped_outer_triton
 
-        grouped_outer_triton(left, right, group, out)
+        grouped_outer_triton(left, right, group, out, scaling)
     else:
-        grouped_outer_plain(left, right, group, out)
+        grouped_outer_plain(left, right, group, out, scaling)
 
 
 def grouped_matmul_plain(
-    x: torch.Tensor, weights: torch.Tensor, group: ExpertGroup, *, of_group: bool = False
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    group: ExpertGroup,
+    *,
+    bias: torch.Tensor | None = None,
+    of_group: bool = False,
 ) -> torch.Tensor:
     """Do what :func:`grouped_matmul` does by a loop over the experts, on any device."""
-    products = [x[rows] @ weights[slot if of_group else expert].to(x.dtype).T for slot, expert, rows in group]
+    products = []
+    for slot, expert, rows in group:
+        weight = weights[slot if of_group else expert].to(x.dtype)
+        products.append(F.linear(x[rows], weight, None if bias is None else bias[expert].to(x.dtype)))
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
-def grouped_outer_plain(left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor) -> None:
+def grouped_outer_plain(
+    left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor, scaling: float = 1.0
+) -> None:
     """Do what :func:`grouped_outer` does by a loop over the experts, on any device."""
     for _, expert, rows in group:
-        out[expert] = left[rows].T @ right[rows]
+        torch.mul(left[rows].T @ right[rows], scaling, out=out[expert])
 
 
 def experts_at_once(device: torch.device, dtype: torch.dtype, num_weights: int, is_trial: bool = False) -> int:
-    """Return the number of experts of a group on a device: one for the loop, else as many as `GROUP_BYTES` hold.
+    """Return the number of experts of a group on a device.
 
     Args:
         device: Device of the products.
@@ -172,9 +212,8 @@ def experts_at_once(device: torch.device, dtype: torch.dtype, num_weights: int, 
         num_weights: Number of weights of an expert in its larger projection.
         is_trial: For an estimate, without asking the device whether the kernels work there.
     """
-    if device.type != "cuda" if is_trial else loop_reason(device, dtype) is not None:
-        return 1
-    return max(1, GROUP_BYTES // (num_weights * dtype.itemsize))
+    reason = _loop_reason_without_trial(device, dtype) if is_trial else loop_reason(device, dtype)
+    return max(1, (GROUP_BYTES if reason is None else LOOP_BYTES) // (num_weights * dtype.itemsize))
 
 
 def experts_path(device: torch.device, dtype: torch.dtype) -> str:
@@ -188,14 +227,22 @@ def loop_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The kernels are tried on a small product the first time that they are asked for.
     """
-    if device.type != "cuda":
-        return "the grouped kernels are for CUDA"
+    reason = _loop_reason_without_trial(device, dtype)
+    if reason is not None:
+        return reason
     if not HAS_TRITON:
         return "Triton is not installed"
-    device = torch.empty(0, device=device).device  # with its index
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if (device, dtype) not in _reasons:
         _reasons[device, dtype] = _try_kernels(device, dtype)
     return _reasons[device, dtype]
+
+
+def _loop_reason_without_trial(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "the grouped kernels are for CUDA"
+    return None if dtype in (torch.bfloat16, torch.float16) else "the grouped kernels are for 16 bits"
 
 
 def _try_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -226,14 +273,17 @@ def compare_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     offsets = [0, 0, 70, 71, 71, 100]
     bounds, hit = torch.tensor(offsets, device=device), torch.tensor([1, 2, 4, 0, 3], device=device)
     group = next(group_experts(offsets, hit, bounds, 5, 100))
-    x, own, all_experts, u = draw(100, 96), draw(3, 160, 96), draw(5, 8, 96), draw(100, 8)
+    x, own, all_experts, u, bias = draw(100, 96), draw(3, 160, 96), draw(5, 8, 96), draw(100, 8), draw(5, 160)
     outs = [torch.zeros(5, 8, 96, dtype=dtype, device=device) for _ in range(2)]
-    grouped_outer_plain(u, x, group, outs[0])
-    grouped_outer_triton(u, x, group, outs[1])
+    grouped_outer_plain(u, x, group, outs[0], 0.5)
+    grouped_outer_triton(u, x, group, outs[1], 0.5)
     pairs = [(outs[0], outs[1])]
-    for weights, of_group in ((own, True), (own.mT.contiguous().mT, True), (all_experts, False)):
-        wanted = grouped_matmul_plain(x, weights, group, of_group=of_group)
-        pairs.append((wanted, grouped_matmul_triton(x, weights, group, of_group=of_group)))
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (own, {"of_group": True}), (own.mT.contiguous().mT, {"of_group": True, "bias": bias}), (all_experts, {}),
+    ]  # fmt: skip
+    for weights, options in calls:
+        wanted = grouped_matmul_plain(x, weights, group, **options)
+        pairs.append((wanted, grouped_matmul_triton(x, weights, group, **options)))
     for wanted, found in pairs:
         # Sums in two orders differ in the last bits of their largest terms.
         error = (found.float() - wanted.float()).abs().max()

@@ -8,7 +8,7 @@ from qlora.kernels.grouped import ExpertGroup
 
 # Rows of a tile, and its features where there are as many. A program sums over `DEPTH` products at a time.
 ROWS, MOST_FEATURES, DEPTH = 64, 128, 32
-LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3}
+LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 def tile_size(features: int, most: int = MOST_FEATURES) -> int:
@@ -17,23 +17,31 @@ def tile_size(features: int, most: int = MOST_FEATURES) -> int:
 
 
 def grouped_matmul_triton(
-    x: torch.Tensor, weights: torch.Tensor, group: ExpertGroup, *, of_group: bool = False
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    group: ExpertGroup,
+    *,
+    bias: torch.Tensor | None = None,
+    of_group: bool = False,
 ) -> torch.Tensor:
     """Do what :func:`qlora.kernels.grouped.grouped_matmul` does in one launch, for weights of the dtype of `x`."""
     x, (features, depth) = x.contiguous(), weights.shape[1:]
     assert weights.dtype == x.dtype
+    assert bias is None or bias.is_contiguous()
     out = x.new_empty(len(x), features)
     tile = tile_size(features)
     grid = (triton.cdiv(group.most_rows, ROWS) * triton.cdiv(features, tile), len(group.experts))
     with torch.cuda.device_of(x):
         _matmul_kernel[grid](
-            x, weights, group.index, group.bounds, out, features, depth, *weights.stride(),
+            x, weights, bias, group.index, group.bounds, out, features, depth, *weights.stride(),
             OF_GROUP=of_group, ROWS=ROWS, FEATURES=tile, DEPTH=DEPTH, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 
 
-def grouped_outer_triton(left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor) -> None:
+def grouped_outer_triton(
+    left: torch.Tensor, right: torch.Tensor, group: ExpertGroup, out: torch.Tensor, scaling: float = 1.0
+) -> None:
     """Do what :func:`qlora.kernels.grouped.grouped_outer` does in one launch."""
     left, right = left.contiguous(), right.contiguous()
     assert left.dtype == right.dtype
@@ -42,7 +50,7 @@ def grouped_outer_triton(left: torch.Tensor, right: torch.Tensor, group: ExpertG
     grid = (triton.cdiv(left.shape[1], tiles[0]) * triton.cdiv(right.shape[1], tiles[1]), len(group.experts))
     with torch.cuda.device_of(left):
         _outer_kernel[grid](
-            left, right, group.index, group.bounds, out, left.shape[1], right.shape[1],
+            left, right, group.index, group.bounds, out, left.shape[1], right.shape[1], scaling,
             LEFT=tiles[0], RIGHT=tiles[1], ROWS=DEPTH, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
@@ -51,6 +59,7 @@ def grouped_outer_triton(left: torch.Tensor, right: torch.Tensor, group: ExpertG
 def _matmul_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as code.
     x,
     weights,
+    bias,
     index,
     bounds,
     out,
@@ -87,6 +96,8 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations 
             other=0.0,
         )
         products = tl.dot(left, right, products, input_precision="ieee")
+    if bias is not None:
+        products += tl.load(bias + expert * features + feature, mask=feature < features, other=0.0)[None, :]
     tl.store(
         out + place * features + feature[None, :],
         products.to(out.dtype.element_ty),
@@ -103,6 +114,7 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
     out,
     num_left,
     num_right,
+    scaling,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,6 +136,6 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
         products = tl.dot(one, other, products, input_precision="ieee")
     tl.store(
         out + (expert * num_left + of_left[:, None]) * num_right + of_right[None, :],
-        products.to(out.dtype.element_ty),
+        (products * scaling).to(out.dtype.element_ty),
         mask=inside_left & inside_right,
     )

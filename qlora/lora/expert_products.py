@@ -102,8 +102,7 @@ class ExpertProjection:
 
     def output(self, x: torch.Tensor, weights: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
         """Return x Wᵀ + bias of the group's rows, (rows, out)."""
-        y = grouped_matmul(x, weights, group, of_group=True)
-        return y if self.bias is None else y.add_(group.spread(self.bias).to(y.dtype))
+        return grouped_matmul(x, weights, group, bias=self.bias, of_group=True)
 
     def add_gradients(
         self,
@@ -113,7 +112,7 @@ class ExpertProjection:
         grad: torch.Tensor,
         group: ExpertGroup,
     ) -> None:
-        """Write the gradients of the factors of a group's experts, (s g B)ᵀ x and gᵀ (s x Aᵀ).
+        """Write the gradients of the factors of a group's experts, s (g B)ᵀ x and s gᵀ (x Aᵀ).
 
         Args:
             grads: Like `factors`, in the dtype of `x`; None where none is needed.
@@ -126,9 +125,9 @@ class ExpertProjection:
             return
         (A, B), (grad_A, grad_B) = factors, grads
         if grad_A is not None:
-            grouped_outer(grouped_matmul(grad, B.mT, group).mul_(self.scaling), x, group, grad_A)
+            grouped_outer(grouped_matmul(grad, B.mT, group), x, group, grad_A, self.scaling)
         if grad_B is not None:
-            grouped_outer(grad, grouped_matmul(x, A, group).mul_(self.scaling), group, grad_B)
+            grouped_outer(grad, grouped_matmul(x, A, group), group, grad_B, self.scaling)
 
 
 def expert_products(
@@ -269,8 +268,7 @@ class _ExpertProducts(torch.autograd.Function):
             if grad_scores is not None:
                 products = (unscaled * hidden.detach()).sum(1, keepdim=True, dtype=torch.float32)
                 if call.down.bias is not None:
-                    bias = group.spread(call.down.bias).to(dtype)
-                    products += (own * bias).sum(1, keepdim=True, dtype=torch.float32)
+                    products += grouped_matmul(own, call.down.bias.unsqueeze(1), group)
                 grad_scores[rows] = products.to(flat.dtype)
             (grad_first,) = torch.autograd.grad(hidden, first, (unscaled * score).to(dtype))
             call.down.add_gradients(grads_down, down, hidden.detach(), (own * score).to(dtype), group)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch
+from qlora.kernels import ExpertGroup, LowRank, weights_of_group
 from qlora.lora.linear import draw
 from qlora.lora.mixture import expert_stacks, experts_per_token
 from qlora.lora.spec import AdapterSpec, by_pattern
@@ -64,11 +64,7 @@ class PlainExperts(nn.Module):
 
         See :class:`qlora.lora.expert_products.ExpertWeights`.
         """
-        first, last = group.experts[0], group.experts[-1]
-        are_neighbours = last - first + 1 == len(group.experts)
-        weights = self.weight[first : last + 1] if are_neighbours else self.weight[group.index]
-        out = None if update is None else scratch(weights.shape, dtype, weights.device)
-        return fold_group(weights.to(dtype), update, group, out)
+        return weights_of_group(self.weight, group, dtype, update)
 
 
 class LoraExperts(nn.Module):

@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch
-from qlora.nf4.quantize import BLOCK_SIZE, dequantize, quantize
+from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch, weights_of_group
+from qlora.nf4.quantize import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    dequantize,
+    is_close,
+    is_verified,
+    kind_of_fold,
+    quantize,
+    random_delta,
+    same_bits,
+)
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -43,6 +53,7 @@ class NF4Experts(nn.Module):
         # No buffers: a cast of the model would cast them too, and dequantization needs them as they are.
         self._statistics, self._tables = statistics, tables
         self.shape, self.block_size, self.quantized_from = shape, block_size, dtype
+        self._cached: torch.Tensor | None = None
 
     @classmethod
     def from_weight(cls, weight: torch.Tensor, double_quant: bool = True) -> "NF4Experts":
@@ -102,7 +113,7 @@ class NF4Experts(nn.Module):
         nested: dict[str, Any] = {}
         if "offset" in own:
             state2 = QuantState(
-                own["nested_absmax"], blocksize=256, code=self._tables["nested_code"], dtype=torch.float32
+                own["nested_absmax"], blocksize=NESTED_BLOCK_SIZE, code=self._tables["nested_code"], dtype=torch.float32
             )
             nested = {"offset": own["offset"], "state2": state2}
         shape = torch.Size(self.shape[1:])
@@ -129,14 +140,72 @@ class NF4Experts(nn.Module):
         Returns:
             (experts of the group, rows, columns).
         """
-        experts = group.experts
+        experts, cached = group.experts, self._cached
+        # On a GPU the fused kernel reads fewer bytes of codes than of a cached weight.
+        if cached is not None and cached.dtype == dtype and not (self.weight.is_cuda and update is not None):
+            return weights_of_group(cached, group, dtype, update)
         if len(experts) == 1 and not self.weight.is_cuda:  # where bitsandbytes returns a new tensor
-            weights = self.dequantize(experts[0], dtype)[None]
-        else:
-            weights = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
-            for out, expert in zip(weights, experts, strict=True):
-                self.dequantize(expert, dtype, out)
-        return fold_group(weights, update, group, out=weights)
+            weight = self.dequantize(experts[0], dtype)[None]
+            return fold_group(weight, update, group, out=weight)
+        out = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
+        kind = (self.weight.device, dtype, "experts", self.block_size, "offset" in self._statistics)
+        kind_of_update = () if update is None else kind_of_fold(self.shape[2], self.block_size, update)
+        if is_verified(
+            (*kind, *kind_of_update),
+            f"experts of {self.extra_repr()}",
+            lambda: self._agrees(group.first(2), dtype, update),
+        ):
+            return self._dequantize_at_once(group, dtype, update, out)
+        return self._dequantize_one_by_one(group, dtype, update, out)
+
+    def cache_weight(self, dtype: torch.dtype) -> None:
+        """Keep the dequantized weights for products in `dtype`: 2 bytes per parameter in 16 bits."""
+        self._cached = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
+        for expert, own in enumerate(self._cached):
+            self.dequantize(expert, dtype, own)
+
+    def uncache_weight(self) -> None:
+        """Undo :meth:`cache_weight`."""
+        self._cached = None
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the dequantized weights are cached."""
+        return self._cached is not None
+
+    def _dequantize_one_by_one(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        for own, expert in zip(out, group.experts, strict=True):
+            self.dequantize(expert, dtype, own)
+        return fold_group(out, update, group, out=out)
+
+    def _dequantize_at_once(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        from qlora.kernels.dequantize_triton import dequantize_4bit_triton
+
+        own, options = self._statistics, dict[str, Any]()
+        if "offset" in own:
+            options = {
+                "nested_code": self._tables["nested_code"], "nested_absmax": own["nested_absmax"],
+                "nested_offset": own["offset"], "nested_block_size": NESTED_BLOCK_SIZE,
+            }  # fmt: skip
+        if update is not None:
+            update = update.to(dtype)
+            options |= {"lora_A": update.A, "lora_B": update.B, "scaling": update.scaling}
+        return dequantize_4bit_triton(
+            self.weight, self._tables["code"], own["absmax"], self.shape[1:], dtype, self.block_size,
+            index=group.index, out=out, **options,
+        )  # fmt: skip
+
+    def _agrees(self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None) -> bool:
+        """Return whether experts that are dequantized at once are those dequantized one by one."""
+        trial = None if update is None else random_delta(update)  # B starts at zero and would hide a difference
+        outs = torch.empty(2, len(group.experts), *self.shape[1:], dtype=dtype, device=self.weight.device)
+        found = self._dequantize_at_once(group, dtype, trial, outs[0])
+        wanted = self._dequantize_one_by_one(group, dtype, trial, outs[1])
+        return same_bits(found, wanted) if trial is None else is_close(found, wanted)
 
     def forward(self, *_: Any) -> torch.Tensor:
         """Refuse: experts are called through their layer, which knows the experts of each token."""
@@ -156,10 +225,12 @@ class NF4Experts(nn.Module):
         if {name: tensor.shape for name, tensor in state.items()} != own:
             raise ValueError(f"the statistics are of other weights than {self.extra_repr()}")
         self._statistics = {name: tensor.to(self.weight.device, copy=True) for name, tensor in state.items()}
+        self.uncache_weight()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Experts":
         # The statistics follow the codes to their device and keep their dtype, because dequantization needs it.
         super()._apply(fn, recurse)
+        self.uncache_weight()
         device = self.weight.device
         self._statistics = {name: tensor.to(device) for name, tensor in self._statistics.items()}
         self._tables = {name: tensor.to(device) for name, tensor in self._tables.items()}

@@ -11,7 +11,7 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations
-from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents, train_rows
+from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.model import (
     Isolation,
@@ -273,6 +273,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         states=isolation.states,
         states_why=isolation.states_why,
         unpacked_why=unpacked_why,
+        experts=describe_experts(model),
     )
     return Assembly(
         config=config,

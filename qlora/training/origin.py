@@ -31,8 +31,8 @@ LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them: see :func:`fixed_in_use`.
 KEPT_IN_USE = (
-    "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "tiled",
-    "rounding",
+    "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "experts",
+    "tiled", "rounding",
 )  # fmt: skip
 
 

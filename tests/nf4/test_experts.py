@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from qlora.kernels import ExpertGroup, LowRank
 from qlora.nf4 import NF4Experts, dequantize, quantize
 
 
@@ -32,3 +33,21 @@ def test_the_statistics_are_saved_and_keep_their_dtype(generator):
     assert torch.equal(other.dequantize(1, torch.float32), expected)
     with pytest.raises(ValueError, match="other weights"):
         NF4Experts.from_weight(torch.randn(3, 16, 32), double_quant=False).set_extra_state(one.get_extra_state())
+
+
+@pytest.mark.parametrize("experts", [[1], [1, 2], [0, 2]], ids=str)
+def test_cached_weights_give_the_same_bits(experts, generator):
+    stack = NF4Experts.from_weight(torch.randn(3, 16, 32, generator=generator))
+    update = LowRank(torch.randn(3, 2, 32, generator=generator), torch.randn(3, 16, 2, generator=generator), 0.5)
+    group = ExpertGroup(experts, [*range(len(experts) + 1)], torch.tensor(experts), torch.arange(4))
+    plain, adapted = (stack.weights_for_product(group, torch.float32, each).clone() for each in (None, update))
+    stack.cache_weight(torch.float32)
+    codes = stack.weight.data.clone()
+    stack.weight.data.zero_()  # which the cache does not read
+    assert torch.equal(stack.weights_for_product(group, torch.float32), plain)
+    assert torch.equal(stack.weights_for_product(group, torch.float32, update), adapted)
+    assert torch.equal(stack.weights_for_product(group, torch.float32), plain)
+    stack.weight.data.copy_(codes)
+    stack.uncache_weight()
+    assert not stack.is_cached
+    assert torch.equal(stack.weights_for_product(group, torch.float32, update), adapted)
