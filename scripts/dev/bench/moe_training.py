@@ -32,7 +32,7 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-PRETRAINING, STEPS, BATCH, LENGTH, RATE, RANK, HELD_OUT = 400, 200, 8, 128, 5e-3, 8, 16_384
+PRETRAINING, STEPS, BATCH, LENGTH, RATE, RANK, HELD_OUT = 300, 200, 4, 128, 5e-3, 8, 16_384
 SHOWN = (1, 10, 50, 100, 150, 200)
 
 
