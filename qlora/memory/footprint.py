@@ -34,10 +34,11 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
+from qlora.model.formats import expert_type
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names
 from qlora.model.skeleton import of_images
-from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora.nf4 import BLOCK_SIZE, MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
 FP32_BYTES = 4
@@ -128,7 +129,7 @@ def take_footprint(
         for stack, spec in of_experts.items()
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
     ]
-    weights = _weight_bytes(model, quantized, experts, bool(quantization))
+    weights = _weight_bytes(model, quantized, experts, bool(quantization), expert_type(files))
     weights += _fixed_bytes(config, loss, specs, adapted, values)
     trained = [
         nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta"))
@@ -192,9 +193,9 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
     return config.model.double_quant if config.model.quantization == "nf4" else None
 
 
-def nf4_bytes(numel: int, double_quant: bool) -> int:
+def nf4_bytes(numel: int, double_quant: bool, block_size: int = BLOCK_SIZE) -> int:
     """Return the bytes of a number of parameters in 4 bits, including their statistics."""
-    blocks = -(-numel // BLOCK_SIZE)
+    blocks = -(-numel // block_size)
     statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics
 
@@ -231,14 +232,21 @@ def _fixed_bytes(
 
 
 def _weight_bytes(
-    model: nn.Module, quantized: dict[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
+    model: nn.Module,
+    quantized: dict[str, Any],
+    experts: Mapping[str, ExpertStack],
+    double_quant: bool,
+    type_of_experts: str,
 ) -> int:
-    # The number of weights in each parameter that have statistics of their own.
-    in_4bit = {id(module.weight): 1 for module in quantized.values()}
-    in_4bit |= {id(model.get_parameter(name)): stack.shape[0] for name, stack in experts.items()}
+    in_4bit = {id(module.weight): nf4_bytes(module.weight.numel(), double_quant) for module in quantized.values()}
+    # The scales of MXFP4 are in 8 bits in any case.
+    settings = (True, MXFP4_BLOCK_SIZE) if type_of_experts == MXFP4 else (double_quant, BLOCK_SIZE)
+    in_4bit |= {  # each expert has statistics of its own
+        id(model.get_parameter(name)): stack.shape[0] * nf4_bytes(math.prod(stack.sizes), *settings)
+        for name, stack in experts.items()
+    }
     total = 0
     for parameter in model.parameters():  # each once, even if modules share it
         if not parameter.requires_grad:
-            parts = in_4bit.get(id(parameter))
-            total += parameter.nbytes if parts is None else parts * nf4_bytes(parameter.numel() // parts, double_quant)
+            total += in_4bit.get(id(parameter), parameter.nbytes)
     return total + sum(buffer.nbytes for buffer in model.buffers())

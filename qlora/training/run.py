@@ -113,7 +113,11 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
-    notes = [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    notes = [
+        *start.describe_damage(),
+        *assembly.scorer.notes,
+        *notes_on_format(assembly.files, config.model.quantization),
+    ]
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
@@ -218,7 +222,11 @@ def _train(
             # Before the config, because a config without a record is not recognized as a run.
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
-    remarks += [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    remarks += [
+        *start.describe_damage(),
+        *assembly.scorer.notes,
+        *notes_on_format(assembly.files, assembly.config.model.quantization),
+    ]
     remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)
