@@ -25,6 +25,8 @@ on the other half, {batch} × {length} tokens a step, learning rate {rate:g}, fr
 
 - **qlora**: experts in NF4, computed by qlora's products.
 - **dense**: the dequantized weights with W + scaling · B A formed by autograd, computed by transformers' eager code.
+- **dense, moved**: the same from first values of A that differ by less than a rounding step of the compute dtype. It
+  shows how far rounding alone drives two runs apart.
 
 The optimizer and all other layers are the same. Losses are in nats per byte; held out are {held:,} later bytes.
 """
@@ -32,7 +34,7 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-PRETRAINING, STEPS, BATCH, LENGTH, RATE, RANK, HELD_OUT = 300, 200, 4, 128, 5e-3, 8, 16_384
+PRETRAINING, STEPS, BATCH, LENGTH, RATE, RANK, HELD_OUT = 300, 200, 4, 128, 2e-3, 8, 16_384
 SHOWN = (1, 10, 50, 100, 150, 200)
 
 
@@ -83,27 +85,47 @@ def train(model: Any, data: torch.Tensor, held_out: torch.Tensor) -> tuple[list[
         return losses, loss_of(model, held_out.view(-1, LENGTH)).item()
 
 
-def compare(base: Path, data: torch.Tensor, held_out: torch.Tensor, dtype: str) -> list[str]:
-    """Train both sides in a compute dtype; return a table's row for each, and one for their differences."""
-    ours, _ = load_base(str(base), compute_dtype=dtype, device="cpu")
+def make_dense(base: Path, ours: Any, dtype: str) -> Any:
+    """Return the dense reference of an adapted model, with its first values."""
     dense, _ = load_base(str(base), "none", compute_dtype=dtype, device="cpu")
-    add_lora(ours, rank=RANK, alpha=2 * RANK, dtype=torch.float32)
     copy_dequantized(ours, dense)
     add_lora(dense, rank=RANK, alpha=2 * RANK, dtype=torch.float32, expert_rank=0)
     firsts = dict(lora_layers(ours))
     for name, layer in lora_layers(dense):
         layer.lora_A.data.copy_(firsts[name].lora_A)
     adapt_experts(dense, lora_experts(ours))
-    with torch.no_grad():
-        start = loss_of(ours, held_out.view(-1, LENGTH)).item()
-    (mine, mine_held), (theirs, theirs_held) = (train(model, data, held_out) for model in (ours, dense))
-    differences = [abs(one - other) for one, other in zip(mine, theirs, strict=True)]
-    rows = {"qlora": [mine[step - 1] for step in SHOWN] + [mine_held]}
-    rows["dense"] = [theirs[step - 1] for step in SHOWN] + [theirs_held]
-    lines = [f"| {dtype} | {name} | {start:.4f} | " + " | ".join(f"{value:.4f}" for value in row) + " |"
-             for name, row in rows.items()]  # fmt: skip
-    most = [max(differences[:step]) for step in SHOWN] + [abs(mine_held - theirs_held)]
-    return [*lines, f"| {dtype} | largest difference so far | | " + " | ".join(f"{value:.1e}" for value in most) + " |"]
+    return dense
+
+
+def move(model: Any, dtype: str) -> Any:
+    """Multiply the first values of a model by numbers that differ from 1 by less than a rounding step of a dtype."""
+    generator, step = torch.Generator().manual_seed(2), torch.finfo(getattr(torch, dtype)).eps
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1 + step * (torch.rand(parameter.shape, generator=generator) - 0.5)
+    return model
+
+
+def compare(base: Path, data: torch.Tensor, held_out: torch.Tensor, dtype: str) -> list[str]:
+    """Train all sides in a compute dtype; return a table's row for each, and for their differences."""
+    ours, _ = load_base(str(base), compute_dtype=dtype, device="cpu")
+    add_lora(ours, rank=RANK, alpha=2 * RANK, dtype=torch.float32)
+    sides = {"qlora": ours, "dense": make_dense(base, ours, dtype)}
+    sides["dense, moved"] = move(make_dense(base, ours, dtype), dtype)
+    lines, losses = [], {}
+    for name, model in sides.items():
+        with torch.no_grad():
+            start = loss_of(model, held_out.view(-1, LENGTH)).item()
+        found, held = train(model, data, held_out)
+        losses[name] = [*found, held]
+        shown = [found[step - 1] for step in SHOWN] + [held]
+        lines.append(f"| {dtype} | {name} | {start:.4f} | " + " | ".join(f"{value:.4f}" for value in shown) + " |")
+    for name in ("qlora", "dense, moved"):
+        *apart, held = (abs(one - other) for one, other in zip(losses[name], losses["dense"], strict=True))
+        most = [max(apart[:step]) for step in SHOWN] + [held]
+        title = f"{name}: largest difference from dense so far"
+        lines.append(f"| {dtype} | {title} | | " + " | ".join(f"{value:.1e}" for value in most) + " |")
+    return lines
 
 
 def main() -> None:
