@@ -153,6 +153,7 @@ def test_a_run_is_recorded_with_its_experts_and_swapped_ones_are_found(family, b
     train(config)
     record = RunDirectory.open(tmp_path / "run").read_record()
     assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
+    assert record.in_use.experts == "loop over experts: the grouped kernels are for CUDA"
     merge(tmp_path / "run", tmp_path / "out", dtype="float32")
     report = verify(tmp_path / "run", tmp_path / "out")
     assert report.problems == []

@@ -7,7 +7,6 @@ from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.grouped import (
     FEW_ROWS,
-    GROUP_BYTES,
     ROWS_PER_TOKEN,
     ExpertGroup,
     experts_at_once,
@@ -16,7 +15,6 @@ from qlora.kernels.grouped import (
     group_experts,
     grouped_matmul,
     grouped_outer,
-    loop_reason,
     weights_of_group,
 )
 from qlora.kernels.kl_divergence import linear_kl_divergence
@@ -32,7 +30,6 @@ __all__ = [
     "ACTIVATIONS",
     "Delta",
     "FEW_ROWS",
-    "GROUP_BYTES",
     "HAS_TRITON",
     "ExpertGroup",
     "GatedProduct",
@@ -56,7 +53,6 @@ __all__ = [
     "linear_kl_divergence",
     "linear_log_probs",
     "linear_token_loss",
-    "loop_reason",
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",

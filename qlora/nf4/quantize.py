@@ -145,13 +145,16 @@ def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: 
 
 def kind_of_fold(width: int, block_size: int, delta: LowRank) -> tuple[bool, ...]:
     """Return the properties of a weight and its LoRA term that the fused kernel is compiled for."""
-    return width % 2 == 0, width % min(TILE_COLUMNS, block_size) == 0, delta.A.shape[-2] <= 16
+    is_whole, is_transposed = width % min(TILE_COLUMNS, block_size) == 0, delta.A.stride(-1) != 1
+    return width % 2 == 0, is_whole, delta.A.shape[-2] <= 16, is_transposed
 
 
 def random_delta(delta: LowRank) -> LowRank:
     """Return a term of the same kind with random values, which are the same each time."""
     generator = torch.Generator().manual_seed(0)  # not the run's generator, which must not advance
-    A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
+    factors = [torch.randn(factor.shape, generator=generator) * 0.1 for factor in delta.tensors]
+    # Of the same strides, for which the kernel is compiled.
+    A, B = (torch.empty_like(own).copy_(values) for own, values in zip(delta.tensors, factors, strict=True))
     return LowRank(A, B, delta.scaling)
 
 

@@ -179,6 +179,7 @@ def test_the_kernels_compile_to_tensor_cores_without_spills(capability):
     ]  # fmt: skip
     for kernel in compiled:
         registers, spilled = registers_and_spills(kernel)
+        print(capability, kernel.metadata.name, registers)
         assert spilled == 0
         assert registers <= 224  # two programs of four warps on each multiprocessor
         assert "mma" in kernel.asm["ptx"]
