@@ -48,6 +48,8 @@ def cached_weights(model: Any, num_bytes: float) -> Iterator[None]:
 def _cache(model: Any, layers: Sequence[Layer], num_bytes: float) -> list[Layer]:
     cached = list[Layer]()
     for layer in layers:
+        if layer.before_read is not None:  # it is not in memory all the time, because memory is short
+            continue
         num_bytes -= layer.numel * model.dtype.itemsize
         if num_bytes < 0:
             break

@@ -16,10 +16,11 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
-from qlora.lora.mixture import ExpertStack, expert_stacks
+from qlora.lora.host_rows import rows_for_host
+from qlora.lora.mixture import ExpertStack, expert_stacks, experts_per_token
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
-from qlora.memory.timeline import Held
+from qlora.memory.timeline import Moment
 from qlora.model import (
     BITSANDBYTES_4BIT,
     Loss,
@@ -37,6 +38,7 @@ from qlora.model import (
 from qlora.model.formats import expert_type
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names
+from qlora.model.shares import linear_weights
 from qlora.model.skeleton import of_images
 from qlora.nf4 import BLOCK_SIZE, MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
@@ -56,8 +58,12 @@ class Footprint:
         adapters: Bytes of factors, of rows trained in full, and of their flat gradient.
         optimizer: Bytes of the optimizer's state.
         update: Temporary bytes of an optimizer step, when there are no activations.
-        held: For each level, the fastest first, the memory at each moment that may be the peak.
-        layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
+        held: For each level, the fastest first, the moments that may be the peak.
+        embedding: Bytes of an embedding that is on the host where the layers are not on the device.
+        head: Bytes of such a head, which is on the device while it is used.
+        products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
+        layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
+        layers_dequantized: Bytes of each layer's 4-bit linear weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
         unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
         vocabulary: Number of rows of the head, whose logits are computed in chunks; None for a head of scores.
@@ -68,7 +74,11 @@ class Footprint:
     adapters: int
     optimizer: int
     update: int
-    held: dict[str, list[Held]]
+    held: dict[str, list[Moment]]
+    embedding: int
+    head: int
+    products: int
+    layers_packed: list[int]
     layers_dequantized: list[int]
     rows_attend: bool
     unpacked_why: str | None
@@ -129,7 +139,8 @@ def take_footprint(
         for stack, spec in of_experts.items()
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
     ]
-    weights = _weight_bytes(model, quantized, experts, bool(quantization), expert_type(files))
+    in_4bit = _bytes_in_4bit(quantized, experts, bool(quantization), expert_type(files))
+    weights = _weight_bytes(model, in_4bit)
     weights += _fixed_bytes(config, loss, specs, adapted, values)
     trained = [
         nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta"))
@@ -143,6 +154,11 @@ def take_footprint(
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
     stack = Stack(model, adapted, specs, quantized, experts, of_experts)
+    head = output_head(model)
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    on_host = {name: layer.weight.nbytes for name, layer in rows_for_host(model).items()}
+    products = _products(model)
+    packed = [sum(size for name, size in in_4bit.items() if name.startswith(each)) for each in stack.prefixes]
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -161,6 +177,10 @@ def take_footprint(
         optimizer=optimizer.state_bytes,
         update=optimizer.update_bytes,
         held=held,
+        embedding=sum(each for name, each in on_host.items() if name != head_name),
+        head=on_host.get(head_name, 0),
+        products=products,
+        layers_packed=packed,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         unpacked_why=unpacked_why,
@@ -200,6 +220,33 @@ def nf4_bytes(numel: int, double_quant: bool, block_size: int = BLOCK_SIZE) -> i
     return -(-numel // 2) + statistics
 
 
+def _products(model: nn.Module) -> int:
+    """Return the number of weights of linear layers, experts and head that a token is multiplied by.
+
+    Those are all experts where the config does not say how many a token is sent to.
+    """
+    stacks = expert_stacks(model)
+    linears = sum(numel for name, numel, _ in linear_weights(model) if name not in stacks)
+    head = sum(block.numel() for block in head_blocks(output_head(model)))
+    try:
+        chosen = experts_per_token(model) if stacks else 0
+    except ModelError:
+        chosen = max(stack.shape[0] for stack in stacks.values())
+    return linears + head + sum(chosen * stack.numel // stack.shape[0] for stack in stacks.values())
+
+
+def _bytes_in_4bit(
+    quantized: Mapping[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool, type_of_experts: str
+) -> dict[str, int]:
+    """Return the bytes of each linear layer and each stack of experts that is in 4 bits, by name."""
+    # The scales of MXFP4 are in 8 bits in any case.
+    settings = (True, MXFP4_BLOCK_SIZE) if type_of_experts == MXFP4 else (double_quant, BLOCK_SIZE)
+    of_linears = {name: nf4_bytes(module.weight.numel(), double_quant) for name, module in quantized.items()}
+    return of_linears | {  # each expert has statistics of its own
+        name: stack.shape[0] * nf4_bytes(math.prod(stack.sizes), *settings) for name, stack in experts.items()
+    }
+
+
 def _fixed_bytes(
     config: RunConfig,
     loss: Loss,
@@ -231,22 +278,9 @@ def _fixed_bytes(
     return total
 
 
-def _weight_bytes(
-    model: nn.Module,
-    quantized: dict[str, Any],
-    experts: Mapping[str, ExpertStack],
-    double_quant: bool,
-    type_of_experts: str,
-) -> int:
-    in_4bit = {id(module.weight): nf4_bytes(module.weight.numel(), double_quant) for module in quantized.values()}
-    # The scales of MXFP4 are in 8 bits in any case.
-    settings = (True, MXFP4_BLOCK_SIZE) if type_of_experts == MXFP4 else (double_quant, BLOCK_SIZE)
-    in_4bit |= {  # each expert has statistics of its own
-        id(model.get_parameter(name)): stack.shape[0] * nf4_bytes(math.prod(stack.sizes), *settings)
-        for name, stack in experts.items()
-    }
+def _weight_bytes(model: nn.Module, in_4bit: Mapping[str, int]) -> int:
     total = 0
-    for parameter in model.parameters():  # each once, even if modules share it
+    for name, parameter in model.named_parameters():  # each once, even if modules share it
         if not parameter.requires_grad:
-            total += in_4bit.get(id(parameter), parameter.nbytes)
+            total += in_4bit.get(name, in_4bit.get(name.removesuffix(".weight"), parameter.nbytes))
     return total + sum(buffer.nbytes for buffer in model.buffers())

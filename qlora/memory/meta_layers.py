@@ -126,8 +126,8 @@ class Stack:
         size = experts_at_once(torch.device("cuda"), self.model.dtype, largest, is_trial=True)
         return min(size, stack.shape[0]) * math.prod(stack.sizes)
 
-    def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Held]:
-        """Return the memory at each moment of a step with all layers.
+    def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Moment]:
+        """Return the moments of a step with all layers.
 
         Args:
             moments: Moments of a step with the layers that are kept.
@@ -141,7 +141,7 @@ class Stack:
             else:
                 below = below.plus(hold[kind])
         extras[HEAD] = below
-        return [moment.held.plus(extras[moment.place]) for moment in moments]
+        return [Moment(moment.place, moment.held.plus(extras[moment.place])) for moment in moments]
 
 
 def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:

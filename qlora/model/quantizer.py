@@ -4,6 +4,7 @@ It takes subclasses of `nn.Linear` that compute the same, too. Importing this fi
 a name of its own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ class NF4Config(BitsAndBytesConfig):
     Args:
         expert_type: Type of the experts' codes, see :meth:`NF4Experts.from_weight`.
         settings: Settings of bitsandbytes.
+
+    Attributes:
+        after_weight: Called with the model and the quantized experts by name, after a weight was quantized; those
+            before it are in the model by then.
     """
+
+    after_weight: Callable[[Any, dict[str, NF4Experts]], None] | None = None
 
     def __init__(self, expert_type: str = NF4, **settings: Any) -> None:
         super().__init__(**settings)
@@ -37,7 +44,7 @@ class NF4Config(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as config.json has them."""
-        own = {key: value for key, value in super().to_dict().items() if key != "expert_type"}
+        own = {key: value for key, value in super().to_dict().items() if key not in ("expert_type", "after_weight")}
         return own | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
 
 
@@ -97,4 +104,7 @@ class _Quantize(ConversionOps):
                 weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
             )
             found[name] = quantizer.experts[name].weight
-        return found | (self._linears.convert(others, **kwargs) if others else {})
+        found |= self._linears.convert(others, **kwargs) if others else {}
+        if quantizer.quantization_config.after_weight is not None:
+            quantizer.quantization_config.after_weight(kwargs["model"], quantizer.experts)
+        return found

@@ -1,6 +1,6 @@
 """NF4Experts: a frozen stack of expert weights in 4 bits, of which single experts are dequantized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,12 @@ class NF4Experts(nn.Module):
         dtype: Dtype that they were quantized from.
         quant_type: What the codes are: `nf4` or `mxfp4`.
         is_flipped: Whether the weights are (out, in) where the model has (in, out).
+
+    Attributes:
+        before_read: Called before the codes are read, where they are not always in memory; None where they are.
     """
+
+    before_read: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -129,6 +134,21 @@ class NF4Experts(nn.Module):
         """The tensors that dequantize the codes; the first dimension of each is the experts'."""
         return [*self._statistics.values()]
 
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """The codes and their statistics, which :meth:`use_packed` replaces."""
+        return [self.weight.data, *self.statistics]
+
+    def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Use other tensors in place of :attr:`packed`, with the same shapes and dtypes."""
+        self.weight.data, *others = tensors
+        self._statistics = dict(zip(self._statistics, others, strict=True))
+
+    def ensure_present(self) -> None:
+        """Have the codes and their statistics in memory until other weights are read."""
+        if self.before_read is not None:
+            self.before_read()
+
     def quant_state(self, expert: int) -> "QuantState":
         """Return the statistics of an expert, as :func:`qlora.nf4.quantize` gives them."""
         from bitsandbytes.functional import QuantState
@@ -148,6 +168,7 @@ class NF4Experts(nn.Module):
 
     def dequantize(self, expert: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weight of an expert, (rows, columns), in `dtype`."""
+        self.ensure_present()
         return dequantize(self.weight[expert], self.quant_state(expert), dtype, out)
 
     def weights_for_product(
@@ -171,6 +192,7 @@ class NF4Experts(nn.Module):
         if len(experts) == 1 and not self.weight.is_cuda:  # where bitsandbytes returns a new tensor
             weight = self.dequantize(experts[0], dtype)[None]
             return fold_group(weight, update, group, out=weight)
+        self.ensure_present()
         out = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
         kind = (self.weight.device, dtype, "experts", self.block_size, "offset" in self._statistics)
         kind_of_update = () if update is None else kind_of_fold(self.shape[2], self.block_size, update)

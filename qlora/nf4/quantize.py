@@ -3,7 +3,7 @@
 bitsandbytes imports torch's compiler, which takes a second and a half, so it is imported only where it is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -254,6 +254,13 @@ def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
 def statistics(state: "QuantState") -> list[torch.Tensor]:
     """Return the tensors that dequantize the codes of a weight: the blocks' absmax, and what dequantizes these."""
     return [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+
+
+def set_statistics(state: "QuantState", tensors: Sequence[torch.Tensor]) -> None:
+    """Use other tensors with the same values as :func:`statistics`, in its order."""
+    state.absmax, *nested = tensors
+    if nested:
+        state.state2.absmax, state.offset = nested
 
 
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:
