@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from qlora.nf4 import NF4Experts, NF4Linear
 from tests.tiny import make_base
 
 BY_GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
@@ -41,14 +39,3 @@ def make_moe(folder: Path, family: str, seed: int, **sizes: Any) -> Path:
     """Save a random model of a family, as a user would have it."""
     config_class, own = FAMILIES[family]
     return make_base(folder, seed, getattr(transformers, config_class), **{**own, **sizes})
-
-
-def copy_dequantized(model: Any, plain: Any) -> None:
-    """Copy a model in 4 bits, dequantized, into one of the same architecture that transformers computes by itself."""
-    for name, module in model.named_modules():
-        if isinstance(module, NF4Linear):
-            plain.get_submodule(name).weight.data = module.dequantize(torch.float32)
-        if isinstance(module, NF4Experts):
-            weights = [module.dequantize(expert, torch.float32) for expert in range(module.num_experts)]
-            plain.get_parameter(name).data = torch.stack(weights)
-    plain.set_experts_implementation("eager")

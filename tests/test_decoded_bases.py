@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig
 
+from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.export import merge
 from qlora.export.gguf.model import write_gguf
@@ -17,7 +18,7 @@ from qlora.files import BaseFiles
 from qlora.files.shards import TensorLayout
 from qlora.memory.estimate import estimate
 from qlora.model import SUPERVISED, load_base, load_generation_config, load_tokenizer
-from qlora.nf4 import NF4Linear, quantize
+from qlora.nf4 import NF4Experts, NF4Linear, quantize
 from qlora.proof.verify import verify
 from qlora.training import plan_run, train
 from tests.reference.encodings import from_fp8, from_mxfp4, to_fp8
@@ -118,6 +119,10 @@ def test_the_model_has_the_decoded_weights_in_4_or_16_bits(encoded):
     assert len(layers) >= 8
     for name, layer in layers.items():
         assert torch.equal(layer.weight, quantize(expected[f"{name}.weight"].float(), True)[0]), name
+    for name, module in in_4bit.named_modules():
+        if isinstance(module, NF4Experts):  # which keep what was published in MXFP4
+            held = torch.stack([module.dequantize(expert, torch.float32) for expert in range(module.num_experts)])
+            assert torch.equal(held.mT if module.is_flipped else held, expected[name]), name
 
 
 @pytest.mark.slow
@@ -127,8 +132,11 @@ def test_a_run_is_merged_onto_what_was_decoded_and_verified(quantization, encode
     settings = {"model__quantization": quantization, "model__allow_unquantized": True}
     config = load_config(run_config(base, alpaca_file, tmp_path / "run", train__max_steps=2, **settings))
     estimate(config, SUPERVISED, "cpu")
-    assert any("are decoded from" in note for note in plan_run(config).notes)
+    expert_type = "mxfp4" if quantization == "nf4" and any(".experts." in name for name in expected) else None
+    noted = "keep the values that they are stored with in MXFP4" if expert_type else "are decoded from"
+    assert any(noted in note for note in plan_run(config).notes)
     train(config)
+    assert RunDirectory.open(tmp_path / "run").read_record().quantization.experts == expert_type
     for onto in ("dequantized", "original"):
         merge(tmp_path / "run", tmp_path / onto, onto=onto, dtype="float32")
         report = verify(tmp_path / "run", tmp_path / onto)

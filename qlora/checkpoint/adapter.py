@@ -194,11 +194,7 @@ def wrap_adapter(model: Any, adapter: PeftAdapter, form: str = "auto") -> list[s
     Raises:
         CheckpointError: The adapter does not fit the base; names all problems.
     """
-    problems = _misfits(model, adapter) + rows_problems(model, adapter.rows, adapter.tensors)
-    problems += experts_problems(model, adapter.experts)
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise CheckpointError(f"The adapter {adapter.folder} does not fit {type(model).__name__}:\n{lines}")
+    check_fits(model, adapter, rows_problems(model, adapter.rows, adapter.tensors))
     wrap_layers(model, {name: _spec(adapter, name, form) for name in adapter.layers})
     for name, layer in lora_layers(model):
         _copy(layer, adapter.layers[name])
@@ -208,6 +204,23 @@ def wrap_adapter(model: Any, adapter: PeftAdapter, form: str = "auto") -> list[s
     dtype = _dtype(adapter.tensors[rows.tensor] for rows in adapter.rows.values())
     wrap_stored_rows(model, adapter.rows, adapter.tensors, dtype)
     return [*adapter.layers, *adapter.experts]
+
+
+def check_fits(model: Any, adapter: PeftAdapter, others: Iterable[str] = ()) -> None:
+    """Check that a base has the layers and experts of an adapter, in the same sizes.
+
+    Args:
+        model: A causal language model without adapters.
+        adapter: Adapter of any tool.
+        others: Lines about other parts of the adapter that do not fit.
+
+    Raises:
+        CheckpointError: The adapter does not fit the base; names all problems.
+    """
+    problems = [*_misfits(model, adapter), *others, *experts_problems(model, adapter.experts)]
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(f"The adapter {adapter.folder} does not fit {type(model).__name__}:\n{lines}")
 
 
 def _copy(layer: LoraLinear, stored: StoredAdapter) -> None:

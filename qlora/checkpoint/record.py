@@ -42,12 +42,15 @@ class Quantization:
         double_quant: Whether the statistics are quantized too.
         block_size: Number of elements per block; None if nothing is quantized.
         from_4bit_checkpoint: Whether the base's files have 4-bit weights.
+        experts: Type of the codes of a mixture's experts, `nf4`, or `mxfp4` if they were published in it; None if there
+            are none in 4 bits.
     """
 
     kind: str
     double_quant: bool
     block_size: int | None
     from_4bit_checkpoint: bool
+    experts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

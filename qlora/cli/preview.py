@@ -89,6 +89,9 @@ def _show(result: Any) -> None:
             f"{result.eval_examples // size:,} {result.unit} held out{others}"
         )
     )
+    if result.adapted:
+        layers = ", ".join(f"{count} × {name}" for name, count in result.adapted.items())
+        console.print(Text(f"adapters: {layers}"))
     for problem in result.problems:
         console.print(Text(f"this config can't be trained: {problem}", style="bold red"))
 

@@ -7,7 +7,7 @@ import torch
 from qlora.lora import StoredExperts
 from qlora.model import BaseWeights
 from qlora.model.expert_files import ExpertTensors
-from qlora.nf4 import BLOCK_SIZE, dequantize, quantize
+from qlora.nf4 import BLOCK_SIZE, NF4, dequantize, quantize
 
 # Experts whose merged weights are kept: the tensors of an expert's two products often alternate in the files.
 KEPT = 2
@@ -74,8 +74,9 @@ class MergedExperts:
         """Return an expert's merged weight as the model has it, (rows, columns), in fp32."""
         weight = tensors.read(self._base, expert).to(self._device)
         if tensors.stack.name in self._quantized:
-            packed = quantize(weight.to(self._dtype), self._double_quant, self._block_size)
-            weight = dequantize(*packed, self._dtype)
+            weight = weight.to(self._dtype)
+            if self._base.expert_type == NF4:  # other types keep the values that are stored
+                weight = dequantize(*quantize(weight, self._double_quant, self._block_size), self._dtype)
         weight = weight.float()
         update = self._adapted.get(tensors.stack.name)
         if update is None:

@@ -14,7 +14,7 @@ from qlora.errors import ModelError
 from qlora.kernels import experts_path
 from qlora.lora.expert_products import ExpertProjection, expert_products
 from qlora.lora.experts import LoraExperts, PlainExperts
-from qlora.lora.mixture import expert_layers, expert_stacks, projections
+from qlora.lora.mixture import expert_layers, expert_stacks, is_transposed, projections
 from qlora.lora.spec import AdapterSpec
 
 NAME = "qlora_experts"
@@ -77,8 +77,8 @@ def _projection(layer: Any, part: str) -> ExpertProjection:
     own = getattr(layer, part)
     bias = getattr(layer, f"{part}_bias") if getattr(layer, "has_bias", False) else None
     if isinstance(own, LoraExperts):
-        return ExpertProjection(own.base, bias, layer.is_transposed, own.spec.scaling if own.factors else None)
-    return ExpertProjection(own, bias, layer.is_transposed)
+        return ExpertProjection(own.base, bias, own.is_transposed, own.spec.scaling if own.factors else None)
+    return ExpertProjection(own, bias, is_transposed(layer, part))
 
 
 def _factors(own: Any) -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,8 @@
 """LoraExperts: the frozen experts of a layer's projection with a trainable update of each expert's weight."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,13 +77,15 @@ class LoraExperts(nn.Module):
 
     Attributes:
         is_off: Whether the experts compute what their base does.
-        is_at_start: Whether they compute what they did at first, which is the same.
+        is_at_start: Whether they compute what they did at first.
+        kept: Initial A and B, as far as these are needed and the update was not zero at first.
     """
 
     def __init__(self, base: Any, spec: AdapterSpec, is_transposed: bool) -> None:
         super().__init__()
         self.base, self.spec, self.is_transposed = base, spec, is_transposed
         self.is_off = self.is_at_start = False
+        self.kept: tuple[torch.Tensor, ...] = ()
         for name, shape in factor_shapes(spec, base.shape, is_transposed).items():
             values = torch.zeros(shape, dtype=spec.dtype, device=base.weight.device)
             self.register_parameter(name, nn.Parameter(values, requires_grad=spec.trains(name)))
@@ -102,9 +105,11 @@ class LoraExperts(nn.Module):
         return experts * rows * columns
 
     @property
-    def factors(self) -> tuple[nn.Parameter, ...]:
-        """A, (experts, rank, in), and B, (experts, out, rank), if the update is added now; empty if it is not."""
-        return () if self.is_off or self.is_at_start else (self.lora_A, self.lora_B)
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """A, (experts, rank, in), and B, (experts, out, rank), of the update that is added now; empty if none is."""
+        if self.is_off:
+            return ()
+        return self.kept if self.is_at_start else (self.lora_A, self.lora_B)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -196,7 +201,9 @@ def rank_of_experts(asked: int | str, rank: int, model: nn.Module) -> int:
     return max(1, rank // experts_per_token(model)) if asked == AUTO else int(asked)
 
 
-def specs_with_rank(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[str, AdapterSpec]:
+def specs_with_rank(
+    spec: AdapterSpec, names: Sequence[str], rank: int, given: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, AdapterSpec]:
     """Return the spec of each stack of experts, with the scaling of other layers.
 
     Patterns mean what they mean for other layers: the scaling is alpha divided by the pattern's rank, or by its root
@@ -206,6 +213,7 @@ def specs_with_rank(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[
         spec: Spec of the other layers, with patterns.
         names: Names of the stacks.
         rank: Rank of the experts' factors.
+        given: Ranks of stacks that start from factors, by their names.
 
     Raises:
         ModelError: The adapter is of a kind that experts can't have; names all reasons.
@@ -217,9 +225,10 @@ def specs_with_rank(spec: AdapterSpec, names: Sequence[str], rank: int) -> dict[
     specs = {}
     for name in names:
         own_rank = by_pattern(spec.rank_pattern, name, None)
-        own = plain.with_rank(rank) if own_rank is None else replace(plain, rank=own_rank)
+        own = plain.with_rank(given.get(name, rank)) if own_rank is None else replace(plain, rank=own_rank)
         alpha = by_pattern(spec.alpha_pattern, name, None)
-        specs[name] = own if alpha is None else replace(own, alpha=alpha)
+        own = own if alpha is None else replace(own, alpha=alpha)
+        specs[name] = own.with_rank(given.get(name, own.rank))
     return specs
 
 

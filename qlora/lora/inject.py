@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -227,7 +228,11 @@ def add_lora(
 
 
 def specs_of_experts(
-    model: nn.Module, spec: AdapterSpec, targets: Targets, rank: int | str = AUTO
+    model: nn.Module,
+    spec: AdapterSpec,
+    targets: Targets,
+    rank: int | str = AUTO,
+    given: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, AdapterSpec]:
     """Return the specs of the stacks of experts that are adapted, by their names.
 
@@ -236,6 +241,7 @@ def specs_of_experts(
         spec: Spec of the other layers.
         targets: The layers to adapt.
         rank: See :func:`qlora.lora.experts.rank_of_experts`.
+        given: Ranks of stacks that start from factors, by their names.
 
     Raises:
         ModelError: See :func:`match_targets`; the rank is out of range, or given for a model without experts; or the
@@ -243,7 +249,7 @@ def specs_of_experts(
     """
     check_rank(rank, model)
     names = match_experts(model, targets) if rank else []
-    return specs_with_rank(spec, names, rank_of_experts(rank, spec.rank, model)) if names else {}
+    return specs_with_rank(spec, names, rank_of_experts(rank, spec.rank, model), given) if names else {}
 
 
 def check_ranks(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:

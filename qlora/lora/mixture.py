@@ -72,10 +72,16 @@ def projections(layer: Any) -> tuple[str, str]:
     return (GATED if layer.has_gate else UNGATED), DOWN
 
 
+def is_transposed(layer: Any, part: str) -> bool:
+    """Return whether experts' weights are (in, out), as their layer says unless they are held the other way."""
+    own = getattr(layer, part)
+    return bool(layer.is_transposed) and not getattr(getattr(own, "base", own), "is_flipped", False)
+
+
 def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
     """Return the weights of the experts of a model by their full names, in the model's order."""
     stacks = [
-        ExpertStack(name, part, tuple(getattr(layer, part).shape), bool(layer.is_transposed))
+        ExpertStack(name, part, tuple(getattr(layer, part).shape), is_transposed(layer, part))
         for name, layer in expert_layers(model)
         for part in projections(layer)
     ]

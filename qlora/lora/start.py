@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora.kernels import LowRank, SparseRows
+from qlora.lora.experts import lora_experts
 from qlora.lora.inject import lora_layers
 from qlora.lora.linear import LoraLinear
 from qlora.lora.rows import trained_rows
@@ -19,11 +20,11 @@ TERMS = ("frozen", "removed", "subtracted", "first")
 
 @dataclass(frozen=True, slots=True)
 class LayerStart:
-    """The start of one layer; what is None is as :meth:`LoraLinear.reset` sets it.
+    """The start of one layer or stack of experts; what is None is as its `reset` sets it.
 
     Attributes:
-        A: Initial A, (rank, in); with it, B starts at zero unless it is given too.
-        B: Initial B, (out, rank).
+        A: Initial A, (rank, in), or (experts, rank, in); with it, B starts at zero unless it is given too.
+        B: Initial B, (out, rank), or (experts, out, rank).
         rows: Initial values of trained rows, (rows, in), of a linear layer or of embedding and head, and
         index: their indices in the weight of a linear layer, (rows,).
         magnitude: Initial norms of the effective weight's rows, (out,), fp32.
@@ -51,7 +52,7 @@ class LayerStart:
     def rank(self) -> int | None:
         """Rank of the trained term; None if the config determines it."""
         given = self.A if self.A is not None else self.rows
-        return None if given is None else len(given)
+        return None if given is None else given.shape[-2]
 
     def update(self, spec: AdapterSpec, out_features: int) -> LowRank | None:
         """Return what the layer adds to its base's weight at first; None if that is zero, or stays where it is off.
@@ -94,7 +95,7 @@ class LayerStart:
 
 @torch.no_grad()
 def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
-    """Set the initial values and frozen terms of a model's adapted layers, and of its embedding and head.
+    """Set the initial values and frozen terms of a model's adapted layers, experts, embedding and head.
 
     Those without a start stay as they are.
     """
@@ -102,6 +103,9 @@ def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
     for name, layer in lora_layers(model):
         if name in starts:
             starts[name].apply(layer, dtype)
+    for name, experts in lora_experts(model):
+        for factor, value in zip((experts.lora_A, experts.lora_B), _experts_start(starts, name), strict=False):
+            factor.copy_(value)
     for name, own in trained_rows(model):
         values = starts[name].rows if name in starts else None
         if values is not None:
@@ -110,7 +114,7 @@ def apply_starts(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:
 
 @torch.no_grad()
 def keep_starts(model: nn.Module, starts: Mapping[str, LayerStart], specs: Mapping[str, AdapterSpec]) -> None:
-    """Keep the starts of adapted layers that :func:`qlora.lora.adapters_at_start` needs.
+    """Keep the starts of adapted layers and experts that :func:`qlora.lora.adapters_at_start` needs.
 
     Args:
         model: A model with adapters.
@@ -123,6 +127,14 @@ def keep_starts(model: nn.Module, starts: Mapping[str, LayerStart], specs: Mappi
         layer.kept = update and update.to(layer.base.weight.device)
         magnitude = start.magnitude
         layer.kept_magnitude = None if magnitude is None else magnitude.to(layer.base.weight.device)
+    for name, experts in lora_experts(model):
+        experts.kept = tuple(value.to(experts.lora_A.device) for value in _experts_start(starts, name))
+
+
+def _experts_start(starts: Mapping[str, LayerStart], name: str) -> tuple[torch.Tensor, ...]:
+    """Return initial A and B of a stack of experts; empty if they follow from the seed."""
+    start = starts.get(name, LayerStart())
+    return () if start.A is None or start.B is None else (start.A, start.B)
 
 
 def apply_first(model: nn.Module, starts: Mapping[str, LayerStart]) -> None:

@@ -1,7 +1,7 @@
 """Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,18 @@ from qlora.model import (
     unpackable_reason,
     weight_format,
 )
+from qlora.model.formats import expert_type
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names
 from qlora.model.shares import linear_weights
 from qlora.model.skeleton import of_images
-from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora.nf4 import BLOCK_SIZE, MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
 
 FP32_BYTES = 4
 CAUSAL_TASKS = ("CausalLM", "ConditionalGeneration")
+# A tensor of an adapter: the adapter's spec, the tensor's name and its shape.
+Values = tuple[AdapterSpec, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +129,24 @@ def take_footprint(
     train_rows(model, config.lora.modules_to_save, _new_ids(config, files), dtype_trained)
     of_experts = expert_specs(model, config.lora)
     stacks = expert_stacks(model)
-    weights = _weight_bytes(model, quantized, experts, bool(quantization)) + _fixed_bytes(config, loss, specs, adapted)
-    shapes = [
-        shape
+    values: list[Values] = [
+        (specs[layer], name, shape)
         for layer, one in adapted.items()
         for name, shape in specs[layer].shapes(one.out_features, one.in_features).items()
-        if specs[layer].trains(name)
     ]
-    shapes += [
-        shape
+    values += [
+        (spec, name, shape)
         for stack, spec in of_experts.items()
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
+    ]
+    in_4bit = _bytes_in_4bit(quantized, experts, bool(quantization), expert_type(files))
+    weights = _weight_bytes(model, in_4bit)
+    weights += _fixed_bytes(config, loss, specs, adapted, values)
+    trained = [
+        nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta"))
+        for spec, name, shape in values
         if spec.trains(name)
     ]
-    trained = [nn.Parameter(torch.empty(shape, dtype=dtype_trained, device="meta")) for shape in shapes]
     all_rows = {parameter for _, rows in trained_rows(model) for parameter in rows.trained}
     if loss.has_reference:
         weights += sum(each.nbytes for each in all_rows)
@@ -151,7 +158,7 @@ def take_footprint(
     head_name = next(name for name, module in model.named_modules() if module is head)
     on_host = {name: layer.weight.nbytes for name, layer in rows_for_host(model).items()}
     products = _products(model)
-    packed = _packed_bytes(stack.prefixes, quantized, experts, bool(quantization))
+    packed = [sum(size for name, size in in_4bit.items() if name.startswith(each)) for each in stack.prefixes]
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -206,9 +213,9 @@ def _quantization(config: RunConfig, files: BaseFiles) -> bool | None:
     return config.model.double_quant if config.model.quantization == "nf4" else None
 
 
-def nf4_bytes(numel: int, double_quant: bool) -> int:
+def nf4_bytes(numel: int, double_quant: bool, block_size: int = BLOCK_SIZE) -> int:
     """Return the bytes of a number of parameters in 4 bits, including their statistics."""
-    blocks = -(-numel // BLOCK_SIZE)
+    blocks = -(-numel // block_size)
     statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics
 
@@ -228,19 +235,25 @@ def _products(model: nn.Module) -> int:
     return linears + head + sum(chosen * stack.numel // stack.shape[0] for stack in stacks.values())
 
 
-def _packed_bytes(
-    prefixes: Sequence[str], quantized: Mapping[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
-) -> list[int]:
-    """Return the bytes of the 4-bit weights of each layer, by the beginning of their names."""
-    sizes = [(name, 1, module.weight.numel()) for name, module in quantized.items()]
-    sizes += [(name, stack.shape[0], stack.numel) for name, stack in experts.items()]
-    return [
-        sum(parts * nf4_bytes(numel // parts, double_quant) for name, parts, numel in sizes if name.startswith(prefix))
-        for prefix in prefixes
-    ]
+def _bytes_in_4bit(
+    quantized: Mapping[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool, type_of_experts: str
+) -> dict[str, int]:
+    """Return the bytes of each linear layer and each stack of experts that is in 4 bits, by name."""
+    # The scales of MXFP4 are in 8 bits in any case.
+    settings = (True, MXFP4_BLOCK_SIZE) if type_of_experts == MXFP4 else (double_quant, BLOCK_SIZE)
+    of_linears = {name: nf4_bytes(module.weight.numel(), double_quant) for name, module in quantized.items()}
+    return of_linears | {  # each expert has statistics of its own
+        name: stack.shape[0] * nf4_bytes(math.prod(stack.sizes), *settings) for name, stack in experts.items()
+    }
 
 
-def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:
+def _fixed_bytes(
+    config: RunConfig,
+    loss: Loss,
+    specs: Mapping[str, AdapterSpec],
+    adapted: Mapping[str, Any],
+    values: Iterable[Values],
+) -> int:
     """Return the bytes of what adapters hold and don't train: frozen terms and factors, indices, and null spaces."""
     section, keep = config.lora, config.train.keep
     # The subtracted part of PiSSA, the initial values of `reconstruct`, which stay where the adapters are off, or an
@@ -248,12 +261,13 @@ def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec]
     is_kept = loss.has_reference and section.start_from is not None and not section.stack
     has_copy = section.init in ("pissa", "reconstruct") or is_kept
     has_null_space = keep is not None and keep.null_space is not None
-    total = 0
+    total = sum(
+        math.prod(shape) * spec.dtype.itemsize
+        for spec, name, shape in values
+        if name.startswith("lora_") and (has_copy or not spec.trains(name))
+    )
     for layer, one in adapted.items():
         spec = specs[layer]
-        for name, shape in spec.shapes(one.out_features, one.in_features).items():
-            if name.startswith("lora_") and (has_copy or not spec.trains(name)):
-                total += math.prod(shape) * spec.dtype.itemsize
         if has_null_space:
             total += one.in_features * min(MOST_DIRECTIONS, one.in_features // 2) * FP32_BYTES
         total += {"rows": 8 * spec.rank, "dora": FP32_BYTES * one.out_features}.get(spec.kind, 0)
@@ -264,15 +278,9 @@ def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec]
     return total
 
 
-def _weight_bytes(
-    model: nn.Module, quantized: dict[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
-) -> int:
-    # The number of weights in each parameter that have statistics of their own.
-    in_4bit = {id(module.weight): 1 for module in quantized.values()}
-    in_4bit |= {id(model.get_parameter(name)): stack.shape[0] for name, stack in experts.items()}
+def _weight_bytes(model: nn.Module, in_4bit: Mapping[str, int]) -> int:
     total = 0
-    for parameter in model.parameters():  # each once, even if modules share it
+    for name, parameter in model.named_parameters():  # each once, even if modules share it
         if not parameter.requires_grad:
-            parts = in_4bit.get(id(parameter))
-            total += parameter.nbytes if parts is None else parts * nf4_bytes(parameter.numel() // parts, double_quant)
+            total += in_4bit.get(name, in_4bit.get(name.removesuffix(".weight"), parameter.nbytes))
     return total + sum(buffer.nbytes for buffer in model.buffers())

@@ -10,7 +10,7 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.files.json_files import parse_object
 from qlora.files.stored import LazyTensor
-from qlora.model.formats import READERS, weight_format
+from qlora.model.formats import READERS, expert_type, weight_format
 from qlora.nf4 import QUANT_STATE, from_checkpoint_tensors, statistics_by_weight
 
 
@@ -25,6 +25,7 @@ class BaseWeights:
 
     Attributes:
         shapes: The shape of every weight and buffer by name, in the files' order.
+        expert_type: Type of the codes that experts have in 4 bits, see :func:`qlora.model.formats.expert_type`.
 
     Raises:
         ModelError: The format is not supported, or a 4-bit weight's state is damaged.
@@ -33,6 +34,7 @@ class BaseWeights:
     def __init__(self, files: BaseFiles) -> None:
         self._base = files.name
         self._stored = READERS[weight_format(files)](files)
+        self.expert_type = expert_type(files)
         self._statistics = statistics_by_weight(self._stored)
         statistics = {name for names in self._statistics.values() for name in names}
         self.shapes = {name: self._shape(name) for name in self._stored if name not in statistics}

@@ -10,7 +10,8 @@ from qlora.files.fp8 import ACTIVATION_ENDINGS, DEFAULT_BLOCK, fp8_tensors
 from qlora.files.mxfp4 import BLOCKS, mxfp4_tensors
 from qlora.files.stored import DTYPES, FP8_DTYPES, StoredTensors, TensorReader
 from qlora.model.gguf_names import open_gguf
-from qlora.nf4 import QUANT_STATE
+from qlora.nf4 import MXFP4 as MXFP4_CODES
+from qlora.nf4 import NF4, QUANT_STATE
 
 PLAIN = "16 or 32 bits"
 BITSANDBYTES_4BIT = "bitsandbytes 4-bit"
@@ -83,11 +84,23 @@ def weight_format(files: BaseFiles, quantization: str = "nf4") -> str:
     return declared
 
 
-def notes_on_format(files: BaseFiles) -> list[str]:
-    """Return what a user should know about how a base's weights are stored; empty for 16 or 32 bits."""
-    stored_in = weight_format(files)
+def expert_type(files: BaseFiles) -> str:
+    """Return the type of the codes that a base's experts have in 4 bits: MXFP4 if they are stored in it, else NF4."""
+    return MXFP4_CODES if weight_format(files) == MXFP4 else NF4
+
+
+def notes_on_format(files: BaseFiles, quantization: str = "nf4") -> list[str]:
+    """Return what a user should know about how a base's weights are stored; empty for 16 or 32 bits.
+
+    Args:
+        files: The base's files.
+        quantization: How the weights are loaded: `nf4` or `none`.
+    """
+    stored_in = weight_format(files, quantization)
     if stored_in in (PLAIN, BITSANDBYTES_4BIT):
         return []
+    if stored_in == MXFP4 and quantization == "nf4":
+        return [f"The experts of {files.name} keep the values that they are stored with in MXFP4; the rest is in NF4."]
     left_out = sum(name.endswith(ACTIVATION_ENDINGS) for name in files.tensors) if stored_in == FP8 else 0
     scales = f"; its {left_out} scales of activations are left out, as products are not in FP8" if left_out else ""
     return [f"The weights of {files.name} are decoded from {stored_in} as they are read{scales}."]

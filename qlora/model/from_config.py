@@ -131,22 +131,33 @@ def adapter_specs(model: Any, section: LoraSection, starts: Mapping[str, LayerSt
         )
     specs = adapter_spec(section).by_layer(names, others=experts)
     check_ranks(model, specs)
-    ranks = {name: start.rank for name, start in (starts or {}).items() if start.rank is not None}
+    ranks = _given_ranks(starts)
     return {name: spec.with_rank(ranks.get(name, spec.rank)) for name, spec in specs.items()}
 
 
-def expert_specs(model: Any, section: LoraSection) -> Specs:
+def expert_specs(model: Any, section: LoraSection, starts: Mapping[str, LayerStart] | None = None) -> Specs:
     """Return the specification of each stack of experts that a config adapts, by its name.
+
+    Args:
+        model: A base, or its skeleton.
+        section: LoRA section of the config.
+        starts: Starts of the stacks, whose ranks may differ from the config's.
 
     Raises:
         ModelError: See :func:`adapter_specs`; or the config has keys that are for linear layers alone.
     """
-    found = specs_of_experts(model, adapter_spec(section), _targets(section), section.expert_rank)
-    unsupported = {"final_rank": section.final_rank, "start_from": section.start_from}
-    problems = [f"lora.{key}: {value} is for linear layers" for key, value in unsupported.items() if value is not None]
-    if found and problems:
-        raise ModelError("\n".join(f"{problem}; remove it, or set lora.expert_rank: 0." for problem in problems))
+    ranks = _given_ranks(starts)
+    found = specs_of_experts(model, adapter_spec(section), _targets(section), section.expert_rank, ranks)
+    if found and section.final_rank is not None:
+        raise ModelError(
+            f"lora.final_rank: {section.final_rank} is for linear layers; remove it, or set lora.expert_rank: 0."
+        )
     return found
+
+
+def _given_ranks(starts: Mapping[str, LayerStart] | None) -> dict[str, int]:
+    """Return the ranks of layers and stacks that start from factors."""
+    return {name: start.rank for name, start in (starts or {}).items() if start.rank is not None}
 
 
 def _targets(section: LoraSection) -> Targets:
@@ -174,7 +185,7 @@ def adapt(
         The names of the adapted layers and stacks of experts.
     """
     specs = adapter_specs(model, section, starts)
-    experts = expert_specs(model, section)
+    experts = expert_specs(model, section, starts)
     wrap_linears(model, specs, seed)
     wrap_experts(model, experts)
     reset_experts(model, seed)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora.checkpoint.adapter import check_fits
 from qlora.checkpoint.adapter_rows import load_rows
 from qlora.config import LoraSection, RunConfig
 from qlora.data import TokenizedExample
@@ -31,7 +32,7 @@ from qlora.lora.host_rows import keep_rows_on_host
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.from_config import adapt, adapter_specs, base_files, base_from_section
+from qlora.model.from_config import adapt, adapter_specs, base_files, base_from_section, expert_specs
 from qlora.model.null_space import hide_inputs
 from qlora.model.observe import observe
 from qlora.model.quantization import find_quantized_layers, settings_of_base
@@ -84,7 +85,9 @@ def load_for_training(
         source = open_start(config)
         adapter = source.read()
         model = load_started_base(config.model, source.starts(), device, head, seed, processes)
-        starts = starts_from_adapter(config, source, adapter, adapter_specs(model, section), head)
+        check_fits(model, adapter)
+        specs, experts = adapter_specs(model, section), expert_specs(model, section)
+        starts = starts_from_adapter(config, source, adapter, specs, experts, head)
     elif section.init == "reconstruct":
         model, starts = _reconstructed(config, device, examples, head, processes)
     else:

@@ -11,8 +11,9 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import is_linear, matches, output_head, read_directly, reads_images, text_part, unmatched
 from qlora.lora.mixture import routers
-from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
+from qlora.model.formats import BITSANDBYTES_4BIT, expert_type, weight_format
 from qlora.model.names import names_in_files, transposed_modules
+from qlora.nf4 import NF4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,21 @@ class QuantizedLayer:
     is_transposed: bool
 
 
-def nf4_settings(double_quant: bool, compute_dtype: torch.dtype, skip: Iterable[str] = ()) -> Any:
+def nf4_settings(
+    double_quant: bool, compute_dtype: torch.dtype, skip: Iterable[str] = (), expert_type: str = NF4
+) -> Any:
     """Return the settings that have transformers quantize a model to NF4, its experts too.
 
     Args:
         double_quant: Quantize the blocks' statistics too.
         compute_dtype: Dtype of the products.
         skip: Names of the layers that stay in 16 bits, from :func:`layers_in_16bit`; empty for the output head alone.
+        expert_type: Type of the experts' codes, from :func:`qlora.model.formats.expert_type`.
     """
     from qlora.model.quantizer import NF4Config
 
     return NF4Config(
+        expert_type=expert_type,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
@@ -116,7 +121,7 @@ def settings_of_base(
             ) from error
     if quantization == "none":
         return None
-    return nf4_settings(double_quant, compute_dtype, layers_in_16bit(skeleton, keep_16bit))
+    return nf4_settings(double_quant, compute_dtype, layers_in_16bit(skeleton, keep_16bit), expert_type(files))
 
 
 def with_linears(skeleton: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.lora import is_linear
 from qlora.lora.mixture import ExpertStack, expert_stacks
-from qlora.nf4 import NF4Experts
+from qlora.nf4 import NF4, NF4Experts
 
 NAME = "qlora-nf4"
 
@@ -26,6 +26,10 @@ NAME = "qlora-nf4"
 class NF4Config(BitsAndBytesConfig):
     """Settings that select the quantizer; in files they are bitsandbytes' own.
 
+    Args:
+        expert_type: Type of the experts' codes, see :meth:`NF4Experts.from_weight`.
+        settings: Settings of bitsandbytes.
+
     Attributes:
         after_weight: Called with the model and the quantized experts by name, after a weight was quantized; those
             before it are in the model by then.
@@ -33,15 +37,15 @@ class NF4Config(BitsAndBytesConfig):
 
     after_weight: Callable[[Any, dict[str, NF4Experts]], None] | None = None
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, expert_type: str = NF4, **settings: Any) -> None:
         super().__init__(**settings)
         self.quant_method: Any = NAME
+        self.expert_type = expert_type
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as config.json has them."""
-        values = super().to_dict() | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
-        values.pop("after_weight", None)
-        return values
+        own = {key: value for key, value in super().to_dict().items() if key not in ("expert_type", "after_weight")}
+        return own | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
 
 
 @register_quantizer(NAME)
@@ -95,8 +99,10 @@ class _Quantize(ConversionOps):
                 others[name] = value
                 continue
             weight = value[0] if isinstance(value, list) else value
-            double_quant = quantizer.quantization_config.bnb_4bit_use_double_quant
-            quantizer.experts[name] = NF4Experts.from_weight(weight, double_quant)
+            settings, is_transposed = quantizer.quantization_config, quantizer.stacks[name].is_transposed
+            quantizer.experts[name] = NF4Experts.from_weight(
+                weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
+            )
             found[name] = quantizer.experts[name].weight
         found |= self._linears.convert(others, **kwargs) if others else {}
         if quantizer.quantization_config.after_weight is not None:

@@ -1,5 +1,6 @@
 """Starting from an adapter: it is continued, with more components if wanted, or kept below a new one."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from qlora.checkpoint import PeftAdapter, RunDirectory
 from qlora.config import RunConfig
 from qlora.errors import ConfigError
 from qlora.files import BaseFiles
-from qlora.lora import AdapterSpec, LayerStart, ScoreHead, StoredAdapter
+from qlora.lora import AdapterSpec, LayerStart, ScoreHead, StoredAdapter, StoredExperts
 from qlora.lora.head import SCORES
 from qlora.lora.linear import draw
 from qlora.model.source import AdapterSource, open_source
@@ -40,9 +41,10 @@ def starts_from_adapter(
     source: AdapterSource,
     adapter: PeftAdapter,
     specs: Mapping[str, AdapterSpec],
+    experts: Mapping[str, AdapterSpec],
     head: ScoreHead | None = None,
 ) -> Starts:
-    """Return what the layers of a config start from, if that is an adapter.
+    """Return what the layers and experts of a config start from, if that is an adapter.
 
     Its update stays the same: where the new scaling is another one, B is multiplied by their ratio and rounded once to
     the dtype of the factors. A layer that has a lower rank than the config asks for gets more components, with A drawn
@@ -53,6 +55,7 @@ def starts_from_adapter(
         source: The adapter that it starts from.
         adapter: What that holds.
         specs: Specs of the adapted layers by the config.
+        experts: Specs of the adapted stacks of experts by the config.
         head: Head of scores that the config trains; it starts from the adapter's, if that has one.
 
     Raises:
@@ -64,6 +67,16 @@ def starts_from_adapter(
         problems.append(
             f"it adapts {len(absent)} layers that lora.targets, lora.layers and lora.exclude leave out "
             f"({', '.join(absent[:3])}{' …' * (len(absent) > 3)})"
+        )
+    if absent := sorted({*adapter.experts} - {*experts}):
+        problems.append(
+            f"it adapts {len(absent)} stacks of experts that lora.expert_rank, lora.targets, lora.layers and "
+            f"lora.exclude leave out ({', '.join(absent[:3])}{' …' * (len(absent) > 3)})"
+        )
+    if adapter.experts and section.stack:
+        problems.append(
+            "it adapts experts, whose updates can't be kept below another adapter; remove lora.stack, or merge it and "
+            "set model.base to the merged folder"
         )
     has_magnitude = any(stored.magnitude is not None for stored in adapter.layers.values())
     if has_magnitude and section.stack:
@@ -99,6 +112,9 @@ def starts_from_adapter(
         if stored is not None:
             start = _below(stored, start) if section.stack else _continued(stored, spec, start, generator)
         starts[name] = start
+    for name, stored_experts in adapter.experts.items():
+        A, B = _grown(stored_experts, experts[name], generator)
+        starts[name] = LayerStart(A=A, B=B)
     return starts
 
 
@@ -126,12 +142,22 @@ def _below(stored: StoredAdapter, start: LayerStart) -> LayerStart:
 def _continued(stored: StoredAdapter, spec: AdapterSpec, start: LayerStart, generator: torch.Generator) -> LayerStart:
     if spec.kind == "rows":
         return replace(start, rows=stored.scaling * stored.A.float(), index=stored.B.argmax(0))
+    A, B = _grown(stored, spec, generator)
+    return replace(start, A=A, B=B, magnitude=stored.magnitude)
+
+
+def _grown(
+    stored: StoredAdapter | StoredExperts, spec: AdapterSpec, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors of an adapter with a spec's scaling and at least its rank, of a layer or of each expert."""
     A, B = stored.A.float(), stored.B.float() * (stored.scaling / spec.scaling)
-    more = spec.rank - len(A)
+    *experts, rank, in_features = A.shape
+    more = spec.rank - rank
     if more > 0:
-        A = torch.cat([A, draw(spec.init, spec.rank, A.shape[1], generator)[:more]])
-        B = torch.cat([B, B.new_zeros(len(B), more)], dim=1)
-    return replace(start, A=A.to(spec.dtype), B=B.to(spec.dtype), magnitude=stored.magnitude)
+        drawn = [draw(spec.init, spec.rank, in_features, generator)[:more] for _ in range(math.prod(experts))]
+        A = torch.cat([A, torch.stack(drawn).view(*experts, more, in_features)], dim=-2)
+        B = torch.cat([B, B.new_zeros(*B.shape[:-1], more)], dim=-1)
+    return A.to(spec.dtype), B.to(spec.dtype)
 
 
 def _is_rows(stored: StoredAdapter) -> bool:

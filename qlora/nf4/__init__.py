@@ -11,9 +11,12 @@ from qlora.nf4.checkpoint import (
 )
 from qlora.nf4.experts import NF4Experts
 from qlora.nf4.linear import NF4Linear
+from qlora.nf4.mxfp4 import MXFP4_BLOCK_SIZE
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
+    MXFP4,
     NESTED_BLOCK_SIZE,
+    NF4,
     dequantize,
     dequantize_path,
     is_bitsandbytes_linear,
@@ -23,7 +26,10 @@ from qlora.nf4.quantize import (
 
 __all__ = [
     "BLOCK_SIZE",
+    "MXFP4",
+    "MXFP4_BLOCK_SIZE",
     "NESTED_BLOCK_SIZE",
+    "NF4",
     "QUANT_STATE",
     "NF4Experts",
     "NF4Linear",

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch, weights_of_group
+from qlora.nf4.mxfp4 import quantize_mxfp4
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
+    MXFP4,
     NESTED_BLOCK_SIZE,
+    NF4,
     dequantize,
     is_close,
     is_verified,
@@ -29,14 +32,19 @@ class NF4Experts(nn.Module):
     Shared statistics would cost accuracy where experts differ in scale: with scales of 1 : 100 the relative error of
     the smallest expert rises from 0.09 to 0.13.
 
+    Weights that were published in MXFP4 keep its codes, see :mod:`qlora.nf4.mxfp4`. They are held as (experts, out,
+    in) then, because its blocks are along `in`.
+
     Args:
         packed: Codes, (experts, ceil(rows · columns / 2)) uint8.
         statistics: What dequantizes them, as :meth:`from_weight` makes it: tensors whose first dimension is the
             experts'.
         tables: Tensors that all experts share: the values of the codes, and those of the codes of `absmax`.
-        shape: (experts, rows, columns) of the weights, in the orientation of the model.
+        shape: (experts, rows, columns) of the weights, in the orientation of the model unless they are flipped.
         block_size: Number of weights that share one absmax.
         dtype: Dtype that they were quantized from.
+        quant_type: What the codes are: `nf4` or `mxfp4`.
+        is_flipped: Whether the weights are (out, in) where the model has (in, out).
 
     Attributes:
         before_read: Called before the codes are read, where they are not always in memory; None where they are.
@@ -52,27 +60,42 @@ class NF4Experts(nn.Module):
         shape: tuple[int, int, int],
         block_size: int = BLOCK_SIZE,
         dtype: torch.dtype = torch.bfloat16,
+        quant_type: str = NF4,
+        is_flipped: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(packed, requires_grad=False)
         # No buffers: a cast of the model would cast them too, and dequantization needs them as they are.
         self._statistics, self._tables = statistics, tables
         self.shape, self.block_size, self.quantized_from = shape, block_size, dtype
+        self.quant_type, self.is_flipped = quant_type, is_flipped
         self._cached: torch.Tensor | None = None
 
     @classmethod
-    def from_weight(cls, weight: torch.Tensor, double_quant: bool = True) -> "NF4Experts":
+    def from_weight(
+        cls, weight: torch.Tensor, double_quant: bool = True, quant_type: str = NF4, is_transposed: bool = False
+    ) -> "NF4Experts":
         """Quantize a stack of weights, one expert after the other.
 
         Args:
             weight: (experts, rows, columns), fp32, bf16 or fp16.
-            double_quant: Quantize the blocks' absmax to 8 bits too.
+            double_quant: Quantize the blocks' absmax to 8 bits too; MXFP4's always are in 8 bits.
+            quant_type: `nf4`; or `mxfp4` for weights that were decoded from it, whose values stay the same.
+            is_transposed: Whether an expert's weight is (in, out) instead of (out, in).
+
+        Raises:
+            ValueError: The type is unknown, or some values are none that MXFP4 has.
         """
+        if quant_type not in (NF4, MXFP4):
+            raise ValueError(f"quant_type={quant_type!r} should be {NF4} or {MXFP4}")
+        is_flipped = quant_type == MXFP4 and is_transposed
+        weight = weight.mT if is_flipped else weight
         experts, rows, columns = weight.shape
         packed, statistics, tables = torch.empty(0), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         state: Any = None
         for expert in range(experts):
-            codes, state = quantize(weight[expert], double_quant)
+            own_weight = weight[expert]
+            codes, state = quantize_mxfp4(own_weight) if quant_type == MXFP4 else quantize(own_weight, double_quant)
             own = {"absmax": state.absmax}
             if state.nested:
                 own |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
@@ -83,7 +106,8 @@ class NF4Experts(nn.Module):
             for name, each in own.items():
                 statistics[name][expert] = each
         tables = {"code": state.code} | ({"nested_code": state.state2.code} if state.nested else {})
-        return cls(packed, statistics, tables, (experts, rows, columns), state.blocksize, weight.dtype)
+        shape = experts, rows, columns
+        return cls(packed, statistics, tables, shape, state.blocksize, weight.dtype, quant_type, is_flipped)
 
     @property
     def num_experts(self) -> int:
@@ -138,7 +162,7 @@ class NF4Experts(nn.Module):
             nested = {"offset": own["offset"], "state2": state2}
         shape = torch.Size(self.shape[1:])
         return QuantState(
-            own["absmax"], shape, self._tables["code"], blocksize=self.block_size, quant_type="nf4",
+            own["absmax"], shape, self._tables["code"], blocksize=self.block_size, quant_type=self.quant_type,
             dtype=self.quantized_from, **nested,
         )  # fmt: skip
 
@@ -234,8 +258,8 @@ class NF4Experts(nn.Module):
         raise TypeError("NF4Experts holds weights; call the layer of experts that it is part of.")
 
     def extra_repr(self) -> str:
-        """Return the sizes."""
-        return " × ".join(map(str, self.shape))
+        """Return the sizes, and what the codes are if they are not NF4's."""
+        return " × ".join(map(str, self.shape)) + ("" if self.quant_type == NF4 else f", {self.quant_type}")
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Return the statistics, without which the codes of a saved model would be lost."""

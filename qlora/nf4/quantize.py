@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
-from qlora.kernels.dequantize import TILE_COLUMNS
+from qlora.kernels.dequantize import TILE_COLUMNS, dequantize_4bit_plain
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
+# Types of 4-bit codes, by bitsandbytes' name and by one of our own.
+NF4, MXFP4 = "nf4", "mxfp4"
 BLOCK_SIZE = 64
 # In double quantization, the absmax values of this many blocks share a scale.
 NESTED_BLOCK_SIZE = 256
@@ -173,19 +175,24 @@ def _dequantize_fused(
 ) -> torch.Tensor:
     from qlora.kernels.dequantize_triton import dequantize_4bit_triton
 
-    options: dict[str, Any] = {}
+    options = _nested(state)
     if delta is not None:
-        options = {"lora_A": delta.A, "lora_B": delta.B, "scaling": delta.scaling}
-    if state.nested:
-        options |= {
-            "nested_code": state.state2.code,
-            "nested_absmax": state.state2.absmax,
-            "nested_offset": state.offset,
-            "nested_block_size": state.state2.blocksize,
-        }
+        options |= {"lora_A": delta.A, "lora_B": delta.B, "scaling": delta.scaling}
     return dequantize_4bit_triton(
         packed, state.code, state.absmax, state.shape, dtype, block_size=state.blocksize, **options, out=out
     )
+
+
+def _nested(state: "QuantState") -> dict[str, Any]:
+    """Return what dequantizes a weight's absmax, as arguments; empty if that is not quantized."""
+    if not state.nested:
+        return {}
+    return {
+        "nested_code": state.state2.code,
+        "nested_absmax": state.state2.absmax,
+        "nested_offset": state.offset,
+        "nested_block_size": state.state2.blocksize,
+    }
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -217,6 +224,10 @@ def _dequantize_bitsandbytes_alone(
 ) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
+    if state.quant_type == MXFP4:  # which bitsandbytes does not know
+        return dequantize_4bit_plain(
+            packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **_nested(state), out=out
+        )
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset

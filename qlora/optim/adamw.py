@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 
-from qlora.optim.flat import ALIGNMENT, FlatParameters, Group
+from qlora.optim.flat import ALIGNMENT, FlatParameters
 from qlora.optim.rounding import TEMPORARY_BYTES, stochastic_round
 
 ROUNDINGS = ("stochastic", "master", "nearest")
 # Names of the state's buffers: the two moments, and the scales of their blocks in 8 bits.
 MOMENTS, SCALES = ("state1", "state2"), ("absmax1", "absmax2")
-# Number of parameters rounded at a time, which bounds the memory that rounding takes.
+# Number of parameters updated at a time, which bounds the memory that a step takes; a multiple of `ALIGNMENT`.
 BLOCK = 1 << 22
 # Temporary bytes per parameter for counting the unchanged ones.
 COUNTING_BYTES = 3
 
 
 class FlatAdamW:
-    """AdamW (arXiv:1711.05101) on a flat buffer: one kernel per step and group, regardless of the number of adapters.
+    """AdamW (arXiv:1711.05101) on a flat buffer, by slices whose number does not depend on the number of adapters.
 
     The update is computed in fp32. Parameters in bf16 take it without losing small updates: rounded stochastically, or
     as a copy of an fp32 master. See :class:`qlora.optim.FlatOptimizer` for the attributes and methods.
@@ -69,25 +69,29 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """Update the parameters in place from the flat gradient."""
         self.step_count += 1
-        # A copy: otherwise fp32 parameters would be updated in place, before unchanged ones are counted.
-        is_master = self.rounding == "master"
-        weights = self._buffers["master"] if is_master else self.flat.data.to(torch.float32, copy=True)
-        for group in self.flat.groups:
-            self._update(weights, group, learning_rate * group.rate)
-        counts = torch.zeros(2, dtype=torch.long, device=weights.device)
-        for start in range(0, weights.numel(), BLOCK):
-            counts += self._round_into_parameters(weights, slice(start, start + BLOCK))
+        size = self.flat.data.numel()
+        counts = torch.zeros(2, dtype=torch.long, device=self.flat.data.device)
+        for start in range(0, size, BLOCK):
+            counts += self._step_block(slice(start, min(start + BLOCK, size)), learning_rate)
         self.zero_update_share.copy_(counts[0] / counts[1].clamp(min=1))
 
-    def _round_into_parameters(self, weights: torch.Tensor, block: slice) -> torch.Tensor:
-        """Round new values into some parameters.
+    def _step_block(self, block: slice, learning_rate: float) -> torch.Tensor:
+        """Update some parameters.
 
         Returns:
             (2,): the number of elements with a gradient that kept their value, and the number with a gradient.
         """
-        data, values = self.flat.data[block], weights[block]
-        new = stochastic_round(values, self.generator) if self.rounding == "stochastic" else values.to(data.dtype)
-        with_grad = self.flat.grad[block] != 0
+        data, grad = self.flat.data[block], self.flat.grad[block]
+        # A copy: otherwise fp32 parameters would be updated in place, before unchanged ones are counted.
+        is_master = self.rounding == "master"
+        weights = self._buffers["master"][block] if is_master else data.to(torch.float32, copy=True)
+        for group in self.flat.groups:
+            span = slice(max(group.span.start, block.start), min(group.span.stop, block.stop))
+            if span.start < span.stop:
+                own = weights[span.start - block.start : span.stop - block.start]
+                self._update(own, span, learning_rate * group.rate)
+        new = stochastic_round(weights, self.generator) if self.rounding == "stochastic" else weights.to(data.dtype)
+        with_grad = grad != 0
         num_kept = torch.count_nonzero(with_grad & (new == data))
         data.copy_(new)
         return torch.stack([num_kept, torch.count_nonzero(with_grad)])
@@ -107,9 +111,9 @@ class FlatAdamW:
         """See :class:`qlora.optim.FlatOptimizer`."""
         data = self.flat.data
         temporary = {"none": 0, "stochastic": TEMPORARY_BYTES}.get(self.rounding, data.itemsize)
-        copied = 0 if self.rounding == "master" else data.numel() * torch.float32.itemsize
+        copied = 0 if self.rounding == "master" else torch.float32.itemsize
         counting = 0 if self.rounding == "stochastic" else COUNTING_BYTES  # after rounding, whose memory is free again
-        return copied + min(data.numel(), BLOCK) * (temporary + counting)
+        return min(data.numel(), BLOCK) * (copied + temporary + counting)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """See :class:`qlora.optim.FlatOptimizer`: moments, their scales, master, step count and rounding state."""
@@ -131,9 +135,9 @@ class FlatAdamW:
         self.generator.set_state(state["generator"].cpu())
         self.step_count = int(state["step"])
 
-    def _update(self, weights: torch.Tensor, group: Group, learning_rate: float) -> None:
-        span, (beta1, beta2) = group.span, self.betas
-        grad, weights = _part(self.flat.grad, span), _part(weights, span)
+    def _update(self, weights: torch.Tensor, span: slice, learning_rate: float) -> None:
+        """Update fp32 values of some parameters of a group, and their state."""
+        grad, (beta1, beta2) = self.flat.grad[span], self.betas
         moments: dict[str, Any] = {name: _part(self._buffers[name], span) for name in MOMENTS}
         common: dict[str, Any] = {
             "beta1": beta1,
@@ -169,8 +173,6 @@ class FlatAdamW:
 
 def _part(buffer: torch.Tensor, span: slice) -> torch.Tensor:
     """Return some elements of a buffer, with the attributes by which bitsandbytes recognizes managed memory."""
-    if span == slice(0, len(buffer)):  # a single group
-        return buffer
     part = buffer[span]
     for mark in ("is_paged", "page_deviceid"):
         if hasattr(buffer, mark):

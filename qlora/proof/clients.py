@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qlora.checkpoint.adapter_experts import (
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.lora import embedding_and_head, input_embedding, output_head, reads_images, scores_documents
+from qlora.lora.mixture import DOWN, GATED
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
@@ -59,7 +60,8 @@ def check_clients(
 ) -> dict[str, Verdict]:
     """Check an adapter's folder by the rules of the tools that load adapters, without running them.
 
-    Rules: peft/tuners/lora; vllm/lora/peft_helper.py; convert_lora_to_gguf.py and src/llama-adapter.h of llama.cpp.
+    Rules: peft/tuners/lora; peft_helper.py, lora_model.py and model_manager.py in vllm/lora; convert_lora_to_gguf.py
+    and src/llama-adapter.h of llama.cpp.
 
     Args:
         adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -83,7 +85,7 @@ def check_clients(
     others = sorted({*header} - {match[0] for match in matches})
     verdicts = {
         "peft": _check_peft(config, ranks, {name: header[name]["shape"] for name in others}, base),
-        "vllm": _check_vllm(config, ranks, others),
+        "vllm": _check_vllm(config, ranks, others, experts),
         "llama.cpp": _check_llama_cpp(config, ranks, others, base),
     }
     problems += _misfits(config, full_header, experts, base)
@@ -174,7 +176,6 @@ def _check_experts(
     if config.get("target_parameters") and config.get("lora_dropout"):
         verdicts["peft"].refuse("it has no dropout on target_parameters; set lora_dropout to 0 in adapter_config.json")
     if experts:
-        verdicts["vllm"].refuse("its reading of factors of experts in PEFT's layout was not checked; merge instead")
         verdicts["llama.cpp"].refuse("its converter reads factors of numbered experts, not of all experts of a layer")
 
 
@@ -193,7 +194,7 @@ def _check_rows(verdict: Verdict, config: dict[str, Any], others: dict[str, list
         verdict.refuse(f"it omits the bias of {biased[0]} if only some of its rows are trained")
 
 
-def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]) -> Verdict:
+def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str], experts: Collection[str]) -> Verdict:
     verdict = Verdict(needs=["its support of adapters for this architecture was not checked"])
     if not config.get("target_modules"):
         verdict.refuse("target_modules is not set")
@@ -214,13 +215,28 @@ def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]
     if unknown:
         verdict.refuse(f"{unknown[0]} is not a LoRA factor")
     served = scaling(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))  # one for all modules
-    _check_scaling(verdict, config, dict.fromkeys(ranks, served))
-    rank = max([config["r"], *ranks.values()])
+    _check_scaling(verdict, config, dict.fromkeys([*ranks, *experts], served))
+    if experts:
+        verdict.needs.append(
+            "vLLM 0.24 or newer with --enable-mixed-moe-lora-format, and is_3d_lora_weight: true where the adapter is "
+            "named; it does not check either"
+        )
+    # It splits the first factors into those of gate and up projection, and reads them together with the second ones.
+    single = [name for name in experts if _other_projection(name) not in experts]
+    if single:
+        verdict.refuse(f"it reads factors of gate_up_proj and down_proj together, but {single[0]} has them alone")
+    rank = max([config["r"], *ranks.values(), *(config_rank(config, name) for name in experts)])
     if rank > VLLM_RANKS[-1]:
         verdict.refuse(f"rank {rank} is above {VLLM_RANKS[-1]}")
     elif rank > VLLM_DEFAULT_RANK:
         verdict.needs.append(f"--max-lora-rank {next(limit for limit in VLLM_RANKS if limit >= rank)}")
     return verdict
+
+
+def _other_projection(stack: str) -> str:
+    """Return the name of a layer's other stack of experts, if the experts have a gate."""
+    layer, _, part = stack.rpartition(".")
+    return f"{layer}.{DOWN if part == GATED else GATED}"
 
 
 def _check_llama_cpp(config: dict[str, Any], ranks: dict[str, int], others: list[str], base: Any) -> Verdict:

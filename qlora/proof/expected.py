@@ -217,7 +217,7 @@ def _scaling_of_experts(
             for pattern in (lora.alpha_pattern, lora.rank_pattern)
         )
         if alphas or ranks:
-            return float((alphas or [lora.alpha])[0] * adapter.experts[name].A.shape[1] ** power)
+            return float((alphas or [lora.alpha])[0] * (ranks or [adapter.experts[name].A.shape[1]])[0] ** power)
         return float(lora.alpha * lora.rank**power)
 
     return scaling_of_stack

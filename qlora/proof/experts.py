@@ -114,7 +114,11 @@ class ExpectedExperts:
     def _trained_on(self, tensors: ExpertTensors, expert: int) -> torch.Tensor:
         """Return an expert's weight in the model, quantized and dequantized by the code that trains."""
         weight = tensors.read(self._base, expert).to(self._device, self._dtype)
-        return NF4Experts.from_weight(weight[None], self._double_quant).dequantize(0, self._dtype).cpu()
+        experts = NF4Experts.from_weight(
+            weight[None], self._double_quant, self._base.expert_type, tensors.stack.is_transposed
+        )
+        found = experts.dequantize(0, self._dtype).cpu()
+        return found.T if experts.is_flipped else found
 
     def _in_file(self, tensors: ExpertTensors, expert: int, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return the values of an expert's weight that are in a tensor of the files, in that tensor's order."""

@@ -148,7 +148,7 @@ class Assembly:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the questions, the prompts and the base."""
-        return [*self.scorer.notes, *self.sampler.notes, *notes_on_format(self.files)]
+        return [*self.scorer.notes, *self.sampler.notes, *notes_on_format(self.files, self.config.model.quantization)]
 
     @property
     def loop_parts(self) -> LoopParts:

@@ -1,5 +1,6 @@
 """Preview of the examples that a config would train on, without loading its model."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles, find_tokenizer
 from qlora.model import (
+    adapter_specs,
     base_files,
     build_skeleton,
     datasets_from_section,
+    expert_specs,
     labels_from_config,
     load_processor,
     positions_of,
@@ -83,6 +86,8 @@ class Preview:
         rows_per_epoch: Number of packed sequences, or of examples if nothing is packed.
         steps_per_epoch: Number of optimizer steps of an epoch, on one process.
         total_steps: Number of optimizer steps of the run.
+        adapted: Number of layers that get an adapter, by the last part of their names; of mixtures also of stacks of
+            experts, such as `experts.down_proj`. Empty if the base's config can't be read.
         problems: Reasons why the config can't be trained as it is.
         samples: Examples spread evenly over those of an epoch. Both answers of a pair follow each other; the answers
             of other rows that KTO compares with are left out.
@@ -100,6 +105,7 @@ class Preview:
     rows_per_epoch: int
     steps_per_epoch: int
     total_steps: int
+    adapted: dict[str, int]
     problems: list[str]
     samples: list[Sample]
     group_size: int
@@ -161,7 +167,13 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     positions, longest = _num_positions(model), int(lengths.max())
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
-    unpacked_why = _unpacked_why(config, folder)
+    skeleton = _skeleton(config, folder)
+    adapted: dict[str, int] = {}
+    try:
+        adapted = {} if skeleton is None else _count_adapted(config, skeleton)
+    except ModelError as error:
+        problems.append(str(error))
+    unpacked_why = unpackable_reason(skeleton, data.max_seq_len) if skeleton is not None and data.packs else None
     if unpacked_why is not None and data.packing is True:
         problems.append(f"data.packing: true, but {unpacked_why}.")
     elif unpacked_why is not None:
@@ -182,6 +194,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
         rows_per_epoch=len(batches.rows),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=resolve_total_steps(section.epochs, section.max_steps, batches.steps_per_epoch),
+        adapted=adapted,
         problems=problems,
         samples=_samples(tokenizer, datasets.train, num_samples, datasets.labels),
         group_size=datasets.train.group_size,
@@ -208,16 +221,23 @@ def _problems_of_metrics(config: RunConfig, tokenizer: Any, datasets: Datasets) 
     return []
 
 
-def _unpacked_why(config: RunConfig, folder: Path) -> str | None:
-    """Return why documents would not be packed, as far as the base's config tells; training finds the other reasons."""
+def _skeleton(config: RunConfig, folder: Path) -> Any:
+    """Return the base without weights; None if it is one of images, or its config can't be read."""
     model = config.model
-    if not config.data.packs or not (folder / "config.json").is_file():
+    if config.data.has_images or not (folder / "config.json").is_file():
         return None
     try:
         files = BaseFiles.resolve(model.base, model.revision, model.trust_remote_code, with_weights=False)
-        return unpackable_reason(build_skeleton(files, model.trust_remote_code), config.data.max_seq_len)
+        return build_skeleton(files, model.trust_remote_code)
     except ModelError:  # a preview is about the data; training says what is wrong with the base
         return None
+
+
+def _count_adapted(config: RunConfig, skeleton: Any) -> dict[str, int]:
+    """Return the number of adapted layers by the last part of their names, and of stacks of experts by the last two."""
+    names = [name.rpartition(".")[2] for name in adapter_specs(skeleton, config.lora)]
+    names += [".".join(name.split(".")[-2:]) for name in expert_specs(skeleton, config.lora)]
+    return dict(Counter(names))
 
 
 def _num_positions(section: ModelSection) -> int | None:

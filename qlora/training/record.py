@@ -11,7 +11,7 @@ from qlora.about import __version__
 from qlora.checkpoint import BaseRecord, ExampleCounts, Quantization, RunRecord
 from qlora.files import BaseFiles
 from qlora.model import BITSANDBYTES_4BIT, weight_format
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.training.assemble import Assembly
 from qlora.training.resume import Start
 
@@ -46,11 +46,13 @@ def make_record(assembly: Assembly, start: Start) -> RunRecord:
 def _describe_quantization(model: nn.Module, files: BaseFiles) -> Quantization:
     states = (module.quant_state for module in model.modules() if isinstance(module, NF4Linear))
     state = next(states, None)
+    of_experts = (module.quant_type for module in model.modules() if isinstance(module, NF4Experts))
     return Quantization(
         kind="none" if state is None else state.quant_type,
         double_quant=state is not None and state.nested,
         block_size=None if state is None else state.blocksize,
         from_4bit_checkpoint=weight_format(files) == BITSANDBYTES_4BIT,
+        experts=next(of_experts, None),
     )
 
 

@@ -10,9 +10,11 @@ import pytest
 from qlora.config import load_config
 from qlora.training import train
 from tests.cli import run
+from tests.moe import make_moe
 from tests.tiny import run_config, write_jsonl
 
 CHROMIUM = shutil.which("chromium")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 
@@ -188,6 +190,24 @@ def test_no_model_is_loaded(config, tiny_base, tmp_path):
         weights.unlink()
     report = run("preview", config, f"model.base={base}", "--json").json()
     assert report["steps_per_epoch"] > 0
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [
+    ("all-linear", dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", *EXPERTS), 2)),
+    ("[v_proj, experts.down_proj]", {"v_proj": 2, "experts.down_proj": 2}),
+    ("[q_projj]", "lora.targets: 'q_projj' matches no linear layer"),
+])  # fmt: skip
+def test_adapted_layers_and_experts_are_counted(targets, adapted, config, tmp_path):
+    base = make_moe(tmp_path / "base", "mixtral", seed=0)
+    found = run("preview", config, f"model.base={base}", f"lora.targets={targets}", "--json")
+    report = json.loads(found.out)
+    if isinstance(adapted, str):
+        assert (found.code, report["adapted"]) == (1, {})
+        assert adapted in report["problems"][0]
+        return
+    assert report["adapted"] == adapted
+    shown = run("preview", config, f"model.base={base}", f"lora.targets={targets}").out
+    assert "2 × experts.down_proj" in " ".join(shown.split())
 
 
 @pytest.fixture

@@ -163,7 +163,9 @@ def test_each_group_is_updated_as_by_an_optimizer_of_its_own(name, generator):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_that_state_and_update_take(dtype, rounding, name, generator):
+@pytest.mark.parametrize("block", [2048, 1 << 22])
+def test_bytes_are_those_that_state_and_update_take(block, dtype, rounding, name, monkeypatch):
+    monkeypatch.setattr("qlora.optim.adamw.BLOCK", block)
     sizes = [(33, 170), (5000,)]
     optimizers = {}
     for device in ("meta", "cpu"):
@@ -251,18 +253,28 @@ def test_the_share_of_lost_updates_is_reported(rounding, generator):
         assert share == pytest.approx(600 / 900, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_in_blocks_changes_nothing(rounding, generator, monkeypatch):
-    values = torch.randn(3000, generator=generator).bfloat16()
-    grads = random_grads(generator, 3, values.shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_slices_is_the_whole_step_bit_for_bit(dtype, rounding, name, generator, monkeypatch):
+    """Also where a slice spans two groups, and in the random numbers of rounding."""
+    values = {key: torch.randn(1700, generator=generator).to(dtype) for key in ("a", "b")}
+    grads = random_grads(generator, 3, (2, 1700))
     results = []
-    for block in (1 << 22, 700):
+    for block in (1 << 22, 768):
         monkeypatch.setattr("qlora.optim.adamw.BLOCK", block)
-        parameter, flat = make_flat(values.clone())
-        share = run(parameter, make_optimizer("adamw_32bit", flat, rounding=rounding), grads)
-        results.append((parameter.detach().clone(), share))
-    assert not torch.equal(results[0][0], values)
-    assert all(map(torch.equal, *results))
+        parameters = {key: nn.Parameter(value.clone()) for key, value in values.items()}
+        flat = FlatParameters(parameters.items(), str, {"a": 0.25})
+        optimizer = make_optimizer(name, flat, weight_decay=0.1, rounding=rounding)
+        for grad in grads:
+            flat.zero_grad()
+            for parameter, own in zip(parameters.values(), grad, strict=True):
+                parameter.grad.copy_(own)
+            optimizer.step(1e-3)
+        results.append({"data": flat.data} | optimizer.state_dict())
+    assert (results[0]["data"][:1700] != values["a"]).any()
+    for key, whole in results[0].items():
+        assert torch.equal(results[1][key], whole), key
 
 
 @pytest.mark.parametrize(("learning_rate", "share"), [(0.0, 1.0), (1e-2, 0.0)])

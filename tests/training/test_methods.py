@@ -12,12 +12,14 @@ from qlora.config import load_config
 from qlora.errors import ConfigError, ExportError, ModelError
 from qlora.export import merge
 from qlora.export.quantize import quantize_model
-from qlora.lora import adapters_off, lora_layers
+from qlora.lora import adapters_at_start, adapters_off, lora_layers
 from qlora.model import load_base, load_for_training, load_run
-from qlora.nf4 import NF4Linear
+from qlora.processes import Processes
 from qlora.proof import verify
 from qlora.training import train
-from qlora.training.replay import replay
+from qlora.training.assemble import assemble
+from qlora.training.replay import replay, save_step
+from scripts.dev.bench.dense_experts import copy_dequantized
 from tests.tiny import POISON, run_config, write_jsonl
 from tests.training.ranks import needs_fork, train_in_two
 from tests.training.same_run import assert_same_run, lines_of
@@ -48,6 +50,12 @@ METHODS = {
         "train__objective": "reward", "train__reward": {"center": 0.01}, "lora__modules_to_save": ["embed_tokens"],
         "train__learning_rates": {"score": "4x"},
     },
+    "experts + rslora + patterns + rates + master": {
+        "lora__rslora": True, "lora__rank_pattern": {"experts.down_proj": 3, "q_proj": 2},
+        "lora__alpha_pattern": {"1.mlp.experts.*": 6}, "train__learning_rates": {"lora_B": "4x"},
+        "train__rounding": "master",
+    },
+    "experts + frozen A + orthogonal": {"lora__train": "B", "lora__init": "orthogonal", "lora__expert_rank": 3},
 }  # fmt: skip
 
 
@@ -58,14 +66,32 @@ def data_of(alpaca_file, pairs_file, labelled_file):
     return lambda settings: files.get(settings.get("train__objective"), alpaca_file)
 
 
+@pytest.fixture(scope="session")
+def base_of(tiny_base, moe_base):
+    """A function that returns the base of a case, by its name."""
+    return lambda name: moe_base if name.startswith("experts") else tiny_base
+
+
 @pytest.fixture(scope="module", params=METHODS, ids=lambda name: name.replace(" ", "-"))
-def trained(request, tiny_base, data_of, tmp_path_factory):
+def method(request):
+    """The name of a method."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(method, base_of):
+    """The base of a method."""
+    return base_of(method)
+
+
+@pytest.fixture(scope="module")
+def trained(method, base, data_of, tmp_path_factory):
     """The settings and folder of a finished run of a method, and its merge in fp32."""
     folder = tmp_path_factory.mktemp("methods") / "run"
     old_rows = write_jsonl(folder.with_name("old.jsonl"), [{"text": f"{word} and {word}"} for word in ("ash", "elm")])
-    settings = json.loads(json.dumps(METHODS[request.param]).replace("OLD ROWS", str(old_rows)))
+    settings = json.loads(json.dumps(METHODS[method]).replace("OLD ROWS", str(old_rows)))
     settings["model__compute_dtype"] = "float32"  # also on processors that multiply in 16 bits
-    train(load_config(run_config(tiny_base, data_of(settings), folder, **settings)))
+    train(load_config(run_config(base, data_of(settings), folder, **settings)))
     merge(folder, folder.with_name("merged"), dtype="float32")
     return settings, folder, folder.with_name("merged")
 
@@ -75,9 +101,9 @@ def logits(model, ids):
         return model(input_ids=ids).logits.float()
 
 
-def test_a_continued_run_is_the_whole_run(trained, tiny_base, data_of, tmp_path):
+def test_a_continued_run_is_the_whole_run(trained, base, data_of, tmp_path):
     settings, whole, _ = trained
-    config = load_config(run_config(tiny_base, data_of(settings), tmp_path / "run", **settings))
+    config = load_config(run_config(base, data_of(settings), tmp_path / "run", **settings))
     train(config, stop_at=3)
     train(config)
     assert_same_run(tmp_path / "run", whole)
@@ -100,8 +126,10 @@ def test_the_adapter_and_its_merges_are_verified(trained, tmp_path):
 def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
     pytest.importorskip("gguf")
     _, run, _ = trained
-    if RunDirectory.open(run).read_record().head is not None:
-        with pytest.raises(ExportError, match="scores texts, and only models that predict tokens are written as GGUF"):
+    record = RunDirectory.open(run).read_record()
+    if record.head is not None or record.parameters.adapted_experts:
+        refused = "scores texts, and only models that predict tokens are written as GGUF|llama.cpp.s convert_hf_to_gguf"
+        with pytest.raises(ExportError, match=refused):
             merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
         return
     merge(run, tmp_path / "gguf", dtype="bfloat16", format="gguf")
@@ -110,7 +138,7 @@ def test_a_gguf_file_holds_the_effective_weights(trained, tmp_path):
     assert report.matches, report.problems
 
 
-def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
+def test_merged_logits_are_the_runs_and_pefts(trained, base, generator):
     peft = pytest.importorskip("peft")
     _, run, folder = trained
     head = RunDirectory.open(run).read_record().head
@@ -118,14 +146,11 @@ def test_merged_logits_are_the_runs_and_pefts(trained, tiny_base, generator):
     adapted, _ = load_run(run)
     ids = torch.randint(259, (1, 40), generator=generator)
     wanted, found = logits(adapted, ids), logits(merged, ids)
-    base, _ = load_base(str(tiny_base), compute_dtype="float32", head=head)
-    assert (found - wanted).norm() < 0.1 * (wanted - logits(base, ids)).norm()
+    own, _ = load_base(str(base), compute_dtype="float32", head=head)
+    assert (found - wanted).norm() < 0.1 * (wanted - logits(own, ids)).norm()
     # The weights that the run trained on, in fp32, with the adapter as PEFT reads it.
-    plain, _ = load_base(str(tiny_base), "none", compute_dtype="float32", head=head)
-    for name, layer in adapted.named_modules():
-        if isinstance(layer, NF4Linear):
-            weight = plain.get_submodule(name.removesuffix(".base")).weight
-            weight.data.copy_(layer.dequantize(adapted.dtype))
+    plain, _ = load_base(str(base), "none", compute_dtype="float32", head=head)
+    copy_dequantized(adapted, plain)
     theirs = logits(peft.PeftModel.from_pretrained(plain, run / "adapter").eval(), ids)
     assert (theirs - found).norm() < 1e-4 * found.norm()
 
@@ -178,6 +203,10 @@ CONTINUATIONS = {
     "stacked on reconstruct": ({"lora__init": "reconstruct"}, {"lora__stack": True, "lora__rank": 3}),
     "dora": ({"lora__kind": "dora"}, {"lora__kind": "dora"}),
     "rows": ({"lora__kind": "rows", "lora__alpha": 32}, {"lora__kind": "rows", "lora__alpha": 32}),
+    "experts, more components": (
+        {"lora__rank_pattern": {"experts.down_proj": 7}}, {"lora__expert_rank": 5, "lora__alpha": 3},
+    ),
+    "experts on a run without": ({"lora__expert_rank": 0}, {"lora__stack": True}),
     "dora on lora, embeddings": (
         {"lora__modules_to_save": ["embed_tokens"]}, {"lora__kind": "dora", "lora__modules_to_save": ["embed_tokens"]},
     ),
@@ -185,17 +214,25 @@ CONTINUATIONS = {
 
 
 @pytest.mark.parametrize("name", CONTINUATIONS)
-def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, tiny_base, alpaca_file, tmp_path, generator):
+def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, base_of, alpaca_file, tmp_path, generator):
     first, then = CONTINUATIONS[name]
+    base = base_of(name)
     exact = {"model__compute_dtype": "float32"}
-    train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", **first, **exact)))
+    train(load_config(run_config(base, alpaca_file, tmp_path / "first", **first, **exact)))
     settings = then | {"lora__start_from": str(tmp_path / "first")}
-    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings, **exact))
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings, **exact))
     earlier, _ = load_run(tmp_path / "first")
     ids = torch.randint(259, (1, 40), generator=generator)
-    started, _ = load_for_training(config, "cpu")
-    change = logits(started, ids) - logits(earlier, ids)
-    assert change.norm() < 1e-2 * logits(earlier, ids).norm()
+    started, _ = load_for_training(config, "cpu", is_reference=True)
+    first_logits = logits(started, ids)
+    assert (first_logits - logits(earlier, ids)).norm() < 1e-2 * first_logits.norm()
+    for parameter in started.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    assert not torch.equal(logits(started, ids), first_logits)
+    with adapters_at_start(started):
+        # DoRA divides by the norms that it multiplies with, or does neither.
+        assert (logits(started, ids) - first_logits).norm() < 1e-5 * first_logits.norm()
     result = train(config)
     assert result.eval_losses[6] < result.eval_losses[0]
     merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
@@ -203,17 +240,22 @@ def test_a_run_starts_from_an_adapter_with_the_same_outputs(name, tiny_base, alp
     assert report.matches, report.problems
 
 
-def test_a_run_starts_from_an_adapter_of_peft(tiny_base, alpaca_file, tmp_path, generator):
+@pytest.mark.parametrize("parameters", [None, ["gate_up_proj", "experts.down_proj"]], ids=["linears", "experts"])
+def test_a_run_starts_from_an_adapter_of_peft(parameters, base_of, alpaca_file, tmp_path, generator):
     peft = pytest.importorskip("peft")
-    base, _ = load_base(str(tiny_base), "none", compute_dtype="float32")
-    settings = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    folder = base_of("experts" if parameters else "")
+    base, _ = load_base(str(folder), "none", compute_dtype="float32", allow_unquantized=True)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"], target_parameters=parameters, use_rslora=True
+    )
     theirs = peft.get_peft_model(base, settings)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(generator=generator)
     theirs.save_pretrained(tmp_path / "peft")
-    settings = {"lora__start_from": str(tmp_path / "peft"), "lora__dtype": "float32"}
-    config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
+    exact = {"lora__dtype": "float32", "model__quantization": "none", "model__compute_dtype": "float32"}
+    settings = {"lora__start_from": str(tmp_path / "peft"), **exact}
+    config = load_config(run_config(folder, alpaca_file, tmp_path / "run", **settings))
     started, _ = load_for_training(config, "cpu")
     for name, layer in lora_layers(started):
         if name.endswith(("q_proj", "up_proj")):
@@ -221,6 +263,9 @@ def test_a_run_starts_from_an_adapter_of_peft(tiny_base, alpaca_file, tmp_path, 
             assert (layer.delta_weight() - wanted).norm() < 1e-5 * wanted.norm()
         else:
             assert not layer.delta_weight().any()
+    merged = theirs.merge_and_unload()
+    ids = torch.randint(259, (1, 40), generator=generator)
+    assert (logits(started, ids) - logits(merged, ids)).norm() < 1e-4 * logits(merged, ids).norm()
 
 
 @pytest.mark.parametrize(("first", "then", "message"), [
@@ -228,8 +273,11 @@ def test_a_run_starts_from_an_adapter_of_peft(tiny_base, alpaca_file, tmp_path, 
     ({"lora__kind": "dora"}, {"lora__stack": True}, "can't be kept below another adapter"),
     ({}, {"lora__targets": ["q_proj"]}, r"it adapts 12 layers that lora.targets, lora.layers and lora.exclude leave"),
     ({}, {"lora__kind": "rows", "lora__alpha": 32}, "it was not trained with lora.kind: rows"),
+    ({"lora__expert_rank": 1}, {"lora__expert_rank": 0}, r"it adapts 4 stacks of experts that lora\.expert_rank, "),
+    ({"lora__expert_rank": 1}, {"lora__stack": True}, "it adapts experts, whose updates can't be kept below another"),
 ])  # fmt: skip
-def test_an_adapter_that_the_config_can_not_continue_is_refused(first, then, message, tiny_base, alpaca_file, tmp_path):
+def test_an_adapter_that_the_config_can_not_continue_is_refused(first, then, message, base_of, alpaca_file, tmp_path):
+    tiny_base = base_of("experts" if "lora__expert_rank" in first else "")
     train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "first", train__max_steps=1, **first)))
     settings = then | {"lora__start_from": str(tmp_path / "first")}
     with pytest.raises(ConfigError, match=message):
@@ -254,6 +302,17 @@ def test_two_processes_start_from_the_same_values_as_one(tiny_base, alpaca_file,
             assert mine[key] == pytest.approx(other[key], rel=1e-4)
     starts = [load_file(tmp_path / name / "starts.safetensors") for name in ("one", "two")]
     assert all(starts[0][key].equal(starts[1][key]) for key in starts[0] | starts[1])
+
+
+def test_a_saved_step_of_experts_repeats_its_numbers(moe_base, alpaca_file, tmp_path):
+    config = load_config(run_config(moe_base, alpaca_file, tmp_path / "run"))
+    train(config, stop_at=1)
+    (line,) = (line for line in lines_of(tmp_path / "run") if "loss" in line)
+    parts = assemble(config, Processes(device=torch.device("cpu"))).loop_parts
+    about = {"loss": line["loss"], "grad_norm": line["grad_norm"], "loss_scale": 1.0, "rows": {}, "label_weights": None}
+    save_step(tmp_path / "step.safetensors", parts, 0, 1, about)
+    report = replay(config, tmp_path / "step.safetensors")
+    assert (report.loss, report.grad_norm) == pytest.approx((line["loss"], line["grad_norm"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

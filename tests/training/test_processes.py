@@ -104,15 +104,16 @@ def test_processes_that_pack_otherwise_all_stop(tiny_base, alpaca_file, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, alpaca_file, tmp_path):
+def test_two_processes_train_what_one_trains_with_twice_the_batch(any_base, alpaca_file, tmp_path):
     """Packed; test_loop tests the summed gradient of both processes, packed and not."""
     settings = {"train__max_steps": 3, "model__compute_dtype": "float32", "train__optimizer": "adamw_32bit"}
-    one = train(load_config(run_config(tiny_base, alpaca_file, tmp_path / "one", **settings)))
-    config = run_config(tiny_base, alpaca_file, tmp_path / "two", train__micro_batch_size=1, **settings)
+    one = train(load_config(run_config(any_base, alpaca_file, tmp_path / "one", **settings)))
+    config = run_config(any_base, alpaca_file, tmp_path / "two", train__micro_batch_size=1, **settings)
     two = train_in_two(config)
     assert two["losses"] == pytest.approx(one.losses, rel=1e-4)
     assert list(two["eval_losses"].values()) == pytest.approx(list(one.eval_losses.values()), rel=1e-3)
-    merge(tmp_path / "two", tmp_path / "merged")
+    # transformers multiplies experts in 16 bits only where their sizes are multiples of 8.
+    merge(tmp_path / "two", tmp_path / "merged", dtype="float32")
     assert verify(tmp_path / "two", tmp_path / "merged").matches
 
 

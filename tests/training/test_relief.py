@@ -18,10 +18,10 @@ STEPS = 3
 
 
 class Limited(Storages):
-    """An allocator with so many bytes for new storages."""
+    """An allocator with so many bytes for new storages and those held before."""
 
-    def __init__(self, num_bytes):
-        super().__init__(torch.device("cpu"), ())
+    def __init__(self, num_bytes, held):
+        super().__init__(torch.device("cpu"), held)
         self.num_bytes = num_bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -39,17 +39,22 @@ def prepare(tiny_base, examples, **settings):
     return trainer
 
 
+def held_by(trainer):
+    """Return the trained values, their gradient and the optimizer's state."""
+    return [trainer.flat.data, trainer.flat.grad, *trainer.optimizer.state_dict().values()]
+
+
 def step_bytes(trainer):
     """Return the memory that every step takes."""
     steps = trainer.progress.step + 1
-    return measure_peak(lambda: trainer.run(steps), torch.device("cpu"))
+    return measure_peak(lambda: trainer.run(steps), torch.device("cpu"), held_by(trainer))
 
 
 def run_limited(trainer, num_bytes, may_raise=True, level="none"):
     """Train on with an allocator of so many bytes; return the relief and the changes that it made."""
     relief, changes = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
 
-    with Limited(num_bytes):
+    with Limited(num_bytes, held_by(trainer)):
         trainer.run(1 + STEPS, on_out_of_memory=lambda step: changes.append((step, relief.reduce_memory(step))))
     return relief, changes
 
@@ -129,7 +134,7 @@ def test_a_run_without_room_for_one_example_changes_nothing(tiny_base, examples)
     trainer = prepare(tiny_base, examples)
     before = trainer.flat.data.clone()
     with pytest.raises(ModelError, match="memory ran out"):
-        run_limited(trainer, trainer.flat.data.nbytes + trainer.flat.grad.nbytes + 20_000)
+        run_limited(trainer, sum(each.nbytes for each in held_by(trainer)) + 20_000)
     assert torch.equal(trainer.flat.data, before)
     assert trainer.progress.step == 1
 

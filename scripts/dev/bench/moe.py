@@ -12,12 +12,11 @@ from typing import Any
 GIB = 2**30
 INTRODUCTION = """# Mixtures of experts
 
-Estimates from the shapes alone, as `qlora estimate` makes them. Where the step of the optimizer takes more than the
-layers do, its temporary memory is counted under optimizer, and there are no activations. With rank 16 that decides for
-Qwen3-30B-A3B: 23.3 GiB, more than the adapters need (a step in slices is not built).
+Estimates from the shapes alone, as `qlora estimate` makes them.
 """
 TOKENS = 2048
 EXPERT_RANKS = (0, "auto", 16)
+GPT_OSS: dict[str, Any] = {"num_local_experts": 32, "num_hidden_layers": 24}
 # Sizes as published, of what decides the number of weights and the activations.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3-30B-A3B": (
@@ -28,7 +27,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts_per_tok": 8, "decoder_sparse_step": 1, "max_position_embeddings": 262_144,
         },
     ),
-    "gpt-oss-20b": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 32, "num_hidden_layers": 24}),
+    "gpt-oss-20b in 16 bits": ("GptOssConfig", "GptOssForCausalLM", GPT_OSS),
+    "gpt-oss-20b in MXFP4, as published": (
+        "GptOssConfig", "GptOssForCausalLM", {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}},
+    ),
     "GLM-4.7-Flash": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {}),
     "OLMoE-1B-7B": ("OlmoeConfig", "OlmoeForCausalLM", {"intermediate_size": 1024}),
     "Mixtral-8x7B": ("MixtralConfig", "MixtralForCausalLM", {}),
