@@ -12,6 +12,7 @@ from qlora.data import add_new_tokens, collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute
 from qlora.layers.recompute import recompute_levels
+from qlora.memory import timeline
 from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.memory.footprint import nf4_bytes
 from qlora.memory.probe import measure_peak, measure_step, prepare
@@ -305,3 +306,12 @@ def test_the_measured_peak_counts_tensors_that_are_alive_at_once():
 
 def test_loaded_bytes_count_as_available():
     assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)
+
+
+def test_layers_that_compute_one_token_at_a_time_are_not_traced_to_the_end(tiny_base, monkeypatch):
+    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 500)  # such layers have a million
+    config = load_config(
+        {"model": {"base": str(tiny_base)}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "r"}}
+    )
+    with pytest.raises(ModelError, match="memory can't be estimated: its layers compute one token at a time"):
+        estimate(config, training_loss(config.train), CPU)
