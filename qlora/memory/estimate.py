@@ -13,7 +13,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model import Loss, base_files, resolve_compute_dtype, resolve_device, with_images
+from qlora.model import Loss, base_files, load_processor, resolve_compute_dtype, resolve_device, with_images
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -151,7 +151,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     )  # fmt: skip
     files = base_files(section, with_weights=False)
     row, rows = config.data.max_tokens, config.train.micro_batch_size
-    loss = with_images(loss, config.data, files.folder)
+    if config.data.has_images:
+        loss = with_images(loss, config.data, load_processor(files.folder))
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(
         footprint=footprint,

@@ -66,7 +66,7 @@ def relative_errors(base, tmp_path, overrides, levels=slice(None)):
     config = settings(base, tmp_path, *overrides)
     loss = training_loss(config.train)
     predicted = estimate(config, loss, CPU)
-    model, config = prepare(config, CPU, loss)
+    model, config, loss = prepare(config, CPU, loss)
     assert predicted.levels == recompute_levels(model)
     return {
         level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, loss) - 1
@@ -144,7 +144,7 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
         base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
     overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
     config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
-    predicted, (model, _) = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
+    predicted, (model, *_) = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
     predicted = replace(predicted, footprint=replace(predicted.footprint, update=0, optimizer=0))
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     generator = torch.Generator().manual_seed(seed)
