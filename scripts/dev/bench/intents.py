@@ -32,6 +32,11 @@ TITLE = """# Intents as text
 SYSTEM = "Name the intent of the customer's message."
 NUM_QUESTIONS, MAX_ANSWER, MAX_TOKENS = 200, 16, 1 << 14
 STEPS, ROWS_A_STEP, RANK, ALPHA, RATE = 200, 8, 16, 32, 1e-3
+TEXT = f"""`python -m scripts.dev.bench.intents`. {NUM_QUESTIONS} test rows, drawn with a fixed seed, are answered
+greedily, before and after {{steps}} steps of {ROWS_A_STEP} training rows, each used at most once. Rank {RANK}, alpha
+{ALPHA}, on all linear layers in NF4 with double quantization; AdamW in 32 bits, a peak learning rate of {{rate:g}},
+and bf16 as compute dtype. PEFT gets the same rows in the same steps at the same rates, and initial values of its own.
+transformers and llama.cpp read the run merged in fp16 onto its dequantized base. The loss is per supervised token."""
 # Held-out rows as questions and as examples.
 HeldOut = tuple[list[Question], ExampleSet]
 
@@ -205,7 +210,7 @@ def main() -> None:
     packages = ("torch", "transformers", "bitsandbytes", "peft", "gguf", "llama-cpp-python")
     text = [
         *heading(f"{arguments.model.stem} on banking77", *packages),
-        f"{arguments.steps} steps of {ROWS_A_STEP} rows at {arguments.rate:g}, rank {RANK}, alpha {ALPHA}, in bf16.",
+        TEXT.format(steps=arguments.steps, rate=arguments.rate),
         "",
         *rows_of(found),
         "",
