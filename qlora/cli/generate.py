@@ -144,6 +144,7 @@ def _answer_file(
     from qlora.checkpoint import RunDirectory, adapter_digest
     from qlora.files import make_folder, sync
     from qlora.model import find_foreign, open_source
+    from qlora.model.generate import ready_to_answer
 
     is_adapter = RunDirectory.find(model) is not None or find_foreign(model, base) is not None
     adapter = adapter_digest(open_source(model, base).folder) if is_adapter else None
@@ -154,7 +155,7 @@ def _answer_file(
     check_prompts(tokenizer, prompts)
     try:
         make_folder(output.parent)
-        with partial.open("a+b") as file:
+        with partial.open("a+b") as file, ready_to_answer(loaded):
             done = _whole_lines(file)
             for prompt in _shown(prompts[done:], done):
                 answer = _answer(loaded, tokenizer, prompt.conversation, seed + done, settings)

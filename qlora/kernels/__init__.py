@@ -1,5 +1,6 @@
 """Fast operations, each with a twin in plain torch."""
 
+from qlora.kernels.attention import causal_attention
 from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
@@ -22,6 +23,7 @@ __all__ = [
     "RMSNorm",
     "Recipe",
     "SparseRows",
+    "causal_attention",
     "dequantize_4bit_plain",
     "fold",
     "liger_twin",

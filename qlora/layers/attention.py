@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora.kernels import causal_attention
 from qlora.layers.sinks import (
     attend_with_sinks,
     has_sinks,
@@ -48,7 +49,10 @@ def use_document_attention(model: Any) -> tuple[str, str | None]:
         return (current, None) if reads_images(model) else (f"{current}{OVER_ALL}", reason)
     _register()
     set_text_attention(model, NAME)
-    kernel = "varlen_attn" if model.device.type == "cuda" else "a document at a time"
+    if model.device.type == "cuda":
+        kernel = "varlen_attn"
+    else:
+        kernel = "products of blocks" if _takes_blocks(model, has_sinks(model)) else "a document at a time"
     return f"{current} by documents ({kernel})", None
 
 
@@ -126,6 +130,8 @@ def document_attention(
         raise NotImplementedError(f"attention by documents has no {', '.join(asked)}; set data.packing: false")
     if attention_mask is not None and attention_mask.shape == NO_MASK:
         attention_mask = None
+    if attention_mask is None and query.shape[2] == key.shape[2] and _takes_blocks(query, s_aux is not None):
+        return causal_attention(query, key, value, document_lengths or None, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         if attention_mask is None and query.shape[2] == key.shape[2]:
             return _attend(query, key, value, scaling, sliding_window, s_aux).transpose(1, 2).contiguous(), None
@@ -141,6 +147,15 @@ def document_attention(
     documents = zip(queries, keys, values, strict=True)
     outputs = [_attend(*document, scaling, sliding_window, s_aux) for document in documents]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _takes_blocks(computed: Any, has_sinks: bool) -> bool:
+    """Return whether attention of a tensor's or model's device and dtype is computed by blocks.
+
+    On the meta device it is, because what is estimated there without CUDA's kernels is a step on a CPU. In fp32, blocks
+    are not faster than torch's kernel.
+    """
+    return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not has_sinks
 
 
 def _attend(

@@ -20,6 +20,7 @@ KERNELS = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    "qlora::causal_attention",
 }
 
 

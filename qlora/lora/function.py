@@ -107,8 +107,6 @@ def _product(
     rows = x.reshape(-1, x.shape[-1])
     recipe = recipe_of(x)
     factors = [factor for delta in deltas for factor in delta.tensors]
-    # First, so that a recomputation ends here where this product is the last of its region.
-    saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
     call = _Call(
         base=base,
         makers=tuple((delta.make, len(delta.tensors)) for delta in deltas),
@@ -118,7 +116,12 @@ def _product(
         seed=seed,
         source=None if recipe is None else recipe.source,
     )
-    y, norms = _LoraLinear.apply(rows, saved, call, *factors)
+    if torch.is_grad_enabled():
+        # First, so that a recomputation ends here where this product is the last of its region.
+        saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
+        y, norms = _LoraLinear.apply(rows, saved, call, *factors)
+    else:  # for a single token, the bookkeeping of a backward takes as long as the product
+        y, norms = call.product(rows, factors)
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
     return y.view(*x.shape[:-1], y.shape[-1]), norms
 
@@ -201,6 +204,30 @@ class _Call:
         out = None if lasting or not folded else scratch(weight.shape, dtype, weight.device)
         return fold(weight, folded, out)
 
+    def product(
+        self, rows: torch.Tensor, factors: Sequence[torch.Tensor], lasting: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x (W + Σ deltas)ᵀ + bias, and the norms of the weight's rows, see :meth:`norms`.
+
+        Args:
+            rows: x, (rows, in).
+            factors: The deltas' tensors.
+            lasting: Whether the weight is kept for the backward of a layer that is recomputed.
+        """
+        dtype = rows.dtype
+        deltas = self.deltas(factors, dtype)
+        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        weight = self.weight(deltas, dtype, lasting)
+        if lasting:
+            RecomputedWeights.put(self.base, weight)
+        y = F.linear(rows, weight, bias)
+        if self.form == "separate":
+            mask = self.mask(rows)
+            x = rows if mask is None else rows * mask
+            for delta in deltas:
+                delta.add_output_(y, x)
+        return y, self.norms(weight, deltas)
+
     def norms(self, weight: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
         """Return the norms of the effective weight's rows, or an empty tensor if they are not needed.
 
@@ -227,21 +254,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.saved, ctx.call = saved.grad_fn, call
         if call.source is not None:
             call.source.add_user()
-        base, dtype = call.base, rows.dtype
-        deltas = call.deltas(factors, dtype)
-        bias = None if base.bias is None else base.bias.to(dtype)
-        keeps = RecomputedWeights.is_on() and ctx.needs_input_grad[0]
-        RecomputedWeights.take(base)  # of a backward that was aborted
-        weight = call.weight(deltas, dtype, lasting=keeps)
-        if keeps:
-            RecomputedWeights.put(base, weight)
-        y = F.linear(rows, weight, bias)
-        if call.form == "separate":
-            mask = call.mask(rows)
-            x = rows if mask is None else rows * mask
-            for delta in deltas:
-                delta.add_output_(y, x)
-        norms = call.norms(weight, deltas)
+        RecomputedWeights.take(call.base)  # of a backward that was aborted
+        y, norms = call.product(rows, factors, lasting=RecomputedWeights.is_on() and ctx.needs_input_grad[0])
         ctx.mark_non_differentiable(norms)
         return y, norms
 

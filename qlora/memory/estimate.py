@@ -1,9 +1,7 @@
 """Prediction of a run's peak memory, and the level of recomputation that fits."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,7 +11,15 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import Held
-from qlora.model import Loss, base_files, load_processor, resolve_compute_dtype, resolve_device, with_images
+from qlora.model import (
+    Loss,
+    base_files,
+    free_host_bytes,
+    load_processor,
+    resolve_compute_dtype,
+    resolve_device,
+    with_images,
+)
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -217,22 +223,7 @@ def available_bytes(device: torch.device, loaded_bytes: int = 0) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES  # the call has created the context
-    return _host_bytes() + loaded_bytes
-
-
-def _host_bytes() -> int:
-    """Return the free memory of the host, or of the container that this runs in."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux: half of the memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    values = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    available = int(values["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
+    return free_host_bytes() + loaded_bytes
 
 
 def _gib(num_bytes: int) -> str:

@@ -3,7 +3,7 @@
 from qlora.model.answers import answer_all
 from qlora.model.base import load_base
 from qlora.model.base_weights import BaseWeights
-from qlora.model.device import resolve_compute_dtype, resolve_device
+from qlora.model.device import free_host_bytes, resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import (
@@ -45,6 +45,7 @@ from qlora.model.starts import Starts, has_codes, load_started_base, starts_of, 
 from qlora.model.tokenizer import load_generation_config, load_tokenizer
 
 __all__ = [
+    "free_host_bytes",
     "BITSANDBYTES_4BIT",
     "LABELS_FILE",
     "SUPERVISED",

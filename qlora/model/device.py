@@ -1,4 +1,7 @@
-"""The device and the compute dtype that a model runs in."""
+"""The device and the compute dtype that a model runs in, and the memory of the host."""
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -41,3 +44,18 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
 def _cpu_multiplies_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def free_host_bytes() -> int:
+    """Return the free bytes of the host, or of the container that this runs in."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: half of the memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    values = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -19,8 +19,7 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
         ctx.linear = linear
-        bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        return F.linear(x, linear.weight_for_product(x.dtype), bias)
+        return linear.product(x)
 
     @staticmethod
     @once_differentiable
@@ -112,7 +111,12 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
-        return _DequantizedLinear.apply(x, self)
+        return _DequantizedLinear.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute :meth:`forward` without a gradient."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight_for_product(x.dtype), bias)
 
     @property
     def numel(self) -> int:

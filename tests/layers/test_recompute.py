@@ -229,13 +229,13 @@ def test_every_level_holds_what_it_should(own_memory, tmp_path, generator):
         apply_recompute(model, level)
         gradients(model, batch, 0)  # host memory is taken once
         held[level] = counts.held_for_backward(lambda: supervised_loss(model, batch), model).alive / 256
-    projections, key_values, logsumexp = 2 * FFN * 2, HIDDEN * 2, 8 * 4
+    projections, key_values = 2 * FFN * 2, HIDDEN * 2
     state = HIDDEN * 2
     expected = {
-        # Both residuals, queries, keys, values, and their output: by documents and, on a CPU, joined.
-        "none": LAYERS * (5 * state + key_values + logsumexp + projections),
-        "mlp": LAYERS * (5 * state + key_values + logsumexp),
-        "attention": LAYERS * (2 * state + logsumexp),
+        # Both residuals, queries, keys, values, and their output.
+        "none": LAYERS * (4 * state + key_values + projections),
+        "mlp": LAYERS * (4 * state + key_values),
+        "attention": LAYERS * 2 * state,
         "full": LAYERS * state,
         "offload": state,
         "offload+tiled": state,

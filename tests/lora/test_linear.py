@@ -91,6 +91,8 @@ def test_output_and_gradients_are_the_references(kind, dtype, factors, bias, lea
     )
     y = layer(x)
     y.backward(grad_output)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
     tolerance = TOLERANCE[dtype]
     # A gradient has its parameter's dtype, which rounds once more.
     factor_tolerance = max(tolerance, TOLERANCE[factors])

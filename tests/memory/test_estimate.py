@@ -244,13 +244,15 @@ def test_layers_are_cached_as_far_as_memory_allows(llama_8b):
         assert llama_8b.weight_cache_layers(free, "full", llama_8b.tokens) == min(count, 32)
 
 
-def test_sliding_windows_need_masks_only_on_a_cpu(realdata, tmp_path):
-    config = settings(realdata / "configs" / "Mistral-7B-v0.1", tmp_path, data__max_seq_len=8192)
-    quadratic = {
-        device: max(held.total.quadratic for held in estimate(config, SUPERVISED, device).footprint.held["full"])
-        for device in ("cpu", "cuda")
-    }
-    assert quadratic["cuda"] == 0 < quadratic["cpu"]
+def test_sliding_windows_need_masks_only_on_a_cpu_in_fp32(realdata, tmp_path):
+    quadratic = {}
+    for device, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "bfloat16")):
+        keys = {"data__max_seq_len": 8192, "model__compute_dtype": dtype}
+        config = settings(realdata / "configs" / "Mistral-7B-v0.1", tmp_path, **keys)
+        held = estimate(config, SUPERVISED, device).footprint.held["full"]
+        quadratic[device, dtype] = max(one.total.quadratic for one in held)
+    assert quadratic.pop(("cpu", "float32")) > 0
+    assert {*quadratic.values()} == {0}
 
 
 @pytest.mark.parametrize(

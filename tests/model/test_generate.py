@@ -6,7 +6,9 @@ from transformers import GenerationConfig
 
 from qlora.data import apply_template, encode_prompt
 from qlora.errors import ConfigError
+from qlora.layers.weight_cache import cached_weights
 from qlora.model import answer, end_token_ids, generate, load_base, load_model
+from qlora.nf4 import NF4Linear
 
 MESSAGES = [{"role": "user", "content": "Say moss."}]
 
@@ -87,6 +89,25 @@ def test_the_model_is_left_in_the_mode_it_was_in(loaded, training):
 )
 def test_end_tokens_are_those_of_tokenizer_and_model_together(configured, expected, loaded):
     assert end_token_ids(GenerationConfig(eos_token_id=configured), loaded[1]) == expected
+
+
+def test_weights_are_dequantized_once_for_all_tokens_and_prompts_and_then_dropped(loaded, monkeypatch):
+    model, tokenizer = loaded
+    linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    linears[0].cache_weight(model.dtype)
+    expected = generate((model, tokenizer), ["Say moss.", "Say tin."], max_new_tokens=6)
+    dequantized = []
+    dequantize = NF4Linear.dequantize
+    monkeypatch.setattr(NF4Linear, "dequantize", lambda own, *given: dequantized.append(own) or dequantize(own, *given))
+    assert generate((model, tokenizer), ["Say moss.", "Say tin."], max_new_tokens=6) == expected
+    assert dequantized == linears[1:]
+    assert [linear.is_cached for linear in linears] == [True] + [False] * (len(linears) - 1)
+    size = model.dtype.itemsize * linears[1].numel
+    dequantized.clear()
+    with cached_weights(model, size):  # as where memory is scarce
+        assert dequantized == linears[1:2]
+        assert linears[1].is_cached
+    assert [linear.is_cached for linear in linears[:2]] == [True, False]
 
 
 def test_generate_answers_text_a_conversation_or_a_list_of_either(loaded):

@@ -105,9 +105,9 @@ def accuracy(predicted: Sequence[str], rows: Sequence[dict[str, str]]) -> float:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Train, and return the figures as the lines of a table."""
-    rows = {part: TASKS[arguments.task](part) for part in ("train", "test")}
-    if arguments.rows:
-        rows = {part: values[:: max(1, len(values) // arguments.rows)] for part, values in rows.items()}
+    wanted = {"train": arguments.rows, "test": arguments.test_rows or arguments.rows}
+    rows = {part: TASKS[arguments.task](part) for part in wanted}
+    rows = {part: own[:: max(1, len(own) // (wanted[part] or len(own)))] for part, own in rows.items()}
     paths = {part: write(folder / f"{part}.jsonl", values) for part, values in rows.items()}
     data: dict[str, Any] = {"train": paths["train"], "eval": paths["test"], "max_seq_len": 256, "overlong": "truncate"}
     if arguments.task == "trec" and arguments.words:
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--rows", type=int, default=0, help="about this many rows of each part; 0 takes all")
+    parser.add_argument("--test-rows", type=int, default=0, help="about this many rows of the test part instead")
     parser.add_argument("--by", choices=("tokens", "head"), default="tokens")
     parser.add_argument("--peft", action="store_true", help="train the same with PEFT")
     parser.add_argument("--words", action="store_true", help="words instead of TREC's numbers")
@@ -181,7 +182,10 @@ def main() -> None:
     arguments = parser.parse_args()
     given = {"task": arguments.task, "rate": arguments.rate, "epochs": arguments.epochs, "rows": arguments.rows}
     given |= {"batch": arguments.batch, "by": arguments.by}
-    options = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
+    given |= {"test_rows": arguments.test_rows}
+    options = "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in given.items() if value != parser.get_default(name)
+    )
     options += (
         " --model DIR" * (arguments.model != parser.get_default("model"))
         + " --words" * arguments.words

@@ -8,7 +8,7 @@ import functools
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,21 +227,31 @@ class _Reads(TorchFunctionMode):
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     """Return the floating-point operations, by the formulas of torch's own counter if it has one."""
-    if "scaled_dot_product" in name:
-        # Its own formulas leave out the kernel for CPUs, and count what a causal mask skips.
+    if "scaled_dot_product" in name or name.startswith("causal_attention"):
+        # Its own formulas leave out kernels for CPUs, and count what a causal mask skips.
         given = _given(func, args, kwargs)
         shapes = [given[key].shape for key in ("query", "key", "value")]
-        # Of as many heads each, as torch 2.11 has no formula for fewer keys than queries.
-        shapes = [(*shapes[0][:2], *shape[2:]) for shape in shapes]
-        is_backward = name.endswith("_backward")
-        gradient = given.get("grad_out", given.get("grad_out_"))
-        flops = sdpa_backward_flop_count(gradient.shape, *shapes) if is_backward else sdpa_flop_count(*shapes)
-        return flops // 2 if given.get("is_causal") else flops
+        spans = [(length, length) for length in given.get("lengths", ())] or [(shapes[0][2], shapes[1][2])]
+        flops = sum(_attention_flops(shapes, *span, is_backward=name.endswith("_backward")) for span in spans)
+        return flops // 2 if "lengths" in given or given.get("is_causal") else flops
     if name == "gemm_4bit":
         rows, out = result.numel() // result.shape[-1], result.shape[-1]
         return 2 * rows * out * args[0].shape[-1]
     formula = flop_registry.get(getattr(torch.ops.aten, name, None))
     return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _attention_flops(shapes: Sequence[torch.Size], queries: int, keys: int, is_backward: bool) -> int:
+    """Return the operations of attention of a number of queries to keys, given the shapes of all of them.
+
+    As many heads are taken for both, because torch 2.11 has no formula for fewer keys than queries.
+    """
+    batch, heads, _, _ = shapes[0]
+    sizes = zip((queries, keys, keys), (shape[-1] for shape in shapes), strict=True)
+    query, key, value = ((batch, heads, *size) for size in sizes)
+    if is_backward:
+        return sdpa_backward_flop_count((*query[:3], value[-1]), query, key, value)
+    return sdpa_flop_count(query, key, value)
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def row(
 
 def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[int, Held, Work, Work, Counter[str]]:
     """Return the counts of a step of qlora at a level of recomputation."""
+    import numpy as np
+
     from qlora.data import BatchPlan, collate
     from qlora.model import SUPERVISED, supervised_loss
     from qlora.optim import FlatAdamW, FlatParameters
@@ -127,7 +129,7 @@ def count_qlora(arguments: argparse.Namespace, base: str, level: str) -> tuple[i
     held, forward, backward = count(lambda: supervised_loss(model, batch) / batch.total_weight, model)
 
     counted: list[Counter[str]] = []
-    plan = BatchPlan([arguments.seq_len] * len(examples), arguments.batch, 1)
+    plan = BatchPlan(np.full(len(examples), arguments.seq_len), arguments.batch, 1)
     with Watch(model.device) as work:
         # The first step also checks that the gradient reaches every adapter.
         run_loop(

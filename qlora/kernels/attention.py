@@ -1,0 +1,199 @@
+"""Causal attention on a CPU as products of blocks of queries with the keys that they see.
+
+torch's own kernel for CPUs computes products at a sixth of the rate of a matrix product. These are matrix products, in
+the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Number of queries of a block: few enough that little is computed of the scores that the causal mask hides.
+BLOCK = 128
+# Documents are padded to multiples of it. For each new size oneDNN compiles code and keeps it, so lengths that are all
+# different would take seconds and gigabytes.
+MULTIPLE = 32
+# Scores that are computed at a time at most, unless those of one key head and a few queries are more.
+TILE = 1 << 20
+# Queries of a block at least.
+LEAST = 16
+
+
+def causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Compute causal attention within each document; only the arguments are saved for the backward.
+
+    Args:
+        query: (batch, heads, seq, head_dim).
+        key: (batch, kv_heads, seq, head_dim); `heads` is a multiple of `kv_heads`.
+        value: (batch, kv_heads, seq, width).
+        lengths: Number of tokens of each document of a row; default: the row is one document.
+        scale: Factor on the scores; default: 1 / √head_dim.
+        window: Number of tokens that each token sees, itself included; default: all.
+
+    Returns:
+        (batch, seq, heads, width).
+    """
+    lengths = [query.shape[2]] if lengths is None else list(lengths)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    attended: torch.Tensor = _forward(query, key, value, lengths, scale, window)
+    return attended
+
+
+@torch.library.custom_op("qlora::causal_attention", mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    output = _like_output(query, key, value)
+    for own, q, k, v in _documents(lengths, query * scale, key, value):
+        attended = q.new_empty(*q.shape[:3], v.shape[2])
+        for tile in _tiles(q, window):
+            attended[tile.heads, :, tile.queries] = tile.split(tile.weights(q, k) @ tile.seen(v))
+        _write(attended, own(output.transpose(1, 2)))
+    return output
+
+
+@torch.library.custom_op("qlora::causal_attention_backward", mutates_args=())
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    for own, q, k, v in _documents(lengths, query * scale, key, value):
+        grad, scaled, grad_q = _padded(own(grad_output.transpose(1, 2))), k * scale, torch.empty_like(q)
+        # Sums over tiles, in which 16 bits would round each term.
+        sum_k, sum_v = (torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in (k, v))
+        for tile in _tiles(q, window):
+            weights, rows = tile.weights(q, k), tile.take(grad)
+            tile.seen(sum_v).add_(weights.mT @ rows)
+            slopes = torch._softmax_backward_data(rows @ tile.seen(v).mT, weights, -1, q.dtype)
+            grad_q[tile.heads, :, tile.queries] = tile.split(slopes @ tile.seen(scaled))
+            tile.seen(sum_k).add_(slopes.mT @ tile.take(q))
+        for computed, result in zip((grad_q, sum_k.unsqueeze(1), sum_v.unsqueeze(1)), grads, strict=True):
+            _write(computed, own(result))
+    return grads[0], grads[1], grads[2]
+
+
+@_forward.register_fake
+def _like_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    batch, heads, length = query.shape[:3]
+    return query.new_empty(batch, length, heads, value.shape[3])
+
+
+@_backward.register_fake
+def _like_inputs(_: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in inputs[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_backward(grad_output, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries of a document whose scores are computed at a time.
+
+    Attributes:
+        heads: Key heads.
+        queries: The queries.
+        keys: The keys that at least one of them sees.
+        window: Number of tokens that each token sees.
+    """
+
+    heads: slice
+    queries: slice
+    keys: slice
+    window: int | None
+
+    def take(self, queries: torch.Tensor) -> torch.Tensor:
+        """(key heads, groups, length, width) -> (key heads, groups · queries, width)."""
+        return queries[self.heads, :, self.queries].flatten(1, 2)
+
+    def seen(self, keys: torch.Tensor) -> torch.Tensor:
+        """(key heads, length, width) -> (key heads, keys, width)."""
+        return keys[self.heads, self.keys]
+
+    def split(self, queries: torch.Tensor) -> torch.Tensor:
+        """(key heads, groups · queries, width) -> (key heads, groups, queries, width)."""
+        return queries.unflatten(1, (-1, self.queries.stop - self.queries.start))
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Return the softmax of the scores, (key heads, groups · queries, keys)."""
+        scores = self.take(q) @ self.seen(k).mT
+        first, stop, start = self.queries.start, self.queries.stop, self.keys.start
+        shown = self.split(scores)
+        later = torch.ones(stop - first, stop - first, dtype=torch.bool, device=q.device).triu_(1)
+        shown[..., first - start :].masked_fill_(later, -torch.inf)
+        if self.window is not None and start < (hidden := stop - self.window):
+            last = torch.arange(first, stop, device=q.device)[:, None] - self.window
+            shown[..., : hidden - start].masked_fill_(torch.arange(start, hidden, device=q.device) <= last, -torch.inf)
+        return scores.softmax(-1)
+
+
+def _tiles(q: torch.Tensor, window: int | None) -> Iterator[_Tile]:
+    """Yield the tiles of a document's queries, (key heads, groups, length, head_dim)."""
+    num_heads, groups, length, _ = q.shape
+    block = min(BLOCK, max(LEAST, TILE // (groups * length)))
+    for first in range(0, length, block):
+        queries = slice(first, min(first + block, length))
+        keys = slice(0 if window is None else max(0, first + 1 - window), queries.stop)
+        step = max(1, TILE // (groups * (queries.stop - first) * (keys.stop - keys.start)))
+        for head in range(0, num_heads, step):
+            yield _Tile(slice(head, min(head + step, num_heads)), queries, keys, window)
+
+
+def _documents(
+    lengths: Sequence[int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield each document's queries, (kv_heads, groups, padded length, head_dim), its keys and its values.
+
+    With them comes a function that returns the document's view of a tensor of (batch, heads, seq, width), in the shape
+    of the queries, without padding.
+    """
+    kv_heads = key.shape[1]
+    for row in range(len(query)):
+        for stop, length in zip(accumulate(lengths), lengths, strict=True):
+
+            def own(tensor: torch.Tensor, row: int = row, place: slice = slice(stop - length, stop)) -> torch.Tensor:
+                return tensor[row, :, place].unflatten(0, (kv_heads, -1))
+
+            q, k, v = (_padded(own(tensor)) for tensor in (query, key, value))
+            yield own, q, k.squeeze(1), v.squeeze(1)
+
+
+def _padded(document: torch.Tensor) -> torch.Tensor:
+    """Return a document with zeros after it, which no token of it sees."""
+    return F.pad(document, (0, 0, 0, -document.shape[-2] % MULTIPLE)).contiguous()
+
+
+def _write(computed: torch.Tensor, document: torch.Tensor) -> None:
+    """Write what was computed for a padded document to its view."""
+    document.copy_(computed[:, :, : document.shape[2]])

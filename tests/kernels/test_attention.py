@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from qlora.kernels import attention, causal_attention
+from qlora.layers.region import recomputed
+
+# (batch, heads, kv_heads, lengths, head_dim, width, window)
+SHAPES = [
+    (1, 8, 4, [300, 7, 1, 200], 64, 64, None),
+    (2, 4, 4, [150], 16, 16, None),
+    (1, 4, 2, [300, 20], 24, 40, 50),
+    (2, 6, 2, [290], 8, 8, 200),
+    (1, 2, 1, [5, 130], 8, 8, 1),
+]
+
+
+def reference(query, key, value, lengths, window):
+    """Attention with all scores and a mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    place, document = torch.arange(sum(lengths)), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (document[:, None] == document)
+    if window is not None:
+        seen &= distance < window
+    scores = (query @ key.mT) * query.shape[-1] ** -0.5
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.fixture
+def draw(generator):
+    def drawn(batch, heads, kv_heads, lengths, head_dim, width, dtype=torch.float64):
+        sizes = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, width))
+        shapes = ((batch, sum(lengths), *size) for size in sizes)
+        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        grad = torch.randn(batch, sum(lengths), heads, width, generator=generator, dtype=torch.float64).to(dtype)
+        return [tensor.transpose(1, 2).requires_grad_() for tensor in inputs], grad
+
+    return drawn
+
+
+@pytest.mark.parametrize("tile", [attention.TILE, 5_000], ids=["whole", "small tiles"])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "lengths", "head_dim", "width", "window"), SHAPES)
+def test_outputs_and_gradients_are_those_of_the_formula(
+    batch, heads, kv_heads, lengths, head_dim, width, window, tile, draw, monkeypatch
+):
+    monkeypatch.setattr(attention, "TILE", tile)
+    inputs, grad = draw(batch, heads, kv_heads, lengths, head_dim, width)
+    found = causal_attention(*inputs, lengths, window=window)
+    expected = reference(*inputs, lengths, window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    found, expected = (torch.autograd.grad(output, inputs, grad) for output in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_in_bf16_it_is_as_close_to_the_formula_as_its_roundings(draw):
+    inputs, grad = draw(1, 8, 4, [300, 40], 64, 64, dtype=torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = causal_attention(*inputs, [300, 40]), reference(*exact, [300, 40], None)
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    )
+    for one, other in pairs:
+        assert (one.double() - other).norm() < 2 * torch.finfo(torch.bfloat16).eps * other.norm()
+
+
+def test_a_document_depends_on_no_other(draw):
+    lengths = [140, 30]
+    inputs, grad = draw(1, 4, 2, lengths, 16, 16, dtype=torch.bfloat16)
+    together = causal_attention(*inputs, lengths)
+    grads = torch.autograd.grad(together, inputs, grad)
+    for number, place in enumerate((slice(0, 140), slice(140, 170))):
+        own = [tensor.detach()[:, :, place].requires_grad_() for tensor in inputs]
+        alone = causal_attention(*own)
+        assert torch.equal(together[:, place], alone), number
+        for found, expected in zip(grads, torch.autograd.grad(alone, own, grad[:, place]), strict=True):
+            assert torch.equal(found[:, :, place], expected)
+
+
+def test_the_meta_device_gives_the_same_shapes_and_strides(draw):
+    inputs, grad = draw(2, 4, 2, [30], 16, 8, dtype=torch.bfloat16)
+    shapes = []
+    for device in ("cpu", "meta"):
+        moved = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
+        output = causal_attention(*moved)
+        results = [output, *torch.autograd.grad(output, moved, grad.to(device))]
+        shapes.append([(each.shape, each.stride(), each.dtype) for each in results])
+    assert shapes[0] == shapes[1]
+
+
+def test_its_output_can_be_kept_in_a_recomputation(draw, monkeypatch):
+    inputs, grad = draw(1, 2, 2, [20], 8, 8)
+    expected = torch.autograd.grad(reference(*inputs, [20], None).sin(), inputs, grad)
+    calls = []
+    weights = attention._Tile.weights
+    monkeypatch.setattr(attention._Tile, "weights", lambda *given: calls.append(1) or weights(*given))
+    for keep, passes in ((True, 2), (False, 3)):
+        calls.clear()
+        output = recomputed(lambda *given: causal_attention(*given).sin(), *inputs, keep_attention=keep)
+        torch.testing.assert_close(torch.autograd.grad(output, inputs, grad), expected, rtol=0, atol=1e-12)
+        assert len(calls) == passes
