@@ -86,7 +86,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": ROPE},
     "qwen2_vl_text": {"rope_parameters": ROPE},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "zamba2": {"n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 
