@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from qlora.errors import ConfigError, QLoRAError
+from qlora.errors import ConfigError, ModelError, QLoRAError
 
 Value = TypeVar("Value")
 
@@ -21,8 +22,8 @@ PATIENCE = timedelta(hours=12)
 class Processes:
     """One process among those that train together.
 
-    Collective methods (`sum`, `max`, `gather`, `broadcast`, `wait`, `raise_together`) must be called by every process
-    in the same order. Alone, they return what they are given.
+    Collective methods (`sum`, `max`, `gather`, `broadcast`, `wait`, `agree`, `raise_together`) must be
+    called by every process in the same order. Alone, they return what they are given.
 
     Args:
         rank: Rank of this process, from 0.
@@ -36,6 +37,8 @@ class Processes:
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._accelerator = accelerator
+        self._host_group: Any = None
+        self._is_in_step = True
 
     @classmethod
     def start(cls, on_cpu: bool, trackers: Sequence[str] = (), folder: str | Path = ".") -> "Processes":
@@ -105,6 +108,40 @@ class Processes:
 
         return broadcast_object_list([value])[0]
 
+    def agree(self, number: int) -> list[int]:
+        """Return the processes' numbers by rank, on each of them; the device is not waited for.
+
+        Raises:
+            ModelError: Another process has ended.
+        """
+        if self.world_size == 1:
+            return [number]
+        if self._host_group is None:
+            self._host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        numbers = torch.empty(self.world_size, dtype=torch.int64)
+        with self.watching_others():
+            dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=self._host_group)
+        return numbers.tolist()
+
+    @contextmanager
+    def watching_others(self) -> Iterator[None]:
+        """Raise a ModelError if an exchange in the body fails because another process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            first, *_ = str(error).splitlines() or [""]
+            if not isinstance(error, dist.DistError) and "gloo" not in first.lower():
+                raise
+            self.leave()
+            raise ModelError(
+                "Another process of the run has ended; its last message has the reason. The same command continues "
+                f"the run from its last save. ({first})"
+            ) from error
+
+    def leave(self) -> None:
+        """Give up on the other processes, with which this one is no longer in step; its next error ends it."""
+        self._is_in_step = False
+
     def wait(self) -> None:
         """Wait until every process has called this."""
         if self.world_size > 1:
@@ -117,6 +154,8 @@ class Processes:
         try:
             yield
         except QLoRAError as error:
+            if not self._is_in_step:
+                raise
             problem = error
         problems = {rank: error for rank, error in enumerate(self.gather(problem)) if error is not None}
         if not problems:

@@ -19,7 +19,7 @@ from qlora.errors import CheckpointError, ModelError
 from qlora.export import merge
 from qlora.export.quantize import quantize_model
 from qlora.files import BaseFiles
-from qlora.layers import apply_recompute
+from qlora.layers import apply_recompute, cache_weights
 from qlora.layers.recompute import recompute_levels
 from qlora.lora import Targets, adapters_off, add_lora, lora_experts, lora_layers, match_targets
 from qlora.lora.experts import describe_dead_experts, specs_with_rank
@@ -29,12 +29,13 @@ from qlora.lora.spec import AdapterSpec
 from qlora.model import build_skeleton, load_base, open_source, supervised_loss, take_inventory
 from qlora.model.from_config import adapter_spec
 from qlora.model.run_adapter import check_experts_as_trained, read_run_adapter
-from qlora.nf4 import NF4Experts
+from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.proof import verify
 from qlora.proof.clients import check_clients
 from qlora.proof.expected import ExpectedWeights, _scaling_of_experts
 from qlora.proof.tensors import WrittenFolder, check_tensors
 from qlora.training import train
+from tests.interpreted import load_interpreted, use_on_cpu
 from tests.layers.test_packed import random_documents
 from tests.moe import FAMILIES, copy_dequantized, make_moe
 from tests.reference.experts import adapt_experts
@@ -153,6 +154,7 @@ def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alp
     train(config)
     record = RunDirectory.open(tmp_path / "run").read_record()
     assert "model.layers.0.mlp.experts.gate_up_proj" in record.parameters.quantized
+    assert record.in_use.experts == "loop over experts: the grouped kernels are for CUDA"
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for path in ("adapter", "checkpoints/step-000002"):
         shutil.rmtree(tmp_path / "run" / path)
@@ -188,6 +190,36 @@ def test_a_run_continues_exactly_and_swapped_experts_are_found(family, base, alp
     one, other = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3))
     save_file(tensors | {one: tensors[other], other: tensors[one]}, path, metadata={"format": "pt"})
     assert any(f"it contains {other}" in problem for problem in verify(tmp_path / "run", tmp_path / "out").problems)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_a_family_computes_with_the_kernels_what_it_does_in_a_loop(family, base, generator, monkeypatch):
+    kernels = {name: load_interpreted(f"qlora.kernels.{name}") for name in ("grouped_triton", "dequantize_triton")}
+    model, batch = load(base), collate(random_documents(generator, lengths=(17, 9)))
+    trained = adapted(model, generator)
+    expected_loss, expected = gradients(model, trained, batch)
+    use_on_cpu(monkeypatch, kernels)
+    loss, found = gradients(model, trained, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close(found, expected)
+    apply_recompute(model.train(), recompute_levels(model)[-1])
+    assert_close(gradients(model, trained, batch)[1], expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_cached_experts_give_the_same_bits(family, base, generator):
+    model, batch = load(base), collate(random_documents(generator, lengths=(17, 9)))
+    trained = adapted(model, generator)
+    loss, expected = gradients(model, trained, batch)
+    layers = [module for module in model.modules() if isinstance(module, NF4Experts | NF4Linear)]
+    num_bytes = sum(layer.numel * model.dtype.itemsize for layer in layers)
+    assert cache_weights(model, num_bytes - 1) == len(layers) - 1
+    assert cache_weights(model, num_bytes) == len(layers)
+    again, found = gradients(model, trained, batch)
+    assert again == loss
+    assert all(
+        torch.equal(one, other) for name in found for one, other in zip(found[name], expected[name], strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"])

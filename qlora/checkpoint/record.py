@@ -95,6 +95,9 @@ class InUse:
             the `borders` of documents, or by `documents`, one at a time; None if there are none.
         states_why: Why some compute one document at a time.
         unpacked_why: Why documents are not packed, although the config asks for it where it is possible.
+        weights: Where the 4-bit weights of the layers are: `device`, `sharded` over the processes, or `host`.
+        weights_why: Reason for it; None in records of qlora 0.1.0.
+        experts: How experts are computed, and why; None if none are in 4 bits or adapted.
     """
 
     device: str
@@ -120,6 +123,9 @@ class InUse:
     states: dict[str, str] | None = None
     states_why: str | None = None
     unpacked_why: str | None = None
+    weights: str = "device"
+    weights_why: str | None = None
+    experts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

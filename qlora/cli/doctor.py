@@ -28,7 +28,7 @@ def doctor(
 
     import torch
 
-    from qlora.kernels import liger_unavailable_reason, liger_version
+    from qlora.kernels import experts_path, liger_unavailable_reason, liger_version
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
@@ -44,6 +44,7 @@ def doctor(
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
         "dequantize": dequantize_path(device),
+        "experts": experts_path(device, dtype),
         "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
         "attention": "within documents where the architecture allows it; set model.attention for another one",
         "activations": f"plain torch: {reason}" if reason else f"liger-kernel {liger_version()}",

@@ -24,10 +24,12 @@ def estimate(
     gpu: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE",
-            help="Assume a GPU with this much free memory, such as 24GB or 24GiB; default: this machine.",
+            metavar="SIZE|NAME",
+            help="Assume a GPU with this much free memory, such as 24GB or 24GiB, or of this name, such as 4090, for "
+            "which the time of a step is computed too; default: this machine.",
         ),
     ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, each with a GPU.")] = 1,
     probe: Annotated[bool, typer.Option("--probe", help="Also load the model and measure a step.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +40,7 @@ def estimate(
     if probe and gpu is not None:
         raise typer.BadParameter("--probe measures on this machine; omit --gpu.")
     if gpu is not None:
-        _check_size(gpu)
+        _check_gpu(gpu)
 
     from qlora.config import load_config
 
@@ -46,7 +48,7 @@ def estimate(
     with _without_collecting():
         from qlora.training import estimate as run_estimation
 
-        result = run_estimation(settings, gpu)
+        result = run_estimation(settings, gpu, processes)
     report = result.as_dict()
     if probe:
         from qlora.memory.probe import measure_step, prepare
@@ -76,11 +78,11 @@ def _without_collecting() -> Iterator[None]:
         gc.enable()
 
 
-def _check_size(text: str) -> None:
-    from qlora.config.sections import parse_size
+def _check_gpu(text: str) -> None:
+    from qlora.memory.cards import read_gpu
 
     try:
-        parse_size(text)
+        read_gpu(text)
     except ValueError as error:
         raise typer.BadParameter(f"--gpu {text}: {error}") from None
 
@@ -118,6 +120,8 @@ def _show(report: dict[str, Any], base: str) -> None:
     console.print(_bar(levels[shown]["bytes"], free, coloured))
     why = f"recompute {report['level']}: {report['why']}" if report["level"] else report["why"]
     console.print(Text(why, style="" if report["level"] else "bold red"))
+    if len(report["places"]) > 1 and (report["weights"] != "device" or report["processes"] > 1):
+        _show_places(console, report)
     if report["unpacked_why"] is not None:
         console.print(Text(f"documents are not packed, because {report['unpacked_why']}"))
     if not levels[shown]["bytes"]["activations"]:
@@ -132,6 +136,31 @@ def _show(report: dict[str, Any], base: str) -> None:
                 f"{measured['estimated'] / scale:.2f} ({measured['ratio']:.1%}), both without context"
             )
         )
+
+
+def _show_places(console: Any, report: dict[str, Any]) -> None:
+    """Show where the weights may be, what that takes, and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    titles = ["weights", "recompute", "device GiB", "host GiB", "copied GB a step"]
+    is_timed = "compute_seconds" in report["places"]["device"]
+    titles += ["compute s", "copy s", "hidden from tokens"] if is_timed else []
+    for title in titles:
+        table.add_column(title, justify="left" if title in titles[:2] else "right", no_wrap=True)
+    for name, place in report["places"].items():
+        cells = [place["level"], f"{place['total'] / 2**30:.2f}", f"{place['host_bytes'] / 2**30:.2f}"]
+        cells.append(f"{place['copied_bytes'] / 1e9:.1f}")
+        if is_timed:
+            cells += [f"{place[key]:.1f}" for key in ("compute_seconds", "copy_seconds")]
+            cells.append(f"{place['hidden_from']:,}" if place["copied_bytes"] else "–")
+        table.add_row(name, *cells, style="bold" if name == report["weights"] else "" if place["fits"] else "dim")
+    console.print(Text(f"weights {report['weights']}: {report['weights_why']}"))
+    Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)
+    if is_timed:
+        console.print(Text("times are computed from data sheets, at half of the products and 80% of the bus"))
 
 
 def _bar(bytes_by_kind: dict[str, int], free: int, coloured: bool) -> Any:

@@ -5,6 +5,18 @@ from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
+from qlora.kernels.grouped import (
+    FEW_ROWS,
+    ROWS_PER_TOKEN,
+    ExpertGroup,
+    experts_at_once,
+    experts_path,
+    fold_group,
+    group_experts,
+    grouped_matmul,
+    grouped_outer,
+    weights_of_group,
+)
 from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.log_probs import linear_log_probs
@@ -17,15 +29,24 @@ from qlora.kernels.scratch import scratch
 __all__ = [
     "ACTIVATIONS",
     "Delta",
+    "FEW_ROWS",
     "HAS_TRITON",
+    "ExpertGroup",
     "GatedProduct",
     "LowRank",
     "RMSNorm",
+    "ROWS_PER_TOKEN",
     "Recipe",
     "SparseRows",
     "causal_attention",
     "dequantize_4bit_plain",
+    "experts_at_once",
+    "experts_path",
     "fold",
+    "fold_group",
+    "group_experts",
+    "grouped_matmul",
+    "grouped_outer",
     "liger_twin",
     "liger_version",
     "linear_cross_entropy",
@@ -41,4 +62,5 @@ __all__ = [
     "scale_rows",
     "scratch",
     "liger_unavailable_reason",
+    "weights_of_group",
 ]

@@ -66,11 +66,11 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The term scaling · B A of a weight (LoRA, arXiv:2106.09685).
+    """The term scaling · B A of a weight (LoRA, arXiv:2106.09685), or one for each expert of a layer.
 
     Attributes:
-        A: (rank, in).
-        B: (out, rank), of the dtype of `A`.
+        A: (rank, in), or (experts, rank, in).
+        B: (out, rank), or (experts, out, rank), of the dtype of `A`.
         scaling: Factor on the product.
     """
 
@@ -81,7 +81,11 @@ class LowRank:
     @property
     def T(self) -> "LowRank":  # noqa: N802
         """The same term of a weight that is stored (in, out)."""
-        return LowRank(self.B.T, self.A.T, self.scaling)
+        return LowRank(self.B.mT, self.A.mT, self.scaling)
+
+    def at(self, expert: int) -> "LowRank":
+        """The term of one expert."""
+        return LowRank(self.A[expert], self.B[expert], self.scaling)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

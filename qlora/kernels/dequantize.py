@@ -1,4 +1,4 @@
-"""Dequantization of a 4-bit weight in one pass, optionally with the LoRA term added.
+"""Dequantization of a 4-bit weight, or of some of a stack, in one pass, optionally with the LoRA term added.
 
 The function here and its kernel, :mod:`qlora.kernels.dequantize_triton`, take the same arguments and do bitsandbytes'
 arithmetic in the same order: absmax is `nested_code[absmax] · nested_absmax + nested_offset`, a weight is
@@ -33,9 +33,13 @@ def dequantize_4bit_plain(
     lora_A: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
     scaling: float = 1.0,
+    index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dequantize a weight in plain torch, on any device.
+
+    With `index`, weights of a stack are dequantized: its codes, statistics except the tables of codes, and factors have
+    one more dimension, the first, and so has the result.
 
     Args:
         packed: ceil(out · in / 2) bytes, uint8, each with two codes, the first in the upper half.
@@ -51,11 +55,23 @@ def dequantize_4bit_plain(
         lora_A: (rank, in), bf16, fp16 or fp32; with `lora_B`, `scaling · B A` is added to the rounded weight.
         lora_B: (out, rank), in the dtype of `lora_A`.
         scaling: Factor on B A.
-        out: (out, in) of `dtype`, contiguous; written in place if given.
+        index: (weights,), int64, the weights of a stack to dequantize.
+        out: (out, in) of `dtype`, contiguous; written in place if given. With `index`, (weights, out, in).
 
     Returns:
-        The weight, (out, in).
+        The weight, (out, in); with `index`, (weights, out, in).
     """
+    if index is not None:
+        stacked = {"nested_absmax": nested_absmax, "nested_offset": nested_offset, "lora_A": lora_A, "lora_B": lora_B}
+        weights = [
+            dequantize_4bit_plain(
+                packed[one], code, absmax[one], shape, dtype, block_size, nested_code=nested_code,
+                nested_block_size=nested_block_size, scaling=scaling,
+                **{name: None if each is None else each[one] for name, each in stacked.items()},
+            )
+            for one in index.tolist()
+        ]  # fmt: skip
+        return torch.stack(weights, out=out)
     pairs, size = packed.flatten(), shape[0] * shape[1]
     codes = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:size]
     if nested_code is not None:

@@ -26,26 +26,31 @@ def dequantize_4bit_triton(
     lora_A: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
     scaling: float = 1.0,
+    index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what :func:`dequantize_4bit_plain` does, in one kernel that reads each code and writes each weight once."""
+    wanted = tuple(shape) if index is None else (len(index), *shape)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        out = torch.empty(wanted, dtype=dtype, device=packed.device)
     assert out.is_contiguous()
-    assert (out.shape, out.dtype) == (tuple(shape), dtype)
-    total, tile_columns = out.numel(), min(TILE_COLUMNS, block_size)
+    assert (out.shape, out.dtype) == (wanted, dtype)
+    total, tile_columns = shape[0] * shape[1], min(TILE_COLUMNS, block_size)
+    num_bytes = (total + 1) // 2
     if lora_A is None:
         # Blocks follow the flat order, so a weight of any shape can be read as rows of one tile each.
         rows, columns, rank = triton.cdiv(total, tile_columns), tile_columns, 0
+        strides: tuple[int | None, ...] = (None,) * 6
     else:
         assert lora_B is not None
-        (rows, columns), rank = shape, lora_A.shape[0]
-        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, tile_columns),)
+        (rows, columns), rank = shape, lora_A.shape[-2]
+        of_stack = (0, 0) if index is None else (lora_A.stride(0), lora_B.stride(0))
+        strides = *of_stack, *lora_A.stride()[-2:], *lora_B.stride()[-2:]
+    grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, tile_columns), 1 if index is None else len(index))
     with torch.cuda.device_of(packed):
         _dequantize_kernel[grid](
-            packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, out,
-            columns, total, packed.numel(), rank, scaling,
+            packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, index, out,
+            columns, total, num_bytes, rank, scaling, *strides,
             BLOCK=block_size, NESTED_BLOCK=nested_block_size,
             PAIRED=columns % 2 == 0, WHOLE_TILES=columns % tile_columns == 0,
             ROWS=TILE_ROWS, COLUMNS=tile_columns, RANKS=16 if rank <= 16 else 32,
@@ -64,12 +69,19 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
     nested_offset,
     lora_A,
     lora_B,
+    index,
     out,
     columns,
     total,
     num_bytes,
     rank,
     scaling,
+    A_stride,
+    B_stride,
+    A_rank_stride,
+    A_column_stride,
+    B_row_stride,
+    B_rank_stride,
     BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     PAIRED: tl.constexpr,  # Both codes of a byte are in the same row.
@@ -78,6 +90,19 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
+    if index is not None:
+        slot = tl.program_id(1).to(tl.int64)
+        chosen = tl.load(index + slot)
+        blocks = (total + BLOCK - 1) // BLOCK
+        out += slot * total
+        packed += chosen * num_bytes
+        absmax += chosen * blocks
+        if nested_code is not None:
+            nested_absmax += chosen * ((blocks + NESTED_BLOCK - 1) // NESTED_BLOCK)
+            nested_offset += chosen
+        if lora_A is not None:
+            lora_A += chosen * A_stride
+            lora_B += chosen * B_stride
     tiles = (columns + COLUMNS - 1) // COLUMNS
     first_column = tl.program_id(0) % tiles * COLUMNS
     # In 64 bits, as are the offsets computed from it: there may be more than 2^31 weights.
@@ -114,8 +139,8 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
             ranks = first_rank + tl.arange(0, RANKS)
             inside_B = (row * columns < total) & (ranks[None, :] < rank)
             inside_A = (ranks[:, None] < rank) & (column < columns)
-            B = tl.load(lora_B + row * rank + ranks[None, :], mask=inside_B, other=0.0)
-            A = tl.load(lora_A + ranks[:, None] * columns + column, mask=inside_A, other=0.0)
+            B = tl.load(lora_B + row * B_row_stride + ranks[None, :] * B_rank_stride, mask=inside_B, other=0.0)
+            A = tl.load(lora_A + ranks[:, None] * A_rank_stride + column * A_column_stride, mask=inside_A, other=0.0)
             update = tl.dot(B, A, update, input_precision="ieee")
         weight = weight.to(out.dtype.element_ty).to(tl.float32) + scaling * update
     tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)

@@ -1,5 +1,6 @@
 """Buffers that successive products share for their dequantized weights, so that none is allocated."""
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     buffers of their own.
 
     Args:
-        shape: (rows, columns) of the tensor.
+        shape: Shape of the tensor.
         dtype: Dtype of the tensor.
         device: Device of the tensor.
 
@@ -25,10 +26,10 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     """
     buffers: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key, size = (device, stream, dtype), shape[0] * shape[1]
+    key, size = (device, stream, dtype), math.prod(shape)
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < size:
         buffers.pop(key, None)  # freed before the longer one is allocated
         with torch.inference_mode(False):  # a buffer allocated in it could not be written to outside of it
             buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
-    return buffer[:size].view(shape)
+    return buffer[:size].view(*shape)

@@ -33,7 +33,7 @@ def recompute_levels(model: Any) -> list[str]:
         model: A model of transformers, on its device. Call :func:`qlora.layers.rebuild_activations` and
             :func:`qlora.layers.use_document_attention` first, if they are used.
     """
-    layers = _layers(model)
+    layers = checkpointed_layers(model)
     if not layers:
         return ["none"]
     gated = all(any(isinstance(module, GatedMLP) for module in layer.modules()) for layer in layers)
@@ -71,7 +71,7 @@ def apply_recompute(model: Any, level: str) -> str:
             f"{type(model).__name__} does not support model.recompute={level}: {_unsupported_reason(model, level)}. "
             f"Set model.recompute={' or '.join(levels)}."
         )
-    layers = _layers(model)
+    layers = checkpointed_layers(model)
     store = HostStore(model.device) if level.startswith("offload") else None
     for layer in layers:
         # Not by transformers' own switch, which also makes the output of the frozen embeddings require a gradient:
@@ -87,7 +87,10 @@ def apply_recompute(model: Any, level: str) -> str:
     return level
 
 
-def _layers(model: Any) -> list[Any]:
+def checkpointed_layers(model: Any) -> list[Any]:
+    """Return the layers of a model that support activation checkpointing, in its order; stages that consist of such
+    layers are left out.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # The innermost ones: Swin's stages, which are such layers too, consist of others.
@@ -100,7 +103,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _unsupported_reason(model: Any, level: str) -> str:
-    if not _layers(model):
+    if not checkpointed_layers(model):
         return "it has no layers that support checkpointing"
     if level == "attention":
         return f"only the output of torch's own attention can be saved, and it uses {model.config._attn_implementation}"

@@ -2,7 +2,7 @@
 
 from qlora.lora.direct import read_directly
 from qlora.lora.eva import eva_factors, num_directions, redistribute
-from qlora.lora.expert_layer import wrap_experts
+from qlora.lora.expert_layer import describe_experts, wrap_experts
 from qlora.lora.experts import LoraExperts, StoredExperts, lora_experts, reset_experts
 from qlora.lora.function import RecomputedWeights, choose_form
 from qlora.lora.head import (
@@ -84,6 +84,7 @@ __all__ = [
     "apply_starts",
     "check_ranks",
     "choose_form",
+    "describe_experts",
     "eva_factors",
     "head_blocks",
     "is_linear",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
+from qlora.kernels import experts_path
 from qlora.lora.expert_products import ExpertProjection, expert_products
 from qlora.lora.experts import LoraExperts, PlainExperts
 from qlora.lora.mixture import expert_layers, expert_stacks, projections
@@ -42,6 +43,13 @@ def use_expert_function(model: Any) -> None:
             f"({', '.join(others[:3])} …), so they can be neither in 4 bits nor adapted; set "
             "model.quantization: none and lora.expert_rank: 0."
         )
+
+
+def describe_experts(model: Any) -> str | None:
+    """Describe how the experts of a model are computed, and why; None if there are none, or transformers does it."""
+    if all(layer.config._experts_implementation != NAME for _, layer in expert_layers(model)):
+        return None
+    return experts_path(model.device, model.dtype)
 
 
 def compute_experts(

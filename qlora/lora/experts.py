@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.kernels import Delta, LowRank, fold
+from qlora.kernels import ExpertGroup, LowRank, weights_of_group
 from qlora.lora.linear import draw
 from qlora.lora.mixture import expert_stacks, experts_per_token
 from qlora.lora.spec import AdapterSpec, by_pattern
@@ -32,7 +32,7 @@ class StoredExperts:
 
     def delta(self, expert: int) -> LowRank:
         """Return the term that is added to an expert's weight, (out, in)."""
-        return LowRank(self.A[expert], self.B[expert], self.scaling)
+        return LowRank(self.A, self.B, self.scaling).at(expert)
 
 
 class PlainExperts(nn.Module):
@@ -51,9 +51,19 @@ class PlainExperts(nn.Module):
         """(experts, rows, columns)."""
         return self.weight.shape
 
-    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Sequence[Delta] = ()) -> torch.Tensor:
-        """Return the weight of an expert with terms added, (rows, columns), in `dtype`."""
-        return fold(self.weight[expert].to(dtype), deltas)
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weight.device
+
+    def weights_for_product(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
+    ) -> torch.Tensor:
+        """Return the weights of a group of experts with terms added, (experts, rows, columns), in `dtype`.
+
+        See :class:`qlora.lora.expert_products.ExpertWeights`.
+        """
+        return weights_of_group(self.weight, group, dtype, update)
 
 
 class LoraExperts(nn.Module):

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
 from qlora.lora.head import embedding_and_head, input_embedding, output_head, scores_documents
+from qlora.lora.host_rows import HostHead
 from qlora.lora.match import other_part
 
 
@@ -166,7 +167,7 @@ class TrainedHead(nn.Module):
 
 def head_blocks(head: Any) -> tuple[torch.Tensor, ...]:
     """Return the weight of an output head as consecutive blocks of its rows, (rows, features) each."""
-    return head.blocks() if isinstance(head, TrainedHead) else (head.weight,)
+    return head.blocks() if isinstance(head, TrainedHead | HostHead) else (head.weight,)
 
 
 def trained_rows(model: nn.Module) -> Iterator[tuple[str, EmbeddingRows]]:

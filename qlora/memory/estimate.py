@@ -8,9 +8,10 @@ import torch
 from qlora.config import RunConfig
 from qlora.errors import ModelError
 from qlora.kernels.head import default_chunk
+from qlora.layers.placement import PlacedBytes, placed_bytes
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
-from qlora.memory.timeline import Held
+from qlora.memory.timeline import HEAD, Moment
 from qlora.model import (
     Loss,
     base_files,
@@ -43,6 +44,8 @@ class Estimate:
         chunk_tokens: Number of tokens of a micro-batch whose logits are in memory at a time.
         group_size: Number of documents that are trained together, of `max_seq_len` tokens each in a sequence.
         of_images: Whether the sequences are images.
+        weights: Where the 4-bit weights of the layers are.
+        processes: Number of processes of the run, each with a device and micro-batches of its own.
     """
 
     footprint: Footprint
@@ -54,6 +57,27 @@ class Estimate:
     chunk_tokens: int
     group_size: int = 1
     of_images: bool = False
+    weights: str = "device"
+    processes: int = 1
+
+    @property
+    def placed(self) -> PlacedBytes:
+        """Bytes of placed weights per process; zeros if they are on the device."""
+        packed = [layer for layer in self.footprint.layers_packed if layer]
+        if self.weights == "device" or not packed:
+            return PlacedBytes(0, 0, 0)
+        layers, footprint = placed_bytes(self.weights, packed, self.processes), self.footprint
+        # The head is used once in a micro-batch.
+        return PlacedBytes(
+            layers.device, layers.host + footprint.embedding + footprint.head, layers.copied + footprint.head
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the base on the device."""
+        footprint, placed = self.footprint, self.placed
+        moved = sum(footprint.layers_packed) + footprint.embedding + footprint.head if any(placed) else 0
+        return footprint.weights - moved + placed.device
 
     @property
     def levels(self) -> list[str]:
@@ -79,8 +103,8 @@ class Estimate:
         footprint = self.footprint
         if level == "offload+tiled" and tokens <= TILE_TOKENS:
             level = "offload"  # a single tile is computed as a whole
-        step = max((self._at(held, tokens, row) for held in footprint.held[level]), key=lambda each: sum(each.values()))
-        held = {"weights": footprint.weights, "adapters": footprint.adapters, "optimizer": footprint.optimizer}
+        step = max((self._at(each, tokens, row) for each in footprint.held[level]), key=lambda each: sum(each.values()))
+        held = {"weights": self.weight_bytes, "adapters": footprint.adapters, "optimizer": footprint.optimizer}
         if footprint.update > sum(step.values()):
             step = dict.fromkeys(step, 0)
             held["optimizer"] += footprint.update
@@ -95,7 +119,7 @@ class Estimate:
     def update_bytes(self) -> int:
         """Bytes in use during the optimizer's step, when there are no activations."""
         footprint, context = self.footprint, CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
-        return footprint.weights + footprint.adapters + footprint.optimizer + footprint.update + context
+        return self.weight_bytes + footprint.adapters + footprint.optimizer + footprint.update + context
 
     def largest_micro_batch(self, level: str, free_bytes: int) -> int:
         """Return the number of the largest sequences that fit with the margin; 0 if none does."""
@@ -112,7 +136,12 @@ class Estimate:
         return self.total_bytes(level, tokens, row) <= (1 - MARGIN) * free_bytes
 
     def weight_cache_layers(self, free_bytes: int, level: str, tokens: int) -> int:
-        """Return the number of layers, from the first, whose dequantized weights fit with the margin."""
+        """Return the number of layers, from the first, whose dequantized weights fit with the margin.
+
+        Those of placed weights are not cached.
+        """
+        if self.weights != "device":
+            return 0
         left = (1 - MARGIN) * free_bytes - self.total_bytes(level, tokens)
         count = 0
         for needed in self.footprint.layers_dequantized:
@@ -122,9 +151,12 @@ class Estimate:
             count += 1
         return count
 
-    def _at(self, held: Held, tokens: int, row: int) -> dict[str, float]:
+    def _at(self, moment: Moment, tokens: int, row: int) -> dict[str, float]:
+        held = moment.held
         filled = min(1.0, tokens / self.chunk_tokens)
         loss = held.loss.at(tokens, row) - (1 - filled) * held.loss.constant
+        if moment.place == HEAD and self.weights != "device":
+            loss += self.footprint.head
         return {"activations": held.activations.at(tokens, row), "loss": loss, "buffers": held.buffers.at(tokens, row)}
 
     @staticmethod

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from qlora.config import RunConfig
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute, cache_weights, recompute_levels
+from qlora.layers.placement import placed_weights, uneven_passes
 from qlora.lora import RecomputedWeights, choose_form
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.memory.probe import measure_peak, run_passes
@@ -64,8 +65,11 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     if device.type == "cpu":  # shared by the processes of a machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = int(-processes.max(-available))
+    placed = placed_weights(model)
     try:
         expected, unknown = estimate(config, loss, device), ""
+        if placed is not None:
+            expected = replace(expected, weights=placed.kind, processes=processes.world_size)
     except ModelError as error:
         expected, unknown = None, str(error)
     levels = recompute_levels(model)
@@ -165,7 +169,8 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
     """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out."""
     apply_recompute(model, level)
     try:
-        peak = measure_peak(lambda: run_passes(model, batch, loss), model.device)
+        with uneven_passes(model):
+            peak = measure_peak(lambda: run_passes(model, batch, loss), model.device)
         return peak + CUDA_CONTEXT_BYTES
     except torch.OutOfMemoryError:
         return math.inf
@@ -184,7 +189,10 @@ def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool
 
 
 def _num_bytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Return the bytes of a model's parameters; of placed weights, of those that this process keeps."""
+    placed = placed_weights(model)
+    own = [each for each in model.parameters() if placed is None or each.dtype != torch.uint8]
+    return sum(each.nbytes for each in own) + (0 if placed is None else placed.stored_bytes)
 
 
 def _gib(num_bytes: float) -> str:

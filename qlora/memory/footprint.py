@@ -1,7 +1,7 @@
 """Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.lora import AdapterSpec, head_blocks, output_head, stored_head, train_rows, trained_rows
 from qlora.lora.experts import factor_shapes
-from qlora.lora.mixture import ExpertStack, expert_stacks
+from qlora.lora.host_rows import rows_for_host
+from qlora.lora.mixture import ExpertStack, expert_stacks, experts_per_token
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
-from qlora.memory.timeline import Held
+from qlora.memory.timeline import Moment
 from qlora.model import (
     BITSANDBYTES_4BIT,
     Loss,
@@ -36,6 +37,7 @@ from qlora.model import (
 )
 from qlora.model.null_space import MOST_DIRECTIONS
 from qlora.model.quantization import quantized_names
+from qlora.model.shares import linear_weights
 from qlora.model.skeleton import of_images
 from qlora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora.optim import FlatParameters, make_optimizer
@@ -53,8 +55,12 @@ class Footprint:
         adapters: Bytes of factors, of rows trained in full, and of their flat gradient.
         optimizer: Bytes of the optimizer's state.
         update: Temporary bytes of an optimizer step, when there are no activations.
-        held: For each level, the fastest first, the memory at each moment that may be the peak.
-        layers_dequantized: Bytes of each layer's 4-bit weights once they are dequantized.
+        held: For each level, the fastest first, the moments that may be the peak.
+        embedding: Bytes of an embedding that is on the host where the layers are not on the device.
+        head: Bytes of such a head, which is on the device while it is used.
+        products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
+        layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
+        layers_dequantized: Bytes of each layer's 4-bit linear weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
         unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
         vocabulary: Number of rows of the head, whose logits are computed in chunks; None for a head of scores.
@@ -65,7 +71,11 @@ class Footprint:
     adapters: int
     optimizer: int
     update: int
-    held: dict[str, list[Held]]
+    held: dict[str, list[Moment]]
+    embedding: int
+    head: int
+    products: int
+    layers_packed: list[int]
     layers_dequantized: list[int]
     rows_attend: bool
     unpacked_why: str | None
@@ -137,6 +147,11 @@ def take_footprint(
     optimizer = make_optimizer(config.train.optimizer, flat, rounding=config.train.rounding)
 
     stack = Stack(model, adapted, specs, quantized, experts, of_experts)
+    head = output_head(model)
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    on_host = {name: layer.weight.nbytes for name, layer in rows_for_host(model).items()}
+    products = _products(model)
+    packed = _packed_bytes(stack.prefixes, quantized, experts, bool(quantization))
     by_layer = [sum(module.weight.numel() for name, module in quantized.items() if name.startswith(prefix))
                 for prefix in stack.prefixes]  # fmt: skip
     try:
@@ -155,6 +170,10 @@ def take_footprint(
         optimizer=optimizer.state_bytes,
         update=optimizer.update_bytes,
         held=held,
+        embedding=sum(each for name, each in on_host.items() if name != head_name),
+        head=on_host.get(head_name, 0),
+        products=products,
+        layers_packed=packed,
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         unpacked_why=unpacked_why,
@@ -192,6 +211,33 @@ def nf4_bytes(numel: int, double_quant: bool) -> int:
     blocks = -(-numel // BLOCK_SIZE)
     statistics = blocks + FP32_BYTES * (-(-blocks // NESTED_BLOCK_SIZE) + 1) if double_quant else FP32_BYTES * blocks
     return -(-numel // 2) + statistics
+
+
+def _products(model: nn.Module) -> int:
+    """Return the number of weights of linear layers, experts and head that a token is multiplied by.
+
+    Those are all experts where the config does not say how many a token is sent to.
+    """
+    stacks = expert_stacks(model)
+    linears = sum(numel for name, numel, _ in linear_weights(model) if name not in stacks)
+    head = sum(block.numel() for block in head_blocks(output_head(model)))
+    try:
+        chosen = experts_per_token(model) if stacks else 0
+    except ModelError:
+        chosen = max(stack.shape[0] for stack in stacks.values())
+    return linears + head + sum(chosen * stack.numel // stack.shape[0] for stack in stacks.values())
+
+
+def _packed_bytes(
+    prefixes: Sequence[str], quantized: Mapping[str, Any], experts: Mapping[str, ExpertStack], double_quant: bool
+) -> list[int]:
+    """Return the bytes of the 4-bit weights of each layer, by the beginning of their names."""
+    sizes = [(name, 1, module.weight.numel()) for name, module in quantized.items()]
+    sizes += [(name, stack.shape[0], stack.numel) for name, stack in experts.items()]
+    return [
+        sum(parts * nf4_bytes(numel // parts, double_quant) for name, parts, numel in sizes if name.startswith(prefix))
+        for prefix in prefixes
+    ]
 
 
 def _fixed_bytes(config: RunConfig, loss: Loss, specs: Mapping[str, AdapterSpec], adapted: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora.config import RunConfig
 from qlora.errors import ModelError
-from qlora.kernels import LowRank, scratch
+from qlora.kernels import ExpertGroup, LowRank, experts_at_once, scratch
 from qlora.layers.attention import NAME as BY_DOCUMENTS
 from qlora.layers.attention import set_text_attention
 from qlora.layers.sinks import has_sinks
@@ -117,11 +117,17 @@ class Stack:
         written = self.quantized if device.type == "cuda" else {}
         if form == "folded":
             written = {name: one for name, one in self.adapted.items() if name not in self.quantized} | written
-        of_experts = [math.prod(stack.sizes) for stack in self.experts.values()] if device.type == "cuda" else []
+        of_experts = [self._numel_of_group(stack) for stack in self.experts.values()] if device.type == "cuda" else []
         return max([*of_experts, *(module.weight.numel() for module in written.values())], default=0)
 
-    def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Held]:
-        """Return the memory at each moment of a step with all layers.
+    def _numel_of_group(self, stack: ExpertStack) -> int:
+        """Return the number of weights of a stack that are dequantized at a time on a GPU."""
+        largest = max(math.prod(other.sizes) for other in self.experts.values() if other.layer == stack.layer)
+        size = experts_at_once(torch.device("cuda"), self.model.dtype, largest, is_trial=True)
+        return min(size, stack.shape[0]) * math.prod(stack.sizes)
+
+    def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Moment]:
+        """Return the moments of a step with all layers.
 
         Args:
             moments: Moments of a step with the layers that are kept.
@@ -135,7 +141,7 @@ class Stack:
             else:
                 below = below.plus(hold[kind])
         extras[HEAD] = below
-        return [moment.held.plus(extras[moment.place]) for moment in moments]
+        return [Moment(moment.place, moment.held.plus(extras[moment.place])) for moment in moments]
 
 
 def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -174,13 +180,19 @@ class _EmptyExperts(NF4Experts):
     def __init__(self, stack: ExpertStack, device: torch.device) -> None:
         codes = -(-math.prod(stack.sizes) // 2)
         super().__init__(torch.empty(stack.shape[0], codes, dtype=torch.uint8, device="meta"), {}, {}, stack.shape)
-        self._writes_scratch = device.type == "cuda"
+        self._device = device
 
-    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Any = ()) -> torch.Tensor:
-        """Return a meta tensor in the same kind of memory as the real expert's weight."""
-        if self._writes_scratch:
-            return scratch(self.shape[1:], dtype, self.weight.device)
-        return torch.empty(self.shape[1:], dtype=dtype, device="meta")
+    @property
+    def device(self) -> torch.device:
+        """Device of the run."""
+        return self._device
+
+    def weights_for_product(self, group: ExpertGroup, dtype: torch.dtype, update: Any = None) -> torch.Tensor:
+        """Return a meta tensor in the same kind of memory as the real experts' weights."""
+        shape = len(group.experts), *self.shape[1:]
+        if self._device.type == "cuda":
+            return scratch(shape, dtype, self.weight.device)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def set_attention(model: Any, config: RunConfig, device: torch.device, row: int, packed: bool) -> None:

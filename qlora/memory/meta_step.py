@@ -21,7 +21,7 @@ from qlora.model.loss import Loss
 NEVER = (1 << 61) - 1
 
 
-def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, list[Held]]:
+def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, list[Moment]]:
     """Run a step at each level of recomputation that the model supports.
 
     Args:
@@ -42,7 +42,7 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         short = _prime(2 * whole // sum(map(len, head_blocks(output_head(model)))), model)
     else:  # nothing is computed in chunks
         short, own = long, whole
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[Moment]] = {}
     head: list[Held] = []
     for level in levels:
         apply_recompute(model, level)
@@ -61,7 +61,8 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         held["offload"] = _finish(stack, trace, head, nothing)
         if "mlp" in levels:
             tiled = _fit_tiled(stack, loss)
-            held["offload+tiled"] = [*_finish(stack, replace(trace, moments=[]), head, nothing), tiled]
+            of_head = _finish(stack, replace(trace, moments=[]), head, nothing)
+            held["offload+tiled"] = [*of_head, Moment(place=0, held=tiled)]
     return {level: _largest(moments) for level, moments in held.items()}
 
 
@@ -159,20 +160,23 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     return _Trace(moments, holds, starts[-1])
 
 
-def _finish(stack: Stack, trace: _Trace, head: list[Held], layers_hold: Sequence[Held]) -> list[Held]:
+def _finish(stack: Stack, trace: _Trace, head: list[Held], layers_hold: Sequence[Held]) -> list[Moment]:
     """Return all moments of a level: those of its layers, and the head's, which are the same at every level."""
     moments = [Moment(place, held.plus(stack.always)) for place, held in trace.moments if place != HEAD]
     moments += [Moment(HEAD, trace.before_head.plus(excess).plus(stack.always)) for excess in head]
     return stack.extrapolate(moments, layers_hold)
 
 
-def _largest(moments: Sequence[Held]) -> list[Held]:
-    """Drop the moments that can't be the largest."""
-    largest: dict[Bytes, Held] = {}
-    for held in sorted(moments, key=lambda one: one.total[::-1], reverse=True):
-        total = held.total
-        if not any(all(one >= other for one, other in zip(known, total, strict=True)) for known in largest):
-            largest[total] = held
+def _largest(moments: Sequence[Moment]) -> list[Moment]:
+    """Drop the moments that can't be the largest, neither in the layers nor in the head."""
+    largest: dict[tuple[bool, Bytes], Moment] = {}
+    for moment in sorted(moments, key=lambda one: one.held.total[::-1], reverse=True):
+        in_head, total = moment.place == HEAD, moment.held.total
+        if not any(
+            in_head == known_in_head and all(one >= other for one, other in zip(known, total, strict=True))
+            for known_in_head, known in largest
+        ):
+            largest[in_head, total] = moment
     return list(largest.values())
 
 

@@ -1,10 +1,13 @@
 """A prediction of a run's memory as a report: what fits a device at each level of recomputation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora.errors import ModelError
+from qlora.memory.cards import Card
 from qlora.memory.estimate import MARGIN, Estimate, choose_level
+from qlora.memory.pace import pace_of
+from qlora.memory.place import first_that_fits, places_of
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -23,6 +26,13 @@ class MemoryReport:
             `largest_micro_batch`, the `longest_context` and the number of `weight_cache_layers`.
         level: The level to use; None if the run does not fit.
         why: Reason for the level, or why no level fits.
+        weights: Where the 4-bit weights of the layers would be; `levels` are for that place.
+        weights_why: Reason for it.
+        processes: Number of processes, each with a GPU of this size.
+        places: For each place, the fastest first: the `level` that fits or else takes least, its `total` bytes on the
+            device, whether it `fits`, `host_bytes` and `copied_bytes` per process, the latter in an optimizer step; and
+            for a GPU that is named, `compute_seconds` and `copy_seconds` of an optimizer step on paper and the number
+            of tokens of a micro-batch from which the copies are `hidden_from` sight.
         unpacked_why: Why documents would not be packed, as far as the architecture tells; None if it does not.
     """
 
@@ -36,6 +46,10 @@ class MemoryReport:
     levels: dict[str, dict[str, Any]]
     level: str | None
     why: str
+    weights: str
+    weights_why: str
+    processes: int
+    places: dict[str, dict[str, Any]]
     unpacked_why: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,17 +60,34 @@ class MemoryReport:
         return f"<MemoryReport: recompute {self.level}: {self.why}>" if self.level else f"<MemoryReport: {self.why}>"
 
 
-def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> MemoryReport:
+def make_report(
+    estimate: Estimate,
+    free_bytes: int,
+    level: str = "auto",
+    weights: str = "auto",
+    micro_batches: int = 1,
+    card: Card | None = None,
+) -> MemoryReport:
     """Compare a prediction with the free memory.
 
     Args:
-        estimate: The prediction.
-        free_bytes: Bytes that the run may take.
+        estimate: The prediction, with its number of processes.
+        free_bytes: Bytes that the run may take on each device.
         level: Level of recomputation that the config asks for; `auto` for the fastest one that fits.
+        weights: Where the config asks the weights to be; `auto` for the first place that fits.
+        micro_batches: Number of micro-batches of an optimizer step on each process.
+        card: GPU whose times are computed; None for none.
 
     Raises:
         ModelError: The model does not support the level.
     """
+    weights_why = "set by model.weights"
+    if weights == "auto":
+        weights, weights_why = first_that_fits(estimate, free_bytes)
+    places = {}
+    for place in places_of(estimate):
+        places[place] = _describe_place(replace(estimate, weights=place), free_bytes, level, micro_batches, card)
+    estimate = replace(estimate, weights=weights)
     tokens = estimate.tokens
     if level not in ("auto", *estimate.levels):
         raise ModelError(f"model.recompute: {level} is not available; set {' or '.join(estimate.levels)}.")
@@ -87,5 +118,35 @@ def make_report(estimate: Estimate, free_bytes: int, level: str = "auto") -> Mem
         levels=levels,
         level=chosen,
         why=why,
+        weights=weights,
+        weights_why=weights_why,
+        processes=estimate.processes,
+        places=places,
         unpacked_why=estimate.footprint.unpacked_why,
     )
+
+
+def _describe_place(
+    estimate: Estimate, free_bytes: int, level: str, micro_batches: int, card: Card | None
+) -> dict[str, Any]:
+    """Return what :attr:`MemoryReport.places` has about the place of an estimate."""
+    levels = estimate.levels if level == "auto" else [level]
+    totals = {name: estimate.total_bytes(name, estimate.tokens) for name in levels}
+    fitting = [name for name in levels if estimate.fits(name, free_bytes, estimate.tokens)]
+    chosen = fitting[0] if fitting else min(totals, key=lambda name: totals[name])
+    placed = estimate.placed
+    found = {
+        "level": chosen,
+        "total": totals[chosen],
+        "fits": bool(fitting),
+        "host_bytes": placed.host,
+        "copied_bytes": placed.copied * micro_batches,
+    }
+    if card is not None:
+        pace = pace_of(estimate, chosen, card)
+        found |= {
+            "compute_seconds": pace.compute * micro_batches,
+            "copy_seconds": pace.copy * micro_batches,
+            "hidden_from": pace.hidden_from,
+        }
+    return found

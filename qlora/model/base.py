@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import use_document_rotary
 from qlora.layers.experts import use_nf4_experts
+from qlora.layers.placement import HostWeights, place_weights
 from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -18,6 +19,7 @@ from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.host_memory import returned_to_system
 from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
+from qlora.model.placing import make_placement, place_complete_layers, take_over_linears
 from qlora.model.processor import load_processor
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.score import replace_head
@@ -25,7 +27,7 @@ from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
 from qlora.model.text_only import find_text_model, tensors_of_text
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config
-from qlora.nf4 import NF4Linear, is_bitsandbytes_linear
+from qlora.processes import Processes
 
 QUANTIZATIONS = ("nf4", "none")
 
@@ -46,6 +48,8 @@ def load_base(
     keep_16bit: Sequence[str] = (),
     allow_unquantized: bool = False,
     whole: bool = False,
+    weights: str = "device",
+    processes: Processes | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model, or one that scores documents, frozen, and its tokenizer or image processor.
 
@@ -74,6 +78,9 @@ def load_base(
         keep_16bit: Linear layers that are not quantized, by names or patterns as in :class:`qlora.lora.Targets`.
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
+        weights: Where the 4-bit weights of the layers are: on the `device`, `sharded` over the processes, or on the
+            `host`; see :mod:`qlora.layers.placement` and :mod:`qlora.layers.sharding`.
+        processes: Processes that all load the base, which `sharded` weights are split over.
 
     Returns:
         The model, in evaluation mode, and its tokenizer; of a model of images its image processor.
@@ -88,13 +95,17 @@ def load_base(
     files = BaseFiles.resolve(base, revision, trust_remote_code, rope_scaling=rope_scaling)
     stored_in = weight_format(files, quantization)
     device = resolve_device(device)
+    placed = make_placement(weights, quantization, device, processes)
     dtype = resolve_compute_dtype(compute_dtype, device)
     if on_weight is not None and (quantization == "none" or stored_in == BITSANDBYTES_4BIT):
         remedy = "set quantization: nf4" if quantization == "none" else "use the 16-bit model that it was made from"
         raise ModelError(
             f"on_weight replaces weights before they are quantized, but no weight of {base} is quantized; {remedy}."
         )
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
+    # Weights that are quantized while they are read go to the host layer by layer; others are placed afterwards.
+    leaves_early = isinstance(placed, HostWeights) and stored_in != BITSANDBYTES_4BIT
+    first_device = device if placed is None or leaves_early else torch.device("cpu")
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(first_device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
     skeleton = build_skeleton(files, trust_remote_code, head, whole)
@@ -103,35 +114,41 @@ def load_base(
         check_share(base, skeleton, settings)
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
+        if isinstance(placed, HostWeights):
+            # A function of its own, because transformers copies settings with all they refer to.
+            settings.after_weight = lambda model, experts: place_complete_layers(placed, model, experts)
     if stored_in != BITSANDBYTES_4BIT:
         for config in (skeleton.config, skeleton.config.get_text_config()):
             vars(config).pop("quantization_config", None)  # it describes the stored weights, which are read decoded
-    weights = BaseWeights(files)
-    of_text = None if text_part(skeleton) is None else tensors_of_text(skeleton, weights.shapes)
-    tensors: dict[str, Any] = {**weights.lazy(of_text)}
+    stored = BaseWeights(files)
+    of_text = None if text_part(skeleton) is None else tensors_of_text(skeleton, stored.shapes)
+    tensors: dict[str, Any] = {**stored.lazy(of_text)}
     drawn: set[str] = set()
     if head is not None:
         tensors, drawn = replace_head(files, skeleton, head, tensors, seed, trust_remote_code)
-    _check_shapes(weights, base, skeleton, drawn)
+    _check_shapes(stored, base, skeleton, drawn)
     if on_weight is not None:
         layers = find_quantized_layers(skeleton, settings, base, tensors)
         tensors = replace_when_read(tensors, layers, on_weight)
-    try:
-        with returned_to_system(), _bars_on_terminals():
-            model, info = type(skeleton).from_pretrained(
-                None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
-            )
-            experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
-            _take_over_linears(model)
-            use_document_rotary(model)
-            if quantization == "nf4":
-                use_nf4_experts(model, experts, double_quant)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
-        if attention != "auto" and "attention" in str(error).lower():
-            raise ModelError(
-                f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
-            ) from error
-        raise ModelError(f"{base} can't be loaded: {error}") from error
+    with processes.raise_together() if processes and weights == "sharded" else nullcontext():
+        try:
+            with returned_to_system(), _bars_on_terminals():
+                model, info = type(skeleton).from_pretrained(
+                    None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
+                )
+                experts = getattr(getattr(model, "hf_quantizer", None), "experts", {})
+                _take_over_linears(model)
+                use_document_rotary(model)
+                if quantization == "nf4":
+                    use_nf4_experts(model, experts, double_quant)
+                if placed is not None:
+                    place_weights(model, placed)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
+            if attention != "auto" and "attention" in str(error).lower():
+                raise ModelError(
+                    f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
+                ) from error
+            raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
     if whole and is_multimodal(model.config):
@@ -213,9 +230,7 @@ def _first(items: list[str]) -> str:
 
 def _take_over_linears(model: Any) -> None:
     """Replace bitsandbytes' own layers by `NF4Linear`, and remove transformers' quantizer from the model."""
-    for name, module in list(model.named_modules()):
-        if is_bitsandbytes_linear(module):
-            model.set_submodule(name, NF4Linear.from_linear(module))
+    take_over_linears(model)
     if getattr(model, "is_quantized", False):
         # Transformers saves, moves and casts by these attributes, which no longer describe the layers.
         model.is_quantized = model.is_loaded_in_4bit = False

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qlora.data import Batch
+from qlora.layers.placement import uneven_passes
 from qlora.model.loss import SUPERVISED, Loss
 
 
@@ -67,15 +68,16 @@ def evaluate(
     totals = torch.zeros(num_means + math.prod(loss.counts), dtype=torch.float64, device=device)
     if loss.ahead is not None:
         batches = _with_ahead(model, list(batches), reduce, loss, device)
-    for batch in batches:
-        step = loss.compute(model, loss.learned_part(model, batch.to(device)))
-        sums = loss.sums(step)
-        totals[0] += sums[0]
-        totals[1] += batch.num_supervised
-        totals[2] += loss.units(batch)
-        totals[3:num_means] += sums[1:]
-        if step.counts is not None:
-            totals[num_means:] += step.counts.flatten()
+    with uneven_passes(model):  # the other processes may have more batches
+        for batch in batches:
+            step = loss.compute(model, loss.learned_part(model, batch.to(device)))
+            sums = loss.sums(step)
+            totals[0] += sums[0]
+            totals[1] += batch.num_supervised
+            totals[2] += loss.units(batch)
+            totals[3:num_means] += sums[1:]
+            if step.counts is not None:
+                totals[num_means:] += step.counts.flatten()
     model.train(was_training)
     loss_sum, num_supervised, units, *others = (totals if reduce is None else reduce(totals)).tolist()
     metrics, counted = others[: len(loss.metrics)], np.array(others[len(loss.metrics) :], dtype=np.int64)
@@ -96,8 +98,9 @@ def _with_ahead(
     """Return batches with the means over all of them, of every process, that the loss computes ahead."""
     assert loss.ahead is not None
     totals = torch.zeros(loss.num_ahead + 1, dtype=torch.float32, device=device)
-    for batch in batches:
-        totals[:-1] += loss.ahead(model, batch.to(device))
-        totals[-1] += loss.units(batch)
+    with uneven_passes(model):
+        for batch in batches:
+            totals[:-1] += loss.ahead(model, batch.to(device))
+            totals[-1] += loss.units(batch)
     totals = totals if reduce is None else reduce(totals)
     return [replace(batch, ahead=totals[:-1] / totals[-1]) for batch in batches]

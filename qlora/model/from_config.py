@@ -44,6 +44,7 @@ from qlora.model.on_weight import OnWeight
 from qlora.model.quantization import settings_of_base
 from qlora.model.shares import check_share
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
+from qlora.processes import Processes
 
 Specs = dict[str, AdapterSpec]
 
@@ -83,10 +84,24 @@ def base_from_section(
     on_weight: OnWeight | None = None,
     head: ScoreHead | None = None,
     seed: int = 0,
+    processes: Processes | None = None,
 ) -> tuple[Any, Any]:
-    """Load the base that a config names, and its tokenizer; see :func:`load_base` for the other arguments."""
+    """Load the base that a config names, and its tokenizer; see :func:`load_base` for the other arguments.
+
+    Args:
+        section: Model section of the config. With `weights: auto`, the weights are on the device; one process alone
+            has sharded weights on the host.
+        device: See :func:`load_base`.
+        on_weight: See :func:`load_base`.
+        head: See :func:`load_base`.
+        seed: See :func:`load_base`.
+        processes: Processes that share the weights; None for this one alone.
+    """
     settings = section.model_dump(exclude={"recompute", "weight_cache"})
-    return load_base(device=device, on_weight=on_weight, head=head, seed=seed, **settings)
+    alone = {"auto": "device", "sharded": "host"}
+    if processes is None:
+        settings["weights"] = alone.get(section.weights, section.weights)
+    return load_base(device=device, on_weight=on_weight, head=head, seed=seed, processes=processes, **settings)
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:

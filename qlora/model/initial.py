@@ -11,6 +11,7 @@ from qlora.config import LoraSection, RunConfig
 from qlora.data import TokenizedExample
 from qlora.errors import ModelError
 from qlora.kernels import LowRank
+from qlora.layers.placement import placed_weights
 from qlora.lora import (
     InputStatistics,
     LayerStart,
@@ -26,6 +27,7 @@ from qlora.lora import (
     trained_rows,
 )
 from qlora.lora.head import SCORES
+from qlora.lora.host_rows import keep_rows_on_host
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
@@ -35,8 +37,9 @@ from qlora.model.observe import observe
 from qlora.model.quantization import find_quantized_layers, settings_of_base
 from qlora.model.skeleton import build_skeleton
 from qlora.model.start_from import open_start, starts_from_adapter
-from qlora.model.starts import Starts, codes_digest, load_started_base, subtracted
+from qlora.model.starts import Starts, codes_digest, codes_of, load_started_base, subtracted
 from qlora.nf4 import dequantize, quantize
+from qlora.processes import Processes
 
 # Directions of its inputs by which a layer's lost weights are weighed.
 MOMENT_DIRECTIONS = 128
@@ -53,6 +56,7 @@ def load_for_training(
     old_examples: Sequence[TokenizedExample] | None = None,
     is_reference: bool = False,
     head: ScoreHead | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Any, Starts]:
     """Load the base that a config names with its adapters, frozen except for these.
 
@@ -65,6 +69,7 @@ def load_for_training(
         old_examples: Examples whose inputs the adapters are not to see; None for none, or if they are in the starts.
         is_reference: Whether the model at its start is what training compares with, so that it is kept.
         head: Head of scores of whole documents that is trained, in place of the one over the vocabulary.
+        processes: Processes that share the weights; None for this one alone.
 
     Returns:
         The model, in evaluation mode, and what its adapters start from: empty if that follows from the seed.
@@ -74,16 +79,16 @@ def load_for_training(
     """
     section, seed, adapter = config.lora, config.train.seed, None
     if starts is not None:
-        model = load_started_base(config.model, starts, device, head, seed)
+        model = load_started_base(config.model, starts, device, head, seed, processes)
     elif section.start_from is not None:
         source = open_start(config)
         adapter = source.read()
-        model = load_started_base(config.model, source.starts(), device, head, seed)
+        model = load_started_base(config.model, source.starts(), device, head, seed, processes)
         starts = starts_from_adapter(config, source, adapter, adapter_specs(model, section), head)
     elif section.init == "reconstruct":
-        model, starts = _reconstructed(config, device, examples, head)
+        model, starts = _reconstructed(config, device, examples, head, processes)
     else:
-        model, _ = base_from_section(config.model, device, head=head, seed=seed)
+        model, _ = base_from_section(config.model, device, head=head, seed=seed, processes=processes)
         starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
     adapt(model, section, seed, new_ids, starts)
     if adapter is not None and adapter.rows:
@@ -96,6 +101,8 @@ def load_for_training(
         keep_starts(model, starts, {name: layer.spec for name, layer in lora_layers(model)})
         for _, own in trained_rows(model):
             own.kept = own.weight.detach().clone()
+    if placed_weights(model) is not None:
+        keep_rows_on_host(model)
     # Copies on the host: what the layers hold is theirs.
     return model, starts_from_tensors(starts_to_tensors(starts))
 
@@ -130,7 +137,11 @@ _COMPUTED: dict[str, Callable[[Any, LoraSection, Sequence[TokenizedExample]], St
 
 
 def _reconstructed(
-    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample], head: ScoreHead | None
+    config: RunConfig,
+    device: str | torch.device,
+    examples: Sequence[TokenizedExample],
+    head: ScoreHead | None,
+    processes: Processes | None,
 ) -> tuple[Any, Starts]:
     """Load a base whose weights are quantized together with the initial adapter, one at a time as they are read."""
     section = config.model
@@ -151,7 +162,7 @@ def _reconstructed(
             f"lora.init: reconstruct is for layers in 4 bits, which {', '.join(missing[:3])} are not; leave them out "
             "of lora.targets, or set another lora.init."
         )
-    statistics = _statistics(config, device, examples) if config.lora.calibrate else {}
+    statistics = _statistics(config, device, examples, processes) if config.lora.calibrate else {}
     starts: dict[str, LayerStart] = {}
 
     def quantized(weight: torch.Tensor) -> torch.Tensor:
@@ -170,15 +181,15 @@ def _reconstructed(
         )
         return subtracted(weight, starts[name])
 
-    model, _ = base_from_section(section, device, start, head, config.train.seed)
+    model, _ = base_from_section(section, device, start, head, config.train.seed, processes)
     for name, found in starts.items():
-        starts[name] = replace(found, codes=codes_digest(model.get_submodule(name).weight))
+        starts[name] = replace(found, codes=codes_digest(codes_of(model.get_submodule(name))))
     return model, starts
 
 
 def _statistics(
-    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample]
+    config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample], processes: Processes | None
 ) -> dict[str, InputStatistics]:
     """Return statistics of the inputs of a plain base's layers; the base is freed again."""
-    model, _ = base_from_section(config.model, device)
+    model, _ = base_from_section(config.model, device, processes=processes)
     return observe(model, list(adapter_specs(model, config.lora)), "lora.calibrate", examples, MOMENT_DIRECTIONS)

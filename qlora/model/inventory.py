@@ -13,6 +13,7 @@ from qlora.lora import (
     read_directly,
     trained_rows,
 )
+from qlora.lora.host_rows import host_rows
 from qlora.model.shares import linear_weights
 from qlora.nf4 import NF4Experts, NF4Linear
 
@@ -26,6 +27,9 @@ def take_inventory(model: nn.Module) -> Inventory:
     trained = sum(parameter.numel() for rows in all_rows for parameter in rows.trained)
     # A weight whose rows are all trained is removed from the base, but counts as its parameter.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
+    on_host = host_rows(model)  # so is one on the host
+    plain += sum(rows.numel() for rows in on_host.values())
+    num_bytes += sum(rows.nbytes for rows in on_host.values())
     seen = {parameter for rows in all_rows for parameter in rows.trained}
     for name, module in model.named_modules():
         name = name.removesuffix(".base")
@@ -75,12 +79,14 @@ def _read_directly(model: nn.Module) -> list[str]:
 def frozen_checksum(model: nn.Module) -> int:
     """Sum the bytes of all frozen weights and their statistics; the sum changes if training writes to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    frozen: list[torch.Tensor] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for module in model.modules():
+        if isinstance(module, NF4Linear | NF4Experts):
+            module.ensure_present()
+        frozen: list[torch.Tensor] = [each for each in module.parameters(recurse=False) if not each.requires_grad]
         if isinstance(module, NF4Linear | NF4Experts):
             frozen += module.statistics
         if isinstance(module, LoraLinear):
             frozen += module.buffers(recurse=False)
-    for tensor in frozen:
-        total += tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
-    return int(total)
+        for tensor in frozen:
+            total += tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
+    return int(total) + sum(int(rows.view(torch.uint8).sum(dtype=torch.int64)) for rows in host_rows(model).values())

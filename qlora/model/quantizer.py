@@ -4,6 +4,7 @@ It takes subclasses of `nn.Linear` that compute the same, too. Importing this fi
 a name of its own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ NAME = "qlora-nf4"
 
 @register_quantization_config(NAME)
 class NF4Config(BitsAndBytesConfig):
-    """Settings that select the quantizer; in files they are bitsandbytes' own."""
+    """Settings that select the quantizer; in files they are bitsandbytes' own.
+
+    Attributes:
+        after_weight: Called with the model and the quantized experts by name, after a weight was quantized; those
+            before it are in the model by then.
+    """
+
+    after_weight: Callable[[Any, dict[str, NF4Experts]], None] | None = None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -31,7 +39,9 @@ class NF4Config(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as config.json has them."""
-        return super().to_dict() | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
+        values = super().to_dict() | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
+        values.pop("after_weight", None)
+        return values
 
 
 @register_quantizer(NAME)
@@ -88,4 +98,7 @@ class _Quantize(ConversionOps):
             double_quant = quantizer.quantization_config.bnb_4bit_use_double_quant
             quantizer.experts[name] = NF4Experts.from_weight(weight, double_quant)
             found[name] = quantizer.experts[name].weight
-        return found | (self._linears.convert(others, **kwargs) if others else {})
+        found |= self._linears.convert(others, **kwargs) if others else {}
+        if quantizer.quantization_config.after_weight is not None:
+            quantizer.quantization_config.after_weight(kwargs["model"], quantizer.experts)
+        return found

@@ -10,7 +10,9 @@ from qlora.config import RunConfig, load_config
 from qlora.data import ImageProcessor, apply_template, set_special_tokens
 from qlora.errors import ModelError
 from qlora.files import BaseFiles, find_adapter
+from qlora.layers.placement import placed_weights
 from qlora.lora import ScoreHead, apply_first, embedding_and_head, keep_starts, stored_head, trained_rows
+from qlora.lora.host_rows import keep_rows_on_host
 from qlora.lora.rows import first_rows
 from qlora.model.base import load_base
 from qlora.model.device import resolve_device
@@ -114,6 +116,8 @@ def load_adapted(
             keep_starts(model, starts, specs)
             for name, own in trained_rows(model):
                 own.kept = rows[name].to(own.weight)
+    if placed_weights(model) is not None:
+        keep_rows_on_host(model)
     if source.head is not None and not source.head.of_images:
         # To score several texts at a time, which transformers pads with it.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

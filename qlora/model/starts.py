@@ -12,6 +12,8 @@ from qlora.errors import ModelError
 from qlora.lora import Factors, LayerStart, ScoreHead, subtract
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model.from_config import base_from_section
+from qlora.nf4 import NF4Linear
+from qlora.processes import Processes
 
 # By the names of the layers; empty if all follows from the seed.
 Starts = Mapping[str, LayerStart]
@@ -23,6 +25,7 @@ def load_started_base(
     device: str | torch.device = "auto",
     head: ScoreHead | None = None,
     seed: int = 0,
+    processes: Processes | None = None,
 ) -> Any:
     """Load a base without the terms that its run subtracted before quantizing it.
 
@@ -32,18 +35,19 @@ def load_started_base(
         device: Device of the model.
         head: Head that scores documents, see :func:`load_base`.
         seed: Seed of its initial values.
+        processes: Processes that share the weights; None for this one alone.
 
     Raises:
         ModelError: The base can't be loaded, or its codes are not those that the run trained on.
     """
     if not any(start.subtracted for start in starts.values()):
-        return base_from_section(section, device, head=head, seed=seed)[0]
+        return base_from_section(section, device, head=head, seed=seed, processes=processes)[0]
 
     def without(name: str, weight: torch.Tensor) -> torch.Tensor:
         return subtracted(weight, starts.get(name))
 
-    model, _ = base_from_section(section, device, without, head, seed)
-    differing = [name for name, start in starts.items() if not has_codes(start, model.get_submodule(name).weight)]
+    model, _ = base_from_section(section, device, without, head, seed, processes)
+    differing = [name for name, start in starts.items() if not has_codes(start, codes_of(model.get_submodule(name)))]
     if differing:
         raise ModelError(
             f"{section.base}: {len(differing)} layers have other 4-bit codes than the base that the run was started on "
@@ -78,7 +82,15 @@ def has_codes(start: LayerStart, packed: torch.Tensor) -> bool:
     return start.codes is None or torch.equal(start.codes.cpu(), codes_digest(packed))
 
 
+def codes_of(layer: Any) -> torch.Tensor:
+    """Return the weight of a layer as it is held, to be read before another layer's."""
+    if isinstance(layer, NF4Linear):
+        layer.ensure_present()
+    return layer.weight
+
+
 def codes_digest(packed: torch.Tensor) -> torch.Tensor:
     """Return the SHA-256 of 4-bit codes, (32,) uint8."""
-    digest = hashlib.sha256(packed.cpu().contiguous().numpy().tobytes()).digest()
+    # A copy, because memory that numpy has seen can't be freed by `fully_shard`.
+    digest = hashlib.sha256(packed.to("cpu", copy=True).contiguous().numpy().tobytes()).digest()
     return torch.tensor(list(digest), dtype=torch.uint8)

@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora.kernels import Delta, fold, scratch
-from qlora.nf4.quantize import BLOCK_SIZE, dequantize, quantize
+from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch, weights_of_group
+from qlora.nf4.quantize import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    dequantize,
+    is_close,
+    is_verified,
+    kind_of_fold,
+    quantize,
+    random_delta,
+    same_bits,
+)
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -27,7 +37,12 @@ class NF4Experts(nn.Module):
         shape: (experts, rows, columns) of the weights, in the orientation of the model.
         block_size: Number of weights that share one absmax.
         dtype: Dtype that they were quantized from.
+
+    Attributes:
+        before_read: Called before the codes are read, where they are not always in memory; None where they are.
     """
+
+    before_read: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -43,6 +58,7 @@ class NF4Experts(nn.Module):
         # No buffers: a cast of the model would cast them too, and dequantization needs them as they are.
         self._statistics, self._tables = statistics, tables
         self.shape, self.block_size, self.quantized_from = shape, block_size, dtype
+        self._cached: torch.Tensor | None = None
 
     @classmethod
     def from_weight(cls, weight: torch.Tensor, double_quant: bool = True) -> "NF4Experts":
@@ -75,6 +91,11 @@ class NF4Experts(nn.Module):
         return self.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Device of the codes, where products are computed."""
+        return self.weight.device
+
+    @property
     def numel(self) -> int:
         """Number of weights of all experts."""
         return self.shape[0] * self.shape[1] * self.shape[2]
@@ -89,6 +110,21 @@ class NF4Experts(nn.Module):
         """The tensors that dequantize the codes; the first dimension of each is the experts'."""
         return [*self._statistics.values()]
 
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """The codes and their statistics, which :meth:`use_packed` replaces."""
+        return [self.weight.data, *self.statistics]
+
+    def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Use other tensors in place of :attr:`packed`, with the same shapes and dtypes."""
+        self.weight.data, *others = tensors
+        self._statistics = dict(zip(self._statistics, others, strict=True))
+
+    def ensure_present(self) -> None:
+        """Have the codes and their statistics in memory until other weights are read."""
+        if self.before_read is not None:
+            self.before_read()
+
     def quant_state(self, expert: int) -> "QuantState":
         """Return the statistics of an expert, as :func:`qlora.nf4.quantize` gives them."""
         from bitsandbytes.functional import QuantState
@@ -97,7 +133,7 @@ class NF4Experts(nn.Module):
         nested: dict[str, Any] = {}
         if "offset" in own:
             state2 = QuantState(
-                own["nested_absmax"], blocksize=256, code=self._tables["nested_code"], dtype=torch.float32
+                own["nested_absmax"], blocksize=NESTED_BLOCK_SIZE, code=self._tables["nested_code"], dtype=torch.float32
             )
             nested = {"offset": own["offset"], "state2": state2}
         shape = torch.Size(self.shape[1:])
@@ -108,23 +144,90 @@ class NF4Experts(nn.Module):
 
     def dequantize(self, expert: int, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weight of an expert, (rows, columns), in `dtype`."""
+        self.ensure_present()
         return dequantize(self.weight[expert], self.quant_state(expert), dtype, out)
 
-    def weight_for_product(self, expert: int, dtype: torch.dtype, deltas: Sequence[Delta] = ()) -> torch.Tensor:
-        """Return the weight of an expert for a product that starts at once; read it only, as the next call writes it.
+    def weights_for_product(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None = None
+    ) -> torch.Tensor:
+        """Return the weights of a group of experts for a product that starts at once; the next call may overwrite them.
 
         Args:
-            expert: Index of the expert.
+            group: The experts.
             dtype: Dtype of the result.
-            deltas: Terms added to the weight, in `dtype` and in its orientation.
+            update: Terms of all experts of the layer, of which each expert's is added to its weight: in any dtype and
+                in the orientation of the weights.
 
         Returns:
-            (rows, columns).
+            (experts of the group, rows, columns).
         """
-        # bitsandbytes returns a new tensor on CPUs, regardless of `out`.
-        out = scratch(self.shape[1:], dtype, self.weight.device) if self.weight.is_cuda else None
-        weight = self.dequantize(expert, dtype, out)
-        return fold(weight, deltas, out=weight)
+        experts, cached = group.experts, self._cached
+        # On a GPU the fused kernel reads fewer bytes of codes than of a cached weight.
+        if cached is not None and cached.dtype == dtype and not (self.weight.is_cuda and update is not None):
+            return weights_of_group(cached, group, dtype, update)
+        if len(experts) == 1 and not self.weight.is_cuda:  # where bitsandbytes returns a new tensor
+            weight = self.dequantize(experts[0], dtype)[None]
+            return fold_group(weight, update, group, out=weight)
+        self.ensure_present()
+        out = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
+        kind = (self.weight.device, dtype, "experts", self.block_size, "offset" in self._statistics)
+        kind_of_update = () if update is None else kind_of_fold(self.shape[2], self.block_size, update)
+        if is_verified(
+            (*kind, *kind_of_update),
+            f"experts of {self.extra_repr()}",
+            lambda: self._agrees(group.first(2), dtype, update),
+        ):
+            return self._dequantize_at_once(group, dtype, update, out)
+        return self._dequantize_one_by_one(group, dtype, update, out)
+
+    def cache_weight(self, dtype: torch.dtype) -> None:
+        """Keep the dequantized weights for products in `dtype`: 2 bytes per parameter in 16 bits."""
+        self._cached = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
+        for expert, own in enumerate(self._cached):
+            self.dequantize(expert, dtype, own)
+
+    def uncache_weight(self) -> None:
+        """Undo :meth:`cache_weight`."""
+        self._cached = None
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the dequantized weights are cached."""
+        return self._cached is not None
+
+    def _dequantize_one_by_one(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        for own, expert in zip(out, group.experts, strict=True):
+            self.dequantize(expert, dtype, own)
+        return fold_group(out, update, group, out=out)
+
+    def _dequantize_at_once(
+        self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        from qlora.kernels.dequantize_triton import dequantize_4bit_triton
+
+        own, options = self._statistics, dict[str, Any]()
+        if "offset" in own:
+            options = {
+                "nested_code": self._tables["nested_code"], "nested_absmax": own["nested_absmax"],
+                "nested_offset": own["offset"], "nested_block_size": NESTED_BLOCK_SIZE,
+            }  # fmt: skip
+        if update is not None:
+            update = update.to(dtype)
+            options |= {"lora_A": update.A, "lora_B": update.B, "scaling": update.scaling}
+        return dequantize_4bit_triton(
+            self.weight, self._tables["code"], own["absmax"], self.shape[1:], dtype, self.block_size,
+            index=group.index, out=out, **options,
+        )  # fmt: skip
+
+    def _agrees(self, group: ExpertGroup, dtype: torch.dtype, update: LowRank | None) -> bool:
+        """Return whether experts that are dequantized at once are those dequantized one by one."""
+        trial = None if update is None else random_delta(update)  # B starts at zero and would hide a difference
+        outs = torch.empty(2, len(group.experts), *self.shape[1:], dtype=dtype, device=self.weight.device)
+        found = self._dequantize_at_once(group, dtype, trial, outs[0])
+        wanted = self._dequantize_one_by_one(group, dtype, trial, outs[1])
+        return same_bits(found, wanted) if trial is None else is_close(found, wanted)
 
     def forward(self, *_: Any) -> torch.Tensor:
         """Refuse: experts are called through their layer, which knows the experts of each token."""
@@ -144,10 +247,12 @@ class NF4Experts(nn.Module):
         if {name: tensor.shape for name, tensor in state.items()} != own:
             raise ValueError(f"the statistics are of other weights than {self.extra_repr()}")
         self._statistics = {name: tensor.to(self.weight.device, copy=True) for name, tensor in state.items()}
+        self.uncache_weight()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Experts":
         # The statistics follow the codes to their device and keep their dtype, because dequantization needs it.
         super()._apply(fn, recurse)
+        self.uncache_weight()
         device = self.weight.device
         self._statistics = {name: tensor.to(device) for name, tensor in self._statistics.items()}
         self._tables = {name: tensor.to(device) for name, tensor in self._tables.items()}

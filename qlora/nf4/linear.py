@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels import Delta, LowRank, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
-from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, statistics
+from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, set_statistics, statistics
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -39,10 +39,14 @@ class NF4Linear(nn.Module):
         packed: Codes, uint8, as :func:`qlora.nf4.quantize` gives them.
         quant_state: The blocks' statistics; its shape is (out_features, in_features).
         bias: (out_features,) or None.
+
+    Attributes:
+        before_read: Called before the codes are read, where they are not always in memory; None where they are.
     """
 
     in_features: int
     out_features: int
+    before_read: Callable[[], None] | None = None
 
     def __init__(self, packed: torch.Tensor, quant_state: Any, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -65,6 +69,7 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weight, (out_features, in_features), in `dtype`."""
+        self.ensure_present()
         return dequantize(self.weight, self.quant_state, dtype, out)
 
     def weight_for_product(
@@ -90,6 +95,7 @@ class NF4Linear(nn.Module):
         out = None if is_new else scratch(self.quant_state.shape, dtype, self.weight.device)
         if cached is not None and on_cpu:
             return fold(cached, deltas, out)
+        self.ensure_present()
         # On a GPU the fused kernel reads fewer bytes of codes than of a cached weight; it adds one low-rank term.
         first = next((delta for delta in deltas if isinstance(delta, LowRank)), None)
         others = [delta for delta in deltas if delta is not first]
@@ -127,6 +133,21 @@ class NF4Linear(nn.Module):
     def statistics(self) -> list[torch.Tensor]:
         """The tensors that dequantize the codes."""
         return statistics(self.quant_state)
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """The codes and their statistics, which :meth:`use_packed` replaces."""
+        return [self.weight.data, *self.statistics]
+
+    def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Use other tensors in place of :attr:`packed`, with the same shapes and dtypes."""
+        self.weight.data, *others = tensors
+        set_statistics(self.quant_state, others)
+
+    def ensure_present(self) -> None:
+        """Have the codes and their statistics in memory until other weights are read."""
+        if self.before_read is not None:
+            self.before_read()
 
     @property
     def num_bytes(self) -> int:

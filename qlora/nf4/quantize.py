@@ -3,6 +3,7 @@
 bitsandbytes imports torch's compiler, which takes a second and a half, so it is imported only where it is called.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,25 +81,47 @@ def dequantize(
         return _dequantize_fused(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
     wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
-    try:
+
+    def is_same() -> bool:
         if delta is None:
-            is_same = _same_bits(_dequantize_fused(packed, state, dtype), wanted)
-        else:  # with random values: B starts at zero and would hide a difference
-            trial = _random_delta(delta)
-            is_same = _close(
-                _dequantize_fused(packed, state, dtype, delta=trial),
-                _dequantize_bitsandbytes(packed, state, dtype, None, trial),
-            )
+            return same_bits(_dequantize_fused(packed, state, dtype), wanted)
+        trial = random_delta(delta)  # B starts at zero and would hide a difference
+        return is_close(
+            _dequantize_fused(packed, state, dtype, delta=trial),
+            _dequantize_bitsandbytes(packed, state, dtype, None, trial),
+        )
+
+    is_verified(kind, f"a {' × '.join(map(str, wanted.shape))} weight", is_same)
+    return wanted
+
+
+def is_verified(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
+    """Return whether the fused kernel is used for a kind of weight: whether it matched when it was first asked for.
+
+    Args:
+        kind: The properties that the kernel is compiled for, of which the first are device and dtype.
+        name: What is compared, for the reason.
+        is_same: Compares the kernel's result with the one that is known to be right. It is called for the first weight
+            of a kind, unless the kernel was rejected on the device.
+    """
+    device, dtype = kind[:2]
+    if _unfused_reason(device) is not None:
+        return False
+    if kind in _verified:
+        return True
+    try:
+        matches = is_same()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
         message = " ".join(str(error).split())[:200]
         _rejected[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
-        return wanted
-    if is_same:
+        return False
+    if matches:
         _verified.add(kind)
     else:
-        shape = " × ".join(map(str, wanted.shape))
-        _rejected[device] = f"the fused kernel gave other bits for a {shape} weight in {dtype}"
-    return wanted
+        _rejected[device] = f"the fused kernel gave other bits for {name} in {dtype}"
+    return matches
 
 
 def dequantize_path(device: torch.device) -> str:
@@ -115,15 +138,21 @@ def dequantize_path(device: torch.device) -> str:
 def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
     """Return the properties that the fused kernel is compiled for."""
     kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    if delta is None:
-        return kind
-    width, rank = state.shape[1], delta.A.shape[0]
-    return (*kind, width % 2 == 0, width % min(TILE_COLUMNS, state.blocksize) == 0, rank <= 16)
+    return kind if delta is None else (*kind, *kind_of_fold(state.shape[1], state.blocksize, delta))
 
 
-def _random_delta(delta: LowRank) -> LowRank:
+def kind_of_fold(width: int, block_size: int, delta: LowRank) -> tuple[bool, ...]:
+    """Return the properties of a weight and its LoRA term that the fused kernel is compiled for."""
+    is_whole, is_transposed = width % min(TILE_COLUMNS, block_size) == 0, delta.A.stride(-1) != 1
+    return width % 2 == 0, is_whole, delta.A.shape[-2] <= 16, is_transposed
+
+
+def random_delta(delta: LowRank) -> LowRank:
+    """Return a term of the same kind with random values, which are the same each time."""
     generator = torch.Generator().manual_seed(0)  # not the run's generator, which must not advance
-    A, B = (torch.randn(factor.shape, generator=generator).to(factor) * 0.1 for factor in (delta.A, delta.B))
+    factors = [torch.randn(factor.shape, generator=generator) * 0.1 for factor in delta.tensors]
+    # Of the same strides, for which the kernel is compiled.
+    A, B = (torch.empty_like(own).copy_(values) for own, values in zip(delta.tensors, factors, strict=True))
     return LowRank(A, B, delta.scaling)
 
 
@@ -159,13 +188,15 @@ def _dequantize_fused(
     )
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors have the same bits."""
     # Compared as integers, since -0 == 0 and NaN != NaN.
     integers = torch.int32 if one.dtype == torch.float32 else torch.int16
     return torch.equal(one.view(integers), other.view(integers))
 
 
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors differ at most as sums in two orders do."""
     # Sums in two orders may round to neighbouring numbers; a wrong one differs by more.
     return torch.allclose(one, other, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-6)
 
@@ -212,6 +243,13 @@ def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:
 def statistics(state: "QuantState") -> list[torch.Tensor]:
     """Return the tensors that dequantize the codes of a weight: the blocks' absmax, and what dequantizes these."""
     return [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+
+
+def set_statistics(state: "QuantState", tensors: Sequence[torch.Tensor]) -> None:
+    """Use other tensors with the same values as :func:`statistics`, in its order."""
+    state.absmax, *nested = tensors
+    if nested:
+        state.state2.absmax, state.offset = nested
 
 
 def is_bitsandbytes_linear(module: torch.nn.Module) -> bool:

@@ -11,8 +11,9 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations
-from qlora.lora import RankBudget, ScoreHead, lora_layers, reads_images, scores_documents, train_rows
+from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
+from qlora.memory.place import check_weights, choose_weights
 from qlora.model import (
     Isolation,
     Starts,
@@ -91,8 +92,13 @@ class RunPlan:
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
             f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
             f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
-            f"{direct and f'. {direct}'}"
+            f"{self._weights()}{direct and f'. {direct}'}"
         )
+
+    def _weights(self) -> str:
+        """Return where the weights of the layers are, and the reason, if that is not the device."""
+        place = {"sharded": "split over the processes", "host": "in host memory"}.get(self.in_use.weights)
+        return "" if place is None else f"; 4-bit weights {place} ({self.in_use.weights_why})"
 
     def _learning_rate(self) -> str:
         """Return the learning rate and its reason, if the config does not give it."""
@@ -163,6 +169,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     """
     section, model_section, objective = config.train, config.model, objective_from_section(config.train)
     with processes.raise_together():
+        check_weights(model_section, processes.world_size)
         files = base_files(model_section)
         weight_format(files, model_section.quantization)
         read_config(files, model_section.trust_remote_code)
@@ -215,8 +222,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
             _check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
+    weights, weights_why = choose_weights(config, training_loss(section, objective.trained), processes)
+    own_model = model_section.model_copy(update={"weights": weights})
+    with processes.raise_together():
         model, starts, isolation, activations = _load_checked(
-            config, processes, datasets, new_ids, starts, old, head, packed
+            config.model_copy(update={"model": own_model}), processes, datasets, new_ids, starts, old, head, packed
         )
         if isolation.mixed_reason is not None:
             packed, unpacked_why = False, isolation.mixed_reason
@@ -274,6 +284,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         states=isolation.states,
         states_why=isolation.states_why,
         unpacked_why=unpacked_why,
+        weights=weights,
+        weights_why=weights_why,
+        experts=describe_experts(model),
     )
     return Assembly(
         config=config,
@@ -315,7 +328,7 @@ def _load_checked(
     """
     model, starts = load_for_training(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
-        is_reference=objective_from_section(config.train).loss.has_reference, head=head,
+        is_reference=objective_from_section(config.train).loss.has_reference, head=head, processes=processes,
     )  # fmt: skip
     first = datasets.train[0]
     # The last token of a text that is scored is not the padding token.

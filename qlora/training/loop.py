@@ -11,6 +11,7 @@ import torch
 
 from qlora.data import Batch, BatchPlan, TokenizedExample, collate
 from qlora.errors import ModelError
+from qlora.layers.placement import uneven_passes
 from qlora.lora import RankBudget, RecomputedWeights, lora_experts, lora_layers
 from qlora.model import Loss
 from qlora.optim import FlatOptimizer
@@ -281,8 +282,9 @@ def _look_ahead(parts: LoopParts, batches: Iterable[Batch], num_units: float) ->
         return None, True
     total, has_fit = torch.zeros(loss.num_ahead, device=parts.processes.device), True
     try:
-        for batch in batches:
-            total += loss.ahead(parts.model, batch.to(parts.model.device))
+        with uneven_passes(parts.model):
+            for batch in batches:
+                total += loss.ahead(parts.model, batch.to(parts.model.device))
     except torch.OutOfMemoryError:
         has_fit = False
     return parts.processes.sum(total) / num_units, has_fit
@@ -293,12 +295,13 @@ def _accumulate(
 ) -> bool:
     """Add the gradients of micro-batches, and append loss and metrics of each; return False if memory ran out."""
     try:
-        for batch in batches:
-            passes = []
-            for computed in parts.loss.training_passes(parts.model, batch.to(parts.model.device)):
-                (computed.total / num_units * scale).backward()
-                passes.append(parts.loss.sums(computed))
-            sums.append(torch.stack(passes).sum(0) / num_units)
+        with uneven_passes(parts.model):
+            for batch in batches:
+                passes = []
+                for computed in parts.loss.training_passes(parts.model, batch.to(parts.model.device)):
+                    (computed.total / num_units * scale).backward()
+                    passes.append(parts.loss.sums(computed))
+                sums.append(torch.stack(passes).sum(0) / num_units)
     except torch.OutOfMemoryError:
         # The backward, which was aborted, would have taken these; the forward's tensors are freed with its frames.
         RecomputedWeights.clear()

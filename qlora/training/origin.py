@@ -17,7 +17,7 @@ FREE_KEYS = {
     "train.keep_checkpoints", "train.keep_best", "train.early_stopping", "train.best_mode",
     "train.trackers", "train.on_nonfinite", "data.cache_dir", "data.retain",
     "eval.metrics", "eval.rows", "eval.max_new_tokens",
-    "model.recompute", "model.weight_cache", "model.allow_unquantized",
+    "model.recompute", "model.weights", "model.weight_cache", "model.allow_unquantized",
     "export.dtype", "export.onto", "export.max_shard_size",
 }  # fmt: skip
 # Keys that may change when steps are added, because the learning rate depends on the number of steps anyway.
@@ -25,14 +25,18 @@ SCHEDULE_KEYS = {
     "train.learning_rate", "train.min_learning_rate", "train.lr_scheduler", "train.decay_ratio", "train.restarts",
     "train.warmup_steps", "train.warmup_ratio",
 }  # fmt: skip
+# The key that may change together with the number of processes: see :func:`micro_batches_of_step`.
+ACCUMULATION = "train.gradient_accumulation_steps"
+# Its name in messages.
+STEP_SIZE = "micro-batches of a step, over all processes"
 # Keys of the length of a run.
 LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.early_stopping"}
 # Keys of files on one machine, and of work that only the first process does: they may differ between processes.
 OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them: see :func:`fixed_in_use`.
 KEPT_IN_USE = (
-    "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "tiled",
-    "rounding",
+    "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "experts",
+    "tiled", "rounding",
 )  # fmt: skip
 
 
@@ -101,9 +105,20 @@ def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     return json.loads(json.dumps(origin))  # with the types that reading it from a file returns
 
 
+def micro_batches_of_step(origin: Mapping[str, Any]) -> int | None:
+    """Return the number of micro-batches of a step over all processes; None if an origin does not say.
+
+    With the same number, any number of processes takes the same rows in a step.
+    """
+    processes, accumulation = origin["in_use"].get("processes"), origin.get("settings", {}).get(ACCUMULATION)
+    return processes * accumulation if type(processes) is int and type(accumulation) is int else None
+
+
 def fixed_in_use(origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is in use in an origin and must not change, without reasons, which may name sizes or paths."""
     in_use = dict(origin["in_use"])
+    in_use.pop("processes", None)
+    in_use[STEP_SIZE] = micro_batches_of_step(origin)
     in_use["documents are packed"] = in_use.pop("unpacked_why", None) is None
     if isinstance(in_use.get("attention"), str):  # qlora 0.1.0 adds the reason
         in_use["attention"] = in_use["attention"].partition(": ")[0]
@@ -171,7 +186,9 @@ def check_same_settings(
     Raises:
         ConfigError: Settings differ.
     """
-    settings = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS | may_change}
+    settings = {
+        key: value for key, value in flatten(config).items() if key not in FREE_KEYS | may_change | {ACCUMULATION}
+    }
     changes = describe_changes(_with_defaults(origin["settings"]), settings)
     if changes:
         raise ConfigError(

@@ -7,7 +7,7 @@ import torch
 from qlora.data import BatchPlan
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute, recompute_levels
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.training.progress import Progress
 
 # Tiles change the rounding of results, so a run does not switch to this level by itself.
@@ -64,9 +64,10 @@ class MemoryRelief:
         if self.num_cached == 0:
             return None
         self.num_cached = 0
-        cached = [module for module in self._model.modules() if isinstance(module, NF4Linear) and module.is_cached]
-        for linear in cached:
-            linear.uncache_weight()
+        kinds = NF4Linear | NF4Experts
+        cached = [module for module in self._model.modules() if isinstance(module, kinds) and module.is_cached]
+        for layer in cached:
+            layer.uncache_weight()
         return f"{len(cached)} dequantized weights are no longer cached" if cached else None
 
     def _raise_level(self) -> str | None:

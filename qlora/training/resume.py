@@ -10,13 +10,16 @@ from qlora.checkpoint import RunDirectory, RunRecord, check_whole, newest_whole,
 from qlora.config import RunConfig, TrainSection, load_config
 from qlora.errors import CheckpointError, ConfigError
 from qlora.training.origin import (
+    ACCUMULATION,
     LENGTH_KEYS,
     SCHEDULE_KEYS,
+    STEP_SIZE,
     check_same_settings,
     compare_origins,
     describe_changes,
     describe_origin,
     flatten,
+    micro_batches_of_step,
     read_checked_origin,
 )
 from qlora.training.schedule import rate_of
@@ -67,6 +70,16 @@ class Start:
             return []
         before, now = flatten(self.config), flatten(config)
         return describe_changes({key: before[key] for key in keys}, {key: now[key] for key in keys})
+
+    def describe_processes(self, num_processes: int) -> list[str]:
+        """Return a line if another number of processes trained in the earlier sessions."""
+        before = None if self.record is None else self.record.in_use.processes
+        if self.checkpoint is None or before in (None, num_processes):
+            return []
+        return [
+            f"The run continues with {_count(num_processes)} instead of {before}: each step has the rows that it would "
+            "have had, but sums are rounded and dropout is drawn otherwise."
+        ]
 
     def describe_jump(self, section: TrainSection, step: int, total_steps: int) -> list[str]:
         """Return a line if the learning rate does not continue as it would have in the earlier sessions.
@@ -157,6 +170,33 @@ def find_start(run: RunDirectory, config: RunConfig, resume: str, fresh: bool = 
     is_own = checkpoint.parent == run.checkpoints
     origin = read_checked_origin(checkpoint, config, SCHEDULE_KEYS if is_own else set(), WAYS_OUT)
     return replace(start, damaged=damaged, checkpoint=checkpoint, origins=start.origins | {checkpoint: origin})
+
+
+def check_step_size(start: Start, config: RunConfig, num_processes: int) -> None:
+    """Check that a step has as many micro-batches, over all processes, as in the earlier sessions.
+
+    Raises:
+        ConfigError: It has more or fewer.
+    """
+    now = num_processes * config.train.gradient_accumulation_steps
+    for place, origin in ({} if start.is_done else start.origins).items():
+        before = micro_batches_of_step(origin)
+        if before in (None, now):
+            continue
+        each, rest = divmod(before, num_processes)
+        remedy = (
+            f"launch a number of processes that divides {before}, and set {ACCUMULATION} to the quotient"
+            if rest
+            else f"set {ACCUMULATION}: {each}"
+        )
+        raise ConfigError(
+            f"{place} was trained with other settings:\n  {STEP_SIZE}: {before} → {now}\nFor {_count(num_processes)}, "
+            f"{remedy}, {WAYS_OUT}"
+        )
+
+
+def _count(num_processes: int) -> str:
+    return f"{num_processes} process{'es' if num_processes > 1 else ''}"
 
 
 def check_folder(run: RunDirectory) -> None:

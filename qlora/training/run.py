@@ -35,7 +35,7 @@ from qlora.training.metrics import peak_memory_bytes
 from qlora.training.origin import OWN_KEYS, flatten
 from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
-from qlora.training.resume import Start, check_folder, find_start
+from qlora.training.resume import Start, check_folder, check_step_size, find_start
 from qlora.training.session import SessionOptions, how_to_continue, run_session
 
 
@@ -108,12 +108,14 @@ def plan_run(config: RunConfig, resume: str = "auto", fresh: bool = False) -> Ru
         if processes.is_first:
             check_folder(run)
             start = find_start(run, config, resume, fresh)
+            check_step_size(start, config, processes.world_size)
     start = _agree_on(processes, start, config)
     assembly = assemble(config, processes, start.checkpoint)
     if start.is_done:
         return replace(assembly.plan, notes=_notes_when_done(run, start, config))
     prepared = prepare_run(assembly, run, start)
     notes = [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    notes += start.describe_processes(processes.world_size)
     notes += start.describe_jump(assembly.train, prepared.progress.step, assembly.plan.total_steps)
     if fresh and run.exists():
         notes.append(f"The run in {run.path} would be kept under another name.")
@@ -162,6 +164,7 @@ def train(
                     remarks.append(warning)
                 run.clear_leftovers()
                 start = find_start(run, config, resume, fresh)
+                check_step_size(start, config, processes.world_size)
         start = _agree_on(processes, start, config)
         if start.is_done:
             return _already_finished(run, start, config, resume)
@@ -219,6 +222,7 @@ def _train(
             run.write_record(record)
             write_text(run.config, dump_config(assembly.config))
     remarks += [*start.describe_damage(), *assembly.scorer.notes, *notes_on_format(assembly.files)]
+    remarks += start.describe_processes(processes.world_size)
     remarks += start.describe_jump(assembly.train, first_step, total_steps)
     checksum = frozen_checksum(model)
     display = Display(total_steps, first_step, is_shown and processes.is_first)

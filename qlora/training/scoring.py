@@ -8,6 +8,7 @@ from typing import Any
 from qlora.config import DataSection, EvalSection, metric_name
 from qlora.data import Datasets, ExampleSet, Question, read_questions
 from qlora.errors import ConfigError
+from qlora.layers.placement import uneven_passes
 from qlora.model import answer_all
 from qlora.model.answer_metrics import METRICS, Metric, load_metric
 from qlora.processes import Processes
@@ -107,7 +108,9 @@ class Scorer:
         rank, count = processes.rank, processes.world_size
         asked = [(name, each) for name, questions in self.questions.items() for each in questions]
         own = [question.prompt for _, question in asked[rank::count]]
-        answers = processes.gather(answer_all(model, tokenizer, own, self.max_new_tokens, self.max_tokens))
+        with uneven_passes(model):  # answers differ in length
+            own_answers = answer_all(model, tokenizer, own, self.max_new_tokens, self.max_tokens)
+        answers = processes.gather(own_answers)
         by_set: dict[str, dict[str, float]] = {}
         with processes.raise_together():
             if processes.is_first:

@@ -56,18 +56,40 @@ def test_a_probe_measures_what_was_predicted(config):
     assert report["probe"]["ratio"] == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize(("size", "problem"), [("lots", "should be a size"), ("-3GB", "should be a size")])
+@pytest.mark.parametrize(
+    ("size", "problem"), [("lots", "should be a size"), ("-3GB", "should be a size"), ("24", "or a GPU: 3060")]
+)
 def test_a_wrong_size_is_wrong_use(config, size, problem):
     result = run("estimate", config, f"--gpu={size}")
     assert result.code == 2
     assert problem in " ".join(result.err.replace("│", "").split())
 
 
+def test_weights_elsewhere_are_compared_with_those_on_the_device(config):
+    report = run("estimate", config, "model.weights=host", "--gpu", "4090", "--processes", "2", "--json").json()
+    places = report["places"]
+    assert list(places) == ["device", "sharded", "host"]
+    assert (report["weights"], report["free_bytes"], report["processes"]) == ("host", 24 << 30, 2)
+    assert report["levels"][places["host"]["level"]]["total"] == places["host"]["total"]
+    assert places["device"]["host_bytes"] == places["sharded"]["host_bytes"] == places["device"]["copied_bytes"] == 0
+    assert places["host"]["host_bytes"] > 0
+    shown = run("estimate", config, "model.weights=host", "--gpu", "RTX 4090", "--processes", "2").out
+    for word in ("weights host: set by model.weights", "hidden from tokens", "sharded", "data sheets"):
+        assert word in shown
+
+
+def test_a_split_needs_processes(config):
+    result = run("estimate", config, "model.weights=sharded", "--gpu", "24GB")
+    assert result.code == 2
+    assert "launch several with torchrun" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_recipe_is_estimated_for_its_gpu(path, tiny_base, tiny_image_base, realdata):
     bases = {"tiny": tiny_base, "digits": tiny_image_base}
     base = bases.get(path.stem, realdata / "configs" / "executorch_llama3-8B-instruct")
-    report = run("estimate", path, f"model.base={base}", "model.recompute=auto", "--gpu", "96GB", "--json").json()
+    options = ["model.recompute=auto", "model.weights=auto", "lora.expert_rank=auto"]
+    report = run("estimate", path, f"model.base={base}", *options, "--gpu", "96GB", "--json").json()
     levels = report["levels"]
     assert report["level"] == next(name for name, level in levels.items() if level["fits"])
     totals = [level["total"] for level in levels.values()]

@@ -1,6 +1,5 @@
 """Dequantization in one pass: bitsandbytes' bits, and the LoRA term added before the one rounding."""
 
-import importlib.util
 import re
 import sys
 from types import ModuleType
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora.kernels import HAS_TRITON, LowRank, dequantize_4bit_plain
 from qlora.nf4 import dequantize, dequantize_path, quantize
+from tests.interpreted import CAPABILITIES, compile_for, load_interpreted, needs_triton, registers_and_spills
 from tests.reference import nf4 as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,23 +20,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (64, 172), (172, 64), (64, 96), (130, 190), (33, 50), (12, 75), (7, 13), (1, 1)]
 # The package exports the function under this name.
 door = sys.modules["qlora.nf4.quantize"]
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """Return the kernel's module for Triton's interpreter, which runs on a CPU.
-
-    Triton reads the variable when a kernel is defined, so the module that others import stays compiled.
-    """
-    if not HAS_TRITON:
-        pytest.skip("Triton is not installed: pip install triton")
-    spec = importlib.util.find_spec("qlora.kernels.dequantize_triton")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
+    """Return the kernel in Triton's interpreter, which runs on a CPU."""
+    return load_interpreted("qlora.kernels.dequantize_triton")
 
 
 def random_weight(shape, generator):
@@ -176,6 +165,40 @@ def test_the_kernel_adds_the_lora_term_to_the_rounded_weight_and_rounds_once(
     assert_one_rounding(found, packed, state, factors)
 
 
+# Of rank 1, whose sums leave no choice of order; factors of weights that are stored (in, out) are transposed.
+@pytest.mark.parametrize(("rank", "is_transposed"), [(None, False), (1, False), (1, True)])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(70, 128), (64, 172), (130, 190), (7, 13)])
+@pytest.mark.parametrize("name", ["plain", "triton"])
+def test_some_weights_of_a_stack_are_each_dequantized_with_their_own_statistics(
+    name, shape, dtype, double_quant, rank, is_transposed, generator, request
+):
+    function = dequantize_4bit_plain
+    if name == "triton":
+        function = request.getfixturevalue("interpreted").dequantize_4bit_triton
+    scales = 10.0 ** torch.arange(-2, 2)
+    quantized = [quantize(random_weight(shape, generator) * scale, double_quant) for scale in scales]
+    (single, alike), index = zip(*(arguments(*each, dtype) for each in quantized), strict=True), torch.tensor([3, 0, 2])
+    factors = [random_factors(shape, rank, dtype, generator) if rank else {} for _ in quantized]
+    expected = [dequantize_4bit_plain(*single[one], **alike[one], **factors[one]) for one in index.tolist()]
+
+    def stack(values):
+        is_own = values and isinstance(values[0], torch.Tensor)
+        return torch.stack(values) if is_own else (values[0] if values else None)
+
+    (packed, code, absmax, *rest) = single[0]
+    packed, absmax = (torch.stack([each[place] for each in single]) for place in (0, 2))
+    own = {key: stack([each[key] for each in alike]) for key in alike[0]}
+    own |= {key: alike[0][key] for key in alike[0] if key == "nested_code"}
+    own |= {key: stack([each[key] for each in factors]) for key in factors[0]}
+    if rank and is_transposed:
+        own |= {key: own[key].mT.contiguous().mT for key in ("lora_A", "lora_B")}
+    out = torch.full((3, *shape), float("nan"), dtype=dtype)
+    assert function(packed, code, absmax, *rest, **own, index=index, out=out) is out
+    assert torch.equal(bits(out), bits(torch.stack(expected)))
+
+
 def test_a_lora_term_of_zero_changes_no_bit(generator):
     packed, state = quantize(random_weight((64, 172), generator))
     factors = random_factors((64, 172), 8, torch.bfloat16, generator)
@@ -213,30 +236,26 @@ def test_nothing_is_written_outside_of_out(generator, interpreted):
         assert (around[-200:] == 7).all()
 
 
-def compile_kernel(capability, nested, factor_dtype):
-    """Return the kernel's assembly for a GPU, which need not be present."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compile_kernel(capability, nested, factor_dtype, of_stack=False):
+    """Return the kernel, compiled for a GPU that need not be present."""
     from qlora.kernels.dequantize_triton import LAUNCH_OPTIONS, _dequantize_kernel
 
     types = {
         "packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "nested_code": "*fp32",
         "nested_absmax": "*fp32", "nested_offset": "*fp32", "lora_A": f"*{factor_dtype}", "lora_B": f"*{factor_dtype}",
-        "out": "*bf16", "columns": "i32", "total": "i32", "num_bytes": "i32", "rank": "i32", "scaling": "fp32",
+        "index": "*i64", "out": "*bf16",
+        "columns": "i32", "total": "i32", "num_bytes": "i32", "rank": "i32", "scaling": "fp32",
     }  # fmt: skip
     constants = {
         "BLOCK": 64, "NESTED_BLOCK": 256, "PAIRED": True, "WHOLE_TILES": True, "ROWS": 64, "COLUMNS": 64, "RANKS": 16,
     }  # fmt: skip
+    strides = ("A_stride", "B_stride", "A_rank_stride", "A_column_stride", "B_row_stride", "B_rank_stride")
+    types |= dict.fromkeys(strides, "i32")
+    constants |= {"A_column_stride": 1, "B_rank_stride": 1} if factor_dtype else dict.fromkeys(strides)
+    constants |= {} if of_stack else {"index": None}
     constants |= {name: None for name in types if name.startswith("nested_") and not nested}
     constants |= {name: None for name in types if name.startswith("lora_") and not factor_dtype}
-    names = _dequantize_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(
-        _dequantize_kernel, signature, {(names.index(name),): value for name, value in constants.items()}
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=LAUNCH_OPTIONS).asm["ptx"]
+    return compile_for(_dequantize_kernel, types, constants, capability, LAUNCH_OPTIONS)
 
 
 # The interpreter does not show that the kernel compiles, rounds, and fuses no two operations.
@@ -244,7 +263,7 @@ def compile_kernel(capability, nested, factor_dtype):
 @pytest.mark.parametrize("capability", [75, 80, 89, 90])
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_kernel_compiles_to_separate_multiplications_and_additions(capability, nested):
-    assembly = compile_kernel(capability, nested, None)
+    assembly = compile_kernel(capability, nested, None).asm["ptx"]
     assert re.search(r"\bmul\.(rn\.)?f32", assembly)
     assert "fma" not in assembly
     if capability >= 80:
@@ -254,9 +273,17 @@ def test_the_kernel_compiles_to_separate_multiplications_and_additions(capabilit
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
-    assembly = compile_kernel(capability, True, "bf16")
+    assembly = compile_kernel(capability, True, "bf16").asm["ptx"]
     assert re.search(r"\bw?g?mma\S*\.f32\.bf16\.bf16", assembly)
     assert "fma." not in assembly
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernel_of_a_stack_compiles_without_spills(capability):
+    for factor_dtype in (None, "bf16"):
+        assert registers_and_spills(compile_kernel(capability, True, factor_dtype, of_stack=True))[1] == 0
 
 
 @pytest.fixture

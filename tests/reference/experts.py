@@ -1,4 +1,7 @@
-"""Adapted experts in dense autograd: each fused weight is W + scaling · B A, which transformers' eager code reads."""
+"""Adapted experts in dense autograd: each fused weight is W + scaling · B A, which transformers' eager code reads.
+
+And a layer of experts, token by token.
+"""
 
 import torch
 from torch import nn
@@ -28,3 +31,19 @@ def adapt_experts(model, experts):
         parametrize.register_parametrization(model.get_submodule(layer), part, update)
         factors[name] = (update.A, update.B)
     return factors
+
+
+def experts_layer(x, index, scores, up, down, up_bias, down_bias, gate):
+    """Return the sum over a token's experts of score · down(gate(up(x))); experts that are not there add nothing.
+
+    The weights are (experts, out, in), and the biases (experts, out).
+    """
+    rows = []
+    for token, experts, of_experts in zip(x, index.tolist(), scores, strict=True):
+        row = torch.zeros_like(token)
+        for expert, score in zip(experts, of_experts, strict=True):
+            if expert < len(up):
+                hidden = gate((up[expert] @ token + up_bias[expert])[None])[0]
+                row = row + score * (down[expert] @ hidden + down_bias[expert])
+        rows.append(row)
+    return torch.stack(rows)

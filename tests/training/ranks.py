@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 
 from tests.cli import run
 
-COUNT = 2
 # Seconds, for a machine with much else to do.
 TIMEOUT = 600
 
@@ -21,10 +20,16 @@ needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="a forked proc
 
 
 def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a function in two processes that find what torchrun would have set.
+    """Call a function in two processes; see :func:`call_in`."""
+    return call_in(2, function, *arguments)
+
+
+def call_in(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function in several processes that find what torchrun would have set.
 
     Args:
-        function: Called with `arguments` in both processes. What it returns or raises must be picklable.
+        count: Number of processes.
+        function: Called with `arguments` in all processes. What it returns or raises must be picklable.
         arguments: Arguments of the function.
 
     Returns:
@@ -36,9 +41,9 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     context, port = multiprocessing.get_context("fork"), free_port()
     receivers, processes = [], []
     try:
-        for rank in range(COUNT):
+        for rank in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            processes.append(context.Process(target=_answer, args=(rank, port, sender, function, arguments)))
+            processes.append(context.Process(target=_answer, args=(rank, count, port, sender, function, arguments)))
             processes[-1].start()
             sender.close()  # so that it ends with the process
             receivers.append(receiver)
@@ -51,8 +56,13 @@ def call_in_two(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 def train_in_two(config: Any) -> dict[str, Any]:
     """Run `qlora train` in two processes; return its report, of which there is one, not two."""
-    first, second = call_in_two(run, "train", config, "--json")
-    assert (second.code, second.out) == (0, ""), second.err
+    return train_in(2, config)
+
+
+def train_in(count: int, config: Any, *options: str) -> dict[str, Any]:
+    """Run `qlora train` in several processes; return its report, of which there is one."""
+    first, *others = call_in(count, run, "train", config, *options, "--json")
+    assert [(other.code, other.out) for other in others] == [(0, "")] * (count - 1), others[0].err
     return first.json()
 
 
@@ -63,10 +73,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _answer(rank: int, port: int, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _answer(
+    rank: int, count: int, port: int, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     """Call the function as a process of its rank, and send what it returns."""
     values = {
-        "RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": COUNT,
+        "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     os.environ.update({name: str(value) for name, value in values.items()})

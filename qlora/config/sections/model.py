@@ -78,6 +78,13 @@ class ModelSection(Section):
         "apart on this machine.",
         examples=["sdpa"],
     )
+    weights: Literal["auto", "device", "sharded", "host"] = Field(
+        default="auto",
+        description="Where the 4-bit weights of the layers are while training: on the device, sharded over the "
+        "processes of the run, or in host memory; the last two copy a layer at a time to the device. auto takes the "
+        "first of these that fits.",
+        examples=["host"],
+    )
     weight_cache: Literal["auto", "none"] = Field(
         default="auto",
         description="Cache dequantized weights in free memory. It saves time and does not change results; none "

@@ -62,6 +62,16 @@ class RunConfig(Section):
                 raise ValueError(f"learning_rates has a rate of {group}, but {reason}, or remove it")
         return value
 
+    @field_validator("model")
+    @classmethod
+    def _check_weights(cls, value: ModelSection) -> ModelSection:
+        if value.weights in ("sharded", "host") and value.quantization == "none":
+            raise ValueError(
+                f"weights: {value.weights} is for weights in 4 bits, but quantization is none; set it to nf4, or "
+                "weights to device"
+            )
+        return value
+
     @field_validator("lora")
     @classmethod
     def _check_reconstruct(cls, value: LoraSection, info: ValidationInfo) -> LoraSection:

@@ -1,0 +1,101 @@
+"""The bytes of a layer's packed weights in host memory, and the memory of the device that they come to."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Protocol
+
+import torch
+
+# Every tensor of a layer begins at a multiple of these bytes, as kernels expect.
+ALIGNMENT = 256
+# Host memory is allocated in pieces of this size, because torch rounds each that is pinned up to a power of two.
+PIECE_BYTES = 1 << 23
+
+
+class PackedWeight(Protocol):
+    """A frozen weight in packed form: `NF4Linear` or `NF4Experts`."""
+
+    weight: torch.nn.Parameter
+    before_read: Callable[[], None] | None
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """The tensors that hold it."""
+
+    def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Use other tensors in their place."""
+
+
+class StoredLayer:
+    """A layer's weights as one run of bytes in host memory; the weights themselves hold nothing any more.
+
+    Args:
+        weights: The weights.
+        pinned: Whether the host memory is pinned.
+
+    Attributes:
+        weights: The weights.
+        pieces: The bytes, in consecutive tensors; the last may be shorter than the others.
+        num_bytes: Number of bytes.
+    """
+
+    def __init__(self, weights: Sequence[PackedWeight], pinned: bool = False, piece_bytes: int = PIECE_BYTES) -> None:
+        tensors = [tensor for weight in weights for tensor in weight.packed]
+        self._offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
+        self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self.weights, self.num_bytes = list(weights), self._offsets[-1]
+        content = torch.zeros(self.num_bytes, dtype=torch.uint8)
+        for tensor, offset in zip(tensors, self._offsets, strict=False):
+            content[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+        self.pieces = [
+            torch.empty(len(own), dtype=torch.uint8, pin_memory=pinned).copy_(own) for own in content.split(piece_bytes)
+        ]
+        for weight in weights:
+            weight.use_packed([each.new_empty([1] * each.dim()).expand(each.shape) for each in weight.packed])
+
+    def use(self, content: torch.Tensor, before_read: Callable[[], None]) -> None:
+        """Have the weights be views of the memory that the layer comes to.
+
+        Args:
+            content: The memory, (bytes,) uint8.
+            before_read: Brings the layer there.
+        """
+        views = self._views(content)
+        for weight in self.weights:
+            weight.use_packed([next(views) for _ in weight.packed])
+            weight.before_read = before_read
+
+    def copy_to(self, out: torch.Tensor) -> None:
+        """Copy the bytes to (bytes,) uint8, without waiting for a GPU."""
+        for own, piece in zip(out.split([len(piece) for piece in self.pieces]), self.pieces, strict=True):
+            own.copy_(piece, non_blocking=True)
+
+    def _views(self, content: torch.Tensor) -> Iterator[torch.Tensor]:
+        for (shape, dtype), offset in zip(self._kinds, self._offsets, strict=False):
+            yield content[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+class Slot:
+    """Memory on the device for one layer at a time.
+
+    Args:
+        num_bytes: Bytes of the largest layer.
+        device: The device.
+
+    Attributes:
+        content: The bytes of the layer.
+        layer: Number of the layer that is there, or on its way; None at first.
+        event: End of the copy, on a GPU.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.content = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.layer: int | None = None
+        self.event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Have what follows wait until the layer is there."""
+        if self.event is not None:
+            torch.cuda.current_stream(self.content.device).wait_event(self.event)
+            self.event = None

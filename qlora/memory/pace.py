@@ -1,0 +1,48 @@
+"""The time of a micro-batch on paper: its products, and the copies of placed weights that they may hide."""
+
+from dataclasses import dataclass
+
+from qlora.memory.cards import Card
+from qlora.memory.estimate import Estimate
+
+# Shares of a data sheet's rates that programs reach: assumed, not measured.
+FLOPS_SHARE, BUS_SHARE = 0.5, 0.8
+# Levels that compute the layers' products again in the backward pass.
+RECOMPUTED = ("attention", "full", "offload", "offload+tiled")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds of a micro-batch on each GPU.
+
+    Attributes:
+        compute: Seconds of the products with the base's weights, without attention and adapters.
+        copy: Seconds in which placed weights come to the GPU, at the same time.
+        hidden_from: Number of tokens of a micro-batch from which computing takes as long as the copies; 0 if there are
+            none.
+    """
+
+    compute: float
+    copy: float
+    hidden_from: int
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether computing takes as long as the copies."""
+        return self.compute >= self.copy
+
+
+def pace_of(estimate: Estimate, level: str, card: Card) -> Pace:
+    """Return how long a micro-batch takes on paper.
+
+    Args:
+        estimate: Prediction for the run.
+        level: Level of recomputation.
+        card: GPU of each process.
+    """
+    # Forward, the gradient of the inputs, and the forward again.
+    times = 3 if level in RECOMPUTED else 2
+    per_token = 2 * times * estimate.footprint.products / (FLOPS_SHARE * card.flops)
+    copied = estimate.placed.copied
+    copy = copied / (BUS_SHARE * card.bus)
+    return Pace(per_token * estimate.tokens, copy, int(-(-copy // per_token)) if copied else 0)

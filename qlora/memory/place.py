@@ -1,0 +1,73 @@
+"""Where the weights of a run go: the first place that they fit into."""
+
+from dataclasses import replace
+
+from qlora.config import ModelSection, RunConfig
+from qlora.errors import ConfigError, ModelError
+from qlora.memory.estimate import Estimate, available_bytes, choose_level, estimate
+from qlora.model import Loss
+from qlora.processes import Processes
+
+
+def check_weights(section: ModelSection, num_processes: int) -> None:
+    """Check that a number of processes has the place for weights that a config asks for.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if section.weights == "sharded" and num_processes == 1:
+        raise ConfigError(
+            "model.weights: sharded splits the weights over processes, but there is one; launch several with torchrun "
+            "or accelerate launch (docs/multi-gpu.md), or set it to host."
+        )
+
+
+def choose_weights(config: RunConfig, loss: Loss, processes: Processes) -> tuple[str, str]:
+    """Return where the 4-bit weights of a run's layers are, and the reason; the same on all processes.
+
+    On a CPU, `auto` is the device, whose memory is the host's.
+
+    Args:
+        config: Config of the run.
+        loss: Loss that is minimized.
+        processes: Processes of the run.
+
+    """
+    section = config.model
+    if section.weights != "auto":
+        return section.weights, "set by model.weights"
+    if section.quantization == "none":
+        return "device", "they are in 16 bits"
+    if processes.device.type == "cpu":
+        return "device", "the device is the host"
+    available = int(-processes.max(-available_bytes(processes.device)))
+    try:
+        expected = estimate(config, loss, processes.device)
+    except ModelError as error:
+        return "device", f"the memory of a step is unknown: {error}"
+    return first_that_fits(replace(expected, processes=processes.world_size), available)
+
+
+def first_that_fits(expected: Estimate, available: int) -> tuple[str, str]:
+    """Return the first place where a run's weights fit, and the reason.
+
+    Args:
+        expected: Prediction for the run, with its number of processes.
+        available: Bytes of each device that the run may take.
+    """
+    reason = "they fit on the device"
+    for weights in places_of(expected):
+        try:
+            choose_level(replace(expected, weights=weights), available, expected.tokens)
+        except ModelError as error:
+            reason = f"on the device they don't fit: {error}" if weights == "device" else reason
+        else:
+            return weights, reason
+    return weights, reason
+
+
+def places_of(expected: Estimate) -> list[str]:
+    """Return where the weights of a run may be, the fastest first."""
+    if not any(expected.footprint.layers_packed):  # they are in 16 bits
+        return ["device"]
+    return ["device", *(["sharded"] if expected.processes > 1 else []), "host"]

@@ -1,0 +1,81 @@
+"""A base whose weights are placed while it is loaded, a layer at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qlora.errors import ModelError
+from qlora.layers.placement import KINDS, HostWeights, Placement
+from qlora.layers.recompute import checkpointed_layers
+from qlora.layers.sharding import ShardedWeights
+from qlora.layers.slots import PackedWeight
+from qlora.lora.mixture import expert_stacks
+from qlora.nf4 import NF4Experts, NF4Linear, is_bitsandbytes_linear
+from qlora.processes import Processes
+
+
+def make_placement(kind: str, quantization: str, device: torch.device, processes: Processes | None) -> Placement | None:
+    """Return where a base's weights will be; None if that is its device.
+
+    Args:
+        kind: One of :data:`qlora.layers.placement.KINDS`.
+        quantization: How the base is quantized.
+        device: Device that computes.
+        processes: Processes that share the weights; None for this one alone.
+
+    Raises:
+        ModelError: The kind is unknown, or not possible with these.
+    """
+    if kind not in KINDS:
+        raise ModelError(f"weights: {kind!r} should be one of {', '.join(KINDS)}.")
+    if kind == "device":
+        return None
+    if quantization == "none":
+        raise ModelError(
+            f"model.weights: {kind} is for weights in 4 bits, but model.quantization is none; set it to nf4, or "
+            "model.weights to device."
+        )
+    if kind == "host":
+        return HostWeights(device)
+    if processes is None or processes.world_size == 1:
+        raise ModelError(
+            "model.weights: sharded splits the weights over processes, but there is one; launch several with torchrun "
+            "or accelerate launch, or set it to host."
+        )
+    return ShardedWeights(device, processes)
+
+
+def place_complete_layers(placed: HostWeights, model: Any, experts: Mapping[str, NF4Experts]) -> None:
+    """Place the layers of a model that is being loaded whose weights are all there.
+
+    Args:
+        placed: Where they go.
+        model: The model that transformers is loading; the 4-bit linears of a placed layer become `NF4Linear`s.
+        experts: Experts that are quantized already, by the full names of their parameters.
+    """
+    stacks = expert_stacks(model)
+    names = {module: name for name, module in model.named_modules()}
+    for index, layer in enumerate(checkpointed_layers(model)):
+        if placed.has(index) or any(parameter.is_meta for parameter in layer.parameters()):
+            continue
+        take_over_linears(model, names[layer])
+        weights: list[PackedWeight] = [module for module in layer.modules() if isinstance(module, NF4Linear)]
+        own = [name for name in stacks if name.startswith(f"{names[layer]}.")]
+        weights += [experts[name] for name in own]
+        if weights:
+            placed.store(index, layer, weights)
+        for name in own:  # the model's own parameter holds the codes too
+            model.get_parameter(name).data = experts[name].weight.data
+
+
+def take_over_linears(model: Any, inside: str = "") -> None:
+    """Replace bitsandbytes' own layers by `NF4Linear`.
+
+    Args:
+        model: A model of transformers.
+        inside: Name of the module whose layers are replaced; all by default.
+    """
+    for name, module in list(model.get_submodule(inside).named_modules(prefix=inside)):
+        if is_bitsandbytes_linear(module):
+            model.set_submodule(name, NF4Linear.from_linear(module))

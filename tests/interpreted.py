@@ -1,0 +1,144 @@
+"""Triton's kernels in its interpreter, on a CPU; compiled for GPUs that are not there; and only counted."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora.kernels import HAS_TRITON
+
+CAPABILITIES = [80, 86, 89, 90, 100, 120]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
+
+
+def load_interpreted(name: str) -> ModuleType:
+    """Return a second copy of a module of kernels, for the interpreter.
+
+    Triton reads the variable when a kernel is defined, so the module that others import stays compiled.
+    """
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed: pip install triton")
+    import triton  # noqa: F401  # first and compiled, with what is its own
+
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+def use_on_cpu(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, ModuleType]) -> None:
+    """Have experts computed as a GPU would compute them, by the kernels of these modules of `qlora.kernels`."""
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"qlora.kernels.{name}", module)
+    monkeypatch.setattr("qlora.kernels.grouped.loop_reason", lambda *_: None)
+    monkeypatch.setattr("qlora.nf4.experts.is_verified", lambda *_: True)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would launch a kernel on a GPU.
+
+    Attributes:
+        counts: Number of launches by name.
+    """
+
+    active: list["Launches"] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __enter__(self) -> "Launches":
+        """Count from here."""
+        self.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no longer."""
+        self.active.remove(self)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation and run it."""
+        name = func._schema.name.removeprefix("aten::")
+        moves_nothing = func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view"))
+        if not moves_nothing:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        """Number of launches."""
+        return self.counts.total()
+
+
+def counted_kernel(name: str) -> Any:
+    """Return what stands for a kernel: it computes nothing, and :class:`Launches` counts it by this name."""
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: Launches.active[-1].counts.update([name])
+
+    return Kernel()
+
+
+def compile_for(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, options: Mapping[str, Any]
+) -> Any:
+    """Return a kernel compiled for a GPU of a capability, with pointers and sizes that are multiples of 16.
+
+    Args:
+        kernel: The kernel.
+        types: Triton's type of each argument.
+        constants: Arguments that are constants.
+        capability: Compute capability, such as 89.
+        options: The options that it is launched with.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    divisible = [name for name in names if name not in constants and not signature[name].startswith("fp")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+
+
+def registers_and_spills(compiled: Any) -> tuple[int, int]:
+    """Return the registers of a thread of a compiled kernel, and the bytes that it keeps in memory for want of them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"{tool} is not there")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def random_groups(num_experts: int, most_rows: int, generator: torch.Generator) -> list[int]:
+    """Return where the rows of each expert begin, and the end: some have none, and one has just one."""
+    counts = torch.randint(0, most_rows + 1, (num_experts,), generator=generator)
+    counts[torch.randint(0, num_experts, (num_experts // 3,), generator=generator)] = 0
+    counts[int(torch.randint(0, num_experts, (1,), generator=generator))] = 1
+    return [0, *counts.cumsum(0).tolist()]

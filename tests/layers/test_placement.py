@@ -1,0 +1,298 @@
+"""Placed weights: two layers on the device at a time, and the bytes and copies that are predicted."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import GemmaConfig, LlamaConfig
+
+from qlora.errors import ConfigError, ModelError
+from qlora.layers import apply_recompute
+from qlora.layers.placement import HostWeights, placed_bytes, placed_weights, uneven_passes
+from qlora.layers.slots import StoredLayer
+from qlora.lora import add_lora, train_rows
+from qlora.lora.host_rows import host_rows, keep_rows_on_host
+from qlora.memory.place import check_weights
+from qlora.model import frozen_checksum, load_base, take_inventory
+from qlora.nf4 import NF4Experts, NF4Linear
+from qlora.processes import Processes
+from tests.moe import make_moe
+from tests.tiny import make_base
+from tests.training.ranks import call_in, call_in_two, needs_fork
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Random models of five layers, dense and with experts."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "llama": make_base(folder / "llama", 2, LlamaConfig, num_hidden_layers=LAYERS),
+        "moe": make_moe(folder / "moe", "qwen3_moe", 3, num_hidden_layers=LAYERS),
+    }
+
+
+def load(base, weights="device", processes=None, **options):
+    return load_base(str(base), compute_dtype="float32", weights=weights, processes=processes, **options)[0]
+
+
+def weights_of(model):
+    return [module for module in model.modules() if isinstance(module, NF4Linear | NF4Experts)]
+
+
+def passes(model, ids, level="full"):
+    """Return the loss, and the gradients of a model's adapters, of a forward and a backward pass."""
+    apply_recompute(model.train(), level)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = {name: each.grad.float().numpy().copy() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return loss.item(), found
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    assert all(np.array_equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize("family", ["llama", "moe"])
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_two_layers_are_on_the_device_at_a_time(bases, family, level, generator):
+    ids = torch.randint(259, (2, 9), generator=generator)
+    plain, model = load(bases[family]), load(bases[family], "host")
+    for each in (plain, model):
+        add_lora(each, rank=2)
+    placed = placed_weights(model)
+    predicted = placed_bytes("host", placed.layer_bytes, 1)
+    assert (placed.slot_bytes, placed.stored_bytes) == (predicted.device, predicted.host)
+    assert placed.slot_bytes == 2 * max(placed.layer_bytes)
+    # The packed weights hold nothing else: all are views of the two slots.
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+              for weight in weights_of(model) for tensor in weight.packed}  # fmt: skip
+    assert sum(memory.values()) == placed.slot_bytes
+    expected = passes(plain, ids, level)
+    assert_same(passes(model, ids, level), expected)
+    before = placed.num_fetched
+    assert_same(passes(model, ids, level), expected)
+    # The last two are there after the forward pass, and the first two after the backward pass.
+    assert placed.num_fetched - before == 2 * LAYERS - 4
+    assert predicted.copied == (2 * LAYERS - 4) * max(placed.layer_bytes)
+
+
+def test_layers_are_fetched_ahead_in_both_directions(bases, monkeypatch):
+    model, order = load(bases["llama"], "host"), []
+    add_lora(model, rank=2)
+    fetch = HostWeights._fetch
+    monkeypatch.setattr(HostWeights, "_fetch", lambda self, number: (order.append(number), fetch(self, number)))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids)
+    assert order == [0, 1, 2, 3, 4]
+    order.clear()
+    reads = []
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: reads.append((number, list(order))))
+    passes(model, ids, "none")
+    # While a layer computes, the next one has been asked for; nothing but the first is asked for too late.
+    assert [number for number, _ in reads] == [0, 1, 2, 3, 4]
+    assert all(max(asked) >= min(number + 1, 4) for number, asked in reads)
+    assert order == [0, 1, 2, 3, 4, 2, 1, 0]
+
+
+def test_any_weight_can_be_read_at_any_time(bases):
+    plain, model = load(bases["moe"]), load(bases["moe"], "host")
+    assert frozen_checksum(model) == frozen_checksum(plain)
+    pairs = list(zip(weights_of(model), weights_of(plain), strict=True))
+    for own, other in reversed(pairs):
+        arguments = (0, torch.float32) if isinstance(own, NF4Experts) else (torch.float32,)
+        assert own.dequantize(*arguments).equal(other.dequantize(*arguments))
+
+
+def test_weights_in_4_bits_on_the_disk_are_placed_after_loading(bases, tmp_path):
+    from qlora.export.quantize import quantize_model
+
+    quantize_model(str(bases["llama"]), tmp_path / "in-4-bits")
+    ids = torch.arange(12)[None]
+    plain, model = load(tmp_path / "in-4-bits"), load(tmp_path / "in-4-bits", "host")
+    assert model(ids).logits.equal(plain(ids).logits)
+    assert placed_weights(model).stored_bytes
+
+
+def test_pieces_are_the_bytes_of_the_layer():
+    linears = [NF4Linear.from_linear(torch.nn.Linear(64, size, bias=False)) for size in (48, 7)]
+    wanted = [[tensor.clone() for tensor in linear.packed] for linear in linears]
+    layer = StoredLayer(linears, piece_bytes=100)
+    assert {len(piece) for piece in layer.pieces[:-1]} == {100}
+    content = torch.empty(layer.num_bytes, dtype=torch.uint8)
+    layer.copy_to(content)
+    reads = []
+    layer.use(content, lambda: reads.append(1))
+    for linear, tensors in zip(linears, wanted, strict=True):
+        linear.ensure_present()
+        assert all(map(torch.equal, linear.packed, tensors))
+    assert reads == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "disk"}, "weights: 'disk' should be one of device, sharded, host"),
+        ({"weights": "sharded"}, "there is one; launch several with torchrun"),
+        ({"weights": "host", "quantization": "none"}, "model.quantization is none; set it to nf4"),
+    ],
+)
+def test_what_is_not_possible_is_refused(bases, options, message):
+    with pytest.raises(ModelError, match=message):
+        load(bases["llama"], **options)
+
+
+def test_a_run_of_one_process_refuses_to_split_weights(bases):
+    from qlora.config import load_config
+
+    section = load_config({"model": {"base": "b", "weights": "sharded"}, "data": {"train": "t"},
+                           "train": {"output_dir": "o"}}).model  # fmt: skip
+    check_weights(section, 2)
+    with pytest.raises(ConfigError, match="model.weights: sharded splits the weights over processes, but there is one"):
+        check_weights(section, 1)
+    with pytest.raises(ConfigError, match="weights: host is for weights in 4 bits, but quantization is none"):
+        load_config({"model": {"base": "b", "weights": "host", "quantization": "none"}, "data": {"train": "t"},
+                     "train": {"output_dir": "o"}})  # fmt: skip
+
+
+def own_share(base, count, ids):
+    """Return what each process holds of how much, and its loss and gradients."""
+    processes = Processes.start(on_cpu=True)
+    model = load(base, "sharded", processes)
+    checksum = frozen_checksum(model)
+    add_lora(model, rank=2)
+    placed = placed_weights(model)
+    return placed.stored_bytes, placed.layer_bytes, checksum, *passes(model, ids)
+
+
+@needs_fork
+@pytest.mark.parametrize(("family", "count"), [("llama", 3), ("moe", 2)])
+def test_each_process_holds_its_part(bases, family, count, generator):
+    ids = torch.randint(259, (2, 9), generator=generator)
+    plain = load(bases[family])
+    checksum = frozen_checksum(plain)
+    add_lora(plain, rank=2)
+    expected = passes(plain, ids)
+    for stored, layers, own_checksum, *found in call_in(count, own_share, bases[family], count, ids):
+        assert_same(found, expected)
+        assert own_checksum == checksum
+        predicted = placed_bytes("sharded", layers, count).device - 2 * max(layers)
+        # A tiny layer's statistics are a larger share of its bytes, and its parts are padded more.
+        assert 0.9 * predicted <= stored <= 1.3 * predicted
+
+
+def different_work(base):
+    """Run as many passes as the rank says, and then the same on all processes; return losses and gradients."""
+    processes = Processes.start(on_cpu=True)
+    model = load(base, "sharded", processes)
+    add_lora(model, rank=2, layers=[2, 4])
+    ids = torch.arange(9)[None]
+    found = [passes(model, ids, level) for level in ("none", "full")]
+    for level in ("none", "full"):
+        with uneven_passes(model):
+            found += [passes(model, ids, level) for _ in range(2 * processes.rank)]
+        with uneven_passes(model), torch.no_grad():
+            for _ in range(3 - processes.rank):
+                model(ids)
+        found.append(passes(model, ids, level))
+    return found
+
+
+@needs_fork
+def test_processes_may_run_different_numbers_of_passes(bases):
+    plain = load(bases["llama"])
+    add_lora(plain, rank=2, layers=[2, 4])
+    expected = passes(plain, torch.arange(9)[None])
+    first, second = call_in_two(different_work, bases["llama"])
+    assert (len(first), len(second)) == (4, 8)
+    for found in (*first, *second):
+        assert_same(found, expected)
+
+
+def fail_alone(base, folder, error):
+    """Fail in one process in the middle of a pass; write what each of them meets."""
+    processes = Processes.start(on_cpu=True)
+    model = load(base, "sharded", processes)
+    if processes.rank == 1:
+        model.model.layers[3].mlp.register_forward_hook(lambda *_: fail(error))
+    started = time.perf_counter()
+
+    @torch.no_grad()
+    def run():
+        with processes.raise_together(), uneven_passes(model):
+            model(torch.arange(9)[None])
+            model(torch.arange(9)[None])
+
+    with pytest.raises(ModelError) as problem:
+        run()
+    (folder / str(processes.rank)).write_text(f"{time.perf_counter() - started:.1f} s: {problem.value}")
+    os._exit(0)
+
+
+def fail(error):
+    if error is None:
+        os._exit(0)
+    raise error
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, None),
+        (ModelError("one process fails"), "one process fails"),
+        (torch.OutOfMemoryError("no memory"), "Memory ran out. With model.weights: sharded"),
+    ],
+    ids=["killed", "error", "out of memory"],
+)
+def test_a_process_that_ends_ends_the_others(bases, tmp_path, error, message):
+    with pytest.raises(AssertionError, match="ended without an answer"):
+        call_in_two(fail_alone, bases["llama"], tmp_path, error)
+    for rank, start in enumerate(("Another process of the run has ended; its last message has the reason.", message)):
+        if start is not None:
+            deadline = time.monotonic() + 30
+            while not (tmp_path / str(rank)).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            seconds, found = (tmp_path / str(rank)).read_text().split(" s: ", 1)
+            assert float(seconds) < 30
+            assert found.startswith(start)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, GemmaConfig], ids=["plain", "scaled"])
+def test_embedding_and_head_on_the_host_give_the_same(tmp_path, seed, config_class, generator):
+    base = make_base(tmp_path / "base", seed, config_class, tie_word_embeddings=False)
+    ids = torch.randint(259, (2, 9), generator=generator)
+    plain, model = load(base), load(base)
+    for each in (plain, model):
+        add_lora(each, rank=2)
+    inventory, checksum = take_inventory(model), frozen_checksum(model)
+    keep_rows_on_host(model)
+    assert_same(passes(model, ids), passes(plain, ids))
+    assert (take_inventory(model), frozen_checksum(model)) == (inventory, checksum)
+    assert (model.device, model.dtype) == (plain.device, plain.dtype)
+    assert sum(each.nbytes for each in model.parameters() if each.shape[-1] == 64 and len(each) == 259) == 0
+    rows = host_rows(model)
+    assert [tuple(each.shape) for each in rows.values()] == [(259, 64)] * 2
+    next(iter(rows.values()))[3] += 1  # a changed row is noticed
+    assert frozen_checksum(model) != checksum
+    answers = [each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (plain, load(base))]
+    assert answers[0].equal(answers[1])
+
+
+@pytest.mark.parametrize("change", ["tied", "trained", "partly trained"])
+def test_an_embedding_and_head_that_are_trained_or_shared_stay(tmp_path, change):
+    model = load(make_base(tmp_path / "base", 1, tie_word_embeddings=change == "tied"))
+    train_rows(
+        model, ["lm_head"] if change == "trained" else [], range(259, 261 if change == "partly trained" else 259)
+    )
+    keep_rows_on_host(model)
+    assert list(host_rows(model)) == {"tied": [], "trained": ["model.embed_tokens"], "partly trained": []}[change]
+    assert model(torch.arange(5)[None]).logits.isfinite().all()

@@ -1,0 +1,126 @@
+"""Where weights go by estimate, GPUs by their names, and the time of a step on paper."""
+
+from dataclasses import replace
+
+import pytest
+
+from qlora.config import load_config
+from qlora.errors import ConfigError
+from qlora.files import BaseFiles
+from qlora.layers.placement import placed_bytes, placed_weights
+from qlora.lora.mixture import expert_stacks
+from qlora.memory.cards import CARDS, find_card, read_gpu
+from qlora.memory.estimate import estimate as estimate_bytes
+from qlora.memory.pace import BUS_SHARE, FLOPS_SHARE, pace_of
+from qlora.memory.place import first_that_fits
+from qlora.memory.timeline import HEAD
+from qlora.model import SUPERVISED, build_skeleton, load_base
+from qlora.training import estimate
+from tests.moe import make_moe
+from tests.tiny import make_base, run_config
+
+
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def base(request, tmp_path_factory):
+    """A random model of eight layers, so wide that rounding up the bytes of each weight is negligible."""
+    folder, sizes = tmp_path_factory.mktemp("base") / "base", {"num_hidden_layers": 8, "hidden_size": 256}
+    if request.param == "experts":
+        return make_moe(folder, "qwen3_moe", 1, **sizes)
+    return make_base(folder, 1, **sizes, intermediate_size=512)
+
+
+@pytest.fixture
+def predicted(base, tmp_path):
+    config = load_config(run_config(base, tmp_path / "none.jsonl", tmp_path / "run", model__compute_dtype="bfloat16"))
+    return estimate_bytes(config, SUPERVISED, "cuda")
+
+
+def test_bytes_are_those_of_a_loaded_model(base, predicted):
+    placed = placed_weights(load_base(str(base), compute_dtype="bfloat16", weights="host", device="cpu")[0])
+    assert sum(predicted.footprint.layers_packed) == pytest.approx(sum(placed.layer_bytes), rel=0.05)
+    host = replace(predicted, weights="host")
+    edges = predicted.footprint.embedding + predicted.footprint.head
+    assert edges == 2 * 259 * 256 * 2
+    assert (host.placed.device, host.placed.host - edges) == pytest.approx(
+        (placed.slot_bytes, placed.stored_bytes), rel=0.05
+    )
+    moved = sum(predicted.footprint.layers_packed) + edges
+    assert predicted.weight_bytes - host.weight_bytes == moved - host.placed.device
+    # In the layers the head is not there; where it is used, it is.
+    for is_head, kept in ((False, 0), (True, predicted.footprint.head)):
+        moments = [moment for moment in predicted.footprint.held["full"] if (moment.place == HEAD) == is_head]
+        footprint = replace(predicted.footprint, held={"full": moments}, update=0)
+        on_device, on_host = (replace(each, footprint=footprint).total_bytes("full", 512) for each in (predicted, host))
+        assert on_device - on_host == moved - host.placed.device - kept
+
+
+def test_parts_of_several_processes(predicted):
+    layers = predicted.footprint.layers_packed
+    for count in (2, 3):
+        parts, largest = sum(layers) / count, max(layers)
+        sharded, host = (placed_bytes(kind, layers, count) for kind in ("sharded", "host"))
+        assert (sharded.device, sharded.host) == (pytest.approx(parts + 2 * largest, rel=0.1), 0)
+        assert host[:2] == (2 * largest, sum(layers))  # each process has all of them
+        # All layers are gathered twice, and the process's own part is there.
+        assert sharded.copied == pytest.approx(2 * sum(layers) * (count - 1) / count, rel=0.05)
+
+
+def test_the_first_place_that_fits_is_taken(predicted):
+    two = replace(predicted, processes=2)
+    least = {
+        place: min(replace(two, weights=place).total_bytes(level, two.tokens) for level in two.levels)
+        for place in ("device", "sharded", "host")
+    }
+    assert least["device"] > least["sharded"]
+    just_enough = {place: int(number / 0.95) + 1 for place, number in least.items()}
+    assert first_that_fits(two, just_enough["device"]) == ("device", "they fit on the device")
+    place, reason = first_that_fits(two, just_enough["sharded"])
+    assert place == "sharded"
+    assert reason.startswith("on the device they don't fit: A micro-batch of")
+    assert first_that_fits(predicted, just_enough["sharded"])[0] == "host"  # one process
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("3060 12GB", "RTX 3060 12GB"), ("4060Ti 16GB", "RTX 4060 Ti 16GB"), ("4060 ti", "RTX 4060 Ti 16GB"),
+        ("A100", "A100 80GB"), ("H100", "H100 80GB"), ("h200", "H200 141GB"), ("5090", "RTX 5090"),
+        ("24GB", None), ("24", None), ("", None), ("RTX", None),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_name(text, name):
+    card = find_card(text)
+    assert (None if card is None else card.name) == name
+
+
+def test_a_number_is_a_size_only_with_a_unit():
+    assert read_gpu("4090") == (24 << 30, find_card("4090"))
+    assert read_gpu("24GB") == (24 * 10**9, None)
+    for wrong in ("24", "24000000000", "4091", "24.5", "1MB", "lots", ""):
+        with pytest.raises(ValueError, match="should be a size such as 24GB or 24GiB, or a GPU: 3060 12GB, "):
+            read_gpu(wrong)
+    with pytest.raises(ConfigError, match="gpu: '24' should be a size such as 24GB"):
+        estimate({"model": {"base": "b"}, "data": {"train": "t"}, "train": {"output_dir": "o"}}, "24")
+
+
+def test_times_follow_from_the_rates(predicted):
+    card, host = CARDS[3], replace(predicted, weights="host")
+    pace = pace_of(host, "full", card)
+    assert pace.copy == pytest.approx(host.placed.copied / (BUS_SHARE * card.bus))
+    products = predicted.footprint.products
+    assert pace.compute == pytest.approx(6 * products * predicted.tokens / (FLOPS_SHARE * card.flops))
+    assert pace_of(host, "none", card).compute == pytest.approx(pace.compute * 2 / 3)
+    # At that number of tokens, computing takes as long as copying.
+    assert pace.compute * pace.hidden_from / predicted.tokens == pytest.approx(pace.copy, rel=0.01)
+    assert pace.is_hidden == (predicted.tokens >= pace.hidden_from)
+    assert pace_of(predicted, "full", card).hidden_from == 0
+
+
+def test_a_token_is_multiplied_by_its_experts_alone(base, predicted):
+    skeleton = build_skeleton(BaseFiles.resolve(str(base)))
+    stacks, tables = expert_stacks(skeleton), ("embed_tokens", "norm")
+    weights = [(name, each) for name, each in skeleton.named_parameters()
+               if each.dim() > 1 and not any(table in name for table in tables)]  # fmt: skip
+    wanted = sum(each.numel() * (2 / 6 if name in stacks else 1) for name, each in weights)  # 2 of 6 experts
+    assert predicted.footprint.products == wanted
