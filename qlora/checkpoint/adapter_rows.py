@@ -170,8 +170,12 @@ def rows_problems(model: Any, rows: Mapping[str, StoredRows], tensors: Mapping[s
                 problems.append(f"{name} has no trained bias, as it has in this base's class")
         elif stored.bias and not torch.equal(tensors[stored.bias].to(layer.bias), layer.bias.cpu().to(layer.bias)):
             problems.append(f"{name} has a trained bias, which is not supported")
-    sizes = {max(len(layer.weight), rows[name].ids.stop if name in rows else 0) for name, layer in layers.items()}
-    if len(sizes) > 1 and not (problems or scores_documents(model) or are_shared(model, rows, tensors)):
+    # An embedding may have more rows than the head from the start, so only what the adapter adds is compared.
+    own = {name: len(layer.weight) for name, layer in layers.items()}
+    stops = {name: rows[name].ids.stop for name in layers if name in rows}
+    added = [stop for name, stop in stops.items() if stop > own[name]]
+    is_added_to_all = all(max(size, stops.get(name, 0)) >= max(added, default=0) for name, size in own.items())
+    if not is_added_to_all and not (problems or scores_documents(model) or are_shared(model, rows, tensors)):
         problems.append(f"it adds rows to only one of {' and '.join(layers)}")
     return problems
 

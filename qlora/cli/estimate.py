@@ -57,8 +57,7 @@ def estimate(
 
         level = result.level or list(result.levels)[-1]
         expected = result.levels[level]["total"] - result.levels[level]["bytes"]["context"]
-        loss = training_loss(settings.train)
-        model, prepared = prepare(settings, resolve_device(), loss)
+        model, prepared, loss = prepare(settings, resolve_device(), training_loss(settings.train))
         measured = measure_step(model, prepared, level, loss)
         report["probe"] = {"level": level, "measured": measured, "estimated": expected, "ratio": expected / measured}
     if as_json:

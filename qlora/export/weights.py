@@ -1,6 +1,5 @@
 """The merged weights of an adapter and its base, computed one tensor at a time from their files."""
 
-import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from qlora.model import (
     weight_format,
 )
 from qlora.model.expert_files import expert_tensors
+from qlora.model.mergeable import mergeable_tensors
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
 from qlora.model.score import head_shapes, vocabulary_head
 from qlora.model.text_only import names_as_text
@@ -56,10 +56,10 @@ class MergedWeights:
         names_as_text: Names that the base's tensors have in a model of text alone, by their own.
 
     Raises:
-        ExportError: The base is not the one used in training, its files lack adapted modules, or `onto` is unknown or
-            not available.
+        ExportError: The base is not the one used in training, or `onto` is unknown or not available.
         CheckpointError: The run or its adapter is damaged.
-        ModelError: The base can't be found, or the device is not available.
+        ModelError: The base can't be found, its files don't hold a layer's weight as a tensor of its own, or the device
+            is not available.
     """
 
     def __init__(
@@ -318,31 +318,9 @@ class MergedWeights:
         return {name: rows[module] for name, module in self._by_name_in_files(modules, skeleton).items()} | biases
 
     def _by_name_in_files(self, modules: Iterable[str], skeleton: Any) -> dict[str, str]:
-        """Return modules by the names of their weights in the files.
-
-        Raises:
-            ExportError: A module's weight is missing, or part of another tensor.
-        """
-        one_to_one, converted = names_in_files(skeleton, self._shapes)
-        modules = list(modules)
-        fused = [module for module in modules if f"{module}.weight" in converted]
-        if fused:
-            sources = ", ".join(converted[f"{fused[0]}.weight"][:3])
-            raise ExportError(
-                f"{len(fused)} layers are not tensors of their own in the files of {self.files.name} "
-                f"({', '.join(fused[:3])} …; the first is made of {sources}), so nothing was merged. "
-                "Train without them in lora.targets, and merge --onto original if they are quantized."
-            )
-        missing = [module for module in modules if f"{module}.weight" not in one_to_one]
-        if missing:
-            near = difflib.get_close_matches(f"{missing[0]}.weight", self._shapes, n=1)
-            hint = f" The nearest name there is {near[0]}." if near else ""
-            raise ExportError(
-                f"{len(missing)} layers are not in the files of {self.files.name} under their names "
-                f"({', '.join(missing[:3])} …), so nothing was merged.{hint} "
-                "Load the base with transformers, save it, and train on the saved copy."
-            )
-        return {one_to_one[f"{module}.weight"]: module for module in modules}
+        """Return modules by the names of their weights in the files."""
+        tensors = mergeable_tensors(skeleton, self._shapes, modules, self.files.name)
+        return {tensor: module for module, tensor in tensors.items()}
 
 
 def _device_here(kind: str) -> torch.device:

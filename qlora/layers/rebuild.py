@@ -137,6 +137,10 @@ class _Chooser:
             return norm
         sizes = torch.logspace(-3, 1, PROBE_ROWS)[:, None]  # the first are so small that eps matters
         x = self.random_rows(weight.shape[0], sizes).to(weight)
+        try:
+            norm(x)
+        except (RuntimeError, ValueError):  # its rows are split, as into xLSTM's heads
+            return norm
         forms = [RMSNorm(weight, eps, rounds_first=True), RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0)]
         return self._choose(type(norm).__name__, norm, forms, x)
 

@@ -12,7 +12,15 @@ from qlora.layers.placement import PlacedBytes, placed_bytes
 from qlora.layers.recompute_mlp import TILE_TOKENS
 from qlora.memory.footprint import Footprint, take_footprint
 from qlora.memory.timeline import HEAD, Moment
-from qlora.model import Loss, base_files, free_host_bytes, resolve_compute_dtype, resolve_device, with_images
+from qlora.model import (
+    Loss,
+    base_files,
+    free_host_bytes,
+    load_processor,
+    resolve_compute_dtype,
+    resolve_device,
+    with_images,
+)
 
 KINDS = ("weights", "adapters", "optimizer", "activations", "loss", "buffers", "context")
 # Memory that CUDA and its libraries take before any tensor: assumed, because it differs by driver and device.
@@ -181,7 +189,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     )  # fmt: skip
     files = base_files(section, with_weights=False)
     row, rows = config.data.max_tokens, config.train.micro_batch_size
-    loss = with_images(loss, config.data, files.folder)
+    if config.data.has_images:
+        loss = with_images(loss, config.data, load_processor(files.folder))
     footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
     return Estimate(
         footprint=footprint,

@@ -95,7 +95,9 @@ class Storages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts | None = None) -> tuple[Any, RunConfig]:
+def prepare(
+    config: RunConfig, device: torch.device, loss: Loss, starts: Starts | None = None
+) -> tuple[Any, RunConfig, Loss]:
     """Load a run's model as it would be trained, except for its level of recomputation.
 
     Args:
@@ -105,15 +107,16 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
         starts: What the run's adapters started from; None computes it, from made-up examples if it needs any.
 
     Returns:
-        The model, and the config with what became of `data.packing`.
+        The model; the config, with how `data.packing` was resolved; and the loss, with what it reads of images.
 
     Raises:
         ModelError: The base can't be loaded.
     """
     files = base_files(config.model)
-    columns = with_images(loss, config.data, files.folder).columns
-    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), columns)]
-    new_ids = set_tokens(config.data, load_processor(files.folder, config.model.trust_remote_code))
+    processor = load_processor(files.folder, config.model.trust_remote_code)
+    new_ids = set_tokens(config.data, processor)
+    loss = with_images(loss, config.data, processor)
+    examples = [made_up_document(list(range(min(MADE_UP_TOKENS, config.data.max_tokens))), loss.columns)]
     has_old = config.train.keep is not None and config.train.keep.null_space is not None
     old_examples = examples if starts is None and has_old else None
     model, _ = load_for_training(
@@ -128,7 +131,7 @@ def prepare(config: RunConfig, device: torch.device, loss: Loss, starts: Starts 
     )  # fmt: skip
     rebuild_activations(model)
     data = config.data.model_copy(update={"packing": packed and isolation.mixed_reason is None})
-    return model.train(), config.model_copy(update={"data": data})
+    return model.train(), config.model_copy(update={"data": data}), loss
 
 
 def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
@@ -138,7 +141,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
         model: Model that :func:`prepare` returned; it is trained on random tokens, so that no data are needed.
         config: Config that it returned.
         level: Level of recomputation.
-        loss: Loss that is minimized.
+        loss: Loss that it returned.
 
     Returns:
         See :func:`measure_peak`.
@@ -154,9 +157,7 @@ def measure_step(model: Any, config: RunConfig, level: str, loss: Loss) -> int:
     embedding = input_embedding(model)
     vocabulary = 1 if embedding is None else embedding.num_embeddings
     shape = (section.micro_batch_size * loss.group_size, config.data.max_tokens)
-    files = base_files(config.model)
-    columns = with_images(loss, config.data, files.folder).columns
-    documents = [made_up_document(ids, columns) for ids in torch.randint(vocabulary, shape).tolist()]
+    documents = [made_up_document(ids, loss.columns) for ids in torch.randint(vocabulary, shape).tolist()]
     batch = collate(documents, packed=config.data.packs)
     batch = batch.to(model.device)
 

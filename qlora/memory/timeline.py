@@ -12,6 +12,9 @@ from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HEAD = -1
+# A step of a few layers has a thousand operations, and 23,000 where layers compute chunks of 64 tokens. Layers that
+# compute each token by itself would have a million, and what they keep does not grow with the size of any tensor.
+MAX_OPERATIONS = 100_000
 
 
 class Bytes(NamedTuple):
@@ -95,6 +98,7 @@ class Timeline(TorchDispatchMode):
         self._moments: dict[tuple[int, ...], None] = {}
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
         self._scope = ExitStack()
+        self._num_operations = 0
 
     def __enter__(self) -> "Timeline":
         # On meta tensors torch computes attention from its parts, with all scores; real devices use a fused kernel.
@@ -116,6 +120,9 @@ class Timeline(TorchDispatchMode):
         return [Moment(place, _as_held(numbers)) for place, *numbers in self._moments]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._num_operations += 1
+        if self._num_operations > MAX_OPERATIONS:
+            raise NotImplementedError("its layers compute one token at a time")
         kwargs = kwargs or {}
         shortcut = _shortcut(func)
         result = NotImplemented if shortcut is None else shortcut(args, kwargs)

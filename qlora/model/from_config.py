@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ from qlora.lora import (
 from qlora.model.base import load_base
 from qlora.model.loss import Loss
 from qlora.model.on_weight import OnWeight
-from qlora.model.processor import load_processor
 from qlora.model.quantization import settings_of_base
 from qlora.model.shares import check_share
 from qlora.optim import FlatOptimizer, FlatParameters, make_optimizer
@@ -270,23 +268,19 @@ def check_documents(section: DataSection, tokenizer: Any) -> None:
         )
 
 
-def with_images(loss: Loss, section: DataSection, folder: Path) -> Loss:
+def with_images(loss: Loss, section: DataSection, processor: Any) -> Loss:
     """Return a loss that also names what it reads of images, if a config has any.
 
     Args:
         loss: The loss.
         section: Data section of the config.
-        folder: Folder of the base, with its image processor.
+        processor: Image processor of the base, or its tokenizer.
 
     Raises:
-        ModelError: The processor is missing or can't be used.
         ConfigError: The base reads images and the config texts, or the other way round.
     """
-    if not section.has_images:
-        return loss
-    processor = load_processor(folder)
     check_documents(section, processor)
-    return replace(loss, columns={**loss.columns, **processor.made_up()})
+    return replace(loss, columns={**loss.columns, **processor.made_up()}) if section.has_images else loss
 
 
 def datasets_from_section(

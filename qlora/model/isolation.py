@@ -221,6 +221,11 @@ def check_causal(model: Any, document: TokenizedExample) -> None:
     with changed_embeddings(model, watch):
         batch = collate([document]).to(model.device)
         states = text_model(model)(**model_inputs(model, batch)).last_hidden_state[0, :half].float()
+        if embedded[0].shape[-2] != len(document):
+            raise ModelError(
+                f"{type(model).__name__} embeds {embedded[0].shape[-2]} tokens for a document of {len(document)}, so "
+                "it can't be proven that tokens don't see later ones; use another decoder-only model."
+            )
         # Random weights, because a norm makes plain sums or squares of the states constant.
         generator = torch.Generator().manual_seed(0)
         total = (states * torch.randn(states.shape, generator=generator).to(states.device)).sum()

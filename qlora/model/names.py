@@ -1,9 +1,11 @@
 """Names of a model's parameters in its checkpoint files, and the orientation they are stored in."""
 
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.errors import ModelError
 from qlora.lora import input_embedding, output_head
 
 
@@ -49,6 +51,38 @@ def names_in_files(skeleton: Any, stored: Iterable[str]) -> tuple[dict[str, str]
         for target in targets:
             converted.setdefault(tensor.parameter.replace(first, target), []).append(tensor.name)
     return one_to_one, converted
+
+
+def tensors_of_layers(
+    skeleton: Any, stored: Collection[str], layers: Iterable[str], base: str, remedy: str
+) -> dict[str, str]:
+    """Return the stored tensor of each layer's weight, by the layer's name.
+
+    Args:
+        skeleton: The model without weights.
+        stored: Names of the tensors in the files.
+        layers: Names of layers whose weights are read, or written, one at a time.
+        base: Name of the base, for messages.
+        remedy: End of the sentence about layers that are parts of other tensors: what that prevents, and what to do.
+
+    Raises:
+        ModelError: A layer's weight is missing, or part of another tensor.
+    """
+    one_to_one, converted = names_in_files(skeleton, stored)
+    layers = list(layers)
+    if fused := [layer for layer in layers if f"{layer}.weight" in converted]:
+        raise ModelError(
+            f"{len(fused)} layers are not tensors of their own in the files of {base} ({', '.join(fused[:3])} …; the "
+            f"first is made of {', '.join(converted[f'{fused[0]}.weight'][:3])}), {remedy}"
+        )
+    if missing := [layer for layer in layers if f"{layer}.weight" not in one_to_one]:
+        near = difflib.get_close_matches(f"{missing[0]}.weight", stored, n=1)
+        hint = f"; the nearest name there is {near[0]}" if near else ""
+        raise ModelError(
+            f"{len(missing)} layers are not in the files of {base} under their names ({', '.join(missing[:3])} "
+            f"…{hint}); load the base with transformers, save it, and use the saved copy."
+        )
+    return {layer: one_to_one[f"{layer}.weight"] for layer in layers}
 
 
 def named_tensors(skeleton: Any, stored: Iterable[str]) -> Iterator[NamedTensor]:

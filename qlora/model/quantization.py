@@ -1,6 +1,6 @@
 """The layers that are quantized to NF4 while a model is loaded, and the stored tensors they come from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora.files import BaseFiles
 from qlora.lora import is_linear, matches, output_head, read_directly, reads_images, text_part, unmatched
 from qlora.lora.mixture import routers
 from qlora.model.formats import BITSANDBYTES_4BIT, expert_type, weight_format
-from qlora.model.names import names_in_files, transposed_modules
+from qlora.model.names import tensors_of_layers, transposed_modules
 from qlora.nf4 import NF4
 
 
@@ -158,7 +158,9 @@ def quantized_names(skeleton: Any, settings: Any) -> list[str]:
     ]
 
 
-def find_quantized_layers(skeleton: Any, settings: Any, base: str, stored: Iterable[str]) -> dict[str, QuantizedLayer]:
+def find_quantized_layers(
+    skeleton: Any, settings: Any, base: str, stored: Collection[str]
+) -> dict[str, QuantizedLayer]:
     """Find the layers that transformers quantizes, by the name of the stored tensor that each is loaded from.
 
     Args:
@@ -168,18 +170,12 @@ def find_quantized_layers(skeleton: Any, settings: Any, base: str, stored: Itera
         stored: Names of the tensors in its files.
 
     Raises:
-        ModelError: A layer is not stored as one tensor, but as a part of one or as several.
+        ModelError: A layer is not stored as one tensor of its own.
     """
-    tensors, _ = names_in_files(skeleton, stored)
     transposed = transposed_modules(skeleton)
-    layers = quantized_names(skeleton, settings)
-    missing = [layer for layer in layers if f"{layer}.weight" not in tensors]
-    if missing:
-        raise ModelError(
-            f"{len(missing)} layers are not tensors of their own in the files of {base} ({', '.join(missing[:3])} …); "
-            "load the model with transformers, save it, and use that."
-        )
-    return {tensors[f"{layer}.weight"]: QuantizedLayer(layer, layer in transposed) for layer in layers}
+    remedy = "so they can't be quantized one at a time; use another base."
+    tensors = tensors_of_layers(skeleton, stored, quantized_names(skeleton, settings), base, remedy)
+    return {tensor: QuantizedLayer(layer, layer in transposed) for layer, tensor in tensors.items()}
 
 
 def _linears(skeleton: Any) -> list[str]:

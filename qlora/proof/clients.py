@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,9 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
     wrong = [module for module, rank in ranks.items() if rank != config_rank(config, module)]
     if wrong:
         verdict.refuse(f"{wrong[0]} has rank {ranks[wrong[0]]}, the config says {config_rank(config, wrong[0])}")
+    if renamed := _renamed_by_peft(base, ranks):
+        module, found = next(iter(renamed.items()))
+        verdict.refuse(f"it renames {module} to {found}, as a tensor of the published files, and drops it silently")
     selected = _selected(config, {name for name, _ in base.named_modules()})
     if selected is None:
         verdict.needs.append("the layers that target_modules selects were not checked")
@@ -135,6 +138,22 @@ def _check_peft(config: dict[str, Any], ranks: dict[str, int], others: dict[str,
         if differing and not absent:
             verdict.refuse(f"target_modules and the tensors differ in {sorted(differing)[0]}")
     return verdict
+
+
+def _renamed_by_peft(base: Any, modules: Iterable[str]) -> dict[str, str]:
+    """Return the names under which PEFT looks for layers, where they are others than the model's own.
+
+    It renames an adapter's tensors by transformers' table for the base's files, and takes back only a lost prefix.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    if get_checkpoint_conversion_mapping(getattr(base.config, "model_type", "")) is None:
+        return {}
+    renamings = [each for each in get_model_conversion_mapping(base) if isinstance(each, WeightRenaming)]
+    ending = ".lora_A.default.weight"
+    found = {module: rename_source_key(module + ending, renamings, [])[0].removesuffix(ending) for module in modules}
+    return {module: name for module, name in found.items() if not module.endswith(name)}
 
 
 def _misfits(

@@ -13,7 +13,7 @@ from qlora.files.json_files import parse_object
 from qlora.files.stored import row_blocks
 from qlora.lora import ScoreHead, input_embedding, output_head, stored_head
 from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_generation_config, load_processor
-from qlora.model.names import embedding_and_head_tensors
+from qlora.model.names import embedding_and_head_tensors, names_in_files
 from qlora.model.tokenizer import GENERATION_FILE
 
 # Prose, code, numbers, spaces, scripts and symbols on which tokenizers differ.
@@ -209,9 +209,16 @@ def _is_tied(skeleton: Any) -> bool:
 
 
 def _own_head(skeleton: Any, files: BaseFiles) -> str | None:
-    """Return the name of the head's tensor; None if there is none, or if it equals the embeddings of a tied model."""
+    """Return the name of the head's tensor, or of the first one that it is made of.
+
+    None if there is none, or if it equals the embeddings of a tied model.
+    """
     stored = BaseWeights(files)
     embeddings, head = embedding_and_head_tensors(skeleton, stored.shapes)
+    if head is None:
+        _, converted = names_in_files(skeleton, stored.shapes)
+        names = (name for name, module in skeleton.named_modules() if module is output_head(skeleton))
+        return next((converted[f"{name}.weight"][0] for name in names if f"{name}.weight" in converted), None)
     if head is None or embeddings is None or not _is_tied(skeleton):
         return head
     is_same = stored.shapes[head] == stored.shapes[embeddings] and all(

@@ -41,6 +41,7 @@ from qlora.model import (
 )
 from qlora.model.formats import notes_on_format
 from qlora.model.isolation import check_causal
+from qlora.model.mergeable import check_mergeable
 from qlora.model.null_space import check_no_experts
 from qlora.model.quantization import with_linears
 from qlora.model.run_adapter import check_experts_as_trained
@@ -223,8 +224,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             if head is not None:
                 head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
             _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
-        # Before anything is loaded, names that match nothing are reported.
-        adapter_specs(with_linears(skeleton), config.lora)
+        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged.
+        check_mergeable(files, skeleton, adapter_specs(with_linears(skeleton), config.lora))
         train_rows(skeleton, config.lora.modules_to_save)
         if section.keep is not None and section.keep.null_space is not None:
             check_no_experts(expert_specs(skeleton, config.lora))

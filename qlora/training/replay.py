@@ -162,7 +162,7 @@ def replay(config: RunConfig, path: str | Path) -> ReplayReport:
     starts = starts_of(config, run)
     # As the step was, unless documents can't be kept apart here; each alone gives the same numbers up to rounding.
     data = config.data.model_copy(update={"packing": settings["packed"]})
-    model, config = prepare(config.model_copy(update={"data": data}), resolve_device(), loss, starts)
+    model, config, _ = prepare(config.model_copy(update={"data": data}), resolve_device(), loss, starts)
     apply_recompute(model, config.model.recompute)
     flat = flat_parameters(model, config.train)
     if (flat.names, flat.data.shape) != (settings["trained"], tensors["trained"].shape):

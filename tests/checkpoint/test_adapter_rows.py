@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PhiConfig, Qwen3Config
 
 from qlora.checkpoint import load_adapter, read_adapter, save_adapter
+from qlora.checkpoint.adapter_rows import StoredRows, rows_problems
 from qlora.errors import CheckpointError
+from qlora.files import BaseFiles
 from qlora.lora import add_lora, lora_layers, train_rows, trained_rows
-from qlora.model import load_base
+from qlora.model import build_skeleton, load_base
 from tests.tiny import SIZES, make_base
 
 ROWS = SIZES["vocab_size"]
@@ -146,3 +148,16 @@ def test_two_weights_for_a_shared_one_are_refused(tmp_path, generator, seed):
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="which shares its weight"):
         load_adapter(model, path.parent)
+
+
+@pytest.mark.parametrize(
+    ("start", "names", "fits"),
+    [(262, ["model.embed_tokens"], True), (270, ["model.embed_tokens"], False), (0, [], True)],
+)
+def test_an_embedding_may_have_more_rows_than_the_head(start, names, fits, tiny_base):
+    """As in Mllama; only rows that an adapter adds to one of them alone do not fit."""
+    model = build_skeleton(BaseFiles.resolve(str(tiny_base)))
+    model.set_input_embeddings(torch.nn.Embedding(270, 64, device="meta"))
+    rows = {name: StoredRows(name, range(start, start + 2)) for name in names}
+    problems = rows_problems(model, rows, {name: torch.empty(2, 64) for name in names})
+    assert problems == ([] if fits else ["it adds rows to only one of model.embed_tokens and lm_head"])

@@ -9,6 +9,7 @@ from transformers import (
     BertGenerationConfig,
     BloomConfig,
     CohereConfig,
+    CpmAntConfig,
     CTRLConfig,
     FalconH1Config,
     Gemma2Config,
@@ -266,6 +267,15 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, seed, generato
     sees_all = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(ModelError, match=r"lets tokens see later ones .* decoder-only model"):
         check_causal(sees_all, document)
+
+
+def test_a_model_that_embeds_tokens_of_its_own_is_refused(seed, generator):
+    """Its gradients can't be told apart by tokens of the document."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "dim_head": 32, "dim_ff": 64, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(CpmAntConfig(vocab_size=259, prompt_length=5, **sizes))
+    with pytest.raises(ModelError, match="CpmAntForCausalLM embeds 21 tokens for a document of 16"):
+        check_causal(model, *random_documents(generator, (16,)))
 
 
 def test_a_model_that_scales_its_embeddings_in_place_is_tried(tmp_path, seed, generator):

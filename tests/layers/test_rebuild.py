@@ -126,6 +126,21 @@ def test_an_unknown_norm_runs_as_it_is(tmp_path, seed, generator):
     assert supervised_loss(model, one).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_norm_of_split_rows_runs_as_it_is(tiny_base, generator):
+    """xLSTM's takes (batch, tokens, heads, features of a head), and fails on other shapes."""
+
+    class HeadsLayerNorm(torch.nn.LayerNorm):
+        def forward(self, x):
+            batch, tokens, _heads, _features = x.shape
+            return super().forward(x.reshape(batch, tokens, -1))
+
+    model, _ = load_base(str(tiny_base), compute_dtype="float32")
+    norm = model.model.norm = HeadsLayerNorm(64, bias=False).requires_grad_(False)
+    x = torch.randn(2, 3, 4, 16, generator=generator)
+    rebuild_activations(model)
+    assert torch.equal(model.model.norm(x), norm(x))
+
+
 def test_a_model_without_values_is_replaced_too(tiny_base):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base)).requires_grad_(False)

@@ -12,6 +12,7 @@ from qlora.data import add_new_tokens, collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute
 from qlora.layers.recompute import recompute_levels
+from qlora.memory import timeline
 from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.memory.footprint import nf4_bytes
 from qlora.memory.probe import measure_peak, measure_step, prepare
@@ -65,7 +66,7 @@ def relative_errors(base, tmp_path, overrides, levels=slice(None)):
     config = settings(base, tmp_path, *overrides)
     loss = training_loss(config.train)
     predicted = estimate(config, loss, CPU)
-    model, config = prepare(config, CPU, loss)
+    model, config, loss = prepare(config, CPU, loss)
     assert predicted.levels == recompute_levels(model)
     return {
         level: predicted.total_bytes(level, predicted.tokens) / measure_step(model, config, level, loss) - 1
@@ -143,7 +144,7 @@ def test_gradients_of_embedding_and_head_are_counted(tied, base, tmp_path, seed)
         base = make_base(tmp_path / "base", seed, **LIMITS | {"tie_word_embeddings": True})
     overrides = ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.dtype=float32", "model.compute_dtype=bfloat16"]
     config = settings(base, tmp_path, "data.max_seq_len=160", *overrides)
-    predicted, (model, _) = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
+    predicted, (model, *_) = estimate(config, SUPERVISED, CPU), prepare(config, CPU, SUPERVISED)
     predicted = replace(predicted, footprint=replace(predicted.footprint, update=0, optimizer=0))
     flat = FlatParameters((name, each) for name, each in model.named_parameters() if each.requires_grad)
     generator = torch.Generator().manual_seed(seed)
@@ -307,3 +308,12 @@ def test_the_measured_peak_counts_tensors_that_are_alive_at_once():
 
 def test_loaded_bytes_count_as_available():
     assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)
+
+
+def test_layers_that_compute_one_token_at_a_time_are_not_traced_to_the_end(tiny_base, monkeypatch):
+    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 500)  # such layers have a million
+    config = load_config(
+        {"model": {"base": str(tiny_base)}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "r"}}
+    )
+    with pytest.raises(ModelError, match="memory can't be estimated: its layers compute one token at a time"):
+        estimate(config, training_loss(config.train), CPU)

@@ -80,7 +80,7 @@ def test_measured_and_estimated_runs_are_packed_as_training_would(tmp_path, seed
     base = make_base(tmp_path / "base", seed, LlamaConfig, attention_chunk_size=16)
     config = load_config(run_config(base, alpaca_file, tmp_path / "run", data__max_seq_len=64))
     loss, device = training_loss(config.train), torch.device("cpu")
-    _, prepared = prepare(config, device, loss)
+    _, prepared, _ = prepare(config, device, loss)
     assert (config.data.packs, prepared.data.packs, estimate(config, loss, device).packing) == (True, False, False)
 
 

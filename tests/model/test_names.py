@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, NemotronHConfig, Qwen3Config
 from transformers.models.hrm_text import HrmTextConfig
 
+from qlora.errors import ModelError
 from qlora.files import BaseFiles
 from qlora.model import build_skeleton
-from qlora.model.names import names_in_files
+from qlora.model.names import names_in_files, tensors_of_layers
 from tests.tiny import make_base
 
 NEMOTRON = {"layers_block_type": ["attention", "mlp"]}
@@ -51,3 +52,16 @@ def test_files_of_the_inner_model_alone_lack_its_prefix(tiny_base, tmp_path):
     one_to_one, converted = names_of(tmp_path)
     assert one_to_one == {name: name.removeprefix("model.") for name in stored}
     assert not converted
+
+
+def test_layers_without_a_tensor_of_their_own_are_named_with_what_they_are_made_of(tmp_path, tiny_base, seed):
+    files = BaseFiles.resolve(str(make_base(tmp_path / "base", seed, HrmTextConfig)))
+    layers = [f"model.L_module.layers.0.self_attn.{name}" for name in ("o_proj", "q_proj")]
+    skeleton = build_skeleton(files)
+    found = tensors_of_layers(skeleton, files.tensors, layers[:1], "base", "no.")
+    assert found == {layers[0]: "model.L_module.layers.0.attn.o_proj.weight"}
+    with pytest.raises(ModelError, match=r"^1 layers .*q_proj …; the first is made of .*gqkv_proj\.weight\), no\.$"):
+        tensors_of_layers(skeleton, files.tensors, layers, "base", "no.")
+    files = BaseFiles.resolve(str(tiny_base))
+    with pytest.raises(ModelError, match=r"mlp\.up_prog …; the nearest name there is model\.layers\.0\.mlp\.up_proj"):
+        tensors_of_layers(build_skeleton(files), files.tensors, ["model.layers.0.mlp.up_prog"], "base", "no.")

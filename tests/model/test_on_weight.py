@@ -149,5 +149,5 @@ def test_weights_that_are_not_quantized_while_loading_are_refused(tiny_base, tmp
 
 def test_layers_that_are_stored_together_are_refused_by_name(tmp_path, seed):
     base = make_base(tmp_path / "base", seed, HrmTextConfig)
-    with pytest.raises(ModelError, match=r"layers are not tensors of their own .*q_proj.* save it, and use that"):
+    with pytest.raises(ModelError, match=r"layers are not tensors of their own .*q_proj.* one at a time; use another"):
         load_base(str(base), on_weight=never)

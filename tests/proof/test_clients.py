@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -16,11 +18,13 @@ from qlora.errors import CheckpointError
 from qlora.files import BaseFiles
 from qlora.lora import add_lora
 from qlora.model import build_skeleton, load_base
-from qlora.proof.clients import check_clients
+from qlora.proof.clients import _renamed_by_peft, check_clients
+from scripts.dev.support.sizes import tiny_config
 from tests.tiny import make_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UP = "model.layers.0.mlp.up_proj"
+TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,20 @@ def test_the_adapter_of_a_run_loads_everywhere(settings, tiny_base, skeleton, tm
     assert loads(verdicts) == ALL, verdicts
     assert str(verdicts["peft"]) == "loads it"
     assert skipped_by_peft(tiny_base, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["inkling2_text", "laguna", "gpt_oss"])
+def test_layers_that_peft_renames_are_reported(name, tmp_path, generator):
+    """PEFT looks for them under names by transformers' table for the published files."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(tiny_config(transformers.CONFIG_MAPPING[name], 300, TOKENS))
+    layers = [name for name, module in base.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"]
+    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
+    tensors = {key: torch.empty(4, 4) for key in keys.values()}
+    converted = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), tensors)
+    expected = {name for name, key in keys.items() if key not in converted}
+    assert {*_renamed_by_peft(base, layers)} == expected
+    assert bool(expected) == (name != "gpt_oss")
 
 
 @pytest.mark.parametrize(

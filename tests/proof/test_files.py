@@ -4,15 +4,19 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.inkling2 import Inkling2TextConfig
 
 from qlora.export import merge
 from qlora.files import BaseFiles
 from qlora.lora import ScoreHead
 from qlora.model import build_skeleton
+from qlora.model.names import names_in_files
 from qlora.proof import verify
 from qlora.proof.files import check_head, check_scores
+from scripts.dev.support.sizes import tiny_config
 from tests.export import change_tensors
 
 HEAD = "lm_head.weight"
@@ -167,3 +171,14 @@ def test_the_labels_of_a_head_are_compared_by_name(labels, others, tmp_path):
     assert problems(ScoreHead(2, labels, "single_label_classification")) == []
     (problem,) = problems(ScoreHead(2, others, "single_label_classification"))
     assert "config.json has id2label" in problem
+
+
+def test_a_head_that_is_made_of_another_tensor_is_found(tmp_path, seed):
+    """Inkling 2 has a scaled head, which is stored without the scale."""
+    tokens = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(tiny_config(Inkling2TextConfig, 259, tokens)).save_pretrained(tmp_path)
+    files = BaseFiles.resolve(str(tmp_path))
+    skeleton = build_skeleton(files)
+    assert "lm_head.weight" not in names_in_files(skeleton, files.tensors)[0]
+    assert check_head(skeleton, files, skeleton, files) == []

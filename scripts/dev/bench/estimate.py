@@ -55,7 +55,7 @@ def compare(config: str, overrides: list[str]) -> list[str]:
     loss, started = objective_from_section(settings.train).loss, time.perf_counter()
     predicted = estimate(settings, loss)
     seconds = time.perf_counter() - started
-    model, settings = prepare(settings, resolve_device(), loss)
+    model, settings, loss = prepare(settings, resolve_device(), loss)
     lines = [f"{predicted.tokens} tokens; predicted in {seconds:.2f} s", ""]
     lines += ["| recompute | predicted, MiB | measured, MiB | ratio |", "|---|---|---|---|"]
     for level in recompute_levels(model):

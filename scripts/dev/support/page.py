@@ -2,11 +2,14 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from scripts.dev.support import checks
 
 NUMBERS = ("base", "step 0", "packed", "merged", "verify", "PEFT")
+# Of an error of transformers, which may list all of its classes.
+MOST_CHARACTERS = 240
 TRAINED, REFUSED, OPEN, NOT_RUN = "Trained", "Refused", "Open", "Not run"
 HEAD = """# Supported architectures
 
@@ -56,7 +59,7 @@ Differences are relative to the largest logit. Bounds: {checks.LOGITS:g}, {check
 def row_of(name: str, found: dict[str, Any]) -> tuple[str, str]:
     """Return the section that an architecture's row belongs to, and the row."""
     if checks.NOT_RUN in found:
-        return NOT_RUN, _line(name, found[checks.NOT_RUN])
+        return NOT_RUN, _line(name, shorten(found[checks.NOT_RUN], MOST_CHARACTERS, placeholder=" …"))
     if found["wrong"]:
         return OPEN, _line(name, "; ".join(_finding(each, found) for each in found["wrong"]))
     if checks.REFUSED in found:

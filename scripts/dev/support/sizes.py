@@ -78,12 +78,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "ministral": {"head_dim": 16},
     "qwen2_5_vl_text": {"rope_parameters": ROPE},
     "qwen2_vl_text": {"rope_parameters": ROPE},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
