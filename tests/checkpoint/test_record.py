@@ -41,7 +41,8 @@ def test_a_record_of_an_older_version_is_read(run):
         "stopped_early": None,
     }
     parameters = OLDER["parameters"] | {"adapted_experts": {}, "read_directly": []}
-    assert record.as_dict() == OLDER | added | {"in_use": in_use, "parameters": parameters}
+    own = {"in_use": in_use, "parameters": parameters, "quantization": OLDER["quantization"] | {"experts": None}}
+    assert record.as_dict() == OLDER | added | own
 
 
 @pytest.mark.parametrize("steps", [None, 0, 7])
