@@ -1,5 +1,6 @@
 """Placed weights: two layers on the device at a time, and the bytes and copies that are predicted."""
 
+import gc
 import os
 import time
 
@@ -296,3 +297,19 @@ def test_an_embedding_and_head_that_are_trained_or_shared_stay(tmp_path, change)
     keep_rows_on_host(model)
     assert list(host_rows(model)) == {"tied": [], "trained": ["model.embed_tokens"], "partly trained": []}[change]
     assert model(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_nothing_else_holds_the_codes_after_loading(bases):
+    """bitsandbytes' weights refer back to their layers, and would be freed only with other garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects()}
+        model = load(bases["llama"], "host")
+        new = [each for each in gc.get_objects() if id(each) not in before and isinstance(each, torch.Tensor)]
+    finally:
+        gc.enable()
+    storages = [each.untyped_storage() for each in new if each.dtype == torch.uint8]
+    held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    placed = placed_weights(model)
+    assert held < placed.stored_bytes + placed.slot_bytes + max(placed.layer_bytes)

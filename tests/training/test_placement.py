@@ -1,16 +1,19 @@
 """Weights that are split over processes or on the host train what weights on the device train."""
 
 import json
+import os
 import re
 
 import pytest
 from transformers import LlamaConfig
 
+from qlora.checkpoint import save_checkpoint
 from qlora.config import load_config
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ModelError
 from qlora.export import merge
+from qlora.layers.sharding import ShardedWeights
 from qlora.proof import verify
-from qlora.training import train
+from qlora.training import saving, train
 from tests.moe import make_moe
 from tests.tiny import make_base, run_config
 from tests.training.ranks import call_in, call_in_two, needs_fork, train_in, train_in_two
@@ -131,3 +134,47 @@ def test_a_run_continues_with_other_numbers_of_processes(deep_base, alpaca_file,
 def train_until(config, overrides, stop_at):
     """Train a session, and return its notes."""
     return train(load_config(config, overrides), stop_at=stop_at).notes
+
+
+def die_in(place, config, folder):
+    """Train until a process ends without a word, and write what the other one raises."""
+    is_second = os.environ["RANK"] == "1"
+    after_layer, passed = ShardedWeights._after_layer, []
+
+    def end_in_a_step(self, *arguments):
+        if (folder / "run" / "checkpoints" / "step-000004").is_dir():
+            passed.append(self)
+        if len(passed) > 5:  # in the middle of the next step
+            os._exit(9)
+        after_layer(self, *arguments)
+
+    def end_in_a_save(folder, *arguments, **options):
+        if folder.name == "step-000004":
+            folder.with_name(f"{folder.name}.half").mkdir()
+            os._exit(9)
+        save_checkpoint(folder, *arguments, **options)
+
+    if place == "step" and is_second:
+        ShardedWeights._after_layer = end_in_a_step
+    if place == "save" and not is_second:
+        saving.save_checkpoint = end_in_a_save
+    try:
+        train(load_config(config))
+    except ModelError as error:
+        folder.joinpath("raised").write_text(str(error))
+    os._exit(1)
+
+
+@pytest.mark.parametrize("place", ["step", "save"])
+def test_a_process_that_is_killed_ends_the_run_which_continues(place, deep_base, alpaca_file, tmp_path):
+    settings = {"model__weights": "sharded", "train__save_every": 2, "train__max_steps": 8, "data__eval": None}
+    whole, config = (run_config(deep_base, alpaca_file, tmp_path / name, **settings) for name in ("whole", "run"))
+    train_in_two(whole)
+    with pytest.raises(AssertionError, match="ended without an answer"):
+        call_in_two(die_in, place, str(config), tmp_path)
+    assert (tmp_path / "raised").read_text().startswith("Another process of the run has ended; its last message")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*[0-9]"))
+    assert saved
+    assert "step-000008" not in saved
+    train_in_two(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
