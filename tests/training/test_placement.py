@@ -15,7 +15,7 @@ from qlora.layers.sharding import ShardedWeights
 from qlora.proof import verify
 from qlora.training import saving, train
 from tests.moe import make_moe
-from tests.tiny import make_base, run_config
+from tests.tiny import make_base, run_config, write_jsonl
 from tests.training.ranks import call_in, call_in_two, needs_fork, train_in, train_in_two
 from tests.training.same_run import assert_same_run, lines_of
 
@@ -178,3 +178,37 @@ def test_a_process_that_is_killed_ends_the_run_which_continues(place, deep_base,
     assert "step-000008" not in saved
     train_in_two(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# Passes that are not a forward with its backward, and gradients that not all layers get.
+UNEVEN = {
+    "kl": {"train__keep": {"kl": 0.1}},
+    "adversarial": {"train__adversarial": {"epsilon": 0.05}, "lora__layers": [2, 3]},
+    "upper layers": {"lora__layers": [2, 3]},
+}
+
+
+def stop_and_continue(config):
+    """Train to a step after which processes have different work, and from there."""
+    train(load_config(config), stop_at=4)
+    train(load_config(config))
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_processes_with_different_work_stay_in_step(kind, deep_base, tmp_path):
+    """Of nine rows, one process has the last."""
+    rows = [{"instruction": f"Repeat {number}", "output": "tin " * (number + 1)} for number in range(9)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shared = {
+        "data__packing": False, "data__eval": None, "train__eval_every": None, "train__max_steps": 10,
+        "train__micro_batch_size": 1, "model__compute_dtype": "float32", "train__save_every": None, **UNEVEN[kind],
+    }  # fmt: skip
+    one = run_config(deep_base, data, tmp_path / "one", train__gradient_accumulation_steps=2, **shared)
+    train(load_config(one))
+    own = run_config(
+        deep_base, data, tmp_path / "two", model__weights="sharded", train__gradient_accumulation_steps=1, **shared
+    )
+    call_in_two(stop_and_continue, str(own))
+    losses = [[line["loss"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line]
+              for name in ("one", "two")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -211,7 +211,7 @@ def estimate_large() -> list[str]:
                 lines.append(
                     f"| {recipe} | {count} × {gpu} | {level} | {place['total'] / GIB:.2f} | {wanted:.1f} "
                     f"| {place['host_bytes'] / GIB:.2f} | {place['copied_bytes'] / 1e9:.0f} "
-                    f"| {place['compute_seconds']:.0f} | {place['copy_seconds']:.0f} | {place['hidden_from']:,} |"
+                    f"| {place['compute_seconds']:.0f} | {place['copy_seconds']:.0f} | {place['hidden_from'] or '–'} |"
                 )
                 print(lines[-1], flush=True)
     return lines
