@@ -211,14 +211,24 @@ class RunDirectory:
         return _read_lines(self.metrics, until)
 
     def read_samples(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Return the lines of samples.jsonl; see :meth:`read_metrics`."""
-        return _read_lines(self.samples, until)
+        """Return the lines of samples.jsonl without damaged ones, which training does not depend on.
+
+        Args:
+            until: Last step to read. None for all.
+        """
+        return _read_lines(self.samples, until, skips_damage=True)
 
     def keep_logs_until(self, step: int) -> None:
-        """Drop the lines after a step, which were logged after the checkpoint that the run continues from."""
-        for path in (self.metrics, self.samples):
-            if path == self.metrics or path.exists():
-                write_text(path, "".join(json.dumps(line) + "\n" for line in _read_lines(path, step)))
+        """Drop the lines after a step, which were logged after the checkpoint that the run continues from.
+
+        Raises:
+            CheckpointError: A line of metrics.jsonl up to that step is damaged.
+        """
+        logs = {self.metrics: self.read_metrics(step)}
+        if self.samples.exists():
+            logs[self.samples] = self.read_samples(step)
+        for path, lines in logs.items():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _check_finished(self) -> None:
         if self.read_record().is_finished:
@@ -230,8 +240,8 @@ class RunDirectory:
         raise CheckpointError(f"{self.path} has not finished. Continue it with qlora train{instead}.")
 
 
-def _read_lines(path: Path, until: int | None) -> list[dict[str, Any]]:
-    """Return the lines of a log of steps, see :meth:`RunDirectory.read_metrics`."""
+def _read_lines(path: Path, until: int | None, skips_damage: bool = False) -> list[dict[str, Any]]:
+    """Return the lines of a log of steps; see :meth:`RunDirectory.read_metrics` and `read_samples`."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -240,9 +250,9 @@ def _read_lines(path: Path, until: int | None) -> list[dict[str, Any]]:
             if not all(isinstance(value[key], int | float) for key in {"step", *NUMBERS} & {"step", *value}):
                 raise ValueError("no numbers")
         except (ValueError, KeyError) as error:
-            if number < len(lines):
-                raise CheckpointError(f"{path}:{number} is damaged: {error}") from None
-            break
+            if skips_damage or number == len(lines):
+                continue
+            raise CheckpointError(f"{path}:{number} is damaged: {error}") from None
         if until is not None and value["step"] > until:
             break
         values.append(value)

@@ -1,16 +1,15 @@
 """The log of a run: metrics.jsonl, samples.jsonl, the display, and trackers."""
 
-import json
 import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from qlora.checkpoint import RunDirectory, metric_label
+from qlora.files.log_file import LogFile
 from qlora.model import Evaluation
 from qlora.processes import Processes
 from qlora.training.display import Display
@@ -29,7 +28,7 @@ class MetricsLog:
     """Log of steps and evaluations; on every process but the first it does nothing.
 
     Args:
-        run: Directory of the run, whose metrics.jsonl is appended to.
+        run: Directory of the run, whose metrics.jsonl and samples.jsonl are appended to.
         processes: Processes of the run.
         tracking: Trackers of the run.
         total_steps: Number of steps of the run.
@@ -50,13 +49,11 @@ class MetricsLog:
         display: Display,
         unit: str = "tok",
     ) -> None:
-        self._run, self.unit = run, unit
+        self.unit = unit
         self._tracking, self.total_steps, self.steps_per_epoch = tracking, total_steps, steps_per_epoch
         self.log_every, self.is_main, self.display = log_every, processes.is_first, display
         self._since_line = {"tokens": 0, "seconds": 0.0}
-        # Unbuffered, so that a killed process leaves everything that it logged.
-        self._file = run.metrics.open("ab", buffering=0) if self.is_main else None
-        self._unwritten = b""
+        self._metrics, self._samples = LogFile(run.metrics), LogFile(run.samples)
 
     def announce(self, lines: Sequence[str]) -> None:
         """Print messages that a user should see, or keep them for the result."""
@@ -141,21 +138,20 @@ class MetricsLog:
         """
         if not self.is_main:
             return
-        line = json.dumps({"step": step, **self._epoch(step), "samples": samples}) + "\n"
-        try:
-            with self._run.samples.open("ab", buffering=0) as file:
-                file.write(line.encode())
-        except OSError as problem:  # a full disk need not end the run; the next save reports it
-            self.announce([f"step {step:,}: the samples can't be written to {self._run.samples}: {problem}."])
+        self._samples.append({"step": step, **self._epoch(step), "samples": samples})
         self._tracking.log_samples(samples, step)
         for sample in samples:
             self.display.show_event(step, f"sample: {describe_sample(sample)}")
 
     def close(self) -> None:
-        """End the progress line, and close the file."""
+        """Write what is left, end the progress line, and close the files."""
+        try:
+            self.write_out()
+        except OSError as problem:
+            self.announce([f"The last lines of metrics.jsonl or samples.jsonl can't be written: {problem}."])
         self.display.close()
-        if self._file is not None:
-            self._file.close()
+        self._metrics.close()
+        self._samples.close()
 
     def write_out(self) -> None:
         """Write the lines that could not be written when they were logged because the disk was full.
@@ -163,16 +159,14 @@ class MetricsLog:
         Raises:
             OSError: It is still full.
         """
-        while self._file is not None and self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        self._metrics.write_out()
+        self._samples.write_out()
 
     def _epoch(self, step: int) -> dict[str, float]:
         return {"epoch": round(step / self.steps_per_epoch, 6)}
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._unwritten += (json.dumps(values) + "\n").encode()
-        with suppress(OSError):  # a full disk need not end the run; the next save reports it
-            self.write_out()
+        self._metrics.append(values)  # a full disk need not end the run; the next save reports it
         self._tracking.log_numbers(values, values["step"])
 
 

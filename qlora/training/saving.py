@@ -123,7 +123,7 @@ class Saver:
                 if path.exists():
                     sync(path)
         except OSError as problem:
-            raise CheckpointError(f"{self.run.metrics} can't be written: {problem}.") from problem
+            raise CheckpointError(f"The logs in {self.run.path} can't be written: {problem}.") from problem
         model, optimizer, ranks = self.assembly.model, self.assembly.optimizer, self.assembly.ranks
         base_name = self.assembly.config.model.base
         save_checkpoint(

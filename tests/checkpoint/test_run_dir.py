@@ -52,3 +52,12 @@ def test_lines_logged_after_a_checkpoint_may_be_damaged(run):
         run.read_metrics()
     run.keep_logs_until(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_damaged_lines_of_samples_are_dropped_and_stop_no_run(run):
+    run.path.mkdir()
+    run.metrics.write_text('{"step": 1}\n')
+    run.samples.write_bytes(b'{"step": 0}\n{"step": 1, "sam{"step": 1}\n{"st\xff\n{"step": 1}\n{"step": 2}\n')
+    assert [line["step"] for line in run.read_samples()] == [0, 1, 2]
+    run.keep_logs_until(1)
+    assert run.samples.read_text() == '{"step": 0}\n{"step": 1}\n'

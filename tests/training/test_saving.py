@@ -10,6 +10,7 @@ import pytest
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.errors import CheckpointError
+from qlora.files.log_file import LogFile
 from qlora.training import plan_run, train
 from qlora.training import saving as saving_module
 from qlora.training.metrics import MetricsLog
@@ -165,14 +166,14 @@ def test_a_removed_directory_is_reported_and_not_created_again(configure, after_
 
 def test_lines_that_a_full_disk_kept_back_are_written_later(configure, tmp_path, monkeypatch):
     train(configure("whole"))
-    original = MetricsLog.write_out
+    original = LogFile.write_out
 
     def write_out(self):
         if b'"step": 3,' in self._unwritten and b'"step": 5,' not in self._unwritten:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(self)
 
-    monkeypatch.setattr(MetricsLog, "write_out", write_out)
+    monkeypatch.setattr(LogFile, "write_out", write_out)
     assert train(configure()).status == "finished"
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
