@@ -62,6 +62,21 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         yield
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a process holds a lock file; also true if that can't be found out.
+
+    Args:
+        path: Path of the lock file, which may not exist.
+    """
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            return not lock_descriptor(file.fileno(), blocking=False)
+    except FileNotFoundError:
+        return False
+    except OSError:  # another user's file, or a file system without locks
+        return True
+
+
 def _claim(path: Path) -> tuple[TextIO, str | None]:
     while True:
         file, warning = path.open("a+", encoding="utf-8"), None

@@ -35,7 +35,7 @@ def describe_run(run: RunDirectory, num_points: int) -> dict[str, Any]:
     config, record, lines = load_config(run.config), run.read_record(), run.read_metrics()
     summary = summary_of(run, config, record, lines)
     return {
-        "name": run.path.name or str(run.path),
+        "name": run.path.resolve().name or str(run.path.resolve()),
         "summary": summary.as_dict(),
         "facts": _facts(config, record, lines, summary),
         "charts": _charts(config, record, lines, num_points),
@@ -165,8 +165,8 @@ def _command(run: RunDirectory, record: RunRecord) -> str:
     processes = record.in_use.processes
     launcher = ["qlora"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "qlora"]
     start = [] if record.started_from is None else ["--resume", record.started_from]
-    target = f"train.output_dir={as_yaml(f'{run.path}-again')}"
-    return shlex.join([*launcher, "train", str(run.config), target, *start])
+    target = f"train.output_dir={as_yaml(f'{run.path.resolve()}-again')}"
+    return shlex.join([*launcher, "train", str(run.config.resolve()), target, *start])
 
 
 def _environment(record: RunRecord) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A run in one line: how far it is, how good, how large; and the runs of a folder."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from qlora.checkpoint import RunDirectory, RunRecord
 from qlora.config import RunConfig, load_config
+from qlora.files.lock import is_held
 from qlora.pages.curves import is_number
 
 # Depth of folders in which runs are looked for.
@@ -19,8 +21,8 @@ class RunSummary:
     """A run in one line; values that are not known are None.
 
     Attributes:
-        run: Path of the run.
-        status: `running`, `interrupted` or `finished`.
+        run: Absolute path of the run.
+        status: `running`, `interrupted` or `finished`; a run that no process holds any more is interrupted.
         step: Number of optimizer steps done.
         total_steps: Number of optimizer steps of the whole run.
         best_loss: Lowest held-out loss after step 0.
@@ -88,8 +90,8 @@ def summary_of(
     if rate is None and is_number(config.train.learning_rate):  # in records of qlora 0.1.0
         rate = config.train.peak
     return RunSummary(
-        run=str(run.path),
-        status=record.status,
+        run=str(run.path.resolve()),
+        status="interrupted" if record.status == "running" and not is_held(run.lock) else record.status,
         step=record.steps if record.steps is not None else lines[-1]["step"] if lines else 0,
         total_steps=record.total_steps,
         best_loss=None if best_step is None else held_out[best_step],
@@ -121,7 +123,8 @@ def _work(trained: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
 def _size(folder: Path) -> int:
     """Return the bytes of a folder's files; of a run that is training, files may come and go."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # unlike rglob, it passes over a folder that disappears
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total

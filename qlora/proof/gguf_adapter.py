@@ -53,13 +53,14 @@ def check_gguf_adapter(path: Path, adapter: PeftAdapter, config: Any) -> TensorC
             check.problems.append(f"{path.name}: it lacks factors of {name}, or alpha")
             continue
         A, B = (torch.from_numpy(factor.copy()).float() for factor in factors)
+        check.checked += 2
+        shapes, expected_shapes = [tuple(A.shape), tuple(B.shape)], [tuple(layer.A.shape), tuple(layer.B.shape)]
+        if shapes != expected_shapes:
+            check.problems.append(f"{name}: its factors have the shapes {shapes}, not {expected_shapes}")
+            continue
         order = row_order(f"{name}.weight", len(B), head_dim_of(config)) if architecture == "llama" else None
         found = alpha / len(A) * (B if order is None else B[order]) @ A
         expected = layer.scaling * (layer.B.float() @ layer.A.float())
-        check.checked += 2
-        if found.shape != expected.shape:
-            check.problems.append(f"{name}: its change has the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-            continue
         difference = (found - expected).abs().max().item()
         check.max_difference = max(check.max_difference, difference)
         if not difference <= MAX_DIFFERENCE * expected.abs().max().item():

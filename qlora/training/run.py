@@ -174,6 +174,11 @@ def train(
             try:
                 options = SessionOptions(stop_at, callbacks)
                 return _train(assembly, run, start, options, remarks=remarks, is_shown=show_progress)
+            except BaseException:
+                if processes.is_first:
+                    lock.close()  # before, because the page calls a run that is locked running
+                    refresh_page(run)
+                raise
             finally:
                 processes.end()
 
@@ -255,7 +260,7 @@ def _train(
             run.write_record(record)
             _draw(run, assembly)
             display.announce([problem] if (problem := refresh_page(run)) else [])
-            send_files(processes, [run.page, run.samples])
+            display.announce(send_files(processes, [run.page, run.samples]))
     notes = [*display.messages]
     if is_finished and assembly.ranks is not None:
         notes.append(assembly.ranks.describe())

@@ -55,19 +55,28 @@ class Tracking:
                 tracker.log(texts, step=step)
 
 
-def send_files(processes: Processes, paths: Sequence[Path]) -> None:
+def send_files(processes: Processes, paths: Sequence[Path]) -> list[str]:
     """Send files to the trackers that keep files; TensorBoard and trackio have no place for them.
 
     Args:
         processes: Processes of the run, with their trackers started.
         paths: Files; those that do not exist are left out.
+
+    Returns:
+        A message for each tracker that failed: a network that is down fails no run.
     """
+    problems = []
     for tracker in processes.trackers:
-        for path in (each for each in paths if each.is_file()):
-            if tracker.name == "wandb":
-                tracker.tracker.save(str(path), base_path=str(path.parent), policy="now")
-            elif tracker.name == "mlflow":
-                tracker.log_artifact(str(path))
+        try:
+            for path in (each for each in paths if each.is_file()):
+                if tracker.name == "wandb":
+                    tracker.tracker.save(str(path), base_path=str(path.parent), policy="now")
+                elif tracker.name == "mlflow":
+                    tracker.log_artifact(str(path))
+        except Exception as problem:
+            names = ", ".join(path.name for path in paths)
+            problems.append(f"{tracker.name} did not get the run's files ({names}): {problem}")
+    return problems
 
 
 def _as_text(sample: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from qlora.data import apply_template
 from qlora.data.named_templates import template_names
 from qlora.data.template import render
-from qlora.export.gguf.modelfile import UNKNOWN, find_turns, write_modelfile
+from qlora.export.gguf.modelfile import UNKNOWN, UNKNOWN_OF_ADAPTER, find_turns, write_modelfile
 from tests.tiny import make_tokenizer
 
 # Templates that write a system message into the user's turn, or refuse it.
@@ -64,6 +64,10 @@ def test_a_template_that_does_more_is_left_to_ollama(template, tmp_path):
     text = (tmp_path / "Modelfile").read_text()
     assert UNKNOWN in text
     assert "TEMPLATE" not in text
+    write_modelfile(tmp_path / "mine-lora.gguf", tokenizer, [], adapter_for="base-model")
+    text = (tmp_path / "Modelfile").read_text()
+    assert UNKNOWN_OF_ADAPTER in text
+    assert "chat_template.jinja" not in text
 
 
 def test_the_file_names_the_model_the_template_and_the_ends(tmp_path):

@@ -71,3 +71,16 @@ def test_hostile_text_adds_no_element(make_run, tmp_path):
         seen = look(Path(report(folder).page), tmp_path / f"profile-{name}")
         found.append((seen["scripts"], seen["images"], seen["headings"]))
     assert found[0] == found[1]
+
+
+def test_a_value_that_can_not_be_shown_costs_one_section(make_run, tmp_path):
+    folder = make_run()
+    record_release(RunDirectory(folder), "merge", {"num_bytes": None, "losses": {"original": None}})
+    page = Path(report(folder).page)
+    source = page.read_text(encoding="utf-8")
+    assert '"by_kind":{' in source
+    # Of a page by another version, for example: no value of the section on memory.
+    page.write_text(re.sub(r'"memory":\{.*?"why"', '"memory":null,"why"', source, count=1), encoding="utf-8")
+    seen = look(page, tmp_path / "profile")
+    assert seen["charts"] == 6
+    assert {"Curves", "Settings", "Memory", "Releases", "Reproduce"} <= {*seen["headings"]}

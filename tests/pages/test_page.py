@@ -13,6 +13,7 @@ from qlora.checkpoint import RunDirectory, record_release
 from qlora.data import Labels
 from qlora.errors import CheckpointError
 from qlora.pages import refresh_page, report
+from qlora.pages.samples import MOST_CHARACTERS, samples_by_prompt
 from qlora.pages.page import as_inert_json
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,41 @@ def test_no_secret_is_on_the_page(make_run, monkeypatch):
     page = page_of(folder)
     assert page.values["runs"][0]["events"]["shown"][0]["message"] == "it failed with *** and ***."
     assert "of a user" not in page.source
+
+
+def test_a_secret_is_removed_before_its_text_is_clipped():
+    secret = f"hf_{'a' * 34}"
+    sample = {"prompt": "p" * (MOST_CHARACTERS - 10) + f" {secret}", "answer": ""}
+    (shown,) = samples_by_prompt([{"step": 0, "samples": [sample]}])["prompts"]
+    assert "hf_" not in shown["prompt"]
+
+
+def test_prompts_of_equal_text_keep_their_own_answers():
+    def line(step):
+        kinds = [("q", "A"), ("q", "B"), ("q", "B"), ("r", None)]
+        return {
+            "step": step,
+            "samples": [
+                {
+                    "prompt": prompt,
+                    "answer": f"{number} at {step}",
+                    **({} if reference is None else {"reference": reference}),
+                }
+                for number, (prompt, reference) in enumerate(kinds)
+            ],
+        }
+
+    found = samples_by_prompt([line(0), line(2)])
+    assert [each["answers"] for each in found["prompts"]] == [[f"{n} at 0", f"{n} at 2"] for n in range(4)]
+    assert [each["reference"] for each in found["prompts"]] == ["A", "B", "B", None]
+
+
+def test_the_command_holds_in_any_folder(make_run, monkeypatch):
+    folder = make_run()
+    monkeypatch.chdir(folder)
+    (run,) = page_of(".").values["runs"]
+    assert (run["name"], run["summary"]["run"]) == ("run", str(folder))
+    assert run["command"] == f"qlora train {folder}/config.yaml train.output_dir={folder}-again"
 
 
 def test_several_runs_are_compared_by_what_differs(make_run, tmp_path):

@@ -1,10 +1,15 @@
 """`qlora report`: one run, several, and folders of runs."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 import qlora
+from qlora.errors import CheckpointError
+from qlora.files import hold_lock
 from tests.cli import run
 
 
@@ -63,13 +68,69 @@ def test_a_damaged_run_is_named_and_hides_no_other(make_run, tmp_path):
 
 def test_what_can_not_be_reported_is_an_error(make_run, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert run("report", tmp_path / "empty").error() == f"There is no run in {tmp_path / 'empty'} that can be read."
+    message = f"There is no run in {tmp_path / 'empty'}; name runs, or folders with runs in them."
+    assert run("report", tmp_path / "empty").error() == message
     folder = make_run()
+    absent = tmp_path / "absent"
+    expected = f"There is no run in {tmp_path / 'empty'}, {absent};"
+    assert expected in run("report", folder, tmp_path / "empty", absent).error()
     assert "can't be written" in run("report", folder, "-o", tmp_path / "empty").error()
     record = json.loads((folder / "run.json").read_text())
     record["data"][0]["tokens"] = "many"
     (folder / "run.json").write_text(json.dumps(record))
     assert "invalid value of data" in run("report", folder).error()
+
+
+def test_a_run_that_is_named_twice_is_listed_once(make_run, tmp_path):
+    folder = make_run("one")
+    again = tmp_path / "runs" / ".." / "runs"
+    assert [each.run for each in qlora.report([folder, again, folder / "adapter"]).runs] == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 5, "skipped": "x", "rows": [1]}',
+        '{"step": 5, "loss": 1.0, "epoch": "x"}',
+        '{"step": 5, "loss": 1' + "0" * 400 + "}",
+        '{"step": 5, "samples": [3]}',
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_run(line, make_run, tmp_path):
+    broken = make_run("broken")
+    make_run("good")
+    with (broken / ("samples.jsonl" if "samples" in line else "metrics.jsonl")).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match="broken has a damaged file"):
+        qlora.report(broken)
+    result = qlora.report(tmp_path / "runs", tmp_path / "all.html")
+    assert [each.run for each in result.runs] == [str(tmp_path / "runs" / "good")]
+    assert list(result.damaged) == [str(broken)]
+
+
+def test_a_run_is_running_only_while_a_process_holds_it(make_run):
+    folder = make_run()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (folder / "run.lock").write_text("left by a killed process")
+    assert qlora.report(folder).runs[0].status == "interrupted"
+    with hold_lock(folder / "run.lock"):
+        assert qlora.report(folder).runs[0].status == "running"
+
+
+def test_a_folder_that_disappears_while_it_is_measured_is_passed_over(make_run, monkeypatch):
+    folder = make_run()
+    checkpoint, walk = folder / "checkpoints" / "step-000004", os.walk
+
+    def walk_as_it_goes(top):
+        for parent, folders, names in walk(top):
+            if Path(parent) == checkpoint.parent:
+                shutil.rmtree(checkpoint)
+            yield parent, folders, names
+
+    monkeypatch.setattr("qlora.pages.summary.os.walk", walk_as_it_goes)
+    assert qlora.report(folder).runs[0].size > 0
+    assert not checkpoint.exists()
 
 
 def test_it_is_a_function_too(make_run):

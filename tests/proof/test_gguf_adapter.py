@@ -51,7 +51,7 @@ def test_the_file_holds_the_adapter_and_is_verified(run, tmp_path):
     assert "already holds this merge" in again.out
 
 
-@pytest.mark.parametrize("change", ["alpha", "factor", "rows", "missing"])
+@pytest.mark.parametrize("change", ["alpha", "factor", "rows", "shape", "missing"])
 def test_another_adapter_is_reported(change, run, tmp_path):
     merge(run, tmp_path / "mine", format="lora-gguf")
     path = only(list((tmp_path / "mine").glob("*.gguf")))
@@ -63,6 +63,11 @@ def test_another_adapter_is_reported(change, run, tmp_path):
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}
         if change == "alpha":
             reader.fields["adapter.lora.alpha"].parts[-1][0] *= 1.01
+        elif change == "shape":
+            (tensor,) = (each for each in reader.tensors if each.name == "blk.0.attn_v.weight.lora_b")
+            sizes = tensor.field.parts[3]
+            sizes[:] = sizes[::-1].copy()
+            del tensor, sizes
         elif change == "factor":
             tensors["blk.0.attn_v.weight.lora_b"][0] += 1
         else:
@@ -70,7 +75,13 @@ def test_another_adapter_is_reported(change, run, tmp_path):
             rows[:] = rows[::-1].copy()
         del reader, tensors
     problems = verify(run, tmp_path / "mine").problems
-    expected = {"alpha": "is not scaling·B·A", "factor": "v_proj is not", "rows": "q_proj is not", "missing": "up_proj"}
+    expected = {
+        "alpha": "is not scaling·B·A",
+        "factor": "v_proj is not",
+        "rows": "q_proj is not",
+        "shape": "v_proj: its factors have the shapes",
+        "missing": "up_proj",
+    }
     assert any(expected[change] in problem for problem in problems)
 
 
@@ -80,6 +91,7 @@ def test_another_adapter_is_reported(change, run, tmp_path):
         ({"lora__kind": "dora"}, r"no magnitudes \(DoRA\)"),
         ({"lora__modules_to_save": ["lm_head"]}, "no rows of embedding and head"),
         ({"lora__init": "reconstruct"}, "fits a base of its own"),
+        ({"model__rope_scaling": {"type": "yarn", "factor": 2}}, r"model\.rope_scaling extends a context"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(settings, message, tiny_base, alpaca_file, tmp_path):

@@ -1,6 +1,8 @@
 """The page of a run: written while it trains, and again when it is released."""
 
+import json
 import math
+import re
 
 import pytest
 
@@ -10,6 +12,7 @@ from qlora.export import merge
 from qlora.pages import refresh_page
 from qlora.proof import verify
 from qlora.training import train
+from qlora.training.metrics import MetricsLog
 from tests.tiny import run_config
 
 
@@ -50,6 +53,27 @@ def test_a_page_that_can_not_be_written_ends_no_run(config, tmp_path):
     result = train(config)
     assert result.status == "finished"
     assert any("report.html could not be written" in note for note in result.notes)
+
+
+def test_a_failed_run_shows_what_it_logged(config, tmp_path, monkeypatch):
+    original = MetricsLog.log_step
+
+    def log_step(self, progress, report):
+        original(self, progress, report)
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsLog, "log_step", log_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    page = (tmp_path / "run" / "report.html").read_text()
+    (values,) = re.findall(r'<script type="application/json" id="values">(.*?)</script>', page, re.DOTALL)
+    (summary,) = [run["summary"] for run in json.loads(values)["runs"]]
+    assert summary["status"] == "interrupted"
+    assert (
+        summary["loss"]
+        == [line["loss"] for line in RunDirectory(tmp_path / "run").read_metrics() if "loss" in line][-1]
+    )
 
 
 def test_releases_are_on_it(config, tmp_path):

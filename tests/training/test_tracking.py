@@ -80,5 +80,18 @@ def test_files_go_to_the_trackers_that_keep_them(tmp_path, monkeypatch):
     page.write_text("page")
     trackers = [Recorder(name) for name in ("wandb", "mlflow", "tensorboard", "trackio")]
     monkeypatch.setattr(Processes, "trackers", trackers)
-    send_files(Processes(), [page, absent])
+    assert send_files(Processes(), [page, absent]) == []
     assert [tracker.files for tracker in trackers] == [[str(page)], [str(page)], [], []]
+
+
+def test_a_tracker_that_fails_is_named_and_the_others_get_their_files(tmp_path, monkeypatch):
+    def refuse(path):
+        raise ConnectionError("no network")
+
+    page = tmp_path / "report.html"
+    page.write_text("page")
+    trackers = [Recorder("mlflow"), Recorder("wandb")]
+    trackers[0].log_artifact = refuse
+    monkeypatch.setattr(Processes, "trackers", trackers)
+    assert send_files(Processes(), [page]) == ["mlflow did not get the run's files (report.html): no network"]
+    assert trackers[1].files == [str(page)]

@@ -102,6 +102,7 @@ def _check(
         "llama.cpp reads no factors of all experts of a layer": adapter.experts,
         "llama.cpp has no adapter of a head that is the embedding": is_tied and HEAD.removesuffix(".weight") in layers,
         "it is for the text part of a multimodal model": not is_text,
+        "model.rope_scaling extends a context in the base's file, which an adapter does not change": files.rope_scaling,
         "lora.init: reconstruct fits a base of its own, not the published one": any(
             start.subtracted for start in source.starts().values()
         ),

@@ -26,9 +26,16 @@ COMPARED = (
         ("user", "6"),
     ],
 )
+NO_JINJA = "# The chat template can't be written as one of Ollama's, which has no Jinja. "
 UNKNOWN = (
-    "# The chat template can't be written as one of Ollama's, which has no Jinja. Ollama takes that of the file if it\n"
+    f"{NO_JINJA}Ollama takes that of the file if it\n"
     "# knows it; compare `ollama show --template` with chat_template.jinja before you rely on its answers.\n"
+)
+# An adapter's file has no template, and no chat_template.jinja lies beside it.
+UNKNOWN_OF_ADAPTER = (
+    f"{NO_JINJA}Ollama takes that of the base;\n"
+    "# compare `ollama show --template` with the template that the adapter was trained with before you rely on its\n"
+    "# answers.\n"
 )
 
 
@@ -121,7 +128,8 @@ def write_modelfile(file: Path, tokenizer: Any, ends: Sequence[int], adapter_for
             f"ADAPTER ./{file.name}",
         ]
     template = find_turns(tokenizer, tokenizer.bos_token if adds_bos(tokenizer) else "")
-    lines.append(UNKNOWN.rstrip() if template is None else f'TEMPLATE """{template.as_go()}"""')
+    unknown = UNKNOWN if adapter_for is None else UNKNOWN_OF_ADAPTER
+    lines.append(unknown.rstrip() if template is None else f'TEMPLATE """{template.as_go()}"""')
     stops = tokenizer.convert_ids_to_tokens(list(ends))
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     file.with_name(MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

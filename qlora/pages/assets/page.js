@@ -27,10 +27,12 @@ function formatSeconds(value) {
   return hours ? `${hours.toLocaleString("en")} h ${minutes % 60} min` : `${minutes} min`;
 }
 
-function format(value, unit) {
+// Format a value of a run's files, which may be missing or no number.
+function format(value, unit, digits) {
   if (value == null) return "–";
+  if (typeof value !== "number") return String(value);
   const formats = {
-    number: (number) => formatNumber(number), bytes: (number) => formatBytes(number), seconds: formatSeconds,
+    number: (number) => formatNumber(number, digits), bytes: (number) => formatBytes(number), seconds: formatSeconds,
     integer: (number) => Math.round(number).toLocaleString("en"), share: (number) => `${(100 * number).toFixed(1)} %`,
   };
   return formats[unit] ? formats[unit](value) : String(value);
@@ -79,13 +81,15 @@ function curvesSection(runs) {
   if (!runs.some((run) => run.charts.length)) return [make("p", { className: "faint", textContent: "Nothing is logged yet." })];
   const charts = make("div", { className: "charts" });
   const toolbar = make("div", { className: "toolbar" });
-  onceAttached.push(() => {
+  function draw() {
     const controls = drawCharts(charts, runs.filter((run) => run.charts.length));
     const button = (text, title, onclick) => make("button", { type: "button", textContent: text, title, onclick });
     toolbar.append(button("Zoom in", "Plus", () => controls.zoom(1.6)), button("Zoom out", "Minus", () => controls.zoom(1 / 1.6)), button("Show all", "0", controls.reset),
       make("span", { className: "faint small", textContent: "Drag over steps to zoom. Click a name to hide its curve." }));
     onTheme.push(controls.redraw);
-  });
+    return [];
+  }
+  onceAttached.push(() => charts.append(...guarded(draw)));
   return [toolbar, charts];
 }
 
@@ -175,15 +179,15 @@ function memorySection({ memory, summary }) {
   const largest = Math.max(memory.estimated ?? 0, memory.measured ?? 0, 1);
   const rows = [];
   const bar = (name, bytes, parts) => bytes == null ? [] : [make("span", { className: "small", textContent: name }),
-    make("div", { className: "stack" }, ...parts.map(([color, part]) => colored(widened(make("div"), part / largest), color))), make("span", { className: "number small", textContent: formatBytes(bytes) })];
+    make("div", { className: "stack" }, ...parts.map(([color, part]) => colored(widened(make("div"), part / largest), color))), make("span", { className: "number small", textContent: format(bytes, "bytes") })];
   const estimated = kinds.length ? kinds.map(([, bytes], place) => [`c${place % NUM_COLORS}`, bytes]) : [["c0", memory.estimated]];
   rows.push(...bar("estimated", memory.estimated, estimated), ...bar("measured", memory.measured, [["c7", memory.measured]]));
-  const legend = make("ul", { className: "legend" }, ...kinds.map(([kind, bytes], place) => make("li", {}, colored(make("span", { className: "dot" }), `c${place % NUM_COLORS}`), `${kind} `, make("strong", { className: "number", textContent: formatBytes(bytes) }), "\u2003")));
+  const legend = make("ul", { className: "legend" }, ...kinds.map(([kind, bytes], place) => make("li", {}, colored(make("span", { className: "dot" }), `c${place % NUM_COLORS}`), `${kind} `, make("strong", { className: "number", textContent: format(bytes, "bytes") }), "\u2003")));
   const lines = [
-    `The run may take ${formatBytes(memory.available)}. Activation checkpointing: ${memory.level} (${memory.why}).`,
+    `The run may take ${format(memory.available, "bytes")}. Activation checkpointing: ${memory.level} (${memory.why}).`,
     memory.estimated == null ? "The estimate is not known." : "The estimate is of the largest micro-batch, without cached weights.",
     memory.measured == null ? "Not measured: the largest micro-batch is tried only on a GPU." : "Measured by the allocator while the largest micro-batch was tried before step 1.",
-    summary.peak_memory == null ? "" : `The peak of the run was ${formatBytes(summary.peak_memory)}; without a GPU, that is of the whole process.`,
+    summary.peak_memory == null ? "" : `The peak of the run was ${format(summary.peak_memory, "bytes")}; without a GPU, that is of the whole process.`,
   ];
   return [make("div", { className: "card" }, make("div", { className: "memory" }, ...rows), kinds.length ? legend : null, ...lines.filter(Boolean).map((textContent) => make("p", { className: "faint small wrap", textContent })))];
 }
@@ -192,13 +196,13 @@ function releasesSection({ releases }) {
   if (!releases.length) return [];
   return [table(["time", "what", "folder", "result"], releases.map((release) => {
     if (release.kind === "merge") {
-      const losses = Object.entries(release.losses ?? {}).map(([onto, loss]) => `, loss ${formatNumber(loss)} on ${onto}`).join("");
-      return [release.time, "merge", release.out_dir, `step ${release.step}, ${release.dtype} onto ${release.onto}, ${release.merged} layers, ${formatBytes(release.num_bytes)}${losses}`];
+      const losses = Object.entries(release.losses ?? {}).map(([onto, loss]) => `, loss ${format(loss, "number")} on ${onto}`).join("");
+      return [release.time, "merge", release.out_dir, `step ${release.step}, ${release.dtype} onto ${release.onto}, ${release.merged} layers, ${format(release.num_bytes, "bytes")}${losses}`];
     }
     const compared = [
       release.tensors_checked == null ? null : `${format(release.tensors_checked, "integer")} tensors`, release.layers_checked == null ? null : `${format(release.layers_checked, "integer")} layers`,
-      release.mean_kl == null ? null : `KL ${formatNumber(release.mean_kl, 3)} nats`, release.top1_agreement == null ? null : `${format(release.top1_agreement, "share")} same top token`,
-      release.adapter_loss == null ? null : `loss ${formatNumber(release.adapter_loss)}${release.merged_loss == null ? "" : ` → ${formatNumber(release.merged_loss)} merged`}`,
+      release.mean_kl == null ? null : `KL ${format(release.mean_kl, "number", 3)} nats`, release.top1_agreement == null ? null : `${format(release.top1_agreement, "share")} same top token`,
+      release.adapter_loss == null ? null : `loss ${format(release.adapter_loss, "number")}${release.merged_loss == null ? "" : ` → ${format(release.merged_loss, "number")} merged`}`,
     ].filter(Boolean).join(", ");
     const result = make("span", {}, pill(release.matches ? "matches" : "MISMATCH", release.matches ? "good" : "bad"), ` ${[compared, ...(release.problems ?? [])].filter(Boolean).join("; ")}`);
     return [release.time, "verify", release.out_dir ?? "the adapter", result];
@@ -215,8 +219,17 @@ function reproduceSection({ command, environment }) {
 
 const SECTIONS = { Confusion: confusionSection, Samples: samplesSection, Events: eventsSection, Settings: settingsSection, Data: dataSection, Memory: memorySection, Releases: releasesSection, Reproduce: reproduceSection };
 
+// Build a part of the page; a value that it can't show costs that part alone.
+function guarded(build, ...values) {
+  try {
+    return build(...values);
+  } catch (problem) {
+    return [make("p", { className: "faint", textContent: `This can't be shown, because a file of the run has an unexpected value: ${problem.message}` })];
+  }
+}
+
 function runSections(run) {
-  return Object.entries(SECTIONS).map(([name, section]) => [name, section(run)]).filter(([, content]) => content.length);
+  return Object.entries(SECTIONS).map(([name, section]) => [name, guarded(section, run)]).filter(([, content]) => content.length);
 }
 
 function comparedSections(runs, differing) {
@@ -226,7 +239,7 @@ function comparedSections(runs, differing) {
   const keys = Object.entries(differing).map(([key, values]) => [key, ...values]);
   return [
     ["Runs", [table(columns, rows, ["name", "", ...Array(6).fill("number")])]],
-    ["Curves", curvesSection(runs)],
+    ["Curves", guarded(curvesSection, runs)],
     ["Differences", [keys.length ? table(["key", ...runs.map((run) => run.name)], keys, ["key", ...runs.map(() => "code")]) : make("p", { className: "faint", textContent: "The runs have the same settings." })]],
     ["Each run", runs.map((run) => make("details", { className: "run" }, make("summary", { textContent: run.name }), facts(run.facts), ...runSections(run).flatMap(([name, content]) => [make("h2", { textContent: name }), ...content.filter(Boolean)])))],
   ];
@@ -252,7 +265,7 @@ const onceAttached = [], onTheme = [];
 
 function buildPage({ runs, differing, version }) {
   const isCompared = runs.length > 1, [run] = runs;
-  const sections = isCompared ? comparedSections(runs, differing) : [["Curves", curvesSection(runs)], ...runSections(run)];
+  const sections = isCompared ? comparedSections(runs, differing) : [["Curves", guarded(curvesSection, runs)], ...runSections(run)];
   const anchor = (name) => name.toLowerCase().replaceAll(" ", "-");
   const head = isCompared
     ? make("div", {}, make("h1", { textContent: `${runs.length} runs` }))
