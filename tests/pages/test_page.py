@@ -13,8 +13,8 @@ from qlora.checkpoint import RunDirectory, record_release
 from qlora.data import Labels
 from qlora.errors import CheckpointError
 from qlora.pages import refresh_page, report
-from qlora.pages.samples import MOST_CHARACTERS, samples_by_prompt
 from qlora.pages.page import as_inert_json
+from qlora.pages.samples import MOST_CHARACTERS, samples_by_prompt
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;\u2028\ud800\x00"
