@@ -157,7 +157,7 @@ def expert_products(
     """
     experts, order = index.reshape(-1).sort(stable=True)
     most_experts = experts_at_once(
-        up.weights.device, x.dtype, max(up.num_weights, down.num_weights), is_trial=x.is_meta
+        up.weights.device, x.dtype, max(up.num_weights, down.num_weights), try_kernels=not x.is_meta
     )
     num_experts, most_rows = up.weights.shape[0], max(ROWS_PER_TOKEN * len(x), FEW_ROWS)
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, dtype=experts.dtype, device=experts.device))
