@@ -83,14 +83,18 @@ class Processes:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the elementwise sum of a tensor over all processes, on each of them."""
-        return tensor if self.world_size == 1 else self._accelerator.reduce(tensor, reduction="sum")
+        if self.world_size == 1:
+            return tensor
+        with self.watching_others():
+            return self._accelerator.reduce(tensor, reduction="sum")
 
     def max(self, number: float) -> float:
         """Return the largest of the processes' numbers, rounded to fp32, on each of them."""
         if self.world_size == 1:
             return number
         own = torch.tensor([number], dtype=torch.float32, device=self.device)  # MPS has no fp64
-        return self._accelerator.gather(own).max().item()
+        with self.watching_others():
+            return self._accelerator.gather(own).max().item()
 
     def gather(self, value: Value) -> list[Value]:
         """Return the processes' picklable values by rank, on each of them."""
@@ -98,7 +102,8 @@ class Processes:
             return [value]
         from accelerate.utils import gather_object
 
-        return gather_object([value])
+        with self.watching_others():
+            return gather_object([value])
 
     def broadcast(self, value: Value) -> Value:
         """Return the first process's picklable value, on all of them."""
@@ -106,14 +111,11 @@ class Processes:
             return value
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([value])[0]
+        with self.watching_others():
+            return broadcast_object_list([value])[0]
 
     def agree(self, number: int) -> list[int]:
-        """Return the processes' numbers by rank, on each of them; the device is not waited for.
-
-        Raises:
-            ModelError: Another process has ended.
-        """
+        """Return the processes' numbers by rank, on each of them; the device is not waited for."""
         if self.world_size == 1:
             return [number]
         if self._host_group is None:
@@ -145,7 +147,8 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process has called this."""
         if self.world_size > 1:
-            self._accelerator.wait_for_everyone()
+            with self.watching_others():
+                self._accelerator.wait_for_everyone()
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:

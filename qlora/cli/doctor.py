@@ -1,5 +1,6 @@
 """`qlora doctor`: hardware, versions, what a run would use here, with reasons, and what to do next."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show hardware and versions, what a run would use here and why, and what to do next."""
+    """Show hardware and versions, what a run would use here and why, and what to do next; under torchrun, test it."""
     if check_resume is not None:
         _check_resume(check_resume, as_json)
         return
@@ -35,9 +36,18 @@ def doctor(
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
+    from qlora.processes import Processes
     from qlora.training.record import describe_hardware, package_versions
+    from qlora.training.try_processes import try_processes
 
     device = resolve_device()
+    processes = Processes()
+    tried = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        processes = Processes.start(device.type == "cpu")
+        tried = try_processes(processes)
+    if not processes.is_first:
+        return
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
     error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
@@ -54,6 +64,8 @@ def doctor(
         "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate predicts what a config needs",
         "plots": "drawn" if find_spec("matplotlib") else "not drawn: pip install matplotlib",
     }
+    if tried is not None:
+        in_use["processes"] = tried
     report: dict[str, Any] = {
         "versions": package_versions(),
         "hardware": describe_hardware(),

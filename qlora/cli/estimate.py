@@ -39,6 +39,8 @@ def estimate(
     """
     if probe and gpu is not None:
         raise typer.BadParameter("--probe measures on this machine; omit --gpu.")
+    if probe and processes > 1:
+        raise typer.BadParameter("--probe measures one process; omit --processes.")
     if gpu is not None:
         _check_gpu(gpu)
 
@@ -155,7 +157,7 @@ def _show_places(console: Any, report: dict[str, Any]) -> None:
         cells.append(f"{place['copied_bytes'] / 1e9:.1f}")
         if is_timed:
             cells += [f"{place[key]:.1f}" for key in ("compute_seconds", "copy_seconds")]
-            cells.append(f"{place['hidden_from']:,}" if place["copied_bytes"] else "–")
+            cells.append(f"{place['hidden_from']:,}" if place["hidden_from"] else "–")
         table.add_row(name, *cells, style="bold" if name == report["weights"] else "" if place["fits"] else "dim")
     console.print(Text(f"weights {report['weights']}: {report['weights_why']}"))
     Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table)

@@ -1,6 +1,6 @@
-"""Frozen weights that don't stay whole on the device: split over processes, or in host memory.
+"""Frozen weights in host memory, two layers on the device at a time; and what all placements share.
 
-On the host, the packed weights of a layer and their statistics are one run of bytes. Two slots of device memory hold
+The packed weights of a layer and their statistics are one run of bytes. Two slots of device memory hold
 two layers; every weight of a layer is a view of the slot that the layer comes to, and reading a weight brings its layer
 there. The next layer is on its way while the current one computes. `torch.distributed.fsdp.fully_shard` with
 `CPUOffloadPolicy` could do this as well, but with one process it copies on the stream that computes, so that nothing
@@ -21,8 +21,6 @@ from qlora.nf4 import NF4Experts, NF4Linear
 
 KINDS = ("device", "sharded", "host")
 NUM_SLOTS = 2
-# Of the bytes of packed weights, with statistics that are quantized too: those of the statistics.
-STATISTICS_SHARE = 0.0308
 
 
 class HostWeights:
@@ -79,16 +77,16 @@ class HostWeights:
 
     @torch.no_grad()
     def finish(self, model: Any) -> None:
-        """Allocate the slots, make all stored weights readable, and have the rest of the model on the device."""
-        model.to(self._device)
+        """Allocate the slots, make all stored weights readable, and move the rest of the model to the device."""
         self._layers = [layer for _, layer in sorted(self._stored.items())]
         most = max(self.layer_bytes)
         self._slots = [Slot(most, self._device) for _ in self._layers[:NUM_SLOTS]]
         for number, layer in enumerate(self._layers):
             layer.use(self._slot(number).content, partial(self.need, number))
+        model.to(self._device)  # now, because the weights' stand-ins would become as large as the weights
 
     def need(self, number: int) -> None:
-        """Have a layer on the device, and start to fetch the one that is read after it."""
+        """Fetch a layer to its slot if it is not there, and start to fetch the one that is read after it."""
         slot = self._slot(number)
         if slot.layer != number:
             self._fetch(number)
@@ -160,17 +158,18 @@ class PlacedBytes(NamedTuple):
     copied: int
 
 
-def placed_bytes(kind: str, layers: Sequence[int], num_processes: int) -> PlacedBytes:
+def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0) -> PlacedBytes:
     """Return what placed weights take.
 
     Args:
         kind: `sharded` or `host`.
         layers: Bytes of each layer with packed weights.
         num_processes: Number of processes that share them.
+        statistics_share: Share of the bytes that are the codes' statistics, which are not split.
     """
     largest = min(NUM_SLOTS, len(layers)) * max(layers)
-    if kind == "sharded":  # besides its part, the layer that computes and the next one
-        statistics = int(STATISTICS_SHARE * sum(layers))
+    if kind == "sharded":  # besides its part, the layer that computes, and the buffer that it was gathered in
+        statistics = int(statistics_share * sum(layers))
         part = -(-(sum(layers) - statistics) // num_processes)
         return PlacedBytes(statistics + part + largest, 0, 2 * (num_processes - 1) * part)
     # The last layers are there after a forward pass, and the first ones after a backward pass.

@@ -12,7 +12,7 @@ from qlora.errors import ModelError
 from qlora.layers.slots import PackedWeight
 from qlora.processes import Processes
 
-# What a process does next, as it tells the others.
+# What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
 NOTHING, FORWARD, BACKWARD = 0, 1, 2
 
 
@@ -46,8 +46,8 @@ class ShardedWeights:
         self._mesh = init_device_mesh(device.type, (processes.world_size,))
         self._indices: set[int] = set()
         self._layers: list[Any] = []
-        self._with_gradient: list[Any] = []  # layers that are gathered in a backward pass
-        self._calls: list[Any] = []
+        self._calls: list[Any] = []  # layers of a pass, with whether they get a gradient
+        self._in_forward = False
         self._read: Any = None  # the layer that was gathered to be read outside of a pass
         self._is_uneven = False
 
@@ -82,38 +82,55 @@ class ShardedWeights:
         self._layers.append(layer)
 
     def finish(self, model: nn.Module) -> None:
-        """Have the rest of the model on the device, and watch its passes, in which each layer has to run once."""
+        """Move the rest of the model to the device, and watch its passes, in which each layer has to run once.
+
+        Raises:
+            ModelError: Its layers are parts of different modules.
+        """
         model.to(self._device)
-        names = {module: name for name, module in model.named_modules()}
-        parent = model.get_submodule(names[self._layers[0]].rpartition(".")[0].rpartition(".")[0])
+        names = [name for name, module in model.named_modules() if module in self._layers]
+        parents = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+        if len(parents) > 1:
+            raise ModelError(
+                f"model.weights: sharded is for models with one sequence of layers, and this one has {len(parents)}; "
+                "set it to device or host."
+            )
+        parent = model.get_submodule(parents.pop())
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end)
         for layer in self._layers:
-            layer.register_forward_hook(self._after_layer)
+            # Before the hook of `fully_shard`, so that the last layer's gradient is announced before it is gathered.
+            layer.register_forward_hook(self._after_layer, prepend=True)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let processes run a different number of passes of the same kind.
+        """Let processes run different numbers of passes.
 
         If one fails in between, the others can't know, so it must end; then the launcher ends them too.
         """
+        self._drop_read()
         self._is_uneven = True
         try:
             with self._processes.watching_others():
                 yield
+                self._serve()
         except BaseException as error:
             self._processes.leave()
             if isinstance(error, torch.OutOfMemoryError):
                 raise ModelError(
-                    "Memory ran out. With model.weights: sharded the step can't be retried with less, because the "
-                    "other processes wait for this one's part of the weights; lower train.micro_batch_size or "
-                    "data.max_seq_len. The same command continues the run from its last save."
+                    "Memory ran out. With model.weights: sharded this can't be tried again with less, because the "
+                    "other processes wait for this one's part of the weights; set model.recompute: full, or lower "
+                    "train.micro_batch_size or data.max_seq_len. A run continues from its last save."
                 ) from error
             raise
         finally:
             self._is_uneven = False
+
+    def _serve(self) -> None:
+        """Take part in the passes that other processes still run."""
         while kind := self._announce(NOTHING):
-            for layer in [*self._layers, *(reversed(self._with_gradient) if kind == BACKWARD else ())]:
+            gathered = self._layers if kind == FORWARD else self._layers[::-1][: kind - BACKWARD]
+            for layer in gathered:
                 layer.unshard()
                 layer.reshard()
 
@@ -124,30 +141,42 @@ class ShardedWeights:
         return max(said)
 
     def _begin(self, *_: Any) -> None:
-        self._calls = []
+        self._drop_read()
+        self._calls, self._in_forward = [], True
         if self._is_uneven:
-            self._announce(BACKWARD if torch.is_grad_enabled() else FORWARD)
+            self._announce(FORWARD)
 
     def _after_layer(self, layer: Any, _inputs: Any, output: Any) -> None:
+        if not self._in_forward:  # it is computed again
+            return
         hidden = output[0] if isinstance(output, tuple) else output
         self._calls.append((layer, hidden.requires_grad))
+        num_layers = sum(has_gradient for _, has_gradient in self._calls)
+        if self._is_uneven and layer is self._layers[-1] and hidden.requires_grad:
+            hidden.register_hook(lambda _grad: self._announce_backward(num_layers))
+
+    def _announce_backward(self, num_layers: int) -> None:
+        self._announce(BACKWARD + num_layers)
 
     def _end(self, *_: Any) -> None:
-        calls = self._calls
-        if [layer for layer, _ in calls] != self._layers:
+        self._in_forward = False
+        if [layer for layer, _ in self._calls] != self._layers:
             raise ModelError(
                 "model.weights: sharded is for models that run each layer once, in order, which this one does not; set "
                 "it to device or host."
             )
-        if torch.is_grad_enabled():
-            self._with_gradient = [layer for layer, has_gradient in calls if has_gradient]
+
+    def _drop_read(self) -> None:
+        """Drop the parts of other processes that were gathered to be read."""
+        if self._read is not None:
+            self._read.reshard()
+            self._read = None
 
     def _gather(self, layer: Any, weight: Any) -> None:
-        """Have a layer whole that is read outside of a pass; all processes read the same."""
+        """Gather a layer to read it outside of a pass; all processes read the same."""
         from torch.distributed.tensor import DTensor
 
         if isinstance(weight.weight, DTensor):
-            if self._read is not None:
-                self._read.reshard()
+            self._drop_read()
             layer.unshard()
             self._read = layer

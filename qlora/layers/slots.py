@@ -33,6 +33,7 @@ class StoredLayer:
     Args:
         weights: The weights.
         pinned: Whether the host memory is pinned.
+        piece_bytes: Bytes of the pieces that the bytes are kept in.
 
     Attributes:
         weights: The weights.
@@ -55,7 +56,7 @@ class StoredLayer:
             weight.use_packed([each.new_empty([1] * each.dim()).expand(each.shape) for each in weight.packed])
 
     def use(self, content: torch.Tensor, before_read: Callable[[], None]) -> None:
-        """Have the weights be views of the memory that the layer comes to.
+        """Make the weights views of the memory that the layer comes to.
 
         Args:
             content: The memory, (bytes,) uint8.

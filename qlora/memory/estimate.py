@@ -66,7 +66,8 @@ class Estimate:
         packed = [layer for layer in self.footprint.layers_packed if layer]
         if self.weights == "device" or not packed:
             return PlacedBytes(0, 0, 0)
-        layers, footprint = placed_bytes(self.weights, packed, self.processes), self.footprint
+        footprint = self.footprint
+        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share)
         # The head is used once in a micro-batch.
         return PlacedBytes(
             layers.device, layers.host + footprint.embedding + footprint.head, layers.copied + footprint.head
@@ -77,7 +78,8 @@ class Estimate:
         """Bytes of the base on the device."""
         footprint, placed = self.footprint, self.placed
         moved = sum(footprint.layers_packed) + footprint.embedding + footprint.head if any(placed) else 0
-        return footprint.weights - moved + placed.device
+        on_host = placed.host if self.device.type == "cpu" else 0  # which is the device
+        return footprint.weights - moved + placed.device + on_host
 
     @property
     def levels(self) -> list[str]:

@@ -95,7 +95,8 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
             level,
             why,
             limit=(1 - MARGIN) * available,
-            expected=expected,
+            # With sharded weights a trial that runs out of memory would end the run, so none is made without need.
+            expected=None if placed is not None and placed.kind == "sharded" else expected,
             tokens=tokens,
             measure=lambda level: processes.max(_try(model, loss, largest, level)),
         )

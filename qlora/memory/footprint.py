@@ -63,6 +63,7 @@ class Footprint:
         head: Bytes of such a head, which is on the device while it is used.
         products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
         layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
+        statistics_share: Share of the bytes of 4-bit weights that are their statistics.
         layers_dequantized: Bytes of each layer's 4-bit linear weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
         unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
@@ -79,6 +80,7 @@ class Footprint:
     head: int
     products: int
     layers_packed: list[int]
+    statistics_share: float
     layers_dequantized: list[int]
     rows_attend: bool
     unpacked_why: str | None
@@ -140,6 +142,8 @@ def take_footprint(
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
     ]
     in_4bit = _bytes_in_4bit(quantized, experts, bool(quantization), expert_type(files))
+    codes = sum(each.weight.numel() for each in quantized.values()) // 2
+    codes += sum(stack.numel for stack in experts.values()) // 2
     weights = _weight_bytes(model, in_4bit)
     weights += _fixed_bytes(config, loss, specs, adapted, values)
     trained = [
@@ -181,6 +185,7 @@ def take_footprint(
         head=on_host.get(head_name, 0),
         products=products,
         layers_packed=packed,
+        statistics_share=1 - codes / (sum(in_4bit.values()) or 1),
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         unpacked_why=unpacked_why,

@@ -1,5 +1,6 @@
 """Where the weights of a run go: the first place that they fit into."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qlora.config import ModelSection, RunConfig
@@ -13,7 +14,7 @@ def check_weights(section: ModelSection, num_processes: int) -> None:
     """Check that a number of processes has the place for weights that a config asks for.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: There are too few processes.
     """
     if section.weights == "sharded" and num_processes == 1:
         raise ConfigError(
@@ -22,7 +23,9 @@ def check_weights(section: ModelSection, num_processes: int) -> None:
         )
 
 
-def choose_weights(config: RunConfig, loss: Loss, processes: Processes) -> tuple[str, str]:
+def choose_weights(
+    config: RunConfig, loss: Loss, processes: Processes, lengths: Sequence[int], packed: bool
+) -> tuple[str, str]:
     """Return where the 4-bit weights of a run's layers are, and the reason; the same on all processes.
 
     On a CPU, `auto` is the device, whose memory is the host's.
@@ -31,7 +34,8 @@ def choose_weights(config: RunConfig, loss: Loss, processes: Processes) -> tuple
         config: Config of the run.
         loss: Loss that is minimized.
         processes: Processes of the run.
-
+        lengths: Number of tokens of each training document.
+        packed: Whether documents are packed.
     """
     section = config.model
     if section.weights != "auto":
@@ -44,21 +48,31 @@ def choose_weights(config: RunConfig, loss: Loss, processes: Processes) -> tuple
     try:
         expected = estimate(config, loss, processes.device)
     except ModelError as error:
-        return "device", f"the memory of a step is unknown: {error}"
-    return first_that_fits(replace(expected, processes=processes.world_size), available)
+        return processes.broadcast(("device", f"the memory of a step is unknown: {error}"))
+    # Of the largest micro-batch that the data make.
+    count = config.train.micro_batch_size * expected.group_size
+    tokens = min(expected.tokens, sum(lengths) if packed else sum(sorted(lengths)[-count:]))
+    expected = replace(expected, processes=processes.world_size)
+    # Each process has a GPU of its own, which may differ in more than its memory.
+    return processes.broadcast(first_that_fits(expected, available, tokens, config.model.recompute))
 
 
-def first_that_fits(expected: Estimate, available: int) -> tuple[str, str]:
+def first_that_fits(
+    expected: Estimate, available: int, tokens: int | None = None, level: str = "auto"
+) -> tuple[str, str]:
     """Return the first place where a run's weights fit, and the reason.
 
     Args:
         expected: Prediction for the run, with its number of processes.
         available: Bytes of each device that the run may take.
+        tokens: Number of tokens of the largest micro-batch; default: of the largest that the config allows.
+        level: Level of recomputation that the config asks for; `auto` for the fastest one that fits.
     """
-    reason = "they fit on the device"
+    reason, tokens = "they fit on the device", expected.tokens if tokens is None else tokens
+    levels = expected.levels if level == "auto" else [each for each in expected.levels if each == level]
     for weights in places_of(expected):
         try:
-            choose_level(replace(expected, weights=weights), available, expected.tokens)
+            choose_level(replace(expected, weights=weights), available, tokens, levels)
         except ModelError as error:
             reason = f"on the device they don't fit: {error}" if weights == "device" else reason
         else:

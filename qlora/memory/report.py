@@ -32,7 +32,7 @@ class MemoryReport:
         places: For each place, the fastest first: the `level` that fits or else takes least, its `total` bytes on the
             device, whether it `fits`, `host_bytes` and `copied_bytes` per process, the latter in an optimizer step; and
             for a GPU that is named, `compute_seconds` and `copy_seconds` of an optimizer step on paper and the number
-            of tokens of a micro-batch from which the copies are `hidden_from` sight.
+            of tokens of a micro-batch from which the copies take no extra time, `hidden_from`.
         unpacked_why: Why documents would not be packed, as far as the architecture tells; None if it does not.
     """
 
@@ -81,16 +81,16 @@ def make_report(
     Raises:
         ModelError: The model does not support the level.
     """
+    if level not in ("auto", *estimate.levels):
+        raise ModelError(f"model.recompute: {level} is not available; set {' or '.join(estimate.levels)}.")
     weights_why = "set by model.weights"
     if weights == "auto":
-        weights, weights_why = first_that_fits(estimate, free_bytes)
+        weights, weights_why = first_that_fits(estimate, free_bytes, level=level)
     places = {}
     for place in places_of(estimate):
         places[place] = _describe_place(replace(estimate, weights=place), free_bytes, level, micro_batches, card)
     estimate = replace(estimate, weights=weights)
     tokens = estimate.tokens
-    if level not in ("auto", *estimate.levels):
-        raise ModelError(f"model.recompute: {level} is not available; set {' or '.join(estimate.levels)}.")
     levels = {}
     for name in estimate.levels:
         by_kind = estimate.bytes_by_kind(name, tokens)

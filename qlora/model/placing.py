@@ -79,3 +79,5 @@ def take_over_linears(model: Any, inside: str = "") -> None:
     for name, module in list(model.get_submodule(inside).named_modules(prefix=inside)):
         if is_bitsandbytes_linear(module):
             model.set_submodule(name, NF4Linear.from_linear(module))
+            # The weight refers back to its layer, so both would hold the codes until garbage is collected.
+            del module.weight

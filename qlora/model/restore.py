@@ -102,7 +102,9 @@ def load_adapted(
             source.run, build_skeleton(source.base_files(), config.model.trust_remote_code, source.head)
         )
         starts = source.starts()
-        section = config.model.model_copy(update={"allow_unquantized": True})  # as it was trained
+        # As it was trained; one process alone has weights on its host that several had split.
+        weights = source.run.read_record().in_use.weights
+        section = config.model.model_copy(update={"allow_unquantized": True, "weights": weights})
         if any(start.subtracted for start in starts.values()):
             # The dtype that the base was quantized from; auto may be another one here.
             dtype = str(source.compute_dtype(resolve_device(device)))

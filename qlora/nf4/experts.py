@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora.kernels import ExpertGroup, LowRank, fold_group, scratch, weights_of_group
+from qlora.nf4.linear import PLACED
 from qlora.nf4.mxfp4 import quantize_mxfp4
 from qlora.nf4.quantize import (
     BLOCK_SIZE,
@@ -262,7 +263,9 @@ class NF4Experts(nn.Module):
         return " × ".join(map(str, self.shape)) + ("" if self.quant_type == NF4 else f", {self.quant_type}")
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """Return the statistics, without which the codes of a saved model would be lost."""
+        """Return the statistics, without which the codes of a saved model would be lost; refuse placed weights."""
+        if self.before_read is not None:
+            raise RuntimeError(PLACED.format("saved"))
         return dict(self._statistics)
 
     def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -275,7 +278,10 @@ class NF4Experts(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Experts":
         # The statistics follow the codes to their device and keep their dtype, because dequantization needs it.
+        device = self.weight.device
         super()._apply(fn, recurse)
+        if self.before_read is not None and self.weight.device != device:
+            raise RuntimeError(PLACED.format("moved"))
         self.uncache_weight()
         device = self.weight.device
         self._statistics = {name: tensor.to(device) for name, tensor in self._statistics.items()}

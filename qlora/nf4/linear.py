@@ -12,6 +12,9 @@ from qlora.kernels import Delta, LowRank, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
 from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, set_statistics, statistics
 
+# Error for a weight that is not in memory all the time.
+PLACED = "weights that are split over processes or on the host can't be {}; load the base with weights='device'"
+
 
 class _DequantizedLinear(torch.autograd.Function):
     """x @ W.T + bias for a frozen W; saves nothing, and dequantizes W again for the gradient of x."""
@@ -159,6 +162,8 @@ class NF4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.before_read is not None:
+            raise RuntimeError(PLACED.format("saved"))
         # Without the statistics, under bitsandbytes' names, the codes of a saved model would be lost.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.quant_state.as_dict(packed=True).items():
@@ -205,7 +210,10 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
         # The statistics follow the weight to its device and keep their dtype, because dequantization needs it.
+        device = self.weight.device
         super()._apply(fn, recurse)
+        if self.before_read is not None and self.weight.device != device:
+            raise RuntimeError(PLACED.format("moved"))
         self.uncache_weight()
         self.quant_state.to(self.weight.device)
         return self

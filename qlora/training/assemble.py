@@ -11,6 +11,7 @@ from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations
+from qlora.layers.placement import uneven_passes
 from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, scores_documents, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.memory.place import check_weights, choose_weights
@@ -233,7 +234,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
             _check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
-    weights, weights_why = choose_weights(config, training_loss(section, objective.trained), processes)
+    weights, weights_why = choose_weights(
+        config, training_loss(section, objective.trained), processes, datasets.train.lengths.tolist(), packed
+    )
     own_model = model_section.model_copy(update={"weights": weights})
     with processes.raise_together():
         model, starts, isolation, activations = _load_checked(
@@ -342,6 +345,15 @@ def _load_checked(
         config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
         is_reference=objective_from_section(config.train).loss.has_reference, head=head, processes=processes,
     )  # fmt: skip
+    with uneven_passes(model):  # so that a process that fails ends the others
+        isolation, activations = _check_loaded(config, model, datasets, head, packed)
+    return model.train(), starts, isolation, activations
+
+
+def _check_loaded(
+    config: RunConfig, model: Any, datasets: Datasets, head: ScoreHead | None, packed: bool
+) -> tuple[Isolation, str]:
+    """Check a loaded model's loss and the isolation of packed documents on a few tokens; see :func:`_load_checked`."""
     first = datasets.train[0]
     # The last token of a text that is scored is not the padding token.
     span = slice(0, CHECKED_TOKENS) if head is None else slice(-CHECKED_TOKENS, None)
@@ -361,7 +373,7 @@ def _load_checked(
     _check_packing(config.data, isolation.mixed_reason)
     activations = rebuild_activations(model)
     _check_outputs(model, example)  # again, with the modules that will be trained
-    return model.train(), starts, isolation, activations
+    return isolation, activations
 
 
 def _check_packing(section: DataSection, reason: str | None) -> None:

@@ -78,7 +78,7 @@ class Start:
             return []
         return [
             f"The run continues with {_count(num_processes)} instead of {before}: each step has the rows that it would "
-            "have had, but sums are rounded and dropout is drawn otherwise."
+            "have had, but sums are rounded in another order, and dropout draws other numbers."
         ]
 
     def describe_jump(self, section: TrainSection, step: int, total_steps: int) -> list[str]:

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 
 from tests.cli import run
 
-# Seconds, for a machine with much else to do.
-TIMEOUT = 600
+# Seconds, for a machine with much else to do; and those that processes get to end after another has.
+TIMEOUT, PATIENCE = 600, 30
 
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process can't use CUDA")
 
@@ -48,6 +48,10 @@ def call_in(count: int, function: Callable[..., Any], *arguments: Any) -> list[A
             sender.close()  # so that it ends with the process
             receivers.append(receiver)
         return [_receive(rank, receiver) for rank, receiver in enumerate(receivers)]
+    except AssertionError:
+        for process in processes:  # which may still meet what another one's end leads to
+            process.join(PATIENCE)
+        raise
     finally:
         for process in processes:
             process.kill()

@@ -1,18 +1,21 @@
 """Weights that are split over processes or on the host train what weights on the device train."""
 
 import json
+import os
 import re
 
 import pytest
 from transformers import LlamaConfig
 
+from qlora.checkpoint import save_checkpoint
 from qlora.config import load_config
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ModelError
 from qlora.export import merge
+from qlora.layers.sharding import ShardedWeights
 from qlora.proof import verify
-from qlora.training import train
+from qlora.training import saving, train
 from tests.moe import make_moe
-from tests.tiny import make_base, run_config
+from tests.tiny import make_base, run_config, write_jsonl
 from tests.training.ranks import call_in, call_in_two, needs_fork, train_in, train_in_two
 from tests.training.same_run import assert_same_run, lines_of
 
@@ -131,3 +134,81 @@ def test_a_run_continues_with_other_numbers_of_processes(deep_base, alpaca_file,
 def train_until(config, overrides, stop_at):
     """Train a session, and return its notes."""
     return train(load_config(config, overrides), stop_at=stop_at).notes
+
+
+def die_in(place, config, folder):
+    """Train until a process ends without a word, and write what the other one raises."""
+    is_second = os.environ["RANK"] == "1"
+    after_layer, passed = ShardedWeights._after_layer, []
+
+    def end_in_a_step(self, *arguments):
+        if (folder / "run" / "checkpoints" / "step-000004").is_dir():
+            passed.append(self)
+        if len(passed) > 5:  # in the middle of the next step
+            os._exit(9)
+        after_layer(self, *arguments)
+
+    def end_in_a_save(folder, *arguments, **options):
+        if folder.name == "step-000004":
+            folder.with_name(f"{folder.name}.half").mkdir()
+            os._exit(9)
+        save_checkpoint(folder, *arguments, **options)
+
+    if place == "step" and is_second:
+        ShardedWeights._after_layer = end_in_a_step
+    if place == "save" and not is_second:
+        saving.save_checkpoint = end_in_a_save
+    try:
+        train(load_config(config))
+    except ModelError as error:
+        folder.joinpath("raised").write_text(str(error))
+    os._exit(1)
+
+
+@pytest.mark.parametrize("place", ["step", "save"])
+def test_a_process_that_is_killed_ends_the_run_which_continues(place, deep_base, alpaca_file, tmp_path):
+    settings = {"model__weights": "sharded", "train__save_every": 2, "train__max_steps": 8, "data__eval": None}
+    whole, config = (run_config(deep_base, alpaca_file, tmp_path / name, **settings) for name in ("whole", "run"))
+    train_in_two(whole)
+    with pytest.raises(AssertionError, match="ended without an answer"):
+        call_in_two(die_in, place, str(config), tmp_path)
+    assert (tmp_path / "raised").read_text().startswith("Another process of the run has ended; its last message")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*[0-9]"))
+    assert saved
+    assert "step-000008" not in saved
+    train_in_two(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# Passes that are not a forward with its backward, and gradients that not all layers get.
+UNEVEN = {
+    "kl": {"train__keep": {"kl": 0.1}},
+    "adversarial": {"train__adversarial": {"epsilon": 0.05}, "lora__layers": [2, 3]},
+    "upper layers": {"lora__layers": [2, 3]},
+}
+
+
+def stop_and_continue(config):
+    """Train to a step after which processes have different work, and from there."""
+    train(load_config(config), stop_at=4)
+    train(load_config(config))
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_processes_with_different_work_stay_in_step(kind, deep_base, tmp_path):
+    """Of nine rows, one process has the last."""
+    rows = [{"instruction": f"Repeat {number}", "output": "tin " * (number + 1)} for number in range(9)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shared = {
+        "data__packing": False, "data__eval": None, "train__eval_every": None, "train__max_steps": 10,
+        "train__micro_batch_size": 1, "model__compute_dtype": "float32", "train__save_every": None, **UNEVEN[kind],
+    }  # fmt: skip
+    one = run_config(deep_base, data, tmp_path / "one", train__gradient_accumulation_steps=2, **shared)
+    train(load_config(one))
+    own = run_config(
+        deep_base, data, tmp_path / "two", model__weights="sharded", train__gradient_accumulation_steps=1, **shared
+    )
+    call_in_two(stop_and_continue, str(own))
+    losses = [[line["loss"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line]
+              for name in ("one", "two")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from qlora.errors import ConfigError, QLoRAError
 from qlora.export import merge
 from qlora.proof import verify
 from qlora.training import assemble, train
+from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 from tests.training.ranks import call_in_two, needs_fork, train_in_two
 from tests.training.same_run import assert_same_run, rewrite
@@ -84,6 +86,12 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     assert found["damaged"][0] == "CheckpointError"  # which only the first process meets, when it starts to write
     assert "metrics.jsonl:1 is damaged" in found["damaged"][1]
     assert {path.name for path in tmp_path.iterdir() if (path / "run.json").exists()} == {"damaged", "first", "whole"}
+
+
+def test_doctor_tries_the_processes():
+    first, second = call_in_two(run, "doctor", "--json")
+    assert (first.code, second.code, second.out) == (0, 0, "")
+    assert re.fullmatch(r"2: sums are right, at \d+\.\d GB/s", first.json()["in_use"]["processes"])
 
 
 def train_where_only_the_second_mixes(config):
