@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
-from qlora.config import load_config
+from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError
-from qlora.lora.experts import specs_with_rank
+from qlora.lora.experts import rank_of_experts, specs_with_rank
 from qlora.lora.mixture import expert_stacks
-from qlora.model.from_config import adapter_spec
+from qlora.model.from_config import adapter_spec, base_files
+from qlora.model.skeleton import build_skeleton
 
 
 def read_run_adapter(run: RunDirectory) -> PeftAdapter:
@@ -18,7 +19,8 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         CheckpointError: The adapter is damaged, or another run's; names all mismatches.
     """
     adapter, parameters = read_adapter(run.adapter), run.read_record().parameters
-    spec = adapter_spec(load_config(run.config).lora)
+    config = load_config(run.config)
+    spec = adapter_spec(config.lora)
     specs = spec.by_layer(parameters.adapted, others=parameters.adapted_experts)
     problems = []
     if differing := sorted({*adapter.layers} ^ {*specs}):
@@ -31,7 +33,7 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         if parameters.adapted_experts.get(name, own.A.shape[1]) != own.A.shape[1]
     ]
     for name, rank in parameters.adapted_experts.items():
-        specs |= specs_with_rank(spec, [name], rank)
+        specs |= specs_with_rank(spec, [name], _expert_rank(config, rank), {name: rank})
     found_scalings = {name: own.scaling for name, own in adapter.layers.items()}
     found_scalings |= {name: own.scaling for name, own in adapter.experts.items()}
     scalings = {name: (found_scalings[name], specs[name].scaling) for name in specs if name in found_scalings}
@@ -72,6 +74,22 @@ def check_experts_as_trained(run: RunDirectory, skeleton: Any) -> None:
             f"({others[0]}), which are in 4 bits now; continue or run it with that version, merge it with this one, or "
             "train again."
         )
+
+
+def _expert_rank(config: RunConfig, trained: int) -> int:
+    """Return a rank of experts that gives a stack the scaling of training: the config's, which alpha is divided by.
+
+    A stack that started from an adapter may have a higher one, and the config's may follow from the base, which is read
+    only where it matters.
+
+    Args:
+        config: Config of the run.
+        trained: Rank that the stack was trained with.
+    """
+    if config.lora.start_from is None or not config.lora.alpha_pattern:
+        return trained
+    skeleton = build_skeleton(base_files(config.model, with_weights=False), config.model.trust_remote_code)
+    return rank_of_experts(config.lora.expert_rank, config.lora.rank, skeleton)
 
 
 def _show(ids: range) -> str:
