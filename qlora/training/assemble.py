@@ -225,8 +225,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             if head is not None:
                 head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
             _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
-        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged.
-        check_mergeable(files, skeleton, adapter_specs(with_linears(skeleton), config.lora))
+        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged. A run
+        # that an older version began without the second check can still be continued.
+        adapted = adapter_specs(with_linears(skeleton), config.lora)
+        if checkpoint is None:
+            check_mergeable(files, skeleton, adapted)
         train_rows(skeleton, config.lora.modules_to_save)
         if section.keep is not None and section.keep.null_space is not None:
             check_no_experts(expert_specs(skeleton, config.lora))
