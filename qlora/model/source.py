@@ -179,9 +179,9 @@ def open_source(path: str | Path, base: str | None = None) -> AdapterSource:
     named = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ConfigError(f"{path}: adapter_config.json names no base; give it with --base (base= in Python).")
-    if not Path(named).expanduser().is_dir() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
+    if not Path(named).expanduser().exists() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
         raise ConfigError(
-            f"{path}: adapter_config.json names the base {named}, a folder that does not exist here; give the base "
+            f"{path}: adapter_config.json names the base {named}, a folder or file that does not exist here; give the base "
             "with --base (base= in Python)."
         )
     return AdapterSource(folder, named, is_base_named=True)
