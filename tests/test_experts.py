@@ -170,13 +170,14 @@ def test_a_run_is_recorded_with_its_experts_and_swapped_ones_are_found(family, b
     with pytest.raises(CheckpointError, match=r"experts\.down_proj has a scaling of .* and 1 other layers"):
         read_run_adapter(run)
     adapter_config.write_text(written)
-    skeleton = build_skeleton(BaseFiles.resolve(str(base)))
-    check_experts_as_trained(run, skeleton)
+    files = BaseFiles.resolve(str(base))
+    skeleton = build_skeleton(files)
+    check_experts_as_trained(run, files, skeleton)
     layers = [name for name in record.parameters.quantized if "experts." not in name]
     old = replace(record, parameters=replace(record.parameters, quantized=layers))
     run.write_record(old)
     with pytest.raises(CheckpointError, match=r"experts in 16 bits .* merge it with this one"):
-        check_experts_as_trained(run, skeleton)
+        check_experts_as_trained(run, files, skeleton)
     run.write_record(record)
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)

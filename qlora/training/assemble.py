@@ -197,7 +197,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         dtype = resolve_compute_dtype(model_section.compute_dtype, processes.device)
         check_base(model_section, files, skeleton, dtype)
         if run is not None and run.record.is_file():
-            check_experts_as_trained(run, skeleton)
+            check_experts_as_trained(run, files, skeleton)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
