@@ -43,7 +43,7 @@ def use_on_cpu(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, ModuleType
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f"qlora.kernels.{name}", module)
     monkeypatch.setattr("qlora.kernels.grouped.loop_reason", lambda *_: None)
-    monkeypatch.setattr("qlora.nf4.experts.is_verified", lambda *_: True)
+    monkeypatch.setattr("qlora.nf4.experts.verify_kernel", lambda *_: True)
 
 
 class Launches(TorchDispatchMode):
@@ -98,6 +98,8 @@ def compile_for(
 ) -> Any:
     """Return a kernel compiled for a GPU of a capability, with pointers and sizes that are multiples of 16.
 
+    Arguments of any alignment are those that the kernel names in `do_not_specialize_on_alignment`.
+
     Args:
         kernel: The kernel.
         types: Triton's type of each argument.
@@ -111,7 +113,13 @@ def compile_for(
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    divisible = [name for name in names if name not in constants and not signature[name].startswith("fp")]
+    divisible = [
+        param.name
+        for param in kernel.params
+        if param.name not in constants
+        and not param.do_not_specialize_on_alignment
+        and not signature[param.name].startswith("fp")
+    ]
     source = ASTSource(
         kernel,
         signature,

@@ -84,7 +84,7 @@ class LowRank:
         return LowRank(self.B.mT, self.A.mT, self.scaling)
 
     def at(self, expert: int) -> "LowRank":
-        """The term of one expert."""
+        """Return the term of one expert."""
         return LowRank(self.A[expert], self.B[expert], self.scaling)
 
     @property
@@ -98,15 +98,15 @@ class LowRank:
         return partial(LowRank, scaling=self.scaling)
 
     def to(self, place: torch.dtype | torch.device) -> "LowRank":
-        """The term with its factors in another dtype, or on another device."""
+        """Return the term with its factors in another dtype, or on another device."""
         return LowRank(self.A.to(place), self.B.to(place), self.scaling)
 
     def rows(self, rows: slice) -> "LowRank":
-        """The term of some rows of the weight."""
+        """Return the term of some rows of the weight."""
         return LowRank(self.A, self.B[rows], self.scaling)
 
     def joined(self, other: "LowRank | None") -> "LowRank":
-        """The sum of two terms as one, whose scaling is this one's: the factors side by side.
+        """Return the sum of two terms as one, whose scaling is this one's: the factors side by side.
 
         B of the other term is multiplied by the ratio of the scalings. The result keeps the factors' dtype where that
         is exact; otherwise it is in fp32.
@@ -177,7 +177,7 @@ class SparseRows:
         return partial(SparseRows, index=self.index)
 
     def as_low_rank(self, out_features: int) -> LowRank:
-        """The same term as B A: A is the values, and B has a single one in each column, at the row's index."""
+        """Return the same term as B A: A is the values, and B has a single one in each column, at the row's index."""
         B = torch.zeros(out_features, len(self.index), dtype=self.values.dtype, device=self.values.device)
         B[self.index, torch.arange(len(self.index), device=B.device)] = 1
         return LowRank(self.values, B, 1.0)

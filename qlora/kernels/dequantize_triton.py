@@ -59,7 +59,8 @@ def dequantize_4bit_triton(
     return out
 
 
-@triton.jit
+# Groups begin anywhere in the order of experts, and one compiled kernel is for all of them.
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _dequantize_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as code.
     packed,
     code,

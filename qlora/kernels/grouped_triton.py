@@ -8,6 +8,7 @@ from qlora.kernels.grouped import ExpertGroup
 
 # Rows of a tile, and its features where there are as many. A program sums over `DEPTH` products at a time.
 ROWS, MOST_FEATURES, DEPTH = 64, 128, 32
+# Nothing can be fused: it is set because Triton's default changes between versions, and 3.9 warns where it is not set.
 LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
@@ -55,7 +56,8 @@ def grouped_outer_triton(
         )  # fmt: skip
 
 
-@triton.jit
+# Groups begin anywhere in the order of experts, and one compiled kernel is for all of them.
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _matmul_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as code.
     x,
     weights,
@@ -105,7 +107,7 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _outer_kernel(  # type: ignore[no-untyped-def]
     left,
     right,

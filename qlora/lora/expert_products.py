@@ -157,18 +157,18 @@ def expert_products(
     """
     experts, order = index.reshape(-1).sort(stable=True)
     most_experts = experts_at_once(
-        up.weights.device, x.dtype, max(up.num_weights, down.num_weights), is_trial=x.is_meta
+        up.weights.device, x.dtype, max(up.num_weights, down.num_weights), try_kernels=not x.is_meta
     )
     num_experts, most_rows = up.weights.shape[0], max(ROWS_PER_TOKEN * len(x), FEW_ROWS)
     bounds = torch.searchsorted(experts, torch.arange(num_experts + 1, dtype=experts.dtype, device=experts.device))
+    hit = (bounds.diff() == 0).sort(stable=True).indices
+    # First, so that a recomputation ends here where these products are the last of its region.
+    saved = save_first(*factors, x, scores, order, bounds, hit)
     if x.is_meta:  # which has no values: as if one group got the most rows that a group gets
         size = min(most_experts, index.shape[-1], ROWS_PER_TOKEN)
         offsets = [*range(0, size * len(x), len(x)), *[size * len(x)] * (num_experts + 1 - size)]
     else:
         offsets = bounds.tolist()  # the only wait of the host for the device
-    hit = (bounds.diff() == 0).sort(stable=True).indices
-    # First, so that a recomputation ends here where these products are the last of its region.
-    saved = save_first(*factors, x, scores, order, bounds, hit)
     call = _Call(up, down, gate, offsets, index.shape[-1], most_experts, most_rows)
     return _ExpertProducts.apply(x, scores, saved, call, order, bounds, hit, *factors)
 

@@ -123,7 +123,7 @@ class Stack:
     def _numel_of_group(self, stack: ExpertStack) -> int:
         """Return the number of weights of a stack that are dequantized at a time on a GPU."""
         largest = max(math.prod(other.sizes) for other in self.experts.values() if other.layer == stack.layer)
-        size = experts_at_once(torch.device("cuda"), self.model.dtype, largest, is_trial=True)
+        size = experts_at_once(torch.device("cuda"), self.model.dtype, largest, try_kernels=False)
         return min(size, stack.shape[0]) * math.prod(stack.sizes)
 
     def extrapolate(self, moments: Sequence[Moment], layers_hold: Sequence[Held]) -> list[Moment]:

@@ -16,11 +16,11 @@ from qlora.nf4.quantize import (
     NF4,
     dequantize,
     is_close,
-    is_verified,
     kind_of_fold,
     quantize,
     random_delta,
     same_bits,
+    verify_kernel,
 )
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class NF4Experts(nn.Module):
         out = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
         kind = (self.weight.device, dtype, "experts", self.block_size, "offset" in self._statistics)
         kind_of_update = () if update is None else kind_of_fold(self.shape[2], self.block_size, update)
-        if is_verified(
+        if verify_kernel(
             (*kind, *kind_of_update),
             f"experts of {self.extra_repr()}",
             lambda: self._agrees(group.first(2), dtype, update),

@@ -93,12 +93,12 @@ def dequantize(
             _dequantize_bitsandbytes(packed, state, dtype, None, trial),
         )
 
-    is_verified(kind, f"a {' × '.join(map(str, wanted.shape))} weight", is_same)
+    verify_kernel(kind, f"a {' × '.join(map(str, wanted.shape))} weight", is_same)
     return wanted
 
 
-def is_verified(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
-    """Return whether the fused kernel is used for a kind of weight: whether it matched when it was first asked for.
+def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
+    """Compare the fused kernel on the first weight of a kind, and return whether it is used for that kind.
 
     Args:
         kind: The properties that the kernel is compiled for, of which the first are device and dtype.

@@ -118,16 +118,62 @@ def test_each_weight_of_a_group_gets_its_own_term(most_experts, generator):
         assert fold_group(weights, None, group) is weights
 
 
-def test_the_kernels_are_used_where_they_give_what_the_loop_gives(interpreted, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_are_used_where_they_give_what_a_loop_gives(dtype, interpreted, monkeypatch):
     monkeypatch.setitem(sys.modules, "qlora.kernels.grouped_triton", interpreted)
-    for dtype in DTYPES:
-        assert grouped.compare_kernels(torch.device("cpu"), dtype) is None
-    wrong = SimpleNamespace(**vars(interpreted))
-    wrong.grouped_outer_triton = lambda left, right, group, out, scaling: out.zero_()
-    monkeypatch.setitem(sys.modules, "qlora.kernels.grouped_triton", wrong)
-    assert grouped.compare_kernels(torch.device("cpu"), torch.float16) == (
-        "the grouped kernels gave other results in float16"
-    )
+    assert grouped.compare_kernels(torch.device("cpu"), dtype) is None
+
+
+def scale(which, factor, is_wanted=lambda *_: True):
+    """Return a product of which some values are multiplied by a factor, where that is wanted."""
+
+    def product(x, weights, group, **options):
+        found = grouped.grouped_matmul_plain(x, weights, group, **options)
+        if is_wanted(weights, group):
+            found[which] *= factor
+        return found
+
+    return product
+
+
+def shrink_an_input(x, weights, group, **options):
+    """Multiply with one input too small."""
+    x = x.clone()
+    x[:, -1] *= 0.8
+    return grouped.grouped_matmul_plain(x, weights, group, **options)
+
+
+def enlarge_outer(left, right, group, out, scaling):
+    """Give sums that are too large."""
+    grouped.grouped_outer_plain(left, right, group, out, 1.05 * scaling)
+
+
+WRONG = {
+    "right": {},
+    "all": {"grouped_matmul_triton": scale(..., 1.03)},
+    "last row": {"grouped_matmul_triton": scale(-1, 0.96)},
+    "last feature": {"grouped_matmul_triton": scale((..., -1), 0.96)},
+    "one value": {"grouped_matmul_triton": scale((0, 0), 1.03)},
+    "one feature": {"grouped_matmul_triton": scale(..., 1.03, lambda weights, _: weights.shape[1] == 1)},
+    "later groups": {"grouped_matmul_triton": scale(..., 1.03, lambda _, group: group.starts[0] > 0)},
+    "no whole tile": {"grouped_matmul_triton": scale(..., 1.03, lambda weights, _: weights.shape[2] % 32 > 0)},
+    "last input": {"grouped_matmul_triton": shrink_an_input},
+    "outer": {"grouped_outer_triton": enlarge_outer},
+}
+
+
+@pytest.mark.parametrize("error", WRONG)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_that_give_something_else_are_not_used(dtype, error, monkeypatch):
+    plain = {
+        "grouped_matmul_triton": grouped.grouped_matmul_plain,
+        "grouped_outer_triton": grouped.grouped_outer_plain,
+    }
+    kernels = SimpleNamespace(**plain | WRONG[error])
+    monkeypatch.setitem(sys.modules, "qlora.kernels.grouped_triton", kernels)
+    name = str(dtype).removeprefix("torch.")
+    expected = None if error == "right" else f"the grouped kernels gave other results in {name}"
+    assert grouped.compare_kernels(torch.device("cpu"), dtype) == expected
 
 
 def test_the_loop_is_named_with_its_reason(monkeypatch):
@@ -152,11 +198,13 @@ def test_the_loop_is_named_with_its_reason(monkeypatch):
 # The interpreter does not show that the kernels compile, use tensor cores and have enough registers.
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_kernels_compile_to_tensor_cores_without_spills(capability):
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [*((each, "bf16") for each in CAPABILITIES), (CAPABILITIES[0], "fp16"), (90, "fp16")]
+)
+def test_the_kernels_compile_to_tensor_cores_without_spills(capability, dtype):
     from qlora.kernels import grouped_triton as kernels
 
-    types = dict.fromkeys(("x", "weights", "bias", "left", "right", "out"), "*bf16") | {
+    types = dict.fromkeys(("x", "weights", "bias", "left", "right", "out"), f"*{dtype}") | {
         "index": "*i64",
         "bounds": "*i64",
     }
@@ -165,11 +213,15 @@ def test_the_kernels_compile_to_tensor_cores_without_spills(capability):
     compiled = [
         compile_for(
             kernels._matmul_kernel, types,
-            {"OF_GROUP": True, "ROWS": kernels.ROWS, "FEATURES": features, "DEPTH": kernels.DEPTH, **own},
+            {"ROWS": kernels.ROWS, "DEPTH": kernels.DEPTH, **own},
             capability, kernels.LAUNCH_OPTIONS,
         )
-        for own in ({"depth_stride": 1}, {"feature_stride": 1, "bias": None})
-        for features in (16, kernels.MOST_FEATURES)
+        for own in (
+            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "depth_stride": 1},
+            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "feature_stride": 1, "bias": None},
+            {"FEATURES": 16, "OF_GROUP": True, "depth_stride": 1},
+            {"FEATURES": 16, "OF_GROUP": False, "feature_stride": 1, "bias": None},
+        )
     ] + [
         compile_for(
             kernels._outer_kernel, types, {"LEFT": left, "RIGHT": right, "ROWS": kernels.DEPTH},
@@ -179,7 +231,7 @@ def test_the_kernels_compile_to_tensor_cores_without_spills(capability):
     ]  # fmt: skip
     for kernel in compiled:
         registers, spilled = registers_and_spills(kernel)
-        print(capability, kernel.metadata.name, registers)
+        print(capability, dtype, kernel.metadata.name, registers)
         assert spilled == 0
         assert registers <= 224  # two programs of four warps on each multiprocessor
         assert "mma" in kernel.asm["ptx"]

@@ -1,5 +1,6 @@
 """A layer of experts against dense autograd token by token, in every way that it is computed."""
 
+from collections import Counter
 from dataclasses import replace
 from types import ModuleType
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import grouped
+from qlora.layers.region import recomputed
 from qlora.lora import expert_products as products
 from qlora.lora.expert_products import ExpertProjection, expert_products
 from qlora.lora.experts import PlainExperts
@@ -120,18 +122,64 @@ def test_a_token_does_not_depend_on_others(way, generator):
     assert torch.allclose(together[5:6], alone, rtol=0, atol=1e-5)
 
 
-def test_only_the_gradients_that_are_needed_are_computed(way, generator):
+# In each group, the backward multiplies twice before any gradient: for that of h, and the first product again.
+@pytest.mark.parametrize(
+    ("needed", "matmuls", "outers"),
+    [
+        (["x"], 3, 0),
+        (["scores"], 2, 0),
+        (["A of up"], 3, 1),
+        (["B of up", "A of down"], 4, 2),
+        (["x", "scores", "B of down"], 4, 1),
+    ],
+)
+def test_only_the_gradients_that_are_needed_are_computed(needed, matmuls, outers, way, monkeypatch, generator):
+    layer, calls = Layer(5, generator), {"grouped_matmul": Counter(), "grouped_outer": Counter()}
+    x, index, scores = routed(12, 5, 2, generator)
+    names = "x", "scores", "A of up", "B of up", "A of down", "B of down"
+    tensors = dict(zip(names, [x, scores, *layer.factors], strict=True))
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in needed)
+    inputs = [tensors[name] for name in needed]
+    expected = torch.autograd.grad(layer.reference(x, index, scores).sum(), inputs)
+    y = layer.products(x, index, scores)
+
+    def count(product):
+        own = getattr(products, product)
+
+        def call(left, right, group, *rest, **options):
+            calls[product][group.starts[0]] += 1
+            return own(left, right, group, *rest, **options)
+
+        monkeypatch.setattr(products, product, call)
+
+    for product in calls:
+        count(product)
+    assert_same(torch.autograd.grad(y.sum(), inputs), expected)
+    assert {*calls["grouped_matmul"].values()} == {matmuls}
+    assert {*calls["grouped_outer"].values()} == ({outers} if outers else set())
+
+
+def test_frozen_experts_pass_gradients_on(way, generator):
     layer = Layer(5, generator)
     x, index, scores = routed(12, 5, 2, generator)
-    expected = torch.autograd.grad(layer.products(x, index, scores).sum(), layer.factors)
-    layer.factors[0].requires_grad_(False)
-    layer.factors[3].requires_grad_(False)
-    found = torch.autograd.grad(layer.products(x.detach(), index, scores.detach()).sum(), layer.factors[1:3])
-    assert_same(found, expected[1:3])
-    layer.parts = [replace(part, scaling=None) for part in layer.parts]
-    layer.factors = []
-    (grad_x,) = torch.autograd.grad(layer.products(x, index, scores.detach()).sum(), [x])
-    assert grad_x.any()
+    for factor in layer.factors:
+        factor.data.zero_()
+    expected = torch.autograd.grad(layer.reference(x, index, scores).sum(), [x, scores])
+    layer.parts, layer.factors = [replace(part, scaling=None) for part in layer.parts], []
+    assert_same(torch.autograd.grad(layer.products(x, index, scores).sum(), [x, scores]), expected)
+
+
+def test_a_recomputation_ends_before_the_products_and_their_read(generator):
+    layer = Layer(5, generator)
+    x, index, scores = routed(12, 5, 2, generator)
+    inputs = [x, scores, *layer.factors]
+    expected = torch.autograd.grad(layer.reference(x * scores.sum(), index, scores).sum(), inputs)
+    with counts.Watch() as work:
+        y = recomputed(lambda x, scores: layer.products(x * scores.sum(), index, scores), x, scores)
+        torch.autograd.backward(y.sum())
+    assert work.syncs == {"tolist": 1}
+    assert_same([each.grad for each in inputs], expected)
 
 
 def count_launches(layer, num_experts, generator) -> tuple[Launches, Launches]:

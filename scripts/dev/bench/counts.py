@@ -9,12 +9,13 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Each makes the host wait for a device: it asks for a value, or for a size that depends on values.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive"}
-READS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+READS = ("tolist", "cpu", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +96,15 @@ class Watch:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.work = Work()
-        self._modes = (_Operations(self.work, torch.device(device).type), _Reads(self.work))
+        self._device_type, self._entered = torch.device(device).type, ExitStack()
 
     def __enter__(self) -> Work:
-        for mode in self._modes:
-            mode.__enter__()
+        self._entered.enter_context(_Operations(self.work, self._device_type))
+        self._entered.enter_context(_counted_reads(self.work))
         return self.work
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self._entered.close()
 
 
 def tensors_in(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
@@ -208,21 +208,28 @@ class _Operations(TorchDispatchMode):
             self.work.syncs["copy to the host"] += 1
 
 
-class _Reads(TorchFunctionMode):
-    """Count reads that only show in the call, because on a CPU they dispatch nothing."""
+@contextmanager
+def _counted_reads(work: Work) -> Iterator[None]:
+    """Count reads that only show in the call, because on a CPU they dispatch nothing.
 
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.work = work
+    The methods are replaced, because torch turns a `TorchFunctionMode` off during the backward.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.work.syncs.copy() if func in READS else None
-        result = func(*args, **kwargs or {})
-        if before is not None:
-            self.work.syncs.clear()  # on a GPU the same read was dispatched as a copy
-            self.work.syncs.update(before)
-            self.work.syncs[READS[func]] += 1
-        return result
+    def counted(name: str) -> Callable[..., Any]:
+        read = getattr(torch.Tensor, name)
+
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = work.syncs.copy()
+            result = read(tensor, *args, **kwargs)
+            work.syncs.clear()  # on a GPU the same read was dispatched as a copy
+            work.syncs.update(before)
+            work.syncs[name] += 1
+            return result
+
+        return call
+
+    with patch.multiple(torch.Tensor, **{name: counted(name) for name in READS}):
+        yield
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:

@@ -17,7 +17,7 @@ from qlora.lora.expert_products import ExpertProjection, expert_products
 from qlora.nf4 import NF4Experts
 
 INTRODUCTION = "# Mixtures of experts\n"
-# (experts, experts of a token, width, inner width of an expert)
+# (experts, experts per token, hidden size, expert size)
 SIZES = [(64, 8, 128, 64), (32, 4, 512, 256), (16, 4, 1024, 768)]
 TOKENS, RANK = 512, 2
 # Bytes of weights in a group; with none, each expert is a group.
@@ -67,9 +67,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = heading(f"a layer on a CPU, {TOKENS} tokens, one thread", "torch") + [
-        "Milliseconds of the processor, forward and backward: the least, and the median.",
+        "`python -m scripts.dev.bench.expert_groups --out docs/benchmarks/moe.md`.",
+        "CPU milliseconds of forward and backward: minimum, median.",
         "",
-        "| experts, of a token, width, inner width | dtype | " + " | ".join(WAYS) + " |",
+        "| experts, experts per token, hidden size, expert size | dtype | " + " | ".join(WAYS) + " |",
         "|---|---|" + "---|" * len(WAYS),
     ]
     for sizes in SIZES:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-INTRODUCTION = """# Mixtures of experts
-
-Estimates from the shapes alone, as `qlora estimate` makes them.
-"""
+INTRODUCTION = "# Mixtures of experts\n"
 TOKENS = 2048
 EXPERT_RANKS = (0, "auto", 16)
 GPT_OSS: dict[str, Any] = {"num_local_experts": 32, "num_hidden_layers": 24}
@@ -66,6 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="page to append to")
     arguments = parser.parse_args()
     lines = heading(f"estimated, {TOKENS:,} tokens, rank 16, recompute: full", "torch", "transformers") + [
+        "`python -m scripts.dev.bench.moe --out docs/benchmarks/moe.md`.",
+        "Estimates from the shapes alone, as `qlora estimate` makes them.",
+        "",
         "| model | expert rank | weights, GiB | adapters and gradients | optimizer | activations and loss | buffers "
         "| context | total |",
         "|---|---|---|---|---|---|---|---|---|",
