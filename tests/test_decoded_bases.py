@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from transformers import GptOssConfig
 
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
+from qlora.errors import CheckpointError, ModelError
 from qlora.export import merge
 from qlora.export.gguf.model import write_gguf
 from qlora.export.quantize import quantize_model
 from qlora.files import BaseFiles
 from qlora.files.shards import TensorLayout
 from qlora.memory.estimate import estimate
-from qlora.model import SUPERVISED, load_base, load_generation_config, load_tokenizer
+from qlora.model import SUPERVISED, load_base, load_generation_config, load_tokenizer, open_source
+from qlora.model.restore import load_adapted
 from qlora.nf4 import NF4Experts, NF4Linear, quantize
 from qlora.proof.verify import verify
 from qlora.training import plan_run, train
@@ -147,6 +150,34 @@ def test_a_run_is_merged_onto_what_was_decoded_and_verified(quantization, encode
         for name in expected:
             difference = (written.get_tensor(name) - expected[name].float()).abs().max()
             assert (0 < difference < 0.1) if name.endswith(("_proj.weight", "_proj")) else difference == 0, name
+
+
+def test_experts_in_16_bits_beside_others_in_mxfp4_are_refused_by_name(tmp_path):
+    base, decoded = in_mxfp4(tmp_path / "base", seed=1)
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(base / "weights.safetensors")
+    del tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+    tensors[name] = torch.randn(decoded[name].shape).bfloat16()
+    save_file(tensors, base / "weights.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"can't be loaded: {name}: some values are none .*; use another base"):
+        load_base(str(base), device="cpu", allow_unquantized=True)
+
+
+def test_a_run_whose_experts_had_other_codes_is_refused_everywhere(alpaca_file, tmp_path):
+    base, _ = in_mxfp4(tmp_path / "base", seed=1)
+    settings = {"train__max_steps": 1, "model__allow_unquantized": True, "train__save_every": 1}
+    config = load_config(run_config(base, alpaca_file, tmp_path / "run", **settings))
+    train(config)
+    run = RunDirectory.open(tmp_path / "run")
+    record = run.read_record()
+    run.write_record(replace(record, quantization=replace(record.quantization, experts=None)))
+    refused = r"with experts in nf4 \(model\.layers\.0\.mlp\.experts\.gate_up_proj\), which are in mxfp4 now"
+    with pytest.raises(CheckpointError, match=refused):
+        merge(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=refused):
+        load_adapted(open_source(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=refused):
+        verify(tmp_path / "run")
 
 
 def test_a_base_in_fp8_is_quantized_to_a_4_bit_folder(tmp_path, seed):

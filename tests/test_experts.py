@@ -170,13 +170,14 @@ def test_a_run_is_recorded_with_its_experts_and_swapped_ones_are_found(family, b
     with pytest.raises(CheckpointError, match=r"experts\.down_proj has a scaling of .* and 1 other layers"):
         read_run_adapter(run)
     adapter_config.write_text(written)
-    skeleton = build_skeleton(BaseFiles.resolve(str(base)))
-    check_experts_as_trained(run, skeleton)
+    files = BaseFiles.resolve(str(base))
+    skeleton = build_skeleton(files)
+    check_experts_as_trained(run, files, skeleton)
     layers = [name for name in record.parameters.quantized if "experts." not in name]
     old = replace(record, parameters=replace(record.parameters, quantized=layers))
     run.write_record(old)
     with pytest.raises(CheckpointError, match=r"experts in 16 bits .* merge it with this one"):
-        check_experts_as_trained(run, skeleton)
+        check_experts_as_trained(run, files, skeleton)
     run.write_record(record)
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
@@ -320,6 +321,21 @@ def test_keys_and_values_beside_experts_are_no_routers(tmp_path, seed):
     assert {layer.spec.rank for _, layer in lora_experts(model)} == {2}
 
 
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_a_higher_rank_to_start_from_changes_no_scaling_of_experts(family, base, alpaca_file, tmp_path):
+    settings = {"model__compute_dtype": "float32", "train__max_steps": 1, "lora__targets": ["experts.down_proj"]}
+    settings["lora__alpha_pattern"] = {"experts.down_proj": 16}
+    train(load_config(run_config(base, alpaca_file, tmp_path / "first", lora__rank=8, **settings)))
+    first = open_source(tmp_path / "first").read().experts
+    settings["lora__start_from"] = str(tmp_path / "first")
+    train(load_config(run_config(base, alpaca_file, tmp_path / "then", lora__rank=4, **settings)))
+    then = open_source(tmp_path / "then").read().experts
+    assert {(own.A.shape[1], own.scaling) for own in first.values()} == {(4, 4.0)}
+    assert {(own.A.shape[1], own.scaling) for own in then.values()} == {(4, 8.0)}
+    merge(tmp_path / "then", tmp_path / "out", dtype="float32")
+    assert verify(tmp_path / "then", tmp_path / "out").problems == []
+
+
 def test_the_rank_and_alpha_of_experts_follow_patterns_as_those_of_linear_layers_do():
     stacks = ["0.experts.gate_up_proj", "0.experts.down_proj"]
     spec = AdapterSpec(
@@ -335,13 +351,15 @@ def test_the_rank_and_alpha_of_experts_follow_patterns_as_those_of_linear_layers
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_verify_scales_experts_as_training_does(rslora, tmp_path):
+    higher = 16  # that of an adapter that they start from, which changes no scaling
     patterns = {"lora__rank_pattern": {"1.experts.*": 8}, "lora__alpha_pattern": {"experts.down_proj": 6.0}}
     path = run_config("none", "none.jsonl", tmp_path / "run", lora__rslora=rslora, **patterns)
     stacks = [f"{index}.experts.{part}" for index in (0, 1) for part in ("gate_up_proj", "down_proj")]
-    specs = specs_with_rank(adapter_spec(load_config(path).lora), stacks, 2)
-    run, factors = SimpleNamespace(config=path), {name: torch.zeros(3, own.rank, 8) for name, own in specs.items()}
-    adapter = SimpleNamespace(experts={name: SimpleNamespace(A=A) for name, A in factors.items()})
-    found = _scaling_of_experts(SimpleNamespace(run=run), adapter, None)
+    specs = specs_with_rank(adapter_spec(load_config(path).lora), stacks, 2, dict.fromkeys(stacks, higher))
+    text = SimpleNamespace(num_experts_per_tok=2)
+    skeleton = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    found = _scaling_of_experts(SimpleNamespace(run=SimpleNamespace(config=path)), skeleton, None)
+    assert {own.rank for own in specs.values()} == {higher}
     assert {name: found(name) for name in stacks} == pytest.approx({name: own.scaling for name, own in specs.items()})
     assert len({own.scaling for own in specs.values()}) == 4
 

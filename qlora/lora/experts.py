@@ -212,8 +212,8 @@ def specs_with_rank(
     Args:
         spec: Spec of the other layers, with patterns.
         names: Names of the stacks.
-        rank: Rank of the experts' factors.
-        given: Ranks of stacks that start from factors, by their names.
+        rank: Rank of the experts' factors by the config.
+        given: Ranks of stacks that start from factors, by their names; they change no scaling.
 
     Raises:
         ModelError: The adapter is of a kind that experts can't have; names all reasons.
@@ -225,7 +225,7 @@ def specs_with_rank(
     specs = {}
     for name in names:
         own_rank = by_pattern(spec.rank_pattern, name, None)
-        own = plain.with_rank(given.get(name, rank)) if own_rank is None else replace(plain, rank=own_rank)
+        own = plain.with_rank(rank) if own_rank is None else replace(plain, rank=own_rank)
         alpha = by_pattern(spec.alpha_pattern, name, None)
         own = own if alpha is None else replace(own, alpha=alpha)
         specs[name] = own.with_rank(given.get(name, own.rank))

@@ -114,7 +114,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     rows = {parameter.numel() for _, rows in trained_rows(model) for parameter in rows.trained}
     sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
-    timeline, starts = Timeline(divisor or tokens, known, sizes), []
+    timeline, starts = Timeline(divisor or tokens, known, sizes, traced=count * length), []
     is_backward = False
 
     def move(place: int) -> None:

@@ -12,9 +12,10 @@ from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HEAD = -1
-# A step of a few layers has a thousand operations, and 23,000 where layers compute chunks of 64 tokens. Layers that
-# compute each token by itself would have a million, and what they keep does not grow with the size of any tensor.
-MAX_OPERATIONS = 100_000
+# For each 4,096 tokens a step of a few layers has a thousand operations, and 23,000 where layers compute chunks of 64
+# tokens. Layers that compute each token by itself would have a million, and what they keep does not grow with the size
+# of any tensor. A step is longer where the vocabulary is small.
+MAX_OPERATIONS, PER_TOKENS = 100_000, 4096
 
 
 class Bytes(NamedTuple):
@@ -84,14 +85,18 @@ class Timeline(TorchDispatchMode):
         known: Tensors that exist before.
         fixed: Sizes in bytes that do not depend on the tokens, even if created by the head: those of rows trained in
             full and of their gradients.
+        traced: Number of tokens that are computed, if it is not `tokens`.
 
     Attributes:
         place: Place that the next moments get.
     """
 
-    def __init__(self, tokens: int, known: Iterable[torch.Tensor] = (), fixed: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokens: int, known: Iterable[torch.Tensor] = (), fixed: Iterable[int] = (), traced: int = 0
+    ) -> None:
         super().__init__()
         self.place = 0
+        self._max_operations = MAX_OPERATIONS * max(1, (traced or tokens) / PER_TOKENS)
         self._tokens, self._fixed = tokens, {*fixed}
         # By kind and by power of the tokens; plain numbers, since there are thousands of changes.
         self._bytes = [0] * len(Held._fields) * len(Bytes._fields)
@@ -121,7 +126,7 @@ class Timeline(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._num_operations += 1
-        if self._num_operations > MAX_OPERATIONS:
+        if self._num_operations > self._max_operations:
             raise NotImplementedError("its layers compute one token at a time")
         kwargs = kwargs or {}
         shortcut = _shortcut(func)

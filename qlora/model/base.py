@@ -112,10 +112,12 @@ def load_base(
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
         check_share(base, skeleton, settings)
+    failures: list[str] = []
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
+        # Functions of their own, because transformers copies settings with all they refer to.
+        settings.on_failure = lambda reason: failures.append(reason)
         if isinstance(placed, HostWeights):
-            # A function of its own, because transformers copies settings with all they refer to.
             settings.after_weight = lambda model, experts: place_complete_layers(placed, model, experts)
     if stored_in != BITSANDBYTES_4BIT:
         for config in (skeleton.config, skeleton.config.get_text_config()):
@@ -148,7 +150,7 @@ def load_base(
                 raise ModelError(
                     f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
                 ) from error
-            raise ModelError(f"{base} can't be loaded: {error}") from error
+            raise ModelError(f"{base} can't be loaded: {failures[0] if failures else error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
     if whole and is_multimodal(model.config):

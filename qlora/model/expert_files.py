@@ -121,7 +121,7 @@ def _checked(
     if not is_whole or (converter is not None and len(converter.target_patterns) != 1):
         raise ModelError(
             f"{base}: the {stack.shape[0]} experts of {stack.name} are not stored as one tensor for each or one for "
-            "all, so they can't be merged; load the base with transformers, save it, and use that."
+            "all, so they can't be merged; use another base."
         )
     ordered = {pattern: sources[pattern] for pattern in patterns} if patterns else dict(sources)
     return ExpertTensors(stack, ordered, converter, skeleton)

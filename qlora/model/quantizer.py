@@ -33,9 +33,12 @@ class NF4Config(BitsAndBytesConfig):
     Attributes:
         after_weight: Called with the model and the quantized experts by name, after a weight was quantized; those
             before it are in the model by then.
+        on_failure: Called with the name of a weight that can't be quantized, and why; transformers raises an error
+            without these.
     """
 
     after_weight: Callable[[Any, dict[str, NF4Experts]], None] | None = None
+    on_failure: Callable[[str], None] | None = None
 
     def __init__(self, expert_type: str = NF4, **settings: Any) -> None:
         super().__init__(**settings)
@@ -44,7 +47,8 @@ class NF4Config(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as config.json has them."""
-        own = {key: value for key, value in super().to_dict().items() if key not in ("expert_type", "after_weight")}
+        ours = ("expert_type", "after_weight", "on_failure")
+        own = {key: value for key, value in super().to_dict().items() if key not in ours}
         return own | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
 
 
@@ -100,9 +104,14 @@ class _Quantize(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             settings, is_transposed = quantizer.quantization_config, quantizer.stacks[name].is_transposed
-            quantizer.experts[name] = NF4Experts.from_weight(
-                weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
-            )
+            try:
+                quantizer.experts[name] = NF4Experts.from_weight(
+                    weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
+                )
+            except ValueError as error:
+                if settings.on_failure is not None:
+                    settings.on_failure(f"{name}: {error}")
+                raise
             found[name] = quantizer.experts[name].weight
         found |= self._linears.convert(others, **kwargs) if others else {}
         if quantizer.quantization_config.after_weight is not None:

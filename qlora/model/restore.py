@@ -98,9 +98,9 @@ def load_adapted(
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)
-        check_experts_as_trained(
-            source.run, build_skeleton(source.base_files(), config.model.trust_remote_code, source.head)
-        )
+        files = source.base_files()
+        skeleton = build_skeleton(files, config.model.trust_remote_code, source.head)
+        check_experts_as_trained(source.run, files, skeleton)
         starts = source.starts()
         # As it was trained; one process alone has weights on its host that several had split.
         weights = source.run.read_record().in_use.weights

@@ -4,11 +4,15 @@ import math
 from typing import Any
 
 from qlora.checkpoint import PeftAdapter, RunDirectory, read_adapter
-from qlora.config import load_config
+from qlora.config import RunConfig, load_config
 from qlora.errors import CheckpointError
-from qlora.lora.experts import specs_with_rank
+from qlora.files import BaseFiles
+from qlora.lora.experts import rank_of_experts, specs_with_rank
 from qlora.lora.mixture import expert_stacks
-from qlora.model.from_config import adapter_spec
+from qlora.model.formats import expert_type
+from qlora.model.from_config import adapter_spec, base_files
+from qlora.model.skeleton import build_skeleton
+from qlora.nf4 import NF4
 
 
 def read_run_adapter(run: RunDirectory) -> PeftAdapter:
@@ -18,7 +22,8 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         CheckpointError: The adapter is damaged, or another run's; names all mismatches.
     """
     adapter, parameters = read_adapter(run.adapter), run.read_record().parameters
-    spec = adapter_spec(load_config(run.config).lora)
+    config = load_config(run.config)
+    spec = adapter_spec(config.lora)
     specs = spec.by_layer(parameters.adapted, others=parameters.adapted_experts)
     problems = []
     if differing := sorted({*adapter.layers} ^ {*specs}):
@@ -31,7 +36,7 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
         if parameters.adapted_experts.get(name, own.A.shape[1]) != own.A.shape[1]
     ]
     for name, rank in parameters.adapted_experts.items():
-        specs |= specs_with_rank(spec, [name], rank)
+        specs |= specs_with_rank(spec, [name], _expert_rank(config, rank), {name: rank})
     found_scalings = {name: own.scaling for name, own in adapter.layers.items()}
     found_scalings |= {name: own.scaling for name, own in adapter.experts.items()}
     scalings = {name: (found_scalings[name], specs[name].scaling) for name in specs if name in found_scalings}
@@ -54,15 +59,16 @@ def read_run_adapter(run: RunDirectory) -> PeftAdapter:
     return adapter
 
 
-def check_experts_as_trained(run: RunDirectory, skeleton: Any) -> None:
-    """Check, before a base is loaded, that its experts were in 4 bits in training if they will be now.
+def check_experts_as_trained(run: RunDirectory, files: BaseFiles, skeleton: Any) -> None:
+    """Check, before a base is loaded, that its experts were in the same 4 bits in training as they will be now.
 
     Args:
         run: The run.
+        files: The base's files.
         skeleton: The base without weights.
 
     Raises:
-        CheckpointError: A version of qlora that left them in 16 bits trained the run.
+        CheckpointError: A version of qlora that left them in 16 bits, or had other codes, trained the run.
     """
     record = run.read_record()
     others = [name for name in expert_stacks(skeleton) if name not in record.parameters.quantized]
@@ -72,6 +78,46 @@ def check_experts_as_trained(run: RunDirectory, skeleton: Any) -> None:
             f"({others[0]}), which are in 4 bits now; continue or run it with that version, merge it with this one, or "
             "train again."
         )
+    check_expert_type(run, files)
+
+
+def check_expert_type(run: RunDirectory, files: BaseFiles) -> None:
+    """Check that a base's experts have the values that a run was trained on.
+
+    Args:
+        run: The run.
+        files: The base's files, those that the run was trained on.
+
+    Raises:
+        CheckpointError: A version of qlora that had them in codes of another type trained the run.
+    """
+    record = run.read_record()
+    trained, now = record.quantization.experts or NF4, expert_type(files)
+    if trained == now or record.quantization.kind == "none":
+        return
+    skeleton = build_skeleton(files, load_config(run.config).model.trust_remote_code, record.head)
+    if names := [name for name in expert_stacks(skeleton) if name in record.parameters.quantized]:
+        raise CheckpointError(
+            f"{run.path} was trained by qlora {record.versions.get('qlora', '0.1.0')} with experts in {trained} "
+            f"({names[0]}), which are in {now} now and have other values; continue, run or merge it with that version, "
+            "or train again."
+        )
+
+
+def _expert_rank(config: RunConfig, trained: int) -> int:
+    """Return a rank of experts that gives a stack the scaling of training: the config's, which alpha is divided by.
+
+    A stack that started from an adapter may have a higher one, and the config's may follow from the base, which is read
+    only where it matters.
+
+    Args:
+        config: Config of the run.
+        trained: Rank that the stack was trained with.
+    """
+    if config.lora.start_from is None or not config.lora.alpha_pattern:
+        return trained
+    skeleton = build_skeleton(base_files(config.model, with_weights=False), config.model.trust_remote_code)
+    return rank_of_experts(config.lora.expert_rank, config.lora.rank, skeleton)
 
 
 def _show(ids: range) -> str:

@@ -17,7 +17,7 @@ from qlora.model.device import resolve_compute_dtype
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import base_files
 from qlora.model.quantization import find_quantized_layers, settings_of_base
-from qlora.model.run_adapter import read_run_adapter
+from qlora.model.run_adapter import check_expert_type, read_run_adapter
 from qlora.model.skeleton import build_skeleton, of_images
 from qlora.model.starts import Starts, starts_of
 from qlora.nf4 import BLOCK_SIZE
@@ -129,8 +129,14 @@ class AdapterSource:
         return getattr(torch, self.run.read_record().in_use.compute_dtype)
 
     def quantized(self, files: BaseFiles) -> list[str]:
-        """Return the names of layers and experts quantized in training; by default, of those that would be now."""
+        """Return the names of layers and experts quantized in training; by default, of those that would be now.
+
+        Raises:
+            CheckpointError: See :func:`check_expert_type`.
+        """
         if self.run is not None:
+            if not self.base_differs(files):  # another base, which a merge was forced onto, is used as it is
+                check_expert_type(self.run, files)
             return self.run.read_record().parameters.quantized
         skeleton = build_skeleton(files, head=self.head)
         experts = list(expert_stacks(skeleton))
@@ -179,9 +185,9 @@ def open_source(path: str | Path, base: str | None = None) -> AdapterSource:
     named = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ConfigError(f"{path}: adapter_config.json names no base; give it with --base (base= in Python).")
-    if not Path(named).expanduser().is_dir() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
+    if not Path(named).expanduser().exists() and (named.count("/") > 1 or named.startswith((".", "/", "~"))):
         raise ConfigError(
-            f"{path}: adapter_config.json names the base {named}, a folder that does not exist here; give the base "
-            "with --base (base= in Python)."
+            f"{path}: adapter_config.json names the base {named}, a folder or file that does not exist here; give "
+            "the base with --base (base= in Python)."
         )
     return AdapterSource(folder, named, is_base_named=True)

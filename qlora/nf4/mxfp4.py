@@ -37,7 +37,9 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, "QuantState"]:
     from bitsandbytes.functional import QuantState
 
     if weight.shape[-1] % MXFP4_BLOCK_SIZE:
-        raise ValueError(f"rows of {weight.shape[-1]} weights are no blocks of {MXFP4_BLOCK_SIZE}, as MXFP4 has them")
+        raise ValueError(
+            f"rows of {weight.shape[-1]} weights are no blocks of {MXFP4_BLOCK_SIZE}, which MXFP4 has; use another base"
+        )
     blocks = weight.float().contiguous().view(-1, MXFP4_BLOCK_SIZE)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     # The largest value of a block becomes 4 or 6. With the power that it was stored with it may be a half of that, and
@@ -47,7 +49,9 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, "QuantState"]:
     values = torch.tensor(MAGNITUDES, device=weight.device)
     codes = torch.searchsorted(values, scaled.abs()).clamp_(max=len(values) - 1)
     if not torch.equal(values[codes], scaled.abs()):
-        raise ValueError("some values are none that MXFP4 has; set model.compute_dtype: bfloat16, which represents all")
+        in_bf16 = "set model.compute_dtype: bfloat16, which represents all that it has"
+        remedy = in_bf16 if weight.dtype == torch.float16 else "use another base"
+        raise ValueError(f"some values are none that MXFP4 has; {remedy}")
     codes = (codes + 8 * scaled.signbit()).to(torch.uint8).view(-1, 2)
     packed = (codes[:, :1] << 4) | codes[:, 1:]
     absmax = (exponents + BIAS).to(torch.uint8).flatten()

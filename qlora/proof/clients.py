@@ -20,7 +20,7 @@ from qlora.checkpoint.adapter_experts import (
 from qlora.checkpoint.adapter_rows import PREFIX
 from qlora.checkpoint.peft_folder import CHANGING_INITS, config_rank, config_scaling, read_adapter_header
 from qlora.lora import embedding_and_head, input_embedding, output_head, reads_images, scores_documents
-from qlora.lora.mixture import DOWN, GATED
+from qlora.lora.mixture import DOWN, GATED, UNGATED
 from qlora.lora.spec import scaling
 
 # Values of vLLM's `--max-lora-rank`; the default is 16 (vllm/config/lora.py).
@@ -241,7 +241,13 @@ def _check_vllm(config: dict[str, Any], ranks: dict[str, int], others: list[str]
             "named; it does not check either"
         )
     # It splits the first factors into those of gate and up projection, and reads them together with the second ones.
-    single = [name for name in experts if _other_projection(name) not in experts]
+    gateless = [name for name in experts if name.endswith(f".{UNGATED}")]
+    layers = {name.rpartition(".")[0] for name in gateless}
+    single = [
+        name for name in experts if name.rpartition(".")[0] not in layers and _other_projection(name) not in experts
+    ]
+    if gateless:
+        verdict.refuse(f"it was not checked for experts without a gate, as those of {gateless[0]}")
     if single:
         verdict.refuse(f"it reads factors of gate_up_proj and down_proj together, but {single[0]} has them alone")
     rank = max([config["r"], *ranks.values(), *(config_rank(config, name) for name in experts)])

@@ -11,6 +11,7 @@ from qlora.checkpoint.adapter_rows import are_shared
 from qlora.config import load_config
 from qlora.files import BaseFiles
 from qlora.lora import embedding_and_head
+from qlora.lora.mixture import experts_per_token
 from qlora.model import AdapterSource, BaseWeights, build_skeleton
 from qlora.model.expert_files import expert_tensors
 from qlora.model.names import names_in_files, transposed_modules
@@ -68,7 +69,7 @@ class ExpectedWeights:
         self._quantized = {*source.quantized(base)} if onto == "dequantized" else set()
         self.experts = ExpectedExperts(
             self._base, expert_tensors(skeleton, self.names, base.name), self._quantized, adapter.experts,
-            _scaling_of_experts(source, adapter, self._scaling_of), device, self.compute_dtype, source.double_quant,
+            _scaling_of_experts(source, skeleton, self._scaling_of), device, self.compute_dtype, source.double_quant,
         )  # fmt: skip
         transposed = transposed_modules(skeleton)
         self._transposed = {name for name, module in modules.items() if module in transposed}
@@ -203,9 +204,12 @@ def _scaling_rule(source: AdapterSource, adapter: PeftAdapter) -> Callable[[str]
 
 
 def _scaling_of_experts(
-    source: AdapterSource, adapter: PeftAdapter, scaling_of: Callable[[str], float]
+    source: AdapterSource, skeleton: Any, scaling_of: Callable[[str], float]
 ) -> Callable[[str], float]:
-    """Return the factor on B A by stack of experts; in a run it is that of layers unless a pattern is for the stack."""
+    """Return the factor on B A by stack of experts; in a run it is that of layers unless a pattern is for the stack.
+
+    It follows from the config's rank of experts. A stack that started from an adapter may have a higher one.
+    """
     if source.run is None:
         return scaling_of
     lora = load_config(source.run.config).lora
@@ -216,8 +220,12 @@ def _scaling_of_experts(
             [value for key, value in pattern.items() if re.search(rf"(^|\.)({key})$", name)]
             for pattern in (lora.alpha_pattern, lora.rank_pattern)
         )
-        if alphas or ranks:
-            return float((alphas or [lora.alpha])[0] * (ranks or [adapter.experts[name].A.shape[1]])[0] ** power)
+        if ranks:
+            return float((alphas or [lora.alpha])[0] * ranks[0] ** power)
+        if alphas:
+            asked = lora.expert_rank
+            rank = max(1, lora.rank // experts_per_token(skeleton)) if asked == "auto" else int(asked)
+            return float(alphas[0] * rank**power)
         return float(lora.alpha * lora.rank**power)
 
     return scaling_of_stack

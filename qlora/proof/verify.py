@@ -32,6 +32,7 @@ from qlora.model import (
     open_source,
     resolve_device,
 )
+from qlora.model.run_adapter import check_expert_type
 from qlora.objectives import release_loss
 from qlora.pages import refresh_page
 from qlora.proof.adapter import check_adapter_files, check_layers
@@ -138,6 +139,8 @@ def verify(
     base_differs = source.base_differs(files)
     problems = []
     if source.run is not None:
+        if not base_differs:
+            check_expert_type(source.run, files)
         problems += check_adapter_files(source.run)
     else:
         source.read()  # so that an adapter that can't be computed here is refused

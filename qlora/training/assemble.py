@@ -197,7 +197,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         dtype = resolve_compute_dtype(model_section.compute_dtype, processes.device)
         check_base(model_section, files, skeleton, dtype)
         if run is not None and run.record.is_file():
-            check_experts_as_trained(run, skeleton)
+            check_experts_as_trained(run, files, skeleton)
     datasets = _build_first(
         processes,
         lambda: datasets_from_section(
@@ -225,8 +225,11 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             if head is not None:
                 head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
             _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
-        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged.
-        check_mergeable(files, skeleton, adapter_specs(with_linears(skeleton), config.lora))
+        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged. A run
+        # that an older version began without the second check can still be continued.
+        adapted = adapter_specs(with_linears(skeleton), config.lora)
+        if checkpoint is None:
+            check_mergeable(files, skeleton, adapted)
         train_rows(skeleton, config.lora.modules_to_save)
         if section.keep is not None and section.keep.null_space is not None:
             check_no_experts(expert_specs(skeleton, config.lora))

@@ -39,6 +39,7 @@ from qlora.model import (
     unpackable_reason,
 )
 from qlora.model.answer_metrics import METRICS, load_metric
+from qlora.model.quantization import with_linears
 from qlora.objectives import objective_for_data, objective_from_section
 from qlora.training.best import check_metric, loss_metrics
 from qlora.training.given import as_config
@@ -168,12 +169,12 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     if positions is not None and longest > positions:
         problems.append(f"the longest example has {longest} tokens, but the model positions for {positions}.")
     skeleton = _skeleton(config, folder)
+    unpacked_why = unpackable_reason(skeleton, data.max_seq_len) if skeleton is not None and data.packs else None
     adapted: dict[str, int] = {}
     try:
-        adapted = {} if skeleton is None else _count_adapted(config, skeleton)
+        adapted = {} if skeleton is None else _count_adapted(config, with_linears(skeleton))
     except ModelError as error:
         problems.append(str(error))
-    unpacked_why = unpackable_reason(skeleton, data.max_seq_len) if skeleton is not None and data.packs else None
     if unpacked_why is not None and data.packing is True:
         problems.append(f"data.packing: true, but {unpacked_why}.")
     elif unpacked_why is not None:

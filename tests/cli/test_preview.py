@@ -6,12 +6,13 @@ import shutil
 import subprocess
 
 import pytest
+from transformers import GPT2Config
 
 from qlora.config import load_config
 from qlora.training import train
 from tests.cli import run
 from tests.moe import make_moe
-from tests.tiny import run_config, write_jsonl
+from tests.tiny import make_base, run_config, write_jsonl
 
 CHROMIUM = shutil.which("chromium")
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -181,6 +182,13 @@ def test_the_lengths_are_drawn_and_those_too_long_marked(config, tmp_path):
         line for line in lines if "257–512" in line
     ]
     assert "1 documents dropped because of max_seq_len" in "\n".join(lines)
+
+
+def test_layers_that_become_linear_in_training_are_counted(alpaca_file, tmp_path, seed):
+    base = make_base(tmp_path / "base", seed, GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    report = run("preview", run_config(base, alpaca_file, tmp_path / "run"), "--json").json()
+    assert report["adapted"] == {"c_attn": 2, "c_proj": 4, "c_fc": 2}
+    assert report["problems"] == []
 
 
 def test_no_model_is_loaded(config, tiny_base, tmp_path):

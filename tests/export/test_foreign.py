@@ -186,6 +186,12 @@ def test_the_base_is_the_one_that_the_config_names(base, plain, tmp_path):
     edit(plain, base_model_name_or_path="/home/of/others/base")
     with pytest.raises(ConfigError, match="/home/of/others/base.*--base"):
         load_model(str(plain))
+    file = tmp_path / "base.gguf"
+    edit(plain, base_model_name_or_path=str(file))
+    with pytest.raises(ConfigError, match=r"base\.gguf, a folder or file that does not exist"):
+        open_source(plain)
+    file.touch()
+    assert open_source(plain).base == str(file)
     edit(plain, base_model_name_or_path=None)
     with pytest.raises(ConfigError, match="names no base"):
         merge(plain, tmp_path / "other")

@@ -310,8 +310,19 @@ def test_loaded_bytes_count_as_available():
     assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)
 
 
+@pytest.mark.parametrize("traced", [0, 3 * timeline.PER_TOKENS])
+def test_a_longer_step_may_have_more_operations(traced, monkeypatch):
+    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 10)
+    steps = 30 if traced else 10
+    with timeline.Timeline(7, traced=traced):
+        for _ in range(steps):
+            torch.empty(3, device="meta")
+        with pytest.raises(NotImplementedError, match="one token at a time"):
+            torch.empty(3, device="meta")
+
+
 def test_layers_that_compute_one_token_at_a_time_are_not_traced_to_the_end(tiny_base, monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 500)  # such layers have a million
+    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 5)  # such layers have a million
     config = load_config(
         {"model": {"base": str(tiny_base)}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "r"}}
     )

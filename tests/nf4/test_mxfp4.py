@@ -34,6 +34,16 @@ def test_every_value_stays_the_same(dtype, decoded):
         assert torch.equal(held.T.signbit(), decoded[expert].signbit())
 
 
+def test_every_value_stays_the_same_in_fp16_where_it_holds_them(generator):
+    blocks = torch.randint(0, 256, (EXPERTS, OUT, GROUPS, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(127 - 14, 127 + 13, (EXPERTS, OUT, GROUPS), generator=generator, dtype=torch.uint8)
+    scales[0, 0], scales[0, 1] = 127 - 14, 127 + 13
+    decoded = from_mxfp4(blocks, scales)
+    experts = encode(decoded.half())
+    for expert in range(EXPERTS):
+        assert torch.equal(experts.dequantize(expert, torch.float16).T.float(), decoded[expert].float())
+
+
 def test_a_weight_takes_half_a_byte_and_a_quarter_of_a_bit():
     experts = encode(torch.zeros(2, 64, 256))
     assert experts.num_bytes / experts.numel == pytest.approx(0.5 + 1 / 32, abs=1e-3)

@@ -18,7 +18,7 @@ from qlora.errors import CheckpointError
 from qlora.files import BaseFiles
 from qlora.lora import add_lora
 from qlora.model import build_skeleton, load_base
-from qlora.proof.clients import _renamed_by_peft, check_clients
+from qlora.proof.clients import _check_vllm, _renamed_by_peft, check_clients
 from scripts.dev.support.sizes import tiny_config
 from tests.tiny import make_base
 
@@ -71,6 +71,13 @@ def skipped_by_peft(base, folder):
         warnings.simplefilter("ignore")
         result = model.load_adapter(folder, "default")
     return [key for key in (*result.missing_keys, *result.unexpected_keys) if "lora_" in key]
+
+
+def test_vllm_says_that_experts_without_a_gate_were_not_checked():
+    stacks = ["model.layers.0.mlp.experts.up_proj", "model.layers.0.mlp.experts.down_proj"]
+    verdict = str(_check_vllm({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {}, [], stacks))
+    assert f"not checked for experts without a gate, as those of {stacks[0]}" in verdict
+    assert "has them alone" not in verdict
 
 
 def loads(verdicts):

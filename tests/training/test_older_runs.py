@@ -13,11 +13,11 @@ import torch
 from qlora.about import __version__
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ModelError
 from qlora.export import merge
 from qlora.model import load_run
 from qlora.proof import verify
-from qlora.training import train
+from qlora.training import assemble, train
 
 pytestmark = pytest.mark.slow
 
@@ -71,3 +71,13 @@ def test_what_an_older_run_can_not_continue_with_is_refused_with_the_versions(ol
     record.write_text(record.read_text().replace('"train": 10', '"train": 9'))
     with pytest.raises(ConfigError, match=rf"number of examples: .*(.|\n)*qlora: 0\.1\.0 → {__version__}\n"):
         resume(older_runs / "interrupted")
+
+
+def test_an_older_interrupted_run_is_not_checked_for_merging(older_runs, monkeypatch):
+    def refuse(*_arguments):
+        raise ModelError("its layers can't be merged")
+
+    monkeypatch.setattr(assemble, "check_mergeable", refuse)
+    assert resume(older_runs / "interrupted").trained_steps == 2
+    with pytest.raises(ModelError, match="can't be merged"):
+        resume(older_runs / "interrupted", f"train.output_dir={older_runs / 'new'}")
