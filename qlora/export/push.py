@@ -11,6 +11,7 @@ from qlora.errors import ExportError, find_secrets
 REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 RELEASED = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py",
+    "Modelfile",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.gguf", "*.model")

@@ -79,8 +79,9 @@ def tensors_of_layers(
         near = difflib.get_close_matches(f"{missing[0]}.weight", stored, n=1)
         hint = f"; the nearest name there is {near[0]}" if near else ""
         raise ModelError(
-            f"{len(missing)} layers are not in the files of {base} under their names ({', '.join(missing[:3])} "
-            f"…{hint}); load the base with transformers, save it, and use the saved copy."
+            f"The files of {base} lack the weights of {len(missing)} layers under their names "
+            f"({', '.join(f'{layer}.weight' for layer in missing[:3])} …{hint}); download the base again, or load it "
+            "with transformers, save it, and use the saved copy."
         )
     return {layer: one_to_one[f"{layer}.weight"] for layer in layers}
 

@@ -150,10 +150,11 @@ class ExpectedWeights:
         if name in self.experts:
             return self.experts.update(name, rows)
         update, bound = self._low_rank(name, rows)
-        magnitude = self._layers[name].magnitude
+        magnitude, weight = self._layers[name].magnitude, self.rows(name, rows, base)
+        # A matrix product may add its terms to the weight one after the other, so that each sum has the weight's size.
+        bound = bound + weight.abs() * self._layers[name].A.shape[0] * 2.0**-24
         if magnitude is None:
             return update, bound
-        weight = self.rows(name, rows, base)
         if name in self._transposed:
             everything = slice(0, None)
             whole = self.rows(name, everything, base) + self._low_rank(name, everything)[0]

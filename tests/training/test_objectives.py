@@ -72,7 +72,8 @@ def test_a_continued_run_is_the_whole_one_and_its_merge_is_verified(configure, t
         assert report.matches, report.problems
     found = evaluate(tmp_path / "run")
     last = [line for line in lines_of(tmp_path / "run") if "eval_loss" in line][-1]
-    assert found.loss == pytest.approx(last["eval_loss"], rel=5e-3)
+    # Padded batches take torch's attention, which rounds differently in bf16 than that of documents.
+    assert found.loss == pytest.approx(last["eval_loss"], rel=2e-2)
     assert found.metrics == pytest.approx({name: last[f"eval_{name}"] for name in found.metrics}, rel=0.02, abs=0.02)
     assert found.perplexity is None
 

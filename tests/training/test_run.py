@@ -117,7 +117,7 @@ def test_run_json_records_where_the_run_came_from(finished, tiny_base):
     assert values["base"]["name"] == str(tiny_base)
     assert values["base"]["files"] == BaseFiles.resolve(str(tiny_base)).fingerprint()
     assert values["quantization"] == {
-        "kind": "nf4", "double_quant": True, "block_size": 64, "from_4bit_checkpoint": False,
+        "kind": "nf4", "double_quant": True, "block_size": 64, "from_4bit_checkpoint": False, "experts": None,
     }  # fmt: skip
     assert values["seed"] == 0
     assert values["examples"] == {"train": 32, "eval": 8}
