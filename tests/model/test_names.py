@@ -63,5 +63,7 @@ def test_layers_without_a_tensor_of_their_own_are_named_with_what_they_are_made_
     with pytest.raises(ModelError, match=r"^1 layers .*q_proj …; the first is made of .*gqkv_proj\.weight\), no\.$"):
         tensors_of_layers(skeleton, files.tensors, layers, "base", "no.")
     files = BaseFiles.resolve(str(tiny_base))
-    with pytest.raises(ModelError, match=r"lack .*mlp\.up_prog\.weight …; the nearest name there is model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(
+        ModelError, match=r"lack .*mlp\.up_prog\.weight …; the nearest name there is model\.layers\.0\.mlp\.up_proj"
+    ):
         tensors_of_layers(build_skeleton(files), files.tensors, ["model.layers.0.mlp.up_prog"], "base", "no.")
