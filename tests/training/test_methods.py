@@ -185,7 +185,7 @@ def test_reconstruct_starts_closer_to_the_original_than_the_quantized_base(tiny_
     model, starts = load_for_training(config, "cpu")
     original, _ = load_base(str(tiny_base), "none")
     plain, _ = load_base(str(tiny_base))
-    ids = torch.randint(259, (1, 60), generator=generator)
+    ids = torch.randint(259, (8, 60), generator=generator)  # of fewer, the share varies more
     wanted = logits(original, ids)
     with adapters_off(model):
         off = logits(model, ids)
