@@ -18,7 +18,7 @@ from qlora.checkpoint import (
     write_starts,
 )
 from qlora.config import RunConfig, TrainSection, absolute_paths, dump_config
-from qlora.errors import ConfigError, ModelError
+from qlora.errors import ConfigError, ModelError, QLoRAError
 from qlora.files import atomic_folder, hold_lock, write_text
 from qlora.lora.experts import describe_dead_experts
 from qlora.model import frozen_checksum, resolve_device, write_labels
@@ -175,12 +175,20 @@ def train(
                 options = SessionOptions(stop_at, callbacks)
                 return _train(assembly, run, start, options, remarks=remarks, is_shown=show_progress)
             except BaseException:
-                if processes.is_first:
+                if processes.is_first and _has_begun(run):
                     lock.close()  # before, because the page calls a run that is locked running
                     refresh_page(run)
                 raise
             finally:
                 processes.end()
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    """Return whether a run's record says that it is running; one that was refused is left as it was."""
+    try:
+        return run.read_record().status == "running"
+    except QLoRAError:
+        return False
 
 
 def _start_processes(config: RunConfig) -> Processes:
