@@ -1,10 +1,10 @@
 """Frozen weights in host memory, two layers on the device at a time; and what all placements share.
 
-The packed weights of a layer and their statistics are one run of bytes. Two slots of device memory hold
-two layers; every weight of a layer is a view of the slot that the layer comes to, and reading a weight brings its layer
-there. The next layer is on its way while the current one computes. `torch.distributed.fsdp.fully_shard` with
-`CPUOffloadPolicy` could do this as well, but with one process it copies on the stream that computes, so that nothing
-overlaps (`FSDPParamGroup.unshard` of torch 2.13 leaves out the streams of its own if the group has one process).
+The packed weights of a layer and their statistics are one run of bytes. Two slots of device memory hold two layers;
+every weight of a layer is a view of its layer's slot, and reading a weight fetches the layer. The next layer is copied
+while the current one computes. `torch.distributed.fsdp.fully_shard` with `CPUOffloadPolicy` could do this as well, but
+with one process it copies on the stream that computes, so that nothing overlaps (`FSDPParamGroup.unshard` of torch 2.13
+skips its own streams if the group has one process).
 """
 
 from collections.abc import Sequence
@@ -168,7 +168,7 @@ def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistic
         statistics_share: Share of the bytes that are the codes' statistics, which are not split.
     """
     largest = min(NUM_SLOTS, len(layers)) * max(layers)
-    if kind == "sharded":  # besides its part, the layer that computes, and the buffer that it was gathered in
+    if kind == "sharded":  # its part, the layer that computes, and the buffer that this was gathered in
         statistics = int(statistics_share * sum(layers))
         part = -(-(sum(layers) - statistics) // num_processes)
         return PlacedBytes(statistics + part + largest, 0, 2 * (num_processes - 1) * part)

@@ -56,7 +56,7 @@ class ShardedWeights:
         return index in self._indices
 
     def store(self, index: int, layer: Any, weights: Sequence[PackedWeight]) -> None:
-        """Split the codes of a layer, and have the rest of it on the device.
+        """Split the codes of a layer over the processes, and move the rest of the layer to the device.
 
         Args:
             index: Index of the layer in the model.

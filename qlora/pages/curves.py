@@ -9,7 +9,7 @@ from qlora.checkpoint import evaluation_metrics
 
 # Share of the logged steps that the smoothed training loss averages over.
 SMOOTHED_SHARE = 0.05
-# Source of the numbers of training steps, beside the names of evaluation sets.
+# Source of the numbers of training steps; other sources are the names of evaluation sets.
 TRAINING = "train"
 # Quantities of training steps in the order of their charts, with titles; those of the objective come after the loss.
 TITLES = {

@@ -1,4 +1,4 @@
-"""The settings of a run beside their defaults, and the ones in which runs differ."""
+"""The settings of a run with their defaults, and the settings in which runs differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""A Modelfile beside a GGUF file: how Ollama creates a model from it, with the chat template that was trained."""
+"""The Modelfile of a GGUF file: how Ollama creates a model from it, with the chat template that was trained."""
 
 import json
 import os
@@ -31,7 +31,7 @@ UNKNOWN = (
     f"{NO_JINJA}Ollama takes that of the file if it\n"
     "# knows it; compare `ollama show --template` with chat_template.jinja before you rely on its answers.\n"
 )
-# An adapter's file has no template, and no chat_template.jinja lies beside it.
+# An adapter's file has no template, and its folder no chat_template.jinja.
 UNKNOWN_OF_ADAPTER = (
     f"{NO_JINJA}Ollama takes that of the base;\n"
     "# compare `ollama show --template` with the template that the adapter was trained with before you rely on its\n"
@@ -112,7 +112,7 @@ def find_turns(tokenizer: Any, bos: str = "") -> TurnTemplate | None:
 
 
 def write_modelfile(file: Path, tokenizer: Any, ends: Sequence[int], adapter_for: str | None = None) -> None:
-    """Write the Modelfile of a GGUF file beside it.
+    """Write the Modelfile of a GGUF file into its folder.
 
     Args:
         file: The file.

@@ -1,4 +1,4 @@
-"""Measure causal attention on a CPU in bf16: products of blocks beside torch's kernel, forward and backward.
+"""Measure causal attention on a CPU in bf16: products of blocks and torch's kernel, forward and backward.
 
 One thread, in the order A B B A, as CPU seconds of the fastest of several calls. A table is appended to
 docs/benchmarks/attention.md. With `--lengths`, documents get new lengths in every call, and the growth of resident

@@ -1,4 +1,4 @@
-"""Train a tiny mixture of experts beside a dense reference of its code: the same batches, and the losses compared.
+"""Train a tiny mixture of experts and a dense reference of it on the same batches, and compare the losses.
 
 python -m scripts.dev.bench.moe_training --out docs/benchmarks/moe.md
 """
@@ -145,7 +145,12 @@ def main() -> None:
     )  # fmt: skip
     steps = " | ".join(f"step {step}" for step in SHOWN)
     table = [f"| compute | side | held out, before | {steps} | held out |", "|---|---|---" + "|---" * 7 + "|"]
-    lines = [*heading("Experts beside dense code", "torch", "transformers", "bitsandbytes"), about, *table, *rows]
+    lines = [
+        *heading("Experts compared with dense code", "torch", "transformers", "bitsandbytes"),
+        about,
+        *table,
+        *rows,
+    ]
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, "# Mixtures of experts\n", lines)
