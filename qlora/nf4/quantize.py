@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
-from qlora.kernels.dequantize import TILE_COLUMNS, dequantize_4bit_plain
+from qlora.kernels.dequantize import dequantize_4bit_plain, tile_kind
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -78,7 +78,7 @@ def dequantize(
     device = packed.device
     if _unfused_reason(device) is not None:
         return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
-    kind = _kind(device, dtype, state, delta)
+    kind = (device, dtype, state.quant_type, state.nested, *kind_of_kernel(packed, state.shape, state.blocksize, delta))
     if kind in _verified:
         return _dequantize_fused(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
@@ -137,16 +137,15 @@ def dequantize_path(device: torch.device) -> str:
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
-def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
-    """Return the properties that the fused kernel is compiled for."""
-    kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    return kind if delta is None else (*kind, *kind_of_fold(state.shape[1], state.blocksize, delta))
-
-
-def kind_of_fold(width: int, block_size: int, delta: LowRank) -> tuple[bool, ...]:
+def kind_of_kernel(
+    packed: torch.Tensor, shape: Sequence[int], block_size: int, delta: LowRank | None
+) -> tuple[int | bool, ...]:
     """Return the properties of a weight and its LoRA term that the fused kernel is compiled for."""
-    is_whole, is_transposed = width % min(TILE_COLUMNS, block_size) == 0, delta.A.stride(-1) != 1
-    return width % 2 == 0, is_whole, delta.A.shape[-2] <= 16, is_transposed
+    kind = (block_size, *tile_kind(packed, shape, block_size, delta is not None))
+    if delta is None:
+        return kind
+    rank = delta.A.shape[-2]
+    return (*kind, rank <= 16, rank % 8 == 0, delta.A.stride(-1) != 1)
 
 
 def random_delta(delta: LowRank) -> LowRank:
