@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora.config import RunConfig
 from qlora.errors import ConfigError
 from qlora.memory.cards import read_gpu
@@ -12,7 +14,7 @@ from qlora.memory.estimate import available_bytes
 from qlora.memory.estimate import estimate as estimate_bytes
 from qlora.memory.place import check_weights
 from qlora.memory.report import MemoryReport, make_report
-from qlora.model import Loss, base_files, build_skeleton, load_processor, with_images
+from qlora.model import Loss, base_files, build_skeleton, free_host_bytes, load_processor, with_images
 from qlora.model.quantization import with_linears
 from qlora.model.reached import check_reached
 from qlora.objectives import training_loss
@@ -46,8 +48,11 @@ def estimate(
     predicted = estimate_bytes(config, loss, "auto" if size is None else "cuda")
     _check_reached(config, loss)
     free_bytes = available_bytes(predicted.device) if size is None else size
+    host_free = None
+    if size is None and predicted.device.type == "cuda":  # a launcher starts a process for each GPU of a machine
+        host_free = free_host_bytes() // min(processes, torch.cuda.device_count())
     return make_report(
-        replace(predicted, processes=processes),
+        replace(predicted, processes=processes, host_free=host_free),
         free_bytes,
         config.model.recompute,
         config.model.weights,
