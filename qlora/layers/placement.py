@@ -150,7 +150,7 @@ class PlacedBytes(NamedTuple):
     Attributes:
         device: Bytes on the device.
         host: Bytes in host memory.
-        copied: Bytes that come to the device from elsewhere in a forward and a backward pass through all layers.
+        copied: Bytes that come to the device from elsewhere in the passes of a micro-batch.
     """
 
     device: int
@@ -158,7 +158,9 @@ class PlacedBytes(NamedTuple):
     copied: int
 
 
-def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0) -> PlacedBytes:
+def placed_bytes(
+    kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0, passes: str = "FB"
+) -> PlacedBytes:
     """Return what placed weights take.
 
     Args:
@@ -166,15 +168,19 @@ def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistic
         layers: Bytes of each layer with packed weights.
         num_processes: Number of processes that share them.
         statistics_share: Share of the bytes that are the codes' statistics, which are not split.
+        passes: Passes of a micro-batch through all layers in their order: `F` forward, `B` backward.
     """
     largest = min(NUM_SLOTS, len(layers)) * max(layers)
     if kind == "sharded":  # its part, the layer that computes, and the buffer that this was gathered in
         statistics = int(statistics_share * sum(layers))
         part = -(-(sum(layers) - statistics) // num_processes)
-        return PlacedBytes(statistics + part + largest, 0, 2 * (num_processes - 1) * part)
-    # The last layers are there after a forward pass, and the first ones after a backward pass.
-    copied = 2 * sum(layers) - sum(layers[:NUM_SLOTS]) - sum(layers[-NUM_SLOTS:])
-    return PlacedBytes(largest, sum(layers), max(copied, 0))
+        return PlacedBytes(statistics + part + largest, 0, len(passes) * (num_processes - 1) * part)
+    # The last layers are there after a forward pass, and the first ones after a backward pass; a pass in the other
+    # direction begins with them. Before the first pass comes the last one of the micro-batch before.
+    there = {"FB": sum(layers[-NUM_SLOTS:]), "BF": sum(layers[:NUM_SLOTS])}
+    pairs = [before + after for before, after in zip(passes[-1] + passes, passes, strict=False)]
+    copied = sum(sum(layers) - there.get(pair, 0) for pair in pairs) if len(layers) > NUM_SLOTS else 0
+    return PlacedBytes(largest, sum(layers), copied)
 
 
 def packed_weights(layer: Any) -> list[PackedWeight]:
