@@ -309,6 +309,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         weights=weights,
         weights_why=weights_why,
         experts=describe_experts(model),
+        micro_batches=processes.world_size * section.gradient_accumulation_steps,
     )
     return Assembly(
         config=config,
