@@ -13,7 +13,8 @@ from transformers import GemmaConfig, LlamaConfig
 
 from qlora.errors import ConfigError, ModelError
 from qlora.layers import apply_recompute
-from qlora.layers.placement import HostWeights, placed_bytes, placed_weights, uneven_passes
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import placed_bytes, placed_weights, uneven_passes
 from qlora.layers.slots import StoredLayer
 from qlora.lora import add_lora, train_rows
 from qlora.lora.host_rows import HostHead, host_rows, keep_rows_on_host
