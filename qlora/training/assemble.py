@@ -34,10 +34,12 @@ from qlora.model import (
     take_inventory,
     unpackable_reason,
     weight_format,
+    with_images,
 )
 from qlora.model.mergeable import check_mergeable
 from qlora.model.null_space import check_no_experts
 from qlora.model.quantization import with_linears
+from qlora.model.reached import check_reached
 from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_image_size
 from qlora.nf4 import dequantize_path
@@ -113,11 +115,14 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
             if head is not None:
                 head = replace(head, pad_token=pad_token_of(config, tokenizer, datasets, size))
             check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
-        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged. A run
-        # that an older version began without the second check can still be continued.
+        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged or would
+        # get no gradient. A run that an older version began without these checks can still be continued.
         adapted = adapter_specs(with_linears(skeleton), config.lora)
         if checkpoint is None:
             check_mergeable(files, skeleton, adapted)
+            check_reached(
+                skeleton, config.lora, with_images(objective.loss, config.data, tokenizer), config.data.max_tokens
+            )
         train_rows(skeleton, config.lora.modules_to_save)
         if section.keep is not None and section.keep.null_space is not None:
             check_no_experts(expert_specs(skeleton, config.lora))
