@@ -47,7 +47,7 @@ class RunPlan:
             f"4 bits; training "
             f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
             f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
-            f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
+            f"state {self._paging()};{self._learning_rate()} recompute "
             f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
             f"{self._weights()}{direct and f'. {direct}'}"
         )
@@ -56,6 +56,13 @@ class RunPlan:
         """Return where the weights of the layers are, and the reason, if that is not the device."""
         place = {"sharded": "split over the processes", "host": "in host memory"}.get(self.in_use.weights)
         return "" if place is None else f"; 4-bit weights {place} ({self.in_use.weights_why})"
+
+    def _paging(self) -> str:
+        """Return whether the optimizer's state is paged, and why it is not if it should be."""
+        if self.in_use.optimizer_state_paged:
+            return "paged"
+        why = self.in_use.optimizer_state_why
+        return "not paged" if why is None else f"not paged ({why})"
 
     def _learning_rate(self) -> str:
         """Return the learning rate and its reason, if the config does not give it."""
