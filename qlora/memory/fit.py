@@ -17,6 +17,7 @@ from qlora.lora.host_rows import host_rows
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.memory.probe import measure_peak, run_passes
 from qlora.model import Loss, free_host_bytes
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 
 # Share of the host's free memory that the weight cache may take; other programs need some too.
@@ -32,7 +33,7 @@ class Fit:
         why: Reason for the level.
         num_cached: Number of dequantized weights that are cached.
         estimated: Predicted bytes of the largest micro-batch, without cached weights; None if they are not known.
-        measured: Bytes that the allocator measured for it; None if it was not tried.
+        measured: Bytes that the allocator reserved for it; None if it was not tried.
         available: Bytes that the run may take.
         by_kind: The predicted bytes by kind; None if they are not known.
     """
@@ -173,13 +174,20 @@ def settle_level(
 
 
 def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
-    """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out."""
+    """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out.
+
+    They are those that the allocator reserves, which are more than those of tensors where its memory is fragmented:
+    nothing else can use them.
+    """
     apply_recompute(model, level)
+    torch.cuda.empty_cache()  # what loading reserved is free for the trial
     try:
         with uneven_passes(model):
-            peak = measure_peak(lambda: run_passes(model, batch, loss), model.device)
-        return peak + CUDA_CONTEXT_BYTES
-    except torch.OutOfMemoryError:
+            measure_peak(lambda: run_passes(model, batch, loss), model.device)
+        return torch.cuda.max_memory_reserved(model.device) + CUDA_CONTEXT_BYTES
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return math.inf
     finally:
         RecomputedWeights.clear()

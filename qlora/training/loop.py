@@ -16,6 +16,7 @@ from qlora.lora import RankBudget, RecomputedWeights, lora_experts, lora_layers
 from qlora.model import Loss
 from qlora.model.reached import refuse_unreached
 from qlora.optim import FlatOptimizer
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 from qlora.training.progress import Progress
 from qlora.training.seeds import document_seeds, seed_step
@@ -281,7 +282,9 @@ def _look_ahead(parts: LoopParts, batches: Iterable[Batch], num_units: float) ->
         with uneven_passes(parts.model):
             for batch in batches:
                 total += loss.ahead(parts.model, batch.to(parts.model.device))
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         has_fit = False
     return parts.processes.sum(total) / num_units, has_fit
 
@@ -298,7 +301,9 @@ def _accumulate(
                     (computed.total / num_units * scale).backward()
                     passes.append(parts.loss.sums(computed))
                 sums.append(torch.stack(passes).sum(0) / num_units)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         # The backward, which was aborted, would have taken these; the forward's tensors are freed with its frames.
         RecomputedWeights.clear()
         return False

@@ -15,7 +15,15 @@ from qlora.layers.recompute import recompute_levels
 from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.memory.footprint import nf4_bytes
 from qlora.memory.probe import measure_peak, measure_step, prepare
-from qlora.model import SUPERVISED, adapt, base_from_section, on_meta, supervised_loss, take_inventory
+from qlora.model import (
+    SUPERVISED,
+    adapt,
+    base_from_section,
+    load_processor,
+    on_meta,
+    supervised_loss,
+    take_inventory,
+)
 from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
 from qlora.objectives import training_loss
@@ -167,7 +175,7 @@ def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, ti
     overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
     config = settings(tiny_base, tmp_path, *overrides)
     footprint = estimate(config, SUPERVISED, CPU).footprint
-    model, tokenizer = base_from_section(config.model, CPU)
+    model, tokenizer = base_from_section(config.model, CPU), load_processor(tiny_base)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     adapt(model, config.lora, 0, add_new_tokens(tokenizer, config.data.new_tokens))
     assert footprint.weights == take_inventory(model).base_bytes + buffers
@@ -181,7 +189,7 @@ def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, ti
 def test_only_the_text_part_of_a_multimodal_base_is_counted_and_its_config_is_enough(family, tmp_path, seed):
     base = make_multimodal(tmp_path / "base", family, seed)
     config = settings(base, tmp_path)
-    model, _ = base_from_section(config.model, CPU)
+    model = base_from_section(config.model, CPU)
     (base / "model.safetensors").unlink()
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert estimate(config, SUPERVISED, CPU).footprint.weights == take_inventory(model).base_bytes + buffers
