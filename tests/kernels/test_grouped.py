@@ -8,12 +8,8 @@ import torch
 
 from qlora.kernels import ExpertGroup, LowRank, fold_group, group_experts, grouped, grouped_matmul, grouped_outer
 from tests.interpreted import (
-    CAPABILITIES,
-    compile_for,
     load_interpreted,
-    needs_triton,
     random_groups,
-    registers_and_spills,
     use_on_cpu,
 )
 
@@ -193,48 +189,6 @@ def test_the_loop_is_named_with_its_reason(monkeypatch):
     assert grouped._try_kernels(gpu, torch.float16) == (
         "the grouped kernels failed: RuntimeError: Failed to find C compiler. Please specify via CC."
     )
-
-
-# The interpreter does not show that the kernels compile, use tensor cores and have enough registers.
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [*((each, "bf16") for each in CAPABILITIES), (CAPABILITIES[0], "fp16"), (90, "fp16")]
-)
-def test_the_kernels_compile_to_tensor_cores_without_spills(capability, dtype):
-    from qlora.kernels import grouped_triton as kernels
-
-    types = dict.fromkeys(("x", "weights", "bias", "left", "right", "out"), f"*{dtype}") | {
-        "index": "*i64",
-        "bounds": "*i64",
-    }
-    sizes = ("features", "depth", "expert_stride", "feature_stride", "depth_stride", "num_left", "num_right")
-    types |= dict.fromkeys(sizes, "i32") | {"scaling": "fp32"}
-    compiled = [
-        compile_for(
-            kernels._matmul_kernel, types,
-            {"ROWS": kernels.ROWS, "DEPTH": kernels.DEPTH, **own},
-            capability, kernels.LAUNCH_OPTIONS,
-        )
-        for own in (
-            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "depth_stride": 1},
-            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "feature_stride": 1, "bias": None},
-            {"FEATURES": 16, "OF_GROUP": True, "depth_stride": 1},
-            {"FEATURES": 16, "OF_GROUP": False, "feature_stride": 1, "bias": None},
-        )
-    ] + [
-        compile_for(
-            kernels._outer_kernel, types, {"LEFT": left, "RIGHT": right, "ROWS": kernels.DEPTH},
-            capability, kernels.LAUNCH_OPTIONS,
-        )
-        for left, right in ((16, kernels.MOST_FEATURES), (kernels.ROWS, 16))
-    ]  # fmt: skip
-    for kernel in compiled:
-        registers, spilled = registers_and_spills(kernel)
-        print(capability, dtype, kernel.metadata.name, registers)
-        assert spilled == 0
-        assert registers <= 224  # two programs of four warps on each multiprocessor
-        assert "mma" in kernel.asm["ptx"]
 
 
 @pytest.mark.gpu
