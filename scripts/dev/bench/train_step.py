@@ -89,17 +89,22 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; fewer than the cores if they are shared")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest relative difference of a loss")
+    parser.add_argument("--once", action="store_true", help="run each side once; the order is A B instead of A B B A")
+    parser.add_argument("--unpaged", action="store_true", help="keep optimizer state out of managed memory")
+    parser.add_argument("--base", help="a base that exists, instead of a random one of --shape")
     parser.add_argument("--out", type=Path, help="page to append the table to")
     parser.add_argument("--side", choices=["qlora", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), arguments.shape, arguments.tokenizer)
-        lines = table(arguments, folder)
+    if arguments.base:
+        lines = table(arguments, arguments.base)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_base(Path(folder), arguments.shape, arguments.tokenizer)
+            lines = table(arguments, folder)
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, TITLE, lines)
@@ -129,13 +134,14 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         )
         own += ("--peer",)
         given = [text for name in own for text in (name, str(getattr(arguments, name[2:].replace("-", "_"))))]
+        given += ["--unpaged"] * arguments.unpaged
         return run_child(__spec__.name, *given, "--side", side, "--setting", setting, "--base", base)
 
     measured = []
     for level, peer_setting in [*pairs, *((level, None) for level in others), *((None, one) for one in peer_others)]:
         sides = {"qlora": level, "peer": peer_setting}
         results: dict[str, list[dict[str, Any]]] = {}
-        for side in ("qlora", "peer", "peer", "qlora"):
+        for side in ("qlora", "peer") if arguments.once else ("qlora", "peer", "peer", "qlora"):
             if setting := sides[side]:
                 results.setdefault(side, []).append(run(side, setting))
         measured.append((sides, results))
@@ -148,7 +154,7 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         f"{arguments.steps} steps, the first {arguments.warm_up} not timed; bf16 matrix product {peak / 1e12:.2f} "
         f"TFLOP/s; learning rate {LEARNING_RATE:g}; {arguments.threads or 'all'} threads.",
         "",
-        "| recompute | side | tokens/s (two runs) | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
+        "| recompute | side | tokens/s of each run | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     best: dict[str, float] = {}
@@ -345,10 +351,10 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     """Return qlora's model, the optimizer's name, and a function that trains some more steps."""
     level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
     model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
-    yield model, *qlora_steps(model, arguments)
+    yield model, *qlora_steps(model, arguments, arguments.unpaged)
 
 
-def qlora_steps(model: Any, arguments: argparse.Namespace) -> tuple[str, Callable[..., None]]:
+def qlora_steps(model: Any, arguments: argparse.Namespace, unpaged: bool = False) -> tuple[str, Callable[..., None]]:
     """Return the name of the optimizer of qlora's model, and a function that trains some more steps."""
     from qlora.model import SUPERVISED
     from qlora.optim import FlatParameters, make_optimizer
@@ -357,7 +363,8 @@ def qlora_steps(model: Any, arguments: argparse.Namespace) -> tuple[str, Callabl
     from qlora.training.progress import Progress
 
     examples, plan = make_examples(arguments, model.config.vocab_size)
-    name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
+    on_gpu = "adamw_8bit" if unpaged else "paged_adamw_8bit"
+    name = on_gpu if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
     progress, processes = Progress(), Processes(device=model.device)
     parts = LoopParts(model, make_optimizer(name, flat), SUPERVISED, examples, batches=plan, processes=processes)
@@ -388,7 +395,7 @@ def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callab
         model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, arguments.setting)
     examples, plan = make_examples(arguments, model.config.vocab_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, name = make_optimizer(parameters)
+    optimizer, name = make_optimizer(parameters, arguments.unpaged)
     steps_done = 0
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
@@ -407,14 +414,15 @@ def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callab
     yield model, name, run
 
 
-def make_optimizer(parameters: list[Any]) -> tuple[Any, str]:
+def make_optimizer(parameters: list[Any], unpaged: bool) -> tuple[Any, str]:
     """Return the optimizer that users of PEFT take, and its name; paging needs CUDA."""
     import torch
 
     if parameters[0].device.type == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return PagedAdamW8bit(parameters, lr=LEARNING_RATE, weight_decay=0.0), "bitsandbytes PagedAdamW8bit, fp32"
+        kind = AdamW8bit if unpaged else PagedAdamW8bit
+        return kind(parameters, lr=LEARNING_RATE, weight_decay=0.0), f"bitsandbytes {kind.__name__}, fp32"
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0), "torch AdamW, fp32"
 
 
@@ -451,7 +459,8 @@ def train_trl(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callabl
     ordered = [index for step in range(arguments.steps + 1) for index in plan.window(step)]
     rows = datasets.Dataset.from_list([{"input_ids": list(examples[index].input_ids)} for index in ordered])
     on_gpu = model.device.type == "cuda"
-    optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
+    on_gpus = "adamw_8bit" if arguments.unpaged else "paged_adamw_8bit"
+    optimizer = on_gpus if on_gpu else "adamw_torch"
 
     class InOrder(SFTTrainer):  # type: ignore[misc]
         loss = 0.0
