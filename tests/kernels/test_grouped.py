@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from qlora.kernels import ExpertGroup, LowRank, fold_group, group_experts, grouped, grouped_matmul, grouped_outer
-from tests.interpreted import (
-    load_interpreted,
-    random_groups,
-    use_on_cpu,
-)
+from tests.interpreted import load_interpreted, random_groups, use_on_cpu
+from tests.test_out_of_memory import RAN_OUT
 
 # Not bf16, whose bit patterns the interpreter multiplies.
 DTYPES = [torch.float32, torch.float16]
@@ -189,6 +186,23 @@ def test_the_loop_is_named_with_its_reason(monkeypatch):
     assert grouped._try_kernels(gpu, torch.float16) == (
         "the grouped kernels failed: RuntimeError: Failed to find C compiler. Please specify via CC."
     )
+
+
+@pytest.mark.parametrize("error", RAN_OUT.values(), ids=RAN_OUT)
+def test_a_comparison_that_runs_out_of_memory_decides_nothing(error, monkeypatch):
+    gpu, errors = torch.device("cuda", 0), [error]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(grouped, "HAS_TRITON", True)
+    monkeypatch.setattr(grouped, "_reasons", {})
+
+    def compare(*_):
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(grouped, "compare_kernels", compare)
+    with pytest.raises(type(error)):
+        grouped.loop_reason(gpu, torch.float16)
+    assert grouped.loop_reason(gpu, torch.float16) is None
 
 
 @pytest.mark.gpu
