@@ -51,7 +51,6 @@ class Quantization:
     block_size: int | None
     from_4bit_checkpoint: bool
     experts: str | None = None
-    optimizer_state_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
