@@ -11,7 +11,6 @@ from qlora.data import MAIN_SET, ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
 from qlora.out_of_memory import is_out_of_memory
-from qlora.training.assemble import Assembly
 from qlora.training.best import BestWatch
 from qlora.training.callbacks import Callback, call_all
 from qlora.training.display import Display
@@ -20,6 +19,7 @@ from qlora.training.interrupt import Interruption
 from qlora.training.live_page import LivePage
 from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
 from qlora.training.metrics import MetricsLog
+from qlora.training.plan import Assembly
 from qlora.training.prepare import Prepared
 from qlora.training.saving import Saver
 from qlora.training.schedule import rate_of, resolve_interval

@@ -78,7 +78,7 @@ def prepared(tiny_base, alpaca_file, tmp_path, generator):
 
     def prepare(**settings):
         config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
-        model, _ = base_from_section(config.model, "cpu")
+        model = base_from_section(config.model, "cpu")
         adapt(model, config.lora, 0)
         use_document_attention(model)
         rebuild_activations(model)
