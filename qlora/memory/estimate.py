@@ -69,10 +69,12 @@ class Estimate:
         if self.weights == "device" or not packed:
             return PlacedBytes(0, 0, 0)
         footprint = self.footprint
-        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share)
-        # The head is used once in a micro-batch.
+        passes = footprint.passes
+        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share, passes.order)
         return PlacedBytes(
-            layers.device, layers.host + footprint.embedding + footprint.head, layers.copied + footprint.head
+            layers.device,
+            layers.host + footprint.embedding + footprint.head,
+            layers.copied + passes.head_copies * footprint.head,
         )
 
     @property

@@ -11,7 +11,8 @@ from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import use_document_rotary
 from qlora.layers.experts import use_nf4_experts
-from qlora.layers.placement import HostWeights, place_weights
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import place_weights
 from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -79,7 +80,7 @@ def load_base(
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
         weights: Where the 4-bit weights of the layers are: on the `device`, `sharded` over the processes, or on the
-            `host`; see :mod:`qlora.layers.placement` and :mod:`qlora.layers.sharding`.
+            `host`; see :mod:`qlora.layers.host_weights` and :mod:`qlora.layers.sharding`.
         processes: Processes that all load the base, which `sharded` weights are split over.
 
     Returns:

@@ -4,7 +4,8 @@ Each side runs in its own process, in the order A B B A, on the same random weig
 initial values of the factors; a row is void if the losses of the first 20 steps differ by more than `--tolerance`.
 First both run at the same recomputation, then each at its other settings, and the best of each are compared. qlora's
 step is `run_loop` as a run calls it; PEFT's and unsloth's are the step of transformers' trainer, TRL's its own. A peer
-that is not installed is reported and skipped.
+that is not installed is reported and skipped. With `--documents`, the rows are documents of different lengths, which
+qlora packs into sequences and PEFT pads to the longest of the step; tokens are counted without padding.
 
 MFU takes the operations that the model needs without any recomputation, HFU those that were dispatched (Triton kernels
 are not counted); both against the best matrix product measured here. Written for GPUs too, with CUDA's
@@ -85,6 +86,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument(
+        "--documents",
+        type=int,
+        nargs=2,
+        metavar=("SHORTEST", "LONGEST"),
+        help="lengths of documents, which qlora packs",
+    )
     parser.add_argument("--steps", type=int, default=30, help="steps of a run, including warm-up")
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; fewer than the cores if they are shared")
@@ -96,6 +104,8 @@ def main() -> None:
     parser.add_argument("--side", choices=["qlora", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.documents and arguments.peer == "trl":
+        parser.error("--documents: TRL takes a fixed number of rows per step; compare with another --peer")
     if arguments.side:
         print(json.dumps(measure(arguments)))
         return
@@ -135,6 +145,8 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         own += ("--peer",)
         given = [text for name in own for text in (name, str(getattr(arguments, name[2:].replace("-", "_"))))]
         given += ["--unpaged"] * arguments.unpaged
+        if arguments.documents:
+            given += ["--documents", *map(str, arguments.documents)]
         return run_child(__spec__.name, *given, "--side", side, "--setting", setting, "--base", base)
 
     measured = []
@@ -149,6 +161,8 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     peak = max(one["matrix_flops"] for _, results in measured for runs in results.values() for one in runs)
     packages = ("torch", "bitsandbytes", "transformers", "peft", "liger-kernel", "unsloth", "trl")
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
+    if arguments.documents:
+        title += " of documents of {} to {}".format(*arguments.documents)
     lines = [
         *heading(f"{title}, {peer}", *packages),
         f"{arguments.steps} steps, the first {arguments.warm_up} not timed; bf16 matrix product {peak / 1e12:.2f} "
@@ -232,8 +246,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     layers = model.config.num_hidden_layers
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = linear_weights(arguments.base)
-    attention = 7 * arguments.seq_len * model.config.hidden_size * layers
-    tokens = arguments.batch * arguments.seq_len
+    examples, plan = make_examples(arguments, model.config.vocab_size)
+    counts = [[len(examples[index]) for index in plan.window(step)] for step in range(arguments.steps)]
+    tokens = statistics.mean(map(sum, counts[arguments.warm_up :]))
+    seen = sum(length**2 for lengths in counts for length in lengths) / sum(map(sum, counts))
+    attention = 7 * seen * model.config.hidden_size * layers
     assert all(torch.isfinite(torch.tensor(clock.losses)))
     return {
         "seconds": seconds,
@@ -335,14 +352,21 @@ def matrix_peak() -> float:
 
 
 def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[Any], Any]:
-    """Return enough sequences for all steps, with every token supervised, and their order."""
+    """Return enough documents for all steps, with every token supervised, and their order."""
     import numpy as np
 
     from qlora.data import BatchPlan, make_example
 
     count = (arguments.steps + 1) * arguments.batch
     rows = random_rows(count, arguments.seq_len, vocabulary)
-    plan = BatchPlan(np.full(count, arguments.seq_len), arguments.batch, 1)
+    if arguments.documents:
+        shortest, longest = arguments.documents
+        drawn = np.random.default_rng(0).integers(shortest, longest + 1, 2 * count * arguments.seq_len // shortest)
+        ends = np.cumsum(drawn)
+        drawn = drawn[ends <= count * arguments.seq_len]
+        rows = [piece.tolist() for piece in np.split(np.concatenate(rows), ends[: len(drawn)])[:-1]]
+    lengths = np.array([len(row) for row in rows])
+    plan = BatchPlan(lengths, arguments.batch, 1, arguments.seq_len if arguments.documents else None)
     return [make_example(row, [True] * len(row)) for row in rows], plan
 
 
