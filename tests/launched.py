@@ -83,13 +83,16 @@ def compile_launches(module: ModuleType, call: Callable[[ModuleType], object], c
                 patch.setattr(module, name, _Recorder(value, launches))
         call(module)
     assert launches, "nothing was launched"
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.runtime.driver, "_active", _Gpu(capability))
-        for kernel, args, options in launches:
-            compiled = kernel.warmup(*args, grid=(1,), **options)
-            registers, spilled = registers_and_spills(compiled)
-            found.append(
-                Compiled(compiled.metadata.name, registers, spilled, compiled.asm["ptx"], compiled.asm["cubin"])
-            )
-    return found
+    driver = triton.runtime.driver
+    before = dict(vars(driver))  # its own reset looks for a GPU
+    driver.set_active(_Gpu(capability))
+    try:
+        return [_compile(kernel, args, options) for kernel, args, options in launches]
+    finally:
+        vars(driver).update(before)
+
+
+def _compile(kernel: Any, args: Any, options: Any) -> Compiled:
+    compiled = kernel.warmup(*args, grid=(1,), **options)
+    registers, spilled = registers_and_spills(compiled)
+    return Compiled(compiled.metadata.name, registers, spilled, compiled.asm["ptx"], compiled.asm["cubin"])
