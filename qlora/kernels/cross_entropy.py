@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels.dequantize import HAS_TRITON
+from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.out_of_memory import is_out_of_memory
 
 # Why the kernel is not used on a device for a dtype, or None if it gave what torch gives.
 _reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
@@ -120,7 +121,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
         is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
-        is_fused = is_frozen and unfused_reason(hidden.device, hidden.dtype) is None
+        is_fused = is_frozen and not is_traced(hidden) and unfused_reason(hidden.device, hidden.dtype) is None
         in_place = is_fused or hidden.dtype == torch.float32
         all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
@@ -197,9 +198,9 @@ def unfused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             matches = kernel_matches(device, dtype)
             _reasons[key] = None if matches else f"the fused cross-entropy gave other values in {dtype}"
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
+            if is_out_of_memory(error):
+                raise
             message = " ".join(str(error).split())[:200]
             _reasons[key] = f"the fused cross-entropy failed: {type(error).__name__}: {message}"
         if _reasons[key] is not None:
