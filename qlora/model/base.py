@@ -163,7 +163,7 @@ def load_frozen(
         tensors = replace_when_read(tensors, layers, on_weight)
     with processes.raise_together() if processes and weights == "sharded" else nullcontext():
         try:
-            with returned_to_system(), _bars_on_terminals():
+            with returned_to_system(), bars_on_terminals():
                 model, info = type(skeleton).from_pretrained(
                     None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
                 )
@@ -190,7 +190,7 @@ def load_frozen(
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
+def bars_on_terminals() -> Iterator[None]:
     """Show transformers' progress bars on a terminal only: in logs and notebooks each update would be a line."""
     from transformers.utils import logging
 
