@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlora.kernels import free_scratch
 from qlora.lora.head import embedding_and_head, input_embedding, output_head
 
 
@@ -63,8 +64,11 @@ class HostHead(_HostRows):
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """Return the weight, (rows, features), as a single block on the device."""
-        return (self.rows.to(self.base.weight.device, non_blocking=True),)
+        """Return the weight, (rows, features), as one block on the device, for which dequantized weights make room."""
+        device = self.base.weight.device
+        if device.type != "cpu":  # where it is copied
+            free_scratch(device)
+        return (self.rows.to(device, non_blocking=True),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., features) to (..., rows)."""

@@ -69,13 +69,13 @@ class Estimate:
         footprint = self.footprint
         layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share)
         # The head is used once in a micro-batch.
-        return PlacedBytes(
-            layers.device, layers.host + footprint.embedding + footprint.head, layers.copied + footprint.head
+        return layers._replace(
+            host=layers.host + footprint.embedding + footprint.head, copied=layers.copied + footprint.head
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the base on the device."""
+        """Bytes of the base that are on the device all the time."""
         footprint, placed = self.footprint, self.placed
         moved = sum(footprint.layers_packed) + footprint.embedding + footprint.head if any(placed) else 0
         on_host = placed.host if self.device.type == "cpu" else 0  # which is the device
@@ -157,9 +157,13 @@ class Estimate:
         held = moment.held
         filled = min(1.0, tokens / self.chunk_tokens)
         loss = held.loss.at(tokens, row) - (1 - filled) * held.loss.constant
-        if moment.place == HEAD and self.weights != "device":
+        buffers = held.buffers.at(tokens, row)
+        if moment.place != HEAD:
+            buffers += self.placed.in_layers
+        elif self.weights != "device" and self.footprint.head:  # it comes from the host
             loss += self.footprint.head
-        return {"activations": held.activations.at(tokens, row), "loss": loss, "buffers": held.buffers.at(tokens, row)}
+            buffers -= self.footprint.freed_for_head
+        return {"activations": held.activations.at(tokens, row), "loss": loss, "buffers": buffers}
 
     @staticmethod
     def _most(fits: Callable[[int], bool]) -> int:

@@ -61,6 +61,7 @@ class Footprint:
         held: For each level, the fastest first, the moments that may be the peak.
         embedding: Bytes of an embedding that is on the host where the layers are not on the device.
         head: Bytes of such a head, which is on the device while it is used.
+        freed_for_head: Bytes of dequantized weights that are freed before it comes.
         products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
         layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
         statistics_share: Share of the bytes of 4-bit weights that are their statistics.
@@ -78,6 +79,7 @@ class Footprint:
     held: dict[str, list[Moment]]
     embedding: int
     head: int
+    freed_for_head: int
     products: int
     layers_packed: list[int]
     statistics_share: float
@@ -183,6 +185,7 @@ def take_footprint(
         held=held,
         embedding=sum(each for name, each in on_host.items() if name != head_name),
         head=on_host.get(head_name, 0),
+        freed_for_head=stack.scratch.nbytes if device.type == "cuda" else 0,
         products=products,
         layers_packed=packed,
         statistics_share=1 - codes / (sum(in_4bit.values()) or 1),
