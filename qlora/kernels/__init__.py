@@ -21,6 +21,7 @@ from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.log_probs import linear_log_probs
 from qlora.kernels.norm import RMSNorm
+from qlora.kernels.packed import PackedWeight, can_pack
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
 from qlora.kernels.saved import save_first
@@ -34,10 +35,12 @@ __all__ = [
     "ExpertGroup",
     "GatedProduct",
     "LowRank",
+    "PackedWeight",
     "RMSNorm",
     "ROWS_PER_TOKEN",
     "Recipe",
     "SparseRows",
+    "can_pack",
     "causal_attention",
     "dequantize_4bit_plain",
     "experts_at_once",

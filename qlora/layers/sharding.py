@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.layers.slots import PackedWeight
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 
 # What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
@@ -141,16 +142,16 @@ class ShardedWeights:
             with self._processes.watching_others():
                 yield
                 self._serve()
-        except torch.OutOfMemoryError as error:
-            self._catch_up(error)
-            raise
-        except BaseException:
-            self._processes.leave()
+        except BaseException as error:
+            if is_out_of_memory(error):
+                self._catch_up(error)
+            else:
+                self._processes.leave()
             raise
         finally:
             self._is_uneven = False
 
-    def _catch_up(self, error: torch.OutOfMemoryError) -> None:
+    def _catch_up(self, error: BaseException) -> None:
         """Take part in the rest of the pass in which memory ran out, and in what the other processes still run."""
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
         self._in_forward = False
@@ -162,7 +163,7 @@ class ShardedWeights:
                 self._serve()
         except BaseException as problem:
             self._processes.leave()
-            if isinstance(problem, torch.OutOfMemoryError):
+            if is_out_of_memory(problem):
                 reason = "too little is left for the layers that the other processes wait for"
                 raise ModelError(NO_MEMORY.format(reason)) from problem
             raise

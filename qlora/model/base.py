@@ -90,6 +90,34 @@ def load_base(
             model needs, most of them would stay in 16 bits, or `on_weight` failed or has no quantized weight to
             replace.
     """
+    model = load_frozen(
+        base, quantization, double_quant, compute_dtype, device, attention, revision, trust_remote_code, on_weight,
+        head, seed, rope_scaling, keep_16bit, allow_unquantized, whole, weights, processes,
+    )  # fmt: skip
+    files = BaseFiles.resolve(base, revision, trust_remote_code, with_weights=False)
+    return model, load_processor(files.folder, trust_remote_code)
+
+
+def load_frozen(
+    base: str,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: str = "auto",
+    device: str | torch.device = "auto",
+    attention: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_weight: OnWeight | None = None,
+    head: ScoreHead | None = None,
+    seed: int = 0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    keep_16bit: Sequence[str] = (),
+    allow_unquantized: bool = False,
+    whole: bool = False,
+    weights: str = "device",
+    processes: Processes | None = None,
+) -> Any:
+    """Load a model as :func:`load_base` does, without its tokenizer; the arguments and errors are the same."""
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
     files = BaseFiles.resolve(base, revision, trust_remote_code, rope_scaling=rope_scaling)
@@ -159,7 +187,7 @@ def load_base(
         model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
-    return model.requires_grad_(False).eval(), load_processor(files.folder, trust_remote_code)
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager

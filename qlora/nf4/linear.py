@@ -161,6 +161,12 @@ class NF4Linear(nn.Module):
         """Return the sizes as `nn.Linear` prints them."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
+    def __getstate__(self) -> Any:
+        """Return what a copy or a pickled module is made of; refuse placed weights, which a copy would not fetch."""
+        if self.before_read is not None:
+            raise RuntimeError(PLACED.format("copied or pickled"))
+        return super().__getstate__()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.before_read is not None:
             raise RuntimeError(PLACED.format("saved"))

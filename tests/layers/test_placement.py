@@ -1,7 +1,9 @@
 """Placed weights: two layers on the device at a time, and the bytes and copies that are predicted."""
 
+import copy
 import gc
 import os
+import pickle
 import time
 
 import numpy as np
@@ -111,6 +113,17 @@ def test_any_weight_can_be_read_at_any_time(bases):
     for own, other in reversed(pairs):
         arguments = (0, torch.float32) if isinstance(own, NF4Experts) else (torch.float32,)
         assert own.dequantize(*arguments).equal(other.dequantize(*arguments))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("family", ["llama", "moe"])
+def test_placed_weights_are_not_copied_silently(bases, family, copied):
+    model = load(bases[family], "host")
+    parts = weights_of(model)
+    for part in (parts[0], parts[-1]) if copied is not copy.deepcopy else (model, *parts[:1]):
+        with pytest.raises(RuntimeError, match="can't be copied or pickled; load the base with weights='device'"):
+            copied(part)
+    assert copied(weights_of(load(bases[family]))[-1])
 
 
 def test_weights_in_4_bits_on_the_disk_are_placed_after_loading(bases, tmp_path):
