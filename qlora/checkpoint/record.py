@@ -104,6 +104,7 @@ class InUse:
         weights: Where the 4-bit weights of the layers are: `device`, `sharded` over the processes, or `host`.
         weights_why: Reason for it; None in records of qlora 0.1.0.
         experts: How experts are computed, and why; None if none are in 4 bits or adapted.
+        micro_batches: Number of micro-batches of a step, over all processes; None in records of earlier versions.
     """
 
     device: str
@@ -132,6 +133,7 @@ class InUse:
     weights: str = "device"
     weights_why: str | None = None
     experts: str | None = None
+    micro_batches: int | None = None
     optimizer_state_why: str | None = None
 
 

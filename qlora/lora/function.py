@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Delta, fold, recipe_of, row_norms, save_first, scale_rows, scratch
+from qlora.kernels import Delta, filled_up, fold, recipe_of, row_norms, save_first, scale_rows, scratch
 from qlora.kernels.rebuild import Source
 from qlora.lora.spec import FORMS
 
@@ -119,7 +119,10 @@ def _product(
     if torch.is_grad_enabled():
         # First, so that a recomputation ends here where this product is the last of its region.
         saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
-        y, norms = _LoraLinear.apply(rows, saved, call, *factors)
+        filled = filled_up(rows)
+        y, norms = _LoraLinear.apply(filled, saved, call, *factors)
+        if filled is not rows:
+            y = y[: len(rows)]
     else:  # for a single token, the bookkeeping of a backward takes as long as the product
         y, norms = call.product(rows, factors)
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
@@ -265,7 +268,7 @@ class _LoraLinear(torch.autograd.Function):
         call, tensors = ctx.call, ctx.saved.saved_tensors
         factors, inputs = tensors[: call.num_factors], tensors[call.num_factors :]
         x = inputs[0] if call.source is None else call.source.build(*inputs)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = filled_up(x.reshape(-1, x.shape[-1]))
         deltas, mask = call.deltas(factors, x.dtype), call.mask(rows)
         needs_x, _, _, *needed = ctx.needs_input_grad
         grad_x = None

@@ -69,10 +69,11 @@ class Estimate:
         if self.weights == "device" or not packed:
             return PlacedBytes(0, 0, 0)
         footprint = self.footprint
-        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share)
-        # The head is used once in a micro-batch.
+        passes = footprint.passes
+        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share, passes.order)
         return layers._replace(
-            host=layers.host + footprint.embedding + footprint.head, copied=layers.copied + footprint.head
+            host=layers.host + footprint.embedding + footprint.head,
+            copied=layers.copied + passes.head_copies * footprint.head,
         )
 
     @property

@@ -207,7 +207,7 @@ def _host_free(model: Any, processes: Processes) -> int:
     """Return the host memory that each process may take, with what its weights take there already."""
     placed = placed_weights(model)
     taken = placed.stored_bytes if placed is not None and placed.kind == "host" else 0
-    taken += sum(rows.nbytes for rows in host_rows(model).values())
+    taken += sum(piece.nbytes for pieces in host_rows(model).values() for piece in pieces)
     return int(-processes.max(-(free_host_bytes() + taken)))
 
 

@@ -79,7 +79,7 @@ def load_base(
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
         weights: Where the 4-bit weights of the layers are: on the `device`, `sharded` over the processes, or on the
-            `host`; see :mod:`qlora.layers.placement` and :mod:`qlora.layers.sharding`.
+            `host`; see :mod:`qlora.layers.host_weights` and :mod:`qlora.layers.sharding`.
         processes: Processes that all load the base, which `sharded` weights are split over.
 
     Returns:
@@ -164,7 +164,7 @@ def load_frozen(
         tensors = replace_when_read(tensors, layers, on_weight)
     with processes.raise_together() if processes and weights == "sharded" else nullcontext():
         try:
-            with returned_to_system(), _bars_on_terminals():
+            with returned_to_system(), bars_on_terminals():
                 model, info = type(skeleton).from_pretrained(
                     None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
                 )
@@ -191,7 +191,7 @@ def load_frozen(
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
+def bars_on_terminals() -> Iterator[None]:
     """Show transformers' progress bars on a terminal only: in logs and notebooks each update would be a line."""
     from transformers.utils import logging
 

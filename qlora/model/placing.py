@@ -7,7 +7,8 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.layers.experts import take_over_experts
-from qlora.layers.placement import KINDS, HostWeights, Placement, packed_weights
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import KINDS, Placement, packed_weights
 from qlora.layers.recompute import checkpointed_layers
 from qlora.layers.sharding import ShardedWeights
 from qlora.nf4 import NF4Experts, NF4Linear, is_bitsandbytes_linear

@@ -197,6 +197,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         weights=weights,
         weights_why=weights_why,
         experts=describe_experts(model),
+        micro_batches=processes.world_size * section.gradient_accumulation_steps,
         optimizer_state_why=optimizer.unpaged_why,
     )
     return Assembly(

@@ -80,7 +80,8 @@ def run_session(
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     progress, total = prepared.progress, plan.total_steps
     first_step = progress.step
-    tracking = Tracking(processes, assembly.config, run.path.name)
+    with processes.raise_together():
+        tracking = Tracking(processes, assembly.config, run.path.name)
     sample_every = None if config.samples is None else config.samples.every
     eval_every, save_every, sample_every = (
         resolve_interval(value, total) for value in (config.eval_every, config.save_every, sample_every)

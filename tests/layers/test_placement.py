@@ -13,10 +13,11 @@ from transformers import GemmaConfig, LlamaConfig
 
 from qlora.errors import ConfigError, ModelError
 from qlora.layers import apply_recompute
-from qlora.layers.placement import HostWeights, placed_bytes, placed_weights, uneven_passes
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import placed_bytes, placed_weights, uneven_passes
 from qlora.layers.slots import StoredLayer
 from qlora.lora import add_lora, train_rows
-from qlora.lora.host_rows import host_rows, keep_rows_on_host
+from qlora.lora.host_rows import HostHead, host_rows, keep_rows_on_host
 from qlora.memory.place import check_weights
 from qlora.model import frozen_checksum, load_base, take_inventory
 from qlora.nf4 import NF4Experts, NF4Linear
@@ -390,9 +391,25 @@ def test_embedding_and_head_on_the_host_give_the_same(tmp_path, seed, config_cla
     answers = [each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (plain, model)]
     assert answers[0].equal(answers[1])
     rows = host_rows(model)
-    assert [tuple(each.shape) for each in rows.values()] == [(259, 64)] * 2
-    next(iter(rows.values()))[3] += 1  # a changed row is noticed
+    assert [[tuple(each.shape) for each in pieces] for pieces in rows.values()] == [[(259, 64)]] * 2
+    rows["lm_head"][0][3] += 1  # a changed row is noticed
     assert frozen_checksum(model) != checksum
+
+
+def test_a_head_on_the_host_comes_in_pieces_and_once_for_all_that_use_it(generator):
+    linear = torch.nn.Linear(7, 10, bias=False)
+    weight, x = linear.weight.detach().clone(), torch.randn(3, 7, generator=generator)
+    expected = x @ weight.T
+    head = HostHead(linear, piece_bytes=3 * weight[0].nbytes)
+    assert [len(piece) for piece in head.pieces] == [3, 3, 3, 1]
+    assert head.base.weight.numel() == 0
+    (first,), (second,) = head.blocks(), head.blocks()
+    assert second is first
+    assert first.equal(weight)
+    assert head.num_copied == 1
+    del first, second  # its memory is free now
+    assert head(x).equal(expected)
+    assert head.num_copied == 2
 
 
 @pytest.mark.parametrize("change", ["tied", "trained", "partly trained"])

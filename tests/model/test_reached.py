@@ -1,5 +1,7 @@
 """Adapters that the loss does not depend on are refused before a base is loaded, and no others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,9 @@ import qlora
 from qlora.config import LoraSection, load_config
 from qlora.errors import ModelError
 from qlora.files import BaseFiles
-from qlora.lora import add_lora, lora_layers, match_targets
-from qlora.model import SUPERVISED, build_skeleton, on_meta
+from qlora.layers.recompute import checkpointed_layers
+from qlora.lora import ScoreHead, add_lora, is_linear, lora_layers, match_targets
+from qlora.model import SUPERVISED, build_skeleton, load_processor, on_meta
 from qlora.model.quantization import with_linears
 from qlora.model.reached import check_reached, refuse_unreached
 from qlora.training import assemble, estimate, plan_run, train
@@ -18,6 +21,7 @@ from qlora.training.loop import check_gradients
 from scripts.dev.support.run import architectures
 from scripts.dev.support.sizes import tiny_config
 from tests.tiny import make_tokenizer, run_config
+from tests.tiny_images import make_image_base
 
 TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 0}
 LENGTH = 48
@@ -94,6 +98,22 @@ def test_layers_that_only_long_documents_use_are_not_refused(tmp_path, seed):
     check_reached(skeleton, section, SUPERVISED, 41)
     with pytest.raises(ModelError, match=r"2 of 4 adapters.*layers\.0\.self_attn\.q_proj"):
         check_reached(skeleton, section, SUPERVISED, 40)
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_models_with_a_head_of_scores_are_run_too(family, tmp_path, tiny_base):
+    head = ScoreHead(3, ("a", "b", "c"), "single_label_classification", of_images=family != "llama")
+    base = make_image_base(tmp_path / "base", family) if head.of_images else tiny_base
+    skeleton = build_skeleton(BaseFiles.resolve(str(base), with_weights=False), head=head)
+    columns = load_processor(base).made_up() if head.of_images else {}
+    loss = replace(SUPERVISED, head=head, columns=columns)
+    tokens = 1 if head.of_images else LENGTH
+    check_reached(skeleton, LoraSection(), loss, tokens)
+    first = checkpointed_layers(skeleton)[0]
+    first.register_forward_hook(lambda _layer, _inputs, output: output.detach())
+    count = sum(is_linear(module) for module in first.modules())
+    with pytest.raises(ModelError, match=f"No gradient of the loss reaches {count} of "):
+        check_reached(skeleton, LoraSection(), loss, tokens)
 
 
 def test_a_model_that_needs_values_is_left_to_the_first_step(tmp_path, seed, monkeypatch):
