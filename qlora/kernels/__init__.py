@@ -26,7 +26,7 @@ from qlora.kernels.packed import PackedWeight, can_pack
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
 from qlora.kernels.saved import save_first
-from qlora.kernels.scratch import scratch
+from qlora.kernels.scratch import free_scratch, scratch
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,6 +49,7 @@ __all__ = [
     "filled_up",
     "fold",
     "fold_group",
+    "free_scratch",
     "group_experts",
     "grouped_matmul",
     "grouped_outer",

@@ -24,7 +24,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     Returns:
         A contiguous, uninitialized tensor.
     """
-    buffers: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffers = _buffers()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key, size = (device, stream, dtype), math.prod(shape)
     buffer = buffers.get(key)
@@ -33,3 +33,14 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
         with torch.inference_mode(False):  # a buffer allocated in it could not be written to outside of it
             buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(*shape)
+
+
+def free_scratch(device: torch.device) -> None:
+    """Free this thread's buffers for a device, which the next product allocates again."""
+    buffers = _buffers()
+    for key in [key for key in buffers if key[0] == device]:
+        del buffers[key]
+
+
+def _buffers() -> dict[tuple[torch.device, int, torch.dtype], torch.Tensor]:
+    return _local.__dict__.setdefault("buffers", {})

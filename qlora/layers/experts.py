@@ -24,16 +24,36 @@ def use_nf4_experts(model: Any, quantized: Mapping[str, NF4Experts], double_quan
     Raises:
         ModelError: transformers would compute some of the experts by another function.
     """
+    take_over_experts(model, quantized)
     stacks = expert_stacks(model)
-    for name, stack in stacks.items():
+    for stack in stacks.values():
         layer = model.get_submodule(stack.layer)
-        own = quantized.get(name)
-        weights = NF4Experts.from_weight(getattr(layer, stack.part).data, double_quant) if own is None else own
-        delattr(layer, stack.part)
-        layer.add_module(stack.part, weights)
+        if not isinstance(getattr(layer, stack.part), NF4Experts):
+            _replace(layer, stack.part, NF4Experts.from_weight(getattr(layer, stack.part).data, double_quant))
     if stacks:
         use_expert_function(model)
     return list(stacks)
+
+
+def take_over_experts(model: Any, quantized: Mapping[str, NF4Experts], inside: str = "") -> None:
+    """Replace the experts that were quantized while they were loaded, as far as they were not replaced before.
+
+    Args:
+        model: A model of transformers, which it may still be loading.
+        quantized: The quantized experts by the full names of their parameters.
+        inside: Name of the module whose experts are replaced; all by default.
+    """
+    for name, weights in quantized.items():
+        owner, _, part = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if f"{owner}.".startswith(f"{inside}." if inside else "") and getattr(layer, part) is not weights:
+            _replace(layer, part, weights)
+            layer._is_hf_initialized = True  # or transformers would draw what it finds no parameter for
+
+
+def _replace(layer: Any, part: str, weights: NF4Experts) -> None:
+    delattr(layer, part)
+    layer.add_module(part, weights)
 
 
 def check_experts(model: Any, name: str) -> None:

@@ -38,14 +38,16 @@ class PlacedBytes(NamedTuple):
     """Bytes of placed weights, per process.
 
     Attributes:
-        device: Bytes on the device.
+        device: Bytes on the device all the time.
         host: Bytes in host memory.
         copied: Bytes that come to the device from elsewhere in the passes of a micro-batch.
+        in_layers: Bytes on the device while layers compute, and not while the head does.
     """
 
     device: int
     host: int
     copied: int
+    in_layers: int = 0
 
 
 def placed_bytes(
@@ -60,11 +62,14 @@ def placed_bytes(
         statistics_share: Share of the bytes that are the codes' statistics, which are not split.
         passes: Passes of a micro-batch through all layers in their order: `F` forward, `B` backward.
     """
-    largest = min(NUM_SLOTS, len(layers)) * max(layers)
-    if kind == "sharded":  # its part, the layer that computes, and the buffer that this was gathered in
+    if kind == "sharded":
         statistics = int(statistics_share * sum(layers))
         part = -(-(sum(layers) - statistics) // num_processes)
-        return PlacedBytes(statistics + part + largest, 0, len(passes) * (num_processes - 1) * part)
+        # The layer that computes, and two buffers: `fully_shard` keeps the one that it was gathered in until the next
+        # layer is there.
+        in_layers = min(NUM_SLOTS + 1, len(layers) + 1) * max(layers)
+        return PlacedBytes(statistics + part, 0, len(passes) * (num_processes - 1) * part, in_layers)
+    largest = min(NUM_SLOTS, len(layers)) * max(layers)
     # The last layers are there after a forward pass, and the first ones after a backward pass; a pass in the other
     # direction begins with them. Before the first pass comes the last one of the micro-batch before.
     there = {"FB": sum(layers[-NUM_SLOTS:]), "BF": sum(layers[:NUM_SLOTS])}

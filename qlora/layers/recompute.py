@@ -29,6 +29,8 @@ def recompute_levels(model: Any) -> list[str]:
     | `offload` | nothing; the layer's input is on the host, except for the last layer |
     | `offload+tiled` | as `offload`, and the MLP runs over part of the tokens at a time |
 
+    A layer that is computed again keeps its dequantized weights for the backward that follows, but not with `offload`.
+
     Args:
         model: A model of transformers, on its device. Call :func:`qlora.layers.rebuild_activations` and
             :func:`qlora.layers.use_document_attention` first, if they are used.
@@ -77,7 +79,7 @@ def apply_recompute(model: Any, level: str) -> str:
         # Not by transformers' own switch, which also makes the output of the frozen embeddings require a gradient:
         # only reentrant checkpointing needs that, and it costs the first layer's input gradients.
         layer.gradient_checkpointing = level not in ("none", "mlp")
-        region = partial(recomputed, keep_attention=level == "attention")
+        region = partial(recomputed, keep_attention=level == "attention", keep_weights=store is None)
         # The last layer's input stays: the backward needs it as soon as it would be on the host.
         layer._gradient_checkpointing_func = (
             region if store is None else partial(_offloaded, region, store, layer is layers[-1])

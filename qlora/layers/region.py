@@ -24,7 +24,9 @@ KERNELS = {
 }
 
 
-def recomputed(function: Callable[..., Any], *inputs: Any, keep_attention: bool = False) -> Any:
+def recomputed(
+    function: Callable[..., Any], *inputs: Any, keep_attention: bool = False, keep_weights: bool = True
+) -> Any:
     """Call a function and save only its inputs for the backward.
 
     The checkpointing is not reentrant: recomputation stops after the last tensor that the backward needs, and regions
@@ -34,14 +36,19 @@ def recomputed(function: Callable[..., Any], *inputs: Any, keep_attention: bool 
         function: The function. Tensors that it does not get as inputs are not saved for it.
         inputs: Its arguments.
         keep_attention: Also save the outputs of attention kernels, which are then not called again.
+        keep_weights: Whether weights that are dequantized for the recomputation are kept for the backward that follows;
+            otherwise they are dequantized again.
     """
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, keep_attention))
+    contexts = partial(_contexts, keep_attention, keep_weights)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _contexts(keep_attention: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _contexts(
+    keep_attention: bool, keep_weights: bool
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of a region's forward and of its recomputation."""
     forward, again = _attention_kept() if keep_attention else (nullcontext(), nullcontext())
-    return forward, _Both(again, SameDocuments(), RecomputedWeights())
+    return forward, _Both(again, SameDocuments(), RecomputedWeights() if keep_weights else nullcontext())
 
 
 class _Both(AbstractContextManager[None]):

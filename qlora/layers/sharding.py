@@ -1,11 +1,14 @@
 """Frozen weights split over processes by torch's `fully_shard`: a layer is whole while it computes or is read."""
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from qlora.errors import ModelError
@@ -15,14 +18,19 @@ from qlora.processes import Processes
 
 # What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
 NOTHING, FORWARD, BACKWARD = 0, 1, 2
+NO_MEMORY = (
+    "Memory ran out. With model.weights: sharded the step can't be tried again with less, because {}; set "
+    "model.recompute: full, or lower train.micro_batch_size or data.max_seq_len. A run continues from its last save."
+)
 
 
 class ShardedWeights:
     """The packed weights of a model's layers, of which each process keeps a part.
 
-    `fully_shard` gathers a layer before its forward and backward, and drops it afterwards. All processes have to gather
-    the same layers in the same order. Where one has more to do than another, both enter :meth:`together`: a process
-    that has nothing left takes part in the gathering of the others.
+    `fully_shard` gathers a layer before its forward and backward, and drops it afterwards; the layer that follows is
+    gathered while it computes. All processes have to gather the same layers in the same order. Where one has more to
+    do than another, both enter :meth:`together`: a process that has nothing left takes part in the gathering of the
+    others.
 
     Only the codes are split. Their statistics, 3% of the bytes, are on every device, as is what is not in 4 bits.
 
@@ -32,7 +40,6 @@ class ShardedWeights:
 
     Attributes:
         kind: Where the weights are kept.
-        layer_bytes: Bytes of each layer's packed weights, in the model's order.
         stored_bytes: Bytes that this process keeps: its part of the codes, and all statistics.
     """
 
@@ -41,20 +48,27 @@ class ShardedWeights:
     def __init__(self, device: torch.device, processes: Processes) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.layer_bytes: list[int] = []
         self.stored_bytes = 0
         self._device, self._processes = device, processes
         self._mesh = init_device_mesh(device.type, (processes.world_size,))
-        self._indices: set[int] = set()
+        self._stored: dict[int, tuple[Any, int]] = {}  # layers and their bytes
         self._layers: list[Any] = []
+        self._root: Any = None
         self._calls: list[Any] = []  # layers of a pass, with whether they get a gradient
         self._in_forward = False
         self._read: Any = None  # the layer that was gathered to be read outside of a pass
         self._is_uneven = False
+        self._pass: Sequence[Any] = []  # layers that all processes gather in the pass that they agreed on last
+        self._gathers = _CountedGathers()
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of each layer's packed weights, in the model's order."""
+        return [num_bytes for _, (_, num_bytes) in sorted(self._stored.items())]
 
     def has(self, index: int) -> bool:
         """Return whether a layer of the model is stored."""
-        return index in self._indices
+        return index in self._stored
 
     def store(self, index: int, layer: Any, weights: Sequence[PackedWeight]) -> None:
         """Split the codes of a layer over the processes, and move the rest of the layer to the device.
@@ -70,17 +84,15 @@ class ShardedWeights:
         layer.to(self._device)
         codes = {weight.weight for weight in weights}
         num_bytes = sum(tensor.nbytes for weight in weights for tensor in weight.packed)
-        self.layer_bytes.append(num_bytes)
         self.stored_bytes += num_bytes - sum(each.nbytes for each in codes)
         others = {each for each in layer.parameters() if each not in codes}
-        # Stated, because a layer without a sharded module around it would otherwise stay whole after its forward.
-        fully_shard(layer, mesh=self._mesh, ignored_params=others, reshard_after_forward=True)
+        fully_shard(layer, mesh=self._mesh, ignored_params=others)
+        layer.set_custom_all_gather(self._gathers)
         for weight in weights:
             assert isinstance(weight.weight, DTensor)
             self.stored_bytes += weight.weight.to_local().nbytes
             weight.before_read = partial(self._gather, layer, weight)
-        self._indices.add(index)
-        self._layers.append(layer)
+        self._stored[index] = layer, num_bytes
 
     def finish(self, model: nn.Module) -> None:
         """Move the rest of the model to the device, and watch its passes, in which each layer has to run once.
@@ -88,7 +100,10 @@ class ShardedWeights:
         Raises:
             ModelError: Its layers are parts of different modules.
         """
+        from torch.distributed.fsdp import fully_shard
+
         model.to(self._device)
+        self._layers = [layer for _, (layer, _) in sorted(self._stored.items())]
         names = [name for name, module in model.named_modules() if module in self._layers]
         parents = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
         if len(parents) > 1:
@@ -96,9 +111,16 @@ class ShardedWeights:
                 f"model.weights: sharded is for models with one sequence of layers, and this one has {len(parents)}; "
                 "set it to device or host."
             )
-        parent = model.get_submodule(parents.pop())
-        parent.register_forward_pre_hook(self._begin)
-        parent.register_forward_hook(self._end)
+        self._root = model.get_submodule(parents.pop())
+        # The layers share its streams, without which none is gathered ahead. It splits nothing itself.
+        fully_shard(self._root, mesh=self._mesh, ignored_params=set(self._root.parameters()))
+        for layer, following in pairwise(self._layers):
+            layer.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([layer])
+        # It is there already. With none set, torch would gather what ran before in an earlier pass.
+        self._layers[0].set_modules_to_backward_prefetch(self._layers[:1])
+        self._root.register_forward_pre_hook(self._begin)
+        self._root.register_forward_hook(self._end)
         for layer in self._layers:
             # Before the hook of `fully_shard`, so that the last layer's gradient is announced before it is gathered.
             layer.register_forward_hook(self._after_layer, prepend=True)
@@ -107,45 +129,78 @@ class ShardedWeights:
     def together(self) -> Iterator[None]:
         """Let processes run different numbers of passes.
 
-        If one fails in between, the others can't know, so it must end; then the launcher ends them too.
+        A process whose memory runs out takes part in the gathering of the others until they are done, and raises the
+        error then. If one fails otherwise, the others can't know, so it must end; then the launcher ends them too.
+
+        Raises:
+            torch.OutOfMemoryError: Memory ran out on this process; all are at the end of the context.
+            ModelError: Memory ran out, and what is left is too little to take part; or another process has ended.
         """
         self._drop_read()
-        self._is_uneven = True
+        self._is_uneven, self._pass = True, []
         try:
             with self._processes.watching_others():
                 yield
                 self._serve()
         except BaseException as error:
-            self._processes.leave()
             if is_out_of_memory(error):
-                raise ModelError(
-                    "Memory ran out. With model.weights: sharded this can't be tried again with less, because the "
-                    "other processes wait for this one's part of the weights; set model.recompute: full, or lower "
-                    "train.micro_batch_size or data.max_seq_len. A run continues from its last save."
-                ) from error
+                self._catch_up(error)
+            else:
+                self._processes.leave()
             raise
         finally:
             self._is_uneven = False
 
+    def _catch_up(self, error: BaseException) -> None:
+        """Take part in the rest of the pass in which memory ran out, and in what the other processes still run."""
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+        self._in_forward = False
+        try:
+            with self._processes.watching_others():
+                if self._pass:
+                    self._reset()
+                self._take_part()
+                self._serve()
+        except BaseException as problem:
+            self._processes.leave()
+            if is_out_of_memory(problem):
+                reason = "too little is left for the layers that the other processes wait for"
+                raise ModelError(NO_MEMORY.format(reason)) from problem
+            raise
+
+    def _reset(self) -> None:
+        """Have torch forget the pass that was aborted."""
+        if not hasattr(self._root, "reset_iter_state"):
+            raise ModelError(NO_MEMORY.format(f"torch {torch.__version__} can't continue after an aborted pass"))
+        self._root.reset_iter_state()
+
     def _serve(self) -> None:
         """Take part in the passes that other processes still run."""
-        while kind := self._announce(NOTHING):
-            gathered = self._layers if kind == FORWARD else self._layers[::-1][: kind - BACKWARD]
-            for layer in gathered:
-                layer.unshard()
-                layer.reshard()
+        while self._agree(NOTHING):
+            self._take_part()
 
-    def _announce(self, kind: int) -> int:
+    def _take_part(self) -> None:
+        """Take part in gathering the layers of a pass that this process has not gathered yet."""
+        for layer in self._pass[self._gathers.num_issued :]:
+            layer.unshard()
+            layer.reshard()
+
+    def _agree(self, kind: int) -> int:
         """Tell the other processes what this one does next; return what those that have something left do."""
         said = self._processes.agree(kind)
         assert len({*said} - {NOTHING}) <= 1, f"processes run different passes: {said}"
-        return max(said)
+        kind, self._gathers.num_issued = max(said), 0
+        if kind < BACKWARD:
+            self._pass = self._layers if kind == FORWARD else []
+        else:  # the last layer that gets a gradient has the one before it gathered ahead
+            self._pass = self._layers[::-1][: kind - BACKWARD + 1]
+        return kind
 
     def _begin(self, *_: Any) -> None:
         self._drop_read()
         self._calls, self._in_forward = [], True
         if self._is_uneven:
-            self._announce(FORWARD)
+            self._agree(FORWARD)
 
     def _after_layer(self, layer: Any, _inputs: Any, output: Any) -> None:
         if not self._in_forward:  # it is computed again
@@ -154,10 +209,10 @@ class ShardedWeights:
         self._calls.append((layer, hidden.requires_grad))
         num_layers = sum(has_gradient for _, has_gradient in self._calls)
         if self._is_uneven and layer is self._layers[-1] and hidden.requires_grad:
-            hidden.register_hook(lambda _grad: self._announce_backward(num_layers))
+            hidden.register_hook(lambda _grad: self._begin_backward(num_layers))
 
-    def _announce_backward(self, num_layers: int) -> None:
-        self._announce(BACKWARD + num_layers)
+    def _begin_backward(self, num_layers: int) -> None:
+        self._agree(BACKWARD + num_layers)
 
     def _end(self, *_: Any) -> None:
         self._in_forward = False
@@ -181,3 +236,25 @@ class ShardedWeights:
             self._drop_read()
             layer.unshard()
             self._read = layer
+
+
+class _CountedGathers:
+    """The all-gather that `fully_shard` calls, which counts how often it was.
+
+    Attributes:
+        num_issued: Number of all-gathers since it was last set.
+    """
+
+    def __init__(self) -> None:
+        self.num_issued = 0
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return memory for what is gathered."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        """Gather the parts of all processes; the arguments are those of `all_gather_into_tensor`."""
+        self.num_issued += 1
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlora.kernels import free_scratch
 from qlora.lora.head import embedding_and_head, input_embedding, output_head
 
 # The head is pinned in pieces of this size, because torch rounds memory that is pinned up to a power of two.
@@ -90,7 +91,7 @@ class HostHead(_HostRows):
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """Return the weight, (rows, features), as a single block on the device.
+        """Return the weight, (rows, features), as a single block on the device, where dequantized weights make room.
 
         It is not copied while an earlier copy is in use, as in a loss that compares predictions with the base's.
         """
@@ -104,6 +105,8 @@ class HostHead(_HostRows):
     def _on_device(self) -> torch.Tensor:
         """Return the weight on the device, as a tensor that is in use by itself where that is the host."""
         device = self.base.weight.device
+        if device.type != "cpu":  # where it is copied
+            free_scratch(device)
         if len(self.pieces) == 1:
             return self.pieces[0].to(device, non_blocking=True).view(self.num_rows, self.num_features)
         weight = torch.empty(self.num_rows, self.num_features, dtype=self.base.weight.dtype, device=device)

@@ -71,15 +71,14 @@ class Estimate:
         footprint = self.footprint
         passes = footprint.passes
         layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share, passes.order)
-        return PlacedBytes(
-            layers.device,
-            layers.host + footprint.embedding + footprint.head,
-            layers.copied + passes.head_copies * footprint.head,
+        return layers._replace(
+            host=layers.host + footprint.embedding + footprint.head,
+            copied=layers.copied + passes.head_copies * footprint.head,
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the base on the device."""
+        """Bytes of the base that are on the device all the time."""
         footprint, placed = self.footprint, self.placed
         moved = sum(footprint.layers_packed) + footprint.embedding + footprint.head if any(placed) else 0
         on_host = placed.host if self.device.type == "cpu" else 0  # which is the device
@@ -130,8 +129,9 @@ class Estimate:
         """
         if not level.startswith("offload"):
             return self.placed.host
-        # What the layers keep on the device where they are computed again, and nothing is offloaded.
-        return self.placed.host + max(0, self.total_bytes("full", tokens) - self.total_bytes(level, tokens))
+        # What the layers keep on the device, when all have been computed, where nothing is offloaded.
+        kept = self._largest_at_head("full", tokens) - self._largest_at_head("offload", tokens)
+        return self.placed.host + max(0, round(kept))
 
     def fits_host(self, level: str, tokens: int) -> bool:
         """Return whether a micro-batch leaves the margin of the host's memory free.
@@ -181,9 +181,19 @@ class Estimate:
         held = moment.held
         filled = min(1.0, tokens / self.chunk_tokens)
         loss = held.loss.at(tokens, row) - (1 - filled) * held.loss.constant
-        if moment.place == HEAD and self.weights != "device":
+        buffers = held.buffers.at(tokens, row)
+        if moment.place != HEAD:
+            buffers += self.placed.in_layers
+        elif self.weights != "device" and self.footprint.head:  # it comes from the host
             loss += self.footprint.head
-        return {"activations": held.activations.at(tokens, row), "loss": loss, "buffers": held.buffers.at(tokens, row)}
+            buffers -= self.footprint.freed_for_head
+        return {"activations": held.activations.at(tokens, row), "loss": loss, "buffers": buffers}
+
+    def _largest_at_head(self, level: str, tokens: int) -> float:
+        """Return the bytes of a step at its largest moment in the head, in sequences of any length."""
+        row = min(self.max_seq_len, tokens)
+        moments = (moment for moment in self.footprint.held[level] if moment.place == HEAD)
+        return max(sum(self._at(moment, tokens, row).values()) for moment in moments)
 
     @staticmethod
     def _most(fits: Callable[[int], bool]) -> int:

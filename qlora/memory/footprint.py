@@ -62,6 +62,7 @@ class Footprint:
         held: For each level, the fastest first, the moments that may be the peak.
         embedding: Bytes of an embedding that is on the host where the layers are not on the device.
         head: Bytes of such a head, which is on the device while it is used.
+        freed_for_head: Bytes of dequantized weights that are freed before it comes.
         passes: Passes of a micro-batch through the layers.
         products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
         layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
@@ -80,6 +81,7 @@ class Footprint:
     held: dict[str, list[Moment]]
     embedding: int
     head: int
+    freed_for_head: int
     passes: Passes
     products: int
     layers_packed: list[int]
@@ -187,6 +189,7 @@ def take_footprint(
         held=held,
         embedding=sum(each for name, each in on_host.items() if name != head_name),
         head=on_host.get(head_name, 0),
+        freed_for_head=stack.scratch.nbytes if device.type == "cuda" else 0,
         passes=passes,
         products=products,
         layers_packed=packed,

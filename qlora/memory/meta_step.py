@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
+from qlora.layers.region import recomputed
 from qlora.lora import head_blocks, output_head, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
@@ -55,10 +57,14 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
             trace = _trace(stack, loss, long, 1)
         held[level] = _finish(stack, trace, head, trace.layers_hold)
     if device.type == "cuda":
-        assert levels[-1] == "full"  # `trace` is of the last level
+        assert levels[-1] == "full"
         # Offloading moves the layers' inputs to the host, except those of the last layer and of the one being fetched,
         # which the kept layers account for.
         nothing = [Held()] * len(stack.kept)
+        layer: Any
+        for layer in stack.layers:
+            layer._gradient_checkpointing_func = partial(recomputed, keep_weights=False)
+        trace = _trace(stack, loss, long, 1)
         held["offload"] = _finish(stack, trace, head, nothing)
         if "mlp" in levels:
             tiled = _fit_tiled(stack, loss)

@@ -20,12 +20,12 @@ class Pace:
         compute: Seconds of the products with the base's weights, without attention and adapters.
         copy: Seconds in which placed weights come to the GPU, at the same time.
         hidden_from: Number of tokens of a micro-batch from which computing takes as long as the copies; 0 if there are
-            none. None for sharded weights: `fully_shard` of single layers gathers each when it is needed.
+            none.
     """
 
     compute: float
     copy: float
-    hidden_from: int | None
+    hidden_from: int
 
 
 def pace_of(estimate: Estimate, level: str, card: Card) -> Pace:
@@ -42,5 +42,4 @@ def pace_of(estimate: Estimate, level: str, card: Card) -> Pace:
     per_token = 2 * times * estimate.footprint.products / (FLOPS_SHARE * card.flops)
     copied = estimate.placed.copied
     copy = copied / (BUS_SHARE * card.bus)
-    hidden_from = int(-(-copy // per_token)) if copied else 0
-    return Pace(per_token * estimate.tokens, copy, None if estimate.weights == "sharded" else hidden_from)
+    return Pace(per_token * estimate.tokens, copy, int(-(-copy // per_token)) if copied else 0)

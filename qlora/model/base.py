@@ -11,7 +11,6 @@ from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import use_document_rotary
 from qlora.layers.experts import use_nf4_experts
-from qlora.layers.host_weights import HostWeights
 from qlora.layers.placement import place_weights
 from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
@@ -131,9 +130,11 @@ def load_frozen(
         raise ModelError(
             f"on_weight replaces weights before they are quantized, but no weight of {base} is quantized; {remedy}."
         )
-    # Weights that are quantized while they are read go to the host layer by layer; others are placed afterwards.
-    leaves_early = isinstance(placed, HostWeights) and stored_in != BITSANDBYTES_4BIT
-    first_device = device if placed is None or leaves_early else torch.device("cpu")
+    # Weights that are quantized while they are read are placed layer by layer; others afterwards.
+    leaves_early = placed is not None and stored_in != BITSANDBYTES_4BIT
+    # To the host a layer comes from the device; the parts of split layers leave no room there for embedding and head.
+    is_on_device = placed is None or (placed.kind == "host" and leaves_early)
+    first_device = device if is_on_device else torch.device("cpu")
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(first_device)}}
     if attention != "auto":
         arguments["attn_implementation"] = attention
@@ -146,7 +147,7 @@ def load_frozen(
         arguments["quantization_config"] = settings
         # Functions of their own, because transformers copies settings with all they refer to.
         settings.on_failure = lambda reason: failures.append(reason)
-        if isinstance(placed, HostWeights):
+        if placed is not None:
             settings.after_weight = lambda model, experts: place_complete_layers(placed, model, experts)
     if stored_in != BITSANDBYTES_4BIT:
         for config in (skeleton.config, skeleton.config.get_text_config()):

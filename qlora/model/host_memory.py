@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
-SMALL, LARGE = 1 << 20, 32 << 20
+SMALL, LARGE = 1 << 16, 32 << 20
 
 
 @contextmanager
 def returned_to_system() -> Iterator[None]:
-    """Return buffers over 1 MiB to the system as soon as they are freed.
+    """Return buffers over 64 KiB to the system as soon as they are freed.
 
     glibc starts to keep them after a few were freed. While a base is quantized, such freed buffers between the weights
-    that stay add up to more than the 4-bit model. On exit glibc keeps them again, because training frees and allocates
-    the same sizes in each step. With another C library this does nothing.
+    that stay, or between the parts of them that a process keeps, add up to more than the 4-bit model. On exit glibc
+    keeps them again, because training frees and allocates the same sizes in each step. With another C library this does
+    nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

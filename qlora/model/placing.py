@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from qlora.errors import ModelError
+from qlora.layers.experts import take_over_experts
 from qlora.layers.host_weights import HostWeights
-from qlora.layers.placement import KINDS, Placement
+from qlora.layers.placement import KINDS, Placement, packed_weights
 from qlora.layers.recompute import checkpointed_layers
 from qlora.layers.sharding import ShardedWeights
-from qlora.layers.slots import PackedWeight
-from qlora.lora.mixture import expert_stacks
 from qlora.nf4 import NF4Experts, NF4Linear, is_bitsandbytes_linear
 from qlora.processes import Processes
 
@@ -47,27 +46,24 @@ def make_placement(kind: str, quantization: str, device: torch.device, processes
     return ShardedWeights(device, processes)
 
 
-def place_complete_layers(placed: HostWeights, model: Any, experts: Mapping[str, NF4Experts]) -> None:
+def place_complete_layers(placed: Placement, model: Any, experts: Mapping[str, NF4Experts]) -> None:
     """Place the layers of a model that is being loaded whose weights are all there.
 
     Args:
         placed: Where they go.
-        model: The model that transformers is loading; the 4-bit linears of a placed layer become `NF4Linear`s.
+        model: The model that transformers is loading; the 4-bit linears of a placed layer become `NF4Linear`s, and its
+            quantized experts `NF4Experts`.
         experts: Experts that are quantized already, by the full names of their parameters.
     """
-    stacks = expert_stacks(model)
     names = {module: name for name, module in model.named_modules()}
     for index, layer in enumerate(checkpointed_layers(model)):
         if placed.has(index) or any(parameter.is_meta for parameter in layer.parameters()):
             continue
         take_over_linears(model, names[layer])
-        weights: list[PackedWeight] = [module for module in layer.modules() if isinstance(module, NF4Linear)]
-        own = [name for name in stacks if name.startswith(f"{names[layer]}.")]
-        weights += [experts[name] for name in own]
+        take_over_experts(model, experts, names[layer])
+        weights = packed_weights(layer)
         if weights:
             placed.store(index, layer, weights)
-        for name in own:  # the model's own parameter holds the codes too
-            model.get_parameter(name).data = experts[name].weight.data
 
 
 def take_over_linears(model: Any, inside: str = "") -> None:

@@ -184,7 +184,8 @@ def run_loop(parts: LoopParts, progress: Progress, schedule: LoopSchedule, callb
         own: list[torch.Tensor] = []
         batches = partial(_batches, parts, step, micro_batches)
         ahead, has_fit = _look_ahead(parts, batches(), num_units)
-        ran_out = not (has_fit and _accumulate(parts, batches(ahead), num_units, scale, own))
+        # Others may go on, for which this process has to be there.
+        ran_out = not (_accumulate(parts, batches(ahead) if has_fit else (), num_units, scale, own) and has_fit)
         sums = sum(own, torch.zeros(1 + len(loss.metrics), device=processes.device))
         sums = torch.stack([*sums, *(torch.full_like(sums[0], flag) for flag in (callbacks.stop_asked(), ran_out))])
         if processes.world_size > 1:
@@ -296,11 +297,7 @@ def _accumulate(
     try:
         with uneven_passes(parts.model):
             for batch in batches:
-                passes = []
-                for computed in parts.loss.training_passes(parts.model, batch.to(parts.model.device)):
-                    (computed.total / num_units * scale).backward()
-                    passes.append(parts.loss.sums(computed))
-                sums.append(torch.stack(passes).sum(0) / num_units)
+                sums.append(_train_on(parts, batch, num_units, scale))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -308,6 +305,15 @@ def _accumulate(
         RecomputedWeights.clear()
         return False
     return True
+
+
+def _train_on(parts: LoopParts, batch: Batch, num_units: float, scale: float) -> torch.Tensor:
+    """Add the gradients of a micro-batch, and return its loss and metrics; no other frame holds its graph."""
+    passes = []
+    for computed in parts.loss.training_passes(parts.model, batch.to(parts.model.device)):
+        (computed.total / num_units * scale).backward()
+        passes.append(parts.loss.sums(computed))
+    return torch.stack(passes).sum(0) / num_units
 
 
 def _gradient_norms(model: Any) -> torch.Tensor:

@@ -199,7 +199,7 @@ def test_each_process_holds_its_part(bases, family, count, generator):
     for stored, layers, own_checksum, *found in call_in(count, own_share, bases[family], count, ids):
         assert_same(found, expected)
         assert own_checksum == checksum
-        predicted = placed_bytes("sharded", layers, count, 0.03).device - 2 * max(layers)
+        predicted = placed_bytes("sharded", layers, count, 0.03).device
         # A tiny layer's statistics are a larger share of its bytes, and its parts are padded more.
         assert 0.9 * predicted <= stored <= 1.3 * predicted
 
@@ -232,12 +232,102 @@ def test_processes_may_run_different_numbers_of_passes(bases):
         assert_same(found, expected)
 
 
+def run_out(base, place):
+    """Run out of memory at some place of a pass in one process, then run the same on both; return what was computed."""
+    processes = Processes.start(on_cpu=True)
+    model = load(base, "sharded", processes)
+    add_lora(model, rank=2)
+    ids = torch.arange(9)[None]
+    found = [passes(model, ids)]
+    if processes.rank == 0:
+        with uneven_passes(model):
+            found += [passes(model, ids) for _ in range(2)]
+    else:
+        remove = fail_once(model, place)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            run_until_it_fails(model, ids, place)
+        remove()
+        model.zero_grad()
+    with uneven_passes(model):
+        found += [passes(model, ids, level) for level in ("none", "full")]
+    return found
+
+
+def run_until_it_fails(model, ids, place):
+    with uneven_passes(model):
+        passes(model, ids)
+        if place == "between":
+            raise torch.OutOfMemoryError("no memory")
+
+
+def fail_once(model, place):
+    """Have memory run out; return a function that undoes it."""
+    mlp, gathers = model.model.layers[2].mlp, placed_weights(model)._gathers
+    if place == "forward":
+        return mlp.register_forward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
+    if place == "backward":
+        return mlp.register_full_backward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
+    if place == "loss":
+        return model.lm_head.register_forward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
+    if place == "gathering":
+        allocate, calls = gathers.allocate, []
+
+        def allocate_some(size, **options):
+            calls.append(size)
+            return fail(torch.OutOfMemoryError("no memory")) if len(calls) == 4 else allocate(size, **options)
+
+        gathers.allocate = allocate_some
+    return lambda: None
+
+
+@needs_fork
+@pytest.mark.parametrize("place", ["forward", "loss", "backward", "gathering", "between"])
+def test_a_process_that_runs_out_of_memory_takes_part_until_the_others_are_done(bases, place):
+    plain = load(bases["llama"])
+    add_lora(plain, rank=2)
+    expected = passes(plain, torch.arange(9)[None])
+    first, second = call_in_two(run_out, bases["llama"], place)
+    assert (len(first), len(second)) == (5, 3)
+    for found in (*first, *second):
+        assert_same(found, expected)
+
+
+def count_gathers(base, level):
+    """Return how many layers were asked for when each layer computes, forward and backward, and in all."""
+    processes = Processes.start(on_cpu=True)
+    model = load(base, "sharded", processes)
+    add_lora(model, rank=2)
+    ids, counts, gathers = torch.arange(9)[None], {"forward": {}, "backward": {}}, placed_weights(model)._gathers
+
+    def note(way, number):
+        counts[way].setdefault(number, gathers.num_issued)  # the first time: it may be computed again
+
+    passes(model, ids, level)
+    gathers.num_issued = 0
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: note("forward", number))
+        layer.mlp.register_full_backward_hook(lambda *_, number=number: note("backward", number))
+    passes(model, ids, level)
+    return counts, gathers.num_issued
+
+
+@needs_fork
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_split_layers_are_gathered_ahead_in_both_directions(bases, level):
+    for counts, total in call_in_two(count_gathers, bases["llama"], level):
+        assert counts["forward"] == {0: 2, 1: 3, 2: 4, 3: 5, 4: 5}
+        assert counts["backward"] == {4: 7, 3: 8, 2: 9, 1: 10, 0: 10}
+        assert total == 2 * LAYERS
+
+
 def fail_alone(base, folder, error):
     """Fail in one process in the middle of a pass; write what each of them meets."""
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
     if processes.rank == 1:
         model.model.layers[3].mlp.register_forward_hook(lambda *_: fail(error))
+        if isinstance(error, torch.OutOfMemoryError):  # not even a layer of the other process fits any more
+            model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: forbid_gathering(model, error))
     started = time.perf_counter()
 
     @torch.no_grad()
@@ -252,6 +342,10 @@ def fail_alone(base, folder, error):
     os._exit(0)
 
 
+def forbid_gathering(model, error):
+    placed_weights(model)._gathers.allocate = lambda *_, **options: fail(error)
+
+
 def fail(error):
     if error is None:
         os._exit(0)
@@ -264,7 +358,7 @@ def fail(error):
     [
         (None, None),
         (ModelError("one process fails"), "one process fails"),
-        (torch.OutOfMemoryError("no memory"), "Memory ran out. With model.weights: sharded"),
+        (torch.OutOfMemoryError("no memory"), "Memory ran out. With model.weights: sharded the step can't be tried"),
     ],
     ids=["killed", "error", "out of memory"],
 )

@@ -20,7 +20,7 @@ from qlora.layers.rebuild import GatedMLP
 from qlora.layers.recompute import recompute_levels
 from qlora.layers.recompute_mlp import tile_mlp
 from qlora.layers.region import _is_kept
-from qlora.lora import add_lora, lora_experts, lora_layers, train_rows
+from qlora.lora import RecomputedWeights, add_lora, lora_experts, lora_layers, train_rows
 from qlora.model import load_base, supervised_loss
 from scripts.dev.bench import counts
 from tests.combinations import pairs
@@ -111,6 +111,20 @@ def test_gradients_are_those_without_it_bit_for_bit(
         loss_again, found = gradients(model, batch, seed)
         assert loss == loss_again, level
         assert [name for name, grad in expected.items() if not torch.equal(found[name], grad)] == [], level
+
+
+def test_dequantized_weights_are_kept_for_the_backward_unless_offloaded(
+    own_memory, tiny_base, generator, seed, monkeypatch
+):
+    model, batch, kept = make_model(tiny_base, generator), random_batch(generator), []
+    monkeypatch.setattr(RecomputedWeights, "put", lambda base, weight: kept.append(base))
+    found = {}
+    for level in ("full", "offload"):
+        apply_recompute(model, level)
+        gradients(model, batch, seed)
+        found[level] = len(kept)
+        kept.clear()
+    assert found["full"] > found["offload"] == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from qlora.checkpoint import save_checkpoint
@@ -206,6 +207,41 @@ def test_a_process_that_is_killed_ends_the_run_which_continues(place, deep_base,
     assert "step-000008" not in saved
     train_in_two(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def run_out_in(config, folder):
+    """Train while memory runs out in the second process, once, in the middle of the third step."""
+    after_layer, failed = ShardedWeights._after_layer, []
+
+    def run_out(self, *arguments):
+        after_layer(self, *arguments)
+        if len(self._calls) == 3 and (folder / "checkpoints" / "step-000002").is_dir() and not failed:
+            failed.append(self)
+            raise torch.OutOfMemoryError("no room")
+
+    if os.environ["RANK"] == "1":
+        ShardedWeights._after_layer = run_out
+    train(load_config(config))
+    return len(failed)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_step_in_which_memory_runs_out_is_tried_again_by_all(objective, deep_base, alpaca_file, pairs_file, tmp_path):
+    """DPO looks ahead at its reference before the step's passes."""
+    data = pairs_file if objective == "dpo" else alpaca_file
+    settings = {
+        "model__weights": "sharded", "train__save_every": 2, "train__max_steps": 4, "data__eval": None,
+        "train__objective": objective, "train__eval_every": None,
+    }  # fmt: skip
+    whole, config = (run_config(deep_base, data, tmp_path / name, **settings) for name in ("whole", "run"))
+    train_in_two(whole)
+    assert call_in_two(run_out_in, str(config), tmp_path / "run") == [0, 1]
+    lines = {name: lines_of(tmp_path / name) for name in ("whole", "run")}
+    events = [line for line in lines["run"] if "out_of_memory" in line]
+    assert [(line["step"], "the step is retried" in line["out_of_memory"]) for line in events] == [(3, True)]
+    assert [line for line in lines["run"] if line not in events] == lines["whole"]
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in lines]
+    assert adapters[0] == adapters[1]
 
 
 # Passes that are not a forward with its backward, and gradients that not all layers get.

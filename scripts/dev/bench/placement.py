@@ -32,6 +32,11 @@ LOADED = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "num_attention_heads": 16,
     "vocab_size": 32_000,
 }  # fmt: skip
+# Twice as large, of small tensors: where a process has the whole 4-bit base at first, that exceeds the bound.
+DEEP = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 88, "num_attention_heads": 8,
+    "vocab_size": 8000,
+}  # fmt: skip
 SMALL = {
     "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 256,
 }  # fmt: skip
@@ -88,18 +93,20 @@ def load(base: str, weights: str) -> None:
 
 def measure_bytes() -> list[str]:
     """Return a table of the memory of each process."""
-    lines = ["| weights | processes | kept MB | resident MB | peak MB while loading | bound MB |", "|---|" + "---|" * 5]
-    with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), LOADED)
-        largest = max(map(largest_tensor, Path(folder).glob("*.safetensors"))) / MB
-        for weights, count in (("device", 1), ("host", 1), ("sharded", 2)):
-            output = launch(count, "-m", __spec__.name, "--load", folder, "--weights", weights)
-            for rank, found in enumerate(json.loads(output.splitlines()[-1])):
-                bound = found["kept"] + 2 * largest + 400
-                numbers = (found["kept"], found["resident"], found["peak"], bound)
-                name = f"{rank + 1} of {count}" if count > 1 else "1"
-                lines.append(f"| {weights} | {name} | " + " | ".join(f"{number:.0f}" for number in numbers) + " |")
-                print(lines[-1], flush=True)
+    lines = ["| layers | weights | processes | kept MB | resident MB | peak MB while loading | bound MB |",
+             "|---|" + "---|" * 6]  # fmt: skip
+    for sizes, runs in ((LOADED, [("device", 1), ("host", 1), ("sharded", 2)]), (DEEP, [("sharded", 2)])):
+        with tempfile.TemporaryDirectory() as folder:
+            make_base(Path(folder), sizes)
+            largest = max(map(largest_tensor, Path(folder).glob("*.safetensors"))) / MB
+            for weights, count in runs:
+                output = launch(count, "-m", __spec__.name, "--load", folder, "--weights", weights)
+                for rank, found in enumerate(json.loads(output.splitlines()[-1])):
+                    numbers = (found["kept"], found["resident"], found["peak"], found["kept"] + 2 * largest + 400)
+                    name = f"{rank + 1} of {count}" if count > 1 else "1"
+                    cells = (sizes["num_hidden_layers"], weights, name, *(f"{number:.0f}" for number in numbers))
+                    lines.append(f"| {' | '.join(map(str, cells))} |")
+                    print(lines[-1], flush=True)
     return lines
 
 
@@ -211,14 +218,14 @@ def estimate_large() -> list[str]:
                 lines.append(
                     f"| {recipe} | {count} × {gpu} | {level} | {place['total'] / GIB:.2f} | {wanted:.1f} "
                     f"| {place['host_bytes'] / GIB:.2f} | {place['copied_bytes'] / 1e9:.0f} "
-                    f"| {place['compute_seconds']:.0f} | {place['copy_seconds']:.0f} | {place['hidden_from'] or '–'} |"
+                    f"| {place['compute_seconds']:.0f} | {place['copy_seconds']:.0f} | {place['hidden_from']} |"
                 )
                 print(lines[-1], flush=True)
     return lines
 
 
 PARTS = {
-    "bytes": ("memory of each process, a random Llama of 0.9 billion parameters", measure_bytes),
+    "bytes": ("memory of each process, random Llamas of 0.9 and 1.5 billion parameters", measure_bytes),
     "equality": ("adapters after 20 steps, compared with one process and weights on the device", compare_adapters),
     "scaling": ("one process and two, one thread each, weights on the device", measure_scaling),
     "estimates": ("estimated: recipes for bases larger than a GPU, levels that fit", estimate_large),
