@@ -32,7 +32,7 @@ def doctor(
 
     import torch
 
-    from qlora.kernels import experts_path, liger_unavailable_reason, liger_version
+    from qlora.kernels import experts_path, unfused_reason
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
@@ -51,7 +51,7 @@ def doctor(
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
     error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
-    reason = liger_unavailable_reason(device)
+    reason = unfused_reason(device)
     in_use = {
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
@@ -60,7 +60,9 @@ def doctor(
         "experts": experts_path(device, dtype),
         "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
         "attention": "within documents where the architecture allows it; set model.attention for another one",
-        "activations": f"plain torch: {reason}" if reason else f"liger-kernel {liger_version()}",
+        "activations": f"plain torch: {reason}"
+        if reason
+        else "fused kernels, where they give what a model's own modules give",
         "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate predicts what a config needs",
         "plots": "drawn" if find_spec("matplotlib") else "not drawn: pip install matplotlib",
     }

@@ -4,6 +4,7 @@ from qlora.kernels.attention import causal_attention
 from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
+from qlora.kernels.fused import unfused_reason
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.grouped import (
     FEW_ROWS,
@@ -18,11 +19,11 @@ from qlora.kernels.grouped import (
     weights_of_group,
 )
 from qlora.kernels.kl_divergence import linear_kl_divergence
-from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.log_probs import linear_log_probs
 from qlora.kernels.norm import RMSNorm
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
+from qlora.kernels.rotary import rotate
 from qlora.kernels.saved import save_first
 from qlora.kernels.scratch import scratch
 
@@ -47,8 +48,6 @@ __all__ = [
     "group_experts",
     "grouped_matmul",
     "grouped_outer",
-    "liger_twin",
-    "liger_version",
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_log_probs",
@@ -56,11 +55,12 @@ __all__ = [
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",
+    "rotate",
     "row_norms",
     "row_scale",
     "save_first",
     "scale_rows",
     "scratch",
-    "liger_unavailable_reason",
+    "unfused_reason",
     "weights_of_group",
 ]

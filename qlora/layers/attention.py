@@ -4,6 +4,7 @@ It is registered with transformers under its own name, which :func:`use_document
 """
 
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -133,7 +134,7 @@ def document_attention(
     if attention_mask is not None and attention_mask.shape == NO_MASK:
         attention_mask = None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else list(document_lengths)
-    if not (query.is_cuda or lengths):
+    if not (_takes_varlen(query) or lengths):
         raise ValueError("packed documents need their lengths (document_lengths) in addition to cu_seq_lens_q")
     is_whole = attention_mask is None and query.shape[2] == key.shape[2]
     if is_whole and max(lengths, default=0) <= MAX_LENGTH and _takes_blocks(query, s_aux is not None):
@@ -147,7 +148,7 @@ def document_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.is_cuda:
+    if _takes_varlen(query):
         return _varlen(query, key, value, scaling, sliding_window, s_aux, cu_seq_lens_q, max_length_q), None
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
@@ -162,6 +163,11 @@ def _takes_blocks(computed: Any, with_sinks: bool) -> bool:
     are not faster than torch's kernel.
     """
     return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not with_sinks
+
+
+def _takes_varlen(query: torch.Tensor) -> bool:
+    """Return whether torch's kernel for packed documents computes attention."""
+    return query.is_cuda
 
 
 def _attend(
@@ -198,17 +204,22 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     settings: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in signature(varlen_attn).parameters:
-            settings["enable_gqa"] = True
-        else:  # torch below 2.12 needs as many key heads as query heads
-            groups = query.shape[1] // key.shape[1]
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1] and _asks_for_groups():
+        settings["enable_gqa"] = True
+    # Not by an index, whose gradient is a copy into zeros.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     if sinks is not None:
-        return varlen_with_sinks(q, k, v, sinks, cu_seq_lens, max_length, **settings)[None]
+        return varlen_with_sinks(q, k, v, sinks, cu_seq_lens, max_length, **settings).unsqueeze(0)
     attended: Any = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, **settings)
-    return attended[None]
+    return attended.unsqueeze(0)
+
+
+@cache
+def _asks_for_groups() -> bool:
+    """Return whether varlen_attn wants to be told of fewer key heads than query heads, as it does from torch 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _unsupported_reason(model: Any) -> str | None:
