@@ -4,7 +4,6 @@ A model without values runs through the code that a GPU runs, with kernels that 
 layer are those that a model of three layers has more than one of two.
 """
 
-import importlib
 from collections import Counter
 
 import pytest
@@ -15,32 +14,20 @@ from qlora.layers import apply_recompute, attention, rebuild_activations, use_do
 from qlora.lora import add_lora
 from qlora.model import load_base
 from qlora.optim import FlatParameters
+from scripts.dev.bench.counts import with_kernels
 from tests.interpreted import Launches, counted_kernel, needs_triton
 from tests.tiny import make_base
 
-KERNELS = {
-    "dequantize_triton": ("dequantize",),
-    "norm_triton": ("norm", "norm_gradient"),
-    "gated_triton": ("product", "gradients"),
-    "rotary_triton": ("rotary",),
-}
 TOKENS = 600
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Have tensors of the meta device computed as those of a GPU, by kernels that are only counted."""
-    for module, names in KERNELS.items():
-        for name in names:
-            kernels = importlib.import_module(f"qlora.kernels.{module}")
-            monkeypatch.setattr(kernels, f"_{name}_kernel", counted_kernel(name))
-    quantize = importlib.import_module("qlora.nf4.quantize")
-    monkeypatch.setattr(quantize, "_unfused_reason", lambda _: None)
-    monkeypatch.setattr(quantize, "_kind", lambda *_: ())
-    monkeypatch.setattr(quantize, "_verified", {()})
-    monkeypatch.setattr("qlora.layers.trial.unfused_reason", lambda _: None)
     monkeypatch.setattr(attention, "_takes_blocks", lambda *_: False)
-    monkeypatch.setattr(attention, "_takes_varlen", lambda _: True)
+    monkeypatch.setattr(attention, "_takes_varlen", lambda *_: True)
+    with with_kernels(counted_kernel):
+        yield
 
 
 def count(folder, config_class, num_layers, level, form) -> tuple[Counter[str], Counter[str]]:
