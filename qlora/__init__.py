@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qlora.about import __version__, unsupported_reason
+from qlora.allocator import use_expandable_segments
 from qlora.errors import CheckpointError, ConfigError, DataError, ExportError, ModelError, QLoRAError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
         train,
         tune,
     )
+
+# Here, because nothing can have been put on a GPU by this package before.
+use_expandable_segments()
 
 # Imported at first use: torch takes seconds, and `qlora --help` should not.
 _HOMES = {

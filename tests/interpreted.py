@@ -152,17 +152,22 @@ def compile_for(
 
 def registers_and_spills(compiled: Any) -> tuple[int, int]:
     """Return the registers of a thread of a compiled kernel, and the bytes that it keeps in memory for want of them."""
+    report = cuobjdump(compiled.asm["cubin"], "-res-usage")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def cuobjdump(cubin: bytes, *options: str) -> str:
+    """Return what CUDA's tool, which is part of Triton's package, says about a GPU's code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip(f"{tool} is not there")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def random_groups(num_experts: int, most_rows: int, generator: torch.Generator) -> list[int]:

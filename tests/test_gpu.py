@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,16 @@ from qlora.memory.probe import measure_peak
 from qlora.model import load_base, supervised_loss
 from qlora.nf4 import NF4Linear, dequantize, quantize
 from qlora.training.relief import MemoryRelief
-from tests.tiny import make_base, run_config
+from tests import tiny
+from tests.tiny import make_base
 from tests.training.test_loop import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+def run_config(base: Path, data: Path, output_dir: Path, optimizer: str = "adamw_8bit", **overrides: Any) -> Path:
+    """Write a config whose optimizer takes no managed memory unless it is one that pages."""
+    return tiny.run_config(base, data, output_dir, train__optimizer=optimizer, **overrides)
 
 
 def test_dequantized_weights_are_those_of_the_cpu(generator: torch.Generator):
@@ -51,6 +58,18 @@ def test_a_run_learns_merges_and_verifies(tmp_path: Path, tiny_base: Path, alpac
     assert result.eval_losses[6] < result.eval_losses[0]
     qlora.merge(result.run_dir, tmp_path / "merged")
     assert qlora.verify(result.run_dir, tmp_path / "merged").matches
+
+
+@pytest.mark.paged
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_a_run_with_paged_state_learns_and_says_whether_it_pages(
+    tmp_path: Path, tiny_base: Path, alpaca_file: Path, optimizer: str
+):
+    config = run_config(tiny_base, alpaca_file, tmp_path / "run", optimizer)
+    result = qlora.train(qlora.load_config(config))
+    assert result.eval_losses[6] < result.eval_losses[0]
+    in_use = json.loads((tmp_path / "run" / "run.json").read_text())["in_use"]
+    assert in_use["optimizer_state_paged"] == (in_use["optimizer_state_why"] is None)
 
 
 @pytest.mark.parametrize("form", ["separate", "folded"])
@@ -124,7 +143,8 @@ def test_a_step_that_runs_out_of_memory_is_retried_with_less(tmp_path: Path, see
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert changes
     assert relief.level != "none"
-    assert trainer.losses == free.losses
+    # Not equal: attention's backward adds up in any order there, unless a run is deterministic.
+    assert trainer.losses == pytest.approx(free.losses, rel=1e-2)
 
 
 @pytest.mark.parametrize("packing", [True, False])

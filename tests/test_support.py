@@ -61,6 +61,17 @@ def test_wrong_findings_are_found_and_open():
         assert row_of("some", right | {key: value, "wrong": wrong})[0] == OPEN
 
 
+def test_peft_may_leave_an_adapter_for_one_reason_alone():
+    renames = "it renames a.q to a.b.q, as a tensor of the published files, and drops it silently"
+    reasons = {
+        f"does not load it: {renames}": [],
+        f"does not load it: {renames}; the base has no layer a.k": ["PEFT"],
+        "does not load it: a.experts has factors that are not of experts of rank 4": ["PEFT"],
+        "loads it": ["PEFT"],
+    }
+    assert {reason: [*checks._wrong({"PEFT": reason})] for reason in reasons} == reasons
+
+
 def test_rows_are_read_back_and_replaced(tmp_path):
     page = tmp_path / "support.md"
     refused = {"class": "A", "refused": "Not | this\none.", "wrong": []}

@@ -88,6 +88,7 @@ class InUse:
         memory: Memory of the largest micro-batch.
         optimizer: Optimizer.
         optimizer_state_paged: Whether its state is paged.
+        optimizer_state_why: Why it is not, although the optimizer pages; None in records of qlora 0.1.0.
         rounding: How updates are rounded to the parameters' dtype.
         micro_batch_parts: Number of parts that each micro-batch is computed in.
         deterministic: How far the run's bytes are reproducible; None if the config does not ask for it.
@@ -103,6 +104,7 @@ class InUse:
         weights: Where the 4-bit weights of the layers are: `device`, `sharded` over the processes, or `host`.
         weights_why: Reason for it; None in records of qlora 0.1.0.
         experts: How experts are computed, and why; None if none are in 4 bits or adapted.
+        micro_batches: Number of micro-batches of a step, over all processes; None in records of earlier versions.
     """
 
     device: str
@@ -131,6 +133,8 @@ class InUse:
     weights: str = "device"
     weights_why: str | None = None
     experts: str | None = None
+    micro_batches: int | None = None
+    optimizer_state_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,12 @@ def doctor(
 
     import torch
 
+    from qlora.allocator import allocator_settings
     from qlora.kernels import experts_path, unfused_reason
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
+    from qlora.optim import unpaged_reason
     from qlora.processes import Processes
     from qlora.training.record import describe_hardware, package_versions
     from qlora.training.try_processes import try_processes
@@ -51,14 +53,15 @@ def doctor(
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
     error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
-    reason = unfused_reason(device)
+    reason, unpaged = unfused_reason(device), unpaged_reason(device)
     in_use = {
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
         "dequantize": dequantize_path(device),
         "experts": experts_path(device, dtype),
-        "optimizer_state": "paged" if device.type == "cuda" else "not paged: paging needs CUDA's managed memory",
+        "optimizer_state": "paged" if unpaged is None else f"not paged: {unpaged}",
+        "allocator": allocator_settings() or "torch's own settings",
         "attention": "within documents where the architecture allows it; set model.attention for another one",
         "activations": f"plain torch: {reason}"
         if reason

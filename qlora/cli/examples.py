@@ -25,7 +25,11 @@ EXAMPLES = {
         "qlora merge runs/mine -o merged/mine --onto best",
         "qlora merge runs/mine -o merged/mine-gguf --format gguf --dtype q8_0",
     ),
-    "verify": ("qlora verify runs/mine merged/mine", "qlora verify runs/mine"),
+    "verify": (
+        "qlora verify runs/mine merged/mine",
+        "qlora verify runs/mine merged/mine --clients",
+        "qlora verify runs/mine",
+    ),
     "quantize": ("qlora quantize meta-llama/Llama-3.1-8B -o base-4bit",),
     "doctor": ("qlora doctor", "qlora doctor --check-resume my.yaml"),
 }

@@ -21,8 +21,27 @@ def merge(
     checkpoint: Checkpoint = None,
     base: Base = None,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32", "fp16", "bf16", "fp32", "q8_0", "q5_0", "q4_0"] | None,
-        typer.Option(help="Dtype of the weights; q8_0, q5_0 and q4_0 for GGUF only, which has no float32."),
+        Literal[
+            "float16",
+            "bfloat16",
+            "float32",
+            "fp16",
+            "bf16",
+            "fp32",
+            "q8_0",
+            "q5_0",
+            "q4_0",
+            "q6_k",
+            "q5_k_m",
+            "q5_k_s",
+            "q4_k_m",
+            "q4_k_s",
+        ]
+        | None,
+        typer.Option(
+            help="Dtype of the weights; those that begin with q for GGUF only, which has no float32. Those with k are "
+            "written by llama.cpp's own quantizer, from llama-quantize or llama-cpp-python."
+        ),
     ] = None,
     onto: Annotated[
         Literal["dequantized", "original", "best"] | None,
@@ -74,7 +93,7 @@ def merge(
             raise typer.BadParameter(
                 f"{', '.join(given_in_vain)} does not apply to --format lora-gguf: nothing is merged."
             )
-    block_type = dtype if dtype in ("q8_0", "q5_0", "q4_0") else None
+    block_type = dtype if dtype is not None and dtype.startswith("q") else None
     if block_type is not None and format != "gguf":
         raise typer.BadParameter(f"--dtype {dtype} needs --format gguf.")
     if max_shard_size is not None and format != "safetensors":

@@ -21,20 +21,30 @@ def verify(
     checkpoint: Checkpoint = None,
     base: Base = None,
     device: Device = "auto",
+    clients: Annotated[
+        bool,
+        typer.Option(
+            "--clients",
+            help="Load DIR in each installed client that reads it (transformers and vLLM, or llama-cpp-python), and "
+            "compare greedy answers with the run's.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a merged model, or the adapter alone, with its run; exits with 1 on a mismatch.
 
-    It also says whether PEFT, vLLM and llama.cpp would load the run's adapter.
+    It also says whether PEFT, vLLM and llama.cpp would load the run's adapter; --clients runs a release in them.
     """
     from qlora.proof import verify as run_verification
 
     run = choose_adapter(run, checkpoint)
-    report = run_verification(run, folder, device, base)
+    report = run_verification(run, folder, device, base, in_clients=clients)
     values = report.as_dict()
     if not as_json:  # one line per client and problem
-        values = {key: value for key, value in values.items() if key not in ("matches", "problems", "clients")}
+        omitted = ("matches", "problems", "clients", "served")
+        values = {key: value for key, value in values.items() if key not in omitted}
         values |= {client: str(verdict) for client, verdict in report.clients.items()}
+        values |= {f"answers in {client}": str(served) for client, served in report.served.items()}
     verdict = "is" if report.matches else "is NOT"
     title = f"{folder or 'The adapter'} {verdict} what {run} trained."
     if folder is not None and report.base_differs:

@@ -1,7 +1,7 @@
 """A run's adapter as rows of the model card."""
 
 from qlora.config import LoraSection
-from qlora.config.sections.train import KeepSection
+from qlora.config.sections.objectives import KeepSection
 
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
 

@@ -1,7 +1,7 @@
 """What a run learned, as rows of the model card."""
 
 from qlora.config import RunConfig
-from qlora.config.sections.train import PREFERENCE_DEFAULTS
+from qlora.config.sections.objectives import PREFERENCE_DEFAULTS
 
 
 def unit_of(objective: str) -> tuple[str, int]:

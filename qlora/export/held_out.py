@@ -10,7 +10,7 @@ import torch
 from qlora.checkpoint import RunDirectory
 from qlora.config import load_config
 from qlora.data import ExampleSet, eval_batches
-from qlora.model import SUPERVISED, Loss, datasets_from_section, evaluate, labels_from_config, load_base
+from qlora.model import SUPERVISED, Loss, datasets_from_section, evaluate, labels_from_config, load_frozen
 
 # Number of training examples that replace held-out ones in a run without them.
 NUM_TRAIN_EXAMPLES = 64
@@ -67,7 +67,7 @@ def written_loss(
     Raises:
         ModelError: The model can't be loaded.
     """
-    model, _ = load_base(
+    model = load_frozen(
         str(folder), "none", compute_dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=loss.head
     )
     mean = evaluate(model, eval_batches(examples, 1), loss=loss).loss

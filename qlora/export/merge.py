@@ -35,8 +35,8 @@ def merge(
     Args:
         run_dir: A finished run, a checkpoint of a run, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A new folder; it appears once everything in it is written.
-        dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16`, `q8_0`,
-            `q5_0` or `q4_0`.
+        dtype: `float16`, `bfloat16` or `float32`; for GGUF `float16`, `bfloat16`, `q8_0`, `q5_0` or `q4_0`, or a
+            type of llama.cpp's own quantizer if that is installed: `q6_k`, `q5_k_m`, `q5_k_s`, `q4_k_m` or `q4_k_s`.
         onto: Base weights to merge onto: `dequantized`, those that a run's adapter was trained on; `original`, those of
             the base's files; or `best`, the ones with the lower loss on a run's held-out examples. `best` needs disk
             space for both and loads each merged model in turn; not for GGUF. None for `dequantized` with a run, and

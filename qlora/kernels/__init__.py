@@ -4,6 +4,7 @@ from qlora.kernels.attention import causal_attention
 from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
+from qlora.kernels.filled import filled_up
 from qlora.kernels.fused import unfused_reason
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.grouped import (
@@ -21,6 +22,7 @@ from qlora.kernels.grouped import (
 from qlora.kernels.kl_divergence import linear_kl_divergence
 from qlora.kernels.log_probs import linear_log_probs
 from qlora.kernels.norm import RMSNorm
+from qlora.kernels.packed import PackedWeight, can_pack
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
 from qlora.kernels.rotary import rotate
@@ -35,14 +37,17 @@ __all__ = [
     "ExpertGroup",
     "GatedProduct",
     "LowRank",
+    "PackedWeight",
     "RMSNorm",
     "ROWS_PER_TOKEN",
     "Recipe",
     "SparseRows",
+    "can_pack",
     "causal_attention",
     "dequantize_4bit_plain",
     "experts_at_once",
     "experts_path",
+    "filled_up",
     "fold",
     "fold_group",
     "group_experts",

@@ -22,6 +22,7 @@ from qlora.layers.sinks import (
     varlen_with_sinks,
 )
 from qlora.layers.states import ARGUMENT, takes_lengths
+from qlora.layers.varlen import reason_for_model, reason_for_tensors
 from qlora.lora import reads_images
 
 NAME = "qlora_documents"
@@ -52,7 +53,8 @@ def use_document_attention(model: Any) -> tuple[str, str | None]:
     _register()
     set_text_attention(model, NAME)
     if model.device.type == "cuda":
-        kernel = "varlen_attn"
+        unusable = reason_for_model(model)
+        kernel = "varlen_attn" if unusable is None else f"a document at a time: {unusable}"
     else:
         by_blocks = _takes_blocks(model, has_sinks(model))
         kernel = f"products of blocks to {MAX_LENGTH:,} tokens" if by_blocks else "a document at a time"
@@ -134,7 +136,7 @@ def document_attention(
     if attention_mask is not None and attention_mask.shape == NO_MASK:
         attention_mask = None
     lengths = [query.shape[2]] if cu_seq_lens_q is None else list(document_lengths)
-    if not (_takes_varlen(query) or lengths):
+    if not lengths:
         raise ValueError("packed documents need their lengths (document_lengths) in addition to cu_seq_lens_q")
     is_whole = attention_mask is None and query.shape[2] == key.shape[2]
     if is_whole and max(lengths, default=0) <= MAX_LENGTH and _takes_blocks(query, s_aux is not None):
@@ -148,7 +150,7 @@ def document_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if _takes_varlen(query):
+    if _takes_varlen(query, value):
         return _varlen(query, key, value, scaling, sliding_window, s_aux, cu_seq_lens_q, max_length_q), None
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
@@ -165,9 +167,9 @@ def _takes_blocks(computed: Any, with_sinks: bool) -> bool:
     return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not with_sinks
 
 
-def _takes_varlen(query: torch.Tensor) -> bool:
+def _takes_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Return whether torch's kernel for packed documents computes attention."""
-    return query.is_cuda
+    return query.is_cuda and reason_for_tensors(query, value) is None
 
 
 def _attend(
@@ -179,13 +181,21 @@ def _attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     length = query.shape[2]
-    if sinks is not None and query.is_cuda:
+    is_fast = _takes_varlen(query, value)
+    if sinks is not None and is_fast:
         starts = torch.tensor([0, length], dtype=torch.int32, device=query.device)
         rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
         return torch.cat([_varlen(*row, scaling, window, sinks, starts, length).transpose(1, 2) for row in rows])
+    if sinks is not None and query.is_cuda:
+        return masked_with_sinks(query, key, value, sinks, scaling, near_mask(length, window, query.device))
     if sinks is not None:
         return attend_with_sinks(query, key, value, sinks, scaling, window)
-    if window is None or length <= window:
+    is_masked = window is not None and length > window
+    if query.is_cuda and (is_masked or not is_fast):
+        # Of torch's kernels for GPUs, only FlashAttention takes fewer key heads; without one, all scores are in memory.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    if not is_masked:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     near = near_mask(length, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, near, scale=scaling, enable_gqa=True)

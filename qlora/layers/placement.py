@@ -1,125 +1,15 @@
-"""Frozen weights in host memory, two layers on the device at a time; and what all placements share.
-
-The packed weights of a layer and their statistics are one run of bytes. Two slots of device memory hold two layers;
-every weight of a layer is a view of its layer's slot, and reading a weight fetches the layer. The next layer is copied
-while the current one computes. `torch.distributed.fsdp.fully_shard` with `CPUOffloadPolicy` could do this as well, but
-with one process it copies on the stream that computes, so that nothing overlaps (`FSDPParamGroup.unshard` of torch 2.13
-skips its own streams if the group has one process).
-"""
+"""Where frozen weights are kept: what all places have in common, and the bytes that they take and copy."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple, Protocol
-
-import torch
 
 from qlora.errors import ModelError
 from qlora.layers.recompute import checkpointed_layers
-from qlora.layers.slots import PackedWeight, Slot, StoredLayer
+from qlora.layers.slots import NUM_SLOTS, PackedWeight
 from qlora.nf4 import NF4Experts, NF4Linear
 
 KINDS = ("device", "sharded", "host")
-NUM_SLOTS = 2
-
-
-class HostWeights:
-    """The packed weights of a model's layers in host memory, of which two layers at a time are on the device.
-
-    Args:
-        device: Device that computes.
-
-    Attributes:
-        kind: Where the weights are kept.
-        num_fetched: Number of layers that came to a slot so far.
-    """
-
-    kind = "host"
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_fetched = 0
-        self._device = device
-        self._stored: dict[int, StoredLayer] = {}
-        self._layers: list[StoredLayer] = []
-        self._slots: list[Slot] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last = -1
-
-    @property
-    def layer_bytes(self) -> list[int]:
-        """Bytes of each layer, in the model's order."""
-        return [layer.num_bytes for layer in self._layers]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes in host memory."""
-        return sum(self.layer_bytes)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes on the device that layers come to."""
-        return sum(slot.content.nbytes for slot in self._slots)
-
-    def has(self, index: int) -> bool:
-        """Return whether a layer of the model is stored."""
-        return index in self._stored
-
-    @torch.no_grad()
-    def store(self, index: int, layer: Any, weights: Sequence[PackedWeight]) -> None:
-        """Take over the weights of a layer; they can be read again after :meth:`finish`.
-
-        Args:
-            index: Index of the layer in the model.
-            layer: The layer, which is not changed.
-            weights: Its packed weights.
-        """
-        self._stored[index] = StoredLayer(weights, pinned=self._device.type == "cuda")
-
-    @torch.no_grad()
-    def finish(self, model: Any) -> None:
-        """Allocate the slots, make all stored weights readable, and move the rest of the model to the device."""
-        self._layers = [layer for _, layer in sorted(self._stored.items())]
-        most = max(self.layer_bytes)
-        self._slots = [Slot(most, self._device) for _ in self._layers[:NUM_SLOTS]]
-        for number, layer in enumerate(self._layers):
-            layer.use(self._slot(number).content, partial(self.need, number))
-        model.to(self._device)  # now, because the weights' stand-ins would become as large as the weights
-
-    def need(self, number: int) -> None:
-        """Fetch a layer to its slot if it is not there, and start to fetch the one that is read after it."""
-        slot = self._slot(number)
-        if slot.layer != number:
-            self._fetch(number)
-        slot.wait()
-        if number == self._last:
-            return
-        # Layers are read upwards in a forward pass and downwards in a backward pass.
-        following = number - 1 if 0 < number < self._last else number + 1
-        self._last = number
-        if following < len(self._layers) and self._slot(following).layer != following:
-            self._fetch(following)
-
-    def together(self) -> AbstractContextManager[None]:
-        """Return a context without effect: each process has its own weights."""
-        return nullcontext()
-
-    def _fetch(self, number: int) -> None:
-        slot, layer = self._slot(number), self._layers[number]
-        content = slot.content[: layer.num_bytes]
-        slot.wait()
-        slot.layer = number
-        self.num_fetched += 1
-        if self._stream is None:
-            layer.copy_to(content)
-            return
-        # The slot's memory may still be read by the layer that was there.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            layer.copy_to(content)
-            slot.event = self._stream.record_event()
-
-    def _slot(self, number: int) -> Slot:
-        return self._slots[number % len(self._slots)]
 
 
 class Placement(Protocol):
@@ -150,7 +40,7 @@ class PlacedBytes(NamedTuple):
     Attributes:
         device: Bytes on the device.
         host: Bytes in host memory.
-        copied: Bytes that come to the device from elsewhere in a forward and a backward pass through all layers.
+        copied: Bytes that come to the device from elsewhere in the passes of a micro-batch.
     """
 
     device: int
@@ -158,7 +48,9 @@ class PlacedBytes(NamedTuple):
     copied: int
 
 
-def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0) -> PlacedBytes:
+def placed_bytes(
+    kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0, passes: str = "FB"
+) -> PlacedBytes:
     """Return what placed weights take.
 
     Args:
@@ -166,15 +58,19 @@ def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, statistic
         layers: Bytes of each layer with packed weights.
         num_processes: Number of processes that share them.
         statistics_share: Share of the bytes that are the codes' statistics, which are not split.
+        passes: Passes of a micro-batch through all layers in their order: `F` forward, `B` backward.
     """
     largest = min(NUM_SLOTS, len(layers)) * max(layers)
     if kind == "sharded":  # its part, the layer that computes, and the buffer that this was gathered in
         statistics = int(statistics_share * sum(layers))
         part = -(-(sum(layers) - statistics) // num_processes)
-        return PlacedBytes(statistics + part + largest, 0, 2 * (num_processes - 1) * part)
-    # The last layers are there after a forward pass, and the first ones after a backward pass.
-    copied = 2 * sum(layers) - sum(layers[:NUM_SLOTS]) - sum(layers[-NUM_SLOTS:])
-    return PlacedBytes(largest, sum(layers), max(copied, 0))
+        return PlacedBytes(statistics + part + largest, 0, len(passes) * (num_processes - 1) * part)
+    # The last layers are there after a forward pass, and the first ones after a backward pass; a pass in the other
+    # direction begins with them. Before the first pass comes the last one of the micro-batch before.
+    there = {"FB": sum(layers[-NUM_SLOTS:]), "BF": sum(layers[:NUM_SLOTS])}
+    pairs = [before + after for before, after in zip(passes[-1] + passes, passes, strict=False)]
+    copied = sum(sum(layers) - there.get(pair, 0) for pair in pairs) if len(layers) > NUM_SLOTS else 0
+    return PlacedBytes(largest, sum(layers), copied)
 
 
 def packed_weights(layer: Any) -> list[PackedWeight]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.layers.slots import PackedWeight
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 
 # What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
@@ -116,7 +117,7 @@ class ShardedWeights:
                 self._serve()
         except BaseException as error:
             self._processes.leave()
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise ModelError(
                     "Memory ran out. With model.weights: sharded this can't be tried again with less, because the "
                     "other processes wait for this one's part of the weights; set model.recompute: full, or lower "

@@ -11,6 +11,8 @@ import torch
 ALIGNMENT = 256
 # Host memory is allocated in pieces of this size, because torch rounds each that is pinned up to a power of two.
 PIECE_BYTES = 1 << 23
+# Layers on the device at a time: the one that computes, and the next one.
+NUM_SLOTS = 2
 
 
 class PackedWeight(Protocol):

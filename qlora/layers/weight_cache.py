@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from qlora.layers.packed_linears import PackedLinear, packed_linears
 from qlora.lora import lora_experts
 from qlora.nf4 import NF4Experts, NF4Linear
 
@@ -30,20 +31,27 @@ def cache_weights(model: Any, num_bytes: float) -> int:
 def temporarily_cached_linears(model: Any, num_bytes: float) -> Iterator[None]:
     """Keep the dequantized weights of as many linear layers as fit until the context ends; cached ones stay cached.
 
-    Experts are left out: a few tokens go to few of them, and to dequantize all takes longer.
+    Where that is faster, they are packed, see :func:`packed_linears`. Experts are left out: a few tokens go to few of
+    them, and to dequantize all takes longer.
 
     Args:
-        model: A model with `NF4Linear`s.
+        model: A model with `NF4Linear`s, in evaluation mode.
         num_bytes: Number of bytes that may be taken.
     """
-    linears = [module for module in model.modules() if isinstance(module, NF4Linear) and not module.is_cached]
-    try:
-        for _ in _cache(model, linears, num_bytes):
-            pass
-        yield
-    finally:
-        for linear in linears:
-            linear.uncache_weight()
+    with packed_linears(model, num_bytes) as remaining:
+        packed = {part for each in model.modules() if isinstance(each, PackedLinear) for part in each.modules()}
+        linears = [
+            each
+            for each in model.modules()
+            if isinstance(each, NF4Linear) and not each.is_cached and each not in packed
+        ]
+        try:
+            for _ in _cache(model, linears, remaining):
+                pass
+            yield
+        finally:
+            for linear in linears:
+                linear.uncache_weight()
 
 
 def _cache(model: Any, layers: Sequence[QuantizedLayer], num_bytes: float) -> Iterator[QuantizedLayer]:

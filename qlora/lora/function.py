@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Delta, fold, recipe_of, row_norms, save_first, scale_rows, scratch
+from qlora.kernels import Delta, filled_up, fold, recipe_of, row_norms, save_first, scale_rows, scratch
 from qlora.kernels.rebuild import Source
 from qlora.lora.spec import FORMS
 
@@ -126,8 +126,11 @@ def _products(
     if torch.is_grad_enabled():
         # First, so that a recomputation ends here where these products are the last of its region.
         saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
-        found = _LoraLinears.apply(rows, saved, calls, None if recipe is None else recipe.source, *factors)
+        filled = filled_up(rows)
+        found = _LoraLinears.apply(filled, saved, calls, None if recipe is None else recipe.source, *factors)
         ys, norms = found[: len(calls)], found[len(calls) :]
+        if filled is not rows:
+            ys = [y[: len(rows)] for y in ys]
     else:  # for a single token, the bookkeeping of a backward takes as long as the product
         remaining = iter(factors)
         ys, norms = zip(*(call.product(rows, call.take(remaining)) for call in calls), strict=True)
@@ -308,7 +311,7 @@ class _LoraLinears(torch.autograd.Function):
         tensors: tuple[torch.Tensor, ...] = ctx.saved.saved_tensors
         factors, inputs = iter(tensors[: len(needed)]), tensors[len(needed) :]
         x = inputs[0] if ctx.source is None else ctx.source.build(*inputs)
-        rows, remaining = x.reshape(-1, x.shape[-1]), iter(needed)
+        rows, remaining = filled_up(x.reshape(-1, x.shape[-1])), iter(needed)
         grad_x, found = None, list[torch.Tensor | None]()
         for call, grad in zip(calls, grads, strict=False):
             deltas, asked = call.deltas(call.take(factors), x.dtype), call.take(remaining)

@@ -2,8 +2,12 @@
 
 An embedding looks up its rows there, and only those go to the device. A head goes to the device as a whole whenever it
 is used, and its memory is free again afterwards.
+
+The host reads the ids of an embedding, so it waits for the GPU at the beginning of each forward pass: the ids are
+copied to the GPU in the order of its work. A copy of them on the host would have to come with the batch.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,6 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora.lora.head import embedding_and_head, input_embedding, output_head
+
+# The head is pinned in pieces of this size, because torch rounds memory that is pinned up to a power of two.
+PIECE_BYTES = 1 << 23
 
 
 class _HostRows(nn.Module):
@@ -20,19 +27,20 @@ class _HostRows(nn.Module):
         base: The frozen layer; an empty weight keeps its dtype and device.
 
     Attributes:
-        rows: The weight on the host, (rows, features).
+        pieces: The weight on the host in blocks of consecutive rows, (rows, features) each.
     """
 
     def __init__(self, base: Any) -> None:
         super().__init__()
         weight = base.weight.data
-        self.rows = weight.cpu().pin_memory() if weight.is_cuda else weight
-        base.weight = nn.Parameter(weight.new_empty(0, weight.shape[1]), requires_grad=False)
+        self.num_rows, self.num_features = weight.shape
+        self.pieces = [weight.cpu() if weight.is_cuda else weight]
+        base.weight = nn.Parameter(weight.new_empty(0, self.num_features), requires_grad=False)
         self.base = base
 
     def extra_repr(self) -> str:
         """Return the sizes."""
-        return f"{self.rows.shape[0]}, {self.rows.shape[1]}, on the host"
+        return f"{self.num_rows}, {self.num_features}, on the host"
 
 
 class HostEmbedding(_HostRows):
@@ -45,17 +53,36 @@ class HostEmbedding(_HostRows):
     @property
     def num_embeddings(self) -> int:
         """Number of ids that have rows."""
-        return len(self.rows)
+        return self.num_rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map (...) to (..., features)."""
-        table = F.embedding(ids.flatten().cpu(), self.rows).to(self.base.weight.device)
+        (rows,) = self.pieces
+        table = F.embedding(ids.flatten().cpu(), rows).to(self.base.weight.device)
         in_table = torch.arange(ids.numel(), device=table.device).view(ids.shape)
         return torch.func.functional_call(self.base, {"weight": table}, (in_table,))
 
 
 class HostHead(_HostRows):
-    """An output head over the vocabulary."""
+    """An output head over the vocabulary.
+
+    Args:
+        base: The frozen layer.
+        piece_bytes: Bytes of the pieces that the weight is kept in; None for one piece, unless it is pinned.
+
+    Attributes:
+        num_copied: Number of times that the weight came to the device.
+    """
+
+    def __init__(self, base: Any, piece_bytes: int | None = None) -> None:
+        super().__init__(base)
+        is_pinned = self.base.weight.is_cuda
+        if is_pinned or piece_bytes is not None:
+            (weight,) = self.pieces
+            most = max(1, (piece_bytes or PIECE_BYTES) // weight[0].nbytes)
+            self.pieces = [torch.empty_like(own, pin_memory=is_pinned).copy_(own) for own in weight.split(most)]
+        self.num_copied = 0
+        self._copy: weakref.ref[torch.Tensor] | None = None
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -63,8 +90,26 @@ class HostHead(_HostRows):
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """Return the weight, (rows, features), as a single block on the device."""
-        return (self.rows.to(self.base.weight.device, non_blocking=True),)
+        """Return the weight, (rows, features), as a single block on the device.
+
+        It is not copied while an earlier copy is in use, as in a loss that compares predictions with the base's.
+        """
+        weight = None if self._copy is None else self._copy()
+        if weight is None:
+            weight = self._on_device()
+            self._copy = weakref.ref(weight)
+            self.num_copied += 1
+        return (weight,)
+
+    def _on_device(self) -> torch.Tensor:
+        """Return the weight on the device, as a tensor that is in use by itself where that is the host."""
+        device = self.base.weight.device
+        if len(self.pieces) == 1:
+            return self.pieces[0].to(device, non_blocking=True).view(self.num_rows, self.num_features)
+        weight = torch.empty(self.num_rows, self.num_features, dtype=self.base.weight.dtype, device=device)
+        for own, piece in zip(weight.split([len(piece) for piece in self.pieces]), self.pieces, strict=True):
+            own.copy_(piece, non_blocking=True)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., features) to (..., rows)."""
@@ -97,6 +142,6 @@ def keep_rows_on_host(model: Any) -> None:
             model.set_submodule(name, HostHead(layer).train(model.training))
 
 
-def host_rows(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights of a model that are on the host by :func:`keep_rows_on_host`, by their layers' names."""
-    return {name: module.rows for name, module in model.named_modules() if isinstance(module, _HostRows)}
+def host_rows(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return the weights of a model that are on the host by :func:`keep_rows_on_host`, in pieces, by layers' names."""
+    return {name: module.pieces for name, module in model.named_modules() if isinstance(module, _HostRows)}

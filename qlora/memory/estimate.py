@@ -46,6 +46,7 @@ class Estimate:
         of_images: Whether the sequences are images.
         weights: Where the 4-bit weights of the layers are.
         processes: Number of processes of the run, each with a device and micro-batches of its own.
+        host_free: Bytes of host memory that each process may take, besides a device of its own; None if not known.
     """
 
     footprint: Footprint
@@ -59,6 +60,7 @@ class Estimate:
     of_images: bool = False
     weights: str = "device"
     processes: int = 1
+    host_free: int | None = None
 
     @property
     def placed(self) -> PlacedBytes:
@@ -67,10 +69,12 @@ class Estimate:
         if self.weights == "device" or not packed:
             return PlacedBytes(0, 0, 0)
         footprint = self.footprint
-        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share)
-        # The head is used once in a micro-batch.
+        passes = footprint.passes
+        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share, passes.order)
         return PlacedBytes(
-            layers.device, layers.host + footprint.embedding + footprint.head, layers.copied + footprint.head
+            layers.device,
+            layers.host + footprint.embedding + footprint.head,
+            layers.copied + passes.head_copies * footprint.head,
         )
 
     @property
@@ -117,6 +121,26 @@ class Estimate:
         """Return the sum of :meth:`bytes_by_kind`."""
         return sum(self.bytes_by_kind(level, tokens, row).values())
 
+    def host_bytes(self, level: str, tokens: int) -> int:
+        """Return the bytes of each process in host memory: placed weights, and layer inputs that are offloaded.
+
+        Args:
+            level: One of `levels`.
+            tokens: Number of tokens of the micro-batch.
+        """
+        if not level.startswith("offload"):
+            return self.placed.host
+        # What the layers keep on the device where they are computed again, and nothing is offloaded.
+        return self.placed.host + max(0, self.total_bytes("full", tokens) - self.total_bytes(level, tokens))
+
+    def fits_host(self, level: str, tokens: int) -> bool:
+        """Return whether a micro-batch leaves the margin of the host's memory free.
+
+        True if that is not known, or the host is the device.
+        """
+        is_counted = self.host_free is not None and self.device.type != "cpu"
+        return not is_counted or self.host_bytes(level, tokens) <= (1 - MARGIN) * (self.host_free or 0)
+
     @property
     def update_bytes(self) -> int:
         """Bytes in use during the optimizer's step, when there are no activations."""
@@ -134,8 +158,8 @@ class Estimate:
         return most if self.footprint.positions is None else min(most, self.footprint.positions)
 
     def fits(self, level: str, free_bytes: int, tokens: int, row: int | None = None) -> bool:
-        """Return whether a micro-batch leaves the margin free."""
-        return self.total_bytes(level, tokens, row) <= (1 - MARGIN) * free_bytes
+        """Return whether a micro-batch leaves the margin free, on the device and on the host."""
+        return self.total_bytes(level, tokens, row) <= (1 - MARGIN) * free_bytes and self.fits_host(level, tokens)
 
     def weight_cache_layers(self, free_bytes: int, level: str, tokens: int) -> int:
         """Return the number of layers, from the first, whose dequantized weights fit with the margin.
@@ -228,7 +252,7 @@ def choose_level(
         levels: Levels to choose from; default: all.
 
     Raises:
-        ModelError: No level fits.
+        ModelError: No level fits the device, or the host.
     """
     levels = estimate.levels if levels is None else levels
     free = f"{free_bytes / 2**30:.2f} GiB, of which {MARGIN:.0%} stay free"
@@ -240,10 +264,39 @@ def choose_level(
                 return level, needed
             return level, f"{needed}; {previous} would take {_gib(estimate.total_bytes(previous, tokens))}"
         previous = level
+    if of_device := [level for level in levels if estimate.total_bytes(level, tokens) <= (1 - MARGIN) * free_bytes]:
+        check_host(estimate, tokens, of_device)
     least = min(estimate.total_bytes(level, tokens) for level in levels)
     raise ModelError(
         f"A micro-batch of {tokens:,} tokens needs at least {_gib(least)}, but the device has {free}. Lower "
         "train.micro_batch_size, data.max_seq_len or lora.rank, or use a smaller base."
+    )
+
+
+def check_host(estimate: Estimate, tokens: int, levels: Sequence[str]) -> None:
+    """Check that the host has memory for weights that are kept there, and for layer inputs that are offloaded.
+
+    Args:
+        estimate: Prediction for the run.
+        tokens: Number of tokens of the largest micro-batch.
+        levels: Levels of recomputation, of which one is enough.
+
+    Raises:
+        ModelError: Every level needs more.
+    """
+    if any(estimate.fits_host(level, tokens) for level in levels):
+        return
+    least = min(levels, key=lambda level: estimate.host_bytes(level, tokens))
+    of_weights = estimate.placed.host
+    remedy = (
+        "split them over more GPUs with model.weights: sharded, or use a smaller base"
+        if of_weights
+        else "set model.recompute: full, or lower train.micro_batch_size or data.max_seq_len"
+    )
+    raise ModelError(
+        f"{'model.weights: host' if of_weights else f'model.recompute: {least}'} takes "
+        f"{_gib(estimate.host_bytes(least, tokens))} of host memory for each process, but there are "
+        f"{_gib(estimate.host_free or 0)}, of which {MARGIN:.0%} stay free. Stop other programs, {remedy}."
     )
 
 

@@ -13,9 +13,11 @@ from qlora.errors import ModelError
 from qlora.layers import apply_recompute, cache_weights, recompute_levels
 from qlora.layers.placement import placed_weights, uneven_passes
 from qlora.lora import RecomputedWeights, choose_form
+from qlora.lora.host_rows import host_rows
 from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
 from qlora.memory.probe import measure_peak, run_passes
-from qlora.model import Loss
+from qlora.model import Loss, free_host_bytes
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 
 # Share of the host's free memory that the weight cache may take; other programs need some too.
@@ -31,7 +33,7 @@ class Fit:
         why: Reason for the level.
         num_cached: Number of dequantized weights that are cached.
         estimated: Predicted bytes of the largest micro-batch, without cached weights; None if they are not known.
-        measured: Bytes that the allocator measured for it; None if it was not tried.
+        measured: Bytes that the allocator reserved for it; None if it was not tried.
         available: Bytes that the run may take.
         by_kind: The predicted bytes by kind; None if they are not known.
     """
@@ -64,9 +66,9 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
     available = int(-processes.max(-available))
-    placed = placed_weights(model)
+    placed, host_free = placed_weights(model), _host_free(model, processes)
     try:
-        expected, unknown = estimate(config, loss, device), ""
+        expected, unknown = replace(estimate(config, loss, device), host_free=host_free), ""
         if placed is not None:
             expected = replace(expected, weights=placed.kind, processes=processes.world_size)
     except ModelError as error:
@@ -82,6 +84,8 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         why = f"the memory of a step is unknown: {unknown}"
     else:
         levels = [level for level in levels if level in expected.levels]
+        # A trial with too little host memory would not be refused, but killed.
+        levels = [level for level in levels if expected.fits_host(level, tokens)] or levels
         try:
             level, why = choose_level(expected, available, tokens, levels)
         except ModelError as error:
@@ -170,13 +174,20 @@ def settle_level(
 
 
 def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
-    """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out."""
+    """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out.
+
+    They are those that the allocator reserves, which are more than those of tensors where its memory is fragmented:
+    nothing else can use them.
+    """
     apply_recompute(model, level)
+    torch.cuda.empty_cache()  # what loading reserved is free for the trial
     try:
         with uneven_passes(model):
-            peak = measure_peak(lambda: run_passes(model, batch, loss), model.device)
-        return peak + CUDA_CONTEXT_BYTES
-    except torch.OutOfMemoryError:
+            measure_peak(lambda: run_passes(model, batch, loss), model.device)
+        return torch.cuda.max_memory_reserved(model.device) + CUDA_CONTEXT_BYTES
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return math.inf
     finally:
         RecomputedWeights.clear()
@@ -190,6 +201,14 @@ def _is_cache_used(config: RunConfig, tokens: int, device: torch.device) -> bool
     lora = config.lora
     form = choose_form(lora.form, tokens, device, lora.dropout, lora.kind == "dora")
     return config.model.quantization == "nf4" and (device.type == "cpu" or form == "separate")
+
+
+def _host_free(model: Any, processes: Processes) -> int:
+    """Return the host memory that each process may take, with what its weights take there already."""
+    placed = placed_weights(model)
+    taken = placed.stored_bytes if placed is not None and placed.kind == "host" else 0
+    taken += sum(piece.nbytes for pieces in host_rows(model).values() for piece in pieces)
+    return int(-processes.max(-(free_host_bytes() + taken)))
 
 
 def _num_bytes(model: Any) -> int:

@@ -20,6 +20,7 @@ from qlora.lora.host_rows import rows_for_host
 from qlora.lora.mixture import ExpertStack, expert_stacks, experts_per_token
 from qlora.memory.meta_layers import Stack, set_attention
 from qlora.memory.meta_step import trace_levels
+from qlora.memory.passes import Passes, count_passes
 from qlora.memory.timeline import Moment
 from qlora.model import (
     BITSANDBYTES_4BIT,
@@ -61,6 +62,7 @@ class Footprint:
         held: For each level, the fastest first, the moments that may be the peak.
         embedding: Bytes of an embedding that is on the host where the layers are not on the device.
         head: Bytes of such a head, which is on the device while it is used.
+        passes: Passes of a micro-batch through the layers.
         products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
         layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
         statistics_share: Share of the bytes of 4-bit weights that are their statistics.
@@ -78,6 +80,7 @@ class Footprint:
     held: dict[str, list[Moment]]
     embedding: int
     head: int
+    passes: Passes
     products: int
     layers_packed: list[int]
     statistics_share: float
@@ -170,6 +173,7 @@ def take_footprint(
         set_attention(model, config, device, row, packed=config.data.packs and unpacked_why is None)
         stack.reduce(config, device, tokens)
         held = trace_levels(stack, device, loss)
+        passes = count_passes(stack, loss)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -183,6 +187,7 @@ def take_footprint(
         held=held,
         embedding=sum(each for name, each in on_host.items() if name != head_name),
         head=on_host.get(head_name, 0),
+        passes=passes,
         products=products,
         layers_packed=packed,
         statistics_share=1 - codes / (sum(in_4bit.values()) or 1),

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.data import Batch
 from qlora.kernels.head import default_chunk
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
-from qlora.lora import head_blocks, output_head, reads_images, trained_rows
+from qlora.lora import head_blocks, output_head, trained_rows
 from qlora.memory.meta_layers import Stack
 from qlora.memory.timeline import HEAD, Bytes, Held, Moment, Timeline
 from qlora.model.loss import Loss
+from qlora.model.on_meta import OnMeta, meta_batch
 
 # Divides no size, so that every size counts as independent of the tokens.
 NEVER = (1 << 61) - 1
@@ -33,7 +33,7 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
         For each level, the fastest first, the memory at each moment that may be the peak.
     """
     model = stack.model
-    with Timeline(1):
+    with OnMeta():
         rebuild_activations(model)
     levels = recompute_levels(model)
     whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
@@ -97,15 +97,8 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
         divisor: Sizes that are multiples of it depend on the tokens; `tokens` if not given.
     """
     model, layers, size = stack.model, stack.layers, loss.group_size
-    count, length = (tokens, 1) if reads_images(model) else (size, tokens)
-    ids = torch.empty(1, count * length, dtype=torch.long, device="meta")
-    batch = Batch(
-        input_ids=ids, position_ids=ids, attention_mask=None, labels=ids,
-        supervised=torch.empty(supervised * size, dtype=torch.long, device="meta"), weights=None,
-        cu_seq_lens=torch.arange(0, (count + 1) * length, length, dtype=torch.int32), lengths=(length,) * count,
-        counts=(supervised,) * count, weight_sums=(supervised,) * count,
-        values={name: value.to("meta").expand(count, *value.shape) for name, value in loss.columns.items()},
-    )  # fmt: skip
+    batch = meta_batch(model, loss, tokens, supervised)
+    ids, traced = batch.input_ids, batch.input_ids.numel()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad_dtype = torch.float32
@@ -114,7 +107,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     rows = {parameter.numel() for _, rows in trained_rows(model) for parameter in rows.trained}
     sizes = {numel * dtype.itemsize for numel in rows for dtype in (torch.float32, model.dtype)}
-    timeline, starts = Timeline(divisor or tokens, known, sizes, traced=count * length), []
+    timeline, starts = Timeline(divisor or tokens, known, sizes, traced=traced), []
     is_backward = False
 
     def move(place: int) -> None:

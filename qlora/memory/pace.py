@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qlora.memory.cards import Card
 from qlora.memory.estimate import Estimate
+from qlora.memory.passes import BACKWARD, FORWARD
 
 # Shares of a data sheet's rates that programs reach: assumed, not measured.
 FLOPS_SHARE, BUS_SHARE = 0.5, 0.8
@@ -36,7 +37,8 @@ def pace_of(estimate: Estimate, level: str, card: Card) -> Pace:
         card: GPU of each process.
     """
     # Forward, the gradient of the inputs, and the forward again.
-    times = 3 if level in RECOMPUTED else 2
+    order = estimate.footprint.passes.order
+    times = order.count(FORWARD) + order.count(BACKWARD) * (2 if level in RECOMPUTED else 1)
     per_token = 2 * times * estimate.footprint.products / (FLOPS_SHARE * card.flops)
     copied = estimate.placed.copied
     copy = copied / (BUS_SHARE * card.bus)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from qlora.config import ModelSection, RunConfig
 from qlora.errors import ConfigError, ModelError
-from qlora.memory.estimate import Estimate, available_bytes, choose_level, estimate
-from qlora.model import Loss
+from qlora.memory.estimate import Estimate, available_bytes, check_host, choose_level, estimate
+from qlora.model import Loss, free_host_bytes
 from qlora.processes import Processes
 
 
@@ -36,25 +36,36 @@ def choose_weights(
         processes: Processes of the run.
         lengths: Number of tokens of each training document.
         packed: Whether documents are packed.
+
+    Raises:
+        ModelError: They should be on the host, which has too little memory for them.
     """
-    section = config.model
-    if section.weights != "auto":
-        return section.weights, "set by model.weights"
-    if section.quantization == "none":
+    section, is_given = config.model, config.model.weights != "auto"
+    given = section.weights, "set by model.weights"
+    if is_given and section.weights != "host":
+        return given
+    if section.quantization == "none" and not is_given:
         return "device", "they are in 16 bits"
     if processes.device.type == "cpu":
-        return "device", "the device is the host"
-    available = int(-processes.max(-available_bytes(processes.device)))
+        return given if is_given else ("device", "the device is the host")
+    # Each process has a GPU of its own, which may differ in more than its memory.
+    available, host_free = (
+        int(-processes.max(-free)) for free in (available_bytes(processes.device), free_host_bytes())
+    )
     try:
         expected = estimate(config, loss, processes.device)
     except ModelError as error:
-        return processes.broadcast(("device", f"the memory of a step is unknown: {error}"))
+        return processes.broadcast(given if is_given else ("device", f"the memory of a step is unknown: {error}"))
     # Of the largest micro-batch that the data make.
     count = config.train.micro_batch_size * expected.group_size
     tokens = min(expected.tokens, sum(lengths) if packed else sum(sorted(lengths)[-count:]))
-    expected = replace(expected, processes=processes.world_size)
-    # Each process has a GPU of its own, which may differ in more than its memory.
-    return processes.broadcast(first_that_fits(expected, available, tokens, config.model.recompute))
+    expected = replace(expected, processes=processes.world_size, host_free=host_free)
+    level = section.recompute
+    found = given if is_given else first_that_fits(expected, available, tokens, level)
+    weights, why = processes.broadcast(found)
+    if weights == "host":
+        check_host(replace(expected, weights=weights), tokens, levels_of(expected, level))
+    return weights, why
 
 
 def first_that_fits(
@@ -69,7 +80,7 @@ def first_that_fits(
         level: Level of recomputation that the config asks for; `auto` for the fastest one that fits.
     """
     reason, tokens = "they fit on the device", expected.tokens if tokens is None else tokens
-    levels = expected.levels if level == "auto" else [each for each in expected.levels if each == level]
+    levels = levels_of(expected, level)
     for weights in places_of(expected):
         try:
             choose_level(replace(expected, weights=weights), available, tokens, levels)
@@ -78,6 +89,14 @@ def first_that_fits(
         else:
             return weights, reason
     return weights, reason
+
+
+def levels_of(expected: Estimate, level: str) -> list[str]:
+    """Return the levels of recomputation that a config allows: one, or all with `auto`.
+
+    All with one that the model does not have, too, which is refused where it is applied.
+    """
+    return [level] if level in expected.levels else expected.levels
 
 
 def places_of(expected: Estimate) -> list[str]:

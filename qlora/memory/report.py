@@ -29,10 +29,11 @@ class MemoryReport:
         weights: Where the 4-bit weights of the layers would be; `levels` are for that place.
         weights_why: Reason for it.
         processes: Number of processes, each with a GPU of this size.
+        host_free_bytes: Bytes of host memory that each process may take besides its device; None for another machine.
         places: For each place, the fastest first: the `level` that fits or else takes least, its `total` bytes on the
-            device, whether it `fits`, `host_bytes` and `copied_bytes` per process, the latter in an optimizer step; and
-            for a GPU that is named, `compute_seconds` and `copy_seconds` of an optimizer step on paper and the number
-            of tokens of a micro-batch from which the copies take no extra time, `hidden_from`.
+            device, whether it `fits` device and host, `host_bytes` and `copied_bytes` per process, the latter in an
+            optimizer step; and for a GPU that is named, `compute_seconds` and `copy_seconds` of an optimizer step on
+            paper and the number of tokens of a micro-batch from which the copies take no extra time, `hidden_from`.
         unpacked_why: Why documents would not be packed, as far as the architecture tells; None if it does not.
     """
 
@@ -49,6 +50,7 @@ class MemoryReport:
     weights: str
     weights_why: str
     processes: int
+    host_free_bytes: int | None
     places: dict[str, dict[str, Any]]
     unpacked_why: str | None = None
 
@@ -71,7 +73,7 @@ def make_report(
     """Compare a prediction with the free memory.
 
     Args:
-        estimate: The prediction, with its number of processes.
+        estimate: The prediction, with its number of processes and the free memory of the host.
         free_bytes: Bytes that the run may take on each device.
         level: Level of recomputation that the config asks for; `auto` for the fastest one that fits.
         weights: Where the config asks the weights to be; `auto` for the first place that fits.
@@ -121,6 +123,7 @@ def make_report(
         weights=weights,
         weights_why=weights_why,
         processes=estimate.processes,
+        host_free_bytes=estimate.host_free,
         places=places,
         unpacked_why=estimate.footprint.unpacked_why,
     )
@@ -139,7 +142,7 @@ def _describe_place(
         "level": chosen,
         "total": totals[chosen],
         "fits": bool(fitting),
-        "host_bytes": placed.host,
+        "host_bytes": estimate.host_bytes(chosen, estimate.tokens),
         "copied_bytes": placed.copied * micro_batches,
     }
     if card is not None:

@@ -1,7 +1,7 @@
 """A base in 4 bits with adapters on it: loading, loss, evaluation, generation."""
 
 from qlora.model.answers import answer_all
-from qlora.model.base import load_base
+from qlora.model.base import load_base, load_frozen
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.evaluate import Evaluation, evaluate
@@ -83,6 +83,7 @@ __all__ = [
     "labels_from_config",
     "load_base",
     "load_for_training",
+    "load_frozen",
     "load_generation_config",
     "find_foreign",
     "load_adapted",

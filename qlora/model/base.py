@@ -11,7 +11,8 @@ from qlora.errors import ExportError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import use_document_rotary
 from qlora.layers.experts import use_nf4_experts
-from qlora.layers.placement import HostWeights, place_weights
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import place_weights
 from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
@@ -79,7 +80,7 @@ def load_base(
         allow_unquantized: Load a base even if less than half of its linear and expert weights end up in 4 bits.
         whole: Whether to load the other parts of a multimodal model too, such as its vision tower.
         weights: Where the 4-bit weights of the layers are: on the `device`, `sharded` over the processes, or on the
-            `host`; see :mod:`qlora.layers.placement` and :mod:`qlora.layers.sharding`.
+            `host`; see :mod:`qlora.layers.host_weights` and :mod:`qlora.layers.sharding`.
         processes: Processes that all load the base, which `sharded` weights are split over.
 
     Returns:
@@ -90,6 +91,34 @@ def load_base(
             model needs, most of them would stay in 16 bits, or `on_weight` failed or has no quantized weight to
             replace.
     """
+    model = load_frozen(
+        base, quantization, double_quant, compute_dtype, device, attention, revision, trust_remote_code, on_weight,
+        head, seed, rope_scaling, keep_16bit, allow_unquantized, whole, weights, processes,
+    )  # fmt: skip
+    files = BaseFiles.resolve(base, revision, trust_remote_code, with_weights=False)
+    return model, load_processor(files.folder, trust_remote_code)
+
+
+def load_frozen(
+    base: str,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: str = "auto",
+    device: str | torch.device = "auto",
+    attention: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_weight: OnWeight | None = None,
+    head: ScoreHead | None = None,
+    seed: int = 0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    keep_16bit: Sequence[str] = (),
+    allow_unquantized: bool = False,
+    whole: bool = False,
+    weights: str = "device",
+    processes: Processes | None = None,
+) -> Any:
+    """Load a model as :func:`load_base` does, without its tokenizer; the arguments and errors are the same."""
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: {quantization!r} should be one of {', '.join(QUANTIZATIONS)}.")
     files = BaseFiles.resolve(base, revision, trust_remote_code, rope_scaling=rope_scaling)
@@ -134,7 +163,7 @@ def load_base(
         tensors = replace_when_read(tensors, layers, on_weight)
     with processes.raise_together() if processes and weights == "sharded" else nullcontext():
         try:
-            with returned_to_system(), _bars_on_terminals():
+            with returned_to_system(), bars_on_terminals():
                 model, info = type(skeleton).from_pretrained(
                     None, config=skeleton.config, state_dict=tensors, output_loading_info=True, **arguments
                 )
@@ -157,11 +186,11 @@ def load_base(
         model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
-    return model.requires_grad_(False).eval(), load_processor(files.folder, trust_remote_code)
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
+def bars_on_terminals() -> Iterator[None]:
     """Show transformers' progress bars on a terminal only: in logs and notebooks each update would be a line."""
     from transformers.utils import logging
 

@@ -38,7 +38,7 @@ from qlora.lora import (
     wrap_experts,
     wrap_linears,
 )
-from qlora.model.base import load_base
+from qlora.model.base import load_frozen
 from qlora.model.loss import Loss
 from qlora.model.on_weight import OnWeight
 from qlora.model.quantization import settings_of_base
@@ -85,8 +85,8 @@ def base_from_section(
     head: ScoreHead | None = None,
     seed: int = 0,
     processes: Processes | None = None,
-) -> tuple[Any, Any]:
-    """Load the base that a config names, and its tokenizer; see :func:`load_base` for the other arguments.
+) -> Any:
+    """Load the base that a config names, frozen and without its tokenizer; see :func:`load_base` for other arguments.
 
     Args:
         section: Model section of the config. With `weights: auto`, the weights are on the device; one process alone
@@ -101,7 +101,7 @@ def base_from_section(
     alone = {"auto": "device", "sharded": "host"}
     if processes is None:
         settings["weights"] = alone.get(section.weights, section.weights)
-    return load_base(device=device, on_weight=on_weight, head=head, seed=seed, processes=processes, **settings)
+    return load_frozen(device=device, on_weight=on_weight, head=head, seed=seed, processes=processes, **settings)
 
 
 def adapter_spec(section: LoraSection) -> AdapterSpec:

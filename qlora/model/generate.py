@@ -83,7 +83,7 @@ def generate(
 
 @contextmanager
 def ready_to_answer(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode, with dequantized weights cached in half of the free memory of a CPU.
+    """Put a model into evaluation mode, with dequantized weights kept in half of the free memory of a CPU.
 
     The next token of an answer multiplies every weight by one row, which takes less time than to dequantize it. On a
     GPU, the memory is left to keys and values.

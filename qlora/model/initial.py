@@ -91,7 +91,7 @@ def load_for_training(
     elif section.init == "reconstruct":
         model, starts = _reconstructed(config, device, examples, head, processes)
     else:
-        model, _ = base_from_section(config.model, device, head=head, seed=seed, processes=processes)
+        model = base_from_section(config.model, device, head=head, seed=seed, processes=processes)
         starts = _COMPUTED.get(section.init, lambda *_: {})(model, section, examples)
     adapt(model, section, seed, new_ids, starts)
     if adapter is not None and adapter.rows:
@@ -184,7 +184,7 @@ def _reconstructed(
         )
         return subtracted(weight, starts[name])
 
-    model, _ = base_from_section(section, device, start, head, config.train.seed, processes)
+    model = base_from_section(section, device, start, head, config.train.seed, processes)
     for name, found in starts.items():
         starts[name] = replace(found, codes=codes_digest(codes_of(model.get_submodule(name))))
     return model, starts
@@ -194,5 +194,5 @@ def _statistics(
     config: RunConfig, device: str | torch.device, examples: Sequence[TokenizedExample], processes: Processes | None
 ) -> dict[str, InputStatistics]:
     """Return statistics of the inputs of a plain base's layers; the base is freed again."""
-    model, _ = base_from_section(config.model, device, processes=processes)
+    model = base_from_section(config.model, device, processes=processes)
     return observe(model, list(adapter_specs(model, config.lora)), "lora.calibrate", examples, MOMENT_DIRECTIONS)

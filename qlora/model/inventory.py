@@ -27,9 +27,9 @@ def take_inventory(model: nn.Module) -> Inventory:
     trained = sum(parameter.numel() for rows in all_rows for parameter in rows.trained)
     # A weight whose rows are all trained is removed from the base, but counts as its parameter.
     plain = sum(rows.num_frozen * rows.weight.shape[1] for rows in all_rows if rows.is_whole)
-    on_host = host_rows(model)  # so is one on the host
-    plain += sum(rows.numel() for rows in on_host.values())
-    num_bytes += sum(rows.nbytes for rows in on_host.values())
+    on_host = [piece for pieces in host_rows(model).values() for piece in pieces]  # so is one on the host
+    plain += sum(piece.numel() for piece in on_host)
+    num_bytes += sum(piece.nbytes for piece in on_host)
     seen = {parameter for rows in all_rows for parameter in rows.trained}
     for name, module in model.named_modules():
         name = name.removesuffix(".base")
@@ -89,4 +89,5 @@ def frozen_checksum(model: nn.Module) -> int:
             frozen += module.buffers(recurse=False)
         for tensor in frozen:
             total += tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
-    return int(total) + sum(int(rows.view(torch.uint8).sum(dtype=torch.int64)) for rows in host_rows(model).values())
+    on_host = [piece.view(torch.uint8) for pieces in host_rows(model).values() for piece in pieces]
+    return int(total) + sum(int(piece.sum(dtype=torch.int64)) for piece in on_host)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from qlora.errors import ModelError
-from qlora.layers.placement import KINDS, HostWeights, Placement
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import KINDS, Placement
 from qlora.layers.recompute import checkpointed_layers
 from qlora.layers.sharding import ShardedWeights
 from qlora.layers.slots import PackedWeight

@@ -14,7 +14,7 @@ from qlora.layers.placement import placed_weights
 from qlora.lora import ScoreHead, apply_first, embedding_and_head, keep_starts, stored_head, trained_rows
 from qlora.lora.host_rows import keep_rows_on_host
 from qlora.lora.rows import first_rows
-from qlora.model.base import load_base
+from qlora.model.base import load_base, load_frozen
 from qlora.model.device import resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
 from qlora.model.from_config import adapter_spec, adapter_specs, set_tokens
@@ -94,7 +94,7 @@ def load_adapted(
     adapter = source.read()
     tokenizer = load_adapter_tokenizer(source)
     if source.run is None:
-        model, _ = load_base(source.base, quantization, device=device, head=source.head, allow_unquantized=True)
+        model = load_frozen(source.base, quantization, device=device, head=source.head, allow_unquantized=True)
         wrap_adapter(model, adapter)
     else:
         config = load_config(source.run.config)

@@ -41,12 +41,12 @@ def load_started_base(
         ModelError: The base can't be loaded, or its codes are not those that the run trained on.
     """
     if not any(start.subtracted for start in starts.values()):
-        return base_from_section(section, device, head=head, seed=seed, processes=processes)[0]
+        return base_from_section(section, device, head=head, seed=seed, processes=processes)
 
     def without(name: str, weight: torch.Tensor) -> torch.Tensor:
         return subtracted(weight, starts.get(name))
 
-    model, _ = base_from_section(section, device, without, head, seed, processes)
+    model = base_from_section(section, device, without, head, seed, processes)
     differing = [name for name, start in starts.items() if not has_codes(start, codes_of(model.get_submodule(name)))]
     if differing:
         raise ModelError(

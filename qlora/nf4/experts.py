@@ -262,6 +262,12 @@ class NF4Experts(nn.Module):
         """Return the sizes, and what the codes are if they are not NF4's."""
         return " × ".join(map(str, self.shape)) + ("" if self.quant_type == NF4 else f", {self.quant_type}")
 
+    def __getstate__(self) -> Any:
+        """Return what a copy or a pickled module is made of; refuse placed weights, which a copy would not fetch."""
+        if self.before_read is not None:
+            raise RuntimeError(PLACED.format("copied or pickled"))
+        return super().__getstate__()
+
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Return the statistics, without which the codes of a saved model would be lost; refuse placed weights."""
         if self.before_read is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Delta, LowRank, fold, scratch
+from qlora.kernels import Delta, LowRank, filled_up, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
 from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, set_statistics, statistics
 
@@ -120,7 +120,13 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
-        return _DequantizedLinear.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+        if not torch.is_grad_enabled():
+            return self.product(x)
+        rows = x.reshape(-1, x.shape[-1])
+        filled = filled_up(rows)
+        if filled is rows:
+            return _DequantizedLinear.apply(x, self)
+        return _DequantizedLinear.apply(filled, self)[: len(rows)].view(*x.shape[:-1], -1)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Compute :meth:`forward` without a gradient."""
@@ -160,6 +166,12 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes as `nn.Linear` prints them."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def __getstate__(self) -> Any:
+        """Return what a copy or a pickled module is made of; refuse placed weights, which a copy would not fetch."""
+        if self.before_read is not None:
+            raise RuntimeError(PLACED.format("copied or pickled"))
+        return super().__getstate__()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.before_read is not None:

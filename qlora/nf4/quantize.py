@@ -10,6 +10,7 @@ import torch
 
 from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
 from qlora.kernels.dequantize import TILE_COLUMNS, dequantize_4bit_plain
+from qlora.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -21,9 +22,9 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
 # The kinds of weight, with their device, for which the fused kernel matched bitsandbytes bit for bit (each kind is
-# compiled separately), and the devices on which it is not used, with the reason.
+# compiled separately), and those for which it is not used, with the reason.
 _verified: set[tuple[object, ...]] = set()
-_rejected: dict[torch.device, str] = {}
+_rejected: dict[tuple[object, ...], str] = {}
 
 
 def quantize(
@@ -75,12 +76,11 @@ def dequantize(
     Returns:
         The weight, (out, in).
     """
-    device = packed.device
-    if _unfused_reason(device) is not None:
-        return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
-    kind = _kind(device, dtype, state, delta)
+    kind = _kind(packed.device, dtype, state, delta)
     if kind in _verified:
         return _dequantize_fused(packed, state, dtype, out, delta)
+    if kind in _rejected or _unfused_reason(packed.device) is not None or _is_traced(packed):
+        return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
     wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
 
@@ -104,25 +104,25 @@ def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
         kind: The properties that the kernel is compiled for, of which the first are device and dtype.
         name: What is compared, for the reason.
         is_same: Compares the kernel's result with the one that is known to be right. It is called for the first weight
-            of a kind, unless the kernel was rejected on the device.
+            of a kind, and again after it ran out of memory.
     """
     device, dtype = kind[:2]
-    if _unfused_reason(device) is not None:
-        return False
     if kind in _verified:
         return True
+    if kind in _rejected or _unfused_reason(device) is not None:
+        return False
     try:
         matches = is_same()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
+        if is_out_of_memory(error):
+            raise
         message = " ".join(str(error).split())[:200]
-        _rejected[device] = f"the fused kernel failed on its first weight: {type(error).__name__}: {message}"
+        _rejected[kind] = f"the fused kernel failed for {name} in {dtype}: {type(error).__name__}: {message}"
         return False
     if matches:
         _verified.add(kind)
     else:
-        _rejected[device] = f"the fused kernel gave other bits for {name} in {dtype}"
+        _rejected[kind] = f"the fused kernel gave other bits for {name} in {dtype}"
     return matches
 
 
@@ -132,8 +132,12 @@ def dequantize_path(device: torch.device) -> str:
     reason = _unfused_reason(device)
     if reason is not None:
         return f"bitsandbytes: {reason}"
+    failed = "; ".join(why for kind, why in _rejected.items() if kind[0] == device)
     if any(kind[0] == device for kind in _verified):
-        return "fused kernel: it gave bitsandbytes' bits here"
+        found = "fused kernel: it gave bitsandbytes' bits here"
+        return f"{found}; bitsandbytes for other kinds of weight: {failed}" if failed else found
+    if failed:
+        return f"bitsandbytes: {failed}"
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
@@ -163,7 +167,14 @@ def _unfused_reason(device: torch.device) -> str | None:
         return "the fused kernel is for CUDA"
     if not HAS_TRITON:
         return "Triton is not installed"
-    return _rejected.get(device)
+    return None
+
+
+def _is_traced(packed: torch.Tensor) -> bool:
+    """Return whether a weight has no values to compare, because torch's compiler or a test only follows its shape."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return torch.compiler.is_compiling() or isinstance(packed, FakeTensor)
 
 
 def _dequantize_fused(
@@ -233,8 +244,9 @@ def _dequantize_bitsandbytes_alone(
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
     if packed.is_cuda:
         arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
-        if out is None:
-            return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+        if out is None or _is_traced(packed):  # its check of `out` raises for any shape while it is traced
+            weight = torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+            return weight if out is None else out.copy_(weight)
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
         return out
     # As one row: blocks continue from row to row, which bitsandbytes' AVX-512 kernel gets wrong where a row is not a

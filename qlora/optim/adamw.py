@@ -1,17 +1,21 @@
 """AdamW over flat buffers by bitsandbytes' update kernels: 8- or 32-bit state, paged on CUDA."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from qlora.optim.flat import ALIGNMENT, FlatParameters
+from qlora.optim.paged import paged_part, paged_zeros, unpaged_reason
 from qlora.optim.rounding import TEMPORARY_BYTES, stochastic_round
 
 ROUNDINGS = ("stochastic", "master", "nearest")
 # Names of the state's buffers: the two moments, and the scales of their blocks in 8 bits.
 MOMENTS, SCALES = ("state1", "state2"), ("absmax1", "absmax2")
-# Number of parameters updated at a time, which bounds the memory that a step takes; a multiple of `ALIGNMENT`.
+# Number of parameters updated at a time, a multiple of `ALIGNMENT`. It bounds the memory that a step takes, and
+# bitsandbytes' kernels count in 32 bits, which the number of all parameters may exceed.
 BLOCK = 1 << 22
 # Temporary bytes per parameter for counting the unchanged ones.
 COUNTING_BYTES = 3
@@ -27,7 +31,7 @@ class FlatAdamW:
         flat: Parameters and their gradients; on the meta device, only the byte counts are available.
         bits: Bits per element of each moment, 8 or 32. 8-bit state has a scale for every block of 256 elements.
         paged: Keep the moments in CUDA's managed memory, which the driver moves to the host when the device is full.
-            Without CUDA they are in plain memory, and `is_paged` is False.
+            Where it has none, they are in plain memory, `is_paged` is False and `unpaged_why` says why.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
@@ -51,7 +55,8 @@ class FlatAdamW:
             raise ValueError(f"bits={bits} should be 8 or 32, and rounding={rounding!r} one of {', '.join(ROUNDINGS)}")
         device = flat.data.device
         self.flat, self.betas, self.eps, self.weight_decay = flat, betas, eps, weight_decay
-        self.is_paged = paged and device.type == "cuda"
+        self.unpaged_why = unpaged_reason(device) if paged else None
+        self.is_paged = paged and self.unpaged_why is None
         self.rounding = "none" if flat.data.dtype == torch.float32 else rounding
         self.generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
         self.step_count = 0
@@ -69,11 +74,12 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """Update the parameters in place from the flat gradient."""
         self.step_count += 1
-        size = self.flat.data.numel()
-        counts = torch.zeros(2, dtype=torch.long, device=self.flat.data.device)
-        for start in range(0, size, BLOCK):
-            counts += self._step_block(slice(start, min(start + BLOCK, size)), learning_rate)
-        self.zero_update_share.copy_(counts[0] / counts[1].clamp(min=1))
+        size, device = self.flat.data.numel(), self.flat.data.device
+        with _stream_of_kernels(device):
+            counts = torch.zeros(2, dtype=torch.long, device=device)
+            for start in range(0, size, BLOCK):
+                counts += self._step_block(slice(start, min(start + BLOCK, size)), learning_rate)
+            self.zero_update_share.copy_(counts[0] / counts[1].clamp(min=1))
 
     def _step_block(self, block: slice, learning_rate: float) -> torch.Tensor:
         """Update some parameters.
@@ -138,7 +144,7 @@ class FlatAdamW:
     def _update(self, weights: torch.Tensor, span: slice, learning_rate: float) -> None:
         """Update fp32 values of some parameters of a group, and their state."""
         grad, (beta1, beta2) = self.flat.grad[span], self.betas
-        moments: dict[str, Any] = {name: _part(self._buffers[name], span) for name in MOMENTS}
+        moments: dict[str, Any] = {name: paged_part(self._buffers[name], span) for name in MOMENTS}
         common: dict[str, Any] = {
             "beta1": beta1,
             "beta2": beta2,
@@ -149,7 +155,7 @@ class FlatAdamW:
         }
         if self._bits == 8:
             blocks = slice(span.start // ALIGNMENT, span.stop // ALIGNMENT)
-            scales: dict[str, Any] = {name: _part(self._buffers[name], blocks) for name in SCALES}
+            scales: dict[str, Any] = {name: paged_part(self._buffers[name], blocks) for name in SCALES}
             signed, unsigned = self._quant_maps
             _kernels().optimizer_update_8bit_blockwise(
                 "adam", grad, weights, **moments, **scales, **common, beta3=0.0, alpha=0.0,
@@ -167,17 +173,24 @@ class FlatAdamW:
         size, device = self.flat.data.numel(), self.flat.data.device
         if not self.is_paged:
             return torch.zeros(size, dtype=dtype, device=device)
-        buffer = _kernels().get_paged(size, dtype=dtype, device=torch.device(device.type, device.index or 0))
-        return buffer.zero_()
+        return paged_zeros(size, dtype, device)
 
 
-def _part(buffer: torch.Tensor, span: slice) -> torch.Tensor:
-    """Return some elements of a buffer, with the attributes by which bitsandbytes recognizes managed memory."""
-    part = buffer[span]
-    for mark in ("is_paged", "page_deviceid"):
-        if hasattr(buffer, mark):
-            setattr(part, mark, getattr(buffer, mark))
-    return part
+@contextmanager
+def _stream_of_kernels(device: torch.device) -> Iterator[None]:
+    """Compute on a GPU's default stream, the only one that bitsandbytes' kernels use, in order with the current one.
+
+    Args:
+        device: Device of the parameters; only a GPU has streams.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 def _kernels() -> Any:

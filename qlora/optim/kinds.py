@@ -17,12 +17,14 @@ class FlatOptimizer(Protocol):
         flat: Parameters and their gradients.
         step_count: Number of updates made.
         is_paged: Whether the state is in CUDA's managed memory.
+        unpaged_why: Why state that should be paged is not; None if it is, or should not be.
         rounding: How new values become the parameters' dtype; `none` for fp32 parameters.
     """
 
     flat: FlatParameters
     step_count: int
     is_paged: bool
+    unpaged_why: str | None
     rounding: str
 
     @property

@@ -32,11 +32,26 @@ NAMES = {
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 KINDS = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+# llama.cpp mixes kinds in a file of K-quants: those that its matrices may have. The first ones are for rows that are a
+# multiple of 256; Q5_0, Q5_1 and Q8_0 for other multiples of 32.
+MIXED = {
+    "q4_k_s": ("Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0", "F16"),
+    "q4_k_m": ("Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0", "F16"),
+    "q5_k_s": ("Q5_K", "Q6_K", "Q5_1", "Q8_0", "F16"),
+    "q5_k_m": ("Q5_K", "Q6_K", "Q5_1", "Q8_0", "F16"),
+    "q6_k": ("Q6_K", "Q8_0", "F16"),
+}
 # Dtypes that tensors of a plain kind are read as; others are dequantized to fp32.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Kinds that store blocks of 32 values as integers times a step: the largest value of a block in steps, and the largest
 # integer on the other side of zero.
 BLOCK_SIZE, LEVELS = 32, {"Q8_0": (127, 127), "Q5_0": (16, 15), "Q4_0": (8, 7)}
+
+
+# Kinds with steps of their own for small blocks: values of a small block, steps between its smallest and largest value,
+# or between zero and the largest in Q6_K; small blocks whose steps and smallest values are stored in a few bits of the
+# largest among them; and what that may add to an error, in the largest step.
+STEPPED = {"Q5_1": (32, 31, 1, 0.0), "Q4_K": (32, 15, 8, 0.25), "Q5_K": (32, 31, 8, 0.5), "Q6_K": (16, 32, 16, 0.13)}
 
 
 class GGUFFile:
@@ -45,7 +60,7 @@ class GGUFFile:
     Args:
         path: Path of the file.
         names: Names of the expected tensors in a model of text alone, by their names in the base's files.
-        dtype: Expected dtype of the matrices, one of `KINDS`.
+        dtype: Expected dtype of the matrices, one of `KINDS` or `MIXED`.
         config: Config of the model.
 
     Attributes:
@@ -67,7 +82,7 @@ class GGUFFile:
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ExportError(f"{path.name} is truncated or damaged ({error}); merge again.") from None
-        self._matrix_kind, self._head_dim = KINDS[dtype], head_dim_of(config)
+        self._file_dtype, self._matrix_kind, self._head_dim = dtype, KINDS.get(dtype, ""), head_dim_of(config)
         self._has_pairs = ARCHITECTURES[config.model_type] == "llama"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         own = {name: other for name, plain in names.items() if (other := name_in_file(plain)) in tensors}
@@ -104,28 +119,24 @@ class GGUFFile:
         """Return the expected dtype of a tensor.
 
         It is fp32 for vectors and the file's for matrices; with blocks, f16 for rows that are not a multiple of 32.
+        Blocks are read as fp32.
         """
         return DTYPES.get(self._kind(name), torch.float32)
 
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Return how far each value of a tensor of blocks may be from its own; None for other kinds.
-
-        That is half a step, or the distance to the largest integer where that is short of the value, and the rounding
-        of the step to fp16.
-        """
+        """Return how far each value of a tensor of blocks may be from its own; None for other kinds."""
         kind = self._kind(name)
-        if kind not in LEVELS:
-            return None
-        (most, opposite), blocks = LEVELS[kind], values.unflatten(-1, (-1, BLOCK_SIZE)).abs()
-        steps = blocks.amax(-1, keepdim=True) / most
-        rounding = most * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
-        short = (blocks - opposite * steps) * (opposite < most)
-        return (torch.maximum(steps / 2, short) + rounding).flatten(-2)
+        if kind in STEPPED:
+            return _stepped_slack(kind, values)
+        return _nearest_slack(kind, values) if kind in LEVELS else None
 
     def _kind(self, name: str) -> str:
         shape = self.shape(name)
         if len(shape) == 1:
             return "F32"
+        if self._file_dtype in MIXED:
+            found = self._tensors[name].tensor_type.name
+            return found if found in MIXED[self._file_dtype] else MIXED[self._file_dtype][0]
         if self._matrix_kind in LEVELS:
             is_outer = self._names.get(name) in (EMBEDDING, HEAD)
             return "F16" if shape[-1] % BLOCK_SIZE else "Q8_0" if is_outer else self._matrix_kind
@@ -137,6 +148,33 @@ class GGUFFile:
         llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
         """
         return row_order(self._names[name], self.shape(name)[0], self._head_dim) if self._has_pairs else None
+
+
+def _nearest_slack(kind: str, values: torch.Tensor) -> torch.Tensor:
+    """Return how far the nearest value of a block may be.
+
+    That is half a step, or the distance to the largest integer where that is short of the value, and the rounding of
+    the step to fp16.
+    """
+    (most, opposite), blocks = LEVELS[kind], values.unflatten(-1, (-1, BLOCK_SIZE)).abs()
+    steps = blocks.amax(-1, keepdim=True) / most
+    rounding = most * torch.maximum(steps * 2.0**-11, torch.full_like(steps, 2.0**-25))
+    short = (blocks - opposite * steps) * (opposite < most)
+    return (torch.maximum(steps / 2, short) + rounding).flatten(-2)
+
+
+def _stepped_slack(kind: str, values: torch.Tensor) -> torch.Tensor:
+    """Return how far a value of a kind whose steps llama.cpp searches for may be: two steps, and the steps' rounding.
+
+    The search looks for the smallest error of a whole block, for which it may leave its largest values short.
+    """
+    size, levels, num_small, share = STEPPED[kind]
+    blocks = values.unflatten(-1, (-1, size))
+    least, most = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
+    steps = (torch.maximum(most, -least) if kind == "Q6_K" else most - least) / levels
+    largest = steps.unflatten(-1, (-1, num_small)).amax(-1, keepdim=True).expand(-1, -1, num_small).flatten(-2)
+    rounding = torch.maximum(most, -least) * 2.0**-9 + 2.0**-24
+    return (2 * steps + share * largest + rounding).repeat_interleave(size, dim=-1)
 
 
 def row_order(name: str, num_rows: int, head_dim: int) -> torch.Tensor | None:
@@ -162,7 +200,7 @@ def check_gguf(
     Args:
         path: Path of the file.
         expected: Merged weights, computed a second time.
-        dtype: Dtype that the merge report names.
+        dtype: Dtype that the merge report names; one of `KINDS` or `MIXED`.
         config: Config of the base, whose section for text counts.
         tokenizer: Tokenizer of the run.
         ends: Ids of the tokens that end an answer.

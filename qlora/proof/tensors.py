@@ -13,6 +13,9 @@ from qlora.proof.expected import ExpectedWeights
 
 # Number of values of a tensor by which swapped tensors are recognized.
 NUM_SAMPLED = 64
+# Share of an update that may be lost, or be there twice, when weights are rounded to blocks of few bits. Those that
+# were dequantized may be on numbers of the new blocks too, and small updates of these are rounded away.
+LOST_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -127,12 +130,13 @@ class _Comparison:
         has_trained_rows: Whether it is an embedding or a head with rows trained in full.
         kind_mismatch: Mismatch of its shape or dtype; empty if there is none.
         is_equal: Whether all values so far match.
+        is_coarse: Whether the format may move values by more than rounding to its dtype does.
         is_adapted: Whether an update is added to it.
         max_difference: Largest difference of a value from the expected one before rounding.
         found: First written values; None before any.
         expected: First expected values; None before any.
         sums: Sums over all elements of base², added², update² and added · update, where `added` is the written weight
-            minus the base's.
+            minus the base's; and the number of elements.
     """
 
     name: str
@@ -140,11 +144,12 @@ class _Comparison:
     has_trained_rows: bool = False
     kind_mismatch: str = ""
     is_equal: bool = True
+    is_coarse: bool = False
     is_adapted: bool = False
     max_difference: float = 0.0
     found: torch.Tensor | None = None
     expected: torch.Tensor | None = None
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
 
     def add(
         self,
@@ -171,13 +176,15 @@ class _Comparison:
         bound = spacing(expected[other], self.dtype) / 2 + expected[other].abs() * 2.0**-24
         allowed = slack(expected)
         if allowed is not None:
+            self.is_coarse = True
             bound += allowed[other]
         if update is not None:
             self.is_adapted = True
             bound += update[1][other]
             added = found - base
             products = (base * base, added * added, update[0] * update[0], added * update[0])
-            self.sums += torch.stack([product.sum() for product in products])
+            counted = torch.tensor(float(base.numel()), dtype=torch.float64)
+            self.sums += torch.stack([*(product.sum() for product in products), counted])
         self.is_equal &= bool((difference[other] <= bound).all())  # false for NaN
 
     def problem(self, others: Iterable["_Comparison"]) -> str | None:
@@ -185,17 +192,31 @@ class _Comparison:
         if self.kind_mismatch:
             return f"tensor {self.name} {self.kind_mismatch}"
         if self.is_equal:
-            return None
+            return self._lost_update()
         expected = "base + scaling·B·A" if self.is_adapted else "the base's"
         if self.has_trained_rows:
             expected = "the base's with the trained rows"
         return f"tensor {self.name} is not {expected}: {self._reason(others)}"
 
+    def _lost_update(self) -> str | None:
+        """Return a line if the update is missing or multiplied, which a coarse format's bounds may not show.
+
+        Rounding errors are as good as independent of the update, so they leave its share in what was added near 1.
+        """
+        _, added, update, along, count = self.sums.tolist()
+        if not self.is_coarse or not update:
+            return None
+        share = along / update
+        noise = (max(0.0, added - 2 * along + update) / count / update) ** 0.5
+        if abs(share - 1) <= LOST_SHARE + 6 * noise:
+            return None
+        return f"tensor {self.name} is not base + scaling·B·A: its update is {share:.2g} times what it should be"
+
     def _reason(self, others: Iterable["_Comparison"]) -> str:
         for other in others:
             if other.name != self.name and _is_rounded(self.found, other.expected):
                 return f"it contains {other.name}"
-        base, added, update, along = self.sums.tolist()
+        base, added, update, along, _ = self.sums.tolist()
         share = along / update if update else 1.0
         rounding = base * (torch.finfo(self.dtype).eps / 2) ** 2
         if added - share * along < 0.01 * update + rounding:  # the added values are a multiple of the update

@@ -43,6 +43,7 @@ from qlora.proof.gguf import check_gguf
 from qlora.proof.gguf_adapter import check_gguf_adapter
 from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, loss_noise, predict
 from qlora.proof.scores import MAX_SCORE_DIFFERENCE, Scores, compare_scores, predict_scores
+from qlora.proof.served import Served, check_installed, serve
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
 # Mean KL divergence and difference of losses, in nats, above which two models don't match: ten times the difference
@@ -67,6 +68,7 @@ class VerifyReport:
         onto: Base weights that were merged onto; None if the adapter was verified by itself.
         base_differs: Files of the base that differ from those used in training.
         clients: Whether other tools would load the adapter, by tool.
+        served: Answers of the release in the clients that load its format, by client; empty if none was asked for.
         layers_checked: Number of adapted layers whose weights and outputs were computed a second time.
         max_layer_difference: Largest relative difference of these outputs.
         tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.
@@ -88,6 +90,7 @@ class VerifyReport:
     onto: str | None
     base_differs: list[str]
     clients: dict[str, Verdict]
+    served: dict[str, Served] = field(default_factory=dict)
     layers_checked: int | None = None
     max_layer_difference: float | None = None
     tensors_checked: int | None = None
@@ -113,7 +116,11 @@ class VerifyReport:
 
 
 def verify(
-    run_dir: str | Path, out_dir: str | Path | None = None, device: str = "auto", base: str | None = None
+    run_dir: str | Path,
+    out_dir: str | Path | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    in_clients: bool = False,
 ) -> VerifyReport:
     """Compare a merged model with its run; without a merged model, compare the run's adapter with the run.
 
@@ -122,17 +129,21 @@ def verify(
     Args:
         run_dir: The run, one of its checkpoints, or a folder or hub id of a PEFT adapter made elsewhere.
         out_dir: A folder that :func:`qlora.merge` wrote. Tensors, hyperparameters and vocabulary of a GGUF file are
-            compared, or the changes that an adapter in a GGUF file makes, but not its predictions; use llama.cpp for
-            those.
+            compared, or the changes that an adapter in a GGUF file makes; its predictions only with `in_clients`.
         device: Device to run the models on, one after the other.
         base: Base of an adapter made elsewhere, a folder or hub id; None for the one that its config names.
+        in_clients: Load the merged model in each installed client that reads its format (transformers and vLLM, or
+            llama-cpp-python), and compare greedy answers with the run's.
 
     Raises:
-        ExportError: The folder has no merged model.
+        ExportError: The folder has no merged model, or no client that reads it is installed.
         QLoRAError: The run or its base can't be read.
     """
     source = open_source(run_dir, base)
     merged = None if out_dir is None else read_merged(Path(out_dir).expanduser())
+    if in_clients and merged is None:
+        raise ExportError("--clients (in_clients) loads a release; name its folder.")
+    installed = check_installed(source, merged) if in_clients and merged is not None else []
     resolve_device(device)  # so that an unknown one is reported before the tensors are compared
     files = source.base_files()
     skeleton = build_skeleton(files, source.trust_remote_code, source.head, whole=True)
@@ -167,6 +178,13 @@ def verify(
         found = _compare_gguf(source, files, merged, skeleton, problems)
     else:
         found = _compare_folder(source, files, merged, skeleton, device=device, problems=problems)
+    served = {}
+    if merged is not None and problems:
+        differs = "the release itself is not what the run trained"
+        served = {engine.name: Served(engine.version, reason=differs) for engine in installed}
+    elif merged is not None and installed:
+        served = serve(source, merged, device, installed)
+        problems += [problem for each in served.values() for problem in each.problems]
     report = VerifyReport(
         matches=not problems,
         problems=problems,
@@ -178,6 +196,7 @@ def verify(
             not any(start.subtracted for start in source.starts().values()),
             source.base_files().rope_scaling,
         ),
+        served=served,
         notes=_notes(source, problems, found),
         **found,
     )

@@ -1,10 +1,10 @@
 """Training runs."""
 
-from qlora.training.assemble import RunPlan
 from qlora.training.callbacks import Callback, StopTraining
 from qlora.training.check_resume import ResumeCheck, check_resume
 from qlora.training.estimation import estimate
 from qlora.training.evaluation import EvaluationReport, evaluate
+from qlora.training.plan import RunPlan
 from qlora.training.preview import Preview, preview
 from qlora.training.release import merge
 from qlora.training.replay import ReplayReport, replay

@@ -1,18 +1,16 @@
 """Assembly of a run's parts from its config, with all checks that are possible before the first step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora.checkpoint import InUse, Inventory, MemoryUse, RunDirectory, read_origin
-from qlora.config import DataSection, LoraSection, RunConfig, SourceSection, TrainSection
-from qlora.data import BatchPlan, Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
-from qlora.errors import ConfigError, DataError, ModelError
-from qlora.files import BaseFiles
-from qlora.layers import rebuild_activations
+from qlora.checkpoint import InUse, MemoryUse, RunDirectory, read_origin
+from qlora.config import DataSection, LoraSection, RunConfig, SourceSection
+from qlora.data import BatchPlan, Datasets, collate
+from qlora.errors import ConfigError
 from qlora.layers.placement import uneven_passes
-from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, scores_documents, train_rows
+from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, train_rows
 from qlora.memory.fit import fit_memory
 from qlora.memory.place import check_weights, choose_weights
 from qlora.model import (
@@ -23,15 +21,12 @@ from qlora.model import (
     base_files,
     build_skeleton,
     check_base,
-    check_loss,
     datasets_from_section,
     expert_specs,
-    keep_apart,
     labels_from_config,
     load_for_training,
     load_processor,
     optimizer_from_section,
-    positions_of,
     read_config,
     resolve_compute_dtype,
     set_tokens,
@@ -39,131 +34,26 @@ from qlora.model import (
     take_inventory,
     unpackable_reason,
     weight_format,
+    with_images,
 )
-from qlora.model.formats import notes_on_format
-from qlora.model.isolation import check_causal
 from qlora.model.mergeable import check_mergeable
 from qlora.model.null_space import check_no_experts
 from qlora.model.quantization import with_linears
+from qlora.model.reached import check_reached
 from qlora.model.run_adapter import check_experts_as_trained
-from qlora.model.score import check_image_size, check_scores, last_scores
+from qlora.model.score import check_image_size
 from qlora.nf4 import dequantize_path
-from qlora.objectives import Objective, objective_for_data, objective_from_section, training_loss
-from qlora.optim import FlatOptimizer
+from qlora.objectives import objective_for_data, objective_from_section, training_loss
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.auto_rate import resolve_rate
 from qlora.training.best import check_metric, loss_metrics
 from qlora.training.determinism import describe_determinism
-from qlora.training.loop import LoopParts
+from qlora.training.first_checks import check_fit, check_loaded, check_packing, pad_token_of
+from qlora.training.plan import Assembly, RunPlan
 from qlora.training.samples import Sampler, check_file
 from qlora.training.schedule import resolve_total_steps
 from qlora.training.scoring import Scorer
-
-# Number of tokens that the loss is checked on.
-CHECKED_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """Plan of a run, complete before its first step.
-
-    Attributes:
-        total_steps: Number of optimizer steps of the whole run.
-        steps_per_epoch: Number of optimizer steps that see every example once.
-        inventory: Parameters of the model: quantized, adapted, or neither.
-        datasets: Training, held-out and retained examples.
-        in_use: Devices, dtypes, kernels and levels that the run uses at its start.
-        notes: What a user should know before the first step.
-    """
-
-    total_steps: int
-    steps_per_epoch: int
-    inventory: Inventory
-    datasets: Datasets
-    in_use: InUse
-    notes: list[str] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Return one line for people."""
-        inventory, in_use = self.inventory, self.in_use
-        direct = inventory.describe_direct()
-        return (
-            f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of linear and expert weights in "
-            f"4 bits; training "
-            f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
-            f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
-            f"state {'' if in_use.optimizer_state_paged else 'not '}paged;{self._learning_rate()} recompute "
-            f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
-            f"{self._weights()}{direct and f'. {direct}'}"
-        )
-
-    def _weights(self) -> str:
-        """Return where the weights of the layers are, and the reason, if that is not the device."""
-        place = {"sharded": "split over the processes", "host": "in host memory"}.get(self.in_use.weights)
-        return "" if place is None else f"; 4-bit weights {place} ({self.in_use.weights_why})"
-
-    def _learning_rate(self) -> str:
-        """Return the learning rate and its reason, if the config does not give it."""
-        why = self.in_use.learning_rate_why
-        return "" if why is None else f" learning rate {self.in_use.learning_rate:g} ({why});"
-
-
-@dataclass(frozen=True, slots=True)
-class Assembly:
-    """A run's parts before it is started.
-
-    Attributes:
-        config: Config of the run.
-        train: Its training section, with a number as learning rate.
-        objective: Objective that is trained for.
-        files: Files of the base.
-        model: Model with adapters, in training mode.
-        tokenizer: Tokenizer with the run's chat template and new tokens; of a model of images its image processor.
-        optimizer: Optimizer over the trained parameters.
-        processes: Processes of the run.
-        batches: Plan of the examples of each step.
-        plan: Plan of the run.
-        starts: What the adapters start from, as far as that does not follow from the seed.
-        ranks: Budget of the adapters' components, if `lora.final_rank` shrinks it.
-        scorer: Questions that are asked at every evaluation, with the metrics of their answers.
-        sampler: Prompts that are answered at intervals, to be looked at.
-        head: Head of scores of whole documents, if the objective trains one.
-    """
-
-    config: RunConfig
-    train: TrainSection
-    objective: Objective
-    files: BaseFiles
-    model: Any
-    tokenizer: Any
-    optimizer: FlatOptimizer
-    processes: Processes
-    batches: BatchPlan
-    plan: RunPlan
-    starts: Starts
-    ranks: RankBudget | None
-    scorer: Scorer
-    sampler: Sampler
-    head: ScoreHead | None
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know about the questions, the prompts and the base."""
-        return [*self.scorer.notes, *self.sampler.notes, *notes_on_format(self.files, self.config.model.quantization)]
-
-    @property
-    def loop_parts(self) -> LoopParts:
-        """The parts that every step uses."""
-        return LoopParts(
-            model=self.model,
-            optimizer=self.optimizer,
-            loss=training_loss(self.config.train, self.objective.trained),
-            examples=self.plan.datasets.train,
-            batches=self.batches,
-            processes=self.processes,
-            ranks=self.ranks,
-        )
 
 
 def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = None) -> Assembly:
@@ -223,19 +113,22 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         else:
             size = max(skeleton.get_input_embeddings().num_embeddings, new_ids.stop)
             if head is not None:
-                head = replace(head, pad_token=_pad_token(config, tokenizer, datasets, size))
-            _check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
-        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged. A run
-        # that an older version began without the second check can still be continued.
+                head = replace(head, pad_token=pad_token_of(config, tokenizer, datasets, size))
+            check_fit(skeleton, files, size, [datasets.train, *([old.train] if old else ())])
+        # Before anything is loaded, names that match nothing are reported, and layers that could not be merged or would
+        # get no gradient. A run that an older version began without these checks can still be continued.
         adapted = adapter_specs(with_linears(skeleton), config.lora)
         if checkpoint is None:
             check_mergeable(files, skeleton, adapted)
+            check_reached(
+                skeleton, config.lora, with_images(objective.loss, config.data, tokenizer), config.data.max_tokens
+            )
         train_rows(skeleton, config.lora.modules_to_save)
         if section.keep is not None and section.keep.null_space is not None:
             check_no_experts(expert_specs(skeleton, config.lora))
         if config.data.packs and unpacked_why is None:
             unpacked_why = unpackable_reason(skeleton, config.data.max_seq_len)
-            _check_packing(config.data, unpacked_why)
+            check_packing(config.data, unpacked_why)
         packed = config.data.packs and unpacked_why is None
     weights, weights_why = choose_weights(
         config, training_loss(section, objective.trained), processes, datasets.train.lengths.tolist(), packed
@@ -304,6 +197,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         weights=weights,
         weights_why=weights_why,
         experts=describe_experts(model),
+        micro_batches=processes.world_size * section.gradient_accumulation_steps,
+        optimizer_state_why=optimizer.unpaged_why,
     )
     return Assembly(
         config=config,
@@ -349,69 +244,8 @@ def _load_checked(
         is_reference=objective_from_section(config.train).loss.has_reference, head=head, processes=processes,
     )  # fmt: skip
     with uneven_passes(model):  # so that a process that fails ends the others
-        isolation, activations = _check_loaded(config, model, datasets, head, packed)
+        isolation, activations = check_loaded(config, model, datasets, head, packed)
     return model.train(), starts, isolation, activations
-
-
-def _check_loaded(
-    config: RunConfig, model: Any, datasets: Datasets, head: ScoreHead | None, packed: bool
-) -> tuple[Isolation, str]:
-    """Check a loaded model's loss and the isolation of packed documents on a few tokens; see :func:`_load_checked`."""
-    first = datasets.train[0]
-    # The last token of a text that is scored is not the padding token.
-    span = slice(0, CHECKED_TOKENS) if head is None else slice(-CHECKED_TOKENS, None)
-    ids = first.input_ids[span]
-    example = make_example(ids, [True] * len(ids), first.values)
-    _check_outputs(model, example)
-    other = example
-    if not reads_images(model):
-        check_causal(model, example)
-        other_ids = (ids + 1) % model.get_input_embeddings().num_embeddings  # a different token at every position
-        other = make_example(other_ids, [True] * len(ids), first.values)
-    isolation = keep_apart(
-        model, example, other, packed=packed,
-        any_attention=config.model.attention == "auto" and not reads_images(model),
-        loss_of_last=None if head is None else last_scores,
-    )  # fmt: skip
-    _check_packing(config.data, isolation.mixed_reason)
-    activations = rebuild_activations(model)
-    _check_outputs(model, example)  # again, with the modules that will be trained
-    return isolation, activations
-
-
-def _check_packing(section: DataSection, reason: str | None) -> None:
-    """Check that there is no reason against packing, if the config insists on it.
-
-    Raises:
-        ModelError: There is one, and `data.packing` is true.
-    """
-    if reason is not None and section.packing is True:
-        raise ModelError(f"{reason}; set data.packing: auto, which then does not pack, or false.")
-
-
-def _check_outputs(model: Any, example: TokenizedExample) -> None:
-    """Check that the loss is computed from what the model's own class returns for a short example."""
-    if scores_documents(model):
-        check_scores(model, example)
-    else:
-        check_loss(model, collate([example]).to(model.device))
-
-
-def _pad_token(config: RunConfig, tokenizer: Any, datasets: Datasets, size: int) -> str:
-    """Return the token that documents are padded with where they are scored.
-
-    Args:
-        config: Config of the run.
-        tokenizer: Tokenizer, whose padding token is set.
-        datasets: Examples of the run.
-        size: Number of tokens that the model embeds.
-
-    Raises:
-        DataError: Documents end with every token that they could be padded with.
-    """
-    sets = (datasets.train, *datasets.held_out.values())
-    last_ids = {id_ for examples in sets for store in examples.stores for id_ in store.last_ids()}
-    return choose_pad_token(tokenizer, last_ids, size, is_given="pad_token" in config.data.special_tokens)
 
 
 def _run_of(checkpoint: Path) -> RunDirectory:
@@ -454,31 +288,3 @@ def _build_first(processes: Processes, build: Callable[[], Datasets]) -> Dataset
         datasets = build() if processes.is_first else None
     with processes.raise_together():
         return build() if datasets is None else datasets
-
-
-def _check_fit(skeleton: Any, files: BaseFiles, num_embeddings: int, examples: Sequence[ExampleSet]) -> None:
-    """Check that the model has an embedding for every id and enough positions; a GPU would abort on a missing one.
-
-    Args:
-        skeleton: The base without weights.
-        files: The base's files.
-        num_embeddings: Number of tokens that it embeds, with those that the config adds.
-        examples: All examples that the model is run on.
-
-    Raises:
-        DataError: An embedding or a position is missing.
-    """
-    stores = [store for each in examples for store in each.stores]
-    largest = max(store.largest_id() for store in stores)
-    if largest >= num_embeddings:
-        raise DataError(
-            f"The tokenizer has id {largest}, but the model embeds {num_embeddings} tokens: they do not match, "
-            "or tokens were added without rows for them; name those to add in data.new_tokens."
-        )
-    positions = positions_of(files, skeleton.config)
-    longest = max(int(store.lengths.max()) for store in stores)
-    if positions and longest > positions:
-        raise DataError(
-            f"The longest example has {longest} tokens, but the model's config has positions for {positions}; lower "
-            "data.max_seq_len, or extend the context with model.rope_scaling."
-        )

@@ -163,7 +163,7 @@ def evaluate(
     if foreign is not None:
         model, _ = load_model(str(target), device, base)
     elif run is None:
-        model, _ = base_from_section(config.model, device, head=loss.head, seed=config.train.seed)
+        model = base_from_section(config.model, device, head=loss.head, seed=config.train.seed)
     else:
         model, _ = load_run(str(target), device, loss.has_reference)
     result = evaluate_batches(model, eval_batches(examples, batch_size), loss=loss)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from qlora.checkpoint import InUse, RunDirectory
 from qlora.errors import CheckpointError, ModelError
-from qlora.training.assemble import Assembly
 from qlora.training.loop import NonFinite, StepReport
 from qlora.training.metrics import MetricsLog, describe_rows
+from qlora.training.plan import Assembly
 from qlora.training.progress import Progress
 from qlora.training.relief import MemoryRelief
 from qlora.training.replay import save_step

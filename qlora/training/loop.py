@@ -14,7 +14,9 @@ from qlora.errors import ModelError
 from qlora.layers.placement import uneven_passes
 from qlora.lora import RankBudget, RecomputedWeights, lora_experts, lora_layers
 from qlora.model import Loss
+from qlora.model.reached import refuse_unreached
 from qlora.optim import FlatOptimizer
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 from qlora.training.progress import Progress
 from qlora.training.seeds import document_seeds, seed_step
@@ -252,16 +254,11 @@ def check_gradients(model: Any) -> None:
     """Check that the gradient reaches every adapter.
 
     Raises:
-        ModelError: The B of some layers has no gradient; the error names them.
+        ModelError: The B of some layers has no gradient.
     """
     layers = [name for adapters in (lora_layers(model), lora_experts(model)) for name, _ in adapters]
     norms = _gradient_norms(model).tolist()
-    dead = [name for name, norm in zip(layers, norms, strict=True) if norm == 0]
-    if dead:
-        raise ModelError(
-            f"No gradient reached {len(dead)} of {len(layers)} adapters in the first step: {', '.join(dead[:4])}. "
-            "Layers that the forward pass never uses can't be trained; leave them out of lora.targets."
-        )
+    refuse_unreached([name for name, norm in zip(layers, norms, strict=True) if norm == 0], layers)
 
 
 def _batches(
@@ -285,7 +282,9 @@ def _look_ahead(parts: LoopParts, batches: Iterable[Batch], num_units: float) ->
         with uneven_passes(parts.model):
             for batch in batches:
                 total += loss.ahead(parts.model, batch.to(parts.model.device))
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         has_fit = False
     return parts.processes.sum(total) / num_units, has_fit
 
@@ -302,7 +301,9 @@ def _accumulate(
                     (computed.total / num_units * scale).backward()
                     passes.append(parts.loss.sums(computed))
                 sums.append(torch.stack(passes).sum(0) / num_units)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         # The backward, which was aborted, would have taken these; the forward's tensors are freed with its frames.
         RecomputedWeights.clear()
         return False

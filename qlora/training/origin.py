@@ -36,7 +36,7 @@ OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them: see :func:`fixed_in_use`.
 KEPT_IN_USE = (
     "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "experts",
-    "tiled", "rounding",
+    "tiled", "rounding", "micro_batches",
 )  # fmt: skip
 
 
@@ -108,8 +108,12 @@ def describe_origin(config: RunConfig, record: RunRecord) -> dict[str, Any]:
 def micro_batches_of_step(origin: Mapping[str, Any]) -> int | None:
     """Return the number of micro-batches of a step over all processes; None if an origin does not say.
 
-    With the same number, any number of processes takes the same rows in a step.
+    With the same number, any number of processes takes the same rows in a step. Earlier versions did not record it. It
+    can't be computed from the config's key where a session was killed after it wrote its record, and before its config.
     """
+    recorded = origin["in_use"].get("micro_batches")
+    if type(recorded) is int:
+        return recorded
     processes, accumulation = origin["in_use"].get("processes"), origin.get("settings", {}).get(ACCUMULATION)
     return processes * accumulation if type(processes) is int and type(accumulation) is int else None
 
@@ -117,7 +121,8 @@ def micro_batches_of_step(origin: Mapping[str, Any]) -> int | None:
 def fixed_in_use(origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is in use in an origin and must not change, without reasons, which may name sizes or paths."""
     in_use = dict(origin["in_use"])
-    in_use.pop("processes", None)
+    for key in ("processes", "micro_batches"):
+        in_use.pop(key, None)
     in_use[STEP_SIZE] = micro_batches_of_step(origin)
     in_use["documents are packed"] = in_use.pop("unpacked_why", None) is None
     if isinstance(in_use.get("attention"), str):  # qlora 0.1.0 adds the reason

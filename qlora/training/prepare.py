@@ -11,8 +11,8 @@ from qlora.checkpoint import RunDirectory, RunRecord, load_state
 from qlora.errors import CheckpointError, ConfigError
 from qlora.lora import starts_to_tensors
 from qlora.training.agreement import check_same
-from qlora.training.assemble import Assembly
 from qlora.training.origin import describe_origin, fixed_in_use
+from qlora.training.plan import Assembly
 from qlora.training.progress import Progress
 from qlora.training.record import make_record
 from qlora.training.resume import Start, check_same_origin

@@ -12,7 +12,7 @@ from qlora.checkpoint import BaseRecord, ExampleCounts, Quantization, RunRecord
 from qlora.files import BaseFiles
 from qlora.model import BITSANDBYTES_4BIT, weight_format
 from qlora.nf4 import NF4Experts, NF4Linear
-from qlora.training.assemble import Assembly
+from qlora.training.plan import Assembly
 from qlora.training.resume import Start
 
 PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")

@@ -25,7 +25,7 @@ from qlora.model import frozen_checksum, resolve_device, write_labels
 from qlora.pages import refresh_page
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
-from qlora.training.assemble import Assembly, RunPlan, assemble
+from qlora.training.assemble import assemble
 from qlora.training.best import BestWatch, is_better
 from qlora.training.callbacks import Callback, check_callbacks
 from qlora.training.determinism import deterministic_algorithms
@@ -33,6 +33,7 @@ from qlora.training.display import Display
 from qlora.training.given import as_config
 from qlora.training.metrics import peak_memory_bytes
 from qlora.training.origin import OWN_KEYS, flatten
+from qlora.training.plan import Assembly, RunPlan
 from qlora.training.plot import draw_confusion, draw_losses
 from qlora.training.prepare import prepare_run
 from qlora.training.resume import Start, check_folder, check_step_size, find_start

@@ -15,8 +15,8 @@ from qlora.checkpoint import (
 from qlora.errors import CheckpointError
 from qlora.files import discard, free_bytes, sync
 from qlora.lora import starts_to_tensors
-from qlora.training.assemble import Assembly
 from qlora.training.metrics import MetricsLog
+from qlora.training.plan import Assembly
 from qlora.training.progress import Progress
 from qlora.training.schedule import resolve_interval
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
-
 from qlora.checkpoint import Best, InUse, RunDirectory
 from qlora.data import MAIN_SET, ExampleSet, eval_batches
 from qlora.errors import ModelError
 from qlora.model import Evaluation, evaluate
-from qlora.training.assemble import Assembly
+from qlora.out_of_memory import is_out_of_memory
 from qlora.training.best import BestWatch
 from qlora.training.callbacks import Callback, call_all
 from qlora.training.display import Display
@@ -21,6 +19,7 @@ from qlora.training.interrupt import Interruption
 from qlora.training.live_page import LivePage
 from qlora.training.loop import LoopCallbacks, LoopSchedule, StepReport, run_loop
 from qlora.training.metrics import MetricsLog
+from qlora.training.plan import Assembly
 from qlora.training.prepare import Prepared
 from qlora.training.saving import Saver
 from qlora.training.schedule import rate_of, resolve_interval
@@ -81,7 +80,8 @@ def run_session(
     config, plan, processes = assembly.config.train, assembly.plan, assembly.processes
     progress, total = prepared.progress, plan.total_steps
     first_step = progress.step
-    tracking = Tracking(processes, assembly.config, run.path.name)
+    with processes.raise_together():
+        tracking = Tracking(processes, assembly.config, run.path.name)
     sample_every = None if config.samples is None else config.samples.every
     eval_every, save_every, sample_every = (
         resolve_interval(value, total) for value in (config.eval_every, config.save_every, sample_every)
@@ -206,13 +206,13 @@ def run_session(
             schedule = LoopSchedule(total, rate_of(assembly.train, total), config.max_grad_norm)
             if not watch.is_exhausted:
                 run_loop(assembly.loop_parts, progress, schedule, callbacks)
-        except torch.OutOfMemoryError as problem:
-            raise ModelError(
-                f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
-                "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
-                f"{how_to_continue(prepared.fresh)} {problem}"
-            ) from problem
         except BaseException as stop:  # such as a second Ctrl-C
+            if is_out_of_memory(stop):
+                raise ModelError(
+                    f"Memory ran out after step {progress.step}, in an evaluation, an update or a save, where the step "
+                    "can't be retried with less; free some, or lower train.micro_batch_size or data.max_seq_len. "
+                    f"{how_to_continue(prepared.fresh)} {stop}"
+                ) from stop
             stop.add_note(how_to_continue(prepared.fresh))
             raise
         finally:

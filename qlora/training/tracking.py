@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora.config import RunConfig
 from qlora.config.reference import as_yaml
+from qlora.errors import ConfigError
 from qlora.processes import Processes
 from qlora.training.origin import flatten
 
@@ -23,6 +24,9 @@ class Tracking:
         processes: Processes of the run.
         config: Config of the run.
         name: Name of the run.
+
+    Raises:
+        ConfigError: A tracker did not start.
     """
 
     def __init__(self, processes: Processes, config: RunConfig, name: str) -> None:
@@ -31,7 +35,14 @@ class Tracking:
             key: value if isinstance(value, bool | int | float | str) else as_yaml(value)
             for key, value in flatten(config).items()
         }
-        processes.start_trackers(PROJECT, settings, {tracker: {key: name} for tracker, key in NAMED_BY.items()})
+        options = {tracker: {key: name} for tracker, key in NAMED_BY.items()}
+        try:
+            processes.start_trackers(PROJECT, settings, options)
+        except Exception as problem:  # of any kind, from a library that is not ours
+            trackers = ", ".join(config.train.trackers)
+            raise ConfigError(
+                f"train.trackers: {trackers} did not start: {problem} Set it up, or take it off the list."
+            ) from problem
 
     def log_numbers(self, values: Mapping[str, Any], step: int) -> None:
         """Send those values of a line of metrics.jsonl that are numbers."""

@@ -16,10 +16,11 @@ from qlora.config.sections import parse_duration
 from qlora.errors import ConfigError, ModelError
 from qlora.model import group_rates, resolve_device
 from qlora.processes import Processes
-from qlora.training.assemble import Assembly, assemble
+from qlora.training.assemble import assemble
 from qlora.training.determinism import deterministic_algorithms
 from qlora.training.given import as_config
 from qlora.training.loop import LoopCallbacks, LoopSchedule, NonFinite, StepReport, run_loop
+from qlora.training.plan import Assembly
 from qlora.training.progress import Progress
 from qlora.training.schedule import rate_of, resolve_warmup
 from qlora.training.session import evaluate_examples

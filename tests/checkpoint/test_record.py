@@ -29,7 +29,9 @@ def test_a_record_of_an_older_version_is_read(run):
     record = run.read_record()
     assert (record.is_finished, record.steps, record.in_use.memory.measured) == (True, 4, None)
     new = ("learning_rate", "learning_rate_why", "unpacked_why", "attention_why", "states", "states_why", "experts")
+    new += ("optimizer_state_why",)
     memory = OLDER["in_use"]["memory"] | {"by_kind": None}
+    new += ("optimizer_state_why", "micro_batches")
     in_use = OLDER["in_use"] | dict.fromkeys(new) | {"memory": memory, "weights": "device", "weights_why": None}
     added = {
         "started_from": None,

@@ -6,13 +6,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora.kernels import HAS_TRITON, LowRank, dequantize_4bit_plain
 from qlora.nf4 import dequantize, dequantize_path, quantize
 from tests.interpreted import CAPABILITIES, compile_for, load_interpreted, needs_triton, registers_and_spills
 from tests.reference import nf4 as reference
+from tests.test_out_of_memory import RAN_OUT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (out, in): whole blocks; a small model's down and up projections; one and a half blocks a row; more than 256 blocks;
@@ -292,7 +295,7 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     monkeypatch.setattr(door, "_verified", set())
     monkeypatch.setattr(door, "_rejected", {})
-    monkeypatch.setattr(door, "_unfused_reason", lambda device: door._rejected.get(device))
+    monkeypatch.setattr(door, "_unfused_reason", lambda device: None)
     calls = []
 
     def use(kernel):
@@ -358,7 +361,8 @@ def test_a_kernel_that_omits_the_lora_term_is_not_verified_by_a_term_of_zero(fus
     packed, state = quantize(random_weight((64, 172), generator))
     delta = LowRank(torch.randn(4, 172, generator=generator), torch.zeros(64, 4), 2.0)
     dequantize(packed, state, torch.float32, delta=delta)
-    assert "other bits" in door._rejected[packed.device]
+    (reason,) = door._rejected.values()
+    assert "other bits" in reason
 
 
 def test_a_kernel_that_fails_is_rejected_with_the_reason(fused_on_cpu, generator):
@@ -371,9 +375,59 @@ def test_a_kernel_that_fails_is_rejected_with_the_reason(fused_on_cpu, generator
         assert dequantize(packed, state, torch.float16).isfinite().all()
     assert len(calls) == 1
     assert dequantize_path(CPU) == (
-        "bitsandbytes: the fused kernel failed on its first weight: "
+        "bitsandbytes: the fused kernel failed for a 33 × 50 weight in torch.float16: "
         "RuntimeError: Failed to find C compiler. Please specify via CC."
     )
+
+
+def test_a_kernel_that_is_wrong_for_one_kind_is_used_for_the_others(fused_on_cpu, generator):
+    def wrong_in_fp32(*given, **named):
+        weight = dequantize_4bit_plain(*given, **named)
+        return weight + 1 if weight.dtype == torch.float32 else weight
+
+    calls = fused_on_cpu(wrong_in_fp32)
+    packed, state = quantize(random_weight((64, 172), generator))
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
+        positional, nested = arguments(packed, state, dtype)
+        assert torch.equal(dequantize(packed, state, dtype), dequantize_4bit_plain(*positional, **nested))
+    assert len(calls) == 3  # in fp32 once, to compare
+    assert dequantize_path(CPU) == (
+        "fused kernel: it gave bitsandbytes' bits here; bitsandbytes for other kinds of weight: "
+        "the fused kernel gave other bits for a 64 × 172 weight in torch.float32"
+    )
+
+
+@pytest.mark.parametrize("error", RAN_OUT.values(), ids=RAN_OUT)
+def test_a_comparison_that_runs_out_of_memory_is_made_again(error, fused_on_cpu, generator):
+    errors = [error]
+
+    def run_out(*given, **named):
+        if errors:
+            raise errors.pop()
+        return dequantize_4bit_plain(*given, **named)
+
+    fused_on_cpu(run_out)
+    packed, state = quantize(random_weight((33, 50), generator))
+    with pytest.raises(type(error)):
+        dequantize(packed, state, torch.float16)
+    dequantize(packed, state, torch.float16)
+    assert dequantize_path(CPU) == "fused kernel: it gave bitsandbytes' bits here"
+
+
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_weight_that_is_only_traced_has_its_shape_and_decides_nothing(has_out, monkeypatch):
+    monkeypatch.setattr(door, "_unfused_reason", lambda device: None)
+    # A build of torch without CUDA can't copy tensors that are said to be there.
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda out, weight: out if out.shape == weight.shape else None)
+    verdicts = set(door._verified), dict(door._rejected)
+    with FakeTensorMode():
+        packed, code = torch.empty(2048, 1, dtype=torch.uint8, device="cuda"), torch.empty(16, device="cuda")
+        state = QuantState(torch.empty(64, device="cuda"), torch.Size((64, 64)), code, 64, "nf4", torch.bfloat16)
+        out = torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") if has_out else None
+        weight = dequantize(packed, state, torch.bfloat16, out)
+    assert weight is out or not has_out
+    assert (weight.shape, weight.dtype, weight.device.type) == ((64, 64), torch.bfloat16, "cuda")
+    assert (door._verified, door._rejected) == verdicts
 
 
 def test_a_cpu_uses_bitsandbytes():

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from qlora.kernels import ExpertGroup, LowRank, fold_group, group_experts, grouped, grouped_matmul, grouped_outer
-from tests.interpreted import (
-    CAPABILITIES,
-    compile_for,
-    load_interpreted,
-    needs_triton,
-    random_groups,
-    registers_and_spills,
-    use_on_cpu,
-)
+from tests.interpreted import load_interpreted, random_groups, use_on_cpu
+from tests.test_out_of_memory import RAN_OUT
 
 # Not bf16, whose bit patterns the interpreter multiplies.
 DTYPES = [torch.float32, torch.float16]
@@ -195,46 +188,21 @@ def test_the_loop_is_named_with_its_reason(monkeypatch):
     )
 
 
-# The interpreter does not show that the kernels compile, use tensor cores and have enough registers.
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [*((each, "bf16") for each in CAPABILITIES), (CAPABILITIES[0], "fp16"), (90, "fp16")]
-)
-def test_the_kernels_compile_to_tensor_cores_without_spills(capability, dtype):
-    from qlora.kernels import grouped_triton as kernels
+@pytest.mark.parametrize("error", RAN_OUT.values(), ids=RAN_OUT)
+def test_a_comparison_that_runs_out_of_memory_decides_nothing(error, monkeypatch):
+    gpu, errors = torch.device("cuda", 0), [error]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(grouped, "HAS_TRITON", True)
+    monkeypatch.setattr(grouped, "_reasons", {})
 
-    types = dict.fromkeys(("x", "weights", "bias", "left", "right", "out"), f"*{dtype}") | {
-        "index": "*i64",
-        "bounds": "*i64",
-    }
-    sizes = ("features", "depth", "expert_stride", "feature_stride", "depth_stride", "num_left", "num_right")
-    types |= dict.fromkeys(sizes, "i32") | {"scaling": "fp32"}
-    compiled = [
-        compile_for(
-            kernels._matmul_kernel, types,
-            {"ROWS": kernels.ROWS, "DEPTH": kernels.DEPTH, **own},
-            capability, kernels.LAUNCH_OPTIONS,
-        )
-        for own in (
-            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "depth_stride": 1},
-            {"FEATURES": kernels.MOST_FEATURES, "OF_GROUP": True, "feature_stride": 1, "bias": None},
-            {"FEATURES": 16, "OF_GROUP": True, "depth_stride": 1},
-            {"FEATURES": 16, "OF_GROUP": False, "feature_stride": 1, "bias": None},
-        )
-    ] + [
-        compile_for(
-            kernels._outer_kernel, types, {"LEFT": left, "RIGHT": right, "ROWS": kernels.DEPTH},
-            capability, kernels.LAUNCH_OPTIONS,
-        )
-        for left, right in ((16, kernels.MOST_FEATURES), (kernels.ROWS, 16))
-    ]  # fmt: skip
-    for kernel in compiled:
-        registers, spilled = registers_and_spills(kernel)
-        print(capability, dtype, kernel.metadata.name, registers)
-        assert spilled == 0
-        assert registers <= 224  # two programs of four warps on each multiprocessor
-        assert "mma" in kernel.asm["ptx"]
+    def compare(*_):
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(grouped, "compare_kernels", compare)
+    with pytest.raises(type(error)):
+        grouped.loop_reason(gpu, torch.float16)
+    assert grouped.loop_reason(gpu, torch.float16) is None
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 """Placed weights: two layers on the device at a time, and the bytes and copies that are predicted."""
 
+import copy
 import gc
 import os
+import pickle
 import time
 
 import numpy as np
@@ -11,10 +13,11 @@ from transformers import GemmaConfig, LlamaConfig
 
 from qlora.errors import ConfigError, ModelError
 from qlora.layers import apply_recompute
-from qlora.layers.placement import HostWeights, placed_bytes, placed_weights, uneven_passes
+from qlora.layers.host_weights import HostWeights
+from qlora.layers.placement import placed_bytes, placed_weights, uneven_passes
 from qlora.layers.slots import StoredLayer
 from qlora.lora import add_lora, train_rows
-from qlora.lora.host_rows import host_rows, keep_rows_on_host
+from qlora.lora.host_rows import HostHead, host_rows, keep_rows_on_host
 from qlora.memory.place import check_weights
 from qlora.model import frozen_checksum, load_base, take_inventory
 from qlora.nf4 import NF4Experts, NF4Linear
@@ -111,6 +114,17 @@ def test_any_weight_can_be_read_at_any_time(bases):
     for own, other in reversed(pairs):
         arguments = (0, torch.float32) if isinstance(own, NF4Experts) else (torch.float32,)
         assert own.dequantize(*arguments).equal(other.dequantize(*arguments))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("family", ["llama", "moe"])
+def test_placed_weights_are_not_copied_silently(bases, family, copied):
+    model = load(bases[family], "host")
+    parts = weights_of(model)
+    for part in (parts[0], parts[-1]) if copied is not copy.deepcopy else (model, *parts[:1]):
+        with pytest.raises(RuntimeError, match="can't be copied or pickled; load the base with weights='device'"):
+            copied(part)
+    assert copied(weights_of(load(bases[family]))[-1])
 
 
 def test_weights_in_4_bits_on_the_disk_are_placed_after_loading(bases, tmp_path):
@@ -283,9 +297,25 @@ def test_embedding_and_head_on_the_host_give_the_same(tmp_path, seed, config_cla
     answers = [each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (plain, model)]
     assert answers[0].equal(answers[1])
     rows = host_rows(model)
-    assert [tuple(each.shape) for each in rows.values()] == [(259, 64)] * 2
-    next(iter(rows.values()))[3] += 1  # a changed row is noticed
+    assert [[tuple(each.shape) for each in pieces] for pieces in rows.values()] == [[(259, 64)]] * 2
+    rows["lm_head"][0][3] += 1  # a changed row is noticed
     assert frozen_checksum(model) != checksum
+
+
+def test_a_head_on_the_host_comes_in_pieces_and_once_for_all_that_use_it(generator):
+    linear = torch.nn.Linear(7, 10, bias=False)
+    weight, x = linear.weight.detach().clone(), torch.randn(3, 7, generator=generator)
+    expected = x @ weight.T
+    head = HostHead(linear, piece_bytes=3 * weight[0].nbytes)
+    assert [len(piece) for piece in head.pieces] == [3, 3, 3, 1]
+    assert head.base.weight.numel() == 0
+    (first,), (second,) = head.blocks(), head.blocks()
+    assert second is first
+    assert first.equal(weight)
+    assert head.num_copied == 1
+    del first, second  # its memory is free now
+    assert head(x).equal(expected)
+    assert head.num_copied == 2
 
 
 @pytest.mark.parametrize("change", ["tied", "trained", "partly trained"])

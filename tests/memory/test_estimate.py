@@ -12,11 +12,18 @@ from qlora.data import add_new_tokens, collate, make_example
 from qlora.errors import ModelError
 from qlora.layers import apply_recompute
 from qlora.layers.recompute import recompute_levels
-from qlora.memory import timeline
 from qlora.memory.estimate import MARGIN, available_bytes, choose_level, estimate
 from qlora.memory.footprint import nf4_bytes
 from qlora.memory.probe import measure_peak, measure_step, prepare
-from qlora.model import SUPERVISED, adapt, base_from_section, supervised_loss, take_inventory
+from qlora.model import (
+    SUPERVISED,
+    adapt,
+    base_from_section,
+    load_processor,
+    on_meta,
+    supervised_loss,
+    take_inventory,
+)
 from qlora.nf4 import NF4Linear, quantize
 from qlora.nf4.quantize import nf4_num_bytes
 from qlora.objectives import training_loss
@@ -168,7 +175,7 @@ def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, ti
     overrides += [f"lora.modules_to_save={modules}", "data.new_tokens=[<tool>]"]
     config = settings(tiny_base, tmp_path, *overrides)
     footprint = estimate(config, SUPERVISED, CPU).footprint
-    model, tokenizer = base_from_section(config.model, CPU)
+    model, tokenizer = base_from_section(config.model, CPU), load_processor(tiny_base)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     adapt(model, config.lora, 0, add_new_tokens(tokenizer, config.data.new_tokens))
     assert footprint.weights == take_inventory(model).base_bytes + buffers
@@ -182,7 +189,7 @@ def test_permanent_memory_is_counted_to_the_byte(modules, patterns, tmp_path, ti
 def test_only_the_text_part_of_a_multimodal_base_is_counted_and_its_config_is_enough(family, tmp_path, seed):
     base = make_multimodal(tmp_path / "base", family, seed)
     config = settings(base, tmp_path)
-    model, _ = base_from_section(config.model, CPU)
+    model = base_from_section(config.model, CPU)
     (base / "model.safetensors").unlink()
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert estimate(config, SUPERVISED, CPU).footprint.weights == take_inventory(model).base_bytes + buffers
@@ -308,11 +315,11 @@ def test_loaded_bytes_count_as_available():
     assert available_bytes(CPU, 1 << 50) - available_bytes(CPU) == pytest.approx(1 << 50, rel=0.01)
 
 
-@pytest.mark.parametrize("traced", [0, 3 * timeline.PER_TOKENS])
+@pytest.mark.parametrize("traced", [0, 3 * on_meta.PER_TOKENS])
 def test_a_longer_step_may_have_more_operations(traced, monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 10)
+    monkeypatch.setattr(on_meta, "MAX_OPERATIONS", 10)
     steps = 30 if traced else 10
-    with timeline.Timeline(7, traced=traced):
+    with on_meta.OnMeta(traced):
         for _ in range(steps):
             torch.empty(3, device="meta")
         with pytest.raises(NotImplementedError, match="one token at a time"):
@@ -320,7 +327,7 @@ def test_a_longer_step_may_have_more_operations(traced, monkeypatch):
 
 
 def test_layers_that_compute_one_token_at_a_time_are_not_traced_to_the_end(tiny_base, monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_OPERATIONS", 5)  # such layers have a million
+    monkeypatch.setattr(on_meta, "MAX_OPERATIONS", 5)  # such layers have a million
     config = load_config(
         {"model": {"base": str(tiny_base)}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "r"}}
     )

@@ -11,6 +11,7 @@ from qlora.memory import fit
 from qlora.model import SUPERVISED, adapt, base_from_section
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
+from tests.test_out_of_memory import OTHERS, RAN_OUT
 from tests.tiny import run_config
 
 ALONE = Processes()
@@ -77,7 +78,7 @@ def prepared(tiny_base, alpaca_file, tmp_path, generator):
 
     def prepare(**settings):
         config = load_config(run_config(tiny_base, alpaca_file, tmp_path / "run", **settings))
-        model, _ = base_from_section(config.model, "cpu")
+        model = base_from_section(config.model, "cpu")
         adapt(model, config.lora, 0)
         use_document_attention(model)
         rebuild_activations(model)
@@ -113,6 +114,31 @@ def test_with_less_memory_more_is_recomputed(prepared, monkeypatch):
     monkeypatch.setattr(fit, "available_bytes", lambda *_: total("full", 64))
     with pytest.raises(ModelError, match=r"64 tokens needs at least"):
         fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
+
+
+def test_a_trial_takes_what_the_allocator_reserves_and_everything_if_memory_runs_out(prepared, monkeypatch):
+    _, model, batch = prepared()
+    order = []
+    stubs = {"empty_cache": None, "reset_peak_memory_stats": None, "max_memory_reserved": 3 << 30}
+    for name, value in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: order.append(name) or value)
+    computed = fit.run_passes
+    monkeypatch.setattr(fit, "run_passes", lambda *given: order.append("passes") or computed(*given))
+    assert fit._try(model, SUPERVISED, batch, "none") == (3 << 30) + fit.CUDA_CONTEXT_BYTES
+    assert order[:3] == ["empty_cache", "passes", "max_memory_reserved"]
+    for error in RAN_OUT.values():
+        monkeypatch.setattr(fit, "run_passes", failing(error))
+        assert fit._try(model, SUPERVISED, batch, "none") == float("inf")
+    monkeypatch.setattr(fit, "run_passes", failing(OTHERS["an illegal access"]))
+    with pytest.raises(torch.AcceleratorError):
+        fit._try(model, SUPERVISED, batch, "none")
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_weights_are_cached_in_the_memory_left_unless_the_cache_is_off(prepared, monkeypatch):

@@ -3,18 +3,28 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from qlora.config import load_config
-from qlora.errors import ConfigError
+from qlora.data import collate
+from qlora.errors import ConfigError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers.placement import placed_bytes, placed_weights
+from qlora.lora import add_lora
+from qlora.lora.host_rows import keep_rows_on_host
 from qlora.lora.mixture import expert_stacks
+from qlora.memory import place
 from qlora.memory.cards import CARDS, find_card, read_gpu
+from qlora.memory.estimate import choose_level
 from qlora.memory.estimate import estimate as estimate_bytes
 from qlora.memory.pace import BUS_SHARE, FLOPS_SHARE, pace_of
+from qlora.memory.passes import Passes
 from qlora.memory.place import first_that_fits
+from qlora.memory.probe import made_up_document
 from qlora.memory.timeline import HEAD
 from qlora.model import SUPERVISED, build_skeleton, load_base
+from qlora.objectives import training_loss
+from qlora.processes import Processes
 from qlora.training import estimate
 from tests.moe import make_moe
 from tests.tiny import make_base, run_config
@@ -68,16 +78,96 @@ def test_parts_of_several_processes(predicted):
 def test_the_first_place_that_fits_is_taken(predicted):
     two = replace(predicted, processes=2)
     least = {
-        place: min(replace(two, weights=place).total_bytes(level, two.tokens) for level in two.levels)
-        for place in ("device", "sharded", "host")
+        weights: min(replace(two, weights=weights).total_bytes(level, two.tokens) for level in two.levels)
+        for weights in ("device", "sharded", "host")
     }
     assert least["device"] > least["sharded"]
-    just_enough = {place: int(number / 0.95) + 1 for place, number in least.items()}
+    just_enough = {weights: int(number / 0.95) + 1 for weights, number in least.items()}
     assert first_that_fits(two, just_enough["device"]) == ("device", "they fit on the device")
-    place, reason = first_that_fits(two, just_enough["sharded"])
-    assert place == "sharded"
+    found, reason = first_that_fits(two, just_enough["sharded"])
+    assert found == "sharded"
     assert reason.startswith("on the device they don't fit: A micro-batch of")
     assert first_that_fits(predicted, just_enough["sharded"])[0] == "host"  # one process
+
+
+def test_a_host_with_too_little_memory_is_refused_before_anything_is_loaded(predicted, base, tmp_path, monkeypatch):
+    """The device is too small for the weights, which go to the host if they fit there."""
+    host = replace(predicted, weights="host")
+    least = min(host.total_bytes(level, host.tokens) for level in host.levels)
+    needed = min(host.host_bytes(level, host.tokens) for level in host.levels)
+    assert needed == host.placed.host
+    monkeypatch.setattr(place, "estimate", lambda *_: predicted)
+    monkeypatch.setattr(place, "available_bytes", lambda _device: int(least / 0.95) + 1)
+    on_gpu, lengths = Processes(device=torch.device("cuda")), [predicted.max_seq_len] * predicted.micro_batch_size
+    for weights in ("host", "auto"):
+        path = run_config(base, tmp_path / "none.jsonl", tmp_path / "run", model__weights=weights)
+        config = load_config(path)
+        monkeypatch.setattr(place, "free_host_bytes", lambda: int(needed / 0.95) + 1)
+        assert place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)[0] == "host"
+        monkeypatch.setattr(place, "free_host_bytes", lambda: int(needed / 0.95) - 1)
+        with pytest.raises(ModelError, match=r"^model\.weights: host takes .* of host memory.*smaller base\.$"):
+            place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "order", "head_copies"),
+    [
+        ({}, "FB", 1),
+        ({"objective": "dpo"}, "FFB", 2),  # the reference first
+        ({"objective": "kto"}, "FFFFB", 4),  # two passes look ahead
+        ({"keep": {"kl": 0.1}}, "FFB", 2),  # both predictions that are compared read one copy
+        ({"adversarial": {"epsilon": 1}}, "FBFB", 2),
+        ({"keep": {"kl": 0.1}, "adversarial": {"epsilon": 1}}, "FFBFFB", 4),
+    ],
+    ids=lambda value: "+".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("base", ["dense"], indirect=True)
+def test_copies_are_those_of_every_pass_of_an_objective(settings, order, head_copies, base, tmp_path):
+    path = run_config(base, tmp_path / "none.jsonl", tmp_path / "run", model__compute_dtype="bfloat16",
+                      **{f"train__{key}": value for key, value in settings.items()})  # fmt: skip
+    config = load_config(path)
+    loss = training_loss(config.train)
+    expected = replace(estimate_bytes(config, loss, "cuda"), weights="host")
+    assert expected.footprint.passes == Passes(order, head_copies)
+    model, _ = load_base(str(base), compute_dtype="bfloat16", weights="host", device="cpu")
+    add_lora(model, rank=2)
+    keep_rows_on_host(model)
+    document = made_up_document(list(range(12)), loss.columns)
+    batch = collate([document] * loss.group_size, packed=True)
+    placed, head = placed_weights(model), model.get_output_embeddings()
+    for _ in range(2):  # the second begins with what the first left on the device
+        fetched, copied = placed.num_fetched, head.num_copied
+        for computed in loss.training_passes(model.train(), batch):
+            computed.total.backward()
+    assert head.num_copied - copied == head_copies
+    layers = placed_bytes("host", placed.layer_bytes, 1, passes=order).copied
+    assert layers == (placed.num_fetched - fetched) * placed.layer_bytes[0]  # which are as large as each other
+    assert expected.placed.copied == pytest.approx(
+        layers + head_copies * sum(piece.nbytes for piece in head.pieces), rel=0.05
+    )
+    # A process gathers what others hold in every pass.
+    sharded = placed_bytes("sharded", placed.layer_bytes, 2, passes=order).copied
+    assert sharded == pytest.approx(len(order) * sum(placed.layer_bytes) / 2, rel=0.01)
+    products = expected.footprint.products * expected.tokens * 2
+    flops = pace_of(expected, "none", CARDS[3]).compute * FLOPS_SHARE * CARDS[3].flops
+    assert flops == pytest.approx(products * len(order))
+
+
+def test_layer_inputs_are_offloaded_only_where_the_host_has_room(predicted):
+    tokens, levels = 4096, ["full", "offload"]
+    needed = {level: predicted.host_bytes(level, tokens) for level in levels}
+    # The inputs of all layers but those that compute, in 16 bits.
+    assert needed == {"full": 0, "offload": pytest.approx(6 * tokens * 256 * 2, rel=0.2)}
+    for host_free, level in ((None, "offload"), (2 * needed["offload"], "offload"), (needed["offload"], None)):
+        limited = replace(predicted, host_free=host_free)
+        free = int(predicted.total_bytes("offload", tokens) / 0.95) + 1
+        if level is not None:
+            assert choose_level(limited, free, tokens, levels)[0] == level
+            continue
+        with pytest.raises(ModelError, match=r"^model\.recompute: offload takes .* of host memory"):
+            choose_level(limited, free, tokens, levels)
+    on_cpu = replace(predicted, device=torch.device("cpu"), host_free=1)  # which is the host
+    assert on_cpu.fits_host("offload", tokens)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ RATES = {"lora_A": 3e-3, "lora_B": "16x", "embeddings": "0.1x"}
 
 
 def adapted(config):
-    model, _ = base_from_section(config.model, "cpu")
+    model = base_from_section(config.model, "cpu")
     adapt(model, config.lora, 0)
     return model
 

@@ -210,7 +210,7 @@ def test_an_adapter_that_the_forward_never_uses_is_named(tiny_base, generator):
     layer = trainer.model.model.layers[1]
     layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
     before = trainer.flat.data.clone()
-    with pytest.raises(ModelError, match=r"4 of 14 adapters .*model\.layers\.1\.self_attn\.q_proj"):
+    with pytest.raises(ModelError, match=r"4 of 14 adapters, .*model\.layers\.1\.self_attn\.q_proj"):
         trainer.run(2)
     assert torch.equal(trainer.flat.data, before)
     assert trainer.reports == []

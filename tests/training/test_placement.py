@@ -13,6 +13,7 @@ from qlora.errors import ConfigError, ModelError
 from qlora.export import merge
 from qlora.layers.sharding import ShardedWeights
 from qlora.proof import verify
+from qlora.training import run as run_module
 from qlora.training import saving, train
 from tests.moe import make_moe
 from tests.tiny import make_base, run_config, write_jsonl
@@ -129,6 +130,33 @@ def test_a_run_continues_with_other_numbers_of_processes(deep_base, alpaca_file,
         ConfigError, match=r"over all processes: 6 → 7\nFor 1 process, set train.gradient_acc.*: 6, start"
     ):
         train(load_config(config, ["train.gradient_accumulation_steps=7", "train.max_steps=8"]))
+
+
+def test_a_session_killed_while_it_begins_with_other_processes_leaves_a_run_that_continues(
+    deep_base, alpaca_file, tmp_path, monkeypatch
+):
+    """One process continues a run of two, and is killed between its record and its config, which has two's key."""
+    settings = {"model__compute_dtype": "float32", "train__micro_batch_size": 1, "train__max_steps": 4}
+    whole, cut = (
+        str(run_config(deep_base, alpaca_file, tmp_path / name, train__gradient_accumulation_steps=1, **settings))
+        for name in ("whole", "cut")
+    )
+    for config in (whole, cut):
+        call_in_two(train_until, config, [], 2)
+    own = ["train.gradient_accumulation_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_text", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(cut, own))
+    assert in_use(tmp_path / "cut")["processes"] == 1
+    assert load_config(tmp_path / "cut" / "config.yaml").train.gradient_accumulation_steps == 1
+    for config in (whole, cut):
+        train(load_config(config, own))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def train_until(config, overrides, stop_at):

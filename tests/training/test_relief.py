@@ -12,6 +12,7 @@ from qlora.model import SUPERVISED
 from qlora.nf4 import NF4Linear
 from qlora.processes import Processes
 from qlora.training.relief import MemoryRelief
+from tests.test_out_of_memory import OTHERS, RAN_OUT
 from tests.training.test_loop import Trainer, counting, random_examples
 
 STEPS = 3
@@ -155,6 +156,25 @@ def test_a_step_that_another_process_has_no_memory_for_is_retried_here_too(tiny_
     assert steps == [1]
     assert trainer.losses == free.losses
     assert torch.equal(trainer.flat.data, free.flat.data)
+
+
+def test_a_step_is_retried_when_a_library_runs_out_of_memory_but_not_after_another_error(tiny_base, examples):
+    trainer, steps, errors = prepare(tiny_base, examples), [], [RAN_OUT["cuBLAS"], RAN_OUT["Triton"]]
+    free = prepare(tiny_base, examples).run(3)
+
+    def compute(model, batch):
+        if errors:
+            raise errors.pop()
+        return counting(SUPERVISED).compute(model, batch)
+
+    trainer.loss = replace(counting(SUPERVISED), compute=compute)
+    trainer.run(3, on_out_of_memory=steps.append)
+    assert steps == [1, 1]
+    assert trainer.losses[-2:] == free.losses[-2:]
+    errors.append(OTHERS["an illegal access"])
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        trainer.run(4, on_out_of_memory=steps.append)
+    assert steps == [1, 1]
 
 
 def test_a_process_that_runs_out_at_once_sends_as_many_sums_as_the_others(tiny_base, examples):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora.errors import ConfigError
 from qlora.processes import Processes
 from qlora.training import train
-from qlora.training.tracking import send_files
+from qlora.training.tracking import Tracking, send_files
 
 SAMPLES = {"train__samples": {"prompts": 2, "every": 3, "max_new_tokens": 4}}
 
@@ -59,6 +60,31 @@ def test_wandb_gets_everything_offline(tracked, tmp_path, monkeypatch):
     written = next(folder.glob("*.wandb")).read_bytes()
     assert b"train.learning_rate" in written
     assert b"eval_loss" in written
+
+
+def test_mlflow_gets_settings_numbers_and_files(tracked, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than mlflow-skinny
+    run_dir = tracked("mlflow")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("qlora").experiment_id])
+    assert run.info.run_name == run_dir.name
+    assert run.data.params["train.learning_rate"] == "0.01"
+    for key in ("loss", "eval_loss"):
+        logged = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+        assert logged == pytest.approx(numbers_of(run_dir, key))
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "samples.jsonl"}
+
+
+def test_a_tracker_that_does_not_start_is_reported_before_the_first_step(configure, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no server at http://localhost:1.")
+
+    monkeypatch.setattr(Processes, "start_trackers", refuse)
+    config = configure(train__trackers=["tensorboard"])
+    with pytest.raises(ConfigError, match=r"train\.trackers: tensorboard did not start: no server at .*take it off"):
+        Tracking(Processes(), config, "mine")
 
 
 class Recorder:

@@ -5,7 +5,8 @@ from typing import get_args
 
 from qlora.config.convert import values
 from qlora.config.convert.draft import OFF, Draft
-from qlora.config.sections.train import PREFERENCE_DEFAULTS, TrainSection
+from qlora.config.sections.objectives import PREFERENCE_DEFAULTS
+from qlora.config.sections.train import TrainSection
 
 OBJECTIVES = ", ".join(get_args(TrainSection.model_fields["objective"].annotation))
 

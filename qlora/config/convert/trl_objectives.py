@@ -15,7 +15,7 @@ from qlora.config.convert.objectives import (
     set_reward,
     set_with_sft,
 )
-from qlora.config.sections.train import PREFERENCE_DEFAULTS
+from qlora.config.sections.objectives import PREFERENCE_DEFAULTS
 
 # TRL's trainers by keys that only their arguments have.
 TRL_KEYS = {

@@ -5,8 +5,9 @@ from qlora.config.sections.evaluation import EvalSection, SamplesSection, metric
 from qlora.config.sections.export import ExportSection
 from qlora.config.sections.lora import LoraSection
 from qlora.config.sections.model import ModelSection
+from qlora.config.sections.objectives import PreferenceSection
 from qlora.config.sections.run import RunConfig
-from qlora.config.sections.train import PreferenceSection, TrainSection
+from qlora.config.sections.train import TrainSection
 from qlora.config.sections.values import layer_indices, parse_duration, parse_size, rate_factor
 
 __all__ = [

@@ -11,6 +11,7 @@ from qlora.dtypes import full_name
 from qlora.errors import ExportError
 from qlora.export.card import lost_in_4_bits
 from qlora.export.companions import MergeReport, OnProgress, write_companions, write_report_and_card
+from qlora.export.gguf.k_quants import BITS, K_QUANTS, find_quantizer, quantize
 from qlora.export.gguf.model import BLOCK_BYTES, BLOCK_SIZE, write_gguf
 from qlora.export.gguf.modelfile import write_modelfile
 from qlora.export.weights import MergedWeights
@@ -18,7 +19,7 @@ from qlora.files import atomic_folder
 from qlora.files.resumable import new_folder
 from qlora.model import AdapterSource, end_token_ids, load_generation_config, load_tokenizer
 
-GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16"} | {name: name for name in BLOCK_BYTES}
+GGUF_DTYPES = {"float16": "f16", "bfloat16": "bf16"} | {name: name for name in (*BLOCK_BYTES, *K_QUANTS)}
 FEW_BITS = (
     "written in {dtype} onto the dequantized base: every weight sits on a code centre of the first quantization and is "
     "rounded again to few bits, which loses much of the fine-tuning gain; for this type, merge --onto original"
@@ -36,7 +37,8 @@ def merge_to_gguf(
 ) -> MergeReport:
     """Merge an adapter into its base, and write a GGUF file, tokenizer and config; see :func:`qlora.merge`.
 
-    Each tensor is merged in fp32 and written before the next is read.
+    Each tensor is merged in fp32 and written before the next is read. K-quants are made of a file in fp16 in the folder
+    that is being written.
     """
     started = time.perf_counter()
     out_dir, dtype = new_folder(out_dir), full_name(dtype)
@@ -45,6 +47,7 @@ def merge_to_gguf(
             f"GGUF can't be written in {dtype} onto {onto}; use one of {', '.join(GGUF_DTYPES)}, onto dequantized or "
             "original."
         )
+    quantizer = find_quantizer(dtype) if dtype in K_QUANTS else None
     step, adapter = source.step, adapter_digest(source.folder)  # before the weights, as in merge
     weights = MergedWeights(source, onto, device, force)
     # Of a multimodal model, the file has the text part.
@@ -61,13 +64,22 @@ def merge_to_gguf(
             on_progress(total - sum(remaining.values()), total)
         return value
 
-    is_blocks = dtype in BLOCK_BYTES
+    is_16bit = dtype in ("float16", "bfloat16")
     # At most: norms stay in fp32, but are small.
-    needed = total * BLOCK_BYTES["q8_0"] // (4 * BLOCK_SIZE) if is_blocks else total // 2
+    needed = total // 2 if is_16bit else total * BLOCK_BYTES["q8_0"] // (4 * BLOCK_SIZE)
+    if quantizer is not None:
+        needed = total // 2 + total * BITS // 32
     with atomic_folder(out_dir, ExportError, needed) as folder:
-        write_companions(folder, weights, "float16" if is_blocks else dtype)
+        write_companions(folder, weights, dtype if is_16bit else "float16")
         out_file = folder / f"{out_dir.name}-{GGUF_DTYPES[dtype]}.gguf"
-        written = write_gguf(folder, layout, read, out_file, dtype=GGUF_DTYPES[dtype], name=out_dir.name)
+        if quantizer is None:
+            written = write_gguf(folder, layout, read, out_file, dtype=GGUF_DTYPES[dtype], name=out_dir.name)
+        else:
+            plain = out_file.with_name("plain-f16.gguf")
+            written = write_gguf(folder, layout, read, plain, name=out_dir.name)
+            notes = quantize(plain, out_file, dtype, quantizer)
+            plain.unlink()
+            written = replace(written, num_bytes=out_file.stat().st_size, notes=written.notes + notes)
         tokenizer = load_tokenizer(folder)
         write_modelfile(out_file, tokenizer, end_token_ids(load_generation_config(folder), tokenizer))
         report = MergeReport(
@@ -94,6 +106,6 @@ def merge_to_gguf(
 
 def _notes_on_bits(dtype: str, onto: str) -> list[str]:
     """Return what rounding to fewer bits, now or later, does to the fine-tuning; empty if it does little."""
-    if dtype in ("q4_0", "q5_0"):
+    if dtype in (*BLOCK_BYTES, *K_QUANTS) and dtype not in ("q8_0", "q6_k"):
         return [FEW_BITS.format(dtype=dtype)] if onto == "dequantized" else []
-    return [] if dtype == "q8_0" else lost_in_4_bits(onto)
+    return [] if dtype in ("q8_0", "q6_k") else lost_in_4_bits(onto)

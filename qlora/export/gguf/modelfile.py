@@ -1,7 +1,7 @@
 """The Modelfile of a GGUF file: how Ollama creates a model from it, with the chat template that was trained."""
 
-import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ COMPARED = (
     ],
 )
 NO_JINJA = "# The chat template can't be written as one of Ollama's, which has no Jinja. "
+TRIMS = "# The chat template cuts spaces and line breaks around a message, which one of Ollama's can't: send none.\n"
 UNKNOWN = (
     f"{NO_JINJA}Ollama takes that of the file if it\n"
     "# knows it; compare `ollama show --template` with chat_template.jinja before you rely on its answers.\n"
@@ -57,9 +58,9 @@ class TurnTemplate:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a Modelfile and Ollama's templates take its text as it is."""
+        """Whether a Modelfile can hold its text: Ollama ends it at three quotes, and drops what is not printable."""
         text = "\n".join([self.without_system, *self.system, *self.user, *self.assistant])
-        return not any(mark in text for mark in ("{{", "}}", '"""'))
+        return '"""' not in text and all(character.isprintable() or character in "\t\r\n" for character in text)
 
     def render(self, turns: Sequence[tuple[str, str]]) -> str:
         """Return a conversation of roles and texts as the template of Ollama writes it."""
@@ -71,12 +72,18 @@ class TurnTemplate:
     def as_go(self) -> str:
         """Return the template in the language of Ollama's templates."""
         turns = [
-            f'{{{{ {"if" if role == "system" else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            f'{{{{ {"if" if role == "system" else "else if"} eq .Role "{role}" }}}}'
+            f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}"
             for role, (before, after) in (("system", self.system), ("user", self.user), ("assistant", self.assistant))
         ]
-        start = f"{{{{ if not .System }}}}{self.without_system}{{{{ end }}}}" if self.without_system else ""
+        start = f"{{{{ if not .System }}}}{_literal(self.without_system)}{{{{ end }}}}" if self.without_system else ""
         loop = f"{{{{ range .Messages }}}}{''.join(turns)}{{{{ end }}}}{{{{ end }}}}"
-        return f"{start}{loop}{self.assistant[0]}"
+        return f"{start}{loop}{_literal(self.assistant[0])}"
+
+
+def _literal(text: str) -> str:
+    """Return text as one of Go's templates writes it: braces that would begin an action become strings."""
+    return re.sub(r"\{\{+|\{\Z", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
 
 
 def find_turns(tokenizer: Any, bos: str = "") -> TurnTemplate | None:
@@ -111,6 +118,11 @@ def find_turns(tokenizer: Any, bos: str = "") -> TurnTemplate | None:
     return template if is_same and template.is_plain else None
 
 
+def _trims(tokenizer: Any) -> bool:
+    """Return whether a chat template cuts the whitespace around a user's message."""
+    return f" {USER} " not in render(tokenizer, [{"role": "user", "content": f" {USER} "}], add_generation_prompt=True)
+
+
 def write_modelfile(file: Path, tokenizer: Any, ends: Sequence[int], adapter_for: str | None = None) -> None:
     """Write the Modelfile of a GGUF file into its folder.
 
@@ -128,8 +140,12 @@ def write_modelfile(file: Path, tokenizer: Any, ends: Sequence[int], adapter_for
             f"ADAPTER ./{file.name}",
         ]
     template = find_turns(tokenizer, tokenizer.bos_token if adds_bos(tokenizer) else "")
-    unknown = UNKNOWN if adapter_for is None else UNKNOWN_OF_ADAPTER
-    lines.append(unknown.rstrip() if template is None else f'TEMPLATE """{template.as_go()}"""')
-    stops = tokenizer.convert_ids_to_tokens(list(ends))
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    if template is None:
+        lines.append((UNKNOWN if adapter_for is None else UNKNOWN_OF_ADAPTER).rstrip())
+    else:
+        lines += [TRIMS.rstrip()] if _trims(tokenizer) else []
+        lines.append(f'TEMPLATE """{template.as_go()}"""')
+    # Ollama reads what is between the quotes as it is, without escapes.
+    stops = [tokenizer.decode([token_id]) for token_id in ends]
+    lines += [f'PARAMETER stop """{stop}"""' if '"' in stop else f'PARAMETER stop "{stop}"' for stop in stops]
     file.with_name(MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -4,10 +4,16 @@ Each runs in a process of its own, in the order A B B A, on the same tokens, see
 recomputation and with it. A table is appended to docs/benchmarks/beside_peft.md.
 
     python -m scripts.dev.bench.beside_peft --base FOLDER --text FILE
+    python -m scripts.dev.bench.beside_peft --seeds 8
+
+With `--seeds`, both train once from each seed, which draws the initial values and the order of the batches, and the
+difference of their held-out losses is tested by Student's t of the pairs.
 """
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,25 +39,48 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=384)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, default=0, help="compare the losses of this many seeds, without timing")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", choices=["qlora", "peft"], help=argparse.SUPPRESS)
     parser.add_argument("--recompute", choices=["none", "full"], default="none", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trainer:
         print(json.dumps(measure(arguments)))
         return
-    lines = table(arguments)
+    lines = table_of_seeds(arguments) if arguments.seeds else table(arguments)
     print("\n".join(lines))
     append(TARGET, TITLE, lines)
 
 
+def title_of(arguments: argparse.Namespace) -> str:
+    """Return what is trained."""
+    size = f"{arguments.steps} steps of {arguments.batch} × {arguments.seq_len} tokens"
+    return f"{Path(arguments.base).name}, {size}, rank 8, alpha 16, lr {arguments.learning_rate:g}"
+
+
+def table_of_seeds(arguments: argparse.Namespace) -> list[str]:
+    """Run both trainers once with each seed, and compare their held-out losses."""
+    lines = [
+        *heading(f"{title_of(arguments)}, {arguments.seeds} seeds", "torch", "bitsandbytes", "transformers", "peft"),
+        "| seed | held-out loss before | qlora after | PEFT after | difference |",
+        "|---|---|---|---|---|",
+    ]
+    differences = []
+    for seed in range(arguments.seeds):
+        given = [*sys.argv[1:], "--seed", str(seed), "--trainer"]
+        ours, theirs = (run_child(__spec__.name, *given, trainer) for trainer in ("qlora", "peft"))
+        differences.append(ours["after"] - theirs["after"])
+        cells = f"{ours['before']:.4f} | {ours['after']:.4f} | {theirs['after']:.4f} | {differences[-1]:+.4f}"
+        lines.append(f"| {seed} | {cells} |")
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    lines += ["", f"Mean difference {mean:+.4f} ± {error:.4f} (standard error); t = {mean / error:.2f}."]
+    return lines
+
+
 def table(arguments: argparse.Namespace) -> list[str]:
     """Run both trainers twice at each level of recomputation."""
-    title = (
-        f"{Path(arguments.base).name}, {arguments.steps} steps of {arguments.batch} × {arguments.seq_len} tokens, "
-        f"rank 8, alpha 16, lr {arguments.learning_rate:g}"
-    )
     lines = [
-        *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
+        *heading(title_of(arguments), "torch", "bitsandbytes", "transformers", "peft"),
         "| recompute | trainer | held-out loss before | after | seconds of training (two runs) |",
         "|---|---|---|---|---|",
     ]
@@ -76,11 +105,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     from qlora.model import evaluate
 
     build, train = SIDES[arguments.trainer]
-    model, tokenizer = build(arguments.base, 8, 16, arguments.recompute)
+    model, tokenizer = build(arguments.base, 8, 16, arguments.recompute, seed=arguments.seed)
     datasets = build_datasets(
         tokenizer, [Source(arguments.text)], 0.02, EncodeOptions(max_seq_len=arguments.seq_len, overlong="split")
     )
-    plan = BatchPlan(datasets.train.lengths, arguments.batch, 1)
+    plan = BatchPlan(datasets.train.lengths, arguments.batch, 1, seed=arguments.seed)
     batches = [collate([datasets.train[index] for index in plan.window(step)]) for step in range(arguments.steps)]
     unwrapped = model.base_model.model if arguments.trainer == "peft" else model
     before = evaluate(unwrapped, eval_batches(datasets.eval, arguments.batch)).loss

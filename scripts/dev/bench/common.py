@@ -19,6 +19,14 @@ BENCHMARKS = ROOT / "docs" / "benchmarks"
 REALDATA = Path(os.environ.get("QLORA_REALDATA", "../shared/realdata"))
 TOKENIZER = REALDATA / "tokenizers" / "tinyllama_chat_hf"
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    },
     "limits": {
         "hidden_size": 512,
         "intermediate_size": 1408,

@@ -1,8 +1,9 @@
 """Find the longest sequence that trains under a memory cap, by bisection with real steps on a GPU.
 
 A process for each setting: forward, backward and update of one sequence of random tokens, longer or shorter until the
-longest that fits is known to 1%. The cap is set in torch's allocator. It needs CUDA. Without
-docs/benchmarks/max_context.md, it has not been run on a GPU.
+longest that fits is known to 1%, or to --precision. The cap is set in torch's allocator. Without
+docs/benchmarks/max_context.md, it has not been run on a GPU. On a CPU, the tensors of a step are counted instead, which
+is of use to try the script at a tiny shape.
 
     python -m scripts.dev.bench.max_context --cap 24 --out docs/benchmarks/max_context.md
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+from qlora.memory.probe import measure_peak
+from qlora.out_of_memory import is_out_of_memory
 from scripts.dev.bench.common import (
     SHAPES,
     append,
@@ -48,11 +51,14 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="+", default=["full", "offload", "offload+tiled"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--longest", type=int, default=1 << 18, help="largest number of tokens to try")
+    parser.add_argument("--shortest", type=int, default=512, help="smallest number of tokens to try")
+    parser.add_argument("--precision", type=float, default=0.01, help="share of the length to which it is found")
+    parser.add_argument("--unpaged", action="store_true", help="keep optimizer state out of managed memory")
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
+    parser.add_argument("--base", help="a base that exists, instead of a random one of --shape")
     parser.add_argument("--side", choices=["qlora", "peft"], help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and arguments.shape != "tiny":
         sys.exit(
             "There is no CUDA device here. On one, this finds the longest sequence that trains under a memory cap; "
             "what a config needs is estimated anywhere by `qlora estimate`."
@@ -69,52 +75,68 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     sides = [("qlora", level) for level in arguments.recompute] + [("peft", "full")] * installed("peft")
+    print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), arguments.shape)
+        if not arguments.base:
+            make_base(Path(folder), arguments.shape)
         for side, level in sides:
-            given = ["--shape", arguments.shape, "--cap", str(arguments.cap), "--rank", str(arguments.rank)]
-            given += ["--longest", str(arguments.longest), "--side", side, "--base", folder, "--recompute", level]
-            found = run_child(__spec__.name, *given)
+            own = ("shape", "cap", "rank", "longest", "shortest", "precision")
+            given = [text for name in own for text in (f"--{name}", str(getattr(arguments, name)))]
+            given += ["--side", side, "--base", arguments.base or folder, "--recompute", level]
+            found = run_child(__spec__.name, *given, *["--unpaged"] * arguments.unpaged)
             cells = f"{found['longest']:,} | {found['peak'] / 2**30:.2f} | {found['driver'] / 2**30:.2f}"
             lines.append(f"| {side} | {level} | {cells} |")
-    print("\n".join(lines))
+            print(lines[-1], flush=True)
     if arguments.out:
         append(arguments.out, TITLE, lines)
 
 
 def search(arguments: argparse.Namespace) -> dict[str, int]:
     """Return the longest sequence of one side, and its memory."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / total))
+    cap = int(arguments.cap * 2**30)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     step = {"qlora": qlora_step, "peft": peft_step}[arguments.side](arguments)
     memory: dict[int, tuple[int, int]] = {}
 
     def fits(length: int) -> bool:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            step(length)
-            torch.cuda.synchronize()
-        except torch.cuda.OutOfMemoryError:
+        found = step_bytes(lambda: step(length))
+        if found is None or not torch.cuda.is_available() and found[0] > cap:
             return False
-        free, _ = torch.cuda.mem_get_info()
-        memory[length] = torch.cuda.max_memory_allocated(), total - free
+        memory[length] = found
         return True
 
-    longest = bisect(fits, 512, arguments.longest)
+    longest = bisect(fits, arguments.shortest, arguments.longest, arguments.precision)
     peak, driver = memory.get(longest, (0, 0))
     return {"longest": longest, "peak": peak, "driver": driver}
 
 
-def bisect(fits: Callable[[int], bool], shortest: int, longest: int) -> int:
-    """Return the longest length that fits, to 1%; 0 if the shortest does not fit."""
+def step_bytes(step: Callable[[], None]) -> tuple[int, int] | None:
+    """Return the peak of a step's tensors and the memory in use afterwards, or None if memory ran out."""
+    if not torch.cuda.is_available():
+        peak = measure_peak(step, torch.device("cpu"))
+        return peak, peak
+    torch.cuda.empty_cache()
+    try:
+        peak = measure_peak(step, torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return peak, total - free
+
+
+def bisect(fits: Callable[[int], bool], shortest: int, longest: int, precision: float) -> int:
+    """Return the longest length that fits, to a share of it; 0 if the shortest does not fit."""
     if not fits(shortest):
         return 0
     low, high = shortest, shortest
     while low == high and high < longest:  # doubled first, so that no step is far longer than what fits
         high = min(2 * high, longest)
         low = high if fits(high) else low
-    while high - low > low // 100:
+    while high - low > max(1, low * precision):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -128,7 +150,7 @@ def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
     (level,) = arguments.recompute
     model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level)
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer = FlatAdamW(flat)
+    optimizer = FlatAdamW(flat, paged=not arguments.unpaged)
 
     def step(length: int) -> None:
         flat.zero_grad()
@@ -142,14 +164,15 @@ def qlora_step(arguments: argparse.Namespace) -> Callable[[int], None]:
 
 def peft_step(arguments: argparse.Namespace) -> Callable[[int], None]:
     """Return a function that makes a step of PEFT's model with bitsandbytes' optimizer."""
-    from bitsandbytes.optim import PagedAdamW8bit
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, "full")
-    optimizer = PagedAdamW8bit([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = (AdamW8bit if arguments.unpaged else PagedAdamW8bit)(trained, lr=1e-4)
 
     def step(length: int) -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             loss = peft_loss(model, random_batch(length, model))
         loss.backward()
         optimizer.step()

@@ -1,8 +1,9 @@
 """Count the memory and work of a training step: the same numbers on every run, regardless of the machine's load.
 
-For qlora at each level of recomputation, and for PEFT + bitsandbytes if peft is installed, on a Llama with random
-weights: bytes held between forward and backward, floating-point operations, products with a base weight and its
-dequantizations, and reasons for the host to wait for a device. A table is printed; `--out` appends it to a page.
+For qlora at each level of recomputation, for PEFT + bitsandbytes with transformers' loss, and for TRL's SFTTrainer on
+them, if they are installed, on a Llama with random weights: bytes held between forward and backward, floating-point
+operations, products with a base weight and its dequantizations, and reasons for the host to wait for a device. A table
+is printed; `--out` appends it to a page.
 
     python -m scripts.dev.bench.memory --out docs/benchmarks/memory.md
 """
@@ -32,6 +33,7 @@ from scripts.dev.bench.common import (
 from scripts.dev.bench.counts import Held, Watch, Work, held_for_backward
 
 PEFT_SETTINGS = ("none", "none+bf16", "none+autocast", "full", "full+prepare", "full+autocast")
+TRL_SETTINGS = ("none+autocast", "full+autocast")
 TITLE = """# Memory and work of a training step
 
 Counts, not timings: the same on every run. `python -m scripts.dev.bench.memory --out docs/benchmarks/memory.md`.
@@ -50,7 +52,7 @@ Counts, not timings: the same on every run. `python -m scripts.dev.bench.memory 
 
 PEFT's `prepare` is `prepare_model_for_kbit_training`, `bf16` stores factors in bf16 instead of fp32; `autocast` is
 transformers' `bf16=True`, without which PEFT multiplies its fp32 factors in fp32. Its gradient checkpointing is
-transformers', not reentrant.
+transformers', not reentrant. TRL is its SFTTrainer with its default loss, which makes no logits of a whole batch.
 """
 
 
@@ -79,7 +81,7 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     """Count every setting of both sides."""
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
     lines = [
-        *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
+        *heading(title, "torch", "bitsandbytes", "transformers", "peft", "trl"),
         "| side | recompute | saved B/token | on ctx | alive B/token | MFLOP/token | base GEMMs per layer "
         "| dequantized per layer | with statistics | syncs per step |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -93,6 +95,10 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         return [*lines, "", "peft is not installed, so its rows are missing."]
     for setting in PEFT_SETTINGS:
         lines.append(row("PEFT", setting, tokens, *count_peft(arguments, base, setting)))
+    if not installed("trl"):
+        return [*lines, "", "trl is not installed, so its rows are missing."]
+    for setting in TRL_SETTINGS:
+        lines.append(row("TRL", setting, tokens, *count_trl(arguments, base, setting)))
     return lines
 
 
@@ -155,6 +161,41 @@ def count_peft(arguments: argparse.Namespace, base: str, setting: str) -> tuple[
         with autocast:
             return peft_loss(model, batch)
 
+    return count_peer(loss, model)
+
+
+def count_trl(arguments: argparse.Namespace, base: str, setting: str) -> tuple[int, Held, Work, Work, Counter[str]]:
+    """Return the counts of a step of TRL's SFTTrainer on PEFT's model, with the trainer's own loss."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = build_peft(base, arguments.rank, 2 * arguments.rank, setting)
+    rows = [example.input_ids.tolist() for example in make_examples(arguments, model)[: arguments.batch]]
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            bf16=True,
+            use_cpu=model.device.type == "cpu",
+            gradient_checkpointing="full" in setting,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            max_length=arguments.seq_len,
+            report_to=[],
+        )
+        dataset = Dataset.from_list([{"input_ids": row} for row in rows])
+        trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    ids = torch.tensor(rows, device=model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def loss() -> torch.Tensor:
+        with trainer.compute_loss_context_manager():
+            computed: torch.Tensor = trainer.compute_loss(trainer.model, batch)
+        return computed
+
+    return count_peer(loss, trainer.model.train())
+
+
+def count_peer(loss: Any, model: Any) -> tuple[int, Held, Work, Work, Counter[str]]:
+    """Return the counts of a step of another trainer: its loss, backward, and clipping."""
     held, forward, backward = count(loss, model)
     with Watch(model.device) as work:
         step_loss = loss()

@@ -2,8 +2,9 @@
 
 Makes a random Llama checkpoint and an adapter for it in a temporary folder; copies and casts its files, file by file
 with safetensors' own functions and as a stream of blocks, and merges the adapter onto both kinds of base weights, each
-in a process of its own; appends a line to docs/benchmarks/merging.md. Peaks are resident memory above what was
-resident after the imports.
+in a process of its own, in the order A B B A; appends a table to docs/benchmarks/merging.md. Peaks are resident memory
+above what was resident after the imports. OMP_NUM_THREADS sets the threads; where other programs run, one thread is
+fairer, because threads that wait for each other take CPU time.
 
     python -m scripts.dev.bench.merging --shape llama3-8b --layers 8
 """
@@ -15,11 +16,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scripts.dev.bench.common import BENCHMARKS, SHAPES, hardware, run_child, versions
+from scripts.dev.bench.common import BENCHMARKS, SHAPES, append, heading, run_child
 
 TARGET = BENCHMARKS / "merging.md"
 TITLE = """# Memory and speed of a merge
@@ -28,12 +28,8 @@ Random Llama checkpoints in bf16 merged to fp16: `python -m scripts.dev.bench.me
 and four times the largest tensor in fp32. A copy reads the same files, casts and writes: by file with safetensors'
 load_file and save_file, or as a stream of blocks, the least work possible. All read from the disk and are synced
 to it.
-
-| date | checkpoint MB | largest tensor MB | bound MB | peak MB: onto original, dequantized | seconds: copy by file, \
-as a stream | merge onto original | dequantized | speed onto original, of either copy's | hardware, versions |
-|---|---|---|---|---|---|---|---|---|---|
 """
-WAYS = ("by file", "stream", "original", "original", "stream", "by file", "dequantized")
+WAYS = ("by file", "stream", "original", "dequantized", "dequantized", "original", "stream", "by file")
 
 
 def main() -> None:
@@ -59,21 +55,24 @@ def main() -> None:
             found.setdefault(way, []).append(run_child(__spec__.name, "--measure", way, name))
             print(way, found[way][-1])
             shutil.rmtree(folder / "out")
-    seconds = {way: sum(one["seconds"] for one in runs) / len(runs) for way, runs in found.items()}
-    peaks = {way: max(one["peak"] for one in runs) for way, runs in found.items()}
-    row = (
-        f"| {date.today()} | {checkpoint:.0f} | {largest:.0f} | {400 + 4 * largest:.0f} "
-        f"| {peaks['original']:.0f}, {peaks['dequantized']:.0f} "
-        f"| {seconds['by file']:.1f}, {seconds['stream']:.1f} "
-        f"| {seconds['original']:.1f} | {seconds['dequantized']:.1f} "
-        f"| {seconds['by file'] / seconds['original']:.0%}, {seconds['stream'] / seconds['original']:.0%} "
-        f"| {hardware()}; {versions('torch', 'safetensors', 'bitsandbytes')} |"
-    )
-    print(row)
-    if not TARGET.exists():
-        TARGET.write_text(TITLE, encoding="utf-8")
-    with TARGET.open("a", encoding="utf-8") as file:
-        file.write(row + "\n")
+    bound = 400 + 4 * largest
+    lines = [
+        *heading(f"{arguments.shape}, {checkpoint:,.0f} MB", "torch", "safetensors", "bitsandbytes"),
+        f"The largest tensor has {largest:,.0f} MB in fp32, so the bound is {bound:,.0f} MB. Threads: "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
+        "",
+        "| way | seconds | CPU seconds | peak MB | speed ÷ by file | CPU | speed ÷ stream | CPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    best = {way: {key: min(run[key] for run in runs) for key in ("seconds", "cpu")} for way, runs in found.items()}
+    for way, runs in found.items():
+        cells = [", ".join(f"{run[key]:.1f}" for run in runs) for key in ("seconds", "cpu")]
+        cells.append(f"{max(run['peak'] for run in runs):.0f}")
+        for copy in ("by file", "stream"):
+            cells += [f"{best[copy][key] / best[way][key]:.2f}" for key in ("seconds", "cpu")]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    print("\n".join(lines))
+    append(TARGET, TITLE, lines)
 
 
 def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> float:
@@ -116,6 +115,7 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
     save_file(factors, run / "adapter" / "adapter_model.safetensors")
     adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     record = RECORD | {
+        "data": [],
         "base": RECORD["base"] | {"name": str(base), "files": BaseFiles.resolve(str(base)).fingerprint()},
         "parameters": RECORD["parameters"] | {"quantized": linears, "adapted": linears, "trained_rows": {}},
     }
@@ -151,15 +151,15 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
     torch.ones(8, 8) @ torch.ones(8, 8)
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident memory
-    before, started = resident("VmRSS"), time.perf_counter()
+    before, started, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     if way == "by file":
         copy_by_file(folder / "base", folder / "out")
     elif way == "stream":
         copy_as_stream(folder / "base", folder / "out")
     else:
         merge(folder / "run", folder / "out", "float16", onto=way)
-    seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
-    return {"peak": peak, "seconds": seconds}
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"peak": resident("VmHWM") - before, "seconds": seconds, "cpu": cpu}
 
 
 def copy_by_file(base: Path, out: Path) -> None:

@@ -2,8 +2,8 @@
 
 For a small pretrained model and a random one of each family, a run of a few steps is merged onto the original base, and
 read by llama.cpp (1) from qlora's GGUF, (2) from the GGUF that llama.cpp's converter makes of the merged folder, (3) as
-the base's GGUF with the GGUF that its converter makes of the adapter. In fp16 llama.cpp rounds what goes into each
-product and its cache of keys and values to fp16; in fp32 it does not, which tells rounding from error. Needs
+the base's GGUF with the GGUF of the adapter, by its converter and by qlora. In fp16 llama.cpp rounds what goes into
+each product and its cache of keys and values to fp16; in fp32 it does not, which tells rounding from error. Needs
 llama-cpp-python, sentencepiece, gguf, and a checkout of llama.cpp:
 
     python -m scripts.dev.bench.proof_llama_cpp --llama-cpp ../llama.cpp --out docs/benchmarks/release.md
@@ -68,8 +68,12 @@ def make_ways(name: str, base: Path, run: Path, folder: Path, llama_cpp: Path) -
     for kind in DTYPES.values():
         file = convert(llama_cpp, "convert_hf_to_gguf.py", folder / kind, folder / f"merged-{kind}.gguf", kind)
         yield Way("converted from the merged folder", kind, file)
+    if name.startswith(OURS):
+        merge(run, folder / "adapter", format="lora-gguf")
     for kind in DTYPES.values():
         file = convert(llama_cpp, "convert_hf_to_gguf.py", base, folder / f"base-{kind}.gguf", kind)
+        if name.startswith(OURS):
+            yield Way("base converted, adapter by qlora", kind, file, folder / "adapter" / "adapter-lora.gguf")
         adapter = convert(
             llama_cpp, "convert_lora_to_gguf.py", run / "adapter", folder / "adapter.gguf", "f32", "--base", str(base)
         )

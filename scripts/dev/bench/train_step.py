@@ -4,7 +4,8 @@ Each side runs in its own process, in the order A B B A, on the same random weig
 initial values of the factors; a row is void if the losses of the first 20 steps differ by more than `--tolerance`.
 First both run at the same recomputation, then each at its other settings, and the best of each are compared. qlora's
 step is `run_loop` as a run calls it; PEFT's and unsloth's are the step of transformers' trainer, TRL's its own. A peer
-that is not installed is reported and skipped.
+that is not installed is reported and skipped. With `--documents`, the rows are documents of different lengths, which
+qlora packs into sequences and PEFT pads to the longest of the step; tokens are counted without padding.
 
 MFU takes the operations that the model needs without any recomputation, HFU those that were dispatched (Triton kernels
 are not counted); both against the best matrix product measured here. Written for GPUs too, with CUDA's
@@ -85,21 +86,35 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument(
+        "--documents",
+        type=int,
+        nargs=2,
+        metavar=("SHORTEST", "LONGEST"),
+        help="lengths of documents, which qlora packs",
+    )
     parser.add_argument("--steps", type=int, default=30, help="steps of a run, including warm-up")
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; fewer than the cores if they are shared")
     parser.add_argument("--tolerance", type=float, default=0.02, help="largest relative difference of a loss")
+    parser.add_argument("--once", action="store_true", help="run each side once; the order is A B instead of A B B A")
+    parser.add_argument("--unpaged", action="store_true", help="keep optimizer state out of managed memory")
+    parser.add_argument("--base", help="a base that exists, instead of a random one of --shape")
     parser.add_argument("--out", type=Path, help="page to append the table to")
     parser.add_argument("--side", choices=["qlora", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.documents and arguments.peer == "trl":
+        parser.error("--documents: TRL takes a fixed number of rows per step; compare with another --peer")
     if arguments.side:
         print(json.dumps(measure(arguments)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), arguments.shape, arguments.tokenizer)
-        lines = table(arguments, folder)
+    if arguments.base:
+        lines = table(arguments, arguments.base)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_base(Path(folder), arguments.shape, arguments.tokenizer)
+            lines = table(arguments, folder)
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, TITLE, lines)
@@ -129,13 +144,16 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
         )
         own += ("--peer",)
         given = [text for name in own for text in (name, str(getattr(arguments, name[2:].replace("-", "_"))))]
+        given += ["--unpaged"] * arguments.unpaged
+        if arguments.documents:
+            given += ["--documents", *map(str, arguments.documents)]
         return run_child(__spec__.name, *given, "--side", side, "--setting", setting, "--base", base)
 
     measured = []
     for level, peer_setting in [*pairs, *((level, None) for level in others), *((None, one) for one in peer_others)]:
         sides = {"qlora": level, "peer": peer_setting}
         results: dict[str, list[dict[str, Any]]] = {}
-        for side in ("qlora", "peer", "peer", "qlora"):
+        for side in ("qlora", "peer") if arguments.once else ("qlora", "peer", "peer", "qlora"):
             if setting := sides[side]:
                 results.setdefault(side, []).append(run(side, setting))
         measured.append((sides, results))
@@ -143,12 +161,14 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
     peak = max(one["matrix_flops"] for _, results in measured for runs in results.values() for one in runs)
     packages = ("torch", "bitsandbytes", "transformers", "peft", "liger-kernel", "unsloth", "trl")
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
+    if arguments.documents:
+        title += " of documents of {} to {}".format(*arguments.documents)
     lines = [
         *heading(f"{title}, {peer}", *packages),
         f"{arguments.steps} steps, the first {arguments.warm_up} not timed; bf16 matrix product {peak / 1e12:.2f} "
         f"TFLOP/s; learning rate {LEARNING_RATE:g}; {arguments.threads or 'all'} threads.",
         "",
-        "| recompute | side | tokens/s (two runs) | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
+        "| recompute | side | tokens/s of each run | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     best: dict[str, float] = {}
@@ -226,8 +246,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     layers = model.config.num_hidden_layers
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = linear_weights(arguments.base)
-    attention = 7 * arguments.seq_len * model.config.hidden_size * layers
-    tokens = arguments.batch * arguments.seq_len
+    examples, plan = make_examples(arguments, model.config.vocab_size)
+    counts = [[len(examples[index]) for index in plan.window(step)] for step in range(arguments.steps)]
+    tokens = statistics.mean(map(sum, counts[arguments.warm_up :]))
+    seen = sum(length**2 for lengths in counts for length in lengths) / sum(map(sum, counts))
+    attention = 7 * seen * model.config.hidden_size * layers
     assert all(torch.isfinite(torch.tensor(clock.losses)))
     return {
         "seconds": seconds,
@@ -329,14 +352,21 @@ def matrix_peak() -> float:
 
 
 def make_examples(arguments: argparse.Namespace, vocabulary: int) -> tuple[list[Any], Any]:
-    """Return enough sequences for all steps, with every token supervised, and their order."""
+    """Return enough documents for all steps, with every token supervised, and their order."""
     import numpy as np
 
     from qlora.data import BatchPlan, make_example
 
     count = (arguments.steps + 1) * arguments.batch
     rows = random_rows(count, arguments.seq_len, vocabulary)
-    plan = BatchPlan(np.full(count, arguments.seq_len), arguments.batch, 1)
+    if arguments.documents:
+        shortest, longest = arguments.documents
+        drawn = np.random.default_rng(0).integers(shortest, longest + 1, 2 * count * arguments.seq_len // shortest)
+        ends = np.cumsum(drawn)
+        drawn = drawn[ends <= count * arguments.seq_len]
+        rows = [piece.tolist() for piece in np.split(np.concatenate(rows), ends[: len(drawn)])[:-1]]
+    lengths = np.array([len(row) for row in rows])
+    plan = BatchPlan(lengths, arguments.batch, 1, arguments.seq_len if arguments.documents else None)
     return [make_example(row, [True] * len(row)) for row in rows], plan
 
 
@@ -345,10 +375,10 @@ def train_qlora(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Calla
     """Return qlora's model, the optimizer's name, and a function that trains some more steps."""
     level, holds = arguments.setting.removesuffix(HELD), arguments.setting.endswith(HELD)
     model, _ = build_qlora(arguments.base, arguments.rank, 2 * arguments.rank, level, holds=holds)
-    yield model, *qlora_steps(model, arguments)
+    yield model, *qlora_steps(model, arguments, arguments.unpaged)
 
 
-def qlora_steps(model: Any, arguments: argparse.Namespace) -> tuple[str, Callable[..., None]]:
+def qlora_steps(model: Any, arguments: argparse.Namespace, unpaged: bool = False) -> tuple[str, Callable[..., None]]:
     """Return the name of the optimizer of qlora's model, and a function that trains some more steps."""
     from qlora.model import SUPERVISED
     from qlora.optim import FlatParameters, make_optimizer
@@ -357,7 +387,8 @@ def qlora_steps(model: Any, arguments: argparse.Namespace) -> tuple[str, Callabl
     from qlora.training.progress import Progress
 
     examples, plan = make_examples(arguments, model.config.vocab_size)
-    name = "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_32bit"
+    on_gpu = "adamw_8bit" if unpaged else "paged_adamw_8bit"
+    name = on_gpu if model.device.type == "cuda" else "adamw_32bit"
     flat = FlatParameters((name, p) for name, p in model.named_parameters() if p.requires_grad)
     progress, processes = Progress(), Processes(device=model.device)
     parts = LoopParts(model, make_optimizer(name, flat), SUPERVISED, examples, batches=plan, processes=processes)
@@ -388,7 +419,7 @@ def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callab
         model, _ = build_peft(arguments.base, arguments.rank, 2 * arguments.rank, arguments.setting)
     examples, plan = make_examples(arguments, model.config.vocab_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, name = make_optimizer(parameters)
+    optimizer, name = make_optimizer(parameters, arguments.unpaged)
     steps_done = 0
 
     def run(steps: int, tick: Callable[[float], bool]) -> None:
@@ -407,14 +438,15 @@ def train_peer(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callab
     yield model, name, run
 
 
-def make_optimizer(parameters: list[Any]) -> tuple[Any, str]:
+def make_optimizer(parameters: list[Any], unpaged: bool) -> tuple[Any, str]:
     """Return the optimizer that users of PEFT take, and its name; paging needs CUDA."""
     import torch
 
     if parameters[0].device.type == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return PagedAdamW8bit(parameters, lr=LEARNING_RATE, weight_decay=0.0), "bitsandbytes PagedAdamW8bit, fp32"
+        kind = AdamW8bit if unpaged else PagedAdamW8bit
+        return kind(parameters, lr=LEARNING_RATE, weight_decay=0.0), f"bitsandbytes {kind.__name__}, fp32"
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0), "torch AdamW, fp32"
 
 
@@ -451,7 +483,8 @@ def train_trl(arguments: argparse.Namespace) -> Iterator[tuple[Any, str, Callabl
     ordered = [index for step in range(arguments.steps + 1) for index in plan.window(step)]
     rows = datasets.Dataset.from_list([{"input_ids": list(examples[index].input_ids)} for index in ordered])
     on_gpu = model.device.type == "cuda"
-    optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
+    on_gpus = "adamw_8bit" if arguments.unpaged else "paged_adamw_8bit"
+    optimizer = on_gpus if on_gpu else "adamw_torch"
 
     class InOrder(SFTTrainer):  # type: ignore[misc]
         loss = 0.0

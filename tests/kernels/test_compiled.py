@@ -1,0 +1,137 @@
+"""Every kernel, as its launcher launches it, compiled for each GPU: registers, spills and how it rounds.
+
+The interpreter, which the other tests of kernels use, does not show that a kernel compiles, uses tensor cores, has
+enough registers and fuses no two operations. A kernel is one line of `LAUNCHES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+
+from qlora.kernels import ExpertGroup
+from tests.interpreted import CAPABILITIES, needs_triton
+from tests.launched import compile_launches
+
+pytestmark = [needs_triton, pytest.mark.slow]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+WIDE, RAGGED = (4096, 4096), (1024, 172)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dequantized(
+    shape: tuple[int, int], dtype: torch.dtype = BF16, rank: int = 0, experts: int = 0, is_nested: bool = True
+) -> Callable[[ModuleType], object]:
+    """Return a call that dequantizes a weight, or some of a stack of experts, with a LoRA term of a rank."""
+    stack, size = (experts,) * bool(experts), shape[0] * shape[1]
+    blocks = size // 64
+    options: dict[str, object] = {"index": meta(3, dtype=torch.int64)} if experts else {}
+    if is_nested:
+        options |= {"nested_code": meta(256), "nested_absmax": meta(*stack, -(-blocks // 256))}
+        options |= {"nested_offset": meta(*stack)}
+    if rank:
+        A, B = (meta(*stack, *each, dtype=dtype) for each in ((rank, shape[1]), (shape[0], rank)))
+        options |= {"lora_A": A, "lora_B": B, "scaling": 2.0}
+    packed = meta(*stack, size // 2, dtype=torch.uint8)
+    absmax = meta(*stack, blocks, dtype=torch.uint8 if is_nested else torch.float32)
+    return lambda module: module.dequantize_4bit_triton(packed, meta(16), absmax, shape, dtype, **options)
+
+
+def multiplied(
+    features: int, depth: int = 2048, dtype: torch.dtype = BF16, of_group: bool = False, has_bias: bool = False
+) -> Callable[[ModuleType], object]:
+    """Return a call that multiplies the rows of three of eight experts by their matrices."""
+    weights = meta(3 if of_group else 8, features, depth, dtype=dtype)
+    bias = meta(8, features, dtype=dtype) if has_bias else None
+    x = meta(300, depth, dtype=dtype)
+    return lambda module: module.grouped_matmul_triton(x, weights, group(), bias=bias, of_group=of_group)
+
+
+def outer(left: int, right: int, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that sums the products of two features over the rows of each of three experts."""
+    tensors = meta(300, left, dtype=dtype), meta(300, right, dtype=dtype)
+    out = meta(8, left, right, dtype=dtype)
+    return lambda module: module.grouped_outer_triton(*tensors, group(), out, 0.5)
+
+
+def group() -> ExpertGroup:
+    index, bounds = meta(3, dtype=torch.int64), meta(9, dtype=torch.int64)
+    return ExpertGroup([1, 4, 5], [0, 100, 200, 300], index, bounds)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a launcher, and what its kernels should be compiled to.
+
+    Attributes:
+        module: Module of `qlora.kernels`.
+        call: Calls the launcher with the module.
+        most_registers: Largest number of registers of a thread; 255 is the hardware's limit.
+        most_spilled: Largest number of bytes that a thread keeps in memory for want of registers.
+        has_products: Whether tensor cores are used.
+        is_exact: Whether no addition may be contracted with a multiplication, which would round once instead of twice.
+    """
+
+    module: str
+    call: Callable[[ModuleType], object]
+    most_registers: int
+    most_spilled: int = 0
+    has_products: bool = True
+    is_exact: bool = False
+
+
+def plain(call: Callable[[ModuleType], object]) -> Launch:
+    return Launch("dequantize_triton", call, most_registers=72, has_products=False, is_exact=True)
+
+
+def with_lora(call: Callable[[ModuleType], object], **bounds: int) -> Launch:
+    return Launch("dequantize_triton", call, **{"most_registers": 168} | bounds, is_exact=True)
+
+
+def grouped(call: Callable[[ModuleType], object]) -> Launch:
+    return Launch("grouped_triton", call, most_registers=224)  # two programs of four warps on each multiprocessor
+
+
+LAUNCHES = {
+    "dequantize": plain(dequantized(WIDE)),
+    "dequantize, fp16": plain(dequantized(WIDE, FP16)),
+    "dequantize, fp32": plain(dequantized(WIDE, torch.float32)),
+    "dequantize, absmax in fp32": plain(dequantized(WIDE, is_nested=False)),
+    "dequantize, experts": plain(dequantized((1024, 2048), experts=8)),
+    "fold rank 8": with_lora(dequantized(WIDE, rank=8)),
+    "fold rank 16": with_lora(dequantized(WIDE, rank=16)),
+    "fold rank 16, fp16": with_lora(dequantized(WIDE, FP16, rank=16)),
+    "fold rank 32": with_lora(dequantized(WIDE, rank=32)),
+    "fold rank 64": with_lora(dequantized(WIDE, rank=64)),
+    "fold rank 8, experts": with_lora(dequantized((1024, 2048), rank=8, experts=8)),
+    # Its tiles cross blocks, so that each weight has an absmax of its own: too many values for the registers.
+    "fold rank 16, ragged": with_lora(dequantized(RAGGED, rank=16), most_registers=255, most_spilled=384),
+    "experts' weights": grouped(multiplied(1024, of_group=True)),
+    "experts' weights, fp16": grouped(multiplied(1024, dtype=FP16, of_group=True)),
+    "experts' weights with bias": grouped(multiplied(1024, of_group=True, has_bias=True)),
+    "experts' factors": grouped(multiplied(8)),
+    "experts' factors, ragged": grouped(multiplied(8, depth=172)),
+    "gradients of experts' factors": grouped(outer(8, 2048)),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_kernel_compiles_within_the_registers(name, capability):
+    launch = LAUNCHES[name]
+    for kernel in compile_launches(import_module(f"qlora.kernels.{launch.module}"), launch.call, capability):
+        print(
+            f"{name}, sm_{capability}: {kernel.name} with {kernel.registers} registers, {kernel.spilled} bytes spilled"
+        )
+        assert kernel.spilled <= launch.most_spilled
+        assert kernel.registers <= launch.most_registers
+        assert ("mma" in kernel.ptx) == launch.has_products
+        if launch.is_exact:
+            assert "FFMA" not in kernel.instructions()

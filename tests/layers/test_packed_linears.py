@@ -1,0 +1,116 @@
+"""Linear layers packed for answers compute what they do otherwise, and are put back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import qlora
+from qlora.kernels import LowRank, can_pack
+from qlora.layers.packed_linears import PackedLinear, packed_linears
+from qlora.layers.weight_cache import temporarily_cached_linears
+from qlora.lora import adapters_off, lora_layers
+from qlora.nf4 import NF4Linear
+from tests.tiny import make_base
+
+HAS_PACKING = can_pack(torch.device("cpu"), torch.bfloat16)
+
+
+def build(tmp_path: Any, seed: int, kind: str = "lora", **sizes: Any) -> Any:
+    base = make_base(tmp_path / "base", seed, **sizes)
+    model, _ = qlora.load_base(str(base), compute_dtype="bfloat16", device="cpu")
+    qlora.add_lora(model, rank=5, alpha=7, kind=kind)
+    for _, layer in lora_layers(model):
+        layer.first_trained.data.normal_(std=0.1)
+    return model.eval()
+
+
+def stack(model: Any) -> None:
+    """Give each layer an earlier adapter as a second term."""
+    for _, layer in lora_layers(model):
+        A, B = torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3) * 0.1
+        layer.frozen = LowRank(A.bfloat16(), B.bfloat16(), 0.7)
+
+
+def nothing(model: Any) -> None:
+    del model
+
+
+@torch.no_grad()
+def outputs(model: Any, seed: int) -> list[torch.Tensor]:
+    """Return logits of one token, of a few rows, and an answer."""
+    generator = torch.Generator().manual_seed(seed)
+    one, rows = (torch.randint(3, 250, shape, generator=generator) for shape in ((1, 1), (3, 9)))
+    answer = model.generate(rows[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return [model(one).logits, model(rows).logits, answer]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "sizes"),
+    [
+        ("lora", nothing, {}),
+        ("lora", stack, {}),
+        ("lora", nothing, {"attention_bias": True, "mlp_bias": True}),
+        ("lora", nothing, {"tie_word_embeddings": True}),
+        ("dora", nothing, {}),
+        ("rows", nothing, {}),
+    ],
+)
+def test_a_packed_model_has_the_same_outputs_and_gets_its_layers_back(
+    kind: str, change: Callable[[Any], None], sizes: dict[str, Any], tmp_path: Any, seed: int
+) -> None:
+    model = build(tmp_path, seed, kind, **sizes)
+    change(model)
+    modules, expected = list(model.named_modules()), outputs(model, seed)
+    with packed_linears(model, float("inf")):
+        # All seven of both layers and the head; other kinds of adapters are left as they are.
+        number = sum(isinstance(module, PackedLinear) for module in model.modules())
+        assert number == (15 if kind == "lora" else 1) * HAS_PACKING
+        found = outputs(model, seed)
+    assert all(map(torch.equal, expected, found))
+    assert list(model.named_modules()) == modules
+
+
+def test_adapters_that_are_off_stay_off(tmp_path: Any, seed: int) -> None:
+    model = build(tmp_path, seed)
+    with adapters_off(model):
+        expected = outputs(model, seed)
+        with packed_linears(model, float("inf")):
+            inside = outputs(model, seed)
+    with packed_linears(model, float("inf")), adapters_off(model):
+        switched = outputs(model, seed)
+    assert all(map(torch.equal, expected, inside))
+    assert all(map(torch.equal, expected, switched))
+
+
+def test_gradients_are_computed_by_the_layer_itself(tmp_path: Any, seed: int) -> None:
+    model = build(tmp_path, seed)
+    ids = torch.arange(9)[None]
+    gradients = []
+    for num_bytes in (0, float("inf")):
+        with packed_linears(model, num_bytes):
+            model(ids).logits.float().square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        model.zero_grad(set_to_none=True)
+    assert any(gradient.any() for gradient in gradients[0])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_no_more_memory_is_taken_than_given(tmp_path: Any, seed: int) -> None:
+    model = build(tmp_path, seed)
+    expected = outputs(model, seed)
+    with packed_linears(model, 50_000) as left:
+        number = sum(isinstance(module, PackedLinear) for module in model.modules())
+        assert 0 <= left <= 50_000
+        assert (0 < number < 15) == HAS_PACKING
+        assert all(map(torch.equal, expected, outputs(model, seed)))
+
+
+def test_a_weight_is_either_packed_or_cached(tmp_path: Any, seed: int) -> None:
+    model = build(tmp_path, seed)
+    linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    with temporarily_cached_linears(model, float("inf")):
+        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert [linear.is_cached for linear in linears] == [not packed] * len(linears)
+    assert not any(linear.is_cached for linear in linears)

@@ -1,0 +1,34 @@
+"""Errors that mean that memory ran out, from torch, the libraries that it calls, and Triton."""
+
+import pytest
+import torch
+
+from qlora.errors import ModelError
+from qlora.out_of_memory import is_out_of_memory
+
+RAN_OUT = {
+    "torch's allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "CUDA": torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "CUDA's driver": RuntimeError("CUDA driver error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "the host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+}
+OTHERS = {
+    "an illegal access": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "shared memory": RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+    "cuBLAS otherwise": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    "an error of ours": ModelError("Step 3: memory ran out: CUBLAS_STATUS_ALLOC_FAILED"),
+    "Ctrl-C": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("error", RAN_OUT.values(), ids=RAN_OUT)
+def test_each_error_of_exhausted_memory_is_recognized(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHERS.values(), ids=OTHERS)
+def test_errors_that_less_memory_does_not_cure_are_not(error):
+    assert not is_out_of_memory(error)
