@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv and install qlora into it with the given extras, plus the gpu extra on a machine with an NVIDIA GPU:
+# Create .venv and install qlora into it with the given extras:
 #   bash scripts/setup.sh [plot,test,…]
 # PYTHON is the Python to use; TORCH_INDEX is a package index for torch that replaces pip's default.
 set -euo pipefail
@@ -8,9 +8,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "qlora needs Python 3.11 or newer, but this is $("$python" --version); set PYTHON=… to another one" >&2; exit 1; }
 extras=${1:-plot}
-if command -v nvidia-smi >/dev/null; then
-  extras=$extras,gpu
-else
+if ! command -v nvidia-smi >/dev/null; then
   # Without a GPU, any build of torch works; use the version that the tests run on.
   export PIP_CONSTRAINT=${PIP_CONSTRAINT:-$PWD/.ci/constraints.txt}
 fi

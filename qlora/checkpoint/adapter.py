@@ -186,7 +186,7 @@ def wrap_adapter(model: Any, adapter: PeftAdapter, form: str = "auto") -> list[s
     Args:
         model: A causal language model without adapters, its linear layers in 4 bits or not.
         adapter: Adapter of any tool, see :func:`read_adapter`.
-        form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
+        form: How products are computed, see :func:`qlora.lora.function.lora_linears`.
 
     Returns:
         The names of the adapted layers and stacks of experts.

@@ -33,7 +33,7 @@ def doctor(
     import torch
 
     from qlora.allocator import allocator_settings
-    from qlora.kernels import experts_path, liger_unavailable_reason, liger_version
+    from qlora.kernels import experts_path, unfused_reason
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
@@ -53,7 +53,7 @@ def doctor(
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
     error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
-    reason, unpaged = liger_unavailable_reason(device), unpaged_reason(device)
+    reason, unpaged = unfused_reason(device), unpaged_reason(device)
     in_use = {
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
@@ -63,7 +63,9 @@ def doctor(
         "optimizer_state": "paged" if unpaged is None else f"not paged: {unpaged}",
         "allocator": allocator_settings() or "torch's own settings",
         "attention": "within documents where the architecture allows it; set model.attention for another one",
-        "activations": f"plain torch: {reason}" if reason else f"liger-kernel {liger_version()}",
+        "activations": f"plain torch: {reason}"
+        if reason
+        else "fused kernels, where they give what a model's own modules give",
         "memory": f"{available_bytes(device) / 2**30:.1f} GiB free; qlora estimate predicts what a config needs",
         "plots": "drawn" if find_spec("matplotlib") else "not drawn: pip install matplotlib",
     }

@@ -5,6 +5,7 @@ from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
 from qlora.kernels.filled import filled_up
+from qlora.kernels.fused import unfused_reason
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.grouped import (
     FEW_ROWS,
@@ -19,12 +20,12 @@ from qlora.kernels.grouped import (
     weights_of_group,
 )
 from qlora.kernels.kl_divergence import linear_kl_divergence
-from qlora.kernels.liger import liger_twin, liger_unavailable_reason, liger_version
 from qlora.kernels.log_probs import linear_log_probs
 from qlora.kernels.norm import RMSNorm
 from qlora.kernels.packed import PackedWeight, can_pack
 from qlora.kernels.quantize import quantize_4bit_cpu
 from qlora.kernels.rebuild import Recipe, rebuilt, recipe_of
+from qlora.kernels.rotary import rotate
 from qlora.kernels.saved import save_first
 from qlora.kernels.scratch import free_scratch, scratch
 
@@ -53,8 +54,6 @@ __all__ = [
     "group_experts",
     "grouped_matmul",
     "grouped_outer",
-    "liger_twin",
-    "liger_version",
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_log_probs",
@@ -62,11 +61,12 @@ __all__ = [
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",
+    "rotate",
     "row_norms",
     "row_scale",
     "save_first",
     "scale_rows",
     "scratch",
-    "liger_unavailable_reason",
+    "unfused_reason",
     "weights_of_group",
 ]

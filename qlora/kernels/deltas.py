@@ -136,22 +136,27 @@ class LowRank:
         grad_x: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> Gradients:
-        """Compute the gradients of y = scaling · (x ∘ mask) Aᵀ Bᵀ, with u = scaling · g B; see :meth:`Delta.gradients`.
+        """Compute the gradients of y = scaling · (x ∘ mask) Aᵀ Bᵀ, with u = g B; see :meth:`Delta.gradients`.
 
         Returns:
-            The gradients of A, uᵀ (x ∘ mask), and of B, scaling · gᵀ ((x ∘ mask) Aᵀ); None where not needed.
+            The gradients of A, scaling · uᵀ (x ∘ mask), and of B, scaling · gᵀ ((x ∘ mask) Aᵀ); None where not needed.
         """
         masked = x if mask is None else x * mask
-        u = (grad @ self.B).mul_(self.scaling) if needed[0] or grad_x is not None else None
+        u = grad @ self.B if needed[0] or grad_x is not None else None
         if grad_x is not None:
             assert u is not None
             if mask is None:
-                grad_x.addmm_(u, self.A)
+                grad_x.addmm_(u, self.A, alpha=self.scaling)
             else:
-                grad_x.addcmul_(u @ self.A, mask)
-        grad_A = u.T @ masked if u is not None and needed[0] else None
-        grad_B = grad.T @ (masked @ self.A.T).mul_(self.scaling) if needed[1] else None
+                grad_x.addcmul_(u @ self.A, mask, value=self.scaling)
+        grad_A = _scaled_product(u.T, masked, self.scaling) if u is not None and needed[0] else None
+        grad_B = _scaled_product(grad.T, masked @ self.A.T, self.scaling) if needed[1] else None
         return grad_A, grad_B
+
+
+def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return scaling · one other, scaled before it is rounded; on a GPU that is one kernel."""
+    return one.new_empty(one.shape[0], other.shape[1]).addmm_(one, other, beta=0, alpha=scaling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,20 @@ class GatedProduct:
         activation: A key of `ACTIVATIONS`.
         overwrites: Whether the gradient of the result may be overwritten, because nothing else needs it. This saves a
             tensor as wide as the MLP at the point where a layer uses most memory.
+        fused: Whether kernels compute it, see :mod:`qlora.kernels.gated_triton`. They differ from autograd in a few
+            last bits.
     """
 
     activation: str
     overwrites: bool = False
+    fused: bool = False
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """(…, features), (…, features) -> (…, features)."""
+        if self.fused:
+            from qlora.kernels.gated_triton import gated_product_triton
+
+            return gated_product_triton(self.activation, gate, up)
         activate, _ = ACTIVATIONS[self.activation]
         return activate(gate).mul_(up)
 
@@ -43,6 +50,10 @@ class GatedProduct:
         self, grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradients of gate and up; nothing else is allocated."""
+        if self.fused:
+            from qlora.kernels.gated_triton import gated_gradients_triton
+
+            return gated_gradients_triton(self.activation, grad_output, gate, up, self.overwrites)
         activate, activate_backward = ACTIVATIONS[self.activation]
         grad_gate = grad_output * up
         activate_backward(grad_gate, gate, grad_input=grad_gate)

@@ -18,15 +18,21 @@ class RMSNorm:
         offset: Added to the weight: 1 in Gemma.
         rounds_first: Whether x / rms(x) is rounded to the dtype of x before it is multiplied by the weight, as in
             Llama, or afterwards.
+        fused: Whether kernels compute it, see :mod:`qlora.kernels.norm_triton`.
     """
 
     weight: torch.Tensor
     eps: float
     offset: float = 0.0
     rounds_first: bool = False
+    fused: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(…, features) -> (…, features)."""
+        if self.fused:
+            from qlora.kernels.norm_triton import rms_norm_triton
+
+            return rms_norm_triton(x, self.weight, self.eps, self.offset, self.rounds_first)
         normed = x.to(torch.float32, copy=True)
         normed.mul_(self._inverse_rms(normed))
         if self.rounds_first:
@@ -42,6 +48,10 @@ class RMSNorm:
             grad_output: (…, features).
             x: (…, features).
         """
+        if self.fused:
+            from qlora.kernels.norm_triton import rms_norm_gradient_triton
+
+            return (rms_norm_gradient_triton(grad_output, x, self.weight, self.eps, self.offset),)
         rows = x.float()
         inverse_rms = self._inverse_rms(rows)
         grad = grad_output.to(torch.float32, copy=True).mul_(self._scale(torch.float32))

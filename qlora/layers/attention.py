@@ -4,6 +4,7 @@ It is registered with transformers under its own name, which :func:`use_document
 """
 
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -149,7 +150,7 @@ def document_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.is_cuda and reason_for_tensors(query, value) is None:
+    if _takes_varlen(query, value):
         return _varlen(query, key, value, scaling, sliding_window, s_aux, cu_seq_lens_q, max_length_q), None
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
@@ -166,6 +167,11 @@ def _takes_blocks(computed: Any, with_sinks: bool) -> bool:
     return computed.device.type in ("cpu", "meta") and computed.dtype == torch.bfloat16 and not with_sinks
 
 
+def _takes_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether torch's kernel for packed documents computes attention."""
+    return query.is_cuda and reason_for_tensors(query, value) is None
+
+
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -175,7 +181,7 @@ def _attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     length = query.shape[2]
-    is_fast = query.is_cuda and reason_for_tensors(query, value) is None
+    is_fast = _takes_varlen(query, value)
     if sinks is not None and is_fast:
         starts = torch.tensor([0, length], dtype=torch.int32, device=query.device)
         rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
@@ -208,17 +214,22 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     settings: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in signature(varlen_attn).parameters:
-            settings["enable_gqa"] = True
-        else:  # torch below 2.12 needs as many key heads as query heads
-            groups = query.shape[1] // key.shape[1]
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1] and _asks_for_groups():
+        settings["enable_gqa"] = True
+    # Not by an index, whose gradient is a copy into zeros.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     if sinks is not None:
-        return varlen_with_sinks(q, k, v, sinks, cu_seq_lens, max_length, **settings)[None]
+        return varlen_with_sinks(q, k, v, sinks, cu_seq_lens, max_length, **settings).unsqueeze(0)
     attended: Any = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, **settings)
-    return attended[None]
+    return attended.unsqueeze(0)
+
+
+@cache
+def _asks_for_groups() -> bool:
+    """Return whether varlen_attn wants to be told of fewer key heads than query heads, as it does from torch 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _unsupported_reason(model: Any) -> str | None:

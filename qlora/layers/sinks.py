@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora.layers.rebuild import is_close
+from qlora.layers.trial import is_close
 
 NAME = "sinks"
 # Sizes of the random values that the kernels are tried on.

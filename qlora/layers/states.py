@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from qlora.layers.rebuild import is_close
+from qlora.layers.trial import is_close
 from qlora.lora import text_model
 
 ARGUMENT = "state_lengths"

@@ -27,7 +27,7 @@ from qlora.lora.inject import (
     wrap_layers,
     wrap_linears,
 )
-from qlora.lora.linear import LoraLinear, StoredAdapter
+from qlora.lora.linear import LoraLinear, StoredAdapter, linears_of
 from qlora.lora.match import matches, unmatched
 from qlora.lora.plain import is_linear
 from qlora.lora.ranks import RankBudget
@@ -90,6 +90,7 @@ __all__ = [
     "is_linear",
     "keep_starts",
     "linear_layers",
+    "linears_of",
     "lora_experts",
     "lora_layers",
     "match_targets",

@@ -1,9 +1,9 @@
-"""The autograd function of an adapted linear layer, in two forms; saves x, or its recipe's inputs, and no weight."""
+"""The autograd function of adapted linear layers, in two forms; saves x, or its recipe's inputs, and no weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from qlora.lora.spec import FORMS
 # (docs/benchmarks/forms.md). Derived for CUDA, not measured: folding costs as much as `rank` more tokens and needs
 # no pass over activations, so only the kernel launches of small batches make it slower.
 FOLD_FROM_TOKENS = {"cpu": 2048, "cuda": 512}
+
+Taken = TypeVar("Taken")
 
 
 def choose_form(form: str, num_tokens: int, device: torch.device, dropout: float, needs_norms: bool = False) -> str:
@@ -52,81 +54,88 @@ def dropout_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def lora_linear(
-    x: torch.Tensor, base: Any, deltas: Sequence[Delta], *, form: str = "auto", dropout: float = 0.0, seed: int = 0
-) -> torch.Tensor:
-    """Compute y = x (W + Σ deltas)ᵀ + bias, with dropout on the x of the deltas (LoRA, arXiv:2106.09685, eq. 3).
+class Product(NamedTuple):
+    """A product of an input with the weight of an adapted layer.
 
-    `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
-    weight once and computes one product.
-
-    Args:
-        x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
+    Attributes:
         base: The frozen layer: `nn.Linear`, or one with `bias` and `weight_for_product`.
         deltas: Terms added to its weight; tensors that do not require a gradient get none.
         form: `auto`, `separate` or `folded`.
         dropout: Probability of dropping an input of the deltas.
         seed: Seed of the dropout.
+    """
+
+    base: Any
+    deltas: Sequence[Delta]
+    form: str = "auto"
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def lora_linears(x: torch.Tensor, products: Sequence[Product]) -> list[torch.Tensor]:
+    """Compute y = x (W + Σ deltas)ᵀ + bias for each product, with dropout on the x of the deltas (arXiv:2106.09685).
+
+    `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
+    weight once and computes one product. In the backward, x is read or rebuilt once for all products, whose gradients
+    of it are added up before they are rounded.
+
+    Args:
+        x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
+        products: At least one.
 
     Returns:
-        (..., out), in the dtype of `x`, in which all products are computed.
+        (..., out) for each, in the dtype of `x`, in which all products are computed.
     """
-    return _product(x, base, deltas, False, form, dropout, seed)[0]
+    return _products(x, products)[0]
 
 
-def dora_linear(
-    x: torch.Tensor,
-    base: Any,
-    deltas: Sequence[Delta],
-    magnitude: torch.Tensor,
-    *,
-    form: str = "auto",
-    dropout: float = 0.0,
-    seed: int = 0,
-) -> torch.Tensor:
+def dora_linear(x: torch.Tensor, product: Product, magnitude: torch.Tensor) -> torch.Tensor:
     """Compute y = x (c ∘ (W + Σ deltas))ᵀ + bias, with c = magnitude / ‖W + Σ deltas‖ (DoRA, arXiv:2402.09353, eq. 5).
 
     It saves the product before the scale in addition to x: without it, the gradient of the magnitude would take
     another product with the whole weight.
 
     Args:
-        x: See :func:`lora_linear`, as the arguments that are not listed here.
-        base: The frozen layer.
-        deltas: Terms added to its weight.
+        x: See :func:`lora_linears`.
+        product: The product.
         magnitude: (out,), fp32: norms of the rows of the effective weight.
     """
-    y, norms = _product(x, base, deltas, True, form, dropout, seed)
-    bias = None if base.bias is None else base.bias.to(y.dtype)
+    (y,), (norms,) = _products(x, [product], needs_norms=True)
+    bias = None if product.base.bias is None else product.base.bias.to(y.dtype)
     return scale_rows(y.flatten(0, -2), magnitude, norms, bias).view(y.shape)
 
 
-def _product(
-    x: torch.Tensor, base: Any, deltas: Sequence[Delta], needs_norms: bool, form: str, dropout: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (W + Σ deltas)ᵀ + bias, and the norms of the weight's rows if they are needed, else an empty tensor."""
+def _products(
+    x: torch.Tensor, products: Sequence[Product], needs_norms: bool = False
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return each x (W + Σ deltas)ᵀ + bias, and the norms of each weight's rows if needed, else empty tensors."""
     rows = x.reshape(-1, x.shape[-1])
     recipe = recipe_of(x)
-    factors = [factor for delta in deltas for factor in delta.tensors]
-    call = _Call(
-        base=base,
-        makers=tuple((delta.make, len(delta.tensors)) for delta in deltas),
-        needs_norms=needs_norms,
-        form=choose_form(form, len(rows), x.device, dropout, needs_norms),
-        dropout=dropout,
-        seed=seed,
-        source=None if recipe is None else recipe.source,
-    )
+    factors = [factor for product in products for delta in product.deltas for factor in delta.tensors]
+    calls = [
+        _Call(
+            base=product.base,
+            makers=tuple((delta.make, len(delta.tensors)) for delta in product.deltas),
+            needs_norms=needs_norms,
+            form=choose_form(product.form, len(rows), x.device, product.dropout, needs_norms),
+            dropout=product.dropout,
+            seed=product.seed,
+        )
+        for product in products
+    ]
     if torch.is_grad_enabled():
-        # First, so that a recomputation ends here where this product is the last of its region.
+        # First, so that a recomputation ends here where these products are the last of its region.
         saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
         filled = filled_up(rows)
-        y, norms = _LoraLinear.apply(filled, saved, call, *factors)
+        found = _LoraLinears.apply(filled, saved, calls, None if recipe is None else recipe.source, *factors)
+        ys, norms = found[: len(calls)], found[len(calls) :]
         if filled is not rows:
-            y = y[: len(rows)]
+            ys = [y[: len(rows)] for y in ys]
     else:  # for a single token, the bookkeeping of a backward takes as long as the product
-        y, norms = call.product(rows, factors)
+        remaining = iter(factors)
+        ys, norms = zip(*(call.product(rows, call.take(remaining)) for call in calls), strict=True)
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
-    return y.view(*x.shape[:-1], y.shape[-1]), norms
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], norms
 
 
 class RecomputedWeights:
@@ -173,7 +182,6 @@ class _Call:
         form: `separate` or `folded`.
         dropout: Probability of dropping an input of the deltas.
         seed: Seed of the dropout.
-        source: Builds x again from the saved tensors; None if x itself is saved.
     """
 
     base: Any
@@ -182,12 +190,10 @@ class _Call:
     form: str
     dropout: float
     seed: int
-    source: Source | None
 
-    @property
-    def num_factors(self) -> int:
-        """Number of the deltas' tensors."""
-        return sum(number for _, number in self.makers)
+    def take(self, remaining: Iterator[Taken]) -> list[Taken]:
+        """Take what belongs to the deltas' tensors from the values that are left of those of several calls."""
+        return list(islice(remaining, sum(number for _, number in self.makers)))
 
     def deltas(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Delta]:
         """Return the deltas in the dtype of the product, made of their tensors."""
@@ -231,6 +237,31 @@ class _Call:
                 delta.add_output_(y, x)
         return y, self.norms(weight, deltas)
 
+    def gradients(
+        self,
+        deltas: Sequence[Delta],
+        rows: torch.Tensor,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
+        grad_x: torch.Tensor | None,
+    ) -> Iterator[torch.Tensor | None]:
+        """Yield the gradient of each of the deltas' tensors, and add their share to that of x in the form `separate`.
+
+        Args:
+            deltas: All deltas.
+            rows: x, (rows, in).
+            grad: Gradient of the output, (rows, out).
+            needed: Whether the gradient of each of the tensors is needed.
+            grad_x: Gradient of x; None if it is not needed.
+        """
+        share = grad_x if self.form == "separate" else None  # folded, the deltas are in the weight
+        mask, remaining = self.mask(rows), iter(needed)
+        for delta in deltas:
+            own = list(islice(remaining, len(delta.tensors)))
+            yield from (
+                [None] * len(own) if share is None and not any(own) else delta.gradients(rows, grad, own, share, mask)
+            )
+
     def norms(self, weight: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
         """Return the norms of the effective weight's rows, or an empty tensor if they are not needed.
 
@@ -243,44 +274,53 @@ class _Call:
         return row_norms(weight if self.form == "folded" else fold(weight, deltas))
 
 
-class _LoraLinear(torch.autograd.Function):
-    """See :func:`lora_linear`.
+class _LoraLinears(torch.autograd.Function):
+    """See :func:`lora_linears`.
 
-    With g = dL/dy and W_eff the weight that x was multiplied by, dL/dx = g W_eff, to which the deltas add their share
+    With g = dL/dy and W_eff the weight that x was multiplied by, dL/dx = Σ g W_eff, to which the deltas add their share
     in the form `separate`; their own gradients are :meth:`qlora.kernels.Delta.gradients`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, saved: torch.Tensor, call: _Call, *factors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.saved, ctx.call = saved.grad_fn, call
-        if call.source is not None:
-            call.source.add_user()
-        RecomputedWeights.take(call.base)  # of a backward that was aborted
-        y, norms = call.product(rows, factors, lasting=RecomputedWeights.is_on() and ctx.needs_input_grad[0])
-        ctx.mark_non_differentiable(norms)
-        return y, norms
+        ctx: Any,
+        rows: torch.Tensor,
+        saved: torch.Tensor,
+        calls: Sequence[_Call],
+        source: Source | None,
+        *factors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        # `source` builds x again from the saved tensors; it is None if x itself is saved.
+        ctx.saved, ctx.calls, ctx.source = saved.grad_fn, calls, source
+        if source is not None:
+            source.add_user()
+        remaining, found = iter(factors), []
+        lasting = RecomputedWeights.is_on() and ctx.needs_input_grad[0]
+        for call in calls:
+            RecomputedWeights.take(call.base)  # of a backward that was aborted
+            found.append(call.product(rows, call.take(remaining), lasting))
+        ys, norms = zip(*found, strict=True)
+        ctx.mark_non_differentiable(*norms)
+        ctx.set_materialize_grads(False)  # the norms have none, and zeros in place of it would be written each time
+        return *ys, *norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _grad_norms: None) -> tuple[torch.Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved.saved_tensors
-        factors, inputs = tensors[: call.num_factors], tensors[call.num_factors :]
-        x = inputs[0] if call.source is None else call.source.build(*inputs)
-        rows = filled_up(x.reshape(-1, x.shape[-1]))
-        deltas, mask = call.deltas(factors, x.dtype), call.mask(rows)
-        needs_x, _, _, *needed = ctx.needs_input_grad
-        grad_x = None
-        if needs_x:
-            weight = RecomputedWeights.take(call.base)
-            grad_x = grad @ (call.weight(deltas, x.dtype) if weight is None else weight)
-        share = grad_x if call.form == "separate" else None  # folded, the deltas are in the weight
-        grads: list[torch.Tensor | None] = []
-        remaining = iter(needed)
-        for delta in deltas:
-            own = list(islice(remaining, len(delta.tensors)))
-            grads += (
-                [None] * len(own) if share is None and not any(own) else delta.gradients(rows, grad, own, share, mask)
-            )
-        return grad_x, None, None, *grads
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        calls, (needs_x, _, _, _, *needed) = ctx.calls, ctx.needs_input_grad
+        tensors: tuple[torch.Tensor, ...] = ctx.saved.saved_tensors
+        factors, inputs = iter(tensors[: len(needed)]), tensors[len(needed) :]
+        x = inputs[0] if ctx.source is None else ctx.source.build(*inputs)
+        rows, remaining = filled_up(x.reshape(-1, x.shape[-1])), iter(needed)
+        grad_x, found = None, list[torch.Tensor | None]()
+        for call, grad in zip(calls, grads, strict=False):
+            deltas, asked = call.deltas(call.take(factors), x.dtype), call.take(remaining)
+            if grad is None:  # its output is not used
+                found += [None] * len(asked)
+                continue
+            if needs_x:
+                weight = RecomputedWeights.take(call.base)
+                weight = call.weight(deltas, x.dtype) if weight is None else weight
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+            found += call.gradients(deltas, rows, grad, asked, grad_x)
+        return grad_x, None, None, None, *found

@@ -1,6 +1,7 @@
 """LoraLinear: a frozen linear layer with a trainable update of its weight on top."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.kernels import Delta, LowRank, SparseRows, fold, row_norms
-from qlora.lora.function import dora_linear, lora_linear
+from qlora.lora.function import Product, dora_linear, lora_linears
 from qlora.lora.initial import orthogonal
 from qlora.lora.spec import DRAWN_INITS, AdapterSpec
 
@@ -188,25 +189,32 @@ class LoraLinear(nn.Module):
         spec = self.spec
         if self.is_off or self.is_at_start:
             fixed = self._fixed_term()
-            # In the form of the whole layer, so that it rounds as that does at first.
-            form = "separate" if spec.dropout else spec.form
             if fixed is None:
                 return self.base(x)
-            if self.is_off or self.kept_magnitude is None:
-                return lora_linear(x, self.base, (fixed,), form=form)
-            return dora_linear(x, self.base, (fixed,), self.kept_magnitude, form=form)
-        dropout = spec.dropout if self.training else 0.0
-        # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
-        seed = int(torch.randint(2**31, ())) if dropout else 0
-        magnitude = self.total_magnitude
-        if magnitude is None:
-            return lora_linear(x, self.base, self.deltas, form=spec.form, dropout=dropout, seed=seed)
-        return dora_linear(x, self.base, self.deltas, magnitude, form=spec.form, dropout=dropout, seed=seed)
+            # In the form of the whole layer, so that it rounds as that does at first.
+            product = Product(self.base, (fixed,), "separate" if spec.dropout else spec.form)
+            magnitude = None if self.is_off else self.kept_magnitude
+        else:
+            product, magnitude = self._product(), self.total_magnitude
+        return lora_linears(x, [product])[0] if magnitude is None else dora_linear(x, product, magnitude)
 
     def extra_repr(self) -> str:
         """Return kind, rank, scaling and dropout."""
         spec = self.spec
         return f"{spec.kind}, rank={spec.rank}, scaling={spec.scaling:g}, dropout={spec.dropout}"
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the layer has to be called by itself: it computes something else, or a hook waits for its call."""
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        return self.is_off or self.is_at_start or self.spec.kind == "dora" or bool(hooks)
+
+    def _product(self) -> Product:
+        """Return the product that the layer computes with its trained terms."""
+        dropout = self.spec.dropout if self.training else 0.0
+        # Drawn from the CPU's generator, which recomputation restores, so that the host does not wait for the device.
+        seed = int(torch.randint(2**31, ())) if dropout else 0
+        return Product(self.base, self.deltas, self.spec.form, dropout, seed)
 
     def _fixed_term(self) -> LowRank | None:
         """Return the term that stays where the adapters are off, or at their start."""
@@ -237,6 +245,19 @@ class LoraLinear(nn.Module):
 
     def _cast(self, dtype: torch.dtype) -> list[Delta]:
         return [delta.make(*(tensor.to(dtype) for tensor in delta.tensors)) for delta in self.deltas]
+
+
+def linears_of(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Return the outputs of linear layers for the same x, by one node of the graph where all of them are adapted.
+
+    Args:
+        x: (..., in_features).
+        layers: Layers of any kind.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear) and not layer._is_alone]
+    if len(adapted) < len(layers) or not torch.is_grad_enabled():
+        return [layer(x) for layer in layers]
+    return lora_linears(x, [layer._product() for layer in adapted])
 
 
 def draw(init: str, rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:

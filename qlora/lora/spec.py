@@ -36,7 +36,7 @@ class AdapterSpec:
         init: Initial values, see :mod:`qlora.lora.initial`. The update is zero at first, except with `reconstruct`.
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732) instead of alpha / rank.
         dtype: Dtype of the trained values.
-        form: How products are computed, see :func:`qlora.lora.function.lora_linear`.
+        form: How products are computed, see :func:`qlora.lora.function.lora_linears`.
         rank_pattern: Ranks of some layers, see :func:`by_pattern`.
         alpha_pattern: Alphas of some layers.
 

@@ -75,7 +75,7 @@ class FlatParameters:
             view = self.data[offset : offset + parameter.numel()].view_as(parameter)
             view.copy_(parameter.detach())
             parameter.data = view
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = None  # any: added to the buffer in one operation, not converted before
             self._grad_views.append(self.grad[offset : offset + parameter.numel()].view_as(parameter))
         self.zero_grad()
 

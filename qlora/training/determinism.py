@@ -46,4 +46,4 @@ def describe_determinism(wanted: bool, device: torch.device) -> str | None:
     description = "torch uses deterministic algorithms only"
     if device.type == "cpu":
         return description
-    return f"{description}; the kernels of bitsandbytes, Triton and liger-kernel are not checked"
+    return f"{description}; the kernels of bitsandbytes and Triton are not checked"

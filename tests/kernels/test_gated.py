@@ -7,6 +7,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from qlora.kernels import ACTIVATIONS, GatedProduct, rebuilt
+from tests.interpreted import interpret
 from tests.reference.activations import gated, with_gradients
 
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -34,6 +35,36 @@ def test_they_are_those_of_the_formula(activation, generator):
     expected = with_gradients(partial(gated, activation), inputs, grad, torch.float64)
     found = with_gradients(partial(rebuilt, GatedProduct(activation)), inputs, grad, torch.float32)
     assert all((one - other).norm() <= 1e-6 * other.norm() for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # the interpreter rounds bf16 differently
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_kernels_give_the_same_but_for_last_bits(activation, dtype, overwrites, generator, monkeypatch):
+    interpret(monkeypatch, "gated_triton")
+    *inputs, grad = random_inputs(dtype, generator)
+    fused = GatedProduct(activation, overwrites, fused=True)
+    expected = with_gradients(partial(gated, activation), inputs, grad, torch.float64)
+    plain = with_gradients(partial(rebuilt, GatedProduct(activation)), inputs, grad, dtype)
+    given = grad.clone()
+    found = fused(*inputs), *fused.gradients(given, *inputs)
+    assert (found[2].data_ptr() == given.data_ptr()) == overwrites
+    assert torch.equal(given, grad) != overwrites
+    for one, other, exact in zip(found, plain, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - exact).norm() <= 1.01 * (other.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_kernels_take_views_and_any_number_of_values(generator, monkeypatch):
+    interpret(monkeypatch, "gated_triton")
+    both = torch.randn(3, 5, 2 * 35, generator=generator)
+    gate, up = both.chunk(2, dim=-1)
+    grad = torch.ones(()).expand(3, 5, 35)
+    plain, fused = GatedProduct("silu"), GatedProduct("silu", overwrites=True, fused=True)
+    for found, wanted in zip(fused.gradients(grad, gate, up), plain.gradients(grad, gate, up), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
+    assert torch.allclose(fused(gate, up), plain(gate, up), atol=1e-6)
+    assert torch.equal(grad, torch.ones(3, 5, 35))
 
 
 def test_an_input_without_gradient_gets_none(generator):

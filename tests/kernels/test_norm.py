@@ -1,5 +1,6 @@
 """RMSNorm: equal to models' own norms except for last bits, with gradients at least as exact as autograd's."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from qlora.kernels import RMSNorm, rebuilt
+from tests.interpreted import interpret
 from tests.reference.activations import rms_norm, with_gradients
 
 EPS = 1e-5
@@ -18,6 +20,12 @@ FORMS = {
     "gemma2": (Gemma2RMSNorm, {"offset": 1.0}),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Not bf16 for the kernel, which the interpreter rounds differently.
+WAYS = [*(("plain", dtype) for dtype in DTYPES), *(("kernel", dtype) for dtype in DTYPES[1:])]
+
+
+# The interpreter adds one number at a time.
+COUNTS = {"plain": 512, "kernel": 24}
 
 
 def make(form, features, dtype, generator):
@@ -33,12 +41,25 @@ def rows(features, dtype, generator, count=512):
     return (torch.randn(count, features, generator=generator) * scales).to(dtype)
 
 
+@pytest.fixture
+def use(monkeypatch):
+    """Return a function that returns a norm in plain torch, or computed by the kernel in Triton's interpreter."""
+
+    def choose(norm, way):
+        if way == "kernel":
+            interpret(monkeypatch, "norm_triton")
+        return replace(norm, fused=way == "kernel")
+
+    return choose
+
+
 @pytest.mark.parametrize("features", [64, 172])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("way", "dtype"), WAYS)
 @pytest.mark.parametrize("form", FORMS)
-def test_it_gives_what_the_models_own_gives_but_for_last_bits(form, dtype, features, generator):
+def test_it_gives_what_the_models_own_gives_but_for_last_bits(form, way, dtype, features, generator, use):
     own, norm = make(form, features, dtype, generator)
-    x = rows(features, dtype, generator)
+    norm = use(norm, way)
+    x = rows(features, dtype, generator, COUNTS[way])
     before = x.clone()
     found, expected = norm(x), own(x)
     assert torch.equal(x, before)
@@ -50,11 +71,13 @@ def test_it_gives_what_the_models_own_gives_but_for_last_bits(form, dtype, featu
         assert (found != expected).float().mean() <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("way", "dtype"), WAYS)
 @pytest.mark.parametrize("form", FORMS)
-def test_its_gradient_is_as_near_to_the_true_one_as_autograds(form, dtype, generator):
+def test_its_gradient_is_as_near_to_the_true_one_as_autograds(form, way, dtype, generator, use):
     own, norm = make(form, 172, dtype, generator)
-    x, grad = rows(172, dtype, generator), rows(172, dtype, generator).flip(0)
+    norm = use(norm, way)
+    x, grad = (rows(172, dtype, generator, COUNTS[way]) for _ in range(2))
+    grad = grad.flip(0)
     before = x.clone(), grad.clone()
     weight = own.weight.double() + norm.offset
     _, exact = with_gradients(partial(rms_norm, weight=weight, eps=EPS), [x], grad, torch.float64)
@@ -65,6 +88,23 @@ def test_its_gradient_is_as_near_to_the_true_one_as_autograds(form, dtype, gener
     sizes = exact.norm(dim=-1)
     error, eager_error = (((each.double() - exact).norm(dim=-1) / sizes).mean() for each in (found, eager))
     assert error <= 1.01 * eager_error + 1e-7  # the last is a few last bits of fp32
+
+
+@pytest.mark.parametrize("features", [9, 300])
+def test_the_kernel_computes_rows_of_any_length_in_the_norms_dtype(features, generator, use):
+    x, grad = (torch.randn(5, features, generator=generator).half() for _ in range(2))
+    for options in ({}, {"rounds_first": True}):
+        weight = torch.randn(features, generator=generator)  # in fp32, to which the first form promotes its result
+        plain = RMSNorm(weight, EPS, **options)
+        fused = use(plain, "kernel")
+        assert fused(x).dtype == plain(x).dtype
+        assert torch.allclose(fused(x), plain(x), rtol=2e-3)
+        assert torch.allclose(fused.gradients(grad, x)[0], plain.gradients(grad, x)[0], rtol=2e-3, atol=1e-3)
+
+
+def test_the_kernel_refuses_rows_that_do_not_fit_into_registers(use):
+    with pytest.raises(ValueError, match="rows of up to 16,384 features, not 20,000"):
+        use(RMSNorm(torch.ones(20_000), EPS), "kernel")(torch.ones(1, 20_000))
 
 
 def test_forms_give_different_results(generator):

@@ -1,5 +1,7 @@
 """A model whose norms and gated products are rebuilt: the same except for last bits, with less memory."""
 
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -9,30 +11,39 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Olmo2Config,
     Phi3Config,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from qlora.data import collate, make_example
-from qlora.kernels import GatedProduct, RMSNorm, rebuilt
+from qlora.kernels import HAS_TRITON, GatedProduct, RMSNorm
 from qlora.layers import apply_recompute, rebuild_activations, use_document_attention
+from qlora.layers.attention import NAME
 from qlora.layers.rebuild import GatedMLP, RebuiltNorm
+from qlora.layers.self_attention import SelfAttention, fit_self_attention
+from qlora.layers.trial import Chooser
 from qlora.lora import add_lora, lora_layers
 from qlora.model import load_base, supervised_loss
+from tests.interpreted import interpret
 from tests.layers.test_packed import loss_and_gradients
 from tests.tiny import make_base
 
-# Norms and gated MLPs that are replaced in two layers.
+# Norms, gated MLPs and self-attentions that are replaced in two layers. Windows are shorter than the documents.
 FAMILIES = {
-    "llama": (LlamaConfig, {}, (5, 2)),
-    "qwen3": (Qwen3Config, {}, (9, 2)),
-    "gemma2": (Gemma2Config, {}, (9, 2)),
-    "gemma3": (Gemma3TextConfig, {}, (13, 2)),
-    "phi3, gate and up in one": (Phi3Config, {}, (5, 0)),
-    "mixtral, with experts": (MixtralConfig, {"num_local_experts": 4}, (5, 0)),
-    "gpt2": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, (5, 0)),
+    "llama": (LlamaConfig, {}, (5, 2, 2)),
+    "qwen2, with biases": (Qwen2Config, {}, (5, 2, 2)),
+    "qwen3": (Qwen3Config, {}, (9, 2, 2)),
+    "mistral with a window": (MistralConfig, {"sliding_window": 5}, (5, 2, 2)),
+    "gemma2, whose scores are capped": (Gemma2Config, {}, (9, 2, 0)),
+    "gemma3 with a window": (Gemma3TextConfig, {"sliding_window": 5}, (13, 2, 2)),
+    "olmo2, which norms all heads at once": (Olmo2Config, {}, (9, 2, 0)),
+    "phi3, gate and up in one": (Phi3Config, {}, (5, 0, 0)),
+    "mixtral, with experts": (MixtralConfig, {"num_local_experts": 4}, (5, 0, 2)),
+    "gpt2": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, (5, 0, 0)),
 }
 
 
@@ -51,6 +62,7 @@ def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path
     add_lora(model, rank=4, dtype=torch.float32)
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(std=0.1, generator=generator)
+    use_document_attention(model)
     apply_recompute(model, recompute)
     model.train()
     for module in model.modules():
@@ -60,7 +72,8 @@ def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path
     names = [name for name, _ in model.named_parameters()]
     loss, gradients = loss_and_gradients(model, [one])
     rebuild_activations(model)
-    assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in (RebuiltNorm, GatedMLP)) == expected
+    kinds = (RebuiltNorm, GatedMLP, SelfAttention)
+    assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds) == expected
     assert [name for name, _ in model.named_parameters()] == names
     again, found = loss_and_gradients(model, [one])
     assert again == pytest.approx(loss, rel=1e-6)
@@ -148,65 +161,134 @@ def test_a_model_without_values_is_replaced_too(tiny_base):
     assert [len(each) for each in chosen(model)] == [5, 2]
 
 
-def test_without_liger_the_reason_is_reported(tiny_base):
-    assert rebuild_activations(load_base(str(tiny_base))[0]) == "plain torch: liger-kernel is for CUDA"
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_plain_rotations_change_no_bit(recompute, tiny_base, generator):
+    """Layers of bf16 round wherever an operation ends, so an operation that is left out shows."""
+    model, _ = load_base(str(tiny_base), compute_dtype="bfloat16")
+    use_document_attention(model)
+    apply_recompute(model, recompute)
+    one = batch(generator, packed=True)
+    embeddings = model.train().get_input_embeddings().weight.requires_grad_()
+    loss = supervised_loss(model, one)
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    for layer in model.model.layers:
+        layer.self_attn = fit_self_attention(layer.self_attn, Chooser(model.device, model.dtype))
+    assert [type(layer.self_attn) for layer in model.model.layers] == [SelfAttention] * 2
+    again = supervised_loss(model, one)
+    assert torch.equal(again, loss)
+    assert torch.equal(torch.autograd.grad(again, embeddings)[0], gradient)
 
 
-def use_liger(monkeypatch, twin):
-    monkeypatch.setattr("qlora.layers.rebuild.liger_unavailable_reason", lambda device: None)
-    monkeypatch.setattr("qlora.layers.rebuild.liger_version", lambda: "1.2.3")
-    monkeypatch.setattr("qlora.layers.rebuild.liger_twin", twin)
+def test_generation_and_padded_batches_are_what_they_were(tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, Qwen3Config)
+    model, _ = load_base(str(base), compute_dtype="float32")
+    use_document_attention(model)
+    prompt, one = torch.randint(256, (1, 7), generator=generator), batch(generator, packed=False)
+    answers, losses = [], []
+    for _ in range(2):
+        answers.append(model.generate(prompt, max_new_tokens=8, do_sample=False))
+        losses.append(supervised_loss(model, one).item())
+        rebuild_activations(model)
+    assert torch.equal(*answers)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert isinstance(model.model.layers[0].self_attn, SelfAttention)
 
 
-def test_liger_is_used_where_it_gives_the_same(monkeypatch, tiny_base):
-    used = []
-
-    def twin(function):
-        used.append(lambda *inputs: rebuilt(function, *inputs))
-        return used[-1]
-
-    use_liger(monkeypatch, twin)
+def test_self_attention_that_does_more_is_left_alone(tiny_base):
     model, _ = load_base(str(tiny_base))
-    assert rebuild_activations(model) == "liger-kernel 1.2.3"
+    use_document_attention(model)
+    own = model.model.layers[0].self_attn
+
+    class Gated(type(own)):
+        def forward(self, *args, **kwargs):
+            attended, weights = super().forward(*args, **kwargs)
+            return 2 * attended, weights
+
+    own.__class__ = Gated
+    rebuild_activations(model)
+    assert model.model.layers[0].self_attn is own
+    assert isinstance(model.model.layers[1].self_attn, SelfAttention)
+    assert model.config._attn_implementation == NAME
+
+
+def test_layers_with_hooks_are_called_by_themselves(tiny_base, generator):
+    model, _ = load_base(str(tiny_base))
+    add_lora(model, rank=4)
+    use_document_attention(model)
+    rebuild_activations(model)
+    one, seen = batch(generator, packed=True), []
+    layer = model.model.layers[1]
+    for name, module in (("k", layer.self_attn.k_proj), ("up", layer.mlp.up_proj)):
+        module.register_forward_hook(lambda _module, _inputs, _output, name=name: seen.append(name))
+    loss_and_gradients(model, [one])
+    assert seen == ["k", "up"]
+
+
+def test_on_a_cpu_plain_torch_is_used_and_reported(tiny_base):
+    assert rebuild_activations(load_base(str(tiny_base))[0]) == "plain torch: the fused kernels are for CUDA"
+
+
+KERNELS = ("norm_triton", "gated_triton", "rotary_triton")
+
+
+@pytest.fixture
+def fused_on_cpu(monkeypatch):
+    """Have kernels tried on a CPU, in Triton's interpreter."""
+    for name in KERNELS:
+        interpret(monkeypatch, name)
+    monkeypatch.setattr("qlora.layers.trial.unfused_reason", lambda device: None)
+
+
+def test_fused_kernels_train_as_plain_torch_does(fused_on_cpu, tmp_path, seed, generator):
+    base = make_base(tmp_path / "base", seed, Qwen3Config, num_hidden_layers=1)
+    model = load_base(str(base), compute_dtype="float32")[0]
+    add_lora(model, rank=4, dtype=torch.float32)
+    use_document_attention(model)
+    one = batch(generator, packed=True)
+    loss, gradients = loss_and_gradients(model.train(), [one])
+    assert rebuild_activations(model) == "fused kernels"
     norms, products = chosen(model)
-    assert set(used) == {*norms, *products}
+    assert all(function.fused for function in (*norms, *products))
+    again, found = loss_and_gradients(model, [one])
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(found, gradients, strict=True))
 
 
-@pytest.mark.parametrize("wrong", ["values", "gradients", "dtype", "error", "none"])
-def test_liger_is_not_used_where_it_gives_something_else_or_fails(wrong, monkeypatch, tiny_base):
-    def twin(function):
-        def norm(x):
-            if wrong == "error":
-                raise RuntimeError("no such GPU")
-            result = rebuilt(function, x)
-            scaled = result * 1.01 if wrong == "values" else result.float() if wrong == "dtype" else result
-            return scaled + (x - x.detach()) if wrong == "gradients" else scaled
+@pytest.mark.parametrize("wrong", ["values", "gradients", "dtype", "error"])
+def test_a_fused_kernel_that_gives_something_else_or_fails_is_not_used(wrong, fused_on_cpu, monkeypatch, tiny_base):
+    kernels = sys.modules["qlora.kernels.norm_triton"]
+    own, own_gradient = kernels.rms_norm_triton, kernels.rms_norm_gradient_triton
 
-        if isinstance(function, RMSNorm):
-            return None if wrong == "none" else norm
-        return lambda *inputs: rebuilt(function, *inputs)
+    def norm(*args):
+        if wrong == "error":
+            raise RuntimeError("no such GPU")
+        result = own(*args)
+        return result * 1.01 if wrong == "values" else result.double() if wrong == "dtype" else result
 
-    use_liger(monkeypatch, twin)
-    model, _ = load_base(str(tiny_base), compute_dtype="bfloat16")  # which fp32 is not, on any machine
-    reason = {"error": "fails (RuntimeError: no such GPU) for", "none": "has no"}.get(wrong, "gives something else for")
-    assert rebuild_activations(model) == f"liger-kernel 1.2.3; plain torch: liger-kernel {reason} LlamaRMSNorm"
+    def gradient(*args):
+        return own_gradient(*args) * (1.1 if wrong == "gradients" else 1)
+
+    monkeypatch.setattr(kernels, "rms_norm_triton", norm)
+    monkeypatch.setattr(kernels, "rms_norm_gradient_triton", gradient)
+    model, _ = load_base(str(tiny_base), compute_dtype="float16")
+    reason = {"error": "fails (RuntimeError: no such GPU)"}.get(wrong, "gives something else")
+    expected = f"fused kernels; plain torch: the fused kernel for LlamaRMSNorm {reason}"
+    assert rebuild_activations(model) == expected
     norms, products = chosen(model)
-    assert all(isinstance(norm, RMSNorm) for norm in norms)
-    assert not any(isinstance(product, GatedProduct) for product in products)
+    assert not any(norm.fused for norm in norms)
+    assert all(product.fused for product in products)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not (torch.cuda.is_available() and HAS_TRITON), reason="needs CUDA and Triton")
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config])
-def test_on_cuda_liger_gives_the_loss_of_plain_torch(config_class, tmp_path, seed, generator):
-    pytest.importorskip("liger_kernel")
+def test_on_cuda_fused_kernels_give_the_loss_of_plain_torch(config_class, tmp_path, seed, generator):
     model = load_base(str(make_base(tmp_path / "base", seed, config_class)))[0]
     add_lora(model, rank=4)
+    use_document_attention(model)
     one = batch(generator, packed=False).to(model.device)
     expected, plain = loss_and_gradients(model, [one])
-    report = rebuild_activations(model)
-    assert report.startswith("liger-kernel")
-    assert "plain torch" not in report
+    assert rebuild_activations(model) == "fused kernels"
     found, gradients = loss_and_gradients(model, [one])
     assert found == pytest.approx(expected, rel=1e-2)
     assert all((one - other).norm() <= 0.1 * other.norm() for one, other in zip(gradients, plain, strict=True))

@@ -439,7 +439,7 @@ def test_a_frozen_term_counts_in_output_and_gradients_and_gets_none(kind, form, 
         base.cache_weight(torch.float32)
     for factor in (trained.A, trained.B):
         factor.requires_grad_()
-    y = function.lora_linear(x, base, terms, form=form)
+    (y,) = function.lora_linears(x, [function.Product(base, terms, form)])
     y.backward(grad_output)
     assert error(y, wanted.y) < 2e-6
     for found, reference in ((x, wanted.grad_x), (trained.A, wanted.grad_A), (trained.B, wanted.grad_B)):

@@ -5,6 +5,7 @@ loads it by its path.
 """
 
 import functools
+import importlib
 import types
 import weakref
 from collections import Counter
@@ -24,6 +25,13 @@ MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Each makes the host wait for a device: it asks for a value, or for a size that depends on values.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive"}
 READS = ("tolist", "cpu", "numpy")
+# Triton's kernels of a decoder layer, by module.
+KERNELS = {
+    "dequantize": ("dequantize",),
+    "norm": ("norm", "norm_gradient"),
+    "gated": ("product", "gradients"),
+    "rotary": ("rotary",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,36 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         self._entered.close()
+
+
+@contextmanager
+def with_kernels(stand_in: Callable[[str], Any] | None = None) -> Iterator[None]:
+    """Have tensors of any device computed by the kernels of a GPU, which themselves compute nothing.
+
+    Args:
+        stand_in: Returns what stands for a kernel by its name; by default, what does nothing.
+    """
+    if stand_in is None:
+        stand_in = lambda _: _Idle()  # noqa: E731
+    quantize = importlib.import_module("qlora.nf4.quantize")
+    with ExitStack() as stack:
+        for module, names in KERNELS.items():
+            kernels = importlib.import_module(f"qlora.kernels.{module}_triton")
+            for name in names:
+                stack.enter_context(patch.object(kernels, f"_{name}_kernel", stand_in(name)))
+        stack.enter_context(
+            patch.multiple(quantize, _kind=lambda *_: (), _verified={()}, _unfused_reason=lambda _: None)
+        )
+        stack.enter_context(patch("qlora.layers.trial.unfused_reason", lambda _: None))
+        # What they compute is random.
+        stack.enter_context(patch("qlora.layers.trial.is_close", lambda *_: True))
+        stack.enter_context(patch("qlora.layers.self_attention.is_close", lambda *_: True))
+        yield
+
+
+class _Idle:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 def tensors_in(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[torch.Tensor]:
