@@ -65,6 +65,7 @@ def test_a_client_that_fails_is_reported_and_fails_the_verification(merged, monk
     done = run_command("verify", merged / "run", merged / "out", "--clients")
     assert done.code == 1
     assert "- transformers can't run it: RuntimeError: out of everything" in done.out
+    assert f"{merged / 'out'} is what {merged / 'run'} trained, but a client differs." in done.out
 
 
 def test_clients_are_not_run_on_a_release_that_differs(own, monkeypatch):
