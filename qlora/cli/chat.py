@@ -39,41 +39,41 @@ def chat(
     name = template_name(tokenizer) or "the tokenizer's own"
     _say(f"{model}, chat template: {name}\n{COMMANDS}")
     facts, messages = TemplateFacts(tokenizer), _start(system)
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if command := COMMAND.fullmatch(line):
-            verb, text = command.groups()
-            if verb == "exit":
+    with ready_to_answer(loaded):  # for all answers, because a large model takes seconds to get ready
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
                 return
-            if verb == "reset":
-                messages = _start(system)
-                _say("The conversation starts over.")
-            elif verb == "system":
-                system = text
-                messages = _start(system)
-                _say("The conversation starts over, with this system message." if text else "No system message.")
-            else:
-                _say(f"Unknown command /{verb}: {COMMANDS}.")
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            check_prompt(tokenizer, facts, Conversation(messages))
-            with ready_to_answer(loaded):
+            if command := COMMAND.fullmatch(line):
+                verb, text = command.groups()
+                if verb == "exit":
+                    return
+                if verb == "reset":
+                    messages = _start(system)
+                    _say("The conversation starts over.")
+                elif verb == "system":
+                    system = text
+                    messages = _start(system)
+                    _say("The conversation starts over, with this system message." if text else "No system message.")
+                else:
+                    _say(f"Unknown command /{verb}: {COMMANDS}.")
+                continue
+            if not line:
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                check_prompt(tokenizer, facts, Conversation(messages))
                 text = answer(loaded, tokenizer, messages, max_new_tokens, temperature, streamer=streamer, top_p=top_p)
-        except DataError as error:  # such as a template that leaves out a system message
-            _say(str(error))
-            messages.pop()
-            continue
-        except KeyboardInterrupt:
-            _say("\nStopped; the question was dropped.")
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": text})
+            except DataError as error:  # such as a template that leaves out a system message
+                _say(str(error))
+                messages.pop()
+                continue
+            except KeyboardInterrupt:
+                _say("\nStopped; the question was dropped.")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": text})
 
 
 def _start(system: str | None) -> list[dict[str, str]]:

@@ -1,12 +1,20 @@
 """Output head and cross-entropy in one operation, in chunks: the logits of a batch never exist at once."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.out_of_memory import is_out_of_memory
+
+# Why the kernel is not used on a device for a dtype, or None if it gave what torch gives.
+_reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_logger = logging.getLogger(__name__)
 
 
 def linear_cross_entropy(
@@ -81,7 +89,8 @@ def linear_token_loss(
     blocks = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
-    chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
+    size = sum(map(len, blocks))
+    chunk = default_chunk(hidden.device, size) if chunk_elements is None else chunk_elements
     options = (bias, logit_scale, softcap, row_weights, norm, label_smoothing, by_probability, chunk)
     loss, cross_entropy = _LinearTokenLoss.apply(hidden, labels, *options, *blocks)
     return loss, cross_entropy
@@ -110,12 +119,29 @@ class _LinearTokenLoss(torch.autograd.Function):
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         # One pair of buffers for all chunks: on a CPU, fresh memory costs more than the arithmetic done in it.
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
-        all_logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+        # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
+        is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
+        is_fused = is_frozen and not is_traced(hidden) and unfused_reason(hidden.device, hidden.dtype) is None
+        in_place = is_fused or hidden.dtype == torch.float32
+        all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
+            if is_fused:
+                from qlora.kernels.cross_entropy_triton import token_losses_triton_
+
+                weights_here = None if row_weights is None else row_weights[rows]
+                losses, plain_losses = token_losses_triton_(
+                    product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
+                    needs_grad,
+                )  # fmt: skip
+                total += losses.sum()
+                plain += plain_losses.sum()
+                if grad_hidden is not None:
+                    head.go_back(product, inputs, normed, grad_hidden[rows], product)
+                continue
             logits = transform_logits(all_logits[: len(normed)].copy_(product), logit_scale, softcap)
             places = labels[rows, None]
             of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
@@ -156,3 +182,47 @@ class _LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _grad_plain: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = scale_gradients(ctx.saved_tensors, grad_loss)
         return grad_hidden, *(None,) * 9, *grads
+
+
+def unfused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why losses and gradients of logits are computed in plain torch on a device, or None for the kernel.
+
+    The kernel is tried once for each device and dtype; if it is rejected, the reason is logged.
+    """
+    if device.type != "cuda":
+        return "the fused cross-entropy is for CUDA"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    key = device, dtype
+    if key not in _reasons:
+        try:
+            matches = kernel_matches(device, dtype)
+            _reasons[key] = None if matches else f"the fused cross-entropy gave other values in {dtype}"
+        except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
+            if is_out_of_memory(error):
+                raise
+            message = " ".join(str(error).split())[:200]
+            _reasons[key] = f"the fused cross-entropy failed: {type(error).__name__}: {message}"
+        if _reasons[key] is not None:
+            _logger.warning("Losses are computed in plain torch: %s.", _reasons[key])
+    return _reasons[key]
+
+
+def kernel_matches(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernel gives torch's loss and gradient for a few random logits in a dtype, within rounding."""
+    from qlora.kernels.cross_entropy_triton import token_losses_triton_
+
+    generator = torch.Generator().manual_seed(0)  # not the run's generator, which must not advance
+    values, labels = torch.randn(3, 97, generator=generator) * 4, torch.tensor([0, 50, 96])
+    logits, labels = values.to(device, dtype), labels.to(device)
+    exact = logits.float().requires_grad_()
+    with torch.enable_grad():
+        expected = F.cross_entropy(exact, labels, reduction="none")
+        (grad,) = torch.autograd.grad(expected.sum(), exact)
+    losses, plain = token_losses_triton_(logits, labels, 1.0, None, None, 0.0, False, True)
+    rounding = torch.finfo(dtype).eps
+    return (
+        torch.allclose(losses, expected.detach(), rtol=1e-4, atol=1e-4)
+        and torch.equal(losses, plain)
+        and torch.allclose(logits.float(), grad, rtol=2 * rounding, atol=1e-5)
+    )

@@ -7,6 +7,7 @@ added in fp32 to this rounded weight, and the sum is rounded once. Without the L
 bit; with it they differ in the order in which the product B A is summed.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +17,31 @@ HAS_TRITON = find_spec("triton") is not None
 # Columns of a kernel program's tile: enough for whole cache lines of the result, and no more than a block of weights,
 # so that each row of the tile has one absmax.
 TILE_COLUMNS = 64
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no values to compare, because torch's compiler or a test only follows its shape."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
+def tile_kind(packed: torch.Tensor, shape: Sequence[int], block_size: int, with_lora: bool) -> tuple[bool, bool]:
+    """Return which of its ways a kernel program reads a weight in: each is compiled separately.
+
+    Args:
+        packed: The codes, uint8.
+        shape: (out, in).
+        block_size: Number of weights that share one absmax.
+        with_lora: Whether the LoRA term is added; otherwise the weight is read as one row.
+
+    Returns:
+        Whether eight codes are read at a time, and whether the rows are a whole number of tiles.
+    """
+    width = shape[1] if with_lora else shape[0] * shape[1]
+    # Memory is allocated at multiples of far more than the four bytes of eight codes.
+    in_words = width % 8 == 0 and packed.storage_offset() % 4 == 0
+    return in_words, width % min(TILE_COLUMNS, block_size) == 0
 
 
 def dequantize_4bit_plain(

@@ -5,14 +5,30 @@ from itertools import accumulate, pairwise
 
 import torch
 
-# Logits held at a time, in elements. On a GPU this is 64 MiB in fp32, with enough rows to keep it busy at any
-# vocabulary size; on a CPU it stays in the caches from pass to pass (docs/benchmarks/loss.md).
+# Logits held at a time, in elements. On a CPU they stay in the caches from pass to pass (docs/benchmarks/loss.md). On a
+# GPU they are whole rows: a multiple of what a product's tile has, and enough of them that the head is read few times,
+# unless logits in fp32 and in 16 bits would take more than this share of the memory.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
+TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE, BYTES_PER_LOGIT = 128, 512, 1 / 64, 6
+# Memory of a GPU that is not in this machine.
+ASSUMED_MEMORY = 24 << 30
 
 
-def default_chunk(device: torch.device) -> int:
-    """Return the number of logits held at a time on a device."""
-    return CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
+def default_chunk(device: torch.device, size: int) -> int:
+    """Return the number of logits held at a time on a device.
+
+    Args:
+        device: The device.
+        size: Number of logits of a row.
+    """
+    if device.type == "cpu":
+        return CHUNK_ELEMENTS_CPU
+    memory = ASSUMED_MEMORY
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+    affordable = min(ENOUGH_ROWS, int(memory * MEMORY_SHARE) // (BYTES_PER_LOGIT * size))
+    rows = max(affordable, CHUNK_ELEMENTS // size) // TILE_ROWS * TILE_ROWS
+    return max(TILE_ROWS, rows) * size
 
 
 def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
@@ -105,7 +121,7 @@ class Head:
         """Compute a chunk's gradients: add those of the trained blocks, and write that of its inputs.
 
         Args:
-            grad_logits: (rows, size), fp32.
+            grad_logits: (rows, size), fp32; or `product` itself, if no block is trained.
             inputs: See :func:`apply_norm`, as `normed`.
             normed: Hidden states that the logits were computed from, (rows, features).
             grad_inputs: (rows, features), written; None if it is not needed.
@@ -113,7 +129,7 @@ class Head:
         """
         self.add_grad(grad_logits, normed.detach())
         if grad_inputs is not None:
-            self.multiply_back(product.copy_(grad_logits), grad_inputs)
+            self.multiply_back(product if grad_logits is product else product.copy_(grad_logits), grad_inputs)
             if normed is not inputs:
                 (grad,) = torch.autograd.grad(normed, inputs, grad_inputs)
                 grad_inputs.copy_(grad)

@@ -45,8 +45,10 @@ def linear_kl_divergence(
     Returns:
         A scalar, fp32.
     """
-    chunk = default_chunk(hidden.device) // BUFFERS if chunk_elements is None else chunk_elements
     blocks = tuple(weight)
+    chunk = chunk_elements
+    if chunk is None:
+        chunk = default_chunk(hidden.device, sum(map(len, blocks))) // BUFFERS
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     base = base_hidden.detach(), tuple(block.detach() for block in base_weight)

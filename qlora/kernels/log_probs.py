@@ -38,7 +38,7 @@ def linear_log_probs(
     Returns:
         (rows,), fp32.
     """
-    chunk = default_chunk(hidden.device) if chunk_elements is None else chunk_elements
+    chunk = default_chunk(hidden.device, sum(map(len, weight))) if chunk_elements is None else chunk_elements
     return _LinearLogProbs.apply(hidden, labels, bias, logit_scale, softcap, norm, chunk, *weight)
 
 

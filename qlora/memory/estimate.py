@@ -237,7 +237,7 @@ def _chunk_tokens(footprint: Footprint, loss: Loss, device: torch.device) -> int
         return 1
     # Where a loss looks ahead, one document of each group has logits at a time.
     times = 1 if loss.ahead is None else loss.group_size
-    return max(1, default_chunk(device) // footprint.vocabulary) * times
+    return max(1, default_chunk(device, footprint.vocabulary) // footprint.vocabulary) * times
 
 
 def choose_level(

@@ -36,12 +36,13 @@ def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, li
     with OnMeta():
         rebuild_activations(model)
     levels = recompute_levels(model)
-    whole, own = (default_chunk(each) for each in (torch.device("meta"), device))
     long = _prime(TILE_TOKENS, model)
     if loss.head is None:
-        short = _prime(2 * whole // sum(map(len, head_blocks(output_head(model)))), model)
+        size = sum(map(len, head_blocks(output_head(model))))
+        whole, own = (default_chunk(each, size) for each in (torch.device("meta"), device))
+        short = _prime(2 * whole // size, model)
     else:  # nothing is computed in chunks
-        short, own = long, whole
+        short, whole, own = long, 1, 1
     held: dict[str, list[Moment]] = {}
     head: list[Held] = []
     for level in levels:

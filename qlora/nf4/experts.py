@@ -16,7 +16,7 @@ from qlora.nf4.quantize import (
     NF4,
     dequantize,
     is_close,
-    kind_of_fold,
+    kind_of_kernel,
     quantize,
     random_delta,
     same_bits,
@@ -195,10 +195,9 @@ class NF4Experts(nn.Module):
             return fold_group(weight, update, group, out=weight)
         self.ensure_present()
         out = scratch((len(experts), *self.shape[1:]), dtype, self.weight.device)
-        kind = (self.weight.device, dtype, "experts", self.block_size, "offset" in self._statistics)
-        kind_of_update = () if update is None else kind_of_fold(self.shape[2], self.block_size, update)
+        kind = kind_of_kernel(self.weight, self.shape[1:], self.block_size, update)
         if verify_kernel(
-            (*kind, *kind_of_update),
+            (self.weight.device, dtype, "experts", "offset" in self._statistics, *kind),
             f"experts of {self.extra_repr()}",
             lambda: self._agrees(group.first(2), dtype, update),
         ):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
-from qlora.kernels.dequantize import TILE_COLUMNS, dequantize_4bit_plain
+from qlora.kernels.dequantize import dequantize_4bit_plain, is_traced, tile_kind
 from qlora.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -76,10 +76,11 @@ def dequantize(
     Returns:
         The weight, (out, in).
     """
-    kind = _kind(packed.device, dtype, state, delta)
+    properties = kind_of_kernel(packed, state.shape, state.blocksize, delta)
+    kind = (packed.device, dtype, state.quant_type, state.nested, *properties)
     if kind in _verified:
         return _dequantize_fused(packed, state, dtype, out, delta)
-    if kind in _rejected or _unfused_reason(packed.device) is not None or _is_traced(packed):
+    if kind in _rejected or _unfused_reason(packed.device) is not None or is_traced(packed):
         return _dequantize_bitsandbytes(packed, state, dtype, out, delta)
     # The first weight of its kind on this device is computed by both kernels, and bitsandbytes' result is returned.
     wanted = _dequantize_bitsandbytes(packed, state, dtype, out, delta)
@@ -141,16 +142,15 @@ def dequantize_path(device: torch.device) -> str:
     return "fused kernel, if it gives bitsandbytes' bits for the first weight"
 
 
-def _kind(device: torch.device, dtype: torch.dtype, state: "QuantState", delta: LowRank | None) -> tuple:
-    """Return the properties that the fused kernel is compiled for."""
-    kind = (device, dtype, state.quant_type, state.blocksize, state.nested)
-    return kind if delta is None else (*kind, *kind_of_fold(state.shape[1], state.blocksize, delta))
-
-
-def kind_of_fold(width: int, block_size: int, delta: LowRank) -> tuple[bool, ...]:
+def kind_of_kernel(
+    packed: torch.Tensor, shape: Sequence[int], block_size: int, delta: LowRank | None
+) -> tuple[int | bool, ...]:
     """Return the properties of a weight and its LoRA term that the fused kernel is compiled for."""
-    is_whole, is_transposed = width % min(TILE_COLUMNS, block_size) == 0, delta.A.stride(-1) != 1
-    return width % 2 == 0, is_whole, delta.A.shape[-2] <= 16, is_transposed
+    kind = (block_size, *tile_kind(packed, shape, block_size, delta is not None))
+    if delta is None:
+        return kind
+    rank = delta.A.shape[-2]
+    return (*kind, rank <= 16, rank % 8 == 0, delta.A.stride(-1) != 1)
 
 
 def random_delta(delta: LowRank) -> LowRank:
@@ -168,13 +168,6 @@ def _unfused_reason(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     return None
-
-
-def _is_traced(packed: torch.Tensor) -> bool:
-    """Return whether a weight has no values to compare, because torch's compiler or a test only follows its shape."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return torch.compiler.is_compiling() or isinstance(packed, FakeTensor)
 
 
 def _dequantize_fused(
@@ -244,7 +237,7 @@ def _dequantize_bitsandbytes_alone(
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
     if packed.is_cuda:
         arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
-        if out is None or _is_traced(packed):  # its check of `out` raises for any shape while it is traced
+        if out is None or is_traced(packed):  # its check of `out` raises for any shape while it is traced
             weight = torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
             return weight if out is None else out.copy_(weight)
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)

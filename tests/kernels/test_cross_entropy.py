@@ -1,5 +1,8 @@
 """Head and loss in chunks: the same loss and gradient, without all logits at once."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.kernels import linear_cross_entropy, linear_token_loss
+from qlora.kernels.head import default_chunk
+from tests.interpreted import (
+    Launches,
+    counted_kernel,
+    load_interpreted,
+)
 from tests.reference.cross_entropy import linear_cross_entropy as reference
 from tests.reference.cross_entropy import token_losses
+
+# The package exports other functions of this name's module.
+cross_entropy = sys.modules["qlora.kernels.cross_entropy"]
 
 
 def make_inputs(generator, rows, features, vocabulary, dtype=torch.float32):
@@ -204,6 +216,89 @@ def test_the_head_is_read_once_a_chunk_in_full_chunks(generator):
         linear_cross_entropy(hidden, weight, labels, chunk_elements=4 * 50 + 49)
     products = [call for call in calls if call in (torch.ops.aten.mm, torch.ops.aten.addmm)]
     assert len(products) == 3  # Rows by four: 4, 4 and 2.
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Have losses computed by the kernel, in Triton's interpreter, with several tiles of logits in a row."""
+    module = load_interpreted("qlora.kernels.cross_entropy_triton")
+    monkeypatch.setattr(module, "MOST_COLUMNS", 32)
+    monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+    monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 32, 70])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("logit_scale", "softcap", "weighted"), [(1.0, None, False), (3.0, 5.0, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_gives_torchs_loss_and_gradient(
+    dtype, logit_scale, softcap, weighted, variant, vocabulary, fused, generator
+):
+    hidden, weight, labels, bias = make_inputs(generator, 5, 16, vocabulary, dtype)
+    options = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+    options["row_weights"] = random_weights(generator, 5) if weighted else None
+    loss, plain = linear_token_loss(hidden, weight, labels, chunk_elements=2 * vocabulary, **options, **variant)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    wanted_loss, wanted_grad = reference(hidden, weight, labels, **options, **variant)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(loss.detach(), wanted_loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.float(), wanted_grad, rtol=tolerance, atol=tolerance)
+    wanted_plain, _ = reference(hidden, weight, labels, **options)
+    torch.testing.assert_close(plain, wanted_plain, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        evaluated, _ = linear_token_loss(hidden, weight, labels, chunk_elements=2 * vocabulary, **options, **variant)
+    assert torch.equal(evaluated, loss)
+
+
+@pytest.mark.parametrize("way", ["plain", "kernel"])
+def test_launches_per_chunk(way, monkeypatch, generator):
+    if way == "kernel":
+        module = load_interpreted("qlora.kernels.cross_entropy_triton")
+        monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
+        monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+    hidden, weight, labels, _ = make_inputs(generator, 8, 16, 50, torch.bfloat16)
+    counts = []
+    for chunk_rows in (8, 4):
+        with Launches() as launches:
+            linear_token_loss(hidden, weight, labels, chunk_elements=chunk_rows * 50)
+        counts.append(launches.total)
+    assert counts[1] - counts[0] == {"plain": 19, "kernel": 7}[way]
+
+
+@pytest.mark.parametrize("error", [None, "loss", "gradient"])
+def test_a_kernel_that_gives_other_values_is_not_used(error, monkeypatch):
+    module = load_interpreted("qlora.kernels.cross_entropy_triton")
+    right = module.token_losses_triton_
+
+    def wrong(logits, *arguments):
+        losses, plain = right(logits, *arguments)
+        if error == "loss":
+            losses[2] += 0.01
+        if error == "gradient":
+            logits[2, 96] *= 1.05
+        return losses, plain
+
+    monkeypatch.setattr(module, "token_losses_triton_", wrong)
+    monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+    assert cross_entropy.kernel_matches(torch.device("cpu"), torch.float16) == (error is None)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("gib", "vocabulary", "rows"),
+    [
+        (24, 128_256, 512), (24, 256_000, 256), (8, 128_256, 128), (139, 256_000, 512), (4, 256_000, 128),
+        (24, 32_000, 512), (24, 2_048, 8_192), (24, 16_777_216, 128),
+    ],
+)  # fmt: skip
+def test_a_gpus_chunks_are_tiles_of_rows_and_a_small_share_of_its_memory(gib, vocabulary, rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_chunk(torch.device("cuda", 0), vocabulary) == rows * vocabulary
 
 
 def split_at(weight, bounds, trained):

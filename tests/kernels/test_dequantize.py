@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora.kernels import HAS_TRITON, LowRank, dequantize_4bit_plain
+from qlora.kernels.dequantize import tile_kind
 from qlora.nf4 import dequantize, dequantize_path, quantize
 from tests.interpreted import CAPABILITIES, compile_for, load_interpreted, needs_triton, registers_and_spills
 from tests.reference import nf4 as reference
@@ -121,6 +122,17 @@ def test_the_kernel_gives_the_bits_of_the_twin(shape, dtype, double_quant, block
     found = interpreted.dequantize_4bit_triton(*positional, **nested)
     assert found.dtype == dtype
     assert torch.equal(bits(found), bits(wanted))
+
+
+# As a view of a buffer of bytes may begin.
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_codes_at_any_address_give_the_same_bits(offset, generator, interpreted):
+    packed, state = quantize(random_weight((64, 128), generator))
+    (_, *rest), nested = arguments(packed, state, torch.float32)
+    moved = torch.zeros(packed.numel() + offset, dtype=torch.uint8)[offset:].copy_(packed.flatten())
+    assert tile_kind(moved, (64, 128), 64, False) == (offset == 4, True)
+    found = interpreted.dequantize_4bit_triton(moved, *rest, **nested)
+    assert torch.equal(bits(found), bits(dequantize_4bit_plain(packed, *rest, **nested)))
 
 
 @needs_triton
@@ -250,7 +262,8 @@ def compile_kernel(capability, nested, factor_dtype, of_stack=False):
         "columns": "i32", "total": "i32", "num_bytes": "i32", "rank": "i32", "scaling": "fp32",
     }  # fmt: skip
     constants = {
-        "BLOCK": 64, "NESTED_BLOCK": 256, "PAIRED": True, "WHOLE_TILES": True, "ROWS": 64, "COLUMNS": 64, "RANKS": 16,
+        "BLOCK": 64, "NESTED_BLOCK": 256, "IN_WORDS": True, "WHOLE_TILES": True, "ROWS": 128 if factor_dtype else 64,
+        "COLUMNS": 64, "RANKS": 16, "EIGHTS": bool(factor_dtype),
     }  # fmt: skip
     strides = ("A_stride", "B_stride", "A_rank_stride", "A_column_stride", "B_row_stride", "B_rank_stride")
     types |= dict.fromkeys(strides, "i32")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_client_that_fails_is_reported_and_fails_the_verification(merged, monk
 def test_clients_are_not_run_on_a_release_that_differs(own, monkeypatch):
     path = own / "out" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
-    monkeypatch.setattr("qlora.proof.verify.serve", lambda *_: pytest.fail("run"))
+    monkeypatch.setattr(import_module("qlora.proof.verify"), "serve", lambda *_: pytest.fail("run"))
     report = verify(own / "run", own / "out", in_clients=True)
     assert not report.matches
     assert str(report.served["transformers"]).endswith(
