@@ -161,4 +161,5 @@ def is_last_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     one, other = found.detach().float(), expected.detach().float()
     allowed = other.abs() * max(2 * limits.eps, TOLERANCE) + limits.smallest_normal * limits.eps
     allowed += other.abs().mean(-1, keepdim=True) * TOLERANCE
-    return bool(((one - other).abs() <= allowed).all()) and is_close(found, expected, TOLERANCE)
+    on_average = TOLERANCE + 8 * limits.eps / other.numel()  # where there are few values, one last bit counts for more
+    return bool(((one - other).abs() <= allowed).all()) and is_close(found, expected, on_average)
