@@ -65,9 +65,10 @@ Tokens/s are of the median step after warm-up, of two runs. CPU seconds of a ste
 one thread they are more reliable than the clock if other programs ran too, with more they include waiting. MFU
 takes the operations that the model needs without recomputation (4 · linear weights + 7 · sequence · width · layers +
 6 · LoRA weights per token), HFU those that were dispatched, both as a share of the best bf16 matrix product measured in
-the same run. Peak memory is the allocator's on a GPU; on a CPU it is the rise
-of resident memory during training above that of the loaded model. If losses of the first steps differ by more than the
-tolerance, the row is void.
+the same run. Peak memory is the allocator's on a GPU; on a CPU it is the rise of resident memory during training above
+that of the loaded model. If losses of the first steps differ by more than the tolerance, the row is void. With
+`--documents`, the rows are documents of different lengths, which qlora packs and PEFT pads; tokens are counted without
+padding.
 
 **Not yet run on a GPU.**
 """
