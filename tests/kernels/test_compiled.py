@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from qlora.kernels import ExpertGroup
-from tests.interpreted import CAPABILITIES, needs_triton
-from tests.launched import compile_launches
+from qlora.kernels import ACTIVATIONS, ExpertGroup
+from scripts.dev.bench.launched import CAPABILITIES, compile_launches
+from tests.interpreted import needs_compiler
 
-pytestmark = [needs_triton, pytest.mark.slow]
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 BF16, FP16 = torch.bfloat16, torch.float16
 WIDE, RAGGED = (4096, 4096), (1024, 172)
@@ -68,6 +68,40 @@ def losses(size: int, dtype: torch.dtype = BF16, softcap: float | None = None) -
     return lambda module: module.token_losses_triton_(logits, labels, *options)
 
 
+def normed(features: int, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that computes RMSNorm of 512 rows and the gradient of its input."""
+    x, weight = meta(512, features, dtype=dtype), meta(features, dtype=dtype)
+
+    def call(module: ModuleType) -> None:
+        module.rms_norm_triton(x, weight, 1e-6, 0.0, True)
+        module.rms_norm_gradient_triton(x, x, weight, 1e-6, 0.0)
+
+    return call
+
+
+def gated(activation: str, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that computes a gated product and its gradients."""
+    gate, up, grad = (meta(512, 14_336, dtype=dtype) for _ in range(3))
+
+    def call(module: ModuleType) -> None:
+        module.gated_product_triton(activation, gate, up)
+        module.gated_gradients_triton(activation, grad, gate, up, True)
+
+    return call
+
+
+def rotated(width: int, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that rotates queries and keys, and turns their gradients back."""
+    query, key, angles = (meta(2, 256, heads, width, dtype=dtype) for heads in (32, 8, 1))
+    angles = angles.squeeze(2)
+
+    def call(module: ModuleType) -> None:
+        for is_backward in (False, True):
+            module.rotate_triton(query, key, angles, angles, is_backward)
+
+    return call
+
+
 def group() -> ExpertGroup:
     index, bounds = meta(3, dtype=torch.int64), meta(9, dtype=torch.int64)
     return ExpertGroup([1, 4, 5], [0, 100, 200, 300], index, bounds)
@@ -111,6 +145,13 @@ def grouped(call: Callable[[ModuleType], object]) -> Launch:
     return Launch("grouped_triton", call, most_registers=224)  # two programs of four warps on each multiprocessor
 
 
+def by_element(
+    module: str, call: Callable[[ModuleType], object], most_registers: int = 64, is_exact: bool = False
+) -> Launch:
+    # Not exact, because divisions, exponentials and roots are sequences of instructions that may be fused.
+    return Launch(module, call, most_registers, has_products=False, is_exact=is_exact)
+
+
 LAUNCHES = {
     "dequantize": plain(dequantized(WIDE)),
     "dequantize, fp16": plain(dequantized(WIDE, FP16)),
@@ -136,6 +177,17 @@ LAUNCHES = {
     "experts' factors": grouped(multiplied(8)),
     "experts' factors, ragged": grouped(multiplied(8, depth=172)),
     "gradients of experts' factors": grouped(outer(8, 2048)),
+    "norm of 128": by_element("norm_triton", normed(128)),
+    "norm": by_element("norm_triton", normed(4096)),
+    "norm, fp32": by_element("norm_triton", normed(4096, torch.float32)),
+    "norm of the longest rows": by_element("norm_triton", normed(16_384), most_registers=128),  # of 16 warps
+    **{f"{activation} · up": by_element("gated_triton", gated(activation)) for activation in ACTIVATIONS},
+    **{
+        f"{activation} · up, fp32": by_element("gated_triton", gated(activation, torch.float32))
+        for activation in ACTIVATIONS
+    },
+    "rotation": by_element("rotary_triton", rotated(128), is_exact=True),
+    "rotation, fp32": by_element("rotary_triton", rotated(128, torch.float32), is_exact=True),
 }
 
 
