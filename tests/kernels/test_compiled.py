@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from qlora.kernels import ACTIVATIONS, ExpertGroup
+from qlora.kernels import ExpertGroup
 from scripts.dev.bench.launched import CAPABILITIES, compile_launches
 from tests.interpreted import needs_compiler
 
@@ -68,38 +68,30 @@ def losses(size: int, dtype: torch.dtype = BF16, softcap: float | None = None) -
     return lambda module: module.token_losses_triton_(logits, labels, *options)
 
 
-def normed(features: int, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
-    """Return a call that computes RMSNorm of 512 rows and the gradient of its input."""
+def normed(features: int, dtype: torch.dtype = BF16, is_gradient: bool = False) -> Callable[[ModuleType], object]:
+    """Return a call that norms rows of a number of features, or computes the gradient of that."""
     x, weight = meta(512, features, dtype=dtype), meta(features, dtype=dtype)
-
-    def call(module: ModuleType) -> None:
-        module.rms_norm_triton(x, weight, 1e-6, 0.0, True)
-        module.rms_norm_gradient_triton(x, x, weight, 1e-6, 0.0)
-
-    return call
+    if is_gradient:
+        return lambda module: module.rms_norm_gradient_triton(x, x, weight, 1e-5, 0.0)
+    return lambda module: module.rms_norm_triton(x, weight, 1e-5, 0.0, True)
 
 
-def gated(activation: str, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
-    """Return a call that computes a gated product and its gradients."""
-    gate, up, grad = (meta(512, 14_336, dtype=dtype) for _ in range(3))
-
-    def call(module: ModuleType) -> None:
-        module.gated_product_triton(activation, gate, up)
-        module.gated_gradients_triton(activation, grad, gate, up, True)
-
-    return call
+def gated(activation: str, dtype: torch.dtype = BF16, is_gradient: bool = False) -> Callable[[ModuleType], object]:
+    """Return a call that computes a gated product, or its gradients in place."""
+    x = meta(512, 14_336, dtype=dtype)
+    if is_gradient:
+        return lambda module: module.gated_gradients_triton(activation, x, x, x, True)
+    return lambda module: module.gated_product_triton(activation, x, x)
 
 
-def rotated(width: int, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
-    """Return a call that rotates queries and keys, and turns their gradients back."""
-    query, key, angles = (meta(2, 256, heads, width, dtype=dtype) for heads in (32, 8, 1))
-    angles = angles.squeeze(2)
-
-    def call(module: ModuleType) -> None:
-        for is_backward in (False, True):
-            module.rotate_triton(query, key, angles, angles, is_backward)
-
-    return call
+def rotated(is_backward: bool, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that rotates queries and keys, or turns their gradients back."""
+    query, key, angles = (
+        meta(1, 512, 32, 128, dtype=dtype),
+        meta(1, 512, 8, 128, dtype=dtype),
+        meta(1, 512, 128, dtype=dtype),
+    )
+    return lambda module: module.rotate_triton(query, key, angles, angles, is_backward)
 
 
 def group() -> ExpertGroup:
@@ -145,14 +137,25 @@ def grouped(call: Callable[[ModuleType], object]) -> Launch:
     return Launch("grouped_triton", call, most_registers=224)  # two programs of four warps on each multiprocessor
 
 
-def by_element(
-    module: str, call: Callable[[ModuleType], object], most_registers: int = 64, is_exact: bool = False
-) -> Launch:
-    # Not exact, because divisions, exponentials and roots are sequences of instructions that may be fused.
-    return Launch(module, call, most_registers, has_products=False, is_exact=is_exact)
+def elementwise(module: str, call: Callable[[ModuleType], object], most_registers: int = 64, **own: bool) -> Launch:
+    return Launch(f"{module}_triton", call, most_registers, has_products=False, **own)
 
 
 LAUNCHES = {
+    "norm": elementwise("norm", normed(4096)),
+    "norm, long rows": elementwise("norm", normed(16_384), 128),
+    "norm's gradient": elementwise("norm", normed(4096, is_gradient=True)),
+    "norm's gradient, heads": elementwise("norm", normed(128, is_gradient=True)),
+    "norm's gradient, fp32": elementwise("norm", normed(4096, torch.float32, is_gradient=True)),
+    "norm's gradient, long rows": elementwise("norm", normed(16_384, is_gradient=True), 128),
+    "SwiGLU": elementwise("gated", gated("silu")),
+    "SwiGLU's gradients": elementwise("gated", gated("silu", is_gradient=True)),
+    "GeGLU": elementwise("gated", gated("gelu_tanh")),
+    "GeGLU's gradients": elementwise("gated", gated("gelu_tanh", is_gradient=True)),
+    "GeGLU's gradients by erf": elementwise("gated", gated("gelu", is_gradient=True)),
+    "rotation": elementwise("rotary", rotated(False), is_exact=True),
+    "rotation's gradient": elementwise("rotary", rotated(True), is_exact=True),
+    "rotation's gradient, fp32": elementwise("rotary", rotated(True, torch.float32), is_exact=True),
     "dequantize": plain(dequantized(WIDE)),
     "dequantize, fp16": plain(dequantized(WIDE, FP16)),
     "dequantize, fp32": plain(dequantized(WIDE, torch.float32)),
@@ -177,17 +180,6 @@ LAUNCHES = {
     "experts' factors": grouped(multiplied(8)),
     "experts' factors, ragged": grouped(multiplied(8, depth=172)),
     "gradients of experts' factors": grouped(outer(8, 2048)),
-    "norm of 128": by_element("norm_triton", normed(128)),
-    "norm": by_element("norm_triton", normed(4096)),
-    "norm, fp32": by_element("norm_triton", normed(4096, torch.float32)),
-    "norm of the longest rows": by_element("norm_triton", normed(16_384), most_registers=128),  # of 16 warps
-    **{f"{activation} · up": by_element("gated_triton", gated(activation)) for activation in ACTIVATIONS},
-    **{
-        f"{activation} · up, fp32": by_element("gated_triton", gated(activation, torch.float32))
-        for activation in ACTIVATIONS
-    },
-    "rotation": by_element("rotary_triton", rotated(128), is_exact=True),
-    "rotation, fp32": by_element("rotary_triton", rotated(128, torch.float32), is_exact=True),
 }
 
 

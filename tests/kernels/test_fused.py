@@ -1,4 +1,4 @@
-"""Where kernels of norms, gated products and rotations are used."""
+"""Where norms, gated products and rotations are computed by kernels."""
 
 import torch
 
