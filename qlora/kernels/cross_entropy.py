@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.kernels.simulated import device_of
 from qlora.out_of_memory import is_out_of_memory
 
 # Why the kernel is not used on a device for a dtype, or None if it gave what torch gives.
@@ -121,7 +122,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
         is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
-        is_fused = is_frozen and not is_traced(hidden) and unfused_reason(hidden.device, hidden.dtype) is None
+        is_fused = is_frozen and not is_traced(hidden)
+        is_fused = is_fused and unfused_reason(device_of(hidden), hidden.dtype, not hidden.is_meta) is None
         in_place = is_fused or hidden.dtype == torch.float32
         all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
@@ -130,10 +132,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
             if is_fused:
-                from qlora.kernels.cross_entropy_triton import token_losses_triton_
-
                 weights_here = None if row_weights is None else row_weights[rows]
-                losses, plain_losses = token_losses_triton_(
+                losses, plain_losses = _fused_losses_(
                     product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
                     needs_grad,
                 )  # fmt: skip
@@ -184,17 +184,31 @@ class _LinearTokenLoss(torch.autograd.Function):
         return grad_hidden, *(None,) * 9, *grads
 
 
-def unfused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def _fused_losses_(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.is_meta:  # what the launcher allocates
+        losses, plain = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        return losses, plain
+    from qlora.kernels.cross_entropy_triton import token_losses_triton_
+
+    return token_losses_triton_(logits, *arguments)
+
+
+def unfused_reason(device: torch.device, dtype: torch.dtype, try_kernel: bool = True) -> str | None:
     """Return why losses and gradients of logits are computed in plain torch on a device, or None for the kernel.
 
     The kernel is tried once for each device and dtype; if it is rejected, the reason is logged.
+
+    Args:
+        device: Device of the logits.
+        dtype: Dtype of the logits.
+        try_kernel: Try the kernel; False for an estimate, which assumes that it works unless it has been rejected.
     """
     if device.type != "cuda":
         return "the fused cross-entropy is for CUDA"
-    if not HAS_TRITON:
+    if not HAS_TRITON and (try_kernel or torch.cuda.is_available()):
         return "Triton is not installed"
     key = device, dtype
-    if key not in _reasons:
+    if try_kernel and key not in _reasons:
         try:
             matches = kernel_matches(device, dtype)
             _reasons[key] = None if matches else f"the fused cross-entropy gave other values in {dtype}"
@@ -205,7 +219,7 @@ def unfused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
             _reasons[key] = f"the fused cross-entropy failed: {type(error).__name__}: {message}"
         if _reasons[key] is not None:
             _logger.warning("Losses are computed in plain torch: %s.", _reasons[key])
-    return _reasons[key]
+    return _reasons.get(key)
 
 
 def kernel_matches(device: torch.device, dtype: torch.dtype) -> bool:

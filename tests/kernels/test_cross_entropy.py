@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.kernels import linear_cross_entropy, linear_token_loss
 from qlora.kernels.head import default_chunk
+from qlora.kernels.simulated import simulating
+from qlora.memory.probe import measure_peak
 from tests.interpreted import (
     Launches,
     counted_kernel,
@@ -264,6 +266,31 @@ def test_launches_per_chunk(way, monkeypatch, generator):
             linear_token_loss(hidden, weight, labels, chunk_elements=chunk_rows * 50)
         counts.append(launches.total)
     assert counts[1] - counts[0] == {"plain": 19, "kernel": 7}[way]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("simulated", ["cuda", "cpu"])
+def test_a_simulated_step_takes_the_memory_of_the_real_one(simulated, softcap, trained, monkeypatch, generator):
+    hidden, weight, labels, _ = make_inputs(generator, 8, 16, 50, torch.bfloat16)
+    weight.requires_grad_(trained)
+
+    def peak(device):
+        moved = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
+        own = labels.to(device)
+        return measure_peak(lambda: linear_token_loss(*moved, own, softcap=softcap, chunk_elements=4 * 50), device)
+
+    with simulating(torch.device(simulated)):
+        predicted = peak(torch.device("meta"))
+    if simulated == "cuda":  # this CPU takes its place
+        module = load_interpreted("qlora.kernels.cross_entropy_triton")
+        monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
+        monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+    with Launches() as launches:
+        real = peak(torch.device("cpu"))
+    assert predicted == real
+    assert ("token_loss" in launches.counts) == (simulated == "cuda" and not trained)
 
 
 @pytest.mark.parametrize("error", [None, "loss", "gradient"])
