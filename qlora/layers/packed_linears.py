@@ -19,7 +19,11 @@ from qlora.nf4 import NF4Linear
 
 
 class PackedLinear(nn.Module):
-    """A layer in evaluation mode, with equal outputs; it is called itself where they are not computed here.
+    """A linear layer in evaluation mode that multiplies by its packed weight; the outputs are the same.
+
+    The layer itself computes what is not packed here: with gradients, in other dtypes, with the update folded into the
+    weight, and where the adapters are switched. Its attributes are found here too, such as the `weight` of a head whose
+    dtype a model reads.
 
     Args:
         layer: `LoraLinear` whose terms are of low rank, `NF4Linear` or `nn.Linear`.
@@ -37,6 +41,15 @@ class PackedLinear(nn.Module):
         weight = base.weight_for_product(torch.bfloat16) if isinstance(base, NF4Linear) else base.weight.detach()
         bias = None if base.bias is None else F.pad(base.bias.detach().to(weight.dtype), (0, sum(self._sizes[1:])))
         self._packed = PackedWeight(torch.cat([weight, *(term.A.detach() for term in terms)]), bias)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the layer that this one has not."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # before it is set
+                raise
+            return getattr(self.layer, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Mamba2Config
 
 import qlora
 from qlora.kernels import LowRank, can_pack
@@ -12,7 +13,7 @@ from qlora.layers.packed_linears import PackedLinear, packed_linears
 from qlora.layers.weight_cache import temporarily_cached_linears
 from qlora.lora import adapters_off, lora_layers
 from qlora.nf4 import NF4Linear
-from tests.tiny import make_base
+from tests.tiny import make_base, make_tokenizer
 
 HAS_PACKING = can_pack(torch.device("cpu"), torch.bfloat16)
 
@@ -70,6 +71,25 @@ def test_a_packed_model_has_the_same_outputs_and_gets_its_layers_back(
         found = outputs(model, seed)
     assert all(map(torch.equal, expected, found))
     assert list(model.named_modules()) == modules
+
+
+def test_a_model_that_reads_its_head_answers_as_before(tmp_path: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = Mamba2Config(
+        vocab_size=264, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=16, n_groups=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, _ = qlora.load_base(str(tmp_path), compute_dtype="bfloat16", device="cpu")
+    head, expected = model.lm_head, outputs(model, seed)
+    with packed_linears(model, float("inf")):
+        assert isinstance(model.lm_head, PackedLinear) == HAS_PACKING
+        for name in ("weight", "bias", "in_features", "out_features"):
+            assert getattr(model.lm_head, name) is getattr(head, name)
+        assert all(map(torch.equal, expected, outputs(model, seed)))
+        with pytest.raises(AttributeError, match="no_such_name"):
+            model.lm_head.no_such_name  # noqa: B018
 
 
 def test_adapters_that_are_off_stay_off(tmp_path: Any, seed: int) -> None:
