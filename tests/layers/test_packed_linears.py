@@ -18,10 +18,10 @@ from tests.tiny import make_base, make_tokenizer
 HAS_PACKING = can_pack(torch.device("cpu"), torch.bfloat16)
 
 
-def build(tmp_path: Any, seed: int, kind: str = "lora", **sizes: Any) -> Any:
+def build(tmp_path: Any, seed: int, kind: str = "lora", form: str = "auto", **sizes: Any) -> Any:
     base = make_base(tmp_path / "base", seed, **sizes)
     model, _ = qlora.load_base(str(base), compute_dtype="bfloat16", device="cpu")
-    qlora.add_lora(model, rank=5, alpha=7, kind=kind)
+    qlora.add_lora(model, rank=5, alpha=7, kind=kind, form=form)
     for _, layer in lora_layers(model):
         layer.first_trained.data.normal_(std=0.1)
     return model.eval()
@@ -134,3 +134,37 @@ def test_a_weight_is_either_packed_or_cached(tmp_path: Any, seed: int) -> None:
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         assert [linear.is_cached for linear in linears] == [not packed] * len(linears)
     assert not any(linear.is_cached for linear in linears)
+
+
+def test_weights_that_the_update_is_folded_into_are_cached(tmp_path: Any, seed: int) -> None:
+    model = build(tmp_path, seed, form="folded")
+    expected = outputs(model, seed)
+    linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    with temporarily_cached_linears(model, float("inf")):
+        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert len(packed) == HAS_PACKING  # the head
+        assert linears
+        assert all(linear.is_cached for linear in linears)
+        assert all(map(torch.equal, expected, outputs(model, seed)))
+
+
+@pytest.mark.skipif(not HAS_PACKING, reason="nothing is packed on this processor")
+@pytest.mark.parametrize("kind", ["lora", "nf4", "head"])
+def test_memory_has_room_for_what_packing_takes_meanwhile(kind: str, generator: torch.Generator) -> None:
+    layer: Any = torch.nn.Linear(64, 96, bias=False).bfloat16()
+    weight, added = 2 * 64 * 96, 0
+    peak = weight
+    if kind != "head":
+        layer = NF4Linear.from_linear(layer)
+        peak += weight  # dequantized
+    if kind == "lora":
+        layer = qlora.lora.LoraLinear(layer, qlora.lora.AdapterSpec(rank=8, alpha=8, dtype=torch.bfloat16))
+        layer.reset(generator)
+        added = 2 * 64 * 8
+        peak = weight + 2 * (weight + added)  # dequantized, with the rows of A below it, and packed
+    model: Any = torch.nn.Module()
+    model.layer, model.device, model.dtype = layer, torch.device("cpu"), torch.bfloat16
+    model.get_output_embeddings = lambda: layer if kind == "head" else None
+    for num_bytes, expected in ((peak - 1, (layer, peak - 1)), (peak, (None, peak - weight - added))):
+        with packed_linears(model, num_bytes) as left:
+            assert (model.layer if model.layer is layer else None, left) == expected
