@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora.kernels import LowRank, PackedWeight, can_pack
+from qlora.kernels import LowRank, PackedWeight, can_pack, fill_up_rows
 from qlora.lora import LoraLinear, output_head
 from qlora.lora.function import choose_form
 from qlora.nf4 import NF4Linear
@@ -60,10 +60,10 @@ class PackedLinear(nn.Module):
         is_switched = any(layer.is_off or layer.is_at_start for layer in self._adapted)
         if is_folded or is_switched or torch.is_grad_enabled() or x.dtype != torch.bfloat16:
             return self.layer(x)
-        y, *inner = self._packed.product(rows).split(self._sizes, dim=1)
+        y, *inner = self._packed.product(fill_up_rows(rows)).split(self._sizes, dim=1)
         for u, (B, scaling) in zip(inner, self._outer, strict=True):
             y = torch.addmm(y, u, B, alpha=scaling)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y[: len(rows)].reshape(*x.shape[:-1], y.shape[-1])
 
 
 @contextmanager

@@ -40,11 +40,11 @@ def nothing(model: Any) -> None:
 
 @torch.no_grad()
 def outputs(model: Any, seed: int) -> list[torch.Tensor]:
-    """Return logits of one token, of a few rows, and an answer."""
+    """Return logits of one token, of a few rows and of more, and an answer."""
     generator = torch.Generator().manual_seed(seed)
-    one, rows = (torch.randint(3, 250, shape, generator=generator) for shape in ((1, 1), (3, 9)))
+    one, rows, more = (torch.randint(3, 250, shape, generator=generator) for shape in ((1, 1), (3, 9), (1, 45)))
     answer = model.generate(rows[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
-    return [model(one).logits, model(rows).logits, answer]
+    return [model(one).logits, model(rows).logits, model(more).logits, answer]
 
 
 @pytest.mark.parametrize(
