@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
 
 
 @contextmanager
-def packed_linears(model: Any, num_bytes: float) -> Iterator[float]:
+def pack_linears(model: Any, num_bytes: float) -> Iterator[float]:
     """Replace as many linear layers as fit by packed ones until the context ends, the output head included.
 
     Layers that are not always in memory, and adapters other than plain factors, are left as they are.

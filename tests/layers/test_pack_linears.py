@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config
 
 import qlora
 from qlora.kernels import LowRank, can_pack
-from qlora.layers.packed_linears import PackedLinear, packed_linears
+from qlora.layers.pack_linears import PackedLinear, pack_linears
 from qlora.layers.weight_cache import temporarily_cached_linears
 from qlora.lora import adapters_off, lora_layers
 from qlora.nf4 import NF4Linear
@@ -64,7 +64,7 @@ def test_a_packed_model_has_the_same_outputs_and_gets_its_layers_back(
     model = build(tmp_path, seed, kind, **sizes)
     change(model)
     modules, expected = list(model.named_modules()), outputs(model, seed)
-    with packed_linears(model, float("inf")):
+    with pack_linears(model, float("inf")):
         # All seven of both layers and the head; other kinds of adapters are left as they are.
         number = sum(isinstance(module, PackedLinear) for module in model.modules())
         assert number == (15 if kind == "lora" else 1) * HAS_PACKING
@@ -83,7 +83,7 @@ def test_a_model_that_reads_its_head_answers_as_before(tmp_path: Any, seed: int)
     make_tokenizer().save_pretrained(tmp_path)
     model, _ = qlora.load_base(str(tmp_path), compute_dtype="bfloat16", device="cpu")
     head, expected = model.lm_head, outputs(model, seed)
-    with packed_linears(model, float("inf")):
+    with pack_linears(model, float("inf")):
         assert isinstance(model.lm_head, PackedLinear) == HAS_PACKING
         for name in ("weight", "bias", "in_features", "out_features"):
             assert getattr(model.lm_head, name) is getattr(head, name)
@@ -96,9 +96,9 @@ def test_adapters_that_are_off_stay_off(tmp_path: Any, seed: int) -> None:
     model = build(tmp_path, seed)
     with adapters_off(model):
         expected = outputs(model, seed)
-        with packed_linears(model, float("inf")):
+        with pack_linears(model, float("inf")):
             inside = outputs(model, seed)
-    with packed_linears(model, float("inf")), adapters_off(model):
+    with pack_linears(model, float("inf")), adapters_off(model):
         switched = outputs(model, seed)
     assert all(map(torch.equal, expected, inside))
     assert all(map(torch.equal, expected, switched))
@@ -109,7 +109,7 @@ def test_gradients_are_computed_by_the_layer_itself(tmp_path: Any, seed: int) ->
     ids = torch.arange(9)[None]
     gradients = []
     for num_bytes in (0, float("inf")):
-        with packed_linears(model, num_bytes):
+        with pack_linears(model, num_bytes):
             model(ids).logits.float().square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
         model.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ def test_gradients_are_computed_by_the_layer_itself(tmp_path: Any, seed: int) ->
 def test_no_more_memory_is_taken_than_given(tmp_path: Any, seed: int) -> None:
     model = build(tmp_path, seed)
     expected = outputs(model, seed)
-    with packed_linears(model, 50_000) as left:
+    with pack_linears(model, 50_000) as left:
         number = sum(isinstance(module, PackedLinear) for module in model.modules())
         assert 0 <= left <= 50_000
         assert (0 < number < 15) == HAS_PACKING
@@ -166,5 +166,5 @@ def test_memory_has_room_for_what_packing_takes_meanwhile(kind: str, generator: 
     model.layer, model.device, model.dtype = layer, torch.device("cpu"), torch.bfloat16
     model.get_output_embeddings = lambda: layer if kind == "head" else None
     for num_bytes, expected in ((peak - 1, (layer, peak - 1)), (peak, (None, peak - weight - added))):
-        with packed_linears(model, num_bytes) as left:
+        with pack_linears(model, num_bytes) as left:
             assert (model.layer if model.layer is layer else None, left) == expected
