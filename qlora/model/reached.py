@@ -97,7 +97,7 @@ def _unreached(model: Any, modules: Collection[str], loss: Loss, tokens: int) ->
     handles = [model.get_submodule(name).register_forward_hook(_adding(probe)) for name, probe in probes.items()]
     layers = {name: _layer_of(name) for name in modules}
     readers: set[str] = set()
-    for name in {*layers.values()} - {None}:
+    for name in {layer for layer in layers.values() if layer is not None}:
         handles += _watch_reads(model.get_submodule(name), name, mode, readers)
     try:
         with mode:
