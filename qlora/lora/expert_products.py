@@ -203,10 +203,11 @@ class _Call:
             rows = order[group.rows]
             yield group, rows, rows // self.top_k
 
-    def rows_like(self, x: torch.Tensor, features: int) -> torch.Tensor:
-        """Return a tensor for a row of each token and expert; zeros if some have none."""
+    def rows_like(self, x: torch.Tensor, features: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor for a row of each token and expert, in the dtype of `x` by default; zeros if some lack one."""
         shape = len(x) * self.top_k, features
-        return x.new_empty(shape) if self.offsets[-1] == shape[0] and not self.offsets[0] else x.new_zeros(shape)
+        is_full = self.offsets[-1] == shape[0] and not self.offsets[0]
+        return (x.new_empty if is_full else x.new_zeros)(shape, dtype=dtype or x.dtype)
 
     def split(self, factors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """Return the trained tensors of the first product and of the second."""
@@ -252,7 +253,7 @@ class _ExpertProducts(torch.autograd.Function):
         up, down = call.split(factors)
         flat, dtype = scores.reshape(-1, 1), x.dtype
         grad_rows = call.rows_like(x, x.shape[1]) if needs_x else None
-        grad_scores = torch.zeros_like(flat) if needs_scores else None
+        grad_scores = call.rows_like(x, 1, flat.dtype) if needs_scores else None
         grads = [
             torch.zeros_like(each, dtype=dtype) if need else None for each, need in zip(factors, needed, strict=True)
         ]

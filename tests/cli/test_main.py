@@ -91,7 +91,7 @@ def test_no_verb_shows_the_help():
     [(ConfigError, 2), (DataError, 1), (ModelError, 1), (CheckpointError, 1), (ExportError, 1)],
 )
 def test_a_users_mistake_is_a_message_and_an_exit_code(monkeypatch, error, code):
-    def fail(*_):
+    def fail(*_, **__):
         raise error("the thing, its value, the remedy")
 
     monkeypatch.setattr("qlora.proof.verify", fail)
@@ -102,7 +102,7 @@ def test_a_users_mistake_is_a_message_and_an_exit_code(monkeypatch, error, code)
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ZeroDivisionError
 
     monkeypatch.setattr("qlora.proof.verify", fail)

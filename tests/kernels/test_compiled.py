@@ -68,6 +68,32 @@ def losses(size: int, dtype: torch.dtype = BF16, softcap: float | None = None) -
     return lambda module: module.token_losses_triton_(logits, labels, *options)
 
 
+def normed(features: int, dtype: torch.dtype = BF16, is_gradient: bool = False) -> Callable[[ModuleType], object]:
+    """Return a call that norms rows of a number of features, or computes the gradient of that."""
+    x, weight = meta(512, features, dtype=dtype), meta(features, dtype=dtype)
+    if is_gradient:
+        return lambda module: module.rms_norm_gradient_triton(x, x, weight, 1e-5, 0.0)
+    return lambda module: module.rms_norm_triton(x, weight, 1e-5, 0.0, True)
+
+
+def gated(activation: str, dtype: torch.dtype = BF16, is_gradient: bool = False) -> Callable[[ModuleType], object]:
+    """Return a call that computes a gated product, or its gradients in place."""
+    x = meta(512, 14_336, dtype=dtype)
+    if is_gradient:
+        return lambda module: module.gated_gradients_triton(activation, x, x, x, True)
+    return lambda module: module.gated_product_triton(activation, x, x)
+
+
+def rotated(is_backward: bool, dtype: torch.dtype = BF16) -> Callable[[ModuleType], object]:
+    """Return a call that rotates queries and keys, or turns their gradients back."""
+    query, key, angles = (
+        meta(1, 512, 32, 128, dtype=dtype),
+        meta(1, 512, 8, 128, dtype=dtype),
+        meta(1, 512, 128, dtype=dtype),
+    )
+    return lambda module: module.rotate_triton(query, key, angles, angles, is_backward)
+
+
 def group() -> ExpertGroup:
     index, bounds = meta(3, dtype=torch.int64), meta(9, dtype=torch.int64)
     return ExpertGroup([1, 4, 5], [0, 100, 200, 300], index, bounds)
@@ -111,7 +137,25 @@ def grouped(call: Callable[[ModuleType], object]) -> Launch:
     return Launch("grouped_triton", call, most_registers=224)  # two programs of four warps on each multiprocessor
 
 
+def elementwise(module: str, call: Callable[[ModuleType], object], most_registers: int = 64, **own: bool) -> Launch:
+    return Launch(f"{module}_triton", call, most_registers, has_products=False, **own)
+
+
 LAUNCHES = {
+    "norm": elementwise("norm", normed(4096)),
+    "norm, long rows": elementwise("norm", normed(16_384), 128),
+    "norm's gradient": elementwise("norm", normed(4096, is_gradient=True)),
+    "norm's gradient, heads": elementwise("norm", normed(128, is_gradient=True)),
+    "norm's gradient, fp32": elementwise("norm", normed(4096, torch.float32, is_gradient=True)),
+    "norm's gradient, long rows": elementwise("norm", normed(16_384, is_gradient=True), 128),
+    "SwiGLU": elementwise("gated", gated("silu")),
+    "SwiGLU's gradients": elementwise("gated", gated("silu", is_gradient=True)),
+    "GeGLU": elementwise("gated", gated("gelu_tanh")),
+    "GeGLU's gradients": elementwise("gated", gated("gelu_tanh", is_gradient=True)),
+    "GeGLU's gradients by erf": elementwise("gated", gated("gelu", is_gradient=True)),
+    "rotation": elementwise("rotary", rotated(False), is_exact=True),
+    "rotation's gradient": elementwise("rotary", rotated(True), is_exact=True),
+    "rotation's gradient, fp32": elementwise("rotary", rotated(True, torch.float32), is_exact=True),
     "dequantize": plain(dequantized(WIDE)),
     "dequantize, fp16": plain(dequantized(WIDE, FP16)),
     "dequantize, fp32": plain(dequantized(WIDE, torch.float32)),
