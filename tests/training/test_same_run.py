@@ -167,7 +167,6 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, stopped):
         ("processes", 3, "micro-batches of a step, over all processes: 6 → 2"),
         ("compute_dtype", "float16", "compute_dtype: float16 → "),
         ("rounding", "master", "rounding: master → "),
-        ("dequantize", "fused kernel", "dequantize: fused kernel → bitsandbytes"),
     ):
         record = json.loads(whole)
         record["in_use"][key] = value
@@ -175,11 +174,7 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, stopped):
         with pytest.raises(ConfigError, match=rf"  {line}.*\n.* --fresh"):
             train(configure())
         assert json.loads(path.read_text()) == record
-    record = json.loads(whole)
-    for key in ("dequantize", "activations"):  # for another reason, or in the words of another version
-        record["in_use"][key] = f"{record['in_use'][key].partition(': ')[0]}: it failed: /tmp/tmp1234/main.c"
-    record["in_use"]["dequantize_why"] = "it failed: /tmp/tmp1234/main.c"
-    path.write_text(json.dumps(record))
+    path.write_text(whole)
     assert train(configure()).status == "finished"
 
 
