@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, rebuilt, rotate, unfused_reason
+from qlora.out_of_memory import is_out_of_memory
 
 PROBE_ROWS, TRIED_HEADS = 64, 2
 # Largest difference between two equal functions, as a share of a row's size: the order of a sum changes single last
@@ -100,6 +101,8 @@ class Chooser:
                 return True
             reason = "gives something else"
         except Exception as error:  # a kernel compiler can fail in any way, and plain torch works without it
+            if is_out_of_memory(error):
+                raise
             reason = f"fails ({type(error).__name__}: {error})"
         self._why_plain[f"the fused kernel for {name} {reason}"] = None
         return False

@@ -170,13 +170,15 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     loss = training_loss(section, objective.trained)
     own = {"train": section, "data": config.data.model_copy(update={"packing": packed})}
     fit = fit_memory(config.model_copy(update=own), model, loss, largest.to(processes.device), processes)
+    is_quantized = model_section.quantization == "nf4"
+    dequantize, dequantize_why = dequantize_path(processes.device, model.dtype) if is_quantized else (None, None)
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         attention=isolation.attention,
         activations=activations,
-        dequantize=dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
+        dequantize=dequantize,
         recompute=fit.level,
         recompute_why=fit.why,
         tiled=fit.level == "offload+tiled",
@@ -199,6 +201,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         experts=describe_experts(model),
         micro_batches=processes.world_size * section.gradient_accumulation_steps,
         optimizer_state_why=optimizer.unpaged_why,
+        dequantize_why=dequantize_why,
     )
     return Assembly(
         config=config,
@@ -216,6 +219,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         scorer=scorer,
         sampler=sampler,
         head=head,
+        levels=fit.levels,
     )
 
 

@@ -316,6 +316,10 @@ def fused_on_cpu(monkeypatch: pytest.MonkeyPatch):
 CPU = torch.device("cpu")
 
 
+def path_of(dtype, device=CPU):
+    return ": ".join(dequantize_path(device, dtype))
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_the_first_weight_of_a_kind_is_computed_by_both_and_then_by_the_kernel(
     double_quant, fused_on_cpu, monkeypatch, generator
@@ -325,10 +329,10 @@ def test_the_first_weight_of_a_kind_is_computed_by_both_and_then_by_the_kernel(
     inner = door._dequantize_bitsandbytes
     monkeypatch.setattr(door, "_dequantize_bitsandbytes", lambda *a: by_bitsandbytes.append(a) or inner(*a))
     packed, state = quantize(random_weight((64, 172), generator), double_quant)
-    assert dequantize_path(CPU) == "fused kernel, if it gives bitsandbytes' bits for the first weight"
+    assert path_of(torch.bfloat16) == "fused kernel: if it gives bitsandbytes' bits for the first weight"
     first = dequantize(packed, state, torch.bfloat16)
     assert (len(calls), len(by_bitsandbytes)) == (1, 1)
-    assert dequantize_path(CPU) == "fused kernel: it gave bitsandbytes' bits here"
+    assert path_of(torch.bfloat16) == "fused kernel: it gave bitsandbytes' bits here"
     out = torch.empty(64, 172, dtype=torch.bfloat16)
     assert dequantize(packed, state, torch.bfloat16, out=out) is out
     assert torch.equal(out, first)
@@ -352,7 +356,7 @@ def test_one_different_bit_rejects_the_kernel_with_the_reason(fused_on_cpu, gene
         dequantize(packed, state, torch.bfloat16, out=out)
         assert torch.equal(bits(out), bits(wanted))
     assert len(calls) == 1
-    assert dequantize_path(CPU) == (
+    assert path_of(torch.bfloat16) == (
         "bitsandbytes: the fused kernel gave other bits for a 64 × 172 weight in torch.bfloat16"
     )
 
@@ -378,7 +382,7 @@ def test_a_kernel_that_fails_is_rejected_with_the_reason(fused_on_cpu, generator
     for _ in range(2):
         assert dequantize(packed, state, torch.float16).isfinite().all()
     assert len(calls) == 1
-    assert dequantize_path(CPU) == (
+    assert path_of(torch.float16) == (
         "bitsandbytes: the fused kernel failed for a 33 × 50 weight in torch.float16: "
         "RuntimeError: Failed to find C compiler. Please specify via CC."
     )
@@ -395,9 +399,9 @@ def test_a_kernel_that_is_wrong_for_one_kind_is_used_for_the_others(fused_on_cpu
         positional, nested = arguments(packed, state, dtype)
         assert torch.equal(dequantize(packed, state, dtype), dequantize_4bit_plain(*positional, **nested))
     assert len(calls) == 3  # in fp32 once, to compare
-    assert dequantize_path(CPU) == (
-        "fused kernel: it gave bitsandbytes' bits here; bitsandbytes for other kinds of weight: "
-        "the fused kernel gave other bits for a 64 × 172 weight in torch.float32"
+    assert path_of(torch.bfloat16) == "fused kernel: it gave bitsandbytes' bits here"
+    assert path_of(torch.float32) == (
+        "bitsandbytes: the fused kernel gave other bits for a 64 × 172 weight in torch.float32"
     )
 
 
@@ -415,7 +419,7 @@ def test_a_comparison_that_runs_out_of_memory_is_made_again(error, fused_on_cpu,
     with pytest.raises(type(error)):
         dequantize(packed, state, torch.float16)
     dequantize(packed, state, torch.float16)
-    assert dequantize_path(CPU) == "fused kernel: it gave bitsandbytes' bits here"
+    assert path_of(torch.float16) == "fused kernel: it gave bitsandbytes' bits here"
 
 
 @pytest.mark.parametrize("has_out", [False, True])
@@ -435,7 +439,7 @@ def test_a_weight_that_is_only_traced_has_its_shape_and_decides_nothing(has_out,
 
 
 def test_a_cpu_uses_bitsandbytes():
-    assert dequantize_path(CPU) == "bitsandbytes: the fused kernel is for CUDA"
+    assert path_of(torch.bfloat16) == "bitsandbytes: the fused kernel is for CUDA"
 
 
 @pytest.mark.gpu
@@ -472,4 +476,4 @@ class TestOnADevice:
     def test_dequantize_uses_the_kernel(self, generator):
         packed, state = quantize(random_weight((64, 172), generator).cuda())
         dequantize(packed, state, torch.bfloat16)
-        assert dequantize_path(torch.device("cuda")) == "fused kernel: it gave bitsandbytes' bits here"
+        assert path_of(torch.bfloat16, torch.device("cuda")) == "fused kernel: it gave bitsandbytes' bits here"
