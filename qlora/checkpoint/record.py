@@ -80,7 +80,9 @@ class InUse:
         compute_dtype: Compute dtype.
         attention: Attention implementation.
         activations: Implementation of norms, gated products and the rotations of self-attention, and why.
-        dequantize: Implementation of dequantization; None if nothing is quantized.
+        dequantize: Implementation of dequantization; None if nothing is quantized. In records of qlora 0.1.0, the
+            reason is part of it.
+        dequantize_why: Reason for it; None in records of earlier versions, and if nothing is quantized.
         recompute: Level of recomputation.
         recompute_why: Reason for the level.
         tiled: Whether MLPs are computed in tiles, which changes the rounding.
@@ -138,6 +140,7 @@ class InUse:
     experts: str | None = None
     micro_batches: int | None = None
     optimizer_state_why: str | None = None
+    dequantize_why: str | None = None
     loss: str | None = None
     loss_why: str | None = None
 

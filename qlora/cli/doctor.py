@@ -60,7 +60,7 @@ def doctor(
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
-        "dequantize": dequantize_path(device),
+        "dequantize": ": ".join(dequantize_path(device, dtype)),
         "experts": experts_path(device, dtype),
         "loss": ": ".join(loss_path(device, dtype)),
         "optimizer_state": "paged" if unpaged is None else f"not paged: {unpaged}",

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.fused import describe_failure
 from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.kernels.simulated import device_of
 
 _logger = logging.getLogger(__name__)
 
@@ -152,8 +153,9 @@ class _LinearTokenLoss(torch.autograd.Function):
         # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
         is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
         options = (logit_scale, softcap, row_weights is not None, label_smoothing, by_probability, needs_grad)
-        variant = Variant(hidden.device, hidden.dtype, head.size, *options)
-        is_fused = is_frozen and not is_traced(hidden) and unfused_reason(variant) is None
+        variant = Variant(device_of(hidden), hidden.dtype, head.size, *options)
+        is_fused = is_frozen and not is_traced(hidden)
+        is_fused = is_fused and unfused_reason(variant, try_kernel=not hidden.is_meta) is None
         in_place = is_fused or hidden.dtype == torch.float32
         all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
@@ -162,10 +164,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
             if is_fused:
-                from qlora.kernels.cross_entropy_triton import token_losses_triton_
-
                 weights_here = None if row_weights is None else row_weights[rows]
-                losses, plain_losses = token_losses_triton_(
+                losses, plain_losses = _fused_losses_(
                     product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
                     needs_grad,
                 )  # fmt: skip
@@ -216,6 +216,15 @@ class _LinearTokenLoss(torch.autograd.Function):
         return grad_hidden, *(None,) * 9, *grads
 
 
+def _fused_losses_(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.is_meta:  # what the launcher allocates
+        losses, plain = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        return losses, plain
+    from qlora.kernels.cross_entropy_triton import token_losses_triton_
+
+    return token_losses_triton_(logits, *arguments)
+
+
 def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Return how :func:`linear_token_loss` computes losses of a frozen head on a device in a dtype, and why.
 
@@ -234,15 +243,19 @@ def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return ("plain torch", failed) if failed else ("fused kernel", "if it gives torch's values for the first loss")
 
 
-def unfused_reason(variant: Variant) -> str | None:
+def unfused_reason(variant: Variant, try_kernel: bool = True) -> str | None:
     """Return why losses and gradients of logits are computed in plain torch, or None for the kernel.
 
     The kernel is tried once for each variant; if it is rejected, the reason is logged.
+
+    Args:
+        variant: What the kernel is compiled for.
+        try_kernel: Try the kernel; False for an estimate, which assumes that it works unless it has been rejected.
     """
-    reason = _unusable_reason(variant.device)
+    reason = _unusable_reason(variant.device, try_kernel)
     if reason is not None:
         return reason
-    if variant not in _reasons:
+    if try_kernel and variant not in _reasons:
         what = f"for {variant.size:,} logits a row in {str(variant.dtype).removeprefix('torch.')}"
         try:
             reason = None if kernel_matches(variant) else f"the fused cross-entropy gave other values {what}"
@@ -251,13 +264,15 @@ def unfused_reason(variant: Variant) -> str | None:
         if reason is not None and reason not in _reasons.values():
             _logger.warning("Losses are computed in plain torch: %s.", reason)
         _reasons[variant] = reason
-    return _reasons[variant]
+    return _reasons.get(variant)
 
 
-def _unusable_reason(device: torch.device) -> str | None:
+def _unusable_reason(device: torch.device, try_kernel: bool = True) -> str | None:
     if device.type != "cuda":
         return "the fused cross-entropy is for CUDA"
-    return None if HAS_TRITON else "Triton is not installed"
+    if HAS_TRITON or not (try_kernel or torch.cuda.is_available()):
+        return None
+    return "Triton is not installed"
 
 
 @torch.inference_mode(False)

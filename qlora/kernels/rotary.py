@@ -22,7 +22,16 @@ def rotate(
 
     Returns:
         The rotated queries and keys.
+
+    Raises:
+        ValueError: The angles are not as wide as the heads, as in models that rotate a part of the features.
     """
+    widths = [tensor.shape[-1] for tensor in (query, key, cos, sin)]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"queries, keys, cos and sin have {', '.join(map(str, widths))} features; rotations of a part of the "
+            "features are not supported, so pass that part alone"
+        )
     rotated: tuple[torch.Tensor, torch.Tensor] = _Rotate.apply(query, key, cos, sin, fused)
     return rotated
 

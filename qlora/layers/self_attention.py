@@ -2,32 +2,41 @@
 
 Models rotate queries and keys in a function of their Python module, which can't be replaced for one model only. So the
 layer around it is replaced, but only where a trial shows that it is made of nothing else: projections, norms of heads,
-the rotation, and the registered attention function.
+the rotation, and the registered attention function. The trial needs none of the model's values, so a model on the meta
+device gets the same layers as one with weights.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qlora.kernels import rotate
 from qlora.layers.attention import NAME, document_attention
-from qlora.layers.trial import TOLERANCE, Chooser, is_close
+from qlora.layers.trial import PROBE_ROWS, TOLERANCE, Chooser, is_close
 from qlora.lora import linears_of
+from qlora.out_of_memory import is_out_of_memory
 
 TRIAL = "qlora_trial"
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 # Names of the keys and values of earlier tokens, in different versions of transformers.
 CACHES = ("cache", "past_key_values")
+# Features of the hidden states in a trial, and the sizes of its smallest and largest rows, as powers of ten. Where
+# projections are clipped, the large ones show it; still larger ones might overflow in fp16.
+HIDDEN, SMALLEST, LARGEST = 16, -2, 2
 
 
 class SelfAttention(nn.Module):
     """o(attend(rotate(q(x)), rotate(k(x)), v(x))), optionally with norms of the heads before the rotation.
 
     Args:
-        own: The model's layer. It still computes tokens after earlier ones, in generation.
+        own: The model's layer. It still computes tokens after earlier ones, in generation, and angles that were not
+            tried: for a part of the features, or in another dtype than the hidden states.
         settings: Arguments that the layer gives to its attention function.
         fused: Whether a kernel computes the rotation.
     """
@@ -53,7 +62,12 @@ class SelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Map (batch, seq, hidden) to (batch, seq, hidden), and None for the weights."""
         own = self._own[0]
-        if own.config._attn_implementation != NAME or any(kwargs.get(name) is not None for name in CACHES):
+        is_tried = all(
+            each.dim() == 3 and each.shape[-1] == own.head_dim and each.dtype == hidden_states.dtype
+            for each in position_embeddings
+        )
+        is_first = own.config._attn_implementation == NAME and all(kwargs.get(name) is None for name in CACHES)
+        if not (is_tried and is_first):
             found: tuple[torch.Tensor, None] = own(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
@@ -75,31 +89,71 @@ class SelfAttention(nn.Module):
 def fit_self_attention(own: Any, chooser: Chooser) -> SelfAttention | None:
     """Return what may replace a module of a model, or None if it is no such self-attention or does anything else.
 
-    The module is called with an attention function that records what it is given.
+    A copy of the module, with random projections and norms, is called with an attention function that records what it
+    is given.
 
     Args:
         own: The module.
-        chooser: Has the random values, and decides whether a kernel computes the rotation.
+        chooser: Has the device and dtype of the model, and decides whether a kernel computes the rotation.
     """
     names, width = set(dict(own.named_children())), getattr(own, "head_dim", None)
     if names not in (PROJECTIONS, PROJECTIONS | NORMS) or next(own.parameters(recurse=False), None) is not None:
         return None
-    if getattr(getattr(own, "config", None), "_attn_implementation", None) != NAME or not width or width % 2:
+    config = getattr(own, "config", None)
+    if getattr(config, "_attn_implementation", None) != NAME or not width or width % 2:
         return None
-    x, cos, sin = (chooser.random_rows(each).unsqueeze(0) for each in (own.q_proj.in_features, width, width))
+    norms = [own.get_submodule(name) for name in names & NORMS]
+    if any(parameter.shape != (width,) for norm in norms for parameter in norm.parameters()):
+        return None
+    if getattr(config, "clip_qkv", None) is not None:  # its limit may be larger than any value of the trial
+        return None
+    draw = partial(_draw, chooser.random_rows(1), torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad(), _recorded(own.config) as given:
-            expected, _ = own(x, position_embeddings=(cos, sin), attention_mask=None)
+        stand_in = _stand_in(own, names, width, draw)
+        x = draw(PROBE_ROWS, HIDDEN, sizes=torch.logspace(SMALLEST, LARGEST, PROBE_ROWS)[:, None]).unsqueeze(0)
+        cos, sin = (draw(1, PROBE_ROWS, width) for _ in range(2))
+        with torch.no_grad(), _recorded(config) as given:
+            expected, _ = stand_in(x, position_embeddings=(cos, sin), attention_mask=None)
             settings = {name: value for name, value in given["settings"].items() if value is not None}
-            fitted = SelfAttention(own, settings, chooser.fuses_rotation(width))
+            fitted = SelfAttention(stand_in, settings, fused=False)
             heads = fitted.heads(x, cos, sin)
             found = fitted.o_proj(_attended(heads[0]).flatten(2))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # it is called in another way
+    except Exception as error:  # it is called in another way, and any error of a layer's own code may say so
+        if is_out_of_memory(error):
+            raise
         return None
     pairs = zip((*heads, found), (*given["heads"], expected), strict=True)
-    is_same = all(one.shape == other.shape and is_close(one, other, TOLERANCE) for one, other in pairs)
+    is_same = all(
+        one.shape == other.shape and one.dtype == other.dtype and is_close(one, other, TOLERANCE)
+        for one, other in pairs
+    )
     is_plain = not settings.pop("dropout", 0) and all(isinstance(value, (int, float)) for value in settings.values())
-    return fitted if is_same and is_plain else None
+    return SelfAttention(own, settings, chooser.fuses_rotation(width)) if is_same and is_plain else None
+
+
+def _stand_in(own: Any, names: set[str], width: int, draw: Callable[..., torch.Tensor]) -> Any:
+    """Return a copy of a self-attention with random children; its projections read and give HIDDEN features."""
+    children = dict[str, Callable[..., torch.Tensor]]()
+    for name in sorted(names):
+        if name in NORMS:
+            children[name] = partial(F.rms_norm, normalized_shape=(width,), weight=draw(width))  # of single heads only
+        elif name == "o_proj":
+            inputs = own.o_proj.in_features
+            children[name] = partial(F.linear, weight=draw(HIDDEN, inputs, sizes=inputs**-0.5))
+        else:
+            outputs = getattr(own, name).out_features
+            children[name] = partial(F.linear, weight=draw(outputs, HIDDEN, sizes=HIDDEN**-0.5))
+    stand_in = copy.copy(own)
+    stand_in._modules = children
+    return stand_in
+
+
+def _draw(
+    like: torch.Tensor, generator: torch.Generator, *shape: int, sizes: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Return a random tensor of another's dtype, on its device; on the CPU if that is the meta device."""
+    device = "cpu" if like.is_meta else like.device
+    return (torch.randn(shape, generator=generator) * sizes).to(device, like.dtype)
 
 
 @contextmanager

@@ -206,8 +206,8 @@ class LoraLinear(nn.Module):
     @property
     def _is_alone(self) -> bool:
         """Whether the layer has to be called by itself: it computes something else, or a hook waits for its call."""
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        return self.is_off or self.is_at_start or self.spec.kind == "dora" or bool(hooks)
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        return self.is_off or self.is_at_start or self.spec.kind == "dora" or any(hooks)
 
     def _product(self) -> Product:
         """Return the product that the layer computes with its trained terms."""

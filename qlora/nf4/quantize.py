@@ -123,19 +123,23 @@ def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
     return matches
 
 
-def dequantize_path(device: torch.device) -> str:
-    """Describe which kernel :func:`dequantize` uses on a device, and why."""
+def dequantize_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return which kernel :func:`dequantize` uses on a device in a dtype, and why.
+
+    Returns:
+        `fused kernel` or `bitsandbytes`, and the reason, which names any kinds of weight for which it is not used.
+    """
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
     reason = _unfused_reason(device)
     if reason is not None:
-        return f"bitsandbytes: {reason}"
-    failed = "; ".join(why for kind, why in _rejected.items() if kind[0] == device)
-    if any(kind[0] == device for kind in _verified):
-        found = "fused kernel: it gave bitsandbytes' bits here"
-        return f"{found}; bitsandbytes for other kinds of weight: {failed}" if failed else found
+        return "bitsandbytes", reason
+    failed = "; ".join(why for kind, why in _rejected.items() if kind[:2] == (device, dtype))
+    if any(kind[:2] == (device, dtype) for kind in _verified):
+        found = "it gave bitsandbytes' bits here"
+        return "fused kernel", f"{found}; bitsandbytes for other kinds of weight: {failed}" if failed else found
     if failed:
-        return f"bitsandbytes: {failed}"
-    return "fused kernel, if it gives bitsandbytes' bits for the first weight"
+        return "bitsandbytes", failed
+    return "fused kernel", "if it gives bitsandbytes' bits for the first weight"
 
 
 def kind_of_kernel(

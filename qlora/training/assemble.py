@@ -171,6 +171,8 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     loss = training_loss(section, objective.trained)
     own = {"train": section, "data": config.data.model_copy(update={"packing": packed})}
     fit = fit_memory(config.model_copy(update=own), model, loss, largest.to(processes.device), processes)
+    is_quantized = model_section.quantization == "nf4"
+    dequantize, dequantize_why = dequantize_path(processes.device, model.dtype) if is_quantized else (None, None)
     loss_kernel, loss_why = loss_path(processes.device, model.dtype)  # after the trials of the loss
     in_use = InUse(
         device=str(processes.device),
@@ -178,7 +180,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         compute_dtype=str(model.dtype).removeprefix("torch."),
         attention=isolation.attention,
         activations=activations,
-        dequantize=dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
+        dequantize=dequantize,
         recompute=fit.level,
         recompute_why=fit.why,
         tiled=fit.level == "offload+tiled",
@@ -201,6 +203,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         experts=describe_experts(model),
         micro_batches=processes.world_size * section.gradient_accumulation_steps,
         optimizer_state_why=optimizer.unpaged_why,
+        dequantize_why=dequantize_why,
         loss=loss_kernel,
         loss_why=loss_why,
     )
@@ -220,6 +223,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         scorer=scorer,
         sampler=sampler,
         head=head,
+        levels=fit.levels,
     )
 
 

@@ -3,18 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from qlora.config import DataSection, RunConfig
 from qlora.data import Datasets, ExampleSet, TokenizedExample, choose_pad_token, collate, make_example
 from qlora.errors import DataError, ModelError
 from qlora.files import BaseFiles
 from qlora.layers import rebuild_activations
 from qlora.lora import ScoreHead, reads_images, scores_documents
-from qlora.model import Isolation, check_loss, keep_apart, positions_of
+from qlora.model import Isolation, check_loss, keep_apart, positions_of, supervised_loss
 from qlora.model.isolation import check_causal
-from qlora.model.score import check_scores, last_scores
+from qlora.model.score import check_scores, document_scores, last_scores
+from qlora.out_of_memory import is_out_of_memory
 
 # Number of tokens that the loss is checked on.
 CHECKED_TOKENS = 16
+# Largest relative difference of the loss and of its gradient's norm before and after modules are replaced, in units of
+# the compute dtype's precision; in fp32, sums in another order differ by more than that.
+ROUNDINGS, LEAST_TOLERANCE = 8, 1e-4
 
 
 def check_loaded(
@@ -45,7 +51,7 @@ def check_loaded(
         loss_of_last=None if head is None else last_scores,
     )  # fmt: skip
     check_packing(config.data, isolation.mixed_reason)
-    activations = rebuild_activations(model)
+    activations = rebuild_checked(model, example)
     _check_outputs(model, example)  # again, with the modules that will be trained
     return isolation, activations
 
@@ -56,6 +62,47 @@ def _check_outputs(model: Any, example: TokenizedExample) -> None:
         check_scores(model, example)
     else:
         check_loss(model, collate([example]).to(model.device))
+
+
+def rebuild_checked(model: Any, example: TokenizedExample) -> str:
+    """Have a model rebuild activations, and give it its own modules back if its loss or gradient is then another.
+
+    Args:
+        model: A model with adapters, in evaluation mode.
+        example: A short example.
+
+    Returns:
+        The activations in use.
+    """
+    own = [(parent, *named) for parent in model.modules() for named in parent.named_children()]
+    before = _loss_and_gradient(model, example)
+    activations = rebuild_activations(model)
+    tolerance = max(LEAST_TOLERANCE, ROUNDINGS * torch.finfo(model.dtype).eps)
+    try:
+        after = _loss_and_gradient(model, example)
+        if ((after - before).abs() <= tolerance * before.abs()).all():
+            return activations
+        reason = "loss and gradient norm of a few tokens go from {:.6g} and {:.6g} to {:.6g} and {:.6g}".format(
+            *before.tolist(), *after.tolist()
+        )
+    except Exception as error:  # whatever a model's own code raises
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    for parent, name, child in own:
+        setattr(parent, name, child)
+    return f"the model's own modules: with faster ones, {reason}"
+
+
+@torch.enable_grad()
+def _loss_and_gradient(model: Any, example: TokenizedExample) -> torch.Tensor:
+    """Return a loss of a short example, or the size of its scores, and its gradient's norm, (2,), fp32."""
+    batch = collate([example]).to(model.device)
+    loss = document_scores(model, batch).norm() if scores_documents(model) else supervised_loss(model, batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    squares = sum(gradient.float().square().sum() for gradient in gradients if gradient is not None)
+    return torch.tensor([loss.item(), float(squares) ** 0.5])
 
 
 def check_packing(section: DataSection, reason: str | None) -> None:

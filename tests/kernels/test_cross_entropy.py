@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.kernels import linear_cross_entropy, linear_token_loss
 from qlora.kernels.head import default_chunk
+from qlora.kernels.simulated import simulating
+from qlora.memory.probe import measure_peak
 from tests.interpreted import (
     Launches,
     counted_kernel,
@@ -266,6 +268,31 @@ def test_launches_per_chunk(way, monkeypatch, generator):
     assert counts[1] - counts[0] == {"plain": 19, "kernel": 7}[way]
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("simulated", ["cuda", "cpu"])
+def test_a_simulated_step_takes_the_memory_of_the_real_one(simulated, softcap, trained, monkeypatch, generator):
+    hidden, weight, labels, _ = make_inputs(generator, 8, 16, 50, torch.bfloat16)
+    weight.requires_grad_(trained)
+
+    def peak(device):
+        moved = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
+        own = labels.to(device)
+        return measure_peak(lambda: linear_token_loss(*moved, own, softcap=softcap, chunk_elements=4 * 50), device)
+
+    with simulating(torch.device(simulated)):
+        predicted = peak(torch.device("meta"))
+    if simulated == "cuda":  # this CPU takes its place
+        module = load_interpreted("qlora.kernels.cross_entropy_triton")
+        monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
+        monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+    with Launches() as launches:
+        real = peak(torch.device("cpu"))
+    assert predicted == real
+    assert ("token_loss" in launches.counts) == (simulated == "cuda" and not trained)
+
+
 OPTIONS = {
     "plain": {},
     "capped": {"logit_scale": 0.25, "softcap": 30.0},
@@ -349,7 +376,7 @@ def test_each_variant_is_tried_once_and_the_path_names_those_that_fail(kernels, 
     monkeypatch.setattr(kernels, "token_losses_triton_", fails_with_caps)
     monkeypatch.setattr(cross_entropy, "_reasons", {})
     assert cross_entropy.loss_path(cpu, torch.float16) == ("plain torch", "the fused cross-entropy is for CUDA")
-    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda device: None)
+    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda *_: None)
     assert cross_entropy.loss_path(cpu, torch.float16)[0] == "fused kernel"
     capped, plain = variant_of(softcap=5.0), variant_of()
     for _ in range(2):
@@ -370,7 +397,7 @@ def test_memory_that_runs_out_in_a_trial_is_raised_and_decides_nothing(kernels, 
         raise torch.OutOfMemoryError("no memory is left")
 
     monkeypatch.setattr(cross_entropy, "_reasons", {})
-    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda device: None)
+    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "token_losses_triton_", fail)
         with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):

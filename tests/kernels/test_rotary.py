@@ -57,3 +57,11 @@ def test_the_gradient_turns_back(generator):
     assert torch.allclose(back, query, atol=1e-6)
     assert torch.allclose(back_key, key, atol=1e-6)
     assert not torch.allclose(rotated[0], query, atol=0.1)
+
+
+@pytest.mark.parametrize("narrow", ["cos", "sin"])
+def test_angles_of_a_part_of_the_features_are_refused(narrow):
+    tensors = {"query": torch.ones(1, 5, 2, 16), "key": torch.ones(1, 5, 1, 16)}
+    tensors |= {name: torch.ones(1, 5, 8 if name == narrow else 16) for name in ("cos", "sin")}
+    with pytest.raises(ValueError, match="rotations of a part of the features are not supported"):
+        rotate(**tensors)

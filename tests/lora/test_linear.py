@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora import kernels
-from qlora.lora import AdapterSpec, LoraLinear, RecomputedWeights, function
+from qlora.lora import AdapterSpec, LoraLinear, RecomputedWeights, function, linears_of
 from qlora.lora.function import FOLD_FROM_TOKENS, FORMS, choose_form, dropout_mask
 from qlora.nf4 import NF4Linear
 from tests.reference.held import saved_tensors, tensors_on_ctx
@@ -446,3 +446,13 @@ def test_a_frozen_term_counts_in_output_and_gradients_and_gets_none(kind, form, 
         assert error(found.grad, reference) < 2e-6
     assert frozen.A.grad is None
     assert frozen.B.grad is None
+
+
+def test_backward_hooks_see_layers_of_the_same_input(generator):
+    layers = [LoraLinear(nn.Linear(16, out).requires_grad_(False), AdapterSpec(rank=4)) for out in (16, 8)]
+    seen = []
+    layers[0].register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    layers[0].register_full_backward_hook(lambda *_: seen.append("after"))
+    x = torch.randn(5, 16, generator=generator, requires_grad=True)
+    sum(each.sum() for each in linears_of(x, layers)).backward()
+    assert seen == ["before", "after"]

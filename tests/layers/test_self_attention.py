@@ -1,0 +1,95 @@
+"""Self-attention is replaced only where its replacement computes the same, whatever the angles and the device."""
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig, LlamaConfig, NemotronConfig, OlmoConfig
+
+from qlora.data import collate, make_example
+from qlora.kernels import rotate
+from qlora.layers import rebuild_activations, self_attention, use_document_attention
+from qlora.layers.self_attention import SelfAttention
+from qlora.lora import add_lora, lora_layers
+from qlora.model import load_base
+from tests.layers.test_packed import loss_and_gradients
+from tests.tiny import make_base
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+
+
+def load(base, compute_dtype="bfloat16"):
+    model = load_base(str(base), compute_dtype=compute_dtype)[0]
+    use_document_attention(model)
+    return model
+
+
+def replaced(model):
+    rebuild_activations(model)
+    return [isinstance(layer.self_attn, SelfAttention) for layer in model.model.layers]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "sizes", "rotates"),
+    [
+        (LlamaConfig, {}, True),
+        (NemotronConfig, {"partial_rotary_factor": 0.5}, False),
+        (Glm4MoeConfig, EXPERTS, False),
+        (OlmoConfig, {}, False),
+        (OlmoConfig, {"clip_qkv": 0.5}, False),
+    ],
+)
+def test_only_whole_rotations_in_the_dtype_of_the_model_are_computed_in_bf16(
+    config_class, sizes, rotates, monkeypatch, tmp_path, seed, generator
+):
+    model = load(make_base(tmp_path / "base", seed, config_class, **sizes))
+    add_lora(model, rank=4)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    ids = torch.randint(256, (30,), generator=generator).numpy()
+    batch = collate([make_example(ids, [True] * len(ids))])
+    loss, gradients = loss_and_gradients(model.eval(), [batch])
+    rebuild_activations(model)
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return rotate(*args)
+
+    monkeypatch.setattr(self_attention, "rotate", counted)
+    again, found = loss_and_gradients(model, [batch])
+    assert bool(calls) == rotates
+    assert again == pytest.approx(loss, rel=1e-3)
+    assert all((one - other).norm() <= 0.05 * other.norm() for one, other in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("change", ["doubled", "clipped", "error"])
+def test_a_layer_that_does_more_is_left_alone_with_and_without_values(change, device, tiny_base):
+    model = load(tiny_base).to(device)
+    own = model.model.layers[0].self_attn
+
+    class Other(type(own)):
+        def forward(self, *args, **kwargs):
+            if change == "error":
+                raise AssertionError("a kernel of its own")
+            layer = self._modules["v_proj"]
+            if change == "clipped":
+                self._modules["v_proj"] = lambda x: layer(x).clamp(-50, 50)
+            attended, weights = super().forward(*args, **kwargs)
+            self._modules["v_proj"] = layer
+            return attended * (2 if change == "doubled" else 1), weights
+
+    own.__class__ = Other
+    assert replaced(model) == [False, True]
+
+
+def test_memory_that_runs_out_in_a_trial_is_no_reason_against_a_layer(tiny_base):
+    model = load(tiny_base)
+    own = model.model.layers[0].self_attn
+
+    class Full(type(own)):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no memory left")
+
+    own.__class__ = Full
+    with pytest.raises(torch.OutOfMemoryError):
+        rebuild_activations(model)
