@@ -108,7 +108,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     ids, traced = batch.input_ids, batch.input_ids.numel()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = None  # as in `FlatParameters`: gradients of any dtype are added to the fp32 one
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     known = [*model.parameters(), *model.buffers(), ids, batch.supervised, batch.cu_seq_lens, stack.scratch]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
