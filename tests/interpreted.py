@@ -1,14 +1,10 @@
 """Triton's kernels in its interpreter, on a CPU; compiled for GPUs that are not there; and only counted."""
 
 import importlib.util
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.kernels import HAS_TRITON
+from scripts.dev.bench.launched import can_compile
 
-CAPABILITIES = [80, 86, 89, 90, 100, 120]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install triton")
+needs_compiler = pytest.mark.skipif(
+    not can_compile(), reason="Triton with its cuobjdump is not installed: pip install triton"
+)
 
 
 def load_interpreted(name: str) -> ModuleType:
@@ -148,26 +147,6 @@ def compile_for(
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
-
-
-def registers_and_spills(compiled: Any) -> tuple[int, int]:
-    """Return the registers of a thread of a compiled kernel, and the bytes that it keeps in memory for want of them."""
-    report = cuobjdump(compiled.asm["cubin"], "-res-usage")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
-
-
-def cuobjdump(cubin: bytes, *options: str) -> str:
-    """Return what CUDA's tool, which is part of Triton's package, says about a GPU's code."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"{tool} is not there")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def random_groups(num_experts: int, most_rows: int, generator: torch.Generator) -> list[int]:

@@ -1,6 +1,7 @@
 """The settings of torch's allocator: ours, unless the user made some."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -25,9 +26,20 @@ def test_settings_of_the_user_are_kept(name, no_settings, monkeypatch):
     assert allocator_settings() == "max_split_size_mb:128"
 
 
-@pytest.mark.parametrize(("system", "expected"), [("linux", EXPANDABLE), ("darwin", None), ("win32", None)])
-def test_segments_are_expandable_where_torch_supports_it(system, expected, no_settings, monkeypatch):
+@pytest.mark.parametrize(
+    ("system", "release", "expected"),
+    [
+        ("linux", "6.8.0-45-generic", EXPANDABLE),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", None),
+        ("linux", "4.4.0-19041-Microsoft", None),
+        ("linux", "5.15.148-tegra", None),
+        ("darwin", "24.1.0", None),
+        ("win32", "11", None),
+    ],
+)
+def test_segments_are_expandable_where_it_is_reliable(system, release, expected, no_settings, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
     use_expandable_segments()
     assert allocator_settings() == expected
 

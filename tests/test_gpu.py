@@ -132,7 +132,7 @@ def test_a_step_that_runs_out_of_memory_is_retried_with_less(tmp_path: Path, see
     least = measure_peak(lambda: free.run(3), free.model.device)
     assert least < 0.7 * needed
     trainer, changes = prepare(), []
-    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", recompute_levels(trainer.model))
     others = torch.cuda.memory_allocated() - trainer.flat.data.nbytes  # of the first trainer, still there
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()

@@ -12,6 +12,8 @@ RAN_OUT = {
     "CUDA's driver": RuntimeError("CUDA driver error: out of memory"),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cuDNN 9 on the host": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
     "the host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
 }

@@ -79,8 +79,10 @@ class InUse:
         processes: Number of processes.
         compute_dtype: Compute dtype.
         attention: Attention implementation.
-        activations: Implementation of norms and gated products.
-        dequantize: Implementation of dequantization; None if nothing is quantized.
+        activations: Implementation of norms, gated products and the rotations of self-attention, and why.
+        dequantize: Implementation of dequantization; None if nothing is quantized. In records of qlora 0.1.0, the
+            reason is part of it.
+        dequantize_why: Reason for it; None in records of earlier versions, and if nothing is quantized.
         recompute: Level of recomputation.
         recompute_why: Reason for the level.
         tiled: Whether MLPs are computed in tiles, which changes the rounding.
@@ -105,6 +107,9 @@ class InUse:
         weights_why: Reason for it; None in records of qlora 0.1.0.
         experts: How experts are computed, and why; None if none are in 4 bits or adapted.
         micro_batches: Number of micro-batches of a step, over all processes; None in records of earlier versions.
+        loss: Implementation of the cross-entropy of a frozen head; None in records of qlora 0.1.0, which computed it in
+            plain torch.
+        loss_why: Reason for it.
     """
 
     device: str
@@ -135,6 +140,9 @@ class InUse:
     experts: str | None = None
     micro_batches: int | None = None
     optimizer_state_why: str | None = None
+    dequantize_why: str | None = None
+    loss: str | None = None
+    loss_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def doctor(
     import torch
 
     from qlora.allocator import allocator_settings
-    from qlora.kernels import experts_path, unfused_reason
+    from qlora.kernels import experts_path, linear_cross_entropy, loss_path, unfused_reason
     from qlora.memory.estimate import available_bytes
     from qlora.model import resolve_compute_dtype, resolve_device
     from qlora.nf4 import dequantize, dequantize_path, quantize
@@ -53,13 +53,16 @@ def doctor(
     dtype = resolve_compute_dtype("auto", device)
     weight = torch.randn(64, 64, device=device)
     error = (dequantize(*quantize(weight), dtype).float() - weight).abs().max().item()
+    hidden, head = torch.randn(3, 64, device=device, dtype=dtype), torch.randn(8192, 64, device=device, dtype=dtype)
+    linear_cross_entropy(hidden, head, torch.arange(3, device=device))  # tries the kernel
     reason, unpaged = unfused_reason(device), unpaged_reason(device)
     in_use = {
         "device": f"{device}: {_why_device(torch)}",
         "compute_dtype": f"{str(dtype).removeprefix('torch.')}: {_why_dtype(device.type, dtype == torch.bfloat16)}",
         "nf4": f"works here (largest error of a 64 × 64 normal weight: {error:.3f})",
-        "dequantize": dequantize_path(device),
+        "dequantize": ": ".join(dequantize_path(device, dtype)),
         "experts": experts_path(device, dtype),
+        "loss": ": ".join(loss_path(device, dtype)),
         "optimizer_state": "paged" if unpaged is None else f"not paged: {unpaged}",
         "allocator": allocator_settings() or "torch's own settings",
         "attention": "within documents where the architecture allows it; set model.attention for another one",

@@ -33,7 +33,8 @@ def verify(
 ) -> None:
     """Compare a merged model, or the adapter alone, with its run; exits with 1 on a mismatch.
 
-    It also says whether PEFT, vLLM and llama.cpp would load the run's adapter; --clients runs a release in them.
+    It also says whether PEFT, vLLM and llama.cpp would load the run's adapter; --clients runs a release in them, and
+    exits with 1 too if it could be run in none.
     """
     from qlora.proof import verify as run_verification
 
@@ -47,10 +48,12 @@ def verify(
         values |= {f"answers in {client}": str(served) for client, served in report.served.items()}
     # Clients are run only on a release that matches.
     in_clients = any(served.problems for served in report.served.values())
+    none_ran = clients and report.matches and not any(served.prompts for served in report.served.values())
     verdict = "is" if report.matches or in_clients else "is NOT"
-    title = f"{folder or 'The adapter'} {verdict} what {run} trained{', but a client differs' if in_clients else ''}."
+    but = ", but a client differs" if in_clients else ", but no client could run it" if none_ran else ""
+    title = f"{folder or 'The adapter'} {verdict} what {run} trained{but}."
     if folder is not None and report.base_differs:
         title += f"\n- on a base other than the one used in training: {', '.join(report.base_differs)} differ"
     show_report(values, as_json, "\n".join([title, *(f"- {problem}" for problem in report.problems)]))
-    if not report.matches:
+    if not report.matches or none_ran:
         raise typer.Exit(1)

@@ -1,11 +1,11 @@
 """Fast operations; most have a twin in plain torch."""
 
 from qlora.kernels.attention import causal_attention
-from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss
+from qlora.kernels.cross_entropy import linear_cross_entropy, linear_token_loss, loss_path
 from qlora.kernels.deltas import Delta, LowRank, SparseRows, fold, row_norms, row_scale, scale_rows
 from qlora.kernels.dequantize import HAS_TRITON, dequantize_4bit_plain
-from qlora.kernels.filled import filled_up
-from qlora.kernels.fused import unfused_reason
+from qlora.kernels.fill_up import fill_up_rows
+from qlora.kernels.fused import describe_failure, unfused_reason
 from qlora.kernels.gated import ACTIVATIONS, GatedProduct
 from qlora.kernels.grouped import (
     FEW_ROWS,
@@ -44,10 +44,11 @@ __all__ = [
     "SparseRows",
     "can_pack",
     "causal_attention",
+    "describe_failure",
     "dequantize_4bit_plain",
     "experts_at_once",
     "experts_path",
-    "filled_up",
+    "fill_up_rows",
     "fold",
     "fold_group",
     "free_scratch",
@@ -58,6 +59,7 @@ __all__ = [
     "linear_kl_divergence",
     "linear_log_probs",
     "linear_token_loss",
+    "loss_path",
     "quantize_4bit_cpu",
     "rebuilt",
     "recipe_of",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +10,42 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from qlora.kernels.dequantize import HAS_TRITON, is_traced
+from qlora.kernels.fused import describe_failure
 from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
-from qlora.out_of_memory import is_out_of_memory
+from qlora.kernels.simulated import device_of
 
-# Why the kernel is not used on a device for a dtype, or None if it gave what torch gives.
-_reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the kernel is compiled for, and the numbers that it is launched with.
+
+    Attributes:
+        device: Device of the logits.
+        dtype: Their dtype.
+        size: Number of logits of a row.
+        logit_scale: See :func:`linear_token_loss`, as `softcap`, `label_smoothing` and `by_probability`.
+        softcap: Soft cap of the logits.
+        is_weighted: Whether rows have weights.
+        label_smoothing: Share of each target that is spread evenly.
+        by_probability: Whether losses are multiplied by probabilities.
+        needs_grad: Whether gradients are computed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    is_weighted: bool = False
+    label_smoothing: float = 0.0
+    by_probability: bool = False
+    needs_grad: bool = True
+
+
+# Why the kernel is not used for a variant, or None if it gave what torch gives.
+_reasons: dict[Variant, str | None] = {}
 
 
 def linear_cross_entropy(
@@ -121,7 +152,10 @@ class _LinearTokenLoss(torch.autograd.Function):
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
         is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
-        is_fused = is_frozen and not is_traced(hidden) and unfused_reason(hidden.device, hidden.dtype) is None
+        options = (logit_scale, softcap, row_weights is not None, label_smoothing, by_probability, needs_grad)
+        variant = Variant(device_of(hidden), hidden.dtype, head.size, *options)
+        is_fused = is_frozen and not is_traced(hidden)
+        is_fused = is_fused and unfused_reason(variant, try_kernel=not hidden.is_meta) is None
         in_place = is_fused or hidden.dtype == torch.float32
         all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk):
@@ -130,10 +164,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
             if is_fused:
-                from qlora.kernels.cross_entropy_triton import token_losses_triton_
-
                 weights_here = None if row_weights is None else row_weights[rows]
-                losses, plain_losses = token_losses_triton_(
+                losses, plain_losses = _fused_losses_(
                     product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
                     needs_grad,
                 )  # fmt: skip
@@ -184,45 +216,98 @@ class _LinearTokenLoss(torch.autograd.Function):
         return grad_hidden, *(None,) * 9, *grads
 
 
-def unfused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why losses and gradients of logits are computed in plain torch on a device, or None for the kernel.
-
-    The kernel is tried once for each device and dtype; if it is rejected, the reason is logged.
-    """
-    if device.type != "cuda":
-        return "the fused cross-entropy is for CUDA"
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    key = device, dtype
-    if key not in _reasons:
-        try:
-            matches = kernel_matches(device, dtype)
-            _reasons[key] = None if matches else f"the fused cross-entropy gave other values in {dtype}"
-        except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
-            if is_out_of_memory(error):
-                raise
-            message = " ".join(str(error).split())[:200]
-            _reasons[key] = f"the fused cross-entropy failed: {type(error).__name__}: {message}"
-        if _reasons[key] is not None:
-            _logger.warning("Losses are computed in plain torch: %s.", _reasons[key])
-    return _reasons[key]
-
-
-def kernel_matches(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernel gives torch's loss and gradient for a few random logits in a dtype, within rounding."""
+def _fused_losses_(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.is_meta:  # what the launcher allocates
+        losses, plain = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        return losses, plain
     from qlora.kernels.cross_entropy_triton import token_losses_triton_
 
+    return token_losses_triton_(logits, *arguments)
+
+
+def loss_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return how :func:`linear_token_loss` computes losses of a frozen head on a device in a dtype, and why.
+
+    Returns:
+        `fused kernel` or `plain torch`, and the reason, which names any variants for which the kernel is not used.
+    """
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
+    reason = _unusable_reason(device)
+    if reason is not None:
+        return "plain torch", reason
+    tried = [reason for variant, reason in _reasons.items() if (variant.device, variant.dtype) == (device, dtype)]
+    failed = "; ".join(dict.fromkeys(reason for reason in tried if reason is not None))
+    if None in tried:
+        found = "it gave torch's values here"
+        return "fused kernel", f"{found}; plain torch for other losses: {failed}" if failed else found
+    return ("plain torch", failed) if failed else ("fused kernel", "if it gives torch's values for the first loss")
+
+
+def unfused_reason(variant: Variant, try_kernel: bool = True) -> str | None:
+    """Return why losses and gradients of logits are computed in plain torch, or None for the kernel.
+
+    The kernel is tried once for each variant; if it is rejected, the reason is logged.
+
+    Args:
+        variant: What the kernel is compiled for.
+        try_kernel: Try the kernel; False for an estimate, which assumes that it works unless it has been rejected.
+    """
+    reason = _unusable_reason(variant.device, try_kernel)
+    if reason is not None:
+        return reason
+    if try_kernel and variant not in _reasons:
+        what = f"for {variant.size:,} logits a row in {str(variant.dtype).removeprefix('torch.')}"
+        try:
+            reason = None if kernel_matches(variant) else f"the fused cross-entropy gave other values {what}"
+        except Exception as error:  # a kernel compiler can fail in any way, and plain torch works without it
+            reason = f"the fused cross-entropy failed {what}: {describe_failure(error)}"
+        if reason is not None and reason not in _reasons.values():
+            _logger.warning("Losses are computed in plain torch: %s.", reason)
+        _reasons[variant] = reason
+    return _reasons.get(variant)
+
+
+def _unusable_reason(device: torch.device, try_kernel: bool = True) -> str | None:
+    if device.type != "cuda":
+        return "the fused cross-entropy is for CUDA"
+    if HAS_TRITON or not (try_kernel or torch.cuda.is_available()):
+        return None
+    return "Triton is not installed"
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def kernel_matches(variant: Variant) -> bool:
+    """Return whether the kernel gives torch's losses and gradient for a few rows of random logits, within rounding."""
+    from qlora.kernels.cross_entropy_triton import token_losses_triton_
+
+    device, dtype, size, scale = variant.device, variant.dtype, variant.size, variant.logit_scale
     generator = torch.Generator().manual_seed(0)  # not the run's generator, which must not advance
-    values, labels = torch.randn(3, 97, generator=generator) * 4, torch.tensor([0, 50, 96])
-    logits, labels = values.to(device, dtype), labels.to(device)
+    values = torch.randn(3, size, generator=generator) * (4 / scale)
+    labels = torch.tensor([0, int(values[1].argmax()), size - 1], device=device)  # a likely one, and both ends
+    logits = values.to(device, dtype)
+    weights = torch.tensor([0.5, 1.0, 2.0], device=device) if variant.is_weighted else None
     exact = logits.float().requires_grad_()
-    with torch.enable_grad():
-        expected = F.cross_entropy(exact, labels, reduction="none")
-        (grad,) = torch.autograd.grad(expected.sum(), exact)
-    losses, plain = token_losses_triton_(logits, labels, 1.0, None, None, 0.0, False, True)
-    rounding = torch.finfo(dtype).eps
-    return (
-        torch.allclose(losses, expected.detach(), rtol=1e-4, atol=1e-4)
-        and torch.equal(losses, plain)
-        and torch.allclose(logits.float(), grad, rtol=2 * rounding, atol=1e-5)
-    )
+    transformed = exact * scale
+    if variant.softcap is not None:
+        transformed = torch.tanh(transformed / variant.softcap) * variant.softcap
+    wanted_plain = F.cross_entropy(transformed, labels, reduction="none")
+    wanted = F.cross_entropy(transformed, labels, reduction="none", label_smoothing=variant.label_smoothing)
+    if variant.by_probability:
+        wanted = wanted * wanted_plain.detach().neg().exp()
+    if weights is not None:
+        wanted, wanted_plain = wanted * weights, wanted_plain * weights
+    (grad,) = torch.autograd.grad(wanted.sum(), exact)
+    losses, plain = token_losses_triton_(
+        logits, labels, scale, variant.softcap, weights, variant.label_smoothing, variant.by_probability,
+        variant.needs_grad,
+    )  # fmt: skip
+    pairs = ((losses, wanted), (plain, wanted_plain))
+    if not all(torch.allclose(one, other.detach(), rtol=1e-4, atol=1e-4) for one, other in pairs):
+        return False
+    if not variant.needs_grad:
+        return True
+    limits = torch.finfo(dtype)
+    # Most gradients are about as small as a mean probability, and those of a row have very different sizes.
+    least = 1e-4 * abs(scale) / size + limits.smallest_normal * limits.eps
+    return torch.allclose(logits.float(), grad, rtol=max(limits.eps, 1e-4), atol=least)

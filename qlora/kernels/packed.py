@@ -10,10 +10,12 @@ import torch
 
 
 class PackedWeight:
-    """A weight for products without gradients, where :func:`can_pack` says so.
+    """A copy of a weight in oneDNN's layout, for products without gradients.
+
+    Use it only where :func:`can_pack` returns True.
 
     Args:
-        weight: (out, in), bf16 on a CPU. It is copied.
+        weight: (out, in), bf16 on a CPU.
         bias: (out,), bf16, or None.
     """
 

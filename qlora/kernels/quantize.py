@@ -32,8 +32,8 @@ def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int)
     """
     boundaries, code_of_cell = _tables(tuple(code.tolist()))
     values = weight.reshape(-1)
-    packed = torch.empty(len(values) // 2, dtype=torch.uint8)
-    absmax = torch.empty(len(values) // block_size)
+    packed = torch.empty(len(values) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(len(values) // block_size, dtype=torch.float32, device="cpu")
     chunk = CHUNK * torch.get_num_threads()
     for start in range(0, len(values), chunk):
         blocks = values[start : start + chunk].float().view(-1, block_size)
@@ -58,10 +58,11 @@ def _tables(code: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
     This is exact, because cells ascend with the values: a value in an earlier cell than a boundary is below it.
     """
-    values = torch.tensor(code)
+    # On any default device and dtype, since later calls get the same tables.
+    values = torch.tensor(code, dtype=torch.float32, device="cpu")
     boundaries = (values[1:] + values[:-1]) / 2
     cells = _cell(boundaries)
-    code_of_cell = torch.searchsorted(cells, torch.arange(CELLS + 1, dtype=cells.dtype)).to(torch.uint8)
+    code_of_cell = torch.searchsorted(cells, torch.arange(CELLS + 1, dtype=cells.dtype, device="cpu")).to(torch.uint8)
     code_of_cell[cells] = UNDECIDED
     return boundaries, code_of_cell
 

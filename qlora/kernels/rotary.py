@@ -43,26 +43,26 @@ class _Rotate(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.fused = fused
-        return _turn(query, key, cos, sin, fused, is_backward=False)
+        return _rotated(query, key, cos, sin, fused, is_backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_turn(grad_query, grad_key, cos, sin, ctx.fused, is_backward=True), None, None, None
+        return *_rotated(grad_query, grad_key, cos, sin, ctx.fused, is_backward=True), None, None, None
 
 
-def _turn(
+def _rotated(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool, is_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if fused:
         from qlora.kernels.rotary_triton import rotate_triton
 
         return rotate_triton(query, key, cos, sin, is_backward)
-    return _turn_plain(query, cos, sin, is_backward), _turn_plain(key, cos, sin, is_backward)
+    return _rotated_plain(query, cos, sin, is_backward), _rotated_plain(key, cos, sin, is_backward)
 
 
-def _turn_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_backward: bool) -> torch.Tensor:
+def _rotated_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_backward: bool) -> torch.Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     out = x * cos
     (first, second), (sin_first, sin_second) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)

@@ -13,7 +13,7 @@ LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 def rotate_triton(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys in one launch, or turn their gradients back; see :func:`qlora.kernels.rotary.rotate`."""
+    """Rotate queries and keys in one launch, or their gradients back; see :func:`qlora.kernels.rotary.rotate`."""
     batch, length, num_queries, width = query.shape
     query, key, cos, sin = (tensor.contiguous() for tensor in (query, key, cos, sin))
     outputs = torch.empty_like(query), torch.empty_like(key)
@@ -66,10 +66,10 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations 
     kept_first = (first * cos_first).to(dtype).to(tl.float32)
     kept_second = (second * cos_second).to(dtype).to(tl.float32)
     if BACKWARD:
-        turned_first = kept_first + (second * sin_second).to(dtype).to(tl.float32)
-        turned_second = kept_second - (first * sin_first).to(dtype).to(tl.float32)
+        rotated_first = kept_first + (second * sin_second).to(dtype).to(tl.float32)
+        rotated_second = kept_second - (first * sin_first).to(dtype).to(tl.float32)
     else:
-        turned_first = kept_first - (second * sin_first).to(dtype).to(tl.float32)
-        turned_second = kept_second + (first * sin_second).to(dtype).to(tl.float32)
-    tl.store(out + place, turned_first.to(dtype), mask=inside)
-    tl.store(out + place + half, turned_second.to(dtype), mask=inside)
+        rotated_first = kept_first - (second * sin_first).to(dtype).to(tl.float32)
+        rotated_second = kept_second + (first * sin_second).to(dtype).to(tl.float32)
+    tl.store(out + place, rotated_first.to(dtype), mask=inside)
+    tl.store(out + place + half, rotated_second.to(dtype), mask=inside)

@@ -22,7 +22,7 @@ from qlora.layers.sinks import (
     varlen_with_sinks,
 )
 from qlora.layers.states import ARGUMENT, takes_lengths
-from qlora.layers.varlen import reason_for_model, reason_for_tensors
+from qlora.layers.varlen import describe_kernel, reason_for_tensors
 from qlora.lora import reads_images
 
 NAME = "qlora_documents"
@@ -53,8 +53,7 @@ def use_document_attention(model: Any) -> tuple[str, str | None]:
     _register()
     set_text_attention(model, NAME)
     if model.device.type == "cuda":
-        unusable = reason_for_model(model)
-        kernel = "varlen_attn" if unusable is None else f"a document at a time: {unusable}"
+        kernel = describe_kernel(model)
     else:
         by_blocks = _takes_blocks(model, has_sinks(model))
         kernel = f"products of blocks to {MAX_LENGTH:,} tokens" if by_blocks else "a document at a time"
@@ -186,15 +185,15 @@ def _attend(
         starts = torch.tensor([0, length], dtype=torch.int32, device=query.device)
         rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
         return torch.cat([_varlen(*row, scaling, window, sinks, starts, length).transpose(1, 2) for row in rows])
-    if sinks is not None and query.is_cuda:
-        return masked_with_sinks(query, key, value, sinks, scaling, near_mask(length, window, query.device))
-    if sinks is not None:
+    if sinks is not None and not query.is_cuda:
         return attend_with_sinks(query, key, value, sinks, scaling, window)
     is_masked = window is not None and length > window
     if query.is_cuda and (is_masked or not is_fast):
         # Of torch's kernels for GPUs, only FlashAttention takes fewer key heads; without one, all scores are in memory.
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    if sinks is not None:
+        return masked_with_sinks(query, key, value, sinks, scaling, near_mask(length, window, query.device))
     if not is_masked:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     near = near_mask(length, window, query.device)

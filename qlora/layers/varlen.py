@@ -49,10 +49,29 @@ def reason_for_tensors(query: torch.Tensor, value: torch.Tensor) -> str | None:
     return varlen_unusable_reason(query.dtype, capability, query.shape[-1], value.shape[-1])
 
 
-def reason_for_model(model: Any) -> str | None:
-    """Return why `varlen_attn` can't compute a model's attention on its GPU, or None if it can."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    value_dim = getattr(config, "v_head_dim", None) or head_dim
-    return varlen_unusable_reason(model.dtype, torch.cuda.get_device_capability(model.device), head_dim, value_dim)
+def describe_kernel(model: Any) -> str:
+    """Describe how a model's attention within documents is computed on its GPU, and why.
+
+    Sizes are those of its attention modules, which may differ by layer, as in Gemma 4; configs name them in many ways.
+    """
+    capability = torch.cuda.get_device_capability(model.device)
+    found = [varlen_unusable_reason(model.dtype, capability, *sizes) for sizes in _head_sizes(model)]
+    reasons = ", ".join(dict.fromkeys(reason for reason in found if reason is not None))
+    if not found:
+        return "varlen_attn where it takes the heads' sizes"
+    if not reasons:
+        return "varlen_attn"
+    if None in found:
+        unusable = len(found) - found.count(None)
+        return f"varlen_attn, in {unusable} of {len(found)} layers a document at a time: {reasons}"
+    return f"a document at a time: {reasons}"
+
+
+def _head_sizes(model: Any) -> list[tuple[int, int]]:
+    """Return the features of a query and of a value in each causal attention module that names them."""
+    sizes = []
+    for module in model.modules():
+        head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        if head_dim is not None and getattr(module, "is_causal", False):
+            sizes.append((head_dim, getattr(module, "v_head_dim", None) or head_dim))
+    return sizes

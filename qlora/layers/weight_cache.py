@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qlora.layers.packed_linears import PackedLinear, packed_linears
+from qlora.layers.pack_linears import PackedLinear, pack_linears
 from qlora.lora import lora_experts
 from qlora.nf4 import NF4Experts, NF4Linear
 
@@ -31,14 +31,14 @@ def cache_weights(model: Any, num_bytes: float) -> int:
 def temporarily_cached_linears(model: Any, num_bytes: float) -> Iterator[None]:
     """Keep the dequantized weights of as many linear layers as fit until the context ends; cached ones stay cached.
 
-    Where that is faster, they are packed, see :func:`packed_linears`. Experts are left out: a few tokens go to few of
+    Where that is faster, they are packed, see :func:`pack_linears`. Experts are left out: a few tokens go to few of
     them, and to dequantize all takes longer.
 
     Args:
         model: A model with `NF4Linear`s, in evaluation mode.
         num_bytes: Number of bytes that may be taken.
     """
-    with packed_linears(model, num_bytes) as remaining:
+    with pack_linears(model, num_bytes) as remaining:
         packed = {part for each in model.modules() if isinstance(each, PackedLinear) for part in each.modules()}
         linears = [
             each

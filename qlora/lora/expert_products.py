@@ -204,7 +204,10 @@ class _Call:
             yield group, rows, rows // self.top_k
 
     def rows_like(self, x: torch.Tensor, features: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a tensor for a row of each token and expert, in the dtype of `x` by default; zeros if some lack one."""
+        """Return a tensor with a row for each token and expert, in the dtype of `x` by default.
+
+        It is empty if all rows will be written, else zeros.
+        """
         shape = len(x) * self.top_k, features
         is_full = self.offsets[-1] == shape[0] and not self.offsets[0]
         return (x.new_empty if is_full else x.new_zeros)(shape, dtype=dtype or x.dtype)

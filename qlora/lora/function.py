@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Delta, filled_up, fold, recipe_of, row_norms, save_first, scale_rows, scratch
+from qlora.kernels import Delta, fill_up_rows, fold, recipe_of, row_norms, save_first, scale_rows, scratch
 from qlora.kernels.rebuild import Source
 from qlora.lora.spec import FORMS
 
@@ -76,8 +76,8 @@ def lora_linears(x: torch.Tensor, products: Sequence[Product]) -> list[torch.Ten
     """Compute y = x (W + Σ deltas)ᵀ + bias for each product, with dropout on the x of the deltas (arXiv:2106.09685).
 
     `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
-    weight once and computes one product. In the backward, x is read or rebuilt once for all products, whose gradients
-    of it are added up before they are rounded.
+    weight once and computes one product. In the backward, x is read or rebuilt once for all products. Their gradients
+    of it are added up product by product, each sum rounded once.
 
     Args:
         x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
@@ -123,17 +123,17 @@ def _products(
         )
         for product in products
     ]
+    filled = fill_up_rows(rows)
     if torch.is_grad_enabled():
         # First, so that a recomputation ends here where these products are the last of its region.
         saved = save_first(*factors, *((x,) if recipe is None else recipe.inputs))
-        filled = filled_up(rows)
         found = _LoraLinears.apply(filled, saved, calls, None if recipe is None else recipe.source, *factors)
         ys, norms = found[: len(calls)], found[len(calls) :]
-        if filled is not rows:
-            ys = [y[: len(rows)] for y in ys]
     else:  # for a single token, the bookkeeping of a backward takes as long as the product
         remaining = iter(factors)
-        ys, norms = zip(*(call.product(rows, call.take(remaining)) for call in calls), strict=True)
+        ys, norms = zip(*(call.product(filled, call.take(remaining)) for call in calls), strict=True)
+    if filled is not rows:
+        ys = [y[: len(rows)] for y in ys]
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], norms
 
@@ -311,7 +311,7 @@ class _LoraLinears(torch.autograd.Function):
         tensors: tuple[torch.Tensor, ...] = ctx.saved.saved_tensors
         factors, inputs = iter(tensors[: len(needed)]), tensors[len(needed) :]
         x = inputs[0] if ctx.source is None else ctx.source.build(*inputs)
-        rows, remaining = filled_up(x.reshape(-1, x.shape[-1])), iter(needed)
+        rows, remaining = fill_up_rows(x.reshape(-1, x.shape[-1])), iter(needed)
         grad_x, found = None, list[torch.Tensor | None]()
         for call, grad in zip(calls, grads, strict=False):
             deltas, asked = call.deltas(call.take(factors), x.dtype), call.take(remaining)

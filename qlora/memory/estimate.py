@@ -159,7 +159,11 @@ class Estimate:
 
     def fits(self, level: str, free_bytes: int, tokens: int, row: int | None = None) -> bool:
         """Return whether a micro-batch leaves the margin free, on the device and on the host."""
-        return self.total_bytes(level, tokens, row) <= (1 - MARGIN) * free_bytes and self.fits_host(level, tokens)
+        return self.fits_device(level, free_bytes, tokens, row) and self.fits_host(level, tokens)
+
+    def fits_device(self, level: str, free_bytes: int, tokens: int, row: int | None = None) -> bool:
+        """Return whether a micro-batch leaves the margin of the device's memory free."""
+        return self.total_bytes(level, tokens, row) <= (1 - MARGIN) * free_bytes
 
     def weight_cache_layers(self, free_bytes: int, level: str, tokens: int) -> int:
         """Return the number of layers, from the first, whose dequantized weights fit with the margin.
@@ -274,7 +278,7 @@ def choose_level(
                 return level, needed
             return level, f"{needed}; {previous} would take {_gib(estimate.total_bytes(previous, tokens))}"
         previous = level
-    if of_device := [level for level in levels if estimate.total_bytes(level, tokens) <= (1 - MARGIN) * free_bytes]:
+    if of_device := [level for level in levels if estimate.fits_device(level, free_bytes, tokens)]:
         check_host(estimate, tokens, of_device)
     least = min(estimate.total_bytes(level, tokens) for level in levels)
     raise ModelError(

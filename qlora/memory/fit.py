@@ -14,7 +14,15 @@ from qlora.layers import apply_recompute, cache_weights, recompute_levels
 from qlora.layers.placement import placed_weights, uneven_passes
 from qlora.lora import RecomputedWeights, choose_form
 from qlora.lora.host_rows import host_rows
-from qlora.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN, Estimate, available_bytes, choose_level, estimate
+from qlora.memory.estimate import (
+    CUDA_CONTEXT_BYTES,
+    MARGIN,
+    Estimate,
+    available_bytes,
+    check_host,
+    choose_level,
+    estimate,
+)
 from qlora.memory.probe import measure_peak, run_passes
 from qlora.model import Loss, free_host_bytes
 from qlora.out_of_memory import is_out_of_memory
@@ -36,6 +44,7 @@ class Fit:
         measured: Bytes that the allocator reserved for it; None if it was not tried.
         available: Bytes that the run may take.
         by_kind: The predicted bytes by kind; None if they are not known.
+        levels: Levels that the run may change to, which fit the host; none if the config sets the level.
     """
 
     level: str
@@ -45,6 +54,7 @@ class Fit:
     measured: int | None
     available: int
     by_kind: dict[str, int] | None = None
+    levels: Sequence[str] = ()
 
 
 def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, processes: Processes) -> Fit:
@@ -78,6 +88,8 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     why = "set by model.recompute"
     if level != "auto":
         levels = [level]
+        if expected is not None:
+            check_host(expected, tokens, levels)
     elif expected is None:
         # On a GPU the levels are tried, the fastest first; elsewhere the level that takes the least memory is safe.
         level = levels[0] if device.type == "cuda" else levels[-1]
@@ -116,7 +128,7 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         num_cached = cache_weights(model, left if device.type == "cuda" else HOST_SHARE * left)
     return Fit(
         level=level, why=why, num_cached=num_cached, estimated=estimated, measured=measured, available=available,
-        by_kind=by_kind,
+        by_kind=by_kind, levels=levels if config.model.recompute == "auto" else (),
     )  # fmt: skip
 
 
@@ -176,8 +188,8 @@ def settle_level(
 def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
     """Return the bytes that forward, backward and CUDA's context take; infinity if memory runs out.
 
-    They are those that the allocator reserves, which are more than those of tensors where its memory is fragmented:
-    nothing else can use them.
+    They are those that the allocator reserves, which is a conservative measure: where its memory is fragmented they
+    are more than those of tensors, and it would free cached blocks and try again before memory runs out.
     """
     apply_recompute(model, level)
     torch.cuda.empty_cache()  # what loading reserved is free for the trial

@@ -174,7 +174,7 @@ def take_footprint(
         unpacked_why = unpackable_reason(model, config.data.max_seq_len) if config.data.packs else None
         set_attention(model, config, device, row, packed=config.data.packs and unpacked_why is None)
         stack.reduce(config, device, tokens)
-        held = trace_levels(stack, device, loss)
+        held = trace_levels(stack, loss)
         passes = count_passes(stack, loss)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -74,7 +74,7 @@ class Stack:
 
     def reduce(self, config: RunConfig, device: torch.device, tokens: int) -> None:
         """Remove all other layers from the model, and quantize and adapt those that remain."""
-        model, lora = self.model, config.lora
+        model, lora, self.device = self.model, config.lora, device
         form = choose_form(lora.form, tokens, device, lora.dropout, lora.kind == "dora")
         prefixes = tuple(self.prefixes[index] for index in self.kept)
         for name in {**self.quantized, **self.adapted}:

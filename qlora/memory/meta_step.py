@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora.kernels.head import default_chunk
+from qlora.kernels.simulated import simulating
 from qlora.layers.rebuild import GatedMLP, rebuild_activations
 from qlora.layers.recompute import apply_recompute, recompute_levels
 from qlora.layers.recompute_mlp import TILE_TOKENS, tile_mlp
@@ -23,18 +24,17 @@ from qlora.model.on_meta import OnMeta, meta_batch
 NEVER = (1 << 61) - 1
 
 
-def trace_levels(stack: Stack, device: torch.device, loss: Loss) -> dict[str, list[Moment]]:
+def trace_levels(stack: Stack, loss: Loss) -> dict[str, list[Moment]]:
     """Run a step at each level of recomputation that the model supports.
 
     Args:
         stack: Layers of the model, reduced to those that represent the others.
-        device: Device of the run.
         loss: Loss that is minimized.
 
     Returns:
         For each level, the fastest first, the memory at each moment that may be the peak.
     """
-    model = stack.model
+    model, device = stack.model, stack.device
     with OnMeta():
         rebuild_activations(model)
     levels = recompute_levels(model)
@@ -145,7 +145,7 @@ def _trace(stack: Stack, loss: Loss, tokens: int, supervised: int, divisor: int 
     ]
     handles.append(layers[-1].register_forward_hook(lambda _module, _inputs, output: end(output)))
     try:
-        with timeline:
+        with simulating(stack.device), timeline:
             for computed in loss.training_passes(model, batch):
                 is_backward = True
                 computed.total.backward()

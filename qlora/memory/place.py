@@ -38,7 +38,7 @@ def choose_weights(
         packed: Whether documents are packed.
 
     Raises:
-        ModelError: They should be on the host, which has too little memory for them.
+        ModelError: The host has too little memory for them, or for the layer inputs that would be offloaded.
     """
     section, is_given = config.model, config.model.weights != "auto"
     given = section.weights, "set by model.weights"
@@ -63,8 +63,7 @@ def choose_weights(
     level = section.recompute
     found = given if is_given else first_that_fits(expected, available, tokens, level)
     weights, why = processes.broadcast(found)
-    if weights == "host":
-        check_host(replace(expected, weights=weights), tokens, levels_of(expected, level))
+    check_host(replace(expected, weights=weights), tokens, levels_of(expected, level))
     return weights, why
 
 
@@ -78,17 +77,24 @@ def first_that_fits(
         available: Bytes of each device that the run may take.
         tokens: Number of tokens of the largest micro-batch; default: of the largest that the config allows.
         level: Level of recomputation that the config asks for; `auto` for the fastest one that fits.
+
+    Returns:
+        Where nothing fits: the first place that only lacks host memory, which :func:`check_host` refuses, or the last.
     """
     reason, tokens = "they fit on the device", expected.tokens if tokens is None else tokens
-    levels = levels_of(expected, level)
+    levels, without_host = levels_of(expected, level), None
     for weights in places_of(expected):
+        placed = replace(expected, weights=weights)
         try:
-            choose_level(replace(expected, weights=weights), available, tokens, levels)
+            choose_level(placed, available, tokens, levels)
         except ModelError as error:
+            fits_device = any(placed.fits_device(one, available, tokens) for one in levels)
+            if without_host is None and fits_device and not any(placed.fits_host(one, tokens) for one in levels):
+                without_host = weights, str(error)
             reason = f"on the device they don't fit: {error}" if weights == "device" else reason
         else:
             return weights, reason
-    return weights, reason
+    return without_host or (weights, reason)
 
 
 def levels_of(expected: Estimate, level: str) -> list[str]:

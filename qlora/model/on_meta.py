@@ -29,10 +29,14 @@ class OnMeta(TorchDispatchMode):
     Args:
         num_tokens: Number of tokens that are computed; more may have more operations.
         watch: Called with the results of each operation.
+
+    Attributes:
+        num_reads: Number of values that code read: with others, the model might run other operations.
     """
 
     def __init__(self, num_tokens: int = PER_TOKENS, watch: Callable[[Sequence[Any]], None] | None = None) -> None:
         super().__init__()
+        self.num_reads = 0
         self._left = int(MAX_OPERATIONS * max(1, num_tokens / PER_TOKENS))
         self._watch = watch
         self._scope = ExitStack()
@@ -56,6 +60,8 @@ class OnMeta(TorchDispatchMode):
         result = NotImplemented if shortcut is None else shortcut(args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
+        elif func in READS:
+            self.num_reads += 1
         if self._watch is not None:
             self._watch(result if isinstance(result, tuple | list) else (result,))
         return result
@@ -151,12 +157,13 @@ def _grouped_mm(args: Any, _kwargs: Any) -> Any:
     return rows.new_empty(len(rows), weights.shape[-1])
 
 
-ANSWERS: dict[Any, Shortcut] = {
-    torch.ops.aten._grouped_mm.default: _grouped_mm,
+# Operations that bring values to the host, if they are of meta tensors.
+READS: dict[Any, Shortcut] = {
     torch.ops.aten.equal.default: _equal,
     torch.ops.aten._local_scalar_dense.default: _value,
     torch.ops.aten._to_copy.default: _copy,
 }
+ANSWERS: dict[Any, Shortcut] = {torch.ops.aten._grouped_mm.default: _grouped_mm, **READS}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isinf", "isnan"}
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import Delta, LowRank, filled_up, fold, scratch
+from qlora.kernels import Delta, LowRank, fill_up_rows, fold, scratch
 from qlora.nf4.checkpoint import from_checkpoint_tensors
 from qlora.nf4.quantize import dequantize, nf4_num_bytes, quantize, set_statistics, statistics
 
@@ -120,13 +120,11 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of `x`."""
-        if not torch.is_grad_enabled():
-            return self.product(x)
         rows = x.reshape(-1, x.shape[-1])
-        filled = filled_up(rows)
-        if filled is rows:
-            return _DequantizedLinear.apply(x, self)
-        return _DequantizedLinear.apply(filled, self)[: len(rows)].view(*x.shape[:-1], -1)
+        filled = fill_up_rows(rows)
+        given = x if filled is rows else filled
+        y = _DequantizedLinear.apply(given, self) if torch.is_grad_enabled() else self.product(given)
+        return y if filled is rows else y[: len(rows)].view(*x.shape[:-1], -1)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Compute :meth:`forward` without a gradient."""

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora.kernels import HAS_TRITON, LowRank, quantize_4bit_cpu
+from qlora.kernels import HAS_TRITON, LowRank, describe_failure, quantize_4bit_cpu
 from qlora.kernels.dequantize import dequantize_4bit_plain, is_traced, tile_kind
-from qlora.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -114,11 +113,8 @@ def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
         return False
     try:
         matches = is_same()
-    except Exception as error:  # Triton may lack a C compiler, Python's headers, a folder to write to, ….
-        if is_out_of_memory(error):
-            raise
-        message = " ".join(str(error).split())[:200]
-        _rejected[kind] = f"the fused kernel failed for {name} in {dtype}: {type(error).__name__}: {message}"
+    except Exception as error:  # a kernel compiler can fail in any way, and bitsandbytes works without it
+        _rejected[kind] = f"the fused kernel failed for {name} in {dtype}: {describe_failure(error)}"
         return False
     if matches:
         _verified.add(kind)
@@ -127,19 +123,23 @@ def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
     return matches
 
 
-def dequantize_path(device: torch.device) -> str:
-    """Describe which kernel :func:`dequantize` uses on a device, and why."""
+def dequantize_path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return which kernel :func:`dequantize` uses on a device in a dtype, and why.
+
+    Returns:
+        `fused kernel` or `bitsandbytes`, and the reason, which names any kinds of weight for which it is not used.
+    """
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
     reason = _unfused_reason(device)
     if reason is not None:
-        return f"bitsandbytes: {reason}"
-    failed = "; ".join(why for kind, why in _rejected.items() if kind[0] == device)
-    if any(kind[0] == device for kind in _verified):
-        found = "fused kernel: it gave bitsandbytes' bits here"
-        return f"{found}; bitsandbytes for other kinds of weight: {failed}" if failed else found
+        return "bitsandbytes", reason
+    failed = "; ".join(why for kind, why in _rejected.items() if kind[:2] == (device, dtype))
+    if any(kind[:2] == (device, dtype) for kind in _verified):
+        found = "it gave bitsandbytes' bits here"
+        return "fused kernel", f"{found}; bitsandbytes for other kinds of weight: {failed}" if failed else found
     if failed:
-        return f"bitsandbytes: {failed}"
-    return "fused kernel, if it gives bitsandbytes' bits for the first weight"
+        return "bitsandbytes", failed
+    return "fused kernel", "if it gives bitsandbytes' bits for the first weight"
 
 
 def kind_of_kernel(

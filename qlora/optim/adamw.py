@@ -178,7 +178,9 @@ class FlatAdamW:
 
 @contextmanager
 def _stream_of_kernels(device: torch.device) -> Iterator[None]:
-    """Compute on a GPU's default stream, the only one that bitsandbytes' kernels use, in order with the current one.
+    """Compute on a GPU's default stream, in order with the current one.
+
+    It is the only stream that bitsandbytes' optimizer kernels use.
 
     Args:
         device: Device of the parameters; only a GPU has streams.
@@ -188,9 +190,11 @@ def _stream_of_kernels(device: torch.device) -> Iterator[None]:
         return
     current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
     default.wait_stream(current)
-    with torch.cuda.stream(default):
-        yield
-    current.wait_stream(default)
+    try:
+        with torch.cuda.stream(default):
+            yield
+    finally:
+        current.wait_stream(default)
 
 
 def _kernels() -> Any:

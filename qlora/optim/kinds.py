@@ -17,7 +17,7 @@ class FlatOptimizer(Protocol):
         flat: Parameters and their gradients.
         step_count: Number of updates made.
         is_paged: Whether the state is in CUDA's managed memory.
-        unpaged_why: Why state that should be paged is not; None if it is, or should not be.
+        unpaged_why: Reason that a paged optimizer's state is not paged; None otherwise.
         rounding: How new values become the parameters' dtype; `none` for fp32 parameters.
     """
 

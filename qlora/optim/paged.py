@@ -19,11 +19,14 @@ def unpaged_reason(device: torch.device) -> str | None:
         return "paging needs CUDA's managed memory"
     found = ctypes.c_int()
     try:
+        torch.cuda.init()  # the driver answers only after it was started
         driver = _driver()
         failed = driver.cuDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, _ordinal(device))
     except OSError as error:
         return f"CUDA's driver can't be asked whether it pages: {error}"
-    if failed or not found.value:
+    if failed:
+        return f"CUDA's driver can't be asked whether it pages: cuDeviceGetAttribute returned status {failed}"
+    if not found.value:
         return "the driver lacks concurrent access to managed memory, as under WSL"
     return None
 

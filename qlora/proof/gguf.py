@@ -130,6 +130,19 @@ class GGUFFile:
             return _stepped_slack(kind, values)
         return _nearest_slack(kind, values) if kind in LEVELS else None
 
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return values rounded as in the file; those of a file of K-quants to fp16, which llama.cpp makes it from."""
+        from gguf import GGMLQuantizationType, quants
+
+        if self._file_dtype in MIXED:
+            return values.half().to(values.dtype)
+        kind = self._kind(name)
+        if kind not in LEVELS:
+            return values.to(self.dtype(name)).to(values.dtype)
+        stored = GGMLQuantizationType[kind]
+        blocks = quants.quantize(values.float().contiguous().numpy(), stored)
+        return torch.from_numpy(quants.dequantize(blocks, stored)).to(values.dtype)
+
     def _kind(self, name: str) -> str:
         shape = self.shape(name)
         if len(shape) == 1:

@@ -1,6 +1,8 @@
 """Compare a release's answers in the programs that serve it with its run's."""
 
+import errno
 import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from qlora.errors import ExportError
 from qlora.export.gguf.adapter import FORMAT as ADAPTER_FORMAT
 from qlora.export.gguf.model import write_gguf
 from qlora.export.merged import Merged
+from qlora.files.atomic import free_bytes, space_left
 from qlora.files.shards import TensorLayout
 from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_adapted, load_base, resolve_device
 from qlora.proof.engines import CONTEXT, ENGINES, Engine, Prompt, Release, Reply, greedy
@@ -23,8 +26,8 @@ from qlora.proof.predictions import PROMPTS
 
 MESSAGES = ("Hello! Who are you?", "Name three rivers, and say where each of them ends.")
 # Difference of two tokens' logits, as a share of the deviation of all, up to which a client's arithmetic may choose
-# either: twice the largest differences measured in docs/benchmarks/release.md. Runs compute in bf16, and clients
-# multiply by weights of fewer than 16 bits with activations in 8.
+# either. For 16 and 32 bits it is twice the largest differences measured in docs/benchmarks/release.md. The coarse one
+# is a choice: runs compute in bf16, and clients multiply by weights of fewer than 16 bits with activations in 8.
 ROUNDING = {"float32": 0.02, "float16": 0.02}
 COARSE_ROUNDING = 0.2
 
@@ -41,8 +44,8 @@ class Served:
             the client's token too, or put both within the client's rounding.
         largest_lead: Largest lead of the run's token over the client's there, as a share of the deviation of the run's
             logits.
-        problems: Answers and prompts that differ otherwise, or why the client can't load the release.
-        reason: Why it was not run.
+        problems: Answers and prompts that differ otherwise.
+        reason: Why nothing was compared; empty if it was.
     """
 
     version: str | None = None
@@ -57,7 +60,7 @@ class Served:
         if self.version is None:
             return self.reason
         if self.reason:
-            return f"{self.version}: not run, because {self.reason}"
+            return f"{self.version}: not compared: {self.reason}"
         if self.problems:
             return f"{self.version}: differs, see above"
         text = f"{self.version}: {self.equal} of {self.prompts} answers are the run's"
@@ -99,6 +102,9 @@ def serve(source: AdapterSource, merged: Merged, device: str, installed: Sequenc
 
     Returns:
         The result of each client that loads this format, by its name.
+
+    Raises:
+        ExportError: The temporary folder has no room for the base of an adapter in a GGUF file.
     """
     model, tokenizer = load_adapted(source, device, "none" if merged.onto == "original" else "nf4")
     prompts = [Prompt(text, is_message=False) for text in PROMPTS]
@@ -126,11 +132,12 @@ def serve(source: AdapterSource, merged: Merged, device: str, installed: Sequenc
     replies: dict[str, list[Reply]] = {}
     with _as_release(source, merged, str(resolve_device(device)), context) as release:
         for engine in installed:
-            served[engine.name] = Served(engine.version, len(prompts))
             try:
                 replies[engine.name] = engine.answer(release, prompts)
-            except Exception as error:  # of any kind, from a library that is not ours
-                served[engine.name].problems.append(f"{engine.name} can't run it: {type(error).__name__}: {error}")
+                served[engine.name] = Served(engine.version, len(prompts))
+            except Exception as error:  # of any kind, from a library that is not ours; it may lack a GPU, or memory
+                message = " ".join(str(error).split())
+                served[engine.name] = Served(engine.version, reason=f"it failed: {type(error).__name__}: {message}")
             _free()
     differences = {name: list(_differences(expected, found)) for name, found in replies.items()}
     logits = _LastLogits(lambda: _load_release(source, merged, device))
@@ -181,7 +188,7 @@ def _differences(expected: Sequence[Reply], found: Sequence[Reply]) -> Iterator[
 def _other_ids(expected: Reply, found: Reply, place: int | None, tokenizer: Any) -> str:
     """Return how a reply differs that has another prompt or another length; empty if it has another token."""
     if place is None:
-        return f"it feeds the tokens {_shown(found.prompt_ids)}, training fed {_shown(expected.prompt_ids)}"
+        return f"it feeds the tokens {_format_ids(found.prompt_ids)}, training fed {_format_ids(expected.prompt_ids)}"
     if place == len(found.ids):
         last = tokenizer.convert_ids_to_tokens(found.ids[-1:]) or ["the prompt"]
         return f"it ends the answer after {last[0]!r}, which does not end the run's"
@@ -215,7 +222,8 @@ def _other_token(lead: float, kept: float, merged: Merged, tokens: Sequence[str]
     return ""
 
 
-def _shown(ids: Sequence[int]) -> str:
+def _format_ids(ids: Sequence[int]) -> str:
+    """Return the first ids, and the number of all if there are more."""
     return f"{list(ids)[:8]}" + (f"… ({len(ids)})" if len(ids) > 8 else "")
 
 
@@ -228,9 +236,18 @@ def _as_release(source: AdapterSource, merged: Merged, device: str, context: int
         return
     weights, folder = BaseWeights(source.base_files()), source.base_files().folder
     layout = [TensorLayout(name, shape, torch.float32) for name, shape in weights.shapes.items()]
+    needed = sum(entry.num_bytes for entry in layout) // 2  # vectors stay in fp32, but are small
     with tempfile.TemporaryDirectory() as written:
         base = Path(written) / "base-f16.gguf"
-        write_gguf(folder, layout, lambda name: weights.read(name).float(), base)
+        try:
+            if needed > free_bytes(base):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_gguf(folder, layout, lambda name: weights.read(name).float(), base)
+        except OSError as problem:
+            raise ExportError(
+                f"The base can't be written as GGUF into {written} for llama.cpp: {problem}."
+                f"{space_left(base, needed)} Set TMPDIR to a folder with more room."
+            ) from problem
         yield Release(base, "float16", **options, adapter=merged.gguf)
 
 

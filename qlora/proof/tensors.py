@@ -13,8 +13,7 @@ from qlora.proof.expected import ExpectedWeights
 
 # Number of values of a tensor by which swapped tensors are recognized.
 NUM_SAMPLED = 64
-# Share of an update that may be lost, or be there twice, when weights are rounded to blocks of few bits. Those that
-# were dequantized may be on numbers of the new blocks too, and small updates of these are rounded away.
+# Share of an update that may be lost, or be there twice, when weights are rounded to blocks of few bits.
 LOST_SHARE = 0.5
 
 
@@ -54,6 +53,9 @@ class Written(Protocol):
     def slack(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
         """Return the difference that the format allows for each value, beyond rounding; None if it allows none."""
 
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return values rounded as in the file, as far as that can be computed here."""
+
 
 class WrittenFolder:
     """The safetensors of a merged folder.
@@ -85,6 +87,10 @@ class WrittenFolder:
     def slack(self, name: str, values: torch.Tensor) -> None:
         """Return None, since values are only rounded once."""
 
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return values in the dtype of the merge."""
+        return values.to(self._dtype)
+
 
 def check_tensors(expected: ExpectedWeights, written: Written, names: Iterable[str] | None = None) -> TensorCheck:
     """Compare every written tensor, in blocks of its rows, to within half a unit in the last place.
@@ -113,10 +119,10 @@ def _compare(expected: ExpectedWeights, written: Written, name: str) -> "_Compar
     if written.shape(name) != shape:
         comparison.kind_mismatch = f"has the shape {written.shape(name)}, not {shape}"
         return comparison
-    slack = partial(written.slack, name)
+    slack, rounded = partial(written.slack, name), partial(written.rounded, name)
     for rows in row_blocks(shape):
         update = expected.update(name, rows, base) if expected.is_adapted(name) else None
-        comparison.add(written.read(name, rows), expected.rows(name, rows, base), update, slack)
+        comparison.add(written.read(name, rows), expected.rows(name, rows, base), update, slack, rounded)
     return comparison
 
 
@@ -136,7 +142,9 @@ class _Comparison:
         found: First written values; None before any.
         expected: First expected values; None before any.
         sums: Sums over all elements of base², added², update² and added · update, where `added` is the written weight
-            minus the base's; and the number of elements.
+            minus the base's.
+        gaps: In a coarse format, sums over all elements of gap² and gap · update, where `gap` is the written weight
+            minus the rounded one; and the number of elements.
     """
 
     name: str
@@ -149,7 +157,8 @@ class _Comparison:
     max_difference: float = 0.0
     found: torch.Tensor | None = None
     expected: torch.Tensor | None = None
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    gaps: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
     def add(
         self,
@@ -157,8 +166,9 @@ class _Comparison:
         base: torch.Tensor,
         update: tuple[torch.Tensor, torch.Tensor] | None,
         slack: Callable[[torch.Tensor], torch.Tensor | None],
+        rounded: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Compare the next rows."""
+        """Compare the next rows; `slack` and `rounded` are those of :class:`Written`."""
         wanted = self.dtype if base.is_floating_point() else base.dtype
         if found.dtype != wanted:
             self.kind_mismatch = f"is in {_name(found.dtype)}, not {_name(wanted)}"
@@ -183,8 +193,11 @@ class _Comparison:
             bound += update[1][other]
             added = found - base
             products = (base * base, added * added, update[0] * update[0], added * update[0])
-            counted = torch.tensor(float(base.numel()), dtype=torch.float64)
-            self.sums += torch.stack([*(product.sum() for product in products), counted])
+            self.sums += torch.stack([product.sum() for product in products])
+            if allowed is not None:
+                gap = found - rounded(expected)
+                counted = torch.tensor(float(gap.numel()), dtype=torch.float64)
+                self.gaps += torch.stack([(gap * gap).sum(), (gap * update[0]).sum(), counted])
         self.is_equal &= bool((difference[other] <= bound).all())  # false for NaN
 
     def problem(self, others: Iterable["_Comparison"]) -> str | None:
@@ -201,22 +214,22 @@ class _Comparison:
     def _lost_update(self) -> str | None:
         """Return a line if the update is missing or multiplied, which a coarse format's bounds may not show.
 
-        Rounding errors are as good as independent of the update, so they leave its share in what was added near 1.
+        Where the file's rounding is computed here, the right weights have no gap. Otherwise the gaps are its errors,
+        as good as independent of the update, so that their sum with it is near 0.
         """
-        _, added, update, along, count = self.sums.tolist()
+        update, (squares, along, count) = self.sums[2].item(), self.gaps.tolist()
         if not self.is_coarse or not update:
             return None
-        share = along / update
-        noise = (max(0.0, added - 2 * along + update) / count / update) ** 0.5
-        if abs(share - 1) <= LOST_SHARE + 6 * noise:
+        noise = (squares / count / update) ** 0.5
+        if abs(along / update) <= LOST_SHARE + 6 * noise:
             return None
-        return f"tensor {self.name} is not base + scaling·B·A: its update is {share:.2g} times what it should be"
+        return f"tensor {self.name} is not base + scaling·B·A: its update is missing, or multiplied"
 
     def _reason(self, others: Iterable["_Comparison"]) -> str:
         for other in others:
             if other.name != self.name and _is_rounded(self.found, other.expected):
                 return f"it contains {other.name}"
-        base, added, update, along, _ = self.sums.tolist()
+        base, added, update, along = self.sums.tolist()
         share = along / update if update else 1.0
         rounding = base * (torch.finfo(self.dtype).eps / 2) ** 2
         if added - share * along < 0.01 * update + rounding:  # the added values are a multiple of the update

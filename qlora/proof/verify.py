@@ -68,7 +68,8 @@ class VerifyReport:
         onto: Base weights that were merged onto; None if the adapter was verified by itself.
         base_differs: Files of the base that differ from those used in training.
         clients: Whether other tools would load the adapter, by tool.
-        served: Answers of the release in the clients that load its format, by client; empty if none was asked for.
+        served: Answers of the release in the clients that load its format, by client; empty if none was asked for. One
+            that failed is not a mismatch.
         layers_checked: Number of adapted layers whose weights and outputs were computed a second time.
         max_layer_difference: Largest relative difference of these outputs.
         tensors_checked: Number of written tensors compared with a second computation, to half a unit in the last place.

@@ -9,6 +9,7 @@ from qlora.checkpoint import InUse, MemoryUse, RunDirectory, read_origin
 from qlora.config import DataSection, LoraSection, RunConfig, SourceSection
 from qlora.data import BatchPlan, Datasets, collate
 from qlora.errors import ConfigError
+from qlora.kernels import loss_path
 from qlora.layers.placement import uneven_passes
 from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, train_rows
 from qlora.memory.fit import fit_memory
@@ -170,13 +171,16 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
     loss = training_loss(section, objective.trained)
     own = {"train": section, "data": config.data.model_copy(update={"packing": packed})}
     fit = fit_memory(config.model_copy(update=own), model, loss, largest.to(processes.device), processes)
+    is_quantized = model_section.quantization == "nf4"
+    dequantize, dequantize_why = dequantize_path(processes.device, model.dtype) if is_quantized else (None, None)
+    loss_kernel, loss_why = loss_path(processes.device, model.dtype)  # after the trials of the loss
     in_use = InUse(
         device=str(processes.device),
         processes=processes.world_size,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         attention=isolation.attention,
         activations=activations,
-        dequantize=dequantize_path(processes.device) if model_section.quantization == "nf4" else None,
+        dequantize=dequantize,
         recompute=fit.level,
         recompute_why=fit.why,
         tiled=fit.level == "offload+tiled",
@@ -199,6 +203,9 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         experts=describe_experts(model),
         micro_batches=processes.world_size * section.gradient_accumulation_steps,
         optimizer_state_why=optimizer.unpaged_why,
+        dequantize_why=dequantize_why,
+        loss=loss_kernel,
+        loss_why=loss_why,
     )
     return Assembly(
         config=config,
@@ -216,6 +223,7 @@ def assemble(config: RunConfig, processes: Processes, checkpoint: Path | None = 
         scorer=scorer,
         sampler=sampler,
         head=head,
+        levels=fit.levels,
     )
 
 

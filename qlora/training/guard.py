@@ -37,7 +37,7 @@ class StepGuard:
         self._run, self._assembly, self._progress, self._log = run, assembly, progress, log
         self._relief = MemoryRelief(
             assembly.model, assembly.batches, progress, in_use.recompute,
-            assembly.config.model.recompute == "auto",
+            assembly.levels,
         )  # fmt: skip
 
     def on_nonfinite(self, found: NonFinite) -> None:

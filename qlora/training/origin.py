@@ -36,8 +36,11 @@ OWN_KEYS = {"train.output_dir", "train.trackers", "data.cache_dir"}
 # Fields of `InUse` that must not change, because batches and rounding depend on them: see :func:`fixed_in_use`.
 KEPT_IN_USE = (
     "processes", "compute_dtype", "attention", "states", "unpacked_why", "activations", "dequantize", "experts",
-    "tiled", "rounding", "micro_batches",
+    "tiled", "rounding", "micro_batches", "loss",
 )  # fmt: skip
+# Those whose text has a reason after a colon, in this version or an earlier one. It may name what else the process has
+# computed, or a temporary file.
+WITH_REASON = ("attention", "activations", "dequantize", "experts")
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -125,8 +128,10 @@ def fixed_in_use(origin: Mapping[str, Any]) -> dict[str, Any]:
         in_use.pop(key, None)
     in_use[STEP_SIZE] = micro_batches_of_step(origin)
     in_use["documents are packed"] = in_use.pop("unpacked_why", None) is None
-    if isinstance(in_use.get("attention"), str):  # qlora 0.1.0 adds the reason
-        in_use["attention"] = in_use["attention"].partition(": ")[0]
+    in_use["loss"] = in_use.get("loss") or "plain torch"  # of versions that do not record it
+    for key in WITH_REASON:
+        if isinstance(in_use.get(key), str):
+            in_use[key] = in_use[key].partition(": ")[0]
     return in_use
 
 

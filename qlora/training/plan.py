@@ -1,5 +1,6 @@
 """The parts of a run before it is started, and its plan."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,7 @@ class Assembly:
         scorer: Questions that are asked at every evaluation, with the metrics of their answers.
         sampler: Prompts that are answered at intervals, to be looked at.
         head: Head of scores of whole documents, if the objective trains one.
+        levels: Levels of recomputation that the run may change to when memory runs out.
     """
 
     config: RunConfig
@@ -107,6 +109,7 @@ class Assembly:
     scorer: Scorer
     sampler: Sampler
     head: ScoreHead | None
+    levels: Sequence[str]
 
     @property
     def notes(self) -> list[str]:

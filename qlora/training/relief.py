@@ -1,5 +1,6 @@
 """Reduces the memory of a run's steps after memory ran out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,17 +25,17 @@ class MemoryRelief:
         plan: Plan of the batches.
         progress: Progress of the run, whose number of parts is raised.
         level: Level of recomputation in use.
-        may_raise: Whether the level may be raised above the one that the config sets.
+        levels: Levels to which it may be raised; none if the config sets the level.
 
     Attributes:
         level: Level of recomputation now in use.
         num_cached: Number of cached weights once the cache was dropped; None before.
     """
 
-    def __init__(self, model: Any, plan: BatchPlan, progress: Progress, level: str, may_raise: bool) -> None:
+    def __init__(self, model: Any, plan: BatchPlan, progress: Progress, level: str, levels: Sequence[str]) -> None:
         self.level = level
         self.num_cached: int | None = None
-        self._model, self._plan, self._progress, self._may_raise = model, plan, progress, may_raise
+        self._model, self._plan, self._progress, self._levels = model, plan, progress, levels
 
     def reduce_memory(self, step: int) -> str:
         """Take the next measure that reduces memory.
@@ -72,8 +73,8 @@ class MemoryRelief:
 
     def _raise_level(self) -> str | None:
         levels = recompute_levels(self._model)
-        higher = [level for level in levels[levels.index(self.level) + 1 :] if level != TILED]
-        if not (self._may_raise and higher):
+        higher = [level for level in levels[levels.index(self.level) + 1 :] if level in self._levels and level != TILED]
+        if not higher:
             return None
         before, self.level = self.level, apply_recompute(self._model, higher[0])
         return f"model.recompute is {self.level} instead of {before}"

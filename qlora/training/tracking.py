@@ -40,8 +40,9 @@ class Tracking:
             processes.start_trackers(PROJECT, settings, options)
         except Exception as problem:  # of any kind, from a library that is not ours
             trackers = ", ".join(config.train.trackers)
+            reason = " ".join(str(problem).split()).rstrip(".")
             raise ConfigError(
-                f"train.trackers: {trackers} did not start: {problem} Set it up, or take it off the list."
+                f"train.trackers: {trackers} did not start: {reason}. Set it up, or take it off the list."
             ) from problem
 
     def log_numbers(self, values: Mapping[str, Any], step: int) -> None:

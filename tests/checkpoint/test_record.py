@@ -31,7 +31,7 @@ def test_a_record_of_an_older_version_is_read(run):
     new = ("learning_rate", "learning_rate_why", "unpacked_why", "attention_why", "states", "states_why", "experts")
     new += ("optimizer_state_why",)
     memory = OLDER["in_use"]["memory"] | {"by_kind": None}
-    new += ("optimizer_state_why", "micro_batches")
+    new += ("micro_batches", "dequantize_why", "loss", "loss_why")
     in_use = OLDER["in_use"] | dict.fromkeys(new) | {"memory": memory, "weights": "device", "weights_why": None}
     added = {
         "started_from": None,

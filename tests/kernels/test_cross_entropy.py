@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.kernels import linear_cross_entropy, linear_token_loss
 from qlora.kernels.head import default_chunk
+from qlora.kernels.simulated import simulating
+from qlora.memory.probe import measure_peak
 from tests.interpreted import (
     Launches,
     counted_kernel,
@@ -266,22 +268,141 @@ def test_launches_per_chunk(way, monkeypatch, generator):
     assert counts[1] - counts[0] == {"plain": 19, "kernel": 7}[way]
 
 
-@pytest.mark.parametrize("error", [None, "loss", "gradient"])
-def test_a_kernel_that_gives_other_values_is_not_used(error, monkeypatch):
-    module = load_interpreted("qlora.kernels.cross_entropy_triton")
-    right = module.token_losses_triton_
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("simulated", ["cuda", "cpu"])
+def test_a_simulated_step_takes_the_memory_of_the_real_one(simulated, softcap, trained, monkeypatch, generator):
+    hidden, weight, labels, _ = make_inputs(generator, 8, 16, 50, torch.bfloat16)
+    weight.requires_grad_(trained)
 
-    def wrong(logits, *arguments):
-        losses, plain = right(logits, *arguments)
-        if error == "loss":
+    def peak(device):
+        moved = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in (hidden, weight)]
+        own = labels.to(device)
+        return measure_peak(lambda: linear_token_loss(*moved, own, softcap=softcap, chunk_elements=4 * 50), device)
+
+    with simulating(torch.device(simulated)):
+        predicted = peak(torch.device("meta"))
+    if simulated == "cuda":  # this CPU takes its place
+        module = load_interpreted("qlora.kernels.cross_entropy_triton")
+        monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
+        monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+    with Launches() as launches:
+        real = peak(torch.device("cpu"))
+    assert predicted == real
+    assert ("token_loss" in launches.counts) == (simulated == "cuda" and not trained)
+
+
+OPTIONS = {
+    "plain": {},
+    "capped": {"logit_scale": 0.25, "softcap": 30.0},
+    "of Gemma": {"softcap": 5.0},
+    "smoothed": {"label_smoothing": 0.1, "is_weighted": True},
+    "by probability": {"by_probability": True, "is_weighted": True},
+    "evaluated": {"needs_grad": False},
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    module = load_interpreted("qlora.kernels.cross_entropy_triton")
+    monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
+    return module
+
+
+def variant_of(size=5000, dtype=torch.float16, **options):
+    return cross_entropy.Variant(torch.device("cpu"), dtype, size, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("size", [2, 97, 5000])
+def test_a_trial_takes_the_kernel_with_any_options(size, options, dtype, kernels):
+    with torch.inference_mode():
+        assert cross_entropy.kernel_matches(variant_of(size, dtype, **options))
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        ("loss", {}),
+        ("loss of evaluation", {"needs_grad": False}),
+        ("gradient of the label", {}),
+        ("gradient of the second tile", {}),
+        ("last gradient", {}),
+        ("scale of the gradient", {}),
+        ("softcap", {"softcap": 5.0}),
+        ("weights", {"is_weighted": True}),
+        ("smoothing", {"label_smoothing": 0.1}),
+        ("probability", {"by_probability": True}),
+    ],
+)
+def test_a_kernel_that_gives_other_values_is_not_used(error, options, kernels, monkeypatch):
+    right = kernels.token_losses_triton_
+
+    def wrong(logits, labels, scale, softcap, weights, smoothing, by_probability, needs_grad):
+        softcap = None if error == "softcap" else softcap
+        weights = None if error == "weights" else weights
+        smoothing = 0.0 if error == "smoothing" else smoothing
+        by_probability = by_probability and error != "probability"
+        losses, plain = right(logits, labels, scale, softcap, weights, smoothing, by_probability, needs_grad)
+        if error == ("loss" if needs_grad else "loss of evaluation"):
             losses[2] += 0.01
-        if error == "gradient":
-            logits[2, 96] *= 1.05
+        if error == "gradient of the label":
+            logits[2, labels[2]] *= 1.05
+        if error == "gradient of the second tile":
+            logits[:, 2048:4096] = 0
+        if error == "last gradient":
+            logits[:2, -1] = 0
+        if error == "scale of the gradient":
+            logits *= 1.005
         return losses, plain
 
-    monkeypatch.setattr(module, "token_losses_triton_", wrong)
-    monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
-    assert cross_entropy.kernel_matches(torch.device("cpu"), torch.float16) == (error is None)
+    variant = variant_of(**options)
+    assert cross_entropy.kernel_matches(variant)
+    monkeypatch.setattr(kernels, "token_losses_triton_", wrong)
+    assert not cross_entropy.kernel_matches(variant)
+
+
+def test_each_variant_is_tried_once_and_the_path_names_those_that_fail(kernels, monkeypatch, caplog):
+    cpu, tried, right = torch.device("cpu"), [], kernels.token_losses_triton_
+
+    def fails_with_caps(logits, labels, scale, softcap, *options):
+        tried.append(softcap)
+        if softcap is not None:
+            raise RuntimeError("no\ncompiler" + "!" * 1000)
+        return right(logits, labels, scale, softcap, *options)
+
+    monkeypatch.setattr(kernels, "token_losses_triton_", fails_with_caps)
+    monkeypatch.setattr(cross_entropy, "_reasons", {})
+    assert cross_entropy.loss_path(cpu, torch.float16) == ("plain torch", "the fused cross-entropy is for CUDA")
+    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda *_: None)
+    assert cross_entropy.loss_path(cpu, torch.float16)[0] == "fused kernel"
+    capped, plain = variant_of(softcap=5.0), variant_of()
+    for _ in range(2):
+        reason = cross_entropy.unfused_reason(capped)
+        assert reason.startswith("the fused cross-entropy failed for 5,000 logits a row in float16: RuntimeError: no c")
+        assert len(reason) < 300
+    assert cross_entropy.loss_path(cpu, torch.float16) == ("plain torch", reason)
+    assert cross_entropy.unfused_reason(plain) is None
+    path, why = cross_entropy.loss_path(cpu, torch.float16)
+    assert (path, why) == ("fused kernel", f"it gave torch's values here; plain torch for other losses: {reason}")
+    assert cross_entropy.loss_path(cpu, torch.float32)[1].startswith("if ")
+    assert tried == [5.0, None]
+    assert [record.getMessage() for record in caplog.records] == [f"Losses are computed in plain torch: {reason}."]
+
+
+def test_memory_that_runs_out_in_a_trial_is_raised_and_decides_nothing(kernels, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(cross_entropy, "_reasons", {})
+    monkeypatch.setattr(cross_entropy, "_unusable_reason", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "token_losses_triton_", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+            cross_entropy.unfused_reason(variant_of())
+    assert cross_entropy.unfused_reason(variant_of()) is None
 
 
 GIB = 1 << 30

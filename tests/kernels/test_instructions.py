@@ -2,12 +2,13 @@
 
 import pytest
 
-from scripts.dev.bench.instructions import CAPABILITIES, dequantization
-from tests.interpreted import needs_triton
+from scripts.dev.bench.instructions import dequantization
+from scripts.dev.bench.launched import CAPABILITIES
+from tests.interpreted import needs_compiler
 
 
 # docs/benchmarks/instructions.md has the counts by version of Triton.
-@needs_triton
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("rank", "most"), [(0, 9), (8, 18), (16, 18), (32, 18)])

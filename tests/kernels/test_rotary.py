@@ -12,8 +12,8 @@ from tests.interpreted import interpret
 
 def own(query, key, cos, sin):
     """Rotate as Llama does, which has the heads before the tokens."""
-    turned = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-    return tuple(each.transpose(1, 2) for each in turned)
+    rotated = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    return tuple(each.transpose(1, 2) for each in rotated)
 
 
 def with_gradients(function, query, key, grads):
@@ -52,11 +52,11 @@ def test_values_and_gradients_are_those_of_transformers_bit_for_bit(
 def test_the_gradient_turns_back(generator):
     query, key = (torch.randn(1, 5, heads, 8, generator=generator) for heads in (2, 1))
     angles = torch.randn(1, 5, 4, generator=generator).repeat(1, 1, 2)
-    turn = partial(rotate, cos=angles.cos(), sin=angles.sin())
-    *turned, back, back_key = with_gradients(turn, query, key, turn(query, key))
+    by_angles = partial(rotate, cos=angles.cos(), sin=angles.sin())
+    *rotated, back, back_key = with_gradients(by_angles, query, key, by_angles(query, key))
     assert torch.allclose(back, query, atol=1e-6)
     assert torch.allclose(back_key, key, atol=1e-6)
-    assert not torch.allclose(turned[0], query, atol=0.1)
+    assert not torch.allclose(rotated[0], query, atol=0.1)
 
 
 @pytest.mark.parametrize("narrow", ["cos", "sin"])

@@ -1,16 +1,17 @@
 """Which kernel computes attention within documents on a GPU, for GPUs that are not there."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DeepseekV3Config, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BltConfig, DeepseekV3Config, Gemma4TextConfig, GPT2Config, LlamaConfig
 
 from qlora.layers import attention, use_document_attention
-from qlora.layers.varlen import reason_for_model, varlen_unusable_reason
+from qlora.layers.varlen import describe_kernel, varlen_unusable_reason
 from qlora.model import load_base
+from scripts.dev.support.run import architectures
+from scripts.dev.support.sizes import OWN_TOKENS, tiny_config
 from tests.tiny import make_base
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,7 +94,7 @@ def test_documents_are_attended_to_together_or_one_at_a_time(
     if reason is None:
         assert called == [("varlen", total)]
     elif has_sinks:
-        assert called == [("sinks", length, KV_HEADS) for length in LENGTHS]
+        assert called == [("sinks", length, HEADS) for length in LENGTHS]
     else:
         kinds = ["masked" if window and length > window else "causal" for length in LENGTHS]
         # Torch's other kernels take as many key heads as query heads.
@@ -111,19 +112,50 @@ def test_a_row_of_one_document_keeps_its_grouped_heads_where_flash_attention_tak
     assert called == [("causal", 7, keys)]
 
 
-CONFIGS = {
-    "llama": (LlamaConfig(hidden_size=64, num_attention_heads=4), None),
-    "llama with a head dim": (LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=20), "steps of 8, not 20"),
-    "gpt2": (GPT2Config(n_embd=60, n_head=3), "steps of 8, not 20"),
-    "deepseek": (DeepseekV3Config(), "of one size, not of 192 and 128"),
+ONE_AT_A_TIME = "a document at a time: varlen_attn needs "
+MODELS = {
+    "llama": (LlamaConfig(hidden_size=64, num_attention_heads=4), "varlen_attn"),
+    "llama with a head dim": (
+        LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=20),
+        f"{ONE_AT_A_TIME}head dims to 256 in steps of 8, not 20",
+    ),
+    "gpt2": (GPT2Config(n_embd=60, n_head=3), f"{ONE_AT_A_TIME}head dims to 256 in steps of 8, not 20"),
+    "deepseek": (
+        DeepseekV3Config(num_hidden_layers=2),
+        f"{ONE_AT_A_TIME}keys and values of one size, not of 192 and 128",
+    ),
+    "gemma 4, whose layers differ": (
+        Gemma4TextConfig(num_hidden_layers=12),
+        f"varlen_attn, in 2 of 12 layers {ONE_AT_A_TIME}head dims to 256 in steps of 8, not 512",
+    ),
+    "blt, of several models": (BltConfig(), "varlen_attn"),
 }
 
 
-@pytest.mark.parametrize(("config", "reason"), CONFIGS.values(), ids=CONFIGS)
-def test_the_sizes_of_a_model_are_found_in_its_config(config, reason, monkeypatch):
+def on_meta(config, auto_class=AutoModelForCausalLM):
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=BF16)
+
+
+@pytest.mark.parametrize(("config", "kernel"), MODELS.values(), ids=MODELS)
+def test_the_kernel_of_a_model_is_described_by_the_sizes_of_its_layers(config, kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: AMPERE)
-    found = reason_for_model(SimpleNamespace(config=config, dtype=BF16, device=torch.device("cuda")))
-    assert (found is None) if reason is None else reason in found
+    assert describe_kernel(on_meta(config)) == kernel
+
+
+def test_the_kernel_of_every_architecture_can_be_described(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: TURING)
+    reason = "varlen_attn needs compute capability 8.0, this GPU has 7.5"
+    described = dict.fromkeys((f"a document at a time: {reason}", "varlen_attn where it takes the heads' sizes"), 0)
+    for name, auto_class in architectures().items():
+        try:
+            config = tiny_config(transformers.CONFIG_MAPPING[name], 259, dict.fromkeys(OWN_TOKENS, 0))
+            model = on_meta(config, getattr(transformers, auto_class))
+        except Exception:  # some can't be built without other packages, or with tiny sizes
+            continue
+        described[describe_kernel(model)] += 1
+    by_size, unknown = described.values()
+    assert by_size > 3 * unknown > 0
 
 
 def test_a_run_says_why_documents_are_computed_one_at_a_time(tmp_path, seed, monkeypatch):

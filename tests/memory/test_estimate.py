@@ -213,6 +213,14 @@ def test_known_sizes_of_8b(llama_8b):
     assert sorted(slopes.values(), reverse=True) == list(slopes.values())
 
 
+@pytest.mark.parametrize(("trained", "bytes_per_logit"), [("[]", 2), ("[lm_head]", 6)])
+def test_logits_in_fp32_are_counted_on_a_gpu_only_if_the_head_is_trained(trained, bytes_per_logit, realdata, tmp_path):
+    predicted = estimate_real(realdata, tmp_path, LLAMA_8B, f"lora.modules_to_save={trained}")
+    logits = predicted.chunk_tokens * predicted.footprint.vocabulary
+    held = max(moment.held.loss.constant for moment in predicted.footprint.held["full"])
+    assert held / logits == pytest.approx(bytes_per_logit, abs=0.5)  # with rows of the chunk before the head
+
+
 def test_one_trace_predicts_any_number_of_tokens(realdata, tmp_path):
     one = estimate_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=4096")
     other = estimate_real(realdata, tmp_path, LLAMA_8B, "data.max_seq_len=12288")

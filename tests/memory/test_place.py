@@ -154,6 +154,21 @@ def test_copies_are_those_of_every_pass_of_an_objective(settings, order, head_co
     assert flops == pytest.approx(products * len(order))
 
 
+def test_a_lack_of_host_memory_for_layer_inputs_is_not_blamed_on_the_weights(predicted, base, tmp_path, monkeypatch):
+    needed = predicted.host_bytes("offload", predicted.tokens)
+    monkeypatch.setattr(place, "estimate", lambda *_: predicted)
+    monkeypatch.setattr(place, "available_bytes", lambda _device: 1 << 40)
+    monkeypatch.setattr(place, "free_host_bytes", lambda: needed)
+    on_gpu, lengths = Processes(device=torch.device("cuda")), [predicted.max_seq_len] * predicted.micro_batch_size
+    for level, is_refused in (("offload", True), ("full", False)):
+        path = run_config(base, tmp_path / "none.jsonl", tmp_path / "run", model__recompute=level)
+        if is_refused:
+            with pytest.raises(ModelError, match=r"^model\.recompute: offload takes .*set model\.recompute: full"):
+                place.choose_weights(load_config(path), SUPERVISED, on_gpu, lengths, packed=False)
+        else:
+            assert place.choose_weights(load_config(path), SUPERVISED, on_gpu, lengths, packed=False)[0] == "device"
+
+
 def test_layer_inputs_are_offloaded_only_where_the_host_has_room(predicted):
     tokens, levels = 4096, ["full", "offload"]
     needed = {level: predicted.host_bytes(level, tokens) for level in levels}

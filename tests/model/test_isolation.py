@@ -88,12 +88,18 @@ def test_another_reason_for_what_is_in_use_is_no_change():
     """Reasons may have sizes or free memory in them; qlora 0.1.0 wrote that of attention behind its name."""
     origin = {"base": {}, "data": [], "examples": {}}
     before = {"attention": "eager, with a mask: it was asked for", "states": {"Conv": "documents"}}
-    before |= {"unpacked_why": "2 GiB are free"}
+    before |= {"unpacked_why": "2 GiB are free", "activations": "plain torch: it fails (Error: /tmp/tmp1234/main.c)"}
     now = before | {"attention": "eager, with a mask", "unpacked_why": "3 GiB are free"}
+    now |= {"activations": "plain torch: the fused kernels are for CUDA", "loss": "plain torch"}
     assert compare_origins(origin | {"in_use": before}, origin | {"in_use": now}) == []
     for change, line in (
         ({"attention": "sdpa"}, "attention: eager, with a mask → sdpa"),
         ({"states": {"Conv": "borders"}}, 'states: {"Conv": "documents"} → {"Conv": "borders"}'),
         ({"unpacked_why": None}, "documents are packed: false → true"),
+        (
+            {"activations": "fused kernels; plain torch for X: why"},
+            "activations: plain torch → fused kernels; plain torch for X",
+        ),
+        ({"loss": "fused kernel"}, "loss: plain torch → fused kernel"),
     ):
         assert compare_origins(origin | {"in_use": before}, origin | {"in_use": now | change}) == [line]

@@ -100,6 +100,33 @@ def test_layers_that_only_long_documents_use_are_not_refused(tmp_path, seed):
         check_reached(skeleton, section, SUPERVISED, 40)
 
 
+@pytest.mark.parametrize("read", [lambda count: count.item(), lambda count: count.tolist(), lambda count: count.cpu()])
+def test_experts_that_a_layer_skips_by_its_values_are_left_to_the_first_step(read, tmp_path, seed):
+    skeleton = skeleton_of(make("llama", tmp_path / "base", seed))
+    size = skeleton.config.hidden_size
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(size, 2, bias=False, device="meta")
+            self.experts = nn.ModuleList(nn.Linear(size, size, bias=False, device="meta") for _ in range(2))
+
+        def forward(self, states):
+            choice = self.gate(states).argmax(-1, keepdim=True)
+            for index, expert in enumerate(self.experts):
+                if read((choice == index).sum()) > 0:
+                    states = states + (choice == index) * expert(states)
+            return states
+
+    first, second = skeleton.model.layers
+    first.mlp = Mixture()
+    section = LoraSection(targets=["experts.0", "experts.1", "q_proj"])
+    check_reached(skeleton, section, SUPERVISED, LENGTH)
+    second.register_forward_hook(lambda _layer, inputs, _output: inputs[0])  # it reads nothing, and is dead
+    with pytest.raises(ModelError, match=r"reaches 1 of 4 adapters.*: model\.layers\.1\.self_attn\.q_proj\. "):
+        check_reached(skeleton, section, SUPERVISED, LENGTH)
+
+
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_models_with_a_head_of_scores_are_run_too(family, tmp_path, tiny_base):
     head = ScoreHead(3, ("a", "b", "c"), "single_label_classification", of_images=family != "llama")

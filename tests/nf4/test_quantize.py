@@ -6,6 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
+from qlora.kernels.quantize import _tables, quantize_4bit_cpu
 from qlora.nf4 import dequantize, is_bitsandbytes_linear, nf4_num_bytes, quantize
 from tests.reference import nf4 as reference
 
@@ -158,3 +159,17 @@ def test_codes_and_statistics_are_bitsandbytes_bit_for_bit(
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
     assert (state.shape, state.dtype) == (wanted_state.shape, wanted_state.dtype)
+
+
+def test_defaults_of_the_first_call_do_not_change_later_ones(generator):
+    weight = torch.randn(64, 64, generator=generator)
+    wanted, _ = quantize(weight, double_quant=False)
+    for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
+        _tables.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                quantize_4bit_cpu(weight, reference.CODE, 64)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(quantize(weight, double_quant=False)[0], wanted)

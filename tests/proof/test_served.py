@@ -57,15 +57,42 @@ def test_a_client_that_does_something_else_is_reported(alter, message, merged):
     assert str(served) == f"{TRANSFORMERS.version}: differs, see above"
 
 
-def test_a_client_that_fails_is_reported_and_fails_the_verification(merged, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of everything")
+def fail(*_):
+    raise RuntimeError("out of\n  everything")
 
-    monkeypatch.setattr("qlora.proof.served.ENGINES", (replace(TRANSFORMERS, answer=fail),))
+
+FAILING = replace(TRANSFORMERS, name="torch", answer=fail)
+REASON = "not compared: it failed: RuntimeError: out of everything"
+
+
+def test_a_client_that_fails_is_no_mismatch(merged, monkeypatch):
+    monkeypatch.setattr("qlora.proof.served.ENGINES", (FAILING, TRANSFORMERS))
+    report = verify(merged / "run", merged / "out", in_clients=True)
+    assert report.matches, report.problems
+    assert str(report.served["torch"]) == f"{FAILING.version}: {REASON}"
+    assert report.served["transformers"].prompts == 6
+    done = run_command("verify", merged / "run", merged / "out", "--clients")
+    assert done.code == 0
+    assert REASON in done.out
+    assert f"{merged / 'out'} is what {merged / 'run'} trained." in done.out
+
+
+def test_a_release_that_no_client_could_run_is_an_error(merged, monkeypatch):
+    monkeypatch.setattr("qlora.proof.served.ENGINES", (FAILING,))
     done = run_command("verify", merged / "run", merged / "out", "--clients")
     assert done.code == 1
-    assert "- transformers can't run it: RuntimeError: out of everything" in done.out
-    assert f"{merged / 'out'} is what {merged / 'run'} trained, but a client differs." in done.out
+    assert REASON in done.out
+    assert f"{merged / 'out'} is what {merged / 'run'} trained, but no client could run it." in done.out
+
+
+def test_a_base_that_the_temporary_folder_has_no_room_for_is_refused(merged, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    merge(merged / "run", tmp_path / "out", format="lora-gguf")
+    monkeypatch.setattr("qlora.proof.served.free_bytes", lambda _: 1000)
+    engine = replace(TRANSFORMERS, formats=("lora-gguf",), answer=lambda *_: pytest.fail("run"))
+    source, release = open_source(merged / "run"), read_merged(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"No space left on device\. It takes \d.* Set TMPDIR"):
+        serve(source, release, "cpu", [engine])
 
 
 def test_clients_are_not_run_on_a_release_that_differs(own, monkeypatch):
@@ -74,9 +101,7 @@ def test_clients_are_not_run_on_a_release_that_differs(own, monkeypatch):
     monkeypatch.setattr(import_module("qlora.proof.verify"), "serve", lambda *_: pytest.fail("run"))
     report = verify(own / "run", own / "out", in_clients=True)
     assert not report.matches
-    assert str(report.served["transformers"]).endswith(
-        ": not run, because the release itself is not what the run trained"
-    )
+    assert str(report.served["transformers"]).endswith(": not compared: the release itself is not what the run trained")
 
 
 def test_without_a_folder_or_a_client_nothing_is_verified(merged, tmp_path, monkeypatch):

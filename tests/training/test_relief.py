@@ -53,7 +53,8 @@ def step_bytes(trainer):
 
 def run_limited(trainer, num_bytes, may_raise=True, level="none"):
     """Train on with an allocator of so many bytes; return the relief and the changes that it made."""
-    relief, changes = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, may_raise), []
+    levels = recompute_levels(trainer.model) if may_raise else ()
+    relief, changes = MemoryRelief(trainer.model, trainer.plan, trainer.progress, level, levels), []
 
     with Limited(num_bytes, held_by(trainer)):
         trainer.run(1 + STEPS, on_out_of_memory=lambda step: changes.append((step, relief.reduce_memory(step))))
@@ -103,7 +104,7 @@ def test_micro_batches_are_halved_at_the_same_gradient(capacity, any_base, examp
 def test_cached_weights_are_dropped_first(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     num_cached = cache_weights(trainer.model, 2**30)
-    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", recompute_levels(trainer.model))
     assert relief.reduce_memory(0) == f"{num_cached} dequantized weights are no longer cached"
     assert not any(module.is_cached for module in trainer.model.modules() if isinstance(module, NF4Linear))
     assert (relief.num_cached, relief.level) == (0, "none")
@@ -113,7 +114,7 @@ def test_cached_weights_are_dropped_first(tiny_base, examples):
 def test_all_measures_are_taken_in_order_and_then_the_run_ends_with_the_remedy(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
     before = trainer.flat.data.clone()
-    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", True)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", recompute_levels(trainer.model))
     levels = recompute_levels(trainer.model)[1:]
     changes = [relief.reduce_memory(4) for _ in range(len(levels) + 2)]  # four examples become two, then one
     assert [f"is {level} instead" in what for level, what in zip(levels, changes, strict=False)] == [True] * len(levels)
@@ -126,9 +127,18 @@ def test_all_measures_are_taken_in_order_and_then_the_run_ends_with_the_remedy(t
 
 def test_a_level_that_was_asked_for_stays(tiny_base, examples):
     trainer = prepare(tiny_base, examples)
-    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", False)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, "none", ())
     assert "2 parts" in relief.reduce_memory(0)
     assert relief.level == "none"
+
+
+def test_a_level_for_which_the_host_has_no_memory_is_left_out(tiny_base, examples):
+    trainer = prepare(tiny_base, examples)
+    *fitting, last = recompute_levels(trainer.model)
+    relief = MemoryRelief(trainer.model, trainer.plan, trainer.progress, fitting[-1], fitting)
+    assert last not in fitting
+    assert "2 parts" in relief.reduce_memory(0)
+    assert relief.level == fitting[-1]
 
 
 def test_a_run_without_room_for_one_example_changes_nothing(tiny_base, examples):

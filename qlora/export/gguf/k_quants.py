@@ -10,7 +10,8 @@ from pathlib import Path
 from qlora.errors import ExportError
 from qlora.export.gguf.model import import_gguf
 
-# Types by llama.cpp's number of a file type (llama.h); their bits per weight, at most, for the disk space.
+# Types by llama.cpp's number of a file type (llama.h); and the bits per weight that disk space is checked for. Matrices
+# in other types may take more, such as F16 for rows that are not a multiple of 32.
 K_QUANTS = {"q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 BITS = 8
 PROGRAM = "llama-quantize"

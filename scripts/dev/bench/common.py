@@ -272,3 +272,29 @@ def append(path: Path, title: str, lines: list[str]) -> None:
         path.write_text(title, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(["", *lines, ""]))
+
+
+class Section:
+    """Lines that are printed, and written to a page as they are known, so that they outlast a process that is stopped.
+
+    Args:
+        path: Page that they are appended to; None only prints them.
+        title: What a new page begins with.
+    """
+
+    def __init__(self, path: Path | None, title: str) -> None:
+        self._path = path
+        if path is not None:
+            append(path, title, [])
+
+    def write(self, *lines: str) -> None:
+        """Print lines, and append them to the page."""
+        print("\n".join(lines), flush=True)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+
+def cell(text: str) -> str:
+    """Return text for a cell of a table, in which a bar would begin the next one."""
+    return text.replace("|", "\\|")

@@ -4,14 +4,16 @@ The parts run in this order, each in processes of its own with a limit of its ow
 managed memory; training steps beside PEFT at the shape of Llama-3.1-8B; runs of `qlora train` that choose their level
 of recomputation, and that keep the weights on the host; the bandwidth of the dequantization; the longest sequence in 24
 GiB; and last what uses managed memory, which can hang a machine that lacks support for it. A part that fails, or takes
-too long, is written down with the end of its output, and the next one starts. Each part appends its own tables to
---out; gpu.md has a line for each part. NOT YET RUN ON A GPU.
+too long, is written down with the end of its output, and the next one starts. Each part appends the rows of its tables
+to --out as it measures them; gpu.md has a line for each part. Exits with 1 if a part failed or was cut off. NOT YET RUN
+ON A GPU.
 
     python -m scripts.dev.bench.gpu                              # on a GPU; appends to docs/benchmarks
     python -m scripts.dev.bench.gpu --tiny --out /tmp/tables     # small shapes, also on a CPU, to try the script
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.dev.bench.common import BENCHMARKS, ROOT, append, heading, installed
+from scripts.dev.bench.common import BENCHMARKS, ROOT, Section, cell, heading, installed
 
 TITLE = """# The parts of `scripts.dev.bench.gpu`
 
@@ -43,31 +45,35 @@ class Part:
         command: Python's arguments.
         limit: Seconds after which it is stopped, with a budget of `BUDGET`.
         needs: Packages that it needs.
+        uses_base: Whether it needs the random base, which the part named `base` makes.
     """
 
     name: str
     command: list[str]
     limit: int
     needs: tuple[str, ...] = ()
+    uses_base: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part.
+    """Result of a part.
 
     Attributes:
         status: `done`, or why not.
         seconds: Seconds that it took.
         output: End of its output.
+        has_failed: Whether it failed or was cut off.
     """
 
     status: str
     seconds: float
     output: list[str]
+    has_failed: bool = False
 
 
 def main() -> None:
-    """Run the parts, print each outcome, and append the lines to gpu.md."""
+    """Run the parts, and print each outcome and append it to gpu.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU")
     parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all parts; their limits follow it")
@@ -84,23 +90,31 @@ def main() -> None:
         names = [part.name for part in parts]
         if unknown := set(arguments.only or ()) - set(names):
             sys.exit(f"--only: unknown {', '.join(unknown)}; the parts are {', '.join(names)}.")
-        lines = [
+        wanted = set(arguments.only or names)
+        if any(part.uses_base for part in parts if part.name in wanted):
+            wanted.add("base")
+        section = Section(arguments.out / "gpu.md", TITLE)
+        section.write(
             *heading("tiny" if arguments.tiny else "all parts", "torch", "triton", "bitsandbytes", "transformers"),
             "| part | outcome | seconds |",
             "|---|---|---|",
-        ]
-        endings = []
-        for part in parts:
-            if arguments.only and part.name not in (*arguments.only, "base"):
-                continue
-            limit = part.limit * arguments.budget / BUDGET
-            outcome = run(part, min(limit, deadline - time.monotonic()))
-            lines.append(f"| {part.name} | {outcome.status} | {outcome.seconds:.0f} |")
-            print(lines[-1], flush=True)
-            if outcome.output:
-                endings += ["", f"The end of {part.name}:", "", "```", *outcome.output, "```"]
-                print("\n".join(outcome.output), flush=True)
-    append(arguments.out / "gpu.md", TITLE, lines + endings)
+        )
+        failed: dict[str, list[str]] = {}
+        try:
+            for part in (part for part in parts if part.name in wanted):
+                if part.uses_base and "base" in failed:
+                    outcome = Outcome("skipped: there is no base", 0, [])
+                else:
+                    limit = part.limit * arguments.budget / BUDGET
+                    outcome = run(part, min(limit, deadline - time.monotonic()))
+                section.write(f"| {part.name} | {cell(outcome.status)} | {outcome.seconds:.0f} |")
+                if outcome.has_failed:
+                    failed[part.name] = outcome.output
+        finally:
+            for name, output in failed.items():
+                section.write("", f"The end of {name}:", "", "```", *output, "```")
+    if failed:
+        sys.exit(1)
 
 
 def all_parts(base: Path, out: Path, is_tiny: bool) -> Iterator[Part]:
@@ -136,12 +150,14 @@ def all_parts(base: Path, out: Path, is_tiny: bool) -> Iterator[Part]:
         ["-m", f"{BENCH}.train_step", *steps, "--recompute", "none", "full", "--equal-only", "--once", "--unpaged",
          *page("train_step")],
         200,
+        uses_base=True,
     )  # fmt: skip
     yield Part(
         "runs",
         ["-m", f"{BENCH}.runs", *steps, *short, "--row", "model.recompute=auto", *unpaged,
          "--row", "model.weights=host", *unpaged, *page("runs")],
         110,
+        uses_base=True,
     )  # fmt: skip
     tiny = ["--tiny"] if is_tiny else []
     yield Part("dequantize", ["-m", f"{BENCH}.dequantize", *tiny, *page("dequantize")], 50, ("triton",))
@@ -150,12 +166,14 @@ def all_parts(base: Path, out: Path, is_tiny: bool) -> Iterator[Part]:
         ["-m", f"{BENCH}.max_context", *sizes, *context, "--recompute", *levels, "--precision", "0.05", "--unpaged",
          *page("max_context")],
         120,
+        uses_base=True,
     )  # fmt: skip
     yield Part("paged tests", test("gpu and paged"), 60, ("pytest",))
     yield Part(
         "paged run",
         ["-m", f"{BENCH}.runs", *steps, *short, "--row", "train.optimizer=paged_adamw_8bit", *page("runs")],
         60,
+        uses_base=True,
     )  # fmt: skip
 
 
@@ -170,21 +188,24 @@ def run(part: Part, limit: float) -> Outcome:
         process = subprocess.Popen(
             [sys.executable, *part.command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
         )
+        code: int | None = None
         try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        if code != 0:  # its children too, which would keep the GPU's memory
-            kill_group(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit)
+        finally:  # Ctrl-C too
+            if code != 0:  # its children too, which would keep the GPU's memory
+                kill_group(process)
         output.seek(0)
         ending = output.read().splitlines()[-OUTPUT_LINES:]
     seconds = time.monotonic() - started
     if code is None:
-        return Outcome(f"cut off after {limit:.0f} s", seconds, ending)
+        return Outcome(f"cut off after {limit:.0f} s", seconds, ending, has_failed=True)
+    summary = ""
     if part.command[:2] == ["-m", "pytest"]:
-        return Outcome(f"{'done' if code == 0 else 'FAILED'}: {ending[-1] if ending else 'no output'}", seconds,
-                       [] if code == 0 else ending)  # fmt: skip
-    return Outcome("done", seconds, []) if code == 0 else Outcome(f"FAILED with exit code {code}", seconds, ending)
+        summary = f": {ending[-1] if ending else 'no output'}"
+    if code == 0:
+        return Outcome(f"done{summary}", seconds, [])
+    return Outcome(f"FAILED with exit code {code}{summary}", seconds, ending, has_failed=True)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -209,4 +230,5 @@ def folder_in_memory(is_tiny: bool) -> str | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the current part ends too
     main()

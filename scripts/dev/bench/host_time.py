@@ -38,7 +38,8 @@ PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"cpu": nullconte
 TITLE = """# Launches and host time of a layer
 
 `pytest tests/layers/test_launches.py -s` counts on a CPU what a GPU would launch;
-`python -m scripts.dev.bench.host_time --out docs/benchmarks/launches.md` measures the host's work.
+`python -m scripts.dev.bench.host_time --out docs/benchmarks/launches.md` measures the host's work. Nothing has run on a
+GPU.
 """
 
 

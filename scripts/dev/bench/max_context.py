@@ -22,7 +22,7 @@ from qlora.memory.probe import measure_peak
 from qlora.out_of_memory import is_out_of_memory
 from scripts.dev.bench.common import (
     SHAPES,
-    append,
+    Section,
     build_peft,
     build_qlora,
     heading,
@@ -69,13 +69,13 @@ def main() -> None:
         print(json.dumps(search(arguments)))
         return
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.cap:g} GiB"
-    lines = [
+    section = Section(arguments.out, TITLE)
+    section.write(
         *heading(title, "torch", "bitsandbytes", "transformers", "peft"),
         "| side | recompute | longest | peak GiB | driver GiB |",
         "|---|---|---|---|---|",
-    ]
+    )
     sides = [("qlora", level) for level in arguments.recompute] + [("peft", "full")] * installed("peft")
-    print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.base:
             make_base(Path(folder), arguments.shape)
@@ -85,10 +85,7 @@ def main() -> None:
             given += ["--side", side, "--base", arguments.base or folder, "--recompute", level]
             found = run_child(__spec__.name, *given, *["--unpaged"] * arguments.unpaged)
             cells = f"{found['longest']:,} | {found['peak'] / 2**30:.2f} | {found['driver'] / 2**30:.2f}"
-            lines.append(f"| {side} | {level} | {cells} |")
-            print(lines[-1], flush=True)
-    if arguments.out:
-        append(arguments.out, TITLE, lines)
+            section.write(f"| {side} | {level} | {cells} |")
 
 
 def search(arguments: argparse.Namespace) -> dict[str, int]:

@@ -12,10 +12,10 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": False,
 }  # fmt: skip
+# Tokens of a sequence whose speed is measured.
+LENGTH = 512
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"lora": {"kind": "dora"}},
@@ -173,21 +175,40 @@ def make_small(folder: Path, kind: str) -> Path:
 
 
 def measure_scaling() -> list[str]:
-    """Return a table of the speed of one process and of two, each with one thread."""
-    lines = ["| processes | tokens/s, wall | CPU seconds per million tokens |", "|---|---|---|"]
+    """Return a table of the speed of one process and of two, each with one thread, in the order A B B A."""
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_base(folder / "base", "limits")
-        for count in (1, 2):
-            run = write_run(folder, f"scaling-{count}", folder / "base", "lora", 16)
-            launch(count, "-m", "qlora", "train", str(run), "--dry-run")  # the data are prepared
-            started, used = time.perf_counter(), os.times()
-            launch(count, "-m", "qlora", "train", str(run))
-            now, tokens = os.times(), 20 * 16 * count * 48
+        data = folder / "long.jsonl"
+        rows = random_rows(256, LENGTH, 32_000)
+        data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+        for number, count in enumerate((1, 2, 2, 1)):
+            output = folder / f"scaling-{number}"
+            config = {
+                "model": {"base": str(folder / "base"), "compute_dtype": "bfloat16", "weights": "device"},
+                "data": {"train": str(data), "eval": None, "max_seq_len": LENGTH, "cache_dir": str(folder / "cache")},
+                "train": {
+                    "output_dir": str(output), "max_steps": 10, "micro_batch_size": 2,
+                    "gradient_accumulation_steps": 4, "save_every": None,
+                },
+            }  # fmt: skip
+            path = folder / f"scaling-{number}.yaml"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            used = os.times()
+            launch(count, "-m", "qlora", "train", str(path))
+            now = os.times()
+            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
             cpu = now.children_user + now.children_system - used.children_user - used.children_system
-            lines.append(f"| {count} | {tokens / (time.perf_counter() - started):.0f} | {cpu / tokens * 1e6:.0f} |")
-            print(lines[-1], flush=True)
-    return lines
+            found[count].append((statistics.median(speeds[2:]), cpu / count))
+            print(count, *found[count][-1], flush=True)
+    table = ["| processes | tokens/s of a step (two runs) | CPU seconds of a process |", "|---|---|---|"]
+    for count, runs in found.items():
+        speeds, seconds = (" and ".join(f"{value:,.0f}" for value in values) for values in zip(*runs, strict=True))
+        table.append(f"| {count} | {speeds} | {seconds} |")
+    one, two = (sum(speed for speed, _ in runs) for runs in found.values())
+    return [*table, "", f"Two processes are {two / one:.2f} times as fast as one."]
 
 
 def estimate_large() -> list[str]:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from scripts.dev.bench.common import ROOT, SHAPES, append, heading, make_base, random_rows, shape_name
+from scripts.dev.bench.common import ROOT, SHAPES, Section, cell, heading, make_base, random_rows, shape_name
 
 GIB = 1 << 30
 TITLE = """# Runs of `qlora train`
@@ -26,7 +26,7 @@ those of the largest micro-batch; the second is known on GPUs only.
 
 
 def main() -> None:
-    """Train, print, and append to `--out` if it is given."""
+    """Train, print, and append to `--out` if it is given; exit with 1 if a run fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", nargs="+", action="append", metavar="KEY=VALUE", help="settings of a run")
     parser.add_argument("--shape", default="limits", help=f"{', '.join(SHAPES)}, or the path of a config.json")
@@ -38,23 +38,27 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--out", type=Path, help="page to append the table to")
     arguments = parser.parse_args()
+    if arguments.steps <= arguments.warm_up:
+        parser.error(f"--steps {arguments.steps}: none is timed after --warm-up {arguments.warm_up}; take more")
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
-    lines = [
+    section = Section(arguments.out, TITLE)
+    section.write(
         *heading(title, "torch", "bitsandbytes", "transformers"),
         "| settings | recompute | why | predicted GiB | tried GiB | peak GiB | state paged | tokens/s | dequantize |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not arguments.base:
             make_base(folder / "base", arguments.shape)
         config = write_config(folder, arguments)
-        for row in arguments.row or [["model.recompute=auto"]]:
-            lines.append(train(config, folder / f"run-{len(lines)}", row, arguments.warm_up))
-            print(lines[-1], flush=True)
-    if arguments.out:
-        append(arguments.out, TITLE, lines)
+        has_failed = False
+        for index, settings in enumerate(arguments.row or [["model.recompute=auto"]]):
+            row, has_ended = train(config, folder / f"run-{index}", settings, arguments.warm_up)
+            section.write(row)
+            has_failed |= not has_ended
+    if has_failed:
+        sys.exit(1)
 
 
 def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -78,14 +82,14 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
     return path
 
 
-def train(config: Path, run: Path, settings: list[str], warm_up: int) -> str:
-    """Train with some settings; return the row of the table, which holds the error if the run fails."""
+def train(config: Path, run: Path, settings: list[str], warm_up: int) -> tuple[str, bool]:
+    """Train with some settings; return the row of the table, with the error if the run fails, and whether it ended."""
     command = [sys.executable, "-m", "qlora", "train", str(config), f"train.output_dir={run}", *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     name = " ".join(settings)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        return f"| {name} | failed with exit code {done.returncode}: {last} | | | | | | | |"
+        return f"| {name} | failed with exit code {done.returncode}: {cell(last)} | | | | | | | |", False
     used = json.loads((run / "run.json").read_text(encoding="utf-8"))["in_use"]
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in logged if "tokens_per_second" in line][warm_up:]
@@ -93,9 +97,9 @@ def train(config: Path, run: Path, settings: list[str], warm_up: int) -> str:
     memory = used["memory"]
     sizes = [memory["estimated"], memory["measured"], max(line["peak_memory"] for line in steps)]
     return " | ".join([
-        f"| {name}", used["recompute"], used["recompute_why"], *map(gib, sizes),
-        "yes" if used["optimizer_state_paged"] else "no", f"{speed:,.0f}", f"{used['dequantize']} |",
-    ])  # fmt: skip
+        f"| {name}", used["recompute"], cell(used["recompute_why"]), *map(gib, sizes),
+        "yes" if used["optimizer_state_paged"] else "no", f"{speed:,.0f}", f"{cell(used['dequantize'])} |",
+    ]), True  # fmt: skip
 
 
 def gib(num_bytes: Any) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 from scripts.dev.bench.common import (
     SHAPES,
     TOKENIZER,
-    append,
+    Section,
     build_peft,
     build_qlora,
     heading,
@@ -64,10 +64,11 @@ A B B A; the same random weights, tokens, rank, targets and initial values of th
 Tokens/s are of the median step after warm-up, of two runs. CPU seconds of a step are the host's over all threads; with
 one thread they are more reliable than the clock if other programs ran too, with more they include waiting. MFU
 takes the operations that the model needs without recomputation (4 · linear weights + 7 · sequence · width · layers +
-6 · LoRA weights per token), HFU those that were dispatched, both as a share of the best bf16 matrix product measured in
-the same run. Peak memory is the allocator's on a GPU; on a CPU it is the rise
-of resident memory during training above that of the loaded model. If losses of the first steps differ by more than the
-tolerance, the row is void.
+6 · LoRA weights per token), HFU those that were dispatched, both as a share of the best bf16 matrix product measured up
+to the row. Peak memory is the allocator's on a GPU; on a CPU it is the rise of resident memory during training above
+that of the loaded model. If losses of the first steps differ by more than the tolerance, both rows are void, and the
+lower one says so. With `--documents`, the rows are documents of different lengths, which qlora packs and PEFT pads;
+tokens are counted without padding.
 
 **Not yet run on a GPU.**
 """
@@ -106,22 +107,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.documents and arguments.peer == "trl":
         parser.error("--documents: TRL takes a fixed number of rows per step; compare with another --peer")
+    if arguments.steps <= arguments.warm_up:
+        parser.error(f"--steps {arguments.steps}: none is timed after --warm-up {arguments.warm_up}; take more")
     if arguments.side:
         print(json.dumps(measure(arguments)))
         return
+    section = Section(arguments.out, TITLE)
     if arguments.base:
-        lines = table(arguments, arguments.base)
+        write_table(arguments, arguments.base, section)
     else:
         with tempfile.TemporaryDirectory() as folder:
             make_base(Path(folder), arguments.shape, arguments.tokenizer)
-            lines = table(arguments, folder)
-    print("\n".join(lines))
-    if arguments.out:
-        append(arguments.out, TITLE, lines)
+            write_table(arguments, folder, section)
 
 
-def table(arguments: argparse.Namespace, base: str) -> list[str]:
-    """Run both sides at all settings."""
+def write_table(arguments: argparse.Namespace, base: str, section: Section) -> None:
+    """Run both sides at all settings, and write a side's row once its last run has ended."""
     peer = arguments.peer
     if has_peer := installed(*PEERS[peer]):
         both = {level: f"{level.removesuffix(HELD)}+autocast" for level in (f"none{HELD}", "none", "full")}
@@ -149,45 +150,49 @@ def table(arguments: argparse.Namespace, base: str) -> list[str]:
             given += ["--documents", *map(str, arguments.documents)]
         return run_child(__spec__.name, *given, "--side", side, "--setting", setting, "--base", base)
 
-    measured = []
-    for level, peer_setting in [*pairs, *((level, None) for level in others), *((None, one) for one in peer_others)]:
-        sides = {"qlora": level, "peer": peer_setting}
-        results: dict[str, list[dict[str, Any]]] = {}
-        for side in ("qlora", "peer") if arguments.once else ("qlora", "peer", "peer", "qlora"):
-            if setting := sides[side]:
-                results.setdefault(side, []).append(run(side, setting))
-        measured.append((sides, results))
-    # The best of all processes, because other programs may have slowed one down.
-    peak = max(one["matrix_flops"] for _, results in measured for runs in results.values() for one in runs)
     packages = ("torch", "bitsandbytes", "transformers", "peft", "liger-kernel", "unsloth", "trl")
     title = f"{shape_name(arguments.shape)}, rank {arguments.rank}, {arguments.batch} × {arguments.seq_len} tokens"
     if arguments.documents:
         title += " of documents of {} to {}".format(*arguments.documents)
-    lines = [
+    section.write(
         *heading(f"{title}, {peer}", *packages),
-        f"{arguments.steps} steps, the first {arguments.warm_up} not timed; bf16 matrix product {peak / 1e12:.2f} "
-        f"TFLOP/s; learning rate {LEARNING_RATE:g}; {arguments.threads or 'all'} threads.",
+        f"{arguments.steps} steps, the first {arguments.warm_up} not timed; learning rate {LEARNING_RATE:g}; "
+        f"{arguments.threads or 'all'} threads.",
         "",
         "| recompute | side | tokens/s of each run | step s | CPU s | MFU | HFU | peak MB | optimizer | losses |",
         "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    )
+    order = ("qlora", "peer") if arguments.once else ("qlora", "peer", "peer", "qlora")
     best: dict[str, float] = {}
-    for sides, results in measured:
-        losses, is_void = compare(results, arguments.tolerance)
-        for side, runs in results.items():
-            lines.append(row(sides[side], "qlora" if side == "qlora" else peer, runs, peak, losses))
-            if not is_void:
+    peak = 0.0
+    for level, peer_setting in [*pairs, *((level, None) for level in others), *((None, one) for one in peer_others)]:
+        sides = {"qlora": level, "peer": peer_setting}
+        results: dict[str, list[dict[str, Any]]] = {}
+        is_void = False
+        for side in order:
+            setting = sides[side]
+            if not setting:
+                continue
+            runs = results.setdefault(side, [])
+            runs.append(run(side, setting))
+            # The best of all processes, because other programs may have slowed one down.
+            peak = max(peak, runs[-1]["matrix_flops"])
+            if len(runs) == order.count(side):
+                losses, is_void = compare(results, arguments.tolerance)
+                section.write(row(setting, "qlora" if side == "qlora" else peer, runs, peak, losses))
+        if not is_void:
+            for side, runs in results.items():
                 best[side] = max(best.get(side, 0.0), *(speed(run) for run in runs))
         if len(results) == 2 and not is_void:
             ratio = statistics.mean(map(speed, results["qlora"])) / statistics.mean(map(speed, results["peer"]))
             ours, theirs = (min(run["cpu"] for run in results[side]) for side in ("qlora", "peer"))
             cells = f"{ratio:.2f} | | {theirs / ours:.2f} | | | | | |"
-            lines.append(f"| {sides['qlora']} | ours ÷ {peer}'s speed | {cells}")
+            section.write(f"| {sides['qlora']} | ours ÷ {peer}'s speed | {cells}")
     if len(best) == 2:
-        lines.append(f"| best of each | ours ÷ {peer}'s speed | {best['qlora'] / best['peer']:.2f} | | | | | | | |")
+        section.write(f"| best of each | ours ÷ {peer}'s speed | {best['qlora'] / best['peer']:.2f} | | | | | | | |")
+    section.write("", f"The best bf16 matrix product had {peak / 1e12:.2f} TFLOP/s.")
     if not has_peer:
-        lines += ["", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows, which are missing."]
-    return lines
+        section.write("", f"{' and '.join(PEERS[peer])} must be installed for {peer}'s rows, which are missing.")
 
 
 def settings() -> list[str]:

@@ -1,19 +1,25 @@
 """Kernels of Triton compiled as their launchers launch them, for GPUs that are not there.
 
-A launcher is called with tensors on the meta device, and what it would launch is recorded: kernel, arguments, options.
-Triton's own code then decides what a GPU would: which arguments are constants, which are multiples of 16, and how they
-are compiled.
+A launcher is called with tensors on the meta device, and what it would launch is recorded: kernel, grid, arguments and
+options. Triton's own code then decides what a GPU would: which arguments are constants, which are multiples of 16, and
+how they are compiled. The code is read with the `cuobjdump` in Triton's package.
 """
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
-import pytest
-
-from tests.interpreted import cuobjdump, registers_and_spills
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+WARP_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Compiled:
 
     Attributes:
         name: Name of the kernel.
+        threads: Number of threads that are launched.
         registers: Number of registers of a thread.
         spilled: Bytes of a thread that are in memory for want of registers.
         ptx: The intermediate code.
@@ -29,6 +36,7 @@ class Compiled:
     """
 
     name: str
+    threads: int
     registers: int
     spilled: int
     ptx: str
@@ -36,7 +44,7 @@ class Compiled:
 
     def instructions(self) -> list[str]:
         """Return the names of the GPU's instructions, without their modifiers."""
-        lines = cuobjdump(self.cubin, "-sass")
+        lines = _cuobjdump(self.cubin, "-sass")
         return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", lines, re.MULTILINE)
 
 
@@ -49,7 +57,7 @@ class _Gpu:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self._capability, 32)
+        return GPUTarget("cuda", self._capability, WARP_THREADS)
 
     def get_current_device(self) -> int:
         return self._capability  # kernels are kept by device
@@ -59,11 +67,18 @@ class _Gpu:
 
 
 class _Recorder:
+    """Stands for a kernel, and records its launches instead."""
+
     def __init__(self, kernel: Any, launches: list[Any]) -> None:
         self._kernel, self._launches = kernel, launches
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: self._launches.append((self._kernel, args, options))
+        return lambda *args, **options: self._launches.append((self._kernel, grid, args, options))
+
+
+def can_compile() -> bool:
+    """Return whether Triton and its tool are installed."""
+    return find_spec("triton") is not None and _tool().exists()
 
 
 def compile_launches(module: ModuleType, call: Callable[[ModuleType], object], capability: int) -> list[Compiled]:
@@ -77,22 +92,39 @@ def compile_launches(module: ModuleType, call: Callable[[ModuleType], object], c
     import triton
 
     launches: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack:
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction):
-                patch.setattr(module, name, _Recorder(value, launches))
+                stack.enter_context(mock.patch.object(module, name, _Recorder(value, launches)))
         call(module)
     assert launches, "nothing was launched"
     driver = triton.runtime.driver
     before = dict(vars(driver))  # its own reset looks for a GPU
     driver.set_active(_Gpu(capability))
     try:
-        return [_compile(kernel, args, options) for kernel, args, options in launches]
+        return [_compile(*launch) for launch in launches]
     finally:
         vars(driver).update(before)
 
 
-def _compile(kernel: Any, args: Any, options: Any) -> Compiled:
+def _compile(kernel: Any, grid: tuple[int, ...], args: Any, options: Any) -> Compiled:
     compiled = kernel.warmup(*args, grid=(1,), **options)
-    registers, spilled = registers_and_spills(compiled)
-    return Compiled(compiled.metadata.name, registers, spilled, compiled.asm["ptx"], compiled.asm["cubin"])
+    cubin, metadata = compiled.asm["cubin"], compiled.metadata
+    usage = _cuobjdump(cubin, "-res-usage")
+    registers, stack, local = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL"))
+    threads = prod(grid) * WARP_THREADS * metadata.num_warps
+    return Compiled(metadata.name, threads, registers, stack + local, compiled.asm["ptx"], cubin)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """Return what CUDA's tool says about a GPU's code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_tool(), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _tool() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -44,13 +44,27 @@ def step(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])]
 
 
-def test_numbers_of_rows_share_their_products(layer: Any, generator: torch.Generator) -> None:
+def evaluate(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output without a gradient."""
+    with torch.no_grad():
+        return [layer(x)]
+
+
+@pytest.mark.parametrize("compute", [step, evaluate])
+def test_numbers_of_rows_share_their_products(compute: Any, layer: Any, generator: torch.Generator) -> None:
     found = []
     for num_rows in (70, 81, 96):
         with Products() as products:
-            step(layer, torch.randn(num_rows, 64, generator=generator))
+            compute(layer, torch.randn(num_rows, 64, generator=generator))
+        assert products.shapes
         found.append(products.shapes)
     assert found[0] == found[1] == found[2]
+
+
+def test_a_few_rows_are_not_filled_up(layer: Any, generator: torch.Generator) -> None:
+    with Products() as products:
+        evaluate(layer, torch.randn(1, 64, generator=generator))
+    assert all(shapes[0][0] == 1 for shapes in products.shapes)
 
 
 @pytest.mark.parametrize("shape", [(45, 64), (3, 17, 64), (31, 64), (64, 64)])
@@ -69,6 +83,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_layer(
     inputs = [x.clone().requires_grad_(), *factors]
     y = dense(*inputs)
     wanted = [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
+    assert torch.equal(evaluate(layer, x)[0], step(layer, x)[0])
     for own, expected in zip(step(layer, x), wanted, strict=True):
         assert own.shape == expected.shape
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-3)

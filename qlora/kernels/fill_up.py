@@ -1,7 +1,8 @@
-"""Rows of a product filled up to sizes that recur.
+"""Rows added to a product up to numbers that recur.
 
 oneDNN compiles code for each new number of rows of each product and keeps it, half a megabyte or more each, until it
-has a thousand. Packed documents have another number of tokens in nearly every step.
+has a thousand. Packed documents have another number of tokens in nearly every step, and so have documents that are
+evaluated.
 """
 
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 MULTIPLE = 32
 
 
-def filled_up(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows with zeros after them, up to a multiple of `MULTIPLE`; as they are if they are few, or not on a CPU.
+def fill_up_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Append zeros up to a multiple of `MULTIPLE` rows on a CPU; fewer rows than that are returned as they are.
 
     Args:
         rows: (rows, features).
