@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
 
     Args:
         own: The model's layer. It still computes tokens after earlier ones, in generation, and angles that were not
-            tried: for a part of the features, or in another dtype than the hidden states.
+            tried: for a part of the features, in another dtype than the hidden states, or none.
         settings: Arguments that the layer gives to its attention function.
         fused: Whether a kernel computes the rotation.
     """
@@ -56,18 +56,18 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Map (batch, seq, hidden) to (batch, seq, hidden), and None for the weights."""
         own = self._own[0]
-        is_tried = all(
+        is_tried = position_embeddings is not None and all(
             each.dim() == 3 and each.shape[-1] == own.head_dim and each.dtype == hidden_states.dtype
             for each in position_embeddings
         )
         is_first = own.config._attn_implementation == NAME and all(kwargs.get(name) is None for name in CACHES)
-        if not (is_tried and is_first):
+        if position_embeddings is None or not (is_tried and is_first):
             found: tuple[torch.Tensor, None] = own(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )

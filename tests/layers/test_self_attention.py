@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Glm4MoeConfig, LlamaConfig, NemotronConfig, OlmoConfig
+from transformers import Glm4MoeConfig, GraniteMoeHybridConfig, LlamaConfig, NemotronConfig, OlmoConfig
 
 from qlora.data import collate, make_example
 from qlora.kernels import rotate
@@ -35,6 +35,7 @@ def replaced(model):
         (Glm4MoeConfig, EXPERTS, False),
         (OlmoConfig, {}, False),
         (OlmoConfig, {"clip_qkv": 0.5}, False),
+        (GraniteMoeHybridConfig, {"layer_types": ["attention"] * 2, "position_embedding_type": None}, False),
     ],
 )
 def test_only_whole_rotations_in_the_dtype_of_the_model_are_computed_in_bf16(
