@@ -121,11 +121,14 @@ def greedy(model: Any, ids: Sequence[int], **ends: Any) -> tuple[list[int], Any]
 def _answer_in_transformers(release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    code = {"trust_remote_code": release.trust_remote_code}
-    model_class = multimodal_class(AutoConfig.from_pretrained(release.path, **code)) or AutoModelForCausalLM
+    trust = release.trust_remote_code
+    model_class = (
+        multimodal_class(AutoConfig.from_pretrained(release.path, trust_remote_code=trust)) or AutoModelForCausalLM
+    )
     with bars_on_terminals():
-        model = model_class.from_pretrained(release.path, dtype="auto", **code).to(release.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(release.path, **code)
+        model = model_class.from_pretrained(release.path, dtype="auto", trust_remote_code=trust)
+    model = model.to(release.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(release.path, trust_remote_code=trust)
     replies = []
     for prompt in prompts:
         if prompt.is_message:
