@@ -12,6 +12,8 @@ CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
 TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE, BYTES_PER_LOGIT = 128, 512, 1 / 64, 6
 # Memory of a GPU that is not in this machine.
 ASSUMED_MEMORY = 24 << 30
+# On the meta device; a prime, so that memory estimates don't take a chunk of logits for a matrix of the model.
+META_ROWS = 521
 
 
 def default_chunk(device: torch.device, size: int) -> int:
@@ -23,6 +25,8 @@ def default_chunk(device: torch.device, size: int) -> int:
     """
     if device.type == "cpu":
         return CHUNK_ELEMENTS_CPU
+    if device.type == "meta":
+        return META_ROWS * size
     memory = ASSUMED_MEMORY
     if device.type == "cuda" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(device).total_memory
