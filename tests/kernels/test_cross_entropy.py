@@ -226,7 +226,7 @@ def fused(monkeypatch):
     module = load_interpreted("qlora.kernels.cross_entropy_triton")
     monkeypatch.setattr(module, "MOST_COLUMNS", 32)
     monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
-    monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+    monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 32, 70])
@@ -258,7 +258,7 @@ def test_launches_per_chunk(way, monkeypatch, generator):
         module = load_interpreted("qlora.kernels.cross_entropy_triton")
         monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
         monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
-        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_, **__: None)
     hidden, weight, labels, _ = make_inputs(generator, 8, 16, 50, torch.bfloat16)
     counts = []
     for chunk_rows in (8, 4):
@@ -286,7 +286,7 @@ def test_a_simulated_step_takes_the_memory_of_the_real_one(simulated, softcap, t
         module = load_interpreted("qlora.kernels.cross_entropy_triton")
         monkeypatch.setattr(module, "_token_loss_kernel", counted_kernel("token_loss"))
         monkeypatch.setitem(sys.modules, "qlora.kernels.cross_entropy_triton", module)
-        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_: None)
+        monkeypatch.setattr(cross_entropy, "unfused_reason", lambda *_, **__: None)
     with Launches() as launches:
         real = peak(torch.device("cpu"))
     assert predicted == real
