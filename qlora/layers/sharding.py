@@ -176,6 +176,7 @@ class ShardedWeights:
 
     def _serve(self) -> None:
         """Take part in the passes that other processes still run."""
+        self._drop_read()  # a layer that is still there would not be gathered again, and the others would wait for it
         while self._agree(NOTHING):
             self._take_part()
 

@@ -40,7 +40,7 @@ Counts, not timings: the same on every run. `python -m scripts.dev.bench.memory 
 
 - **Saved**: bytes per token that autograd saves from the forward to the backward, each storage once and whole,
   without the model's own; **on ctx**: the same, in attributes of custom functions, where no saved-tensor hook sees
-  it; **alive**: bytes per token of every storage that the forward made and that exists at its end, by whatever
+  it; **alive**: bytes per token of every storage that the forward made and that exists at its end, through any
   reference, also in closures (where checkpointed layers keep rotary tables).
 - **MFLOP/token**: matrix products and attention, half of it if causal, forward + backward; recomputation counts
   with the backward.
