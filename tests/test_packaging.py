@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTION_OF = {"yaml": "pyyaml", "PIL": "pillow"}
 BROUGHT_BY_TORCH = {"triton"}
+ENGINES = {"llama-cpp", "vllm"}  # used where their users have installed them
 
 
 def names_of(requirements):
@@ -46,9 +47,9 @@ def imported_packages():
 def test_dependencies_are_what_is_imported():
     required = names_of(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(sum((extras[name] for name in ("plot", "gpu", "gguf", "metrics", "images")), []))
+    optional = names_of(sum((extras[name] for name in ("plot", "gguf", "metrics", "images")), []))
     imported = imported_packages()
-    assert imported.keys() - required - optional - BROUGHT_BY_TORCH == set()
+    assert imported.keys() - required - optional - BROUGHT_BY_TORCH - ENGINES == set()
     assert required - imported.keys() == set()
 
 
@@ -110,8 +111,8 @@ def test_setup_without_a_gpu_takes_the_tested_torch_and_says_what_is_next(setup,
     assert output.endswith("Next:\n  source .venv/bin/activate\n  qlora init\n")
 
 
-def test_setup_with_a_gpu_adds_its_extra_and_no_constraint(setup):
-    assert setup("test", gpu=True)[1] == [f": {INSTALL} -e .[test,gpu]"]
+def test_setup_with_a_gpu_lets_pip_choose_torch(setup):
+    assert setup("test", gpu=True)[1] == [f": {INSTALL} -e .[test]"]
 
 
 def test_setup_takes_torch_alone_from_its_own_index(setup):

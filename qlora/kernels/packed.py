@@ -1,7 +1,7 @@
 """Weights in oneDNN's own layout, whose products with few rows take less time on a CPU.
 
 torch's compiler uses these operations for frozen weights. The results are those of `F.linear`, which oneDNN computes
-too: only the order in which the weight lies in memory differs.
+too: only the order in which the weight lies in memory differs. With a bias, a result may differ by one rounding.
 """
 
 from typing import Any

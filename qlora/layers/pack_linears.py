@@ -19,7 +19,7 @@ from qlora.nf4 import NF4Linear
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in evaluation mode that multiplies by its packed weight; the outputs are the same.
+    """A linear layer in evaluation mode that multiplies by its packed weight; the outputs are the same to a rounding.
 
     The layer itself computes what is not packed here: with gradients, in other dtypes, with the update folded into the
     weight, and where the adapters are switched. Its attributes are found here too, such as the `weight` of a head whose

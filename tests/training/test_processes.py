@@ -13,7 +13,7 @@ from qlora.config import load_config
 from qlora.errors import ConfigError, QLoRAError
 from qlora.export import merge
 from qlora.proof import verify
-from qlora.training import assemble, train
+from qlora.training import first_checks, train
 from tests.cli import run
 from tests.tiny import POISON, make_base, run_config, write_jsonl
 from tests.training.ranks import call_in_two, needs_fork, train_in_two
@@ -49,7 +49,7 @@ def test_processes_start_where_the_first_one_does_or_all_stop(tiny_base, alpaca_
     metrics = tmp_path / "damaged" / "metrics.jsonl"
     metrics.write_text("no JSON\n" + metrics.read_text())
     record = json.loads((tmp_path / "damaged" / "run.json").read_text())
-    record["in_use"]["processes"] = 2
+    record["in_use"] |= {"processes": 2, "micro_batches": 4}
     (tmp_path / "damaged" / "run.json").write_text(json.dumps(record))
     rewrite(tmp_path / "damaged" / "checkpoints" / "step-000002", "origin.json", in_use=record["in_use"])
     cases = {
@@ -96,9 +96,9 @@ def test_doctor_tries_the_processes():
 
 def train_where_only_the_second_mixes(config):
     """Train where documents mix on the second process alone, as other kernels may make them, and return the error."""
-    own = assemble.keep_apart
+    own = first_checks.keep_apart
     if os.environ["RANK"] == "1":
-        assemble.keep_apart = lambda *args, **kwargs: replace(own(*args, **kwargs), mixed_reason="they mix here")
+        first_checks.keep_apart = lambda *args, **kwargs: replace(own(*args, **kwargs), mixed_reason="they mix here")
     with pytest.raises(ConfigError) as error:
         train(load_config(config))
     return str(error.value)
