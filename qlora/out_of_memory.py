@@ -2,9 +2,9 @@
 
 import torch
 
-# Parts of messages of plain errors. cuBLAS and cuDNN allocate their own workspaces, Triton and the driver load kernels
-# into the device's memory, and CUDA's own calls report its error by name; torch raises its OutOfMemoryError for none of
-# these. The last one is the allocator of a CPU.
+# Parts of messages of plain errors. cuBLAS, cuDNN and NCCL allocate memory of their own, Triton and the driver load
+# kernels into the device's memory, and CUDA's own calls report its error by name; torch raises its OutOfMemoryError for
+# none of these. The last one is the allocator of a CPU.
 MESSAGES = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
@@ -14,6 +14,11 @@ MESSAGES = (
     # cuDNN 9's names for it.
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    # What NCCL warned of last, which torch appends; CUDA's error has its number since NCCL 2.19.
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+    "Failed to CUDA calloc",
+    "Failed to CUDA malloc",
     "DefaultCPUAllocator: can't allocate memory",
 )
 

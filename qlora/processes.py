@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 
 from qlora.errors import ConfigError, ModelError, QLoRAError
+from qlora.out_of_memory import is_out_of_memory
 
 Value = TypeVar("Value")
+
+# Its name in newer versions of torch, and the one before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # Processes wait this long for the first one, which may tokenize large data.
 PATIENCE = timedelta(hours=12)
@@ -122,7 +126,7 @@ class Processes:
             self._host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         numbers = torch.empty(self.world_size, dtype=torch.int64)
         with self.watching_others():
-            dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=self._host_group)
+            all_gather(numbers, torch.tensor([number]), group=self._host_group)
         return numbers.tolist()
 
     @contextmanager
@@ -132,7 +136,8 @@ class Processes:
             yield
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [""]
-            if not isinstance(error, dist.DistError) and "gloo" not in first.lower():
+            is_exchange = isinstance(error, dist.DistError) or "gloo" in first.lower()
+            if not is_exchange or is_out_of_memory(error):
                 raise
             self.leave()
             raise ModelError(

@@ -15,12 +15,24 @@ RAN_OUT = {
     "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     "cuDNN 9 on the host": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "NCCL": torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version "
+        "2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    "NCCL's buffers": torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:76, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version "
+        "2.20.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc 64 bytes"
+    ),
     "the host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
 }
 OTHERS = {
     "an illegal access": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
     "shared memory": RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
     "cuBLAS otherwise": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    "NCCL otherwise": torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.hpp:275, unhandled cuda error, NCCL version 2.20.5\nncclUnhandledCudaError: Call to "
+        "CUDA function failed.\nLast error:\nCuda failure 1 'invalid argument'"
+    ),
     "an error of ours": ModelError("Step 3: memory ran out: CUBLAS_STATUS_ALLOC_FAILED"),
     "Ctrl-C": KeyboardInterrupt(),
 }

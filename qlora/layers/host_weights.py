@@ -93,7 +93,7 @@ class HostWeights:
         if following < len(self._layers) and self._slot(following).layer != following:
             self._fetch(following)
 
-    def together(self) -> AbstractContextManager[None]:
+    def together(self, is_retried: bool = False) -> AbstractContextManager[None]:
         """Return a context without effect: each process has its own weights."""
         return nullcontext()
 

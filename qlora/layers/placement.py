@@ -30,8 +30,8 @@ class Placement(Protocol):
     def finish(self, model: Any) -> None:
         """Make all stored weights readable."""
 
-    def together(self) -> AbstractContextManager[None]:
-        """Return a context in which processes may run a different number of passes."""
+    def together(self, is_retried: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which processes may run a different number of passes; see :func:`uneven_passes`."""
 
 
 class PlacedBytes(NamedTuple):
@@ -113,10 +113,15 @@ def placed_weights(model: Any) -> Placement | None:
     return getattr(model, "placed_weights", None)
 
 
-def uneven_passes(model: Any) -> AbstractContextManager[None]:
+def uneven_passes(model: Any, is_retried: bool = False) -> AbstractContextManager[None]:
     """Return a context in which processes may run a different number of passes through a model; all leave it together.
 
     Only of sharded weights does a process need what the others hold.
+
+    Args:
+        model: The model.
+        is_retried: Whether all processes retry together if memory runs out on some; otherwise it ends the run, see
+            :meth:`qlora.layers.sharding.ShardedWeights.together`.
     """
     placed = placed_weights(model)
-    return nullcontext() if placed is None else placed.together()
+    return nullcontext() if placed is None else placed.together(is_retried)

@@ -13,8 +13,9 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.layers.slots import PackedWeight
+from qlora.lora import RecomputedWeights
 from qlora.out_of_memory import is_out_of_memory
-from qlora.processes import Processes
+from qlora.processes import Processes, all_gather
 
 # What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
 NOTHING, FORWARD, BACKWARD = 0, 1, 2
@@ -22,15 +23,18 @@ NO_MEMORY = (
     "Memory ran out. With model.weights: sharded the step can't be tried again with less, because {}; set "
     "model.recompute: full, or lower train.micro_batch_size or data.max_seq_len. A run continues from its last save."
 )
+TOO_LITTLE = "too little is left for the layers that the other processes wait for"
+NCCL_FAILED = "NCCL got none for its own buffers, after which it can't be used"
+OLD_TORCH = "going on after an aborted pass needs torch 2.13, and this is torch {}"
 
 
 class ShardedWeights:
     """The packed weights of a model's layers, of which each process keeps a part.
 
     `fully_shard` gathers a layer before its forward and backward, and drops it afterwards; the layer that follows is
-    gathered while it computes. All processes have to gather the same layers in the same order. Where one has more to
-    do than another, both enter :meth:`together`: a process that has nothing left takes part in the gathering of the
-    others.
+    gathered while it computes. All processes have to gather the same layers in the same order. Where one runs more
+    passes than another, both enter :meth:`together`: a process that is done gathers layers with the others until they
+    are done too.
 
     Only the codes are split. Their statistics, 3% of the bytes, are on every device, as is what is not in 4 bits.
 
@@ -58,7 +62,7 @@ class ShardedWeights:
         self._in_forward = False
         self._read: Any = None  # the layer that was gathered to be read outside of a pass
         self._is_uneven = False
-        self._pass: Sequence[Any] = []  # layers that all processes gather in the pass that they agreed on last
+        self._pass: Sequence[Any] = []  # layers that all processes gather in the pass that they agreed on; none outside
         self._gathers = _CountedGathers()
 
     @property
@@ -112,12 +116,12 @@ class ShardedWeights:
                 "set it to device or host."
             )
         self._root = model.get_submodule(parents.pop())
-        # The layers share its streams, without which none is gathered ahead. It splits nothing itself.
+        # The root splits nothing itself, but torch gathers layers ahead only on streams that they share through a root.
         fully_shard(self._root, mesh=self._mesh, ignored_params=set(self._root.parameters()))
         for layer, following in pairwise(self._layers):
             layer.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([layer])
-        # It is there already. With none set, torch would gather what ran before in an earlier pass.
+        # The first layer names itself, which has no effect. With no layer named, torch would follow an earlier pass.
         self._layers[0].set_modules_to_backward_prefetch(self._layers[:1])
         self._root.register_forward_pre_hook(self._begin)
         self._root.register_forward_hook(self._end)
@@ -126,53 +130,53 @@ class ShardedWeights:
             layer.register_forward_hook(self._after_layer, prepend=True)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, is_retried: bool = False) -> Iterator[None]:
         """Let processes run different numbers of passes.
 
-        A process whose memory runs out takes part in the gathering of the others until they are done, and raises the
-        error then. If one fails otherwise, the others can't know, so it must end; then the launcher ends them too.
+        A process that fails leaves, and the others stop with an error at the next layer that they gather.
+
+        Args:
+            is_retried: Whether all processes retry together if memory runs out on some. One that runs out then gathers
+                layers with the others until they are done, and raises its error; otherwise it leaves at once.
 
         Raises:
-            torch.OutOfMemoryError: Memory ran out on this process; all are at the end of the context.
-            ModelError: Memory ran out, and what is left is too little to take part; or another process has ended.
+            torch.OutOfMemoryError: Memory ran out on this process. If `is_retried`, all are at the end of the context.
+            ModelError: Memory ran out, and the process can't take part any more; or another process has ended.
         """
         self._drop_read()
-        self._is_uneven, self._pass = True, []
+        self._is_uneven, self._pass, lack = True, [], None
         try:
             with self._processes.watching_others():
-                yield
+                try:
+                    yield
+                except Exception as error:
+                    if not (is_retried and is_out_of_memory(error)):
+                        raise
+                    lack = error
+                    self._abort_pass(error)
                 self._serve()
         except BaseException as error:
-            if is_out_of_memory(error):
-                self._catch_up(error)
-            else:
-                self._processes.leave()
+            self._processes.leave()
+            if is_retried and is_out_of_memory(error):
+                raise ModelError(NO_MEMORY.format(TOO_LITTLE)) from error
             raise
         finally:
             self._is_uneven = False
+        if lack is not None:
+            raise lack
 
-    def _catch_up(self, error: BaseException) -> None:
-        """Take part in the rest of the pass in which memory ran out, and in what the other processes still run."""
+    def _abort_pass(self, error: Exception) -> None:
+        """Free what the pass in which memory ran out holds, and take part in the rest of it."""
+        if isinstance(error, dist.DistError):
+            raise ModelError(NO_MEMORY.format(NCCL_FAILED)) from error
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+        RecomputedWeights.clear()  # the rest of its backward would have taken them
         self._in_forward = False
-        try:
-            with self._processes.watching_others():
-                if self._pass:
-                    self._reset()
-                self._take_part()
-                self._serve()
-        except BaseException as problem:
-            self._processes.leave()
-            if is_out_of_memory(problem):
-                reason = "too little is left for the layers that the other processes wait for"
-                raise ModelError(NO_MEMORY.format(reason)) from problem
-            raise
-
-    def _reset(self) -> None:
-        """Have torch forget the pass that was aborted."""
-        if not hasattr(self._root, "reset_iter_state"):
-            raise ModelError(NO_MEMORY.format(f"torch {torch.__version__} can't continue after an aborted pass"))
-        self._root.reset_iter_state()
+        if self._pass:
+            if not hasattr(self._root, "reset_iter_state"):
+                raise ModelError(NO_MEMORY.format(OLD_TORCH.format(torch.__version__)))
+            self._root.reset_iter_state()
+            self._take_part()
 
     def _serve(self) -> None:
         """Take part in the passes that other processes still run."""
@@ -214,9 +218,15 @@ class ShardedWeights:
 
     def _begin_backward(self, num_layers: int) -> None:
         self._agree(BACKWARD + num_layers)
+        # As `fully_shard` itself does; it is not called if the backward is aborted.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        self._pass = []
 
     def _end(self, *_: Any) -> None:
         self._in_forward = False
+        self._end_pass()
         if [layer for layer, _ in self._calls] != self._layers:
             raise ModelError(
                 "model.weights: sharded is for models that run each layer once, in order, which this one does not; set "
@@ -256,6 +266,6 @@ class _CountedGathers:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
-        """Gather the parts of all processes; the arguments are those of `all_gather_into_tensor`."""
+        """Gather the parts of all processes; the arguments are those of :data:`qlora.processes.all_gather`."""
         self.num_issued += 1
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -91,7 +91,7 @@ class HostHead(_HostRows):
         return self.base.bias
 
     def blocks(self) -> tuple[torch.Tensor, ...]:
-        """Return the weight, (rows, features), as a single block on the device, where dequantized weights make room.
+        """Return the weight, (rows, features), as a single block on the device, after freeing scratch memory there.
 
         It is not copied while an earlier copy is in use, as in a loss that compares predictions with the base's.
         """

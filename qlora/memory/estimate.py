@@ -301,15 +301,17 @@ def check_host(estimate: Estimate, tokens: int, levels: Sequence[str]) -> None:
     if any(estimate.fits_host(level, tokens) for level in levels):
         return
     least = min(levels, key=lambda level: estimate.host_bytes(level, tokens))
-    of_weights = estimate.placed.host
-    remedy = (
-        "split them over more GPUs with model.weights: sharded, or use a smaller base"
-        if of_weights
-        else "set model.recompute: full, or lower train.micro_batch_size or data.max_seq_len"
-    )
+    if estimate.placed.host <= (1 - MARGIN) * (estimate.host_free or 0):
+        what = f"model.recompute: {least}"
+        remedy = "set model.recompute: full, or lower train.micro_batch_size or data.max_seq_len"
+    else:
+        what = f"model.weights: {estimate.weights}"
+        remedy = {
+            "host": "split them over more GPUs with model.weights: sharded, or use a smaller base",
+            "sharded": "start fewer processes on each machine, or use a base with a smaller vocabulary",
+        }[estimate.weights]
     raise ModelError(
-        f"{'model.weights: host' if of_weights else f'model.recompute: {least}'} takes "
-        f"{_gib(estimate.host_bytes(least, tokens))} of host memory for each process, but there are "
+        f"{what} takes {_gib(estimate.host_bytes(least, tokens))} of host memory for each process, but there are "
         f"{_gib(estimate.host_free or 0)}, of which {MARGIN:.0%} stay free. Stop other programs, {remedy}."
     )
 

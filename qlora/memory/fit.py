@@ -194,7 +194,7 @@ def _try(model: Any, loss: Loss, batch: Batch, level: str) -> float:
     apply_recompute(model, level)
     torch.cuda.empty_cache()  # what loading reserved is free for the trial
     try:
-        with uneven_passes(model):
+        with uneven_passes(model, is_retried=True):
             measure_peak(lambda: run_passes(model, batch, loss), model.device)
         return torch.cuda.max_memory_reserved(model.device) + CUDA_CONTEXT_BYTES
     except Exception as error:

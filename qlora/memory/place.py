@@ -42,7 +42,7 @@ def choose_weights(
     """
     section, is_given = config.model, config.model.weights != "auto"
     given = section.weights, "set by model.weights"
-    if is_given and section.weights != "host":
+    if section.weights == "device":
         return given
     if section.quantization == "none" and not is_given:
         return "device", "they are in 16 bits"

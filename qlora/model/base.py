@@ -21,7 +21,7 @@ from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.placing import make_placement, place_complete_layers, take_over_linears
 from qlora.model.processor import load_processor
-from qlora.model.quantization import find_quantized_layers, settings_of_base
+from qlora.model.quantization import LoadingAborted, find_quantized_layers, settings_of_base
 from qlora.model.score import replace_head
 from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
@@ -142,12 +142,10 @@ def load_frozen(
     settings = settings_of_base(files, skeleton, quantization, double_quant, dtype, keep_16bit)
     if settings is not None and not allow_unquantized:
         check_share(base, skeleton, settings)
-    failures: list[str] = []
     if settings is not None and stored_in != BITSANDBYTES_4BIT:
         arguments["quantization_config"] = settings
-        # Functions of their own, because transformers copies settings with all they refer to.
-        settings.on_failure = lambda reason: failures.append(reason)
         if placed is not None:
+            # A function of its own, because transformers copies settings with all they refer to.
             settings.after_weight = lambda model, experts: place_complete_layers(placed, model, experts)
     if stored_in != BITSANDBYTES_4BIT:
         for config in (skeleton.config, skeleton.config.get_text_config()):
@@ -175,12 +173,14 @@ def load_frozen(
                     use_nf4_experts(model, experts, double_quant)
                 if placed is not None:
                     place_weights(model, placed)
+        except LoadingAborted as error:
+            raise ModelError(f"{base} can't be loaded: {error}") from error
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
             if attention != "auto" and "attention" in str(error).lower():
                 raise ModelError(
                     f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
                 ) from error
-            raise ModelError(f"{base} can't be loaded: {failures[0] if failures else error}") from error
+            raise ModelError(f"{base} can't be loaded: {error}") from error
     _check_complete(base, info["missing_keys"])
     _check_finite(base, model)
     if whole and is_multimodal(model.config):

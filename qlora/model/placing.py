@@ -11,6 +11,7 @@ from qlora.layers.host_weights import HostWeights
 from qlora.layers.placement import KINDS, Placement, packed_weights
 from qlora.layers.recompute import checkpointed_layers
 from qlora.layers.sharding import ShardedWeights
+from qlora.model.quantization import LoadingAborted
 from qlora.nf4 import NF4Experts, NF4Linear, is_bitsandbytes_linear
 from qlora.processes import Processes
 
@@ -54,16 +55,22 @@ def place_complete_layers(placed: Placement, model: Any, experts: Mapping[str, N
         model: The model that transformers is loading; the 4-bit linears of a placed layer become `NF4Linear`s, and its
             quantized experts `NF4Experts`.
         experts: Experts that are quantized already, by the full names of their parameters.
+
+    Raises:
+        LoadingAborted: A layer can't be placed.
     """
     names = {module: name for name, module in model.named_modules()}
     for index, layer in enumerate(checkpointed_layers(model)):
         if placed.has(index) or any(parameter.is_meta for parameter in layer.parameters()):
             continue
-        take_over_linears(model, names[layer])
-        take_over_experts(model, experts, names[layer])
-        weights = packed_weights(layer)
-        if weights:
-            placed.store(index, layer, weights)
+        try:
+            take_over_linears(model, names[layer])
+            take_over_experts(model, experts, names[layer])
+            weights = packed_weights(layer)
+            if weights:
+                placed.store(index, layer, weights)
+        except Exception as error:  # whatever torch raises
+            raise LoadingAborted(f"{names[layer]}: {error}") from error
 
 
 def take_over_linears(model: Any, inside: str = "") -> None:

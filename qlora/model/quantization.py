@@ -16,6 +16,14 @@ from qlora.model.names import tensors_of_layers, transposed_modules
 from qlora.nf4 import NF4
 
 
+class LoadingAborted(BaseException):
+    """A weight can't be quantized, or a layer not be placed; the message names it, with the reason.
+
+    No `Exception`, because transformers catches those, logs them and goes on with the next weight: it would read all
+    that is left, and the error at the end would not have the reason.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
     """A layer that is quantized while a model is loaded.

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.lora import is_linear
 from qlora.lora.mixture import ExpertStack, expert_stacks
+from qlora.model.quantization import LoadingAborted
 from qlora.nf4 import NF4, NF4Experts
 
 NAME = "qlora-nf4"
@@ -32,13 +33,10 @@ class NF4Config(BitsAndBytesConfig):
 
     Attributes:
         after_weight: Called with the model and the quantized experts by name, after a weight was quantized; those
-            before it are in the model by then.
-        on_failure: Called with the name of a weight that can't be quantized, and why; transformers raises an error
-            without these.
+            before it are in the model by then. It raises :class:`LoadingAborted` only, so that loading ends there.
     """
 
     after_weight: Callable[[Any, dict[str, NF4Experts]], None] | None = None
-    on_failure: Callable[[str], None] | None = None
 
     def __init__(self, expert_type: str = NF4, **settings: Any) -> None:
         super().__init__(**settings)
@@ -47,7 +45,7 @@ class NF4Config(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as config.json has them."""
-        ours = ("expert_type", "after_weight", "on_failure")
+        ours = ("expert_type", "after_weight")
         own = {key: value for key, value in super().to_dict().items() if key not in ours}
         return own | {"quant_method": QuantizationMethod.BITS_AND_BYTES}
 
@@ -96,7 +94,20 @@ class _Quantize(ConversionOps):
         self._quantizer, self._linears = quantizer, linears
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Return the quantized parameters by name; of experts, their codes."""
+        """Return the quantized parameters by name; of experts, their codes.
+
+        Raises:
+            LoadingAborted: One can't be quantized, or `after_weight` failed.
+        """
+        try:
+            found = self._quantized(input_dict, **kwargs)
+        except Exception as error:
+            raise LoadingAborted(f"{', '.join(input_dict)}: {error}") from error
+        if self._quantizer.quantization_config.after_weight is not None:
+            self._quantizer.quantization_config.after_weight(kwargs["model"], self._quantizer.experts)
+        return found
+
+    def _quantized(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         quantizer, found, others = self._quantizer, dict[str, Any](), dict[str, Any]()
         for name, value in input_dict.items():
             if name not in quantizer.stacks:
@@ -104,16 +115,8 @@ class _Quantize(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             settings, is_transposed = quantizer.quantization_config, quantizer.stacks[name].is_transposed
-            try:
-                quantizer.experts[name] = NF4Experts.from_weight(
-                    weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
-                )
-            except ValueError as error:
-                if settings.on_failure is not None:
-                    settings.on_failure(f"{name}: {error}")
-                raise
+            quantizer.experts[name] = NF4Experts.from_weight(
+                weight, settings.bnb_4bit_use_double_quant, settings.expert_type, is_transposed
+            )
             found[name] = quantizer.experts[name].weight
-        found |= self._linears.convert(others, **kwargs) if others else {}
-        if quantizer.quantization_config.after_weight is not None:
-            quantizer.quantization_config.after_weight(kwargs["model"], quantizer.experts)
-        return found
+        return found | (self._linears.convert(others, **kwargs) if others else {})

@@ -280,7 +280,7 @@ def _look_ahead(parts: LoopParts, batches: Iterable[Batch], num_units: float) ->
         return None, True
     total, has_fit = torch.zeros(loss.num_ahead, device=parts.processes.device), True
     try:
-        with uneven_passes(parts.model):
+        with uneven_passes(parts.model, is_retried=True):
             for batch in batches:
                 total += loss.ahead(parts.model, batch.to(parts.model.device))
     except Exception as error:
@@ -295,7 +295,7 @@ def _accumulate(
 ) -> bool:
     """Add the gradients of micro-batches, and append loss and metrics of each; return False if memory ran out."""
     try:
-        with uneven_passes(parts.model):
+        with uneven_passes(parts.model, is_retried=True):
             for batch in batches:
                 sums.append(_train_on(parts, batch, num_units, scale))
     except Exception as error:

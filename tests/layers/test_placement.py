@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from qlora.layers import apply_recompute
 from qlora.layers.host_weights import HostWeights
 from qlora.layers.placement import placed_bytes, placed_weights, uneven_passes
 from qlora.layers.slots import StoredLayer
-from qlora.lora import add_lora, train_rows
+from qlora.lora import RecomputedWeights, add_lora, train_rows
 from qlora.lora.host_rows import HostHead, host_rows, keep_rows_on_host
 from qlora.memory.place import check_weights
 from qlora.model import frozen_checksum, load_base, take_inventory
 from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.processes import Processes
 from tests.moe import make_moe
+from tests.test_out_of_memory import RAN_OUT
 from tests.tiny import make_base
 from tests.training.ranks import call_in, call_in_two, needs_fork
 
@@ -137,6 +139,20 @@ def test_weights_in_4_bits_on_the_disk_are_placed_after_loading(bases, tmp_path)
     assert placed_weights(model).stored_bytes
 
 
+@pytest.mark.parametrize("family", ["llama", "moe"])
+def test_a_layer_that_can_not_be_placed_ends_the_loading(bases, family, monkeypatch):
+    stored, store = [], HostWeights.store
+
+    def store_first(self, index, layer, weights):
+        stored.append(index)
+        return store(self, index, layer, weights) if index == 0 else fail(RuntimeError("no pinned memory"))
+
+    monkeypatch.setattr(HostWeights, "store", store_first)
+    with pytest.raises(ModelError, match=r"can't be loaded: model\.layers\.1: no pinned memory$"):
+        load(bases[family], "host")
+    assert stored == [0, 1]  # nothing is tried after it failed
+
+
 def test_pieces_are_the_bytes_of_the_layer():
     linears = [NF4Linear.from_linear(torch.nn.Linear(64, size, bias=False)) for size in (48, 7)]
     wanted = [[tensor.clone() for tensor in linear.packed] for linear in linears]
@@ -210,6 +226,7 @@ def different_work(base):
     model = load(base, "sharded", processes)
     add_lora(model, rank=2, layers=[2, 4])
     ids = torch.arange(9)[None]
+    warnings.simplefilter("error", FutureWarning)  # of names that torch is about to remove
     found = [passes(model, ids, level) for level in ("none", "full")]
     for level in ("none", "full"):
         with uneven_passes(model):
@@ -232,15 +249,17 @@ def test_processes_may_run_different_numbers_of_passes(bases):
         assert_same(found, expected)
 
 
-def run_out(base, place):
+def run_out(base, place, is_old=False):
     """Run out of memory at some place of a pass in one process, then run the same on both; return what was computed."""
+    if is_old:
+        del torch.distributed.fsdp.FSDPModule.reset_iter_state
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
     add_lora(model, rank=2)
     ids = torch.arange(9)[None]
     found = [passes(model, ids)]
     if processes.rank == 0:
-        with uneven_passes(model):
+        with uneven_passes(model, is_retried=True):
             found += [passes(model, ids) for _ in range(2)]
     else:
         remove = fail_once(model, place)
@@ -248,13 +267,14 @@ def run_out(base, place):
             run_until_it_fails(model, ids, place)
         remove()
         model.zero_grad()
+        assert not RecomputedWeights._weights
     with uneven_passes(model):
         found += [passes(model, ids, level) for level in ("none", "full")]
     return found
 
 
 def run_until_it_fails(model, ids, place):
-    with uneven_passes(model):
+    with uneven_passes(model, is_retried=True):
         passes(model, ids)
         if place == "between":
             raise torch.OutOfMemoryError("no memory")
@@ -292,6 +312,13 @@ def test_a_process_that_runs_out_of_memory_takes_part_until_the_others_are_done(
         assert_same(found, expected)
 
 
+@needs_fork
+@pytest.mark.parametrize("place", ["loss", "between"])
+def test_between_passes_older_versions_of_torch_have_nothing_to_reset(bases, place):
+    first, second = call_in_two(run_out, bases["llama"], place, True)
+    assert (len(first), len(second)) == (5, 3)
+
+
 def count_gathers(base, level):
     """Return how many layers were asked for when each layer computes, forward and backward, and in all."""
     processes = Processes.start(on_cpu=True)
@@ -320,24 +347,30 @@ def test_split_layers_are_gathered_ahead_in_both_directions(bases, level):
         assert total == 2 * LAYERS
 
 
-def fail_alone(base, folder, error):
+def fail_alone(base, folder, error, case):
     """Fail in one process in the middle of a pass; write what each of them meets."""
+    if case == "old torch":
+        del torch.distributed.fsdp.FSDPModule.reset_iter_state
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
-    if processes.rank == 1:
+    if processes.rank == 1 and case == "idle":
+        forbid_gathering(model, error)
+    elif processes.rank == 1:
         model.model.layers[3].mlp.register_forward_hook(lambda *_: fail(error))
-        if isinstance(error, torch.OutOfMemoryError):  # not even a layer of the other process fits any more
+        if case == "no room":  # not even a layer of the other process fits any more
             model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: forbid_gathering(model, error))
-    started = time.perf_counter()
+    started, finished = time.perf_counter(), []
 
     @torch.no_grad()
     def run():
-        with processes.raise_together(), uneven_passes(model):
-            model(torch.arange(9)[None])
-            model(torch.arange(9)[None])
+        with processes.raise_together(), uneven_passes(model, is_retried=case != "not retried"):
+            for _ in range(2 if processes.rank == 0 or case != "idle" else 0):
+                model(torch.arange(9)[None])
+                finished.append(True)
 
-    with pytest.raises(ModelError) as problem:
+    with pytest.raises((ModelError, torch.OutOfMemoryError)) as problem:
         run()
+    assert len(finished) < 2
     (folder / str(processes.rank)).write_text(f"{time.perf_counter() - started:.1f} s: {problem.value}")
     os._exit(0)
 
@@ -352,19 +385,25 @@ def fail(error):
     raise error
 
 
+NO_RETRY = "Memory ran out. With model.weights: sharded the step can't be tried again with less, because "
+# What happens in one process, and the message that it ends with.
+FAILURES = {
+    "killed": (None, None),
+    "error": (ModelError("one process fails"), "one process fails"),
+    "not retried": (torch.OutOfMemoryError("no memory"), "no memory"),
+    "no room": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}too little is left for the layers"),
+    "idle": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}too little is left for the layers"),
+    "old torch": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}going on after an aborted pass needs torch 2.13"),
+    "NCCL": (RAN_OUT["NCCL"], f"{NO_RETRY}NCCL got none for its own buffers"),
+}
+
+
 @needs_fork
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (None, None),
-        (ModelError("one process fails"), "one process fails"),
-        (torch.OutOfMemoryError("no memory"), "Memory ran out. With model.weights: sharded the step can't be tried"),
-    ],
-    ids=["killed", "error", "out of memory"],
-)
-def test_a_process_that_ends_ends_the_others(bases, tmp_path, error, message):
+@pytest.mark.parametrize("case", FAILURES, ids=lambda case: case.replace(" ", "-"))
+def test_a_process_that_ends_ends_the_others(bases, tmp_path, case):
+    error, message = FAILURES[case]
     with pytest.raises(AssertionError, match="ended without an answer"):
-        call_in_two(fail_alone, bases["llama"], tmp_path, error)
+        call_in_two(fail_alone, bases["llama"], tmp_path, error, case)
     for rank, start in enumerate(("Another process of the run has ended; its last message has the reason.", message)):
         if start is not None:
             deadline = time.monotonic() + 30

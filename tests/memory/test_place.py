@@ -111,6 +111,35 @@ def test_a_host_with_too_little_memory_is_refused_before_anything_is_loaded(pred
 
 
 @pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("embedding and head", r"^model\.weights: sharded takes .*start fewer processes .* smaller vocabulary\.$"),
+        ("layer inputs", r"^model\.recompute: offload takes .*set model\.recompute: full"),
+    ],
+)
+@pytest.mark.parametrize("base", ["dense"], indirect=True)
+def test_split_weights_that_a_config_asks_for_are_held_against_the_host(
+    missing, message, predicted, base, tmp_path, monkeypatch
+):
+    """With split weights, the host of each process has embedding and head, and layer inputs that are offloaded."""
+    sharded = replace(predicted, weights="sharded")
+    of_weights, total = sharded.placed.host, sharded.host_bytes("offload", sharded.tokens)
+    assert of_weights == predicted.footprint.embedding + predicted.footprint.head
+    monkeypatch.setattr(place, "estimate", lambda *_: predicted)
+    monkeypatch.setattr(place, "available_bytes", lambda _device: 1 << 40)
+    on_gpu, lengths = Processes(device=torch.device("cuda")), [predicted.max_seq_len] * predicted.micro_batch_size
+    path = run_config(
+        base, tmp_path / "none.jsonl", tmp_path / "run", model__weights="sharded", model__recompute="offload"
+    )
+    config, needed = load_config(path), {"embedding and head": of_weights, "layer inputs": total}[missing]
+    monkeypatch.setattr(place, "free_host_bytes", lambda: int(total / 0.95) + 1)
+    assert place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)[0] == "sharded"
+    monkeypatch.setattr(place, "free_host_bytes", lambda: int(needed / 0.95) - 1)
+    with pytest.raises(ModelError, match=message):
+        place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
+
+
+@pytest.mark.parametrize(
     ("settings", "order", "head_copies"),
     [
         ({}, "FB", 1),
