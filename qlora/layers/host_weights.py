@@ -42,7 +42,7 @@ class HostWeights:
     @property
     def layer_bytes(self) -> list[int]:
         """Bytes of each layer, in the model's order."""
-        return [layer.num_bytes for layer in self._layers]
+        return [layer.packed.num_bytes for layer in self._layers]
 
     @property
     def stored_bytes(self) -> int:
@@ -76,7 +76,8 @@ class HostWeights:
         most = max(self.layer_bytes)
         self._slots = [Slot(most, self._device) for _ in self._layers[:NUM_SLOTS]]
         for number, layer in enumerate(self._layers):
-            layer.use(self._slot(number).content, partial(self.need, number))
+            layer.packed.use(self._slot(number).content)
+            layer.packed.fetch_by(partial(self.need, number))
         model.to(self._device)  # now, because the weights' stand-ins would become as large as the weights
 
     def need(self, number: int) -> None:
@@ -99,7 +100,7 @@ class HostWeights:
 
     def _fetch(self, number: int) -> None:
         slot, layer = self._slot(number), self._layers[number]
-        content = slot.content[: layer.num_bytes]
+        content = slot.content[: layer.packed.num_bytes]
         slot.wait()
         slot.layer = number
         self.num_fetched += 1

@@ -50,25 +50,21 @@ class PlacedBytes(NamedTuple):
     in_layers: int = 0
 
 
-def placed_bytes(
-    kind: str, layers: Sequence[int], num_processes: int, statistics_share: float = 0.0, passes: str = "FB"
-) -> PlacedBytes:
+def placed_bytes(kind: str, layers: Sequence[int], num_processes: int, passes: str = "FB") -> PlacedBytes:
     """Return what placed weights take.
 
     Args:
         kind: `sharded` or `host`.
         layers: Bytes of each layer with packed weights.
         num_processes: Number of processes that share them.
-        statistics_share: Share of the bytes that are the codes' statistics, which are not split.
         passes: Passes of a micro-batch through all layers in their order: `F` forward, `B` backward.
     """
     if kind == "sharded":
-        statistics = int(statistics_share * sum(layers))
-        part = -(-(sum(layers) - statistics) // num_processes)
+        part = -(-sum(layers) // num_processes)
         # The layer that computes, and two buffers: `fully_shard` keeps the one that it was gathered in until the next
         # layer is there.
         in_layers = min(NUM_SLOTS + 1, len(layers) + 1) * max(layers)
-        return PlacedBytes(statistics + part, 0, len(passes) * (num_processes - 1) * part, in_layers)
+        return PlacedBytes(part, 0, len(passes) * (num_processes - 1) * part, in_layers)
     largest = min(NUM_SLOTS, len(layers)) * max(layers)
     # The last layers are there after a forward pass, and the first ones after a backward pass; a pass in the other
     # direction begins with them. Before the first pass comes the last one of the micro-batch before.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.layers.slots import PackedWeight
+from qlora.layers.slots import PackedLayer, PackedWeight
 from qlora.lora import RecomputedWeights
 from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes, all_gather
@@ -36,7 +36,8 @@ class ShardedWeights:
     passes than another, both enter :meth:`together`: a process that is done gathers layers with the others until they
     are done too.
 
-    Only the codes are split. Their statistics, 3% of the bytes, are on every device, as is what is not in 4 bits.
+    Codes and statistics of a layer are one parameter of bytes, which is split; the weights are views of it while it is
+    gathered, because torch gathers it to the same storage each time. What is not in 4 bits is on every device.
 
     Args:
         device: Device that computes.
@@ -44,7 +45,7 @@ class ShardedWeights:
 
     Attributes:
         kind: Where the weights are kept.
-        stored_bytes: Bytes that this process keeps: its part of the codes, and all statistics.
+        stored_bytes: Bytes that this process keeps.
     """
 
     kind = "sharded"
@@ -75,7 +76,7 @@ class ShardedWeights:
         return index in self._stored
 
     def store(self, index: int, layer: Any, weights: Sequence[PackedWeight]) -> None:
-        """Split the codes of a layer over the processes, and move the rest of the layer to the device.
+        """Split the packed weights of a layer over the processes, and move the rest of the layer to the device.
 
         Args:
             index: Index of the layer in the model.
@@ -83,20 +84,15 @@ class ShardedWeights:
             weights: Its packed weights, complete on this process.
         """
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
 
         layer.to(self._device)
-        codes = {weight.weight for weight in weights}
-        num_bytes = sum(tensor.nbytes for weight in weights for tensor in weight.packed)
-        self.stored_bytes += num_bytes - sum(each.nbytes for each in codes)
-        others = {each for each in layer.parameters() if each not in codes}
+        packed, others = PackedLayer(weights), {*layer.parameters()}
+        layer.packed_weights = SplitBytes(packed.take(self._device))
         fully_shard(layer, mesh=self._mesh, ignored_params=others)
         layer.set_custom_all_gather(self._gathers)
-        for weight in weights:
-            assert isinstance(weight.weight, DTensor)
-            self.stored_bytes += weight.weight.to_local().nbytes
-            weight.before_read = partial(self._gather, layer, weight)
-        self._stored[index] = layer, num_bytes
+        packed.fetch_by(partial(self._gather, layer, packed))
+        self.stored_bytes += layer.packed_weights.content.to_local().nbytes
+        self._stored[index] = layer, packed.num_bytes
 
     def finish(self, model: nn.Module) -> None:
         """Move the rest of the model to the device, and watch its passes, in which each layer has to run once.
@@ -239,14 +235,31 @@ class ShardedWeights:
             self._read.reshard()
             self._read = None
 
-    def _gather(self, layer: Any, weight: Any) -> None:
-        """Gather a layer to read it outside of a pass; all processes read the same."""
+    def _gather(self, layer: Any, packed: PackedLayer) -> None:
+        """Gather a layer to read it, if that is outside of a pass; all processes read the same."""
         from torch.distributed.tensor import DTensor
 
-        if isinstance(weight.weight, DTensor):
+        if isinstance(layer.packed_weights.content, DTensor):
             self._drop_read()
             layer.unshard()
             self._read = layer
+        if packed.content is not layer.packed_weights.content:  # the first time
+            packed.use(layer.packed_weights.content)
+
+
+class SplitBytes(nn.Module):
+    """The bytes of a layer's packed weights, of which each process has a part.
+
+    Args:
+        content: The bytes, (bytes,) uint8.
+
+    Attributes:
+        content: The part of this process, or all bytes while the layer is gathered.
+    """
+
+    def __init__(self, content: torch.Tensor) -> None:
+        super().__init__()
+        self.content = nn.Parameter(content, requires_grad=False)
 
 
 class _CountedGathers:

@@ -1,4 +1,4 @@
-"""The bytes of a layer's packed weights in host memory, and the memory of the device that they come to."""
+"""The bytes of a layer's packed weights as one tensor, to split or to keep on the host, and slots on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -29,8 +29,52 @@ class PackedWeight(Protocol):
         """Use other tensors in their place."""
 
 
+class PackedLayer:
+    """The packed weights of a layer, with their statistics, as one run of bytes.
+
+    Args:
+        weights: The weights.
+
+    Attributes:
+        num_bytes: Number of bytes.
+        content: Memory that the weights are views of, (bytes,) uint8; None before :meth:`use`.
+    """
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        tensors = [tensor for weight in weights for tensor in weight.packed]
+        self._offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
+        self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self._weights, self.num_bytes = list(weights), self._offsets[-1]
+        self.content: torch.Tensor | None = None
+
+    def take(self, device: torch.device) -> torch.Tensor:
+        """Return the bytes, (bytes,) uint8 on a device; the weights themselves hold nothing any more."""
+        content = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+        tensors = (tensor for weight in self._weights for tensor in weight.packed)
+        for tensor, offset in zip(tensors, self._offsets, strict=False):
+            content[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+        for weight in self._weights:
+            weight.use_packed([each.new_empty([1] * each.dim()).expand(each.shape) for each in weight.packed])
+        return content
+
+    def fetch_by(self, before_read: Callable[[], None]) -> None:
+        """Have a function called before a weight is read, which brings the bytes to :attr:`content`."""
+        for weight in self._weights:
+            weight.before_read = before_read
+
+    def use(self, content: torch.Tensor) -> None:
+        """Make the weights views of the memory that the bytes come to, (bytes,) uint8."""
+        self.content, views = content, self._views(content)
+        for weight in self._weights:
+            weight.use_packed([next(views) for _ in weight.packed])
+
+    def _views(self, content: torch.Tensor) -> Iterator[torch.Tensor]:
+        for (shape, dtype), offset in zip(self._kinds, self._offsets, strict=False):
+            yield content[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
 class StoredLayer:
-    """A layer's weights as one run of bytes in host memory; the weights themselves hold nothing any more.
+    """A layer's packed weights in host memory.
 
     Args:
         weights: The weights.
@@ -38,45 +82,21 @@ class StoredLayer:
         piece_bytes: Bytes of the pieces that the bytes are kept in.
 
     Attributes:
-        weights: The weights.
+        packed: The weights, which hold nothing before their bytes are copied to a slot that they use.
         pieces: The bytes, in consecutive tensors; the last may be shorter than the others.
-        num_bytes: Number of bytes.
     """
 
     def __init__(self, weights: Sequence[PackedWeight], pinned: bool = False, piece_bytes: int = PIECE_BYTES) -> None:
-        tensors = [tensor for weight in weights for tensor in weight.packed]
-        self._offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
-        self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        self.weights, self.num_bytes = list(weights), self._offsets[-1]
-        content = torch.zeros(self.num_bytes, dtype=torch.uint8)
-        for tensor, offset in zip(tensors, self._offsets, strict=False):
-            content[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+        self.packed = PackedLayer(weights)
         self.pieces = [
-            torch.empty(len(own), dtype=torch.uint8, pin_memory=pinned).copy_(own) for own in content.split(piece_bytes)
+            torch.empty(len(own), dtype=torch.uint8, pin_memory=pinned).copy_(own)
+            for own in self.packed.take(torch.device("cpu")).split(piece_bytes)
         ]
-        for weight in weights:
-            weight.use_packed([each.new_empty([1] * each.dim()).expand(each.shape) for each in weight.packed])
-
-    def use(self, content: torch.Tensor, before_read: Callable[[], None]) -> None:
-        """Make the weights views of the memory that the layer comes to.
-
-        Args:
-            content: The memory, (bytes,) uint8.
-            before_read: Brings the layer there.
-        """
-        views = self._views(content)
-        for weight in self.weights:
-            weight.use_packed([next(views) for _ in weight.packed])
-            weight.before_read = before_read
 
     def copy_to(self, out: torch.Tensor) -> None:
         """Copy the bytes to (bytes,) uint8, without waiting for a GPU."""
         for own, piece in zip(out.split([len(piece) for piece in self.pieces]), self.pieces, strict=True):
             own.copy_(piece, non_blocking=True)
-
-    def _views(self, content: torch.Tensor) -> Iterator[torch.Tensor]:
-        for (shape, dtype), offset in zip(self._kinds, self._offsets, strict=False):
-            yield content[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class Slot:

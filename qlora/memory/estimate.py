@@ -70,7 +70,7 @@ class Estimate:
             return PlacedBytes(0, 0, 0)
         footprint = self.footprint
         passes = footprint.passes
-        layers = placed_bytes(self.weights, packed, self.processes, footprint.statistics_share, passes.order)
+        layers = placed_bytes(self.weights, packed, self.processes, passes.order)
         return layers._replace(
             host=layers.host + footprint.embedding + footprint.head,
             copied=layers.copied + passes.head_copies * footprint.head,
@@ -83,6 +83,13 @@ class Estimate:
         moved = sum(footprint.layers_packed) + footprint.embedding + footprint.head if any(placed) else 0
         on_host = placed.host if self.device.type == "cpu" else 0  # which is the device
         return footprint.weights - moved + placed.device + on_host
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the base that are on the device when it has been loaded, before embedding and head leave it."""
+        footprint = self.footprint
+        leaves = any(self.placed) and self.device.type != "cpu"
+        return self.weight_bytes + (footprint.embedding + footprint.head if leaves else 0)
 
     @property
     def levels(self) -> list[str]:
@@ -114,7 +121,9 @@ class Estimate:
             step = dict.fromkeys(step, 0)
             held["optimizer"] += footprint.update
         context = CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
-        return held | {kind: round(number) for kind, number in step.items()} | {"context": context}
+        found = held | {kind: round(number) for kind, number in step.items()} | {"context": context}
+        loaded = dict.fromkeys(found, 0) | {"weights": self.loaded_bytes, "context": context}
+        return max(found, loaded, key=lambda each: sum(each.values()))
 
     def total_bytes(self, level: str, tokens: int, row: int | None = None) -> int:
         """Return the sum of :meth:`bytes_by_kind`."""

@@ -66,7 +66,6 @@ class Footprint:
         passes: Passes of a micro-batch through the layers.
         products: Number of the base's weights that each token is multiplied by: of experts, those that it is sent to.
         layers_packed: Bytes of each layer's 4-bit weights, with their statistics.
-        statistics_share: Share of the bytes of 4-bit weights that are their statistics.
         layers_dequantized: Bytes of each layer's 4-bit linear weights once they are dequantized.
         rows_attend: Whether attention spans whole sequences, even if they contain several documents.
         unpacked_why: Why documents can't be packed, as far as the architecture tells; None if it does not.
@@ -85,7 +84,6 @@ class Footprint:
     passes: Passes
     products: int
     layers_packed: list[int]
-    statistics_share: float
     layers_dequantized: list[int]
     rows_attend: bool
     unpacked_why: str | None
@@ -147,8 +145,6 @@ def take_footprint(
         for name, shape in factor_shapes(spec, stacks[stack].shape, stacks[stack].is_transposed).items()
     ]
     in_4bit = _bytes_in_4bit(quantized, experts, bool(quantization), expert_type(files))
-    codes = sum(each.weight.numel() for each in quantized.values()) // 2
-    codes += sum(stack.numel for stack in experts.values()) // 2
     weights = _weight_bytes(model, in_4bit)
     weights += _fixed_bytes(config, loss, specs, adapted, values)
     trained = [
@@ -193,7 +189,6 @@ def take_footprint(
         passes=passes,
         products=products,
         layers_packed=packed,
-        statistics_share=1 - codes / (sum(in_4bit.values()) or 1),
         layers_dequantized=[numel * dtype.itemsize for numel in by_layer],
         rows_attend=model.config._attn_implementation == "eager",
         unpacked_why=unpacked_why,

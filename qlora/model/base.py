@@ -132,7 +132,8 @@ def load_frozen(
         )
     # Weights that are quantized while they are read are placed layer by layer; others afterwards.
     leaves_early = placed is not None and stored_in != BITSANDBYTES_4BIT
-    # To the host a layer comes from the device; the parts of split layers leave no room there for embedding and head.
+    # To the host a layer comes from the device. Split layers come from the CPU, so that embedding and head, which go to
+    # the device until adapters are added, do so when no whole layer is there.
     is_on_device = placed is None or (placed.kind == "host" and leaves_early)
     first_device = device if is_on_device else torch.device("cpu")
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(first_device)}}

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from qlora.checkpoint import Inventory
+from qlora.layers.sharding import SplitBytes
 from qlora.lora import (
     LoraExperts,
     LoraLinear,
@@ -32,6 +33,8 @@ def take_inventory(model: nn.Module) -> Inventory:
     num_bytes += sum(piece.nbytes for piece in on_host)
     seen = {parameter for rows in all_rows for parameter in rows.trained}
     for name, module in model.named_modules():
+        if isinstance(module, SplitBytes):  # those of the packed weights
+            continue
         name = name.removesuffix(".base")
         parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, LoraLinear):
@@ -80,6 +83,8 @@ def frozen_checksum(model: nn.Module) -> int:
     """Sum the bytes of all frozen weights and their statistics; the sum changes if training writes to them."""
     total = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for module in model.modules():
+        if isinstance(module, SplitBytes):  # those of the packed weights
+            continue
         if isinstance(module, NF4Linear | NF4Experts):
             module.ensure_present()
         frozen: list[torch.Tensor] = [each for each in module.parameters(recurse=False) if not each.requires_grad]

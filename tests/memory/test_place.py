@@ -64,6 +64,20 @@ def test_bytes_are_those_of_a_loaded_model(base, predicted):
         assert on_device - on_host == moved - host.placed.device - kept
 
 
+def test_a_large_embedding_is_the_peak_while_a_base_is_loaded(predicted):
+    """It leaves the device when adapters are added, before the first step."""
+    own = predicted.footprint
+    large = replace(
+        predicted, footprint=replace(own, weights=own.weights + (1 << 40), embedding=own.embedding + (1 << 40))
+    )
+    for weights in ("device", "sharded", "host"):
+        before, placed = (replace(each, weights=weights, processes=2) for each in (predicted, large))
+        peak = placed.bytes_by_kind("full", 512)
+        moved = 0 if weights == "device" else own.embedding + own.head
+        assert peak["weights"] == before.weight_bytes + (1 << 40) + moved
+        assert (peak["adapters"] == 0) == (weights != "device")
+
+
 def test_parts_of_several_processes(predicted):
     layers = predicted.footprint.layers_packed
     for count in (2, 3):
