@@ -9,7 +9,6 @@ With --out, tables are appended to a page. On GPUs, processes use one each.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -53,6 +52,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts": {"lora": {"expert_rank": 2}},
     "dpo": {"train": {"objective": "dpo"}},
 }
+# By the micro-batches of a step, which processes share: where weights are, in how many processes, and the number of
+# processes with weights on the device that this is compared with. Sums of three gradients may depend on their order.
+COMPARED = {2: {("host", 1): 1, ("sharded", 2): 1}, 3: {("device", 3): 1, ("sharded", 3): 3}}
 # A run, the options of `qlora estimate`, and what it should take at most.
 ESTIMATED = {
     "llama3_70b_24gb": ("70B", "4090", 1, 20.0),
@@ -138,22 +140,38 @@ def write_run(folder: Path, name: str, base: Path, kind: str, accumulation: int,
 
 def compare_adapters() -> list[str]:
     """Return a table of the adapters that runs with weights in different places end with."""
-    lines = ["| | one process, host | two processes, sharded |", "|---|---|---|"]
-    runs = [("device", 1), ("host", 1), ("sharded", 2)]
+    header = [
+        f"{weights} in {count}, and device in {others}"
+        for runs in COMPARED.values()
+        for (weights, count), others in runs.items()
+    ]
+    lines = [f"| processes | {' | '.join(header)} |", "|---|" + "---|" * len(header)]
     for kind in KINDS:
+        cells = [kind]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             base = make_small(folder, kind)
-            hashes = []
-            for weights, count in runs:
-                run = write_run(folder, f"{weights}-{count}", base, kind, 2 // count, weights=weights)
-                launch(count, "-m", "qlora", "train", str(run))
-                adapter = folder / f"{weights}-{count}" / "adapter" / "adapter_model.safetensors"
-                hashes.append(hashlib.sha256(adapter.read_bytes()).hexdigest())
-        cells = ["same bytes" if each == hashes[0] else "other bytes" for each in hashes[1:]]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+            for total, runs in COMPARED.items():
+                for weights, count in [("device", 1), *runs]:
+                    run = write_run(folder, f"{weights}-{count}-{total}", base, kind, total // count, weights=weights)
+                    launch(count, "-m", "qlora", "train", str(run))
+                cells += [
+                    describe_difference(folder / f"{weights}-{count}-{total}", folder / f"device-{others}-{total}")
+                    for (weights, count), others in runs.items()
+                ]
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return lines
+
+
+def describe_difference(run: Path, other: Path) -> str:
+    """Say whether two runs end with the same adapter, byte for byte, or how far their losses are apart."""
+    adapters = [(each / "adapter" / "adapter_model.safetensors").read_bytes() for each in (run, other)]
+    if adapters[0] == adapters[1]:
+        return "same bytes"
+    lines = ([json.loads(line) for line in (each / "metrics.jsonl").open(encoding="utf-8")] for each in (run, other))
+    losses = zip(*([line["loss"] for line in own if "loss" in line] for own in lines), strict=True)
+    return f"other bytes, losses within {max(abs(a - b) / b for a, b in losses):.0e}"
 
 
 def make_small(folder: Path, kind: str) -> Path:
