@@ -5,6 +5,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.out_of_memory import is_out_of_memory
+from qlora.processes import Processes
 
 RAN_OUT = {
     "torch's allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -46,3 +47,10 @@ def test_each_error_of_exhausted_memory_is_recognized(error):
 @pytest.mark.parametrize("error", OTHERS.values(), ids=OTHERS)
 def test_errors_that_less_memory_does_not_cure_are_not(error):
     assert not is_out_of_memory(error)
+
+
+def test_an_exchange_that_lacks_memory_is_not_taken_for_the_end_of_another_process():
+    with pytest.raises(torch.distributed.DistBackendError, match="out of memory"), Processes().watching_others():
+        raise RAN_OUT["NCCL"]
+    with pytest.raises(ModelError, match="Another process of the run has ended"), Processes().watching_others():
+        raise OTHERS["NCCL otherwise"]
