@@ -1,8 +1,8 @@
-"""Values of several settings to try together: each pair once, or every combination."""
+"""Values of several settings to try together: each value or each pair of values once, or every combination."""
 
 import os
 from collections.abc import Sequence
-from itertools import combinations, product
+from itertools import combinations, cycle, islice, product
 from typing import Any
 
 
@@ -21,6 +21,19 @@ def pairs(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
     if not os.environ.get("QLORA_SWEEP"):
         every = _covering(every)
     return [tuple(values[place] for values, place in zip(settings, places, strict=True)) for places in every]
+
+
+def each(*settings: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return fewer combinations than :func:`pairs`, in which each setting has each of its values.
+
+    With QLORA_SWEEP=1 in the environment, these are all combinations.
+
+    Args:
+        settings: Values of each setting.
+    """
+    if os.environ.get("QLORA_SWEEP"):
+        return list(product(*settings))
+    return list(islice(zip(*map(cycle, settings), strict=False), max(map(len, settings))))
 
 
 def _covering(every: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Triton's kernels in its interpreter, on a CPU; compiled for GPUs that are not there; and only counted."""
+"""Triton's kernels in its interpreter, on a CPU, and only counted; and whether they can be compiled."""
 
 import importlib.util
 import sys
@@ -111,42 +111,6 @@ def counted_kernel(name: str) -> Any:
             return lambda *args, **kwargs: Launches.active[-1].counts.update([name])
 
     return Kernel()
-
-
-def compile_for(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, options: Mapping[str, Any]
-) -> Any:
-    """Return a kernel compiled for a GPU of a capability, with pointers and sizes that are multiples of 16.
-
-    Arguments of any alignment are those that the kernel names in `do_not_specialize_on_alignment`.
-
-    Args:
-        kernel: The kernel.
-        types: Triton's type of each argument.
-        constants: Arguments that are constants.
-        capability: Compute capability, such as 89.
-        options: The options that it is launched with.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    divisible = [
-        param.name
-        for param in kernel.params
-        if param.name not in constants
-        and not param.do_not_specialize_on_alignment
-        and not signature[param.name].startswith("fp")
-    ]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
 
 
 def random_groups(num_experts: int, most_rows: int, generator: torch.Generator) -> list[int]:

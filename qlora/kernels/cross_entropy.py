@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.fused import describe_failure
-from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, slope_of, transform_logits
 from qlora.kernels.simulated import device_of
 
 _logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def linear_token_loss(
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     size = sum(map(len, blocks))
-    chunk = default_chunk(hidden.device, size) if chunk_elements is None else chunk_elements
+    chunk = default_chunk(hidden.device, size, hidden.dtype) if chunk_elements is None else chunk_elements
     options = (bias, logit_scale, softcap, row_weights, norm, label_smoothing, by_probability, chunk)
     loss, cross_entropy = _LinearTokenLoss.apply(hidden, labels, *options, *blocks)
     return loss, cross_entropy
@@ -178,7 +178,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             places = labels[rows, None]
             of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
             means = logits.mean(dim=1) if label_smoothing else None
-            slope = None if softcap is None or not needs_grad else 1 - (logits / softcap).square()
+            slope = None if softcap is None or not needs_grad else slope_of(logits, softcap)
             exponentials = logits.sub_(largest).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
             norms = (largest + sums.log()).squeeze(1)

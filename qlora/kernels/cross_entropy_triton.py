@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora.kernels.tiles import power_of_2
+
 # Logits of a row that a program reads at a time.
 MOST_COLUMNS = 2048
 LAUNCH_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
@@ -41,7 +43,7 @@ def token_losses_triton_(
         _token_loss_kernel[(rows,)](
             logits, labels, row_weights, losses, plain, size, logit_scale, 0.0 if softcap is None else softcap,
             label_smoothing, HAS_CAP=softcap is not None, BY_PROBABILITY=by_probability, NEEDS_GRAD=needs_grad,
-            COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(size)), **LAUNCH_OPTIONS,
+            COLUMNS=min(MOST_COLUMNS, power_of_2(size)), **LAUNCH_OPTIONS,
         )  # fmt: skip
     return losses, plain
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from qlora.kernels.dequantize import TILE_COLUMNS, tile_kind
+from qlora.kernels.tiles import num_tiles
 
 # Codes of a word of 32 bits, which are read together.
 CODES = tl.constexpr(8)
@@ -44,7 +45,7 @@ def dequantize_4bit_triton(
     in_words, whole_tiles = tile_kind(packed, shape, block_size, lora_A is not None)
     if lora_A is None:
         # Blocks follow the flat order, so a weight of any shape can be read as rows of one tile each.
-        rows, columns, rank = triton.cdiv(total, tile_columns), tile_columns, 0
+        rows, columns, rank = num_tiles(total, tile_columns), tile_columns, 0
         strides: tuple[int | None, ...] = (None,) * 6
         eights = False
     else:
@@ -55,7 +56,7 @@ def dequantize_4bit_triton(
         eights = rank % 8 == 0 and lora_B.stride(-1) == 1 and lora_B.stride(-2) % 8 == 0
         of_stack = (0, 0) if index is None else (lora_A.stride(0), lora_B.stride(0))
         strides = *of_stack, *lora_A.stride()[-2:], *lora_B.stride()[-2:]
-    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns), 1 if index is None else len(index))
+    grid = (num_tiles(rows, tile_rows) * num_tiles(columns, tile_columns), 1 if index is None else len(index))
     with torch.cuda.device_of(packed):
         _dequantize_kernel[grid](
             packed, code, absmax, nested_code, nested_absmax, nested_offset, lora_A, lora_B, index, out,

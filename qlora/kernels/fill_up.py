@@ -17,7 +17,7 @@ def fill_up_rows(rows: torch.Tensor) -> torch.Tensor:
     Args:
         rows: (rows, features).
     """
-    missing = -len(rows) % MULTIPLE
-    if not missing or len(rows) < MULTIPLE or rows.device.type != "cpu":
+    if rows.device.type != "cpu" or len(rows) < MULTIPLE:
         return rows
-    return F.pad(rows, (0, 0, 0, missing))
+    missing = -len(rows) % MULTIPLE
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora.kernels.tiles import num_tiles
+
 BLOCK = 1024
 # Nothing is fused, so that sums and products round as torch's do.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -14,7 +16,7 @@ def gated_product_triton(activation: str, gate: torch.Tensor, up: torch.Tensor) 
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     with torch.cuda.device_of(gate):
-        _product_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+        _product_kernel[(num_tiles(gate.numel(), BLOCK),)](
             gate, up, out, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, **LAUNCH_OPTIONS
         )
     return out
@@ -29,7 +31,7 @@ def gated_gradients_triton(
     grad_output = grad_output.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), grad_output if is_written_over else torch.empty_like(up)
     with torch.cuda.device_of(gate):
-        _gradients_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+        _gradients_kernel[(num_tiles(gate.numel(), BLOCK),)](
             grad_output, gate, up, grad_gate, grad_up, gate.numel(),
             ACTIVATION=activation, BLOCK=BLOCK, **LAUNCH_OPTIONS,
         )  # fmt: skip

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from qlora.kernels.grouped import ExpertGroup
+from qlora.kernels.tiles import LEAST_COLUMNS, num_tiles, power_of_2
 
 # Rows of a tile, and its features where there are as many. A program sums over `DEPTH` products at a time.
 ROWS, MOST_FEATURES, DEPTH = 64, 128, 32
@@ -14,7 +15,7 @@ LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 def tile_size(features: int, most: int = MOST_FEATURES) -> int:
     """Return the features of a tile: a power of 2 from 16, the least that tensor cores take."""
-    return min(most, max(16, triton.next_power_of_2(features)))
+    return min(most, max(LEAST_COLUMNS, power_of_2(features)))
 
 
 def grouped_matmul_triton(
@@ -31,7 +32,7 @@ def grouped_matmul_triton(
     assert bias is None or bias.is_contiguous()
     out = x.new_empty(len(x), features)
     tile = tile_size(features)
-    grid = (triton.cdiv(group.most_rows, ROWS) * triton.cdiv(features, tile), len(group.experts))
+    grid = (num_tiles(group.most_rows, ROWS) * num_tiles(features, tile), len(group.experts))
     with torch.cuda.device_of(x):
         _matmul_kernel[grid](
             x, weights, bias, group.index, group.bounds, out, features, depth, *weights.stride(),
@@ -48,7 +49,7 @@ def grouped_outer_triton(
     assert left.dtype == right.dtype
     assert out.is_contiguous()
     tiles = tile_size(left.shape[1], ROWS), tile_size(right.shape[1])
-    grid = (triton.cdiv(left.shape[1], tiles[0]) * triton.cdiv(right.shape[1], tiles[1]), len(group.experts))
+    grid = (num_tiles(left.shape[1], tiles[0]) * num_tiles(right.shape[1], tiles[1]), len(group.experts))
     with torch.cuda.device_of(left):
         _outer_kernel[grid](
             left, right, group.index, group.bounds, out, left.shape[1], right.shape[1], scaling,

@@ -7,21 +7,22 @@ import torch
 
 # Logits held at a time, in elements. On a CPU they stay in the caches from pass to pass (docs/benchmarks/loss.md). On a
 # GPU they are whole rows: a multiple of what a product's tile has, and enough of them that the head is read few times,
-# unless logits in fp32 and in 16 bits would take more than this share of the memory.
+# unless they would take more than this share of the memory.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
-TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE, BYTES_PER_LOGIT = 128, 512, 1 / 64, 6
+TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE = 128, 512, 1 / 64
 # Memory of a GPU that is not in this machine.
 ASSUMED_MEMORY = 24 << 30
 # On the meta device; a prime, so that memory estimates don't take a chunk of logits for a matrix of the model.
 META_ROWS = 521
 
 
-def default_chunk(device: torch.device, size: int) -> int:
+def default_chunk(device: torch.device, size: int, dtype: torch.dtype) -> int:
     """Return the number of logits held at a time on a device.
 
     Args:
         device: The device.
         size: Number of logits of a row.
+        dtype: Dtype of the products.
     """
     if device.type == "cpu":
         return CHUNK_ELEMENTS_CPU
@@ -30,9 +31,20 @@ def default_chunk(device: torch.device, size: int) -> int:
     memory = ASSUMED_MEMORY
     if device.type == "cuda" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(device).total_memory
-    affordable = min(ENOUGH_ROWS, int(memory * MEMORY_SHARE) // (BYTES_PER_LOGIT * size))
+    affordable = min(ENOUGH_ROWS, int(memory * MEMORY_SHARE) // (bytes_per_logit(dtype) * size))
     rows = max(affordable, CHUNK_ELEMENTS // size) // TILE_ROWS * TILE_ROWS
     return max(TILE_ROWS, rows) * size
+
+
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """Return the bytes that plain torch holds for a logit, without a soft cap: one in fp32, and products in 16 bits.
+
+    A kernel that overwrites the products holds fewer.
+
+    Args:
+        dtype: Dtype of the products.
+    """
+    return 4 if dtype == torch.float32 else 4 + dtype.itemsize
 
 
 def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
@@ -48,6 +60,11 @@ def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | 
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+def slope_of(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Return the slope of the soft cap where it gave these logits, (rows, vocabulary) in fp32, with one temporary."""
+    return (logits / softcap).square_().neg_().add_(1)
 
 
 def apply_norm(

@@ -48,7 +48,7 @@ def linear_kl_divergence(
     blocks = tuple(weight)
     chunk = chunk_elements
     if chunk is None:
-        chunk = default_chunk(hidden.device, sum(map(len, blocks))) // BUFFERS
+        chunk = default_chunk(hidden.device, sum(map(len, blocks)), hidden.dtype) // BUFFERS
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     base = base_hidden.detach(), tuple(block.detach() for block in base_weight)

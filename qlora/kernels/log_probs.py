@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels.head import Head, apply_norm, default_chunk, transform_logits
+from qlora.kernels.head import Head, apply_norm, default_chunk, slope_of, transform_logits
 
 
 def linear_log_probs(
@@ -38,8 +38,9 @@ def linear_log_probs(
     Returns:
         (rows,), fp32.
     """
-    chunk = default_chunk(hidden.device, sum(map(len, weight))) if chunk_elements is None else chunk_elements
-    return _LinearLogProbs.apply(hidden, labels, bias, logit_scale, softcap, norm, chunk, *weight)
+    if chunk_elements is None:
+        chunk_elements = default_chunk(hidden.device, sum(map(len, weight)), hidden.dtype)
+    return _LinearLogProbs.apply(hidden, labels, bias, logit_scale, softcap, norm, chunk_elements, *weight)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -80,7 +81,7 @@ class _LinearLogProbs(torch.autograd.Function):
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             head.multiply(normed.detach(), product)
             logits = transform_logits(product.float(), logit_scale, softcap)
-            slope = None if softcap is None else 1 - (logits / softcap).square()
+            slope = None if softcap is None else slope_of(logits, softcap)
             grad_logits = logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
             grad_logits.div_(-grad_logits.sum(dim=1, keepdim=True))
             places = labels[rows, None]

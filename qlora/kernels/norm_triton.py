@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora.kernels.tiles import num_tiles, row_tile
+
 # Values of a program's tile, which is at least a row, and of a warp, of which there are at most so many.
 TILE, WARP_VALUES, MOST_WARPS = 2048, 512, 16
 # Longest row. A program holds whole rows in registers.
@@ -42,8 +44,7 @@ def tile_of(features: int) -> tuple[int, int, int]:
     """
     if features > MOST_FEATURES:
         raise ValueError(f"the norm's kernel takes rows of up to {MOST_FEATURES:,} features, not {features:,}")
-    columns = max(16, triton.next_power_of_2(features))
-    rows = max(1, TILE // columns)
+    rows, columns = row_tile(features, TILE)
     return rows, columns, min(MOST_WARPS, rows * columns // WARP_VALUES)
 
 
@@ -51,7 +52,7 @@ def _launch(
     kernel: object, rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], eps: float, offset: float, **constants: bool
 ) -> None:
     tile_rows, tile_columns, warps = tile_of(rows.shape[1])
-    grid = (triton.cdiv(len(rows), tile_rows),)
+    grid = (num_tiles(len(rows), tile_rows),)
     with torch.cuda.device_of(rows):
         kernel[grid](  # type: ignore[index]
             *(tensor.contiguous() for tensor in tensors), *rows.shape, eps, offset,

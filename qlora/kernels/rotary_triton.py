@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora.kernels.tiles import num_tiles, row_tile
+
 # Values of a half of a program's tile.
 TILE = 1024
 # Nothing is fused, so that sums and products round as torch's do.
@@ -17,9 +19,8 @@ def rotate_triton(
     batch, length, num_queries, width = query.shape
     query, key, cos, sin = (tensor.contiguous() for tensor in (query, key, cos, sin))
     outputs = torch.empty_like(query), torch.empty_like(key)
-    columns = max(16, triton.next_power_of_2(width // 2))
-    rows = max(1, TILE // columns)
-    grid = (triton.cdiv(batch * length, rows), num_queries + key.shape[2])
+    rows, columns = row_tile(width // 2, TILE)
+    grid = (num_tiles(batch * length, rows), num_queries + key.shape[2])
     with torch.cuda.device_of(query):
         _rotary_kernel[grid](
             query, key, cos, sin, *outputs, batch * length, len(cos) * length, num_queries, key.shape[2], width // 2,

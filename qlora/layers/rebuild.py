@@ -9,8 +9,12 @@ from torch import nn
 
 from qlora.kernels import GatedProduct, rebuilt
 from qlora.layers.self_attention import fit_self_attention
-from qlora.layers.trial import Chooser, Function, is_close
+from qlora.layers.trial import Chooser, Function, is_close, stand_in
 from qlora.lora import linears_of, lora_layers
+from qlora.out_of_memory import is_out_of_memory
+
+# Children of a gated MLP.
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class RebuiltNorm(nn.Module):
@@ -65,14 +69,14 @@ class GatedMLP(nn.Module):
 def rebuild_activations(model: Any) -> str:
     """Replace a model's norms, gated MLPs and self-attention by modules that save less and compute the same.
 
-    A module is left unchanged if its replacement computes something else on a few random rows; norms and MLPs also if
-    they have trained parameters of their own.
+    A module is left unchanged if its replacement computes something else on a few random rows, or if it has hooks;
+    norms and MLPs also if they have trained parameters of their own.
 
     Args:
         model: A model of transformers.
 
     Returns:
-        What computes them now, for reports: fused kernels, plain torch, or both, and why.
+        What computes them now, for reports: fused kernels, plain torch, or both, what stays because of hooks, and why.
     """
     chooser = Chooser(model.device, model.dtype)
     for find in (_smaller, fit_self_attention):  # attention last, because its norms are among the replaced ones
@@ -89,12 +93,21 @@ def _smaller(module: Any, chooser: Chooser) -> nn.Module | None:
     factors = {factor for _, layer in lora_layers(module) for factor in layer.parameters(recurse=False)}
     if any(parameter.requires_grad and parameter not in factors for parameter in module.parameters()):
         return None
-    if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not list(module.children()):
+    names = set(dict(module.named_children()))
+    is_norm = type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not names
+    if not (is_norm or names == GATED) or not chooser.may_replace(module):
+        return None
+    if is_norm:
         return RebuiltNorm(module, chooser.norm(module))
-    if {"gate_proj", "up_proj", "down_proj", "act_fn"} == set(dict(module.named_children())):
-        x = chooser.random_rows(module.gate_proj.in_features)
+    gate, up, down = (chooser.linear() for _ in range(3))
+    children = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
+    x = chooser.rows(largest=1)
+    try:
         with torch.no_grad():
-            product = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
-            is_all = is_close(module(x), module.down_proj(product), 0.0)
-        return GatedMLP(module, chooser.product(module.act_fn, product.shape[-1])) if is_all else None
-    return None
+            is_all = is_close(stand_in(module, children)(x), down(module.act_fn(gate(x)) * up(x)), 0.0)
+        features = module.gate_proj.out_features
+    except Exception as error:  # any error of a module's own code may say that it does something else
+        if is_out_of_memory(error):
+            raise
+        return None
+    return GatedMLP(module, chooser.product(module.act_fn, features)) if is_all else None

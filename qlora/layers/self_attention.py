@@ -6,8 +6,7 @@ the rotation, and the registered attention function. The trial needs none of the
 device gets the same layers as one with weights.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from qlora.kernels import rotate
 from qlora.layers.attention import NAME, document_attention
-from qlora.layers.trial import PROBE_ROWS, TOLERANCE, Chooser, is_close
+from qlora.layers.trial import PROBE_ROWS, TOLERANCE, Chooser, is_close, stand_in
 from qlora.lora import linears_of
 from qlora.out_of_memory import is_out_of_memory
 
@@ -26,9 +25,6 @@ TRIAL = "qlora_trial"
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 # Names of the keys and values of earlier tokens, in different versions of transformers.
 CACHES = ("cache", "past_key_values")
-# Features of the hidden states in a trial, and the sizes of its smallest and largest rows, as powers of ten. Where
-# projections are clipped, the large ones show it; still larger ones might overflow in fp16.
-HIDDEN, SMALLEST, LARGEST = 16, -2, 2
 
 
 class SelfAttention(nn.Module):
@@ -107,15 +103,16 @@ def fit_self_attention(own: Any, chooser: Chooser) -> SelfAttention | None:
         return None
     if getattr(config, "clip_qkv", None) is not None:  # its limit may be larger than any value of the trial
         return None
-    draw = partial(_draw, chooser.random_rows(1), torch.Generator().manual_seed(0))
+    if not chooser.may_replace(own):
+        return None
     try:
-        stand_in = _stand_in(own, names, width, draw)
-        x = draw(PROBE_ROWS, HIDDEN, sizes=torch.logspace(SMALLEST, LARGEST, PROBE_ROWS)[:, None]).unsqueeze(0)
-        cos, sin = (draw(1, PROBE_ROWS, width) for _ in range(2))
+        copied = stand_in(own, _random_children(own, names, width, chooser))
+        x = chooser.rows(largest=2)
+        cos, sin = (chooser.draw(1, PROBE_ROWS, width) for _ in range(2))
         with torch.no_grad(), _recorded(config) as given:
-            expected, _ = stand_in(x, position_embeddings=(cos, sin), attention_mask=None)
+            expected, _ = copied(x, position_embeddings=(cos, sin), attention_mask=None)
             settings = {name: value for name, value in given["settings"].items() if value is not None}
-            fitted = SelfAttention(stand_in, settings, fused=False)
+            fitted = SelfAttention(copied, settings, fused=False)
             heads = fitted.heads(x, cos, sin)
             found = fitted.o_proj(_attended(heads[0]).flatten(2))
     except Exception as error:  # it is called in another way, and any error of a layer's own code may say so
@@ -131,29 +128,18 @@ def fit_self_attention(own: Any, chooser: Chooser) -> SelfAttention | None:
     return SelfAttention(own, settings, chooser.fuses_rotation(width)) if is_same and is_plain else None
 
 
-def _stand_in(own: Any, names: set[str], width: int, draw: Callable[..., torch.Tensor]) -> Any:
-    """Return a copy of a self-attention with random children; its projections read and give HIDDEN features."""
-    children = dict[str, Callable[..., torch.Tensor]]()
+def _random_children(own: Any, names: set[str], width: int, chooser: Chooser) -> dict[str, Any]:
+    """Return children of a stand-in for a self-attention; its projections read and give few features."""
+    children = dict[str, Any]()
     for name in sorted(names):
         if name in NORMS:
-            children[name] = partial(F.rms_norm, normalized_shape=(width,), weight=draw(width))  # of single heads only
+            weight = chooser.draw(width)  # of single heads only
+            children[name] = partial(F.rms_norm, normalized_shape=(width,), weight=weight)
         elif name == "o_proj":
-            inputs = own.o_proj.in_features
-            children[name] = partial(F.linear, weight=draw(HIDDEN, inputs, sizes=inputs**-0.5))
+            children[name] = chooser.linear(inputs=own.o_proj.in_features)
         else:
-            outputs = getattr(own, name).out_features
-            children[name] = partial(F.linear, weight=draw(outputs, HIDDEN, sizes=HIDDEN**-0.5))
-    stand_in = copy.copy(own)
-    stand_in._modules = children
-    return stand_in
-
-
-def _draw(
-    like: torch.Tensor, generator: torch.Generator, *shape: int, sizes: torch.Tensor | float = 1.0
-) -> torch.Tensor:
-    """Return a random tensor of another's dtype, on its device; on the CPU if that is the meta device."""
-    device = "cpu" if like.is_meta else like.device
-    return (torch.randn(shape, generator=generator) * sizes).to(device, like.dtype)
+            children[name] = chooser.linear(outputs=getattr(own, name).out_features)
+    return children
 
 
 @contextmanager

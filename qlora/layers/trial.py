@@ -1,13 +1,16 @@
 """Faster functions in place of a model's own, each tried on random rows before it is used."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, describe_failure, rebuilt, rotate, unfused_reason
+from qlora.lora import has_hooks
 
 # Rows of a trial. Kernels are compiled apart for numbers of values that are multiples of 16, and mask the last rows of
 # a tile, so that they are tried on all of these rows and on all but the last.
@@ -15,6 +18,9 @@ PROBE_ROWS = 65
 # Largest difference between two equal functions, as a share of a row's size: the order of a sum changes single last
 # bits. A rounding at another step differs by hundreds of times as much.
 TOLERANCE = 1e-5
+
+# Features that stand-ins of linear layers read, and the size of the smallest rows that they get, as a power of ten.
+FEATURES, SMALLEST = 16, -2
 
 Function = Callable[..., torch.Tensor]
 
@@ -34,16 +40,28 @@ class Chooser:
         self._reasons = dict[str, str]()  # why plain torch is used, by the name of what it computes
         self._is_fused = False
         self._rotations: dict[int, bool] = {}
+        self._hooked = dict[str, None]()  # kinds of modules with hooks, in the model's order
 
     def report(self) -> str:
-        """Return what was chosen, and after `: ` why plain torch was."""
+        """Return what was chosen, and after `: ` why plain torch was, or why modules stay as they are."""
+        chosen, reasons = "fused kernels" if self._is_fused else "plain torch", list(self._reasons.values())
         if self._reason_never is not None:
-            return f"plain torch: {self._reason_never}"
-        if not self._reasons:
-            return "fused kernels" if self._is_fused else "plain torch: there is nothing to compute"
-        reasons = ", ".join(dict.fromkeys(self._reasons.values()))
-        fused = f"fused kernels; plain torch for {', '.join(self._reasons)}"
-        return f"{fused if self._is_fused else 'plain torch'}: {reasons}"
+            reasons = [self._reason_never]
+        elif self._is_fused and reasons:
+            chosen += f"; plain torch for {', '.join(self._reasons)}"
+        elif not self._is_fused and not reasons:
+            reasons = ["there is nothing to compute"]
+        if self._hooked:
+            chosen += f"; {', '.join(self._hooked)} not replaced"
+            reasons.append("hooks wait for their calls")
+        return ": ".join([chosen, *([", ".join(dict.fromkeys(reasons))] if reasons else [])])
+
+    def may_replace(self, module: Any) -> bool:
+        """Return whether a module may be tried and replaced: not if it has hooks, which would see the trial only."""
+        if has_hooks(module):
+            self._hooked[type(module).__name__] = None
+            return False
+        return True
 
     def norm(self, norm: Any) -> Function:
         """Return a function for a norm; the norm itself if its formula is not recognized."""
@@ -91,6 +109,25 @@ class Chooser:
         rows = torch.randn(PROBE_ROWS, features, generator=self._generator) * sizes
         return rows.to(self._device, self._dtype)
 
+    def linear(self, inputs: int = FEATURES, outputs: int = FEATURES) -> Function:
+        """Return a random linear function, (…, inputs) -> (…, outputs), for :func:`stand_in`."""
+        return partial(F.linear, weight=self.draw(outputs, inputs, sizes=inputs**-0.5))
+
+    def rows(self, largest: int) -> torch.Tensor:
+        """Return inputs of a stand-in, (1, PROBE_ROWS, FEATURES), of very different sizes.
+
+        Args:
+            largest: Size of the largest rows, as a power of ten. Where something is clipped, they show it; results that
+                are larger than fp16's numbers would show nothing.
+        """
+        sizes = torch.logspace(SMALLEST, largest, PROBE_ROWS)[:, None]
+        return self.draw(PROBE_ROWS, FEATURES, sizes=sizes).unsqueeze(0)
+
+    def draw(self, *shape: int, sizes: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Return a random tensor in the model's dtype and on its device; on the CPU if that is the meta device."""
+        device = torch.device("cpu") if self._device.type == "meta" else self._device
+        return (torch.randn(shape, generator=self._generator) * sizes).to(device, self._dtype)
+
     def _choose(self, name: str, own: Function, forms: list[Any], *inputs: torch.Tensor) -> Function:
         plain = next((form for form in forms if _same(form, own, *inputs)), None)
         if plain is None:
@@ -112,6 +149,13 @@ class Chooser:
             reason = f"fails ({describe_failure(error)})"
         self._reasons[name] = f"the fused kernel for {name} {reason}"
         return False
+
+
+def stand_in(module: Any, children: Mapping[str, Any]) -> Any:
+    """Return a copy of a module with other children, so that it can be tried without the model's values."""
+    copied = copy.copy(module)
+    copied._modules = dict(children)
+    return copied
 
 
 def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:

@@ -108,7 +108,7 @@ def dora_linear(x: torch.Tensor, product: Product, magnitude: torch.Tensor) -> t
 def _products(
     x: torch.Tensor, products: Sequence[Product], needs_norms: bool = False
 ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
-    """Return each x (W + Σ deltas)ᵀ + bias, and the norms of each weight's rows if needed, else empty tensors."""
+    """Return each x (W + Σ deltas)ᵀ + bias, and the norms of each weight's rows if needed."""
     rows = x.reshape(-1, x.shape[-1])
     recipe = recipe_of(x)
     factors = [factor for product in products for delta in product.deltas for factor in delta.tensors]
@@ -130,8 +130,7 @@ def _products(
         found = _LoraLinears.apply(filled, saved, calls, None if recipe is None else recipe.source, *factors)
         ys, norms = found[: len(calls)], found[len(calls) :]
     else:  # for a single token, the bookkeeping of a backward takes as long as the product
-        remaining = iter(factors)
-        ys, norms = zip(*(call.product(filled, call.take(remaining)) for call in calls), strict=True)
+        ys, norms = _compute(calls, factors, filled)
     if filled is not rows:
         ys = [y[: len(rows)] for y in ys]
     # Outside the function: a view made inside one must not be modified in place, which some models do to an output.
@@ -215,8 +214,8 @@ class _Call:
 
     def product(
         self, rows: torch.Tensor, factors: Sequence[torch.Tensor], lasting: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x (W + Σ deltas)ᵀ + bias, and the norms of the weight's rows, see :meth:`norms`.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x (W + Σ deltas)ᵀ + bias, and the norms of the effective weight's rows, or None if not needed.
 
         Args:
             rows: x, (rows, in).
@@ -235,7 +234,9 @@ class _Call:
             x = rows if mask is None else rows * mask
             for delta in deltas:
                 delta.add_output_(y, x)
-        return y, self.norms(weight, deltas)
+        if not self.needs_norms:
+            return y, None
+        return y, row_norms(weight if self.form == "folded" else fold(weight, deltas))
 
     def gradients(
         self,
@@ -262,16 +263,14 @@ class _Call:
                 [None] * len(own) if share is None and not any(own) else delta.gradients(rows, grad, own, share, mask)
             )
 
-    def norms(self, weight: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
-        """Return the norms of the effective weight's rows, or an empty tensor if they are not needed.
 
-        Args:
-            weight: Weight that x was multiplied by.
-            deltas: All deltas.
-        """
-        if not self.needs_norms:
-            return weight.new_empty(0)
-        return row_norms(weight if self.form == "folded" else fold(weight, deltas))
+def _compute(
+    calls: Sequence[_Call], factors: Sequence[torch.Tensor], rows: torch.Tensor, lasting: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the product of each call, see :meth:`_Call.product`, and the norms of those that need them."""
+    remaining = iter(factors)
+    found = [call.product(rows, call.take(remaining), lasting) for call in calls]
+    return [y for y, _ in found], [norms for _, norms in found if norms is not None]
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -294,12 +293,10 @@ class _LoraLinears(torch.autograd.Function):
         ctx.saved, ctx.calls, ctx.source = saved.grad_fn, calls, source
         if source is not None:
             source.add_user()
-        remaining, found = iter(factors), []
-        lasting = RecomputedWeights.is_on() and ctx.needs_input_grad[0]
         for call in calls:
             RecomputedWeights.take(call.base)  # of a backward that was aborted
-            found.append(call.product(rows, call.take(remaining), lasting))
-        ys, norms = zip(*found, strict=True)
+        lasting = RecomputedWeights.is_on() and ctx.needs_input_grad[0]
+        ys, norms = _compute(calls, factors, rows, lasting)
         ctx.mark_non_differentiable(*norms)
         ctx.set_materialize_grads(False)  # the norms have none, and zeros in place of it would be written each time
         return *ys, *norms

@@ -40,19 +40,19 @@ class _Term:
     """An attribute of a layer that is a low-rank term or None, held in buffers so that it moves with the layer."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+        self._A, self._B, self._scaling = f"{name}_A", f"{name}_B", f"{name}_scaling"
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None:
             return self
-        A, B = getattr(layer, f"{self._name}_A"), getattr(layer, f"{self._name}_B")
-        return None if A is None else LowRank(A, B, getattr(layer, f"{self._name}_scaling"))
+        A = getattr(layer, self._A)
+        return None if A is None else LowRank(A, getattr(layer, self._B), getattr(layer, self._scaling))
 
     def __set__(self, layer: Any, term: LowRank | None) -> None:
         # Contiguous, as they are read from a file: products of other layouts may round differently.
-        layer.register_buffer(f"{self._name}_A", None if term is None else term.A.contiguous())
-        layer.register_buffer(f"{self._name}_B", None if term is None else term.B.contiguous())
-        setattr(layer, f"{self._name}_scaling", None if term is None else term.scaling)
+        layer.register_buffer(self._A, None if term is None else term.A.contiguous())
+        layer.register_buffer(self._B, None if term is None else term.B.contiguous())
+        setattr(layer, self._scaling, None if term is None else term.scaling)
 
 
 class LoraLinear(nn.Module):
@@ -206,8 +206,7 @@ class LoraLinear(nn.Module):
     @property
     def _is_alone(self) -> bool:
         """Whether the layer has to be called by itself: it computes something else, or a hook waits for its call."""
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        return self.is_off or self.is_at_start or self.spec.kind == "dora" or any(hooks)
+        return self.is_off or self.is_at_start or self.spec.kind == "dora" or has_hooks(self)
 
     def _product(self) -> Product:
         """Return the product that the layer computes with its trained terms."""
@@ -245,6 +244,13 @@ class LoraLinear(nn.Module):
 
     def _cast(self, dtype: torch.dtype) -> list[Delta]:
         return [delta.make(*(tensor.to(dtype) for tensor in delta.tensors)) for delta in self.deltas]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks wait for the calls of a module, or for their gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def linears_of(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:

@@ -252,19 +252,19 @@ def estimate(
         micro_batch_size=rows,
         max_seq_len=row,
         packing=config.data.packs and footprint.unpacked_why is None,
-        chunk_tokens=_chunk_tokens(footprint, loss, device),
+        chunk_tokens=_chunk_tokens(footprint, loss, device, dtype),
         group_size=loss.group_size,
         of_images=config.data.has_images,
     )
 
 
-def _chunk_tokens(footprint: Footprint, loss: Loss, device: torch.device) -> int:
+def _chunk_tokens(footprint: Footprint, loss: Loss, device: torch.device, dtype: torch.dtype) -> int:
     """Return the number of tokens whose logits are in memory at a time; 1 for a head of scores, which has none."""
     if footprint.vocabulary is None:
         return 1
     # Where a loss looks ahead, one document of each group has logits at a time.
     times = 1 if loss.ahead is None else loss.group_size
-    return max(1, default_chunk(device, footprint.vocabulary) // footprint.vocabulary) * times
+    return max(1, default_chunk(device, footprint.vocabulary, dtype) // footprint.vocabulary) * times
 
 
 def choose_level(

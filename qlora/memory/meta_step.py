@@ -42,7 +42,7 @@ def trace_levels(stack: Stack, loss: Loss, wanted: Container[str] | None = None)
     long = _prime(TILE_TOKENS, model)
     if loss.head is None:
         size = sum(map(len, head_blocks(output_head(model))))
-        whole, own = (default_chunk(each, size) for each in (torch.device("meta"), device))
+        whole, own = (default_chunk(each, size, model.dtype) for each in (torch.device("meta"), device))
         short = _prime(2 * whole // size, model)
     else:  # nothing is computed in chunks
         short, whole, own = long, 1, 1

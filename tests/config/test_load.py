@@ -202,7 +202,7 @@ def test_a_key_that_is_no_misspelt_section_is_not_taken_for_one(write, name):
 
 @pytest.mark.parametrize(("name", "reason"), [
     ("load_in_8bit", "8-bit bases are not available"), ("wandb_project", "environment"), ("deepspeed", "processes"),
-    ("min_sample_len", "short rows"),
+    ("min_sample_len", "short rows"), ("compile", "torch.compile can't follow"),
 ])  # fmt: skip
 def test_another_trainers_key_without_a_counterpart_is_answered_with_the_reason(write, name, reason):
     message = problems(write({name: 1}))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora.kernels import linear_cross_entropy, linear_token_loss
-from qlora.kernels.head import default_chunk
+from qlora.kernels import linear_cross_entropy, linear_log_probs, linear_token_loss
+from qlora.kernels.head import bytes_per_logit, default_chunk
 from qlora.kernels.simulated import simulating
 from qlora.memory.probe import measure_peak
 from tests.interpreted import (
@@ -419,7 +419,26 @@ def test_a_gpus_chunks_are_tiles_of_rows_and_a_small_share_of_its_memory(gib, vo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(total_memory=gib * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert default_chunk(torch.device("cuda", 0), vocabulary) == rows * vocabulary
+    assert default_chunk(torch.device("cuda", 0), vocabulary, torch.bfloat16) == rows * vocabulary
+    assert default_chunk(torch.device("cuda", 0), vocabulary, torch.float32) >= rows * vocabulary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("function", [linear_token_loss, linear_log_probs])
+def test_a_chunk_takes_the_bytes_that_its_size_is_chosen_by(function, softcap, dtype):
+    vocabulary = 10_000
+    hidden, weight = (torch.empty(rows, 4, dtype=dtype, device="meta") for rows in (12, vocabulary))
+    labels = torch.empty(12, dtype=torch.int64, device="meta")
+    hidden.requires_grad_()
+
+    def step(rows):
+        found = function(hidden, [weight], labels, softcap=softcap, chunk_elements=rows * vocabulary)
+        (found[0] if isinstance(found, tuple) else found).sum().backward()
+
+    few, many = (measure_peak(lambda rows=rows: step(rows), torch.device("meta")) for rows in (3, 6))
+    of_slope = 0 if softcap is None else 4
+    assert round((many - few) / (3 * vocabulary)) == bytes_per_logit(dtype) + of_slope
 
 
 def split_at(weight, bounds, trained):

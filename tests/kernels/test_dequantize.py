@@ -1,6 +1,5 @@
 """Dequantization in one pass: bitsandbytes' bits, and the LoRA term added before the one rounding."""
 
-import re
 import sys
 from types import ModuleType
 
@@ -14,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora.kernels import HAS_TRITON, LowRank, dequantize_4bit_plain
 from qlora.kernels.dequantize import tile_kind
 from qlora.nf4 import dequantize, dequantize_path, quantize
-from tests.interpreted import compile_for, load_interpreted, needs_triton
+from tests.interpreted import load_interpreted, needs_triton
 from tests.reference import nf4 as reference
 from tests.test_out_of_memory import RAN_OUT
 
@@ -249,48 +248,6 @@ def test_nothing_is_written_outside_of_out(generator, interpreted):
         interpreted.dequantize_4bit_triton(*positional, **nested, **factors, out=around[200:-200].view(shape))
         assert (around[:200] == 7).all()
         assert (around[-200:] == 7).all()
-
-
-def compile_kernel(capability, nested, factor_dtype):
-    """Return the kernel, compiled for a GPU that need not be present."""
-    from qlora.kernels.dequantize_triton import LAUNCH_OPTIONS, _dequantize_kernel
-
-    types = {
-        "packed": "*u8", "code": "*fp32", "absmax": "*u8" if nested else "*fp32", "nested_code": "*fp32",
-        "nested_absmax": "*fp32", "nested_offset": "*fp32", "lora_A": f"*{factor_dtype}", "lora_B": f"*{factor_dtype}",
-        "out": "*bf16",
-        "columns": "i32", "total": "i32", "num_bytes": "i32", "rank": "i32", "scaling": "fp32",
-    }  # fmt: skip
-    constants = {
-        "BLOCK": 64, "NESTED_BLOCK": 256, "IN_WORDS": True, "WHOLE_TILES": True, "ROWS": 128 if factor_dtype else 64,
-        "COLUMNS": 64, "RANKS": 16, "EIGHTS": bool(factor_dtype), "index": None,
-    }  # fmt: skip
-    strides = ("A_stride", "B_stride", "A_rank_stride", "A_column_stride", "B_row_stride", "B_rank_stride")
-    types |= dict.fromkeys(strides, "i32")
-    constants |= {"A_column_stride": 1, "B_rank_stride": 1} if factor_dtype else dict.fromkeys(strides)
-    constants |= {name: None for name in types if name.startswith("nested_") and not nested}
-    constants |= {name: None for name in types if name.startswith("lora_") and not factor_dtype}
-    return compile_for(_dequantize_kernel, types, constants, capability, LAUNCH_OPTIONS)
-
-
-# The interpreter does not show that the kernel compiles, rounds, and fuses no two operations.
-@needs_triton
-@pytest.mark.parametrize("capability", [75, 80, 89, 90])
-@pytest.mark.parametrize("nested", [True, False])
-def test_the_kernel_compiles_to_separate_multiplications_and_additions(capability, nested):
-    assembly = compile_kernel(capability, nested, None).asm["ptx"]
-    assert re.search(r"\bmul\.(rn\.)?f32", assembly)
-    assert "fma" not in assembly
-    if capability >= 80:
-        assert re.search(r"\bcvt\.rn\.bf16", assembly)
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", [80, 89, 90])
-def test_the_lora_term_compiles_to_tensor_cores_that_sum_in_fp32(capability):
-    assembly = compile_kernel(capability, True, "bf16").asm["ptx"]
-    assert re.search(r"\bw?g?mma\S*\.f32\.bf16\.bf16", assembly)
-    assert "fma." not in assembly
 
 
 @pytest.fixture

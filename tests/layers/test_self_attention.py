@@ -9,7 +9,7 @@ from qlora.kernels import rotate
 from qlora.layers import rebuild_activations, self_attention, use_document_attention
 from qlora.layers.self_attention import SelfAttention
 from qlora.lora import add_lora, lora_layers
-from qlora.model import load_base
+from qlora.model import load_base, supervised_loss
 from tests.layers.test_packed import loss_and_gradients
 from tests.tiny import make_base
 
@@ -94,3 +94,19 @@ def test_memory_that_runs_out_in_a_trial_is_no_reason_against_a_layer(tiny_base)
     own.__class__ = Full
     with pytest.raises(torch.OutOfMemoryError):
         rebuild_activations(model)
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
+def test_a_module_with_hooks_is_left_alone_and_its_hooks_are_called_once(name, tiny_base):
+    model = load(tiny_base)
+    hooked, calls = model.model.layers[0].get_submodule(name), []
+    hooked.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    chosen, _, why = rebuild_activations(model).partition(": ")
+    assert chosen == f"plain torch; {type(hooked).__name__} not replaced"
+    assert why.endswith("hooks wait for their calls")
+    assert calls == []
+    with torch.no_grad():
+        supervised_loss(model.eval(), collate([make_example(list(range(8)), [True] * 8)]))
+    assert calls == [hooked]
+    others = [layer.get_submodule(name) for layer in model.model.layers[1:]]
+    assert all(type(other) is not type(hooked) for other in others)

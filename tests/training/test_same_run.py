@@ -168,6 +168,7 @@ def test_what_was_in_use_may_not_change_within_a_run(configure, stopped):
         ("compute_dtype", "float16", "compute_dtype: float16 → "),
         ("rounding", "master", "rounding: master → "),
         ("loss", "fused kernel", "loss: fused kernel → plain torch"),
+        ("dequantize", "fused kernel: it gave", "dequantize: fused kernel → bitsandbytes"),
         ("activations", "fused kernels", "activations: fused kernels → plain torch"),
     ):
         record = json.loads(whole)

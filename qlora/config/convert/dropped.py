@@ -55,12 +55,15 @@ WITHOUT_MEANING = {
         "lora_qkv_kernel lora_o_kernel fused_attn_kernel cut_cross_entropy unsloth_* use_unsloth use_unsloth_gc "
         "upcast_layernorm upcast_lmhead_output use_kernels use_scattermoe experts_implementation "
         "lora_embedding_kernel gemma4_hybrid_attn_impl chunked_cross_entropy chunked_cross_entropy_num_chunks "
-        "tf32 use_reentrant_gc torch_compile torch_compile_* torchdynamo torch_empty_cache_steps "
+        "tf32 use_reentrant_gc torch_empty_cache_steps "
         "gradient_checkpointing_kwargs use_reentrant use_cache torchdistx_path jit_mode_eval bf16_full_eval "
         "fp16_full_eval moe_* quantize_moe_experts bnb_4bit_quant_storage bnb_4bit_quant_storage_dtype "
         "embeddings_skip_upcast scaling_softmax flash_attn flash_attention_2 gptq_disable_exllama optimize_model "
         "activation_checkpointing_kwargs use_v1_kernels use_dora_kernel fp8 fp8_* flex_attn_compile_kwargs "
         "llama4_linearized_experts use_kv_cache gc_steps enable_jit_checkpoint"
+    ),
+    "torch.compile can't follow the layers' autograd functions, whose kernels are chosen by hardware and model": (
+        "compile compile_* torch_compile torch_compile_* torchdynamo"
     ),
     "the run directory always holds config, metrics, a loss curve and resumable checkpoints": (
         "plot_loss overwrite_output_dir save_only_model save_safetensors save_first_step logging_strategy "

@@ -134,7 +134,6 @@ def with_kernels(stand_in: Callable[[str], Any] | None = None) -> Iterator[None]
         stack.enter_context(patch("qlora.layers.trial.unfused_reason", lambda _: None))
         # What they compute is random.
         stack.enter_context(patch("qlora.layers.trial.is_last_bits", lambda *_: True))
-        stack.enter_context(patch("qlora.layers.self_attention.is_close", lambda *_: True))
         yield
 
 

@@ -90,8 +90,7 @@ def dequantization(capability: int, rank: int = 0, shape: tuple[int, int] = SHAP
         ),
         capability,
     )  # fmt: skip
-    # The code ends in a jump to itself and in instructions that do nothing, which no thread comes to.
-    count = sum(name != "NOP" for name in compiled.instructions()) - 1
+    count = len(compiled.instructions())
     return Usage(count, count / (prod(shape) / compiled.threads), compiled.registers, compiled.spilled)
 
 

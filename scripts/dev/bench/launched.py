@@ -43,9 +43,11 @@ class Compiled:
     cubin: bytes
 
     def instructions(self) -> list[str]:
-        """Return the names of the GPU's instructions, without their modifiers."""
+        """Return the names of the GPU's instructions that a thread comes to, without their modifiers."""
         lines = _cuobjdump(self.cubin, "-sass")
-        return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", lines, re.MULTILINE)
+        names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", lines, re.MULTILINE)
+        # The code ends in a jump to itself and in instructions that do nothing.
+        return [name for name in names if name != "NOP"][:-1]
 
 
 class _Gpu:

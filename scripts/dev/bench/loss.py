@@ -55,7 +55,7 @@ def table(shape: str, tokens: int, rounds: int) -> list[str]:
     def at_once() -> torch.Tensor:
         return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
 
-    used = default_chunk(device, vocabulary)
+    used = default_chunk(device, vocabulary, torch.bfloat16)
     ways = {f"chunks of {used >> shift:,} logits": chunked(used >> shift) for shift in (3, 2, 1)}
     ways[f"chunks of {used:,} logits, the default"] = chunked(used)
     ways |= {f"chunks of {used << shift:,} logits": chunked(used << shift) for shift in (1, 2)}
