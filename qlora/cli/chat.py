@@ -4,6 +4,7 @@ import re
 import sys
 
 from qlora.cli.generate import MaxNewTokens, Model, System, Temperature, TopP, check_sampling, load
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import Base, Checkpoint, Device, choose_adapter
 
 COMMANDS = "/reset starts over, /system TEXT sets the system message and starts over, /exit or Ctrl-D ends"
@@ -22,6 +23,7 @@ def chat(
 ) -> None:
     """Talk with a model: /reset, /system TEXT, and /exit or Ctrl-D to end."""
     check_sampling(temperature, top_p)
+    import_libraries()
 
     from transformers import TextStreamer
 

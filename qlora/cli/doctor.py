@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, expand_home
 from qlora.cli.report import show_report
 
@@ -111,8 +112,9 @@ def _check_resume(path: str, as_json: bool) -> None:
     from qlora.config import load_config
 
     config = load_config(path)
+    import_libraries()
 
-    from qlora.training import check_resume  # after the config, so that a typo there is reported without loading torch
+    from qlora.training import check_resume
 
     check = check_resume(config)
     what = f"a run of {check.steps} steps, stopped after {check.stopped_after} and continued,"

@@ -1,12 +1,10 @@
 """`qlora estimate`: peak memory by kind and level of recomputation, and what fits, without loading a model."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, ConfigFile, Overrides
 from qlora.cli.report import show_report
 
@@ -47,10 +45,11 @@ def estimate(
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
-    with _without_collecting():
-        from qlora.training import estimate as run_estimation
+    import_libraries()
 
-        result = run_estimation(settings, gpu, processes)
+    from qlora.training import estimate as run_estimation
+
+    result = run_estimation(settings, gpu, processes)
     report = result.as_dict()
     if probe:
         from qlora.memory.probe import measure_step, prepare
@@ -68,16 +67,6 @@ def estimate(
         _show(report, settings.model.base)
     if result.level is None:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Disable garbage collection during imports, where it would take longer than the estimate."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _check_gpu(text: str) -> None:

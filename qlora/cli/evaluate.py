@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 
@@ -39,6 +40,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Print the objective's loss and its metrics on held-out rows; of a classification, also results by label."""
+    import_libraries()
+
     from qlora.checkpoint import is_evaluated, metric_label
     from qlora.training import evaluate as run_evaluation
 

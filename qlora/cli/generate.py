@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import Terminated, stopping_with
@@ -73,6 +74,7 @@ def generate(
     if (prompts is None) != (output is None):
         raise typer.BadParameter("--prompts FILE and --output FILE go together.")
     check_sampling(temperature, top_p)
+    import_libraries()
     model = choose_adapter(model, checkpoint)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if prompts is not None and output is not None:

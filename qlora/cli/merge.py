@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, NewFolder, choose_adapter
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
@@ -100,6 +101,8 @@ def merge(
         raise typer.BadParameter(f"--max-shard-size does not apply to --format {format}, which writes one file.")
     if push_to_hub is None and (dry_run or public):
         raise typer.BadParameter("--dry-run and --public need --push-to-hub.")
+
+    import_libraries()
 
     from qlora.checkpoint import adapter_digest
     from qlora.config import ExportSection, load_config

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
@@ -50,6 +51,8 @@ def predict(
 ) -> None:
     """Predict the label of every row of a file."""
     with stopping_with("Nothing was written. Run the same command again."):
+        import_libraries()
+
         from qlora.model import predict as predict_labels
 
         predictions = predict_labels(choose_adapter(model, checkpoint), data, output, text, batch_size, device)

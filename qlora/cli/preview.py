@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 
@@ -28,6 +29,7 @@ def preview(
     from qlora.config import load_config
 
     settings = load_config(config, overrides or ())
+    import_libraries()
 
     from qlora.training import preview as look
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, Device, NewFolder, expand_home
 from qlora.cli.report import show_report
 
@@ -33,12 +34,15 @@ def quantize(
 ) -> None:
     """Write a model in 4 bits, which transformers and qlora train load as it is."""
     from qlora.config.sections import parse_size
-    from qlora.export.quantize import quantize_model
 
     try:
         parse_size(max_shard_size)
     except ValueError as error:
         raise typer.BadParameter(f"--max-shard-size {max_shard_size}: {error}") from None
+    import_libraries()
+
+    from qlora.export.quantize import quantize_model
+
     report = quantize_model(
         model,
         output,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import as_json_text, show_report
 from qlora.cli.stopping import stopping_with
@@ -55,6 +56,7 @@ def train(
             raise typer.BadParameter("a YAML file is needed; qlora init writes one.", param_hint="CONFIG")
         config = str(Path(replay).parent.parent / "config.yaml")  # of the run that saved the step
     settings = load_config(config, overrides or ())
+    import_libraries()
 
     if replay is not None:
         from qlora.training import replay as replay_step
@@ -64,7 +66,7 @@ def train(
         raise typer.Exit(0 if report.is_finite else 1)
 
     from qlora.files import write_text
-    from qlora.training import plan_run  # after the config, so that a typo there is reported without loading torch
+    from qlora.training import plan_run
     from qlora.training import train as run_training
 
     is_first = os.environ.get("RANK", "0") == "0"  # one report for all processes of a launcher

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import AsJson, ConfigFile, Overrides, expand_home
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
@@ -50,6 +51,7 @@ def tune(
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib; install it, or leave --plot out.")
     settings = load_config(config, overrides or ())
+    import_libraries()
 
     from qlora.training import tune as run_search
 

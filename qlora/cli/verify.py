@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from qlora.cli.libraries import import_libraries
 from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, Device, choose_adapter, expand_home
 from qlora.cli.report import show_report
 
@@ -36,6 +37,8 @@ def verify(
     It also says whether PEFT, vLLM and llama.cpp would load the run's adapter; --clients runs a release in them, and
     exits with 1 too if it could be run in none.
     """
+    import_libraries()
+
     from qlora.proof import verify as run_verification
 
     run = choose_adapter(run, checkpoint)

@@ -1,5 +1,7 @@
 """YAML as plain values: no tags that create objects, no duplicate keys, and aliases only up to a limit."""
 
+import copy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -17,6 +19,14 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed")
     try:
+        return copy.deepcopy(_parse(text))  # the caller may change it
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@lru_cache(maxsize=4)  # a verb reads the config of its run in many places, and PyYAML takes long
+def _parse(text: str) -> Any:
+    try:
         # In Python, not libyaml: its composer recurses on the C stack, which deep nesting would overflow.
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -25,8 +35,6 @@ def parse_yaml(text: str) -> Any:
         if _count_values(node, {}) > MAX_VALUES:
             raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
         return loader.construct_document(node)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     # PyYAML raises Python's own errors for invalid dates, invalid base64 and keys that can't be hashed.
     except (yaml.YAMLError, TypeError, AttributeError, OverflowError, LookupError) as error:
         raise ValueError(str(error)) from None

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from qlora.config import RunConfig, absolute_paths, dump_config, load_config
+from qlora.config.plain_yaml import parse_yaml
 from qlora.config.sections import parse_size
 from qlora.errors import ConfigError
 
@@ -479,6 +480,11 @@ def test_a_dumped_config_loads_as_the_same(write, tmp_path, seed):
 def test_a_dumped_config_writes_out_every_key(write):
     dumped = yaml.safe_load(dump_config(load_config(write())))
     assert {section: list(keys) for section, keys in dumped.items()} == SECTIONS
+
+
+def test_changing_values_that_were_read_does_not_change_what_is_read_next():
+    parse_yaml("keys: [1]")["keys"].append(2)
+    assert parse_yaml("keys: [1]") == {"keys": [1]}
 
 
 def test_a_config_can_not_be_changed(write):

@@ -1,7 +1,7 @@
-"""Measure a whole `qlora train` of one step on a tiny model, compared with importing the libraries that it needs.
+"""Measure whole commands on a tiny model, compared with importing the libraries that they need.
 
 Each command runs in a process of its own, on one thread, in the order A B B A; its CPU seconds are those of all that it
-started. A table is appended to `--out`.
+started. Modules are read from bytecode, as those of an installed package are. A table is appended to `--out`.
 
     python -m scripts.dev.bench.startup --out docs/benchmarks/startup.md
 """
@@ -22,8 +22,8 @@ TITLE = """# Time to the first step and back
 
 `python -m scripts.dev.bench.startup`: CPU seconds of whole commands, on one thread. The first two are the libraries
 alone: as `import torch, transformers`, and with what any training on them imports besides, the class of the model,
-bitsandbytes and accelerate. The last trains a tiny Llama for one step and writes a checkpoint, the adapter, the record,
-the page and the plot.
+bitsandbytes and accelerate. `qlora train` trains a tiny Llama for one step and writes a checkpoint, the adapter, the
+record, the page and the plot; the other verbs work on its config and its run.
 """
 CLASSES = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
 SIZES = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,17 +43,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_run(folder)
+        run, merged = str(folder / "run"), str(folder / "merged")
         commands = {
             "import torch, transformers": ["-c", "import torch, transformers"],
             "and the model's class, bitsandbytes, accelerate": ["-c", f"import bitsandbytes, accelerate; {CLASSES}"],
             "qlora --help": ["-m", "qlora", "--help"],
+            "qlora estimate": ["-m", "qlora", "estimate", str(config)],
+            "qlora preview": ["-m", "qlora", "preview", str(config)],
             "qlora train": ["-m", "qlora", "train", str(config)],
+            "qlora merge": ["-m", "qlora", "merge", run, "-o", merged],
+            "qlora verify": ["-m", "qlora", "verify", run, merged],
         }
-        cpu_seconds(commands["qlora train"], folder)  # compiles what Python has not compiled yet
+        written = {"qlora train": run, "qlora merge": merged}
         found: dict[str, list[float]] = {command: [] for command in commands}
-        for command in (*commands, *reversed(commands)):
-            found[command].append(cpu_seconds(commands[command], folder))
-    lines += [f"| {command} | {', '.join(f'{each:.2f}' for each in seconds)} |" for command, seconds in found.items()]
+        # The first round compiles what Python has not compiled yet.
+        for command in (*commands, *commands, *reversed(commands)):
+            if command in written:
+                shutil.rmtree(written[command], ignore_errors=True)
+            found[command].append(cpu_seconds(commands[command]))
+    lines += [
+        f"| {command} | {', '.join(f'{each:.2f}' for each in seconds)} |" for command, (_, *seconds) in found.items()
+    ]
     print("\n".join(lines))
     if arguments.out:
         append(arguments.out, TITLE, lines)
@@ -73,11 +83,10 @@ def write_run(folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def cpu_seconds(arguments: list[str], folder: Path) -> float:
+def cpu_seconds(arguments: list[str]) -> float:
     """Run Python with some arguments, and return the CPU seconds of it and its children."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
